@@ -1,0 +1,163 @@
+"""Measure a whole training run on random weights: seconds before the first step, per step, and peak memory.
+
+    python benchmarks/train_step.py --size full --precision bf16
+    python benchmarks/train_step.py --size tiny --precision no
+
+The run is the real script in its own process. A step's time is taken from the wall times in its TensorBoard
+log, without the first step; peak host memory is the process's maximum resident set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+#: printed by the trainer when set-up is over; see library/training/fitting.py
+FIRST_STEP_MARK = "first step"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured run."""
+
+    size: str  # "full" (published sizes) or "tiny"
+    precision: str  # --mixed_precision
+    resolution: int  # pixels, square
+    batch_size: int
+    steps: int
+    rank: int
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Figures:
+    seconds_before_first_step: float
+    seconds_per_step: float
+    samples_per_second: float
+    peak_host_gb: float
+    peak_device_gb: float | None
+    total_seconds: float
+
+
+def make_model(folder: Path, size: str) -> Path:
+    """A random fp16 Diffusers folder of the published or of tiny sizes; made once and kept."""
+    from tests.fixtures.tiny_sd import make_full_sd, make_tiny_sd
+
+    import torch
+
+    path = folder / f"random_{size}"
+    if not (path / "model_index.json").exists():
+        if size == "full":
+            make_full_sd(path)
+        else:
+            make_tiny_sd(path, layout="diffusers", dtype=torch.float16)
+    return path
+
+
+def make_images(folder: Path, count: int, side: int) -> Path:
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a random picture, number {index}", encoding="utf-8")
+    return folder
+
+
+def run_case(case: Case, model: Path, workspace: Path) -> Figures:
+    """Run ``train_network.py`` once.
+
+    Raises:
+        RuntimeError: the run failed; its output is in the message.
+    """
+    images = make_images(workspace / "images", case.batch_size * 4, case.resolution)
+    config = workspace / "dataset.toml"
+    config.write_text(
+        f"[[datasets]]\nresolution = {case.resolution}\nbatch_size = {case.batch_size}\n"
+        f"[[datasets.subsets]]\nimage_dir = {json.dumps(str(images))}\ncaption_extension = '.txt'\nnum_repeats = 4\n",
+        encoding="utf-8",
+    )
+    output = workspace / "output"
+    command = [sys.executable, str(ROOT / "train_network.py"), "--pretrained_model_name_or_path", str(model)]
+    command += ["--dataset_config", str(config), "--output_dir", str(output), "--output_name", "bench"]
+    command += ["--network_module", "networks.lora", "--network_dim", str(case.rank), "--network_train_unet_only"]
+    command += ["--learning_rate", "1e-4", "--max_train_steps", str(case.steps), "--seed", "0", "--cache_latents"]
+    command += ["--mixed_precision", case.precision, "--sdpa", "--console_log_simple", *case.extra]
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=dict(os.environ)
+    )
+    first_step: list[float] = []
+    lines: list[str] = []
+
+    def read() -> None:
+        for line in process.stdout:
+            lines.append(line)
+            if FIRST_STEP_MARK in line and not first_step:
+                first_step.append(time.perf_counter())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    _, status, usage = os.wait4(process.pid, 0)
+    reader.join()
+    total = time.perf_counter() - began
+    if status != 0 or not first_step:
+        raise RuntimeError(f"the run failed ({status}):\n{''.join(lines)}")
+    per_step = _seconds_per_step(output / "logs")
+    peak_device = next((float(line.rsplit(" ", 2)[-2]) for line in lines if "peak device memory" in line), None)
+    return Figures(
+        seconds_before_first_step=round(first_step[0] - began, 2),
+        seconds_per_step=round(per_step, 3),
+        samples_per_second=round(case.batch_size / per_step, 2),
+        peak_host_gb=round(usage.ru_maxrss * 1024 / 1e9, 2),
+        peak_device_gb=peak_device,
+        total_seconds=round(total, 1),
+    )
+
+
+def _seconds_per_step(logs: Path) -> float:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = logs.rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    times = [event.wall_time for event in accumulator.Scalars("loss/current")]
+    # a step's figures are logged at the end of the next one, and the last two together: first entry = end of
+    # step 2, last entry = end of the last step
+    return (times[-1] - times[0]) / (len(times) - 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=["sd"], default="sd", help="model family")
+    parser.add_argument("--size", choices=["full", "tiny"], default="tiny", help="published sizes, or tiny ones")
+    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="bf16")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels, square")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rank", type=int, default=8, help="LoRA rank")
+    parser.add_argument("--model_dir", type=Path, help="keep the random model here instead of making it anew")
+    parser.add_argument("extra", nargs="*", help="more flags for the script, after --")
+    args = parser.parse_args()
+    case = Case(args.size, args.precision, args.resolution, args.batch_size, args.steps, args.rank, tuple(args.extra))
+    with tempfile.TemporaryDirectory() as scratch:
+        model = make_model(args.model_dir or Path(scratch), args.size)
+        figures = run_case(case, model, Path(scratch))
+    print(json.dumps({"case": asdict(case), "figures": asdict(figures)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

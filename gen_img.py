@@ -1,0 +1,33 @@
+"""Draw images from text with a Stable Diffusion 1.x or 2.x model, with or without LoRA.
+
+    python gen_img.py --ckpt model.safetensors --outdir outputs --bf16 \\
+        --network_module networks.lora --network_weights my_lora.safetensors \\
+        --prompt "a cat on a mat --n blurry --w 512 --h 768 --s 28 --d 1"
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from library.config.arguments import build_parser
+from library.errors import exits_on_user_error
+from library.inference.options import GROUPS, ImageOptions, check_options
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    return build_parser(GROUPS, description=__doc__.splitlines()[0], epilog="example:" + __doc__.split("\n\n", 1)[1])
+
+
+@exits_on_user_error
+def main(args: argparse.Namespace) -> None:
+    options = ImageOptions.from_args(args)
+    check_options(options)
+    # only now, as torch takes seconds to load
+    from library.architectures.sd import SD
+    from library.inference.gen_img import draw_images
+
+    draw_images(options, SD)
+
+
+if __name__ == "__main__":
+    main(setup_parser().parse_args())

@@ -1,0 +1,1 @@
+"""The shared core of the training scripts; see docs/architecture.md for the way through it."""

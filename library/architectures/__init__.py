@@ -1,0 +1,1 @@
+"""One folder per model family; ``base.Architecture`` says what a family declares."""

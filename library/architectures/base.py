@@ -1,0 +1,188 @@
+"""What a model family declares: the one interface between trainers and models.
+
+A family's folder holds a subclass of ``Architecture`` and one instance of it (``SD``, ``SDXL``, ...).
+Nothing outside the folder compares a family's name or class: what differs is asked for here.
+
+Shape legend: B batch, C latent channels, (h, w) latent size, (H, W) pixels, T tokens, D features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from library.config.arguments import TrainNetworkOptions
+    from library.diffusion.ddpm import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """How a family's latents are shaped, scaled and stored."""
+
+    channels: int
+    stride: int  # pixels per latent cell, the same in both directions
+    scale: float  # the denoiser sees (latents - shift) * scale
+    shift: float
+    cache_suffix: str  # "_sd.npz"; see facts on cache files
+    multi_resolution: bool  # whether a cache file holds several sizes under suffixed keys
+    stored_scaled: bool = False  # whether cache files hold latents with shift and scale applied
+    bucket_step: int = 8  # bucket sides must be multiples of this many pixels
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was found out about a checkpoint from its keys, shapes or configuration."""
+
+    family: str
+    version: str  # as recorded in ss_base_model_version, e.g. "sd_v1", "sd_v2_v"
+    description: str  # for people: "Stable Diffusion 1.x, epsilon prediction"
+    v_prediction: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)  # family's own (configs, sizes)
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """Which modules of one network part carry adapters, and how they are named in files."""
+
+    prefix: str  # "lora_unet", "lora_te", "lora_te1"
+    module_classes: tuple[str, ...]  # class names whose Linear and 1x1/3x3 Conv children are adapted
+
+
+@dataclass
+class Conditioning:
+    """Encoded text: named tensors with the batch first, e.g. ``context`` (B, T, D)."""
+
+    tensors: dict[str, Tensor]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
+        moved = {
+            name: t.to(device=device, dtype=dtype if dtype is not None and t.is_floating_point() else None)
+            for name, t in self.tensors.items()
+        }
+        return Conditioning(moved)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Join along the batch; token axes must be equal."""
+        names = parts[0].tensors.keys()
+        return Conditioning({name: torch.cat([p.tensors[name] for p in parts]) for name in names})
+
+
+class Architecture(ABC):
+    """One model family. Instances hold no weights and no run state."""
+
+    name: str
+    latent: LatentFormat
+    text_encoder_targets: tuple[LoraTarget, ...]  # one per text encoder, in the encoders' order
+    denoiser_target: LoraTarget
+    #: published options that cannot work with this family: dest -> why, and what to use instead
+    refused_options: Mapping[str, str] = MappingProxyType({})
+    sample_defaults: Mapping[str, Any] = MappingProxyType({})  # width, height, steps, scale of previews
+
+    # ---- files ----
+
+    @abstractmethod
+    def inspect(
+        self, path_or_id: str, *, v2: bool, v_parameterization: bool, vae: str | None, tokenizer_cache_dir: str | None
+    ) -> Any:
+        """Find and recognise a checkpoint from headers and configurations alone, in well under a second.
+
+        Returns the family's checkpoint object, which has ``info: ModelInfo``, ``path: str`` (the local file
+        or folder, or the Hub id's local snapshot), and is passed back to the loaders below.
+
+        Raises:
+            UserError: file missing, not a checkpoint of this family, torn, flags that contradict it, no tokenizer.
+        """
+
+    @abstractmethod
+    def load_tokenizers(self, checkpoint: Any) -> list[Any]: ...
+
+    @abstractmethod
+    def load_text_encoders(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
+        """Frozen, in eval mode."""
+
+    @abstractmethod
+    def load_vae(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
+        """Frozen, in eval mode; ``--vae`` wins over the checkpoint's own."""
+
+    @abstractmethod
+    def vae_identity(self, checkpoint: Any) -> str:
+        """Text that changes when the VAE's weights do; latent caches are stamped with it. Reads little."""
+
+    @abstractmethod
+    def load_denoiser(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
+        """Frozen, in eval mode; streamed, so that peak memory is about one copy."""
+
+    # ---- text ----
+
+    @abstractmethod
+    def tokenize(
+        self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
+    ) -> dict[str, Tensor]:
+        """Captions to token tensors, batch first; called in data-loader workers.
+
+        SD: ``{"input_ids": (B, n, 77) int64}`` and, when weighted, ``"weights": (B, n, 77) float32``.
+        """
+
+    @abstractmethod
+    def encode_text(
+        self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
+    ) -> Conditioning:
+        """Token tensors (on the encoders' device) to conditioning; gradients flow if they are enabled."""
+
+    # ---- latents ----
+
+    @abstractmethod
+    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) latents as cache files store them, one draw per generator."""
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Stored latents -> what the denoiser sees."""
+        if self.latent.stored_scaled:
+            return latents
+        return (latents - self.latent.shift) * self.latent.scale
+
+    @abstractmethod
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Denoiser latents (B, C, h, w) -> pixels (B, 3, H, W) in [-1, 1], float32."""
+
+    # ---- diffusion ----
+
+    @abstractmethod
+    def noise_schedule(self, *, zero_terminal_snr: bool) -> NoiseSchedule: ...
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """(B, C, h, w) noisy latents at timesteps (B,) -> the model's raw prediction (B, C, h, w)."""
+
+    # ---- memory and speed ----
+
+    @abstractmethod
+    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
+        """``backend``: "torch" (SDPA), "math" (plain) or "xformers". Raises UserError if not installed."""
+
+    @abstractmethod
+    def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None: ...
+
+    # ---- records ----
+
+    @abstractmethod
+    def metadata(self, info: ModelInfo) -> dict[str, str]:
+        """The family's ss_* keys: ss_v2, ss_base_model_version, ..."""
+
+    @abstractmethod
+    def modelspec(self, info: ModelInfo) -> dict[str, str]:
+        """``architecture`` (without the adapter suffix), ``implementation``, ``default_resolution``, ``prediction_type``."""
+
+    def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
+        """Family rules that need the checkpoint. Raises UserError."""

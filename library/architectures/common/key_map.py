@@ -1,0 +1,103 @@
+"""Two-way maps between a file's tensor names and layouts and a model's.
+
+A map is a table of (file prefix, model prefix) pairs, read in both directions, so that what is loaded and what is
+saved cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class KeyMap:
+    """Renames by whole dotted components; the longest prefix of the table wins."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        pairs = list(pairs)
+        self._to_model = dict(pairs)
+        self._to_file = {model: file for file, model in pairs}
+        assert len(self._to_model) == len(self._to_file) == len(pairs), "each name must stand once on each side"
+
+    def to_model(self, file_name: str) -> str | None:
+        """The model's name, or None if the table does not know the file's."""
+        return _rename(file_name, self._to_model)
+
+    def to_file(self, model_name: str) -> str | None:
+        """The file's name, or None if the table does not know the model's."""
+        return _rename(model_name, self._to_file)
+
+
+def _rename(name: str, table: Mapping[str, str]) -> str | None:
+    end = len(name)
+    while end > 0:
+        renamed = table.get(name[:end])
+        if renamed is not None:
+            return renamed + name[end:]
+        end = name.rfind(".", 0, end)
+    return None
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """How one model's tensors lie in a file.
+
+    Attributes:
+        keys: names below ``prefix``.
+        prefix: what precedes every name in the file, e.g. ``"first_stage_model."``.
+        stacked: (file leaf, model leaves) of tensors that the file holds joined along the first axis.
+        conv_linears: endings of the model's linear weights (out, in) that the file holds as 1x1 convolutions
+            (out, in, 1, 1).
+    """
+
+    keys: KeyMap
+    prefix: str = ""
+    stacked: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    conv_linears: tuple[str, ...] = ()
+
+    def model_names(self, file_name: str) -> tuple[str, ...]:
+        """The tensors that come out of one of the file's; empty if the model has no use for it."""
+        if not file_name.startswith(self.prefix):
+            return ()
+        name = self.keys.to_model(file_name[len(self.prefix) :])
+        if name is None:
+            return ()
+        for leaf, parts in self.stacked:
+            if name.endswith(f".{leaf}"):
+                stem = name[: -len(leaf)]
+                return tuple(stem + part for part in parts)
+        return (name,)
+
+    def read(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The file's (name, tensor) pairs as the model's; no data is copied."""
+        for file_name, tensor in tensors:
+            names = self.model_names(file_name)
+            if len(names) > 1:
+                yield from zip(names, tensor.chunk(len(names)), strict=True)
+            for name in names[:1] if len(names) == 1 else ():
+                is_conv = tensor.dim() == 4 and name.endswith(self.conv_linears)
+                yield name, tensor.reshape(tensor.shape[:2]) if is_conv else tensor
+
+    def write(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The model's tensors as the file's (name, tensor) pairs: the inverse of ``read``.
+
+        Raises:
+            KeyError: the model holds a tensor that the layout has no name for.
+        """
+        for name, tensor in state.items():
+            joined = next(((leaf, parts) for leaf, parts in self.stacked if name.endswith(parts)), None)
+            if joined is not None:
+                leaf, parts = joined
+                if not name.endswith(parts[0]):
+                    continue  # written together with the first part
+                stem = name[: -len(parts[0])]
+                name, tensor = stem + leaf, torch.cat([state[stem + part] for part in parts])
+            elif tensor.dim() == 2 and name.endswith(self.conv_linears):
+                tensor = tensor.reshape(*tensor.shape, 1, 1)
+            file_name = self.keys.to_file(name)
+            if file_name is None:
+                raise KeyError(f"the file layout has no name for the tensor {name}")
+            yield self.prefix + file_name, tensor

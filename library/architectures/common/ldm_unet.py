@@ -1,0 +1,144 @@
+"""The U-Net of Stable Diffusion 1.x/2.x: names in original (LDM) files and in diffusers, and its configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from library.architectures.common.key_map import KeyMap, TensorLayout
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+LDM_PREFIX = "model.diffusion_model."
+HEADS_V1 = 8  # SD 1.x: eight heads at every level
+HEAD_WIDTH_V2 = 64  # SD 2.x: heads of 64 channels
+
+#: (LDM, diffusers) names inside a residual block
+RESNET = (
+    ("in_layers.0", "norm1"),
+    ("in_layers.2", "conv1"),
+    ("emb_layers.1", "time_emb_proj"),
+    ("out_layers.0", "norm2"),
+    ("out_layers.3", "conv2"),
+    ("skip_connection", "conv_shortcut"),
+)
+OUTER = (
+    ("time_embed.0", "time_embedding.linear_1"),
+    ("time_embed.2", "time_embedding.linear_2"),
+    ("input_blocks.0.0", "conv_in"),
+    ("out.0", "conv_norm_out"),
+    ("out.2", "conv_out"),
+)
+
+
+def ldm_unet_layout(config: Mapping[str, Any], *, prefix: str = LDM_PREFIX) -> TensorLayout:
+    """The LDM layout of a U-Net with this diffusers configuration.
+
+    LDM numbers blocks through all levels; diffusers counts them within a level. Transformers keep their inner names.
+    """
+    attention = ["CrossAttn" in kind for kind in config["down_block_types"]]
+    levels, layers = len(attention), int(config["layers_per_block"])
+
+    def resnet(ldm: str, diffusers: str) -> list[tuple[str, str]]:
+        return [(f"{ldm}.{a}", f"{diffusers}.{b}") for a, b in RESNET]
+
+    pairs = list(OUTER)
+    for level in range(levels):
+        first, block = 1 + level * (layers + 1), f"down_blocks.{level}"
+        for layer in range(layers):
+            pairs += resnet(f"input_blocks.{first + layer}.0", f"{block}.resnets.{layer}")
+            if attention[level]:
+                pairs.append((f"input_blocks.{first + layer}.1", f"{block}.attentions.{layer}"))
+        if level < levels - 1:
+            pairs.append((f"input_blocks.{first + layers}.0.op", f"{block}.downsamplers.0.conv"))
+    pairs += resnet("middle_block.0", "mid_block.resnets.0")
+    pairs.append(("middle_block.1", "mid_block.attentions.0"))
+    pairs += resnet("middle_block.2", "mid_block.resnets.1")
+    for step, has_attention in enumerate(reversed(attention)):
+        first, block = step * (layers + 1), f"up_blocks.{step}"
+        for layer in range(layers + 1):
+            pairs += resnet(f"output_blocks.{first + layer}.0", f"{block}.resnets.{layer}")
+            if has_attention:
+                pairs.append((f"output_blocks.{first + layer}.1", f"{block}.attentions.{layer}"))
+        if step < levels - 1:
+            place = 2 if has_attention else 1
+            pairs.append((f"output_blocks.{first + layers}.{place}.conv", f"{block}.upsamplers.0.conv"))
+    return TensorLayout(KeyMap(pairs), prefix)
+
+
+def infer_unet_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str = LDM_PREFIX) -> dict[str, Any]:
+    """The diffusers configuration of the U-Net in an LDM file, from names and shapes alone.
+
+    Raises:
+        UserError: the names do not add up to a U-Net.
+    """
+    shapes = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
+    channels: list[int] = []
+    layers: list[int] = []
+    attention: list[bool] = []
+    new_level = True
+    for index in range(1, 1 + _count(r"input_blocks\.(\d+)\.", shapes)):
+        block = f"input_blocks.{index}"
+        convolution = shapes.get(f"{block}.0.out_layers.3.weight")
+        if convolution is None:  # the downsampling convolution between two levels
+            new_level = True
+            continue
+        if new_level:
+            channels.append(convolution[0])
+            layers.append(0)
+            attention.append(f"{block}.1.norm.weight" in shapes)
+            new_level = False
+        layers[-1] += 1
+    context = next((s[1] for name, s in shapes.items() if name.endswith("attn2.to_k.weight")), None)
+    ends = shapes.get("input_blocks.0.0.weight"), shapes.get("out.2.weight")
+    if not channels or len(set(layers)) != 1 or context is None or None in ends:
+        raise UserError("the U-Net's tensors are incomplete; download the file again")
+    linear = len(shapes.get("middle_block.1.proj_in.weight", ())) == 2
+    return {
+        "in_channels": ends[0][1],
+        "out_channels": ends[1][0],
+        "block_out_channels": tuple(channels),
+        "layers_per_block": layers[0],
+        "cross_attention_dim": context,
+        "use_linear_projection": linear,
+        # diffusers calls the number of heads "attention_head_dim"
+        "attention_head_dim": tuple(max(c // HEAD_WIDTH_V2, 1) for c in channels) if linear else HEADS_V1,
+        # fp16 products of SD 2.x's attention overflow; only the plain backend needs the cast
+        "upcast_attention": linear,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+    }
+
+
+def _count(pattern: str, names: Mapping[str, object]) -> int:
+    """The largest index that ``pattern`` finds at the start of the names; 0 if none."""
+    return max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=0)
+
+
+def build_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_config(dict(config))
+
+
+def set_unet_attention(unet: nn.Module, backend: str) -> None:
+    """Choose how a diffusers U-Net attends: ``"torch"`` (SDPA), ``"math"`` (plain) or ``"xformers"``.
+
+    Raises:
+        UserError: the backend is not installed.
+    """
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+
+    if backend == "xformers":
+        from importlib.util import find_spec
+
+        if find_spec("xformers") is None:
+            raise UserError("--xformers: the package xformers is not installed; pip install xformers, or use --sdpa")
+        unet.set_attn_processor(XFormersAttnProcessor())
+    else:
+        unet.set_attn_processor({"torch": AttnProcessor2_0, "math": AttnProcessor}[backend]())

@@ -1,0 +1,77 @@
+"""Models built without memory and filled from a stream of tensors: one copy of the weights at most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.common.key_map import TensorLayout
+from library.architectures.common.tensor_files import TensorFile
+from library.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where one model's weights lie and which configuration they were made for."""
+
+    title: str  # for messages: "U-Net"
+    file: TensorFile
+    layout: TensorLayout
+    config: dict[str, Any]
+
+    def file_names(self) -> list[str]:
+        """The file's tensors that the model takes, in the file's order."""
+        return [name for name in self.file.shapes if self.layout.model_names(name)]
+
+
+def load_frozen(source: ModelSource, build: Callable[[], nn.Module], *, dtype: torch.dtype, device: str) -> nn.Module:
+    """Build a model on the meta device and fill it, tensor by tensor, on its target device and in its target dtype.
+
+    On the host and in the file's own dtype nothing is copied at all: parameters are views of the mapped file.
+
+    Returns:
+        The model in eval mode, without gradients.
+
+    Raises:
+        UserError: the file lacks tensors of the model or holds them in other shapes.
+    """
+    with torch.device("meta"):
+        model = build()
+    _fill(model, source.layout.read(source.file.read(source.file_names())), source, dtype=dtype, device=device)
+    return model.eval()
+
+
+def _fill(
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], source: ModelSource, *, dtype: torch.dtype, device: str
+) -> None:
+    expected = dict(model.named_parameters())
+    for name, tensor in tensors:
+        parameter = expected.pop(name, None)
+        if parameter is None:
+            continue  # e.g. the discriminator in a VAE's training checkpoint
+        if tensor.shape != parameter.shape:
+            raise UserError(
+                f"{source.file.path}: {source.title} tensor {name} has shape {list(tensor.shape)} "
+                f"where {list(parameter.shape)} is expected; the file or its config.json is damaged or of another model"
+            )
+        owner, _, leaf = name.rpartition(".")
+        # moved first and cast there: accelerators cast faster than the host
+        moved = tensor.to(device).to(dtype)
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
+    if expected:
+        first = next(iter(expected))
+        raise UserError(
+            f"{source.file.path}: {len(expected)} of the {source.title}'s tensors are missing, the first is {first}; "
+            "the file is incomplete, download it again"
+        )
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "position_ids":  # CLIP's, computed and never stored
+            positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+            model.get_submodule(owner)._buffers[leaf] = positions
+        else:
+            raise AssertionError(f"{type(model).__name__} has a buffer that loading does not fill: {name}")

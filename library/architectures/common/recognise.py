@@ -1,0 +1,70 @@
+"""What a weight file is, told from its tensor names: for messages that name the right script or option."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recognised:
+    what: str  # "a Stable Diffusion XL checkpoint"
+    remedy: str  # "use sdxl_train_network.py"
+
+
+#: (fragments that must all occur in some tensor name, what the file is); the first match wins
+_SIGNS: tuple[tuple[tuple[str, ...], Recognised], ...] = (
+    (
+        ("lora_",),
+        Recognised("a LoRA file, not a base model", "give the base model here and this file with --network_weights"),
+    ),
+    (
+        ("hada_w1_",),
+        Recognised("a LyCORIS file, not a base model", "give the base model here and this file with --network_weights"),
+    ),
+    (("conditioner.embedders.",), Recognised("a Stable Diffusion XL checkpoint", "use sdxl_train_network.py")),
+    (("diffusion_model.label_emb.",), Recognised("a Stable Diffusion XL U-Net", "use sdxl_train_network.py")),
+    (("joint_blocks.",), Recognised("a Stable Diffusion 3 checkpoint", "use sd3_train_network.py")),
+    (("distilled_guidance_layer.",), Recognised("a Chroma checkpoint", "use flux_train_network.py")),
+    (("txt_in.individual_token_refiner.",), Recognised("a HunyuanImage model", "use hunyuan_image_train_network.py")),
+    (("double_blocks.", "single_blocks."), Recognised("a FLUX.1 model", "use flux_train_network.py")),
+    (("single_transformer_blocks.",), Recognised("a FLUX.1 model in Diffusers layout", "use flux_train_network.py")),
+    (("cap_embedder.",), Recognised("a Lumina Image 2.0 model", "use lumina_train_network.py")),
+    (("control_model.",), Recognised("a ControlNet", "give a Stable Diffusion checkpoint here")),
+    (("emb_params",), Recognised("a textual inversion embedding", "give a Stable Diffusion checkpoint here")),
+    (
+        ("down_blocks.", "mid_block.", "conv_norm_out.", "time_embedding."),
+        Recognised("a bare U-Net in Diffusers layout", "give the Diffusers folder that it belongs to"),
+    ),
+    (
+        ("encoder.conv_in.", "decoder.conv_in."),
+        Recognised("a VAE, not a whole checkpoint", "give the checkpoint here and this file with --vae"),
+    ),
+    (
+        ("text_model.encoder.layers.",),
+        Recognised("a bare CLIP text encoder", "give a whole Stable Diffusion checkpoint here"),
+    ),
+)
+
+#: ``_class_name`` prefixes of model_index.json, longest first
+_PIPELINES: tuple[tuple[str, Recognised], ...] = (
+    ("StableDiffusionXL", Recognised("a Stable Diffusion XL model", "use sdxl_train_network.py")),
+    ("StableDiffusion3", Recognised("a Stable Diffusion 3 model", "use sd3_train_network.py")),
+    ("Flux", Recognised("a FLUX.1 model", "use flux_train_network.py")),
+    ("Chroma", Recognised("a Chroma model", "use flux_train_network.py")),
+    ("Lumina", Recognised("a Lumina model", "use lumina_train_network.py")),
+    ("HunyuanImage", Recognised("a HunyuanImage model", "use hunyuan_image_train_network.py")),
+)
+
+
+def recognise_tensors(names: Collection[str]) -> Recognised | None:
+    """What a single file is; None if nothing known."""
+    for fragments, found in _SIGNS:
+        if all(any(fragment in name for name in names) for fragment in fragments):
+            return found
+    return None
+
+
+def recognise_pipeline(class_name: str) -> Recognised | None:
+    """What a Diffusers folder is, by the pipeline that its model_index.json names; None if nothing known."""
+    return next((found for prefix, found in _PIPELINES if class_name.startswith(prefix)), None)

@@ -1,0 +1,128 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import Architecture, Conditioning, LatentFormat, LoraTarget, ModelInfo
+from library.architectures.common import clip, kl_vae, ldm_unet
+from library.architectures.common.loading import load_frozen
+from library.architectures.sd import text
+from library.architectures.sd.checkpoint import SDCheckpoint, inspect_checkpoint, vae_identity
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.config.arguments import TrainNetworkOptions
+    from library.diffusion.ddpm import NoiseSchedule
+
+
+class StableDiffusion(Architecture):
+    name = "sd"
+    latent = LatentFormat(
+        channels=4, stride=8, scale=0.18215, shift=0.0, cache_suffix="_sd.npz", multi_resolution=False
+    )
+    text_encoder_targets = (LoraTarget("lora_te", ("CLIPAttention", "CLIPMLP")),)
+    denoiser_target = LoraTarget("lora_unet", ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"))
+    sample_defaults = {"width": 512, "height": 512, "sample_steps": 30, "scale": 7.5}
+
+    # ---- files ----
+
+    def inspect(
+        self, path_or_id: str, *, v2: bool, v_parameterization: bool, vae: str | None, tokenizer_cache_dir: str | None
+    ) -> SDCheckpoint:
+        return inspect_checkpoint(
+            path_or_id, v2=v2, v_parameterization=v_parameterization, vae=vae, tokenizer_cache_dir=tokenizer_cache_dir
+        )
+
+    def load_tokenizers(self, checkpoint: SDCheckpoint) -> list[Any]:
+        return [text.load_tokenizer(checkpoint.tokenizer_folder, v2=checkpoint.v2)]
+
+    def load_text_encoders(self, checkpoint: SDCheckpoint, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
+        source = checkpoint.text_encoder
+        return [load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=device)]
+
+    def load_vae(self, checkpoint: SDCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
+        source = checkpoint.vae
+        return load_frozen(source, partial(kl_vae.build_vae, source.config), dtype=dtype, device=device)
+
+    def load_denoiser(self, checkpoint: SDCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
+        source = checkpoint.unet
+        return load_frozen(source, partial(ldm_unet.build_unet, source.config), dtype=dtype, device=device)
+
+    def vae_identity(self, checkpoint: SDCheckpoint) -> str:
+        return vae_identity(checkpoint.vae)
+
+    # ---- text ----
+
+    def tokenize(
+        self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
+    ) -> dict[str, Tensor]:
+        return text.tokenize(tokenizers[0], captions, max_token_length=max_token_length, weighted=weighted)
+
+    def encode_text(
+        self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
+    ) -> Conditioning:
+        return text.encode_text(text_encoders[0], tokens, clip_skip=clip_skip)
+
+    # ---- latents ----
+
+    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return kl_vae.encode_images(vae, pixels, generators)
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        return kl_vae.decode_latents(vae, latents / self.latent.scale + self.latent.shift)
+
+    # ---- diffusion ----
+
+    def noise_schedule(self, *, zero_terminal_snr: bool) -> NoiseSchedule:
+        from library.diffusion.ddpm import NoiseSchedule
+
+        return NoiseSchedule.scaled_linear(
+            num_timesteps=1000, beta_start=0.00085, beta_end=0.012, zero_terminal_snr=zero_terminal_snr
+        )
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        return denoiser(noisy, timesteps, encoder_hidden_states=conditioning["context"], return_dict=False)[0]
+
+    # ---- memory and speed ----
+
+    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
+        ldm_unet.set_unet_attention(denoiser, backend)
+
+    def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
+        denoiser.enable_gradient_checkpointing()
+        for text_encoder in text_encoders:
+            clip.enable_gradient_checkpointing(text_encoder)
+
+    # ---- records ----
+
+    def metadata(self, info: ModelInfo) -> dict[str, str]:
+        return {"ss_v2": str(info.settings["v2"]), "ss_base_model_version": info.version}
+
+    def modelspec(self, info: ModelInfo) -> dict[str, str]:
+        prediction = "v" if info.v_prediction else "epsilon"
+        if not info.settings["v2"]:
+            architecture, resolution = "stable-diffusion-v1", "512x512"
+        elif info.v_prediction:
+            architecture, resolution = "stable-diffusion-v2-768-v", "768x768"
+        else:
+            architecture, resolution = "stable-diffusion-v2-512", "512x512"
+        return {
+            "architecture": architecture,
+            "implementation": "diffusers",
+            "default_resolution": resolution,
+            "prediction_type": prediction,
+        }
+
+    def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
+        skip, layers = options.model.clip_skip, info.settings["text_layers"]
+        if skip is not None and not 1 <= skip <= layers:
+            raise UserError(f"--clip_skip {skip}: this model's text encoder has {layers} layers, give 1 to {layers}")
+
+
+SD = StableDiffusion()

@@ -1,0 +1,140 @@
+"""Where each model of a Stable Diffusion 1.x/2.x checkpoint lies, for every layout; and writing single files.
+
+Layouts: one original (LDM) file, or a Diffusers folder. Key maps: ``common/ldm_unet.py``, ``kl_vae.py``, ``clip.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.common import clip, kl_vae, ldm_unet
+from library.architectures.common.diffusers_folder import read_json, weight_file
+from library.architectures.common.key_map import KeyMap, TensorLayout
+from library.architectures.common.loading import ModelSource
+from library.architectures.common.tensor_files import Shapes, TensorFile
+from library.errors import UserError
+from library.files.safetensors_io import save_pickle, save_tensors
+
+V1_TEXT = "cond_stage_model.transformer."
+V2_TEXT = "cond_stage_model.model."
+#: SD 2.x takes the penultimate OpenCLIP layer: the last block is stored but not used
+V2_UNUSED_LAYERS = 1
+
+_UNET_NAMES = ("conv_in", "conv_norm_out", "conv_out", "time_embedding", "down_blocks", "mid_block", "up_blocks")
+
+
+# ---- one original file ----
+
+
+def ldm_unet_source(file: TensorFile) -> ModelSource:
+    config = ldm_unet.infer_unet_config(file.shapes)
+    return ModelSource("U-Net", file, ldm_unet.ldm_unet_layout(config), config)
+
+
+def ldm_text_source(file: TensorFile, *, v2: bool) -> ModelSource:
+    if v2:
+        config = clip.infer_openclip_config(file.shapes, prefix=V2_TEXT, unused_layers=V2_UNUSED_LAYERS)
+        layout = clip.openclip_layout(config["num_hidden_layers"], prefix=V2_TEXT)
+    else:
+        prefix = _clip_prefix(file.shapes, V1_TEXT)
+        config = clip.infer_clip_config(file.shapes, prefix=prefix, activation="quick_gelu")
+        layout = clip.clip_layout(prefix=prefix)
+    return ModelSource("text encoder", file, layout, config)
+
+
+def vae_source(file: TensorFile) -> ModelSource | None:
+    """The autoencoder in a checkpoint or in a file of its own, with LDM or diffusers names; None without one."""
+    for prefix in (kl_vae.LDM_PREFIX, "", "vae."):
+        if f"{prefix}encoder.conv_in.weight" not in file.shapes:
+            continue
+        config = kl_vae.infer_vae_config(file.shapes, prefix=prefix)
+        if f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in file.shapes:
+            return ModelSource("VAE", file, kl_vae.diffusers_vae_layout(file.shapes, prefix=prefix), config)
+        return ModelSource("VAE", file, kl_vae.ldm_vae_layout(config, prefix=prefix), config)
+    return None
+
+
+def _clip_prefix(shapes: Shapes, root: str) -> str:
+    """Most files name tensors below ``text_model.``, some directly below ``root``."""
+    return root + (clip.TEXT_MODEL if any(name.startswith(root + clip.TEXT_MODEL) for name in shapes) else "")
+
+
+# ---- Diffusers folders ----
+
+
+def diffusers_unet_source(folder: Path) -> ModelSource:
+    file = TensorFile.open(weight_file(folder))
+    layout = TensorLayout(KeyMap((name, name) for name in _UNET_NAMES))
+    return ModelSource("U-Net", file, layout, read_json(folder / "config.json"))
+
+
+def diffusers_text_source(folder: Path) -> ModelSource:
+    file = TensorFile.open(weight_file(folder))
+    layout = clip.clip_layout(prefix=_clip_prefix(file.shapes, ""))
+    return ModelSource("text encoder", file, layout, read_json(folder / "config.json"))
+
+
+def diffusers_vae_source(folder: Path) -> ModelSource:
+    file = TensorFile.open(weight_file(folder))
+    return ModelSource("VAE", file, kl_vae.diffusers_vae_layout(file.shapes), read_json(folder / "config.json"))
+
+
+# ---- writing ----
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    vae: nn.Module,
+    source: TensorFile | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one original-layout file, ``.safetensors`` or ``.ckpt``.
+
+    Loading a file and saving it in its own dtype gives the same tensors bit for bit, without ``position_ids``.
+
+    Args:
+        source: the single file the models came from: SD 2.x's tensors that the models do not hold (the unused last
+            block, ``text_projection``, ``logit_scale``) are taken from there. Without one they get stand-ins, which no
+            reader of SD 2.x uses.
+        dtype: cast floating-point tensors; None keeps the models' own.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    v2 = bool(unet.config["use_linear_projection"])
+    tensors = dict(ldm_unet.ldm_unet_layout(unet.config).write(unet.state_dict()))
+    tensors |= kl_vae.ldm_vae_layout(vae.config).write(vae.state_dict())
+    if v2:
+        layers = text_encoder.config.num_hidden_layers
+        tensors |= clip.openclip_layout(layers, prefix=V2_TEXT).write(text_encoder.state_dict())
+        tensors |= _unused_text_tensors(tensors, layers, source)
+    else:
+        tensors |= clip.clip_layout(prefix=V1_TEXT + clip.TEXT_MODEL).write(text_encoder.state_dict())
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    if path.suffix == ".safetensors":
+        save_tensors(path, tensors, dict(metadata or {}))
+    else:
+        save_pickle(path, {"state_dict": tensors})
+
+
+def _unused_text_tensors(written: Mapping[str, Tensor], layers: int, source: TensorFile | None) -> dict[str, Tensor]:
+    """SD 2.x's tensors that a file has and the models do not."""
+    if source is not None:
+        names = [name for name in source.shapes if name.startswith(V2_TEXT) and name not in written]
+        if names:
+            return dict(source.read([name for name in names if not name.endswith("attn_mask")]))
+    last, unused = (f"{V2_TEXT}transformer.resblocks.{layer}." for layer in (layers - 1, layers))
+    stand_ins = {unused + n[len(last) :]: t.clone() for n, t in written.items() if n.startswith(last)}
+    norm = written[f"{V2_TEXT}ln_final.weight"]
+    stand_ins[f"{V2_TEXT}text_projection"] = norm.new_ones(len(norm), len(norm))
+    stand_ins[f"{V2_TEXT}logit_scale"] = norm.new_ones(())
+    return stand_ins

@@ -1,0 +1,65 @@
+"""Published options that this version refuses: what a run would silently not do otherwise."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+_HUB = "uploads are not supported yet; upload the saved files with huggingface_hub's command line"
+_VALIDATION = "validation is not supported yet; compare sample images instead"
+_DEEPSPEED = "DeepSpeed is not supported yet; use gradient checkpointing and an 8-bit optimizer to save memory"
+_FULL = "training in half precision only is not supported yet; use --mixed_precision with float32 adapters"
+_FP8 = "fp8 base models are not supported yet; --mixed_precision bf16 halves the memory"
+_INITIAL = "starting in the middle is not supported yet; --resume goes on exactly where a state stood"
+_DDP = "has no effect: adapters are trained without DistributedDataParallel; remove it"
+
+#: option -> why it is refused, and what to use
+REFUSED = MappingProxyType(
+    {
+        "in_json": "metadata files are not supported yet; use caption files beside the pictures",
+        "dataset_class": "dataset classes of your own are not supported yet; use --dataset_config",
+        "masked_loss": "mask pictures are not supported yet",
+        "conditioning_data_dir": "conditioning and mask pictures are not supported yet",
+        "alpha_mask": "alpha masks are not supported yet",
+        "color_aug": "colour variation is not supported yet; vary the pictures beforehand",
+        "face_crop_aug_range": "face crops are not supported yet; crop the pictures beforehand",
+        "token_warmup_step": "the tag warm-up is not supported yet",
+        "cache_info": "not supported yet; sizes are read from the headers at each start",
+        "debug_dataset": "not supported yet; the summary before the first step shows the buckets",
+        "validation_split": _VALIDATION,
+        "validation_seed": _VALIDATION,
+        "validate_every_n_steps": _VALIDATION,
+        "validate_every_n_epochs": _VALIDATION,
+        "max_validation_steps": _VALIDATION,
+        "huggingface_repo_id": _HUB,
+        "huggingface_repo_type": _HUB,
+        "huggingface_path_in_repo": _HUB,
+        "huggingface_token": _HUB,
+        "huggingface_repo_visibility": _HUB,
+        "save_state_to_huggingface": _HUB,
+        "async_upload": _HUB,
+        "resume_from_huggingface": "states on the Hub are not supported yet; download it and name the folder with --resume",
+        "full_fp16": _FULL,
+        "full_bf16": _FULL,
+        "fp8_base": _FP8,
+        "fp8_base_unet": _FP8,
+        "torch_compile": "compiling is not supported yet",
+        "dynamo_backend": "compiling is not supported yet",
+        "cpu_offload_checkpointing": "not supported yet; use --gradient_checkpointing",
+        "mem_eff_attn": "superseded; use --sdpa, which takes no more memory",
+        "fused_backward_pass": "only full-model training gains by it; adapters' gradients are small",
+        "ddp_gradient_as_bucket_view": _DDP,
+        "ddp_static_graph": _DDP,
+        "initial_epoch": _INITIAL,
+        "initial_step": _INITIAL,
+        "skip_until_initial_step": _INITIAL,
+        "deepspeed": _DEEPSPEED,
+        "zero_stage": _DEEPSPEED,
+        "offload_optimizer_device": _DEEPSPEED,
+        "offload_optimizer_nvme_path": _DEEPSPEED,
+        "offload_param_device": _DEEPSPEED,
+        "offload_param_nvme_path": _DEEPSPEED,
+        "zero3_init_flag": _DEEPSPEED,
+        "zero3_save_16bit_model": _DEEPSPEED,
+        "fp16_master_weights_and_gradients": _DEEPSPEED,
+    }
+)

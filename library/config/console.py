@@ -1,0 +1,34 @@
+"""Where log lines go and how they look."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from library.config.arguments import ConsoleOptions
+
+#: lines of these are for their developers
+_NOISY = ("accelerate", "PIL", "httpx", "urllib3", "matplotlib", "filelock", "fsspec", "diffusers")
+
+
+def setup_console(options: ConsoleOptions) -> None:
+    """Set up the root logger: rich on a terminal, plain lines elsewhere, a file if one is named."""
+    level = getattr(logging, options.console_log_level or "INFO")
+    handler: logging.Handler
+    if options.console_log_file:
+        handler = logging.FileHandler(options.console_log_file, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    elif sys.stderr.isatty() and not options.console_log_simple:
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+    # it warns at each import of a 4-bit kernel that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,90 @@
+"""How a dataclass field becomes a flag: ``option`` declares it, ``add_flags`` puts it on a parser."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    type: Callable[[str], Any] | None = None,
+    choices: Sequence[Any] | None = None,
+    nargs: str | None = None,
+    aliases: Sequence[str] = (),
+    secret: bool = False,
+) -> Any:
+    """A field that is a flag of the same name.
+
+    Args:
+        default: ``False`` makes a switch.
+        help: what it does, with units; the default is added to it.
+        type: converter of the text; left out for switches and texts.
+        secret: whether the value must never be logged or recorded.
+    """
+    metadata = {
+        "help": help,
+        "type": type,
+        "choices": choices,
+        "nargs": nargs,
+        "aliases": tuple(aliases),
+        "secret": secret,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def int_or_float(text: str) -> int | float:
+    """Steps (``100``) as int; a share of the run (``0.1``, ``10%``, ``1.0``) as float.
+
+    Raises:
+        argparse.ArgumentTypeError: neither, or a share over 1.
+    """
+    try:
+        if text.endswith("%"):
+            value: int | float = float(text[:-1]) / 100
+        elif any(mark in text for mark in ".eE"):
+            value = float(text)
+        else:
+            value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write steps (100), or a share of the run (0.1 or 10%)") from None
+    if value < 0 or (isinstance(value, float) and value > 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: a share of the run lies between 0 and 1; steps are whole numbers")
+    return value
+
+
+def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
+    """One section of flags, titled by the dataclass's docstring."""
+    section = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0].rstrip("."))
+    for field in dataclasses.fields(group):
+        add_flag(section, field)
+
+
+def add_flag(section: Any, field: dataclasses.Field[Any]) -> None:
+    """One flag from one field."""
+    given = field.metadata
+    # argparse expands % in help
+    help_text = given["help"].replace("%", "%%")
+    if field.default is False:
+        section.add_argument(f"--{field.name}", *given["aliases"], action="store_true", help=help_text)
+        return
+    shown = "" if field.default in (None, "") else f" (default: {field.default})".replace("%", "%%")
+    section.add_argument(
+        f"--{field.name}",
+        *given["aliases"],
+        type=given["type"] or str,
+        default=field.default,
+        choices=given["choices"],
+        nargs=given["nargs"],
+        help=help_text + shown,
+        metavar=None if given["choices"] else _metavar(given["type"]),
+    )
+
+
+def _metavar(kind: Callable[[str], Any] | None) -> str:
+    return {int: "N", float: "X", int_or_float: "N", Path: "PATH"}.get(kind, "TEXT")  # type: ignore[arg-type]

@@ -1,0 +1,244 @@
+"""Rules between options: one small function each, all checked at once before anything is loaded.
+
+A rule yields ``error(...)`` for what cannot work and ``warning(...)`` for what has no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.config.arguments import TrainNetworkOptions, flat
+from library.config.availability import REFUSED
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.architectures.base import Architecture
+
+
+@dataclass(frozen=True)
+class Finding:
+    text: str
+    fatal: bool
+
+
+def error(text: str) -> Finding:
+    return Finding(text, fatal=True)
+
+
+def warning(text: str) -> Finding:
+    return Finding(text, fatal=False)
+
+
+Rule = Callable[[TrainNetworkOptions], Iterator[Finding]]
+
+
+def check(options: TrainNetworkOptions, architecture: Architecture) -> list[str]:
+    """Apply every rule; returns the warnings.
+
+    Raises:
+        UserError: all errors, one line each.
+    """
+    findings = [*_refused(options, REFUSED), *_refused(options, architecture.refused_options)]
+    for rule in RULES:
+        findings += rule(options)
+    errors = [finding.text for finding in findings if finding.fatal]
+    if errors:
+        raise UserError("\n".join(errors))
+    return [finding.text for finding in findings]
+
+
+def _refused(options: TrainNetworkOptions, table: Mapping[str, str]) -> Iterator[Finding]:
+    for field, value in flat(options):
+        if field.name in table and value != field.default:
+            yield error(f"--{field.name}: {table[field.name]}")
+
+
+# ---- what must be there ----
+
+
+def needs_model(o: TrainNetworkOptions) -> Iterator[Finding]:
+    if not o.model.pretrained_model_name_or_path:
+        yield error("--pretrained_model_name_or_path: name the base model: a file, a Diffusers folder, or a Hub id")
+
+
+def needs_network(o: TrainNetworkOptions) -> Iterator[Finding]:
+    if not o.network.network_module:
+        yield error("--network_module: name what is trained, e.g. networks.lora")
+
+
+def needs_output(o: TrainNetworkOptions) -> Iterator[Finding]:
+    if not o.output.output_dir:
+        yield error("--output_dir: name the folder for the results")
+    elif Path(o.output.output_dir).exists() and not Path(o.output.output_dir).is_dir():
+        yield error(f"--output_dir {o.output.output_dir}: a file, not a folder")
+    name = o.output.output_name
+    if name and Path(name).name != name:
+        yield error(f"--output_name {name}: a name without folders; put the folder into --output_dir")
+
+
+def needs_data(o: TrainNetworkOptions) -> Iterator[Finding]:
+    if o.dataset.dataset_config is None and not o.dataset.train_data_dir:
+        yield error("no data: name a dataset file with --dataset_config, or a folder with --train_data_dir")
+    if o.dataset.dataset_config is not None and (o.dataset.train_data_dir or o.dataset.reg_data_dir):
+        yield warning("--train_data_dir and --reg_data_dir have no effect beside --dataset_config")
+
+
+# ---- what excludes each other ----
+
+
+def network_parts(o: TrainNetworkOptions) -> Iterator[Finding]:
+    n = o.network
+    if n.network_train_unet_only and n.network_train_text_encoder_only:
+        yield error("--network_train_unet_only and --network_train_text_encoder_only exclude each other")
+    if n.network_train_unet_only and o.optimizer.text_encoder_lr:
+        yield warning("--text_encoder_lr has no effect with --network_train_unet_only")
+    if n.network_train_text_encoder_only and o.optimizer.unet_lr is not None:
+        yield warning("--unet_lr has no effect with --network_train_text_encoder_only")
+
+
+def network_files(o: TrainNetworkOptions) -> Iterator[Finding]:
+    n = o.network
+    if n.dim_from_weights and not n.network_weights:
+        yield error("--dim_from_weights: needs --network_weights, the file to take ranks from")
+    if n.base_weights_multiplier and len(n.base_weights_multiplier) > len(n.base_weights or []):
+        yield error("--base_weights_multiplier: more values than --base_weights files")
+
+
+def attention(o: TrainNetworkOptions) -> Iterator[Finding]:
+    if o.training.sdpa and o.training.xformers:
+        yield error("--sdpa and --xformers exclude each other: give one")
+
+
+def cached_latents(o: TrainNetworkOptions) -> Iterator[Finding]:
+    d = o.dataset
+    if (d.cache_latents or d.cache_latents_to_disk) and d.random_crop:
+        yield error("--random_crop: not with cached latents, which are made once; remove one of them")
+    if d.skip_cache_check and not d.cache_latents_to_disk:
+        yield warning("--skip_cache_check has no effect without --cache_latents_to_disk")
+
+
+# ---- numbers ----
+
+
+def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
+    at_least_one = {
+        "max_train_steps": o.training.max_train_steps,
+        "max_train_epochs": o.training.max_train_epochs,
+        "gradient_accumulation_steps": o.training.gradient_accumulation_steps,
+        "train_batch_size": o.dataset.train_batch_size,
+        "vae_batch_size": o.dataset.vae_batch_size,
+        "network_dim": o.network.network_dim,
+        "save_every_n_epochs": o.output.save_every_n_epochs,
+        "save_every_n_steps": o.output.save_every_n_steps,
+        "save_n_epoch_ratio": o.output.save_n_epoch_ratio,
+        "save_last_n_epochs": o.output.save_last_n_epochs,
+        "save_last_n_steps": o.output.save_last_n_steps,
+        "save_last_n_epochs_state": o.output.save_last_n_epochs_state,
+        "save_last_n_steps_state": o.output.save_last_n_steps_state,
+        "sample_every_n_steps": o.sample.sample_every_n_steps,
+        "sample_every_n_epochs": o.sample.sample_every_n_epochs,
+        "clip_skip": o.model.clip_skip,
+        "lr_scheduler_num_cycles": o.scheduler.lr_scheduler_num_cycles,
+    }
+    at_least_zero = {
+        "max_data_loader_n_workers": o.dataset.max_data_loader_n_workers,
+        "keep_tokens": o.dataset.keep_tokens,
+        "learning_rate": o.optimizer.learning_rate,
+        "unet_lr": o.optimizer.unet_lr,
+        "max_grad_norm": o.optimizer.max_grad_norm,
+        "network_alpha": o.network.network_alpha,
+        "prior_loss_weight": o.loss.prior_loss_weight,
+    }
+    for least, options in ((1, at_least_one), (0, at_least_zero)):
+        for name, value in options.items():
+            if value is not None and value < least:
+                yield error(f"--{name} {value}: must be at least {least}")
+    shares = {
+        "network_dropout": o.network.network_dropout,
+        "caption_dropout_rate": o.dataset.caption_dropout_rate,
+        "caption_tag_dropout_rate": o.dataset.caption_tag_dropout_rate,
+    }
+    for name, value in shares.items():
+        if value is not None and not 0 <= value <= 1:
+            yield error(f"--{name} {value}: must lie between 0 and 1")
+
+
+def timestep_range(o: TrainNetworkOptions) -> Iterator[Finding]:
+    low = o.noise.min_timestep if o.noise.min_timestep is not None else 0
+    high = o.noise.max_timestep if o.noise.max_timestep is not None else 1000
+    if not 0 <= low < high <= 1000:
+        yield error(f"--min_timestep {low} and --max_timestep {high}: 0 <= min < max <= 1000 must hold")
+
+
+# ---- what needs something else ----
+
+
+def v_prediction(o: TrainNetworkOptions) -> Iterator[Finding]:
+    if o.loss.scale_v_pred_loss_like_noise_pred and not o.model.v_parameterization:
+        yield error("--scale_v_pred_loss_like_noise_pred: only for models that predict v (--v_parameterization)")
+    if o.loss.v_pred_like_loss and o.model.v_parameterization:
+        yield error("--v_pred_like_loss: only for models that predict noise; remove it or --v_parameterization")
+    if o.noise.zero_terminal_snr and not o.model.v_parameterization:
+        yield warning("--zero_terminal_snr is meant for models that predict v (--v_parameterization)")
+
+
+def noise(o: TrainNetworkOptions) -> Iterator[Finding]:
+    n = o.noise
+    if n.noise_offset is None:
+        if n.adaptive_noise_scale is not None:
+            yield error("--adaptive_noise_scale: needs --noise_offset, which it changes")
+        if n.noise_offset_random_strength:
+            yield warning("--noise_offset_random_strength has no effect without --noise_offset")
+    if n.ip_noise_gamma is None and n.ip_noise_gamma_random_strength:
+        yield warning("--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma")
+
+
+def huber(o: TrainNetworkOptions) -> Iterator[Finding]:
+    if o.loss.huber_c <= 0 or o.loss.huber_scale <= 0:
+        yield error("--huber_c and --huber_scale: must be greater than 0")
+
+
+def samples(o: TrainNetworkOptions) -> Iterator[Finding]:
+    s = o.sample
+    wanted = s.sample_every_n_steps or s.sample_every_n_epochs or s.sample_at_first
+    if wanted and not s.sample_prompts:
+        yield error("--sample_every_n_steps, --sample_every_n_epochs, --sample_at_first: need --sample_prompts, a file")
+    if s.sample_prompts and not wanted:
+        yield warning("--sample_prompts has no effect without --sample_every_n_steps or --sample_every_n_epochs")
+
+
+def retention(o: TrainNetworkOptions) -> Iterator[Finding]:
+    out = o.output
+    epochs = out.save_every_n_epochs or out.save_n_epoch_ratio
+    if (out.save_last_n_epochs or out.save_last_n_epochs_state) and not epochs:
+        yield warning("--save_last_n_epochs has no effect without --save_every_n_epochs")
+    if (out.save_last_n_steps or out.save_last_n_steps_state) and not out.save_every_n_steps:
+        yield warning("--save_last_n_steps has no effect without --save_every_n_steps")
+
+
+def clip_skip(o: TrainNetworkOptions) -> Iterator[Finding]:
+    if o.model.v2 and o.model.clip_skip is not None:
+        yield warning("--clip_skip is unusual with --v2, which uses the last but one layer already")
+
+
+RULES: tuple[Rule, ...] = (
+    needs_model,
+    needs_network,
+    needs_output,
+    needs_data,
+    network_parts,
+    network_files,
+    attention,
+    cached_latents,
+    positive_numbers,
+    timestep_range,
+    v_prediction,
+    noise,
+    huber,
+    samples,
+    retention,
+    clip_skip,
+)

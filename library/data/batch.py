@@ -1,0 +1,52 @@
+"""What a step is given: several samples of one size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Samples of one dataset and bucket; either ``latents`` or ``images`` is there.
+
+    Shape legend: B samples, C latent channels, (h, w) latent size, (H, W) bucket size.
+    """
+
+    latents: Tensor | None  # (B, C, h, w) float32, as caches store them
+    images: Tensor | None  # (B, 3, H, W) float32 in [-1, 1]
+    captions: list[str]
+    tokens: dict[str, Tensor]  # batch first; stay on the host until they are encoded
+    visits: list[int]  # keys of all randomness of a sample, see library.randomness
+    loss_weights: Tensor  # (B,)
+    paths: list[str]
+    bucket: tuple[int, int]  # (W, H)
+    original_sizes: Tensor  # (B, 2) int64, (W, H) of the pictures
+    crop_top_lefts: Tensor  # (B, 2) int64, (left, top) of the crop in the resized picture
+    flipped: list[bool]
+    network_multiplier: float = 1.0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """A copy whose samples are on ``device``; tokens stay."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            latents=move(self.latents),
+            images=move(self.images),
+            loss_weights=self.loss_weights.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by the loader, so that copies to the device need not wait."""
+
+        def pin(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.pin_memory()
+
+        return replace(
+            self, latents=pin(self.latents), images=pin(self.images), loss_weights=self.loss_weights.pin_memory()
+        )

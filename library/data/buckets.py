@@ -1,0 +1,83 @@
+"""Aspect-ratio buckets: which sizes there are, and which one a picture is trained at. All sizes are (W, H) pixels."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BucketRules:
+    """A dataset's bucket settings, pixels."""
+
+    resolution: Size
+    enabled: bool = False
+    min_side: int = 256
+    max_side: int = 1024
+    step: int = 64
+    no_upscale: bool = False
+
+
+class Buckets:
+    """The sizes of one dataset."""
+
+    def __init__(self, rules: BucketRules) -> None:
+        self._rules = rules
+        self._sizes = make_sizes(rules) if rules.enabled and not rules.no_upscale else []
+        self._ratios = [width / height for width, height in self._sizes]
+
+    def assign(self, size: Size) -> Size:
+        """The bucket of a picture: its own aspect ratio's nearest, or without buckets the resolution."""
+        rules = self._rules
+        if not rules.enabled:
+            return rules.resolution
+        if rules.no_upscale:
+            return own_size(size, rules)
+        ratio = size[0] / size[1]
+        after = bisect.bisect_left(self._ratios, ratio)
+        near = self._sizes[max(0, after - 1) : after + 1]
+        # of two equally near, the larger
+        return min(near, key=lambda s: (abs(s[0] / s[1] - ratio), -s[0] * s[1]))
+
+
+def make_sizes(rules: BucketRules) -> list[Size]:
+    """Sizes in multiples of ``step`` whose area does not exceed the resolution's, one for each aspect ratio.
+
+    For every width the tallest height that fits, and the same turned; sorted by aspect ratio.
+    """
+    area = rules.resolution[0] * rules.resolution[1]
+    sizes = set()
+    side = int(area**0.5) // rules.step * rules.step
+    if side >= rules.min_side:
+        sizes.add((min(side, rules.max_side),) * 2)
+    for width in range(_up(rules.min_side, rules.step), rules.max_side + 1, rules.step):
+        height = min(rules.max_side, area // width // rules.step * rules.step)
+        if height >= rules.min_side:
+            sizes |= {(width, height), (height, width)}
+    by_ratio: dict[float, Size] = {}
+    for size in sorted(sizes, key=lambda s: s[0] * s[1]):
+        by_ratio[size[0] / size[1]] = size  # the larger of one ratio stays
+    return [by_ratio[ratio] for ratio in sorted(by_ratio)]
+
+
+def own_size(size: Size, rules: BucketRules) -> Size:
+    """Without enlarging: the picture's size, shrunk to the resolution's area, cut to multiples of ``step``."""
+    width, height = size
+    area = rules.resolution[0] * rules.resolution[1]
+    if width * height > area:
+        scale = (area / (width * height)) ** 0.5
+        width, height = int(width * scale + 1e-6), int(height * scale + 1e-6)
+    return max(rules.step, width // rules.step * rules.step), max(rules.step, height // rules.step * rules.step)
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def mean_aspect_error(pairs: list[tuple[Size, Size]]) -> float:
+    """Mean absolute difference between pictures' and their buckets' aspect ratios, for the metadata."""
+    if not pairs:
+        return 0.0
+    return sum(abs(size[0] / size[1] - bucket[0] / bucket[1]) for size, bucket in pairs) / len(pairs)

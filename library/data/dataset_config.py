@@ -1,0 +1,383 @@
+"""The dataset file: what data a run has, checked in full before anything is loaded.
+
+A key may stand in a subset, a dataset, ``[general]``, or on the command line; the nearest wins. All mistakes
+of a file are reported at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from library.config.arguments import DatasetOptions
+from library.config.config_file import load_toml
+from library.data.buckets import BucketRules
+from library.data.captions import CaptionRules
+from library.data.image_io import EXTENSIONS
+from library.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class SubsetSpec:
+    """One folder of pictures."""
+
+    where: str  # for messages: "data.toml: [[datasets]] 1 > [[datasets.subsets]] 2"
+    image_dir: Path
+    num_repeats: int
+    is_reg: bool
+    class_tokens: str | None
+    caption_extension: str
+    captions: CaptionRules
+    flip_aug: bool
+    random_crop: bool
+    resize_interpolation: str | None
+    custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Subsets that share resolution, buckets and batch size."""
+
+    buckets: BucketRules
+    batch_size: int
+    network_multiplier: float
+    resize_interpolation: str | None
+    subsets: tuple[SubsetSpec, ...]
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    source: str  # the file's name, or "command line"
+    datasets: tuple[DatasetSpec, ...]
+
+
+# ---- the schema ----
+
+_GENERAL, _DATASET, _SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
+_EVERYWHERE = (_GENERAL, _DATASET, _SUBSET)
+_OF_DATASET = (_GENERAL, _DATASET)
+
+
+@dataclass(frozen=True)
+class _Key:
+    kind: str  # one of _CHECKS
+    levels: tuple[str, ...]
+    flag: str | None = None  # option that holds the command line's value
+    default: Any = None
+
+
+_KEYS: dict[str, _Key] = {
+    "resolution": _Key("size", _OF_DATASET, "resolution"),
+    "batch_size": _Key("positive", _OF_DATASET, "train_batch_size"),
+    "enable_bucket": _Key("bool", _OF_DATASET, "enable_bucket"),
+    "min_bucket_reso": _Key("positive", _OF_DATASET, "min_bucket_reso"),
+    "max_bucket_reso": _Key("positive", _OF_DATASET, "max_bucket_reso"),
+    "bucket_reso_steps": _Key("positive", _OF_DATASET, "bucket_reso_steps"),
+    "bucket_no_upscale": _Key("bool", _OF_DATASET, "bucket_no_upscale"),
+    "network_multiplier": _Key("number", _OF_DATASET, None, 1.0),
+    "resize_interpolation": _Key("interpolation", _EVERYWHERE, "resize_interpolation"),
+    "num_repeats": _Key("int", _EVERYWHERE, "dataset_repeats"),
+    "flip_aug": _Key("bool", _EVERYWHERE, "flip_aug"),
+    "random_crop": _Key("bool", _EVERYWHERE, "random_crop"),
+    "shuffle_caption": _Key("bool", _EVERYWHERE, "shuffle_caption"),
+    "keep_tokens": _Key("natural", _EVERYWHERE, "keep_tokens"),
+    "keep_tokens_separator": _Key("str", _EVERYWHERE, "keep_tokens_separator"),
+    "secondary_separator": _Key("str", _EVERYWHERE, "secondary_separator"),
+    "caption_separator": _Key("str", _EVERYWHERE, "caption_separator"),
+    "caption_extension": _Key("str", _EVERYWHERE, "caption_extension"),
+    "caption_prefix": _Key("str", _EVERYWHERE, "caption_prefix"),
+    "caption_suffix": _Key("str", _EVERYWHERE, "caption_suffix"),
+    "enable_wildcard": _Key("bool", _EVERYWHERE, "enable_wildcard"),
+    "caption_dropout_rate": _Key("share", _EVERYWHERE, "caption_dropout_rate"),
+    "caption_dropout_every_n_epochs": _Key("natural", _EVERYWHERE, "caption_dropout_every_n_epochs"),
+    "caption_tag_dropout_rate": _Key("share", _EVERYWHERE, "caption_tag_dropout_rate"),
+    "custom_attributes": _Key("table", _EVERYWHERE, None, MappingProxyType({})),
+    "class_tokens": _Key("str", _EVERYWHERE),
+    "is_reg": _Key("bool", (_SUBSET,), None, False),
+    "image_dir": _Key("str", (_SUBSET,)),
+    # published keys that this version refuses unless they are off, see UNSUPPORTED
+    "metadata_file": _Key("str", (_SUBSET,)),
+    "conditioning_data_dir": _Key("str", (_SUBSET,)),
+    "alpha_mask": _Key("bool", (_SUBSET,)),
+    "face_crop_aug_range": _Key("list", _EVERYWHERE),
+    "color_aug": _Key("bool", _EVERYWHERE),
+    "token_warmup_step": _Key("number", _EVERYWHERE),
+    "token_warmup_min": _Key("natural", _EVERYWHERE),
+    "cache_info": _Key("bool", _EVERYWHERE),
+    "validation_split": _Key("share", _OF_DATASET),
+    "validation_seed": _Key("int", _OF_DATASET),
+}
+
+#: published keys that are refused when they are on: why, and what to use
+UNSUPPORTED: Mapping[str, str] = MappingProxyType(
+    {
+        "metadata_file": "metadata files are not supported yet; use caption files beside the pictures",
+        "conditioning_data_dir": "conditioning and mask pictures are not supported yet",
+        "alpha_mask": "alpha masks are not supported yet",
+        "face_crop_aug_range": "face crops are not supported yet; crop the pictures beforehand",
+        "color_aug": "colour variation is not supported yet; vary the pictures beforehand",
+        "token_warmup_step": "the tag warm-up is not supported yet",
+        "cache_info": "not supported yet; sizes are read from the headers at each start",
+        "validation_split": "validation is not supported yet; compare sample images instead",
+    }
+)
+
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+#: kind -> (test, what to write)
+_CHECKS = {
+    "bool": (lambda v: isinstance(v, bool), "true or false"),
+    "int": (_is_int, "a whole number"),
+    "natural": (lambda v: _is_int(v) and v >= 0, "a whole number, 0 or more"),
+    "positive": (lambda v: _is_int(v) and v >= 1, "a whole number, 1 or more"),
+    "number": (_is_number, "a number"),
+    "share": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "str": (lambda v: isinstance(v, str), "text in quotes"),
+    "table": (lambda v: isinstance(v, Mapping), "a table"),
+    "list": (lambda v: isinstance(v, list) and all(_is_number(n) for n in v), "a list of numbers"),
+    "interpolation": (lambda v: v in INTERPOLATIONS, "one of " + ", ".join(INTERPOLATIONS)),
+    "size": (
+        lambda v: (_is_int(v) and v > 0)
+        or (isinstance(v, list) and len(v) in (1, 2) and all(_is_int(n) and n > 0 for n in v)),
+        "a number of pixels, or [width, height]",
+    ),
+}
+
+
+# ---- reading ----
+
+
+def load_dataset_config(path: Path | str | None, options: DatasetOptions) -> DatasetConfig:
+    """Read and check the dataset file, or the folders that the command line names.
+
+    Raises:
+        UserError: every mistake, one line each, with file, table, key and remedy.
+    """
+    if path is None:
+        return _Reader("command line", options).read(_from_folders(options))
+    path = Path(path)
+    if path.suffix.lower() not in (".toml", ".json"):
+        raise UserError(f"--dataset_config {path}: must end with .toml or .json")
+    return _Reader(str(path), options).read(_load_json(path) if path.suffix.lower() == ".json" else load_toml(path))
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def _from_folders(options: DatasetOptions) -> dict[str, Any]:
+    """``--train_data_dir`` and ``--reg_data_dir``: sub-folders named ``<repeats>_<class tokens>``."""
+    subsets = []
+    for flag, folder, is_reg in (
+        ("--train_data_dir", options.train_data_dir, False),
+        ("--reg_data_dir", options.reg_data_dir, True),
+    ):
+        if not folder:
+            continue
+        if not Path(folder).is_dir():
+            raise UserError(f"{flag} {folder}: no such folder")
+        found = []
+        for inner in sorted(p for p in Path(folder).iterdir() if p.is_dir()):
+            named = re.fullmatch(r"(\d+)_(.*)", inner.name)
+            if named and int(named.group(1)) >= 1:
+                found.append(
+                    {"image_dir": str(inner), "num_repeats": int(named.group(1)), "class_tokens": named.group(2), "is_reg": is_reg}
+                )
+        if not found:
+            raise UserError(
+                f"{flag} {folder}: has no folder named <repeats>_<class tokens>, such as '10_sks cat'; name the parent "
+                "of the picture folders"
+            )
+        subsets += found
+    return {"datasets": [{"subsets": subsets}]}
+
+
+class _Reader:
+    """One file's tables to specs, collecting every mistake."""
+
+    def __init__(self, source: str, options: DatasetOptions) -> None:
+        self._source = source
+        self._options = options
+        self._problems: list[str] = []
+
+    def read(self, content: Any) -> DatasetConfig:
+        if not isinstance(content, Mapping):
+            raise UserError(f"{self._source}: must hold the tables [general] and [[datasets]]")
+        for key in content:
+            if key not in ("general", "datasets"):
+                hint = did_you_mean(key, ["general", "datasets"])
+                inside = f"; put it into {_KEYS[key].levels[0]}" if key in _KEYS else ""
+                self._problem("top level", key, f"unknown key{hint}{inside}")
+        general = self._table(content.get("general", {}), _GENERAL, _GENERAL)
+        datasets = []
+        tables = content.get("datasets", [])
+        if not isinstance(tables, list) or not tables:
+            self._problem("top level", "datasets", "there must be at least one [[datasets]] table")
+            tables = []
+        for index, table in enumerate(tables, start=1):
+            datasets.append(self._dataset(table, general, f"[[datasets]] {index}"))
+        if self._problems:
+            raise UserError("\n".join(self._problems))
+        return DatasetConfig(self._source, tuple(d for d in datasets if d is not None))
+
+    def _problem(self, where: str, key: str, text: str) -> None:
+        self._problems.append(f"{self._source}: {where}: {key}: {text}")
+
+    def _table(self, table: Any, level: str, where: str) -> dict[str, Any]:
+        """Values of one table that are of the right kind and at the right level."""
+        if not isinstance(table, Mapping):
+            self._problem(where, level, "must be a table")
+            return {}
+        good = {}
+        for name, value in table.items():
+            if name == "subsets" and level == _DATASET:
+                continue
+            key = _KEYS.get(name)
+            if key is None:
+                self._problem(where, name, f"unknown key{did_you_mean(name, _KEYS)}")
+            elif level not in key.levels:
+                self._problem(where, name, f"belongs into {' or '.join(key.levels)}")
+            elif not _CHECKS[key.kind][0](value):
+                self._problem(where, name, f"{value!r}: write {_CHECKS[key.kind][1]}")
+            elif name in UNSUPPORTED and value:
+                self._problem(where, name, UNSUPPORTED[name])
+            else:
+                good[name] = value
+        return good
+
+    def _lookup(self, *tables: Mapping[str, Any]) -> dict[str, Any]:
+        """Every key's value: the nearest table's, else the command line's, else the default."""
+        values = {}
+        for name, key in _KEYS.items():
+            fallback = getattr(self._options, key.flag) if key.flag else None
+            if name == "caption_extension" and self._options.caption_extention:
+                fallback = self._options.caption_extention
+            found = next((table[name] for table in tables if name in table), fallback)
+            values[name] = key.default if found is None else found
+        return values
+
+    def _dataset(self, table: Any, general: Mapping[str, Any], where: str) -> DatasetSpec | None:
+        own = self._table(table, _DATASET, where)
+        values = self._lookup(own, general)
+        resolution = _size(values["resolution"])
+        if resolution is None:
+            self._problem(where, "resolution", f"{values['resolution']!r}: give it here or as --resolution, in pixels, such as 512")
+            resolution = (64, 64)
+        rules = BucketRules(
+            resolution=resolution,
+            enabled=values["enable_bucket"],
+            min_side=values["min_bucket_reso"],
+            max_side=values["max_bucket_reso"],
+            step=values["bucket_reso_steps"],
+            no_upscale=values["bucket_no_upscale"],
+        )
+        if rules.enabled and not rules.no_upscale and not rules.min_side <= min(resolution) <= max(resolution) <= rules.max_side:
+            self._problem(
+                where,
+                "min_bucket_reso, max_bucket_reso",
+                f"{rules.min_side} to {rules.max_side}: must hold the resolution {resolution[0]}x{resolution[1]}",
+            )
+        subsets = table.get("subsets", []) if isinstance(table, Mapping) else []
+        if not isinstance(subsets, list) or not subsets:
+            self._problem(where, "subsets", "there must be at least one [[datasets.subsets]] table")
+            subsets = []
+        specs = [
+            self._subset(subset, own, general, f"{where} > [[datasets.subsets]] {index}")
+            for index, subset in enumerate(subsets, start=1)
+        ]
+        if subsets and all(spec is None or spec.is_reg for spec in specs) and not self._problems:
+            self._problem(where, "is_reg", "all subsets are regularisation pictures; there is nothing to train on")
+        return DatasetSpec(
+            buckets=rules,
+            batch_size=values["batch_size"],
+            network_multiplier=float(values["network_multiplier"]),
+            resize_interpolation=values["resize_interpolation"],
+            subsets=tuple(spec for spec in specs if spec is not None),
+        )
+
+    def _subset(
+        self, table: Any, dataset: Mapping[str, Any], general: Mapping[str, Any], where: str
+    ) -> SubsetSpec | None:
+        own = self._table(table, _SUBSET, where)
+        values = self._lookup(own, dataset, general)
+        folder = values["image_dir"]
+        if folder is None:
+            if isinstance(table, Mapping) and "image_dir" not in table and not table.get("metadata_file"):
+                self._problem(where, "image_dir", "is missing: name the folder with the pictures")
+            return None
+        if not Path(folder).is_dir():
+            self._problem(where, "image_dir", f"{folder}: no such folder")
+            return None
+        if not any(_has_pictures(Path(folder))):
+            self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)})")
+            return None
+        if values["num_repeats"] < 1:
+            self._problem(where, "num_repeats", f"{values['num_repeats']}: must be at least 1; remove the subset to leave it out")
+            return None
+        extension = values["caption_extension"]
+        return SubsetSpec(
+            where=f"{self._source}: {where}",
+            image_dir=Path(folder),
+            num_repeats=values["num_repeats"],
+            is_reg=values["is_reg"],
+            class_tokens=values["class_tokens"],
+            caption_extension=extension if extension.startswith(".") or not extension else f".{extension}",
+            captions=CaptionRules(
+                prefix=values["caption_prefix"],
+                suffix=values["caption_suffix"],
+                separator=values["caption_separator"],
+                secondary_separator=values["secondary_separator"],
+                shuffle=values["shuffle_caption"],
+                keep_tokens=values["keep_tokens"],
+                keep_tokens_separator=values["keep_tokens_separator"],
+                wildcards=values["enable_wildcard"],
+                dropout_rate=values["caption_dropout_rate"],
+                dropout_every_n_epochs=values["caption_dropout_every_n_epochs"],
+                tag_dropout_rate=values["caption_tag_dropout_rate"],
+            ),
+            flip_aug=values["flip_aug"],
+            random_crop=values["random_crop"],
+            resize_interpolation=values["resize_interpolation"],
+            custom_attributes=values["custom_attributes"],
+        )
+
+
+def _has_pictures(folder: Path) -> Iterator[bool]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.lower().endswith(EXTENSIONS):
+                yield True
+
+
+def _size(value: Any) -> tuple[int, int] | None:
+    """(W, H) of a number, a list, or the command line's "n" or "w,h"; ``None`` if it is none of them."""
+    if isinstance(value, str):
+        parts = value.replace(" ", "").split(",")
+        if not all(part.isdigit() for part in parts):
+            return None
+        value = [int(part) for part in parts]
+    if _is_int(value):
+        value = [value]
+    if not value or len(value) > 2 or min(value) < 1:
+        return None
+    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])

@@ -1,0 +1,143 @@
+"""A run's data in the published metadata keys, and in lines for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from library.data.buckets import mean_aspect_error
+from library.data.dataset import BucketedDataset, TrainingData
+from library.data.dataset_config import SubsetSpec
+
+
+def metadata(data: TrainingData, *, from_file: bool, world_size: int = 1) -> dict[str, Any]:
+    """``ss_datasets`` (with a dataset file) or the flat keys (without), and the counts; tables as Python values."""
+    entries: dict[str, Any] = {
+        "ss_num_train_images": sum(d.num_train for d in data.datasets),
+        "ss_num_validation_images": 0,
+        "ss_num_reg_images": sum(d.num_reg for d in data.datasets),
+        "ss_num_batches_per_epoch": data.batches_per_process(world_size),
+    }
+    dirs: dict[str, dict[str, int]] = {}
+    reg_dirs: dict[str, dict[str, int]] = {}
+    tags: dict[str, dict[str, int]] = {}
+    for dataset in data.datasets:
+        for index, subset in enumerate(dataset.spec.subsets):
+            count = sum(record.subset == index for record in dataset.records)
+            target = reg_dirs if subset.is_reg else dirs
+            if subset.is_reg and from_file:
+                continue
+            target[_free_name(target, subset.image_dir.name)] = {"n_repeats": subset.num_repeats, "img_count": count}
+        for name, counts in _tag_frequency(dataset).items():
+            tags[_free_name(tags, name)] = counts
+    entries |= {"ss_dataset_dirs": dirs, "ss_tag_frequency": tags}
+    if from_file:
+        entries["ss_datasets"] = [_dataset_entry(dataset) for dataset in data.datasets]
+        return entries
+    first = data.datasets[0]
+    rules, subset = first.spec.buckets, first.spec.subsets[0]
+    return entries | {
+        "ss_reg_dataset_dirs": reg_dirs,
+        "ss_bucket_info": _bucket_info(first),
+        "ss_batch_size_per_device": first.spec.batch_size,
+        "ss_total_batch_size": first.spec.batch_size * world_size,
+        "ss_resolution": rules.resolution,
+        "ss_color_aug": False,
+        "ss_flip_aug": subset.flip_aug,
+        "ss_random_crop": subset.random_crop,
+        "ss_shuffle_caption": subset.captions.shuffle,
+        "ss_enable_bucket": rules.enabled,
+        "ss_bucket_no_upscale": rules.no_upscale,
+        "ss_min_bucket_reso": rules.min_side if rules.enabled else None,
+        "ss_max_bucket_reso": rules.max_side if rules.enabled else None,
+        "ss_keep_tokens": subset.captions.keep_tokens,
+    }
+
+
+def _free_name(taken: dict[str, Any], name: str) -> str:
+    """Equal folder names get " (2)", " (3)", ..."""
+    number, free = 2, name
+    while free in taken:
+        free = f"{name} ({number})"
+        number += 1
+    return free
+
+
+def _tag_frequency(dataset: BucketedDataset) -> dict[str, dict[str, int]]:
+    """Tags of each folder's captions, split at commas, in lower case, as often as an epoch's captions have them."""
+    found: dict[str, dict[str, int]] = {}
+    for index, subset in enumerate(dataset.spec.subsets):
+        counts: Counter[str] = Counter()
+        for record in dataset.records:
+            if record.subset == index:
+                tags = (tag.strip().lower() for tag in record.caption.split(","))
+                counts.update(tag for tag in tags if tag)
+        found[_free_name(found, subset.image_dir.name)] = {
+            tag: count * subset.num_repeats for tag, count in counts.items()
+        }
+    return found
+
+
+def _bucket_info(dataset: BucketedDataset) -> dict[str, Any] | None:
+    if not dataset.spec.buckets.enabled:
+        return None
+    counts = dataset.bucket_counts()
+    pairs = [(record.size, dataset.bucket_of[index]) for index, record in enumerate(dataset.records)]
+    return {
+        "buckets": {
+            str(index): {"resolution": list(size), "count": count} for index, (size, count) in enumerate(counts.items())
+        },
+        "mean_img_ar_error": mean_aspect_error(pairs),
+    }
+
+
+def _dataset_entry(dataset: BucketedDataset) -> dict[str, Any]:
+    rules = dataset.spec.buckets
+    return {
+        "is_dreambooth": True,
+        "batch_size_per_device": dataset.spec.batch_size,
+        "num_train_images": dataset.num_train,
+        "num_reg_images": dataset.num_reg,
+        "resolution": list(rules.resolution),
+        "enable_bucket": rules.enabled,
+        "min_bucket_reso": rules.min_side if rules.enabled else None,
+        "max_bucket_reso": rules.max_side if rules.enabled else None,
+        "tag_frequency": _tag_frequency(dataset),
+        "bucket_info": _bucket_info(dataset),
+        "resize_interpolation": dataset.spec.resize_interpolation,
+        "subsets": [_subset_entry(dataset, index, subset) for index, subset in enumerate(dataset.spec.subsets)],
+    }
+
+
+def _subset_entry(dataset: BucketedDataset, index: int, subset: SubsetSpec) -> dict[str, Any]:
+    captions = subset.captions
+    return {
+        "img_count": sum(record.subset == index for record in dataset.records),
+        "num_repeats": subset.num_repeats,
+        "color_aug": False,
+        "flip_aug": subset.flip_aug,
+        "random_crop": subset.random_crop,
+        "shuffle_caption": captions.shuffle,
+        "keep_tokens": captions.keep_tokens,
+        "keep_tokens_separator": captions.keep_tokens_separator,
+        "secondary_separator": captions.secondary_separator,
+        "enable_wildcard": captions.wildcards,
+        "caption_prefix": captions.prefix,
+        "caption_suffix": captions.suffix,
+        "resize_interpolation": subset.resize_interpolation,
+        "image_dir": subset.image_dir.name,
+        "class_tokens": subset.class_tokens,
+        "is_reg": subset.is_reg,
+    }
+
+
+def summary_rows(data: TrainingData) -> list[tuple[str, str]]:
+    """Rows for the table before the first step."""
+    rows = []
+    for number, dataset in enumerate(data.datasets, start=1):
+        name = "data" if len(data.datasets) == 1 else f"data {number}"
+        reg = f" and {dataset.num_reg} regularisation pictures" if dataset.num_reg else ""
+        rows.append((name, f"{dataset.num_train} pictures an epoch{reg}, batch size {dataset.spec.batch_size}"))
+        sizes = ", ".join(f"{w}x{h}: {count}" for (w, h), count in dataset.bucket_counts().items())
+        rows.append(("buckets" if len(data.datasets) == 1 else f"buckets {number}", sizes))
+    return rows

@@ -1,0 +1,16 @@
+"""One training image: where it is, how large, and what it is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """An image of a subset; its place in the dataset's list is its identity in keyed randomness."""
+
+    path: Path
+    size: tuple[int, int]  # (W, H) pixels, after EXIF orientation
+    caption: str  # the text of the caption file, or the class tokens
+    subset: int  # index into the dataset's subsets

@@ -1,0 +1,64 @@
+"""Comparing prediction and target, element by element.
+
+Shape legend: B batch, C latent channels, (h, w) latent size, T number of timesteps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from library.diffusion.ddpm import NoiseSchedule
+
+
+def conditional_loss(prediction: Tensor, target: Tensor, loss_type: str, huber_c: Tensor | None = None) -> Tensor:
+    """Unreduced loss (B, C, h, w).
+
+    ``l2``: (p - t)^2. ``l1``: |p - t|. ``huber``: 2c (sqrt((p - t)^2 + c^2) - c), the pseudo-Huber loss
+    (Khrapov et al. 2024, arXiv:2403.16728, eq. 6), which is (p - t)^2 for small differences.
+    ``smooth_l1``: 2 (sqrt((p - t)^2 + c^2) - c), which is 2 |p - t| for large ones.
+
+    Args:
+        huber_c: (B,) thresholds for ``huber`` and ``smooth_l1``.
+
+    Raises:
+        ValueError: an unknown ``loss_type``, or ``huber_c`` is missing.
+    """
+    difference = prediction - target
+    if loss_type == "l2":
+        return difference.square()
+    if loss_type == "l1":
+        return difference.abs()
+    if loss_type not in ("huber", "smooth_l1"):
+        raise ValueError(f"unknown loss type {loss_type!r}")
+    if huber_c is None:
+        raise ValueError(f"loss type {loss_type!r} needs huber_c")
+    c = huber_c.view(-1, *([1] * (prediction.dim() - 1)))  # (B,) -> (B, 1, 1, 1)
+    smooth = 2.0 * ((difference.square() + c.square()).sqrt() - c)
+    return c * smooth if loss_type == "huber" else smooth
+
+
+def huber_threshold(
+    timesteps: Tensor, schedule: NoiseSchedule, huber_schedule: str, huber_c: float, huber_scale: float
+) -> Tensor:
+    """The threshold c of each sample (B,), by timestep (Khrapov et al. 2024, arXiv:2403.16728, sec. 4).
+
+    ``constant``: c. ``exponential``: exp(t ln(c) / T), from 1 at t = 0 towards c. ``snr``: (1 - c) / (1 + sigma)^2
+    + c with sigma = sqrt((1 - alpha_bar) / alpha_bar). All times ``huber_scale``.
+
+    Raises:
+        ValueError: an unknown ``huber_schedule``.
+    """
+    if huber_schedule == "constant":
+        threshold = torch.full(timesteps.shape, huber_c, dtype=torch.float32, device=timesteps.device)
+    elif huber_schedule == "exponential":
+        threshold = torch.exp(timesteps * (math.log(huber_c) / schedule.num_timesteps))
+    elif huber_schedule == "snr":
+        alphas = schedule.alphas_cumprod[timesteps]
+        sigma = ((1.0 - alphas) / alphas).sqrt()
+        threshold = (1.0 - huber_c) / (1.0 + sigma).square() + huber_c
+    else:
+        raise ValueError(f"unknown huber schedule {huber_schedule!r}")
+    return threshold * huber_scale

@@ -1,0 +1,54 @@
+"""Weights of a sample's loss by its timestep; all take (B,) timesteps and return (B,) float32.
+
+SNR is alpha_bar / (1 - alpha_bar). A schedule with zero terminal SNR has SNR 0 at its last step.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from library.diffusion.ddpm import NoiseSchedule
+
+#: SNRs above this are treated alike, so that weights at the first timesteps do not vanish
+_MAX_DEBIASED_SNR = 1000.0
+#: keeps a division by the SNR finite at a zero terminal SNR
+_MIN_SNR = 1e-8
+
+
+def min_snr_weight(timesteps: Tensor, schedule: NoiseSchedule, gamma: float, v_prediction: bool) -> Tensor:
+    """min(SNR, gamma) / SNR for noise prediction, min(SNR, gamma) / (SNR + 1) for v-prediction.
+
+    Hang et al. 2023 (arXiv:2303.09556), sec. 3.4.
+    """
+    snr = schedule.snr()[timesteps]
+    clipped = snr.clamp(max=gamma)
+    if v_prediction:
+        return clipped / (snr + 1.0)
+    # the limit of min(SNR, gamma) / SNR for SNR -> 0 is 1
+    return clipped.clamp(min=_MIN_SNR) / snr.clamp(min=_MIN_SNR)
+
+
+def scale_v_pred_like_noise(timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """SNR / (SNR + 1): the factor between the v-prediction loss and the noise-prediction loss of one error.
+
+    With v = (eps - sqrt(1 - alpha_bar) x_t) / sqrt(alpha_bar) for a given x_t, an error of v is one of eps
+    divided by sqrt(alpha_bar), and alpha_bar = SNR / (SNR + 1) (Salimans & Ho 2022, arXiv:2202.00512).
+    """
+    snr = schedule.snr()[timesteps]
+    return snr / (snr + 1.0)
+
+
+def v_pred_like_weight(timesteps: Tensor, schedule: NoiseSchedule, strength: float) -> Tensor:
+    """1 + strength * (SNR + 1) / SNR: adds the v-prediction loss of the same error to a noise-prediction loss."""
+    return 1.0 + strength / scale_v_pred_like_noise(timesteps, schedule).clamp(min=_MIN_SNR)
+
+
+def debiased_weight(timesteps: Tensor, schedule: NoiseSchedule, v_prediction: bool) -> Tensor:
+    """1 / sqrt(SNR), with the SNR at most 1000; 1 / (SNR + 1) for v-prediction.
+
+    Yu et al. 2023 (arXiv:2310.08442), eq. 11, for noise prediction.
+    """
+    snr = schedule.snr()[timesteps].clamp(max=_MAX_DEBIASED_SNR)
+    if v_prediction:
+        return 1.0 / (snr + 1.0)
+    return 1.0 / snr.clamp(min=_MIN_SNR).sqrt()

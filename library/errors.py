@@ -1,0 +1,49 @@
+"""Errors that the user can mend: one clear line each, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """Something the user gave is wrong: the message names the file, key or flag, and the remedy.
+
+    Several findings may be reported at once, one per line.
+    """
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return ``' (did you mean "x"?)'`` for the nearest candidate, or an empty string."""
+    # 0.6 is difflib's own default: nearer words only, so that no far-fetched hint is given
+    nearest = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return f' (did you mean "{nearest[0]}"?)' if nearest else ""
+
+
+def exits_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
+    """Let ``function`` end the program with the error's lines instead of a traceback.
+
+    Only the outermost call of a program carries this; code below raises ``UserError``.
+
+    Raises:
+        SystemExit: with code 2, after printing each line as ``error: ...`` to stderr.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(USER_ERROR_EXIT_CODE) from None
+
+    return wrapper

@@ -1,0 +1,193 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written beside its place under a name that begins with "." and ends with ".tmp", flushed to
+the disk, and renamed into place. A process that dies leaves the previous file whole and at most a temporary
+one, which the next write of the same target removes. A folder ends with a manifest of its files' sizes and
+hashes, written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from library.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+_CHUNK = 1 << 20  # bytes read at a time
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it becomes ``path``, on an error it is removed.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    _clear(temporary)
+    try:
+        with _clear_errors(path):
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush_folder(path.parent)
+    finally:
+        _clear(temporary)
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a UTF-8 file atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success it becomes ``path`` with a manifest.
+
+    An existing folder is moved aside first and removed when the new one is in its place.
+
+    Raises:
+        UserError: the disk is full, or the parent folder cannot be written.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    _clear(temporary)
+    try:
+        with _clear_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            _write_manifest(temporary)
+            aside = path.with_name(f".{path.name}.old.tmp")
+            _clear(aside)
+            if path.exists():
+                os.replace(path, aside)
+            os.replace(temporary, path)
+            _flush_folder(path.parent)
+            _clear(aside)
+    finally:
+        _clear(temporary)
+
+
+def read_manifest(path: Path | str) -> dict[str, dict[str, object]]:
+    """``{relative file name: {"size": bytes, "sha256": hex}}`` of a folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    manifest = Path(path) / MANIFEST_NAME
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{manifest}: no readable manifest ({error}); the folder is not complete") from None
+
+
+def verify_directory(path: Path | str) -> None:
+    """Compare a folder with its manifest.
+
+    Raises:
+        UserError: naming the first file that is missing, cut short or changed.
+    """
+    path = Path(path)
+    for name, entry in read_manifest(path).items():
+        file = path / name
+        if not file.exists():
+            raise UserError(f"{path}: {name} is missing; the folder is damaged, use another")
+        size = file.stat().st_size
+        if size != entry["size"]:
+            raise UserError(f"{path}: {name} has {size} of {entry['size']} bytes; the folder is damaged, use another")
+        if _sha256(file) != entry["sha256"]:
+            raise UserError(f"{path}: {name} has changed since it was written; the folder is damaged, use another")
+
+
+def remove_tree(path: Path | str) -> None:
+    """Remove a folder so that a reader never finds a part of it under its name."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.old.tmp")
+    _clear(aside)
+    os.replace(path, aside)
+    shutil.rmtree(aside)
+
+
+# ---- pieces ----
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _clear(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"{path}: the disk is full{_free_space(path)}; what was there before is whole") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{path}: may not be written ({error.strerror})") from error
+        raise
+
+
+def _free_space(path: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB free)"
+    except OSError:
+        return ""
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _flush(file)
+        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+    manifest = folder / MANIFEST_NAME
+    manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    _flush(manifest)
+    _flush_folder(folder)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(file: Path) -> None:
+    # opened for writing, because Windows flushes only such handles
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # Windows has no handle to flush a folder by
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,161 @@
+"""Reading and writing tensor files: safetensors headers without torch, tensors one at a time, safe pickles."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+from library.files.atomic import atomic_path
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: a header longer than this is not one (the format's own limit is 100 MB)
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: str  # as the format spells it: "F32", "BF16", "I64", ...
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+
+
+def read_header(path: Path | str) -> Header:
+    """Names, shapes and metadata of a safetensors file, without reading tensors.
+
+    Raises:
+        UserError: no such file, not a safetensors file (the message says what it seems to be), or cut short.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise UserError(f"{path}: not a safetensors file{_seems(path)}")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a safetensors file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path}: not a safetensors file{_seems(path)}") from None
+    metadata = header.pop("__metadata__", {})
+    needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < needed:
+        raise UserError(f"{path}: the file is cut short: {size} of {needed} bytes; copy or download it again")
+    tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    return Header(metadata, tensors)
+
+
+def _seems(path: Path) -> str:
+    """What a file that is no safetensors file appears to be."""
+    with path.open("rb") as file:
+        start = file.read(200)
+    if not start:
+        return ": it is empty"
+    if start.lstrip()[:1] == b"<":
+        return ": it seems to be a web page; the download went wrong"
+    if start.startswith(b"version https://git-lfs"):
+        return ": it is a git-lfs pointer; fetch the real file with git lfs pull"
+    if start.startswith((b"PK", b"\x80")):
+        return ": it seems to be a pickled checkpoint; name it .ckpt"
+    return ""
+
+
+def iterate_tensors(path: Path | str, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors one at a time from the memory-mapped file, in the file's order or that of ``names``."""
+    from safetensors import safe_open
+
+    read_header(path)  # clear errors for damaged files
+    with safe_open(str(path), framework="pt") as file:
+        for name in file.keys() if names is None else names:  # noqa: SIM118
+            yield name, file.get_tensor(name)
+
+
+def load_tensors(
+    path: Path | str,
+    names: Iterable[str] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Tensors by name; ``dtype`` casts floating-point tensors only.
+
+    Raises:
+        UserError: as ``read_header``.
+    """
+    loaded = {}
+    for name, tensor in iterate_tensors(path, names):
+        cast = dtype if dtype is not None and tensor.is_floating_point() else None
+        loaded[name] = tensor.to(device=device, dtype=cast)
+    return loaded
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; views and shared storage are written as plain tensors."""
+    from safetensors.torch import save_file
+
+    plain = {}
+    storages = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        if tensor.numel() and storage in storages:
+            tensor = tensor.clone()
+        storages.add(storage)
+        plain[name] = tensor
+    with atomic_path(path) as temporary:
+        save_file(plain, str(temporary), metadata=dict(metadata) if metadata else None)
+
+
+def load_pickle(path: Path | str) -> dict[str, Tensor]:
+    """Tensors of a ``.ckpt``, ``.pt`` or ``.bin`` file; nothing in it is executed.
+
+    Raises:
+        UserError: no such file, damaged, or holding more than tensors and plain values.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        # files of torch before 1.6 are no zip archives and cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: holds objects other than tensors, which could run code, and is not opened; "
+            "convert it to .safetensors where you trust it"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not named tensors")
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def save_pickle(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors with ``torch.save``, atomically."""
+    import torch
+
+    with atomic_path(path) as temporary:
+        torch.save(dict(tensors), temporary)

@@ -1,0 +1,295 @@
+"""Images from text with any family that has a DDPM noise schedule: previews of training and ``gen_img.py``.
+
+Drawing leaves no trace in a training run: modules return to the mode and device they were in, and no global
+random state is used. Image and noise depend on the seed alone, not on the batch an image was drawn in.
+
+Shape legend: B images, C latent channels, (h, w) latent size, (H, W) pixels, T tokens, D features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import Architecture, Conditioning
+from library.diffusion.samplers import create_scheduler_for, set_timesteps
+from library.inference.prompt_line import SamplePrompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+MAX_RANDOM_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class ImageModels:
+    """The models of one family to draw with, frozen or in the middle of their training."""
+
+    architecture: Architecture
+    tokenizers: Sequence[Any]
+    text_encoders: Sequence[nn.Module]
+    denoiser: nn.Module
+    vae: nn.Module
+    v_prediction: bool = False
+    adapters: Sequence[nn.Module] = ()  # networks applied to the others, so that their dropout is off, too
+
+    def modules(self) -> list[nn.Module]:
+        return [*self.text_encoders, self.denoiser, self.vae, *self.adapters]
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """How to draw, the same for all images of a run."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32  # of autocast in text encoders and denoiser; float32: no autocast
+    zero_terminal_snr: bool = False
+    clip_skip: int | None = None
+    max_token_length: int | None = None  # tokens of the text window: 75 (or None), 150 or 225
+    weighted: bool = True  # whether (word:1.2) and [word] in prompts are emphasis
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """All that defines one image, besides the models."""
+
+    prompt: str
+    negative_prompt: str
+    width: int  # pixels
+    height: int  # pixels
+    steps: int
+    scale: float  # classifier-free guidance; 1: none
+    sampler: str
+    seed: int
+
+    def record(self, *, model: str, network: str = "") -> dict[str, str]:
+        """Text for ``save_png``; ``model`` and ``network`` are names for people."""
+        record = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": str(self.seed),
+            "steps": str(self.steps),
+            "scale": f"{self.scale:g}",
+            "sampler": self.sampler,
+            "size": f"{self.width}x{self.height}",
+            "model": model,
+        }
+        return {**record, "network": network} if network else record
+
+    def drawn_with(self, other: ImageSettings) -> bool:
+        """Whether both images may share a batch: all but text and seed is equal."""
+        return replace(self, prompt="", negative_prompt="", seed=0) == replace(
+            other, prompt="", negative_prompt="", seed=0
+        )
+
+
+def settings_for(
+    prompt: SamplePrompt, defaults: Mapping[str, Any], *, sampler: str, seed: int | None = None
+) -> ImageSettings:
+    """Complete a sample prompt.
+
+    Args:
+        prompt: settings that are ``None`` come from the next ones.
+        defaults: the family's ``sample_defaults``: ``width``, ``height``, ``sample_steps``, ``scale``.
+        sampler: for prompts that name none.
+        seed: for prompts that name none; ``None`` draws one, without touching any random state.
+    """
+    full = prompt.with_defaults(defaults).with_defaults({"sample_sampler": sampler, "seed": seed})
+    return ImageSettings(
+        prompt=full.prompt,
+        negative_prompt=full.negative_prompt or "",
+        width=full.width,
+        height=full.height,
+        steps=full.sample_steps,
+        scale=full.scale,
+        sampler=full.sample_sampler,
+        seed=full.seed if full.seed is not None else random_seed(),
+    )
+
+
+def random_seed() -> int:
+    """A seed from the operating system: neither uses nor disturbs any generator."""
+    return random.SystemRandom().randint(0, MAX_RANDOM_SEED)
+
+
+# ---- images ----
+
+
+def generate_image(models: ImageModels, settings: ImageSettings, options: DrawOptions) -> Image:
+    """Draw one image.
+
+    Raises:
+        UserError: the sampler cannot work with the model.
+    """
+    return generate_images(models, [settings], options)[0]
+
+
+def generate_images(
+    models: ImageModels,
+    batch: Sequence[ImageSettings],
+    options: DrawOptions,
+    encoded: dict[str, Conditioning] | None = None,
+) -> list[Image]:
+    """Draw images in one batch.
+
+    Args:
+        models: see there.
+        batch: settings that differ in text and seed at most.
+        options: see there.
+        encoded: texts encoded before, by text; what is missing is added. Use another one, or none, when the
+            models have changed.
+
+    Raises:
+        UserError: the sampler cannot work with the model.
+    """
+    with _undisturbed(models.modules(), options.device):
+        latents = generate_latents(models, batch, options, encoded)
+        with _on_device(models.vae, options.device), torch.inference_mode():
+            # one at a time: decoding takes far more memory than sampling
+            pixels = [models.architecture.decode_latents(models.vae, latent.unsqueeze(0)) for latent in latents]
+    if not all(torch.isfinite(p).all() for p in pixels):
+        logger.warning("an image holds NaN and will be (partly) black; try --no_half_vae or bf16")
+    return [to_image(p[0]) for p in pixels]
+
+
+def generate_latents(
+    models: ImageModels,
+    batch: Sequence[ImageSettings],
+    options: DrawOptions,
+    encoded: dict[str, Conditioning] | None = None,
+) -> Tensor:
+    """Sample the latents (B, C, h, w), float32, as the denoiser sees them; arguments as ``generate_images``."""
+    first = batch[0]
+    if not all(first.drawn_with(settings) for settings in batch):
+        raise ValueError("images of one batch must agree in all settings but text and seed")
+    latent = models.architecture.latent
+    shape = (1, latent.channels, first.height // latent.stride, first.width // latent.stride)
+    generators = [torch.Generator(device="cpu").manual_seed(settings.seed) for settings in batch]
+    noise = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(options.device)
+    scheduler = create_scheduler_for(
+        first.sampler, v_prediction=models.v_prediction, zero_terminal_snr=options.zero_terminal_snr
+    )
+    set_timesteps(scheduler, first.steps, options.device)
+    encoded = {} if encoded is None else encoded
+    with (
+        _undisturbed(models.modules(), options.device),
+        torch.inference_mode(),
+        torch.autocast(options.device.type, dtype=options.dtype, enabled=options.dtype != torch.float32),
+    ):
+        positive = _encode(models, [settings.prompt for settings in batch], options, encoded)
+        if first.scale == 1.0:
+            predict = _plain(models, positive)
+        else:
+            negative = _encode(models, [settings.negative_prompt for settings in batch], options, encoded)
+            predict = _guided(models, positive, negative, first.scale)
+        return sample(scheduler, predict, noise, generators)
+
+
+def sample(
+    scheduler: Any,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Run a diffusers scheduler from noise to latents.
+
+    Args:
+        scheduler: with its timesteps set.
+        predict: (B, C, h, w) and timesteps (B,) to the model's prediction (B, C, h, w).
+        noise: (B, C, h, w), standard normal.
+        generators: one for each image; samplers that add noise draw from them.
+    """
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": list(generators)} if draws else {}
+    latents = noise * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep)
+        prediction = predict(scaled, timestep.expand(len(latents)))
+        latents = scheduler.step(prediction.float(), timestep, latents, return_dict=False, **extra)[0]
+    return latents
+
+
+def _plain(models: ImageModels, positive: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda noisy, timesteps: models.architecture.predict(models.denoiser, noisy, timesteps, positive)
+
+
+def _guided(
+    models: ImageModels, positive: Conditioning, negative: Conditioning, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Classifier-free guidance, both predictions in one pass (Ho & Salimans 2022, arXiv:2207.12598, eq. 6)."""
+    both = Conditioning.cat([negative, positive])
+
+    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        # (B, C, h, w) -> (2B, C, h, w)
+        prediction = models.architecture.predict(
+            models.denoiser, torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), both
+        ).float()
+        without, with_prompt = prediction.chunk(2)
+        return without + scale * (with_prompt - without)
+
+    return predict
+
+
+def _encode(
+    models: ImageModels, texts: Sequence[str], options: DrawOptions, encoded: dict[str, Conditioning]
+) -> Conditioning:
+    """Text to conditioning (B, T, D), each distinct text once and by itself, whatever shares its batch."""
+    for text in texts:
+        if text in encoded:
+            continue
+        tokens = models.architecture.tokenize(
+            models.tokenizers, [text], max_token_length=options.max_token_length, weighted=options.weighted
+        )
+        tokens = {name: tensor.to(options.device) for name, tensor in tokens.items()}
+        encoded[text] = models.architecture.encode_text(models.text_encoders, tokens, clip_skip=options.clip_skip)
+    return Conditioning.cat([encoded[text] for text in texts])
+
+
+def to_image(pixels: Tensor) -> Image:
+    """(3, H, W) in [-1, 1] to an 8-bit RGB image; what is not a number becomes black."""
+    from PIL import Image
+
+    levels = ((pixels.float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())  # (3, H, W) -> (H, W, 3)
+
+
+# ---- leaving no trace ----
+
+
+@contextlib.contextmanager
+def _undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Modules in eval mode meanwhile, each back in its own mode after; global generators as they were."""
+    modes = [(module, module.training) for root in modules for module in root.modules()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            for module in modules:
+                module.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextlib.contextmanager
+def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module that may be parked elsewhere (a preview's VAE in host memory), on ``device`` meanwhile."""
+    parameter = next(module.parameters(), None)
+    home = parameter.device if parameter is not None else device
+    if home == device:
+        yield
+        return
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)

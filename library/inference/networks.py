@@ -1,0 +1,120 @@
+"""Additional networks (LoRA and the like) for drawing, through the public network protocol."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.errors import UserError
+from library.inference.generate import ImageModels
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NetworkChoice:
+    """One network of the command line."""
+
+    module: str  # importable name, e.g. networks.lora
+    weights: str  # file
+    multiplier: float
+    arguments: dict[str, str]
+
+
+def choose_networks(
+    modules: Sequence[str] | None,
+    weights: Sequence[str] | None,
+    multipliers: Sequence[float] | None,
+    arguments: Sequence[str] | None,
+) -> list[NetworkChoice]:
+    """Pair the i-th module with the i-th weights, multiplier (or 1) and arguments (or none).
+
+    Raises:
+        UserError: the numbers do not fit, a file is missing, arguments are not ``key=value,key=value``.
+    """
+    modules, weights = list(modules or []), list(weights or [])
+    multipliers, arguments = list(multipliers or []), list(arguments or [])
+    if len(weights) != len(modules):
+        raise UserError(
+            f"--network_weights: {len(weights)} files for {len(modules)} networks of --network_module; "
+            "give one file for each"
+        )
+    for flag, values in (("--network_mul", multipliers), ("--network_args", arguments)):
+        if len(values) > len(modules):
+            raise UserError(f"{flag}: {len(values)} values for {len(modules)} networks of --network_module")
+    for path in weights:
+        if not Path(path).is_file():
+            raise UserError(f"--network_weights: {path}: no such file")
+    multipliers += [1.0] * (len(modules) - len(multipliers))
+    arguments += [""] * (len(modules) - len(arguments))
+    return [
+        NetworkChoice(module, path, multiplier, _read_arguments(text))
+        for module, path, multiplier, text in zip(modules, weights, multipliers, arguments, strict=True)
+    ]
+
+
+def _read_arguments(text: str) -> dict[str, str]:
+    read = {}
+    for part in filter(None, (part.strip() for part in text.replace(";", ",").split(","))):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise UserError(f'--network_args: "{part}" is not key=value; several are joined with commas')
+        read[name.strip()] = value.strip()
+    return read
+
+
+def apply_networks(
+    choices: Sequence[NetworkChoice], models: ImageModels, *, merge: bool, dtype: torch.dtype, device: torch.device
+) -> list[nn.Module]:
+    """Create the networks and apply them to the models, or merge them in.
+
+    Returns:
+        the applied networks, in order; none when merged.
+
+    Raises:
+        UserError: module missing or without the protocol, weights that fit nothing.
+    """
+    text = models.text_encoders[0] if len(models.text_encoders) == 1 else list(models.text_encoders)
+    applied = []
+    for choice in choices:
+        module = _import(choice.module)
+        network, weights = module.create_network_from_weights(
+            choice.multiplier, choice.weights, models.vae, text, models.denoiser, for_inference=True, **choice.arguments
+        )
+        if merge:
+            network.merge_to(text, models.denoiser, weights, dtype, device)
+            logger.info("merged %s with multiplier %g", choice.weights, choice.multiplier)
+            continue
+        network.apply_to(text, models.denoiser)
+        loaded = network.load_state_dict(weights, strict=False)
+        if loaded.unexpected_keys:
+            logger.warning(
+                "%s: %d tensors fit no module of this model, the first is %s",
+                choice.weights,
+                len(loaded.unexpected_keys),
+                loaded.unexpected_keys[0],
+            )
+        network.to(device=device, dtype=dtype).eval()
+        logger.info("applied %s with multiplier %g", choice.weights, choice.multiplier)
+        applied.append(network)
+    return applied
+
+
+def _import(name: str) -> Any:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if name == missing or name.startswith(f"{missing}."):
+            raise UserError(f"--network_module {name}: no such module; LoRA is networks.lora") from None
+        raise UserError(f"--network_module {name}: it needs the package {missing}, which is not installed") from None
+    if not hasattr(module, "create_network_from_weights"):
+        raise UserError(f"--network_module {name}: not a network module (it has no create_network_from_weights)")
+    return module

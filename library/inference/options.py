@@ -1,0 +1,286 @@
+"""The command line of ``gen_img.py``: one field per published flag, and those that this version refuses."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from library.config.arguments import ConsoleOptions
+from library.config.fields import option
+from library.diffusion.samplers import SAMPLER_NAMES, check_sampler
+from library.errors import UserError
+from library.inference.prompt_line import MAX_SEED, MAX_STEPS
+
+
+def _refused(default: Any, why: str, **more: Any) -> Any:
+    """A published flag that this version takes only to say what to use instead."""
+    metadata = option(default, f"not available: {why}", **more).metadata
+    return field(default=default, metadata={**metadata, "refused": why})
+
+
+_SDXL = "this version draws with SD 1.x and 2.x only"
+_IMG2IMG = "this version draws from text only"
+_INTERACTIVE = "give prompts with --prompt or --from_file"
+_SDXL_SIZE = "it only concerns SDXL, and this version draws with SD 1.x and 2.x only"
+_TRAINED_NOISE = "it only concerns the start noise of special models; use the plain start noise"
+_HIGHRES = "this version has no highres fix; use --W and --H"
+_CONTROL = "this version has no ControlNet"
+_DEEP_SHRINK = "this version has no Deep Shrink"
+_GRADUAL = "this version has no Gradual Latent"
+_REGIONS = "this version has no regional prompts"
+
+
+@dataclass(frozen=True)
+class ImageModelOptions:
+    """Model."""
+
+    ckpt: str | None = option(None, "checkpoint file, Diffusers folder or Hub id")
+    v1: bool = option(False, "the model is Stable Diffusion 1.x, as it is without --v2")
+    v2: bool = option(False, "the model is Stable Diffusion 2.x")
+    sdxl: bool = _refused(False, _SDXL)
+    v_parameterization: bool = option(False, "the model predicts v, as SD 2.x at 768 pixels does")
+    zero_terminal_snr: bool = option(False, "the model was trained with zero terminal SNR; needs --v_parameterization")
+    vae: str | None = option(None, "VAE file or folder to use instead of the model's own")
+    no_half_vae: bool = option(False, "decode in float32 with --fp16 or --bf16")
+    tokenizer_cache_dir: str | None = option(None, "folder that holds the tokenizer, for use without network")
+    clip_skip: int | None = option(None, "text encoder layer to use, counted from the last, 1", type=int)
+    max_embeddings_multiples: int | None = option(None, "text window in units of 75 tokens, 1 to 3", type=int)
+    emb_normalize_mode: str = _refused(
+        "original", "emphasis always keeps the mean of the embedding", choices=["original", "none", "abs"]
+    )
+    textual_inversion_embeddings: list[str] | None = _refused(None, "this version has no textual inversion", nargs="*")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Prompts and seeds."""
+
+    prompt: str | None = option(None, "what to draw, with options such as --n and --w in the same text")
+    from_file: str | None = option(None, "text file with a prompt per line; # begins a comment line")
+    from_module: str | None = _refused(None, _INTERACTIVE)
+    prompter_module_args: str | None = _refused(None, _INTERACTIVE)
+    interactive: bool = _refused(False, _INTERACTIVE)
+    no_preview: bool = option(False, "show no image on the screen, which this version never does")
+    shuffle_prompts: bool = option(False, "draw the prompts of each iteration in another order")
+    images_per_prompt: int = option(1, "images of each prompt, with seeds that count up by one", type=int)
+    n_iter: int = option(1, "how often to go through all prompts, each time with other seeds", type=int)
+    seed: int | None = option(None, "seed of the run; without it a random one is taken and shown", type=int)
+    iter_same_seed: bool = option(False, "use the same seeds for all prompts of an iteration")
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """Images."""
+
+    outdir: str = option("outputs", "folder for the images")
+    sequential_file_name: bool = option(False, "name images im_000001.png, im_000002.png, ...")
+    use_original_file_name: bool = _refused(False, _IMG2IMG)
+    W: int | None = option(None, "width in pixels; default is the model's own resolution", type=int)
+    H: int | None = option(None, "height in pixels; default is the model's own resolution", type=int)
+    steps: int = option(50, "sampling steps", type=int)
+    scale: float = option(7.5, "classifier-free guidance scale; 1 for none", type=float)
+    sampler: str = option("ddim", "sampler", choices=list(SAMPLER_NAMES))
+    negative_scale: float | None = _refused(None, "use --scale", type=float)
+    force_scheduler_zero_steps_offset: bool = _refused(False, "samplers use the offset the models were released with")
+    image_path: str | None = _refused(None, _IMG2IMG)
+    mask_path: str | None = _refused(None, _IMG2IMG)
+    strength: float | None = _refused(None, _IMG2IMG, type=float)
+    clip_vision_strength: float | None = _refused(None, _IMG2IMG, type=float)
+    guide_image_path: list[str] | None = _refused(None, _CONTROL, nargs="*")
+    original_height: int | None = _refused(None, _SDXL_SIZE, type=int)
+    original_width: int | None = _refused(None, _SDXL_SIZE, type=int)
+    original_height_negative: int | None = _refused(None, _SDXL_SIZE, type=int)
+    original_width_negative: int | None = _refused(None, _SDXL_SIZE, type=int)
+    crop_top: int | None = _refused(None, _SDXL_SIZE, type=int)
+    crop_left: int | None = _refused(None, _SDXL_SIZE, type=int)
+    pyramid_noise_prob: float | None = _refused(None, _TRAINED_NOISE, type=float)
+    pyramid_noise_discount_range: list[float] | None = _refused(None, _TRAINED_NOISE, nargs=2, type=float)
+    noise_offset_prob: float | None = _refused(None, _TRAINED_NOISE, type=float)
+    noise_offset_range: list[float] | None = _refused(None, _TRAINED_NOISE, nargs=2, type=float)
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """Memory and speed."""
+
+    batch_size: int = option(1, "images drawn at once, where their settings agree", type=int)
+    fp16: bool = option(False, "compute in float16")
+    bf16: bool = option(False, "compute in bfloat16")
+    xformers: bool = option(False, "attention by xformers")
+    sdpa: bool = option(False, "attention by PyTorch's scaled_dot_product_attention, which is the default")
+    diffusers_xformers: bool = _refused(False, "use --xformers")
+    opt_channels_last: bool = _refused(False, "use --bf16 or --fp16")
+    vae_batch_size: float | None = _refused(None, "images are always decoded one at a time", type=float)
+    vae_slices: int | None = _refused(None, "images are always decoded one at a time", type=int)
+
+
+@dataclass(frozen=True)
+class ImageNetworkOptions:
+    """Additional networks."""
+
+    network_module: list[str] | None = option(None, "module of each network, such as networks.lora", nargs="*")
+    network_weights: list[str] | None = option(None, "weight file of each network", nargs="*")
+    network_mul: list[float] | None = option(None, "strength of each network, 1 if not given", type=float, nargs="*")
+    network_args: list[str] | None = option(None, "arguments of each network as key=value,key=value", nargs="*")
+    network_merge: bool = option(False, "merge the networks into the model first: faster, but --am cannot be used")
+    network_merge_n_models: int | None = _refused(None, "use --network_merge to merge all", type=int)
+    network_show_meta: bool = option(False, "show the metadata of the networks' files")
+    network_pre_calc: bool = _refused(False, "use --network_merge")
+    network_regional_mask_max_color_codes: int | None = _refused(None, _REGIONS, type=int)
+
+
+@dataclass(frozen=True)
+class ExtraOptions:
+    """Not available in this version."""
+
+    highres_fix_scale: float | None = _refused(None, _HIGHRES, type=float)
+    highres_fix_steps: int = _refused(28, _HIGHRES, type=int)
+    highres_fix_strength: float | None = _refused(None, _HIGHRES, type=float)
+    highres_fix_save_1st: bool = _refused(False, _HIGHRES)
+    highres_fix_latents_upscaling: bool = _refused(False, _HIGHRES)
+    highres_fix_upscaler: str | None = _refused(None, _HIGHRES)
+    highres_fix_upscaler_args: str | None = _refused(None, _HIGHRES)
+    highres_fix_disable_control_net: bool = _refused(False, _HIGHRES)
+    control_net_lllite_models: list[str] | None = _refused(None, _CONTROL, nargs="*")
+    control_net_models: list[str] | None = _refused(None, _CONTROL, nargs="*")
+    control_net_preps: list[str] | None = _refused(None, _CONTROL, nargs="*")
+    control_net_multipliers: list[float] | None = _refused(None, _CONTROL, type=float, nargs="*")
+    control_net_ratios: list[float] | None = _refused(None, _CONTROL, type=float, nargs="*")
+    ds_depth_1: int | None = _refused(None, _DEEP_SHRINK, type=int)
+    ds_timesteps_1: int = _refused(650, _DEEP_SHRINK, type=int)
+    ds_depth_2: int | None = _refused(None, _DEEP_SHRINK, type=int)
+    ds_timesteps_2: int = _refused(650, _DEEP_SHRINK, type=int)
+    ds_ratio: float = _refused(0.5, _DEEP_SHRINK, type=float)
+    gradual_latent_timesteps: int | None = _refused(None, _GRADUAL, type=int)
+    gradual_latent_ratio: float = _refused(0.5, _GRADUAL, type=float)
+    gradual_latent_ratio_step: float = _refused(0.125, _GRADUAL, type=float)
+    gradual_latent_every_n_steps: int = _refused(3, _GRADUAL, type=int)
+    gradual_latent_s_noise: float = _refused(1.0, _GRADUAL, type=float)
+    gradual_latent_unsharp_params: str | None = _refused(None, _GRADUAL)
+
+
+GROUPS = (
+    ConsoleOptions,
+    ImageModelOptions,
+    PromptOptions,
+    PictureOptions,
+    SpeedOptions,
+    ImageNetworkOptions,
+    ExtraOptions,
+)
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """All options of ``gen_img.py``."""
+
+    console: ConsoleOptions
+    model: ImageModelOptions
+    prompts: PromptOptions
+    picture: PictureOptions
+    speed: SpeedOptions
+    networks: ImageNetworkOptions
+    extras: ExtraOptions
+
+    @staticmethod
+    def from_args(args: argparse.Namespace) -> ImageOptions:
+        """Options from a namespace; attributes that it lacks have their defaults."""
+
+        def group(options: type) -> Any:
+            return options(**{f.name: getattr(args, f.name, f.default) for f in fields(options)})
+
+        return ImageOptions(*(group(options) for options in GROUPS))
+
+
+def check_options(options: ImageOptions) -> None:
+    """Refuse what cannot work, all findings at once, before anything is loaded.
+
+    Raises:
+        UserError: one line per finding.
+    """
+    findings = [
+        f"--{f.name}: not available: {f.metadata['refused']}"
+        for group in vars(options).values()
+        for f in fields(group)
+        if "refused" in f.metadata and getattr(group, f.name) != f.default
+    ]
+    findings += [finding for rule in _RULES for finding in rule(options)]
+    if findings:
+        raise UserError("\n".join(findings))
+
+
+def _prompts_given(options: ImageOptions) -> Iterator[str]:
+    given = options.prompts
+    if given.prompt is None and given.from_file is None:
+        yield "nothing to draw: give --prompt or --from_file"
+    elif given.prompt is not None and given.from_file is not None:
+        yield "--prompt and --from_file were both given; give one of them"
+
+
+def _model_given(options: ImageOptions) -> Iterator[str]:
+    if not options.model.ckpt:
+        yield "--ckpt is required: a checkpoint file, a Diffusers folder or a Hub id"
+    if options.model.v1 and options.model.v2:
+        yield "--v1 and --v2 contradict each other"
+
+
+def _one_precision(options: ImageOptions) -> Iterator[str]:
+    if options.speed.fp16 and options.speed.bf16:
+        yield "--fp16 and --bf16 were both given; give one of them"
+
+
+def _one_attention(options: ImageOptions) -> Iterator[str]:
+    if options.speed.xformers and options.speed.sdpa:
+        yield "--xformers and --sdpa were both given; give one of them"
+
+
+def _ranges(options: ImageOptions) -> Iterator[str]:
+    at_least_one = {
+        "images_per_prompt": options.prompts.images_per_prompt,
+        "n_iter": options.prompts.n_iter,
+        "batch_size": options.speed.batch_size,
+        "clip_skip": options.model.clip_skip,
+        "W": options.picture.W,
+        "H": options.picture.H,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            yield f"--{name} {value}: must be at least 1"
+    if not 1 <= options.picture.steps <= MAX_STEPS:
+        yield f"--steps {options.picture.steps}: must be 1 to {MAX_STEPS}"
+    multiples = options.model.max_embeddings_multiples
+    if multiples is not None and not 1 <= multiples <= 3:
+        yield f"--max_embeddings_multiples {multiples}: must be 1, 2 or 3"
+    seed = options.prompts.seed
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        yield f"--seed {seed}: must be 0 to {MAX_SEED}"
+
+
+def _folder_fits(options: ImageOptions) -> Iterator[str]:
+    if Path(options.picture.outdir).exists() and not Path(options.picture.outdir).is_dir():
+        yield f"--outdir {options.picture.outdir}: is a file; give a folder"
+
+
+def _sampler_fits(options: ImageOptions) -> Iterator[str]:
+    try:
+        check_sampler(
+            options.picture.sampler,
+            v_prediction=options.model.v_parameterization,
+            zero_terminal_snr=options.model.zero_terminal_snr,
+        )
+    except UserError as error:
+        yield str(error)
+
+
+_RULES: tuple[Callable[[ImageOptions], Iterator[str]], ...] = (
+    _prompts_given,
+    _model_given,
+    _one_precision,
+    _one_attention,
+    _ranges,
+    _folder_fits,
+    _sampler_fits,
+)

@@ -1,0 +1,98 @@
+"""What ``gen_img.py`` draws, in which order, with which seeds and in which batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from library.inference.generate import ImageSettings
+from library.inference.prompt_line import ImagePrompt
+from library.randomness import key, python_rng
+
+_SEEDS = 2**32
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    settings: ImageSettings
+    multipliers: tuple[float, ...] = ()  # of the additional networks; empty: as on the command line
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """How often each prompt is drawn, and where seeds come from."""
+
+    seed: int
+    n_iter: int = 1
+    images_per_prompt: int = 1
+    iter_same_seed: bool = False
+    shuffle_prompts: bool = False
+
+
+def plan_images(
+    prompts: Sequence[ImagePrompt], common: ImageSettings, repetition: Repetition
+) -> list[PlannedImage]:
+    """Lay out all images of a run.
+
+    A prompt's own seeds (``--d``) win; after the last of them it counts on by one. Otherwise image i of a
+    prompt has its base seed plus i. The base is the run's seed for a single prompt, and for several prompts or
+    iterations a draw keyed by seed, iteration and prompt. With ``iter_same_seed`` all prompts of an iteration
+    share one base. Shuffling changes the order, not the seeds.
+
+    Args:
+        prompts: in the order of the command line or file.
+        common: what a prompt does not set itself; its prompt and seed are not used.
+    """
+    planned = []
+    for iteration in range(repetition.n_iter):
+        order = list(range(len(prompts)))
+        if repetition.shuffle_prompts:
+            python_rng(repetition.seed, "prompt order", iteration).shuffle(order)
+        for index in order:
+            prompt = prompts[index]
+            base = _base_seed(repetition, iteration, index, len(prompts))
+            for i in range(repetition.images_per_prompt):
+                planned.append(PlannedImage(_settings(prompt, common, _seed(prompt, base, i)), prompt.multipliers))
+    return planned
+
+
+def _base_seed(repetition: Repetition, iteration: int, index: int, num_prompts: int) -> int:
+    if repetition.iter_same_seed:
+        return repetition.seed + iteration * repetition.images_per_prompt
+    if repetition.n_iter * num_prompts == 1:
+        return repetition.seed
+    return key(repetition.seed, "image", iteration, index) % _SEEDS
+
+
+def _seed(prompt: ImagePrompt, base: int, i: int) -> int:
+    own = prompt.seeds
+    if not own:
+        return base + i
+    return own[i] if i < len(own) else own[-1] + i - len(own) + 1
+
+
+def _settings(prompt: ImagePrompt, common: ImageSettings, seed: int) -> ImageSettings:
+    own = {
+        "negative_prompt": prompt.negative_prompt,
+        "width": prompt.width,
+        "height": prompt.height,
+        "steps": prompt.sample_steps,
+        "scale": prompt.scale,
+    }
+    own = {name: value for name, value in own.items() if value is not None}
+    return replace(common, prompt=prompt.prompt, seed=seed, **own)
+
+
+def batches(planned: Sequence[PlannedImage], batch_size: int) -> Iterator[list[PlannedImage]]:
+    """Neighbours that agree in all but text and seed, up to ``batch_size`` at once."""
+    batch: list[PlannedImage] = []
+    for image in planned:
+        fits = not batch or (
+            batch[0].settings.drawn_with(image.settings) and batch[0].multipliers == image.multipliers
+        )
+        if batch and (not fits or len(batch) == batch_size):
+            yield batch
+            batch = []
+        batch.append(image)
+    if batch:
+        yield batch

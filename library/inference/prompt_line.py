@@ -1,0 +1,387 @@
+"""Prompts with their settings: lines such as ``a cat --n blurry --w 512 --d 1``, and files of them.
+
+A line's first part is always the prompt, whatever its words are. An option begins at a ``--`` that follows
+white space (or begins the line) and is followed by a letter; its name ends at the next white space and must
+be one of the table's, in upper or lower case. A last duplicate wins. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from library.config.config_file import load_toml
+from library.diffusion.samplers import SAMPLER_NAMES
+from library.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+MIN_SIZE = 64  # pixels
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+
+_OPTION_START = re.compile(r"(?:^|\s+)--(?=[A-Za-z])")
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """One sample image to draw while training; ``None`` leaves a setting to the family's default."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    width: int | None = None  # pixels
+    height: int | None = None  # pixels
+    seed: int | None = None  # None: another one each time
+    sample_steps: int | None = None
+    scale: float | None = None  # classifier-free guidance
+    guidance_scale: float | None = None  # embedded (distilled) guidance
+    sample_sampler: str | None = None
+    controlnet_image: str | None = None
+    cfg_trunc_ratio: float | None = None
+    renorm_cfg: float | None = None
+    flow_shift: float | None = None
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> SamplePrompt:
+        """Fill settings that are ``None``; names in ``defaults`` that are no settings are passed over."""
+        open_fields = {f.name for f in fields(self) if getattr(self, f.name) is None}
+        return replace(self, **{name: value for name, value in defaults.items() if name in open_fields})
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """One line given to ``gen_img.py``; ``None`` and empty leave a setting to the command line."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    width: int | None = None  # pixels
+    height: int | None = None  # pixels
+    sample_steps: int | None = None
+    scale: float | None = None  # classifier-free guidance
+    seeds: tuple[int, ...] = ()  # of the prompt's images, in order
+    multipliers: tuple[float, ...] = ()  # of the additional networks, in order
+
+
+@dataclass(frozen=True)
+class PromptOption:
+    """``--name value`` in a prompt line: where the value goes and how it is read."""
+
+    name: str
+    field: str
+    read: Callable[[str], Any]  # raises ValueError that says what is expected
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _path(value: str) -> str:
+    if not value:
+        raise ValueError("a file is needed")
+    return value
+
+
+def _whole(value: str) -> int:
+    if not re.fullmatch(r"[0-9]+", value):
+        raise ValueError("a whole number is needed")
+    return int(value)
+
+
+def _seed(value: str) -> int:
+    seed = _whole(value)
+    if seed > MAX_SEED:
+        raise ValueError(f"a seed is at most {MAX_SEED}")
+    return seed
+
+
+def _number(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("a number is needed") from None
+    if not math.isfinite(number):
+        raise ValueError("a finite number is needed")
+    return number
+
+
+def _sampler(value: str) -> str:
+    if value not in SAMPLER_NAMES:
+        raise ValueError(f"no such sampler{did_you_mean(value, SAMPLER_NAMES)}; there are {', '.join(SAMPLER_NAMES)}")
+    return value
+
+
+def _list_of(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    return lambda value: tuple(read(part.strip()) for part in value.split(","))
+
+
+#: options of the sample prompts of training
+TRAINING_OPTIONS = (
+    PromptOption("w", "width", _whole),
+    PromptOption("h", "height", _whole),
+    PromptOption("d", "seed", _seed),
+    PromptOption("s", "sample_steps", _whole),
+    PromptOption("l", "scale", _number),
+    PromptOption("g", "guidance_scale", _number),
+    PromptOption("n", "negative_prompt", _text),
+    PromptOption("ss", "sample_sampler", _sampler),
+    PromptOption("cn", "controlnet_image", _path),
+    PromptOption("ctr", "cfg_trunc_ratio", _number),
+    PromptOption("rcfg", "renorm_cfg", _number),
+    PromptOption("fs", "flow_shift", _number),
+)
+
+#: options of the prompts of gen_img.py
+IMAGE_OPTIONS = (
+    PromptOption("w", "width", _whole),
+    PromptOption("h", "height", _whole),
+    PromptOption("s", "sample_steps", _whole),
+    PromptOption("d", "seeds", _list_of(_seed)),
+    PromptOption("l", "scale", _number),
+    PromptOption("n", "negative_prompt", _text),
+    PromptOption("am", "multipliers", _list_of(_number)),
+)
+
+_SDXL_SIZES = "SDXL's size conditioning is not available in this version"
+_DEEP_SHRINK = "Deep Shrink is not available in this version"
+_GRADUAL_LATENT = "Gradual Latent is not available in this version"
+
+#: published options of gen_img.py's prompts that this version refuses, and why
+REFUSED_IMAGE_OPTIONS: Mapping[str, str] = {
+    **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), _SDXL_SIZES),
+    "nl": "a separate scale for the negative prompt is not available in this version",
+    "t": "img2img is not available in this version",
+    "c": "CLIP guidance is not available in this version",
+    "f": "file names are chosen by the script; see --outdir and --sequential_file_name",
+    **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), _DEEP_SHRINK),
+    **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), _GRADUAL_LATENT),
+}
+
+#: what families with a DDPM schedule (SD 1.x, 2.x, SDXL) use of a training sample prompt
+DDPM_FIELDS = frozenset(
+    ("prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "sample_sampler")
+)
+
+
+def parse_prompt_line(
+    line: str,
+    defaults: SamplePrompt | None = None,
+    *,
+    where: str = "prompt",
+    size_multiple: int = 8,
+    used: Collection[str] = DDPM_FIELDS,
+) -> SamplePrompt:
+    """Read one training sample prompt.
+
+    Args:
+        line: the prompt and its options.
+        defaults: settings of options that the line does not name.
+        where: what messages call the line, e.g. ``prompts.txt:3``.
+        size_multiple: widths and heights are rounded down to multiples of this many pixels.
+        used: names of the settings that the family uses; others are warned of.
+
+    Raises:
+        UserError: unknown option or bad value.
+    """
+    prompt, values = _parse(line, TRAINING_OPTIONS, {}, where)
+    return _sample_prompt(prompt, values, defaults, where, size_multiple, used)
+
+
+def parse_image_prompt(line: str, *, where: str = "--prompt", size_multiple: int = 8) -> ImagePrompt:
+    """Read one prompt of ``gen_img.py``; arguments and errors as those of ``parse_prompt_line``."""
+    prompt, values = _parse(line, IMAGE_OPTIONS, REFUSED_IMAGE_OPTIONS, where)
+    return ImagePrompt(prompt, **_within_limits(values, where, size_multiple))
+
+
+def read_image_prompts(path: Path, *, size_multiple: int = 8) -> list[ImagePrompt]:
+    """Read a ``.txt`` file of prompts for ``gen_img.py``: one per line, blank and ``#`` lines passed over.
+
+    Raises:
+        UserError: file missing, not text, empty, or a line is wrong.
+    """
+    prompts = [parse_image_prompt(line, where=where, size_multiple=size_multiple) for where, line in _lines(path)]
+    return _not_empty(prompts, path)
+
+
+def read_prompt_file(
+    path: Path, *, size_multiple: int = 8, used: Collection[str] = DDPM_FIELDS
+) -> list[SamplePrompt]:
+    """Read the sample prompts of training.
+
+    ``.txt`` has a prompt per line, blank and ``#`` lines are passed over. ``.toml`` has a table ``[prompt]``
+    of common settings and a table ``[[prompt.subset]]`` per prompt. ``.json`` is a list of lines or of objects.
+    The keys of tables and objects are the fields of ``SamplePrompt``.
+
+    Raises:
+        UserError: file missing or damaged, unknown key or option, bad value, no prompt; names file and place.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".toml":
+        prompts = _read_toml(path, size_multiple, used)
+    elif suffix == ".json":
+        prompts = _read_json(path, size_multiple, used)
+    elif suffix == ".txt":
+        prompts = [
+            parse_prompt_line(line, where=where, size_multiple=size_multiple, used=used) for where, line in _lines(path)
+        ]
+    else:
+        raise UserError(f"{path}: a prompt file ends with .txt, .toml or .json")
+    return _not_empty(prompts, path)
+
+
+# ---- lines ----
+
+
+def _parse(
+    line: str, options: Sequence[PromptOption], refused: Mapping[str, str], where: str
+) -> tuple[str, dict[str, Any]]:
+    table = {option.name: option for option in options}
+    prompt, *segments = _OPTION_START.split(line.strip())
+    values: dict[str, Any] = {}
+    for segment in segments:
+        word, *rest = segment.split(None, 1)
+        name, text = word.lower(), rest[0].strip() if rest else ""
+        if name in refused:
+            raise UserError(f"{where}: --{name}: {refused[name]}")
+        if name not in table:
+            raise UserError(
+                f"{where}: unknown option --{word}{did_you_mean(name, table)}; "
+                f"options are {', '.join('--' + option for option in table)}"
+            )
+        try:
+            values[table[name].field] = table[name].read(text)
+        except ValueError as error:
+            raise UserError(f"{where}: --{name} {text}".rstrip() + f": {error}") from None
+    return prompt.strip(), values
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """Lines that hold something, each with ``file:number``."""
+    numbered = enumerate(_read_text(path).splitlines(), start=1)
+    return [(f"{path}:{n}", line) for n, line in numbered if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such prompt file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save the prompt file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _not_empty(prompts: list[Any], path: Path) -> list[Any]:
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt")
+    return prompts
+
+
+# ---- tables and objects ----
+
+
+def _read_toml(path: Path, size_multiple: int, used: Collection[str]) -> list[SamplePrompt]:
+    document = load_toml(path)
+    for name in document:
+        if name != "prompt":
+            raise UserError(f'{path}: unknown table or key "{name}"{did_you_mean(name, ["prompt"])}; use [prompt]')
+    common = document.get("prompt", {})
+    if not isinstance(common, dict):
+        raise UserError(f"{path}: prompt must be a table, [prompt]")
+    common = dict(common)
+    subsets = common.pop("subset", None)
+    if subsets is None:
+        return [_from_object(common, f"{path}: [prompt]", size_multiple, used)] if common else []
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise UserError(f"{path}: prompt.subset must be tables, [[prompt.subset]]")
+    return [
+        _from_object({**common, **subset}, f"{path}: [[prompt.subset]] {n}", size_multiple, used)
+        for n, subset in enumerate(subsets, start=1)
+    ]
+
+
+def _read_json(path: Path, size_multiple: int, used: Collection[str]) -> list[SamplePrompt]:
+    try:
+        document = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(document, list):
+        raise UserError(f"{path}: must be a list of prompt lines or of objects")
+    prompts = []
+    for n, item in enumerate(document, start=1):
+        where = f"{path}: item {n}"
+        if isinstance(item, str):
+            prompts.append(parse_prompt_line(item, where=where, size_multiple=size_multiple, used=used))
+        elif isinstance(item, dict):
+            prompts.append(_from_object(item, where, size_multiple, used))
+        else:
+            raise UserError(f"{where}: must be a prompt line or an object")
+    return prompts
+
+
+def _from_object(values: Mapping[str, Any], where: str, size_multiple: int, used: Collection[str]) -> SamplePrompt:
+    readers = {option.field: option.read for option in TRAINING_OPTIONS} | {"prompt": _text}
+    read: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in readers:
+            raise UserError(f'{where}: unknown key "{name}"{did_you_mean(name, readers)}')
+        if value is None:  # JSON null: not set
+            continue
+        # a boolean is an int to Python, but never what is meant here
+        text_wanted = readers[name] in (_text, _path, _sampler)
+        if isinstance(value, bool) or not isinstance(value, str if text_wanted else (int, float, str)):
+            wanted = "text" if text_wanted else "a number"
+            raise UserError(f"{where}: {name} = {json.dumps(value, default=str)}: {wanted} is needed")
+        try:
+            read[name] = readers[name](str(value))
+        except ValueError as error:
+            raise UserError(f"{where}: {name} = {json.dumps(value)}: {error}") from None
+    if "prompt" not in read:
+        raise UserError(f'{where}: has no "prompt"')
+    return _sample_prompt(read.pop("prompt"), read, None, where, size_multiple, used)
+
+
+# ---- limits ----
+
+
+def _sample_prompt(
+    prompt: str,
+    values: dict[str, Any],
+    defaults: SamplePrompt | None,
+    where: str,
+    size_multiple: int,
+    used: Collection[str],
+) -> SamplePrompt:
+    for name in values:
+        if name not in used:
+            option = next(o.name for o in TRAINING_OPTIONS if o.field == name)
+            logger.warning("%s: %s (--%s) has no effect with this model", where, name, option)
+    base = defaults if defaults is not None else SamplePrompt("")
+    return replace(base, prompt=prompt, **_within_limits(values, where, size_multiple))
+
+
+def _within_limits(values: Mapping[str, Any], where: str, size_multiple: int) -> dict[str, Any]:
+    limited = dict(values)
+    for name in ("width", "height"):
+        if name in limited:
+            limited[name] = usable_size(limited[name], f"{where}: {name}", size_multiple)
+    steps = limited.get("sample_steps")
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        limited["sample_steps"] = min(max(steps, 1), MAX_STEPS)
+        logger.warning("%s: steps %d are out of range, %d are used", where, steps, limited["sample_steps"])
+    return limited
+
+
+def usable_size(pixels: int, what: str, size_multiple: int) -> int:
+    """Round a side down to a multiple of ``size_multiple`` pixels, at least 64, and warn if that changed it."""
+    usable = max(pixels // size_multiple * size_multiple, MIN_SIZE)
+    if usable != pixels:
+        limits = f"multiples of {size_multiple}, at least {MIN_SIZE}"
+        logger.warning("%s %d is not usable, %d is used (%s)", what, pixels, usable, limits)
+    return usable

@@ -1,0 +1,106 @@
+"""Names of what a run writes, when it is written, and which older files are then removed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.files.atomic import remove_tree
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OutputNames:
+    """File and folder names as published; ``stem`` is ``--output_name`` or ``None``."""
+
+    directory: Path
+    stem: str | None
+    extension: str  # without the dot
+
+    def final(self) -> Path:
+        return self.directory / f"{self.stem or 'last'}.{self.extension}"
+
+    def epoch(self, epoch: int) -> Path:
+        return self.directory / f"{self.stem or 'epoch'}-{epoch:06d}.{self.extension}"
+
+    def step(self, step: int) -> Path:
+        return self.directory / f"{self.stem or 'at'}-step{step:08d}.{self.extension}"
+
+    def final_state(self) -> Path:
+        return self.directory / f"{self.stem or 'last'}-state"
+
+    def epoch_state(self, epoch: int) -> Path:
+        return self.directory / f"{self.stem or 'epoch'}-{epoch:06d}-state"
+
+    def step_state(self, step: int) -> Path:
+        return self.directory / f"{self.stem or 'at'}-step{step:08d}-state"
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """When weights and states are saved, and how many stay."""
+
+    every_n_epochs: int | None
+    every_n_steps: int | None
+    last_n_epochs: int | None
+    last_n_steps: int | None
+    last_n_epochs_state: int | None
+    last_n_steps_state: int | None
+    save_state: bool
+    save_state_on_train_end: bool
+
+    @staticmethod
+    def every_from_ratio(num_epochs: int, ratio: int) -> int:
+        """``--save_n_epoch_ratio``: at least ``ratio`` saves over the run."""
+        return max(1, num_epochs // ratio)
+
+    def saves_after_epoch(self, epoch: int, num_epochs: int) -> bool:
+        """``epoch`` counts from 1; the last epoch's weights are the final file."""
+        return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0 and epoch < num_epochs
+
+    def saves_after_step(self, step: int) -> bool:
+        return self.every_n_steps is not None and step % self.every_n_steps == 0
+
+    def epoch_to_remove(self, epoch: int) -> int | None:
+        """The epoch whose weights are one too many once ``epoch`` is saved."""
+        return self._outdated(epoch, self.every_n_epochs, self.last_n_epochs)
+
+    def epoch_state_to_remove(self, epoch: int) -> int | None:
+        return self._outdated(epoch, self.every_n_epochs, self.last_n_epochs_state or self.last_n_epochs)
+
+    @staticmethod
+    def _outdated(epoch: int, every: int | None, keep: int | None) -> int | None:
+        if every is None or keep is None:
+            return None
+        outdated = epoch - every * keep
+        return outdated if outdated > 0 else None
+
+    def step_to_remove(self, step: int) -> int | None:
+        """``--save_last_n_steps`` counts steps, not files: older than ``step - n`` is removed."""
+        return self._outdated_step(step, self.last_n_steps)
+
+    def step_state_to_remove(self, step: int) -> int | None:
+        return self._outdated_step(step, self.last_n_steps_state or self.last_n_steps)
+
+    def _outdated_step(self, step: int, keep: int | None) -> int | None:
+        if self.every_n_steps is None or keep is None:
+            return None
+        oldest_kept = step - keep
+        outdated = (oldest_kept - 1) // self.every_n_steps * self.every_n_steps
+        return outdated if outdated > 0 else None
+
+
+def remove_outdated(path: Path) -> None:
+    """Remove a file or folder that retention has replaced; failing to is a warning, never the run's end."""
+    try:
+        if path.is_dir():
+            remove_tree(path)
+        elif path.exists():
+            path.unlink()
+        else:
+            return
+        logger.info("removed %s (retention)", path)
+    except OSError as error:
+        logger.warning("could not remove %s: %s", path, error)

@@ -1,0 +1,158 @@
+"""What a run shows and records: the summary before the first step, progress, and trackers.
+
+Keys of trackers are the published ones (``loss/current``, ``loss/average``, ``lr/unet``, ...).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+#: seconds between two plain progress lines where there is no terminal
+PLAIN_LINE_INTERVAL = 10.0
+
+
+@dataclass(frozen=True)
+class TrackerSettings:
+    """Where figures go; TensorBoard is always on, beside the output unless a folder is given."""
+
+    directory: Path
+    backends: tuple[str, ...]
+    tracker_name: str
+    init_kwargs: Mapping[str, Mapping[str, Any]]
+
+    @staticmethod
+    def make(
+        *,
+        logging_dir: str | None,
+        output_dir: Path,
+        log_prefix: str | None,
+        log_with: str | None,
+        tracker_name: str | None,
+        wandb_run_name: str | None,
+        tracker_config: Mapping[str, Mapping[str, Any]],
+    ) -> TrackerSettings:
+        stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())
+        base = Path(logging_dir) if logging_dir else output_dir / "logs"
+        backends = {"wandb": ("tensorboard", "wandb"), "all": ("tensorboard", "wandb")}.get(
+            log_with or "", ("tensorboard",)
+        )
+        kwargs = {name: dict(values) for name, values in tracker_config.items()}
+        if wandb_run_name:
+            kwargs.setdefault("wandb", {})["name"] = wandb_run_name
+        return TrackerSettings(
+            base / f"{log_prefix or ''}{stamp}", backends, tracker_name or "network_train", kwargs
+        )
+
+    def check(self) -> None:
+        """Raises UserError for a tracker whose package is missing, before anything is loaded."""
+        import importlib.util
+
+        if "wandb" in self.backends and importlib.util.find_spec("wandb") is None:
+            raise UserError("--log_with wandb: the package wandb is not installed; run: pip install wandb")
+
+
+class Trackers:
+    """accelerate's trackers, opened on the main process only."""
+
+    def __init__(self, accelerator: Accelerator, settings: TrackerSettings, config: Mapping[str, Any]) -> None:
+        self._accelerator = accelerator
+        # TensorBoard's hyper-parameter table takes plain values only
+        plain = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in config.items()}
+        accelerator.init_trackers(
+            settings.tracker_name, config=plain, init_kwargs={k: dict(v) for k, v in settings.init_kwargs.items()}
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._accelerator.log(dict(values), step=step)
+
+    def images(self, images: Mapping[str, Image], step: int) -> None:
+        """Sample pictures, under ``sample_<index>``."""
+        import numpy as np
+
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":
+                for name, image in images.items():
+                    tracker.tracker.add_image(name, np.asarray(image), global_step=step, dataformats="HWC")
+            elif tracker.name == "wandb":
+                import wandb
+
+                tracker.log({name: wandb.Image(image) for name, image in images.items()}, step=step)
+
+    def close(self) -> None:
+        self._accelerator.end_training()
+
+
+def print_summary(rows: Sequence[tuple[str, str]], *, simple: bool) -> None:
+    """The one table before the first step."""
+    if simple or not sys.stderr.isatty():
+        for name, value in rows:
+            logger.info("%s: %s", name, value)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="training", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(stderr=True).print(table)
+
+
+class Progress:
+    """One progress bar on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, *, total: int, done: int, simple: bool, enabled: bool) -> None:
+        self._total = total
+        self._first = done
+        self._started = time.monotonic()
+        self._last_line = self._started
+        self._enabled = enabled
+        self._bar: Any = None
+        if enabled and not simple and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            self._bar = RichProgress(
+                TextColumn("steps"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("", total=total, completed=done)
+            self._bar.start()
+
+    def update(self, step: int, *, epoch: int, loss: float) -> None:
+        """``epoch`` counts from 1; ``loss`` is the running average."""
+        if not self._enabled:
+            return
+        now = time.monotonic()
+        pace = (now - self._started) / max(1, step - self._first)
+        text = f"epoch {epoch}  loss {loss:.4f}  {pace:.2f} s/step"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif now - self._last_line >= PLAIN_LINE_INTERVAL or step == self._total:
+            self._last_line = now
+            logger.info("step %d/%d  %s", step, self._total, text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

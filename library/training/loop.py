@@ -1,0 +1,192 @@
+"""The loop: batches to optimizer steps. It knows nothing of models; a trainer gives it a loss and hooks.
+
+Per batch: seed dropout, loss, backward. Per step: average gradients over processes, clip, update.
+Figures are read one step late (``library.training.figures``), so no step waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.data.dataset import Batch
+from library.errors import UserError
+from library.randomness import key
+from library.training.figures import DeferredFigures, StepFigures
+from library.training.interrupt import Interrupt
+from library.training.plan import RunPlan
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class LoopHooks(Protocol):
+    """What happens between steps; steps and epochs are counted from 1."""
+
+    def batches(self, epoch: int, start_batch: int) -> Iterable[Batch]:
+        """The rest of an epoch (counted from 0 here), from one of its batches on."""
+        ...
+
+    def loss(self, batch: Batch) -> Tensor: ...
+
+    def epoch_started(self, epoch: int) -> None: ...
+
+    def batch_started(self, batch: Batch) -> None: ...
+
+    def step_ended(self, step: int, epoch: int) -> dict[str, Tensor]:
+        """After the update of the weights; may return further figures to record."""
+        ...
+
+    def figures_ready(self, figures: StepFigures) -> None: ...
+
+    def save_after_step(self, step: int, epoch: int) -> None: ...
+
+    def save_after_epoch(self, step: int, epoch: int) -> None: ...
+
+    def is_save_due(self, step: int) -> bool:
+        """Whether ``save_after_step`` will write anything, so that pending figures are checked first."""
+        ...
+
+    def interrupted(self, step: int, epoch: int) -> None: ...
+
+
+@dataclass
+class Trained:
+    """The parameters of a run and what moves them."""
+
+    parameters: Sequence[nn.Parameter]
+    optimizer: Any
+    scheduler: Any
+    max_grad_norm: float
+
+
+class NonFiniteLoss(UserError):
+    """Training went wrong numerically; nothing after the last save is kept."""
+
+
+def run_loop(
+    plan: RunPlan,
+    *,
+    start_step: int,
+    seed: int,
+    accelerator: Accelerator,
+    trained: Trained,
+    hooks: LoopHooks,
+    interrupt: Interrupt,
+) -> int:
+    """Train from ``start_step`` to ``plan.total_steps``; returns the number of steps done.
+
+    Raises:
+        NonFiniteLoss: when a loss is NaN or infinite; found before the next save.
+    """
+    figures = DeferredFigures()
+    # under fp16 the gradient scaler meets infinite gradients as a matter of course and skips the update
+    checked = ("loss",) if accelerator.scaler is not None else ("loss", "grad_norm")
+    several = accelerator.num_processes > 1
+    stop_asked = False
+
+    def collect(keep: int) -> None:
+        nonlocal stop_asked
+        for ready in figures.pop(keep=keep):
+            stop_asked = stop_asked or ready.values.pop("interrupt", 0.0) > 0
+            if not ready.finite(*checked):
+                raise NonFiniteLoss(_non_finite_message(ready))
+            hooks.figures_ready(ready)
+
+    step = start_step
+    while step < plan.total_steps:
+        position = plan.position(step)
+        epoch = position.epoch + 1
+        hooks.epoch_started(epoch)
+        batches = iter(_ahead(hooks.batches(position.epoch, position.batch_in_epoch), accelerator.device))
+        batch_in_epoch = position.batch_in_epoch
+        while batch_in_epoch < plan.batches_per_epoch and step < plan.total_steps:
+            count = plan.batches_of_step(batch_in_epoch)
+            loss_sum = None
+            for index in range(count):
+                batch = next(batches)
+                hooks.batch_started(batch)
+                # dropout draws from torch's global generators: keyed by the step, not by what ran before
+                torch.manual_seed(key(seed, "batch", step, index, accelerator.process_index))
+                loss = hooks.loss(batch)
+                accelerator.backward(loss / count)
+                loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
+            batch_in_epoch += count
+
+            packed = {"loss": loss_sum / count}
+            if several:
+                average_gradients(accelerator, trained.parameters)
+                flag = 1.0 if interrupt.requested else 0.0
+                packed["interrupt"] = torch.tensor(flag, device=accelerator.device)
+            if trained.max_grad_norm > 0:
+                packed["grad_norm"] = accelerator.clip_grad_norm_(trained.parameters, trained.max_grad_norm)
+            trained.optimizer.step()
+            if not accelerator.optimizer_step_was_skipped:
+                trained.scheduler.step()
+            trained.optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            packed |= hooks.step_ended(step, epoch)
+            figures.push(step, _across_processes(accelerator, packed))
+            stops = stop_asked or (interrupt.requested and not several)
+            due = hooks.is_save_due(step) or batch_in_epoch >= plan.batches_per_epoch
+            collect(keep=0 if due or stops or step == plan.total_steps else 1)
+            hooks.save_after_step(step, epoch)
+            if batch_in_epoch >= plan.batches_per_epoch:
+                hooks.save_after_epoch(step, epoch)
+            if stops and step < plan.total_steps:
+                hooks.interrupted(step, epoch)
+                return step
+    collect(keep=0)
+    return step
+
+
+def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Mean of the gradients over processes, one collective call per dtype.
+
+    The trained modules work through the frozen model's forward, which DistributedDataParallel does not
+    see; so gradients are averaged here, once a step, as a flat tensor.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                # module dropout may leave a parameter out on one process only; all must take part
+                parameter.grad = torch.zeros_like(parameter)
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients]), reduction="mean")
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _across_processes(accelerator: Accelerator, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    if accelerator.num_processes == 1:
+        return figures
+    packed = torch.stack([value.detach().float() for value in figures.values()])
+    return dict(zip(figures, accelerator.reduce(packed, reduction="mean").unbind(), strict=True))
+
+
+def _ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copy each batch to the device one batch before it is needed."""
+    moved = None
+    for batch in batches:
+        waiting, moved = moved, batch.to(device, non_blocking=True)
+        if waiting is not None:
+            yield waiting
+    if moved is not None:
+        yield moved
+
+
+def _non_finite_message(figures: StepFigures) -> str:
+    values = ", ".join(f"{name} {value}" for name, value in figures.values.items())
+    return (
+        f"step {figures.step}: {values}: training has diverged and was stopped; weights saved before are whole. "
+        "Lower --learning_rate, or use --mixed_precision bf16 or no instead of fp16"
+    )
+
+

@@ -1,0 +1,280 @@
+"""Training of adapters: LoRA and whatever else speaks the public network-module protocol."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import Conditioning
+from library.config.arguments import TrainNetworkOptions
+from library.data import describe
+from library.data.dataset import Batch
+from library.errors import UserError, did_you_mean
+from library.optim.param_groups import lr_log_entries
+from library.optim.schedulers import create_scheduler, scheduler_name
+from library.training.loop import Trained
+from library.training.metadata import HashedFile, RunRecord, fixed_entries
+from library.training.text_memo import TextMemo
+from library.training.trainer import Run, Trainer
+
+logger = logging.getLogger(__name__)
+
+SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def parse_network_args(arguments: list[str] | None) -> dict[str, str]:
+    """``key=value`` words to a dict of texts.
+
+    Raises:
+        UserError: a word without ``=``.
+    """
+    parsed: dict[str, str] = {}
+    for word in arguments or []:
+        name, separator, value = word.partition("=")
+        if not separator or not name.strip():
+            raise UserError(f"--network_args {word!r}: write it as key=value")
+        parsed[name.strip()] = value.strip()
+    return parsed
+
+
+def import_network_module(name: str) -> ModuleType:
+    """Import ``networks.lora`` or a third-party module such as ``lycoris.kohya``.
+
+    Raises:
+        UserError: no such module, or one that is no network module.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not name.startswith(error.name):
+            raise UserError(f"--network_module {name}: it needs the package {error.name}; pip install it") from None
+        folder = Path(__file__).parents[2] / "networks"
+        known = [f"networks.{p.stem}" for p in folder.glob("*.py") if "def create_network(" in p.read_text("utf-8")]
+        raise UserError(
+            f"--network_module {name}: no such module{did_you_mean(name, known)}; a third-party module must be "
+            "installed in this environment"
+        ) from None
+    if not hasattr(module, "create_network"):
+        raise UserError(f"--network_module {name}: not a network module (it has no create_network)")
+    return module
+
+
+class NetworkTrainer(Trainer):
+    """Train an adapter (such as LoRA) for the model's denoiser and text encoders."""
+
+    # ---- before anything is loaded ----
+
+    def check_trained(self, options: TrainNetworkOptions) -> None:
+        network = options.network
+        module = import_network_module(network.network_module)
+        arguments = parse_network_args(network.network_args)
+        check_args = getattr(module, "check_network_args", None)
+        if check_args is not None:
+            check_args(arguments)
+        for path in [network.network_weights, *(network.base_weights or [])]:
+            if path is not None and not Path(path).is_file():
+                raise UserError(f"network weights {path}: no such file")
+
+    # ---- setting up ----
+
+    def build_trained(self, run: Run) -> Trained:
+        options = run.options
+        network_options = options.network
+        module = import_network_module(network_options.network_module)
+        self._merge_base_weights(run, module)
+        self._network_args = parse_network_args(network_options.network_args)
+        network = self._create_network(run, module)
+        self._trains_text = not network_options.network_train_unet_only
+        self._trains_denoiser = not network_options.network_train_text_encoder_only
+        text = _text_argument(run.text_encoders)
+        network.apply_to(text, run.denoiser, self._trains_text, self._trains_denoiser)
+        if network_options.network_weights is not None:
+            logger.info("network weights %s: %s", network_options.network_weights, network.load_weights(network_options.network_weights))
+        if options.training.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
+            network.enable_gradient_checkpointing()
+        groups, self._descriptions = self._parameter_groups(network, options)
+        optimizer = run.checked.optimizer.create(groups)
+        network.prepare_grad_etc(text, run.denoiser)
+
+        accelerator = run.accelerator
+        # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism;
+        # the adapters work inside the frozen model's forward, see loop.average_gradients
+        self._network = accelerator.prepare_model(network, evaluation_mode=True)
+        self._network.train()
+        optimizer = accelerator.prepare_optimizer(optimizer)
+        scheduler = self._create_scheduler(run, optimizer)
+        self._memo = None if self._trains_text else TextMemo(lambda tokens: self._encode(run, tokens))
+        self._on_step_start = getattr(network, "on_step_start", None)
+        self._multiplier = 1.0
+        run.record = self._record(run, optimizer)
+        return Trained(
+            parameters=[p for group in optimizer.param_groups for p in group["params"]],
+            optimizer=optimizer,
+            scheduler=scheduler,
+            max_grad_norm=options.optimizer.max_grad_norm,
+        )
+
+    def _create_network(self, run: Run, module: ModuleType) -> Any:
+        options = run.options.network
+        text = _text_argument(run.text_encoders)
+        create = module.create_network_from_weights if options.dim_from_weights else module.create_network
+        arguments: dict[str, Any] = dict(self._network_args)
+        # the published protocol names the dropout twice: our modules take neuron_dropout, others read "dropout"
+        if "neuron_dropout" in inspect.signature(create).parameters:
+            arguments["neuron_dropout"] = options.network_dropout
+        elif options.network_dropout is not None:
+            arguments.setdefault("dropout", options.network_dropout)
+        if options.dim_from_weights:
+            network, _ = create(1.0, options.network_weights, run.vae, text, run.denoiser, **arguments)
+        else:
+            network = create(
+                1.0, options.network_dim, options.network_alpha, run.vae, text, run.denoiser, **arguments
+            )
+        if network is None:
+            raise UserError(f"--network_module {options.network_module}: it created no network for these options")
+        return network
+
+    def _merge_base_weights(self, run: Run, module: ModuleType) -> None:
+        options = run.options.network
+        multipliers = list(options.base_weights_multiplier or [])
+        for index, path in enumerate(options.base_weights or []):
+            multiplier = multipliers[index] if index < len(multipliers) else 1.0
+            text = _text_argument(run.text_encoders)
+            network, weights = module.create_network_from_weights(
+                multiplier, path, run.vae, text, run.denoiser, for_inference=True
+            )
+            network.merge_to(text, run.denoiser, weights, run.weight_dtype, str(run.device))
+            logger.info("merged %s into the base model with multiplier %s", path, multiplier)
+
+    def _parameter_groups(self, network: Any, options: TrainNetworkOptions) -> tuple[list[Any], list[str | None]]:
+        """Ask the network for its groups in the newest form of the protocol that it speaks."""
+        text_lrs = options.optimizer.text_encoder_lr
+        unet_lr, default = options.optimizer.unet_lr, options.optimizer.learning_rate
+        if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
+            groups = network.prepare_optimizer_params_with_multiple_te_lrs(text_lrs, unet_lr, default)
+        else:
+            text_lr = text_lrs[0] if text_lrs else None
+            takes_default = len(inspect.signature(network.prepare_optimizer_params).parameters) >= 3
+            groups = network.prepare_optimizer_params(text_lr, unet_lr, *([default] if takes_default else []))
+        descriptions = None
+        if isinstance(groups, tuple):
+            groups, descriptions = groups
+        groups = list(groups)
+        if not groups:
+            raise UserError("nothing would be trained: every learning rate is 0 or no module is adapted")
+        return groups, list(descriptions) if descriptions is not None else [None] * len(groups)
+
+    def _create_scheduler(self, run: Run, optimizer: Any) -> Any:
+        checked = run.checked
+        schedule = create_scheduler(
+            optimizer.optimizer, checked.optimizer, checked.learning_rate_schedule, total_steps=run.plan.total_steps
+        )
+        return run.accelerator.prepare_scheduler(schedule)
+
+    # ---- the step ----
+
+    def encode_text(self, run: Run, batch: Batch) -> Conditioning:
+        if self._memo is not None:
+            return self._memo(batch.tokens, run.device)
+        return self._encode(run, {name: t.to(run.device, non_blocking=True) for name, t in batch.tokens.items()})
+
+    def _encode(self, run: Run, tokens: Mapping[str, Tensor]) -> Conditioning:
+        with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
+            return self.architecture.encode_text(run.text_encoders, tokens, clip_skip=run.options.model.clip_skip)
+
+    def epoch_started(self, run: Run, epoch: int) -> None:
+        self._network.on_epoch_start(_text_argument(run.text_encoders), run.denoiser)
+
+    def batch_started(self, run: Run, batch: Batch) -> None:
+        if self._on_step_start is not None:
+            self._on_step_start()
+        if batch.network_multiplier != self._multiplier:
+            self._multiplier = batch.network_multiplier
+            self._network.set_multiplier(self._multiplier)
+
+    def step_ended(self, run: Run, step: int) -> dict[str, Tensor]:
+        limit = run.options.network.scale_weight_norms
+        if not limit:
+            return {}
+        scaled, mean, maximum = self._network.apply_max_norm_regularization(limit, run.device)
+        figures = {"max_norm/keys_scaled": scaled, "norm/avg_key_norm": mean, "max_norm/max_key_norm": maximum}
+        return {name: torch.as_tensor(value, device=run.device) for name, value in figures.items()}
+
+    def learning_rates(self, run: Run) -> dict[str, float]:
+        return lr_log_entries(run.trained.optimizer, run.checked.optimizer, self._descriptions)
+
+    def training_mode(self, run: Run, training: bool) -> None:
+        self._network.train(training)
+        run.checked.optimizer.set_training(run.trained.optimizer if run.trained else None, training)
+
+    def trained_modules(self, run: Run) -> list[nn.Module]:
+        return [self._network]
+
+    # ---- records ----
+
+    def _record(self, run: Run, optimizer: Any) -> RunRecord:
+        import random
+
+        options = run.options
+        arguments: dict[str, object] = dict(self._network_args)
+        if arguments and not options.network.dim_from_weights:
+            arguments.setdefault("dropout", options.network.network_dropout)
+        fixed = fixed_entries(
+            options,
+            self.architecture,
+            run.checked.info,
+            # identifies the session only; not part of the run's reproducible randomness
+            session_id=random.SystemRandom().randint(0, 2**32),
+            started_at=run.started_at,
+            seed=run.checked.seed,
+            num_epochs=run.plan.num_epochs,
+            total_steps=run.plan.total_steps,
+            optimizer_name=run.checked.optimizer.metadata_name,
+            scheduler_name=scheduler_name(run.checked.optimizer, run.checked.learning_rate_schedule),
+            network_args=arguments,
+            data=describe.metadata(
+                run.data,
+                from_file=options.dataset.dataset_config is not None,
+                world_size=run.accelerator.num_processes,
+            ),
+        )
+        vae = options.model.vae
+        return RunRecord(
+            options=options,
+            architecture=self.architecture,
+            info=run.checked.info,
+            model_file=HashedFile.of(options.model.pretrained_model_name_or_path),
+            vae_file=HashedFile.of(vae) if vae else None,
+            fixed=fixed,
+            network_args=arguments,
+        )
+
+    def write_weights(self, run: Run, path: Path, *, step: int, epoch: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dtype = SAVE_DTYPES.get(run.options.output.save_precision or "")
+        network = run.accelerator.unwrap_model(self._network)
+        network.save_weights(str(path), dtype, run.record.at_save(step=step, epoch=epoch))
+
+    def trained_rows(self, run: Run) -> list[tuple[str, str]]:
+        trained = sum(p.numel() for p in run.trained.parameters)
+        parts = [name for name, on in (("text encoder", self._trains_text), ("U-Net", self._trains_denoiser)) if on]
+        options = run.options.network
+        rank = "ranks from the weights" if options.dim_from_weights else f"rank {options.network_dim}, alpha {options.network_alpha:g}"
+        return [
+            ("network", f"{options.network_module}, {rank}"),
+            ("trained", f"{trained:,} parameters in {' and '.join(parts)}"),
+        ]
+
+
+def _text_argument(text_encoders: list[nn.Module]) -> Any:
+    """The protocol takes one encoder as itself and several as a list."""
+    return text_encoders[0] if len(text_encoders) == 1 else text_encoders

@@ -1,0 +1,68 @@
+"""Sample images while training: the same prompts and seeds, at chosen steps, without touching the run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.inference.prompt_line import SamplePrompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreviewPolicy:
+    """When previews are drawn; epochs win over steps when both are given, as published."""
+
+    every_n_steps: int | None
+    every_n_epochs: int | None
+    at_first: bool
+    prompts: tuple[SamplePrompt, ...]
+
+    def due_at_start(self) -> bool:
+        return bool(self.prompts) and self.at_first
+
+    def due_after_step(self, step: int) -> bool:
+        if not self.prompts or self.every_n_epochs is not None or not self.every_n_steps:
+            return False
+        return step % self.every_n_steps == 0
+
+    def due_after_epoch(self, epoch: int) -> bool:
+        return bool(self.prompts) and bool(self.every_n_epochs) and epoch % self.every_n_epochs == 0
+
+
+def preview_path(
+    directory: Path, output_name: str | None, *, epoch: int | None, step: int, index: int, seed: int | None
+) -> Path:
+    """``<output_dir>/sample/[<name>_]{e<epoch>|<step>}_<index>_<time>[_<seed>].png``, as published."""
+    prefix = f"{output_name}_" if output_name else ""
+    when = f"e{epoch:06d}" if epoch is not None else f"{step:06d}"
+    stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())
+    suffix = f"_{seed}" if seed is not None else ""
+    return directory / "sample" / f"{prefix}{when}_{index:02d}_{stamp}{suffix}.png"
+
+
+def draw_previews(
+    prompts: Sequence[SamplePrompt],
+    draw: Callable[[SamplePrompt, Path], Image],
+    path_of: Callable[[int, SamplePrompt], Path],
+    *,
+    rank: int,
+    world_size: int,
+) -> dict[str, Image]:
+    """Draw and save this process's share of the prompts; returns them under the trackers' names."""
+    drawn: dict[str, Image] = {}
+    for index, prompt in enumerate(prompts):
+        if index % world_size != rank:
+            continue
+        path = path_of(index, prompt)
+        drawn[f"sample_{index}"] = draw(prompt, path)
+        logger.info("sample image: %s", path)
+    return drawn

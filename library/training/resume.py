@@ -1,0 +1,105 @@
+"""State folders: all that a run needs to go on exactly where it stood.
+
+A folder holds what accelerate saves (adapter weights, optimizer, scheduler, scaler, random states of
+every process) and ``train_state.json``. It is written beside its place and renamed into it with a
+manifest, so a folder under its final name is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+from library.files.atomic import MANIFEST_NAME, atomic_directory, verify_directory
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "train_state.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands; the first two fields are the published ones."""
+
+    current_epoch: int  # counted from 1
+    current_step: int  # optimizer steps done
+    seed: int | None = None
+    #: what must be equal for the resumed run to be exact: name -> value
+    fingerprint: dict[str, object] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+
+    def changes(self, now: dict[str, object]) -> list[str]:
+        """Lines on every difference that breaks exactness."""
+        return [
+            f"{name} was {before!r} and is now {now[name]!r}"
+            for name, before in self.fingerprint.items()
+            if name in now and now[name] != before
+        ]
+
+
+def read_state(folder: Path) -> TrainState:
+    """Read and check a state folder's record before anything heavy is loaded.
+
+    Raises:
+        UserError: not a state folder, or torn.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--resume {folder}: no such folder; give the '...-state' folder itself, not --output_dir")
+    record = folder / STATE_FILE
+    if not record.exists():
+        inside = sorted(p.name for p in folder.glob("*-state") if p.is_dir())
+        hint = f"; it holds {inside[-1]!r}: give that one" if inside else ""
+        raise UserError(f"--resume {folder}: not a state folder ({STATE_FILE} is missing){hint}")
+    if (folder / MANIFEST_NAME).exists():  # folders of the predecessor have none
+        verify_directory(folder)
+    try:
+        values = json.loads(record.read_text(encoding="utf-8"))
+        known = {name: values[name] for name in TrainState.__dataclass_fields__ if name in values}
+        return TrainState(**known)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--resume {folder}: {STATE_FILE} cannot be read ({error}); use an older state") from None
+
+
+def save_state(accelerator: Accelerator, folder: Path, state: TrainState) -> None:
+    """Write a state folder; every process takes part, and it appears under its name when all are done."""
+    with _shared_directory(accelerator, folder) as target:
+        accelerator.save_state(str(target), safe_serialization=True)
+        if accelerator.is_main_process:
+            (target / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+    if accelerator.is_main_process:
+        logger.info("saved state: %s", folder)
+
+
+@contextlib.contextmanager
+def _shared_directory(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
+    """One temporary folder for all processes; the main one puts it in place when the last has written."""
+    if accelerator.num_processes == 1:
+        with atomic_directory(folder) as target:
+            yield target
+        return
+    from accelerate.utils import broadcast_object_list
+
+    if accelerator.is_main_process:
+        with atomic_directory(folder) as target:
+            broadcast_object_list([str(target)])
+            yield target
+            accelerator.wait_for_everyone()
+    else:
+        shared: list[str | None] = [None]
+        broadcast_object_list(shared)
+        yield Path(str(shared[0]))
+        accelerator.wait_for_everyone()
+
+
+def load_state(accelerator: Accelerator, folder: Path) -> None:
+    """Bring back weights, optimizer, scheduler and random states of this process."""
+    accelerator.load_state(str(folder))

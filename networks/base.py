@@ -1,0 +1,525 @@
+"""What all adapter networks share: finding modules, hooking into them, merging, loading, saving, rates.
+
+An adapter changes the output of one ``Linear`` or ``Conv2d`` of a frozen model. It replaces the ``forward`` of
+that module *instance*, so the model's own weights never become part of the network: a network's state holds
+adapter tensors only, named ``<lora_name>.<tensor>``. ``lora_name`` is the target's prefix and the module's path
+with dots as underscores.
+
+Shape legend: B batch, T tokens, r rank, in/out features or channels, (kh, kw) kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import LoraTarget
+from library.errors import UserError
+from networks.targets import FoundModule, RankAlpha, RankRule, find_modules
+from networks.weights import read_weights, select_weights, write_weights
+
+logger = logging.getLogger(__name__)
+
+_MERGE_STATE = "_adapter_merge"  # attribute of a module whose weight holds merged adapters
+
+
+@dataclass(frozen=True)
+class Dropouts:
+    """Probabilities in [0, 1); 0 is off. All act in training mode only."""
+
+    neuron: float = 0.0  # each element of the rank-r activation (``--network_dropout``)
+    rank: float = 0.0  # whole ranks, for each sample of the batch
+    module: float = 0.0  # the whole adapter, for one forward
+
+
+@dataclass
+class NetworkPart:
+    """One adapted model of a network, and its adapters by dotted module path."""
+
+    label: str  # names the part's parameter groups: "unet", "textencoder"
+    model: nn.Module
+    target: LoraTarget
+    is_text_encoder: bool
+    adapters: dict[str, AdapterModule] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RateGroup:
+    """Adapters that share a learning rate: the part's rate times ``factor``."""
+
+    description: str
+    factor: float
+    adapters: Sequence[AdapterModule]
+
+
+@dataclass
+class _MergeState:
+    """The weight a module had before adapters were merged into it, and those adapters."""
+
+    original_weight: Tensor
+    adapters: list[AdapterModule]
+
+
+class AdapterModule(nn.Module, ABC):
+    """The adapter of one module. Subclasses own the parameters and the algebra.
+
+    Attributes:
+        scale: alpha / rank, a plain float so that a step never waits for the device.
+        multiplier: strength; 1 as trained.
+        enabled: whether the forward applies the adapter.
+        trained: whether its parameters are to get gradients.
+    """
+
+    alpha: Tensor  # () float; saved with the weights
+
+    def __init__(
+        self, found: FoundModule, size: RankAlpha, *, multiplier: float = 1.0, dropouts: Dropouts = Dropouts()
+    ) -> None:
+        super().__init__()
+        self.lora_name = found.lora_name
+        self.rank = size.rank
+        self.multiplier = multiplier
+        self.dropouts = dropouts
+        self.enabled = True
+        self.trained = True
+        self.register_buffer("alpha", torch.tensor(float(size.alpha), dtype=torch.float32))
+        self.scale = float(size.alpha) / size.rank
+        self._original_forward: Callable[..., Tensor] | None = None
+        self.bind(found.module)
+
+    # ---- the adapted module ----
+
+    @property
+    def original(self) -> nn.Module:
+        return self._original[0]
+
+    def bind(self, module: nn.Module) -> None:
+        """Adapt ``module`` from now on; for use before ``apply``."""
+        self._original = (module,)  # in a tuple, or nn.Module would register it as our submodule
+
+    @property
+    def is_applied(self) -> bool:
+        return self._original_forward is not None
+
+    def apply_to_original(self) -> None:
+        if self.is_applied:
+            raise RuntimeError(f"{self.lora_name} is applied already")
+        self._original_forward = self.original.forward
+        self.original.forward = self.forward
+
+    def remove_from_original(self) -> None:
+        """Take the hook out again. Networks stacked on one model come off in reverse order."""
+        if self.original.__dict__.get("forward") != self.forward:
+            raise RuntimeError(f"{self.lora_name} is not the outermost adapter of its module")
+        previous = self._original_forward
+        if getattr(previous, "__self__", None) is self.original:
+            del self.original.forward  # back to the class's method
+        else:
+            self.original.forward = previous
+        self._original_forward = None
+
+    # ---- forward ----
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = self._original_forward(x, *args, **kwargs)
+        if not self.enabled or self.is_merged:
+            return out
+        # a draw on the CPU needs no wait for the device; checkpointed blocks replay it
+        if self.training and self.dropouts.module and torch.rand((), device="cpu").item() < self.dropouts.module:
+            return out
+        return self.add_change(out, x)
+
+    @abstractmethod
+    def add_change(self, out: Tensor, x: Tensor) -> Tensor:
+        """The module's output ``out`` for input ``x``, changed by the adapter; same shape and dtype."""
+
+    # ---- merging ----
+
+    @abstractmethod
+    def get_weight(self, multiplier: float | None = None) -> Tensor:
+        """The change of the module's weight, float32, in the weight's shape. Default: own multiplier."""
+
+    @property
+    def is_merged(self) -> bool:
+        state = self.original.__dict__.get(_MERGE_STATE)
+        return state is not None and any(adapter is self for adapter in state.adapters)
+
+    @torch.no_grad()
+    def merge_forever(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+        """Add the change to the module's weight, keeping no copy of it.
+
+        Args:
+            dtype: of the resulting weight; default: as it is. The sum is made in float32.
+            device: where the sum is made; the weight stays where it is.
+        """
+        weight = self.original.weight
+        weight.data = _merged(weight.data, [self], dtype or weight.dtype, device or weight.device)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the change to the module's weight and keep the weight as it was for ``unmerge``."""
+        if self.is_merged:
+            raise RuntimeError(f"{self.lora_name} is merged already")
+        weight = self.original.weight
+        state = self.original.__dict__.setdefault(_MERGE_STATE, _MergeState(weight.data, []))
+        state.adapters.append(self)
+        weight.data = _merged(state.original_weight, state.adapters, weight.dtype, weight.device)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Undo ``merge``: with the last merged adapter gone the weight is bit for bit as before."""
+        if not self.is_merged:
+            raise RuntimeError(f"{self.lora_name} is not merged")
+        weight = self.original.weight
+        state: _MergeState = self.original.__dict__[_MERGE_STATE]
+        state.adapters[:] = [adapter for adapter in state.adapters if adapter is not self]
+        if state.adapters:
+            weight.data = _merged(state.original_weight, state.adapters, weight.dtype, weight.device)
+        else:
+            weight.data = state.original_weight.to(weight.device)
+            del self.original.__dict__[_MERGE_STATE]
+
+    # ---- state ----
+
+    def set_alpha(self, alpha: float) -> None:
+        self.alpha.fill_(alpha)
+        self.scale = alpha / self.rank
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        alpha = state_dict.get(f"{prefix}alpha")
+        if alpha is not None and not alpha.is_meta:
+            self.scale = float(alpha) / self.rank
+
+    # ---- norms ----
+
+    @abstractmethod
+    def change_norm(self) -> Tensor:
+        """Frobenius norm of the weight change at multiplier 1, a float32 scalar on the parameters' device."""
+
+    @abstractmethod
+    def scale_change(self, ratio: Tensor) -> None:
+        """Multiply the weight change by ``ratio``, a scalar, in place."""
+
+
+def _merged(
+    weight: Tensor, adapters: Iterable[AdapterModule], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """``weight`` plus the adapters' changes, summed in float32 on ``device``, on the device of ``weight``."""
+    total = weight.to(device=device, dtype=torch.float32)
+    for adapter in adapters:
+        total = total + adapter.get_weight().to(device)
+    return total.to(device=weight.device, dtype=dtype)
+
+
+class AdapterNetwork(nn.Module):
+    """Adapters on the text encoders and the denoiser of one model; the public network protocol.
+
+    Args:
+        parts: the models to adapt, text encoders first in their order, then the denoiser.
+        rank_rule: rank and alpha of each found module, or ``None`` to leave it alone.
+
+    Raises:
+        UserError: nothing to adapt was found.
+    """
+
+    adapter_class: type[AdapterModule]
+    module_name: str  # as in --network_module
+
+    def __init__(
+        self,
+        parts: Sequence[NetworkPart],
+        rank_rule: RankRule,
+        *,
+        multiplier: float = 1.0,
+        dropouts: Dropouts = Dropouts(),
+    ) -> None:
+        super().__init__()
+        self.parts = list(parts)
+        self.multiplier = multiplier
+        for part in self.parts:
+            for found in find_modules(part.model, part.target):
+                size = rank_rule(found)
+                if size is None:
+                    continue
+                if found.lora_name in self._modules:
+                    raise ValueError(f"two modules are named {found.lora_name}; text encoders need their own prefixes")
+                adapter = self.adapter_class(found, size, multiplier=multiplier, dropouts=dropouts)
+                self.add_module(found.lora_name, adapter)
+                part.adapters[found.path] = adapter
+        if not self.adapters:
+            models = ", ".join(type(part.model).__name__ for part in self.parts)
+            raise UserError(f"{self.module_name} found nothing to adapt in {models}: another model family, or no ranks")
+
+    @property
+    def adapters(self) -> list[AdapterModule]:
+        return [adapter for part in self.parts for adapter in part.adapters.values()]
+
+    @property
+    def text_encoder_loras(self) -> list[AdapterModule]:
+        return [a for part in self.parts if part.is_text_encoder for a in part.adapters.values()]
+
+    @property
+    def unet_loras(self) -> list[AdapterModule]:
+        return [a for part in self.parts if not part.is_text_encoder for a in part.adapters.values()]
+
+    # ---- applying ----
+
+    def apply_to(
+        self,
+        text_encoder: nn.Module | Sequence[nn.Module] | None,
+        unet: nn.Module,
+        apply_text_encoder: bool = True,
+        apply_unet: bool = True,
+    ) -> None:
+        """Hook the adapters into the given models. Parts that are not applied leave the network and its files."""
+        self._bind(text_encoder, unet)
+        for part in self.parts:
+            if not (apply_text_encoder if part.is_text_encoder else apply_unet):
+                for adapter in part.adapters.values():
+                    delattr(self, adapter.lora_name)
+                part.adapters = {}
+            for adapter in part.adapters.values():
+                adapter.apply_to_original()
+            if part.adapters:
+                logger.info("%s: %d adapters on the %s", self.module_name, len(part.adapters), part.label)
+
+    def remove(self) -> None:
+        """Take all hooks out of the models again."""
+        for adapter in self.adapters:
+            adapter.remove_from_original()
+
+    def _bind(self, text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module) -> None:
+        """Adapt the same modules of these models from now on; they may be others than at creation."""
+        text_encoders = as_list(text_encoder)
+        expected = sum(part.is_text_encoder for part in self.parts)
+        if len(text_encoders) != expected:
+            raise ValueError(f"the network was made for {expected} text encoder(s), {len(text_encoders)} given")
+        remaining = iter(text_encoders)
+        for part in self.parts:
+            part.model = next(remaining) if part.is_text_encoder else unet
+            for path, adapter in part.adapters.items():
+                adapter.bind(part.model.get_submodule(path))
+
+    def set_multiplier(self, multiplier: float) -> None:
+        self.multiplier = multiplier
+        for adapter in self.adapters:
+            adapter.multiplier = multiplier
+
+    def set_enabled(self, enabled: bool) -> None:
+        for adapter in self.adapters:
+            adapter.enabled = enabled
+
+    # ---- merging ----
+
+    def is_mergeable(self) -> bool:
+        return True
+
+    def merge_to(
+        self,
+        text_encoder: nn.Module | Sequence[nn.Module] | None,
+        unet: nn.Module,
+        weights_sd: Mapping[str, Tensor] | None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Add the adapters to the models' weights for good, at the network's multiplier.
+
+        Args:
+            weights_sd: weights to load first; parts it does not hold are not merged. ``None``: as they are.
+            dtype: of the changed weights; default: unchanged. Sums are made in float32 on ``device``.
+        """
+        self._bind(text_encoder, unet)
+        adapters = self.adapters
+        if weights_sd is not None:
+            self.load_weights_from(weights_sd, "the weights to merge")
+            present = {key.split(".", 1)[0] for key in weights_sd}
+            adapters = [adapter for adapter in adapters if adapter.lora_name in present]
+        for adapter in adapters:
+            adapter.merge_forever(dtype, device)
+
+    def merge(self) -> None:
+        """Add the adapters to the models' weights, reversibly; hooked forwards then add nothing."""
+        for adapter in self.adapters:
+            adapter.merge()
+
+    def unmerge(self) -> None:
+        """Undo ``merge`` bit for bit. Networks merged into one model may be unmerged in any order."""
+        for adapter in self.adapters:
+            adapter.unmerge()
+
+    def backup_weights(self) -> None:
+        """Part of the published protocol; ``pre_calculation`` keeps the models' weights by itself."""
+
+    def pre_calculation(self) -> None:
+        """Merge those adapters that are not merged yet, for faster inference."""
+        for adapter in self.adapters:
+            if not adapter.is_merged:
+                adapter.merge()
+
+    def restore_weights(self) -> None:
+        """Unmerge those adapters that are merged."""
+        for adapter in self.adapters:
+            if adapter.is_merged:
+                adapter.unmerge()
+
+    # ---- training ----
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Adapters live inside the models' blocks and are recomputed with them: nothing of their own to do."""
+
+    def prepare_grad_etc(self, text_encoder: Any, unet: Any) -> None:
+        """Only what has a learning rate gets gradients."""
+        for adapter in self.adapters:
+            adapter.requires_grad_(adapter.trained)
+
+    def on_epoch_start(self, text_encoder: Any, unet: Any) -> None:
+        self.train()
+
+    def on_step_start(self) -> None:
+        """Hook of the protocol for networks whose shape changes from step to step."""
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        return self.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
+
+    def prepare_optimizer_params_with_multiple_te_lrs(
+        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Parameter groups for an optimizer, and a description of each, e.g. ``"unet"``, ``"unet plus"``.
+
+        Args:
+            text_encoder_lr: one rate for all text encoders or one for each.
+            unet_lr: of the denoiser.
+            default_lr: used where a rate is ``None``; if it is ``None`` too, the optimizer's own rate holds.
+
+        A rate of 0 leaves the part untrained: no group, no gradients.
+
+        Raises:
+            UserError: the number of text encoder rates fits no text encoder, or every rate is 0.
+        """
+        text_parts = [part for part in self.parts if part.is_text_encoder]
+        text_rates = list(text_encoder_lr) if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
+        if len(text_rates) <= 1:
+            text_rates = (text_rates or [None]) * len(text_parts)
+        elif len(text_rates) != len(text_parts):
+            counts = f"{len(text_rates)} values, the model has {len(text_parts)} text encoder(s)"
+            raise UserError(f"--text_encoder_lr has {counts}")
+        text_rates = iter(text_rates)
+        groups: list[dict[str, Any]] = []
+        descriptions: list[str] = []
+        for part in self.parts:
+            rate = next(text_rates) if part.is_text_encoder else unet_lr
+            rate = default_lr if rate is None else rate
+            for rate_group in self.rate_groups(part):
+                trained = rate != 0 and rate_group.factor != 0
+                for adapter in rate_group.adapters:
+                    adapter.trained = trained
+                    adapter.requires_grad_(trained)
+                if not trained:
+                    continue
+                for suffix, ratio, parameters in self.split_parameters(part, rate_group.adapters):
+                    group: dict[str, Any] = {"params": parameters}
+                    if rate is not None:
+                        group["lr"] = rate * rate_group.factor * ratio
+                    elif rate_group.factor * ratio != 1:
+                        raise UserError(f"{part.label}: rates relative to others need a learning rate to start from")
+                    if parameters:
+                        groups.append(group)
+                        descriptions.append(rate_group.description + suffix)
+        if not groups:
+            raise UserError("nothing to train: --learning_rate, --unet_lr and --text_encoder_lr leave every rate at 0")
+        return groups, descriptions
+
+    def rate_groups(self, part: NetworkPart) -> list[RateGroup]:
+        """How a part's adapters divide into learning rates; one group unless a subclass says otherwise."""
+        return [RateGroup(part.label, 1.0, list(part.adapters.values()))]
+
+    def split_parameters(
+        self, part: NetworkPart, adapters: Sequence[AdapterModule]
+    ) -> list[tuple[str, float, list[nn.Parameter]]]:
+        """(description suffix, factor of the rate, parameters); one entry unless a subclass says otherwise."""
+        return [("", 1.0, [parameter for adapter in adapters for parameter in adapter.parameters()])]
+
+    # ---- norms ----
+
+    @torch.no_grad()
+    def weight_norms(self) -> Tensor:
+        """(adapters,) Frobenius norms of the weight changes at multiplier 1; stays on the device."""
+        return torch.stack([adapter.change_norm() for adapter in self.adapters])
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(
+        self, max_norm: float, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale down the adapters whose weight change has a norm above ``max_norm`` (``--scale_weight_norms``).
+
+        The work is done where the parameters are and nothing waits for the device: the figures are 0-dimensional
+        tensors, moved to ``device`` if one is given, to be read when convenient.
+
+        Returns:
+            How many were scaled, mean norm and greatest norm afterwards.
+        """
+        norms = self.weight_norms()  # (adapters,)
+        ratios = (max_norm / norms).clamp(max=1.0)  # a norm of 0 gives inf, clamped to 1
+        for adapter, ratio in zip(self.adapters, ratios.unbind(), strict=True):
+            adapter.scale_change(ratio)
+        scaled = norms * ratios
+        figures = ((ratios < 1).sum(), scaled.mean(), scaled.max())
+        return figures if device is None else tuple(figure.to(device) for figure in figures)
+
+    # ---- files ----
+
+    def load_weights(self, file: str | Path) -> str:
+        """Load a ``.safetensors``, ``.pt`` or ``.ckpt`` file; returns a line for people.
+
+        Raises:
+            UserError: unreadable, or its tensors are not those of this network.
+        """
+        return self.load_weights_from(read_weights(file), str(file))
+
+    def load_weights_from(self, weights: Mapping[str, Tensor], source: str) -> str:
+        """Load tensors in the published names. Alphas come with them: a file means the same in every run.
+
+        A part of the network that the file lacks wholly keeps its weights; tensors of parts that are not trained
+        here are left out. Both are said in the returned line.
+
+        Raises:
+            UserError: tensors are missing, unknown, or of other shapes.
+        """
+        selected, notes = select_weights(self, weights, source)
+        self.load_state_dict(selected, strict=False)
+        message = f"loaded {len(selected)} tensors from {source}" + "".join(f"; {note}" for note in notes)
+        logger.info("%s", message)
+        return message
+
+    def save_weights(
+        self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+    ) -> None:
+        """Write the network's tensors atomically; ``.safetensors`` files carry the metadata and two hashes.
+
+        Args:
+            dtype: of all tensors, alphas included; ``None`` keeps theirs.
+
+        Raises:
+            UserError: unknown file extension.
+        """
+        write_weights(file, self.state_dict(), dtype, metadata)
+
+
+def as_list(models: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
+    if models is None:
+        return []
+    return list(models) if isinstance(models, (list, tuple)) else [models]
+

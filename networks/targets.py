@@ -1,0 +1,48 @@
+"""Which modules of a model carry adapters, and what they are called in files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from library.architectures.base import LoraTarget
+
+
+@dataclass(frozen=True)
+class RankAlpha:
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class FoundModule:
+    """A module that may carry an adapter."""
+
+    lora_name: str
+    path: str  # dotted, in its model
+    module: nn.Module
+
+    @property
+    def is_spatial_conv(self) -> bool:
+        """A convolution with a kernel larger than 1x1; those have their own rank."""
+        return isinstance(self.module, nn.Conv2d) and self.module.kernel_size != (1, 1)
+
+
+RankRule = Callable[[FoundModule], RankAlpha | None]
+
+
+def find_modules(model: nn.Module, target: LoraTarget) -> Iterator[FoundModule]:
+    """The ``Linear`` and ``Conv2d`` modules inside the target's classes, each once, in the model's order."""
+    seen: set[str] = set()
+    # transformers 5 dropped the "text_model." level from CLIPTextModel; files keep it
+    is_short_clip = type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
+    name_start = f"{target.prefix}.text_model." if is_short_clip else f"{target.prefix}."
+    for owner_path, owner in model.named_modules():
+        if type(owner).__name__ not in target.module_classes:
+            continue
+        for inner_path, module in owner.named_modules(prefix=owner_path):
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and inner_path not in seen:
+                seen.add(inner_path)
+                yield FoundModule((name_start + inner_path).replace(".", "_"), inner_path, module)

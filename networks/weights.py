@@ -1,0 +1,177 @@
+"""Adapter files: reading, writing, and matching their tensors to a network."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.files.hashes import sshs_hashes
+from library.files.safetensors_io import load_pickle, load_tensors, save_pickle, save_tensors
+
+if TYPE_CHECKING:
+    from networks.base import AdapterNetwork
+
+PICKLE_SUFFIXES = (".pt", ".ckpt", ".bin")
+
+#: a piece of a tensor's name -> what the file then is; looked for only when a file does not fit
+_OTHER_KINDS = {
+    ".lora_A.": "it is in diffusers/PEFT naming; convert it to lora_down/lora_up names first",
+    ".lora.down.": "it is in diffusers naming; convert it to lora_down/lora_up names first",
+    ".lora_linear_layer.": "it is in diffusers naming; convert it to lora_down/lora_up names first",
+    ".hada_w1": "it is a LoHa; use the network module that made it (lycoris.kohya)",
+    ".lokr_": "it is a LoKr; use the network module that made it (lycoris.kohya)",
+    ".dora_scale": "it is a DoRA; use the network module that made it (lycoris.kohya)",
+    ".oft_": "it is an OFT; use the network module that made it",
+    "lora_te2_": "it was made for a model with two text encoders, such as SDXL",
+    "lora_unet_input_blocks_": "it was made for SDXL",
+    "lora_unet_double_blocks_": "it was made for FLUX or HunyuanImage",
+    "lora_unet_joint_blocks_": "it was made for SD3",
+    "lora_unet_layers_": "it was made for Lumina",
+}
+
+
+def read_weights(file: str | Path) -> dict[str, Tensor]:
+    """All tensors of a ``.safetensors`` file, or of a pickled one, which is opened without running its code.
+
+    Raises:
+        UserError: missing or unreadable file.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return load_pickle(path) if path.suffix in PICKLE_SUFFIXES else load_tensors(path)
+
+
+def write_weights(
+    file: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+) -> None:
+    """Write ``state`` atomically; ``.safetensors`` gets ``metadata`` and the ``sshs_*`` hashes.
+
+    Raises:
+        UserError: unknown file extension.
+    """
+    path = Path(file)
+    tensors = {name: t.detach().to(device="cpu", dtype=dtype or t.dtype).contiguous() for name, t in state.items()}
+    if path.suffix == ".safetensors":
+        entries = dict(metadata or {})
+        model_hash, legacy_hash = sshs_hashes(tensors, entries)
+        entries |= {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
+        save_tensors(path, tensors, entries)
+    elif path.suffix in PICKLE_SUFFIXES:
+        save_pickle(path, tensors)
+    else:
+        raise UserError(f"{path}: adapters are saved as .safetensors, .pt or .ckpt")
+
+
+def ranks_and_alphas(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each module of a LoRA file; a file without alphas was made with alpha = rank."""
+    found = {}
+    for name, tensor in weights.items():
+        if name.endswith(".lora_down.weight"):
+            lora_name = name.removesuffix(".lora_down.weight")
+            rank = tensor.shape[0]
+            alpha = weights.get(f"{lora_name}.alpha")
+            found[lora_name] = (rank, float(rank if alpha is None else alpha))
+    return found
+
+
+def select_weights(
+    network: AdapterNetwork, weights: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of ``weights`` that belong to ``network``, alphas completed, and notes on what was left out.
+
+    Raises:
+        UserError: tensors are missing, unknown, or of other shapes.
+    """
+    by_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in weights.items():
+        lora_name, _, tensor_name = key.partition(".")
+        by_module[lora_name][tensor_name] = tensor
+    own_tensors = {name.partition(".")[2] for name in network.state_dict()} - {"alpha"}
+    if not any(tensors.keys() & own_tensors for tensors in by_module.values()):
+        # another kind of adapter, or none
+        refuse_misfits((), (), weights, source, network.module_name)
+
+    notes: list[str] = []
+    known: set[str] = set()
+    selected: dict[str, Tensor] = {}
+    for part in network.parts:
+        prefix = f"{part.target.prefix}_"
+        names = {adapter.lora_name for adapter in part.adapters.values()}
+        if not names:  # the part is not trained in this run
+            left_out = {name for name in by_module if name.startswith(prefix)}
+            known |= left_out
+            if left_out:
+                notes.append(f"the {part.label} is not trained, its {len(left_out)} modules were left out")
+            continue
+        known |= names
+        present = names & by_module.keys()
+        if not present:
+            notes.append(f"the file has nothing for the {part.label}, it starts anew")
+            continue
+        if missing := sorted(names - present):
+            raise UserError(
+                f"{source}: tensors are missing for {len(missing)} of the {part.label}'s {len(names)} modules "
+                f"({_some(missing)}); --dim_from_weights makes a network of just the file's modules"
+            )
+        for adapter in part.adapters.values():
+            selected |= _module_weights(adapter.state_dict(), by_module[adapter.lora_name], adapter.lora_name, source)
+
+    refuse_misfits(by_module.keys(), known, weights, source, network.module_name)
+    if not selected:
+        raise UserError(f"{source}: holds nothing for this network; {_explain(weights, network.module_name)}")
+    return selected, notes
+
+
+def refuse_misfits(
+    in_file: Collection[str], available: Collection[str], weights: Mapping[str, Tensor], source: str, module_name: str
+) -> None:
+    """Raise UserError if a file names no module at all, or modules that are not ``available``."""
+    if not in_file:
+        raise UserError(f"{source}: holds no tensors of {module_name}; {_explain(weights, module_name)}")
+    if unknown := sorted(set(in_file) - set(available)):
+        raise UserError(
+            f"{source}: {len(unknown)} of its {len(in_file)} modules have no place in this network "
+            f"({_some(unknown)}); {_explain(weights, module_name)}"
+        )
+
+
+def _module_weights(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], lora_name: str, source: str
+) -> dict[str, Tensor]:
+    """One module's tensors, checked against its own, keyed as in the network."""
+    given = dict(given)
+    down = given.get("lora_down.weight")
+    if "alpha" in own and "alpha" not in given and down is not None:
+        given["alpha"] = torch.tensor(float(down.shape[0]))
+    if given.keys() != own.keys():
+        raise UserError(
+            f"{source}: {lora_name} has the tensors {_some(sorted(given))} where {_some(sorted(own))} are expected"
+        )
+    for name, tensor in given.items():
+        if name == "alpha":
+            given[name] = tensor.reshape(())  # some writers store one element
+        elif tensor.shape != own[name].shape:
+            shapes = f"{list(tensor.shape)} in the file and {list(own[name].shape)} in this network"
+            rank_differs = name == "lora_down.weight" and tensor.shape[1:] == own[name].shape[1:]
+            remedy = "use --dim_from_weights, or the file's rank" if rank_differs else "it was made for another model"
+            raise UserError(f"{source}: {lora_name}.{name} is {shapes}; {remedy}")
+    return {f"{lora_name}.{name}": tensor for name, tensor in given.items()}
+
+
+def _explain(weights: Mapping[str, Tensor], module_name: str) -> str:
+    for piece, explanation in _OTHER_KINDS.items():
+        if any(piece in key for key in weights):
+            return explanation
+    return f"was it made for another model, or with other --network_args, than this {module_name}?"
+
+
+def _some(names: Iterable[str], count: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,0 +1,243 @@
+"""``gen_img.py`` as a user runs it, on a tiny random model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.fixtures.runs import ROOT, Finished, run_script
+from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
+
+PUBLISHED = json.loads((ROOT / "tests/compat/data/cli/gen_img.json").read_text())["options"]
+TYPES = {"str": str, "int": int, "float": float, "bool": None}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> MadeCheckpoint:
+    return make_tiny_sd(tmp_path_factory.mktemp("tiny") / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def lora(tmp_path_factory: pytest.TempPathFactory, model: MadeCheckpoint) -> Path:
+    """A LoRA file whose ups are not zero."""
+    from library.architectures.sd import SD
+    from networks import lora as lora_module
+
+    checkpoint = SD.inspect(
+        str(model.path),
+        v2=False,
+        v_parameterization=False,
+        vae=None,
+        tokenizer_cache_dir=str(model.tokenizer_cache_dir),
+    )
+    (text_encoder,) = SD.load_text_encoders(checkpoint, dtype=torch.float32, device="cpu")
+    denoiser = SD.load_denoiser(checkpoint, dtype=torch.float32, device="cpu")
+    network = lora_module.create_network(1.0, 4, 4, None, text_encoder, denoiser)
+    network.apply_to(text_encoder, denoiser)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * (0.3 if "lora_up" in name else 0.1)
+    path = tmp_path_factory.mktemp("lora") / "tiny.safetensors"
+    network.save_weights(str(path), torch.float32, {"ss_network_module": "networks.lora"})
+    return path
+
+
+def draw(model: MadeCheckpoint, outdir: Path, *arguments: object) -> Finished:
+    return run_script(
+        "gen_img.py",
+        *("--ckpt", model.path, "--tokenizer_cache_dir", model.tokenizer_cache_dir, "--outdir", outdir),
+        *("--W", 64, "--H", 64, "--steps", 2, "--console_log_simple"),
+        *arguments,
+    )
+
+
+def drawn(finished: Finished, outdir: Path) -> list[Path]:
+    assert finished.code == 0, finished.text
+    return sorted(outdir.iterdir())
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(np.int16)
+
+
+def text_of(path: Path) -> dict[str, str]:
+    with Image.open(path) as image:
+        image.load()
+        return image.text
+
+
+# ---- the parser ----
+
+
+def parser() -> argparse.ArgumentParser:
+    spec = importlib.util.spec_from_file_location("gen_img", ROOT / "gen_img.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.setup_parser()
+
+
+def test_flags_are_the_published_ones() -> None:
+    actions = {action.dest: action for action in parser()._actions if action.dest != "help"}
+    assert set(actions) == {option["dest"] for option in PUBLISHED}
+    for option in PUBLISHED:
+        action = actions[option["dest"]]
+        assert set(option["flags"]) <= set(action.option_strings), option["dest"]
+        assert action.default == option["default"], option["dest"]
+        assert action.required == option["required"], option["dest"]
+        assert list(action.choices or []) == (option["choices"] or []), option["dest"]
+        if option["action"] == "store_true":
+            assert action.nargs == 0
+            assert action.const is True
+        else:
+            assert action.nargs == option["nargs"], option["dest"]
+            assert (action.type or str) is TYPES[option["type"]], option["dest"]
+        assert action.help, option["dest"]
+
+
+# ---- drawing ----
+
+
+def test_prompt_and_options_in_it(model: MadeCheckpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prompt = "n girl --n dog --w 72 --h 80 --d 5 --s 3 --l -2"
+    finished = draw(model, out, "--prompt", prompt, "--images_per_prompt", 2, "--batch_size", 2)
+    first, second = drawn(finished, out)
+    assert re.fullmatch(r"im_\d{14}_000001_5\.png", first.name)
+    assert re.fullmatch(r"im_\d{14}_000002_6\.png", second.name)
+    assert pixels(first).shape == (80, 72, 3)
+    assert not np.array_equal(pixels(first), pixels(second))
+    assert text_of(first) == {
+        "parameters": "n girl\nNegative prompt: dog\nSteps: 3, Sampler: ddim, CFG scale: -2, Seed: 5, Size: 72x80, "
+        "Model: model.safetensors",
+        "prompt": "n girl",
+        "negative_prompt": "dog",
+        "seed": "5",
+        "steps": "3",
+        "scale": "-2",
+        "sampler": "ddim",
+        "size": "72x80",
+        "model": "model.safetensors",
+    }
+
+
+def test_file_of_prompts_is_drawn_the_same_each_time_and_numbers_go_on(model: MadeCheckpoint, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# two\ncat\n\ndog --w 65\n")
+    out = tmp_path / "out"
+    arguments = ("--from_file", prompts, "--n_iter", 2, "--seed", 3, "--sequential_file_name", "--sampler", "k_euler_a")
+    finished = draw(model, out, *arguments)
+    assert [path.name for path in drawn(finished, out)] == [f"im_{n:06d}.png" for n in (1, 2, 3, 4)]
+    assert f"{prompts}:4: width 65" in finished.text
+    assert pixels(out / "im_000002.png").shape == (64, 64, 3)
+    draw(model, out, *arguments, "--batch_size", 4)
+    assert len(list(out.iterdir())) == 8
+    for n in (1, 2, 3, 4):
+        again = out / f"im_{n + 4:06d}.png"
+        assert text_of(out / f"im_{n:06d}.png") == text_of(again)
+        assert np.abs(pixels(out / f"im_{n:06d}.png") - pixels(again)).max() <= 1
+    assert len({text_of(path)["seed"] for path in out.iterdir()}) == 4
+
+
+def test_lora_multiplier_changes_the_picture(model: MadeCheckpoint, lora: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat --d 1\ncat --d 1 --am 0\ncat --d 1 --am 0.5\ncat --d 1\n")
+    network = ("--network_module", "networks.lora", "--network_weights", lora)
+    sequential = ("--sequential_file_name", "--from_file", prompts)
+    finished = draw(model, out, *sequential, *network, "--network_mul", 0.8, "--network_show_meta")
+    applied, zero, half, again = (pixels(path) for path in drawn(finished, out))
+    assert "ss_network_module" in finished.text
+    assert text_of(out / "im_000001.png")["network"] == "tiny.safetensors:0.8"
+    assert text_of(out / "im_000003.png")["network"] == "tiny.safetensors:0.5"
+    assert np.array_equal(applied, again)
+    assert np.abs(applied - zero).max() > 3
+    assert np.abs(applied - half).max() > 1
+
+    out = tmp_path / "plain"
+    (plain,) = drawn(draw(model, out, "--prompt", "cat --d 1"), out)
+    assert np.abs(pixels(plain) - zero).max() <= 1
+
+    out = tmp_path / "merged"
+    (merged,) = drawn(draw(model, out, "--prompt", "cat --d 1", *network, "--network_mul", 0.8, "--network_merge"), out)
+    assert np.abs(pixels(merged) - applied).max() <= 1
+
+
+def test_accepted_switches(model: MadeCheckpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    switches = "--v1 --bf16 --sdpa --no_half_vae --clip_skip 2 --max_embeddings_multiples 3 --no_preview"
+    finished = draw(model, out, "--prompt", "(cat:1.2) dog", "--iter_same_seed", "--shuffle_prompts", *switches.split())
+    (image,) = drawn(finished, out)
+    assert pixels(image).shape == (64, 64, 3)
+    assert f"seed: {text_of(image)['seed']}" in finished.text
+
+
+def test_v2_model_draws_with_zero_terminal_snr(tmp_path: Path) -> None:
+    model = make_tiny_sd(tmp_path / "v2.safetensors", v2=True)
+    out = tmp_path / "out"
+    finished = draw(model, out, "--v2", "--v_parameterization", "--zero_terminal_snr", "--prompt", "cat")
+    assert len(drawn(finished, out)) == 1
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--interactive"], ["--interactive: not available", "--from_file", "nothing to draw"]),
+        (["--prompt", "a", "--strength", "0.5", "--ds_ratio", "0.3"], ["--strength: not available", "--ds_ratio: not"]),
+        (["--prompt", "a", "--fp16", "--bf16", "--steps", "0"], ["--fp16 and --bf16", "--steps 0"]),
+        (["--prompt", "a --q 1"], ["--prompt: unknown option --q"]),
+        (["--prompt", "a --t 0.5"], ["--prompt: --t: img2img"]),
+        (["--prompt", "a", "--v2"], ["1.x"]),
+        (["--prompt", "a", "--zero_terminal_snr"], ["v-prediction"]),
+        (["--prompt", "a --am 1"], ["--am has 1 values for 0 networks"]),
+        (["--prompt", "a", "--network_module", "networks.lora"], ["--network_weights: 0 files for 1"]),
+        (["--prompt", "a", "--network_module", "networks.lora", "--network_weights", "gone.pt"], ["gone.pt: no such"]),
+        (["--prompt", "a", "--sampler", "eulr"], ["eulr"]),
+        (["--prompt", "a", "--stpes", "3"], ["--stpes"]),
+        (["--prompt", "a", "--outdir", str(ROOT / "gen_img.py")], ["--outdir", "is a file"]),
+        (["--from_file", "gone.txt"], ["gone.txt: no such prompt file"]),
+    ],
+)
+def test_mistakes_end_with_code_2_and_a_line(
+    model: MadeCheckpoint, tmp_path: Path, arguments: list[str], said: list[str]
+) -> None:
+    finished = draw(model, tmp_path / "out", *arguments)
+    assert finished.code == 2
+    assert "Traceback" not in finished.text
+    for text in said:
+        assert text in finished.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    finished = run_script("gen_img.py", "--ckpt", tmp_path / "gone.safetensors", "--prompt", "a")
+    assert finished.code == 2
+    assert "Traceback" not in finished.text
+    assert finished.err.startswith(f"error: --ckpt {tmp_path / 'gone.safetensors'}: no such file")
+    finished = run_script("gen_img.py", "--prompt", "a")
+    assert finished.code == 2
+    assert "--ckpt is required" in finished.err
+
+
+@pytest.mark.skipif(not (ROOT / "examples/quickstart/model").exists(), reason="the example's model is not here")
+def test_first_command_of_the_page(tmp_path: Path) -> None:
+    page = (ROOT / "docs/gen_img.md").read_text(encoding="utf-8")
+    command = re.search(r"```bash\npython (.*?)```", page, re.DOTALL)[1].replace("\\\n", "")
+    script, *arguments = shlex.split(command)
+    arguments[arguments.index("--outdir") + 1] = str(tmp_path / "out")
+    files = drawn(run_script(script, *arguments), tmp_path / "out")
+    assert len(files) == 4
+    assert {text_of(path)["seed"] for path in files} == {"1", "2", "3", "4"}
+    assert len({pixels(path).tobytes() for path in files}) == 4

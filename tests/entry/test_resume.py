@@ -1,0 +1,131 @@
+"""Exact resume: a run that was killed or stopped and resumed ends bit-equal to the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.fixtures.runs import lora_arguments, run_script, start_script, write_dataset
+from tests.fixtures.tiny_sd import MadeCheckpoint
+
+#: everything random at once: buckets, flip, shuffled and dropped captions, LoRA dropout, accumulation, schedule
+GENERAL = "shuffle_caption = true\nkeep_tokens = 1\nflip_aug = true\ncaption_tag_dropout_rate = 0.2"
+HARD = {
+    "max_train_steps": 12,
+    "max_data_loader_n_workers": 2,
+    "gradient_accumulation_steps": 2,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 3,
+    "network_dropout": 0.3,
+    "network_args": ["rank_dropout=0.2", "module_dropout=0.1", "conv_dim=2"],
+    "noise_offset": 0.05,
+    "cache_latents": True,
+    "save_state": True,
+    "save_every_n_steps": 2,
+}
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = load_file(one), load_file(other)
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, e.g. {different[:3]}"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    return write_dataset(folder / "data.toml", pictures, general=GENERAL, dataset="batch_size = 2", subset="num_repeats = 3")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_sd: MadeCheckpoint, dataset: Path) -> Path:
+    output = tmp_path_factory.mktemp("whole")
+    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, output, **HARD))
+    assert done.code == 0, done.text
+    return output / "tiny.safetensors"
+
+
+def newest_state(output: Path) -> Path | None:
+    states = sorted(output.glob("tiny-step*-state"))
+    return states[-1] if states else None
+
+
+@pytest.mark.parametrize("attempt", range(2))
+def test_killed_at_an_arbitrary_moment(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, uninterrupted: Path, attempt: int
+) -> None:
+    process = start_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, **HARD))
+    deadline = time.monotonic() + 120
+    while newest_state(tmp_path) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0.0, 0.6))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    state = newest_state(tmp_path)
+    assert state is not None
+    if (tmp_path / "tiny.safetensors").exists():
+        (tmp_path / "tiny.safetensors").unlink()  # too fast: it had ended; resume redoes the end
+        state = sorted(tmp_path.glob("tiny-step*-state"))[0]
+    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, resume=state, **HARD))
+    assert done.code == 0, done.text
+    assert_same_weights(tmp_path / "tiny.safetensors", uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, uninterrupted: Path, number: int, code: int
+) -> None:
+    process = start_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, **HARD))
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if "first step" in line:
+            break
+    process.send_signal(number)
+    rest, _ = process.communicate(timeout=120)
+    text = "".join(seen) + rest
+    assert process.returncode == code, text
+    assert "Traceback" not in text
+    state = newest_state(tmp_path)
+    assert state is not None and str(state) in text
+    assert state.with_name(state.name.removesuffix("-state") + ".safetensors").exists()
+    stopped_at = json.loads((state / "train_state.json").read_text())["current_step"]
+    assert 0 < stopped_at < 12
+    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, resume=state, **HARD))
+    assert done.code == 0, done.text
+    assert_same_weights(tmp_path / "tiny.safetensors", uninterrupted)
+
+
+def test_the_number_of_workers_does_not_matter(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, uninterrupted: Path
+) -> None:
+    arguments = lora_arguments(tiny_sd, dataset, tmp_path, **{**HARD, "max_data_loader_n_workers": 0})
+    done = run_script("train_network.py", *arguments)
+    assert done.code == 0, done.text
+    assert_same_weights(tmp_path / "tiny.safetensors", uninterrupted)
+
+
+def test_a_torn_state_is_refused(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+    settings = {**HARD, "max_train_steps": 2}
+    assert run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, **settings)).code == 0
+    state = newest_state(tmp_path)
+    torn = next(state.glob("model*.safetensors"))
+    torn.write_bytes(torn.read_bytes()[:-10])
+    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, resume=state, **HARD))
+    assert done.code == 2
+    assert torn.name in done.err and "Traceback" not in done.err
+
+
+def test_resuming_the_output_folder_names_the_state(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+    (tmp_path / "tiny-step00000002-state").mkdir()
+    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, resume=tmp_path, **HARD))
+    assert done.code == 2
+    assert "tiny-step00000002-state" in done.err

@@ -1,0 +1,270 @@
+"""``train_network.py`` from end to end on tiny checkpoints, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.fixtures.runs import lora_arguments, make_pictures, run_script, write_dataset
+from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset") / "data.toml", pictures, dataset="batch_size = 2")
+
+
+def test_a_whole_run(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+    """Epoch and step saves, retention, states, samples, logs, metadata: one run shows all of it."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# a comment\na cat --w 64 --h 64 --s 2 --d 5 --n dog\nthe dog --w 64 --h 64 --s 2 --d 6\n")
+    output = tmp_path / "out"
+    done = run_script(
+        "train_network.py",
+        *lora_arguments(
+            tiny_sd,
+            dataset,
+            output,
+            max_train_steps=None,
+            max_train_epochs=3,
+            save_every_n_epochs=1,
+            save_last_n_epochs=1,
+            save_every_n_steps=4,
+            save_state=True,
+            sample_prompts=prompts,
+            sample_every_n_epochs=2,
+            sample_at_first=True,
+            cache_latents_to_disk=True,
+            cache_latents=True,
+            network_args=["conv_dim=2", "conv_alpha=1"],
+            training_comment="a comment",
+            metadata_author="somebody",
+        ),
+    )
+    assert done.code == 0, done.text
+    # 7 pictures in three shapes, batches of 2: 2 + 1 + 1 or so steps; read it from the metadata
+    final = output / "tiny.safetensors"
+    entries = metadata_of(final)
+    per_epoch = int(entries["ss_num_batches_per_epoch"])
+    assert int(entries["ss_steps"]) == 3 * per_epoch
+    assert entries["ss_epoch"] == "3"
+    assert entries["ss_base_model_version"] == "sd_v1"
+    assert entries["ss_output_name"] == "tiny"
+    assert entries["ss_training_comment"] == "a comment"
+    assert json.loads(entries["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "1", "dropout": None}
+    assert len(entries["sshs_model_hash"]) == 64 and len(entries["ss_new_sd_model_hash"]) == 64
+    assert entries["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert entries["modelspec.author"] == "somebody"
+    tensors = load_file(final)
+    assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in tensors.values())
+    assert any(name.startswith("lora_te_") for name in tensors) and any("resnets_0_conv1" in name for name in tensors)
+    ups = [t for name, t in tensors.items() if name.endswith("lora_up.weight")]
+    assert sum(float(t.abs().sum()) > 0 for t in ups) > len(ups) / 2, "the adapters were trained"
+
+    # epoch 3 is the final file; epoch 1 went when epoch 2 came
+    assert sorted(p.name for p in output.glob("tiny-0*")) == ["tiny-000002-state", "tiny-000002.safetensors"]
+    assert metadata_of(output / "tiny-000002.safetensors")["ss_epoch"] == "2"
+    step_save = output / "tiny-step00000004.safetensors"
+    assert metadata_of(step_save)["ss_epoch"] == str((4 - 1) // per_epoch + 1)
+    assert (output / "tiny-state" / "train_state.json").exists()
+    samples = sorted(p.name for p in (output / "sample").glob("*.png"))
+    assert [n[: len("tiny_e000002_00")] for n in samples if "_e" in n] == ["tiny_e000002_00", "tiny_e000002_01"]
+    assert [n[: len("tiny_000000_00")] for n in samples if "_e" not in n] == ["tiny_000000_00", "tiny_000000_01"]
+    with Image.open(output / "sample" / samples[0]) as image:
+        assert image.size == (64, 64)
+        assert "cat" in str(image.info)
+    assert list((output / "logs").rglob("events.out.tfevents.*"))
+    assert not list(output.rglob("*.tmp")) and not list(output.glob(".*"))
+
+
+def test_the_console_speaks(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path))
+    assert done.code == 0, done.text
+    for word in ("model", "bucket", "steps", "parameters", str(tmp_path)):
+        assert word in done.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"mixed_precision": "bf16", "gradient_checkpointing": True, "sdpa": True}, id="bf16"),
+        pytest.param({"optimizer_type": "AdamW8bit"}, id="adamw8bit"),
+        pytest.param({"optimizer_type": "Adafactor", "max_grad_norm": 0}, id="adafactor"),
+        pytest.param({"optimizer_type": "Lion", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1}, id="lion"),
+        pytest.param({"network_train_unet_only": True, "min_snr_gamma": 5, "unet_lr": 1e-3}, id="unet"),
+        pytest.param({"network_train_text_encoder_only": True, "text_encoder_lr": 1e-3}, id="text"),
+        pytest.param({"save_model_as": "pt", "save_precision": "fp16"}, id="pt"),
+        pytest.param({"clip_skip": 2, "max_token_length": 150, "weighted_captions": True}, id="long"),
+        pytest.param({"scale_weight_norms": 0.1, "multires_noise_iterations": 3, "loss_type": "huber"}, id="norms"),
+    ],
+)
+def test_options_train(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, settings: dict[str, object]) -> None:
+    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, **settings))
+    assert done.code == 0, done.text
+    (weights,) = tmp_path.glob("tiny.*")
+    tensors = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
+    has_text = any(name.startswith("lora_te_") for name in tensors)
+    has_unet = any(name.startswith("lora_unet_") for name in tensors)
+    assert has_text == ("network_train_unet_only" not in settings)
+    assert has_unet == ("network_train_text_encoder_only" not in settings)
+    if settings.get("save_precision") == "fp16":
+        assert {t.dtype for t in tensors.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+def test_layouts_and_versions(tmp_path: Path, dataset: Path, layout: str, v2: bool) -> None:
+    name = "model" if layout == "diffusers" else "model.ckpt"
+    model = make_tiny_sd(tmp_path / "m" / name, v2=v2, layout=layout, v_prediction=v2)
+    done = run_script(
+        "train_network.py", *lora_arguments(model, dataset, tmp_path / "out", v2=v2, v_parameterization=v2, max_train_steps=1)
+    )
+    assert done.code == 0, done.text
+    entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
+    assert entries["ss_base_model_version"] == ("sd_v2_v" if v2 else "sd_v1")
+    assert entries["ss_v2"] == str(v2)
+
+
+def test_network_weights_go_on(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+    first = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path / "a"))
+    assert first.code == 0, first.text
+    weights = tmp_path / "a" / "tiny.safetensors"
+    second = run_script(
+        "train_network.py",
+        *lora_arguments(
+            tiny_sd, dataset, tmp_path / "b", network_weights=weights, dim_from_weights=True, network_dim=None,
+            base_weights=[weights], base_weights_multiplier=[0.5], learning_rate=0.0001,
+        ),
+    )
+    assert second.code == 0, second.text
+    a, b = load_file(weights), load_file(tmp_path / "b" / "tiny.safetensors")
+    assert {n: t.shape for n, t in a.items()} == {n: t.shape for n, t in b.items()}
+    name = next(n for n in a if n.endswith("attn1_to_q.lora_down.weight"))
+    assert torch.allclose(a[name], b[name], atol=1e-2) and not torch.equal(a[name], b[name])
+
+
+def test_the_old_folder_form(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+    make_pictures(tmp_path / "train" / "3_sks cat", sizes=[(64, 64)] * 2)
+    make_pictures(tmp_path / "reg" / "1_cat", sizes=[(64, 64)] * 3)
+    done = run_script(
+        "train_network.py",
+        *lora_arguments(
+            tiny_sd, None, tmp_path / "out", dataset_config=None, train_data_dir=tmp_path / "train",
+            reg_data_dir=tmp_path / "reg", resolution="64,64", caption_extension=".caption",
+        ),
+    )
+    assert done.code == 0, done.text
+    entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
+    assert entries["ss_num_train_images"] == "6"
+    assert json.loads(entries["ss_dataset_dirs"]) == {"3_sks cat": {"n_repeats": 3, "img_count": 2}}
+
+
+def test_config_file_and_command_line(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+    config = tmp_path / "lora.toml"
+    config.write_text(
+        f"[model]\npretrained_model_name_or_path = '{tiny_sd.path}'\ntokenizer_cache_dir = '{tiny_sd.tokenizer_cache_dir}'\n"
+        f"[anything]\ndataset_config = '{dataset}'\noutput_dir = '{tmp_path}'\noutput_name = 'from_file'\n"
+        "network_module = 'networks.lora'\nnetwork_dim = 4\nmax_train_steps = 1\nseed = 3\n"
+    )
+    done = run_script("train_network.py", "--config_file", config, "--output_name", "from_line")
+    assert done.code == 0, done.text
+    entries = metadata_of(tmp_path / "from_line.safetensors")
+    assert (entries["ss_network_dim"], entries["ss_seed"]) == ("4", "3")
+
+
+BAD = [
+    pytest.param({"pretrained_model_name_or_path": "no/such/model.safetensors"}, ["no/such/model.safetensors"], id="model"),
+    pytest.param({"network_module": "networks.lorra"}, ["networks.lorra", 'did you mean "networks.lora"'], id="module"),
+    pytest.param({"network_args": ["conv_dmi=4"]}, ["conv_dmi", 'did you mean "conv_dim"'], id="network arg"),
+    pytest.param({"netwrok_dim": 4}, ["--netwrok_dim", "--network_dim"], id="flag"),
+    pytest.param({"optimizer_type": "AdamWW"}, ["AdamWW"], id="optimizer"),
+    pytest.param({"optimizer_args": ["weight_decy=0.1"]}, ["weight_decy", "weight_decay"], id="optimizer arg"),
+    pytest.param({"lr_scheduler": "cosin"}, ["cosin", "cosine"], id="scheduler"),
+    pytest.param({"dataset_config": "no/such.toml"}, ["no/such.toml"], id="dataset file"),
+    pytest.param({"v2": True}, ["--v2", "1.x"], id="v2"),
+    pytest.param({"resume": "no/such-state"}, ["no/such-state"], id="resume"),
+    pytest.param({"network_weights": "no/such.safetensors"}, ["no/such.safetensors"], id="weights"),
+    pytest.param({"mixed_precision": "fp16"}, ["fp16", "bf16"], id="fp16 on a cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
+    pytest.param({"fp8_base": True}, ["fp8_base"], id="not yet"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), BAD)
+def test_mistakes_are_one_line(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, settings: dict[str, object], words: list[str]
+) -> None:
+    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path / "out", **settings))
+    assert done.code == 2, done.text
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.err
+    assert all(word in errors[0] for word in words), errors[0]
+    assert "Traceback" not in done.text
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("image_dir = '", "image_dir = '/no/such"), ["/no/such", "image_dir"]),
+        (("resolution = 64", "resolutoin = 64"), ["resolutoin", "resolution"]),
+        (("caption_extension = '.txt'", "caption_extension = '.caption'"), [".caption"]),
+        (("resolution = 64", "resolution = "), ["line"]),
+    ],
+    ids=["folder", "key", "caption", "syntax"],
+)
+def test_mistakes_in_the_dataset_file(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, change: tuple[str, str], words: list[str]
+) -> None:
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text(dataset.read_text().replace(*change))
+    done = run_script("train_network.py", *lora_arguments(tiny_sd, wrong, tmp_path / "out"))
+    assert done.code == 2, done.text
+    assert "wrong.toml" in done.err and "Traceback" not in done.text
+    assert all(word in done.err for word in words), done.err
+
+
+def test_a_diverged_run_saves_nothing_more(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+    done = run_script(
+        "train_network.py",
+        *lora_arguments(
+            tiny_sd, dataset, tmp_path, learning_rate=1e30, max_grad_norm=0, max_train_steps=30, save_every_n_steps=5,
+            save_state=True,
+        ),
+    )
+    assert done.code != 0
+    assert "diverged" in done.err and "Traceback" not in done.err
+    for saved in tmp_path.glob("*.safetensors"):
+        assert all(torch.isfinite(t).all() for t in load_file(saved).values()), saved
+    assert not (tmp_path / "tiny.safetensors").exists()
+
+
+def test_wrappers_can_import_the_script(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+    """GUIs build a namespace from ``setup_parser`` and call ``train`` themselves."""
+    program = tmp_path / "wrapper.py"
+    words = [str(w) for w in lora_arguments(tiny_sd, dataset, tmp_path / "out", max_train_steps=1)]
+    program.write_text(
+        "import sys\nsys.path.insert(0, '.')\nimport train_network\n"
+        f"args = train_network.setup_parser().parse_args({words!r})\n"
+        "train_network.NetworkTrainer().train(args)\n"
+    )
+    done = run_script(str(program))
+    assert done.code == 0, done.text
+    assert (tmp_path / "out" / "tiny.safetensors").exists()
+
+
+def test_help_is_worth_reading() -> None:
+    done = run_script("train_network.py", "--help")
+    assert done.code == 0
+    assert "accelerate launch train_network.py" in done.out
+    assert len(done.out.splitlines()) > 250

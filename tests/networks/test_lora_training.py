@@ -1,0 +1,174 @@
+"""Learning rates, parameter groups and block-wise options."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.errors import UserError
+from networks.lora import create_network
+
+
+def ones(count, **changes):
+    values = ["1"] * count
+    for index, value in changes.items():
+        values[int(index.lstrip("b"))] = value
+    return ",".join(values)
+
+
+def applied(text_encoder, unet, **network_args):
+    network = create_network(1.0, 4, 1.0, None, text_encoder, unet, **network_args)
+    network.apply_to(text_encoder, unet)
+    return network
+
+
+def test_one_group_for_each_part(tiny_unet, tiny_text_encoder):
+    network = applied(tiny_text_encoder, tiny_unet)
+    groups, descriptions = network.prepare_optimizer_params(1e-5, 1e-4, 1e-3)
+    assert descriptions == ["textencoder", "unet"]
+    assert [group["lr"] for group in groups] == [1e-5, 1e-4]
+    assert sum(len(group["params"]) for group in groups) == len(network.get_trainable_params())
+
+
+def test_default_rate_stands_in(tiny_unet, tiny_text_encoder):
+    network = applied(tiny_text_encoder, tiny_unet)
+    groups, _ = network.prepare_optimizer_params_with_multiple_te_lrs([2e-5], None, 1e-3)
+    assert [group["lr"] for group in groups] == [2e-5, 1e-3]
+    groups, _ = network.prepare_optimizer_params_with_multiple_te_lrs(None, None, None)
+    assert all("lr" not in group for group in groups)
+
+
+@pytest.mark.parametrize("rate", [0, 0.0, [0.0]])
+def test_rate_zero_leaves_the_text_encoder_untrained(tiny_unet, tiny_text_encoder, rate):
+    network = applied(tiny_text_encoder, tiny_unet)
+    _, descriptions = network.prepare_optimizer_params(rate, 1e-4, 1e-3)
+    network.prepare_grad_etc(tiny_text_encoder, tiny_unet)
+    assert descriptions == ["unet"]
+    assert not any(p.requires_grad for adapter in network.text_encoder_loras for p in adapter.parameters())
+    assert all(p.requires_grad for adapter in network.unet_loras for p in adapter.parameters())
+
+
+def test_wrong_rates_are_refused(tiny_unet, tiny_text_encoder):
+    network = applied(tiny_text_encoder, tiny_unet)
+    with pytest.raises(UserError, match="nothing to train"):
+        network.prepare_optimizer_params(0, 0, 1e-3)
+    with pytest.raises(UserError, match="has 2 values, the model has 1 text encoder"):
+        network.prepare_optimizer_params_with_multiple_te_lrs([1e-5, 1e-5], 1e-4, 1e-3)
+
+
+def test_lora_plus(tiny_unet, tiny_text_encoder):
+    network = applied(tiny_text_encoder, tiny_unet, loraplus_lr_ratio="16", loraplus_text_encoder_lr_ratio="4")
+    groups, descriptions = network.prepare_optimizer_params(1e-5, 1e-4, 1e-3)
+    assert descriptions == ["textencoder", "textencoder plus", "unet", "unet plus"]
+    assert [group["lr"] for group in groups] == pytest.approx([1e-5, 4e-5, 1e-4, 16e-4])
+    ups = {id(adapter.lora_up.weight) for adapter in network.unet_loras}
+    assert {id(parameter) for parameter in groups[3]["params"]} == ups
+
+
+def test_block_rates(tiny_unet, tiny_text_encoder):
+    network = applied(
+        tiny_text_encoder, tiny_unet, down_lr_weight=ones(12, b1="0.5"), mid_lr_weight="0", loraplus_unet_lr_ratio="2"
+    )
+    assert not any("mid_block" in adapter.lora_name for adapter in network.unet_loras)
+    groups, descriptions = network.prepare_optimizer_params(1e-5, 1e-4, 1e-3)
+    # the tiny U-Net has attention in its first input block and in the second level's output blocks
+    assert descriptions == ["textencoder"] + [
+        f"unet_block{i}{plus}" for i in (1, 16, 17) for plus in ("", " plus")
+    ]
+    assert [group["lr"] for group in groups[1:]] == pytest.approx([0.5e-4, 1e-4, 1e-4, 2e-4, 1e-4, 2e-4])
+
+
+def test_block_rates_at_the_threshold_make_no_modules(tiny_unet):
+    network = create_network(
+        1.0, 4, 1.0, None, None, tiny_unet, down_lr_weight=ones(12, b1="0.1"), block_lr_zero_threshold="0.1"
+    )
+    assert not any("down_blocks" in adapter.lora_name for adapter in network.unet_loras)
+
+
+def test_block_ranks_and_alphas(tiny_unet, tiny_text_encoder):
+    network = create_network(
+        1.0, 4, 1.0, None, tiny_text_encoder, tiny_unet,
+        block_dims=ones(25, b1="6", b12="0"), block_alphas=ones(25, b1="3"),
+        conv_block_dims=ones(25, b1="5"), conv_block_alphas=ones(25, b1="2.5"),
+    )  # fmt: skip
+    sizes = {adapter.lora_name: (adapter.rank, float(adapter.alpha)) for adapter in network.adapters}
+    assert sizes["lora_unet_down_blocks_0_attentions_0_proj_in"] == (6, 3.0)
+    assert sizes["lora_unet_down_blocks_0_resnets_0_conv1"] == (5, 2.5)
+    assert sizes["lora_unet_down_blocks_1_resnets_0_time_emb_proj"] == (1, 1.0)
+    assert "lora_unet_mid_block_attentions_0_proj_in" not in sizes
+    assert "lora_unet_mid_block_resnets_0_conv1" in sizes
+    assert sizes["lora_te_text_model_encoder_layers_0_mlp_fc1"] == (4, 1.0)
+
+
+def test_training_step_changes_what_is_trained_only(tiny_unet, tiny_text_encoder, unet_inputs):
+    network = applied(tiny_text_encoder, tiny_unet)
+    groups, _ = network.prepare_optimizer_params(0, 1e-2, 1e-2)
+    network.prepare_grad_etc(tiny_text_encoder, tiny_unet)
+    network.on_epoch_start(tiny_text_encoder, tiny_unet)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimizer = torch.optim.AdamW(groups)
+    for _ in range(2):  # the down half moves once the up half has left zero
+        latents, timesteps, context = unet_inputs
+        tiny_unet(latents, timesteps, context).sample.square().mean().backward()
+        optimizer.step()
+    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.startswith("lora_unet_") and name.endswith(".weight")}
+
+
+def gradients(network, text_encoder, unet, inputs):
+    latents, timesteps, _ = inputs
+    network.zero_grad()
+    context = text_encoder(torch.tensor([[0, 5, 9, 1], [0, 7, 3, 1]])).last_hidden_state
+    unet(latents, timesteps, context).sample.square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_unet, tiny_text_encoder, unet_inputs):
+    network = applied(tiny_text_encoder, tiny_unet, conv_dim="2")
+    for adapter in network.adapters:
+        torch.nn.init.normal_(adapter.lora_up.weight, std=0.1)
+    tiny_text_encoder.train()
+    plain = gradients(network, tiny_text_encoder, tiny_unet, unet_inputs)
+    tiny_unet.enable_gradient_checkpointing()
+    tiny_text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    network.enable_gradient_checkpointing()
+    checkpointed = gradients(network, tiny_text_encoder, tiny_unet, unet_inputs)
+    assert all(gradient.abs().max() > 0 for gradient in plain.values())
+    torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_network_may_be_prepared_by_accelerate(tiny_unet, unet_inputs, mixed_precision):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=True)
+    network = applied(None, tiny_unet)
+    groups, _ = network.prepare_optimizer_params(None, 1e-2, None)
+    prepared = accelerator.prepare_model(network, evaluation_mode=True)
+    assert prepared.get_trainable_params() == [p for group in groups for p in group["params"]]
+    latents, timesteps, context = unet_inputs
+    with accelerator.autocast():
+        loss = tiny_unet(latents, timesteps, context).sample.float().square().mean()
+    loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in prepared.parameters())
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_hooked_modules_compile_without_a_graph_break():
+    from networks.base import Dropouts
+    from networks.lora import LoraModule
+    from networks.targets import FoundModule, RankAlpha
+
+    module = torch.nn.Linear(6, 5).requires_grad_(False)
+    dropouts = Dropouts(neuron=0.1, rank=0.1)
+    adapter = LoraModule(FoundModule("lora_unet_x", "x", module), RankAlpha(2, 1.0), dropouts=dropouts)
+    torch.nn.init.normal_(adapter.lora_up.weight)
+    adapter.apply_to_original()
+    adapter.eval()
+    x = torch.randn(3, 6)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    adapter.train()
+    compiled(x)
