@@ -19,6 +19,11 @@ class BucketRules:
     step: int = 64
     no_upscale: bool = False
 
+    @property
+    def sides(self) -> range:
+        """Every length that a bucket's side may have: multiples of ``step`` within the two bounds."""
+        return range(_up(self.min_side, self.step), self.max_side + 1, self.step)
+
 
 class Buckets:
     """The sizes of one dataset."""
@@ -49,13 +54,13 @@ def make_sizes(rules: BucketRules) -> list[Size]:
     """
     area = rules.resolution[0] * rules.resolution[1]
     sizes = set()
-    side = int(area**0.5) // rules.step * rules.step
-    if side >= rules.min_side:
-        sizes.add((min(side, rules.max_side),) * 2)
-    for width in range(_up(rules.min_side, rules.step), rules.max_side + 1, rules.step):
-        height = min(rules.max_side, area // width // rules.step * rules.step)
-        if height >= rules.min_side:
-            sizes |= {(width, height), (height, width)}
+    for width in rules.sides:
+        # the square too, which is not the tallest of its width where the resolution is no multiple of the step
+        if width * width <= area:
+            sizes.add((width, width))
+        fitting = [height for height in rules.sides if width * height <= area]
+        if fitting:
+            sizes |= {(width, fitting[-1]), (fitting[-1], width)}
     by_ratio: dict[float, Size] = {}
     for size in sorted(sizes, key=lambda s: s[0] * s[1]):
         by_ratio[size[0] / size[1]] = size  # the larger of one ratio stays
@@ -63,7 +68,10 @@ def make_sizes(rules: BucketRules) -> list[Size]:
 
 
 def own_size(size: Size, rules: BucketRules) -> Size:
-    """Without enlarging: the picture's size, shrunk to the resolution's area, cut to multiples of ``step``."""
+    """Without enlarging: the picture's size, shrunk to the resolution's area, cut to multiples of ``step``.
+
+    Only a side shorter than ``step`` is enlarged, as nothing smaller can be trained on.
+    """
     width, height = size
     area = rules.resolution[0] * rules.resolution[1]
     if width * height > area:

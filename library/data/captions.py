@@ -1,7 +1,7 @@
 """From the text of a caption file to the caption of one use: a function of text, rules, epoch and a generator.
 
-The order is the published one: whole-caption dropout; choice of a line and of wildcards; prefix and suffix;
-the part kept in its place; shuffling; tag dropout; the secondary separator.
+The order is the published one: whole-caption dropout; choice of a line; prefix and suffix; wildcards (those of
+prefix and suffix too); the part kept in its place; shuffling; tag dropout; the secondary separator.
 """
 
 from __future__ import annotations
@@ -45,23 +45,24 @@ def final_caption(text: str, rules: CaptionRules, *, epoch: int, rng: random.Ran
     Args:
         text: of the caption file, or class tokens; several lines are alternatives with wildcards, and
             otherwise only the first counts.
-        epoch: counted from 0; with ``dropout_every_n_epochs`` n, every n-th epoch has no captions.
+        epoch: counted from 0; with ``dropout_every_n_epochs`` n, every n-th epoch (the n-th is the first of them)
+            has no captions.
         rng: keyed by the visit.
     """
     every = rules.dropout_every_n_epochs
     if rules.dropout_rate > 0 and rng.random() < rules.dropout_rate:
         return ""
-    if every > 0 and epoch > 0 and epoch % every == 0:
+    if every > 0 and (epoch + 1) % every == 0:
         return ""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
-    if rules.wildcards:
-        caption = expand_wildcards(rng.choice(lines), rng)
-    else:
-        caption = lines[0]
+    # the line first, so that every line gets prefix and suffix
+    caption = rng.choice(lines) if rules.wildcards else lines[0]
     if rules.prefix:
         caption = f"{rules.prefix} {caption}"
     if rules.suffix:
         caption = f"{caption} {rules.suffix}"
+    if rules.wildcards:
+        caption = expand_wildcards(caption, rng)
     if rules.shuffle or rules.tag_dropout_rate > 0:
         caption = _arrange_tags(caption, rules, rng)
     elif rules.keep_tokens_separator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _EXIF_ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 
+#: what Pillow raises for damaged files, beside OSError
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, struct.error)
+
 
 def read_size(path: Path) -> tuple[int, int]:
     """(W, H) in pixels as the picture is seen, from the header alone.
@@ -25,10 +29,9 @@ def read_size(path: Path) -> tuple[int, int]:
     Raises:
         UserError: not a picture, or empty.
     """
-    image = _open(path)
-    with image:
+    with _open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(_EXIF_ORIENTATION) in _TURNED
+        turned = _orientation(image) in _TURNED
     if width < 1 or height < 1:
         raise UserError(f"{path}: the picture is empty ({width}x{height}); remove or replace it")
     return (height, width) if turned else (width, height)
@@ -40,13 +43,13 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         UserError: not a picture, or cut short.
     """
-    from PIL import ImageOps
-
-    try:
-        with _open(path) as opened:
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(opened)))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: the picture cannot be read ({error}); remove or replace it") from None
+    with _open(path) as image:
+        orientation = _orientation(image)
+        try:
+            pixels = np.asarray(_to_rgb(image))
+        except _DAMAGED as error:
+            raise UserError(f"{path}: the picture cannot be read ({error}); remove or replace it") from None
+    return _upright(pixels, orientation)
 
 
 def _open(path: Path) -> Image:
@@ -56,18 +59,38 @@ def _open(path: Path) -> Image:
         return Image.open(path)
     except UnidentifiedImageError:
         raise UserError(f"{path}: not a picture; remove or replace it") from None
-    except (OSError, Image.DecompressionBombError) as error:
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: the picture cannot be read ({error}); remove or replace it") from None
+
+
+def _orientation(image: Image) -> int:
+    """EXIF orientation, 1 to 8, from what precedes the pixels; 1 where there is none or it is damaged."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole picture to look for it behind the pixels
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except _DAMAGED:
+        return 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn and mirror (H, W, 3) by an EXIF orientation (Exif 2.32, tag 0x0112)."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)  # 5: mirrored on the diagonal
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _to_rgb(image: Image) -> Image:
     from PIL import Image as images
 
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I"):
         # 16-bit grey: Pillow would clip at 255 instead of scaling
-        values = np.asarray(image, dtype=np.float32)
-        values = values / 257.0 if values.max(initial=0) > 255 else values
-        return images.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).astype(np.float32) / 257.0
+        return images.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = images.new("RGBA", image.size, "white")
@@ -115,23 +138,25 @@ def covering_size(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, 
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str | None) -> np.ndarray:
-    """Resize uint8 (H, W, 3) to ``size`` (W, H)."""
-    import cv2
+    """Resize uint8 (H, W, 3) to ``size`` (W, H); all but nearest widen their kernel to shrink, so none aliases."""
     from PIL import Image
 
+    filters = {
+        "nearest": Image.Resampling.NEAREST,
+        "bilinear": Image.Resampling.BILINEAR,
+        "linear": Image.Resampling.BILINEAR,
+        "bicubic": Image.Resampling.BICUBIC,
+        "cubic": Image.Resampling.BICUBIC,
+        "box": Image.Resampling.BOX,
+        "lanczos": Image.Resampling.LANCZOS,
+    }
     if interpolation is None:
         shrinks = size[0] <= pixels.shape[1] and size[1] <= pixels.shape[0]
         interpolation = "area" if shrinks else "lanczos"
-    if interpolation == "lanczos":
-        # Pillow's kernel widens when it shrinks; OpenCV's does not, and aliases
-        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
-    methods = {
-        "nearest": cv2.INTER_NEAREST,
-        "bilinear": cv2.INTER_LINEAR,
-        "linear": cv2.INTER_LINEAR,
-        "bicubic": cv2.INTER_CUBIC,
-        "cubic": cv2.INTER_CUBIC,
-        "area": cv2.INTER_AREA,
-        "box": cv2.INTER_AREA,
-    }
-    return cv2.resize(pixels, size, interpolation=methods[interpolation])
+    if interpolation == "area":
+        # exact area weights; Pillow's box takes whole source pixels only
+        import cv2
+
+        cv2.setNumThreads(0)  # pictures are read in parallel already, and its threads do not survive a fork
+        return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return np.asarray(Image.fromarray(pixels).resize(size, filters[interpolation]))

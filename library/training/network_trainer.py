@@ -21,6 +21,7 @@ from library.data.dataset import Batch
 from library.errors import UserError, did_you_mean
 from library.optim.param_groups import lr_log_entries
 from library.optim.schedulers import create_scheduler, scheduler_name
+from library.randomness import key
 from library.training.loop import Trained
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.text_memo import TextMemo
@@ -92,6 +93,7 @@ class NetworkTrainer(Trainer):
         module = import_network_module(network_options.network_module)
         self._merge_base_weights(run, module)
         self._network_args = parse_network_args(network_options.network_args)
+        torch.manual_seed(key(run.checked.seed, "init"))  # third-party modules draw from the global generator
         network = self._create_network(run, module)
         self._trains_text = not network_options.network_train_unet_only
         self._trains_denoiser = not network_options.network_train_text_encoder_only
