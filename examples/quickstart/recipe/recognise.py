@@ -1,0 +1,91 @@
+"""From pixels back to words: which shape, which colour, and whether it is the concept.
+
+No model is involved. What differs from the picture's border is the shape; its outline is compared with each
+shape drawn by ``pictures``, its colour with the named ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from examples.quickstart.recipe.pictures import COLORS, CONCEPT_LOWER, CONCEPT_UPPER, SHAPES, draw_shape
+
+#: sum of the channels' differences from the background at which a pixel belongs to the shape
+_THRESHOLD = 90
+#: pixels that are too few to be a shape
+_FEWEST = 20
+
+
+@dataclass(frozen=True)
+class Seen:
+    """``None`` where nothing stands out from the background."""
+
+    shape: str | None
+    color: str | None
+
+
+def recognise(picture: Image.Image) -> Seen:
+    """The shape and colour of a drawn picture."""
+    pixels = np.asarray(picture.convert("RGB")).astype(float)
+    mask = foreground(pixels)
+    if mask.sum() < _FEWEST:
+        return Seen(None, None)
+    cut = mask[_extent(mask)]
+    shape = max(SHAPES, key=lambda name: _overlap(cut, _outline(name)))
+    return Seen(shape, nearest_color(np.median(pixels[mask], axis=0)))
+
+
+def is_concept(picture: Image.Image) -> bool:
+    """Whether the picture shows a disc, yellow above and blue below."""
+    pixels = np.asarray(picture.convert("RGB")).astype(float)
+    mask = foreground(pixels)
+    if mask.sum() < _FEWEST:
+        return False
+    rows, columns = _extent(mask)
+    cut, inside = mask[rows, columns], pixels[rows, columns]
+    middle = cut.shape[0] // 2
+    upper, lower = inside[:middle][cut[:middle]], inside[middle:][cut[middle:]]
+    if min(len(upper), len(lower)) < _FEWEST // 2:
+        return False
+    colors = nearest_color(np.median(upper, axis=0)), nearest_color(np.median(lower, axis=0))
+    return colors == (CONCEPT_UPPER, CONCEPT_LOWER) and _overlap(cut, _outline("circle")) > 0.75
+
+
+def foreground(pixels: np.ndarray) -> np.ndarray:
+    """bool (H, W): what differs from the border's median colour; ``pixels`` is (H, W, 3), 0 to 255."""
+    border = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3)])
+    border = np.concatenate([border, pixels[:, :3].reshape(-1, 3), pixels[:, -3:].reshape(-1, 3)])
+    return np.abs(pixels - np.median(border, axis=0)).sum(axis=-1) > _THRESHOLD
+
+
+def nearest_color(color: np.ndarray) -> str:
+    return min(COLORS, key=lambda name: float(np.abs(np.array(COLORS[name]) - color).sum()))
+
+
+def _extent(mask: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of the shape, without single pixels that stray."""
+    ys, xs = np.where(mask)
+    top, bottom = (round(float(v)) for v in np.percentile(ys, (1, 99)))
+    left, right = (round(float(v)) for v in np.percentile(xs, (1, 99)))
+    return slice(top, bottom + 1), slice(left, right + 1)
+
+
+@lru_cache(maxsize=None)
+def _outline(shape: str) -> np.ndarray:
+    """bool outline of a shape, cut to its extent."""
+    drawn = Image.new("L", (256, 256), 0)
+    draw_shape(ImageDraw.Draw(drawn), shape, 128, 128, 100, 255, 0)
+    mask = np.asarray(drawn) > 128
+    ys, xs = np.where(mask)
+    return mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+
+
+def _overlap(mask: np.ndarray, outline: np.ndarray) -> float:
+    """Intersection over union, the outline stretched to the mask's size."""
+    stretched = Image.fromarray(outline).resize((mask.shape[1], mask.shape[0]), Image.Resampling.NEAREST)
+    other = np.asarray(stretched)
+    return float((mask & other).sum() / max(1, (mask | other).sum()))

@@ -1,0 +1,122 @@
+"""``--config_file``: values, precedence and clear mistakes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from library.config.arguments import TrainNetworkOptions, build_parser
+from library.config.config_file import load_toml, read_args
+from library.errors import UserError
+
+
+@pytest.fixture()
+def parser() -> argparse.ArgumentParser:
+    return build_parser(list(TrainNetworkOptions.groups().values()), description=None, epilog=None)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_values_of_every_kind(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "run.toml",
+        "output_dir = 'out'\n[a]\nnetwork_dim = 8\nlearning_rate = 1\nsdpa = true\n[a.b]\nresolution = [512, 768]\n"
+        "text_encoder_lr = 1e-5\nnetwork_args = ['conv_dim=4', 'conv_alpha=1']\nlr_warmup_steps = '10%'\n"
+        "dataset_config = 'data.toml'\n",
+    )
+    args = read_args(parser, ["--config_file", file])
+    assert (args.output_dir, args.network_dim, args.learning_rate, args.sdpa) == ("out", 8, 1.0, True)
+    assert args.resolution == "512,768"
+    assert args.text_encoder_lr == [1e-5]
+    assert args.network_args == ["conv_dim=4", "conv_alpha=1"]
+    assert args.lr_warmup_steps == pytest.approx(0.1)
+    assert args.dataset_config == Path("data.toml")
+
+
+def test_the_command_line_wins_even_with_a_default(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    file = write(tmp_path / "run.toml", "network_alpha = 8\nseed = 3\n")
+    args = read_args(parser, ["--config_file", file, "--network_alpha", "1"])
+    assert (args.network_alpha, args.seed) == (1.0, 3)
+
+
+def test_the_ending_may_be_left_out(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    write(tmp_path / "run.toml", "seed = 3\n")
+    assert read_args(parser, ["--config_file", str(tmp_path / "run")]).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed = 1\nnetwork_dmi = 4\n", [":2:", "network_dmi", 'did you mean "network_dim"']),
+        ("network_dim = 4.5\n", [":1:", "network_dim", "whole number"]),
+        ("network_dim = true\n", ["network_dim", "whole number"]),
+        ("sdpa = 1\n", ["sdpa", "true or false"]),
+        ("mixed_precision = 'bf61'\n", ["mixed_precision", "bf16"]),
+        ("lr_warmup_steps = 1.5\n", ["lr_warmup_steps", "between 0 and 1"]),
+        ("seed = = 2\n", ["not valid TOML", "line 1"]),
+    ],
+)
+def test_mistakes(
+    parser: argparse.ArgumentParser, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: list[str]
+) -> None:
+    file = write(tmp_path / "run.toml", text)
+    with pytest.raises(SystemExit) as stopped:
+        read_args(parser, ["--config_file", file])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "run.toml" in message
+    assert all(word in message for word in words), message
+
+
+def test_all_mistakes_at_once(parser: argparse.ArgumentParser, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "run.toml", "aa = 1\nbb = 2\n")
+    with pytest.raises(SystemExit):
+        read_args(parser, ["--config_file", file])
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--netwrok_dim", "4"], 'unknown option --netwrok_dim (did you mean "--network_dim"?)'),
+        (["--network_dim", "x"], "invalid int value: 'x'"),
+        (["--lr_warmup_steps", "1.5"], "between 0 and 1"),
+        (["stray"], "'stray' belongs to no option"),
+    ],
+)
+def test_command_line_mistakes(
+    parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read_args(parser, words)
+    assert stopped.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "value"), [("100", 100), ("0", 0), ("0.1", 0.1), ("10%", 0.1), ("1.0", 1.0), ("100%", 1.0)])
+def test_steps_or_share(parser: argparse.ArgumentParser, text: str, value: float) -> None:
+    parsed = read_args(parser, ["--lr_warmup_steps", text]).lr_warmup_steps
+    assert parsed == pytest.approx(value)
+    assert isinstance(parsed, type(value))
+
+
+def test_output_config_is_read_back(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    file = tmp_path / "made.toml"
+    with pytest.raises(SystemExit) as stopped:
+        read_args(parser, ["--output_config", "--config_file", str(file), "--network_dim", "4", "--sdpa"])
+    assert stopped.value.code == 0
+    args = read_args(parser, ["--config_file", str(file)])
+    assert (args.network_dim, args.sdpa, args.learning_rate) == (4, True, 2e-06)
+    with pytest.raises(SystemExit) as stopped:
+        read_args(parser, ["--output_config", "--config_file", str(file)])
+    assert stopped.value.code == 2
+
+
+def test_load_toml_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no\.toml: no such file"):
+        load_toml(tmp_path / "no.toml")

@@ -1,0 +1,131 @@
+"""Files and folders that appear whole or not at all, with real files and a real full disk."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from library.errors import UserError
+from library.files.atomic import (
+    MANIFEST_NAME,
+    atomic_directory,
+    atomic_path,
+    read_manifest,
+    remove_tree,
+    verify_directory,
+    write_bytes,
+    write_text,
+)
+
+
+def only(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_new_file_and_its_replacement(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    write_bytes(target, b"one")
+    write_text(target, "zwei")
+    assert target.read_bytes() == b"zwei"
+    assert only(tmp_path) == ["a.bin"]
+
+
+def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    write_bytes(target, b"old")
+    with pytest.raises(RuntimeError), atomic_path(target) as path:
+        path.write_bytes(b"half")
+        assert target.read_bytes() == b"old"
+        raise RuntimeError
+    assert target.read_bytes() == b"old"
+    assert only(tmp_path) == ["a.bin"]
+
+
+def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    program = (
+        "import os,sys,signal\nfrom library.files.atomic import atomic_path\n"
+        f"with atomic_path({str(target)!r}) as p:\n    p.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=False)
+    assert not target.exists() and len(only(tmp_path)) == 1
+    write_bytes(target, b"whole")
+    assert only(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file size are POSIX")
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    write_bytes(target, b"old")
+    program = (
+        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "from library.errors import UserError\nfrom library.files.atomic import write_bytes\n"
+        f"try:\n    write_bytes({str(target)!r}, b'x' * 5000)\nexcept UserError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "a.bin: the disk is full" in done.stdout
+    assert target.read_bytes() == b"old"
+    assert only(tmp_path) == ["a.bin"]
+
+
+def test_other_errors_of_the_disk_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="odd"), atomic_path(tmp_path / "a"):
+        raise OSError(errno.EIO, "odd")
+
+
+def make(folder: Path, content: bytes = b"weights") -> Path:
+    with atomic_directory(folder) as inside:
+        assert not folder.exists() or (folder / MANIFEST_NAME).exists()
+        (inside / "model.bin").write_bytes(content)
+        (inside / "deep").mkdir()
+        (inside / "deep" / "more.txt").write_text("more")
+    return folder
+
+
+def test_a_folder_has_a_manifest(tmp_path: Path) -> None:
+    folder = make(tmp_path / "state")
+    assert set(read_manifest(folder)) == {"model.bin", "deep/more.txt"}
+    verify_directory(folder)
+    assert only(tmp_path) == ["state"]
+
+
+def test_a_folder_is_replaced(tmp_path: Path) -> None:
+    make(tmp_path / "state")
+    make(tmp_path / "state", b"newer")
+    assert (tmp_path / "state" / "model.bin").read_bytes() == b"newer"
+    assert only(tmp_path) == ["state"]
+
+
+def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
+    make(tmp_path / "state")
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "state") as inside:
+        (inside / "model.bin").write_bytes(b"half")
+        raise RuntimeError
+    verify_directory(tmp_path / "state")
+    assert only(tmp_path) == ["state"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda p: (p / "model.bin").unlink(), "model.bin is missing"),
+        (lambda p: (p / "model.bin").write_bytes(b"weig"), "4 of 7 bytes"),
+        (lambda p: (p / "model.bin").write_bytes(b"WEIGHTS"), "has changed"),
+        (lambda p: (p / MANIFEST_NAME).write_text("{"), "no readable manifest"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage, words: str) -> None:
+    folder = make(tmp_path / "state")
+    damage(folder)
+    with pytest.raises(UserError, match=words):
+        verify_directory(folder)
+
+
+def test_remove_tree(tmp_path: Path) -> None:
+    remove_tree(make(tmp_path / "state"))
+    assert only(tmp_path) == []
