@@ -36,7 +36,8 @@ def conditional_loss(prediction: Tensor, target: Tensor, loss_type: str, huber_c
     if huber_c is None:
         raise ValueError(f"loss type {loss_type!r} needs huber_c")
     c = huber_c.view(-1, *([1] * (prediction.dim() - 1)))  # (B,) -> (B, 1, 1, 1)
-    smooth = 2.0 * ((difference.square() + c.square()).sqrt() - c)
+    # the same as 2 (sqrt(d^2 + c^2) - c), without the cancellation of nearly equal numbers
+    smooth = 2.0 * difference.square() / ((difference.square() + c.square()).sqrt() + c)
     return c * smooth if loss_type == "huber" else smooth
 
 

@@ -1,0 +1,100 @@
+"""Losses and weights on numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from library.diffusion.ddpm import NoiseSchedule
+from library.diffusion.loss import conditional_loss, huber_threshold
+from library.diffusion.weighting import debiased_weight, min_snr_weight, scale_v_pred_like_noise, v_pred_like_weight
+
+#: alpha_bar 0.8 and 0.2: SNR 4 and 0.25; sigma 0.5 and 2
+SCHEDULE = NoiseSchedule(torch.tensor([0.8, 0.2]))
+T = torch.tensor([0, 1])
+
+
+def values(*numbers: float) -> torch.Tensor:
+    return torch.tensor(numbers).view(-1, 1, 1, 1)
+
+
+def test_plain_losses() -> None:
+    p, t = values(3.0, -1.0), values(1.0, 1.0)
+    assert conditional_loss(p, t, "l2").flatten().tolist() == [4.0, 4.0]
+    assert conditional_loss(p, t, "l1").flatten().tolist() == [2.0, 2.0]
+
+
+def test_huber_and_smooth_l1() -> None:
+    # difference 4, c 3: sqrt(16 + 9) - 3 = 2; huber 2 * 3 * 2 = 12, smooth_l1 2 * 2 = 4
+    p, t, c = values(4.0), values(0.0), torch.tensor([3.0])
+    assert conditional_loss(p, t, "huber", c).item() == pytest.approx(12.0)
+    assert conditional_loss(p, t, "smooth_l1", c).item() == pytest.approx(4.0)
+    # small differences: huber is the square
+    small = conditional_loss(values(1e-2), t, "huber", c).item()
+    assert small == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_unknown_names_and_missing_threshold() -> None:
+    with pytest.raises(ValueError, match="unknown loss type"):
+        conditional_loss(values(1.0), values(1.0), "l3")
+    with pytest.raises(ValueError, match="needs huber_c"):
+        conditional_loss(values(1.0), values(1.0), "huber")
+    with pytest.raises(ValueError, match="unknown huber schedule"):
+        huber_threshold(T, SCHEDULE, "linear", 0.1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", [0.1, 0.1]),
+        # T = 2 steps: exp(0) and exp(ln(0.1) / 2) = sqrt(0.1)
+        ("exponential", [1.0, math.sqrt(0.1)]),
+        # 0.9 / 1.5^2 + 0.1 = 0.5; 0.9 / 3^2 + 0.1 = 0.2
+        ("snr", [0.5, 0.2]),
+    ],
+)
+def test_thresholds(name: str, expected: list[float]) -> None:
+    torch.testing.assert_close(huber_threshold(T, SCHEDULE, name, 0.1, 1.0), torch.tensor(expected))
+    doubled = [2 * value for value in expected]
+    torch.testing.assert_close(huber_threshold(T, SCHEDULE, name, 0.1, 2.0), torch.tensor(doubled))
+
+
+def test_min_snr() -> None:
+    # SNR 4 and 0.25, gamma 1: 1/4 and 0.25/0.25; for v 1/5 and 0.25/1.25
+    torch.testing.assert_close(min_snr_weight(T, SCHEDULE, 1.0, False), torch.tensor([0.25, 1.0]))
+    torch.testing.assert_close(min_snr_weight(T, SCHEDULE, 1.0, True), torch.tensor([0.2, 0.2]))
+
+
+def test_v_prediction_scales() -> None:
+    # SNR / (SNR + 1) is alpha_bar
+    torch.testing.assert_close(scale_v_pred_like_noise(T, SCHEDULE), torch.tensor([0.8, 0.2]))
+    # 1 + 0.5 / 0.8 and 1 + 0.5 / 0.2
+    torch.testing.assert_close(v_pred_like_weight(T, SCHEDULE, 0.5), torch.tensor([1.625, 3.5]))
+
+
+def test_debiased() -> None:
+    # 1 / sqrt(4) and 1 / sqrt(0.25); for v 1/5 and 1/1.25
+    torch.testing.assert_close(debiased_weight(T, SCHEDULE, False), torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(debiased_weight(T, SCHEDULE, True), torch.tensor([0.2, 0.8]))
+
+
+def test_the_scale_turns_v_loss_into_noise_loss() -> None:
+    """For one x_t: an error of v times alpha_bar's root is one of eps, so losses differ by alpha_bar."""
+    alpha = SCHEDULE.alphas_cumprod
+    error_of_noise = torch.tensor([0.3, 0.3])
+    error_of_v = error_of_noise / alpha.sqrt()
+    torch.testing.assert_close(error_of_v.square() * scale_v_pred_like_noise(T, SCHEDULE), error_of_noise.square())
+
+
+def test_zero_terminal_snr_stays_finite() -> None:
+    schedule = NoiseSchedule.scaled_linear(zero_terminal_snr=True)
+    last = torch.tensor([999])
+    for weight in (
+        min_snr_weight(last, schedule, 5.0, False),
+        min_snr_weight(last, schedule, 5.0, True),
+        debiased_weight(last, schedule, True),
+        huber_threshold(last, schedule, "snr", 0.1, 1.0),
+    ):
+        assert torch.isfinite(weight).all()
