@@ -131,10 +131,12 @@ def run_case(case: Case, model: Path, workspace: Path) -> Figures:
 def _seconds_per_step(logs: Path) -> float:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events,) = logs.rglob("events.out.tfevents.*")
-    accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    times = [event.wall_time for event in accumulator.Scalars("loss/current")]
+    times: list[float] = []
+    for events in logs.rglob("events.out.tfevents.*"):  # one for figures, one for the run's settings
+        accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
+        accumulator.Reload()
+        if "loss/current" in accumulator.Tags()["scalars"]:
+            times = [event.wall_time for event in accumulator.Scalars("loss/current")]
     # a step's figures are logged at the end of the next one, and the last two together: first entry = end of
     # step 2, last entry = end of the last step
     return (times[-1] - times[0]) / (len(times) - 2)

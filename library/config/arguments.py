@@ -367,6 +367,7 @@ def build_parser(groups: Sequence[type], *, description: str | None, epilog: str
     from library.config.config_file import SuggestingParser
 
     parser = SuggestingParser(
+        usage="%(prog)s [options]",  # argparse's own would name every flag, some 150 lines before the first help
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from library.data.dataset_config import UNSUPPORTED
+
 _HUB = "uploads are not supported yet; upload the saved files with huggingface_hub's command line"
 _VALIDATION = "validation is not supported yet; compare sample images instead"
 _DEEPSPEED = "DeepSpeed is not supported yet; use gradient checkpointing and an 8-bit optimizer to save memory"
 _FULL = "training in half precision only is not supported yet; use --mixed_precision with float32 adapters"
 _FP8 = "fp8 base models are not supported yet; --mixed_precision bf16 halves the memory"
+_COMPILE = "compiling is not supported yet; remove it"
 _INITIAL = "starting in the middle is not supported yet; --resume goes on exactly where a state stood"
 _DDP = "has no effect: adapters are trained without DistributedDataParallel; remove it"
+
+#: dataset files' keys that are no options; every other unsupported key is an option of the same name
+_KEYS_ONLY = ("metadata_file",)
 
 #: option -> why it is refused, and what to use
 REFUSED = MappingProxyType(
     {
-        "in_json": "metadata files are not supported yet; use caption files beside the pictures",
+        **{name: reason for name, reason in UNSUPPORTED.items() if name not in _KEYS_ONLY},
+        "in_json": UNSUPPORTED["metadata_file"],
         "dataset_class": "dataset classes of your own are not supported yet; use --dataset_config",
-        "masked_loss": "mask pictures are not supported yet",
-        "conditioning_data_dir": "conditioning and mask pictures are not supported yet",
-        "alpha_mask": "alpha masks are not supported yet",
-        "color_aug": "colour variation is not supported yet; vary the pictures beforehand",
-        "face_crop_aug_range": "face crops are not supported yet; crop the pictures beforehand",
-        "token_warmup_step": "the tag warm-up is not supported yet",
-        "cache_info": "not supported yet; sizes are read from the headers at each start",
+        "masked_loss": "mask pictures are not supported yet; crop away what is not to be learned",
         "debug_dataset": "not supported yet; the summary before the first step shows the buckets",
-        "validation_split": _VALIDATION,
         "validation_seed": _VALIDATION,
         "validate_every_n_steps": _VALIDATION,
         "validate_every_n_epochs": _VALIDATION,
@@ -42,11 +42,11 @@ REFUSED = MappingProxyType(
         "full_bf16": _FULL,
         "fp8_base": _FP8,
         "fp8_base_unet": _FP8,
-        "torch_compile": "compiling is not supported yet",
-        "dynamo_backend": "compiling is not supported yet",
+        "torch_compile": _COMPILE,
+        "dynamo_backend": _COMPILE,
         "cpu_offload_checkpointing": "not supported yet; use --gradient_checkpointing",
         "mem_eff_attn": "superseded; use --sdpa, which takes no more memory",
-        "fused_backward_pass": "only full-model training gains by it; adapters' gradients are small",
+        "fused_backward_pass": "only full-model training gains by it, as adapters' gradients are small; remove it",
         "ddp_gradient_as_bucket_view": _DDP,
         "ddp_static_graph": _DDP,
         "initial_epoch": _INITIAL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,16 @@ class SuggestingParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
-        found = re.match(r"unrecognized arguments: (\S+)", message)
+        lines = [message]
+        found = re.match(r"unrecognized arguments: (.+)", message, re.DOTALL)
         if found:
-            word = found.group(1).partition("=")[0]
-            message = (
-                f"unknown option {word}{did_you_mean(word, flags)}"
-                if word.startswith("-")
-                else f"{word!r} belongs to no option; quote values with spaces"
-            )
-        self.exit(USER_ERROR_EXIT_CODE, f"error: {message}\n")
+            words = found.group(1).split()
+            # what follows an unknown flag is most likely its value, so flags are named alone if there are any
+            unknown = [word.partition("=")[0] for word in words if re.match("--?[A-Za-z]", word)]
+            lines = [f"unknown option {flag}{did_you_mean(flag, flags)}" for flag in unknown] or [
+                f"{words[0]!r} belongs to no option; quote values with spaces"
+            ]
+        self.exit(USER_ERROR_EXIT_CODE, "".join(f"error: {line}\n" for line in lines))
 
 
 @exits_on_user_error
@@ -51,10 +53,9 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         raise SystemExit(0)
     if not path.is_file():
         raise UserError(f"--config_file {path}: no such file")
-    # the file's values become defaults, so that whatever the command line says wins
-    defaults = _values_from_file(path, parser)
-    parser.set_defaults(**defaults)
-    return parser.parse_args(words)
+    # argparse fills only what a namespace lacks, so that whatever the command line says wins; the parser itself
+    # stays as it was, for callers that parse more than once
+    return parser.parse_args(words, argparse.Namespace(**_values_from_file(path, parser)))
 
 
 def load_toml(path: Path | str) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def load_toml(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text_of(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -82,20 +83,34 @@ def load_toml(path: Path | str) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig")  # some Windows editors put a byte order mark first
+
+
 def _values_from_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
-    text = path.read_text(encoding="utf-8")
-    problems, values = [], {}
+    given: dict[str, list[Any]] = {}
     for key, value in _flattened(load_toml(path)):
-        where = f"{path}{_line_of(text, key)}: {key}"
+        given.setdefault(key, []).append(value)
+    text = _text_of(path)
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for key, found in given.items():
+        lines = _lines_of(text, key)
+        where = f"{path}{f':{lines[0]}' if lines else ''}: {key}"
         action = actions.get(key)
-        if action is None or key in _OWN_FLAGS:
+        if key in _OWN_FLAGS:
+            problems.append(f"{where}: belongs on the command line only: --{key}")
+        elif action is None:
             problems.append(f"{where}: unknown option{did_you_mean(key, [a for a in actions if a not in _OWN_FLAGS])}")
-            continue
-        try:
-            values[key] = _converted(action, value)
-        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            problems.append(f"{where}: {error}")
+        elif len(found) > 1:
+            again = f" (lines {', '.join(map(str, lines))})" if len(lines) > 1 else ""
+            problems.append(f"{where}: given {len(found)} times{again}, as tables are only headings; give it once")
+        else:
+            try:
+                values[key] = _converted(action, found[0])
+            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+                problems.append(f"{where}: {error}")
     if problems:
         raise UserError("\n".join(problems))
     return values
@@ -109,11 +124,11 @@ def _flattened(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _line_of(text: str, key: str) -> str:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
-            return f":{number}"
-    return ""
+def _lines_of(text: str, key: str) -> list[int]:
+    """Lines (from 1) that give ``key``, also as the end of ``table.key`` or as an array of tables."""
+    name = rf"[\"']?{re.escape(key)}[\"']?"
+    given = re.compile(rf"\s*(?:[^\s=#]+\s*\.\s*)?{name}\s*=|\s*\[\[\s*{name}\s*\]\]")
+    return [number for number, line in enumerate(text.splitlines(), start=1) if given.match(line)]
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:
@@ -138,6 +153,8 @@ def _converted(action: argparse.Action, value: Any) -> Any:
 
 def _one(action: argparse.Action, value: Any) -> Any:
     kind = action.type
+    if isinstance(value, (list, Mapping)):
+        raise ValueError(f"expects {_type_name(kind)}, not {value!r}")
     if isinstance(value, bool):
         raise ValueError(f"expects {_type_name(kind)}, not {str(value).lower()}")
     if kind is int:
@@ -161,16 +178,29 @@ def _type_name(kind: Any) -> str:
 
 
 def _write_config(path: Path, args: argparse.Namespace) -> None:
-    import toml
-
     from library.files.atomic import write_text
 
     if path.exists():
         raise UserError(f"--output_config: {path} exists and is not overwritten; name another --config_file")
-    values = {
-        name: str(value) if isinstance(value, Path) else value
+    lines = [
+        f"{name} = {_toml_value(value)}\n"
         for name, value in vars(args).items()
         if value is not None and name not in _OWN_FLAGS
-    }
-    write_text(path, toml.dumps(values))
+    ]
+    try:
+        write_text(path, "".join(lines))
+    except OSError as error:
+        raise UserError(f"--output_config: {path} cannot be written ({error.strerror})") from None
     print(f"options written to {path}")
+
+
+def _toml_value(value: Any) -> str:
+    # not toml.dumps, which damages texts with a backslash before an x, such as paths on Windows
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    # JSON's strings are TOML's, except that TOML also escapes DEL
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

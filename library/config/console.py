@@ -6,17 +6,27 @@ import logging
 import sys
 
 from library.config.arguments import ConsoleOptions
+from library.errors import UserError
 
 #: lines of these are for their developers
 _NOISY = ("accelerate", "PIL", "httpx", "urllib3", "matplotlib", "filelock", "fsspec", "diffusers")
 
 
 def setup_console(options: ConsoleOptions) -> None:
-    """Set up the root logger: rich on a terminal, plain lines elsewhere, a file if one is named."""
+    """Set up the root logger: rich on a terminal, plain lines elsewhere, a file if one is named.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     level = getattr(logging, options.console_log_level or "INFO")
     handler: logging.Handler
     if options.console_log_file:
-        handler = logging.FileHandler(options.console_log_file, encoding="utf-8")
+        try:
+            handler = logging.FileHandler(options.console_log_file, encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--console_log_file {options.console_log_file}: cannot be written ({error.strerror})"
+            ) from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     elif sys.stderr.isatty() and not options.console_log_simple:
         from rich.console import Console

@@ -53,7 +53,7 @@ def int_or_float(text: str) -> int | float:
             value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: write steps (100), or a share of the run (0.1 or 10%)") from None
-    if value < 0 or (isinstance(value, float) and value > 1):
+    if not (0 <= value <= 1 if isinstance(value, float) else value >= 0):  # also refuses "nan"
         raise argparse.ArgumentTypeError(f"{text!r}: a share of the run lies between 0 and 1; steps are whole numbers")
     return value
 
@@ -82,9 +82,12 @@ def add_flag(section: Any, field: dataclasses.Field[Any]) -> None:
         choices=given["choices"],
         nargs=given["nargs"],
         help=help_text + shown,
-        metavar=None if given["choices"] else _metavar(given["type"]),
+        metavar=_metavar(given["type"], given["choices"]),
     )
 
 
-def _metavar(kind: Callable[[str], Any] | None) -> str:
+def _metavar(kind: Callable[[str], Any] | None, choices: Sequence[Any] | None) -> str:
+    if choices:
+        # None stands among the published choices for "not given", which cannot be written
+        return "{" + ",".join(str(choice) for choice in choices if choice is not None) + "}"
     return {int: "N", float: "X", int_or_float: "N", Path: "PATH"}.get(kind, "TEXT")  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ A rule yields ``error(...)`` for what cannot work and ``warning(...)`` for what 
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,8 @@ def check(options: TrainNetworkOptions, architecture: Architecture) -> list[str]
     Raises:
         UserError: all errors, one line each.
     """
-    findings = [*_refused(options, REFUSED), *_refused(options, architecture.refused_options)]
+    # one line for an option that both refuse; the family knows its own reason better
+    findings = list(_refused(options, {**REFUSED, **architecture.refused_options}))
     for rule in RULES:
         findings += rule(options)
     errors = [finding.text for finding in findings if finding.fatal]
@@ -54,6 +57,11 @@ def _refused(options: TrainNetworkOptions, table: Mapping[str, str]) -> Iterator
     for field, value in flat(options):
         if field.name in table and value != field.default:
             yield error(f"--{field.name}: {table[field.name]}")
+
+
+def _changed(group: object, *names: str) -> bool:
+    """Whether any of these options of a group is not at its default."""
+    return any(getattr(group, name) != getattr(type(group), name) for name in names)
 
 
 # ---- what must be there ----
@@ -72,8 +80,14 @@ def needs_network(o: TrainNetworkOptions) -> Iterator[Finding]:
 def needs_output(o: TrainNetworkOptions) -> Iterator[Finding]:
     if not o.output.output_dir:
         yield error("--output_dir: name the folder for the results")
-    elif Path(o.output.output_dir).exists() and not Path(o.output.output_dir).is_dir():
-        yield error(f"--output_dir {o.output.output_dir}: a file, not a folder")
+    else:
+        folder = Path(o.output.output_dir)
+        # the folder itself, or the nearest that exists of those it will be made in
+        standing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not standing.is_dir():
+            yield error(f"--output_dir {folder}: {standing} is a file, not a folder")
+        elif not os.access(standing, os.W_OK):
+            yield error(f"--output_dir {folder}: {standing} may not be written to; name another folder")
     name = o.output.output_name
     if name and Path(name).name != name:
         yield error(f"--output_name {name}: a name without folders; put the folder into --output_dir")
@@ -84,6 +98,29 @@ def needs_data(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield error("no data: name a dataset file with --dataset_config, or a folder with --train_data_dir")
     if o.dataset.dataset_config is not None and (o.dataset.train_data_dir or o.dataset.reg_data_dir):
         yield warning("--train_data_dir and --reg_data_dir have no effect beside --dataset_config")
+
+
+def files_exist(o: TrainNetworkOptions) -> Iterator[Finding]:
+    """The model and its VAE are left to the architecture, which also takes Hub ids."""
+    files = [
+        ("dataset_config", o.dataset.dataset_config),
+        ("network_weights", o.network.network_weights),
+        *(("base_weights", path) for path in o.network.base_weights or []),
+        ("sample_prompts", o.sample.sample_prompts),
+        ("log_tracker_config", o.logging.log_tracker_config),
+    ]
+    # with a dataset file these have no effect, see needs_data
+    folders: list[tuple[str, str | None]] = []
+    if not o.dataset.dataset_config:
+        folders += [("train_data_dir", o.dataset.train_data_dir), ("reg_data_dir", o.dataset.reg_data_dir)]
+    if not o.resume.resume_from_huggingface:  # then it is no path
+        folders.append(("resume", o.resume.resume))
+    for name, path in files:
+        if path and not Path(path).is_file():
+            yield error(f"--{name} {path}: {'a folder, not a file' if Path(path).is_dir() else 'no such file'}")
+    for name, path in folders:
+        if path and not Path(path).is_dir():
+            yield error(f"--{name} {path}: {'a file, not a folder' if Path(path).is_file() else 'no such folder'}")
 
 
 # ---- what excludes each other ----
@@ -103,8 +140,18 @@ def network_files(o: TrainNetworkOptions) -> Iterator[Finding]:
     n = o.network
     if n.dim_from_weights and not n.network_weights:
         yield error("--dim_from_weights: needs --network_weights, the file to take ranks from")
+    if n.dim_from_weights and n.network_dim is not None:
+        yield warning("--network_dim has no effect with --dim_from_weights, which takes ranks from the file")
+    if n.network_weights and o.resume.resume and not n.dim_from_weights:
+        yield warning("--network_weights has no effect with --resume, whose state holds the weights")
     if n.base_weights_multiplier and len(n.base_weights_multiplier) > len(n.base_weights or []):
         yield error("--base_weights_multiplier: more values than --base_weights files")
+
+
+def optimizer_names(o: TrainNetworkOptions) -> Iterator[Finding]:
+    chosen = o.optimizer
+    if sum((bool(chosen.optimizer_type), chosen.use_8bit_adam, chosen.use_lion_optimizer)) > 1:
+        yield error("--optimizer_type, --use_8bit_adam and --use_lion_optimizer exclude each other: give one")
 
 
 def attention(o: TrainNetworkOptions) -> Iterator[Finding]:
@@ -118,9 +165,28 @@ def cached_latents(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield error("--random_crop: not with cached latents, which are made once; remove one of them")
     if d.skip_cache_check and not d.cache_latents_to_disk:
         yield warning("--skip_cache_check has no effect without --cache_latents_to_disk")
+    if _changed(d, "vae_batch_size") and not (d.cache_latents or d.cache_latents_to_disk):
+        yield warning("--vae_batch_size has no effect without --cache_latents or --cache_latents_to_disk")
+
+
+def data_loading(o: TrainNetworkOptions) -> Iterator[Finding]:
+    d = o.dataset
+    if d.persistent_data_loader_workers and d.max_data_loader_n_workers == 0:
+        yield warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
+    if _changed(d, "token_warmup_min") and not d.token_warmup_step:
+        yield warning("--token_warmup_min has no effect without --token_warmup_step")
+    if o.training.lowram:
+        yield warning("--lowram has no effect: weights are streamed to the device in any case")
 
 
 # ---- numbers ----
+
+
+def finite_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
+    for field, value in flat(o):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                yield error(f"--{field.name} {number}: must be a finite number")
 
 
 def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
@@ -142,6 +208,7 @@ def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
         "sample_every_n_epochs": o.sample.sample_every_n_epochs,
         "clip_skip": o.model.clip_skip,
         "lr_scheduler_num_cycles": o.scheduler.lr_scheduler_num_cycles,
+        "ddp_timeout": o.training.ddp_timeout,
     }
     at_least_zero = {
         "max_data_loader_n_workers": o.dataset.max_data_loader_n_workers,
@@ -151,11 +218,22 @@ def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
         "max_grad_norm": o.optimizer.max_grad_norm,
         "network_alpha": o.network.network_alpha,
         "prior_loss_weight": o.loss.prior_loss_weight,
+        "min_snr_gamma": o.loss.min_snr_gamma,
+        "v_pred_like_loss": o.loss.v_pred_like_loss,
+        "ip_noise_gamma": o.noise.ip_noise_gamma,
+        "multires_noise_iterations": o.noise.multires_noise_iterations,
+        "multires_noise_discount": o.noise.multires_noise_discount,
+        "dataset_repeats": o.dataset.dataset_repeats,
     }
     for least, options in ((1, at_least_one), (0, at_least_zero)):
         for name, value in options.items():
             if value is not None and value < least:
                 yield error(f"--{name} {value}: must be at least {least}")
+    for rate in o.optimizer.text_encoder_lr or []:
+        if rate < 0:
+            yield error(f"--text_encoder_lr {rate}: must be at least 0")
+    if o.network.scale_weight_norms is not None and o.network.scale_weight_norms <= 0:
+        yield error(f"--scale_weight_norms {o.network.scale_weight_norms}: must be greater than 0")
     shares = {
         "network_dropout": o.network.network_dropout,
         "caption_dropout_rate": o.dataset.caption_dropout_rate,
@@ -194,11 +272,18 @@ def noise(o: TrainNetworkOptions) -> Iterator[Finding]:
             yield warning("--noise_offset_random_strength has no effect without --noise_offset")
     if n.ip_noise_gamma is None and n.ip_noise_gamma_random_strength:
         yield warning("--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma")
+    if _changed(n, "multires_noise_discount") and not n.multires_noise_iterations:
+        yield warning("--multires_noise_discount has no effect without --multires_noise_iterations")
 
 
 def huber(o: TrainNetworkOptions) -> Iterator[Finding]:
     if o.loss.huber_c <= 0 or o.loss.huber_scale <= 0:
         yield error("--huber_c and --huber_scale: must be greater than 0")
+    is_read = o.loss.loss_type in ("huber", "smooth_l1")
+    if not is_read and _changed(o.loss, "huber_schedule", "huber_c", "huber_scale"):
+        yield warning(
+            "--huber_schedule, --huber_c and --huber_scale have no effect without --loss_type huber or smooth_l1"
+        )
 
 
 def samples(o: TrainNetworkOptions) -> Iterator[Finding]:
@@ -210,6 +295,11 @@ def samples(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield warning("--sample_prompts has no effect without --sample_every_n_steps or --sample_every_n_epochs")
 
 
+def sample_intervals(o: TrainNetworkOptions) -> Iterator[Finding]:
+    if o.sample.sample_every_n_steps and o.sample.sample_every_n_epochs:
+        yield warning("--sample_every_n_steps has no effect beside --sample_every_n_epochs")
+
+
 def retention(o: TrainNetworkOptions) -> Iterator[Finding]:
     out = o.output
     epochs = out.save_every_n_epochs or out.save_n_epoch_ratio
@@ -217,6 +307,10 @@ def retention(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield warning("--save_last_n_epochs has no effect without --save_every_n_epochs")
     if (out.save_last_n_steps or out.save_last_n_steps_state) and not out.save_every_n_steps:
         yield warning("--save_last_n_steps has no effect without --save_every_n_steps")
+    if (out.save_last_n_epochs_state or out.save_last_n_steps_state) and not out.save_state:
+        yield warning("--save_last_n_epochs_state and --save_last_n_steps_state have no effect without --save_state")
+    if out.save_every_n_epochs and out.save_n_epoch_ratio:
+        yield warning("--save_every_n_epochs has no effect beside --save_n_epoch_ratio")
 
 
 def clip_skip(o: TrainNetworkOptions) -> Iterator[Finding]:
@@ -224,21 +318,33 @@ def clip_skip(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield warning("--clip_skip is unusual with --v2, which uses the last but one layer already")
 
 
+def wandb(o: TrainNetworkOptions) -> Iterator[Finding]:
+    log = o.logging
+    if (log.wandb_run_name or log.wandb_api_key) and log.log_with not in ("wandb", "all"):
+        yield warning("--wandb_run_name and --wandb_api_key have no effect without --log_with wandb")
+
+
 RULES: tuple[Rule, ...] = (
     needs_model,
     needs_network,
     needs_output,
     needs_data,
+    files_exist,
     network_parts,
     network_files,
+    optimizer_names,
     attention,
     cached_latents,
+    data_loading,
+    finite_numbers,
     positive_numbers,
     timestep_range,
     v_prediction,
     noise,
     huber,
     samples,
+    sample_intervals,
     retention,
     clip_skip,
+    wandb,
 )

@@ -23,10 +23,15 @@ class Batch:
     loss_weights: Tensor  # (B,)
     paths: list[str]
     bucket: tuple[int, int]  # (W, H)
-    original_sizes: Tensor  # (B, 2) int64, (W, H) of the pictures
-    crop_top_lefts: Tensor  # (B, 2) int64, (left, top) of the crop in the resized picture
+    original_sizes: Tensor  # (B, 2) int64, (H, W) of the pictures
+    crop_top_lefts: Tensor  # (B, 2) int64, (top, left) of the crop in the resized and maybe mirrored picture
     flipped: list[bool]
     network_multiplier: float = 1.0
+
+    @property
+    def target_sizes(self) -> Tensor:
+        """(B, 2) int64, (H, W) of the bucket."""
+        return torch.tensor([self.bucket[::-1]]).expand(len(self.captions), 2)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A copy whose samples are on ``device``; tokens stay."""
@@ -48,5 +53,9 @@ class Batch:
             return None if tensor is None else tensor.pin_memory()
 
         return replace(
-            self, latents=pin(self.latents), images=pin(self.images), loss_weights=self.loss_weights.pin_memory()
+            self,
+            latents=pin(self.latents),
+            images=pin(self.images),
+            tokens={name: tensor.pin_memory() for name, tensor in self.tokens.items()},
+            loss_weights=self.loss_weights.pin_memory(),
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,8 +38,7 @@ class Stamp:
     """What latents are a function of, besides the code."""
 
     image: str  # hash of the file's bytes
-    image_size: int  # bytes
-    image_mtime_ns: int
+    image_file: tuple[int, int, int, int]  # its inode, size in bytes, times of change of content and of inode, ns
     vae: str  # identity of the VAE
     bucket: tuple[int, int]  # (W, H)
     interpolation: str | None
@@ -50,20 +48,27 @@ class Stamp:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_text(text: str) -> Stamp | None:
-        """``None`` for a stamp of another version or form."""
+    def from_text(text: str) -> Stamp:
+        """A stamp of another version or form becomes one that is never current."""
         try:
             values = json.loads(text)
-            stamp = Stamp(**{**values, "bucket": tuple(values["bucket"])})
+            tuples = {name: tuple(values[name]) for name in ("bucket", "image_file")}
+            return Stamp(**{**values, **tuples})
         except (ValueError, TypeError, KeyError):
-            return None
-        return stamp if stamp.version == _STAMP_VERSION else None
+            return Stamp("", (0, 0, 0, 0), "", (0, 0), None, version=0)
 
 
 def make_stamp(image: Path, *, vae: str, bucket: tuple[int, int], interpolation: str | None) -> Stamp:
-    """The stamp of latents made now; reads the whole picture file."""
+    """The stamp of latents made now; reads the whole picture file.
+
+    To be called before the pixels are read: a picture that changes in between is then found out of date.
+    """
+    return Stamp(image_digest(image), _file_identity(image), vae, bucket, interpolation)
+
+
+def _file_identity(image: Path) -> tuple[int, int, int, int]:
     found = image.stat()
-    return Stamp(image_digest(image), found.st_size, found.st_mtime_ns, vae, bucket, interpolation)
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def image_digest(image: Path) -> str:
@@ -78,14 +83,13 @@ def image_digest(image: Path) -> str:
 def is_current(stamp: Stamp, image: Path, *, vae: str, bucket: tuple[int, int], interpolation: str | None) -> bool:
     """Whether latents with this stamp are what would be made now.
 
-    A picture of the same size and time is taken as unchanged; a copied or touched one is compared by its bytes.
+    Size and time of the content do not tell (copying with times, or swapping two files, keeps them); together with
+    inode and its time of change they do, and a picture is then not read. All others are compared by their bytes.
     """
-    if (stamp.vae, stamp.bucket, stamp.interpolation) != (vae, bucket, interpolation):
+    made_from = (stamp.version, stamp.vae, stamp.bucket, stamp.interpolation)
+    if made_from != (_STAMP_VERSION, vae, bucket, interpolation):
         return False
-    found = image.stat()
-    if found.st_size != stamp.image_size:
-        return False
-    return found.st_mtime_ns == stamp.image_mtime_ns or image_digest(image) == stamp.image
+    return _file_identity(image) == stamp.image_file or image_digest(image) == stamp.image
 
 
 def cache_path(image: Path, size: tuple[int, int], format: LatentFormat) -> Path:
@@ -96,8 +100,8 @@ def cache_path(image: Path, size: tuple[int, int], format: LatentFormat) -> Path
     return image.with_name(f"{image.stem}_{size[0]:04d}x{size[1]:04d}{format.cache_suffix}")
 
 
-def _key_suffix(bucket: tuple[int, int], format: LatentFormat) -> str:
-    """Files of several resolutions name each array by its latent size, ``_<h>x<w>``."""
+def array_suffix(bucket: tuple[int, int], format: LatentFormat) -> str:
+    """Ending of the arrays' names: files of several resolutions name each by its latent size, ``_<h>x<w>``."""
     if not format.multi_resolution:
         return ""
     return f"_{bucket[1] // format.stride}x{bucket[0] // format.stride}"
@@ -105,14 +109,13 @@ def _key_suffix(bucket: tuple[int, int], format: LatentFormat) -> str:
 
 def write_cache(path: Path, cached: CachedLatents, stamp: Stamp, format: LatentFormat) -> None:
     """Write or, with several resolutions in a file, add to a cache file; atomic."""
-    suffix = _key_suffix(stamp.bucket, format)
+    suffix = array_suffix(stamp.bucket, format)
     arrays: dict[str, np.ndarray] = {}
     if format.multi_resolution and path.exists():
         try:
-            with np.load(path) as old:
-                arrays.update({name: old[name] for name in old.files})
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            logger.warning("%s: damaged (%s) and made again", path, error)
+            arrays = _read_arrays(path)
+        except ValueError as error:
+            logger.warning("%s; all its sizes are dropped", error)
     arrays[f"latents{suffix}"] = cached.latents.astype(np.float32)
     arrays[f"original_size{suffix}"] = np.array(cached.original_size, dtype=np.int64)
     arrays[f"crop_ltrb{suffix}"] = np.array(cached.crop_ltrb, dtype=np.int64)
@@ -125,27 +128,62 @@ def write_cache(path: Path, cached: CachedLatents, stamp: Stamp, format: LatentF
 
 
 def read_cache(path: Path, bucket: tuple[int, int], format: LatentFormat) -> tuple[CachedLatents, Stamp | None] | None:
-    """Latents for ``bucket`` (W, H), or ``None`` where there are none of that size.
+    """Latents for ``bucket`` (W, H), or ``None`` where there are none of that size; every byte is checked.
 
     Raises:
         ValueError: the file is damaged; the message says how.
     """
-    suffix = _key_suffix(bucket, format)
+    suffix = array_suffix(bucket, format)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names = set(file.files)
-            if f"latents{suffix}" not in names:
-                return None
-            latents = file[f"latents{suffix}"]
-            flipped = file[f"latents_flipped{suffix}"] if f"latents_flipped{suffix}" in names else None
-            original = tuple(int(n) for n in file[f"original_size{suffix}"])
-            crop = tuple(int(n) for n in file[f"crop_ltrb{suffix}"])
-            stamp = Stamp.from_text(str(file[f"{STAMP}{suffix}"])) if f"{STAMP}{suffix}" in names else None
+        arrays = _read_arrays(path, suffix)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
-    expected = (format.channels, bucket[1] // format.stride, bucket[0] // format.stride)
-    if latents.shape != expected or (flipped is not None and flipped.shape != expected):
+    if f"latents{suffix}" not in arrays:
         return None
-    return CachedLatents(latents, flipped, original, crop), stamp  # type: ignore[arg-type]
+    latents = arrays[f"latents{suffix}"]
+    flipped = arrays.get(f"latents_flipped{suffix}")
+    if not all(_fits(values, bucket, format) for values in (latents, flipped) if values is not None):
+        return None
+    try:
+        width, height = (int(n) for n in arrays[f"original_size{suffix}"])
+        left, top, right, bottom = (int(n) for n in arrays[f"crop_ltrb{suffix}"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+    stamp = Stamp.from_text(str(arrays[f"{STAMP}{suffix}"])) if f"{STAMP}{suffix}" in arrays else None
+    return CachedLatents(latents, flipped, (width, height), (left, top, right, bottom)), stamp
+
+
+def read_latents(path: Path, bucket: tuple[int, int], format: LatentFormat, *, flipped: bool) -> np.ndarray | None:
+    """float32 (C, h, w) of a file that ``read_cache`` found good, or ``None`` where they are no longer there.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    name = f"latents{'_flipped' if flipped else ''}{array_suffix(bucket, format)}"
+    try:
+        values = _read_arrays(path, only=name).get(name)
+    except FileNotFoundError:
+        return None
+    return values.astype(np.float32, copy=False) if values is not None and _fits(values, bucket, format) else None
+
+
+def _fits(latents: np.ndarray, bucket: tuple[int, int], format: LatentFormat) -> bool:
+    expected = (format.channels, bucket[1] // format.stride, bucket[0] // format.stride)
+    return latents.shape == expected and np.issubdtype(latents.dtype, np.floating)
+
+
+def _read_arrays(path: Path, suffix: str = "", only: str | None = None) -> dict[str, np.ndarray]:
+    """The arrays whose names end with ``suffix``, or the one named ``only``.
+
+    Raises:
+        FileNotFoundError: as it says.
+        ValueError: the file is damaged; the message says how.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = [name for name in file.files if (name == only if only else name.endswith(suffix))]
+            return {name: file[name] for name in names}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile and numpy raise of all kinds on damaged files
+        raise ValueError(f"{path}: damaged ({error})") from None

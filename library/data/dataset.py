@@ -6,32 +6,30 @@ so a loader worker keeps no state, and an epoch may be entered at any batch.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from library.architectures.base import LatentFormat
 from library.data.batch import Batch
 from library.data.buckets import Buckets
-from library.data.cache_format import CachedLatents, cache_path, read_cache
-from library.data.captions import final_caption
 from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec
 from library.data.discover import discover
-from library.data.image_io import fit, read_image
-from library.data.latent_cache import Encode, Wanted, encode_all, load_current, to_pixels
+from library.data.latent_cache import (
+    DiskLatents,
+    Encode,
+    MemoryLatents,
+    Wanted,
+    check_one_file_each,
+    encode_all,
+    find_current,
+)
+from library.data.loader import BatchMaker, Loader, Tokenize
 from library.data.records import ImageRecord
 from library.errors import UserError
-from library.randomness import permutation, python_rng, visit_key
+from library.randomness import permutation
 
 Size = tuple[int, int]
-Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
 
 __all__ = ["Batch", "BatchRef", "BucketedDataset", "TrainingData", "Use"]
 
@@ -59,12 +57,19 @@ class BucketedDataset:
     def __init__(self, spec: DatasetSpec, format: LatentFormat) -> None:
         self.spec = spec
         self.records: list[ImageRecord] = []
+        problems = []
         for index, subset in enumerate(spec.subsets):
-            self.records += discover(subset, index)
+            try:
+                self.records += discover(subset, index)
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise UserError("\n".join(problems))
+        _check_steps(spec, format)
         buckets = Buckets(spec.buckets)
         self.bucket_of = [buckets.assign(record.size) for record in self.records]
-        _check_sizes(spec, set(self.bucket_of), format)
         self.uses = self._uses()
+        self.max_repeats = 1 + max(use.repeat for use in self.uses)
         self.uses_by_bucket: dict[Size, list[Use]] = {}
         for use in self.uses:
             self.uses_by_bucket.setdefault(self.bucket_of[use.record], []).append(use)
@@ -93,11 +98,17 @@ class BucketedDataset:
 
     @property
     def num_train(self) -> int:
-        return sum(not self.subset(use.record).is_reg for use in self.uses)
+        """Training pictures by their repeats."""
+        return self._count(is_reg=False)
 
     @property
     def num_reg(self) -> int:
-        return len(self.uses) - self.num_train
+        """Regularisation pictures by their repeats; an epoch uses as many as there are training pictures."""
+        return self._count(is_reg=True)
+
+    def _count(self, *, is_reg: bool) -> int:
+        subsets = (self.spec.subsets[record.subset] for record in self.records)
+        return sum(subset.num_repeats for subset in subsets if subset.is_reg == is_reg)
 
     def batch_count(self) -> int:
         size = self.spec.batch_size
@@ -127,14 +138,19 @@ class BucketedDataset:
         return dict(sorted(Counter(self.bucket_of[use.record] for use in self.uses).items()))
 
 
-def _check_sizes(spec: DatasetSpec, buckets: set[Size], format: LatentFormat) -> None:
+def _check_steps(spec: DatasetSpec, format: LatentFormat) -> None:
     step = format.bucket_step
     where = spec.subsets[0].where.rsplit(" > ", 1)[0]
-    if spec.buckets.enabled and spec.buckets.step % step:
-        raise UserError(f"{where}: bucket_reso_steps {spec.buckets.step}: must be a multiple of {step}")
-    for width, height in buckets:
-        if width % step or height % step:
-            raise UserError(f"{where}: resolution {width}x{height}: both sides must be multiples of {step}")
+    if spec.buckets.enabled:
+        if spec.buckets.step % step:
+            raise UserError(f"{where}: bucket_reso_steps {spec.buckets.step}: must be a multiple of {step}")
+        return
+    width, height = spec.buckets.resolution
+    if width % step or height % step:
+        near = f"{max(step, width // step * step)}x{max(step, height // step * step)}"
+        raise UserError(
+            f"{where}: resolution {width}x{height}: both sides must be multiples of {step}, such as {near}"
+        )
 
 
 class TrainingData:
@@ -155,16 +171,22 @@ class TrainingData:
     ) -> None:
         self.seed = seed
         self.latent = latent
-        self.prior_loss_weight = prior_loss_weight
-        self.datasets = tuple(BucketedDataset(spec, latent) for spec in config.datasets)
-        self._in_memory: dict[tuple[int, int], CachedLatents] = {}
-        self._on_disk = False
-        self._loader: DataLoader[Any] | None = None
-        self._plan: _Planned | None = None
+        datasets, problems = [], []
+        for spec in config.datasets:
+            try:
+                datasets.append(BucketedDataset(spec, latent))
+            except UserError as error:
+                problems += str(error).splitlines()
+        if problems:
+            # a folder that several datasets share is named once
+            raise UserError("\n".join(dict.fromkeys(problems)))
+        self.datasets = tuple(datasets)
+        self.maker = BatchMaker(self.datasets, seed=seed, prior_loss_weight=prior_loss_weight)
+        self._loader: Loader | None = None
 
     def picture_count(self) -> int:
-        """Different pictures, over all datasets."""
-        return len({record.path for dataset in self.datasets for record in dataset.records})
+        """Different pictures in different sizes, over all datasets."""
+        return len(self._wanted())
 
     # ---- the order ----
 
@@ -178,14 +200,20 @@ class TrainingData:
     def batches(self, epoch: int, *, world_size: int = 1, rank: int = 0) -> list[BatchRef]:
         """One process's batches of an epoch (counted from 0), in order.
 
-        Every process gets equally many; to fill the last round, its first batches are used once more.
+        Every process gets equally many; to fill the last round, the epoch's first batches are used once more,
+        as further repeats of their pictures, so that captions and noise differ.
         """
         found = [ref for index, d in enumerate(self.datasets) for ref in d.batches(self.seed, epoch, index)]
         order = permutation(len(found), self.seed, "batches", epoch)
         shuffled = [found[i] for i in order]
-        missing = -len(shuffled) % world_size
-        shuffled += (shuffled * (missing // len(shuffled) + 1))[:missing]
+        for place in range(-len(shuffled) % world_size):
+            turn, index = divmod(place, len(found))
+            shuffled.append(self._used_again(shuffled[index], turn + 1))
         return shuffled[rank::world_size]
+
+    def _used_again(self, ref: BatchRef, turn: int) -> BatchRef:
+        repeats = self.datasets[ref.dataset].max_repeats
+        return replace(ref, uses=tuple(Use(use.record, use.repeat + turn * repeats) for use in ref.uses))
 
     # ---- latents ----
 
@@ -210,83 +238,36 @@ class TrainingData:
             trust: use files without comparing them with picture and VAE.
             report: called with pictures done and their total.
         """
-        missing: dict[Wanted, list[tuple[int, int]]] = {}
-        for index, dataset in enumerate(self.datasets):
-            for record in sorted({use.record for use in dataset.uses}):
-                wanted = dataset.wanted(record)
-                found = load_current(wanted, self.latent, vae_identity=vae_identity, trust=trust) if to_disk else None
-                if found is None:
-                    missing.setdefault(wanted, []).append((index, record))
-        self._on_disk = to_disk
-        if not missing:
-            return 0
-        made = encode_all(
-            list(missing), encode(), self.latent, batch_size=batch_size, to_disk=to_disk, vae_identity=vae_identity
-        )
-        for done, (wanted, cached) in enumerate(made, start=1):
-            if not to_disk:
-                for place in missing[wanted]:
-                    self._in_memory[place] = cached
-            report(done, len(missing))
+        missing = self._wanted()
+        memory = None
+        if to_disk:
+            check_one_file_each(missing, self.latent)
+            usable = find_current(missing, self.latent, vae_identity=vae_identity, trust=trust)
+            missing = [wanted for wanted in missing if not usable[wanted]]
+        else:
+            memory = MemoryLatents(missing, self.latent)
+        if missing:
+            made = encode_all(
+                missing, encode(), self.latent, batch_size=batch_size, to_disk=to_disk, vae_identity=vae_identity
+            )
+            for done, (wanted, cached) in enumerate(made, start=1):
+                if memory is not None:
+                    memory.put(wanted, cached)
+                report(done, len(missing))
+        self.maker.latents = memory if memory is not None else DiskLatents(self.latent)
         return len(missing)
 
-    def _cached(self, dataset: int, record: int) -> CachedLatents | None:
-        if not self._on_disk:
-            return self._in_memory.get((dataset, record))
-        wanted = self.datasets[dataset].wanted(record)
-        path = cache_path(wanted.path, wanted.size, self.latent)
-        found = read_cache(path, wanted.bucket, self.latent)
-        if found is None:
-            raise UserError(f"{path}: vanished while training; start again to make it anew")
-        return found[0]
+    def _wanted(self) -> list[Wanted]:
+        """What the latent cache must hold; a picture mirrored in one subset only is listed once, with both."""
+        merged: dict[Wanted, bool] = {}
+        for dataset in self.datasets:
+            for record in sorted({use.record for use in dataset.uses}):
+                wanted = dataset.wanted(record)
+                plain = replace(wanted, flip=False)
+                merged[plain] = merged.get(plain, False) or wanted.flip
+        return [replace(plain, flip=flip) for plain, flip in merged.items()]
 
     # ---- batches ----
-
-    def make_batch(self, ref: BatchRef, tokenize: Tokenize) -> Batch:
-        """Build a batch; runs in a loader worker."""
-        samples = [self._sample(ref, use) for use in ref.uses]
-        spec = self.datasets[ref.dataset].spec
-        captions = [sample.caption for sample in samples]
-        latents = [s.latents for s in samples if s.latents is not None]
-        images = [s.image for s in samples if s.image is not None]
-        return Batch(
-            latents=torch.stack(latents) if latents else None,
-            images=torch.stack(images) if images else None,
-            captions=captions,
-            tokens=tokenize(captions),
-            visits=[s.visit for s in samples],
-            loss_weights=torch.tensor([s.weight for s in samples]),
-            paths=[str(s.record.path) for s in samples],
-            bucket=self.datasets[ref.dataset].bucket_of[ref.uses[0].record],
-            original_sizes=torch.tensor([s.record.size for s in samples]),
-            crop_top_lefts=torch.tensor([s.crop_left_top for s in samples]),
-            flipped=[s.flipped for s in samples],
-            network_multiplier=spec.network_multiplier,
-        )
-
-    def _sample(self, ref: BatchRef, use: Use) -> _Sample:
-        dataset = self.datasets[ref.dataset]
-        record, subset = dataset.records[use.record], dataset.subset(use.record)
-        visit = visit_key(self.seed, ref.epoch, ref.dataset, use.record, use.repeat)
-        flipped = subset.flip_aug and python_rng(visit, "flip").random() < 0.5
-        caption = final_caption(record.caption, subset.captions, epoch=ref.epoch, rng=python_rng(visit, "caption"))
-        weight = self.prior_loss_weight if subset.is_reg else 1.0
-        cached = self._cached(ref.dataset, use.record) if self._on_disk or self._in_memory else None
-        if cached is not None:
-            chosen = cached.latents_flipped if flipped else cached.latents
-            return _Sample(
-                record, visit, caption, weight, flipped, cached.crop_ltrb[:2], torch.from_numpy(np.asarray(chosen)), None
-            )
-        rng = python_rng(visit, "crop")
-        fraction = (rng.random(), rng.random()) if subset.random_crop else (0.5, 0.5)
-        fitted = fit(
-            read_image(record.path),
-            dataset.bucket_of[use.record],
-            interpolation=dataset.interpolation(use.record),
-            crop_fraction=fraction,
-        )
-        pixels = to_pixels(fitted.pixels[:, ::-1] if flipped else fitted.pixels)
-        return _Sample(record, visit, caption, weight, flipped, fitted.crop_ltrb[:2], None, pixels)
 
     def dataloader(
         self,
@@ -303,58 +284,13 @@ class TrainingData:
         """The batches of an epoch (counted from 0) from ``start_batch`` on, prepared ahead in workers.
 
         The settings besides ``epoch`` and ``start_batch`` must be the same for a whole run.
+
+        Raises:
+            UserError: while iterating: a picture or cache file that cannot be read; a worker that was killed.
         """
         if self._loader is None:
-            # tokenizers warn, and may hang, when their threads meet forked workers
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-            self._plan = _Planned()
-            self._loader = DataLoader(
-                _Batches(self, tokenize),
-                batch_size=None,
-                sampler=self._plan,
-                num_workers=num_workers,
-                pin_memory=pin_memory,
-                persistent_workers=persistent and num_workers > 0,
+            workers = min(num_workers, self.batches_per_process(world_size))
+            self._loader = Loader(
+                self.maker, tokenize, num_workers=workers, pin_memory=pin_memory, persistent=persistent
             )
-        self._plan.refs = self.batches(epoch, world_size=world_size, rank=rank)[start_batch:]
-        return iter(self._loader)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For workers that are spawned: they need no loader of their own."""
-        return {**self.__dict__, "_loader": None, "_plan": None}
-
-
-@dataclass(frozen=True)
-class _Sample:
-    record: ImageRecord
-    visit: int
-    caption: str
-    weight: float
-    flipped: bool
-    crop_left_top: tuple[int, int]
-    latents: Tensor | None
-    image: Tensor | None
-
-
-class _Planned(Sampler[BatchRef]):
-    """Hands out batch references; the references themselves travel to the workers."""
-
-    def __init__(self) -> None:
-        self.refs: list[BatchRef] = []
-
-    def __iter__(self) -> Iterator[BatchRef]:
-        return iter(self.refs)
-
-    def __len__(self) -> int:
-        return len(self.refs)
-
-
-class _Batches(Dataset[Batch]):
-    """What a worker runs: a reference in, a batch out."""
-
-    def __init__(self, data: TrainingData, tokenize: Tokenize) -> None:
-        self._data = data
-        self._tokenize = tokenize
-
-    def __getitem__(self, ref: BatchRef) -> Batch:  # type: ignore[override]
-        return self._data.make_batch(ref, self._tokenize)
+        return self._loader.batches(self.batches(epoch, world_size=world_size, rank=rank)[start_batch:])

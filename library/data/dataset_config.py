@@ -7,6 +7,7 @@ of a file are reported at once.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,10 +18,12 @@ from typing import Any
 
 from library.config.arguments import DatasetOptions
 from library.config.config_file import load_toml
-from library.data.buckets import BucketRules
+from library.data.buckets import BucketRules, make_sizes
 from library.data.captions import CaptionRules
 from library.data.image_io import EXTENSIONS
 from library.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,15 +92,15 @@ _KEYS: dict[str, _Key] = {
     "keep_tokens": _Key("natural", _EVERYWHERE, "keep_tokens"),
     "keep_tokens_separator": _Key("str", _EVERYWHERE, "keep_tokens_separator"),
     "secondary_separator": _Key("str", _EVERYWHERE, "secondary_separator"),
-    "caption_separator": _Key("str", _EVERYWHERE, "caption_separator"),
-    "caption_extension": _Key("str", _EVERYWHERE, "caption_extension"),
+    "caption_separator": _Key("text", _EVERYWHERE, "caption_separator"),
+    "caption_extension": _Key("text", _EVERYWHERE, "caption_extension"),
     "caption_prefix": _Key("str", _EVERYWHERE, "caption_prefix"),
     "caption_suffix": _Key("str", _EVERYWHERE, "caption_suffix"),
     "enable_wildcard": _Key("bool", _EVERYWHERE, "enable_wildcard"),
     "caption_dropout_rate": _Key("share", _EVERYWHERE, "caption_dropout_rate"),
     "caption_dropout_every_n_epochs": _Key("natural", _EVERYWHERE, "caption_dropout_every_n_epochs"),
     "caption_tag_dropout_rate": _Key("share", _EVERYWHERE, "caption_tag_dropout_rate"),
-    "custom_attributes": _Key("table", _EVERYWHERE, None, MappingProxyType({})),
+    "custom_attributes": _Key("table", _EVERYWHERE),
     "class_tokens": _Key("str", _EVERYWHERE),
     "is_reg": _Key("bool", (_SUBSET,), None, False),
     "image_dir": _Key("str", (_SUBSET,)),
@@ -128,6 +131,9 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     }
 )
 
+#: what belongs on the command line only
+_OPTIONS_ONLY = ("debug_dataset", "max_token_length", "prior_loss_weight")
+
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
 
@@ -148,6 +154,7 @@ _CHECKS = {
     "number": (_is_number, "a number"),
     "share": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "str": (lambda v: isinstance(v, str), "text in quotes"),
+    "text": (lambda v: isinstance(v, str) and v != "", "text in quotes, not empty"),
     "table": (lambda v: isinstance(v, Mapping), "a table"),
     "list": (lambda v: isinstance(v, list) and all(_is_number(n) for n in v), "a list of numbers"),
     "interpolation": (lambda v: v in INTERPOLATIONS, "one of " + ", ".join(INTERPOLATIONS)),
@@ -173,14 +180,26 @@ def load_dataset_config(path: Path | str | None, options: DatasetOptions) -> Dat
     path = Path(path)
     if path.suffix.lower() not in (".toml", ".json"):
         raise UserError(f"--dataset_config {path}: must end with .toml or .json")
-    return _Reader(str(path), options).read(_load_json(path) if path.suffix.lower() == ".json" else load_toml(path))
+    return _Reader(str(path), options).read(_load_json(path) if path.suffix.lower() == ".json" else _load_toml(path))
+
+
+def _load_toml(path: Path) -> dict[str, Any]:
+    try:
+        return load_toml(path)
+    except UserError as error:
+        if "escape" in str(error).lower() or "hex" in str(error).lower():
+            # the usual cause: image_dir = "C:\\pictures"
+            raise UserError(f"{error}; write paths with \\ in single quotes: 'C:\\pictures'") from None
+        raise
 
 
 def _load_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
@@ -199,10 +218,11 @@ def _from_folders(options: DatasetOptions) -> dict[str, Any]:
         found = []
         for inner in sorted(p for p in Path(folder).iterdir() if p.is_dir()):
             named = re.fullmatch(r"(\d+)_(.*)", inner.name)
-            if named and int(named.group(1)) >= 1:
-                found.append(
-                    {"image_dir": str(inner), "num_repeats": int(named.group(1)), "class_tokens": named.group(2), "is_reg": is_reg}
-                )
+            if named is None or int(named.group(1)) < 1:
+                logger.warning("%s %s: left out, as it is not named <repeats>_<class tokens>", flag, inner)
+                continue
+            repeats, tokens = int(named.group(1)), named.group(2).strip()
+            found.append({"image_dir": str(inner), "num_repeats": repeats, "class_tokens": tokens, "is_reg": is_reg})
         if not found:
             raise UserError(
                 f"{flag} {folder}: has no folder named <repeats>_<class tokens>, such as '10_sks cat'; name the parent "
@@ -219,6 +239,24 @@ class _Reader:
         self._source = source
         self._options = options
         self._problems: list[str] = []
+        self._command_line = self._from_command_line()
+
+    def _from_command_line(self) -> dict[str, Any]:
+        """Values of options that stand in for keys, by key; ``None`` counts as not given."""
+        found = {}
+        for name, key in _KEYS.items():
+            flag = key.flag
+            if name == "caption_extension" and self._options.caption_extention:
+                flag = "caption_extention"
+            value = getattr(self._options, flag) if flag else None
+            if value is None:
+                continue
+            is_good = _size(value) is not None if key.kind == "size" else _CHECKS[key.kind][0](value)
+            if is_good:
+                found[name] = value
+            else:
+                self._problems.append(f"--{flag} {value}: write {_CHECKS[key.kind][1].replace('in quotes, ', '')}")
+        return found
 
     def read(self, content: Any) -> DatasetConfig:
         if not isinstance(content, Mapping):
@@ -253,7 +291,9 @@ class _Reader:
             if name == "subsets" and level == _DATASET:
                 continue
             key = _KEYS.get(name)
-            if key is None:
+            if name in _OPTIONS_ONLY:
+                self._problem(where, name, f"belongs on the command line: --{name}")
+            elif key is None:
                 self._problem(where, name, f"unknown key{did_you_mean(name, _KEYS)}")
             elif level not in key.levels:
                 self._problem(where, name, f"belongs into {' or '.join(key.levels)}")
@@ -267,13 +307,9 @@ class _Reader:
 
     def _lookup(self, *tables: Mapping[str, Any]) -> dict[str, Any]:
         """Every key's value: the nearest table's, else the command line's, else the default."""
-        values = {}
-        for name, key in _KEYS.items():
-            fallback = getattr(self._options, key.flag) if key.flag else None
-            if name == "caption_extension" and self._options.caption_extention:
-                fallback = self._options.caption_extention
-            found = next((table[name] for table in tables if name in table), fallback)
-            values[name] = key.default if found is None else found
+        values = {name: key.default for name, key in _KEYS.items()}
+        for table in (self._command_line, *reversed(tables)):
+            values.update(table)
         return values
 
     def _dataset(self, table: Any, general: Mapping[str, Any], where: str) -> DatasetSpec | None:
@@ -281,22 +317,18 @@ class _Reader:
         values = self._lookup(own, general)
         resolution = _size(values["resolution"])
         if resolution is None:
-            self._problem(where, "resolution", f"{values['resolution']!r}: give it here or as --resolution, in pixels, such as 512")
-            resolution = (64, 64)
+            if self._options.resolution is None and "resolution" not in (table if isinstance(table, Mapping) else {}):
+                self._problem(where, "resolution", "is missing: give it here or as --resolution, such as 512")
         rules = BucketRules(
-            resolution=resolution,
+            resolution=resolution or (0, 0),
             enabled=values["enable_bucket"],
             min_side=values["min_bucket_reso"],
             max_side=values["max_bucket_reso"],
             step=values["bucket_reso_steps"],
             no_upscale=values["bucket_no_upscale"],
         )
-        if rules.enabled and not rules.no_upscale and not rules.min_side <= min(resolution) <= max(resolution) <= rules.max_side:
-            self._problem(
-                where,
-                "min_bucket_reso, max_bucket_reso",
-                f"{rules.min_side} to {rules.max_side}: must hold the resolution {resolution[0]}x{resolution[1]}",
-            )
+        if resolution and rules.enabled and not rules.no_upscale:
+            self._check_sides(rules, where)
         subsets = table.get("subsets", []) if isinstance(table, Mapping) else []
         if not isinstance(subsets, list) or not subsets:
             self._problem(where, "subsets", "there must be at least one [[datasets.subsets]] table")
@@ -305,8 +337,10 @@ class _Reader:
             self._subset(subset, own, general, f"{where} > [[datasets.subsets]] {index}")
             for index, subset in enumerate(subsets, start=1)
         ]
-        if subsets and all(spec is None or spec.is_reg for spec in specs) and not self._problems:
+        if not self._problems and any(specs) and all(spec is None or spec.is_reg for spec in specs):
             self._problem(where, "is_reg", "all subsets are regularisation pictures; there is nothing to train on")
+        if subsets and not self._problems and all(spec is None for spec in specs):
+            self._problem(where, "num_repeats", "is 0 for every subset; nothing is left to train on")
         return DatasetSpec(
             buckets=rules,
             batch_size=values["batch_size"],
@@ -314,6 +348,26 @@ class _Reader:
             resize_interpolation=values["resize_interpolation"],
             subsets=tuple(spec for spec in specs if spec is not None),
         )
+
+    def _check_sides(self, rules: BucketRules, where: str) -> None:
+        resolution = rules.resolution
+        if not rules.min_side <= min(resolution) <= max(resolution) <= rules.max_side:
+            self._problem(
+                where,
+                "min_bucket_reso, max_bucket_reso",
+                f"{rules.min_side} to {rules.max_side}: must hold the resolution {resolution[0]}x{resolution[1]}",
+            )
+        elif not make_sizes(rules):
+            self._problem(
+                where,
+                "bucket_reso_steps",
+                f"{rules.step}: no multiple from {rules.min_side} to {rules.max_side} fits the resolution; lower it",
+            )
+        elif (rules.sides[0], rules.sides[-1]) != (rules.min_side, rules.max_side):
+            logger.warning(
+                "%s: %s: min_bucket_reso %d, max_bucket_reso %d: taken as %d and %d, multiples of bucket_reso_steps",
+                *(self._source, where, rules.min_side, rules.max_side, rules.sides[0], rules.sides[-1]),
+            )
 
     def _subset(
         self, table: Any, dataset: Mapping[str, Any], general: Mapping[str, Any], where: str
@@ -331,8 +385,10 @@ class _Reader:
         if not any(_has_pictures(Path(folder))):
             self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)})")
             return None
+        if values["random_crop"] and (self._options.cache_latents or self._options.cache_latents_to_disk):
+            self._problem(where, "random_crop", "not with cached latents, which are made once; remove one of them")
         if values["num_repeats"] < 1:
-            self._problem(where, "num_repeats", f"{values['num_repeats']}: must be at least 1; remove the subset to leave it out")
+            logger.warning("%s: %s: left out, as num_repeats is %d", self._source, where, values["num_repeats"])
             return None
         extension = values["caption_extension"]
         return SubsetSpec(
@@ -358,7 +414,7 @@ class _Reader:
             flip_aug=values["flip_aug"],
             random_crop=values["random_crop"],
             resize_interpolation=values["resize_interpolation"],
-            custom_attributes=values["custom_attributes"],
+            custom_attributes=values["custom_attributes"] or {},
         )
 
 

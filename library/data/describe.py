@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from library.data.buckets import mean_aspect_error
@@ -10,7 +12,9 @@ from library.data.dataset import BucketedDataset, TrainingData
 from library.data.dataset_config import SubsetSpec
 
 
-def metadata(data: TrainingData, *, from_file: bool, world_size: int = 1) -> dict[str, Any]:
+def metadata(
+    data: TrainingData, *, from_file: bool, world_size: int = 1, gradient_accumulation_steps: int = 1
+) -> dict[str, Any]:
     """``ss_datasets`` (with a dataset file) or the flat keys (without), and the counts; tables as Python values."""
     entries: dict[str, Any] = {
         "ss_num_train_images": sum(d.num_train for d in data.datasets),
@@ -28,8 +32,9 @@ def metadata(data: TrainingData, *, from_file: bool, world_size: int = 1) -> dic
             if subset.is_reg and from_file:
                 continue
             target[_free_name(target, subset.image_dir.name)] = {"n_repeats": subset.num_repeats, "img_count": count}
-        for name, counts in _tag_frequency(dataset).items():
-            tags[_free_name(tags, name)] = counts
+    # a folder that several datasets train on, at different sizes, is counted once
+    for folder, counts in _tags_by_folder(data.datasets).items():
+        tags[_free_name(tags, folder.name)] = counts
     entries |= {"ss_dataset_dirs": dirs, "ss_tag_frequency": tags}
     if from_file:
         entries["ss_datasets"] = [_dataset_entry(dataset) for dataset in data.datasets]
@@ -40,7 +45,7 @@ def metadata(data: TrainingData, *, from_file: bool, world_size: int = 1) -> dic
         "ss_reg_dataset_dirs": reg_dirs,
         "ss_bucket_info": _bucket_info(first),
         "ss_batch_size_per_device": first.spec.batch_size,
-        "ss_total_batch_size": first.spec.batch_size * world_size,
+        "ss_total_batch_size": first.spec.batch_size * world_size * gradient_accumulation_steps,
         "ss_resolution": rules.resolution,
         "ss_color_aug": False,
         "ss_flip_aug": subset.flip_aug,
@@ -63,19 +68,18 @@ def _free_name(taken: dict[str, Any], name: str) -> str:
     return free
 
 
-def _tag_frequency(dataset: BucketedDataset) -> dict[str, dict[str, int]]:
-    """Tags of each folder's captions, split at commas, in lower case, as often as an epoch's captions have them."""
-    found: dict[str, dict[str, int]] = {}
-    for index, subset in enumerate(dataset.spec.subsets):
-        counts: Counter[str] = Counter()
+def _tags_by_folder(datasets: Sequence[BucketedDataset]) -> dict[Path, dict[str, int]]:
+    """How many captions of a folder have a tag; tags are split at commas and in lower case."""
+    counts: dict[Path, Counter[str]] = {}
+    counted: set[Path] = set()
+    for dataset in datasets:
         for record in dataset.records:
-            if record.subset == index:
-                tags = (tag.strip().lower() for tag in record.caption.split(","))
-                counts.update(tag for tag in tags if tag)
-        found[_free_name(found, subset.image_dir.name)] = {
-            tag: count * subset.num_repeats for tag, count in counts.items()
-        }
-    return found
+            of_folder = counts.setdefault(dataset.spec.subsets[record.subset].image_dir, Counter())
+            if record.path not in counted:
+                counted.add(record.path)
+                tags = (tag.strip().lower() for tag in record.caption.replace("\n", ",").split(","))
+                of_folder.update(tag for tag in tags if tag)
+    return {folder: dict(of_folder) for folder, of_folder in counts.items()}
 
 
 def _bucket_info(dataset: BucketedDataset) -> dict[str, Any] | None:
@@ -93,6 +97,9 @@ def _bucket_info(dataset: BucketedDataset) -> dict[str, Any] | None:
 
 def _dataset_entry(dataset: BucketedDataset) -> dict[str, Any]:
     rules = dataset.spec.buckets
+    tags: dict[str, dict[str, int]] = {}
+    for folder, counts in _tags_by_folder([dataset]).items():
+        tags[_free_name(tags, folder.name)] = counts
     return {
         "is_dreambooth": True,
         "batch_size_per_device": dataset.spec.batch_size,
@@ -102,7 +109,7 @@ def _dataset_entry(dataset: BucketedDataset) -> dict[str, Any]:
         "enable_bucket": rules.enabled,
         "min_bucket_reso": rules.min_side if rules.enabled else None,
         "max_bucket_reso": rules.max_side if rules.enabled else None,
-        "tag_frequency": _tag_frequency(dataset),
+        "tag_frequency": tags,
         "bucket_info": _bucket_info(dataset),
         "resize_interpolation": dataset.spec.resize_interpolation,
         "subsets": [_subset_entry(dataset, index, subset) for index, subset in enumerate(dataset.spec.subsets)],

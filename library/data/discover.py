@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 from library.data.dataset_config import SubsetSpec
 from library.data.image_io import EXTENSIONS, read_size
 from library.data.records import ImageRecord
 from library.errors import UserError
+
+T = TypeVar("T")
 
 #: names shown in one message
 _SHOWN = 3
@@ -32,9 +36,11 @@ def discover(subset: SubsetSpec, index: int) -> list[ImageRecord]:
     """
     paths = find_images(subset.image_dir)
     with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) * 2)) as pool:
-        sizes = list(pool.map(_size_or_error, paths))
-    problems = [str(size) for size in sizes if isinstance(size, UserError)]
-    captions = [read_caption(path, subset) for path in paths]
+        sizes = list(pool.map(lambda path: _or_error(read_size, path), paths))
+        captions = list(pool.map(lambda path: _or_error(read_caption, path, subset), paths))
+    problems = [str(found) for found in (*sizes, *captions) if isinstance(found, UserError)]
+    if len(problems) > _SHOWN:
+        problems[_SHOWN:] = [f"{subset.image_dir}: and {len(problems) - _SHOWN} more files like these"]
     missing = [path.name for path, caption in zip(paths, captions, strict=True) if caption is None]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
@@ -50,9 +56,9 @@ def discover(subset: SubsetSpec, index: int) -> list[ImageRecord]:
     ]
 
 
-def _size_or_error(path: Path) -> tuple[int, int] | UserError:
+def _or_error(read: Callable[..., T], *arguments: Any) -> T | UserError:
     try:
-        return read_size(path)
+        return read(*arguments)
     except UserError as error:
         return error
 
@@ -61,7 +67,7 @@ def read_caption(path: Path, subset: SubsetSpec) -> str | None:
     """The caption file's text, else the class tokens, else ``None``.
 
     Raises:
-        UserError: a caption file that is not UTF-8.
+        UserError: a caption file that is not UTF-8, or cannot be read.
     """
     for file in _caption_files(path, subset.caption_extension):
         try:
@@ -70,6 +76,8 @@ def read_caption(path: Path, subset: SubsetSpec) -> str | None:
             continue
         except UnicodeDecodeError:
             raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8") from None
+        except OSError as error:
+            raise UserError(f"{file}: the caption cannot be read ({error})") from None
         return text.strip()
     return subset.class_tokens
 

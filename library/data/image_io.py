@@ -125,10 +125,17 @@ def fit(
     resized = covering_size((width, height), bucket)
     if resized != (width, height):
         pixels = resize(pixels, resized, interpolation)
-    left = round((resized[0] - bucket[0]) * crop_fraction[0])
-    top = round((resized[1] - bucket[1]) * crop_fraction[1])
-    right, bottom = left + bucket[0], top + bucket[1]
-    return Fitted(np.ascontiguousarray(pixels[top:bottom, left:right]), (left, top, right, bottom))
+    left, top, right, bottom = box = crop_box(resized, bucket, crop_fraction)
+    return Fitted(np.ascontiguousarray(pixels[top:bottom, left:right]), box)
+
+
+def crop_box(
+    resized: tuple[int, int], bucket: tuple[int, int], fraction: tuple[float, float] = (0.5, 0.5)
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the bucket in the resized picture; for ``fraction`` see ``fit``."""
+    left = round((resized[0] - bucket[0]) * fraction[0])
+    top = round((resized[1] - bucket[1]) * fraction[1])
+    return left, top, left + bucket[0], top + bucket[1]
 
 
 def covering_size(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:

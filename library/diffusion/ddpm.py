@@ -53,9 +53,10 @@ def enforce_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 
 
 def _signal_and_noise(schedule: NoiseSchedule, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each (B, 1, 1, 1)."""
-    alphas = schedule.alphas_cumprod[timesteps].to(like.dtype).view(-1, *([1] * (like.dim() - 1)))
-    return alphas.sqrt(), (1.0 - alphas).sqrt()
+    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each (B, 1, 1, 1) in the dtype of ``like``."""
+    alphas = schedule.alphas_cumprod[timesteps].view(-1, *([1] * (like.dim() - 1)))
+    # rounded last: in bfloat16 1 - alpha_bar would be 0 at the first timesteps
+    return alphas.sqrt().to(like.dtype), (1.0 - alphas).sqrt().to(like.dtype)
 
 
 def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def conditional_loss(prediction: Tensor, target: Tensor, loss_type: str, huber_c
     """Unreduced loss (B, C, h, w).
 
     ``l2``: (p - t)^2. ``l1``: |p - t|. ``huber``: 2c (sqrt((p - t)^2 + c^2) - c), the pseudo-Huber loss
-    (Khrapov et al. 2024, arXiv:2403.16728, eq. 6), which is (p - t)^2 for small differences.
+    (as in Khrapov et al. 2024, arXiv:2403.16728), which is (p - t)^2 for small differences.
     ``smooth_l1``: 2 (sqrt((p - t)^2 + c^2) - c), which is 2 |p - t| for large ones.
 
     Args:
@@ -44,10 +44,15 @@ def conditional_loss(prediction: Tensor, target: Tensor, loss_type: str, huber_c
 def huber_threshold(
     timesteps: Tensor, schedule: NoiseSchedule, huber_schedule: str, huber_c: float, huber_scale: float
 ) -> Tensor:
-    """The threshold c of each sample (B,), by timestep (Khrapov et al. 2024, arXiv:2403.16728, sec. 4).
+    """The threshold c of each sample (B,) float32, by timestep: large, so like L2, where there is little noise.
 
-    ``constant``: c. ``exponential``: exp(t ln(c) / T), from 1 at t = 0 towards c. ``snr``: (1 - c) / (1 + sigma)^2
-    + c with sigma = sqrt((1 - alpha_bar) / alpha_bar). All times ``huber_scale``.
+    After Khrapov et al. 2024 (arXiv:2403.16728). ``constant``: c. ``exponential``: exp(t ln(c) / T), from 1 at t = 0
+    towards c. ``snr``: (1 - c) / (1 + sigma)^2 + c with sigma = sqrt((1 - alpha_bar) / alpha_bar). All times
+    ``huber_scale``.
+
+    Args:
+        timesteps: (B,) int64.
+        huber_c: c, greater than 0.
 
     Raises:
         ValueError: an unknown ``huber_schedule``.

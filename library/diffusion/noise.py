@@ -65,29 +65,34 @@ def pyramid_noise(
 ) -> Tensor:
     """Add coarser and coarser noise, each layer ``discount`` times weaker, and bring it back to unit spread.
 
-    Whitaker 2023, "Multi-resolution noise for diffusion model training". Layer i is smaller by r ** i, r drawn
-    from [2, 4) for each layer; each sample has sizes of its own, so that its noise does not depend on its batch.
+    Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training". The sides of layer i are those of the
+    layer before divided by r ** i, r drawn from [2, 4) for each layer: full size, then about a third, then a
+    ninth of that. Sizes and spread are each sample's own, so that its noise does not depend on its batch.
 
     Args:
         noise: (B, C, h, w), standard normal.
         generators: one for each sample.
-        iterations: layers at most; fewer when a layer is down to one cell.
+        iterations: layers at most; fewer when a side is down to one cell.
         discount: weight of layer i is ``discount ** i``.
     """
-    channels, height, width = noise.shape[1:]
-    samples = []
-    for sample, generator in zip(noise, generators, strict=True):
-        total = sample
-        for layer in range(iterations):
-            shrink = (float(torch.rand(1, generator=generator)) * 2 + 2) ** layer
-            h, w = max(1, int(height / shrink)), max(1, int(width / shrink))
-            coarse = torch.randn((1, channels, h, w), generator=generator).to(noise.device, noise.dtype)
-            fine = functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
-            total = total + fine[0] * discount**layer
-            if h == 1 or w == 1:
-                break
-        samples.append(total / total.std())
-    return torch.stack(samples)
+    layers = torch.stack([_coarse_layers(noise.shape[1:], generator, iterations, discount) for generator in generators])
+    total = noise + layers.to(noise.device, noise.dtype, non_blocking=True)
+    return total / total.std(dim=(1, 2, 3), keepdim=True)
+
+
+def _coarse_layers(shape: torch.Size, generator: torch.Generator, iterations: int, discount: float) -> Tensor:
+    """The sum of one sample's coarse layers, (C, h, w) on the CPU."""
+    channels, height, width = shape
+    total = torch.zeros(shape)
+    h, w = height, width
+    for layer in range(iterations):
+        shrink = (torch.rand(1, generator=generator).item() * 2 + 2) ** layer
+        h, w = max(1, int(h / shrink)), max(1, int(w / shrink))
+        coarse = torch.randn((1, channels, h, w), generator=generator)
+        total += functional.interpolate(coarse, size=(height, width), mode="bilinear")[0] * discount**layer
+        if h == 1 or w == 1:
+            break
+    return total
 
 
 def perturb_input(
@@ -95,7 +100,8 @@ def perturb_input(
 ) -> Tensor:
     """Noise for the model's input only: eps + gamma * xi, xi standard normal.
 
-    Ning et al. 2023 (arXiv:2301.11706), algorithm 1. The target stays ``noise``.
+    Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion Models" (arXiv:2301.11706).
+    The target stays ``noise``.
 
     Args:
         noise: (B, C, h, w).

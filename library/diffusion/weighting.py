@@ -18,7 +18,9 @@ _MIN_SNR = 1e-8
 def min_snr_weight(timesteps: Tensor, schedule: NoiseSchedule, gamma: float, v_prediction: bool) -> Tensor:
     """min(SNR, gamma) / SNR for noise prediction, min(SNR, gamma) / (SNR + 1) for v-prediction.
 
-    Hang et al. 2023 (arXiv:2303.09556), sec. 3.4.
+    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv:2303.09556): a weight of
+    min(SNR, gamma) on the error of x_0. For one x_t, an error of x_0 is sqrt(SNR) times as large in eps, and
+    sqrt(SNR + 1) times in v, so that is what its square is divided by.
     """
     snr = schedule.snr()[timesteps]
     clipped = snr.clamp(max=gamma)
@@ -39,14 +41,20 @@ def scale_v_pred_like_noise(timesteps: Tensor, schedule: NoiseSchedule) -> Tenso
 
 
 def v_pred_like_weight(timesteps: Tensor, schedule: NoiseSchedule, strength: float) -> Tensor:
-    """1 + strength * (SNR + 1) / SNR: adds the v-prediction loss of the same error to a noise-prediction loss."""
+    """1 + strength * (SNR + 1) / SNR: adds the v-prediction loss of the same error to a noise-prediction loss.
+
+    The inverse of ``scale_v_pred_like_noise``; the SNR is kept above 1e-8, below which the weight would grow
+    without bound.
+    """
     return 1.0 + strength / scale_v_pred_like_noise(timesteps, schedule).clamp(min=_MIN_SNR)
 
 
 def debiased_weight(timesteps: Tensor, schedule: NoiseSchedule, v_prediction: bool) -> Tensor:
-    """1 / sqrt(SNR), with the SNR at most 1000; 1 / (SNR + 1) for v-prediction.
+    """1 / sqrt(SNR) for noise prediction, 1 / (SNR + 1) for v-prediction, with the SNR at most 1000.
 
-    Yu et al. 2023 (arXiv:2310.08442), eq. 11, for noise prediction.
+    Yu et al. 2023 (arXiv:2310.08442) for noise prediction: the factor between an error of x_0 and one of eps.
+    They give none for v; 1 / (SNR + 1) is the factor between the squares of an error of x_0 and one of v, so
+    that every timestep counts alike in x_0.
     """
     snr = schedule.snr()[timesteps].clamp(max=_MAX_DEBIASED_SNR)
     if v_prediction:

@@ -1,18 +1,21 @@
 """Optimizers by their published names, or any ``module.Class``.
 
-Names, packages and arguments are checked before a model is loaded; the class is made once the parameters exist.
+Names, packages and arguments are checked before a model is loaded, by making the optimizer over a trial tensor; the
+one that trains is made once the parameters exist.
 """
 
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from library.errors import UserError, did_you_mean
 
@@ -28,10 +31,6 @@ class _Known:
     path: str  # full import path of the class
     package: str  # what pip installs
     implied: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def top_module(self) -> str:
-        return self.path.split(".")[0]
 
 
 _NESTEROV = MappingProxyType({"nesterov": True, "momentum": 0.9})
@@ -65,30 +64,55 @@ _KNOWN = {
     )
 }
 
+#: what pip calls the top-level modules of optimizers
+_PACKAGES = {
+    **{known.path.split(".")[0]: known.package for known in _KNOWN.values()},
+    "prodigyplus": "prodigy-plus-schedule-free",
+    "pytorch_optimizer": "pytorch_optimizer",
+}
+
+#: classes of torch.optim that cannot train here
+_UNFIT = {
+    "LBFGS": "it needs the loss several times a step",
+    "SparseAdam": "it needs sparse gradients",
+}
+
+_ADAFACTOR = "transformers.optimization.Adafactor"
+
 
 @dataclass(frozen=True)
 class OptimizerChoice:
     """A checked choice; ``create`` makes the optimizer."""
 
     name: str  # as published, or the import path
-    path: str
+    path: str  # full import path of the class
     learning_rate: float
     args: Mapping[str, Any]
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def _class_name(self) -> str:
+        return self.path.rpartition(".")[2]
 
     @property
     def finds_rate_itself(self) -> bool:
-        """D-Adaptation and Prodigy: the learning rate is a factor of the rate they find."""
-        return self.name.lower().startswith(("dadapt", "prodigy")) or "ProdigyPlus" in self.path
+        """D-Adaptation and Prodigy: the learning rate is a factor of the rate ``d`` they find."""
+        return self._class_name.lower().startswith(("dadapt", "prodigy"))
+
+    @property
+    def finds_rate_per_group(self) -> bool:
+        """ProdigyPlus finds a rate for each group; the others find one for all."""
+        return self._class_name.startswith("ProdigyPlus")
 
     @property
     def is_schedule_free(self) -> bool:
-        return self.path.lower().endswith("schedulefree")
+        """Defazio et al. 2024 (arXiv:2405.15682): no schedule, and other weights for use than for training."""
+        return self._class_name.lower().endswith("schedulefree")
 
     @property
     def uses_relative_step(self) -> bool:
         """Adafactor with its own rate: brings its scheduler, and no group rates."""
-        return self.path == "transformers.optimization.Adafactor" and bool(self.args["relative_step"])
+        return self.path == _ADAFACTOR and bool(self.args["relative_step"])
 
     @property
     def metadata_name(self) -> str:
@@ -97,26 +121,35 @@ class OptimizerChoice:
         args = ",".join(f"{name}={value}" for name, value in self.args.items())
         return f"{kind.__module__}.{kind.__name__}" + (f"({args})" if args else "")
 
-    def create(self, param_groups: Sequence[Mapping[str, Any]]) -> Any:
+    def create(self, param_groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
         """Make the optimizer.
 
         Args:
             param_groups: dicts with ``params`` and, optionally, ``lr``.
 
         Raises:
-            UserError: the optimizer refuses an argument's value.
+            UserError: the optimizer refuses an argument's value, or these groups.
         """
-        kind = _import_class(self.path)
         groups = [dict(group) for group in param_groups]
         rate: float | None = self.learning_rate
         if self.uses_relative_step:
             rate = None
             for group in groups:
                 group.pop("lr", None)
+        if self.finds_rate_itself and not self.finds_rate_per_group:
+            # some of these classes raise at the first step, others take the first group's rate for all
+            rates = {group.get("lr", rate) for group in groups} - {0.0}
+            if len(rates) > 1:
+                raise UserError(
+                    f"--optimizer_type {self.name}: it finds one rate for all parts, but they were given the factors "
+                    f"{', '.join(f'{r:g}' for r in sorted(rates))}; give one value for --learning_rate, --unet_lr and "
+                    "--text_encoder_lr, and no LoRA+ ratio"
+                )
+        kind = _import_class(self.path)
         try:
             return kind(groups, lr=rate, **self.args)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"--optimizer_type {self.name}: {error}; see --optimizer_args") from None
+        except Exception as error:  # anyone's class: whatever it raises is about what it was given
+            raise UserError(f"--optimizer_type {self.name}: {_one_line(error)}; see --optimizer_args") from error
 
     def set_training(self, optimizer: Any, training: bool) -> None:
         """Schedule-free optimizers keep two sets of weights: switch to those for training, or for use."""
@@ -141,29 +174,29 @@ def resolve_optimizer(
         separate_rates: whether parts of the model were given rates of their own.
 
     Raises:
-        UserError: contradicting flags, unknown name or argument, missing package.
+        UserError: contradicting flags, unknown name or argument, refused value, missing package.
     """
     if sum((bool(optimizer_type), use_8bit_adam, use_lion_optimizer)) > 1:
         raise UserError("--optimizer_type, --use_8bit_adam and --use_lion_optimizer exclude each other: give one")
     asked = "AdamW8bit" if use_8bit_adam else "Lion" if use_lion_optimizer else optimizer_type or "AdamW"
     known = _KNOWN.get(asked.lower())
     if known is not None:
-        _require_package(asked, known.top_module, known.package)
-        path, implied = known.path, dict(known.implied)
+        name, path, implied = known.name, known.path, known.implied
     else:
-        path, implied = _other_path(asked), {}
+        name = path = _other_path(asked)
+        implied = {}
     given = parse_keyword_arguments("--optimizer_args", optimizer_args)
-    _check_arguments(asked, path, given)
+    _check_arguments(name, path, given)
     args = {**implied, **given}
-    warnings = []
-    if path == "transformers.optimization.Adafactor":
-        warnings += _adafactor(args, separate_rates)
-    choice = OptimizerChoice(known.name if known else asked, path, learning_rate, args)
+    warnings = _adafactor(args, separate_rates) if path == _ADAFACTOR else []
+    choice = OptimizerChoice(name, path, learning_rate, args)
     if choice.finds_rate_itself and learning_rate <= _LOW_RATE_FOR_ADAPTIVE:
         warnings.append(
-            f"--learning_rate {learning_rate:g} is a factor of the rate that {choice.name} finds itself; 1.0 is usual"
+            f"--learning_rate {learning_rate:g} is a factor of the rate that {name} finds itself; 1.0 is usual"
         )
-    return OptimizerChoice(choice.name, path, learning_rate, args, tuple(warnings))
+    # values are checked by the class itself; two axes, for those that refuse vectors
+    choice.create([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
+    return OptimizerChoice(name, path, learning_rate, args, tuple(warnings))
 
 
 def _adafactor(args: dict[str, Any], separate_rates: bool) -> list[str]:
@@ -187,64 +220,80 @@ def parse_keyword_arguments(flag: str, words: Sequence[str] | None) -> dict[str,
     Raises:
         UserError: naming the flag and the word.
     """
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for word in words or ():
         if word.count("=") != 1:
             raise UserError(f"{flag} {word!r}: write key=value, with one =")
         name, text = (part.strip() for part in word.split("="))
+        if name in parsed:
+            raise UserError(f"{flag} {word!r}: {name} was given before; give it once")
         try:
             parsed[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             raise UserError(
                 f"{flag} {word!r}: {text!r} is no Python literal; write numbers, True, False, None, tuples, or 'text'"
             ) from None
     return parsed
 
 
-def _require_package(asked: str, module: str, package: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"--optimizer_type {asked}: the package {package} is not installed; run: pip install {package}")
-
-
 def _other_path(asked: str) -> str:
-    """Import path of a name that is not in the table: a torch class, or ``module.Class``."""
-    if "." not in asked:
-        import torch
-
-        if isinstance(getattr(torch.optim, asked, None), type):
-            return f"torch.optim.{asked}"
-        names = [known.name for known in _KNOWN.values()] + [n for n in dir(torch.optim) if n[0].isupper()]
+    """Import path of a name that is not in the table: ``module.Class``, or a class of torch.optim."""
+    if "." in asked:
+        return asked
+    classes = [name for name, kind in vars(torch.optim).items() if _is_optimizer(kind)]
+    if asked in _UNFIT:
+        raise UserError(f"--optimizer_type {asked}: cannot be used for training here, because {_UNFIT[asked]}")
+    if asked not in classes:
+        names = [known.name for known in _KNOWN.values()] + [name for name in classes if name not in _UNFIT]
+        by_lower = {name.lower(): name for name in names}
+        near = difflib.get_close_matches(asked.lower(), by_lower, n=1)
+        hint = f' (did you mean "{by_lower[near[0]]}"?)' if near else ""
         raise UserError(
-            f"--optimizer_type {asked}: no such optimizer{did_you_mean(asked, names)}; give a published name, a class of "
-            "torch.optim, or module.Class"
+            f"--optimizer_type {asked}: no such optimizer{hint}; give a published name, a class of torch.optim, or "
+            "module.Class"
         )
-    _import_class(asked)
-    return asked
+    return f"torch.optim.{asked}"
 
 
-def _import_class(path: str) -> Any:
+def _is_optimizer(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+
+
+def _import_class(path: str) -> type[torch.optim.Optimizer]:
     module_name, _, class_name = path.rpartition(".")
+    top = module_name.split(".")[0]
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"--optimizer_type {path}: the module {error.name} is not installed; install the package that has it"
-        ) from None
-    found = getattr(module, class_name, None)
-    if found is None:
+        if error.name == top:
+            package = _PACKAGES.get(top)
+            remedy = f"run: pip install {package}" if package else "install the package that has it"
+            missing = package or top
+            raise UserError(f"--optimizer_type {path}: the package {missing} is not installed; {remedy}") from None
+        raise UserError(f"--optimizer_type {path}: no module {error.name}") from None
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(f"--optimizer_type {path}: importing {module_name} failed: {_one_line(error)}") from error
+    kind = getattr(module, class_name, None)
+    if kind is None:
         raise UserError(
             f"--optimizer_type {path}: {module_name} has no {class_name}{did_you_mean(class_name, dir(module))}"
         )
-    return found
+    if not _is_optimizer(kind):
+        raise UserError(f"--optimizer_type {path}: not an optimizer class of torch's kind")
+    return kind
 
 
 def _check_arguments(asked: str, path: str, given: Mapping[str, Any]) -> None:
-    if not given:
-        return
     parameters = inspect.signature(_import_class(path)).parameters
+    if "lr" in given:
+        raise UserError("--optimizer_args lr: give it as --learning_rate")
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     names = [name for name in parameters if name not in ("self", "params", "lr")]
     for name in given:
         if name not in names:
             raise UserError(f"--optimizer_args {name}: {asked} has no such argument{did_you_mean(name, names)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

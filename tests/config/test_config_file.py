@@ -59,6 +59,13 @@ def test_the_ending_may_be_left_out(parser: argparse.ArgumentParser, tmp_path: P
         ("mixed_precision = 'bf61'\n", ["mixed_precision", "bf16"]),
         ("lr_warmup_steps = 1.5\n", ["lr_warmup_steps", "between 0 and 1"]),
         ("seed = = 2\n", ["not valid TOML", "line 1"]),
+        ("a.network_dmi = 4\n", [":1:", "network_dmi"]),
+        ("[a]\nseed = 1\n[b]\nseed = 2\n", [":2:", "seed: given 2 times (lines 2, 4)"]),
+        ("network_args = [['conv_dim=4']]\n", [":1:", "network_args: expects text"]),
+        ("[[network_args]]\nconv_dim = 4\n", [":1:", "network_args: expects text"]),
+        ("config_file = 'other.toml'\n", [":1:", "belongs on the command line only"]),
+        ("learning_rate = '1e-4'\n", [":1:", "expects a number, not '1e-4'"]),
+        ("lr_warmup_steps = nan\n", [":1:", "a share of the run"]),
     ],
 )
 def test_mistakes(
@@ -86,6 +93,10 @@ def test_all_mistakes_at_once(parser: argparse.ArgumentParser, tmp_path: Path, c
         (["--netwrok_dim", "4"], 'unknown option --netwrok_dim (did you mean "--network_dim"?)'),
         (["--network_dim", "x"], "invalid int value: 'x'"),
         (["--lr_warmup_steps", "1.5"], "between 0 and 1"),
+        (["--lr_warmup_steps", "nan%"], "between 0 and 1"),
+        (["--lr_warmup_steps=-5%"], "between 0 and 1"),
+        (["--network_di", "4"], 'unknown option --network_di (did you mean "--network_dim"?)'),
+        (["--netwrok_dim=4", "--unett_lr", "1"], 'error: unknown option --unett_lr (did you mean "--unet_lr"?)'),
         (["stray"], "'stray' belongs to no option"),
     ],
 )
@@ -115,6 +126,52 @@ def test_output_config_is_read_back(parser: argparse.ArgumentParser, tmp_path: P
     with pytest.raises(SystemExit) as stopped:
         read_args(parser, ["--output_config", "--config_file", str(file)])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "text", [r"C:\new\x41", r"\\share\u0041", 'a "b" \'c\'', "two\nlines\tand a tab", "漢字", "\x7f\x01", "{a|b} # c", ""]
+)
+def test_output_config_keeps_every_text(parser: argparse.ArgumentParser, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "made.toml"
+    words = ["--output_dir", text, "--network_args", text, "x=1", "--lr_warmup_steps", "10%"]
+    words += ["--dataset_config", "d.toml"]
+    with pytest.raises(SystemExit) as stopped:
+        read_args(parser, ["--output_config", "--config_file", str(file), *words])
+    assert stopped.value.code == 0
+    args = read_args(parser, ["--config_file", str(file)])
+    assert (args.output_dir, args.network_args, args.lr_warmup_steps) == (text, [text, "x=1"], 0.1)
+    assert args.dataset_config == Path("d.toml")
+
+
+def test_output_config_that_cannot_be_written(
+    parser: argparse.ArgumentParser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read_args(parser, ["--output_config", "--config_file", str(tmp_path / "no" / "made.toml")])
+    assert stopped.value.code == 2
+    assert "made.toml cannot be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        read_args(parser, ["--output_config"])
+    assert stopped.value.code == 2
+
+
+def test_one_files_values_do_not_reach_the_next_parse(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    assert read_args(parser, ["--config_file", write(tmp_path / "run.toml", "seed = 3\n")]).seed == 3
+    assert read_args(parser, []).seed is None
+
+
+def test_a_byte_order_mark_is_no_mistake(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes("seed = 3\n".encode("utf-8-sig"))
+    assert read_args(parser, ["--config_file", str(tmp_path / "run.toml")]).seed == 3
+
+
+def test_another_encoding_is_named(
+    parser: argparse.ArgumentParser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_bytes("output_name = 'é'\n".encode("latin-1"))
+    with pytest.raises(SystemExit):
+        read_args(parser, ["--config_file", str(tmp_path / "run.toml")])
+    assert "run.toml: cannot be read as UTF-8" in capsys.readouterr().err
 
 
 def test_load_toml_names_a_missing_file(tmp_path: Path) -> None:

@@ -10,8 +10,20 @@ import pytest
 from library.architectures.sd import SD
 from library.config.arguments import TrainNetworkOptions, flat, without_secrets
 from library.config.availability import REFUSED
-from library.config.rules import check
+from library.config.rules import RULES, check
 from library.errors import UserError
+
+#: the option names of the features that this version leaves out; one that is dropped here must be implemented
+LEFT_OUT = (
+    "in_json dataset_class masked_loss conditioning_data_dir alpha_mask debug_dataset color_aug face_crop_aug_range "
+    "token_warmup_step cache_info validation_seed validation_split validate_every_n_steps validate_every_n_epochs "
+    "max_validation_steps huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token "
+    "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload full_fp16 full_bf16 "
+    "fp8_base fp8_base_unet torch_compile dynamo_backend cpu_offload_checkpointing mem_eff_attn fused_backward_pass "
+    "ddp_gradient_as_bucket_view ddp_static_graph initial_epoch initial_step skip_until_initial_step deepspeed "
+    "zero_stage offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path "
+    "zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients"
+).split()
 
 GOOD = {
     "pretrained_model_name_or_path": "model.safetensors",
@@ -19,6 +31,15 @@ GOOD = {
     "output_dir": "output",
     "network_module": "networks.lora",
 }
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tables below name, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("data.toml", "p.txt", "w.safetensors", "v.safetensors"):
+        Path(name).touch()
+    Path("state").mkdir()
 
 
 def options(**given: object) -> TrainNetworkOptions:
@@ -37,7 +58,29 @@ ERRORS = [
     ({"dataset_config": None}, "no data"),
     ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "exclude each other"),
     ({"dim_from_weights": True}, "--network_weights"),
-    ({"base_weights": ["a"], "base_weights_multiplier": [1.0, 2.0]}, "--base_weights_multiplier"),
+    ({"base_weights": ["w.safetensors"], "base_weights_multiplier": [1.0, 2.0]}, "--base_weights_multiplier"),
+    ({"output_dir": "p.txt"}, "--output_dir p.txt"),
+    ({"output_dir": "p.txt/out"}, "p.txt is a file, not a folder"),
+    ({"dataset_config": Path("gone.toml")}, "--dataset_config gone.toml: no such file"),
+    ({"dataset_config": None, "train_data_dir": "gone"}, "--train_data_dir gone: no such folder"),
+    ({"dataset_config": None, "train_data_dir": "state", "reg_data_dir": "p.txt"}, "--reg_data_dir p.txt: a file"),
+    ({"network_weights": "gone.safetensors"}, "--network_weights gone.safetensors: no such file"),
+    ({"network_weights": "state"}, "--network_weights state: a folder"),
+    ({"base_weights": ["w.safetensors", "gone.safetensors"]}, "--base_weights gone.safetensors"),
+    ({"sample_prompts": "gone.txt", "sample_at_first": True}, "--sample_prompts gone.txt"),
+    ({"log_tracker_config": "gone.toml"}, "--log_tracker_config gone.toml"),
+    ({"resume": "gone-state"}, "--resume gone-state: no such folder"),
+    ({"resume": "p.txt"}, "--resume p.txt: a file, not a folder"),
+    ({"optimizer_type": "Lion", "use_8bit_adam": True}, "exclude each other"),
+    ({"use_8bit_adam": True, "use_lion_optimizer": True}, "exclude each other"),
+    ({"learning_rate": float("nan")}, "--learning_rate nan: must be a finite number"),
+    ({"text_encoder_lr": [1e-5, float("inf")]}, "--text_encoder_lr inf: must be a finite number"),
+    ({"text_encoder_lr": [-1e-5]}, "--text_encoder_lr -1e-05"),
+    ({"scale_weight_norms": 0.0}, "--scale_weight_norms 0.0"),
+    ({"ddp_timeout": 0}, "--ddp_timeout 0"),
+    ({"min_snr_gamma": -1.0}, "--min_snr_gamma -1.0"),
+    ({"multires_noise_iterations": -1}, "--multires_noise_iterations -1"),
+    ({"huber_scale": -1.0, "loss_type": "huber"}, "--huber_scale"),
     ({"sdpa": True, "xformers": True}, "exclude each other"),
     ({"cache_latents": True, "random_crop": True}, "--random_crop"),
     ({"max_train_steps": 0}, "--max_train_steps 0: must be at least 1"),
@@ -52,7 +95,7 @@ ERRORS = [
     ({"scale_v_pred_loss_like_noise_pred": True}, "--v_parameterization"),
     ({"v_pred_like_loss": 0.5, "v_parameterization": True}, "--v_pred_like_loss"),
     ({"adaptive_noise_scale": 0.1}, "--noise_offset"),
-    ({"huber_c": 0.0}, "--huber_c"),
+    ({"huber_c": 0.0, "loss_type": "huber"}, "--huber_c"),
     ({"sample_every_n_steps": 10}, "--sample_prompts"),
 ]
 
@@ -77,6 +120,34 @@ WARNINGS = [
     ({"save_last_n_epochs": 2}, "--save_last_n_epochs"),
     ({"save_last_n_steps": 2}, "--save_last_n_steps"),
     ({"v2": True, "clip_skip": 2}, "--clip_skip"),
+    ({"network_weights": "w.safetensors", "dim_from_weights": True, "network_dim": 4}, "--network_dim"),
+    ({"network_weights": "w.safetensors", "resume": "state"}, "--network_weights has no effect with --resume"),
+    ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "--persistent_data_loader_workers"),
+    ({"token_warmup_min": 3}, "--token_warmup_min"),
+    ({"lowram": True}, "--lowram"),
+    ({"vae_batch_size": 4}, "--vae_batch_size"),
+    ({"multires_noise_discount": 0.8}, "--multires_noise_discount"),
+    ({"huber_c": 0.2}, "--huber_c"),
+    ({"sample_prompts": "p.txt", "sample_every_n_steps": 5, "sample_every_n_epochs": 1}, "--sample_every_n_steps"),
+    ({"save_every_n_epochs": 1, "save_last_n_epochs_state": 2}, "--save_state"),
+    ({"save_every_n_epochs": 1, "save_n_epoch_ratio": 5}, "--save_n_epoch_ratio"),
+    ({"wandb_run_name": "r"}, "--log_with wandb"),
+    ({"wandb_api_key": "k", "log_with": "tensorboard"}, "--log_with wandb"),
+]
+
+#: looks like a finding above, and is none
+FINE = [
+    {"network_weights": "w.safetensors", "dim_from_weights": True, "resume": "state"},
+    {"base_weights": ["w.safetensors", "v.safetensors"], "base_weights_multiplier": [0.5]},
+    {"output_dir": "state/deeper/out"},
+    {"dataset_config": None, "train_data_dir": "state"},
+    {"noise_offset": 0.05, "multires_noise_iterations": 6, "multires_noise_discount": 0.8},
+    {"adaptive_noise_scale": -0.05, "noise_offset": 0.05},
+    {"loss_type": "smooth_l1", "huber_schedule": "constant", "huber_c": 0.2},
+    {"cache_latents_to_disk": True, "skip_cache_check": True, "vae_batch_size": 4},
+    {"min_timestep": 0, "max_timestep": 1000},
+    {"wandb_run_name": "r", "log_with": "all"},
+    {"save_every_n_epochs": 1, "save_last_n_epochs": 2, "save_last_n_epochs_state": 1, "save_state": True},
 ]
 
 
@@ -84,6 +155,30 @@ WARNINGS = [
 def test_warnings(given: dict[str, object], words: str) -> None:
     found = check(options(**given), SD)
     assert len(found) == 1 and words in found[0]
+
+
+@pytest.mark.parametrize("given", FINE, ids=lambda given: "-".join(given))
+def test_no_finding(given: dict[str, object]) -> None:
+    assert check(options(**given), SD) == []
+
+
+def test_every_rule_has_a_case() -> None:
+    cases = [options(**given) for given, _ in (*ERRORS, *WARNINGS)]
+    assert [rule.__name__ for rule in RULES if not any(list(rule(case)) for case in cases)] == []
+
+
+def test_the_familys_reason_wins_and_is_said_once() -> None:
+    class Family:
+        refused_options = {"full_bf16": "the family's reason", "min_snr_gamma": "flow models have no SNR"}
+
+    with pytest.raises(UserError) as found:
+        check(options(full_bf16=True, min_snr_gamma=5.0), Family())  # type: ignore[arg-type]
+    lines = str(found.value).splitlines()
+    assert sorted(lines) == ["--full_bf16: the family's reason", "--min_snr_gamma: flow models have no SNR"]
+
+
+def test_what_is_left_out_is_refused() -> None:
+    assert set(REFUSED) == set(LEFT_OUT)
 
 
 def test_all_errors_at_once() -> None:

@@ -41,6 +41,14 @@ def test_by_hand() -> None:
     torch.testing.assert_close(SCHEDULE.snr(), torch.tensor([16 / 9, 9 / 16]))
 
 
+def test_half_precision_keeps_the_noise_of_the_first_timestep() -> None:
+    # alpha_bar_0 = 0.99915 rounds to 1 in bfloat16, but the noise's share is sqrt(0.00085) = 0.0292
+    zeros, ones = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16), torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    noisy = add_noise(NoiseSchedule.scaled_linear(), zeros, ones, torch.tensor([0]))
+    assert noisy.dtype == torch.bfloat16
+    assert noisy.item() == pytest.approx(0.0292, rel=0.01)
+
+
 def test_zero_terminal_snr() -> None:
     # roots 0.8, 0.6, 0.4 -> (root - 0.4) * 0.8 / 0.4 -> 0.8, 0.4, 0
     found = enforce_zero_terminal_snr(torch.tensor([0.64, 0.36, 0.16]))

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from library.diffusion.ddpm import NoiseSchedule
+from library.diffusion.ddpm import NoiseSchedule, add_noise, velocity
 from library.diffusion.loss import conditional_loss, huber_threshold
 from library.diffusion.weighting import debiased_weight, min_snr_weight, scale_v_pred_like_noise, v_pred_like_weight
 
@@ -34,6 +35,15 @@ def test_huber_and_smooth_l1() -> None:
     # small differences: huber is the square
     small = conditional_loss(values(1e-2), t, "huber", c).item()
     assert small == pytest.approx(1e-4, rel=1e-3)
+    # far below the threshold sqrt(d^2 + c^2) and c are one float32; the loss must not become 0
+    assert conditional_loss(values(1e-4), t, "huber", c).item() == pytest.approx(1e-8, rel=1e-3)
+
+
+def test_huber_has_a_gradient_at_zero() -> None:
+    p = values(0.0, 3.0).requires_grad_()
+    conditional_loss(p, values(0.0, 0.0), "huber", torch.tensor([4.0, 4.0])).sum().backward()
+    # 2 c d / sqrt(d^2 + c^2): 0, and 2 * 4 * 3 / 5
+    torch.testing.assert_close(p.grad.flatten(), torch.tensor([0.0, 4.8]))
 
 
 def test_unknown_names_and_missing_threshold() -> None:
@@ -88,13 +98,48 @@ def test_the_scale_turns_v_loss_into_noise_loss() -> None:
     torch.testing.assert_close(error_of_v.square() * scale_v_pred_like_noise(T, SCHEDULE), error_of_noise.square())
 
 
+def test_the_debiased_weight_of_v_makes_timesteps_count_alike_in_x0() -> None:
+    """For one x_t, v = (sqrt(alpha_bar) x_t - x_0) / sqrt(1 - alpha_bar)."""
+    error_of_x0 = torch.tensor([0.3, 0.3])
+    error_of_v = error_of_x0 / (1 - SCHEDULE.alphas_cumprod).sqrt()
+    torch.testing.assert_close(error_of_v.square() * debiased_weight(T, SCHEDULE, True), error_of_x0.square())
+
+
+def test_the_debiased_weight_stops_falling_at_an_snr_of_1000() -> None:
+    # alpha_bar 0.9999: SNR 9999
+    schedule = NoiseSchedule(torch.tensor([0.9999]))
+    first = torch.tensor([0])
+    assert debiased_weight(first, schedule, False).item() == pytest.approx(1000**-0.5)
+    assert debiased_weight(first, schedule, True).item() == pytest.approx(1 / 1001)
+
+
 def test_zero_terminal_snr_stays_finite() -> None:
     schedule = NoiseSchedule.scaled_linear(zero_terminal_snr=True)
     last = torch.tensor([999])
+    # the limits for an SNR of 0, and 0.9 / (1 + infinity) + 0.1
+    assert min_snr_weight(last, schedule, 5.0, False).item() == 1
+    assert min_snr_weight(last, schedule, 5.0, True).item() == 0
+    assert debiased_weight(last, schedule, True).item() == 1
+    assert huber_threshold(last, schedule, "snr", 0.1, 1.0).item() == pytest.approx(0.1)
     for weight in (
-        min_snr_weight(last, schedule, 5.0, False),
-        min_snr_weight(last, schedule, 5.0, True),
-        debiased_weight(last, schedule, True),
-        huber_threshold(last, schedule, "snr", 0.1, 1.0),
+        debiased_weight(last, schedule, False),
+        v_pred_like_weight(last, schedule, 0.5),
     ):
         assert torch.isfinite(weight).all()
+
+
+def test_no_value_is_read_back() -> None:
+    """Fake tensors have no values: reading one, which would wait for the device, raises."""
+    with FakeTensorMode():
+        schedule, t = NoiseSchedule(torch.rand(1000)), torch.zeros(2, dtype=torch.long)
+        x, noise = torch.rand(2, 4, 8, 8), torch.rand(2, 4, 8, 8)
+        with pytest.raises(RuntimeError):
+            x.mean().item()
+        noisy, target = add_noise(schedule, x, noise, t), velocity(schedule, x, noise, t)
+        for kind in ("constant", "exponential", "snr"):
+            c = huber_threshold(t, schedule, kind, 0.1, 1.0)
+            assert conditional_loss(noisy, target, "smooth_l1", c).shape == x.shape
+        for v_prediction in (False, True):
+            assert min_snr_weight(t, schedule, 5.0, v_prediction).shape == (2,)
+            assert debiased_weight(t, schedule, v_prediction).shape == (2,)
+        assert scale_v_pred_like_noise(t, schedule).shape == v_pred_like_weight(t, schedule, 0.5).shape == (2,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 from library.diffusion.noise import draw_noise, offset_noise, perturb_input, pyramid_noise
 from library.diffusion.timesteps import sample_timestep
@@ -69,10 +70,26 @@ def test_random_strength_scales_the_whole_offset() -> None:
     torch.testing.assert_close(made[0], expected.expand(SHAPE))
 
 
+def test_pyramid_layers_shrink_from_one_to_the_next() -> None:
+    noise = draw_noise((1, 64, 64), generators(12))
+    generator = generators(13)[0]
+    # layer 0 is of full size whatever r is; layers 1 and 2 divide the sides before by r and by r^2
+    torch.rand(1, generator=generator)
+    expected = noise + torch.randn(1, 1, 64, 64, generator=generator)
+    side = 64
+    for layer in (1, 2):
+        side = int(side / float(torch.rand(1, generator=generator) * 2 + 2) ** layer)
+        coarse = torch.randn(1, 1, side, side, generator=generator)
+        expected += functional.interpolate(coarse, size=(64, 64), mode="bilinear") * 0.5**layer
+    assert 1 <= side < 64 / 8
+    made = pyramid_noise(noise, generators(13), iterations=3, discount=0.5)
+    torch.testing.assert_close(made, expected / expected.std())
+
+
 def test_pyramid_noise_has_unit_spread_and_is_smoother() -> None:
     noise = draw_noise((4, 32, 32), generators(8))
     made = pyramid_noise(noise, generators(9), iterations=6, discount=0.8)
-    assert made.std() == pytest.approx(1.0, abs=1e-5)
+    assert made.std().item() == pytest.approx(1.0, abs=1e-5)
 
     def roughness(t: torch.Tensor) -> float:
         return float((t[..., 1:] - t[..., :-1]).square().mean())
@@ -84,12 +101,17 @@ def test_input_noise_adds_variance() -> None:
     noise = draw_noise((4, 64, 64), generators(10))
     made = perturb_input(noise, generators(11), gamma=0.5)
     # independent: 1 + 0.25
-    assert made.var() == pytest.approx(1.25, rel=0.05)
+    assert made.var().item() == pytest.approx(1.25, rel=0.05)
+    scaled = perturb_input(torch.zeros_like(noise), generators(11), gamma=0.5, random_strength=True)
+    # one factor below 0.5 for the whole sample
+    assert 0 < scaled.std().item() < 0.5
 
 
-def test_timesteps_stay_in_their_range() -> None:
+def test_timesteps_stay_in_their_range_and_are_even() -> None:
     generator = torch.Generator().manual_seed(0)
-    drawn = {sample_timestep(generator, 3, 6) for _ in range(200)}
-    assert drawn == {3, 4, 5}
+    drawn = [sample_timestep(generator, 3, 6) for _ in range(600)]
+    # 200 each, with a standard deviation of sqrt(600 * 1/3 * 2/3) = 11.5
+    assert set(drawn) == {3, 4, 5}
+    assert all(abs(drawn.count(t) - 200) < 50 for t in (3, 4, 5))
     with pytest.raises(ValueError, match="no timestep"):
         sample_timestep(generator, 5, 5)

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-import copy
+import importlib.util
+import io
 
 import pytest
 import torch
 
 from library.errors import UserError
-from library.optim.optimizers import resolve_optimizer
-from library.optim.param_groups import lr_log_entries
+from library.optim.optimizers import OptimizerChoice, resolve_optimizer
+from library.optim.param_groups import default_descriptions, lr_log_entries
+from library.optim.schedulers import ScheduleSettings, create_scheduler
 
 
-def resolve(name: str = "", *args: str, lr: float = 1e-3, **more: object):
+def resolve(name: str = "", *args: str, lr: float = 1e-3, **more: bool) -> OptimizerChoice:
     return resolve_optimizer(name, False, False, list(args), lr, **more)
+
+
+def parameter(*shape: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.ones(*shape))
+
+
+#: published name -> the package that has it
+PUBLISHED = {
+    **dict.fromkeys(("AdamW", "SGDNesterov"), "torch"),
+    **dict.fromkeys(("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"), "bitsandbytes"),
+    **dict.fromkeys(("Lion8bit", "PagedLion8bit", "SGDNesterov8bit"), "bitsandbytes"),
+    "Lion": "lion_pytorch",
+    "Prodigy": "prodigyopt",
+    "Adafactor": "transformers",
+    **dict.fromkeys(("DAdaptation", "DAdaptAdamPreprint", "DAdaptAdaGrad", "DAdaptAdam"), "dadaptation"),
+    **dict.fromkeys(("DAdaptAdan", "DAdaptAdanIP", "DAdaptLion", "DAdaptSGD"), "dadaptation"),
+    **dict.fromkeys(("RAdamScheduleFree", "AdamWScheduleFree", "SGDScheduleFree"), "schedulefree"),
+}
 
 
 @pytest.mark.parametrize(
@@ -61,13 +81,21 @@ def test_old_flags() -> None:
         ("AdamW", ["weight_decay"], "key=value"),
         ("AdamW", ["a=b=c"], "key=value"),
         ("AdamW", ["weight_decay=high"], "no Python literal"),
+        ("AdamW", ["eps=1e-8", "eps=1e-7"], "give it once"),
+        ("AdamW", ["lr=1.0"], "--learning_rate"),
+        ("AdamW", ["betas=(2.0,0.9)"], "Invalid beta parameter"),
+        ("adamww", [], 'did you mean "AdamW"'),
+        ("rmsprop", [], 'did you mean "RMSprop"'),
+        ("LBFGS", [], "several times a step"),
+        ("Optimizer", [], "no such optimizer"),
+        ("torch.nn.Linear", [], "not an optimizer"),
+        ("torch.optim_.AdamW", [], "no module torch.optim_"),
         ("AdamWScheduleFree", [], "pip install schedulefree"),
         ("DAdaptAdam", [], "pip install dadaptation"),
+        ("prodigyplus.ProdigyPlusScheduleFree", [], "pip install prodigy-plus-schedule-free"),
     ],
 )
 def test_mistakes(name: str, args: list[str], words: str) -> None:
-    import importlib.util
-
     if "pip install" in words and importlib.util.find_spec(words.rsplit(" ", 1)[1]):
         pytest.skip("the package is there")
     with pytest.raises(UserError) as found:
@@ -76,9 +104,14 @@ def test_mistakes(name: str, args: list[str], words: str) -> None:
     assert len(str(found.value).splitlines()) == 1
 
 
-def test_a_bad_value_is_reported_at_creation() -> None:
-    with pytest.raises(UserError, match="AdamW"):
-        resolve("AdamW", "betas=(2.0,0.9)").create([{"params": [torch.nn.Parameter(torch.ones(1))]}])
+def test_one_found_rate_cannot_serve_two_factors() -> None:
+    pytest.importorskip("prodigyopt")
+    choice = resolve("Prodigy", lr=1.0)
+    groups = [{"params": [parameter(1)], "lr": 0.5}, {"params": [parameter(1)], "lr": 1.0}]
+    with pytest.raises(UserError, match="0.5, 1"):
+        choice.create(groups)
+    groups[0]["lr"] = 0.0  # a part that is not trained is no contradiction
+    assert len(choice.create(groups).param_groups) == 2
 
 
 def test_adafactor_relative_step() -> None:
@@ -94,32 +127,84 @@ def test_adafactor_relative_step() -> None:
     assert forced.uses_relative_step and forced.warnings
 
 
+def test_names_are_read_in_any_case() -> None:
+    assert resolve("ADAMW8BIT").name == "AdamW8bit"
+    assert resolve("sgdnesterov").args == {"nesterov": True, "momentum": 0.9}
+    assert resolve("SGDNesterov", "momentum=0.5").args["momentum"] == 0.5
+
+
 def test_adaptive_optimizers_warn_of_a_low_rate() -> None:
     pytest.importorskip("prodigyopt")
     assert resolve("Prodigy", lr=1e-4).warnings and not resolve("Prodigy", lr=1.0).warnings
 
 
-@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Adafactor", "Lion", "SGDNesterov"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_restored_optimizer_goes_on_exactly(name: str) -> None:
-    torch.manual_seed(0)
+    pytest.importorskip(PUBLISHED[name])
+    resume_exactly(resolve(name, lr=1.0))
+
+
+def test_an_adafactor_with_given_rates_goes_on_exactly() -> None:
+    resume_exactly(resolve("Adafactor", "relative_step=False", "scale_parameter=False", "beta1=0.9"))
+
+
+def resume_exactly(choice: OptimizerChoice) -> None:
+    """Three steps, a file, three more: with the restored optimizer and with the one that went on."""
     # 8-bit states are used from 4096 values on
-    weights = torch.nn.Parameter(torch.randn(80, 80))
-    choice = resolve(name)
-    optimizer = choice.create([{"params": [weights]}])
+    weights = torch.nn.Parameter(torch.randn(80, 80, generator=torch.Generator().manual_seed(0)))
 
-    def step(parameter: torch.nn.Parameter, with_optimizer: object, seed: int) -> None:
+    def make(parameter: torch.nn.Parameter) -> tuple:
+        optimizer = choice.create([{"params": [parameter], "lr": choice.learning_rate}])
+        choice.set_training(optimizer, True)
+        return parameter, optimizer, create_scheduler(optimizer, choice, ScheduleSettings(), total_steps=6)
+
+    def step(seed: int, parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, schedule: object) -> None:
         parameter.grad = torch.randn(80, 80, generator=torch.Generator().manual_seed(seed))
-        with_optimizer.step()
+        optimizer.step()
+        schedule.step()
 
+    first = make(weights)
     for seed in range(3):
-        step(weights, optimizer, seed)
-    state, again = copy.deepcopy(optimizer.state_dict()), torch.nn.Parameter(weights.detach().clone())
-    restored = choice.create([{"params": [again]}])
-    restored.load_state_dict(state)
+        step(seed, *first)
+    if choice.name.endswith("8bit"):
+        assert torch.uint8 in {value.dtype for value in first[1].state[weights].values() if torch.is_tensor(value)}
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in first[1:]], file)
+    file.seek(0)
+    second = make(torch.nn.Parameter(weights.detach().clone()))
+    for part, state in zip(second[1:], torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    before = weights.detach().clone()
     for seed in range(3, 6):
-        step(weights, optimizer, seed)
-        step(again, restored, seed)
-    assert torch.equal(weights, again)
+        step(seed, *first)
+        step(seed, *second)
+    assert not torch.equal(weights, before)
+    assert torch.equal(weights, second[0])
+    assert first[1].param_groups[0]["lr"] == second[1].param_groups[0]["lr"]
+
+
+def test_schedule_free_weights_are_switched() -> None:
+    pytest.importorskip("schedulefree")
+    choice = resolve("AdamWScheduleFree", lr=0.1)
+    assert choice.is_schedule_free and not resolve("AdamW").is_schedule_free
+    weights = parameter(3)
+    optimizer = choice.create([{"params": [weights]}])
+    choice.set_training(optimizer, True)
+    for _ in range(3):
+        weights.grad = torch.ones(3)
+        optimizer.step()
+    trained = weights.detach().clone()
+    choice.set_training(optimizer, False)
+    assert not torch.equal(weights, trained)
+    choice.set_training(optimizer, True)
+    torch.testing.assert_close(weights.detach(), trained)
+
+
+def test_default_descriptions() -> None:
+    assert default_descriptions(3, trains_text_encoder=True) == ["textencoder", "unet", None]
+    assert default_descriptions(2, trains_text_encoder=False) == ["unet", None]
+    assert default_descriptions(1, trains_text_encoder=True) == ["textencoder"]
 
 
 def test_log_entries() -> None:
@@ -128,6 +213,7 @@ def test_log_entries() -> None:
     optimizer = choice.create([{"params": [one], "lr": 0.1}, {"params": [two], "lr": 0.2}])
     entries = lr_log_entries(optimizer, choice, ["textencoder", "unet"])
     assert entries == {"lr/textencoder": 0.1, "lr/group0": 0.1, "lr/unet": 0.2, "lr/group1": 0.2}
+    assert lr_log_entries(optimizer, choice, [None, None]) == {"lr/group0": 0.1, "lr/group1": 0.2}
 
 
 def test_log_entries_of_a_found_rate() -> None:

@@ -1,0 +1,194 @@
+"""From a batch's reference to the batch, in worker processes.
+
+A reference holds all that its batch depends on and travels to the worker, so that a worker keeps no state: it can
+be neither late nor out of step, and lives as long as one likes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from library.data.batch import Batch
+from library.data.captions import final_caption
+from library.data.image_io import covering_size, crop_box, fit, read_image
+from library.data.latent_cache import DiskLatents, MemoryLatents, to_pixels
+from library.data.records import ImageRecord
+from library.errors import UserError
+from library.randomness import python_rng, visit_key
+
+if TYPE_CHECKING:
+    from library.data.dataset import BatchRef, BucketedDataset, Use
+
+Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+class BatchMaker:
+    """Makes batches of a run's datasets; what a spawned worker is sent.
+
+    Args:
+        seed: of the run.
+        prior_loss_weight: weight of regularisation pictures.
+    """
+
+    def __init__(self, datasets: Sequence[BucketedDataset], *, seed: int, prior_loss_weight: float) -> None:
+        self._datasets = datasets
+        self._seed = seed
+        self._prior_loss_weight = prior_loss_weight
+        #: where cached latents are; pictures are read where there are none
+        self.latents: DiskLatents | MemoryLatents | None = None
+
+    def make(self, ref: BatchRef, tokenize: Tokenize) -> Batch:
+        """Read, crop, mirror and caption the samples of one batch.
+
+        Raises:
+            UserError: a picture or cache file that cannot be read.
+        """
+        samples = [self._sample(ref, use) for use in ref.uses]
+        spec = self._datasets[ref.dataset].spec
+        captions = [sample.caption for sample in samples]
+        latents = [s.latents for s in samples if s.latents is not None]
+        images = [s.image for s in samples if s.image is not None]
+        return Batch(
+            latents=torch.stack(latents) if latents else None,
+            images=torch.stack(images) if images else None,
+            captions=captions,
+            tokens=tokenize(captions),
+            visits=[s.visit for s in samples],
+            loss_weights=torch.tensor([s.weight for s in samples]),
+            paths=[str(s.record.path) for s in samples],
+            bucket=self._datasets[ref.dataset].bucket_of[ref.uses[0].record],
+            original_sizes=torch.tensor([s.record.size[::-1] for s in samples]),
+            crop_top_lefts=torch.tensor([s.crop_top_left for s in samples]),
+            flipped=[s.flipped for s in samples],
+            network_multiplier=spec.network_multiplier,
+        )
+
+    def _sample(self, ref: BatchRef, use: Use) -> _Sample:
+        dataset = self._datasets[ref.dataset]
+        record, subset, bucket = dataset.records[use.record], dataset.subset(use.record), dataset.bucket_of[use.record]
+        visit = visit_key(self._seed, ref.epoch, ref.dataset, use.record, use.repeat)
+        flipped = subset.flip_aug and python_rng(visit, "flip").random() < 0.5
+        caption = final_caption(record.caption, subset.captions, epoch=ref.epoch, rng=python_rng(visit, "caption"))
+        weight = self._prior_loss_weight if subset.is_reg else 1.0
+        latents = pixels = None
+        fraction = (0.5, 0.5)
+        if self.latents is not None:
+            latents = self.latents.get(dataset.wanted(use.record), flipped=flipped)
+        else:
+            if subset.random_crop:
+                rng = python_rng(visit, "crop")
+                fraction = (rng.random(), rng.random())
+            image = read_image(record.path)
+            fitted = fit(image, bucket, interpolation=dataset.interpolation(use.record), crop_fraction=fraction)
+            pixels = to_pixels(fitted.pixels[:, ::-1] if flipped else fitted.pixels)
+        left, top, right, _ = crop_box(covering_size(record.size, bucket), bucket, fraction)
+        if flipped:
+            left = covering_size(record.size, bucket)[0] - right
+        return _Sample(record, visit, caption, weight, flipped, (top, left), latents, pixels)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    record: ImageRecord
+    visit: int
+    caption: str
+    weight: float
+    flipped: bool
+    crop_top_left: tuple[int, int]
+    latents: Tensor | None
+    image: Tensor | None
+
+
+class Loader:
+    """Hands out batches in a given order, prepared ahead by ``num_workers`` processes, or here if there are none."""
+
+    def __init__(
+        self, maker: BatchMaker, tokenize: Tokenize, *, num_workers: int, pin_memory: bool, persistent: bool
+    ) -> None:
+        # tokenizers warn, and may hang, when their threads meet forked workers
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._order = _Order()
+        self._loader: DataLoader[Batch | _Failure] = DataLoader(
+            _Batches(maker, tokenize),
+            batch_size=None,
+            sampler=self._order,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=persistent and num_workers > 0,
+            worker_init_fn=_start_worker,
+            # of its own, so that the loader takes no number from the global generator
+            generator=torch.Generator(),
+        )
+
+    def batches(self, refs: Sequence[BatchRef]) -> Iterator[Batch]:
+        """Work on the batches starts at once, not when the first is asked for.
+
+        Raises:
+            UserError: while iterating: a picture or cache file that cannot be read; a worker that was killed.
+        """
+        self._order.refs = refs
+        return _delivered(iter(self._loader))
+
+
+def _delivered(loaded: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+    try:
+        for batch in loaded:
+            if isinstance(batch, _Failure):
+                raise UserError(batch.message)
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{reason}; often memory is short: lower --max_data_loader_n_workers") from error
+    finally:
+        del loaded  # ends the workers now, not whenever an error's traceback is let go
+
+
+class _Order(Sampler["BatchRef"]):
+    """Hands out references; set anew for every epoch."""
+
+    def __init__(self) -> None:
+        self.refs: Sequence[BatchRef] = ()
+
+    def __iter__(self) -> Iterator[BatchRef]:
+        return iter(self.refs)
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+
+class _Batches(Dataset["Batch | _Failure"]):
+    """What a worker runs: a reference in, a batch out."""
+
+    def __init__(self, maker: BatchMaker, tokenize: Tokenize) -> None:
+        self._maker = maker
+        self._tokenize = tokenize
+
+    def __getitem__(self, ref: BatchRef) -> Batch | _Failure:  # type: ignore[override]
+        try:
+            return self._maker.make(ref, self._tokenize)
+        except UserError as error:
+            return _Failure(str(error))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A user's error on its way out of a worker: raised there, it would arrive inside a traceback."""
+
+    message: str
+
+
+def _start_worker(index: int) -> None:
+    """Signals are the main process's affair: after Ctrl-C it still needs its workers to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # out of reach of signals that are sent to the main process's whole group

@@ -1,0 +1,37 @@
+"""A folder of pictures and the run's data made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from library.architectures.base import LatentFormat
+from library.config.arguments import DatasetOptions
+from library.data.dataset import TrainingData
+from library.data.dataset_config import load_dataset_config
+from tests.data.samples import SD, SIZES, dataset_file, draw
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return draw(tmp_path / "pictures", SIZES)
+
+
+@pytest.fixture
+def make_data(tmp_path: Path, folder: Path) -> Callable[..., TrainingData]:
+    def make(
+        *,
+        dataset: str = "",
+        subset: str = "",
+        more: str = "",
+        seed: int = 1,
+        latent: LatentFormat = SD,
+        **options: object,
+    ) -> TrainingData:
+        path = dataset_file(tmp_path / "data.toml", folder, dataset=dataset, subset=subset, more=more)
+        config = load_dataset_config(path, DatasetOptions(**options))
+        return TrainingData(config, seed=seed, latent=latent, prior_loss_weight=0.5)
+
+    return make

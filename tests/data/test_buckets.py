@@ -1,0 +1,74 @@
+"""What every bucket and every assignment must satisfy, over many settings."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from library.data.buckets import BucketRules, Buckets, make_sizes, mean_aspect_error, own_size
+
+SETTINGS = [
+    BucketRules((512, 512), True),
+    BucketRules((768, 512), True),
+    BucketRules((1024, 1024), True, 256, 2048, 32),
+    BucketRules((500, 500), True, 250, 1000, 64),  # nothing is a multiple of the step
+    BucketRules((64, 64), True, 32, 128, 8),
+]
+
+
+@pytest.mark.parametrize("rules", SETTINGS)
+def test_sizes(rules: BucketRules) -> None:
+    sizes = make_sizes(rules)
+    area = rules.resolution[0] * rules.resolution[1]
+    assert sizes == sorted(sizes, key=lambda s: s[0] / s[1])
+    assert len({w / h for w, h in sizes}) == len(sizes)
+    assert {(h, w) for w, h in sizes} == set(sizes)
+    for width, height in sizes:
+        assert width % rules.step == height % rules.step == 0
+        assert rules.min_side <= min(width, height) <= max(width, height) <= rules.max_side
+        assert width * height <= area
+    assert any(w == h for w, h in sizes)
+
+
+@pytest.mark.parametrize("rules", SETTINGS)
+def test_the_nearest_aspect_ratio_is_chosen(rules: BucketRules) -> None:
+    sizes, buckets = make_sizes(rules), Buckets(rules)
+    rng = random.Random(0)
+    for _ in range(300):
+        size = rng.randint(20, 4000), rng.randint(20, 4000)
+        ratio = size[0] / size[1]
+        chosen = buckets.assign(size)
+        assert chosen in sizes
+        assert abs(chosen[0] / chosen[1] - ratio) == min(abs(w / h - ratio) for w, h in sizes)
+
+
+def test_published_sizes_of_512() -> None:
+    buckets = Buckets(BucketRules((512, 512), True))
+    assert buckets.assign((2000, 2000)) == (512, 512)
+    assert buckets.assign((1920, 1080)) == (640, 384)
+    assert buckets.assign((1080, 1920)) == (384, 640)
+    assert buckets.assign((5000, 100)) == (1024, 256)
+
+
+def test_without_buckets_all_are_of_the_resolution() -> None:
+    assert Buckets(BucketRules((512, 768))).assign((30, 4000)) == (512, 768)
+
+
+def test_without_upscaling() -> None:
+    rules = BucketRules((512, 512), True, step=64, no_upscale=True)
+    assert own_size((300, 200), rules) == (256, 192)  # its own size, cut to the step
+    assert own_size((1024, 1024), rules) == (512, 512)
+    assert own_size((700, 300), rules) == (640, 256)  # within the area, so not shrunk
+    assert own_size((10, 300), rules) == (64, 256)  # nothing smaller than a step can be trained on
+    rng = random.Random(0)
+    for _ in range(300):
+        size = rng.randint(64, 3000), rng.randint(64, 3000)
+        width, height = Buckets(rules).assign(size)
+        assert width % 64 == height % 64 == 0
+        assert width * height <= 512 * 512 or min(width, height) == 64
+
+
+def test_mean_aspect_error() -> None:
+    assert mean_aspect_error([((100, 100), (512, 512)), ((150, 100), (512, 512))]) == 0.25
+    assert mean_aspect_error([]) == 0.0

@@ -1,0 +1,285 @@
+"""The order of epochs and the loader: nothing left out, nothing twice, whatever the workers, ranks or restarts."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.data.batch import Batch
+from library.data.dataset import TrainingData
+from library.errors import UserError
+from tests.data.samples import SIZES, Encoder, draw, tokenize
+
+Make = Callable[..., TrainingData]
+RANDOM = "num_repeats = 3\nflip_aug = true\nshuffle_caption = true\ncaption_dropout_rate = 0.2"
+
+
+def load(data: TrainingData, epoch: int = 0, *, start: int = 0, workers: int = 0, **settings: object) -> list[Batch]:
+    return list(data.dataloader(epoch=epoch, start_batch=start, tokenize=tokenize, num_workers=workers, **settings))
+
+
+def uses(batches: list[Batch]) -> Counter[str]:
+    return Counter(Path(path).name for batch in batches for path in batch.paths)
+
+
+def assert_same(left: list[Batch], right: list[Batch]) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert (one.visits, one.paths, one.captions, one.flipped) == (
+            other.visits,
+            other.paths,
+            other.captions,
+            other.flipped,
+        )
+        a, b = (batch.images if batch.images is not None else batch.latents for batch in (one, other))
+        assert torch.equal(a, b)
+        assert torch.equal(one.tokens["input_ids"], other.tokens["input_ids"])
+        assert torch.equal(one.crop_top_lefts, other.crop_top_lefts)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_every_picture_of_every_epoch(make_data: Make, workers: int, persistent: bool) -> None:
+    """With late epoch numbers in workers, epochs would leave some out and repeat others."""
+    data = make_data(subset=RANDOM)
+    for epoch in range(3):
+        batches = load(data, epoch, workers=workers, persistent=persistent)
+        assert uses(batches) == {name: 3 for name in SIZES}
+        assert len(batches) == data.batch_count()
+        assert len({visit for batch in batches for visit in batch.visits}) == 3 * len(SIZES)
+        assert_same(batches, load(make_data(subset=RANDOM), epoch))
+
+
+def test_batches_do_not_mix_sizes_and_few_are_short(make_data: Make) -> None:
+    data = make_data(subset="num_repeats = 3")  # square: 4 x 3 uses, wide: 2 x 3, tall: 1 x 3
+    batches = load(data)
+    assert Counter(batch.bucket for batch in batches) == {(64, 64): 6, (128, 32): 3, (32, 128): 2}
+    assert sorted(len(batch.visits) for batch in batches) == [1] + [2] * 10
+    for batch in batches:
+        assert batch.images.shape[2:] == batch.bucket[::-1]
+
+
+def test_order_and_samples_differ_by_epoch_and_seed(make_data: Make) -> None:
+    first = make_data(subset=RANDOM)
+    assert [b.paths for b in load(first, 0)] != [b.paths for b in load(first, 1)]
+    assert [b.paths for b in load(first, 0)] != [b.paths for b in load(make_data(subset=RANDOM, seed=2), 0)]
+    visits = [v for epoch in range(3) for b in load(first, epoch) for v in b.visits]
+    assert len(set(visits)) == len(visits)
+    flips = [f for b in load(first, 0) for f in b.flipped]
+    assert 0 < sum(flips) < len(flips)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_entered_at_any_batch(make_data: Make, workers: int) -> None:
+    whole = load(make_data(subset=RANDOM), 1)
+    for start in (1, 5, len(whole) - 1):
+        assert_same(load(make_data(subset=RANDOM), 1, start=start, workers=workers), whole[start:])
+    assert load(make_data(subset=RANDOM), 1, start=len(whole)) == []
+
+
+def test_an_epoch_left_half_way_does_not_leak_into_the_next(make_data: Make) -> None:
+    data = make_data(subset=RANDOM)
+    batches = data.dataloader(epoch=0, start_batch=0, tokenize=tokenize, num_workers=2, persistent=True)
+    next(batches)
+    assert_same(load(data, 1, workers=2, persistent=True), load(make_data(subset=RANDOM), 1))
+
+
+def test_processes_share_an_epoch(make_data: Make) -> None:
+    data = make_data(subset=RANDOM)
+    for world_size in (1, 2, 3, 4, 25):
+        dealt = [data.batches(2, world_size=world_size, rank=rank) for rank in range(world_size)]
+        assert {len(refs) for refs in dealt} == {data.batches_per_process(world_size)}
+        in_order = [ref for turn in zip(*dealt, strict=True) for ref in turn]
+        whole = data.batches(2)
+        assert in_order[: len(whole)] == whole
+        every_use = [(ref.dataset, use) for ref in in_order for use in ref.uses]
+        assert len(set(every_use)) == len(every_use)  # what fills the last round has noise of its own
+
+
+def test_length_does_not_depend_on_the_epoch(make_data: Make) -> None:
+    data = make_data(subset="num_repeats = 2")
+    assert {len(data.batches(epoch)) for epoch in range(20)} == {data.batch_count()}
+    assert data.batches_per_process(2) == -(-data.batch_count() // 2)
+
+
+# ---- regularisation pictures ----
+
+
+def regularised(
+    make_data: Make, tmp_path: Path, count: int, *, repeats: int = 1, train_repeats: int = 1
+) -> TrainingData:
+    reg = draw(tmp_path / "reg", {f"r{i:02d}.png": (64, 64) for i in range(count)}, captions=False)
+    more = f"[[datasets.subsets]]\nimage_dir = '{reg}'\nclass_tokens = 'cat'\nis_reg = true\nnum_repeats = {repeats}"
+    return make_data(more=more, subset=f"num_repeats = {train_repeats}")
+
+
+@pytest.mark.parametrize(
+    ("count", "repeats", "train_repeats", "expected"),
+    [
+        (20, 1, 1, [1] * 7),  # more than needed: the rest is left out
+        (7, 1, 1, [1] * 7),
+        (4, 3, 1, [2, 2, 2, 1]),  # each is used before one is used again
+        (2, 1, 1, [4, 3]),
+        (2, 2, 3, [11, 10]),
+    ],
+)
+def test_as_many_regularisation_as_training_pictures(
+    make_data: Make, tmp_path: Path, count: int, repeats: int, train_repeats: int, expected: list[int]
+) -> None:
+    data = regularised(make_data, tmp_path, count, repeats=repeats, train_repeats=train_repeats)
+    batches = load(data)
+    found = uses(batches)
+    assert sorted((n for name, n in found.items() if name.startswith("r")), reverse=True) == expected
+    assert all(found[name] == train_repeats for name in SIZES)
+    assert (data.datasets[0].num_train, data.datasets[0].num_reg) == (7 * train_repeats, count * repeats)
+    visits = [visit for batch in batches for visit in batch.visits]
+    assert len(set(visits)) == len(visits)
+
+
+def test_regularisation_pictures_have_the_prior_loss_weight(make_data: Make, tmp_path: Path) -> None:
+    for batch in load(regularised(make_data, tmp_path, 7)):
+        expected = [0.5 if Path(path).name.startswith("r") else 1.0 for path in batch.paths]
+        assert batch.loss_weights.tolist() == expected
+
+
+# ---- what a batch holds ----
+
+
+def test_samples_of_pictures(make_data: Make, folder: Path) -> None:
+    (folder / "a.txt").write_text("one")
+    data = make_data(dataset="network_multiplier = 0.5\nbatch_size = 1")
+    (batch,) = [b for b in load(data) if b.paths[0].endswith("e.png")]
+    assert batch.images.shape == (1, 3, 32, 128)
+    assert batch.images.dtype == torch.float32
+    assert -1.0 <= batch.images.min() < -0.3 and 0.3 < batch.images.max() <= 1.0
+    assert batch.latents is None
+    assert batch.captions == ["cat, dog, e"]
+    assert batch.tokens["input_ids"].tolist() == [[11]]
+    assert batch.original_sizes.tolist() == [[36, 140]]
+    assert batch.target_sizes.tolist() == [[32, 128]]
+    assert batch.crop_top_lefts.tolist() == [[0, 0]]
+    assert batch.network_multiplier == 0.5
+
+
+def test_crops_are_recorded_for_mirrored_pictures_too(make_data: Make, folder: Path) -> None:
+    draw(folder, {"w.png": (113, 64)})  # between two sizes: cropped left and right, by unequal pixels
+    data = make_data(subset="flip_aug = true\nnum_repeats = 20", dataset="enable_bucket = false")
+    lefts = {
+        (flipped, crop[1])
+        for batch in load(data)
+        for path, flipped, crop in zip(batch.paths, batch.flipped, batch.crop_top_lefts.tolist(), strict=True)
+        if path.endswith("w.png")
+    }
+    assert lefts == {(False, 24), (True, 25)}
+
+
+def test_random_crop_is_keyed_by_the_visit(make_data: Make) -> None:
+    settings = {"subset": "random_crop = true\nnum_repeats = 8", "dataset": "enable_bucket = false"}
+    data = make_data(**settings)
+    batches = load(data)
+    crops = {
+        tuple(crop)
+        for batch in batches
+        for path, crop in zip(batch.paths, batch.crop_top_lefts.tolist(), strict=True)
+        if path.endswith("d.png")
+    }
+    assert len(crops) > 3
+    assert_same(load(make_data(**settings), workers=2), batches)
+
+
+def test_batches_move_without_their_tokens(make_data: Make) -> None:
+    batch = load(make_data())[0].to("meta")
+    assert batch.images.device.type == batch.loss_weights.device.type == "meta"
+    assert batch.tokens["input_ids"].device.type == "cpu"
+
+
+# ---- workers ----
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_cached_latents_in_workers(make_data: Make, to_disk: bool) -> None:
+    made = []
+    for workers in (0, 2):
+        data = make_data(subset=RANDOM)
+        data.cache_latents(Encoder, batch_size=2, to_disk=to_disk, vae_identity="vae")
+        made.append(load(data, workers=workers))
+    assert_same(*made)
+
+
+def test_data_can_be_sent_to_spawned_workers(make_data: Make) -> None:
+    data = make_data(subset=RANDOM)
+    data.cache_latents(Encoder, batch_size=2, to_disk=False, vae_identity="vae")
+    sent = pickle.loads(pickle.dumps(data.maker))
+    assert_same([sent.make(ref, tokenize) for ref in data.batches(1)], load(data, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_picture_ends_the_epoch_with_its_name(make_data: Make, folder: Path, workers: int) -> None:
+    content = (folder / "c.png").read_bytes()
+    (folder / "c.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError) as error:
+        load(make_data(), workers=workers)
+    assert str(error.value).startswith(f"{folder / 'c.png'}: the picture cannot be read")
+    assert "Traceback" not in str(error.value)
+
+
+def test_global_random_state_is_left_alone(make_data: Make) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    load(make_data(), workers=1)
+    load(make_data(), workers=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class _Caught:
+    """A tokenizer that, in its worker, gets the signals of a Ctrl-C in the terminal."""
+
+    def __init__(self, main: int) -> None:
+        self.main = main
+
+    def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        assert os.getpid() != self.main
+        os.kill(os.getpid(), signal.SIGINT)
+        return {**tokenize(captions), "own_group": torch.tensor(os.getpgid(0) == os.getpid())}
+
+
+def test_workers_outlive_a_ctrl_c(make_data: Make) -> None:
+    batches = list(
+        make_data().dataloader(epoch=0, start_batch=0, tokenize=_Caught(os.getpid()), num_workers=1)
+    )
+    assert uses(batches) == {name: 1 for name in SIZES}
+    assert all(batch.tokens["own_group"] for batch in batches)
+
+
+class _Killed:
+    def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+
+def test_a_killed_worker_is_said_so(make_data: Make) -> None:
+    with pytest.raises(UserError, match="DataLoader worker .*: lower --max_data_loader_n_workers"):
+        list(make_data().dataloader(epoch=0, start_batch=0, tokenize=_Killed(), num_workers=1))
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("bucket_reso_steps = 12", "bucket_reso_steps 12: must be a multiple of 8"),
+        ("enable_bucket = false", "resolution 60x60: both sides must be multiples of 8, such as 56x56"),
+    ],
+)
+def test_sizes_must_fit_the_latents(make_data: Make, dataset: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        make_data(dataset=f"resolution = 60\nmin_bucket_reso = 24\nmax_bucket_reso = 96\n{dataset}")

@@ -1,0 +1,272 @@
+"""The dataset file: where a value comes from, and every mistake named at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from library.config.arguments import DatasetOptions
+from library.data.dataset_config import UNSUPPORTED, load_dataset_config
+from library.errors import UserError
+from tests.data.samples import draw
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return draw(tmp_path / "pictures", {"a.png": (8, 8)})
+
+
+def load(tmp_path: Path, text: str, name: str = "data.toml", **options: object):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return load_dataset_config(path, DatasetOptions(**options))
+
+
+def problems(tmp_path: Path, text: str, name: str = "data.toml", **options: object) -> list[str]:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, text, name, **options)
+    return str(error.value).replace(f"{tmp_path}/", "").splitlines()
+
+
+def minimal(pictures: Path, *, general: str = "", dataset: str = "", subset: str = "") -> str:
+    return (
+        f"[general]\n{general}\n[[datasets]]\nresolution = 512\n{dataset}\n[[datasets.subsets]]\n"
+        f"image_dir = '{pictures}'\n{subset}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("general", "dataset", "subset", "flag", "expected"),
+    [
+        ("", "", "", None, 1),
+        ("", "", "", 2, 2),
+        ("num_repeats = 3", "", "", 2, 3),
+        ("num_repeats = 3", "num_repeats = 4", "", 2, 4),
+        ("num_repeats = 3", "num_repeats = 4", "num_repeats = 5", 2, 5),
+    ],
+)
+def test_the_nearest_value_wins(
+    tmp_path: Path, pictures: Path, general: str, dataset: str, subset: str, flag: int | None, expected: int
+) -> None:
+    options = {} if flag is None else {"dataset_repeats": flag}
+    config = load(tmp_path, minimal(pictures, general=general, dataset=dataset, subset=subset), **options)
+    assert config.datasets[0].subsets[0].num_repeats == expected
+
+
+def test_false_and_zero_and_empty_stop_the_search(tmp_path: Path, pictures: Path) -> None:
+    general, own = "flip_aug = true\nkeep_tokens = 2", "flip_aug = false\nkeep_tokens = 0\ncaption_prefix = ''"
+    text = minimal(pictures, general=general, subset=own)
+    subset = load(tmp_path, text, caption_prefix="p", shuffle_caption=True).datasets[0].subsets[0]
+    assert (subset.flip_aug, subset.captions.keep_tokens, subset.captions.prefix) == (False, 0, "")
+    assert subset.captions.shuffle  # a flag holds where the file is silent
+
+
+def test_values_take_their_form(tmp_path: Path, pictures: Path) -> None:
+    text = minimal(
+        pictures,
+        dataset="network_multiplier = 1\nbatch_size = 3",
+        subset="caption_extension = 'txt'\ncaption_dropout_rate = 1\ncustom_attributes = {a = 1}",
+    )
+    dataset = load(tmp_path, text).datasets[0]
+    assert dataset.buckets.resolution == (512, 512)
+    assert dataset.network_multiplier == 1.0
+    assert dataset.batch_size == 3
+    assert dataset.subsets[0].caption_extension == ".txt"
+    assert dataset.subsets[0].captions.dropout_rate == 1
+    assert dataset.subsets[0].custom_attributes == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [("512", (512, 512)), ("512,768", (512, 768)), ("512, 768", (512, 768))]
+)
+def test_resolution_of_the_command_line(
+    tmp_path: Path, pictures: Path, written: str, expected: tuple[int, int]
+) -> None:
+    text = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n"
+    assert load(tmp_path, text, resolution=written).datasets[0].buckets.resolution == expected
+
+
+def test_old_spelling_of_caption_extension_wins(tmp_path: Path, pictures: Path) -> None:
+    config = load(tmp_path, minimal(pictures), caption_extension=".a", caption_extention=".b")
+    assert config.datasets[0].subsets[0].caption_extension == ".b"
+
+
+def test_json(tmp_path: Path, pictures: Path) -> None:
+    content = {"general": {"resolution": [64, 32]}, "datasets": [{"subsets": [{"image_dir": str(pictures)}]}]}
+    config = load(tmp_path, json.dumps(content), "data.json")
+    assert config.datasets[0].buckets.resolution == (64, 32)
+
+
+def test_all_mistakes_at_once(tmp_path: Path, pictures: Path) -> None:
+    text = f"""
+batch_size = 2
+[general]
+flip_aug = 1
+image_dir = 'x'
+[[datasets]]
+batch_size = true
+resolutoin = 512
+max_token_length = 225
+[[datasets.subsets]]
+image_dir = '{pictures}'
+num_repeats = 2.0
+caption_dropout_rate = 1.5
+[[datasets.subsets]]
+image_dir = 'nowhere'
+keep_tokens = -1
+resize_interpolation = 'lanczos4'
+"""
+    second = "data.toml: [[datasets]] 1 > [[datasets.subsets]] 2"
+    assert problems(tmp_path, text) == [
+        "data.toml: top level: batch_size: unknown key; put it into [general]",
+        "data.toml: [general]: flip_aug: 1: write true or false",
+        "data.toml: [general]: image_dir: belongs into [[datasets.subsets]]",
+        "data.toml: [[datasets]] 1: batch_size: True: write a whole number, 1 or more",
+        'data.toml: [[datasets]] 1: resolutoin: unknown key (did you mean "resolution"?)',
+        "data.toml: [[datasets]] 1: max_token_length: belongs on the command line: --max_token_length",
+        "data.toml: [[datasets]] 1: resolution: is missing: give it here or as --resolution, such as 512",
+        "data.toml: [[datasets]] 1 > [[datasets.subsets]] 1: num_repeats: 2.0: write a whole number",
+        "data.toml: [[datasets]] 1 > [[datasets.subsets]] 1: caption_dropout_rate: 1.5: write a number from 0 to 1",
+        f"{second}: keep_tokens: -1: write a whole number, 0 or more",
+        f"{second}: resize_interpolation: 'lanczos4': write one of lanczos, nearest, bilinear, linear, bicubic, cubic, "
+        "area, box",
+        f"{second}: image_dir: nowhere: no such folder",
+    ]
+
+
+@pytest.mark.parametrize("key", ["flip_aug", "enable_bucket"])
+def test_an_integer_is_no_boolean(tmp_path: Path, pictures: Path, key: str) -> None:
+    assert problems(tmp_path, minimal(pictures, general=f"{key} = 0")) == [
+        f"data.toml: [general]: {key}: 0: write true or false"
+    ]
+
+
+@pytest.mark.parametrize(
+    "key", ["batch_size", "keep_tokens", "network_multiplier", "caption_dropout_rate", "resolution"]
+)
+def test_a_boolean_is_no_number(tmp_path: Path, pictures: Path, key: str) -> None:
+    (line,) = problems(tmp_path, minimal(pictures, general=f"{key} = true"))
+    assert line.startswith(f"data.toml: [general]: {key}: True: write a")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("metadata_file", "'a.json'"),
+        ("conditioning_data_dir", "'masks'"),
+        ("alpha_mask", "true"),
+        ("face_crop_aug_range", "[1.0, 2.0]"),
+        ("color_aug", "true"),
+        ("token_warmup_step", "100"),
+        ("cache_info", "true"),
+    ],
+)
+def test_what_is_not_supported_yet_is_refused(tmp_path: Path, pictures: Path, key: str, value: str) -> None:
+    (line,) = problems(tmp_path, minimal(pictures, subset=f"{key} = {value}"))
+    assert line == f"data.toml: [[datasets]] 1 > [[datasets.subsets]] 1: {key}: {UNSUPPORTED[key]}"
+
+
+def test_validation_split_is_refused_unless_zero(tmp_path: Path, pictures: Path) -> None:
+    for zero in ("0", "0.0"):
+        load(tmp_path, minimal(pictures, dataset=f"validation_split = {zero}\nvalidation_seed = 1"))
+    for share in ("1", "0.5"):
+        (line,) = problems(tmp_path, minimal(pictures, dataset=f"validation_split = {share}"))
+        assert line.endswith(UNSUPPORTED["validation_split"])
+
+
+def test_off_is_accepted_for_what_is_not_supported(tmp_path: Path, pictures: Path) -> None:
+    off = "color_aug = false\nalpha_mask = false\ntoken_warmup_step = 0\ncache_info = false"
+    load(tmp_path, minimal(pictures, subset=off))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"caption_dropout_rate": 2.0}, "--caption_dropout_rate 2.0: write a number from 0 to 1"),
+        ({"train_batch_size": 0}, "--train_batch_size 0: write a whole number, 1 or more"),
+        ({"resolution": "big"}, "--resolution big: write a number of pixels, or [width, height]"),
+    ],
+)
+def test_values_of_the_command_line_are_checked_too(
+    tmp_path: Path, pictures: Path, options: dict[str, object], expected: str
+) -> None:
+    text = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{pictures}'\n"
+    assert problems(tmp_path, text, **{"resolution": "64", **options}) == [expected]
+
+
+@pytest.mark.parametrize("flag", ["cache_latents", "cache_latents_to_disk"])
+def test_random_crop_is_refused_with_cached_latents(tmp_path: Path, pictures: Path, flag: str) -> None:
+    (line,) = problems(tmp_path, minimal(pictures, subset="random_crop = true"), **{flag: True})
+    assert "random_crop: not with cached latents" in line
+
+
+def test_bucket_bounds(tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (line,) = problems(tmp_path, minimal(pictures, dataset="enable_bucket = true\nmax_bucket_reso = 448"))
+    assert line.endswith("256 to 448: must hold the resolution 512x512")
+    narrow = "enable_bucket = true\nmin_bucket_reso = 500\nmax_bucket_reso = 520"
+    (line,) = problems(tmp_path, minimal(pictures, dataset=narrow).replace("512", "510"))
+    assert "bucket_reso_steps: 64: no multiple from 500 to 520 fits" in line
+    load(tmp_path, minimal(pictures, dataset="max_bucket_reso = 448"))  # without buckets the bound means nothing
+    with caplog.at_level(logging.WARNING):
+        load(tmp_path, minimal(pictures, dataset="enable_bucket = true\nmin_bucket_reso = 300\nmax_bucket_reso = 1000"))
+    assert "taken as 320 and 960" in caplog.text
+
+
+def test_subsets_without_repeats_are_left_out(tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = minimal(pictures) + f"[[datasets.subsets]]\nimage_dir = '{pictures}'\nnum_repeats = 0\n"
+    with caplog.at_level(logging.WARNING):
+        config = load(tmp_path, text)
+    assert len(config.datasets[0].subsets) == 1
+    assert "num_repeats is 0" in caplog.text
+    assert "nothing is left" in problems(tmp_path, minimal(pictures, subset="num_repeats = 0"))[0]
+
+
+def test_missing_and_empty_tables(tmp_path: Path, pictures: Path) -> None:
+    assert problems(tmp_path, "") == ["data.toml: top level: datasets: there must be at least one [[datasets]] table"]
+    assert problems(tmp_path, "[[datasets]]\nresolution = 64") == [
+        "data.toml: [[datasets]] 1: subsets: there must be at least one [[datasets.subsets]] table"
+    ]
+    assert "image_dir: is missing" in problems(tmp_path, "[[datasets]]\nresolution=64\n[[datasets.subsets]]\n")[0]
+    (tmp_path / "empty").mkdir()
+    assert "holds no pictures" in problems(tmp_path, minimal(tmp_path / "empty"))[0]
+    (line,) = problems(tmp_path, minimal(pictures, subset="is_reg = true"))
+    assert "nothing to train on" in line
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "must end with .toml or .json" in problems(tmp_path, "", "data.yaml")[0]
+    with pytest.raises(UserError, match="x.toml: no such file"):
+        load_dataset_config(tmp_path / "x.toml", DatasetOptions())
+    assert "not valid JSON" in problems(tmp_path, "{", "data.json")[0]
+    (line,) = problems(tmp_path, '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "C:\\pictures"\n')
+    assert "line 3" in line
+    assert "single quotes" in line
+
+
+# ---- folders instead of a file ----
+
+
+def test_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw(tmp_path / "train" / "10_sks cat", {"a.png": (8, 8)}, captions=False)
+    draw(tmp_path / "train" / "2_sks_dog", {"a.png": (8, 8)}, captions=False)
+    draw(tmp_path / "train" / "other", {"a.png": (8, 8)})
+    draw(tmp_path / "train" / "0_none", {"a.png": (8, 8)})
+    draw(tmp_path / "reg" / "1_cat", {"a.png": (8, 8)}, captions=False)
+    train, reg = str(tmp_path / "train"), str(tmp_path / "reg")
+    options = DatasetOptions(train_data_dir=train, reg_data_dir=reg, resolution="64")
+    with caplog.at_level(logging.WARNING):
+        config = load_dataset_config(None, options)
+    found = [(s.num_repeats, s.class_tokens, s.is_reg) for s in config.datasets[0].subsets]
+    assert found == [(10, "sks cat", False), (2, "sks_dog", False), (1, "cat", True)]
+    assert "other: left out" in caplog.text
+    assert "0_none: left out" in caplog.text
+
+
+def test_folders_that_are_wrong(tmp_path: Path, pictures: Path) -> None:
+    with pytest.raises(UserError, match="has no folder named <repeats>_<class tokens>"):
+        load_dataset_config(None, DatasetOptions(train_data_dir=str(pictures), resolution="64"))
+    with pytest.raises(UserError, match="no such folder"):
+        load_dataset_config(None, DatasetOptions(train_data_dir=str(tmp_path / "x"), resolution="64"))
