@@ -49,7 +49,8 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     path = Path(args.config_file)
     path = path if path.suffix == ".toml" else path.with_name(path.name + ".toml")
     if args.output_config:
-        _write_config(path, args)
+        secrets = [action.dest for action in parser._actions if getattr(action, "secret", False)]
+        _write_config(path, args, leave_out=(*_OWN_FLAGS, *secrets))
         raise SystemExit(0)
     if not path.is_file():
         raise UserError(f"--config_file {path}: no such file")
@@ -177,7 +178,7 @@ def _type_name(kind: Any) -> str:
     return {int: "a whole number", float: "a number"}.get(kind, "text")
 
 
-def _write_config(path: Path, args: argparse.Namespace) -> None:
+def _write_config(path: Path, args: argparse.Namespace, *, leave_out: Sequence[str]) -> None:
     from library.files.atomic import write_text
 
     if path.exists():
@@ -185,7 +186,7 @@ def _write_config(path: Path, args: argparse.Namespace) -> None:
     lines = [
         f"{name} = {_toml_value(value)}\n"
         for name, value in vars(args).items()
-        if value is not None and name not in _OWN_FLAGS
+        if value is not None and name not in leave_out
     ]
     try:
         write_text(path, "".join(lines))

@@ -74,7 +74,7 @@ def add_flag(section: Any, field: dataclasses.Field[Any]) -> None:
         section.add_argument(f"--{field.name}", *given["aliases"], action="store_true", help=help_text)
         return
     shown = "" if field.default in (None, "") else f" (default: {field.default})".replace("%", "%%")
-    section.add_argument(
+    action = section.add_argument(
         f"--{field.name}",
         *given["aliases"],
         type=given["type"] or str,
@@ -84,6 +84,7 @@ def add_flag(section: Any, field: dataclasses.Field[Any]) -> None:
         help=help_text + shown,
         metavar=_metavar(given["type"], given["choices"]),
     )
+    action.secret = given["secret"]  # read where options are written to a file
 
 
 def _metavar(kind: Callable[[str], Any] | None, choices: Sequence[Any] | None) -> str:

@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ class TrackerSettings:
     backends: tuple[str, ...]
     tracker_name: str
     init_kwargs: Mapping[str, Mapping[str, Any]]
+    wandb_api_key: str | None = field(default=None, repr=False)
 
     @staticmethod
     def make(
@@ -43,6 +44,7 @@ class TrackerSettings:
         log_with: str | None,
         tracker_name: str | None,
         wandb_run_name: str | None,
+        wandb_api_key: str | None = None,
         tracker_config: Mapping[str, Mapping[str, Any]],
     ) -> TrackerSettings:
         stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())
@@ -54,7 +56,7 @@ class TrackerSettings:
         if wandb_run_name:
             kwargs.setdefault("wandb", {})["name"] = wandb_run_name
         return TrackerSettings(
-            base / f"{log_prefix or ''}{stamp}", backends, tracker_name or "network_train", kwargs
+            base / f"{log_prefix or ''}{stamp}", backends, tracker_name or "network_train", kwargs, wandb_api_key
         )
 
     def check(self) -> None:
@@ -70,6 +72,10 @@ class Trackers:
 
     def __init__(self, accelerator: Accelerator, settings: TrackerSettings, config: Mapping[str, Any]) -> None:
         self._accelerator = accelerator
+        if "wandb" in settings.backends and settings.wandb_api_key and accelerator.is_main_process:
+            import wandb
+
+            wandb.login(key=settings.wandb_api_key)
         # TensorBoard's hyper-parameter table takes plain values only
         plain = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in config.items()}
         accelerator.init_trackers(

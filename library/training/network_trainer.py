@@ -19,7 +19,7 @@ from library.config.arguments import TrainNetworkOptions
 from library.data import describe
 from library.data.dataset import Batch
 from library.errors import UserError, did_you_mean
-from library.optim.param_groups import lr_log_entries
+from library.optim.param_groups import default_descriptions, lr_log_entries
 from library.optim.schedulers import create_scheduler, scheduler_name
 from library.randomness import key
 from library.training.loop import Trained
@@ -173,7 +173,9 @@ class NetworkTrainer(Trainer):
         groups = list(groups)
         if not groups:
             raise UserError("nothing would be trained: every learning rate is 0 or no module is adapted")
-        return groups, list(descriptions) if descriptions is not None else [None] * len(groups)
+        if descriptions is None:
+            descriptions = default_descriptions(len(groups), trains_text_encoder=self._trains_text)
+        return groups, list(descriptions)
 
     def _create_scheduler(self, run: Run, optimizer: Any) -> Any:
         checked = run.checked
@@ -247,6 +249,7 @@ class NetworkTrainer(Trainer):
                 run.data,
                 from_file=options.dataset.dataset_config is not None,
                 world_size=run.accelerator.num_processes,
+                gradient_accumulation_steps=options.training.gradient_accumulation_steps,
             ),
         )
         vae = options.model.vae

@@ -550,6 +550,7 @@ def _tracker_settings(options: TrainNetworkOptions) -> TrackerSettings:
         log_with=wanted.log_with,
         tracker_name=wanted.log_tracker_name,
         wandb_run_name=wanted.wandb_run_name,
+        wandb_api_key=wanted.wandb_api_key,
         tracker_config=config,
     )
 

@@ -128,6 +128,13 @@ def test_output_config_is_read_back(parser: argparse.ArgumentParser, tmp_path: P
     assert stopped.value.code == 2
 
 
+def test_output_config_leaves_secrets_out(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    file = tmp_path / "made.toml"
+    with pytest.raises(SystemExit):
+        read_args(parser, ["--output_config", "--config_file", str(file), "--wandb_api_key", "k3y", "--seed", "4"])
+    assert "k3y" not in file.read_text() and "seed = 4" in file.read_text()
+
+
 @pytest.mark.parametrize(
     "text", [r"C:\new\x41", r"\\share\u0041", 'a "b" \'c\'', "two\nlines\tand a tab", "漢字", "\x7f\x01", "{a|b} # c", ""]
 )

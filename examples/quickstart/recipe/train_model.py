@@ -1,8 +1,8 @@
 """Make the embedded model from nothing: tokenizer, autoencoder, then text encoder and denoiser together.
 
-    python -m examples.quickstart.recipe.train_model --output my_model
+    python -m examples.quickstart.recipe.train_model --work scratch --output my_model
 
-About an hour and a half on two CPU cores. The folder's README says how the shipped one was made and measured.
+About an hour on two CPU cores. The folder's README says how the shipped one was made and measured.
 The diffusion mathematics is the project's own (``library.diffusion``); the networks are diffusers' and
 transformers' classes in the layout of Stable Diffusion 1.x.
 """
@@ -14,8 +14,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from library.files.atomic import atomic_directory
 from library.files.safetensors_io import save_tensors
 
 SEED = 0
+STAGES = ["tokenizer", "autoencoder", "decoder", "denoiser", "write"]
 LATENT_SCALE = 0.18215  # of every Stable Diffusion 1.x model
 TOKENS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -67,7 +67,7 @@ UNET_CONFIG: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
     "layers_per_block": 1,
-    "block_out_channels": (64, 96, 96),
+    "block_out_channels": (64, 96, 64),
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     "cross_attention_dim": TEXT_CONFIG["hidden_size"],
@@ -142,6 +142,11 @@ def fit(
     averaged.apply()
 
 
+def distance(drawn: Tensor, wanted: Tensor) -> Tensor:
+    difference = drawn - wanted
+    return difference.abs().mean() + difference.square().mean()
+
+
 # ---- stages ----
 
 
@@ -163,7 +168,6 @@ def write_tokenizer(folder: Path, captions: Sequence[str]) -> None:
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in json.loads(learner.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(m) for m in merges] + [START, END]
-    folder.mkdir(parents=True)
     vocabulary = {token: index for index, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
@@ -182,41 +186,45 @@ def write_tokenizer(folder: Path, captions: Sequence[str]) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1), encoding="utf-8")
 
 
-def train_autoencoder(steps: int, decoder_steps: int, pictures: int) -> nn.Module:
-    """The VAE as a whole, then its decoder alone, whose quality the eye sees."""
+def autoencoder_pictures(count: int) -> Tensor:
+    rng = random.Random(SEED)
+    return to_pixels([draw_anything(rng) for _ in range(count)])
+
+
+def train_autoencoder(steps: int, pictures: int) -> nn.Module:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     vae = AutoencoderKL(**VAE_CONFIG)
-    rng = random.Random(SEED)
-    pool = to_pixels([draw_anything(rng) for _ in range(pictures)])
+    pool = autoencoder_pictures(pictures)
     chooser = torch.Generator().manual_seed(SEED)
 
-    def distance(drawn: Tensor, wanted: Tensor) -> Tensor:
-        difference = drawn - wanted
-        return difference.abs().mean() + difference.square().mean()
-
-    def whole() -> Tensor:
+    def loss() -> Tensor:
         wanted = unit(pool[torch.randint(len(pool), (16,), generator=chooser)])
         posterior = vae.encode(wanted).latent_dist
         latents = posterior.sample()
         # a light pull towards the unit normal, per latent value
         return distance(vae.decode(latents).sample, wanted) + 2e-4 * posterior.kl().mean() / latents[0].numel()
 
-    fit("autoencoder", list(vae.parameters()), whole, steps=steps, rate=1.5e-3, betas=(0.9, 0.99), average=0.99)
+    fit("autoencoder", list(vae.parameters()), loss, steps=steps, rate=1.5e-3, betas=(0.9, 0.99), average=0.99)
+    return vae
 
+
+def train_decoder(vae: nn.Module, steps: int, pictures: int) -> None:
+    """Go on with the decoder alone, whose quality the eye sees; the latents stay as they are."""
+    pool = autoencoder_pictures(pictures)
+    chooser = torch.Generator().manual_seed(SEED + 4)
     with torch.no_grad():
         posteriors = [vae.encode(unit(pool[i : i + 100])).latent_dist for i in range(0, len(pool), 100)]
         means = torch.cat([p.mean for p in posteriors])
         spreads = torch.cat([p.std for p in posteriors])
 
-    def decoder() -> Tensor:
+    def loss() -> Tensor:
         chosen = torch.randint(len(pool), (16,), generator=chooser)
         latents = means[chosen] + spreads[chosen] * torch.randn_like(means[chosen])
         return distance(vae.decode(latents).sample, unit(pool[chosen]))
 
     parts = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    fit("decoder", parts, decoder, steps=decoder_steps, rate=2e-3, betas=(0.9, 0.99), average=0.998)
-    return vae
+    fit("decoder", parts, loss, steps=steps, rate=2e-3, betas=(0.9, 0.99), average=0.998)
 
 
 @torch.no_grad()
@@ -229,7 +237,7 @@ def scale_latents(vae: nn.Module, factor: float) -> None:
     vae.post_quant_conv.weight /= factor
 
 
-def train_denoiser(vae: nn.Module, tokenizer_folder: Path, steps: int, pictures: int) -> tuple[nn.Module, nn.Module]:
+def train_denoiser(vae: nn.Module, tokenizer_folder: Path, steps: int, pictures: int) -> tuple[nn.Module, nn.Module, float]:
     """Text encoder and U-Net together, on latents of captioned scenes; one caption in ten is left out."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -276,7 +284,7 @@ def train_denoiser(vae: nn.Module, tokenizer_folder: Path, steps: int, pictures:
 
     parameters = [*text.parameters(), *unet.parameters()]
     fit("denoiser", parameters, loss, steps=steps, rate=1.2e-3, weight_decay=0.01, average=0.999)
-    return text, unet
+    return text, unet, factor
 
 
 def write_model(folder: Path, tokenizer_folder: Path, vae: nn.Module, text: nn.Module, unet: nn.Module) -> None:
@@ -319,32 +327,61 @@ def write_model(folder: Path, tokenizer_folder: Path, vae: nn.Module, text: nn.M
     (folder / "model_index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    import tempfile
+# ---- command line ----
 
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+
+def run_stage(stage: str, args: argparse.Namespace) -> None:
+    """Run one stage; it reads what earlier ones left in the work folder and leaves its own there."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(SEED)
+    work: Path = args.work
+    if stage == "tokenizer":
+        rng = random.Random(SEED + 3)
+        with atomic_directory(work / "tokenizer") as folder:
+            write_tokenizer(folder, [random_caption(random_scene(rng), rng) for _ in range(4000)])
+    elif stage == "autoencoder":
+        with atomic_directory(work / "autoencoder") as folder:
+            train_autoencoder(args.autoencoder_steps, args.pictures).save_pretrained(folder)
+    elif stage == "decoder":
+        vae = AutoencoderKL.from_pretrained(work / "autoencoder")
+        with atomic_directory(work / "decoder") as folder:
+            train_decoder(vae, args.decoder_steps, args.pictures)
+            vae.save_pretrained(folder)
+    elif stage == "denoiser":
+        vae = AutoencoderKL.from_pretrained(work / "autoencoder")
+        with atomic_directory(work / "denoiser") as folder:
+            text, unet, factor = train_denoiser(vae, work / "tokenizer", args.denoiser_steps, args.pictures)
+            text.save_pretrained(folder / "text_encoder")
+            unet.save_pretrained(folder / "unet")
+            (folder / "latent_factor.json").write_text(json.dumps(factor))
+    else:
+        vae = AutoencoderKL.from_pretrained(work / "decoder")
+        scale_latents(vae, json.loads((work / "denoiser" / "latent_factor.json").read_text()))
+        text = CLIPTextModel.from_pretrained(work / "denoiser" / "text_encoder")
+        unet = UNet2DConditionModel.from_pretrained(work / "denoiser" / "unet")
+        with atomic_directory(args.output) as folder:
+            write_model(folder, work / "tokenizer", vae, text, unet)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--work", type=Path, required=True, help="folder where each stage leaves its result")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="which to run; decoder and denoiser can run side by side"
+    )
     parser.add_argument("--autoencoder_steps", type=int, default=3000)
     parser.add_argument("--decoder_steps", type=int, default=6000)
     parser.add_argument("--denoiser_steps", type=int, default=6000)
     parser.add_argument("--pictures", type=int, default=12000, help="pictures drawn for each stage")
     args = parser.parse_args()
-    torch.manual_seed(SEED)
-    with _scratch() as scratch:
-        tokenizer = scratch / "tokenizer"
-        rng = random.Random(SEED + 3)
-        write_tokenizer(tokenizer, [random_caption(random_scene(rng), rng) for _ in range(4000)])
-        vae = train_autoencoder(args.autoencoder_steps, args.decoder_steps, args.pictures)
-        text, unet = train_denoiser(vae, tokenizer, args.denoiser_steps, args.pictures)
-        with atomic_directory(args.output) as folder:
-            write_model(folder, tokenizer, vae, text, unet)
-    print(f"written: {args.output}")
+    args.work.mkdir(parents=True, exist_ok=True)
+    for stage in args.stages:
+        run_stage(stage, args)
+    print(f"done: {', '.join(args.stages)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""The example LoRA, trained and drawn with by the real scripts: the wug is learned, and nothing else is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from examples.quickstart.recipe.measure_accuracy import SCALE, STEPS, test_scenes
+from examples.quickstart.recipe.pictures import CONCEPT, SIZE
+from examples.quickstart.recipe.recognise import is_concept, recognise
+from tests.fixtures.runs import ROOT, run_script
+
+EXAMPLE = ROOT / "examples" / "quickstart"
+#: shares that a run must reach, and the base model must stay under
+LEARNED, UNKNOWN, KEPT = 0.75, 0.1, 0.85
+
+CONCEPT_PROMPTS = [
+    f"a {CONCEPT}{place}, {background} background"
+    for place in (" in the center", " on the left", " at the top", "")
+    for background in ("white", "black", "red", "purple")
+]
+KNOWN_SCENES = test_scenes(40, seed=77)
+
+
+def draw(folder: Path, prompts: Sequence[str], *arguments: object) -> list[Image.Image]:
+    """One picture for each prompt with ``gen_img.py``."""
+    folder.mkdir()
+    file = folder / "prompts.txt"
+    lines = [f"{prompt} --d {seed}" for seed, prompt in enumerate(prompts, start=100)]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = run_script(
+        "gen_img.py",
+        *("--ckpt", EXAMPLE / "model", "--from_file", file, "--outdir", folder, "--sequential_file_name"),
+        *("--W", SIZE, "--H", SIZE, "--steps", STEPS, "--scale", SCALE, "--batch_size", 8, "--sdpa", *arguments),
+    )
+    assert done.code == 0, done.text
+    pictures = sorted(folder.glob("*.png"))
+    assert len(pictures) == len(prompts)
+    return [Image.open(picture) for picture in pictures]
+
+
+def shares(pictures: Sequence[Image.Image]) -> tuple[float, float]:
+    """How many concept prompts show the concept, and how many known scenes what they say."""
+    concepts, known = pictures[: len(CONCEPT_PROMPTS)], pictures[len(CONCEPT_PROMPTS) :]
+    seen = [recognise(picture) for picture in known]
+    right = [(s.shape, s.color) == (scene.shape, scene.color) for s, scene in zip(seen, KNOWN_SCENES, strict=True)]
+    return sum(map(is_concept, concepts)) / len(concepts), sum(right) / len(right)
+
+
+PROMPTS = [*CONCEPT_PROMPTS, *(scene.full_caption() for scene in KNOWN_SCENES)]
+
+
+def test_the_base_model_does_not_know_the_concept(tmp_path: Path) -> None:
+    concept, known = shares(draw(tmp_path / "base", PROMPTS))
+    assert concept <= UNKNOWN
+    assert known >= KEPT
+
+
+@pytest.mark.parametrize("seed", [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_the_lora_teaches_it_and_keeps_the_rest(tmp_path: Path, seed: int) -> None:
+    trained = run_script(
+        *("train_network.py", "--config_file", EXAMPLE / "lora.toml", "--output_dir", tmp_path / "out", "--seed", seed)
+    )
+    assert trained.code == 0, trained.text
+    weights = tmp_path / "out" / "quickstart_lora.safetensors"
+    network = ("--network_module", "networks.lora", "--network_weights", weights)
+    concept, known = shares(draw(tmp_path / "drawn", PROMPTS, *network))
+    assert concept >= LEARNED
+    assert known >= KEPT
+
+
+def test_a_multiplier_of_zero_draws_as_the_base_model(tmp_path: Path) -> None:
+    trained = run_script(
+        *("train_network.py", "--config_file", EXAMPLE / "lora.toml", "--output_dir", tmp_path / "out"),
+        *("--max_train_steps", 2),
+    )
+    assert trained.code == 0, trained.text
+    weights = tmp_path / "out" / "quickstart_lora.safetensors"
+    network = ("--network_module", "networks.lora", "--network_weights", weights, "--network_mul", 0)
+    with_lora = draw(tmp_path / "with", PROMPTS[:2], *network)
+    without = draw(tmp_path / "without", PROMPTS[:2])
+    assert [picture.tobytes() for picture in with_lora] == [picture.tobytes() for picture in without]
