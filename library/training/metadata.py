@@ -165,7 +165,7 @@ def fixed_entries(
         "ss_lr_scheduler": scheduler_name,
         "ss_network_module": o.network.network_module,
         "ss_network_dim": o.network.network_dim,
-        "ss_network_alpha": o.network.network_alpha,
+        "ss_network_alpha": float(o.network.network_alpha),
         "ss_network_dropout": o.network.network_dropout,
         "ss_mixed_precision": o.training.mixed_precision,
         "ss_full_fp16": o.training.full_fp16,
@@ -210,7 +210,8 @@ def fixed_entries(
     if network_args:
         entries["ss_network_args"] = json.dumps(dict(network_args))
     entries |= architecture.metadata(info)
-    entries |= {name: json.dumps(v) if isinstance(v, (dict, list)) else v for name, v in data.items()}
+    tables = {name for name, value in data.items() if isinstance(value, (dict, list))} | {"ss_bucket_info"}
+    entries |= {name: json.dumps(value) if name in tables else value for name, value in data.items()}
     return {name: value if isinstance(value, str) else str(value) for name, value in entries.items()}
 
 

@@ -33,7 +33,7 @@ from examples.quickstart.recipe.pictures import (
 from library.diffusion.ddpm import NoiseSchedule, add_noise
 from library.diffusion.weighting import min_snr_weight
 from library.files.atomic import atomic_directory
-from library.files.safetensors_io import save_tensors
+from library.files.safetensors_io import load_tensors, save_tensors
 
 SEED = 0
 STAGES = ["tokenizer", "autoencoder", "decoder", "denoiser", "write"]
@@ -228,16 +228,35 @@ def train_decoder(vae: nn.Module, steps: int, pictures: int) -> None:
 
 
 @torch.no_grad()
-def scale_latents(vae: nn.Module, factor: float) -> None:
-    """Multiply the latents by ``factor`` within the VAE: what comes out of the encoder and goes into the decoder."""
-    half = vae.quant_conv.weight.shape[0] // 2  # means, then log variances
-    vae.quant_conv.weight[:half] *= factor
-    vae.quant_conv.bias[:half] *= factor
-    vae.quant_conv.bias[half:] += 2 * math.log(factor)
-    vae.post_quant_conv.weight /= factor
+def normalise_latents(vae: nn.Module, mean: Tensor, spread: Tensor) -> None:
+    """Fold ``(latents - mean) / spread`` into the VAE's last layer before the latents and its first one after them.
+
+    Args:
+        mean, spread: (C,) of the latents' channels.
+    """
+    half = len(mean)  # the layer gives means, then log variances
+    vae.quant_conv.weight[:half] /= spread[:, None, None, None]
+    vae.quant_conv.bias[:half] = (vae.quant_conv.bias[:half] - mean) / spread
+    vae.quant_conv.bias[half:] -= 2 * spread.log()
+    weight = vae.post_quant_conv.weight
+    vae.post_quant_conv.bias += weight[:, :, 0, 0] @ mean
+    weight *= spread[None, :, None, None]
 
 
-def train_denoiser(vae: nn.Module, tokenizer_folder: Path, steps: int, pictures: int) -> tuple[nn.Module, nn.Module, float]:
+def timestep_weights(schedule: NoiseSchedule) -> Tensor:
+    """Weights of the squared error of the noise, float32 (T,), 1 on average.
+
+    Min-SNR (gamma 5), and up to thirty times as much where the noise drowns the picture: there the error of the
+    picture is the noise's divided by the signal-to-noise ratio, and there shape, place and colour are decided.
+    In a trial of 400 steps this halved the picture's error at timestep 900.
+    """
+    timesteps = torch.arange(len(schedule.alphas_cumprod))
+    signal = schedule.alphas_cumprod.float()
+    weights = min_snr_weight(timesteps, schedule, 5.0, False) * ((1 - signal) / signal).clamp(1, 30)
+    return weights / weights.mean()
+
+
+def train_denoiser(vae: nn.Module, tokenizer_folder: Path, steps: int, pictures: int) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
     """Text encoder and U-Net together, on latents of captioned scenes; one caption in ten is left out."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -248,9 +267,8 @@ def train_denoiser(vae: nn.Module, tokenizer_folder: Path, steps: int, pictures:
     pixels = to_pixels([draw_scene(scene, rng) for scene in scenes])
     with torch.no_grad():
         latents = torch.cat([vae.encode(unit(pixels[i : i + 100])).latent_dist.mean for i in range(0, pictures, 100)])
-    factor = 1.0 / (float(latents.std()) * LATENT_SCALE)
-    scale_latents(vae, factor)
-    latents *= factor * LATENT_SCALE  # unit spread, as the denoiser sees them
+    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    latents = (latents - mean[:, None, None]) / spread[:, None, None]
 
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
 
@@ -269,6 +287,7 @@ def train_denoiser(vae: nn.Module, tokenizer_folder: Path, steps: int, pictures:
     )
     unet = UNet2DConditionModel(**UNET_CONFIG)
     schedule = NoiseSchedule.scaled_linear()
+    weights = timestep_weights(schedule)
     chooser = torch.Generator().manual_seed(SEED + 2)
 
     def loss() -> Tensor:
@@ -280,11 +299,12 @@ def train_denoiser(vae: nn.Module, tokenizer_folder: Path, steps: int, pictures:
         context = text(input_ids).last_hidden_state
         predicted = unet(add_noise(schedule, clean, noise, timesteps), timesteps, context).sample
         each = (predicted - noise).square().mean(dim=(1, 2, 3))
-        return (each * min_snr_weight(timesteps, schedule, 5.0, False)).mean()
+        return (each * weights[timesteps]).mean()
 
     parameters = [*text.parameters(), *unet.parameters()]
     fit("denoiser", parameters, loss, steps=steps, rate=1.2e-3, weight_decay=0.01, average=0.999)
-    return text, unet, factor
+    # the denoiser sees latents times LATENT_SCALE, and is to see the ones of above
+    return text, unet, {"mean": mean, "spread": spread * LATENT_SCALE}
 
 
 def write_model(folder: Path, tokenizer_folder: Path, vae: nn.Module, text: nn.Module, unet: nn.Module) -> None:
@@ -353,13 +373,13 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
     elif stage == "denoiser":
         vae = AutoencoderKL.from_pretrained(work / "autoencoder")
         with atomic_directory(work / "denoiser") as folder:
-            text, unet, factor = train_denoiser(vae, work / "tokenizer", args.denoiser_steps, args.pictures)
+            text, unet, latents = train_denoiser(vae, work / "tokenizer", args.denoiser_steps, args.pictures)
             text.save_pretrained(folder / "text_encoder")
             unet.save_pretrained(folder / "unet")
-            (folder / "latent_factor.json").write_text(json.dumps(factor))
+            save_tensors(folder / "latents.safetensors", latents)
     else:
         vae = AutoencoderKL.from_pretrained(work / "decoder")
-        scale_latents(vae, json.loads((work / "denoiser" / "latent_factor.json").read_text()))
+        normalise_latents(vae, **load_tensors(work / "denoiser" / "latents.safetensors"))
         text = CLIPTextModel.from_pretrained(work / "denoiser" / "text_encoder")
         unet = UNet2DConditionModel.from_pretrained(work / "denoiser" / "unet")
         with atomic_directory(args.output) as folder:
@@ -374,8 +394,8 @@ def main() -> None:
         "--stages", nargs="+", choices=STAGES, default=STAGES, help="which to run; decoder and denoiser can run side by side"
     )
     parser.add_argument("--autoencoder_steps", type=int, default=3000)
-    parser.add_argument("--decoder_steps", type=int, default=6000)
-    parser.add_argument("--denoiser_steps", type=int, default=6000)
+    parser.add_argument("--decoder_steps", type=int, default=4000)
+    parser.add_argument("--denoiser_steps", type=int, default=4500)
     parser.add_argument("--pictures", type=int, default=12000, help="pictures drawn for each stage")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

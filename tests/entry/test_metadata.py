@@ -1,0 +1,152 @@
+"""The metadata of a trained file against the published table of keys, value types and conditions."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from library.files.hashes import sshs_hashes
+from tests.fixtures.runs import ROOT, lora_arguments, make_pictures, run_script, write_dataset
+from tests.fixtures.tiny_sd import make_tiny_sd
+
+TABLE = json.loads((ROOT / "tests" / "compat" / "data" / "metadata_keys.json").read_text())
+
+
+def _is_literal(*kinds: type) -> Callable[[str], bool]:
+    def check(text: str) -> bool:
+        value = ast.literal_eval(text)
+        return type(value) in kinds
+
+    return check
+
+
+def _is_json(*kinds: type) -> Callable[[str], bool]:
+    return lambda text: isinstance(json.loads(text), kinds)
+
+
+def _matches(pattern: str) -> Callable[[str], bool]:
+    return lambda text: re.fullmatch(pattern, text) is not None
+
+
+NONE = type(None)
+#: published value type -> whether a text is one
+TYPES: dict[str, Callable[[str], bool]] = {
+    "int": _is_literal(int),
+    "int|None": _is_literal(int, NONE),
+    "int|float": _is_literal(int, float),
+    "float": _is_literal(float),
+    "float|None": _is_literal(float, NONE),
+    "float|list[float]|None": _is_literal(float, list, NONE),
+    "float unix time": lambda text: abs(float(text) - time.time()) < 3600,
+    "bool": _is_literal(bool),
+    "str": lambda text: text != "" and text != "None",
+    "str|None": lambda text: text != "",
+    "tuple[float,float]|None": _is_literal(tuple, NONE),
+    "tuple[int,int]|None": _is_literal(tuple, NONE),
+    "json list": _is_json(list),
+    "json object": _is_json(dict),
+    "json object|null": _is_json(dict, NONE),
+    "hex8": _matches("[0-9a-f]{8}"),
+    "hex64": _matches("[0-9a-f]{64}"),
+    "str WxH": _matches(r"\d+x\d+"),
+    "str a,b": _matches(r"\d+,\d+"),
+    "data URL": _matches(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+"),
+    "ISO-8601 seconds, local time, no zone": lambda text: datetime.fromisoformat(text).tzinfo is None and len(text) == 19,
+}
+
+ALWAYS = {"always", "each save", "not for flux/chroma"}
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def expected_keys(*conditions: str) -> set[str]:
+    return {key for key, _, when in TABLE["keys"]["sd"] if when in ALWAYS or when in conditions}
+
+
+def assert_types(entries: dict[str, str]) -> None:
+    types = {key: kind for key, kind, _ in TABLE["keys"]["sd"]}
+    wrong = {key: text for key, text in entries.items() if not TYPES[types[key]](text)}
+    assert not wrong
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a run with a dataset file and no more options than needed."""
+    folder = tmp_path_factory.mktemp("plain")
+    dataset = write_dataset(folder / "data.toml", make_pictures(folder / "pictures"))
+    model = make_tiny_sd(folder / "model.safetensors")
+    done = run_script("train_network.py", *lora_arguments(model, dataset, folder / "out"))
+    assert done.code == 0, done.text
+    return folder / "out" / "tiny.safetensors"
+
+
+def test_keys_and_types_of_a_plain_run(plain: Path) -> None:
+    entries = metadata_of(plain)
+    local_model = ("when local path exists", "with --dataset_config")
+    assert set(entries) == expected_keys(*local_model) | {"ss_sd_model_name"}
+    assert_types(entries)
+    assert not set(TABLE["never"]) & set(entries)
+
+
+def test_the_model_hashes_are_those_of_the_file(plain: Path) -> None:
+    entries = metadata_of(plain)
+    recorded = {name: text for name, text in entries.items() if name.startswith("ss_")}
+    strict, legacy = sshs_hashes(load_file(plain), recorded)
+    assert (entries["sshs_model_hash"], entries["sshs_legacy_hash"]) == (strict, legacy)
+
+
+def test_keys_and_types_with_everything_given(tmp_path: Path) -> None:
+    """The old folder form, a VAE, network arguments and every option of the model specification."""
+    make_pictures(tmp_path / "train" / "2_cat dog")
+    model = make_tiny_sd(tmp_path / "model.safetensors")
+    thumbnail = tmp_path / "train" / "2_cat dog" / "0.png"
+    given = ["description", "author", "license", "tags", "usage_hint", "merged_from", "trigger_phrase", "preprocessor"]
+    done = run_script(
+        "train_network.py",
+        *lora_arguments(
+            model,
+            None,
+            tmp_path / "out",
+            dataset_config=None,
+            train_data_dir=tmp_path / "train",
+            resolution=64,
+            caption_extension=".txt",
+            vae=model.path,
+            network_args=["conv_dim=2"],
+            clip_skip=2,
+            min_timestep=10,
+            max_timestep=900,
+            metadata_thumbnail=thumbnail,
+            metadata_is_negative_embedding="false",
+            **{f"metadata_{name}": f"the {name}" for name in given},
+        ),
+    )
+    assert done.code == 0, done.text
+    entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
+    conditions = {when for _, _, when in TABLE["keys"]["sd"]} - {"with --dataset_config"}
+    assert set(entries) == expected_keys(*conditions)
+    assert_types(entries)
+
+
+def test_no_metadata_keeps_what_loaders_need(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data.toml", make_pictures(tmp_path / "pictures"))
+    model = make_tiny_sd(tmp_path / "model.safetensors")
+    done = run_script(
+        "train_network.py",
+        *lora_arguments(model, dataset, tmp_path / "out", no_metadata=True, network_args=["conv_dim=2"]),
+    )
+    assert done.code == 0, done.text
+    kept = {key for key in metadata_of(tmp_path / "out" / "tiny.safetensors") if key.startswith("ss_")}
+    assert kept == {key for key in TABLE["no_metadata_keeps"] if key.startswith("ss_")}
