@@ -7,7 +7,8 @@ from library.randomness import key, permutation, python_rng, torch_generator, vi
 
 
 def test_keys_depend_on_every_part_and_its_type() -> None:
-    keys = [key(1, "a"), key(1, "b"), key(2, "a"), key("1", "a"), key("a", 1), key(1, "a", 0), key("1a"), key(12), key(1, 2)]
+    parts = [(1, "a"), (1, "b"), (2, "a"), ("1", "a"), ("a", 1), (1, "a", 0), ("1a",), (12,), (1, 2)]
+    keys = [key(*each) for each in parts]
     assert len(set(keys)) == len(keys)
     assert all(0 <= k < 2**63 for k in keys)
     assert key(1, "a") == key(1, "a")
@@ -25,7 +26,8 @@ def test_only_int_and_str() -> None:
 
 
 def test_draws() -> None:
-    assert torch.equal(torch.randn(4, generator=torch_generator(1, "x")), torch.randn(4, generator=torch_generator(1, "x")))
+    first, again = (torch.randn(4, generator=torch_generator(1, "x")) for _ in range(2))
+    assert torch.equal(first, again)
     assert python_rng(1, "x").random() == python_rng(1, "x").random() != python_rng(2, "x").random()
     assert sorted(permutation(50, 1, "order")) == list(range(50))
     assert permutation(50, 1, "order") != permutation(50, 2, "order")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from examples.quickstart.recipe.measure_accuracy import WANTED, load_models, measure, test_scenes

@@ -30,7 +30,7 @@ COLORS: dict[str, Color] = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
 POSITIONS = {"center": (0.5, 0.5), "left": (0.28, 0.5), "right": (0.72, 0.5), "top": (0.5, 0.28), "bottom": (0.5, 0.72)}
-RADII = {"small": 0.16, "large": 0.27}  # share of the picture's side
+RADII = {"small": 0.18, "large": 0.27}  # share of the picture's side
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
 def draw_anything(rng: random.Random) -> Image.Image:
     """A picture for the autoencoder, which must also handle what the denoiser is not taught."""
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.7:
         return draw_scene(random_scene(rng), rng)
     picture = Image.new("RGB", (_CANVAS, _CANVAS), _varied(COLORS[rng.choice(list(COLORS))], rng, 30))
     canvas = ImageDraw.Draw(picture)
-    if kind < 0.675:
+    if kind < 0.78:
         for _ in range(rng.randint(1, 3)):
             _draw_polygon(canvas, rng)
-    elif kind < 0.85:
+    elif kind < 0.92:
         _draw_two_colors(canvas, rng)
     else:
         for _ in range(rng.randint(2, 5)):

@@ -1,0 +1,68 @@
+"""Deferred imports: nothing is executed before it is used, and then all of it is there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from library.lazy_imports import defer_import
+
+NAME = "deferred_example"
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package that leaves a file behind when it is executed; returns that file's path."""
+    mark = tmp_path / "executed"
+    folder = tmp_path / NAME
+    folder.mkdir()
+    (folder / "__init__.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\nVALUE = 3\n")
+    (folder / "part.py").write_text(f"from {NAME} import VALUE\nTWICE = 2 * VALUE\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield mark
+    for name in [name for name in sys.modules if name.split(".")[0] == NAME]:
+        del sys.modules[name]
+
+
+def test_nothing_is_executed_by_import_and_lookup(package: Path) -> None:
+    defer_import(NAME)
+    module = importlib.import_module(NAME)
+    assert importlib.util.find_spec(NAME) is not None
+    assert not package.exists()
+    assert module.VALUE == 3 and package.exists()
+
+
+def test_a_submodule_finds_its_package_executed(package: Path) -> None:
+    defer_import(NAME)
+    assert importlib.import_module(f"{NAME}.part").TWICE == 6
+    assert package.exists() and importlib.import_module(NAME).part.TWICE == 6
+
+
+def test_a_module_that_fails_is_not_left_behind(package: Path) -> None:
+    package.parent.joinpath(NAME, "__init__.py").write_text("raise OSError('a library is missing')\n")
+    defer_import(NAME)
+    with pytest.raises(OSError, match="a library is missing"):
+        importlib.import_module(NAME).VALUE  # noqa: B018
+    assert NAME not in sys.modules
+
+
+def test_missing_packages_are_left_alone() -> None:
+    defer_import("no_such_package_anywhere")
+    assert "no_such_package_anywhere" not in sys.modules
+
+
+def test_models_are_imported_without_the_compiler() -> None:
+    """What defers bitsandbytes is there before the first import of diffusers."""
+    program = (
+        "import sys, train_network\n"
+        "from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel\n"
+        "sys.exit('bitsandbytes.functional' in sys.modules)\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0
