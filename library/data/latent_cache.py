@@ -63,9 +63,9 @@ def to_pixels(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 127.5 - 1.0
 
 
-def to_weights(mask: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 in [0, 1]."""
-    return mask.float() / 255.0
+def to_weights(mask: np.ndarray) -> Tensor:
+    """uint8 (H, W) -> float32 (H, W) in [0, 1]."""
+    return torch.from_numpy(mask.astype(np.float32) / np.float32(255.0))
 
 
 def check_one_file_each(wanted: Iterable[Wanted], format: LatentFormat) -> None:
@@ -209,7 +209,7 @@ class MemoryLatents:
         latents = self._stacks[wanted.bucket][self._rows[self._key(wanted, flipped)]]
         if not wanted.alpha_mask:
             return StoredSample(latents, None)
-        mask = to_weights(self._mask_stacks[wanted.bucket][self._mask_rows[self._key(wanted, False)]])
+        mask = to_weights(self._mask_stacks[wanted.bucket][self._mask_rows[self._key(wanted, False)]].numpy())
         return StoredSample(latents, mask.flip(1) if flipped else mask)
 
 
@@ -295,7 +295,7 @@ def _prepare(wanted: Wanted, vae_identity: str | None) -> _Prepared:
     image, alpha = read_image_and_alpha(wanted.path)
     fitted = fit(image, wanted.bucket, interpolation=wanted.interpolation)
     mask = cut_mask(alpha, covering_size(wanted.size, wanted.bucket), fitted.crop_ltrb)
-    return _Prepared(fitted, to_weights(torch.from_numpy(mask)).numpy(), stamp)
+    return _Prepared(fitted, to_weights(mask).numpy(), stamp)
 
 
 def _batches(wanted: Sequence[Wanted], batch_size: int) -> Iterator[list[Wanted]]:

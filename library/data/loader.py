@@ -172,7 +172,7 @@ def _read_pixels(
 
 def _weights(mask: np.ndarray, flipped: bool) -> Tensor:
     """uint8 (H, W) -> float32 (H, W) in [0, 1], mirrored with its picture."""
-    return to_weights(torch.from_numpy(np.ascontiguousarray(mask[:, ::-1] if flipped else mask)))
+    return to_weights(np.ascontiguousarray(mask[:, ::-1]) if flipped else mask)
 
 
 def _stack_masks(masks: Sequence[Tensor | None], bucket: tuple[int, int]) -> Tensor | None:
