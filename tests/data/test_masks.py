@@ -235,7 +235,9 @@ def test_subsets_may_share_a_folder_of_masks(make_data: Make, folder: Path, mask
     assert_masks_are(
         load(
             make_data(
-                dataset=SIZE, subset=f"{masks}\n{MANY}", more=f"[[datasets.subsets]]\nimage_dir = '{other}'\n{masks}\n{MANY}"
+                dataset=SIZE,
+                subset=f"{masks}\n{MANY}",
+                more=f"[[datasets.subsets]]\nimage_dir = '{other}'\n{masks}\n{MANY}",
             )
         )
     )
