@@ -80,7 +80,7 @@ class DatasetOptions:
     vae_batch_size: int = option(1, "pictures encoded at a time", type=int)
     skip_cache_check: bool = option(False, "trust cache files without looking into them")
     cache_info: bool = option(False, "remember captions and sizes in metadata_cache.json")
-    conditioning_data_dir: str | None = option(None, "folder of conditioning or mask pictures")
+    conditioning_data_dir: str | None = option(None, "folder of mask pictures for --masked_loss, with the names of the pictures")
     debug_dataset: bool = option(False, "show what would be trained on, and end")
     max_data_loader_n_workers: int = option(8, "processes that prepare batches; 0 prepares them in the main one", type=int)
     persistent_data_loader_workers: bool = option(False, "keep these processes between epochs")
@@ -245,7 +245,7 @@ class LossOptions:
     v_pred_like_loss: float | None = option(None, "adds the loss of v-prediction with this weight, for models that predict noise", type=float)
     debiased_estimation_loss: bool = option(False, "weight timesteps by 1 / sqrt(SNR)")
     prior_loss_weight: float = option(1.0, "weight of regularisation pictures", type=float)
-    masked_loss: bool = option(False, "weight the loss by mask pictures")
+    masked_loss: bool = option(False, "weight the loss by mask pictures, see --conditioning_data_dir")
 
 
 @dataclass(frozen=True)

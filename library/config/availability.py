@@ -24,7 +24,6 @@ REFUSED = MappingProxyType(
         **{name: reason for name, reason in UNSUPPORTED.items() if name not in _KEYS_ONLY},
         "in_json": UNSUPPORTED["metadata_file"],
         "dataset_class": "dataset classes of your own are not supported yet; use --dataset_config",
-        "masked_loss": "mask pictures are not supported yet; crop away what is not to be learned",
         "debug_dataset": "not supported yet; the summary before the first step shows the buckets",
         "validation_seed": _VALIDATION,
         "validate_every_n_steps": _VALIDATION,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from library.config.arguments import TrainNetworkOptions, flat
 from library.config.availability import REFUSED
+from library.data.dataset_config import NOT_WITH_CACHED_LATENTS
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def files_exist(o: TrainNetworkOptions) -> Iterator[Finding]:
     folders: list[tuple[str, str | None]] = []
     if not o.dataset.dataset_config:
         folders += [("train_data_dir", o.dataset.train_data_dir), ("reg_data_dir", o.dataset.reg_data_dir)]
+    if o.dataset.conditioning_data_dir:
+        folders.append(("conditioning_data_dir", o.dataset.conditioning_data_dir))
     if not o.resume.resume_from_huggingface:  # then it is no path
         folders.append(("resume", o.resume.resume))
     for name, path in files:
@@ -161,8 +164,10 @@ def attention(o: TrainNetworkOptions) -> Iterator[Finding]:
 
 def cached_latents(o: TrainNetworkOptions) -> Iterator[Finding]:
     d = o.dataset
-    if (d.cache_latents or d.cache_latents_to_disk) and d.random_crop:
-        yield error("--random_crop: not with cached latents, which are made once; remove one of them")
+    if d.cache_latents or d.cache_latents_to_disk:
+        for name in NOT_WITH_CACHED_LATENTS:
+            if getattr(d, name):
+                yield error(f"--{name}: not with cached latents, which are made once; remove one of them")
     if d.skip_cache_check and not d.cache_latents_to_disk:
         yield warning("--skip_cache_check has no effect without --cache_latents_to_disk")
     if _changed(d, "vae_batch_size") and not (d.cache_latents or d.cache_latents_to_disk):

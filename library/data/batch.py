@@ -17,6 +17,8 @@ class Batch:
 
     latents: Tensor | None  # (B, C, h, w) float32, as caches store them
     images: Tensor | None  # (B, 3, H, W) float32 in [-1, 1]
+    loss_masks: Tensor | None  # (B, H, W) float32 in [0, 1], weight of each pixel in the loss; None: all count in full
+    conditioning_images: Tensor | None  # (B, 3, H, W) float32 in [-1, 1], for trainers that condition on pictures
     captions: list[str]
     tokens: dict[str, Tensor]  # batch first; stay on the host until they are encoded
     visits: list[int]  # keys of all randomness of a sample, see library.randomness
@@ -43,6 +45,8 @@ class Batch:
             self,
             latents=move(self.latents),
             images=move(self.images),
+            loss_masks=move(self.loss_masks),
+            conditioning_images=move(self.conditioning_images),
             loss_weights=self.loss_weights.to(device, non_blocking=non_blocking),
         )
 
@@ -56,6 +60,8 @@ class Batch:
             self,
             latents=pin(self.latents),
             images=pin(self.images),
+            loss_masks=pin(self.loss_masks),
+            conditioning_images=pin(self.conditioning_images),
             tokens={name: tensor.pin_memory() for name, tensor in self.tokens.items()},
             loss_weights=self.loss_weights.pin_memory(),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class CachedLatents:
     latents_flipped: np.ndarray | None  # of the mirrored picture
     original_size: tuple[int, int]  # (W, H)
     crop_ltrb: tuple[int, int, int, int]  # in the resized picture
+    alpha_mask: np.ndarray | None = None  # float32 (H, W) 0..1, opacity of the bucket's pixels, not mirrored
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,10 @@ def write_cache(path: Path, cached: CachedLatents, stamp: Stamp, format: LatentF
     arrays[f"latents{suffix}"] = cached.latents.astype(np.float32)
     arrays[f"original_size{suffix}"] = np.array(cached.original_size, dtype=np.int64)
     arrays[f"crop_ltrb{suffix}"] = np.array(cached.crop_ltrb, dtype=np.int64)
-    arrays.pop(f"latents_flipped{suffix}", None)
-    if cached.latents_flipped is not None:
-        arrays[f"latents_flipped{suffix}"] = cached.latents_flipped.astype(np.float32)
+    for name, values in (("latents_flipped", cached.latents_flipped), ("alpha_mask", cached.alpha_mask)):
+        arrays.pop(f"{name}{suffix}", None)
+        if values is not None:
+            arrays[f"{name}{suffix}"] = values.astype(np.float32)
     arrays[f"{STAMP}{suffix}"] = np.array(stamp.to_text())
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
@@ -144,27 +147,51 @@ def read_cache(path: Path, bucket: tuple[int, int], format: LatentFormat) -> tup
     flipped = arrays.get(f"latents_flipped{suffix}")
     if not all(_fits(values, bucket, format) for values in (latents, flipped) if values is not None):
         return None
+    alpha_mask = arrays.get(f"alpha_mask{suffix}")
+    if alpha_mask is not None and not _mask_fits(alpha_mask, bucket):
+        alpha_mask = None
     try:
         width, height = (int(n) for n in arrays[f"original_size{suffix}"])
         left, top, right, bottom = (int(n) for n in arrays[f"crop_ltrb{suffix}"])
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error})") from None
     stamp = Stamp.from_text(str(arrays[f"{STAMP}{suffix}"])) if f"{STAMP}{suffix}" in arrays else None
-    return CachedLatents(latents, flipped, (width, height), (left, top, right, bottom)), stamp
+    return CachedLatents(latents, flipped, (width, height), (left, top, right, bottom), alpha_mask), stamp
 
 
-def read_latents(path: Path, bucket: tuple[int, int], format: LatentFormat, *, flipped: bool) -> np.ndarray | None:
-    """float32 (C, h, w) of a file that ``read_cache`` found good, or ``None`` where they are no longer there.
+def read_sample(
+    path: Path, bucket: tuple[int, int], format: LatentFormat, *, flipped: bool, alpha_mask: bool
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What one use needs of a file that ``read_cache`` found good; ``None`` for what is no longer there.
+
+    Args:
+        flipped: whether of the mirrored picture.
+        alpha_mask: whether the mask is needed too.
+
+    Returns:
+        Latents, float32 (C, h, w), and mask, float32 (H, W), mirrored if ``flipped``.
 
     Raises:
         ValueError: the file is damaged.
     """
-    name = f"latents{'_flipped' if flipped else ''}{array_suffix(bucket, format)}"
+    suffix = array_suffix(bucket, format)
+    wanted = [f"latents{'_flipped' if flipped else ''}{suffix}", *([f"alpha_mask{suffix}"] if alpha_mask else [])]
     try:
-        values = _read_arrays(path, only=name).get(name)
+        arrays = _read_arrays(path, only=wanted)
     except FileNotFoundError:
-        return None
-    return values.astype(np.float32, copy=False) if values is not None and _fits(values, bucket, format) else None
+        return None, None
+    latents, mask = arrays.get(wanted[0]), arrays.get(f"alpha_mask{suffix}")
+    if latents is not None:
+        latents = latents.astype(np.float32, copy=False) if _fits(latents, bucket, format) else None
+    if mask is not None:
+        mask = mask.astype(np.float32, copy=False) if _mask_fits(mask, bucket) else None
+    if mask is not None and flipped:
+        mask = np.ascontiguousarray(mask[:, ::-1])
+    return latents, mask
+
+
+def _mask_fits(mask: np.ndarray, bucket: tuple[int, int]) -> bool:
+    return mask.shape == (bucket[1], bucket[0]) and np.issubdtype(mask.dtype, np.floating)
 
 
 def _fits(latents: np.ndarray, bucket: tuple[int, int], format: LatentFormat) -> bool:
@@ -172,8 +199,8 @@ def _fits(latents: np.ndarray, bucket: tuple[int, int], format: LatentFormat) ->
     return latents.shape == expected and np.issubdtype(latents.dtype, np.floating)
 
 
-def _read_arrays(path: Path, suffix: str = "", only: str | None = None) -> dict[str, np.ndarray]:
-    """The arrays whose names end with ``suffix``, or the one named ``only``.
+def _read_arrays(path: Path, suffix: str = "", only: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays whose names end with ``suffix``, or those named in ``only``.
 
     Raises:
         FileNotFoundError: as it says.
@@ -181,7 +208,7 @@ def _read_arrays(path: Path, suffix: str = "", only: str | None = None) -> dict[
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = [name for name in file.files if (name == only if only else name.endswith(suffix))]
+            names = [name for name in file.files if (name in only if only else name.endswith(suffix))]
             return {name: file[name] for name in names}
     except FileNotFoundError:
         raise

@@ -6,13 +6,16 @@ so a loader worker keeps no state, and an epoch may be entered at any batch.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from library.architectures.base import LatentFormat
+from library.data.augment import face_in_name
 from library.data.batch import Batch
 from library.data.buckets import Buckets
+from library.data.conditioning import Role, check_none_is_extra, pair
 from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec
 from library.data.discover import discover
 from library.data.latent_cache import (
@@ -30,6 +33,8 @@ from library.errors import UserError
 from library.randomness import permutation
 
 Size = tuple[int, int]
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Batch", "BatchRef", "BucketedDataset", "TrainingData", "Use"]
 
@@ -60,12 +65,13 @@ class BucketedDataset:
         problems = []
         for index, subset in enumerate(spec.subsets):
             try:
-                self.records += discover(subset, index)
+                self.records += pair(subset, discover(subset, index))
             except UserError as error:
                 problems.append(str(error))
         if problems:
             raise UserError("\n".join(problems))
         _check_steps(spec, format)
+        _check_faces(self)
         buckets = Buckets(spec.buckets)
         self.bucket_of = [buckets.assign(record.size) for record in self.records]
         self.uses = self._uses()
@@ -76,6 +82,12 @@ class BucketedDataset:
 
     def subset(self, record: int) -> SubsetSpec:
         return self.spec.subsets[self.records[record].subset]
+
+    def records_of_subsets(self) -> list[tuple[SubsetSpec, list[ImageRecord]]]:
+        return [
+            (subset, [record for record in self.records if record.subset == index])
+            for index, subset in enumerate(self.spec.subsets)
+        ]
 
     def _uses(self) -> list[Use]:
         """What an epoch is made of: training pictures by their repeats, as many regularisation pictures."""
@@ -128,7 +140,14 @@ class BucketedDataset:
     def wanted(self, record: int) -> Wanted:
         """The latents that this record needs."""
         subset, found = self.subset(record), self.records[record]
-        return Wanted(found.path, found.size, self.bucket_of[record], self.interpolation(record), subset.flip_aug)
+        return Wanted(
+            found.path,
+            found.size,
+            self.bucket_of[record],
+            self.interpolation(record),
+            flip=subset.flip_aug,
+            alpha_mask=subset.alpha_mask,
+        )
 
     def interpolation(self, record: int) -> str | None:
         return self.subset(record).resize_interpolation or self.spec.resize_interpolation
@@ -153,6 +172,27 @@ def _check_steps(spec: DatasetSpec, format: LatentFormat) -> None:
         )
 
 
+def _check_faces(dataset: BucketedDataset) -> None:
+    """Say which pictures cannot be cropped around a face; an error where none of a subset can."""
+    problems = []
+    for subset, of_subset in dataset.records_of_subsets():
+        if subset.face_crop_range is None:
+            continue
+        without = [record.path.name for record in of_subset if face_in_name(record.path, record.size) is None]
+        if len(without) == len(of_subset):
+            problems.append(
+                f"{subset.where}: face_crop_aug_range: no picture's name tells where the face is; names must end with "
+                "_<centre x>_<centre y>_<width>_<height>; or write face_crop_aug_range = [] here"
+            )
+        elif without:
+            logger.warning(
+                "%s: face_crop_aug_range: cropped as without it, as their names tell no face: %d pictures, such as %s",
+                *(subset.where, len(without), without[0]),
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
 class TrainingData:
     """The data of a run, all datasets together.
 
@@ -161,13 +201,20 @@ class TrainingData:
         seed: of the run.
         latent: the family's latent format.
         prior_loss_weight: weight of regularisation pictures.
+        conditioning_as: what the pictures of ``conditioning_data_dir`` become in a batch.
 
     Raises:
         UserError: unreadable pictures, missing captions, sizes that do not fit; see ``discover``.
     """
 
     def __init__(
-        self, config: DatasetConfig, *, seed: int, latent: LatentFormat, prior_loss_weight: float = 1.0
+        self,
+        config: DatasetConfig,
+        *,
+        seed: int,
+        latent: LatentFormat,
+        prior_loss_weight: float = 1.0,
+        conditioning_as: Role = "mask",
     ) -> None:
         self.seed = seed
         self.latent = latent
@@ -181,7 +228,10 @@ class TrainingData:
             # a folder that several datasets share is named once
             raise UserError("\n".join(dict.fromkeys(problems)))
         self.datasets = tuple(datasets)
-        self.maker = BatchMaker(self.datasets, seed=seed, prior_loss_weight=prior_loss_weight)
+        check_none_is_extra(found for dataset in self.datasets for found in dataset.records_of_subsets())
+        self.maker = BatchMaker(
+            self.datasets, seed=seed, prior_loss_weight=prior_loss_weight, conditioning_as=conditioning_as
+        )
         self._loader: Loader | None = None
 
     def picture_count(self) -> int:
@@ -258,14 +308,20 @@ class TrainingData:
         return len(missing)
 
     def _wanted(self) -> list[Wanted]:
-        """What the latent cache must hold; a picture mirrored in one subset only is listed once, with both."""
-        merged: dict[Wanted, bool] = {}
+        """What the latent cache must hold; a picture mirrored in one subset only is listed once, with both.
+
+        The same goes for its alpha mask.
+        """
+        merged: dict[Wanted, Wanted] = {}
         for dataset in self.datasets:
             for record in sorted({use.record for use in dataset.uses}):
                 wanted = dataset.wanted(record)
-                plain = replace(wanted, flip=False)
-                merged[plain] = merged.get(plain, False) or wanted.flip
-        return [replace(plain, flip=flip) for plain, flip in merged.items()]
+                plain = replace(wanted, flip=False, alpha_mask=False)
+                known = merged.get(plain, plain)
+                merged[plain] = replace(
+                    plain, flip=known.flip or wanted.flip, alpha_mask=known.alpha_mask or wanted.alpha_mask
+                )
+        return list(merged.values())
 
     # ---- batches ----
 

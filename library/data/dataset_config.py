@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,10 @@ class SubsetSpec:
     captions: CaptionRules
     flip_aug: bool
     random_crop: bool
+    face_crop_range: tuple[float, float] | None  # lowest and highest ratio of crop to face
+    color_aug: bool
+    alpha_mask: bool
+    conditioning_dir: Path | None  # mask or conditioning pictures, with the names of the pictures
     resize_interpolation: str | None
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -88,6 +93,10 @@ _KEYS: dict[str, _Key] = {
     "num_repeats": _Key("int", _EVERYWHERE, "dataset_repeats"),
     "flip_aug": _Key("bool", _EVERYWHERE, "flip_aug"),
     "random_crop": _Key("bool", _EVERYWHERE, "random_crop"),
+    "face_crop_aug_range": _Key("range", _EVERYWHERE, "face_crop_aug_range"),
+    "color_aug": _Key("bool", _EVERYWHERE, "color_aug"),
+    "alpha_mask": _Key("bool", (_SUBSET,), "alpha_mask"),
+    "conditioning_data_dir": _Key("str", (_SUBSET,), "conditioning_data_dir"),
     "shuffle_caption": _Key("bool", _EVERYWHERE, "shuffle_caption"),
     "keep_tokens": _Key("natural", _EVERYWHERE, "keep_tokens"),
     "keep_tokens_separator": _Key("str", _EVERYWHERE, "keep_tokens_separator"),
@@ -106,10 +115,6 @@ _KEYS: dict[str, _Key] = {
     "image_dir": _Key("str", (_SUBSET,)),
     # published keys that this version refuses unless they are off, see UNSUPPORTED
     "metadata_file": _Key("str", (_SUBSET,)),
-    "conditioning_data_dir": _Key("str", (_SUBSET,)),
-    "alpha_mask": _Key("bool", (_SUBSET,)),
-    "face_crop_aug_range": _Key("list", _EVERYWHERE),
-    "color_aug": _Key("bool", _EVERYWHERE),
     "token_warmup_step": _Key("number", _EVERYWHERE),
     "token_warmup_min": _Key("natural", _EVERYWHERE),
     "cache_info": _Key("bool", _EVERYWHERE),
@@ -121,15 +126,14 @@ _KEYS: dict[str, _Key] = {
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "metadata_file": "metadata files are not supported yet; use caption files beside the pictures",
-        "conditioning_data_dir": "conditioning and mask pictures are not supported yet",
-        "alpha_mask": "alpha masks are not supported yet",
-        "face_crop_aug_range": "face crops are not supported yet; crop the pictures beforehand",
-        "color_aug": "colour variation is not supported yet; vary the pictures beforehand",
         "token_warmup_step": "the tag warm-up is not supported yet",
         "cache_info": "not supported yet; sizes are read from the headers at each start",
         "validation_split": "validation is not supported yet; compare sample images instead",
     }
 )
+
+#: what differs from use to use, so that nothing can be encoded once
+NOT_WITH_CACHED_LATENTS = ("random_crop", "face_crop_aug_range", "color_aug")
 
 #: what belongs on the command line only
 _OPTIONS_ONLY = ("debug_dataset", "max_token_length", "prior_loss_weight")
@@ -156,7 +160,10 @@ _CHECKS = {
     "str": (lambda v: isinstance(v, str), "text in quotes"),
     "text": (lambda v: isinstance(v, str) and v != "", "text in quotes, not empty"),
     "table": (lambda v: isinstance(v, Mapping), "a table"),
-    "list": (lambda v: isinstance(v, list) and all(_is_number(n) for n in v), "a list of numbers"),
+    "range": (
+        lambda v: v == [] or (isinstance(v, list) and number_range(v) is not None),
+        "two numbers, the lower first and above 0, such as [2.0, 4.0]",
+    ),
     "interpolation": (lambda v: v in INTERPOLATIONS, "one of " + ", ".join(INTERPOLATIONS)),
     "size": (
         lambda v: (_is_int(v) and v > 0)
@@ -205,8 +212,11 @@ def _load_json(path: Path) -> Any:
 
 
 def _from_folders(options: DatasetOptions) -> dict[str, Any]:
-    """``--train_data_dir`` and ``--reg_data_dir``: sub-folders named ``<repeats>_<class tokens>``."""
-    subsets = []
+    """``--train_data_dir`` and ``--reg_data_dir``: sub-folders named ``<repeats>_<class tokens>``.
+
+    With ``--conditioning_data_dir``, ``--train_data_dir`` may hold the pictures itself.
+    """
+    subsets: list[dict[str, Any]] = []
     for flag, folder, is_reg in (
         ("--train_data_dir", options.train_data_dir, False),
         ("--reg_data_dir", options.reg_data_dir, True),
@@ -215,6 +225,9 @@ def _from_folders(options: DatasetOptions) -> dict[str, Any]:
             continue
         if not Path(folder).is_dir():
             raise UserError(f"{flag} {folder}: no such folder")
+        if options.conditioning_data_dir and not is_reg and any(_has_pictures(Path(folder))):
+            subsets.append({"image_dir": folder, "num_repeats": 1})
+            continue
         found = []
         for inner in sorted(p for p in Path(folder).iterdir() if p.is_dir()):
             named = re.fullmatch(r"(\d+)_(.*)", inner.name)
@@ -251,7 +264,8 @@ class _Reader:
             value = getattr(self._options, flag) if flag else None
             if value is None:
                 continue
-            is_good = _size(value) is not None if key.kind == "size" else _CHECKS[key.kind][0](value)
+            parse = _FROM_COMMAND_LINE.get(key.kind)
+            is_good = parse(value) is not None if parse else _CHECKS[key.kind][0](value)
             if is_good:
                 found[name] = value
             else:
@@ -385,8 +399,16 @@ class _Reader:
         if not any(_has_pictures(Path(folder))):
             self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)})")
             return None
-        if values["random_crop"] and (self._options.cache_latents or self._options.cache_latents_to_disk):
-            self._problem(where, "random_crop", "not with cached latents, which are made once; remove one of them")
+        if self._options.cache_latents or self._options.cache_latents_to_disk:
+            for name in NOT_WITH_CACHED_LATENTS:
+                if values[name]:
+                    self._problem(where, name, "not with cached latents, which are made once; remove one of them")
+        conditioning = values["conditioning_data_dir"] or None
+        if values["is_reg"] and "conditioning_data_dir" not in own:
+            conditioning = None  # the command line's folder is that of the training pictures
+        if conditioning and not Path(conditioning).is_dir():
+            self._problem(where, "conditioning_data_dir", f"{conditioning}: no such folder")
+            return None
         if values["num_repeats"] < 1:
             logger.warning("%s: %s: left out, as num_repeats is %d", self._source, where, values["num_repeats"])
             return None
@@ -413,6 +435,10 @@ class _Reader:
             ),
             flip_aug=values["flip_aug"],
             random_crop=values["random_crop"],
+            face_crop_range=number_range(values["face_crop_aug_range"]),
+            color_aug=values["color_aug"],
+            alpha_mask=values["alpha_mask"],
+            conditioning_dir=Path(conditioning) if conditioning else None,
             resize_interpolation=values["resize_interpolation"],
             custom_attributes=values["custom_attributes"] or {},
         )
@@ -437,3 +463,20 @@ def _size(value: Any) -> tuple[int, int] | None:
     if not value or len(value) > 2 or min(value) < 1:
         return None
     return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+def number_range(value: Any) -> tuple[float, float] | None:
+    """(low, high) of a list, or of the command line's "low,high"; ``None`` if it is none of them."""
+    if isinstance(value, str):
+        try:
+            value = [float(part) for part in value.split(",")]
+        except ValueError:
+            return None
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(_is_number(n) for n in value):
+        return None
+    low, high = float(value[0]), float(value[1])
+    return (low, high) if 0 < low <= high < math.inf else None
+
+
+#: kinds that the command line writes in another form than the file -> reader, ``None`` for what it cannot read
+_FROM_COMMAND_LINE = {"size": _size, "range": number_range}

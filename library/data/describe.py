@@ -47,7 +47,7 @@ def metadata(
         "ss_batch_size_per_device": first.spec.batch_size,
         "ss_total_batch_size": first.spec.batch_size * world_size * gradient_accumulation_steps,
         "ss_resolution": rules.resolution,
-        "ss_color_aug": False,
+        "ss_color_aug": subset.color_aug,
         "ss_flip_aug": subset.flip_aug,
         "ss_random_crop": subset.random_crop,
         "ss_shuffle_caption": subset.captions.shuffle,
@@ -121,7 +121,7 @@ def _subset_entry(dataset: BucketedDataset, index: int, subset: SubsetSpec) -> d
     return {
         "img_count": sum(record.subset == index for record in dataset.records),
         "num_repeats": subset.num_repeats,
-        "color_aug": False,
+        "color_aug": subset.color_aug,
         "flip_aug": subset.flip_aug,
         "random_crop": subset.random_crop,
         "shuffle_caption": captions.shuffle,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,19 +38,33 @@ def read_size(path: Path) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """uint8 (H, W, 3) RGB, upright; transparency is laid on white, 16 bit is scaled to 8.
+def read_image(path: Path, *, background: str = "white") -> np.ndarray:
+    """uint8 (H, W, 3) RGB, upright; transparency is laid on ``background``, 16 bit is scaled to 8.
 
     Raises:
         UserError: not a picture, or cut short.
     """
+    return _decode(path, lambda image: [_to_rgb(image, background)])[0]
+
+
+def read_image_and_alpha(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """What ``read_image`` gives, and its opacity, uint8 (H, W): 0 is transparent; 255 where there is no alpha channel.
+
+    Raises:
+        UserError: not a picture, or cut short.
+    """
+    pixels, alpha = _decode(path, lambda image: [_to_rgb(image), _alpha(image)])
+    return pixels, alpha
+
+
+def _decode(path: Path, convert: Callable[[Image], list[Image]]) -> list[np.ndarray]:
     with _open(path) as image:
         orientation = _orientation(image)
         try:
-            pixels = np.asarray(_to_rgb(image))
+            made = [np.asarray(one) for one in convert(image)]
         except _DAMAGED as error:
             raise UserError(f"{path}: the picture cannot be read ({error}); remove or replace it") from None
-    return _upright(pixels, orientation)
+    return [_upright(pixels, orientation) for pixels in made]
 
 
 def _open(path: Path) -> Image:
@@ -74,9 +89,9 @@ def _orientation(image: Image) -> int:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn and mirror (H, W, 3) by an EXIF orientation (Exif 2.32, tag 0x0112)."""
+    """Turn and mirror (H, W) or (H, W, 3) by an EXIF orientation (Exif 2.32, tag 0x0112)."""
     if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)  # 5: mirrored on the diagonal
+        pixels = pixels.swapaxes(0, 1)  # 5: mirrored on the diagonal
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     if orientation in (3, 4, 7, 8):
@@ -84,17 +99,30 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _to_rgb(image: Image) -> Image:
+def _has_alpha(image: Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
+def _alpha(image: Image) -> Image:
+    from PIL import Image as images
+
+    # 16-bit grey has no opacity that Pillow would know of
+    if image.mode.startswith("I") or not _has_alpha(image):
+        return images.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
+
+
+def _to_rgb(image: Image, background: str = "white") -> Image:
     from PIL import Image as images
 
     if image.mode.startswith("I"):
         # 16-bit grey: Pillow would clip at 255 instead of scaling
         values = np.asarray(image).astype(np.float32) / 257.0
         return images.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if _has_alpha(image):
         image = image.convert("RGBA")
-        white = images.new("RGBA", image.size, "white")
-        return images.alpha_composite(white, image).convert("RGB")
+        behind = images.new("RGBA", image.size, background)
+        return images.alpha_composite(behind, image).convert("RGB")
     return image.convert("RGB")
 
 
@@ -106,33 +134,43 @@ class Fitted:
     crop_ltrb: tuple[int, int, int, int]  # in the resized picture
 
 
-def fit(
-    pixels: np.ndarray,
-    bucket: tuple[int, int],
-    *,
-    interpolation: str | None,
-    crop_fraction: tuple[float, float] = (0.5, 0.5),
-) -> Fitted:
-    """Resize so that the picture just covers the bucket, then crop.
+def fit(pixels: np.ndarray, bucket: tuple[int, int], *, interpolation: str | None) -> Fitted:
+    """Resize so that the picture just covers the bucket, then crop the middle.
 
     Args:
         pixels: uint8 (H, W, 3).
         bucket: (W, H).
         interpolation: a published name; ``None``: area to shrink, lanczos to enlarge.
-        crop_fraction: where the crop lies in what sticks out, left to right and top to bottom; 0.5 is the middle.
     """
-    height, width = pixels.shape[:2]
-    resized = covering_size((width, height), bucket)
-    if resized != (width, height):
+    resized = covering_size((pixels.shape[1], pixels.shape[0]), bucket)
+    box = crop_box(resized, bucket)
+    return Fitted(cut(pixels, resized, box, interpolation), box)
+
+
+def cut(
+    pixels: np.ndarray, resized: tuple[int, int], box: tuple[int, int, int, int], interpolation: str | None
+) -> np.ndarray:
+    """Resize uint8 (H, W) or (H, W, 3) to ``resized`` (W, H), then crop the ``box`` (left, top, right, bottom)."""
+    if resized != (pixels.shape[1], pixels.shape[0]):
         pixels = resize(pixels, resized, interpolation)
-    left, top, right, bottom = box = crop_box(resized, bucket, crop_fraction)
-    return Fitted(np.ascontiguousarray(pixels[top:bottom, left:right]), box)
+    left, top, right, bottom = box
+    return np.ascontiguousarray(pixels[top:bottom, left:right])
+
+
+def cut_mask(mask: np.ndarray, resized: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
+    """``cut`` for weights, uint8 (H, W): whatever the picture's interpolation, edges neither ring nor overshoot."""
+    shrinks = resized[0] <= mask.shape[1] and resized[1] <= mask.shape[0]
+    return cut(mask, resized, box, "area" if shrinks else "bilinear")
 
 
 def crop_box(
     resized: tuple[int, int], bucket: tuple[int, int], fraction: tuple[float, float] = (0.5, 0.5)
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the bucket in the resized picture; for ``fraction`` see ``fit``."""
+    """(left, top, right, bottom) of the bucket in the resized picture.
+
+    Args:
+        fraction: where the crop lies in what sticks out, left to right and top to bottom; 0.5 is the middle.
+    """
     left = round((resized[0] - bucket[0]) * fraction[0])
     top = round((resized[1] - bucket[1]) * fraction[1])
     return left, top, left + bucket[0], top + bucket[1]
@@ -145,7 +183,10 @@ def covering_size(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, 
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str | None) -> np.ndarray:
-    """Resize uint8 (H, W, 3) to ``size`` (W, H); all but nearest widen their kernel to shrink, so none aliases."""
+    """Resize uint8 (H, W) or (H, W, 3) to ``size`` (W, H).
+
+    All but nearest widen their kernel to shrink, so none aliases.
+    """
     from PIL import Image
 
     filters = {

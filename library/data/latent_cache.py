@@ -23,10 +23,10 @@ from library.data.cache_format import (
     is_current,
     make_stamp,
     read_cache,
-    read_latents,
+    read_sample,
     write_cache,
 )
-from library.data.image_io import Fitted, fit, read_image
+from library.data.image_io import Fitted, covering_size, cut_mask, fit, read_image, read_image_and_alpha
 from library.errors import UserError
 from library.randomness import torch_generator
 
@@ -47,11 +47,25 @@ class Wanted:
     bucket: tuple[int, int]  # (W, H)
     interpolation: str | None
     flip: bool  # whether the mirrored picture's are needed too
+    alpha_mask: bool = False  # whether the picture's opacity is needed too
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """What a cache gives for one use."""
+
+    latents: Tensor  # (C, h, w) float32
+    alpha_mask: Tensor | None  # (H, W) float32 in [0, 1], mirrored with the latents; only where it is wanted
 
 
 def to_pixels(pixels: np.ndarray) -> Tensor:
     """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 127.5 - 1.0
+
+
+def to_weights(mask: np.ndarray) -> Tensor:
+    """uint8 (H, W) -> float32 (H, W) in [0, 1]."""
+    return torch.from_numpy(mask.astype(np.float32) / np.float32(255.0))
 
 
 def check_one_file_each(wanted: Iterable[Wanted], format: LatentFormat) -> None:
@@ -110,7 +124,10 @@ def _is_usable(wanted: Wanted, format: LatentFormat, *, vae_identity: str, trust
     cached, stamp = found
     if cached.original_size != wanted.size or (wanted.flip and cached.latents_flipped is None):
         return False
-    if not all(np.isfinite(v).all() for v in (cached.latents, cached.latents_flipped) if v is not None):
+    if wanted.alpha_mask and cached.alpha_mask is None:
+        return False
+    arrays = (cached.latents, cached.latents_flipped, cached.alpha_mask)
+    if not all(np.isfinite(values).all() for values in arrays if values is not None):
         logger.warning("%s: holds values that are not finite, and is made again", path)
         return False
     same = stamp is None or is_current(
@@ -127,23 +144,26 @@ class DiskLatents:
     def __init__(self, format: LatentFormat) -> None:
         self._format = format
 
-    def get(self, wanted: Wanted, *, flipped: bool) -> Tensor:
-        """float32 (C, h, w).
+    def get(self, wanted: Wanted, *, flipped: bool) -> StoredSample:
+        """Latents, and the mask if it is wanted.
 
         Raises:
             UserError: the file vanished or was damaged since it was checked.
         """
         path = cache_path(wanted.path, wanted.size, self._format)
         try:
-            found = read_latents(path, wanted.bucket, self._format, flipped=flipped)
+            latents, mask = read_sample(
+                path, wanted.bucket, self._format, flipped=flipped, alpha_mask=wanted.alpha_mask
+            )
         except ValueError as error:
             raise UserError(f"{error}; start again without --skip_cache_check to make it anew") from None
-        if found is None:
+        if latents is None or (wanted.alpha_mask and mask is None):
+            lacking = "alpha mask" if latents is not None else "mirrored latents" if flipped else "latents"
             raise UserError(
-                f"{path}: has no {'mirrored ' if flipped else ''}latents of {wanted.bucket[0]}x{wanted.bucket[1]}; "
+                f"{path}: has no {lacking} of {wanted.bucket[0]}x{wanted.bucket[1]}; "
                 "start again without --skip_cache_check to make it anew"
             )
-        return torch.from_numpy(found)
+        return StoredSample(torch.from_numpy(latents), None if mask is None else torch.from_numpy(mask))
 
 
 class MemoryLatents:
@@ -152,13 +172,23 @@ class MemoryLatents:
     def __init__(self, wanted: Sequence[Wanted], format: LatentFormat) -> None:
         self._rows: dict[tuple[Path, tuple[int, int], str | None, bool], int] = {}
         counts: Counter[tuple[int, int]] = Counter()
+        self._mask_rows: dict[tuple[Path, tuple[int, int], str | None, bool], int] = {}
+        mask_counts: Counter[tuple[int, int]] = Counter()
         for w in wanted:
+            if w.alpha_mask:
+                self._mask_rows[self._key(w, False)] = mask_counts[w.bucket]
+                mask_counts[w.bucket] += 1
             for flipped in (False, True)[: 1 + w.flip]:
                 self._rows[self._key(w, flipped)] = counts[w.bucket]
                 counts[w.bucket] += 1
         self._stacks = {
             (width, height): torch.empty(count, format.channels, height // format.stride, width // format.stride)
             for (width, height), count in counts.items()
+        }
+        # as bytes: they come from 8 bit, and as floats they would take 16 times the latents' room
+        self._mask_stacks = {
+            (width, height): torch.empty(count, height, width, dtype=torch.uint8)
+            for (width, height), count in mask_counts.items()
         }
 
     @staticmethod
@@ -170,15 +200,23 @@ class MemoryLatents:
         stack[self._rows[self._key(wanted, False)]] = torch.from_numpy(cached.latents)
         if cached.latents_flipped is not None:
             stack[self._rows[self._key(wanted, True)]] = torch.from_numpy(cached.latents_flipped)
+        if cached.alpha_mask is not None:
+            row = self._mask_rows[self._key(wanted, False)]
+            self._mask_stacks[wanted.bucket][row] = torch.from_numpy(cached.alpha_mask * 255.0).round()
 
-    def get(self, wanted: Wanted, *, flipped: bool) -> Tensor:
-        """float32 (C, h, w)."""
-        return self._stacks[wanted.bucket][self._rows[self._key(wanted, flipped)]]
+    def get(self, wanted: Wanted, *, flipped: bool) -> StoredSample:
+        """Latents, and the mask if it is wanted."""
+        latents = self._stacks[wanted.bucket][self._rows[self._key(wanted, flipped)]]
+        if not wanted.alpha_mask:
+            return StoredSample(latents, None)
+        mask = to_weights(self._mask_stacks[wanted.bucket][self._mask_rows[self._key(wanted, False)]].numpy())
+        return StoredSample(latents, mask.flip(1) if flipped else mask)
 
 
 @dataclass(frozen=True)
 class _Prepared:
     fitted: Fitted
+    alpha_mask: np.ndarray | None  # float32 (H, W)
     stamp: Stamp | None  # of what goes to disk
 
 
@@ -222,7 +260,7 @@ def encode_all(
                 mirrored = _encoded(encode, batch, pixels.flip(3), "mirrored") if any(w.flip for w in batch) else None
                 for i, (w, p) in enumerate(zip(batch, prepared, strict=True)):
                     flipped = mirrored[i] if mirrored is not None and w.flip else None
-                    cached = CachedLatents(plain[i], flipped, w.size, p.fitted.crop_ltrb)
+                    cached = CachedLatents(plain[i], flipped, w.size, p.fitted.crop_ltrb, p.alpha_mask)
                     if p.stamp is not None:
                         path = cache_path(w.path, w.size, format)
                         writes.append(writer.submit(write_cache, path, cached, p.stamp, format))
@@ -251,7 +289,13 @@ def _prepare(wanted: Wanted, vae_identity: str | None) -> _Prepared:
     stamp = None
     if vae_identity is not None:
         stamp = make_stamp(wanted.path, vae=vae_identity, bucket=wanted.bucket, interpolation=wanted.interpolation)
-    return _Prepared(fit(read_image(wanted.path), wanted.bucket, interpolation=wanted.interpolation), stamp)
+    if not wanted.alpha_mask:
+        fitted = fit(read_image(wanted.path), wanted.bucket, interpolation=wanted.interpolation)
+        return _Prepared(fitted, None, stamp)
+    image, alpha = read_image_and_alpha(wanted.path)
+    fitted = fit(image, wanted.bucket, interpolation=wanted.interpolation)
+    mask = cut_mask(alpha, covering_size(wanted.size, wanted.bucket), fitted.crop_ltrb)
+    return _Prepared(fitted, to_weights(mask).numpy(), stamp)
 
 
 def _batches(wanted: Sequence[Wanted], batch_size: int) -> Iterator[list[Wanted]]:

@@ -10,16 +10,21 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from library.data.augment import Placement, around_face, at_random, face_in_name, in_the_middle, vary_colours
 from library.data.batch import Batch
 from library.data.captions import final_caption
-from library.data.image_io import covering_size, crop_box, fit, read_image
-from library.data.latent_cache import DiskLatents, MemoryLatents, to_pixels
+from library.data.conditioning import Role
+from library.data.dataset_config import SubsetSpec
+from library.data.image_io import cut, cut_mask, read_image, read_image_and_alpha
+from library.data.latent_cache import DiskLatents, MemoryLatents, to_pixels, to_weights
 from library.data.records import ImageRecord
 from library.errors import UserError
 from library.randomness import python_rng, visit_key
@@ -36,12 +41,21 @@ class BatchMaker:
     Args:
         seed: of the run.
         prior_loss_weight: weight of regularisation pictures.
+        conditioning_as: whether conditioning pictures are weights of the loss, or go into the batch as they are.
     """
 
-    def __init__(self, datasets: Sequence[BucketedDataset], *, seed: int, prior_loss_weight: float) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[BucketedDataset],
+        *,
+        seed: int,
+        prior_loss_weight: float,
+        conditioning_as: Role = "mask",
+    ) -> None:
         self._datasets = datasets
         self._seed = seed
         self._prior_loss_weight = prior_loss_weight
+        self._conditioning_as = conditioning_as
         #: where cached latents are; pictures are read where there are none
         self.latents: DiskLatents | MemoryLatents | None = None
 
@@ -56,15 +70,19 @@ class BatchMaker:
         captions = [sample.caption for sample in samples]
         latents = [s.latents for s in samples if s.latents is not None]
         images = [s.image for s in samples if s.image is not None]
+        conditioning = [s.conditioning for s in samples if s.conditioning is not None]
+        bucket = self._datasets[ref.dataset].bucket_of[ref.uses[0].record]
         return Batch(
             latents=torch.stack(latents) if latents else None,
             images=torch.stack(images) if images else None,
+            loss_masks=_stack_masks([s.loss_mask for s in samples], bucket),
+            conditioning_images=torch.stack(conditioning) if conditioning else None,
             captions=captions,
             tokens=tokenize(captions),
             visits=[s.visit for s in samples],
             loss_weights=torch.tensor([s.weight for s in samples]),
             paths=[str(s.record.path) for s in samples],
-            bucket=self._datasets[ref.dataset].bucket_of[ref.uses[0].record],
+            bucket=bucket,
             original_sizes=torch.tensor([s.record.size[::-1] for s in samples]),
             crop_top_lefts=torch.tensor([s.crop_top_left for s in samples]),
             flipped=[s.flipped for s in samples],
@@ -78,21 +96,91 @@ class BatchMaker:
         flipped = subset.flip_aug and python_rng(visit, "flip").random() < 0.5
         caption = final_caption(record.caption, subset.captions, epoch=ref.epoch, rng=python_rng(visit, "caption"))
         weight = self._prior_loss_weight if subset.is_reg else 1.0
-        latents = pixels = None
-        fraction = (0.5, 0.5)
+        latents = pixels = alpha = None
         if self.latents is not None:
-            latents = self.latents.get(dataset.wanted(use.record), flipped=flipped)
+            placement = in_the_middle(record.size, bucket)
+            stored = self.latents.get(dataset.wanted(use.record), flipped=flipped)
+            latents, alpha = stored.latents, stored.alpha_mask
         else:
-            if subset.random_crop:
-                rng = python_rng(visit, "crop")
-                fraction = (rng.random(), rng.random())
-            image = read_image(record.path)
-            fitted = fit(image, bucket, interpolation=dataset.interpolation(use.record), crop_fraction=fraction)
-            pixels = to_pixels(fitted.pixels[:, ::-1] if flipped else fitted.pixels)
-        left, top, right, _ = crop_box(covering_size(record.size, bucket), bucket, fraction)
+            placement = _place(record, bucket, subset, visit)
+            pixels, alpha = _read_pixels(record, placement, subset, dataset.interpolation(use.record), visit, flipped)
+        conditioning = mask = None
+        if record.conditioning is not None:
+            conditioning, mask = self._read_conditioning(record.conditioning, placement, flipped)
+        left, top, right, _ = placement.box
         if flipped:
-            left = covering_size(record.size, bucket)[0] - right
-        return _Sample(record, visit, caption, weight, flipped, (top, left), latents, pixels)
+            left = placement.resized[0] - right
+        return _Sample(
+            record=record,
+            visit=visit,
+            caption=caption,
+            weight=weight,
+            flipped=flipped,
+            crop_top_left=(top, left),
+            latents=latents,
+            image=pixels,
+            loss_mask=alpha if mask is None else mask if alpha is None else mask * alpha,
+            conditioning=conditioning,
+        )
+
+    def _read_conditioning(
+        self, path: Path, placement: Placement, flipped: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The picture as model input (3, H, W) or as weights (H, W), whichever the trainer needs.
+
+        It is stretched to the size of its resized picture. Transparency is laid on black, which is weight 0.
+        """
+        pixels = read_image(path, background="black")
+        if self._conditioning_as == "mask":
+            red = cut_mask(np.ascontiguousarray(pixels[:, :, 0]), placement.resized, placement.box)
+            return None, _weights(red, flipped)
+        pixels = cut(pixels, placement.resized, placement.box, None)
+        return to_pixels(pixels[:, ::-1] if flipped else pixels), None
+
+
+def _place(record: ImageRecord, bucket: tuple[int, int], subset: SubsetSpec, visit: int) -> Placement:
+    """Where this use of a picture is cropped; keyed by the visit."""
+    rng = python_rng(visit, "crop")
+    face = face_in_name(record.path, record.size) if subset.face_crop_range is not None else None
+    if face is not None and subset.face_crop_range is not None:
+        return around_face(record.size, bucket, face, subset.face_crop_range, rng, moves=subset.random_crop)
+    return at_random(record.size, bucket, rng) if subset.random_crop else in_the_middle(record.size, bucket)
+
+
+def _read_pixels(
+    record: ImageRecord,
+    placement: Placement,
+    subset: SubsetSpec,
+    interpolation: str | None,
+    visit: int,
+    flipped: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The picture (3, H, W) in [-1, 1] and, where it is asked for, its opacity (H, W) in [0, 1]."""
+    alpha = None
+    if subset.alpha_mask:
+        pixels, alpha = read_image_and_alpha(record.path)
+    else:
+        pixels = read_image(record.path)
+    pixels = cut(pixels, placement.resized, placement.box, interpolation)
+    if subset.color_aug:
+        pixels = vary_colours(pixels, python_rng(visit, "colour"))
+    image = to_pixels(pixels[:, ::-1] if flipped else pixels)
+    if alpha is None:
+        return image, None
+    return image, _weights(cut_mask(alpha, placement.resized, placement.box), flipped)
+
+
+def _weights(mask: np.ndarray, flipped: bool) -> Tensor:
+    """uint8 (H, W) -> float32 (H, W) in [0, 1], mirrored with its picture."""
+    return to_weights(np.ascontiguousarray(mask[:, ::-1]) if flipped else mask)
+
+
+def _stack_masks(masks: Sequence[Tensor | None], bucket: tuple[int, int]) -> Tensor | None:
+    """(B, H, W); samples without a mask count in full, and a batch without any needs none."""
+    if all(mask is None for mask in masks):
+        return None
+    full = torch.ones(bucket[1], bucket[0])
+    return torch.stack([full if mask is None else mask for mask in masks])
 
 
 @dataclass(frozen=True)
@@ -105,6 +193,8 @@ class _Sample:
     crop_top_left: tuple[int, int]
     latents: Tensor | None
     image: Tensor | None
+    loss_mask: Tensor | None
+    conditioning: Tensor | None
 
 
 class Loader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from library.diffusion.ddpm import NoiseSchedule
@@ -39,6 +40,17 @@ def conditional_loss(prediction: Tensor, target: Tensor, loss_type: str, huber_c
     # the same as 2 (sqrt(d^2 + c^2) - c), without the cancellation of nearly equal numbers
     smooth = 2.0 * difference.square() / ((difference.square() + c.square()).sqrt() + c)
     return c * smooth if loss_type == "huber" else smooth
+
+
+def masked(loss: Tensor, masks: Tensor | None) -> Tensor:
+    """Unreduced loss (B, C, h, w) times weights (B, H, W), each latent pixel's the mean over its pixels.
+
+    The mean that follows goes over all elements, so a sample counts by the share of it that is learned.
+    """
+    if masks is None:
+        return loss
+    weights = F.interpolate(masks.to(loss.dtype).unsqueeze(1), size=loss.shape[-2:], mode="area")  # (B, 1, h, w)
+    return loss * weights
 
 
 def huber_threshold(

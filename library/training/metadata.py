@@ -15,6 +15,7 @@ from pathlib import Path
 
 from library.architectures.base import Architecture, ModelInfo
 from library.config.arguments import TrainNetworkOptions
+from library.data.dataset_config import number_range
 from library.files.hashes import HashInBackground, model_hash
 from library.files.modelspec import build_modelspec
 
@@ -186,7 +187,7 @@ def fixed_entries(
         "ss_caption_dropout_rate": o.dataset.caption_dropout_rate,
         "ss_caption_dropout_every_n_epochs": o.dataset.caption_dropout_every_n_epochs,
         "ss_caption_tag_dropout_rate": o.dataset.caption_tag_dropout_rate,
-        "ss_face_crop_aug_range": o.dataset.face_crop_aug_range,
+        "ss_face_crop_aug_range": number_range(o.dataset.face_crop_aug_range),
         "ss_prior_loss_weight": o.loss.prior_loss_weight,
         "ss_min_snr_gamma": o.loss.min_snr_gamma,
         "ss_scale_weight_norms": o.network.scale_weight_norms,

@@ -107,16 +107,26 @@ def make_noisy(
 
 
 def sample_losses(
-    prediction: Tensor, noisy: NoisyBatch, schedule: NoiseSchedule, settings: LossSettings, *, v_prediction: bool
+    prediction: Tensor,
+    noisy: NoisyBatch,
+    schedule: NoiseSchedule,
+    settings: LossSettings,
+    *,
+    v_prediction: bool,
+    masks: Tensor | None = None,
 ) -> Tensor:
-    """Weighted loss of each sample: predictions (B, C, h, w) -> (B,) float32."""
+    """Weighted loss of each sample: predictions (B, C, h, w) -> (B,) float32.
+
+    Args:
+        masks: (B, H, W) weights of the pictures' pixels.
+    """
     huber_c = None
     if settings.loss_type in ("huber", "smooth_l1"):
         huber_c = losses.huber_threshold(
             noisy.timesteps, schedule, settings.huber_schedule, settings.huber_c, settings.huber_scale
         )
     loss = losses.conditional_loss(prediction.float(), noisy.target.float(), settings.loss_type, huber_c=huber_c)
-    loss = loss.mean(dim=(1, 2, 3))  # (B, C, h, w) -> (B,)
+    loss = losses.masked(loss, masks).mean(dim=(1, 2, 3))  # (B, C, h, w) -> (B,)
     if settings.min_snr_gamma:
         loss = loss * weighting.min_snr_weight(noisy.timesteps, schedule, settings.min_snr_gamma, v_prediction)
     if settings.scale_v_pred_like_noise_pred:
@@ -151,5 +161,7 @@ def training_loss(
     noisy = make_noisy(architecture.scale_latents(latents), batch.visits, schedule, noise, v_prediction=v_prediction)
     conditioning = encode_text(batch)
     prediction = architecture.predict(denoiser, noisy.noisy.to(dtype), noisy.timesteps, conditioning)
-    weighted = sample_losses(prediction, noisy, schedule, loss, v_prediction=v_prediction)
+    weighted = sample_losses(
+        prediction, noisy, schedule, loss, v_prediction=v_prediction, masks=batch.loss_masks
+    )
     return (weighted * batch.loss_weights).mean()

@@ -27,6 +27,7 @@ from library.config.arguments import TrainNetworkOptions, build_parser
 from library.config.console import setup_console
 from library.config.rules import check as check_rules
 from library.data import describe
+from library.data.conditioning import Role, check_roles
 from library.data.dataset import Batch, TrainingData
 from library.data.dataset_config import DatasetConfig, load_dataset_config
 from library.data.latent_cache import Encode
@@ -108,6 +109,8 @@ class Trainer(ABC):
     """Base of all trainers; an entry script sets ``architecture`` and calls ``train``."""
 
     architecture: ClassVar[Architecture]
+    #: what the pictures of ``conditioning_data_dir`` are to this trainer
+    conditioning_as: ClassVar[Role] = "mask"
 
     # ---- the command line ----
 
@@ -152,6 +155,7 @@ class Trainer(ABC):
             seed=checked.seed,
             latent=self.architecture.latent,
             prior_loss_weight=options.loss.prior_loss_weight,
+            conditioning_as=self.conditioning_as,
         )
         accelerator = _make_accelerator(checked)
         plan = RunPlan.make(
@@ -186,6 +190,7 @@ class Trainer(ABC):
         for warning in check_rules(options, self.architecture):
             logger.warning(warning)
         dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset)
+        check_roles(dataset_config, self.conditioning_as, masked_loss=options.loss.masked_loss)
         optimizer = resolve_optimizer(
             options.optimizer.optimizer_type,
             options.optimizer.use_8bit_adam,

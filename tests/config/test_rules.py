@@ -15,8 +15,7 @@ from library.errors import UserError
 
 #: the option names of the features that this version leaves out; one that is dropped here must be implemented
 LEFT_OUT = (
-    "in_json dataset_class masked_loss conditioning_data_dir alpha_mask debug_dataset color_aug face_crop_aug_range "
-    "token_warmup_step cache_info validation_seed validation_split validate_every_n_steps validate_every_n_epochs "
+    "in_json dataset_class debug_dataset token_warmup_step cache_info validation_seed validation_split validate_every_n_steps validate_every_n_epochs "
     "max_validation_steps huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token "
     "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload full_fp16 full_bf16 "
     "fp8_base fp8_base_unet torch_compile dynamo_backend cpu_offload_checkpointing mem_eff_attn fused_backward_pass "
@@ -83,6 +82,9 @@ ERRORS = [
     ({"huber_scale": -1.0, "loss_type": "huber"}, "--huber_scale"),
     ({"sdpa": True, "xformers": True}, "exclude each other"),
     ({"cache_latents": True, "random_crop": True}, "--random_crop"),
+    ({"cache_latents": True, "color_aug": True}, "--color_aug"),
+    ({"cache_latents_to_disk": True, "face_crop_aug_range": "1,2"}, "--face_crop_aug_range"),
+    ({"conditioning_data_dir": "no/such"}, "--conditioning_data_dir no/such: no such folder"),
     ({"max_train_steps": 0}, "--max_train_steps 0: must be at least 1"),
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
     ({"network_dim": 0}, "--network_dim"),

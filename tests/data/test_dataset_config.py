@@ -156,10 +156,6 @@ def test_a_boolean_is_no_number(tmp_path: Path, pictures: Path, key: str) -> Non
     ("key", "value"),
     [
         ("metadata_file", "'a.json'"),
-        ("conditioning_data_dir", "'masks'"),
-        ("alpha_mask", "true"),
-        ("face_crop_aug_range", "[1.0, 2.0]"),
-        ("color_aug", "true"),
         ("token_warmup_step", "100"),
         ("cache_info", "true"),
     ],
@@ -178,7 +174,7 @@ def test_validation_split_is_refused_unless_zero(tmp_path: Path, pictures: Path)
 
 
 def test_off_is_accepted_for_what_is_not_supported(tmp_path: Path, pictures: Path) -> None:
-    off = "color_aug = false\nalpha_mask = false\ntoken_warmup_step = 0\ncache_info = false"
+    off = "token_warmup_step = 0\ncache_info = false"
     load(tmp_path, minimal(pictures, subset=off))
 
 
@@ -198,9 +194,49 @@ def test_values_of_the_command_line_are_checked_too(
 
 
 @pytest.mark.parametrize("flag", ["cache_latents", "cache_latents_to_disk"])
-def test_random_crop_is_refused_with_cached_latents(tmp_path: Path, pictures: Path, flag: str) -> None:
-    (line,) = problems(tmp_path, minimal(pictures, subset="random_crop = true"), **{flag: True})
-    assert "random_crop: not with cached latents" in line
+@pytest.mark.parametrize("line", ["random_crop = true", "color_aug = true", "face_crop_aug_range = [2, 4]"])
+def test_what_varies_is_refused_with_cached_latents(tmp_path: Path, pictures: Path, flag: str, line: str) -> None:
+    (found,) = problems(tmp_path, minimal(pictures, subset=line), **{flag: True})
+    assert f"{line.split()[0]}: not with cached latents" in found
+
+
+def test_augmentations_and_masks(tmp_path: Path, pictures: Path) -> None:
+    masks = draw(tmp_path / "masks", {"a.png": (8, 8)}, captions=False)
+    own = f"color_aug = true\nalpha_mask = true\nface_crop_aug_range = [2, 4.5]\nconditioning_data_dir = '{masks}'"
+    subset = load(tmp_path, minimal(pictures, subset=own)).datasets[0].subsets[0]
+    assert (subset.color_aug, subset.alpha_mask, subset.face_crop_range) == (True, True, (2.0, 4.5))
+    assert subset.conditioning_dir == masks
+    flags = {"alpha_mask": True, "face_crop_aug_range": "1.5,2", "conditioning_data_dir": str(masks)}
+    subset = load(tmp_path, minimal(pictures), **flags).datasets[0].subsets[0]
+    assert (subset.color_aug, subset.alpha_mask, subset.face_crop_range) == (False, True, (1.5, 2.0))
+    assert subset.conditioning_dir == masks
+    off = "alpha_mask = false\nface_crop_aug_range = []\nconditioning_data_dir = ''"
+    subset = load(tmp_path, minimal(pictures, subset=off), **flags).datasets[0].subsets[0]
+    assert (subset.alpha_mask, subset.face_crop_range, subset.conditioning_dir) == (False, None, None)
+
+
+@pytest.mark.parametrize("value", ["[4.0, 2.0]", "[0, 2]", "[2.0]", "[1, true]", "'2.0,4.0'", "3", "[1, inf]"])
+def test_a_range_is_two_numbers(tmp_path: Path, pictures: Path, value: str) -> None:
+    (line,) = problems(tmp_path, minimal(pictures, general=f"face_crop_aug_range = {value}"))
+    assert line.startswith("data.toml: [general]: face_crop_aug_range: ")
+    assert line.endswith("write two numbers, the lower first and above 0, such as [2.0, 4.0]")
+
+
+@pytest.mark.parametrize("value", ["4,2", "2", "a,b", "2.0;4.0"])
+def test_a_range_on_the_command_line(tmp_path: Path, pictures: Path, value: str) -> None:
+    (line,) = problems(tmp_path, minimal(pictures), face_crop_aug_range=value)
+    assert line.startswith(f"--face_crop_aug_range {value}: write two numbers")
+
+
+def test_a_folder_of_masks_that_is_not_there(tmp_path: Path, pictures: Path) -> None:
+    (line,) = problems(tmp_path, minimal(pictures, subset="conditioning_data_dir = 'nowhere'"))
+    assert line.endswith("> [[datasets.subsets]] 1: conditioning_data_dir: nowhere: no such folder")
+
+
+def test_the_command_lines_masks_are_those_of_training_pictures(tmp_path: Path, pictures: Path) -> None:
+    text = minimal(pictures) + f"[[datasets.subsets]]\nimage_dir = '{pictures}'\nis_reg = true\n"
+    train, reg = load(tmp_path, text, conditioning_data_dir=str(pictures)).datasets[0].subsets
+    assert (train.conditioning_dir, reg.conditioning_dir) == (pictures, None)
 
 
 def test_bucket_bounds(tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,6 +299,14 @@ def test_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert found == [(10, "sks cat", False), (2, "sks_dog", False), (1, "cat", True)]
     assert "other: left out" in caplog.text
     assert "0_none: left out" in caplog.text
+
+
+def test_a_folder_of_pictures_with_a_folder_of_masks(tmp_path: Path, pictures: Path) -> None:
+    draw(tmp_path / "reg" / "2_cat", {"r.png": (8, 8)}, captions=False)
+    options = {"train_data_dir": str(pictures), "resolution": "64", "reg_data_dir": str(tmp_path / "reg")}
+    config = load_dataset_config(None, DatasetOptions(conditioning_data_dir=str(pictures), **options))
+    found = [(s.image_dir, s.num_repeats, s.is_reg, s.conditioning_dir) for s in config.datasets[0].subsets]
+    assert found == [(pictures, 1, False, pictures), (tmp_path / "reg" / "2_cat", 2, True, None)]
 
 
 def test_folders_that_are_wrong(tmp_path: Path, pictures: Path) -> None:

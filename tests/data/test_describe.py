@@ -33,7 +33,7 @@ def test_with_a_dataset_file(make_data: Make, folder: Path, tmp_path: Path) -> N
         f"[[datasets.subsets]]\nimage_dir = '{same_name}'\n"
         f"[[datasets]]\nresolution = 32\n[[datasets.subsets]]\nimage_dir = '{folder}'\n"
     )
-    data = make_data(more=more, subset="num_repeats = 2\ncaption_prefix = 'p'")
+    data = make_data(more=more, subset="num_repeats = 2\ncaption_prefix = 'p'\ncolor_aug = true")
     entries = metadata(data, from_file=True, world_size=2)
     json.dumps(entries)
     assert set(entries) == {
@@ -59,6 +59,7 @@ def test_with_a_dataset_file(make_data: Make, folder: Path, tmp_path: Path) -> N
     assert first["resolution"] == [64, 64]
     assert first["subsets"][0]["image_dir"] == "pictures"
     assert first["subsets"][0]["caption_prefix"] == "p"
+    assert [subset["color_aug"] for subset in first["subsets"]] == [True, False, False]
     counts = {tuple(b["resolution"]): b["count"] for b in first["bucket_info"]["buckets"].values()}
     # 4 square pictures twice, the one of the inner folder, and 15 regularisation pictures
     assert counts == {(32, 128): 2, (64, 64): 8 + 1 + 15, (128, 32): 4}

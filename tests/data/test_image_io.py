@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from library.data.image_io import covering_size, fit, read_image, read_size, resize
+from library.data.image_io import covering_size, cut_mask, fit, read_image, read_image_and_alpha, read_size, resize
 from library.errors import UserError
 
 GRADIENT = np.stack(np.broadcast_arrays(np.arange(9) * 20, np.arange(6)[:, None] * 40, 7), axis=-1).astype(np.uint8)
@@ -57,6 +57,46 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     assert (read_image(tmp_path / "b.png") == 255).all()
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_opacity_is_read_upright(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    opacity = np.arange(54, dtype=np.uint8).reshape(6, 9)
+    path = tmp_path / "a.png"
+    Image.fromarray(np.dstack([GRADIENT, opacity])).save(path, exif=exif)
+    pixels, alpha = read_image_and_alpha(path)
+    assert np.array_equal(alpha, {1: opacity, 3: opacity[::-1, ::-1], 6: np.rot90(opacity, -1)}[orientation])
+    assert np.array_equal(pixels, read_image(path))
+
+
+def test_opacity_of_all_sorts(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.bmp", "a.png"):
+        Image.fromarray(GRADIENT).save(tmp_path / name)
+        assert (read_image_and_alpha(tmp_path / name)[1] == 255).all()
+    Image.fromarray(np.full((4, 5), 100 * 257, np.uint16)).save(tmp_path / "deep.png")
+    assert (read_image_and_alpha(tmp_path / "deep.png")[1] == 255).all()
+    palette = Image.new("P", (3, 3), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "b.png", transparency=1)
+    assert (read_image_and_alpha(tmp_path / "b.png")[1] == 0).all()
+    Image.new("LA", (3, 3), (9, 77)).save(tmp_path / "c.png")
+    assert (read_image_and_alpha(tmp_path / "c.png")[1] == 77).all()
+
+
+def test_transparency_may_be_laid_on_black(tmp_path: Path) -> None:
+    Image.new("RGBA", (3, 3), (255, 255, 255, 0)).save(tmp_path / "a.png")
+    assert (read_image(tmp_path / "a.png", background="black") == 0).all()
+
+
+@pytest.mark.parametrize("resized", [(6, 4), (48, 32), (13, 40)])
+def test_masks_stay_between_their_values(resized: tuple[int, int]) -> None:
+    mask = np.full((16, 24), 50, np.uint8)
+    mask[:, 12:] = 200
+    made = cut_mask(mask, resized, (0, 0, *resized))
+    assert made.shape == resized[::-1]
+    assert (made.min(), made.max()) == (50, 200)
+
+
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     text, cut = tmp_path / "text.png", tmp_path / "cut.png"
     text.write_text("<html>")
@@ -79,13 +119,12 @@ def test_the_resized_picture_just_covers_the_bucket() -> None:
         assert width == bucket[0] or height == bucket[1]
 
 
-def test_the_crop_is_in_the_middle_or_where_asked() -> None:
+def test_the_crop_is_in_the_middle() -> None:
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, :10], pixels[:, 10:20], pixels[:, 20:] = 1, 2, 3
     middle = fit(pixels, (10, 10), interpolation=None)
     assert middle.crop_ltrb == (10, 0, 20, 10)
     assert (middle.pixels == 2).all()
-    assert (fit(pixels, (10, 10), interpolation=None, crop_fraction=(1.0, 0.0)).pixels == 3).all()
 
 
 @pytest.mark.parametrize("name", ["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box", None])

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.diffusion.ddpm import NoiseSchedule, add_noise, velocity
-from library.diffusion.loss import conditional_loss, huber_threshold
+from library.diffusion.loss import conditional_loss, huber_threshold, masked
 from library.diffusion.weighting import debiased_weight, min_snr_weight, scale_v_pred_like_noise, v_pred_like_weight
 
 #: alpha_bar 0.8 and 0.2: SNR 4 and 0.25; sigma 0.5 and 2
@@ -44,6 +44,25 @@ def test_huber_has_a_gradient_at_zero() -> None:
     conditional_loss(p, values(0.0, 0.0), "huber", torch.tensor([4.0, 4.0])).sum().backward()
     # 2 c d / sqrt(d^2 + c^2): 0, and 2 * 4 * 3 / 5
     torch.testing.assert_close(p.grad.flatten(), torch.tensor([0.0, 4.8]))
+
+
+def test_masks_weight_each_latent_pixel_by_the_mean_of_its_pixels() -> None:
+    # 2x1 latent pixels of 2x2 pixels each: means (0 + 1 + 1 + 0) / 4 and (1 + 1 + 1 + 0.2) / 4
+    mask = torch.tensor([[[0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.2]]])
+    loss = torch.tensor([[[[4.0, 10.0]], [[2.0, 100.0]]]])  # (1, 2, 1, 2)
+    torch.testing.assert_close(masked(loss, mask), torch.tensor([[[[2.0, 8.0]], [[1.0, 80.0]]]]))
+    assert masked(loss, None) is loss
+    # each sample by its own mask, and W is not H
+    two = masked(torch.ones(2, 1, 1, 2), torch.cat([mask, torch.zeros_like(mask)]))
+    torch.testing.assert_close(two.flatten(), torch.tensor([0.5, 0.8, 0.0, 0.0]))
+
+
+def test_what_is_masked_out_has_no_gradient() -> None:
+    p = torch.zeros(1, 1, 1, 2, requires_grad=True)
+    mask = torch.tensor([[[0.0, 0.5]]])
+    masked(conditional_loss(p, torch.ones(1, 1, 1, 2), "l2"), mask).mean().backward()
+    # d/dp of 0.5 (p - 1)^2 / 2 elements at p = 0
+    assert p.grad.flatten().tolist() == [0.0, -0.5]
 
 
 def test_unknown_names_and_missing_threshold() -> None:

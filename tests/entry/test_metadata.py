@@ -112,6 +112,9 @@ def test_keys_and_types_with_everything_given(tmp_path: Path) -> None:
     make_pictures(tmp_path / "train" / "2_cat dog")
     model = make_tiny_sd(tmp_path / "model.safetensors")
     thumbnail = tmp_path / "train" / "2_cat dog" / "0.png"
+    for ending in (".png", ".txt"):  # the first has a face of 20x16 pixels in its middle
+        thumbnail.with_suffix(ending).rename(thumbnail.with_name(f"face_32_32_20_16{ending}"))
+    thumbnail = thumbnail.with_name("1.png")
     given = ["description", "author", "license", "tags", "usage_hint", "merged_from", "trigger_phrase", "preprocessor"]
     done = run_script(
         "train_network.py",
@@ -125,6 +128,8 @@ def test_keys_and_types_with_everything_given(tmp_path: Path) -> None:
             caption_extension=".txt",
             vae=model.path,
             network_args=["conv_dim=2"],
+            face_crop_aug_range="2.0,4",
+            color_aug=True,
             clip_skip=2,
             min_timestep=10,
             max_timestep=900,
@@ -137,6 +142,7 @@ def test_keys_and_types_with_everything_given(tmp_path: Path) -> None:
     entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
     conditions = {when for _, _, when in TABLE["keys"]["sd"]} - {"with --dataset_config"}
     assert set(entries) == expected_keys(*conditions)
+    assert (entries["ss_face_crop_aug_range"], entries["ss_color_aug"]) == ("(2.0, 4.0)", "True")
     assert_types(entries)
 
 

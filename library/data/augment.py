@@ -1,0 +1,107 @@
+"""What changes from use to use of a picture: where it is cropped, and its colours.
+
+All draws come from keyed generators. Sizes are (W, H) pixels, boxes (left, top, right, bottom).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from library.data.image_io import covering_size, crop_box
+
+Size = tuple[int, int]
+Box = tuple[int, int, int, int]
+
+#: largest turn of the hue, degrees of the colour circle
+HUE_SHIFT = 10.0
+#: gamma lies within 1 - this and 1 + this
+GAMMA_SHIFT = 0.05
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a bucket lies in a picture: the picture is resized, then cropped; masks go the same way."""
+
+    resized: Size
+    box: Box  # in the resized picture
+
+
+def in_the_middle(size: Size, bucket: Size) -> Placement:
+    """The middle of the picture that just covers the bucket; what caches hold."""
+    resized = covering_size(size, bucket)
+    return Placement(resized, crop_box(resized, bucket))
+
+
+def at_random(size: Size, bucket: Size, rng: random.Random) -> Placement:
+    """Anywhere in the picture that just covers the bucket."""
+    resized = covering_size(size, bucket)
+    return Placement(resized, crop_box(resized, bucket, (rng.random(), rng.random())))
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face in a picture, pixels of the upright picture."""
+
+    center: tuple[int, int]  # (x, y)
+    size: Size
+
+
+def face_in_name(path: Path, size: Size) -> Face | None:
+    """The face that a file's name tells of, as ``tools/detect_face_rotate.py`` names its files.
+
+    That is ``<name>_<centre x>_<centre y>_<width>_<height>.<ending>``. ``None`` where the name has no such end, or
+    where it cannot be a face in a picture of this ``size``, such as in ``cat_2023_01_02_03.png``.
+    """
+    parts = path.stem.split("_")
+    if len(parts) < 5 or not all(part.isascii() and part.isdigit() for part in parts[-4:]):
+        return None
+    x, y, width, height = (int(part) for part in parts[-4:])
+    is_inside = x < size[0] and y < size[1] and 1 <= width <= size[0] and 1 <= height <= size[1]
+    return Face((x, y), (width, height)) if is_inside else None
+
+
+def around_face(
+    size: Size, bucket: Size, face: Face, factors: tuple[float, float], rng: random.Random, *, moves: bool
+) -> Placement:
+    """A crop around the face, moved into the picture where it would stick out.
+
+    Args:
+        factors: lowest and highest ratio of the crop's shorter side to the face's longer one; drawn evenly. A crop
+            larger than the picture becomes the whole picture, and none is enlarged that a plain crop would not be.
+        moves: off the middle, anywhere where the face stays inside the crop.
+    """
+    least = max(bucket[0] / size[0], bucket[1] / size[1])  # the picture just covers the bucket
+    scale = min(bucket) / (max(face.size) * rng.uniform(*factors))
+    scale = min(max(scale, least), max(1.0, least))
+    resized = (max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale)))
+    corner = []
+    for axis in range(2):
+        start = face.center[axis] * scale - bucket[axis] / 2
+        if moves:
+            start += rng.uniform(-0.5, 0.5) * max(0.0, bucket[axis] - face.size[axis] * scale)
+        corner.append(min(max(round(start), 0), resized[axis] - bucket[axis]))
+    left, top = corner
+    return Placement(resized, (left, top, left + bucket[0], top + bucket[1]))
+
+
+def vary_colours(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Turn the hue and bend the brightness of uint8 (H, W, 3) RGB a little; the same for the whole picture."""
+    return change_colours(
+        pixels, hue=rng.uniform(-HUE_SHIFT, HUE_SHIFT), gamma=rng.uniform(1 - GAMMA_SHIFT, 1 + GAMMA_SHIFT)
+    )
+
+
+def change_colours(pixels: np.ndarray, *, hue: float, gamma: float) -> np.ndarray:
+    """uint8 (H, W, 3) RGB with its hue turned by ``hue`` degrees and raised to the power of ``gamma``."""
+    import cv2
+
+    cv2.setNumThreads(0)  # pictures are made in parallel already, and its threads do not survive a fork
+    # as float32 hue has no steps: 0..360 degrees, saturation and value 0..1
+    hsv = cv2.cvtColor(pixels.astype(np.float32) / 255.0, cv2.COLOR_RGB2HSV)
+    hsv[..., 0] = (hsv[..., 0] + hue) % 360.0
+    rgb = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).clip(0.0, 1.0) ** gamma
+    return (rgb * 255.0).round().astype(np.uint8)

@@ -1,0 +1,153 @@
+"""Mask and conditioning pictures: finding the one of each picture, and what a trainer may use them for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from library.data.dataset_config import DatasetConfig, SubsetSpec
+from library.data.discover import find_images
+from library.data.image_io import read_size
+from library.data.records import ImageRecord
+from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+#: what pictures of ``conditioning_data_dir`` are to a trainer: weights of the loss, or input of the model
+Role = Literal["mask", "image"]
+
+#: names shown in one message
+_SHOWN = 3
+#: aspect ratios that differ by more are not the rounding of a resized copy
+_ASPECT_TOLERANCE = 0.03
+
+
+def check_roles(config: DatasetConfig, role: Role, *, masked_loss: bool) -> None:
+    """Refuse mask and conditioning pictures that would not be used, and missing ones.
+
+    Args:
+        role: of conditioning pictures, a matter of the trainer.
+        masked_loss: whether the user asked for it.
+
+    Raises:
+        UserError: one line for each subset.
+    """
+    subsets = [subset for dataset in config.datasets for subset in dataset.subsets]
+    problems = []
+    if role == "image":
+        problems += [
+            f"{subset.where}: conditioning_data_dir: is missing: name the folder with the conditioning pictures"
+            for subset in subsets
+            if subset.conditioning_dir is None
+        ]
+    elif not masked_loss:
+        problems += [
+            f"{subset.where}: conditioning_data_dir: mask pictures are used with --masked_loss only; add it, or remove "
+            "the key"
+            for subset in subsets
+            if subset.conditioning_dir is not None
+        ]
+    elif not any(subset.conditioning_dir is not None or subset.alpha_mask for subset in subsets):
+        problems.append(
+            f"--masked_loss: {config.source} names no masks; set conditioning_data_dir to the folder with mask "
+            "pictures, or alpha_mask = true, in a subset"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def pair(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """Records with the conditioning picture of the same name (but for the ending); as they are, if there is no folder.
+
+    Raises:
+        UserError: conditioning pictures that are missing, ambiguous or unreadable; all at once.
+    """
+    folder = subset.conditioning_dir
+    if folder is None:
+        return list(records)
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    for path in find_images(folder):
+        by_stem[path.stem].append(path)
+    problems = []
+    missing = [record.path.name for record in records if record.path.stem not in by_stem]
+    if missing:
+        problems.append(
+            f"{subset.where}: conditioning_data_dir: {folder} has no picture of the same name for {_some(missing)}"
+        )
+    wanted = {record.path.stem for record in records}
+    for stem in sorted(wanted):
+        if len(by_stem.get(stem, ())) > 1:
+            names = ", ".join(path.name for path in by_stem[stem])
+            problems.append(
+                f"{subset.where}: conditioning_data_dir: {folder} has several pictures of one name: {names}; keep one"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+    paired = [replace(record, conditioning=by_stem[record.path.stem][0]) for record in records]
+    _check_sizes(subset, paired)
+    return paired
+
+
+def _check_sizes(subset: SubsetSpec, records: Sequence[ImageRecord]) -> None:
+    """Read every header, so that a damaged picture is found now and not in the middle of a run."""
+
+    def aspect(path: Path) -> float | UserError:
+        try:
+            width, height = read_size(path)
+        except UserError as error:
+            return error
+        return width / height
+
+    paths = [record.conditioning for record in records if record.conditioning is not None]
+    with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) * 2)) as pool:
+        aspects = list(pool.map(aspect, paths))
+    damaged = [str(found) for found in aspects if isinstance(found, UserError)]
+    if damaged:
+        more = [f"{subset.conditioning_dir}: and {len(damaged) - _SHOWN} more files like these"]
+        raise UserError("\n".join(damaged[:_SHOWN] + (more if len(damaged) > _SHOWN else [])))
+    stretched = [
+        record.path.name
+        for record, found in zip(records, aspects, strict=True)
+        if abs(found * record.size[1] / record.size[0] - 1) > _ASPECT_TOLERANCE
+    ]
+    if stretched:
+        logger.warning(
+            "%s: conditioning_data_dir: other aspect ratios than their pictures, to which they are stretched: %s",
+            *(subset.where, _some(stretched)),
+        )
+
+
+def check_none_is_extra(subsets: Iterable[tuple[SubsetSpec, Sequence[ImageRecord]]]) -> None:
+    """Refuse conditioning pictures that belong to no picture: a name is misspelt, or a picture was lost.
+
+    Args:
+        subsets: every subset of the run with its records, as several may share a folder.
+
+    Raises:
+        UserError: one line for each folder.
+    """
+    used: dict[Path, set[Path]] = {}
+    for subset, records in subsets:
+        if subset.conditioning_dir is not None:
+            of_folder = used.setdefault(subset.conditioning_dir, set())
+            of_folder |= {record.conditioning for record in records if record.conditioning is not None}
+    problems = []
+    for folder, known in used.items():
+        extra = [path.name for path in find_images(folder) if path not in known]
+        if extra:
+            problems.append(
+                f"conditioning_data_dir {folder}: no picture has the name of {_some(extra)}; rename or remove what "
+                "belongs to no picture"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
