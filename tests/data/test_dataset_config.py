@@ -155,12 +155,10 @@ def test_a_boolean_is_no_number(tmp_path: Path, pictures: Path, key: str) -> Non
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("metadata_file", "'a.json'"),
         ("conditioning_data_dir", "'masks'"),
         ("alpha_mask", "true"),
         ("face_crop_aug_range", "[1.0, 2.0]"),
         ("color_aug", "true"),
-        ("token_warmup_step", "100"),
         ("cache_info", "true"),
     ],
 )
@@ -178,7 +176,7 @@ def test_validation_split_is_refused_unless_zero(tmp_path: Path, pictures: Path)
 
 
 def test_off_is_accepted_for_what_is_not_supported(tmp_path: Path, pictures: Path) -> None:
-    off = "color_aug = false\nalpha_mask = false\ntoken_warmup_step = 0\ncache_info = false"
+    off = "color_aug = false\nalpha_mask = false\ncache_info = false"
     load(tmp_path, minimal(pictures, subset=off))
 
 
