@@ -110,7 +110,7 @@ def _of_lines(file: Path, mistakes: list[str]) -> Iterator[_Entry]:
         if isinstance(name, str) and name:
             yield _Entry(where, name, fields)
         else:
-            hint = did_you_mean("image_path", fields) if isinstance(fields, Mapping) else ""
+            hint = _misspelt(fields, ["image_path"]) if isinstance(fields, Mapping) else ""
             mistakes.append(f'{file}: {where}: must be {{"image_path": "...", "caption": "..."}}{hint}')
 
 
@@ -124,13 +124,23 @@ def _caption(fields: Mapping[str, Any], separator: str) -> str:
         texts[name] = value
     caption, tags = texts["caption"], texts["tags"]
     if caption is None and tags is None:
-        near = [hint for name in fields if name not in _FIELDS and (hint := did_you_mean(name, ("caption", "tags")))]
-        raise _Mistake(f"has neither caption nor tags{near[0] if near else ''}")
+        raise _Mistake(f"has neither caption nor tags{_misspelt(fields, ['caption', 'tags'])}")
     caption, tags = (caption or "").strip(), (tags or "").strip()
     if not caption or not tags:
         return caption or tags
-    tags = f"{separator} ".join(line.strip() for line in tags.splitlines() if line.strip())
-    return "\n".join(f"{line.strip()}{separator} {tags}" for line in caption.splitlines() if line.strip())
+    tags = f"{separator} ".join(_lines(tags, separator))
+    return "\n".join(f"{line}{separator} {tags}" for line in _lines(caption, separator))
+
+
+def _misspelt(fields: Mapping[str, Any], wanted: list[str]) -> str:
+    """A hint if one of the fields looks like one that is wanted."""
+    hints = (did_you_mean(name, wanted) for name in fields if name not in _FIELDS)
+    return next(filter(None, hints), "")
+
+
+def _lines(text: str, separator: str) -> list[str]:
+    """Lines that are not empty, without a separator at their end."""
+    return [line.strip().removesuffix(separator).rstrip() for line in text.splitlines() if line.strip()]
 
 
 class _Pictures:
