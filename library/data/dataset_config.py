@@ -429,9 +429,7 @@ class _Reader:
             logger.warning("%s: %s: left out, as num_repeats is %d", self._source, where, values["num_repeats"])
             return None
         if values["token_warmup_min"] > 1 and not values["token_warmup_step"] and "token_warmup_min" in own:
-            logger.warning(
-                "%s: %s: token_warmup_min has no effect without token_warmup_step", self._source, where
-            )
+            logger.warning("%s: %s: token_warmup_min has no effect without token_warmup_step", self._source, where)
         extension = values["caption_extension"]
         return SubsetSpec(
             where=f"{self._source}: {where}",

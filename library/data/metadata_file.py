@@ -148,7 +148,9 @@ class _Pictures:
 
     def __init__(self, image_dir: Path | None) -> None:
         self._image_dir = image_dir
-        self._folders: dict[Path, dict[str, list[str]]] = {}
+        # texts, as paths are slow to make a hundred thousand times
+        self._bases = [""] if image_dir is None else [str(image_dir), ""]
+        self._folders: dict[str, dict[str, list[str]]] = {}
 
     def find(self, name: str) -> Path:
         """The picture of a full path, or of one relative to ``image_dir`` or to the working folder.
@@ -156,31 +158,32 @@ class _Pictures:
         The ending may be missing, as scripts of old leave it away where paths are relative.
         """
         names = [name] if os.sep == "\\" or "\\" not in name else [name, name.replace("\\", "/")]
-        bases = [Path()] if self._image_dir is None else [self._image_dir, Path()]
         for written in names:
-            for path in dict.fromkeys(base / written for base in bases):
-                matches = self._names_in(path.parent).get(path.name, [])
+            for base in self._bases:
+                folder, stem = os.path.split(os.path.join(base, written))
+                folder = folder or os.curdir
+                matches = self._names_in(folder).get(stem, [])
                 if len(matches) > 1:
-                    raise _Mistake(f"may be {' or '.join(sorted(matches))} in {path.parent}; write the ending")
+                    raise _Mistake(f"may be {' or '.join(sorted(matches))} in {folder}; write the ending")
                 if matches:
-                    return path.with_name(matches[0])
+                    return Path(os.path.join(folder, matches[0]))
         if Path(name).is_absolute():
             raise _Mistake(f"no such picture: {name}")
         if self._image_dir is None:
             raise _Mistake(f"no picture {name} in the working folder; give image_dir, the folder of the pictures")
         raise _Mistake(f"no picture {name} in {self._image_dir}")
 
-    def _names_in(self, folder: Path) -> dict[str, list[str]]:
+    def _names_in(self, folder: str) -> dict[str, list[str]]:
         """Names of pictures by how they may be written: whole, which leaves no doubt, or without ending."""
         if folder not in self._folders:
             listing: dict[str, list[str]] = {}
             try:
                 with os.scandir(folder) as entries:
                     names = [e.name for e in entries if e.name.lower().endswith(EXTENSIONS)]
-            except OSError:
+            except (OSError, ValueError):  # the latter of a name with a null character
                 names = []
             for found in names:
-                listing.setdefault(Path(found).stem, []).append(found)
+                listing.setdefault(os.path.splitext(found)[0], []).append(found)
             listing.update({found: [found] for found in names})
             self._folders[folder] = listing
         return self._folders[folder]

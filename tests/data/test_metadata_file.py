@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from library.config.arguments import DatasetOptions
@@ -34,13 +35,13 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def load(file: Path, folder: Path | None = None, *, lines: str = "", dataset: str = "", **options: object) -> TrainingData:
+def load(file: Path, folder: Path | None = None, *, lines: str = "", dataset: str = "") -> TrainingData:
     place = f"image_dir = '{folder}'" if folder else ""
     config = file.with_name("data.toml")
     config.write_text(
         f"[[datasets]]\nresolution = 64\n{dataset}\n[[datasets.subsets]]\nmetadata_file = '{file}'\n{place}\n{lines}\n"
     )
-    return TrainingData(load_dataset_config(config, DatasetOptions(**options)), seed=1, latent=SD)
+    return TrainingData(load_dataset_config(config, DatasetOptions()), seed=1, latent=SD)
 
 
 def records(data: TrainingData) -> list[ImageRecord]:
@@ -128,7 +129,9 @@ def test_the_later_entry_of_a_picture_counts(tmp_path: Path, folder: Path, caplo
     ],
 )
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
-def test_caption_and_tags(tmp_path: Path, folder: Path, ending: str, fields: Mapping[str, object], expected: str) -> None:
+def test_caption_and_tags(
+    tmp_path: Path, folder: Path, ending: str, fields: Mapping[str, object], expected: str
+) -> None:
     content: object = [{"image_path": "a.png", **fields}] if ending == ".jsonl" else {"a.png": fields}
     assert captions(load(write(tmp_path / f"m{ending}", content), folder)) == {"a.png": expected}
 
@@ -181,6 +184,8 @@ def test_many_mistakes_are_counted(tmp_path: Path, folder: Path) -> None:
         ("meta.json", "[]", "name a file with one entry a line .jsonl"),
         ("meta.json", "{}", "has no entries"),
         ("meta.json", '{"a.png": "a cat"}', '"a.png": must be {"caption": "...", "tags": "..."}'),
+        ("meta.json", '{"a\\u0000/b": {"tags": "x"}}', "no picture"),
+        ("meta.json", '{"": {"tags": "x"}}', '"": no picture'),
         ("meta.jsonl", "\n\n", "has no entries"),
         ("meta.jsonl", '"a.png"', "line 1: must be"),
         ("meta.txt", "{}", "metadata_file: meta.txt: must end with .json or .jsonl"),
@@ -274,9 +279,20 @@ def test_recorded_metadata(tmp_path: Path, folder: Path) -> None:
 
 def test_latents_are_cached_beside_the_pictures(tmp_path: Path, folder: Path) -> None:
     file = write(tmp_path / "meta.json", {name: {"tags": "x"} for name in PICTURES})
-    made = []
-    for _ in range(2):
-        data = load(file, folder, dataset="enable_bucket = true\nmin_bucket_reso = 32\nbucket_reso_steps = 32")
-        made.append(data.cache_latents(Encoder, batch_size=1, to_disk=True, vae_identity="vae"))
-    assert made == [3, 0]
-    assert (folder / "a_0064x0064_sd.npz").exists()
+
+    def encoded() -> int:
+        settings = "enable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 32"
+        data = load(file, folder, dataset=settings, lines="flip_aug = true")
+        return data.cache_latents(Encoder, batch_size=1, to_disk=True, vae_identity="vae")
+
+    assert [encoded(), encoded()] == [3, 0]
+    # by the name that they had when they were made ahead, for the metadata file; without a stamp, as there was none
+    with np.load(folder / "a_0064x0064_sd.npz") as cached:
+        arrays = {name: cached[name] for name in cached.files if name != "stamp"}
+    (folder / "a_0064x0064_sd.npz").unlink()
+    np.savez(folder / "a.npz", **arrays)
+    assert encoded() == 0
+    # of the first form of all, with an array that has no name, one cannot tell how it was made
+    np.savez(folder / "a.npz", arrays["latents"])
+    assert encoded() == 1
+    assert not (folder / "a_0064x0064_sd.npz").exists()
