@@ -38,7 +38,7 @@ class DatasetOptions:
     """Data, where the dataset file does not say otherwise."""
 
     dataset_config: Path | None = option(None, "dataset file, .toml or .json", type=Path)
-    train_data_dir: str | None = option(None, "folder with sub-folders <repeats>_<class tokens> of pictures, instead of a dataset file")
+    train_data_dir: str | None = option(None, "folder with sub-folders <repeats>_<class tokens> of pictures, or with the pictures of --in_json")
     reg_data_dir: str | None = option(None, "the same for regularisation pictures")
     in_json: str | None = option(None, "metadata file of captions and tags, instead of caption files")
     dataset_repeats: int = option(1, "how often each picture is used in an epoch, with --in_json or a dataset file that does not say", type=int)

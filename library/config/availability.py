@@ -15,14 +15,10 @@ _COMPILE = "compiling is not supported yet; remove it"
 _INITIAL = "starting in the middle is not supported yet; --resume goes on exactly where a state stood"
 _DDP = "has no effect: adapters are trained without DistributedDataParallel; remove it"
 
-#: dataset files' keys that are no options; every other unsupported key is an option of the same name
-_KEYS_ONLY = ("metadata_file",)
-
 #: option -> why it is refused, and what to use
 REFUSED = MappingProxyType(
     {
-        **{name: reason for name, reason in UNSUPPORTED.items() if name not in _KEYS_ONLY},
-        "in_json": UNSUPPORTED["metadata_file"],
+        **UNSUPPORTED,  # keys of dataset files, each an option of the same name
         "dataset_class": "dataset classes of your own are not supported yet; use --dataset_config",
         "debug_dataset": "not supported yet; the summary before the first step shows the buckets",
         "validation_seed": _VALIDATION,

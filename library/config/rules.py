@@ -95,10 +95,21 @@ def needs_output(o: TrainNetworkOptions) -> Iterator[Finding]:
 
 
 def needs_data(o: TrainNetworkOptions) -> Iterator[Finding]:
-    if o.dataset.dataset_config is None and not o.dataset.train_data_dir:
+    d = o.dataset
+    if d.dataset_config is None and not d.train_data_dir and not d.in_json:
         yield error("no data: name a dataset file with --dataset_config, or a folder with --train_data_dir")
-    if o.dataset.dataset_config is not None and (o.dataset.train_data_dir or o.dataset.reg_data_dir):
-        yield warning("--train_data_dir and --reg_data_dir have no effect beside --dataset_config")
+    if d.dataset_config is not None and (d.train_data_dir or d.reg_data_dir or d.in_json):
+        yield warning("--train_data_dir, --reg_data_dir and --in_json have no effect beside --dataset_config")
+
+
+def metadata_file(o: TrainNetworkOptions) -> Iterator[Finding]:
+    d = o.dataset
+    if d.dataset_config is not None or not d.in_json:
+        return
+    if d.reg_data_dir:
+        yield error("--reg_data_dir: there are no regularisation pictures with --in_json; remove one of them")
+    if _changed(d, "caption_extension", "caption_extention"):
+        yield warning("--caption_extension has no effect with --in_json, whose file holds the captions")
 
 
 def files_exist(o: TrainNetworkOptions) -> Iterator[Finding]:
@@ -113,6 +124,7 @@ def files_exist(o: TrainNetworkOptions) -> Iterator[Finding]:
     # with a dataset file these have no effect, see needs_data
     folders: list[tuple[str, str | None]] = []
     if not o.dataset.dataset_config:
+        files.append(("in_json", o.dataset.in_json))
         folders += [("train_data_dir", o.dataset.train_data_dir), ("reg_data_dir", o.dataset.reg_data_dir)]
     if o.dataset.conditioning_data_dir:
         folders.append(("conditioning_data_dir", o.dataset.conditioning_data_dir))
@@ -334,6 +346,7 @@ RULES: tuple[Rule, ...] = (
     needs_network,
     needs_output,
     needs_data,
+    metadata_file,
     files_exist,
     network_parts,
     network_files,

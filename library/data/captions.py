@@ -1,14 +1,13 @@
-"""From the text of a caption file to the caption of one use: a function of text, rules, epoch and a generator.
+"""From the text of a caption file to the caption of one use: a function of text, rules, moment and a generator.
 
 The order is the published one: whole-caption dropout; choice of a line; prefix and suffix; wildcards (those of
-prefix and suffix too); the part kept in its place; shuffling; tag dropout; the secondary separator.
+prefix and suffix too); the part kept in its place; tag warm-up; shuffling; tag dropout; the secondary separator.
 """
 
 from __future__ import annotations
 
 import random
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,8 @@ class CaptionRules:
     dropout_rate: float = 0.0
     dropout_every_n_epochs: int = 0
     tag_dropout_rate: float = 0.0
+    warmup_min: int = 1  # tags at the first step of the warm-up
+    warmup_step: float = 0  # steps until all tags are used; below 1, a share of the run; 0 for none
 
     @property
     def is_random(self) -> bool:
@@ -36,10 +37,21 @@ class CaptionRules:
             or self.dropout_rate > 0
             or self.dropout_every_n_epochs > 0
             or self.tag_dropout_rate > 0
+            or self.warmup_step > 0
         )
 
 
-def final_caption(text: str, rules: CaptionRules, *, epoch: int, rng: random.Random) -> str:
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is when a caption is used."""
+
+    step: int  # optimizer steps done before, from 0
+    total_steps: int  # of the run
+
+
+def final_caption(
+    text: str, rules: CaptionRules, *, epoch: int, rng: random.Random, progress: Progress | None = None
+) -> str:
     """The caption of one use.
 
     Args:
@@ -48,6 +60,7 @@ def final_caption(text: str, rules: CaptionRules, *, epoch: int, rng: random.Ran
         epoch: counted from 0; with ``dropout_every_n_epochs`` n, every n-th epoch (the n-th is the first of them)
             has no captions.
         rng: keyed by the visit.
+        progress: for the tag warm-up; without it, the warm-up counts as over.
     """
     every = rules.dropout_every_n_epochs
     if rules.dropout_rate > 0 and rng.random() < rules.dropout_rate:
@@ -63,9 +76,9 @@ def final_caption(text: str, rules: CaptionRules, *, epoch: int, rng: random.Ran
         caption = f"{caption} {rules.suffix}"
     if rules.wildcards:
         caption = expand_wildcards(caption, rng)
-    if rules.shuffle or rules.tag_dropout_rate > 0:
-        caption = _arrange_tags(caption, rules, rng)
-    elif rules.keep_tokens_separator:
+    if rules.shuffle or rules.tag_dropout_rate > 0 or rules.warmup_step > 0:
+        caption = _arrange_tags(caption, rules, rng, progress)
+    elif rules.keep_tokens_separator and rules.keep_tokens_separator in caption:
         # the mark itself is never part of the caption
         caption = _join(_split(caption.replace(rules.keep_tokens_separator, rules.separator), rules.separator))
     if rules.secondary_separator:
@@ -81,8 +94,8 @@ def _join(tags: list[str]) -> str:
     return ", ".join(tags)
 
 
-def _arrange_tags(caption: str, rules: CaptionRules, rng: random.Random) -> str:
-    """Shuffle and drop tags between the kept front and, after a second mark, the kept end."""
+def _arrange_tags(caption: str, rules: CaptionRules, rng: random.Random, progress: Progress | None) -> str:
+    """Hold back, shuffle and drop tags between the kept front and, after a second mark, the kept end."""
     mark = rules.keep_tokens_separator
     front: list[str] = []
     end: list[str] = []
@@ -94,6 +107,9 @@ def _arrange_tags(caption: str, rules: CaptionRules, rng: random.Random) -> str:
     else:
         tags = _split(caption, rules.separator)
         front, tags = tags[: rules.keep_tokens], tags[rules.keep_tokens :]
+    if progress is not None:
+        # before shuffling: tags are written in the order of their weight, and a run learns them in that order
+        tags = tags[: _warmed_up(len(tags), rules, progress)]
     if rules.shuffle:
         rng.shuffle(tags)
     if rules.tag_dropout_rate > 0:
@@ -101,14 +117,87 @@ def _arrange_tags(caption: str, rules: CaptionRules, rng: random.Random) -> str:
     return _join(front + tags + end)
 
 
-_INNERMOST = re.compile(r"\{([^{}]*)\}")
-# stand-ins from the private use area, so that escaped braces are not read as wildcards
-_OPEN, _CLOSE = "\ue000", "\ue001"
+def _warmed_up(count: int, rules: CaptionRules, progress: Progress) -> int:
+    """How many of ``count`` tags are used now: from ``warmup_min`` at step 0, linearly, to all at ``warmup_step``."""
+    steps = rules.warmup_step if rules.warmup_step >= 1 else rules.warmup_step * progress.total_steps
+    if progress.step >= steps or count <= rules.warmup_min:
+        return count
+    return rules.warmup_min + int(progress.step * (count - rules.warmup_min) / steps)
+
+
+# ---- wildcards ----
+
+
+@dataclass
+class _Choice:
+    """A choice between parts, while it is read and after; a part is text and choices in a row."""
+
+    doubled: bool = False  # began with "{{"
+    parts: list[list[str | _Choice]] = field(default_factory=lambda: [[]])
 
 
 def expand_wildcards(text: str, rng: random.Random) -> str:
-    """``{a|b}`` becomes one of its parts, innermost first; ``{{`` and ``}}`` are plain braces."""
-    text = text.replace("{{", _OPEN).replace("}}", _CLOSE)
-    while found := _INNERMOST.search(text):
-        text = text[: found.start()] + rng.choice(found.group(1).split("|")) + text[found.end() :]
-    return text.replace(_OPEN, "{").replace(_CLOSE, "}")
+    """``{a|b}`` becomes one of its parts, in which there may be further choices; ``{{`` and ``}}`` are plain braces.
+
+    Braces side by side are read by what they belong to: ``{a|{b|c}}`` is a choice in a choice, ``{a|{{b}}}`` one
+    between a and {b}. Braces without a partner are plain text.
+    """
+    return _expand(_parse(text), rng) if "{" in text or "}" in text else text
+
+
+def _expand(row: list[str | _Choice], rng: random.Random) -> str:
+    return "".join(piece if isinstance(piece, str) else _expand(rng.choice(piece.parts), rng) for piece in row)
+
+
+def _parse(text: str) -> list[str | _Choice]:
+    """The text as a row of plain pieces and choices."""
+    whole = _Choice()
+    open_ones = [whole]  # the text as a whole counts as open to the end
+
+    def add(piece: str | _Choice) -> None:
+        open_ones[-1].parts[-1].append(piece)
+
+    def close_as_text(ending: str) -> None:
+        """The innermost open braces are plain after all, and so are their bars."""
+        row = _as_text(open_ones.pop())
+        for piece in (*row, ending):
+            add(piece)
+
+    place = 0
+    while place < len(text):
+        pair, inner = text[place : place + 2], open_ones[-1]
+        length = 1
+        if pair == "{{":
+            open_ones.append(_Choice(doubled=True))
+            length = 2
+        elif pair[0] == "{":
+            open_ones.append(_Choice())
+        elif pair[0] == "|" and inner is not whole:
+            inner.parts.append([])
+        elif pair == "}}" and (inner is whole or inner.doubled):
+            add("}") if inner is whole else close_as_text("}")
+            length = 2
+        elif pair == "}}" and len(open_ones) == 2:
+            # only one choice is open, so that the two cannot both close something
+            add("}")
+            length = 2
+        elif pair[0] == "}" and inner is not whole:
+            open_ones.pop()
+            if inner.doubled:
+                # one brace closes, so "{{" were two choices: this is the inner one, the outer goes on
+                inner.doubled = False
+                open_ones.append(_Choice())
+            add(inner)
+        else:
+            add(pair[0])
+        place += length
+    while len(open_ones) > 1:
+        close_as_text("")
+    return whole.parts[0]
+
+
+def _as_text(opened: _Choice) -> list[str | _Choice]:
+    row: list[str | _Choice] = ["{"]
+    for index, part in enumerate(opened.parts):
+        row += part if index == 0 else ["|", *part]
+    return row

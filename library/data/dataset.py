@@ -10,12 +10,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from library.architectures.base import LatentFormat
 from library.data.augment import face_in_name
 from library.data.batch import Batch
 from library.data.buckets import Buckets
 from library.data.conditioning import Role, check_none_is_extra, pair
+from library.data.captions import Progress
 from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec
 from library.data.discover import discover
 from library.data.latent_cache import (
@@ -31,6 +33,9 @@ from library.data.loader import BatchMaker, Loader, Tokenize
 from library.data.records import ImageRecord
 from library.errors import UserError
 from library.randomness import permutation
+
+if TYPE_CHECKING:
+    from library.training.plan import RunPlan
 
 Size = tuple[int, int]
 
@@ -54,6 +59,7 @@ class BatchRef:
     dataset: int
     epoch: int
     uses: tuple[Use, ...]
+    progress: Progress | None = None  # of the run; ``None`` where it does not matter
 
 
 class BucketedDataset:
@@ -336,10 +342,12 @@ class TrainingData:
         persistent: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        plan: RunPlan | None = None,
     ) -> Iterator[Batch]:
         """The batches of an epoch (counted from 0) from ``start_batch`` on, prepared ahead in workers.
 
-        The settings besides ``epoch`` and ``start_batch`` must be the same for a whole run.
+        The settings besides ``epoch`` and ``start_batch`` must be the same for a whole run. ``plan`` tells the step
+        of a batch, for the tag warm-up; without it, the warm-up counts as over.
 
         Raises:
             UserError: while iterating: a picture or cache file that cannot be read; a worker that was killed.
@@ -349,4 +357,10 @@ class TrainingData:
             self._loader = Loader(
                 self.maker, tokenize, num_workers=workers, pin_memory=pin_memory, persistent=persistent
             )
-        return self._loader.batches(self.batches(epoch, world_size=world_size, rank=rank)[start_batch:])
+        refs = self.batches(epoch, world_size=world_size, rank=rank)
+        if plan is not None:
+            refs = [
+                replace(ref, progress=Progress(plan.step_of(epoch, index), plan.total_steps))
+                for index, ref in enumerate(refs)
+            ]
+        return self._loader.batches(refs[start_batch:])

@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SubsetSpec:
-    """One folder of pictures."""
+    """One folder of pictures, or the pictures of one metadata file."""
 
     where: str  # for messages: "data.toml: [[datasets]] 1 > [[datasets.subsets]] 2"
-    image_dir: Path
+    image_dir: Path | None  # may be missing beside a metadata file that holds full paths
     num_repeats: int
     is_reg: bool
     class_tokens: str | None
@@ -46,6 +46,14 @@ class SubsetSpec:
     conditioning_dir: Path | None  # mask or conditioning pictures, with the names of the pictures
     resize_interpolation: str | None
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+    metadata_file: Path | None = None  # captions and tags of the fine-tuning method, instead of caption files
+
+    @property
+    def source(self) -> Path:
+        """Where captions come from: the metadata file, else the folder."""
+        source = self.metadata_file or self.image_dir
+        assert source is not None  # one of them is always given
+        return source
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,11 @@ class DatasetSpec:
     network_multiplier: float
     resize_interpolation: str | None
     subsets: tuple[SubsetSpec, ...]
+
+    @property
+    def is_dreambooth(self) -> bool:
+        """Whether captions come from caption files or folders' names; else from metadata files."""
+        return all(subset.metadata_file is None for subset in self.subsets)
 
 
 @dataclass(frozen=True)
@@ -113,10 +126,10 @@ _KEYS: dict[str, _Key] = {
     "class_tokens": _Key("str", _EVERYWHERE),
     "is_reg": _Key("bool", (_SUBSET,), None, False),
     "image_dir": _Key("str", (_SUBSET,)),
+    "metadata_file": _Key("text", (_SUBSET,)),
+    "token_warmup_step": _Key("amount", _EVERYWHERE, "token_warmup_step"),
+    "token_warmup_min": _Key("natural", _EVERYWHERE, "token_warmup_min"),
     # published keys that this version refuses unless they are off, see UNSUPPORTED
-    "metadata_file": _Key("str", (_SUBSET,)),
-    "token_warmup_step": _Key("number", _EVERYWHERE),
-    "token_warmup_min": _Key("natural", _EVERYWHERE),
     "cache_info": _Key("bool", _EVERYWHERE),
     "validation_split": _Key("share", _OF_DATASET),
     "validation_seed": _Key("int", _OF_DATASET),
@@ -125,8 +138,6 @@ _KEYS: dict[str, _Key] = {
 #: published keys that are refused when they are on: why, and what to use
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        "metadata_file": "metadata files are not supported yet; use caption files beside the pictures",
-        "token_warmup_step": "the tag warm-up is not supported yet",
         "cache_info": "not supported yet; sizes are read from the headers at each start",
         "validation_split": "validation is not supported yet; compare sample images instead",
     }
@@ -134,6 +145,8 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
 
 #: what differs from use to use, so that nothing can be encoded once
 NOT_WITH_CACHED_LATENTS = ("random_crop", "face_crop_aug_range", "color_aug")
+#: keys that say nothing about the pictures of a metadata file
+_NOT_WITH_METADATA = ("caption_extension", "class_tokens", "is_reg", "cache_info")
 
 #: what belongs on the command line only
 _OPTIONS_ONLY = ("debug_dataset", "max_token_length", "prior_loss_weight")
@@ -156,6 +169,7 @@ _CHECKS = {
     "natural": (lambda v: _is_int(v) and v >= 0, "a whole number, 0 or more"),
     "positive": (lambda v: _is_int(v) and v >= 1, "a whole number, 1 or more"),
     "number": (_is_number, "a number"),
+    "amount": (lambda v: _is_number(v) and v >= 0, "a number, 0 or more"),
     "share": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "str": (lambda v: isinstance(v, str), "text in quotes"),
     "text": (lambda v: isinstance(v, str) and v != "", "text in quotes, not empty"),
@@ -187,7 +201,7 @@ def load_dataset_config(path: Path | str | None, options: DatasetOptions) -> Dat
     path = Path(path)
     if path.suffix.lower() not in (".toml", ".json"):
         raise UserError(f"--dataset_config {path}: must end with .toml or .json")
-    return _Reader(str(path), options).read(_load_json(path) if path.suffix.lower() == ".json" else _load_toml(path))
+    return _Reader(str(path), options).read(load_json(path) if path.suffix.lower() == ".json" else _load_toml(path))
 
 
 def _load_toml(path: Path) -> dict[str, Any]:
@@ -200,7 +214,12 @@ def _load_toml(path: Path) -> dict[str, Any]:
         raise
 
 
-def _load_json(path: Path) -> Any:
+def load_json(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        UserError: it is missing, cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -214,8 +233,14 @@ def _load_json(path: Path) -> Any:
 def _from_folders(options: DatasetOptions) -> dict[str, Any]:
     """``--train_data_dir`` and ``--reg_data_dir``: sub-folders named ``<repeats>_<class tokens>``.
 
-    With ``--conditioning_data_dir``, ``--train_data_dir`` may hold the pictures itself.
+    With ``--in_json``, a metadata file, ``--train_data_dir`` is the folder of the pictures themselves; with
+    ``--conditioning_data_dir`` it may hold them itself.
     """
+    if options.in_json:
+        subset = {"metadata_file": options.in_json}
+        if options.train_data_dir:
+            subset["image_dir"] = options.train_data_dir
+        return {"datasets": [{"subsets": [subset]}]}
     subsets: list[dict[str, Any]] = []
     for flag, folder, is_reg in (
         ("--train_data_dir", options.train_data_dir, False),
@@ -288,6 +313,9 @@ class _Reader:
             tables = []
         for index, table in enumerate(tables, start=1):
             datasets.append(self._dataset(table, general, f"[[datasets]] {index}"))
+        if datasets and not any(dataset.is_dreambooth for dataset in datasets):
+            for key in (name for name in _NOT_WITH_METADATA if general.get(name)):
+                logger.warning("%s: [general]: %s: has no effect on pictures of metadata files", self._source, key)
         if self._problems:
             raise UserError("\n".join(self._problems))
         return DatasetConfig(self._source, tuple(d for d in datasets if d is not None))
@@ -347,6 +375,15 @@ class _Reader:
         if not isinstance(subsets, list) or not subsets:
             self._problem(where, "subsets", "there must be at least one [[datasets.subsets]] table")
             subsets = []
+        with_metadata = [isinstance(subset, Mapping) and "metadata_file" in subset for subset in subsets]
+        if any(with_metadata) and not all(with_metadata):
+            self._problem(
+                where,
+                "metadata_file",
+                "some subsets have one and others not; put them into [[datasets]] tables of their own",
+            )
+        elif any(with_metadata):
+            self._refuse_with_metadata(own, where)
         specs = [
             self._subset(subset, own, general, f"{where} > [[datasets.subsets]] {index}")
             for index, subset in enumerate(subsets, start=1)
@@ -362,6 +399,10 @@ class _Reader:
             resize_interpolation=values["resize_interpolation"],
             subsets=tuple(spec for spec in specs if spec is not None),
         )
+
+    def _refuse_with_metadata(self, own: Mapping[str, Any], where: str) -> None:
+        for key in (name for name in _NOT_WITH_METADATA if own.get(name)):
+            self._problem(where, key, "only for pictures with caption files, not with metadata_file; remove it")
 
     def _check_sides(self, rules: BucketRules, where: str) -> None:
         resolution = rules.resolution
@@ -388,16 +429,10 @@ class _Reader:
     ) -> SubsetSpec | None:
         own = self._table(table, _SUBSET, where)
         values = self._lookup(own, dataset, general)
-        folder = values["image_dir"]
-        if folder is None:
-            if isinstance(table, Mapping) and "image_dir" not in table and not table.get("metadata_file"):
-                self._problem(where, "image_dir", "is missing: name the folder with the pictures")
-            return None
-        if not Path(folder).is_dir():
-            self._problem(where, "image_dir", f"{folder}: no such folder")
-            return None
-        if not any(_has_pictures(Path(folder))):
-            self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)})")
+        folder, metadata = values["image_dir"], values["metadata_file"]
+        if metadata is not None:
+            self._refuse_with_metadata(own, where)
+        if not self._places_are_good(folder, metadata, table, where):
             return None
         if self._options.cache_latents or self._options.cache_latents_to_disk:
             for name in NOT_WITH_CACHED_LATENTS:
@@ -412,10 +447,12 @@ class _Reader:
         if values["num_repeats"] < 1:
             logger.warning("%s: %s: left out, as num_repeats is %d", self._source, where, values["num_repeats"])
             return None
+        if values["token_warmup_min"] > 1 and not values["token_warmup_step"] and "token_warmup_min" in own:
+            logger.warning("%s: %s: token_warmup_min has no effect without token_warmup_step", self._source, where)
         extension = values["caption_extension"]
         return SubsetSpec(
             where=f"{self._source}: {where}",
-            image_dir=Path(folder),
+            image_dir=Path(folder) if folder else None,
             num_repeats=values["num_repeats"],
             is_reg=values["is_reg"],
             class_tokens=values["class_tokens"],
@@ -432,6 +469,8 @@ class _Reader:
                 dropout_rate=values["caption_dropout_rate"],
                 dropout_every_n_epochs=values["caption_dropout_every_n_epochs"],
                 tag_dropout_rate=values["caption_tag_dropout_rate"],
+                warmup_min=values["token_warmup_min"],
+                warmup_step=values["token_warmup_step"],
             ),
             flip_aug=values["flip_aug"],
             random_crop=values["random_crop"],
@@ -441,7 +480,28 @@ class _Reader:
             conditioning_dir=Path(conditioning) if conditioning else None,
             resize_interpolation=values["resize_interpolation"],
             custom_attributes=values["custom_attributes"] or {},
+            metadata_file=Path(metadata) if metadata else None,
         )
+
+    def _places_are_good(self, folder: str | None, metadata: str | None, table: Any, where: str) -> bool:
+        """Whether folder and metadata file of a subset are there."""
+        before = len(self._problems)
+        if metadata is not None:
+            if Path(metadata).suffix.lower() not in (".json", ".jsonl"):
+                self._problem(where, "metadata_file", f"{metadata}: must end with .json or .jsonl")
+            elif not Path(metadata).is_file():
+                self._problem(where, "metadata_file", f"{metadata}: no such file")
+            if folder and not Path(folder).is_dir():
+                self._problem(where, "image_dir", f"{folder}: no such folder")
+        elif folder is None:
+            if isinstance(table, Mapping) and not {"image_dir", "metadata_file"} & set(table):
+                self._problem(where, "image_dir", "is missing: name the folder with the pictures")
+            return False
+        elif not Path(folder).is_dir():
+            self._problem(where, "image_dir", f"{folder}: no such folder")
+        elif not any(_has_pictures(Path(folder))):
+            self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)})")
+        return len(self._problems) == before
 
 
 def _has_pictures(folder: Path) -> Iterator[bool]:

@@ -31,10 +31,10 @@ def metadata(
             target = reg_dirs if subset.is_reg else dirs
             if subset.is_reg and from_file:
                 continue
-            target[_free_name(target, subset.image_dir.name)] = {"n_repeats": subset.num_repeats, "img_count": count}
+            target[_free_name(target, subset.source.name)] = {"n_repeats": subset.num_repeats, "img_count": count}
     # a folder that several datasets train on, at different sizes, is counted once
-    for folder, counts in _tags_by_folder(data.datasets).items():
-        tags[_free_name(tags, folder.name)] = counts
+    for source, counts in _tags_by_source(data.datasets).items():
+        tags[_free_name(tags, source.name)] = counts
     entries |= {"ss_dataset_dirs": dirs, "ss_tag_frequency": tags}
     if from_file:
         entries["ss_datasets"] = [_dataset_entry(dataset) for dataset in data.datasets]
@@ -68,18 +68,19 @@ def _free_name(taken: dict[str, Any], name: str) -> str:
     return free
 
 
-def _tags_by_folder(datasets: Sequence[BucketedDataset]) -> dict[Path, dict[str, int]]:
-    """How many captions of a folder have a tag; tags are split at commas and in lower case."""
+def _tags_by_source(datasets: Sequence[BucketedDataset]) -> dict[Path, dict[str, int]]:
+    """How many captions of a folder or metadata file have a tag; tags are split at commas and in lower case."""
     counts: dict[Path, Counter[str]] = {}
-    counted: set[Path] = set()
+    counted: set[tuple[Path, Path]] = set()
     for dataset in datasets:
         for record in dataset.records:
-            of_folder = counts.setdefault(dataset.spec.subsets[record.subset].image_dir, Counter())
-            if record.path not in counted:
-                counted.add(record.path)
+            source = dataset.spec.subsets[record.subset].source
+            of_source = counts.setdefault(source, Counter())
+            if (source, record.path) not in counted:
+                counted.add((source, record.path))
                 tags = (tag.strip().lower() for tag in record.caption.replace("\n", ",").split(","))
-                of_folder.update(tag for tag in tags if tag)
-    return {folder: dict(of_folder) for folder, of_folder in counts.items()}
+                of_source.update(tag for tag in tags if tag)
+    return {source: dict(of_source) for source, of_source in counts.items()}
 
 
 def _bucket_info(dataset: BucketedDataset) -> dict[str, Any] | None:
@@ -98,10 +99,10 @@ def _bucket_info(dataset: BucketedDataset) -> dict[str, Any] | None:
 def _dataset_entry(dataset: BucketedDataset) -> dict[str, Any]:
     rules = dataset.spec.buckets
     tags: dict[str, dict[str, int]] = {}
-    for folder, counts in _tags_by_folder([dataset]).items():
-        tags[_free_name(tags, folder.name)] = counts
+    for source, counts in _tags_by_source([dataset]).items():
+        tags[_free_name(tags, source.name)] = counts
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": dataset.spec.is_dreambooth,
         "batch_size_per_device": dataset.spec.batch_size,
         "num_train_images": dataset.num_train,
         "num_reg_images": dataset.num_reg,
@@ -118,7 +119,7 @@ def _dataset_entry(dataset: BucketedDataset) -> dict[str, Any]:
 
 def _subset_entry(dataset: BucketedDataset, index: int, subset: SubsetSpec) -> dict[str, Any]:
     captions = subset.captions
-    return {
+    entry = {
         "img_count": sum(record.subset == index for record in dataset.records),
         "num_repeats": subset.num_repeats,
         "color_aug": subset.color_aug,
@@ -132,10 +133,12 @@ def _subset_entry(dataset: BucketedDataset, index: int, subset: SubsetSpec) -> d
         "caption_prefix": captions.prefix,
         "caption_suffix": captions.suffix,
         "resize_interpolation": subset.resize_interpolation,
-        "image_dir": subset.image_dir.name,
-        "class_tokens": subset.class_tokens,
-        "is_reg": subset.is_reg,
     }
+    if subset.image_dir is not None:
+        entry["image_dir"] = subset.image_dir.name
+    if subset.metadata_file is not None:
+        return entry | {"metadata_file": subset.metadata_file.name}
+    return entry | {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
 
 
 def summary_rows(data: TrainingData) -> list[tuple[str, str]]:

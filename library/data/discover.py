@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from library.data.dataset_config import SubsetSpec
 from library.data.image_io import EXTENSIONS, read_size
+from library.data.metadata_file import read_metadata
 from library.data.records import ImageRecord
 from library.errors import UserError
 
@@ -33,14 +34,19 @@ def discover(subset: SubsetSpec, index: int) -> list[ImageRecord]:
 
     Raises:
         UserError: pictures that cannot be read, or without caption where there are no class tokens; all at once.
+            A metadata file with mistakes.
     """
-    paths = find_images(subset.image_dir)
+    described = read_metadata(subset) if subset.metadata_file else None
+    paths = find_images(subset.image_dir) if described is None else list(described)
     with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) * 2)) as pool:
         sizes = list(pool.map(lambda path: _or_error(read_size, path), paths))
-        captions = list(pool.map(lambda path: _or_error(read_caption, path, subset), paths))
+        if described is None:
+            captions = list(pool.map(lambda path: _or_error(read_caption, path, subset), paths))
+        else:
+            captions = list(described.values())
     problems = [str(found) for found in (*sizes, *captions) if isinstance(found, UserError)]
     if len(problems) > _SHOWN:
-        problems[_SHOWN:] = [f"{subset.image_dir}: and {len(problems) - _SHOWN} more files like these"]
+        problems[_SHOWN:] = [f"{subset.source}: and {len(problems) - _SHOWN} more files like these"]
     missing = [path.name for path, caption in zip(paths, captions, strict=True) if caption is None]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""

@@ -94,7 +94,13 @@ class BatchMaker:
         record, subset, bucket = dataset.records[use.record], dataset.subset(use.record), dataset.bucket_of[use.record]
         visit = visit_key(self._seed, ref.epoch, ref.dataset, use.record, use.repeat)
         flipped = subset.flip_aug and python_rng(visit, "flip").random() < 0.5
-        caption = final_caption(record.caption, subset.captions, epoch=ref.epoch, rng=python_rng(visit, "caption"))
+        caption = final_caption(
+            record.caption,
+            subset.captions,
+            epoch=ref.epoch,
+            rng=python_rng(visit, "caption"),
+            progress=ref.progress,
+        )
         weight = self._prior_loss_weight if subset.is_reg else 1.0
         latents = pixels = alpha = None
         if self.latents is not None:

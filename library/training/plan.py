@@ -55,6 +55,10 @@ class RunPlan:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         return Position(epoch, step_in_epoch, step_in_epoch * self.gradient_accumulation_steps)
 
+    def step_of(self, epoch: int, batch_in_epoch: int) -> int:
+        """The step, counted from 0, that a batch of an epoch is part of: the inverse of ``position``."""
+        return epoch * self.steps_per_epoch + batch_in_epoch // self.gradient_accumulation_steps
+
     def batches_of_step(self, batch_in_epoch: int) -> int:
         """How many batches the step that starts at this batch is made of."""
         return min(self.gradient_accumulation_steps, self.batches_per_epoch - batch_in_epoch)

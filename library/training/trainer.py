@@ -399,6 +399,7 @@ class Trainer(ABC):
             persistent=dataset.persistent_data_loader_workers,
             rank=run.accelerator.process_index,
             world_size=run.accelerator.num_processes,
+            plan=run.plan,
         )
 
     def draw(self, run: Run, prompt: SamplePrompt, path: Path) -> Image:

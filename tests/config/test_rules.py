@@ -15,7 +15,8 @@ from library.errors import UserError
 
 #: the option names of the features that this version leaves out; one that is dropped here must be implemented
 LEFT_OUT = (
-    "in_json dataset_class debug_dataset token_warmup_step cache_info validation_seed validation_split validate_every_n_steps validate_every_n_epochs "
+    "dataset_class debug_dataset "
+    "cache_info validation_seed validation_split validate_every_n_steps validate_every_n_epochs "
     "max_validation_steps huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token "
     "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload full_fp16 full_bf16 "
     "fp8_base fp8_base_unet torch_compile dynamo_backend cpu_offload_checkpointing mem_eff_attn fused_backward_pass "
@@ -36,7 +37,7 @@ GOOD = {
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tables below name, in the working directory."""
     monkeypatch.chdir(tmp_path)
-    for name in ("data.toml", "p.txt", "w.safetensors", "v.safetensors"):
+    for name in ("data.toml", "p.txt", "m.json", "w.safetensors", "v.safetensors"):
         Path(name).touch()
     Path("state").mkdir()
 
@@ -70,6 +71,8 @@ ERRORS = [
     ({"log_tracker_config": "gone.toml"}, "--log_tracker_config gone.toml"),
     ({"resume": "gone-state"}, "--resume gone-state: no such folder"),
     ({"resume": "p.txt"}, "--resume p.txt: a file, not a folder"),
+    ({"dataset_config": None, "in_json": "gone.json"}, "--in_json gone.json: no such file"),
+    ({"dataset_config": None, "in_json": "m.json", "reg_data_dir": "state"}, "--reg_data_dir"),
     ({"optimizer_type": "Lion", "use_8bit_adam": True}, "exclude each other"),
     ({"use_8bit_adam": True, "use_lion_optimizer": True}, "exclude each other"),
     ({"learning_rate": float("nan")}, "--learning_rate nan: must be a finite number"),
@@ -112,6 +115,8 @@ def test_errors(given: dict[str, object], words: str) -> None:
 
 WARNINGS = [
     ({"train_data_dir": "x"}, "--train_data_dir"),
+    ({"in_json": "x"}, "--in_json have no effect"),
+    ({"dataset_config": None, "in_json": "m.json", "caption_extension": ".txt"}, "--caption_extension"),
     ({"network_train_unet_only": True, "text_encoder_lr": [1e-5]}, "--text_encoder_lr"),
     ({"network_train_text_encoder_only": True, "unet_lr": 1e-5}, "--unet_lr"),
     ({"skip_cache_check": True}, "--skip_cache_check"),
@@ -143,6 +148,9 @@ FINE = [
     {"base_weights": ["w.safetensors", "v.safetensors"], "base_weights_multiplier": [0.5]},
     {"output_dir": "state/deeper/out"},
     {"dataset_config": None, "train_data_dir": "state"},
+    {"dataset_config": None, "in_json": "m.json"},
+    {"dataset_config": None, "in_json": "m.json", "train_data_dir": "state", "dataset_repeats": 3},
+    {"token_warmup_min": 3, "token_warmup_step": 0.1},
     {"noise_offset": 0.05, "multires_noise_iterations": 6, "multires_noise_discount": 0.8},
     {"adaptive_noise_scale": -0.05, "noise_offset": 0.05},
     {"loss_type": "smooth_l1", "huber_schedule": "constant", "huber_c": 0.2},

@@ -7,11 +7,91 @@ from collections import Counter
 
 import pytest
 
-from library.data.captions import CaptionRules, expand_wildcards, final_caption
+from library.data.captions import CaptionRules, Progress, expand_wildcards, final_caption
 
 
-def caption(text: str, *, epoch: int = 0, seed: int = 0, **rules: object) -> str:
-    return final_caption(text, CaptionRules(**rules), epoch=epoch, rng=random.Random(seed))
+def caption(
+    text: str, *, epoch: int = 0, seed: int = 0, progress: Progress | None = None, **rules: object
+) -> str:
+    return final_caption(text, CaptionRules(**rules), epoch=epoch, rng=random.Random(seed), progress=progress)
+
+
+def possible(text: str, *, seeds: int = 3000, **rules: object) -> set[str]:
+    return {caption(text, seed=seed, **rules) for seed in range(seeds)}
+
+
+# ---- the published examples ----
+
+MIKU = "1girl, hatsune miku, vocaloid"
+SKY = f"{MIKU}, upper body, looking at viewer, sky;;;cloud;;;day, outdoors"
+STAGE = f"{MIKU} ||| stage, microphone, white shirt, smile ||| best quality, rating: general"
+CHANGED = {"shuffle": True, "tag_dropout_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("text", "rules", "expected"),
+    [
+        (SKY, {"secondary_separator": ";;;"}, {f"{MIKU}, upper body, looking at viewer, sky,cloud,day, outdoors"}),
+        (
+            f"{MIKU}, upper body, looking at viewer, {{simple|white}} background",
+            {"wildcards": True},
+            {f"{MIKU}, upper body, looking at viewer, {choice} background" for choice in ("simple", "white")},
+        ),
+        (f"{MIKU}, {{{{retro style}}}}", {"wildcards": True}, {f"{MIKU}, {{retro style}}"}),
+        ("first line\nsecond line", {"wildcards": True}, {"first line", "second line"}),
+        ("first line\nsecond line", {}, {"first line"}),
+    ],
+    ids=["secondary separator", "wildcard", "braces", "lines", "first line"],
+)
+def test_published_examples(text: str, rules: dict[str, object], expected: set[str]) -> None:
+    assert possible(text, seeds=50, **rules) == expected
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        f"{MIKU}, microphone, stage, white shirt, best quality, rating: general",
+        f"{MIKU}, white shirt, smile, stage, microphone, best quality, rating: general",
+    ],
+)
+def test_published_example_of_two_marks(result: str) -> None:
+    found = possible(STAGE, keep_tokens_separator="|||", **CHANGED)
+    assert result in found
+    assert all(s.startswith(f"{MIKU}, ") and s.endswith(", best quality, rating: general") for s in found)
+
+
+def test_published_example_of_a_tag_of_several() -> None:
+    tags = set(SKY.replace(";;;", ",").split(", "))
+    found = possible(SKY, secondary_separator=";;;", **CHANGED)
+    assert all(set(s.split(", ")) <= tags for s in found)
+    assert any("sky,cloud,day" in s for s in found)
+    assert any("sky" not in s and "cloud" not in s and "day" not in s for s in found)
+
+
+def test_published_example_of_a_dataset_file() -> None:
+    """Prefix and suffix with their marks, wildcard, tags joined, shuffled and dropped, all at once."""
+    text = "stage;;;light, {smile|laugh}, {{retro}}"
+    found = possible(
+        text,
+        prefix=f"{MIKU} |||",
+        suffix=", anime screencap ||| masterpiece, rating: general",
+        keep_tokens_separator="|||",
+        secondary_separator=";;;",
+        wildcards=True,
+        **CHANGED,
+    )
+    middles = set()
+    for result in found:
+        assert result.startswith(f"{MIKU}, ") and result.endswith(", masterpiece, rating: general")
+        middles.add(result.removeprefix(f"{MIKU}, ").removesuffix("masterpiece, rating: general"))
+    assert "anime screencap, {retro}, laugh, stage,light, " in middles
+    assert "smile, stage,light, anime screencap, " in middles
+    assert {tag for middle in middles for tag in middle.split(", ") if tag} == {
+        "stage,light", "smile", "laugh", "{retro}", "anime screencap",
+    }  # fmt: skip
+
+
+# ---- every rule ----
 
 
 @pytest.mark.parametrize(
@@ -23,6 +103,7 @@ def caption(text: str, *, epoch: int = 0, seed: int = 0, **rules: object) -> str
         ("", {}, ""),
         ("cat", {"prefix": "photo of", "suffix": ", sharp"}, "photo of cat , sharp"),
         ("a||| b|||c", {"keep_tokens_separator": "|||"}, "a, b, c"),
+        ("a ,b", {"keep_tokens_separator": "|||"}, "a ,b"),  # no mark: the text as it is
         ("a, b;;;c", {"secondary_separator": ";;;"}, "a, b,c"),
         ("a, {{b}}", {"wildcards": True}, "a, {b}"),
         ("a, {{b}}", {}, "a, {{b}}"),
@@ -71,7 +152,36 @@ def test_wildcards_are_uniform_and_nest() -> None:
     counts = Counter(expand_wildcards("{a|b|c}", random.Random(seed)) for seed in range(3000))
     assert set(counts) == {"a", "b", "c"}
     assert all(900 < n < 1100 for n in counts.values())
-    assert {expand_wildcards("{a|x {b|c} }", random.Random(s)) for s in range(100)} == {"a", "x b ", "x c "}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{a|x {b|c} }", {"a", "x b ", "x c "}),
+        ("{a|{b|c}}", {"a", "b", "c"}),
+        ("{{a|b}|c}", {"a", "b", "c"}),
+        ("{a|{b|{c|d}}}", {"a", "b", "c", "d"}),
+        ("{a|}", {"a", ""}),
+        ("{a}", {"a"}),
+        ("x|y", {"x|y"}),
+        ("{{a|b}}", {"{a|b}"}),
+        ("{a|{{b|c}}}", {"a", "{b|c}"}),  # the bar inside of plain braces is plain
+        ("{{{a|b}}}", {"{a}", "{b}"}),
+        ("{a :}}|b}", {"a :}", "b"}),
+        ("{{{{a}}}}", {"{{a}}"}),
+        ("{a|b", {"{a|b"}),  # without a partner
+        ("a}b {{ }}", {"a}b { }"}),
+        ("{a|{b", {"{a|{b"}),
+    ],
+)
+def test_wildcards(text: str, expected: set[str]) -> None:
+    assert {expand_wildcards(text, random.Random(seed)) for seed in range(100)} == expected
+
+
+def test_parts_of_a_choice_are_equally_likely_whatever_is_in_them() -> None:
+    counts = Counter(expand_wildcards("{a|{b|c}}", random.Random(seed)) for seed in range(4000))
+    assert 1850 < counts["a"] < 2150
+    assert all(900 < counts[name] < 1100 for name in "bc")
 
 
 def test_tag_dropout_rate() -> None:
@@ -83,9 +193,49 @@ def test_dropout_of_every_nth_epoch() -> None:
     assert [caption("a", epoch=e, dropout_every_n_epochs=3) for e in range(6)] == ["a", "a", "", "a", "a", ""]
 
 
+# ---- the tag warm-up ----
+
+
+@pytest.mark.parametrize(
+    ("step", "rules", "expected"),
+    [
+        (0, {}, "a"),
+        (2, {}, "a"),
+        (3, {}, "a, b"),  # 1 + 3 * 4 / 10
+        (5, {}, "a, b, c"),
+        (9, {}, "a, b, c, d"),
+        (10, {}, "a, b, c, d, e"),
+        (99, {}, "a, b, c, d, e"),
+        (0, {"warmup_min": 3}, "a, b, c"),
+        (5, {"warmup_min": 3}, "a, b, c, d"),
+        (0, {"warmup_min": 9}, "a, b, c, d, e"),
+        (0, {"warmup_min": 0}, ""),
+        (10, {"warmup_step": 0.5}, "a, b, c"),  # half of 40 steps
+        (20, {"warmup_step": 0.5}, "a, b, c, d, e"),
+        (39, {"warmup_step": 1}, "a, b, c, d, e"),  # one step, not all of the run
+        (0, {"warmup_step": 0}, "a, b, c, d, e"),
+        (0, {"keep_tokens": 2}, "a, b, c"),  # what is kept is there from the start
+        (0, {"tag_dropout_rate": 1.0}, ""),
+    ],
+)
+def test_warm_up(step: int, rules: dict[str, object], expected: str) -> None:
+    progress = Progress(step, total_steps=40)
+    assert caption("a, b, c, d, e", progress=progress, **{"warmup_step": 10, **rules}) == expected
+
+
+def test_warm_up_leaves_kept_parts_and_shuffles_what_is_used() -> None:
+    rules = {"warmup_step": 10, "warmup_min": 2, "shuffle": True, "keep_tokens_separator": "|||"}
+    text = "x ||| a, b, c, d ||| z"
+    assert {caption(text, seed=s, progress=Progress(0, 40), **rules) for s in range(30)} == {
+        "x, a, b, z", "x, b, a, z",
+    }  # fmt: skip
+    assert caption(text, **{**rules, "shuffle": False}) == "x, a, b, c, d, z"  # without a run, it is over
+
+
 def test_a_caption_is_a_function_of_its_generator() -> None:
     rules = {"shuffle": True, "wildcards": True, "tag_dropout_rate": 0.3, "dropout_rate": 0.2}
     text = "a, {b|c}, d, e, f"
     assert [caption(text, seed=s, **rules) for s in range(30)] == [caption(text, seed=s, **rules) for s in range(30)]
     assert CaptionRules(**rules).is_random
+    assert CaptionRules(warmup_step=0.1).is_random
     assert not CaptionRules(prefix="a", keep_tokens=1, keep_tokens_separator="|||").is_random

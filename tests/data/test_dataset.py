@@ -15,6 +15,7 @@ import torch
 from library.data.batch import Batch
 from library.data.dataset import TrainingData
 from library.errors import UserError
+from library.training.plan import RunPlan
 from tests.data.samples import SIZES, Encoder, draw, tokenize
 
 Make = Callable[..., TrainingData]
@@ -108,6 +109,43 @@ def test_length_does_not_depend_on_the_epoch(make_data: Make) -> None:
     data = make_data(subset="num_repeats = 2")
     assert {len(data.batches(epoch)) for epoch in range(20)} == {data.batch_count()}
     assert data.batches_per_process(2) == -(-data.batch_count() // 2)
+
+
+# ---- the tag warm-up ----
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_tag_warm_up_goes_by_the_step(make_data: Make, accumulation: int) -> None:
+    """Captions are those of the step, whatever the workers, ranks or the batch at which a run is resumed."""
+    rules = "token_warmup_step = 6\ntoken_warmup_min = 1"
+    data = make_data(subset=rules)  # captions of three tags, four batches an epoch
+    plan = RunPlan(data.batch_count(), accumulation, total_steps=20)
+    step = 0
+    while step < 10:
+        position = plan.position(step)
+        batches = load(data, position.epoch, start=position.batch_in_epoch, plan=plan)
+        count = plan.batches_of_step(position.batch_in_epoch)
+        lengths = {len(caption.split(", ")) for batch in batches[:count] for caption in batch.captions}
+        assert lengths == {1 + step * 2 // 6 if step < 6 else 3}
+        step += 1
+    assert_same(load(make_data(subset=rules), 1, start=2, workers=2, plan=plan), load(data, 1, plan=plan)[2:])
+
+
+def test_the_tag_warm_up_is_at_one_step_on_all_ranks(make_data: Make) -> None:
+    rules = "token_warmup_step = 0.5"
+    data = make_data(subset=rules)
+    plan = RunPlan(data.batches_per_process(2), 1, total_steps=12)  # two steps an epoch
+    for rank in range(2):
+        batches = load(make_data(subset=rules), 1, rank=rank, world_size=2, plan=plan)
+        lengths = [{len(caption.split(", ")) for caption in batch.captions} for batch in batches]
+        assert lengths == [{1}, {2}]  # steps 2 and 3 of 6
+        batches = load(make_data(subset=rules), 0, rank=rank, world_size=2, plan=plan)
+        assert {len(caption.split(", ")) for batch in batches for caption in batch.captions} == {1}
+
+
+def test_without_a_plan_the_tag_warm_up_is_over(make_data: Make) -> None:
+    batches = load(make_data(subset="token_warmup_step = 6"))
+    assert {len(caption.split(", ")) for batch in batches for caption in batch.captions} == {3}
 
 
 # ---- regularisation pictures ----

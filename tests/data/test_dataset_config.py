@@ -155,8 +155,6 @@ def test_a_boolean_is_no_number(tmp_path: Path, pictures: Path, key: str) -> Non
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("metadata_file", "'a.json'"),
-        ("token_warmup_step", "100"),
         ("cache_info", "true"),
     ],
 )
@@ -173,8 +171,24 @@ def test_validation_split_is_refused_unless_zero(tmp_path: Path, pictures: Path)
         assert line.endswith(UNSUPPORTED["validation_split"])
 
 
+def test_the_tag_warm_up_comes_from_anywhere(tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def warm_up(text: str, **options: object) -> tuple[float, int]:
+        captions = load(tmp_path, text, **options).datasets[0].subsets[0].captions
+        return captions.warmup_step, captions.warmup_min
+
+    assert warm_up(minimal(pictures)) == (0, 1)
+    assert warm_up(minimal(pictures), token_warmup_step=0.25, token_warmup_min=3) == (0.25, 3)
+    assert warm_up(minimal(pictures, general="token_warmup_step = 100"), token_warmup_min=3) == (100, 3)
+    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING):
+        warm_up(minimal(pictures, subset="token_warmup_min = 3"))
+    assert "token_warmup_min has no effect without token_warmup_step" in caplog.text
+    (line,) = problems(tmp_path, minimal(pictures, dataset="token_warmup_step = -1"))
+    assert line == "data.toml: [[datasets]] 1: token_warmup_step: -1: write a number, 0 or more"
+
+
 def test_off_is_accepted_for_what_is_not_supported(tmp_path: Path, pictures: Path) -> None:
-    off = "token_warmup_step = 0\ncache_info = false"
+    off = "cache_info = false"
     load(tmp_path, minimal(pictures, subset=off))
 
 

@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from tests.fixtures.runs import lora_arguments, run_script, start_script, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
-#: everything random at once: buckets, flip, shuffled and dropped captions, LoRA dropout, accumulation, schedule
-GENERAL = "shuffle_caption = true\nkeep_tokens = 1\nflip_aug = true\ncaption_tag_dropout_rate = 0.2"
+#: everything that varies at once: buckets, flip, captions shuffled, dropped and warmed up, LoRA dropout, schedule
+GENERAL = (
+    "shuffle_caption = true\nkeep_tokens = 1\nflip_aug = true\ncaption_tag_dropout_rate = 0.2\n"
+    "token_warmup_step = 0.6"
+)
 HARD = {
     "max_train_steps": 12,
     "max_data_loader_n_workers": 2,

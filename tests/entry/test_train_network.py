@@ -268,3 +268,50 @@ def test_help_is_worth_reading() -> None:
     assert done.code == 0
     assert "accelerate launch train_network.py" in done.out
     assert len(done.out.splitlines()) > 250
+
+
+def test_a_metadata_file(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+    """The fine-tuning method, by dataset file and by --in_json: the same data and the same weights."""
+    folder = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 3)
+    entries = [{"image_path": f"{i}.png", "caption": "a cat", "tags": f"tag{i}, dog"} for i in range(3)]
+    (tmp_path / "meta.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    (tmp_path / "meta.json").write_text(json.dumps({e["image_path"].removesuffix(".png"): e for e in entries}))
+    config = tmp_path / "data.toml"
+    config.write_text(
+        "[general]\nresolution = 64\nnum_repeats = 2\nshuffle_caption = true\ntoken_warmup_step = 0.5\n[[datasets]]\n"
+        f"[[datasets.subsets]]\nimage_dir = '{folder}'\nmetadata_file = '{tmp_path / 'meta.jsonl'}'\n"
+    )
+    by_flags = {
+        "in_json": tmp_path / "meta.json", "train_data_dir": folder, "dataset_repeats": 2, "resolution": 64,
+        "shuffle_caption": True, "token_warmup_step": 0.5,
+    }  # fmt: skip
+    weights, entries_of = [], []
+    for name, dataset, more in (("a", config, {}), ("b", None, {"dataset_config": None, **by_flags})):
+        settings = {"max_train_steps": 4, "cache_latents": True, **more}
+        done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path / name, **settings))
+        assert done.code == 0, done.text
+        weights.append(load_file(tmp_path / name / "tiny.safetensors"))
+        entries_of.append(metadata_of(tmp_path / name / "tiny.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with_file, without = entries_of
+    assert with_file["ss_num_train_images"] == without["ss_num_train_images"] == "6"
+    assert json.loads(with_file["ss_dataset_dirs"]) == {"meta.jsonl": {"n_repeats": 2, "img_count": 3}}
+    assert json.loads(without["ss_dataset_dirs"]) == {"meta.json": {"n_repeats": 2, "img_count": 3}}
+    (recorded,) = json.loads(with_file["ss_datasets"])
+    assert recorded["is_dreambooth"] is False
+    assert recorded["tag_frequency"]["meta.jsonl"]["dog"] == 3
+
+
+def test_mistakes_in_a_metadata_file(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+    (tmp_path / "meta.jsonl").write_text('{"image_path": "gone.png", "caption": "a cat"}\n{"caption": "a dog"}\n')
+    arguments = lora_arguments(
+        tiny_sd, None, tmp_path / "out", dataset_config=None, in_json=tmp_path / "meta.jsonl",
+        train_data_dir=tmp_path, resolution=64,
+    )
+    done = run_script("train_network.py", *arguments)
+    assert done.code == 2, done.text
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and "Traceback" not in done.text
+    assert "meta.jsonl: line 1: no picture gone.png" in errors[0]
+    assert "meta.jsonl: line 2: must be" in errors[1]

@@ -33,6 +33,15 @@ def test_position_with_accumulation(step: int, expected: Position) -> None:
     assert make(5, 2).position(step) == expected
 
 
+@pytest.mark.parametrize(("batches", "accumulation"), [(5, 1), (5, 2), (4, 2), (1, 3)])
+def test_every_batch_knows_its_step(batches: int, accumulation: int) -> None:
+    plan = make(batches, accumulation)
+    for step in range(20):
+        start = plan.position(step)
+        of_step = range(start.batch_in_epoch, start.batch_in_epoch + plan.batches_of_step(start.batch_in_epoch))
+        assert {plan.step_of(start.epoch, batch) for batch in of_step} == {step}
+
+
 def test_the_last_step_of_an_epoch_may_be_short() -> None:
     plan = make(5, 2)
     assert [plan.batches_of_step(start) for start in (0, 2, 4)] == [2, 2, 1]
