@@ -14,7 +14,7 @@ import os
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -44,7 +44,14 @@ from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
 from library.training.resume import TrainState, load_state, read_state, save_state
-from library.training.step import LossSettings, NoiseSettings, training_loss
+from library.training.settings import (
+    loss_settings,
+    noise_settings,
+    save_policy,
+    schedule_settings,
+    tracker_settings,
+)
+from library.training.step import training_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -175,7 +182,7 @@ class Trainer(ABC):
             names=OutputNames(
                 Path(options.output.output_dir), options.output.output_name, options.output.save_model_as
             ),
-            policy=_save_policy(options, plan),
+            policy=save_policy(options, plan),
             schedule=self.architecture.noise_schedule(zero_terminal_snr=options.noise.zero_terminal_snr),
             weight_dtype=weight_dtype,
             started_at=time.time(),
@@ -199,13 +206,13 @@ class Trainer(ABC):
             options.optimizer.learning_rate,
             separate_rates=options.optimizer.unet_lr is not None or bool(options.optimizer.text_encoder_lr),
         )
-        schedule = _schedule_settings(options)
+        schedule = schedule_settings(options)
         for warning in (*optimizer.warnings, *check_scheduler(optimizer, schedule)):
             logger.warning(warning)
         self.check_trained(options)
         prompts = self._read_prompts(options)
         resumed = read_state(Path(options.resume.resume)) if options.resume.resume else None
-        trackers = _tracker_settings(options)
+        trackers = tracker_settings(options)
         trackers.check()
         model = options.model
         checkpoint = self.architecture.inspect(
@@ -381,8 +388,8 @@ class Trainer(ABC):
                 self._latents(run, batch),
                 lambda b: self.encode_text(run, b),
                 run.schedule,
-                _noise_settings(run.options),
-                _loss_settings(run.options),
+                noise_settings(run.options),
+                loss_settings(run.options),
                 v_prediction=run.checked.info.v_prediction,
                 dtype=run.weight_dtype,
             )
@@ -509,7 +516,7 @@ class Tokenize:
 def _make_accelerator(checked: Checked) -> Accelerator:
     from datetime import timedelta
 
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     training = checked.options.training
     if training.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -524,40 +531,6 @@ def _make_accelerator(checked: Checked) -> Accelerator:
         kwargs_handlers=handlers,
         # one scheduler step per optimizer step, however many processes there are
         step_scheduler_with_optimizer=False,
-    )
-
-
-def _save_policy(options: TrainNetworkOptions, plan: RunPlan) -> SavePolicy:
-    output = options.output
-    every_n_epochs = output.save_every_n_epochs
-    if output.save_n_epoch_ratio is not None:
-        every_n_epochs = SavePolicy.every_from_ratio(plan.num_epochs, output.save_n_epoch_ratio)
-    return SavePolicy(
-        every_n_epochs=every_n_epochs,
-        every_n_steps=output.save_every_n_steps,
-        last_n_epochs=output.save_last_n_epochs,
-        last_n_steps=output.save_last_n_steps,
-        last_n_epochs_state=output.save_last_n_epochs_state,
-        last_n_steps_state=output.save_last_n_steps_state,
-        save_state=output.save_state,
-        save_state_on_train_end=output.save_state_on_train_end,
-    )
-
-
-def _tracker_settings(options: TrainNetworkOptions) -> TrackerSettings:
-    from library.config.config_file import load_toml
-
-    wanted = options.logging
-    config: Mapping[str, Any] = load_toml(Path(wanted.log_tracker_config)) if wanted.log_tracker_config else {}
-    return TrackerSettings.make(
-        logging_dir=wanted.logging_dir,
-        output_dir=Path(options.output.output_dir),
-        log_prefix=wanted.log_prefix,
-        log_with=wanted.log_with,
-        tracker_name=wanted.log_tracker_name,
-        wandb_run_name=wanted.wandb_run_name,
-        wandb_api_key=wanted.wandb_api_key,
-        tracker_config=config,
     )
 
 
@@ -577,50 +550,6 @@ class _CacheReport:
         if now - self._said >= 10 or (done == total and now - self._started >= 10):
             self._said = now
             logger.info("encoding pictures: %d of %d, %.1f a second", done, total, done / (now - self._started))
-
-
-def _schedule_settings(options: TrainNetworkOptions) -> ScheduleSettings:
-    s = options.scheduler
-    return ScheduleSettings(
-        name=s.lr_scheduler,
-        type=s.lr_scheduler_type,
-        args=s.lr_scheduler_args,
-        warmup=s.lr_warmup_steps,
-        decay=s.lr_decay_steps,
-        num_cycles=s.lr_scheduler_num_cycles,
-        power=s.lr_scheduler_power,
-        timescale=s.lr_scheduler_timescale,
-        min_lr_ratio=s.lr_scheduler_min_lr_ratio,
-    )
-
-
-def _noise_settings(options: TrainNetworkOptions) -> NoiseSettings:
-    noise = options.noise
-    return NoiseSettings(
-        offset=noise.noise_offset,
-        offset_random_strength=noise.noise_offset_random_strength,
-        adaptive_scale=noise.adaptive_noise_scale,
-        multires_iterations=noise.multires_noise_iterations,
-        multires_discount=noise.multires_noise_discount,
-        ip_gamma=noise.ip_noise_gamma,
-        ip_gamma_random_strength=noise.ip_noise_gamma_random_strength,
-        min_timestep=noise.min_timestep if noise.min_timestep is not None else 0,
-        max_timestep=noise.max_timestep if noise.max_timestep is not None else 1000,
-    )
-
-
-def _loss_settings(options: TrainNetworkOptions) -> LossSettings:
-    loss = options.loss
-    return LossSettings(
-        loss_type=loss.loss_type,
-        huber_schedule=loss.huber_schedule,
-        huber_c=loss.huber_c,
-        huber_scale=loss.huber_scale,
-        min_snr_gamma=loss.min_snr_gamma,
-        scale_v_pred_like_noise_pred=loss.scale_v_pred_loss_like_noise_pred,
-        v_pred_like_weight=loss.v_pred_like_loss,
-        debiased=loss.debiased_estimation_loss,
-    )
 
 
 def _fingerprint(run: Run) -> dict[str, object]:

@@ -16,7 +16,6 @@ from library.architectures.common.diffusers_folder import read_json, weight_file
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.tensor_files import Shapes, TensorFile
-from library.errors import UserError
 from library.files.safetensors_io import save_pickle, save_tensors
 
 V1_TEXT = "cond_stage_model.transformer."
