@@ -80,6 +80,7 @@ class DatasetOptions:
     vae_batch_size: int = option(1, "pictures encoded at a time", type=int)
     skip_cache_check: bool = option(False, "trust cache files without looking into them")
     cache_info: bool = option(False, "remember captions and sizes in metadata_cache.json")
+    on_bad_image: str = option("stop", "pictures that cannot be read: name all and stop before training, or warn and leave them out", choices=["stop", "skip"])
     conditioning_data_dir: str | None = option(None, "folder of conditioning or mask pictures")
     debug_dataset: bool = option(False, "show what would be trained on, and end")
     max_data_loader_n_workers: int = option(8, "processes that prepare batches; 0 prepares them in the main one", type=int)

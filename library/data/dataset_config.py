@@ -20,7 +20,7 @@ from library.config.arguments import DatasetOptions
 from library.config.config_file import load_toml
 from library.data.buckets import BucketRules, make_sizes
 from library.data.captions import CaptionRules
-from library.data.image_io import EXTENSIONS
+from library.data.image_io import EXTENSIONS, is_picture_name
 from library.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class SubsetSpec:
     random_crop: bool
     resize_interpolation: str | None
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+    cache_info: bool = False  # remember sizes and captions in the folder
+    on_bad_image: str = "stop"  # or "skip"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ _KEYS: dict[str, _Key] = {
     "bucket_no_upscale": _Key("bool", _OF_DATASET, "bucket_no_upscale"),
     "network_multiplier": _Key("number", _OF_DATASET, None, 1.0),
     "resize_interpolation": _Key("interpolation", _EVERYWHERE, "resize_interpolation"),
+    "cache_info": _Key("bool", _EVERYWHERE, "cache_info"),
     "num_repeats": _Key("int", _EVERYWHERE, "dataset_repeats"),
     "flip_aug": _Key("bool", _EVERYWHERE, "flip_aug"),
     "random_crop": _Key("bool", _EVERYWHERE, "random_crop"),
@@ -112,7 +115,6 @@ _KEYS: dict[str, _Key] = {
     "color_aug": _Key("bool", _EVERYWHERE),
     "token_warmup_step": _Key("number", _EVERYWHERE),
     "token_warmup_min": _Key("natural", _EVERYWHERE),
-    "cache_info": _Key("bool", _EVERYWHERE),
     "validation_split": _Key("share", _OF_DATASET),
     "validation_seed": _Key("int", _OF_DATASET),
 }
@@ -126,13 +128,12 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "face_crop_aug_range": "face crops are not supported yet; crop the pictures beforehand",
         "color_aug": "colour variation is not supported yet; vary the pictures beforehand",
         "token_warmup_step": "the tag warm-up is not supported yet",
-        "cache_info": "not supported yet; sizes are read from the headers at each start",
         "validation_split": "validation is not supported yet; compare sample images instead",
     }
 )
 
 #: what belongs on the command line only
-_OPTIONS_ONLY = ("debug_dataset", "max_token_length", "prior_loss_weight")
+_OPTIONS_ONLY = ("debug_dataset", "max_token_length", "on_bad_image", "prior_loss_weight")
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
@@ -415,13 +416,15 @@ class _Reader:
             random_crop=values["random_crop"],
             resize_interpolation=values["resize_interpolation"],
             custom_attributes=values["custom_attributes"] or {},
+            cache_info=values["cache_info"],
+            on_bad_image=self._options.on_bad_image,
         )
 
 
 def _has_pictures(folder: Path) -> Iterator[bool]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.lower().endswith(EXTENSIONS):
+            if is_picture_name(entry.name):
                 yield True
 
 

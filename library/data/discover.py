@@ -1,91 +1,223 @@
-"""Finding a subset's pictures, their captions and sizes; headers are read in parallel."""
+"""Finding a subset's pictures, their captions and sizes; files are read in parallel."""
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from library.data.dataset_config import SubsetSpec
-from library.data.image_io import EXTENSIONS, read_size
+from library.data.image_io import is_picture_name, read_size
+from library.data.metadata_cache import Entry, MetadataCache, no_collection, stamp
 from library.data.records import ImageRecord
 from library.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 T = TypeVar("T")
+Size = tuple[int, int]
+
+#: what was found out about pictures, by folder and name; shared by the subsets of a run that have the same folder
+Seen = dict[Path, dict[str, Size | UserError]]
 
 #: names shown in one message
 _SHOWN = 3
 
+#: pictures handed to a thread at a time: one alone takes less time than handing it over
+_CHUNK = 512
 
-def find_images(folder: Path) -> list[Path]:
-    """The folder's pictures, in the order of their names."""
-    with os.scandir(folder) as entries:
-        return sorted(Path(e.path) for e in entries if e.name.lower().endswith(EXTENSIONS) and e.is_file())
+# names that differ in case only are one file there
+_IGNORES_CASE = sys.platform in ("win32", "darwin")
 
 
-def discover(subset: SubsetSpec, index: int) -> list[ImageRecord]:
-    """All records of a subset.
+def discover(subset: SubsetSpec, index: int, seen: Seen | None = None) -> list[ImageRecord]:
+    """All records of a subset, in the order of the pictures' names.
+
+    Pictures that cannot be read end the run with one line each or, with ``subset.on_bad_image`` "skip", are left out
+    with a warning each.
 
     Args:
         index: of the subset in its dataset.
+        seen: taken from and added to, so that a folder of several subsets is measured once.
 
     Raises:
-        UserError: pictures that cannot be read, or without caption where there are no class tokens; all at once.
+        UserError: pictures or captions that cannot be read, pictures without caption where there are no class tokens
+            (all at once); a folder of which no picture is left.
     """
-    paths = find_images(subset.image_dir)
-    with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) * 2)) as pool:
-        sizes = list(pool.map(lambda path: _or_error(read_size, path), paths))
-        captions = list(pool.map(lambda path: _or_error(read_caption, path, subset), paths))
-    problems = [str(found) for found in (*sizes, *captions) if isinstance(found, UserError)]
+    with no_collection():
+        return _discover(subset, index, {} if seen is None else seen)
+
+
+def _discover(subset: SubsetSpec, index: int, seen: Seen) -> list[ImageRecord]:
+    pictures, captions = _list_folder(subset.image_dir, subset.caption_extension)
+    known = seen.setdefault(subset.image_dir, {})
+    reported = {name for name, found in known.items() if isinstance(found, UserError)}
+    cache = MetadataCache(subset.image_dir) if subset.cache_info else None
+    found = _in_parallel(_Look(subset, captions, cache, known), pictures)
+    if cache is not None:
+        entries = {f.name: f.entry for f in found if f.entry is not None}
+        if any(f.is_new for f in found) or entries.keys() != cache.names():
+            cache.write(entries)
+
+    known.update((f.name, f.size) for f in found)
+    bad = {f.name: f.size for f in found if isinstance(f.size, UserError)}
+    problems = []
+    if subset.on_bad_image == "skip":
+        for name, error in bad.items():
+            if name not in reported:
+                logger.warning("%s; left out (--on_bad_image skip)", error)
+    else:
+        problems += [str(error) for error in bad.values()]
+    good = [f for f in found if f.name not in bad]
+    problems += _caption_problems(subset, good)
+    if not problems and not good:
+        problems.append(f"{subset.where}: image_dir: {subset.image_dir}: none of its {len(bad)} pictures can be read")
+    if problems:
+        raise UserError("\n".join(problems))
+    shared: dict[object, object] = {}
+    return [
+        ImageRecord(subset.image_dir, f.name, _shared(f.size, shared), f.caption, index)  # type: ignore[arg-type]
+        for f in good
+    ]
+
+
+def _caption_problems(subset: SubsetSpec, found: list[_Found]) -> list[str]:
+    problems = [str(f.caption) for f in found if isinstance(f.caption, UserError)]
     if len(problems) > _SHOWN:
-        problems[_SHOWN:] = [f"{subset.image_dir}: and {len(problems) - _SHOWN} more files like these"]
-    missing = [path.name for path, caption in zip(paths, captions, strict=True) if caption is None]
+        problems[_SHOWN:] = [f"{subset.image_dir}: and {len(problems) - _SHOWN} more captions like these"]
+    missing = [f.name for f in found if f.caption is None]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         problems.append(
             f"{subset.where}: no caption file ({subset.caption_extension}) for {', '.join(missing[:_SHOWN])}{more} in "
             f"{subset.image_dir}; write one, set caption_extension, or give class_tokens for pictures without"
         )
-    if problems:
-        raise UserError("\n".join(problems))
-    return [
-        ImageRecord(path, size, caption, index)
-        for path, size, caption in zip(paths, sizes, captions, strict=True)  # type: ignore[arg-type]
-    ]
+    return problems
 
 
-def _or_error(read: Callable[..., T], *arguments: Any) -> T | UserError:
+def _shared(size: Size, shared: dict[object, object]) -> Size:
+    """One object for equal sizes and sides, which most pictures have in common with others."""
+    kept = shared.get(size)
+    if kept is None:
+        width, height = (shared.setdefault(side, side) for side in size)
+        kept = shared[size] = (width, height)
+    return kept  # type: ignore[return-value]
+
+
+# ---- files ----
+
+_Files = dict[str, "os.DirEntry[str]"]
+
+
+def _list_folder(folder: Path, caption_extension: str) -> tuple[list[os.DirEntry[str]], _Files]:
+    """Pictures by name, and possible caption files by ``_key``."""
+    pictures, captions = [], {}
+    extension = _key(caption_extension)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if _key(name).endswith(extension):
+                captions[_key(name)] = entry
+            # a link that leads nowhere is listed, to be named as unreadable
+            if is_picture_name(name) and not entry.is_dir():
+                pictures.append(entry)
+    pictures.sort(key=lambda entry: entry.name)
+    return pictures, captions
+
+
+def _key(name: str) -> str:
+    return name.lower() if _IGNORES_CASE else name
+
+
+class _Found(NamedTuple):
+    """About one picture; errors are kept, to be told all at once."""
+
+    name: str
+    size: Size | UserError
+    caption: str | UserError | None  # None: neither a caption file nor class tokens
+    entry: Entry | None  # to remember
+    is_new: bool  # whether something in the entry was not remembered
+
+
+class _Look:
+    """Finds out about one picture after the other, from any thread."""
+
+    def __init__(
+        self, subset: SubsetSpec, captions: _Files, cache: MetadataCache | None, known: dict[str, Size | UserError]
+    ) -> None:
+        self._extension = subset.caption_extension
+        self._class_tokens = subset.class_tokens
+        self._captions = captions
+        self._cache = cache
+        self._known = known
+
+    def __call__(self, picture: os.DirEntry[str]) -> _Found:
+        name = picture.name
+        file = self._caption_file(name)
+        if self._cache is not None:
+            try:
+                return self._remembered(self._cache, picture, file)
+            except OSError:
+                pass  # gone, or a link that leads nowhere: reading says what is wrong
+        size = self._known.get(name) or _or_error(read_size, picture.path)
+        caption = self._class_tokens if file is None else _or_error(read_caption, file.path)
+        return _Found(name, size, caption, None, is_new=False)
+
+    def _remembered(self, cache: MetadataCache, picture: os.DirEntry[str], file: os.DirEntry[str] | None) -> _Found:
+        name = picture.name
+        # stamps before contents: what changes in between is out of date next time
+        picture_stamp = stamp(picture.stat())
+        file_stamp = f"{stamp(file.stat())} {file.name}" if file is not None else ""
+        size, caption = cache.look_up(name, picture_stamp, file_stamp)
+        is_new = size is None or caption is None
+        if size is None:
+            size = self._known.get(name) or _or_error(read_size, picture.path)
+        if file is None:
+            caption = self._class_tokens
+        elif caption is None:
+            caption = _or_error(read_caption, file.path)
+        if isinstance(size, UserError) or isinstance(caption, UserError):
+            return _Found(name, size, caption, None, is_new=False)
+        entry = Entry(caption=caption or "", resolution=size, picture=picture_stamp, caption_file=file_stamp)
+        return _Found(name, size, caption, entry, is_new)
+
+    def _caption_file(self, name: str) -> os.DirEntry[str] | None:
+        """The published look-up: ``<stem><ext>``, then the stem without its last four parts of five or more."""
+        stem = os.path.splitext(name)[0]
+        file = self._captions.get(_key(stem + self._extension))
+        if file is None and stem.count("_") >= 4:
+            file = self._captions.get(_key(stem.rsplit("_", 4)[0] + self._extension))
+        return file
+
+
+def _in_parallel(look: _Look, pictures: list[os.DirEntry[str]]) -> list[_Found]:
+    chunks = [pictures[start : start + _CHUNK] for start in range(0, len(pictures), _CHUNK)]
+    with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) * 2)) as pool:
+        return [found for chunk in pool.map(lambda chunk: [look(p) for p in chunk], chunks) for found in chunk]
+
+
+def _or_error(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | UserError:
     try:
-        return read(*arguments)
+        return read(*args, **kwargs)
     except UserError as error:
         return error
 
 
-def read_caption(path: Path, subset: SubsetSpec) -> str | None:
-    """The caption file's text, else the class tokens, else ``None``.
+def read_caption(path: Path | str) -> str:
+    """The caption file's text, without white space around it.
 
     Raises:
-        UserError: a caption file that is not UTF-8, or cannot be read.
+        UserError: it is not UTF-8, or cannot be read.
     """
-    for file in _caption_files(path, subset.caption_extension):
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            continue
-        except UnicodeDecodeError:
-            raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8") from None
-        except OSError as error:
-            raise UserError(f"{file}: the caption cannot be read ({error})") from None
-        return text.strip()
-    return subset.class_tokens
-
-
-def _caption_files(path: Path, extension: str) -> list[Path]:
-    """The published look-up: ``<stem><ext>``, then the stem without its last four parts of five or more."""
-    files = [path.with_name(path.stem + extension)]
-    parts = path.stem.split("_")
-    if len(parts) >= 5:
-        files.append(path.with_name("_".join(parts[:-4]) + extension))
-    return files
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: the caption cannot be read ({error.strerror})") from None

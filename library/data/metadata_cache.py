@@ -1,0 +1,112 @@
+"""``metadata_cache.json``: sizes and captions of a folder's pictures, remembered between runs.
+
+The published layout is one entry for each picture, ``{path: {"caption": text, "resolution": [W, H]}}``. Entries written
+here say in addition what they were read from, so that one whose file has changed since is read again; entries without
+that, of the predecessor, always are. Sizes are those of the picture as it is seen, after EXIF orientation.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict
+
+from library.errors import UserError
+from library.files.atomic import write_text
+
+logger = logging.getLogger(__name__)
+
+NAME = "metadata_cache.json"
+
+Size = tuple[int, int]
+
+
+class Entry(TypedDict):
+    """What a run found out about one picture, as in the file."""
+
+    caption: str  # the caption file's text, or the class tokens
+    resolution: Size  # (W, H) pixels; read back as a list
+    picture: str  # stamp of the picture
+    caption_file: str  # stamp and name of the caption file, empty where there is none
+
+
+class MetadataCache:
+    """The remembered entries of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / NAME
+        self._prefix = f"{folder}{os.sep}"
+        self._read = self._load()
+
+    def _load(self) -> Mapping[str, Any]:
+        """Entries by file name; none where there is no file, or a damaged one."""
+        try:
+            with no_collection():
+                found = json.loads(self._path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            logger.warning("%s: cannot be read (%s), and is made again", self._path, error)
+            return {}
+        if not isinstance(found, dict):
+            logger.warning("%s: holds no table of pictures, and is made again", self._path)
+            return {}
+        first = next(iter(found), "")
+        if not first.startswith(self._prefix) or len(first) == len(self._prefix):
+            # the folder was moved, or is reached by another way
+            return {path.replace("\\", "/").rpartition("/")[2]: entry for path, entry in found.items()}
+        length = len(self._prefix)
+        return {path[length:]: entry for path, entry in found.items()}
+
+    def look_up(self, name: str, picture: str, caption_file: str) -> tuple[Size | None, str | None]:
+        """(W, H) and caption of a picture, each ``None`` unless it was read from the very file of that stamp."""
+        entry = self._read.get(name)
+        if type(entry) is not dict:
+            return None, None
+        size = caption = None
+        if entry.get("picture") == picture:
+            size = _checked_size(entry.get("resolution"))
+        if entry.get("caption_file") == caption_file:
+            caption = entry.get("caption")
+        return size, caption if type(caption) is str else None
+
+    def names(self) -> frozenset[str]:
+        """Pictures that have an entry."""
+        return frozenset(self._read)
+
+    def write(self, entries: Mapping[str, Entry]) -> None:
+        """Replace the file; a folder that may not be written is left as it is, with a warning."""
+        table = {self._prefix + name: entry for name, entry in entries.items()}
+        try:
+            write_text(self._path, json.dumps(table), by_many=True)
+        except (UserError, OSError) as error:
+            logger.warning("%s; sizes will be read again next time", error)
+
+
+def _checked_size(found: Any) -> Size | None:
+    if type(found) is not list or len(found) != 2:
+        return None
+    width, height = found
+    return (width, height) if type(width) is int and type(height) is int and width > 0 < height else None
+
+
+def stamp(found: os.stat_result) -> str:
+    """Size in bytes and time of the last change, ns: what tells a file from a later one of its name."""
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Objects by the hundred thousand, none of them garbage: the collector would go through them again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
