@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -29,10 +31,13 @@ Seen = dict[Path, dict[str, Size | UserError]]
 _SHOWN = 3
 
 #: pictures handed to a thread at a time: one alone takes less time than handing it over
-_CHUNK = 512
+_CHUNK = 64
 
-# names that differ in case only are one file there
-_IGNORES_CASE = sys.platform in ("win32", "darwin")
+#: seconds a picture from which on threads are faster; from the page cache it takes a tenth
+_SLOW = 3e-4
+
+#: names that differ in case only are one file there
+_key = str.lower if sys.platform in ("win32", "darwin") else str
 
 
 def discover(subset: SubsetSpec, index: int, seen: Seen | None = None) -> list[ImageRecord]:
@@ -54,11 +59,11 @@ def discover(subset: SubsetSpec, index: int, seen: Seen | None = None) -> list[I
 
 
 def _discover(subset: SubsetSpec, index: int, seen: Seen) -> list[ImageRecord]:
-    pictures, captions = _list_folder(subset.image_dir, subset.caption_extension)
+    pictures, others = _list_folder(subset.image_dir)
     known = seen.setdefault(subset.image_dir, {})
     reported = {name for name, found in known.items() if isinstance(found, UserError)}
     cache = MetadataCache(subset.image_dir) if subset.cache_info else None
-    found = _in_parallel(_Look(subset, captions, cache, known), pictures)
+    found = _look_at_all(_Look(subset, others, cache, known), pictures)
     if cache is not None:
         entries = {f.name: f.entry for f in found if f.entry is not None}
         if any(f.is_new for f in found) or entries.keys() != cache.names():
@@ -73,7 +78,7 @@ def _discover(subset: SubsetSpec, index: int, seen: Seen) -> list[ImageRecord]:
                 logger.warning("%s; left out (--on_bad_image skip)", error)
     else:
         problems += [str(error) for error in bad.values()]
-    good = [f for f in found if f.name not in bad]
+    good = [f for f in found if f.name not in bad] if bad else found
     problems += _caption_problems(subset, good)
     if not problems and not good:
         problems.append(f"{subset.where}: image_dir: {subset.image_dir}: none of its {len(bad)} pictures can be read")
@@ -114,24 +119,19 @@ def _shared(size: Size, shared: dict[object, object]) -> Size:
 _Files = dict[str, "os.DirEntry[str]"]
 
 
-def _list_folder(folder: Path, caption_extension: str) -> tuple[list[os.DirEntry[str]], _Files]:
-    """Pictures by name, and possible caption files by ``_key``."""
-    pictures, captions = [], {}
-    extension = _key(caption_extension)
+def _list_folder(folder: Path) -> tuple[list[os.DirEntry[str]], _Files]:
+    """Pictures in the order of their names, and all other files by ``_key``."""
+    pictures, others = [], {}
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
-            if _key(name).endswith(extension):
-                captions[_key(name)] = entry
-            # a link that leads nowhere is listed, to be named as unreadable
-            if is_picture_name(name) and not entry.is_dir():
+            if not is_picture_name(name):
+                others[_key(name)] = entry
+            elif not entry.is_dir():
+                # a link that leads nowhere is one too, to be named as unreadable
                 pictures.append(entry)
-    pictures.sort(key=lambda entry: entry.name)
-    return pictures, captions
-
-
-def _key(name: str) -> str:
-    return name.lower() if _IGNORES_CASE else name
+    pictures.sort(key=attrgetter("name"))
+    return pictures, others
 
 
 class _Found(NamedTuple):
@@ -141,64 +141,73 @@ class _Found(NamedTuple):
     size: Size | UserError
     caption: str | UserError | None  # None: neither a caption file nor class tokens
     entry: Entry | None  # to remember
-    is_new: bool  # whether something in the entry was not remembered
+    is_new: bool  # whether the entry was not remembered
 
 
 class _Look:
     """Finds out about one picture after the other, from any thread."""
 
     def __init__(
-        self, subset: SubsetSpec, captions: _Files, cache: MetadataCache | None, known: dict[str, Size | UserError]
+        self, subset: SubsetSpec, others: _Files, cache: MetadataCache | None, known: dict[str, Size | UserError]
     ) -> None:
         self._extension = subset.caption_extension
         self._class_tokens = subset.class_tokens
-        self._captions = captions
+        self._others = others
         self._cache = cache
         self._known = known
 
     def __call__(self, picture: os.DirEntry[str]) -> _Found:
         name = picture.name
         file = self._caption_file(name)
+        read_from = None
         if self._cache is not None:
-            try:
-                return self._remembered(self._cache, picture, file)
-            except OSError:
-                pass  # gone, or a link that leads nowhere: reading says what is wrong
+            # before the contents are read: what changes in between is out of date next time
+            read_from = _stamp(picture, file)
+            entry = self._cache.look_up(name, read_from) if read_from is not None else None
+            if entry is not None:
+                width, height = entry["resolution"]
+                caption = self._class_tokens if file is None else entry["caption"]
+                return _Found(name, (width, height), caption, entry, is_new=False)
         size = self._known.get(name) or _or_error(read_size, picture.path)
-        caption = self._class_tokens if file is None else _or_error(read_caption, file.path)
-        return _Found(name, size, caption, None, is_new=False)
-
-    def _remembered(self, cache: MetadataCache, picture: os.DirEntry[str], file: os.DirEntry[str] | None) -> _Found:
-        name = picture.name
-        # stamps before contents: what changes in between is out of date next time
-        picture_stamp = stamp(picture.stat())
-        file_stamp = f"{stamp(file.stat())} {file.name}" if file is not None else ""
-        size, caption = cache.look_up(name, picture_stamp, file_stamp)
-        is_new = size is None or caption is None
-        if size is None:
-            size = self._known.get(name) or _or_error(read_size, picture.path)
-        if file is None:
-            caption = self._class_tokens
-        elif caption is None:
-            caption = _or_error(read_caption, file.path)
-        if isinstance(size, UserError) or isinstance(caption, UserError):
-            return _Found(name, size, caption, None, is_new=False)
-        entry = Entry(caption=caption or "", resolution=size, picture=picture_stamp, caption_file=file_stamp)
-        return _Found(name, size, caption, entry, is_new)
+        text = self._class_tokens if file is None else _or_error(read_caption, file.path)
+        if read_from is None or isinstance(size, UserError) or isinstance(text, UserError):
+            return _Found(name, size, text, None, is_new=False)
+        return _Found(name, size, text, Entry(caption=text or "", resolution=size, read_from=read_from), is_new=True)
 
     def _caption_file(self, name: str) -> os.DirEntry[str] | None:
         """The published look-up: ``<stem><ext>``, then the stem without its last four parts of five or more."""
-        stem = os.path.splitext(name)[0]
-        file = self._captions.get(_key(stem + self._extension))
+        stem = name.rpartition(".")[0]
+        file = self._others.get(_key(stem + self._extension))
         if file is None and stem.count("_") >= 4:
-            file = self._captions.get(_key(stem.rsplit("_", 4)[0] + self._extension))
+            file = self._others.get(_key(stem.rsplit("_", 4)[0] + self._extension))
         return file
 
 
-def _in_parallel(look: _Look, pictures: list[os.DirEntry[str]]) -> list[_Found]:
+def _stamp(picture: os.DirEntry[str], caption: os.DirEntry[str] | None) -> str | None:
+    try:
+        if caption is None:
+            return stamp(picture.stat(), None, "")
+        return stamp(picture.stat(), caption.stat(), caption.name)
+    except OSError:
+        return None  # gone, or a link that leads nowhere: reading says what is wrong
+
+
+def _look_at_all(look: Callable[[os.DirEntry[str]], _Found], pictures: list[os.DirEntry[str]]) -> list[_Found]:
+    """In order; in threads from where on files are waited for, or pictures must be decoded.
+
+    Files in the page cache are read faster by one thread, as several would wait for the interpreter's lock instead.
+    """
     chunks = [pictures[start : start + _CHUNK] for start in range(0, len(pictures), _CHUNK)]
-    with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) * 2)) as pool:
-        return [found for chunk in pool.map(lambda chunk: [look(p) for p in chunk], chunks) for found in chunk]
+    found: list[_Found] = []
+    for done, chunk in enumerate(chunks, start=1):
+        began = time.perf_counter()
+        found += map(look, chunk)
+        if time.perf_counter() - began > _SLOW * len(chunk):
+            with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) * 2)) as pool:
+                for more in pool.map(lambda chunk: list(map(look, chunk)), chunks[done:]):
+                    found += more
+            break
+    return found
 
 
 def _or_error(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | UserError:

@@ -25,6 +25,8 @@ _PNG, _JPEG, _IEND = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\0\0\0\0IEND\xae\x
 #: PNG colour type -> bit depths
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 _BASELINE_TO_PROGRESSIVE = (0xC0, 0xC1, 0xC2)
+#: TIFF field type -> bytes of one value
+_TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 
@@ -163,7 +165,10 @@ def _webp(file: _File) -> Header:
         return _turned(width, height, 1, whole)
     position = 30
     for _ in range(_MAX_PARTS):
-        kind, length = struct.unpack("<4sI", file.bytes_at(position, 8))
+        start = file.bytes_at(position, 8)
+        if len(start) < 8:
+            break
+        kind, length = struct.unpack("<4sI", start)
         if kind == b"EXIF":
             return _turned(width, height, exif_orientation(file.bytes_at(position + 8, length)), whole)
         position += 8 + length + length % 2
@@ -192,6 +197,9 @@ def exif_orientation(data: bytes) -> int | None:
         tag, kind, count, value = struct.unpack_from(f"{order}HHIH", tiff, position)
         if tag == 0x0112:
             return value if (kind, count) == (3, 1) else None
+        size = _TIFF_SIZES.get(kind, 0) * count
+        if size > 4 and struct.unpack_from(f"{order}I", tiff, position + 8)[0] + size > len(tiff):
+            return None  # points outside; Pillow reads no further
     return None
 
 

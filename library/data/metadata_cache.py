@@ -31,8 +31,7 @@ class Entry(TypedDict):
 
     caption: str  # the caption file's text, or the class tokens
     resolution: Size  # (W, H) pixels; read back as a list
-    picture: str  # stamp of the picture
-    caption_file: str  # stamp and name of the caption file, empty where there is none
+    read_from: str  # ``stamp`` of the files
 
 
 class MetadataCache:
@@ -63,17 +62,16 @@ class MetadataCache:
         length = len(self._prefix)
         return {path[length:]: entry for path, entry in found.items()}
 
-    def look_up(self, name: str, picture: str, caption_file: str) -> tuple[Size | None, str | None]:
-        """(W, H) and caption of a picture, each ``None`` unless it was read from the very file of that stamp."""
+    def look_up(self, name: str, read_from: str) -> Entry | None:
+        """The entry of a picture, if it was made from files of that stamp and is whole."""
         entry = self._read.get(name)
-        if type(entry) is not dict:
-            return None, None
-        size = caption = None
-        if entry.get("picture") == picture:
-            size = _checked_size(entry.get("resolution"))
-        if entry.get("caption_file") == caption_file:
-            caption = entry.get("caption")
-        return size, caption if type(caption) is str else None
+        if type(entry) is not dict or entry.get("read_from") != read_from:
+            return None
+        size = entry.get("resolution")
+        if type(size) is not list or len(size) != 2 or type(entry.get("caption")) is not str:
+            return None
+        width, height = size
+        return entry if type(width) is int and type(height) is int and width > 0 < height else None  # type: ignore[return-value]
 
     def names(self) -> frozenset[str]:
         """Pictures that have an entry."""
@@ -88,16 +86,11 @@ class MetadataCache:
             logger.warning("%s; sizes will be read again next time", error)
 
 
-def _checked_size(found: Any) -> Size | None:
-    if type(found) is not list or len(found) != 2:
-        return None
-    width, height = found
-    return (width, height) if type(width) is int and type(height) is int and width > 0 < height else None
-
-
-def stamp(found: os.stat_result) -> str:
-    """Size in bytes and time of the last change, ns: what tells a file from a later one of its name."""
-    return f"{found.st_size} {found.st_mtime_ns}"
+def stamp(picture: os.stat_result, caption: os.stat_result | None, caption_name: str) -> str:
+    """What tells a picture and its caption file from later ones: sizes in bytes, times of the last change in ns."""
+    if caption is None:
+        return f"{picture.st_size} {picture.st_mtime_ns}"
+    return f"{picture.st_size} {picture.st_mtime_ns} {caption.st_size} {caption.st_mtime_ns} {caption_name}"
 
 
 @contextmanager

@@ -161,7 +161,6 @@ def test_a_boolean_is_no_number(tmp_path: Path, pictures: Path, key: str) -> Non
         ("face_crop_aug_range", "[1.0, 2.0]"),
         ("color_aug", "true"),
         ("token_warmup_step", "100"),
-        ("cache_info", "true"),
     ],
 )
 def test_what_is_not_supported_yet_is_refused(tmp_path: Path, pictures: Path, key: str, value: str) -> None:
@@ -178,7 +177,7 @@ def test_validation_split_is_refused_unless_zero(tmp_path: Path, pictures: Path)
 
 
 def test_off_is_accepted_for_what_is_not_supported(tmp_path: Path, pictures: Path) -> None:
-    off = "color_aug = false\nalpha_mask = false\ntoken_warmup_step = 0\ncache_info = false"
+    off = "color_aug = false\nalpha_mask = false\ntoken_warmup_step = 0"
     load(tmp_path, minimal(pictures, subset=off))
 
 
@@ -270,3 +269,16 @@ def test_folders_that_are_wrong(tmp_path: Path, pictures: Path) -> None:
         load_dataset_config(None, DatasetOptions(train_data_dir=str(pictures), resolution="64"))
     with pytest.raises(UserError, match="no such folder"):
         load_dataset_config(None, DatasetOptions(train_data_dir=str(tmp_path / "x"), resolution="64"))
+
+
+@pytest.mark.parametrize("level", ["general", "dataset", "subset"])
+def test_cache_info_may_stand_anywhere(tmp_path: Path, pictures: Path, level: str) -> None:
+    config = load(tmp_path, minimal(pictures, **{level: "cache_info = true"}))
+    assert config.datasets[0].subsets[0].cache_info
+    assert not load(tmp_path, minimal(pictures)).datasets[0].subsets[0].cache_info
+
+
+def test_on_bad_image_is_an_option_of_the_run(tmp_path: Path, pictures: Path) -> None:
+    assert load(tmp_path, minimal(pictures)).datasets[0].subsets[0].on_bad_image == "stop"
+    (line,) = problems(tmp_path, minimal(pictures, general="on_bad_image = 'skip'"))
+    assert line == "data.toml: [general]: on_bad_image: belongs on the command line: --on_bad_image"
