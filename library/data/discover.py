@@ -197,8 +197,8 @@ def _look_at_all(look: Callable[[os.DirEntry[str]], _Found], pictures: list[os.D
 
     Files in the page cache are read faster by one thread, as several would wait for the interpreter's lock instead.
     """
-    chunks = [pictures[start : start + _CHUNK] for start in range(0, len(pictures), _CHUNK)]
-    found: list[_Found] = []
+    found = list(map(look, pictures[:1]))  # not timed, as it may import
+    chunks = [pictures[start : start + _CHUNK] for start in range(1, len(pictures), _CHUNK)]
     for done, chunk in enumerate(chunks, start=1):
         began = time.perf_counter()
         found += map(look, chunk)
@@ -214,7 +214,7 @@ def _or_error(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Us
     try:
         return read(*args, **kwargs)
     except UserError as error:
-        return error
+        return error.with_traceback(None)  # which would keep its frames' values
 
 
 def read_caption(path: Path | str) -> str:

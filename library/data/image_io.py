@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib
 import struct
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +35,9 @@ _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "
 
 _EXIF_ORIENTATION = 0x0112
 
+#: from here on Pillow is asked, which warns of so many and refuses twice as many
+_MANY_PIXELS = 89_000_000
+
 #: what Pillow raises for damaged files, beside OSError
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, RuntimeError, struct.error)
 
@@ -53,8 +55,7 @@ def read_size(path: Path | str) -> tuple[int, int]:
         header = read_header(path)
     except OSError as error:
         raise _unreadable(path, error) from None
-    # Pillow has a limit on pixels, and words for it
-    if header.size is not None and header.whole and header.size[0] * header.size[1] <= _pixel_limit():
+    if header.size is not None and header.whole and header.size[0] * header.size[1] <= _MANY_PIXELS:
         return header.size
     with _open(path) as image:
         width, height = image.size
@@ -101,9 +102,8 @@ def _open(path: Path | str) -> Image:
     except UnidentifiedImageError:
         raise UserError(f"{path}: not a picture; remove or replace it") from None
     except Image.DecompressionBombError:
-        raise UserError(
-            f"{path}: has more than {2 * _pixel_limit() / 1e6:.0f} million pixels; make it smaller"
-        ) from None
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise UserError(f"{path}: has more than {limit:.0f} million pixels; make it smaller") from None
     except _DAMAGED as error:
         raise _unreadable(path, error) from None
 
@@ -111,13 +111,6 @@ def _open(path: Path | str) -> Image:
 def _unreadable(path: Path | str, error: Exception) -> UserError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return UserError(f"{path}: the picture cannot be read ({reason}); remove or replace it")
-
-
-def _pixel_limit() -> int:
-    """Pixels from which on Pillow warns; it refuses twice as many."""
-    from PIL import Image
-
-    return Image.MAX_IMAGE_PIXELS or sys.maxsize
 
 
 def _kind(start: bytes) -> str | None:

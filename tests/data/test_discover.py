@@ -175,7 +175,7 @@ def test_order_and_records_are_the_same_in_threads(
 
     monkeypatch.setattr(discover, "read_size", slow)
     assert make_data().datasets[0].records == expected
-    assert len(threads) > 2
+    assert len(threads) >= 2  # this one, and others
 
 
 def test_captions_have_plain_line_ends(make_data: Make, folder: Path) -> None:
