@@ -65,11 +65,12 @@ def _discover(subset: SubsetSpec, index: int, seen: Seen) -> list[ImageRecord]:
     cache = MetadataCache(subset.image_dir) if subset.cache_info else None
     found = _look_at_all(_Look(subset, others, cache, known), pictures)
     if cache is not None:
-        entries = {f.name: f.entry for f in found if f.entry is not None}
-        if any(f.is_new for f in found) or entries.keys() != cache.names():
-            cache.write(entries)
-
-    known.update((f.name, f.size) for f in found)
+        current = sum(f.entry is not None for f in found)
+        # as many as there are, and none of them new: the same
+        if current != len(cache) or any(f.is_new for f in found):
+            cache.write({f.name: f.entry for f in found if f.entry is not None})
+    else:
+        known.update((f.name, f.size) for f in found)
     bad = {f.name: f.size for f in found if isinstance(f.size, UserError)}
     problems = []
     if subset.on_bad_image == "skip":
@@ -78,6 +79,7 @@ def _discover(subset: SubsetSpec, index: int, seen: Seen) -> list[ImageRecord]:
                 logger.warning("%s; left out (--on_bad_image skip)", error)
     else:
         problems += [str(error) for error in bad.values()]
+    known.update(bad)
     good = [f for f in found if f.name not in bad] if bad else found
     problems += _caption_problems(subset, good)
     if not problems and not good:
@@ -167,7 +169,7 @@ class _Look:
             if entry is not None:
                 width, height = entry["resolution"]
                 caption = self._class_tokens if file is None else entry["caption"]
-                return _Found(name, (width, height), caption, entry, is_new=False)
+                return _Found(name, (width, height), caption, entry, False)
         size = self._known.get(name) or _or_error(read_size, picture.path)
         text = self._class_tokens if file is None else _or_error(read_caption, file.path)
         if read_from is None or isinstance(size, UserError) or isinstance(text, UserError):

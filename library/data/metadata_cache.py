@@ -43,7 +43,7 @@ class MetadataCache:
         self._read = self._load()
 
     def _load(self) -> Mapping[str, Any]:
-        """Entries by file name; none where there is no file, or a damaged one."""
+        """The file's table, its paths in this folder; empty where there is no file, or a damaged one."""
         try:
             with no_collection():
                 found = json.loads(self._path.read_bytes())
@@ -55,16 +55,14 @@ class MetadataCache:
         if not isinstance(found, dict):
             logger.warning("%s: holds no table of pictures, and is made again", self._path)
             return {}
-        first = next(iter(found), "")
-        if not first.startswith(self._prefix) or len(first) == len(self._prefix):
-            # the folder was moved, or is reached by another way
-            return {path.replace("\\", "/").rpartition("/")[2]: entry for path, entry in found.items()}
-        length = len(self._prefix)
-        return {path[length:]: entry for path, entry in found.items()}
+        if next(iter(found), self._prefix).startswith(self._prefix):
+            return found
+        # the folder was moved, or is reached by another way
+        return {self._prefix + path.replace("\\", "/").rpartition("/")[2]: entry for path, entry in found.items()}
 
     def look_up(self, name: str, read_from: str) -> Entry | None:
         """The entry of a picture, if it was made from files of that stamp and is whole."""
-        entry = self._read.get(name)
+        entry = self._read.get(self._prefix + name)
         if type(entry) is not dict or entry.get("read_from") != read_from:
             return None
         size = entry.get("resolution")
@@ -73,9 +71,9 @@ class MetadataCache:
         width, height = size
         return entry if type(width) is int and type(height) is int and width > 0 < height else None  # type: ignore[return-value]
 
-    def names(self) -> frozenset[str]:
-        """Pictures that have an entry."""
-        return frozenset(self._read)
+    def __len__(self) -> int:
+        """Pictures that have an entry, current or not."""
+        return len(self._read)
 
     def write(self, entries: Mapping[str, Entry]) -> None:
         """Replace the file; a folder that may not be written is left as it is, with a warning."""
