@@ -69,7 +69,8 @@ class MetadataCache:
         if type(size) is not list or len(size) != 2 or type(entry.get("caption")) is not str:
             return None
         width, height = size
-        return entry if type(width) is int and type(height) is int and width > 0 < height else None  # type: ignore[return-value]
+        is_good = type(width) is int and type(height) is int and width > 0 < height
+        return entry if is_good else None  # type: ignore[return-value]
 
     def __len__(self) -> int:
         """Pictures that have an entry, current or not."""
