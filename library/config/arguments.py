@@ -81,6 +81,7 @@ class DatasetOptions:
     skip_cache_check: bool = option(False, "trust cache files without looking into them")
     cache_info: bool = option(False, "remember captions and sizes in metadata_cache.json")
     conditioning_data_dir: str | None = option(None, "folder of mask pictures for --masked_loss, with the names of the pictures")
+    on_bad_image: str = option("stop", "pictures that cannot be read: name all and stop before training, or warn and leave them out", choices=["stop", "skip"])
     debug_dataset: bool = option(False, "show what would be trained on, and end")
     max_data_loader_n_workers: int = option(8, "processes that prepare batches; 0 prepares them in the main one", type=int)
     persistent_data_loader_workers: bool = option(False, "keep these processes between epochs")

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.data.dataset_config import DatasetConfig, SubsetSpec
-from library.data.discover import find_images
-from library.data.image_io import read_size
+from library.data.image_io import is_picture_name, read_size
 from library.data.records import ImageRecord
 from library.errors import UserError
 
@@ -72,7 +71,7 @@ def pair(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageRecord
     if folder is None:
         return list(records)
     by_stem: dict[str, list[Path]] = defaultdict(list)
-    for path in find_images(folder):
+    for path in _pictures_in(folder):
         by_stem[path.stem].append(path)
     problems = []
     missing = [record.path.name for record in records if record.path.stem not in by_stem]
@@ -92,6 +91,10 @@ def pair(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageRecord
     paired = [replace(record, conditioning=by_stem[record.path.stem][0]) for record in records]
     _check_sizes(subset, paired)
     return paired
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if is_picture_name(path.name) and path.is_file())
 
 
 def _check_sizes(subset: SubsetSpec, records: Sequence[ImageRecord]) -> None:
@@ -139,7 +142,7 @@ def check_none_is_extra(subsets: Iterable[tuple[SubsetSpec, Sequence[ImageRecord
             of_folder |= {record.conditioning for record in records if record.conditioning is not None}
     problems = []
     for folder, known in used.items():
-        extra = [path.name for path in find_images(folder) if path not in known]
+        extra = [path.name for path in _pictures_in(folder) if path not in known]
         if extra:
             problems.append(
                 f"conditioning_data_dir {folder}: no picture has the name of {_some(extra)}; rename or remove what "

@@ -19,7 +19,7 @@ from library.data.buckets import Buckets
 from library.data.conditioning import Role, check_none_is_extra, pair
 from library.data.captions import Progress
 from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec
-from library.data.discover import discover
+from library.data.discover import Seen, discover
 from library.data.latent_cache import (
     DiskLatents,
     Encode,
@@ -63,15 +63,15 @@ class BatchRef:
 
 
 class BucketedDataset:
-    """The records of one ``[[datasets]]`` table, by bucket."""
+    """The records of one ``[[datasets]]`` table, by bucket; for ``seen`` see ``discover``."""
 
-    def __init__(self, spec: DatasetSpec, format: LatentFormat) -> None:
+    def __init__(self, spec: DatasetSpec, format: LatentFormat, seen: Seen | None = None) -> None:
         self.spec = spec
         self.records: list[ImageRecord] = []
         problems = []
         for index, subset in enumerate(spec.subsets):
             try:
-                self.records += pair(subset, discover(subset, index))
+                self.records += pair(subset, discover(subset, index, seen))
             except UserError as error:
                 problems.append(str(error))
         if problems:
@@ -225,9 +225,10 @@ class TrainingData:
         self.seed = seed
         self.latent = latent
         datasets, problems = [], []
+        seen: Seen = {}
         for spec in config.datasets:
             try:
-                datasets.append(BucketedDataset(spec, latent))
+                datasets.append(BucketedDataset(spec, latent, seen))
             except UserError as error:
                 problems += str(error).splitlines()
         if problems:

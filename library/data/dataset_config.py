@@ -21,7 +21,7 @@ from library.config.arguments import DatasetOptions
 from library.config.config_file import load_toml
 from library.data.buckets import BucketRules, make_sizes
 from library.data.captions import CaptionRules
-from library.data.image_io import EXTENSIONS
+from library.data.image_io import EXTENSIONS, is_picture_name
 from library.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ class SubsetSpec:
     resize_interpolation: str | None
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
     metadata_file: Path | None = None  # captions and tags of the fine-tuning method, instead of caption files
+    cache_info: bool = False  # remember sizes and captions in the folder
+    on_bad_image: str = "stop"  # or "skip"
 
     @property
     def source(self) -> Path:
@@ -103,6 +105,7 @@ _KEYS: dict[str, _Key] = {
     "bucket_no_upscale": _Key("bool", _OF_DATASET, "bucket_no_upscale"),
     "network_multiplier": _Key("number", _OF_DATASET, None, 1.0),
     "resize_interpolation": _Key("interpolation", _EVERYWHERE, "resize_interpolation"),
+    "cache_info": _Key("bool", _EVERYWHERE, "cache_info"),
     "num_repeats": _Key("int", _EVERYWHERE, "dataset_repeats"),
     "flip_aug": _Key("bool", _EVERYWHERE, "flip_aug"),
     "random_crop": _Key("bool", _EVERYWHERE, "random_crop"),
@@ -130,7 +133,6 @@ _KEYS: dict[str, _Key] = {
     "token_warmup_step": _Key("amount", _EVERYWHERE, "token_warmup_step"),
     "token_warmup_min": _Key("natural", _EVERYWHERE, "token_warmup_min"),
     # published keys that this version refuses unless they are off, see UNSUPPORTED
-    "cache_info": _Key("bool", _EVERYWHERE),
     "validation_split": _Key("share", _OF_DATASET),
     "validation_seed": _Key("int", _OF_DATASET),
 }
@@ -138,7 +140,6 @@ _KEYS: dict[str, _Key] = {
 #: published keys that are refused when they are on: why, and what to use
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        "cache_info": "not supported yet; sizes are read from the headers at each start",
         "validation_split": "validation is not supported yet; compare sample images instead",
     }
 )
@@ -149,7 +150,7 @@ NOT_WITH_CACHED_LATENTS = ("random_crop", "face_crop_aug_range", "color_aug")
 _NOT_WITH_METADATA = ("caption_extension", "class_tokens", "is_reg", "cache_info")
 
 #: what belongs on the command line only
-_OPTIONS_ONLY = ("debug_dataset", "max_token_length", "prior_loss_weight")
+_OPTIONS_ONLY = ("debug_dataset", "max_token_length", "on_bad_image", "prior_loss_weight")
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
@@ -481,6 +482,8 @@ class _Reader:
             resize_interpolation=values["resize_interpolation"],
             custom_attributes=values["custom_attributes"] or {},
             metadata_file=Path(metadata) if metadata else None,
+            cache_info=values["cache_info"],
+            on_bad_image=self._options.on_bad_image,
         )
 
     def _places_are_good(self, folder: str | None, metadata: str | None, table: Any, where: str) -> bool:
@@ -507,7 +510,7 @@ class _Reader:
 def _has_pictures(folder: Path) -> Iterator[bool]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.lower().endswith(EXTENSIONS):
+            if is_picture_name(entry.name):
                 yield True
 
 

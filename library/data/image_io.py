@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,39 +13,69 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from library.data.image_header import TURNED, read_header
 from library.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+#: avif and jxl need what PLUGINS says; a folder's pictures of these kinds are never passed over silently
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file of a data set's folder is meant to be one of its pictures; hidden files are not."""
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+#: kind of picture that not every installation reads -> package to install
+PLUGINS = {"AVIF": "pillow-avif-plugin", "JXL": "pillow-jxl-plugin"}
+
+#: what a file's content may be, whatever its name says; some other readers of Pillow start programs
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JXL")
 
 _EXIF_ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+
+#: from here on Pillow is asked, which warns of so many and refuses twice as many
+_MANY_PIXELS = 89_000_000
 
 #: what Pillow raises for damaged files, beside OSError
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, struct.error)
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, RuntimeError, struct.error)
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """(W, H) in pixels as the picture is seen, from the header alone.
+def read_size(path: Path | str) -> tuple[int, int]:
+    """(W, H) in pixels as the picture is seen, from the header and the end of the file.
+
+    A file that does not end as its format does is decoded, to tell trailing bytes from a picture that is cut short.
+    Damage in between shows only when the picture is read.
 
     Raises:
-        UserError: not a picture, or empty.
+        UserError: not a picture, empty, cut short, or of a kind that needs a package.
     """
+    try:
+        header = read_header(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if header.size is not None and header.whole and header.size[0] * header.size[1] <= _MANY_PIXELS:
+        return header.size
     with _open(path) as image:
         width, height = image.size
-        turned = _orientation(image) in _TURNED
-    if width < 1 or height < 1:
-        raise UserError(f"{path}: the picture is empty ({width}x{height}); remove or replace it")
+        turned = _orientation(image) in TURNED
+        if width < 1 or height < 1:
+            raise UserError(f"{path}: the picture is empty ({width}x{height}); remove or replace it")
+        if not header.whole:
+            try:
+                image.load()
+            except _DAMAGED as error:
+                raise _unreadable(path, error) from None
     return (height, width) if turned else (width, height)
 
 
-def read_image(path: Path, *, background: str = "white") -> np.ndarray:
-    """uint8 (H, W, 3) RGB, upright; transparency is laid on ``background``, 16 bit is scaled to 8.
+def read_image(path: Path | str, *, background: str = "white") -> np.ndarray:
+    """uint8 (H, W, 3) RGB, upright; the first frame; transparency is laid on ``background``, 16 bit is scaled to 8.
 
     Raises:
-        UserError: not a picture, or cut short.
+        UserError: not a picture, empty, cut short, or of a kind that needs a package.
     """
     return _decode(path, lambda image: [_to_rgb(image, background)])[0]
 
@@ -63,25 +96,78 @@ def _decode(path: Path, convert: Callable[[Image], list[Image]]) -> list[np.ndar
         try:
             made = [np.asarray(one) for one in convert(image)]
         except _DAMAGED as error:
-            raise UserError(f"{path}: the picture cannot be read ({error}); remove or replace it") from None
+            raise _unreadable(path, error) from None
     return [_upright(pixels, orientation) for pixels in made]
 
 
-def _open(path: Path) -> Image:
+def _open(path: Path | str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(path)
+        with open(path, "rb") as file:
+            start = file.read(32)
+        if not start:
+            raise UserError(f"{path}: the file is empty (0 bytes); remove or replace it")
+        kind = _kind(start)
+        if kind == "HEIC":
+            raise UserError(f"{path}: a HEIC picture, which is not supported; convert it to PNG or JPEG")
+        if kind is not None and not _can_read(kind):
+            raise UserError(f"{path}: {kind} pictures need a package: pip install {PLUGINS[kind]}")
+        return Image.open(path, formats=_formats())
     except UnidentifiedImageError:
         raise UserError(f"{path}: not a picture; remove or replace it") from None
-    except (*_DAMAGED, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: the picture cannot be read ({error}); remove or replace it") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise UserError(f"{path}: has more than {limit:.0f} million pixels; make it smaller") from None
+    except _DAMAGED as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path | str, error: Exception) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return UserError(f"{path}: the picture cannot be read ({reason}); remove or replace it")
+
+
+def _kind(start: bytes) -> str | None:
+    """Of the kinds that need a plugin or have none, by the file's first 32 bytes."""
+    if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
+        return "JXL"
+    if start[4:8] == b"ftyp":
+        brands = {start[8:12], *(start[i : i + 4] for i in range(16, min(len(start), start[3]), 4))}
+        if brands & {b"avif", b"avis"}:
+            return "AVIF"
+        if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}:
+            return "HEIC"
+    return None
+
+
+@functools.cache
+def _can_read(kind: str) -> bool:
+    """Whether Pillow can open a kind, after importing its plugin where Pillow itself cannot."""
+    from PIL import Image
+
+    Image.init()  # first, as Pillow would otherwise put its own reader over the plugin's
+    modules = {"AVIF": ("PIL._avif", "pillow_avif"), "JXL": ("pillow_jxl",)}[kind]
+    for module in modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+            return True
+    return False
+
+
+def _formats() -> tuple[str, ...]:
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _orientation(image: Image) -> int:
     """EXIF orientation, 1 to 8, from what precedes the pixels; 1 where there is none or it is damaged."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # Pillow would decode the whole picture to look for it behind the pixels
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1  # decoded upright already (ISO/IEC 18181-1), unless the plugin restored the JPEG file inside
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except _DAMAGED:
@@ -90,7 +176,7 @@ def _orientation(image: Image) -> int:
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Turn and mirror (H, W) or (H, W, 3) by an EXIF orientation (Exif 2.32, tag 0x0112)."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in TURNED:
         pixels = pixels.swapaxes(0, 1)  # 5: mirrored on the diagonal
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
@@ -106,9 +192,10 @@ def _has_alpha(image: Image) -> bool:
 def _alpha(image: Image) -> Image:
     from PIL import Image as images
 
-    # 16-bit grey has no opacity that Pillow would know of
-    if image.mode.startswith("I") or not _has_alpha(image):
+    if not _has_alpha(image):
         return images.new("L", image.size, 255)
+    if image.mode.startswith("I"):  # 16-bit grey, of which one value is transparent; Pillow would not convert it
+        return images.fromarray(np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8))
     return image.convert("RGBA").getchannel("A")
 
 
@@ -117,8 +204,11 @@ def _to_rgb(image: Image, background: str = "white") -> Image:
 
     if image.mode.startswith("I"):
         # 16-bit grey: Pillow would clip at 255 instead of scaling
-        values = np.asarray(image).astype(np.float32) / 257.0
-        return images.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        grey = (values / np.float32(257)).round().clip(0, 255).astype(np.uint8)
+        if "transparency" in image.info:  # one value is transparent
+            grey[values == image.info["transparency"]] = images.new("L", (1, 1), background).getpixel((0, 0))
+        return images.fromarray(grey).convert("RGB")
     if _has_alpha(image):
         image = image.convert("RGBA")
         behind = images.new("RGBA", image.size, background)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data.dataset_config import SubsetSpec, load_json
-from library.data.image_io import EXTENSIONS
+from library.data.image_io import is_picture_name
 from library.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ class _Pictures:
             listing: dict[str, list[str]] = {}
             try:
                 with os.scandir(folder) as entries:
-                    names = [e.name for e in entries if e.name.lower().endswith(EXTENSIONS)]
+                    names = [e.name for e in entries if is_picture_name(e.name)]
             except (OSError, ValueError):  # the latter of a name with a null character
                 names = []
             for found in names:

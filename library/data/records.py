@@ -8,10 +8,18 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """An image of a subset; its place in the dataset's list is its identity in keyed randomness."""
+    """An image of a subset; its place in the dataset's list is its identity in keyed randomness.
 
-    path: Path
+    There may be a hundred thousand: the folder is one object for all of them, and a path is made when it is asked for.
+    """
+
+    folder: Path
+    name: str  # of the file
     size: tuple[int, int]  # (W, H) pixels, after EXIF orientation
     caption: str  # the text of the caption file, or the class tokens
     subset: int  # index into the dataset's subsets
     conditioning: Path | None = None  # its mask or conditioning picture
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,17 +24,25 @@ from library.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 _CHUNK = 1 << 20  # bytes read at a time
+_DAY = 86400  # seconds
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
+def atomic_path(path: Path | str, *, by_many: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it becomes ``path``, on an error it is removed.
+
+    Args:
+        by_many: several processes may write the file at once, each under a temporary name of its own; the last wins,
+            and temporary files that a killed process left are removed once they are a day old.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
     temporary = _temporary(path)
+    if by_many:
+        _clear_old(path)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     _clear(temporary)
     try:
         with _clear_errors(path):
@@ -43,15 +54,15 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         _clear(temporary)
 
 
-def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write a file atomically."""
-    with atomic_path(path) as temporary:
+def write_bytes(path: Path | str, data: bytes, *, by_many: bool = False) -> None:
+    """Write a file atomically; for ``by_many`` see ``atomic_path``."""
+    with atomic_path(path, by_many=by_many) as temporary:
         temporary.write_bytes(data)
 
 
-def write_text(path: Path | str, text: str) -> None:
-    """Write a UTF-8 file atomically."""
-    write_bytes(path, text.encode("utf-8"))
+def write_text(path: Path | str, text: str, *, by_many: bool = False) -> None:
+    """Write a UTF-8 file atomically; for ``by_many`` see ``atomic_path``."""
+    write_bytes(path, text.encode("utf-8"), by_many=by_many)
 
 
 @contextlib.contextmanager
@@ -128,6 +139,13 @@ def remove_tree(path: Path | str) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
+
+
+def _clear_old(path: Path) -> None:
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _DAY:
+                left.unlink()
 
 
 def _clear(path: Path) -> None:

@@ -12,6 +12,9 @@ from library.config.arguments import TrainNetworkOptions, build_parser
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "cli" / "train_network.json").read_text())["options"]
 
+#: flags of this project that the published command line does not have
+OURS = {"on_bad_image"}
+
 
 @pytest.fixture(scope="module")
 def actions() -> dict[str, argparse.Action]:
@@ -21,7 +24,17 @@ def actions() -> dict[str, argparse.Action]:
 
 def test_no_flag_is_missing_or_new(actions: dict[str, argparse.Action]) -> None:
     assert len(PUBLISHED) == 193
-    assert set(actions) == {option["dest"] for option in PUBLISHED}
+    published = {option["dest"] for option in PUBLISHED}
+    assert not OURS & published
+    assert set(actions) == published | OURS
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_our_own_flags_change_nothing_unless_given(name: str, actions: dict[str, argparse.Action]) -> None:
+    action = actions[name]
+    assert action.option_strings == [f"--{name}"]
+    assert action.help
+    assert not action.required
 
 
 @pytest.mark.parametrize("option", PUBLISHED, ids=lambda o: o["dest"])

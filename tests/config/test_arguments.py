@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
 
 def test_every_flag_has_one_group_and_one_spelling(parser: argparse.ArgumentParser) -> None:
     names = [field.name for field in FIELDS]
-    assert len(names) == len(set(names)) == 193
+    assert len(names) == len(set(names)) >= 193  # the published ones; tests/compat/ compares them one by one
     for action in parser._actions[1:]:
         assert action.option_strings == [f"--{action.dest}"]
         assert not action.required

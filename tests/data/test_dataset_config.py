@@ -152,17 +152,6 @@ def test_a_boolean_is_no_number(tmp_path: Path, pictures: Path, key: str) -> Non
     assert line.startswith(f"data.toml: [general]: {key}: True: write a")
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("cache_info", "true"),
-    ],
-)
-def test_what_is_not_supported_yet_is_refused(tmp_path: Path, pictures: Path, key: str, value: str) -> None:
-    (line,) = problems(tmp_path, minimal(pictures, subset=f"{key} = {value}"))
-    assert line == f"data.toml: [[datasets]] 1 > [[datasets.subsets]] 1: {key}: {UNSUPPORTED[key]}"
-
-
 def test_validation_split_is_refused_unless_zero(tmp_path: Path, pictures: Path) -> None:
     for zero in ("0", "0.0"):
         load(tmp_path, minimal(pictures, dataset=f"validation_split = {zero}\nvalidation_seed = 1"))
@@ -185,11 +174,6 @@ def test_the_tag_warm_up_comes_from_anywhere(tmp_path: Path, pictures: Path, cap
     assert "token_warmup_min has no effect without token_warmup_step" in caplog.text
     (line,) = problems(tmp_path, minimal(pictures, dataset="token_warmup_step = -1"))
     assert line == "data.toml: [[datasets]] 1: token_warmup_step: -1: write a number, 0 or more"
-
-
-def test_off_is_accepted_for_what_is_not_supported(tmp_path: Path, pictures: Path) -> None:
-    off = "cache_info = false"
-    load(tmp_path, minimal(pictures, subset=off))
 
 
 @pytest.mark.parametrize(
@@ -328,3 +312,16 @@ def test_folders_that_are_wrong(tmp_path: Path, pictures: Path) -> None:
         load_dataset_config(None, DatasetOptions(train_data_dir=str(pictures), resolution="64"))
     with pytest.raises(UserError, match="no such folder"):
         load_dataset_config(None, DatasetOptions(train_data_dir=str(tmp_path / "x"), resolution="64"))
+
+
+@pytest.mark.parametrize("level", ["general", "dataset", "subset"])
+def test_cache_info_may_stand_anywhere(tmp_path: Path, pictures: Path, level: str) -> None:
+    config = load(tmp_path, minimal(pictures, **{level: "cache_info = true"}))
+    assert config.datasets[0].subsets[0].cache_info
+    assert not load(tmp_path, minimal(pictures)).datasets[0].subsets[0].cache_info
+
+
+def test_on_bad_image_is_an_option_of_the_run(tmp_path: Path, pictures: Path) -> None:
+    assert load(tmp_path, minimal(pictures)).datasets[0].subsets[0].on_bad_image == "stop"
+    (line,) = problems(tmp_path, minimal(pictures, general="on_bad_image = 'skip'"))
+    assert line == "data.toml: [general]: on_bad_image: belongs on the command line: --on_bad_image"

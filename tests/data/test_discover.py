@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from library.data import discover
 from library.data.dataset import TrainingData
+from library.data.image_io import read_size
 from library.errors import UserError
 from tests.data.samples import SIZES, draw
 
@@ -78,13 +82,102 @@ def test_all_unreadable_files_of_all_datasets_are_named_once(make_data: Make, fo
     assert len(lines) == 3
     assert "a.png: not a picture" in lines[0]
     assert "b.txt: is not UTF-8" in lines[1]
-    assert "x.png: not a picture" in lines[2]
+    assert "x.png: the file is empty" in lines[2]
 
 
-def test_many_unreadable_files_are_counted(make_data: Make, folder: Path) -> None:
-    for name in ("a.png", "b.png", "c.png", "d.png", "e.png"):
+def test_every_unreadable_picture_is_named_and_nothing_else_is_said_of_it(make_data: Make, folder: Path) -> None:
+    names = ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    for name in names:
         (folder / name).write_text("")
+    (folder / "a.txt").unlink()
+    (folder / "f.jpg").write_bytes((folder / "f.jpg").read_bytes()[:-30])
+    with pytest.raises(UserError) as error:
+        make_data()
+    lines = str(error.value).splitlines()
+    assert [Path(line.split(": ")[0]).name for line in lines] == [*names, "f.jpg"]
+    assert "cannot be read (image file is truncated" in lines[5]
+
+
+def test_many_unreadable_captions_are_counted(make_data: Make, folder: Path) -> None:
+    for name in "abcde":
+        (folder / f"{name}.txt").write_bytes(b"\xff")
     with pytest.raises(UserError) as error:
         make_data()
     assert len(str(error.value).splitlines()) == 4
-    assert "and 2 more files" in str(error.value)
+    assert "and 2 more captions like these" in str(error.value)
+
+
+def test_pictures_that_cannot_be_read_are_left_out_if_asked(
+    make_data: Make, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "b.png").write_text("<html>")
+    (folder / "b.txt").unlink()  # a caption that is not needed
+    (folder / "f.jpg").write_bytes(b"")
+    data = make_data(on_bad_image="skip", subset="num_repeats = 2")
+    dataset = data.datasets[0]
+    assert [r.name for r in dataset.records] == ["a.png", "c.png", "d.png", "e.png", "g.webp"]
+    assert (dataset.num_train, len(dataset.uses), data.picture_count()) == (10, 10, 5)
+    used = [use.record for ref in data.batches(0) for use in ref.uses]
+    assert sorted(used) == sorted(2 * list(range(5)))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder / 'b.png'}: not a picture; remove or replace it; left out (--on_bad_image skip)",
+        f"{folder / 'f.jpg'}: the file is empty (0 bytes); remove or replace it; left out (--on_bad_image skip)",
+    ]
+
+
+@pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
+def test_a_folder_of_several_datasets_is_read_once(
+    make_data: Make,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    on_bad_image: str,
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(discover, "read_size", lambda path: read.append(path) or read_size(path))
+    if on_bad_image == "skip":
+        (folder / "b.png").write_text("<html>")
+    more = f"[[datasets]]\nresolution = 32\n[[datasets.subsets]]\nimage_dir = '{folder}'"
+    data = make_data(more=more, on_bad_image=on_bad_image)
+    assert data.datasets[0].records == data.datasets[1].records
+    assert sorted(read) == [str(folder / name) for name in SIZES]
+    assert len(caplog.records) == (1 if on_bad_image == "skip" else 0)
+
+
+def test_a_folder_without_any_readable_picture_stops_the_run(make_data: Make, folder: Path) -> None:
+    for name in SIZES:
+        (folder / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"subsets\]\] 1: image_dir: .*none of its {len(SIZES)} pictures can be read$"):
+        make_data(on_bad_image="skip")
+
+
+def test_hidden_files_are_no_pictures_and_lost_links_are_named(make_data: Make, folder: Path) -> None:
+    (folder / "._a.png").write_bytes(b"\0\5\x16\7")  # as macOS leaves them on other disks
+    make_data()
+    (folder / "lost.png").symlink_to(folder / "gone.png")
+    with pytest.raises(UserError, match=r"lost.png: the picture cannot be read \(No such file"):
+        make_data()
+
+
+def test_order_and_records_are_the_same_in_threads(
+    make_data: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(folder, {f"more_{i:03d}.png": (64 + i, 64) for i in range(40)})
+    expected = make_data().datasets[0].records
+    monkeypatch.setattr(discover, "_SLOW", 0.0)
+    monkeypatch.setattr(discover, "_CHUNK", 3)
+    threads: set[int] = set()
+
+    def slow(path: str) -> tuple[int, int]:
+        threads.add(threading.get_ident())
+        time.sleep(0.001)
+        return read_size(path)
+
+    monkeypatch.setattr(discover, "read_size", slow)
+    assert make_data().datasets[0].records == expected
+    assert len(threads) >= 2  # this one, and others
+
+
+def test_captions_have_plain_line_ends(make_data: Make, folder: Path) -> None:
+    (folder / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    assert captions(make_data())["a.png"] == "one\ntwo\nthree"

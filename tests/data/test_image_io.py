@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import struct
+import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from library.data.image_io import covering_size, cut_mask, fit, read_image, read_image_and_alpha, read_size, resize
+from library.data.image_io import (
+    _can_read,
+    covering_size,
+    cut_mask,
+    fit,
+    read_image,
+    read_image_and_alpha,
+    read_size,
+    resize,
+)
 from library.errors import UserError
 
 GRADIENT = np.stack(np.broadcast_arrays(np.arange(9) * 20, np.arange(6)[:, None] * 40, 7), axis=-1).astype(np.uint8)
@@ -35,26 +48,70 @@ def test_damaged_exif_is_no_orientation(tmp_path: Path) -> None:
     assert read_image(path).shape == (6, 9, 3)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16"])
+FLAT = (100, 100, 100)
+
+
+def save_mode(folder: Path, mode: str) -> Path:
+    """A flat picture of 5x4 pixels, about 100 grey."""
+    path = folder / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (5, 4), FLAT if mode != "1" else (255, 255, 255)).convert(mode).save(path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK"])
 def test_modes_become_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    if mode == "I;16":
-        Image.fromarray(np.full((4, 5), 100 * 257, np.uint16)).save(path)
-    else:
-        Image.new("RGB", (5, 4), (100, 100, 100) if mode != "1" else (255, 255, 255)).convert(mode).save(path)
+    path = save_mode(tmp_path, mode)
+    with Image.open(path) as image:
+        assert image.mode == mode
     pixels = read_image(path)
+    assert read_size(path) == (5, 4)
     assert pixels.shape == (4, 5, 3)
     assert pixels.dtype == np.uint8
-    assert abs(int(pixels[0, 0, 0]) - (255 if mode == "1" else 100)) <= 3
+    assert np.abs(pixels.astype(int) - (255 if mode == "1" else 100)).max() <= 3
+
+
+def png16(colour: int, values: np.ndarray, *, size: tuple[int, int] | None = None) -> bytes:
+    """A 16-bit PNG of colour type ``colour``; ``values`` uint16 (H, W, C). Pillow writes only grey ones.
+
+    Args:
+        size: (W, H) to say in the header instead.
+    """
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    width, height = size or values.shape[1::-1]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bit_is_scaled_to_8(tmp_path: Path, colour: int, channels: int) -> None:
+    grey = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6, 1)
+    values = np.repeat(grey, channels, axis=2)
+    if channels in (2, 4):
+        values[..., -1] = 65535
+    (tmp_path / "a.png").write_bytes(png16(colour, values))
+    assert read_size(tmp_path / "a.png") == (6, 4)
+    # Pillow takes the high byte of colours, which is up to one less
+    assert np.abs(read_image(tmp_path / "a.png") - grey / 257.0).max() <= 1.0
+
+
+def test_16_bit_grey_keeps_its_transparent_value(tmp_path: Path) -> None:
+    values = np.array([[0, 1000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=1000)
+    assert read_image(tmp_path / "a.png")[0, :, 0].tolist() == [0, 255, 255]
 
 
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     Image.new("RGBA", (3, 3), (255, 0, 0, 0)).save(tmp_path / "a.png")
-    palette = Image.new("P", (3, 3), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    palette.save(tmp_path / "b.png", transparency=1)
-    assert (read_image(tmp_path / "a.png") == 255).all()
-    assert (read_image(tmp_path / "b.png") == 255).all()
+    Image.new("LA", (3, 3), (0, 0)).save(tmp_path / "b.png")
+    Image.new("RGB", (3, 3), (9, 8, 7)).save(tmp_path / "c.png", transparency=(9, 8, 7))
+    Image.new("L", (3, 3), 9).save(tmp_path / "d.png", transparency=9)
+    Image.new("RGBA", (3, 3), (255, 0, 0, 0)).save(tmp_path / "e.webp", lossless=True)
+    for path in sorted(tmp_path.iterdir()):
+        assert (read_image(path) == 255).all(), path.name
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
@@ -97,16 +154,154 @@ def test_masks_stay_between_their_values(resized: tuple[int, int]) -> None:
     assert (made.min(), made.max()) == (50, 200)
 
 
-def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    text, cut = tmp_path / "text.png", tmp_path / "cut.png"
-    text.write_text("<html>")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(cut)
-    cut.write_bytes(cut.read_bytes()[:4000])
-    with pytest.raises(UserError, match="text.png: not a picture"):
-        read_size(text)
-    assert read_size(cut) == (64, 64)  # its header is whole
-    with pytest.raises(UserError, match="cut.png: the picture cannot be read"):
-        read_image(cut)
+def test_half_transparent_is_mixed_with_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (1, 1), (200, 0, 100, 51)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png")[0, 0].tolist() == [244, 204, 224]  # 0.2 * colour + 0.8 * 255
+
+
+def test_palette_with_transparency(tmp_path: Path) -> None:
+    palette = Image.new("P", (3, 1))
+    palette.putdata([0, 1, 2])
+    palette.putpalette([0, 0, 0, 10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "one.png", transparency=1)
+    palette.save(tmp_path / "each.png", transparency=bytes([255, 0, 128]))
+    assert read_image(tmp_path / "one.png")[0].tolist() == [[0, 0, 0], [255] * 3, [40, 50, 60]]
+    black, clear, half = read_image(tmp_path / "each.png")[0].tolist()
+    assert (black, clear) == ([0, 0, 0], [255] * 3)
+    assert half == pytest.approx([147, 152, 157], abs=1)
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "avif"])
+def test_of_an_animation_the_first_frame_counts(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    if ending == "avif" and not _can_read("AVIF"):
+        pytest.skip("Pillow reads no AVIF here")
+    first, *others = [Image.new("RGB", (32, 24), colour) for colour in ("red", "green", "blue")]
+    first.save(path, save_all=True, append_images=others, lossless=True)
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+    assert read_size(path) == (32, 24)
+    assert np.abs(read_image(path).astype(int) - [255, 0, 0]).max() <= 3
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.jxl"])
+def test_the_content_decides_not_the_name(tmp_path: Path, format: str, name: str) -> None:
+    Image.new("RGB", (8, 6), (200, 40, 90)).save(tmp_path / name, format)
+    assert read_size(tmp_path / name) == (8, 6)
+    assert np.abs(read_image(tmp_path / name).astype(int) - [200, 40, 90]).max() <= 4
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+ENDINGS = ["png", "jpg", "webp", "bmp", "avif"]
+
+
+def noise(folder: Path, ending: str) -> Path:
+    if ending == "avif" and not _can_read("AVIF"):
+        pytest.skip("Pillow reads no AVIF here")
+    NOISE.save(folder / f"cut.{ending}")
+    return folder / f"cut.{ending}"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, None])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_picture_cut_short_is_named(tmp_path: Path, ending: str, share: float | None) -> None:
+    path = noise(tmp_path, ending)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share) if share else 20])
+    for read in (read_size, read_image):
+        with pytest.raises(UserError, match=f"cut.{ending}: (the picture cannot be read|not a picture)"):
+            read(path)
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 7, b"<!-- served by -->" * 300])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_bytes_behind_a_whole_picture_are_no_harm(tmp_path: Path, ending: str, tail: bytes) -> None:
+    path = noise(tmp_path, ending)
+    before = read_image(path)
+    path.write_bytes(path.read_bytes() + tail)
+    assert read_size(path) == (64, 64)
+    assert np.array_equal(read_image(path), before)
+
+
+@pytest.mark.parametrize("read", [read_size, read_image])
+def test_what_is_no_picture_is_named(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    (tmp_path / "text.png").write_text("<html>")
+    (tmp_path / "random.webp").write_bytes(np.random.default_rng(0).bytes(5000))
+    (tmp_path / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    for name in ("text.png", "random.webp", "script.jpg"):
+        with pytest.raises(UserError, match=f"{name}: not a picture; remove or replace it"):
+            read(tmp_path / name)
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(UserError, match=r"empty.png: the file is empty \(0 bytes\)"):
+        read(tmp_path / "empty.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UserError, match=r"link.png: the picture cannot be read \(No such file"):
+        read(tmp_path / "link.png")
+
+
+@pytest.mark.parametrize("read", [read_size, read_image])
+def test_too_many_pixels_are_refused(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    (tmp_path / "a.png").write_bytes(png16(0, np.zeros((1, 1, 1), np.uint16), size=(20_000, 20_000)))
+    with pytest.raises(UserError, match=r"a.png: has more than 179 million pixels; make it smaller"):
+        read(tmp_path / "a.png")
+
+
+# ---- kinds that need a package ----
+
+JXL = [b"\xff\x0a" + b"\0" * 40, b"\0\0\0\x0cJXL \r\n\x87\n" + b"\0" * 40]
+AVIF = [
+    b"\0\0\0\x20ftypavif\0\0\0\0avifmif1miafMA1B" + b"\0" * 40,
+    b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf" + b"\0" * 40,
+]
+
+
+@pytest.mark.parametrize("read", [read_size, read_image])
+@pytest.mark.parametrize(
+    ("kind", "content", "package"),
+    [*(("JXL", c, "pillow-jxl-plugin") for c in JXL), *(("AVIF", c, "pillow-avif-plugin") for c in AVIF)],
+)
+def test_a_missing_package_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Callable[[Path], object],
+    kind: str,
+    content: bytes,
+    package: str,
+) -> None:
+    for module in ("PIL._avif", "pillow_avif", "pillow_jxl"):
+        monkeypatch.setitem(sys.modules, module, None)  # an import fails
+    _can_read.cache_clear()
+    (tmp_path / "a.png").write_bytes(content)
+    try:
+        with pytest.raises(UserError, match=f"a.png: {kind} pictures need a package: pip install {package}$"):
+            read(tmp_path / "a.png")
+    finally:
+        _can_read.cache_clear()
+
+
+def test_heic_is_named_as_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "IMG_1.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40)
+    with pytest.raises(UserError, match=r"IMG_1.jpg: a HEIC picture, .*convert it"):
+        read_size(tmp_path / "IMG_1.jpg")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["avif", "jxl"])
+def test_orientation_of_kinds_that_need_a_package(tmp_path: Path, ending: str, orientation: int) -> None:
+    if not _can_read(ending.upper()):
+        pytest.skip(f"Pillow reads no {ending} here")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((24, 32, 3), np.uint8)
+    pixels[:12, :16] = 255  # one corner
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    assert read_size(path) == read_image(path).shape[1::-1]
+    if ending == "avif":  # the others' encoders do not set the orientation that counts
+        assert read_size(path) == ((24, 32) if orientation >= 5 else (32, 24))
+        with Image.open(path) as image:
+            assert np.array_equal(read_image(path), np.asarray(ImageOps.exif_transpose(image)))
 
 
 def test_the_resized_picture_just_covers_the_bucket() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,25 @@ def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
     assert not target.exists() and len(only(tmp_path)) == 1
     write_bytes(target, b"whole")
     assert only(tmp_path) == ["a.bin"]
+
+
+def test_several_may_write_one_file_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    with atomic_path(target, by_many=True) as one, atomic_path(target, by_many=True) as other:
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+    assert target.read_bytes() == b"one"  # the last to finish
+    assert only(tmp_path) == ["a.bin"]
+
+
+def test_leftovers_of_one_of_many_are_cleared_when_they_are_old(tmp_path: Path) -> None:
+    old, new, others = (tmp_path / f".{name}.0123.tmp" for name in ("a.bin", "a.bin.x", "b.bin"))
+    for path in (old, new, others):
+        path.touch()
+    for path in (old, others):
+        os.utime(path, (0, 0))
+    write_text(tmp_path / "a.bin", "x", by_many=True)
+    assert only(tmp_path) == sorted([".a.bin.x.0123.tmp", ".b.bin.0123.tmp", "a.bin"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of file size are POSIX")

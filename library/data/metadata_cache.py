@@ -1,0 +1,104 @@
+"""``metadata_cache.json``: sizes and captions of a folder's pictures, remembered between runs.
+
+The published layout is one entry for each picture, ``{path: {"caption": text, "resolution": [W, H]}}``. Entries written
+here say in addition what they were read from, so that one whose file has changed since is read again; entries without
+that, of the predecessor, always are. Sizes are those of the picture as it is seen, after EXIF orientation.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict
+
+from library.errors import UserError
+from library.files.atomic import write_text
+
+logger = logging.getLogger(__name__)
+
+NAME = "metadata_cache.json"
+
+Size = tuple[int, int]
+
+
+class Entry(TypedDict):
+    """What a run found out about one picture, as in the file."""
+
+    caption: str  # the caption file's text, or the class tokens
+    resolution: Size  # (W, H) pixels; read back as a list
+    read_from: str  # ``stamp`` of the files
+
+
+class MetadataCache:
+    """The remembered entries of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / NAME
+        self._prefix = f"{folder}{os.sep}"
+        self._read = self._load()
+
+    def _load(self) -> Mapping[str, Any]:
+        """The file's table, its paths in this folder; empty where there is no file, or a damaged one."""
+        try:
+            with no_collection():
+                found = json.loads(self._path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            logger.warning("%s: cannot be read (%s), and is made again", self._path, error)
+            return {}
+        if not isinstance(found, dict):
+            logger.warning("%s: holds no table of pictures, and is made again", self._path)
+            return {}
+        if next(iter(found), self._prefix).startswith(self._prefix):
+            return found
+        # the folder was moved, or is reached by another way
+        return {self._prefix + path.replace("\\", "/").rpartition("/")[2]: entry for path, entry in found.items()}
+
+    def look_up(self, name: str, read_from: str) -> Entry | None:
+        """The entry of a picture, if it was made from files of that stamp and is whole."""
+        entry = self._read.get(self._prefix + name)
+        if type(entry) is not dict or entry.get("read_from") != read_from:
+            return None
+        size = entry.get("resolution")
+        if type(size) is not list or len(size) != 2 or type(entry.get("caption")) is not str:
+            return None
+        width, height = size
+        is_good = type(width) is int and type(height) is int and width > 0 < height
+        return entry if is_good else None  # type: ignore[return-value]
+
+    def __len__(self) -> int:
+        """Pictures that have an entry, current or not."""
+        return len(self._read)
+
+    def write(self, entries: Mapping[str, Entry]) -> None:
+        """Replace the file; a folder that may not be written is left as it is, with a warning."""
+        table = {self._prefix + name: entry for name, entry in entries.items()}
+        try:
+            write_text(self._path, json.dumps(table), by_many=True)
+        except (UserError, OSError) as error:
+            logger.warning("%s; sizes will be read again next time", error)
+
+
+def stamp(picture: os.stat_result, caption: os.stat_result | None, caption_name: str) -> str:
+    """What tells a picture and its caption file from later ones: sizes in bytes, times of the last change in ns."""
+    if caption is None:
+        return f"{picture.st_size} {picture.st_mtime_ns}"
+    return f"{picture.st_size} {picture.st_mtime_ns} {caption.st_size} {caption.st_mtime_ns} {caption_name}"
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Objects by the hundred thousand, none of them garbage: the collector would go through them again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
