@@ -52,9 +52,9 @@ class Figures:
 
 def make_model(folder: Path, size: str) -> Path:
     """A random fp16 Diffusers folder of the published or of tiny sizes; made once and kept."""
-    from tests.fixtures.tiny_sd import make_full_sd, make_tiny_sd
-
     import torch
+
+    from tests.fixtures.tiny_sd import make_full_sd, make_tiny_sd
 
     path = folder / f"random_{size}"
     if not (path / "model_index.json").exists():

@@ -504,9 +504,7 @@ class AdapterNetwork(nn.Module):
         logger.info("%s", message)
         return message
 
-    def save_weights(
-        self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
-    ) -> None:
+    def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the network's tensors atomically; ``.safetensors`` files carry the metadata and two hashes.
 
         Args:
@@ -522,4 +520,3 @@ def as_list(models: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
     if models is None:
         return []
     return list(models) if isinstance(models, (list, tuple)) else [models]
-

@@ -103,9 +103,7 @@ class LoraArgs:
         rates = [values.pop(key, None) for key in _BLOCK_RATES]
         if any(rate is not None for rate in rates):
             down, mid, up = rates
-            values["block_lr_weights"] = (
-                (down or (1.0,) * DOWN_BLOCKS) + (mid or (1.0,)) + (up or (1.0,) * UP_BLOCKS)
-            )
+            values["block_lr_weights"] = (down or (1.0,) * DOWN_BLOCKS) + (mid or (1.0,)) + (up or (1.0,) * UP_BLOCKS)
         elif "block_lr_zero_threshold" in values:
             needed = ", ".join(_BLOCK_RATES)
             problems.append(f"--network_args block_lr_zero_threshold has no effect without one of {needed}")

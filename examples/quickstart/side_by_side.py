@@ -1,6 +1,6 @@
 """One picture of two folders of drawings: each row a prompt, left without the LoRA, right with it.
 
-    python examples/quickstart/side_by_side.py BEFORE AFTER prompts.txt before_after.png
+python examples/quickstart/side_by_side.py BEFORE AFTER prompts.txt before_after.png
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def side_by_side(before: list[Path], after: list[Path], prompts: list[str]) -> I
             with Image.open(path) as drawing:
                 drawing.thumbnail((CELL, CELL))
                 factor = CELL / max(drawing.size)
-                enlarged = drawing.resize((round(drawing.width * factor), round(drawing.height * factor)), Image.NEAREST)
+                enlarged = drawing.resize(
+                    (round(drawing.width * factor), round(drawing.height * factor)), Image.NEAREST
+                )
             sheet.paste(enlarged, (MARGIN + column * (CELL + MARGIN), top))
         write.text((MARGIN, top + CELL + 2), prompt, fill="black")
     return sheet

@@ -22,14 +22,22 @@ T = TypeVar("T")
 class ModelOptions:
     """Model."""
 
-    pretrained_model_name_or_path: str | None = option(None, "base model: a .safetensors or .ckpt file, a Diffusers folder, or a Hub id")
+    pretrained_model_name_or_path: str | None = option(
+        None, "base model: a .safetensors or .ckpt file, a Diffusers folder, or a Hub id"
+    )
     v2: bool = option(False, "the model is Stable Diffusion 2.x")
     v_parameterization: bool = option(False, "the model predicts v (2.x at 768 pixels and its descendants)")
-    tokenizer_cache_dir: str | None = option(None, "folder with tokenizer files, or where those from the Hub are kept, for work offline")
-    vae: str | None = option(None, "use this VAE instead of the model's: checkpoint, VAE file, Diffusers folder, or Hub id")
+    tokenizer_cache_dir: str | None = option(
+        None, "folder with tokenizer files, or where those from the Hub are kept, for work offline"
+    )
+    vae: str | None = option(
+        None, "use this VAE instead of the model's: checkpoint, VAE file, Diffusers folder, or Hub id"
+    )
     no_half_vae: bool = option(False, "keep the VAE in float32 under fp16 or bf16")
     clip_skip: int | None = option(None, "take the text encoder's n-th layer from the end (1 is the last)", type=int)
-    max_token_length: int | None = option(None, "tokens of a caption: 150 or 225 (75 if not given)", type=int, choices=[None, 150, 225])
+    max_token_length: int | None = option(
+        None, "tokens of a caption: 150 or 225 (75 if not given)", type=int, choices=[None, 150, 225]
+    )
     weighted_captions: bool = option(False, "read (word:1.2) and [word] in captions as emphasis")
 
 
@@ -38,10 +46,14 @@ class DatasetOptions:
     """Data, where the dataset file does not say otherwise."""
 
     dataset_config: Path | None = option(None, "dataset file, .toml or .json", type=Path)
-    train_data_dir: str | None = option(None, "folder with sub-folders <repeats>_<class tokens> of pictures, or with the pictures of --in_json")
+    train_data_dir: str | None = option(
+        None, "folder with sub-folders <repeats>_<class tokens> of pictures, or with the pictures of --in_json"
+    )
     reg_data_dir: str | None = option(None, "the same for regularisation pictures")
     in_json: str | None = option(None, "metadata file of captions and tags, instead of caption files")
-    dataset_repeats: int = option(1, "how often each picture is used in an epoch, with --in_json or a dataset file that does not say", type=int)
+    dataset_repeats: int = option(
+        1, "how often each picture is used in an epoch, with --in_json or a dataset file that does not say", type=int
+    )
     dataset_class: str | None = option(None, "import path of a dataset class (package.module.Class)")
     train_batch_size: int = option(1, "pictures in a batch, of each process", type=int)
     resolution: str | None = option(None, "training size in pixels: a number, or width,height")
@@ -52,7 +64,9 @@ class DatasetOptions:
     caption_suffix: str | None = option(None, "text after every caption")
     shuffle_caption: bool = option(False, "shuffle a caption's tags each time it is used")
     keep_tokens: int = option(0, "leave this many tags at the front in their place", type=int)
-    keep_tokens_separator: str = option("", "text in the caption that ends the part left in its place, e.g. |||; wins over --keep_tokens")
+    keep_tokens_separator: str = option(
+        "", "text in the caption that ends the part left in its place, e.g. |||; wins over --keep_tokens"
+    )
     secondary_separator: str | None = option(None, "joins tags that are shuffled and dropped as one, e.g. ;;;")
     enable_wildcard: bool = option(False, "read {a|b} in captions as a choice, and several lines as one choice each")
     caption_dropout_rate: float = option(0.0, "share of uses without any caption, 0 to 1", type=float)
@@ -80,10 +94,18 @@ class DatasetOptions:
     vae_batch_size: int = option(1, "pictures encoded at a time", type=int)
     skip_cache_check: bool = option(False, "trust cache files without looking into them")
     cache_info: bool = option(False, "remember captions and sizes in metadata_cache.json")
-    conditioning_data_dir: str | None = option(None, "folder of mask pictures for --masked_loss, with the names of the pictures")
-    on_bad_image: str = option("stop", "pictures that cannot be read: name all and stop before training, or warn and leave them out", choices=["stop", "skip"])
+    conditioning_data_dir: str | None = option(
+        None, "folder of mask pictures for --masked_loss, with the names of the pictures"
+    )
+    on_bad_image: str = option(
+        "stop",
+        "pictures that cannot be read: name all and stop before training, or warn and leave them out",
+        choices=["stop", "skip"],
+    )
     debug_dataset: bool = option(False, "show what would be trained on, and end")
-    max_data_loader_n_workers: int = option(8, "processes that prepare batches; 0 prepares them in the main one", type=int)
+    max_data_loader_n_workers: int = option(
+        8, "processes that prepare batches; 0 prepares them in the main one", type=int
+    )
     persistent_data_loader_workers: bool = option(False, "keep these processes between epochs")
 
 
@@ -94,14 +116,20 @@ class OutputOptions:
     output_dir: str | None = option(None, "folder for weights, states, samples and logs")
     output_name: str | None = option(None, "name of the files, without ending (last, if not given)")
     save_model_as: str = option("safetensors", "format of the weights", choices=[None, "ckpt", "pt", "safetensors"])
-    save_precision: str | None = option(None, "precision of saved weights (float, if not given)", choices=[None, "float", "fp16", "bf16"])
+    save_precision: str | None = option(
+        None, "precision of saved weights (float, if not given)", choices=[None, "float", "fp16", "bf16"]
+    )
     save_every_n_epochs: int | None = option(None, "save after every n-th epoch", type=int)
     save_every_n_steps: int | None = option(None, "save after every n-th step", type=int)
     save_n_epoch_ratio: int | None = option(None, "save so that there are at least n saves over the run", type=int)
     save_last_n_epochs: int | None = option(None, "keep only the last n of the epochs' saves", type=int)
-    save_last_n_epochs_state: int | None = option(None, "the same for states (as --save_last_n_epochs, if not given)", type=int)
+    save_last_n_epochs_state: int | None = option(
+        None, "the same for states (as --save_last_n_epochs, if not given)", type=int
+    )
     save_last_n_steps: int | None = option(None, "keep only saves of the last n steps", type=int)
-    save_last_n_steps_state: int | None = option(None, "the same for states (as --save_last_n_steps, if not given)", type=int)
+    save_last_n_steps_state: int | None = option(
+        None, "the same for states (as --save_last_n_steps, if not given)", type=int
+    )
     save_state: bool = option(False, "save the training state with the weights, to go on from with --resume")
     save_state_on_train_end: bool = option(False, "save the state at the end only")
     no_metadata: bool = option(False, "write no more metadata than other programs need")
@@ -130,31 +158,47 @@ class ResumeOptions:
 class NetworkOptions:
     """Network."""
 
-    network_module: str | None = option(None, "what is trained: networks.lora, or a third-party module such as lycoris.kohya")
+    network_module: str | None = option(
+        None, "what is trained: networks.lora, or a third-party module such as lycoris.kohya"
+    )
     network_dim: int | None = option(None, "rank; 4 to 128 are common (the module's default, if not given)", type=int)
     network_alpha: float = option(1, "strength is alpha / rank; half the rank is common", type=float)
-    network_dropout: float | None = option(None, "share of the adapter's inner values dropped in training, 0 to 1", type=float)
-    network_args: list[str] | None = option(None, "more options of the module, key=value, e.g. conv_dim=4 conv_alpha=1", nargs="*")
+    network_dropout: float | None = option(
+        None, "share of the adapter's inner values dropped in training, 0 to 1", type=float
+    )
+    network_args: list[str] | None = option(
+        None, "more options of the module, key=value, e.g. conv_dim=4 conv_alpha=1", nargs="*"
+    )
     network_train_unet_only: bool = option(False, "train the U-Net's adapters only")
     network_train_text_encoder_only: bool = option(False, "train the text encoder's adapters only")
     network_weights: str | None = option(None, "start from these adapter weights")
     dim_from_weights: bool = option(False, "take ranks from --network_weights")
-    scale_weight_norms: float | None = option(None, "scale adapters down to this norm after each step; 1 is a start", type=float)
+    scale_weight_norms: float | None = option(
+        None, "scale adapters down to this norm after each step; 1 is a start", type=float
+    )
     base_weights: list[str] | None = option(None, "adapter files to merge into the base model first", nargs="*")
-    base_weights_multiplier: list[float] | None = option(None, "strength of each (1, if not given)", type=float, nargs="*")
+    base_weights_multiplier: list[float] | None = option(
+        None, "strength of each (1, if not given)", type=float, nargs="*"
+    )
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
     """Optimizer."""
 
-    optimizer_type: str = option("", "AdamW (if not given), AdamW8bit, Lion, Adafactor, Prodigy, ..., a class of torch.optim, or module.Class")
+    optimizer_type: str = option(
+        "", "AdamW (if not given), AdamW8bit, Lion, Adafactor, Prodigy, ..., a class of torch.optim, or module.Class"
+    )
     use_8bit_adam: bool = option(False, "old spelling of --optimizer_type AdamW8bit")
     use_lion_optimizer: bool = option(False, "old spelling of --optimizer_type Lion")
-    optimizer_args: list[str] | None = option(None, "more arguments, key=value, e.g. weight_decay=0.01 betas=.9,.999", nargs="*")
+    optimizer_args: list[str] | None = option(
+        None, "more arguments, key=value, e.g. weight_decay=0.01 betas=.9,.999", nargs="*"
+    )
     learning_rate: float = option(2e-06, "learning rate; 1e-4 to 1e-3 are common for LoRA", type=float)
     unet_lr: float | None = option(None, "rate of the U-Net's adapters (as --learning_rate, if not given)", type=float)
-    text_encoder_lr: list[float] | None = option(None, "rate of the text encoder's adapters, one for each encoder", type=float, nargs="*")
+    text_encoder_lr: list[float] | None = option(
+        None, "rate of the text encoder's adapters, one for each encoder", type=float, nargs="*"
+    )
     max_grad_norm: float = option(1.0, "largest norm of the gradient; 0 for no limit", type=float)
     fused_backward_pass: bool = option(False, "update weights during the backward pass, to save memory")
 
@@ -163,13 +207,21 @@ class OptimizerOptions:
 class SchedulerOptions:
     """Learning-rate schedule."""
 
-    lr_scheduler: str = option("constant", "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, ...")
+    lr_scheduler: str = option(
+        "constant", "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, ..."
+    )
     lr_warmup_steps: int | float = option(0, "steps of warm-up, or a share of the run (0.1 or 10%)", type=int_or_float)
-    lr_decay_steps: int | float = option(0, "steps of decay of warmup_stable_decay, or a share of the run", type=int_or_float)
+    lr_decay_steps: int | float = option(
+        0, "steps of decay of warmup_stable_decay, or a share of the run", type=int_or_float
+    )
     lr_scheduler_num_cycles: int = option(1, "restarts of cosine_with_restarts", type=int)
     lr_scheduler_power: float = option(1, "power of polynomial", type=float)
-    lr_scheduler_timescale: int | None = option(None, "timescale of inverse_sqrt, steps (the warm-up's, if not given)", type=int)
-    lr_scheduler_min_lr_ratio: float | None = option(None, "lowest rate, as a share of the highest, of schedules that take one", type=float)
+    lr_scheduler_timescale: int | None = option(
+        None, "timescale of inverse_sqrt, steps (the warm-up's, if not given)", type=int
+    )
+    lr_scheduler_min_lr_ratio: float | None = option(
+        None, "lowest rate, as a share of the highest, of schedules that take one", type=float
+    )
     lr_scheduler_type: str = option("", "a scheduler class instead: of torch.optim.lr_scheduler, or module.Class")
     lr_scheduler_args: list[str] | None = option(None, "its arguments, key=value", nargs="*")
 
@@ -183,7 +235,9 @@ class TrainingOptions:
     seed: int | None = option(None, "makes the run repeatable (drawn and recorded, if not given)", type=int)
     gradient_accumulation_steps: int = option(1, "batches that make one step", type=int)
     gradient_checkpointing: bool = option(False, "save memory by computing activations twice")
-    mixed_precision: str = option("no", "compute in half precision: bf16, or fp16 on a GPU", choices=["no", "fp16", "bf16"])
+    mixed_precision: str = option(
+        "no", "compute in half precision: bf16, or fp16 on a GPU", choices=["no", "fp16", "bf16"]
+    )
     sdpa: bool = option(False, "use torch's scaled dot product attention")
     xformers: bool = option(False, "use xformers' attention")
     mem_eff_attn: bool = option(False, "use the old memory-saving attention")
@@ -208,7 +262,9 @@ class TrainingOptions:
     ddp_static_graph: bool = option(False, "a setting of torch's DistributedDataParallel")
     deepspeed: bool = option(False, "train with DeepSpeed")
     zero_stage: int = option(2, "DeepSpeed: ZeRO stage", type=int, choices=[0, 1, 2, 3])
-    offload_optimizer_device: str | None = option(None, "DeepSpeed: where optimizer states go", choices=[None, "cpu", "nvme"])
+    offload_optimizer_device: str | None = option(
+        None, "DeepSpeed: where optimizer states go", choices=[None, "cpu", "nvme"]
+    )
     offload_optimizer_nvme_path: str | None = option(None, "DeepSpeed: folder on the NVMe disk for them")
     offload_param_device: str | None = option(None, "DeepSpeed: where parameters go", choices=[None, "cpu", "nvme"])
     offload_param_nvme_path: str | None = option(None, "DeepSpeed: folder on the NVMe disk for them")
@@ -221,10 +277,14 @@ class TrainingOptions:
 class NoiseOptions:
     """Noise and timesteps."""
 
-    noise_offset: float | None = option(None, "adds a constant per channel to the noise, for darker and brighter pictures; 0.1 is common", type=float)
+    noise_offset: float | None = option(
+        None, "adds a constant per channel to the noise, for darker and brighter pictures; 0.1 is common", type=float
+    )
     noise_offset_random_strength: bool = option(False, "draw the offset's strength between 0 and --noise_offset")
     adaptive_noise_scale: float | None = option(None, "adds the latents' mean times this to --noise_offset", type=float)
-    multires_noise_iterations: int | None = option(None, "adds coarser noise in this many layers; 6 to 10 are common", type=int)
+    multires_noise_iterations: int | None = option(
+        None, "adds coarser noise in this many layers; 6 to 10 are common", type=int
+    )
     multires_noise_discount: float = option(0.3, "weight of each coarser layer to the one before", type=float)
     ip_noise_gamma: float | None = option(None, "perturbs the model's input only; 0.1 is common", type=float)
     ip_noise_gamma_random_strength: bool = option(False, "draw its strength between 0 and --ip_noise_gamma")
@@ -238,12 +298,20 @@ class LossOptions:
     """Loss."""
 
     loss_type: str = option("l2", "how prediction and target are compared", choices=["l1", "l2", "huber", "smooth_l1"])
-    huber_schedule: str = option("snr", "how the threshold of huber and smooth_l1 goes with the timestep", choices=["constant", "exponential", "snr"])
+    huber_schedule: str = option(
+        "snr",
+        "how the threshold of huber and smooth_l1 goes with the timestep",
+        choices=["constant", "exponential", "snr"],
+    )
     huber_c: float = option(0.1, "that threshold", type=float)
     huber_scale: float = option(1.0, "a factor of it", type=float)
     min_snr_gamma: float | None = option(None, "weights timesteps by min-SNR; 5 in the paper", type=float)
-    scale_v_pred_loss_like_noise_pred: bool = option(False, "scale the loss of v-prediction to that of noise prediction")
-    v_pred_like_loss: float | None = option(None, "adds the loss of v-prediction with this weight, for models that predict noise", type=float)
+    scale_v_pred_loss_like_noise_pred: bool = option(
+        False, "scale the loss of v-prediction to that of noise prediction"
+    )
+    v_pred_like_loss: float | None = option(
+        None, "adds the loss of v-prediction with this weight, for models that predict noise", type=float
+    )
     debiased_estimation_loss: bool = option(False, "weight timesteps by 1 / sqrt(SNR)")
     prior_loss_weight: float = option(1.0, "weight of regularisation pictures", type=float)
     masked_loss: bool = option(False, "weight the loss by mask pictures, see --conditioning_data_dir")
@@ -283,7 +351,9 @@ class LoggingOptions:
     """Logs."""
 
     logging_dir: str | None = option(None, "folder of TensorBoard logs (<output_dir>/logs, if not given)")
-    log_with: str | None = option(None, "where figures go; TensorBoard is always on", choices=["tensorboard", "wandb", "all"])
+    log_with: str | None = option(
+        None, "where figures go; TensorBoard is always on", choices=["tensorboard", "wandb", "all"]
+    )
     log_prefix: str | None = option(None, "text before the name of the run's folder")
     log_tracker_name: str | None = option(None, "name of the project in the tracker (network_train, if not given)")
     wandb_run_name: str | None = option(None, "name of the run in wandb")
@@ -313,7 +383,9 @@ class ModelSpecOptions:
 class ConsoleOptions:
     """Console."""
 
-    console_log_level: str | None = option(None, "least importance shown (INFO, if not given)", choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])
+    console_log_level: str | None = option(
+        None, "least importance shown (INFO, if not given)", choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+    )
     console_log_file: str | None = option(None, "write the console's lines to this file instead")
     console_log_simple: bool = option(False, "plain lines without colours, tables and bars")
 

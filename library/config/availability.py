@@ -32,7 +32,7 @@ REFUSED = MappingProxyType(
         "huggingface_repo_visibility": _HUB,
         "save_state_to_huggingface": _HUB,
         "async_upload": _HUB,
-        "resume_from_huggingface": "states on the Hub are not supported yet; download it and name the folder with --resume",
+        "resume_from_huggingface": "states on the Hub are not supported yet; download it, and --resume the folder",
         "full_fp16": _FULL,
         "full_bf16": _FULL,
         "fp8_base": _FP8,

@@ -170,7 +170,9 @@ def _one(action: argparse.Action, value: Any) -> Any:
         converted = kind(str(value)) if kind is not None else str(value)  # type: ignore[operator]
     if action.choices is not None and converted not in action.choices:
         shown = ", ".join(str(c) for c in action.choices if c is not None)
-        raise ValueError(f"{converted!r} is not one of: {shown}{did_you_mean(str(converted), map(str, action.choices))}")
+        raise ValueError(
+            f"{converted!r} is not one of: {shown}{did_you_mean(str(converted), map(str, action.choices))}"
+        )
     return converted
 
 

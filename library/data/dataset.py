@@ -16,8 +16,8 @@ from library.architectures.base import LatentFormat
 from library.data.augment import face_in_name
 from library.data.batch import Batch
 from library.data.buckets import Buckets
-from library.data.conditioning import Role, check_none_is_extra, pair
 from library.data.captions import Progress
+from library.data.conditioning import Role, check_none_is_extra, pair
 from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec
 from library.data.discover import Seen, discover
 from library.data.latent_cache import (
@@ -173,9 +173,7 @@ def _check_steps(spec: DatasetSpec, format: LatentFormat) -> None:
     width, height = spec.buckets.resolution
     if width % step or height % step:
         near = f"{max(step, width // step * step)}x{max(step, height // step * step)}"
-        raise UserError(
-            f"{where}: resolution {width}x{height}: both sides must be multiples of {step}, such as {near}"
-        )
+        raise UserError(f"{where}: resolution {width}x{height}: both sides must be multiples of {step}, such as {near}")
 
 
 def _check_faces(dataset: BucketedDataset) -> None:

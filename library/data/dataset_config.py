@@ -181,8 +181,10 @@ _CHECKS = {
     ),
     "interpolation": (lambda v: v in INTERPOLATIONS, "one of " + ", ".join(INTERPOLATIONS)),
     "size": (
-        lambda v: (_is_int(v) and v > 0)
-        or (isinstance(v, list) and len(v) in (1, 2) and all(_is_int(n) and n > 0 for n in v)),
+        lambda v: (
+            (_is_int(v) and v > 0)
+            or (isinstance(v, list) and len(v) in (1, 2) and all(_is_int(n) and n > 0 for n in v))
+        ),
         "a number of pixels, or [width, height]",
     ),
 }

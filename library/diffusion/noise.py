@@ -60,9 +60,7 @@ def offset_noise(
     return noise + strength * drawn.to(noise.device, noise.dtype, non_blocking=True)
 
 
-def pyramid_noise(
-    noise: Tensor, generators: Sequence[torch.Generator], *, iterations: int, discount: float
-) -> Tensor:
+def pyramid_noise(noise: Tensor, generators: Sequence[torch.Generator], *, iterations: int, discount: float) -> Tensor:
     """Add coarser and coarser noise, each layer ``discount`` times weaker, and bring it back to unit spread.
 
     Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training". The sides of layer i are those of the

@@ -94,7 +94,9 @@ def _thumbnail(given: str | None) -> str | None:
     try:
         data = Path(given).read_bytes()
     except OSError as error:
-        logger.warning("--metadata_thumbnail %s: cannot be read (%s); the file is saved without it", given, error.strerror)
+        logger.warning(
+            "--metadata_thumbnail %s: cannot be read (%s); the file is saved without it", given, error.strerror
+        )
         return None
     kind = mimetypes.guess_type(given)[0] or "image/png"
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -29,9 +29,7 @@ class Repetition:
     shuffle_prompts: bool = False
 
 
-def plan_images(
-    prompts: Sequence[ImagePrompt], common: ImageSettings, repetition: Repetition
-) -> list[PlannedImage]:
+def plan_images(prompts: Sequence[ImagePrompt], common: ImageSettings, repetition: Repetition) -> list[PlannedImage]:
     """Lay out all images of a run.
 
     A prompt's own seeds (``--d``) win; after the last of them it counts on by one. Otherwise image i of a
@@ -87,9 +85,7 @@ def batches(planned: Sequence[PlannedImage], batch_size: int) -> Iterator[list[P
     """Neighbours that agree in all but text and seed, up to ``batch_size`` at once."""
     batch: list[PlannedImage] = []
     for image in planned:
-        fits = not batch or (
-            batch[0].settings.drawn_with(image.settings) and batch[0].multipliers == image.multipliers
-        )
+        fits = not batch or (batch[0].settings.drawn_with(image.settings) and batch[0].multipliers == image.multipliers)
         if batch and (not fits or len(batch) == batch_size):
             yield batch
             batch = []

@@ -207,9 +207,7 @@ def read_image_prompts(path: Path, *, size_multiple: int = 8) -> list[ImagePromp
     return _not_empty(prompts, path)
 
 
-def read_prompt_file(
-    path: Path, *, size_multiple: int = 8, used: Collection[str] = DDPM_FIELDS
-) -> list[SamplePrompt]:
+def read_prompt_file(path: Path, *, size_multiple: int = 8, used: Collection[str] = DDPM_FIELDS) -> list[SamplePrompt]:
     """Read the sample prompts of training.
 
     ``.txt`` has a prompt per line, blank and ``#`` lines are passed over. ``.toml`` has a table ``[prompt]``

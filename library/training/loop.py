@@ -188,5 +188,3 @@ def _non_finite_message(figures: StepFigures) -> str:
         f"step {figures.step}: {values}: training has diverged and was stopped; weights saved before are whole. "
         "Lower --learning_rate, or use --mixed_precision bf16 or no instead of fp16"
     )
-
-

@@ -100,7 +100,11 @@ class NetworkTrainer(Trainer):
         text = _text_argument(run.text_encoders)
         network.apply_to(text, run.denoiser, self._trains_text, self._trains_denoiser)
         if network_options.network_weights is not None:
-            logger.info("network weights %s: %s", network_options.network_weights, network.load_weights(network_options.network_weights))
+            logger.info(
+                "network weights %s: %s",
+                network_options.network_weights,
+                network.load_weights(network_options.network_weights),
+            )
         if options.training.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
         groups, self._descriptions = self._parameter_groups(network, options)
@@ -138,9 +142,7 @@ class NetworkTrainer(Trainer):
         if options.dim_from_weights:
             network, _ = create(1.0, options.network_weights, run.vae, text, run.denoiser, **arguments)
         else:
-            network = create(
-                1.0, options.network_dim, options.network_alpha, run.vae, text, run.denoiser, **arguments
-            )
+            network = create(1.0, options.network_dim, options.network_alpha, run.vae, text, run.denoiser, **arguments)
         if network is None:
             raise UserError(f"--network_module {options.network_module}: it created no network for these options")
         return network
@@ -273,7 +275,11 @@ class NetworkTrainer(Trainer):
         trained = sum(p.numel() for p in run.trained.parameters)
         parts = [name for name, on in (("text encoder", self._trains_text), ("U-Net", self._trains_denoiser)) if on]
         options = run.options.network
-        rank = "ranks from the weights" if options.dim_from_weights else f"rank {options.network_dim}, alpha {options.network_alpha:g}"
+        rank = (
+            "ranks from the weights"
+            if options.dim_from_weights
+            else f"rank {options.network_dim}, alpha {options.network_alpha:g}"
+        )
         return [
             ("network", f"{options.network_module}, {rank}"),
             ("trained", f"{trained:,} parameters in {' and '.join(parts)}"),

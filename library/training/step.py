@@ -161,7 +161,5 @@ def training_loss(
     noisy = make_noisy(architecture.scale_latents(latents), batch.visits, schedule, noise, v_prediction=v_prediction)
     conditioning = encode_text(batch)
     prediction = architecture.predict(denoiser, noisy.noisy.to(dtype), noisy.timesteps, conditioning)
-    weighted = sample_losses(
-        prediction, noisy, schedule, loss, v_prediction=v_prediction, masks=batch.loss_masks
-    )
+    weighted = sample_losses(prediction, noisy, schedule, loss, v_prediction=v_prediction, masks=batch.loss_masks)
     return (weighted * batch.loss_weights).mean()

@@ -17,9 +17,7 @@ class TextMemo:
     Only for encoders that do not change during the run: the result is then a function of the tokens.
     """
 
-    def __init__(
-        self, encode: Callable[[dict[str, Tensor]], Conditioning], *, max_bytes: int = 512 * 1024**2
-    ) -> None:
+    def __init__(self, encode: Callable[[dict[str, Tensor]], Conditioning], *, max_bytes: int = 512 * 1024**2) -> None:
         self._encode = encode
         self._max_bytes = max_bytes
         self._bytes = 0

@@ -232,7 +232,11 @@ class Trainer(ABC):
         seed = options.training.seed
         if seed is None:
             # a resumed run goes on with the seed that its first part drew
-            seed = resumed.seed if resumed and resumed.seed is not None else random.SystemRandom().randint(0, MAX_RANDOM_SEED)
+            seed = (
+                resumed.seed
+                if resumed and resumed.seed is not None
+                else random.SystemRandom().randint(0, MAX_RANDOM_SEED)
+            )
         return Checked(
             options=options,
             dataset_config=dataset_config,
@@ -279,7 +283,9 @@ class Trainer(ABC):
         run.tokenizers = self.architecture.load_tokenizers(checkpoint)
         run.text_encoders = self.architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device=device)
         run.denoiser = self.architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device=device)
-        self.architecture.set_attention(run.denoiser, "xformers" if training.xformers else "torch" if training.sdpa else "math")
+        self.architecture.set_attention(
+            run.denoiser, "xformers" if training.xformers else "torch" if training.sdpa else "math"
+        )
         if training.gradient_checkpointing:
             self.architecture.enable_gradient_checkpointing(run.denoiser, run.text_encoders)
         run.schedule = run.schedule.to(run.device)
@@ -364,7 +370,9 @@ class Trainer(ABC):
         """Rows of the table before the first step."""
         options, plan = run.options, run.plan
         accumulated = plan.gradient_accumulation_steps
-        batches = f"{plan.batches_per_epoch} batches an epoch" + (f", {accumulated} to a step" if accumulated > 1 else "")
+        batches = f"{plan.batches_per_epoch} batches an epoch" + (
+            f", {accumulated} to a step" if accumulated > 1 else ""
+        )
         caches = "on disk" if options.dataset.cache_latents_to_disk else "in memory" if run.caches_latents else "no"
         return [
             ("model", f"{options.model.pretrained_model_name_or_path} ({run.checked.info.description})"),
@@ -372,7 +380,10 @@ class Trainer(ABC):
             ("latents cached", caches),
             *self.trained_rows(run),
             ("optimizer", f"{run.checked.optimizer.metadata_name}, schedule {options.scheduler.lr_scheduler}"),
-            ("precision", f"{options.training.mixed_precision}, frozen weights {str(run.weight_dtype)[6:]}, {run.device}"),
+            (
+                "precision",
+                f"{options.training.mixed_precision}, frozen weights {str(run.weight_dtype)[6:]}, {run.device}",
+            ),
             ("steps", f"{plan.total_steps} in {plan.num_epochs} epochs, {batches}"),
             ("seed", str(run.checked.seed)),
             ("output", str(run.names.final())),
@@ -415,9 +426,7 @@ class Trainer(ABC):
         from library.inference.png import save_png
 
         model = run.options.model
-        settings = settings_for(
-            prompt, self.architecture.sample_defaults, sampler=run.options.sample.sample_sampler
-        )
+        settings = settings_for(prompt, self.architecture.sample_defaults, sampler=run.options.sample.sample_sampler)
         models = ImageModels(
             architecture=self.architecture,
             tokenizers=run.tokenizers,

@@ -80,7 +80,9 @@ def test_mistakes(
     assert all(word in message for word in words), message
 
 
-def test_all_mistakes_at_once(parser: argparse.ArgumentParser, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_mistakes_at_once(
+    parser: argparse.ArgumentParser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = write(tmp_path / "run.toml", "aa = 1\nbb = 2\n")
     with pytest.raises(SystemExit):
         read_args(parser, ["--config_file", file])
@@ -109,7 +111,9 @@ def test_command_line_mistakes(
     assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "value"), [("100", 100), ("0", 0), ("0.1", 0.1), ("10%", 0.1), ("1.0", 1.0), ("100%", 1.0)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("100", 100), ("0", 0), ("0.1", 0.1), ("10%", 0.1), ("1.0", 1.0), ("100%", 1.0)]
+)
 def test_steps_or_share(parser: argparse.ArgumentParser, text: str, value: float) -> None:
     parsed = read_args(parser, ["--lr_warmup_steps", text]).lr_warmup_steps
     assert parsed == pytest.approx(value)
@@ -136,7 +140,8 @@ def test_output_config_leaves_secrets_out(parser: argparse.ArgumentParser, tmp_p
 
 
 @pytest.mark.parametrize(
-    "text", [r"C:\new\x41", r"\\share\u0041", 'a "b" \'c\'', "two\nlines\tand a tab", "漢字", "\x7f\x01", "{a|b} # c", ""]
+    "text",
+    [r"C:\new\x41", r"\\share\u0041", "a \"b\" 'c'", "two\nlines\tand a tab", "漢字", "\x7f\x01", "{a|b} # c", ""],
 )
 def test_output_config_keeps_every_text(parser: argparse.ArgumentParser, tmp_path: Path, text: str) -> None:
     file = tmp_path / "made.toml"

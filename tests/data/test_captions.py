@@ -10,9 +10,7 @@ import pytest
 from library.data.captions import CaptionRules, Progress, expand_wildcards, final_caption
 
 
-def caption(
-    text: str, *, epoch: int = 0, seed: int = 0, progress: Progress | None = None, **rules: object
-) -> str:
+def caption(text: str, *, epoch: int = 0, seed: int = 0, progress: Progress | None = None, **rules: object) -> str:
     return final_caption(text, CaptionRules(**rules), epoch=epoch, rng=random.Random(seed), progress=progress)
 
 

@@ -290,9 +290,7 @@ class _Caught:
 
 
 def test_workers_outlive_a_ctrl_c(make_data: Make) -> None:
-    batches = list(
-        make_data().dataloader(epoch=0, start_batch=0, tokenize=_Caught(os.getpid()), num_workers=1)
-    )
+    batches = list(make_data().dataloader(epoch=0, start_batch=0, tokenize=_Caught(os.getpid()), num_workers=1))
     assert uses(batches) == {name: 1 for name in SIZES}
     assert all(batch.tokens["own_group"] for batch in batches)
 

@@ -60,7 +60,9 @@ TYPES: dict[str, Callable[[str], bool]] = {
     "str WxH": _matches(r"\d+x\d+"),
     "str a,b": _matches(r"\d+,\d+"),
     "data URL": _matches(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+"),
-    "ISO-8601 seconds, local time, no zone": lambda text: datetime.fromisoformat(text).tzinfo is None and len(text) == 19,
+    "ISO-8601 seconds, local time, no zone": lambda text: (
+        datetime.fromisoformat(text).tzinfo is None and len(text) == 19
+    ),
 }
 
 ALWAYS = {"always", "each save", "not for flux/chroma"}

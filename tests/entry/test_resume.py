@@ -17,8 +17,7 @@ from tests.fixtures.tiny_sd import MadeCheckpoint
 
 #: everything that varies at once: buckets, flip, captions shuffled, dropped and warmed up, LoRA dropout, schedule
 GENERAL = (
-    "shuffle_caption = true\nkeep_tokens = 1\nflip_aug = true\ncaption_tag_dropout_rate = 0.2\n"
-    "token_warmup_step = 0.6"
+    "shuffle_caption = true\nkeep_tokens = 1\nflip_aug = true\ncaption_tag_dropout_rate = 0.2\ntoken_warmup_step = 0.6"
 )
 HARD = {
     "max_train_steps": 12,
@@ -45,7 +44,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
-    return write_dataset(folder / "data.toml", pictures, general=GENERAL, dataset="batch_size = 2", subset="num_repeats = 3")
+    return write_dataset(
+        folder / "data.toml", pictures, general=GENERAL, dataset="batch_size = 2", subset="num_repeats = 3"
+    )
 
 
 @pytest.fixture(scope="module")

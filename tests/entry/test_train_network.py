@@ -101,7 +101,9 @@ def test_the_console_speaks(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Pa
         pytest.param({"mixed_precision": "bf16", "gradient_checkpointing": True, "sdpa": True}, id="bf16"),
         pytest.param({"optimizer_type": "AdamW8bit"}, id="adamw8bit"),
         pytest.param({"optimizer_type": "Adafactor", "max_grad_norm": 0}, id="adafactor"),
-        pytest.param({"optimizer_type": "Lion", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1}, id="lion"),
+        pytest.param(
+            {"optimizer_type": "Lion", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1}, id="lion"
+        ),
         pytest.param({"network_train_unet_only": True, "min_snr_gamma": 5, "unet_lr": 1e-3}, id="unet"),
         pytest.param({"network_train_text_encoder_only": True, "text_encoder_lr": 1e-3}, id="text"),
         pytest.param({"save_model_as": "pt", "save_precision": "fp16"}, id="pt"),
@@ -128,7 +130,8 @@ def test_layouts_and_versions(tmp_path: Path, dataset: Path, layout: str, v2: bo
     name = "model" if layout == "diffusers" else "model.ckpt"
     model = make_tiny_sd(tmp_path / "m" / name, v2=v2, layout=layout, v_prediction=v2)
     done = run_script(
-        "train_network.py", *lora_arguments(model, dataset, tmp_path / "out", v2=v2, v_parameterization=v2, max_train_steps=1)
+        "train_network.py",
+        *lora_arguments(model, dataset, tmp_path / "out", v2=v2, v_parameterization=v2, max_train_steps=1),
     )
     assert done.code == 0, done.text
     entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
@@ -143,8 +146,15 @@ def test_network_weights_go_on(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset:
     second = run_script(
         "train_network.py",
         *lora_arguments(
-            tiny_sd, dataset, tmp_path / "b", network_weights=weights, dim_from_weights=True, network_dim=None,
-            base_weights=[weights], base_weights_multiplier=[0.5], learning_rate=0.0001,
+            tiny_sd,
+            dataset,
+            tmp_path / "b",
+            network_weights=weights,
+            dim_from_weights=True,
+            network_dim=None,
+            base_weights=[weights],
+            base_weights_multiplier=[0.5],
+            learning_rate=0.0001,
         ),
     )
     assert second.code == 0, second.text
@@ -160,8 +170,14 @@ def test_the_old_folder_form(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
     done = run_script(
         "train_network.py",
         *lora_arguments(
-            tiny_sd, None, tmp_path / "out", dataset_config=None, train_data_dir=tmp_path / "train",
-            reg_data_dir=tmp_path / "reg", resolution="64,64", caption_extension=".caption",
+            tiny_sd,
+            None,
+            tmp_path / "out",
+            dataset_config=None,
+            train_data_dir=tmp_path / "train",
+            reg_data_dir=tmp_path / "reg",
+            resolution="64,64",
+            caption_extension=".caption",
         ),
     )
     assert done.code == 0, done.text
@@ -173,7 +189,8 @@ def test_the_old_folder_form(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
 def test_config_file_and_command_line(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
     config = tmp_path / "lora.toml"
     config.write_text(
-        f"[model]\npretrained_model_name_or_path = '{tiny_sd.path}'\ntokenizer_cache_dir = '{tiny_sd.tokenizer_cache_dir}'\n"
+        f"[model]\npretrained_model_name_or_path = '{tiny_sd.path}'\n"
+        f"tokenizer_cache_dir = '{tiny_sd.tokenizer_cache_dir}'\n"
         f"[anything]\ndataset_config = '{dataset}'\noutput_dir = '{tmp_path}'\noutput_name = 'from_file'\n"
         "network_module = 'networks.lora'\nnetwork_dim = 4\nmax_train_steps = 1\nseed = 3\n"
     )
@@ -184,7 +201,9 @@ def test_config_file_and_command_line(tmp_path: Path, tiny_sd: MadeCheckpoint, d
 
 
 BAD = [
-    pytest.param({"pretrained_model_name_or_path": "no/such/model.safetensors"}, ["no/such/model.safetensors"], id="model"),
+    pytest.param(
+        {"pretrained_model_name_or_path": "no/such/model.safetensors"}, ["no/such/model.safetensors"], id="model"
+    ),
     pytest.param({"network_module": "networks.lorra"}, ["networks.lorra", 'did you mean "networks.lora"'], id="module"),
     pytest.param({"network_args": ["conv_dmi=4"]}, ["conv_dmi", 'did you mean "conv_dim"'], id="network arg"),
     pytest.param({"netwrok_dim": 4}, ["--netwrok_dim", "--network_dim"], id="flag"),
@@ -195,7 +214,12 @@ BAD = [
     pytest.param({"v2": True}, ["--v2", "1.x"], id="v2"),
     pytest.param({"resume": "no/such-state"}, ["no/such-state"], id="resume"),
     pytest.param({"network_weights": "no/such.safetensors"}, ["no/such.safetensors"], id="weights"),
-    pytest.param({"mixed_precision": "fp16"}, ["fp16", "bf16"], id="fp16 on a cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
+    pytest.param(
+        {"mixed_precision": "fp16"},
+        ["fp16", "bf16"],
+        id="fp16 on a cpu",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
+    ),
     pytest.param({"fp8_base": True}, ["fp8_base"], id="not yet"),
 ]
 
@@ -238,7 +262,13 @@ def test_a_diverged_run_saves_nothing_more(tmp_path: Path, tiny_sd: MadeCheckpoi
     done = run_script(
         "train_network.py",
         *lora_arguments(
-            tiny_sd, dataset, tmp_path, learning_rate=1e30, max_grad_norm=0, max_train_steps=30, save_every_n_steps=5,
+            tiny_sd,
+            dataset,
+            tmp_path,
+            learning_rate=1e30,
+            max_grad_norm=0,
+            max_train_steps=30,
+            save_every_n_steps=5,
             save_state=True,
         ),
     )
@@ -306,8 +336,13 @@ def test_a_metadata_file(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
 def test_mistakes_in_a_metadata_file(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
     (tmp_path / "meta.jsonl").write_text('{"image_path": "gone.png", "caption": "a cat"}\n{"caption": "a dog"}\n')
     arguments = lora_arguments(
-        tiny_sd, None, tmp_path / "out", dataset_config=None, in_json=tmp_path / "meta.jsonl",
-        train_data_dir=tmp_path, resolution=64,
+        tiny_sd,
+        None,
+        tmp_path / "out",
+        dataset_config=None,
+        in_json=tmp_path / "meta.jsonl",
+        train_data_dir=tmp_path,
+        resolution=64,
     )
     done = run_script("train_network.py", *arguments)
     assert done.code == 2, done.text

@@ -11,7 +11,7 @@ import pytest
 from tests.fixtures.runs import lora_arguments, make_pictures, run_script, write_dataset
 from tests.fixtures.tiny_sd import make_tiny_sd
 
-STAND_IN = '''
+STAND_IN = """
 import json, os
 
 def _note(*what):
@@ -38,7 +38,7 @@ run = Run()
 def init(**settings):
     _note("init", settings["project"], settings.get("name"))
     return run
-'''
+"""
 
 
 @pytest.fixture

@@ -50,7 +50,8 @@ def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
     target = tmp_path / "a.bin"
     program = (
         "import os,sys,signal\nfrom library.files.atomic import atomic_path\n"
-        f"with atomic_path({str(target)!r}) as p:\n    p.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"with atomic_path({str(target)!r}) as p:\n"
+        "    p.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=False)
     assert not target.exists() and len(only(tmp_path)) == 1

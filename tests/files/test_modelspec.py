@@ -37,7 +37,9 @@ def test_the_least() -> None:
     }
 
 
-@pytest.mark.parametrize(("given", "text"), [("768", "768x768"), ("512,768", "512x768"), (640, "640x640"), ((1, 2), "1x2")])
+@pytest.mark.parametrize(
+    ("given", "text"), [("768", "768x768"), ("512,768", "512x768"), (640, "640x640"), ((1, 2), "1x2")]
+)
 def test_resolution(given: object, text: str) -> None:
     assert build(resolution=given)["modelspec.resolution"] == text
 

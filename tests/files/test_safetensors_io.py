@@ -55,7 +55,9 @@ def test_views_and_shared_storage_are_saved(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
     save_tensors(tmp_path / "x.safetensors", {"t": base.T, "row": base[1], "same": base, "again": base})
     loaded = load_tensors(tmp_path / "x.safetensors")
-    assert torch.equal(loaded["t"], base.T) and torch.equal(loaded["row"], base[1]) and torch.equal(loaded["again"], base)
+    assert (
+        torch.equal(loaded["t"], base.T) and torch.equal(loaded["row"], base[1]) and torch.equal(loaded["again"], base)
+    )
 
 
 @pytest.mark.parametrize(

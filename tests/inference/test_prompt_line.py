@@ -191,7 +191,7 @@ def test_json_file(tmp_path: Path) -> None:
         ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidht = 64', ['unknown key "widht"', 'did you mean "width"']),
         ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidth = true', ["width = true", "number"]),
         ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidth = 64.5', ["width = 64.5", "whole number"]),
-        ("a.toml", '[[prompt.subset]]\nprompt = 5', ["prompt = 5", "text"]),
+        ("a.toml", "[[prompt.subset]]\nprompt = 5", ["prompt = 5", "text"]),
         ("a.json", '["a",\n]', ["a.json:2", "not valid JSON"]),
         ("a.json", '{"prompt": "a"}', ["list"]),
         ("a.json", "[5]", ["item 1"]),

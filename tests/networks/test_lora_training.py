@@ -72,9 +72,7 @@ def test_block_rates(tiny_unet, tiny_text_encoder):
     assert not any("mid_block" in adapter.lora_name for adapter in network.unet_loras)
     groups, descriptions = network.prepare_optimizer_params(1e-5, 1e-4, 1e-3)
     # the tiny U-Net has attention in its first input block and in the second level's output blocks
-    assert descriptions == ["textencoder"] + [
-        f"unet_block{i}{plus}" for i in (1, 16, 17) for plus in ("", " plus")
-    ]
+    assert descriptions == ["textencoder"] + [f"unet_block{i}{plus}" for i in (1, 16, 17) for plus in ("", " plus")]
     assert [group["lr"] for group in groups[1:]] == pytest.approx([0.5e-4, 1e-4, 1e-4, 2e-4, 1e-4, 2e-4])
 
 

@@ -1,6 +1,6 @@
 """Draw the example LoRA's pictures: a concept that the embedded model does not know, with captions.
 
-    python -m examples.quickstart.recipe.make_concept --output examples/quickstart/wug
+python -m examples.quickstart.recipe.make_concept --output examples/quickstart/wug
 """
 
 from __future__ import annotations

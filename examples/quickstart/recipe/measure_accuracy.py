@@ -45,7 +45,9 @@ def load_models(model: Path, device: str = "cpu") -> ImageModels:
     )
 
 
-def draw(models: ImageModels, prompts: Sequence[str], *, first_seed: int = 0, batch_size: int = 25) -> list[Image.Image]:
+def draw(
+    models: ImageModels, prompts: Sequence[str], *, first_seed: int = 0, batch_size: int = 25
+) -> list[Image.Image]:
     """One picture for each prompt, with seeds that count on."""
     settings = [
         ImageSettings(prompt, "", SIZE, SIZE, STEPS, SCALE, "ddim", first_seed + i) for i, prompt in enumerate(prompts)

@@ -2,7 +2,7 @@
 
     python -m examples.quickstart.recipe.train_model --work scratch --output my_model
 
-About an hour on two CPU cores. The folder's README says how the shipped one was made and measured.
+About 80 minutes on two CPU cores. The folder's README says how the shipped one was made and measured.
 The diffusion mathematics is the project's own (``library.diffusion``); the networks are diffusers' and
 transformers' classes in the layout of Stable Diffusion 1.x.
 """
@@ -165,11 +165,12 @@ def write_tokenizer(folder: Path, captions: Sequence[str]) -> None:
     learner.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(r"[a-z]+|[0-9]|[^\sa-z0-9]+"), "isolated")
     learner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.WhitespaceSplit()])
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, end_of_word_suffix="</w>", show_progress=False, min_frequency=2
-    )
+    trainer = trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix="</w>", show_progress=False, min_frequency=2)
     learner.train_from_iterator(captions, trainer)
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in json.loads(learner.to_str())["model"]["merges"]]
+    merges = [
+        tuple(m) if isinstance(m, list) else tuple(m.split(" "))
+        for m in json.loads(learner.to_str())["model"]["merges"]
+    ]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(m) for m in merges] + [START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -260,7 +261,9 @@ def timestep_weights(schedule: NoiseSchedule) -> Tensor:
     return weights / weights.mean()
 
 
-def train_denoiser(vae: nn.Module, tokenizer_folder: Path, steps: int, pictures: int) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
+def train_denoiser(
+    vae: nn.Module, tokenizer_folder: Path, steps: int, pictures: int
+) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
     """Text encoder and U-Net together, on latents of captioned scenes; one caption in ten is left out."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -395,11 +398,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--work", type=Path, required=True, help="folder where each stage leaves its result")
     parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=STAGES, help="which to run; decoder and denoiser can run side by side"
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=STAGES,
+        help="which to run; decoder and denoiser can run side by side",
     )
     parser.add_argument("--autoencoder_steps", type=int, default=5000)
-    parser.add_argument("--decoder_steps", type=int, default=4000)
-    parser.add_argument("--denoiser_steps", type=int, default=3600)
+    parser.add_argument("--decoder_steps", type=int, default=3000)
+    parser.add_argument("--denoiser_steps", type=int, default=3200)
     parser.add_argument("--pictures", type=int, default=12000, help="pictures drawn for each stage")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

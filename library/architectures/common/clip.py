@@ -122,7 +122,9 @@ def enable_gradient_checkpointing(text_encoder: CLIPTextModel) -> None:
     transformers checkpoints layers in training mode only. CLIP has no dropout, so the mode changes nothing else.
     """
     # the newer name of the same method; older releases of transformers 5 lack it
-    enable = getattr(text_encoder, "activation_checkpointing_enable", None) or text_encoder.gradient_checkpointing_enable
+    enable = (
+        getattr(text_encoder, "activation_checkpointing_enable", None) or text_encoder.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": False})
     # that also made the embeddings require gradients, which only reentrant checkpointing needs
     text_encoder.disable_input_require_grads()

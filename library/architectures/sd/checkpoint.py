@@ -207,9 +207,7 @@ def _check_version(title: str, parts: _Parts, *, v2: bool) -> None:
         return
     generation, remedy = ("2.x", "add --v2") if parts.v2 else ("1.x", "drop --v2")
     width = parts.unet.config["cross_attention_dim"]
-    raise UserError(
-        f"{title} is a Stable Diffusion {generation} checkpoint (cross-attention width {width}); {remedy}"
-    )
+    raise UserError(f"{title} is a Stable Diffusion {generation} checkpoint (cross-attention width {width}); {remedy}")
 
 
 def _check_prediction(title: str, parts: _Parts, *, v_parameterization: bool) -> None:

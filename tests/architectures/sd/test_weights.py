@@ -78,9 +78,7 @@ def test_fixture_follows_the_published_layout(v2: bool) -> None:
 
 
 def load_models(path: Path, cache: Path, *, v2: bool, dtype: torch.dtype = torch.float32):
-    checkpoint = SD.inspect(
-        str(path), v2=v2, v_parameterization=False, vae=None, tokenizer_cache_dir=str(cache)
-    )
+    checkpoint = SD.inspect(str(path), v2=v2, v_parameterization=False, vae=None, tokenizer_cache_dir=str(cache))
     return checkpoint, {
         "unet": SD.load_denoiser(checkpoint, dtype=dtype, device="cpu"),
         "text_encoder": SD.load_text_encoders(checkpoint, dtype=dtype, device="cpu")[0],
