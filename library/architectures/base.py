@@ -182,7 +182,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def modelspec(self, info: ModelInfo) -> dict[str, str]:
-        """``architecture`` (without adapter suffix), ``implementation``, ``default_resolution``, ``prediction_type``."""
+        """``architecture`` (no adapter suffix), ``implementation``, ``default_resolution``, ``prediction_type``."""
 
     def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
         """Family rules that need the checkpoint. Raises UserError."""

@@ -34,9 +34,12 @@ def recognise(picture: Image.Image) -> Seen:
     mask = foreground(pixels)
     if mask.sum() < _FEWEST:
         return Seen(None, None)
+    color = np.median(pixels[mask], axis=0)
+    # a pixel belongs to what it is nearer to, which leaves out the hole of a ring in a tint of its own
+    mask = np.abs(pixels - color).sum(axis=-1) < np.abs(pixels - background(pixels)).sum(axis=-1)
     cut = mask[_extent(mask)]
     shape = max(SHAPES, key=lambda name: _overlap(cut, _outline(name)))
-    return Seen(shape, nearest_color(np.median(pixels[mask], axis=0)))
+    return Seen(shape, nearest_color(color))
 
 
 def is_concept(picture: Image.Image) -> bool:
@@ -57,9 +60,14 @@ def is_concept(picture: Image.Image) -> bool:
 
 def foreground(pixels: np.ndarray) -> np.ndarray:
     """bool (H, W): what differs from the border's median colour; ``pixels`` is (H, W, 3), 0 to 255."""
+    return np.abs(pixels - background(pixels)).sum(axis=-1) > _THRESHOLD
+
+
+def background(pixels: np.ndarray) -> np.ndarray:
+    """The border's median colour, (3,), of (H, W, 3)."""
     border = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3)])
     border = np.concatenate([border, pixels[:, :3].reshape(-1, 3), pixels[:, -3:].reshape(-1, 3)])
-    return np.abs(pixels - np.median(border, axis=0)).sum(axis=-1) > _THRESHOLD
+    return np.median(border, axis=0)
 
 
 def nearest_color(color: np.ndarray) -> str:

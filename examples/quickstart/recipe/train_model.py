@@ -14,7 +14,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from examples.quickstart.recipe.pictures import (
 )
 from library.diffusion.ddpm import NoiseSchedule, add_noise
 from library.diffusion.weighting import min_snr_weight
-from library.files.atomic import atomic_directory
+from library.files.atomic import MANIFEST_NAME, atomic_directory
 from library.files.safetensors_io import load_tensors, save_tensors
 
 SEED = 0
-STAGES = ["tokenizer", "autoencoder", "decoder", "denoiser", "write"]
+STAGES = ["tokenizer", "autoencoder", "decoder", "denoiser", "refined", "write"]
 LATENT_SCALE = 0.18215  # of every Stable Diffusion 1.x model
 TOKENS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -261,28 +261,11 @@ def timestep_weights(schedule: NoiseSchedule) -> Tensor:
     return weights / weights.mean()
 
 
-def train_denoiser(
-    vae: nn.Module, tokenizer_folder: Path, steps: int, pictures: int
-) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
-    """Text encoder and U-Net together, on latents of captioned scenes; one caption in ten is left out."""
+def new_denoiser(tokenizer: Any) -> tuple[nn.Module, nn.Module]:
+    """Text encoder and U-Net with random weights."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    rng = random.Random(SEED + 1)
-    scenes = [random_scene(rng) for _ in range(pictures)]
-    captions = [random_caption(scene, rng) for scene in scenes]
-    pixels = to_pixels([draw_scene(scene, rng) for scene in scenes])
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(unit(pixels[i : i + 100])).latent_dist.mean for i in range(0, pictures, 100)])
-    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    latents = (latents - mean[:, None, None]) / spread[:, None, None]
-
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
-
-    def tokens(texts: Sequence[str]) -> Tensor:
-        return torch.tensor(tokenizer(list(texts), padding="max_length", max_length=TOKENS, truncation=True).input_ids)
-
-    ids, empty = tokens(captions), tokens([""])
     text = CLIPTextModel(
         CLIPTextConfig(
             **TEXT_CONFIG,
@@ -292,10 +275,47 @@ def train_denoiser(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    unet = UNet2DConditionModel(**UNET_CONFIG)
+    return text, UNet2DConditionModel(**UNET_CONFIG)
+
+
+def train_denoiser(
+    name: str,
+    models: tuple[nn.Module, nn.Module],
+    vae: nn.Module,
+    tokenizer: Any,
+    statistics: Mapping[str, Tensor] | None,
+    *,
+    steps: int,
+    rate: float,
+    pictures: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Text encoder and U-Net together, on latents of captioned scenes; one caption in ten is left out.
+
+    Args:
+        statistics: mean and spread of the latents' channels, each (C,); ``None`` measures them.
+
+    Returns:
+        the statistics.
+    """
+    text, unet = models
+    rng = random.Random(seed)
+    scenes = [random_scene(rng) for _ in range(pictures)]
+    captions = [random_caption(scene, rng) for scene in scenes]
+    pixels = to_pixels([draw_scene(scene, rng) for scene in scenes])
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(unit(pixels[i : i + 100])).latent_dist.mean for i in range(0, pictures, 100)])
+    if statistics is None:
+        statistics = {"mean": latents.mean(dim=(0, 2, 3)), "spread": latents.std(dim=(0, 2, 3))}
+    latents = (latents - statistics["mean"][:, None, None]) / statistics["spread"][:, None, None]
+
+    def tokens(texts: Sequence[str]) -> Tensor:
+        return torch.tensor(tokenizer(list(texts), padding="max_length", max_length=TOKENS, truncation=True).input_ids)
+
+    ids, empty = tokens(captions), tokens([""])
     schedule = NoiseSchedule.scaled_linear()
     weights = timestep_weights(schedule)
-    chooser = torch.Generator().manual_seed(SEED + 2)
+    chooser = torch.Generator().manual_seed(seed + 1)
 
     def loss() -> Tensor:
         chosen = torch.randint(pictures, (64,), generator=chooser)
@@ -309,9 +329,8 @@ def train_denoiser(
         return (each * weights[timesteps]).mean()
 
     parameters = [*text.parameters(), *unet.parameters()]
-    fit("denoiser", parameters, loss, steps=steps, rate=1.2e-3, weight_decay=0.01, average=0.999)
-    # the denoiser sees latents times LATENT_SCALE, and is to see the ones of above
-    return text, unet, {"mean": mean, "spread": spread * LATENT_SCALE}
+    fit(name, parameters, loss, steps=steps, rate=rate, weight_decay=0.01, average=0.999)
+    return dict(statistics)
 
 
 def write_model(folder: Path, tokenizer_folder: Path, vae: nn.Module, text: nn.Module, unet: nn.Module) -> None:
@@ -319,7 +338,7 @@ def write_model(folder: Path, tokenizer_folder: Path, vae: nn.Module, text: nn.M
     import shutil
 
     half = torch.float16
-    shutil.copytree(tokenizer_folder, folder / "tokenizer")
+    shutil.copytree(tokenizer_folder, folder / "tokenizer", ignore=shutil.ignore_patterns(MANIFEST_NAME))
     for name, module in (("vae", vae), ("unet", unet)):
         module.to(half).save_pretrained(folder / name)
     text.to(half).save_pretrained(folder / "text_encoder")
@@ -360,8 +379,7 @@ def write_model(folder: Path, tokenizer_folder: Path, vae: nn.Module, text: nn.M
 def run_stage(stage: str, args: argparse.Namespace) -> None:
     """Run one stage; it reads what earlier ones left in the work folder and leaves its own there."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTokenizer
 
     torch.manual_seed(SEED)
     work: Path = args.work
@@ -377,20 +395,36 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
         with atomic_directory(work / "decoder") as folder:
             train_decoder(vae, args.decoder_steps, args.pictures)
             vae.save_pretrained(folder)
-    elif stage == "denoiser":
+    elif stage in ("denoiser", "refined"):
         vae = AutoencoderKL.from_pretrained(work / "autoencoder")
-        with atomic_directory(work / "denoiser") as folder:
-            text, unet, latents = train_denoiser(vae, work / "tokenizer", args.denoiser_steps, args.pictures)
-            text.save_pretrained(folder / "text_encoder")
-            unet.save_pretrained(folder / "unet")
-            save_tensors(folder / "latents.safetensors", latents)
+        tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+        is_new = stage == "denoiser"
+        models, statistics = (new_denoiser(tokenizer), None) if is_new else _read_denoiser(work / "denoiser")
+        settings = {"steps": args.denoiser_steps, "rate": 1.2e-3, "seed": SEED + 1}
+        if not is_new:
+            settings = {"steps": args.refined_steps, "rate": 6e-4, "seed": SEED + 5}
+        with atomic_directory(work / stage) as folder:
+            statistics = train_denoiser(stage, models, vae, tokenizer, statistics, pictures=args.pictures, **settings)
+            models[0].save_pretrained(folder / "text_encoder")
+            models[1].save_pretrained(folder / "unet")
+            save_tensors(folder / "latents.safetensors", statistics)
     else:
         vae = AutoencoderKL.from_pretrained(work / "decoder")
-        normalise_latents(vae, **load_tensors(work / "denoiser" / "latents.safetensors"))
-        text = CLIPTextModel.from_pretrained(work / "denoiser" / "text_encoder")
-        unet = UNet2DConditionModel.from_pretrained(work / "denoiser" / "unet")
+        (text, unet), statistics = _read_denoiser(work / "refined")
+        # the denoiser sees latents times LATENT_SCALE, and is to see the ones it was trained on
+        normalise_latents(vae, statistics["mean"], statistics["spread"] * LATENT_SCALE)
         with atomic_directory(args.output) as folder:
             write_model(folder, work / "tokenizer", vae, text, unet)
+        (args.output / MANIFEST_NAME).unlink()
+
+
+def _read_denoiser(folder: Path) -> tuple[tuple[nn.Module, nn.Module], dict[str, Tensor]]:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    return (text.train(), unet.train()), load_tensors(folder / "latents.safetensors")
 
 
 def main() -> None:
@@ -407,6 +441,7 @@ def main() -> None:
     parser.add_argument("--autoencoder_steps", type=int, default=5000)
     parser.add_argument("--decoder_steps", type=int, default=3000)
     parser.add_argument("--denoiser_steps", type=int, default=3200)
+    parser.add_argument("--refined_steps", type=int, default=1800)
     parser.add_argument("--pictures", type=int, default=12000, help="pictures drawn for each stage")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
