@@ -1,6 +1,7 @@
-"""Draw the example LoRA's pictures: a concept that the embedded model does not know, with captions.
+"""Draw the example LoRA's pictures, with captions: a concept that the embedded model does not know (``wug``), and
+scenes that it knows, for regularisation (``known``).
 
-python -m examples.quickstart.recipe.make_concept --output examples/quickstart/wug
+python -m examples.quickstart.recipe.make_concept --output examples/quickstart
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import argparse
 import random
 from pathlib import Path
 
-from examples.quickstart.recipe.pictures import CONCEPT, POSITIONS, draw_concept
+from PIL import Image
+
+from examples.quickstart.recipe.pictures import CONCEPT, POSITIONS, draw_concept, draw_scene, random_scene
 
 #: (W, H), background, position, radius as a share of the shorter side
 PICTURES = (
@@ -26,20 +29,33 @@ PICTURES = (
 )
 
 
+#: scenes for regularisation
+KNOWN = 48
+
+
+def write(folder: Path, name: str, picture: Image.Image, caption: str) -> None:
+    picture.save(folder / f"{name}.png")
+    (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for pictures and captions")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the two folders of pictures")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    concept, known = args.output / CONCEPT, args.output / "known"
+    for folder in (concept, known):
+        folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     for number, (size, background, position, radius) in enumerate(PICTURES, start=1):
         picture = draw_concept(size, background, POSITIONS[position], radius, rng)
-        picture.save(args.output / f"{CONCEPT}_{number:02d}.png")
         place = "in the center" if position == "center" else f"at the {position}"
         if position in ("left", "right"):
             place = f"on the {position}"
-        caption = f"a {CONCEPT} {place}, {background} background"
-        (args.output / f"{CONCEPT}_{number:02d}.txt").write_text(caption + "\n", encoding="utf-8")
+        write(concept, f"{CONCEPT}_{number:02d}", picture, f"a {CONCEPT} {place}, {background} background")
+    rng = random.Random(1)
+    for number in range(1, KNOWN + 1):
+        scene = random_scene(rng)
+        write(known, f"known_{number:02d}", draw_scene(scene, rng), scene.full_caption())
 
 
 if __name__ == "__main__":
