@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from examples.quickstart.recipe.measure_accuracy import SCALE, STEPS, test_scenes
+from examples.quickstart.recipe.measure_accuracy import SCALE, STEPS, asked_scenes
 from examples.quickstart.recipe.pictures import CONCEPT, SIZE
 from examples.quickstart.recipe.recognise import is_concept, recognise
 from tests.fixtures.runs import ROOT, run_script
 
 EXAMPLE = ROOT / "examples" / "quickstart"
 #: shares that a run must reach, and the base model must stay under
-LEARNED, UNKNOWN, KEPT = 0.75, 0.1, 0.85
+LEARNED, UNKNOWN, KEPT = 0.75, 0.1, 0.75
 
 CONCEPT_PROMPTS = [
     f"a {CONCEPT}{place}, {background} background"
     for place in (" in the center", " on the left", " at the top", "")
     for background in ("white", "black", "red", "purple")
 ]
-KNOWN_SCENES = test_scenes(40, seed=77)
+KNOWN_SCENES = asked_scenes(40, seed=77)
 
 
 def draw(folder: Path, prompts: Sequence[str], *arguments: object) -> list[Image.Image]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from examples.quickstart.recipe.measure_accuracy import WANTED, load_models, measure, test_scenes
+from examples.quickstart.recipe.measure_accuracy import WANTED, asked_scenes, load_models, measure
 from examples.quickstart.recipe.pictures import CONCEPT
 from library.architectures.sd import SD
 from library.inference.generate import ImageModels
@@ -38,7 +39,7 @@ def test_is_a_diffusers_folder_of_sd1_in_half_precision() -> None:
 def test_diffusers_own_pipeline_reads_it() -> None:
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(MODEL)
+    pipeline = StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     picture = pipeline(
         "a red circle", num_inference_steps=2, height=64, width=64, generator=None, output_type="np"
     ).images
@@ -55,9 +56,9 @@ def test_tokenizer_encodes_any_text(models: ImageModels, text: str) -> None:
 
 def test_draws_what_the_prompt_says(models: ImageModels) -> None:
     # the figure of all 200 prompts is measure_accuracy's, see the test below
-    assert measure(models, test_scenes(50)).both >= WANTED
+    assert measure(models, asked_scenes(50)).both >= WANTED
 
 
 @pytest.mark.slow
 def test_two_hundred_prompts(models: ImageModels) -> None:
-    assert measure(models, test_scenes(200)).both >= WANTED
+    assert measure(models, asked_scenes(200)).both >= WANTED

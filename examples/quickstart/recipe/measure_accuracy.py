@@ -59,7 +59,7 @@ def draw(
     return drawn
 
 
-def test_scenes(count: int, seed: int = 2024) -> list[Scene]:
+def asked_scenes(count: int, seed: int = 2024) -> list[Scene]:
     """Scenes to ask for, the same each time."""
     rng = random.Random(seed)
     return [random_scene(rng) for _ in range(count)]
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(__file__).resolve().parents[1] / "model")
     parser.add_argument("--prompts", type=int, default=200, help="how many prompts")
     args = parser.parse_args()
-    found = measure(load_models(args.model), test_scenes(args.prompts))
+    found = measure(load_models(args.model), asked_scenes(args.prompts))
     print(f"{args.prompts} prompts: shape {found.shape:.1%}, colour {found.color:.1%}, both {found.both:.1%}")
     if found.both < WANTED:
         raise SystemExit(1)
