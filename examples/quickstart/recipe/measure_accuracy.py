@@ -31,6 +31,7 @@ class Accuracy:
     shape: float
     color: float
     both: float
+    position: float
 
 
 def load_models(model: Path, device: str = "cpu") -> ImageModels:
@@ -75,6 +76,7 @@ def measure(models: ImageModels, scenes: Sequence[Scene]) -> Accuracy:
         shape=sum(s.shape == scene.shape for s, scene in pairs) / count,
         color=sum(s.color == scene.color for s, scene in pairs) / count,
         both=sum((s.shape, s.color) == (scene.shape, scene.color) for s, scene in pairs) / count,
+        position=sum(s.position == scene.position for s, scene in pairs) / count,
     )
 
 
@@ -84,7 +86,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200, help="how many prompts")
     args = parser.parse_args()
     found = measure(load_models(args.model), asked_scenes(args.prompts))
-    print(f"{args.prompts} prompts: shape {found.shape:.1%}, colour {found.color:.1%}, both {found.both:.1%}")
+    told = f"shape {found.shape:.1%}, colour {found.color:.1%}, both {found.both:.1%}; place {found.position:.1%}"
+    print(f"{args.prompts} prompts: {told}")
     if found.both < WANTED:
         raise SystemExit(1)
 

@@ -6,13 +6,21 @@ shape drawn by ``pictures``, its colour with the named ones.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from examples.quickstart.recipe.pictures import COLORS, CONCEPT_LOWER, CONCEPT_UPPER, SHAPES, draw_shape
+from examples.quickstart.recipe.pictures import (
+    COLORS,
+    CONCEPT_LOWER,
+    CONCEPT_UPPER,
+    POSITIONS,
+    SHAPES,
+    draw_shape,
+)
 
 #: sum of the channels' differences from the background at which a pixel belongs to the shape
 _THRESHOLD = 90
@@ -26,6 +34,7 @@ class Seen:
 
     shape: str | None
     color: str | None
+    position: str | None
 
 
 def recognise(picture: Image.Image) -> Seen:
@@ -33,13 +42,13 @@ def recognise(picture: Image.Image) -> Seen:
     pixels = np.asarray(picture.convert("RGB")).astype(float)
     mask = foreground(pixels)
     if mask.sum() < _FEWEST:
-        return Seen(None, None)
+        return Seen(None, None, None)
     color = np.median(pixels[mask], axis=0)
     # a pixel belongs to what it is nearer to, which leaves out the hole of a ring in a tint of its own
     mask = np.abs(pixels - color).sum(axis=-1) < np.abs(pixels - background(pixels)).sum(axis=-1)
     cut = mask[_extent(mask)]
     shape = max(SHAPES, key=lambda name: _overlap(cut, _outline(name)))
-    return Seen(shape, nearest_color(color))
+    return Seen(shape, nearest_color(color), _nearest_position(mask))
 
 
 def is_concept(picture: Image.Image) -> bool:
@@ -72,6 +81,12 @@ def background(pixels: np.ndarray) -> np.ndarray:
 
 def nearest_color(color: np.ndarray) -> str:
     return min(COLORS, key=lambda name: float(np.abs(np.array(COLORS[name]) - color).sum()))
+
+
+def _nearest_position(mask: np.ndarray) -> str:
+    ys, xs = np.where(mask)
+    x, y = xs.mean() / mask.shape[1], ys.mean() / mask.shape[0]
+    return min(POSITIONS, key=lambda name: math.dist(POSITIONS[name], (x, y)))
 
 
 def _extent(mask: np.ndarray) -> tuple[slice, slice]:
