@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from library.data.image_io import covering_size, crop_box
+from library.data.image_io import covering_size, crop_box, opencv
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -97,9 +97,7 @@ def vary_colours(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
 
 def change_colours(pixels: np.ndarray, *, hue: float, gamma: float) -> np.ndarray:
     """uint8 (H, W, 3) RGB with its hue turned by ``hue`` degrees and raised to the power of ``gamma``."""
-    import cv2
-
-    cv2.setNumThreads(0)  # pictures are made in parallel already, and its threads do not survive a fork
+    cv2 = opencv()
     # as float32 hue has no steps: 0..360 degrees, saturation and value 0..1
     hsv = cv2.cvtColor(pixels.astype(np.float32) / 255.0, cv2.COLOR_RGB2HSV)
     hsv[..., 0] = (hsv[..., 0] + hue) % 360.0

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -293,8 +293,14 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str | None)
         interpolation = "area" if shrinks else "lanczos"
     if interpolation == "area":
         # exact area weights; Pillow's box takes whole source pixels only
-        import cv2
-
-        cv2.setNumThreads(0)  # pictures are read in parallel already, and its threads do not survive a fork
+        cv2 = opencv()
         return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     return np.asarray(Image.fromarray(pixels).resize(size, filters[interpolation]))
+
+
+def opencv() -> Any:
+    """OpenCV without threads: pictures are read in parallel already, and its threads do not survive a fork."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    return cv2

@@ -11,11 +11,10 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.files.hashes import sshs_hashes
-from tests.fixtures.runs import ROOT, lora_arguments, make_pictures, run_script, write_dataset
+from tests.fixtures.runs import ROOT, lora_arguments, make_pictures, metadata_of, run_script, write_dataset
 from tests.fixtures.tiny_sd import make_tiny_sd
 
 TABLE = json.loads((ROOT / "tests" / "compat" / "data" / "metadata_keys.json").read_text())
@@ -66,11 +65,6 @@ TYPES: dict[str, Callable[[str], bool]] = {
 }
 
 ALWAYS = {"always", "each save", "not for flux/chroma"}
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
 
 
 def expected_keys(*conditions: str) -> set[str]:

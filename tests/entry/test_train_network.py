@@ -8,16 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.fixtures.runs import lora_arguments, make_pictures, run_script, write_dataset
+from tests.fixtures.runs import lora_arguments, make_pictures, metadata_of, run_script, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
 
 
 @pytest.fixture(scope="module")

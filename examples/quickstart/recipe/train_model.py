@@ -398,10 +398,11 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
     elif stage in ("denoiser", "refined"):
         vae = AutoencoderKL.from_pretrained(work / "autoencoder")
         tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-        is_new = stage == "denoiser"
-        models, statistics = (new_denoiser(tokenizer), None) if is_new else _read_denoiser(work / "denoiser")
-        settings = {"steps": args.denoiser_steps, "rate": 1.2e-3, "seed": SEED + 1}
-        if not is_new:
+        if stage == "denoiser":
+            models, statistics = new_denoiser(tokenizer), None
+            settings = {"steps": args.denoiser_steps, "rate": 1.2e-3, "seed": SEED + 1}
+        else:
+            models, statistics = _read_denoiser(work / "denoiser")
             settings = {"steps": args.refined_steps, "rate": 6e-4, "seed": SEED + 5}
         with atomic_directory(work / stage) as folder:
             statistics = train_denoiser(stage, models, vae, tokenizer, statistics, pictures=args.pictures, **settings)
