@@ -2,9 +2,12 @@
 
     python benchmarks/train_step.py --size full --precision bf16
     python benchmarks/train_step.py --size tiny --precision no
+    python benchmarks/train_step.py --size full --precision bf16 --compare 3
 
 The run is the real script in its own process. A step's time is taken from the wall times in its TensorBoard
-log, without the first step; peak host memory is the process's maximum resident set.
+log, without the first step; peak host memory is the process's maximum resident set. With ``--compare`` each run is
+followed by one of ``diffusers_lora.py``, the same work written plainly against diffusers and peft, and the ratios are
+printed: they hold on any machine, seconds do not.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -96,6 +100,38 @@ def run_case(case: Case, model: Path, workspace: Path) -> Figures:
     command += ["--network_module", "networks.lora", "--network_dim", str(case.rank), "--network_train_unet_only"]
     command += ["--learning_rate", "1e-4", "--max_train_steps", str(case.steps), "--seed", "0", "--cache_latents"]
     command += ["--mixed_precision", case.precision, "--sdpa", "--console_log_simple", *case.extra]
+    ran = _run(command)
+    per_step = _seconds_per_step(output / "logs")
+    peak_device = next((float(line.rsplit(" ", 2)[-2]) for line in ran.lines if "peak device memory" in line), None)
+    return _figures(ran, per_step, case.batch_size, peak_device)
+
+
+def run_reference(case: Case, model: Path, workspace: Path) -> Figures:
+    """Run the plain loop of ``diffusers_lora.py`` once, on the same model and pictures.
+
+    Raises:
+        RuntimeError: the run failed; its output is in the message.
+    """
+    images = make_images(workspace / "images", case.batch_size * 4, case.resolution)
+    command = [sys.executable, str(ROOT / "benchmarks" / "diffusers_lora.py"), "--model", str(model)]
+    command += ["--images", str(images), "--precision", case.precision, "--batch_size", str(case.batch_size)]
+    command += ["--steps", str(case.steps), "--rank", str(case.rank)]
+    ran = _run(command)
+    seconds = json.loads(ran.lines[-1])["seconds"][1:]
+    return _figures(ran, sum(seconds) / len(seconds), case.batch_size, None)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished process."""
+
+    lines: list[str]
+    before_first_step: float  # seconds
+    total: float  # seconds
+    peak_host_bytes: int
+
+
+def _run(command: list[str]) -> Ran:
     began = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=dict(os.environ)
@@ -113,18 +149,19 @@ def run_case(case: Case, model: Path, workspace: Path) -> Figures:
     reader.start()
     _, status, usage = os.wait4(process.pid, 0)
     reader.join()
-    total = time.perf_counter() - began
     if status != 0 or not first_step:
         raise RuntimeError(f"the run failed ({status}):\n{''.join(lines)}")
-    per_step = _seconds_per_step(output / "logs")
-    peak_device = next((float(line.rsplit(" ", 2)[-2]) for line in lines if "peak device memory" in line), None)
+    return Ran(lines, first_step[0] - began, time.perf_counter() - began, usage.ru_maxrss * 1024)
+
+
+def _figures(ran: Ran, per_step: float, batch_size: int, peak_device: float | None) -> Figures:
     return Figures(
-        seconds_before_first_step=round(first_step[0] - began, 2),
+        seconds_before_first_step=round(ran.before_first_step, 2),
         seconds_per_step=round(per_step, 3),
-        samples_per_second=round(case.batch_size / per_step, 2),
-        peak_host_gb=round(usage.ru_maxrss * 1024 / 1e9, 2),
+        samples_per_second=round(batch_size / per_step, 2),
+        peak_host_gb=round(ran.peak_host_bytes / 1e9, 2),
         peak_device_gb=peak_device,
-        total_seconds=round(total, 1),
+        total_seconds=round(ran.total, 1),
     )
 
 
@@ -152,13 +189,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rank", type=int, default=8, help="LoRA rank")
     parser.add_argument("--model_dir", type=Path, help="keep the random model here instead of making it anew")
+    parser.add_argument("--compare", type=int, metavar="ROUNDS", help="rounds of a run and a plain diffusers loop")
     parser.add_argument("extra", nargs="*", help="more flags for the script, after --")
     args = parser.parse_args()
     case = Case(args.size, args.precision, args.resolution, args.batch_size, args.steps, args.rank, tuple(args.extra))
     with tempfile.TemporaryDirectory() as scratch:
         model = make_model(args.model_dir or Path(scratch), args.size)
-        figures = run_case(case, model, Path(scratch))
-    print(json.dumps({"case": asdict(case), "figures": asdict(figures)}, indent=1))
+        ours, reference = [], []
+        for round_number in range(args.compare or 1):
+            workspace = Path(scratch) / str(round_number)
+            workspace.mkdir()
+            ours.append(run_case(case, model, workspace))
+            if args.compare:
+                reference.append(run_reference(case, model, workspace))
+    print(json.dumps({"case": asdict(case), "figures": [asdict(figures) for figures in ours]}, indent=1))
+    if reference:
+        print(json.dumps({"diffusers": [asdict(figures) for figures in reference]}, indent=1))
+        print(f"seconds per step, of diffusers': {_ratio(ours, reference, 'seconds_per_step'):.2f}")
+        print(f"peak memory, of diffusers': {_ratio(ours, reference, 'peak_host_gb'):.2f}")
+
+
+def _ratio(ours: list[Figures], reference: list[Figures], name: str) -> float:
+    """Of the medians over the rounds."""
+    return median(getattr(f, name) for f in ours) / median(getattr(f, name) for f in reference)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from library.inference.options import ImageOptions
 from library.inference.plan import PlannedImage, Repetition, batches, plan_images
 from library.inference.png import save_png
 from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_image_prompts, usable_size
+from library.memory.host_heap import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ def draw_images(options: ImageOptions, architecture: Architecture) -> list[Path]
     planned = plan_images(prompts, common, _repetition(options))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = torch.float16 if options.speed.fp16 else torch.bfloat16 if options.speed.bf16 else torch.float32
     models = _load(options, architecture, checkpoint, dtype, device)
     networks = apply_networks(choices, models, merge=options.networks.network_merge, dtype=dtype, device=device)

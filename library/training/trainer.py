@@ -35,6 +35,7 @@ from library.diffusion.ddpm import NoiseSchedule
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, exits_on_user_error
 from library.inference.prompt_line import SamplePrompt, read_prompt_file
+from library.memory.host_heap import keep_freed_memory
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
 from library.training.checkpoints import OutputNames, SavePolicy
@@ -165,6 +166,8 @@ class Trainer(ABC):
             conditioning_as=self.conditioning_as,
         )
         accelerator = _make_accelerator(checked)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         plan = RunPlan.make(
             batches_per_epoch=data.batches_per_process(accelerator.num_processes),
             gradient_accumulation_steps=options.training.gradient_accumulation_steps,
