@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from library.data.augment import Placement, around_face, at_random, face_in_name, in_the_middle, vary_colours
 from library.data.batch import Batch
@@ -25,6 +25,7 @@ from library.data.conditioning import Role
 from library.data.dataset_config import SubsetSpec
 from library.data.image_io import cut, cut_mask, read_image, read_image_and_alpha
 from library.data.latent_cache import DiskLatents, MemoryLatents, to_pixels, to_weights
+from library.data.parcel import Parcel
 from library.data.records import ImageRecord
 from library.errors import UserError
 from library.randomness import python_rng, visit_key
@@ -212,7 +213,7 @@ class Loader:
         # tokenizers warn, and may hang, when their threads meet forked workers
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._order = _Order()
-        self._loader: DataLoader[Batch | _Failure] = DataLoader(
+        self._loader: DataLoader[Batch | Parcel[Batch] | _Failure] = DataLoader(
             _Batches(maker, tokenize),
             batch_size=None,
             sampler=self._order,
@@ -234,12 +235,12 @@ class Loader:
         return _delivered(iter(self._loader))
 
 
-def _delivered(loaded: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+def _delivered(loaded: Iterator[Batch | Parcel[Batch] | _Failure]) -> Iterator[Batch]:
     try:
         for batch in loaded:
             if isinstance(batch, _Failure):
                 raise UserError(batch.message)
-            yield batch
+            yield batch.unpack() if isinstance(batch, Parcel) else batch
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
@@ -262,18 +263,19 @@ class _Order(Sampler["BatchRef"]):
         return len(self.refs)
 
 
-class _Batches(Dataset["Batch | _Failure"]):
+class _Batches(Dataset["Batch | Parcel[Batch] | _Failure"]):
     """What a worker runs: a reference in, a batch out."""
 
     def __init__(self, maker: BatchMaker, tokenize: Tokenize) -> None:
         self._maker = maker
         self._tokenize = tokenize
 
-    def __getitem__(self, ref: BatchRef) -> Batch | _Failure:  # type: ignore[override]
+    def __getitem__(self, ref: BatchRef) -> Batch | Parcel[Batch] | _Failure:  # type: ignore[override]
         try:
-            return self._maker.make(ref, self._tokenize)
+            batch = self._maker.make(ref, self._tokenize)
         except UserError as error:
             return _Failure(str(error))
+        return batch if get_worker_info() is None else Parcel(batch)
 
 
 @dataclass(frozen=True)
