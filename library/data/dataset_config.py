@@ -133,7 +133,7 @@ _KEYS: dict[str, _Key] = {
     "metadata_file": _Key("text", (_SUBSET,)),
     "token_warmup_step": _Key("amount", _EVERYWHERE, "token_warmup_step"),
     "token_warmup_min": _Key("natural", _EVERYWHERE, "token_warmup_min"),
-    "validation_split": _Key("share", _EVERYWHERE, "validation_split"),
+    "validation_split": _Key("share", _EVERYWHERE, "validation_split", 0.0),
     "validation_seed": _Key("int", _OF_DATASET, "validation_seed"),
 }
 
