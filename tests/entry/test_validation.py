@@ -126,6 +126,16 @@ def ended(folder: Path, tiny_sd: MadeCheckpoint) -> dict[str, Ended]:
         {
             "plain": words("plain", "without.toml", **hard),
             "validated": words("validated", "with.toml", **hard, **validated),
+            "again": words(
+                "again",
+                "with.toml",
+                max_train_steps=1,
+                learning_rate=STILL,
+                noise_offset=0.05,
+                cache_latents=True,
+                validate_every_n_steps=1,
+                network_weights=folder / "validated" / "tiny-best.safetensors",
+            ),
             "free": words("free", "without.toml", **free),
             "free_validated": words("free_validated", "with.toml", **free, **validated),
             "still": words("still", "split.toml", **still, save_state_on_train_end=True),
@@ -170,6 +180,11 @@ def test_the_best_weights_are_kept(ended: dict[str, Ended]) -> None:
     losses |= {epoch * spe: loss for epoch, loss in run.curve("loss/validation/epoch_average").items()}
     entries = metadata_of(run.output / "tiny-best.safetensors")
     assert int(entries["ss_steps"]) == min(losses, key=losses.__getitem__)
+    # another run, which has no dropout, finds the same loss with them: it was off, and the noise is the pictures' own
+    assert ended["again"].code == 0, ended["again"].err
+    again = ended["again"].curve("loss/validation/step_average")
+    assert again[1] == pytest.approx(min(losses.values()), rel=1e-5)
+    assert again[1] != pytest.approx(sorted(losses.values())[1], rel=1e-5)
     assert entries["ss_num_validation_images"] == "3"
     assert entries["ss_validate_every_n_steps"] == "2"
 
