@@ -339,11 +339,23 @@ class SampleOptions:
 class ValidationOptions:
     """Validation."""
 
-    validation_split: float = option(0.0, "share of pictures kept for validation, 0 to 1", type=float)
-    validation_seed: int | None = option(None, "seed of that choice (as --seed, if not given)", type=int)
-    validate_every_n_steps: int | None = option(None, "validate after every n-th step", type=int)
-    validate_every_n_epochs: int | None = option(None, "validate after every n-th epoch", type=int)
-    max_validation_steps: int | None = option(None, "batches of a validation at most", type=int)
+    validation_split: float = option(
+        0.0, "share of pictures kept for validation, 0 to 1, where the dataset file does not say", type=float
+    )
+    validation_seed: int | None = option(
+        None, "seed of that choice and of the noise of validation (as --seed, if not given)", type=int
+    )
+    validate_every_n_steps: int | None = option(None, "validate after every n-th step too", type=int)
+    validate_every_n_epochs: int | None = option(
+        None, "validate after every n-th epoch (after each, if not given)", type=int
+    )
+    max_validation_steps: int | None = option(
+        None, "batches of a validation at most, of all processes together; always the same ones", type=int
+    )
+    early_stopping_patience: int | None = option(
+        None, "end the run after this many validations in a row without a new lowest loss", type=int
+    )
+    save_best: bool = option(False, "keep the weights of the lowest validation loss so far in <output_name>-best")
 
 
 @dataclass(frozen=True)

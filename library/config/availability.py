@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from library.data.dataset_config import UNSUPPORTED
-
 _HUB = "uploads are not supported yet; upload the saved files with huggingface_hub's command line"
-_VALIDATION = "validation is not supported yet; compare sample images instead"
 _DEEPSPEED = "DeepSpeed is not supported yet; use gradient checkpointing and an 8-bit optimizer to save memory"
 _FULL = "training in half precision only is not supported yet; use --mixed_precision with float32 adapters"
 _FP8 = "fp8 base models are not supported yet; --mixed_precision bf16 halves the memory"
@@ -18,13 +15,8 @@ _DDP = "has no effect: adapters are trained without DistributedDataParallel; rem
 #: option -> why it is refused, and what to use
 REFUSED = MappingProxyType(
     {
-        **UNSUPPORTED,  # keys of dataset files, each an option of the same name
         "dataset_class": "dataset classes of your own are not supported yet; use --dataset_config",
         "debug_dataset": "not supported yet; the summary before the first step shows the buckets",
-        "validation_seed": _VALIDATION,
-        "validate_every_n_steps": _VALIDATION,
-        "validate_every_n_epochs": _VALIDATION,
-        "max_validation_steps": _VALIDATION,
         "huggingface_repo_id": _HUB,
         "huggingface_repo_type": _HUB,
         "huggingface_path_in_repo": _HUB,

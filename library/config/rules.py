@@ -226,6 +226,10 @@ def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
         "clip_skip": o.model.clip_skip,
         "lr_scheduler_num_cycles": o.scheduler.lr_scheduler_num_cycles,
         "ddp_timeout": o.training.ddp_timeout,
+        "validate_every_n_steps": o.validation.validate_every_n_steps,
+        "validate_every_n_epochs": o.validation.validate_every_n_epochs,
+        "max_validation_steps": o.validation.max_validation_steps,
+        "early_stopping_patience": o.validation.early_stopping_patience,
     }
     at_least_zero = {
         "max_data_loader_n_workers": o.dataset.max_data_loader_n_workers,

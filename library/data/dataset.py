@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from library.data.latent_cache import (
 )
 from library.data.loader import BatchMaker, Loader, Tokenize
 from library.data.records import ImageRecord
+from library.data.validation_split import for_validation, split_records
 from library.errors import UserError
 from library.randomness import permutation
 
@@ -62,22 +63,31 @@ class BatchRef:
     progress: Progress | None = None  # of the run; ``None`` where it does not matter
 
 
-class BucketedDataset:
-    """The records of one ``[[datasets]]`` table, by bucket; for ``seen`` see ``discover``."""
+def find_records(spec: DatasetSpec, seen: Seen | None = None) -> list[ImageRecord]:
+    """The records of all subsets of a dataset, with their conditioning pictures; for ``seen`` see ``discover``."""
+    records: list[ImageRecord] = []
+    problems = []
+    for index, subset in enumerate(spec.subsets):
+        try:
+            records += pair(subset, discover(subset, index, seen))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return records
 
-    def __init__(self, spec: DatasetSpec, format: LatentFormat, seen: Seen | None = None) -> None:
+
+def by_subset(spec: DatasetSpec, records: Sequence[ImageRecord]) -> list[tuple[SubsetSpec, list[ImageRecord]]]:
+    """Every subset of a dataset with its own of the records."""
+    return [(s, [record for record in records if record.subset == index]) for index, s in enumerate(spec.subsets)]
+
+
+class BucketedDataset:
+    """The records of one ``[[datasets]]`` table that are trained, or validated, on, by bucket."""
+
+    def __init__(self, spec: DatasetSpec, records: list[ImageRecord]) -> None:
         self.spec = spec
-        self.records: list[ImageRecord] = []
-        problems = []
-        for index, subset in enumerate(spec.subsets):
-            try:
-                self.records += pair(subset, discover(subset, index, seen))
-            except UserError as error:
-                problems.append(str(error))
-        if problems:
-            raise UserError("\n".join(problems))
-        _check_steps(spec, format)
-        _check_faces(self)
+        self.records = records
         buckets = Buckets(spec.buckets)
         self.bucket_of = [buckets.assign(record.size) for record in self.records]
         self.uses = self._uses()
@@ -88,12 +98,6 @@ class BucketedDataset:
 
     def subset(self, record: int) -> SubsetSpec:
         return self.spec.subsets[self.records[record].subset]
-
-    def records_of_subsets(self) -> list[tuple[SubsetSpec, list[ImageRecord]]]:
-        return [
-            (subset, [record for record in self.records if record.subset == index])
-            for index, subset in enumerate(self.spec.subsets)
-        ]
 
     def _uses(self) -> list[Use]:
         """What an epoch is made of: training pictures by their repeats, as many regularisation pictures."""
@@ -176,10 +180,10 @@ def _check_steps(spec: DatasetSpec, format: LatentFormat) -> None:
         raise UserError(f"{where}: resolution {width}x{height}: both sides must be multiples of {step}, such as {near}")
 
 
-def _check_faces(dataset: BucketedDataset) -> None:
+def _check_faces(spec: DatasetSpec, records: Sequence[ImageRecord]) -> None:
     """Say which pictures cannot be cropped around a face; an error where none of a subset can."""
     problems = []
-    for subset, of_subset in dataset.records_of_subsets():
+    for subset, of_subset in by_subset(spec, records):
         if subset.face_crop_range is None:
             continue
         without = [record.path.name for record in of_subset if face_in_name(record.path, record.size) is None]
@@ -199,6 +203,9 @@ def _check_faces(dataset: BucketedDataset) -> None:
 
 class TrainingData:
     """The data of a run, all datasets together.
+
+    ``datasets`` are what is trained on, and ``validation_datasets`` what is kept from it; a dataset is in either, or
+    in both with a part of its pictures each.
 
     Args:
         config: the checked dataset file.
@@ -222,18 +229,30 @@ class TrainingData:
     ) -> None:
         self.seed = seed
         self.latent = latent
-        datasets, problems = [], []
+        self.conditioning_as = conditioning_as
+        found, problems = [], []
         seen: Seen = {}
         for spec in config.datasets:
             try:
-                datasets.append(BucketedDataset(spec, latent, seen))
+                found.append(find_records(spec, seen))
+                _check_steps(spec, latent)
+                _check_faces(spec, found[-1])
             except UserError as error:
                 problems += str(error).splitlines()
         if problems:
             # a folder that several datasets share is named once
             raise UserError("\n".join(dict.fromkeys(problems)))
-        self.datasets = tuple(datasets)
-        check_none_is_extra(found for dataset in self.datasets for found in dataset.records_of_subsets())
+        check_none_is_extra(
+            s for spec, records in zip(config.datasets, found, strict=True) for s in by_subset(spec, records)
+        )
+        split = split_records(config.datasets, found, seed=seed)
+        self.datasets, self.validation_datasets = (
+            tuple(BucketedDataset(spec, records) for spec, records in zip(specs, parts, strict=True) if records)
+            for specs, parts in (
+                (config.datasets, split.training),
+                ([for_validation(spec, seed) for spec in config.datasets], split.validation),
+            )
+        )
         self.maker = BatchMaker(
             self.datasets, seed=seed, prior_loss_weight=prior_loss_weight, conditioning_as=conditioning_as
         )
@@ -318,7 +337,7 @@ class TrainingData:
         The same goes for its alpha mask.
         """
         merged: dict[Wanted, Wanted] = {}
-        for dataset in self.datasets:
+        for dataset in (*self.datasets, *self.validation_datasets):
             for record in sorted({use.record for use in dataset.uses}):
                 wanted = dataset.wanted(record)
                 plain = replace(wanted, flip=False, alpha_mask=False)

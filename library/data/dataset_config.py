@@ -14,10 +14,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from library.config.arguments import DatasetOptions
+from library.config.arguments import DatasetOptions, ValidationOptions
 from library.config.config_file import load_toml
 from library.data.buckets import BucketRules, make_sizes
 from library.data.captions import CaptionRules
@@ -49,6 +48,7 @@ class SubsetSpec:
     metadata_file: Path | None = None  # captions and tags of the fine-tuning method, instead of caption files
     cache_info: bool = False  # remember sizes and captions in the folder
     on_bad_image: str = "stop"  # or "skip"
+    validation_split: float = 0.0  # share of its pictures that are kept for validation, 0 to 1
 
     @property
     def source(self) -> Path:
@@ -67,6 +67,7 @@ class DatasetSpec:
     network_multiplier: float
     resize_interpolation: str | None
     subsets: tuple[SubsetSpec, ...]
+    validation_seed: int | None = None  # of the choice of validation pictures and of their noise; the run's, if None
 
     @property
     def is_dreambooth(self) -> bool:
@@ -132,17 +133,9 @@ _KEYS: dict[str, _Key] = {
     "metadata_file": _Key("text", (_SUBSET,)),
     "token_warmup_step": _Key("amount", _EVERYWHERE, "token_warmup_step"),
     "token_warmup_min": _Key("natural", _EVERYWHERE, "token_warmup_min"),
-    # published keys that this version refuses unless they are off, see UNSUPPORTED
-    "validation_split": _Key("share", _OF_DATASET),
-    "validation_seed": _Key("int", _OF_DATASET),
+    "validation_split": _Key("share", _EVERYWHERE, "validation_split", 0.0),
+    "validation_seed": _Key("int", _OF_DATASET, "validation_seed"),
 }
-
-#: published keys that are refused when they are on: why, and what to use
-UNSUPPORTED: Mapping[str, str] = MappingProxyType(
-    {
-        "validation_split": "validation is not supported yet; compare sample images instead",
-    }
-)
 
 #: what differs from use to use, so that nothing can be encoded once
 NOT_WITH_CACHED_LATENTS = ("random_crop", "face_crop_aug_range", "color_aug")
@@ -150,7 +143,10 @@ NOT_WITH_CACHED_LATENTS = ("random_crop", "face_crop_aug_range", "color_aug")
 _NOT_WITH_METADATA = ("caption_extension", "class_tokens", "is_reg", "cache_info")
 
 #: what belongs on the command line only
-_OPTIONS_ONLY = ("debug_dataset", "max_token_length", "on_bad_image", "prior_loss_weight")
+_OPTIONS_ONLY = (
+    *("debug_dataset", "max_token_length", "on_bad_image", "prior_loss_weight"),
+    *("validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps"),
+)
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
@@ -193,18 +189,25 @@ _CHECKS = {
 # ---- reading ----
 
 
-def load_dataset_config(path: Path | str | None, options: DatasetOptions) -> DatasetConfig:
+def load_dataset_config(
+    path: Path | str | None, options: DatasetOptions, validation: ValidationOptions | None = None
+) -> DatasetConfig:
     """Read and check the dataset file, or the folders that the command line names.
+
+    Args:
+        options: stand in for keys that the file does not give.
+        validation: the same, of validation.
 
     Raises:
         UserError: every mistake, one line each, with file, table, key and remedy.
     """
     if path is None:
-        return _Reader("command line", options).read(_from_folders(options))
+        return _Reader("command line", options, validation).read(_from_folders(options))
     path = Path(path)
     if path.suffix.lower() not in (".toml", ".json"):
         raise UserError(f"--dataset_config {path}: must end with .toml or .json")
-    return _Reader(str(path), options).read(load_json(path) if path.suffix.lower() == ".json" else _load_toml(path))
+    content = load_json(path) if path.suffix.lower() == ".json" else _load_toml(path)
+    return _Reader(str(path), options, validation).read(content)
 
 
 def _load_toml(path: Path) -> dict[str, Any]:
@@ -276,9 +279,10 @@ def _from_folders(options: DatasetOptions) -> dict[str, Any]:
 class _Reader:
     """One file's tables to specs, collecting every mistake."""
 
-    def __init__(self, source: str, options: DatasetOptions) -> None:
+    def __init__(self, source: str, options: DatasetOptions, validation: ValidationOptions | None) -> None:
         self._source = source
         self._options = options
+        self._validation = validation or ValidationOptions()
         self._problems: list[str] = []
         self._command_line = self._from_command_line()
 
@@ -289,7 +293,8 @@ class _Reader:
             flag = key.flag
             if name == "caption_extension" and self._options.caption_extention:
                 flag = "caption_extention"
-            value = getattr(self._options, flag) if flag else None
+            holder = self._validation if flag and hasattr(self._validation, flag) else self._options
+            value = getattr(holder, flag) if flag else None
             if value is None:
                 continue
             parse = _FROM_COMMAND_LINE.get(key.kind)
@@ -344,8 +349,6 @@ class _Reader:
                 self._problem(where, name, f"belongs into {' or '.join(key.levels)}")
             elif not _CHECKS[key.kind][0](value):
                 self._problem(where, name, f"{value!r}: write {_CHECKS[key.kind][1]}")
-            elif name in UNSUPPORTED and value:
-                self._problem(where, name, UNSUPPORTED[name])
             else:
                 good[name] = value
         return good
@@ -401,6 +404,7 @@ class _Reader:
             network_multiplier=float(values["network_multiplier"]),
             resize_interpolation=values["resize_interpolation"],
             subsets=tuple(spec for spec in specs if spec is not None),
+            validation_seed=values["validation_seed"],
         )
 
     def _refuse_with_metadata(self, own: Mapping[str, Any], where: str) -> None:
@@ -452,6 +456,11 @@ class _Reader:
             return None
         if values["token_warmup_min"] > 1 and not values["token_warmup_step"] and "token_warmup_min" in own:
             logger.warning("%s: %s: token_warmup_min has no effect without token_warmup_step", self._source, where)
+        if values["is_reg"] and own.get("validation_split"):
+            logger.warning(
+                "%s: %s: validation_split has no effect: regularisation pictures are never validated on",
+                *(self._source, where),
+            )
         extension = values["caption_extension"]
         return SubsetSpec(
             where=f"{self._source}: {where}",
@@ -486,6 +495,7 @@ class _Reader:
             metadata_file=Path(metadata) if metadata else None,
             cache_info=values["cache_info"],
             on_bad_image=self._options.on_bad_image,
+            validation_split=0.0 if values["is_reg"] else float(values["validation_split"]),
         )
 
     def _places_are_good(self, folder: str | None, metadata: str | None, table: Any, where: str) -> bool:

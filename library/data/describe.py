@@ -10,6 +10,8 @@ from typing import Any
 from library.data.buckets import mean_aspect_error
 from library.data.dataset import BucketedDataset, TrainingData
 from library.data.dataset_config import SubsetSpec
+from library.data.validation_split import name_of
+from library.randomness import key
 
 
 def metadata(
@@ -18,7 +20,7 @@ def metadata(
     """``ss_datasets`` (with a dataset file) or the flat keys (without), and the counts; tables as Python values."""
     entries: dict[str, Any] = {
         "ss_num_train_images": sum(d.num_train for d in data.datasets),
-        "ss_num_validation_images": 0,
+        "ss_num_validation_images": sum(len(d.records) for d in data.validation_datasets),
         "ss_num_reg_images": sum(d.num_reg for d in data.datasets),
         "ss_num_batches_per_epoch": data.batches_per_process(world_size),
     }
@@ -150,4 +152,12 @@ def summary_rows(data: TrainingData) -> list[tuple[str, str]]:
         rows.append((name, f"{dataset.num_train} pictures an epoch{reg}, batch size {dataset.spec.batch_size}"))
         sizes = ", ".join(f"{w}x{h}: {count}" for (w, h), count in dataset.bucket_counts().items())
         rows.append(("buckets" if len(data.datasets) == 1 else f"buckets {number}", sizes))
+    if data.validation_datasets:
+        rows.append(("validation", f"{sum(len(d.records) for d in data.validation_datasets)} pictures"))
     return rows
+
+
+def validation_set(data: TrainingData) -> str:
+    """A short text that differs where other pictures are validated on."""
+    names = [part for d in data.validation_datasets for record in d.records for part in name_of(record)]
+    return f"{len(names) // 2} ({key(*names):016x})"

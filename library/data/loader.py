@@ -90,10 +90,14 @@ class BatchMaker:
             network_multiplier=spec.network_multiplier,
         )
 
+    def visit(self, ref: BatchRef, use: Use) -> int:
+        """The key of all that is random about a sample."""
+        return visit_key(self._seed, ref.epoch, ref.dataset, use.record, use.repeat)
+
     def _sample(self, ref: BatchRef, use: Use) -> _Sample:
         dataset = self._datasets[ref.dataset]
         record, subset, bucket = dataset.records[use.record], dataset.subset(use.record), dataset.bucket_of[use.record]
-        visit = visit_key(self._seed, ref.epoch, ref.dataset, use.record, use.repeat)
+        visit = self.visit(ref, use)
         flipped = subset.flip_aug and python_rng(visit, "flip").random() < 0.5
         caption = final_caption(
             record.caption,

@@ -152,7 +152,7 @@ def generate_images(
     Raises:
         UserError: the sampler cannot work with the model.
     """
-    with _undisturbed(models.modules(), options.device):
+    with undisturbed(models.modules(), options.device):
         latents = generate_latents(models, batch, options, encoded)
         with _on_device(models.vae, options.device), torch.inference_mode():
             # one at a time: decoding takes far more memory than sampling
@@ -182,7 +182,7 @@ def generate_latents(
     set_timesteps(scheduler, first.steps, options.device)
     encoded = {} if encoded is None else encoded
     with (
-        _undisturbed(models.modules(), options.device),
+        undisturbed(models.modules(), options.device),
         torch.inference_mode(),
         torch.autocast(options.device.type, dtype=options.dtype, enabled=options.dtype != torch.float32),
     ):
@@ -267,7 +267,7 @@ def to_image(pixels: Tensor) -> Image:
 
 
 @contextlib.contextmanager
-def _undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Modules in eval mode meanwhile, each back in its own mode after; global generators as they were."""
     modes = [(module, module.training) for root in modules for module in root.modules()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -28,6 +28,10 @@ class OutputNames:
     def step(self, step: int) -> Path:
         return self.directory / f"{self.stem or 'at'}-step{step:08d}.{self.extension}"
 
+    def best(self) -> Path:
+        """The weights of the lowest validation loss."""
+        return self.directory / f"{self.stem or 'last'}-best.{self.extension}"
+
     def final_state(self) -> Path:
         return self.directory / f"{self.stem or 'last'}-state"
 

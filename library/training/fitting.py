@@ -100,10 +100,17 @@ class Fitting:
         self._progress.update(figures.step, epoch=position.epoch + 1, loss=self._average.mean)
 
     def is_save_due(self, step: int) -> bool:
-        return self._run.policy.saves_after_step(step)
+        validation = self._run.validation
+        return self._run.policy.saves_after_step(step) or (validation is not None and validation.is_due(step))
+
+    def is_over(self) -> bool:
+        return self._run.validation is not None and self._run.validation.ends_run
 
     def save_after_step(self, step: int, epoch: int) -> None:
         run, policy = self._run, self._run.policy
+        # first, so that what is saved at this step knows of it
+        if run.validation is not None:
+            run.validation.after_step(step, epoch, training_loss=self._average.mean, trackers=self._trackers)
         if policy.saves_after_step(step):
             self._trainer.save(run, run.names.step(step), step=step, epoch=epoch)
             if policy.save_state:
@@ -118,7 +125,7 @@ class Fitting:
 
     def save_after_epoch(self, step: int, epoch: int) -> None:
         run, policy = self._run, self._run.policy
-        self._trackers.log({"loss/epoch_average": self._average.mean}, step=step)
+        self._trackers.log_by_epoch({"loss/epoch_average": self._average.mean}, step=step, epoch=epoch)
         if policy.saves_after_epoch(epoch, run.plan.num_epochs):
             self._trainer.save(run, run.names.epoch(epoch), step=step, epoch=epoch)
             if policy.save_state:

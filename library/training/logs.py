@@ -85,6 +85,14 @@ class Trackers:
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._accelerator.log(dict(values), step=step)
 
+    def log_by_epoch(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
+        """Figures of an epoch, over the epochs (counted from 1) where a tracker has more than one axis."""
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "wandb":  # its steps never go back, so the epoch is a figure of its own
+                tracker.log({**values, "global_step": step, "epoch": epoch}, step=step)
+            else:
+                tracker.log(dict(values), step=epoch)
+
     def images(self, images: Mapping[str, Image], step: int) -> None:
         """Sample pictures, under ``sample_<index>``."""
         import numpy as np
@@ -117,6 +125,21 @@ def print_summary(rows: Sequence[tuple[str, str]], *, simple: bool) -> None:
     for name, value in rows:
         table.add_row(name, value)
     Console(stderr=True).print(table)
+
+
+class PaceReport:
+    """A plain line now and then on work that is done beside the steps."""
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        due = now - self._said >= PLAIN_LINE_INTERVAL
+        if due or (done == total and now - self._started >= PLAIN_LINE_INTERVAL):
+            self._said = now
+            logger.info("%s: %d of %d, %.1f a second", self._doing, done, total, done / (now - self._started))
 
 
 class Progress:

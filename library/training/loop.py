@@ -51,6 +51,10 @@ class LoopHooks(Protocol):
         """Whether ``save_after_step`` will write anything, so that pending figures are checked first."""
         ...
 
+    def is_over(self) -> bool:
+        """Asked after the saves of a step: whether the run ends here, before its last step."""
+        ...
+
     def interrupted(self, step: int, epoch: int) -> None: ...
 
 
@@ -138,6 +142,8 @@ def run_loop(
             hooks.save_after_step(step, epoch)
             if batch_in_epoch >= plan.batches_per_epoch:
                 hooks.save_after_epoch(step, epoch)
+            if hooks.is_over():
+                return step
             if stops and step < plan.total_steps:
                 hooks.interrupted(step, epoch)
                 return step

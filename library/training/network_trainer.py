@@ -203,6 +203,9 @@ class NetworkTrainer(Trainer):
     def batch_started(self, run: Run, batch: Batch) -> None:
         if self._on_step_start is not None:
             self._on_step_start()
+        self.validation_batch_started(run, batch)
+
+    def validation_batch_started(self, run: Run, batch: Batch) -> None:
         if batch.network_multiplier != self._multiplier:
             self._multiplier = batch.network_multiplier
             self._network.set_multiplier(self._multiplier)

@@ -48,7 +48,11 @@ class RunPlan:
     @property
     def num_epochs(self) -> int:
         """Epochs begun, the last of which may be cut short by ``max_train_steps``."""
-        return math.ceil(self.total_steps / self.steps_per_epoch)
+        return self.epochs_begun(self.total_steps)
+
+    def epochs_begun(self, step: int) -> int:
+        """Epochs that the first ``step`` steps are part of."""
+        return math.ceil(step / self.steps_per_epoch)
 
     def position(self, step: int) -> Position:
         """Where the run stands after ``step`` optimizer steps."""

@@ -36,6 +36,8 @@ class TrainState:
     #: what must be equal for the resumed run to be exact: name -> value
     fingerprint: dict[str, object] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+    #: the best validation so far, as ``library.training.validation.BestSoFar`` writes it
+    validation: dict[str, float] = field(default_factory=dict)
 
     def changes(self, now: dict[str, object]) -> list[str]:
         """Lines on every difference that breaks exactness."""

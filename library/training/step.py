@@ -5,7 +5,7 @@ Shape legend: B batch, C latent channels, (h, w) latent size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,9 +64,15 @@ def _generators(visits: Sequence[int], purpose: str) -> list[torch.Generator]:
 
 
 def make_noisy(
-    latents: Tensor, visits: Sequence[int], schedule: NoiseSchedule, settings: NoiseSettings, *, v_prediction: bool
+    latents: Tensor,
+    visits: Sequence[int],
+    schedule: NoiseSchedule,
+    settings: NoiseSettings,
+    *,
+    v_prediction: bool,
+    timestep: int | None = None,
 ) -> NoisyBatch:
-    """Noise scaled latents (B, C, h, w) at a random timestep each; every draw is keyed by the visit."""
+    """Noise scaled latents (B, C, h, w) at a random timestep each, or all at one; every draw is keyed by the visit."""
     device = latents.device
     noise = noises.draw_noise(tuple(latents.shape[1:]), _generators(visits, "noise")).to(device, non_blocking=True)
     if settings.multires_iterations:
@@ -89,7 +95,9 @@ def make_noisy(
         [
             times.sample_timestep(generator, settings.min_timestep, settings.max_timestep)
             for generator in _generators(visits, "timestep")
-        ],
+        ]
+        if timestep is None
+        else [timestep] * len(visits),
         dtype=torch.long,
     ).to(device, non_blocking=True)
     input_noise = noise
@@ -138,28 +146,29 @@ def sample_losses(
     return loss
 
 
-def training_loss(
+def batch_losses(
     architecture: Architecture,
     denoiser: nn.Module,
     batch: Batch,
     latents: Tensor,
-    encode_text: Callable[[Batch], Conditioning],
+    conditioning: Conditioning,
     schedule: NoiseSchedule,
     noise: NoiseSettings,
     loss: LossSettings,
     *,
     v_prediction: bool,
     dtype: torch.dtype,
+    timestep: int | None = None,
 ) -> Tensor:
-    """The mean loss of a batch, with a graph back to whatever is trained.
+    """The loss of each sample (B,), with a graph back to whatever is trained.
 
     Args:
         latents: (B, C, h, w) as the cache stores them, on the denoiser's device.
+        conditioning: encoded inside the caller's autocast, so that trained encoders get gradients.
         dtype: of the frozen denoiser's weights, which its inputs are cast to.
-        encode_text: called inside the caller's autocast, so that trained encoders get gradients.
+        timestep: of all samples; one drawn for each, if not given.
     """
-    noisy = make_noisy(architecture.scale_latents(latents), batch.visits, schedule, noise, v_prediction=v_prediction)
-    conditioning = encode_text(batch)
+    scaled = architecture.scale_latents(latents)
+    noisy = make_noisy(scaled, batch.visits, schedule, noise, v_prediction=v_prediction, timestep=timestep)
     prediction = architecture.predict(denoiser, noisy.noisy.to(dtype), noisy.timesteps, conditioning)
-    weighted = sample_losses(prediction, noisy, schedule, loss, v_prediction=v_prediction, masks=batch.loss_masks)
-    return (weighted * batch.loss_weights).mean()
+    return sample_losses(prediction, noisy, schedule, loss, v_prediction=v_prediction, masks=batch.loss_masks)

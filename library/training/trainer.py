@@ -11,11 +11,10 @@ import argparse
 import contextlib
 import logging
 import os
-import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,9 +40,10 @@ from library.optim.schedulers import ScheduleSettings, check_scheduler
 from library.training.checkpoints import OutputNames, SavePolicy
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
-from library.training.logs import TrackerSettings
+from library.training.logs import PaceReport, TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
+from library.training.processes import choose_seed, make_accelerator, of_main_process
 from library.training.resume import TrainState, load_state, read_state, save_state
 from library.training.settings import (
     loss_settings,
@@ -52,15 +52,14 @@ from library.training.settings import (
     schedule_settings,
     tracker_settings,
 )
-from library.training.step import training_loss
+from library.training.step import NoiseSettings, batch_losses
+from library.training.validation import Validation, check_validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
-
-MAX_RANDOM_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,8 @@ class Run:
     trained: Trained | None = None
     record: Any = None  # metadata of what is saved
     start_step: int = 0
+    done_steps: int = 0  # when training has ended
+    validation: Validation | None = None
 
     @property
     def options(self) -> TrainNetworkOptions:
@@ -158,6 +159,10 @@ class Trainer(ABC):
         """Check everything, scan the data, and lay out the run; no weights are loaded yet."""
         setup_console(options.console)
         checked = self.check(options)
+        accelerator = make_accelerator(options.training, checked.trackers)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
+        checked = replace(checked, seed=of_main_process(checked.seed))
         data = TrainingData(
             checked.dataset_config,
             seed=checked.seed,
@@ -165,9 +170,6 @@ class Trainer(ABC):
             prior_loss_weight=options.loss.prior_loss_weight,
             conditioning_as=self.conditioning_as,
         )
-        accelerator = _make_accelerator(checked)
-        if accelerator.device.type == "cpu":
-            keep_freed_memory()
         plan = RunPlan.make(
             batches_per_epoch=data.batches_per_process(accelerator.num_processes),
             gradient_accumulation_steps=options.training.gradient_accumulation_steps,
@@ -199,7 +201,8 @@ class Trainer(ABC):
         """
         for warning in check_rules(options, self.architecture):
             logger.warning(warning)
-        dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset)
+        dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
+        idle = check_validation(dataset_config, options.validation)
         check_roles(dataset_config, self.conditioning_as, masked_loss=options.loss.masked_loss)
         optimizer = resolve_optimizer(
             options.optimizer.optimizer_type,
@@ -210,7 +213,7 @@ class Trainer(ABC):
             separate_rates=options.optimizer.unet_lr is not None or bool(options.optimizer.text_encoder_lr),
         )
         schedule = schedule_settings(options)
-        for warning in (*optimizer.warnings, *check_scheduler(optimizer, schedule)):
+        for warning in (*idle, *optimizer.warnings, *check_scheduler(optimizer, schedule)):
             logger.warning(warning)
         self.check_trained(options)
         prompts = self._read_prompts(options)
@@ -232,14 +235,6 @@ class Trainer(ABC):
                 v_prediction=checkpoint.info.v_prediction,
                 zero_terminal_snr=_draws_with_zero_snr(options, checkpoint.info),
             )
-        seed = options.training.seed
-        if seed is None:
-            # a resumed run goes on with the seed that its first part drew
-            seed = (
-                resumed.seed
-                if resumed and resumed.seed is not None
-                else random.SystemRandom().randint(0, MAX_RANDOM_SEED)
-            )
         return Checked(
             options=options,
             dataset_config=dataset_config,
@@ -250,7 +245,7 @@ class Trainer(ABC):
             prompts=prompts,
             resumed=resumed,
             trackers=trackers,
-            seed=seed,
+            seed=choose_seed(options.training.seed, resumed.seed if resumed else None),
         )
 
     def cache(self, run: Run) -> None:
@@ -268,7 +263,7 @@ class Trainer(ABC):
                 to_disk=options.cache_latents_to_disk,
                 vae_identity=self.architecture.vae_identity(run.checked.checkpoint),
                 trust=options.skip_cache_check,
-                report=_CacheReport(),
+                report=PaceReport("encoding pictures"),
             )
         logger.info("latents: %d encoded, %d from the cache", made, run.data.picture_count() - made)
         if draws and run.vae is None:
@@ -295,6 +290,8 @@ class Trainer(ABC):
             self.architecture.enable_gradient_checkpointing(run.denoiser, run.text_encoders)
         run.schedule = run.schedule.to(run.device)
         run.trained = self.build_trained(run)
+        if run.data.validation_datasets:
+            run.validation = Validation(self, run)
         if run.options.resume.resume:
             self._resume(run)
 
@@ -303,7 +300,7 @@ class Trainer(ABC):
         fitting = Fitting(self, run)
         try:
             fitting.start()
-            done = run_loop(
+            run.done_steps = run_loop(
                 run.plan,
                 start_step=run.start_step,
                 seed=run.checked.seed,
@@ -314,12 +311,12 @@ class Trainer(ABC):
             )
         finally:
             fitting.close()
-        if done < run.plan.total_steps:
+        if run.done_steps < run.plan.total_steps and not fitting.is_over():
             raise SystemExit(interrupt.exit_code)
 
     def finish(self, run: Run, interrupt: Interrupt) -> None:
         """Save the final weights and, if asked for, the final state."""
-        steps, epochs = run.plan.total_steps, run.plan.num_epochs
+        steps, epochs = run.done_steps, run.plan.epochs_begun(run.done_steps)
         self.save(run, run.names.final(), step=steps, epoch=epochs)
         if run.policy.save_state or run.policy.save_state_on_train_end:
             self.save_state(run, run.names.final_state(), step=steps, epoch=epochs, losses=[])
@@ -355,7 +352,10 @@ class Trainer(ABC):
         """A hook for trained modules that change by epoch."""
 
     def batch_started(self, run: Run, batch: Batch) -> None:
-        """A hook before each forward pass."""
+        """A hook before each forward pass of training."""
+
+    def validation_batch_started(self, run: Run, batch: Batch) -> None:
+        """A hook before each batch of a validation."""
 
     def step_ended(self, run: Run, step: int) -> dict[str, Tensor]:
         """A hook after each update; may return figures to log."""
@@ -396,34 +396,56 @@ class Trainer(ABC):
         ]
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
+        """The mean loss of a batch."""
         with run.accelerator.autocast():
-            return training_loss(
-                self.architecture,
-                run.denoiser,
-                batch,
-                self._latents(run, batch),
-                lambda b: self.encode_text(run, b),
-                run.schedule,
-                noise_settings(run.options),
-                loss_settings(run.options),
-                v_prediction=run.checked.info.v_prediction,
-                dtype=run.weight_dtype,
-            )
+            latents, conditioning = self.latents(run, batch), self.encode_text(run, batch)
+            losses = self.losses(run, batch, latents, conditioning, noise_settings(run.options))
+            return (losses * batch.loss_weights).mean()
+
+    def losses(
+        self,
+        run: Run,
+        batch: Batch,
+        latents: Tensor,
+        conditioning: Conditioning,
+        noise: NoiseSettings,
+        timestep: int | None = None,
+    ) -> Tensor:
+        """The loss of each sample (B,), at a drawn timestep each, or all at one; called within autocast."""
+        return batch_losses(
+            self.architecture,
+            run.denoiser,
+            batch,
+            latents,
+            conditioning,
+            run.schedule,
+            noise,
+            loss_settings(run.options),
+            v_prediction=run.checked.info.v_prediction,
+            dtype=run.weight_dtype,
+            timestep=timestep,
+        )
 
     def batches(self, run: Run, epoch: int, start_batch: int) -> Iterable[Batch]:
         """The rest of an epoch, counted from 0, tokenised in the loader's workers."""
-        model, dataset = run.options.model, run.options.dataset
         return run.data.dataloader(
             epoch=epoch,
             start_batch=start_batch,
-            tokenize=Tokenize(self.architecture, run.tokenizers, model.max_token_length, model.weighted_captions),
-            num_workers=min(dataset.max_data_loader_n_workers, os.cpu_count() or 1),
-            pin_memory=run.device.type == "cuda",
-            persistent=dataset.persistent_data_loader_workers,
             rank=run.accelerator.process_index,
             world_size=run.accelerator.num_processes,
             plan=run.plan,
+            **self.loading(run),
         )
+
+    def loading(self, run: Run) -> dict[str, Any]:
+        """How batches are prepared, those of training and those of validation."""
+        model, dataset = run.options.model, run.options.dataset
+        return {
+            "tokenize": Tokenize(self.architecture, run.tokenizers, model.max_token_length, model.weighted_captions),
+            "num_workers": min(dataset.max_data_loader_n_workers, os.cpu_count() or 1),
+            "pin_memory": run.device.type == "cuda",
+            "persistent": dataset.persistent_data_loader_workers,
+        }
 
     def draw(self, run: Run, prompt: SamplePrompt, path: Path) -> Image:
         """Draw one sample image with the weights as they are, and save it with its settings."""
@@ -453,7 +475,7 @@ class Trainer(ABC):
         save_png(image, path, settings.record(model=name, network=run.options.output.output_name or ""))
         return image
 
-    def _latents(self, run: Run, batch: Batch) -> Tensor:
+    def latents(self, run: Run, batch: Batch) -> Tensor:
         """(B, C, h, w) stored-form latents: cached ones, or encoded now with draws keyed by the visit."""
         if batch.latents is not None:
             return batch.latents
@@ -472,7 +494,8 @@ class Trainer(ABC):
 
     def save_state(self, run: Run, path: Path, *, step: int, epoch: int, losses: list[float]) -> None:
         self.training_mode(run, False)
-        state = TrainState(epoch, step, run.checked.seed, _fingerprint(run), losses)
+        validation = run.validation.best.state() if run.validation else {}
+        state = TrainState(epoch, step, run.checked.seed, _fingerprint(run), losses, validation)
         save_state(run.accelerator, path, state)
         self.training_mode(run, True)
 
@@ -481,6 +504,8 @@ class Trainer(ABC):
         for change in state.changes(_fingerprint(run)):
             logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
         load_state(run.accelerator, Path(run.options.resume.resume))
+        if run.validation:
+            run.validation.restore(state.validation)
         run.start_step = state.current_step
         if run.start_step >= run.plan.total_steps:
             raise UserError(
@@ -527,43 +552,9 @@ class Tokenize:
         )
 
 
-def _make_accelerator(checked: Checked) -> Accelerator:
-    from datetime import timedelta
-
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    training = checked.options.training
-    if training.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
-    handlers: list[Any] = []
-    if training.ddp_timeout:
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=training.ddp_timeout)))
-    return Accelerator(
-        mixed_precision=training.mixed_precision,
-        log_with=list(checked.trackers.backends),
-        project_dir=str(checked.trackers.directory),
-        kwargs_handlers=handlers,
-        # one scheduler step per optimizer step, however many processes there are
-        step_scheduler_with_optimizer=False,
-    )
-
-
 def _draws_with_zero_snr(options: TrainNetworkOptions, info: ModelInfo) -> bool:
     """Samplers cannot start from pure noise with a model that predicts it; training with it only warns."""
     return options.noise.zero_terminal_snr and info.v_prediction
-
-
-class _CacheReport:
-    """Says now and then how far the encoding is."""
-
-    def __init__(self) -> None:
-        self._started = self._said = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._said >= 10 or (done == total and now - self._started >= 10):
-            self._said = now
-            logger.info("encoding pictures: %d of %d, %.1f a second", done, total, done / (now - self._started))
 
 
 def _fingerprint(run: Run) -> dict[str, object]:
@@ -575,6 +566,7 @@ def _fingerprint(run: Run) -> dict[str, object]:
         "--gradient_accumulation_steps": options.training.gradient_accumulation_steps,
         "total steps": run.plan.total_steps,
         "processes": run.accelerator.num_processes,
+        "validation pictures": describe.validation_set(run.data),
         "--mixed_precision": options.training.mixed_precision,
         "optimizer": run.checked.optimizer.metadata_name,
         "--lr_scheduler": options.scheduler.lr_scheduler,

@@ -16,8 +16,7 @@ from library.errors import UserError
 #: the option names of the features that this version leaves out; one that is dropped here must be implemented
 LEFT_OUT = (
     "dataset_class debug_dataset "
-    "validation_seed validation_split validate_every_n_steps validate_every_n_epochs "
-    "max_validation_steps huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token "
+    "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token "
     "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload full_fp16 full_bf16 "
     "fp8_base fp8_base_unet torch_compile dynamo_backend cpu_offload_checkpointing mem_eff_attn fused_backward_pass "
     "ddp_gradient_as_bucket_view ddp_static_graph initial_epoch initial_step skip_until_initial_step deepspeed "
@@ -102,6 +101,8 @@ ERRORS = [
     ({"adaptive_noise_scale": 0.1}, "--noise_offset"),
     ({"huber_c": 0.0, "loss_type": "huber"}, "--huber_c"),
     ({"sample_every_n_steps": 10}, "--sample_prompts"),
+    ({"validate_every_n_epochs": 0}, "--validate_every_n_epochs 0: must be at least 1"),
+    ({"early_stopping_patience": 0}, "--early_stopping_patience 0: must be at least 1"),
 ]
 
 

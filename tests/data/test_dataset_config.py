@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from library.config.arguments import DatasetOptions
-from library.data.dataset_config import UNSUPPORTED, load_dataset_config
+from library.data.dataset_config import load_dataset_config
 from library.errors import UserError
 from tests.data.samples import draw
 
@@ -150,14 +150,6 @@ def test_an_integer_is_no_boolean(tmp_path: Path, pictures: Path, key: str) -> N
 def test_a_boolean_is_no_number(tmp_path: Path, pictures: Path, key: str) -> None:
     (line,) = problems(tmp_path, minimal(pictures, general=f"{key} = true"))
     assert line.startswith(f"data.toml: [general]: {key}: True: write a")
-
-
-def test_validation_split_is_refused_unless_zero(tmp_path: Path, pictures: Path) -> None:
-    for zero in ("0", "0.0"):
-        load(tmp_path, minimal(pictures, dataset=f"validation_split = {zero}\nvalidation_seed = 1"))
-    for share in ("1", "0.5"):
-        (line,) = problems(tmp_path, minimal(pictures, dataset=f"validation_split = {share}"))
-        assert line.endswith(UNSUPPORTED["validation_split"])
 
 
 def test_the_tag_warm_up_comes_from_anywhere(tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,72 @@
+"""The batches of a validation: every picture kept for it, once, in an order that never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from library.data.batch import Batch
+from library.data.dataset import BatchRef, TrainingData, Use
+from library.data.loader import BatchMaker, Loader, Tokenize
+from library.data.validation_split import name_of, seed_of
+from library.randomness import key, permutation
+
+
+class ValidationBatchMaker(BatchMaker):
+    """Keys what is left of randomness (noise, a choice of wildcards) by the picture alone.
+
+    So a picture has the same noise in every validation, in other runs too, and whatever pictures are added.
+    """
+
+    def visit(self, ref: BatchRef, use: Use) -> int:
+        dataset = self._datasets[ref.dataset]
+        return key(seed_of(dataset.spec, self._seed), "validation", *name_of(dataset.records[use.record]))
+
+
+class ValidationData:
+    """One process's share of the validation pictures of a run.
+
+    Args:
+        data: of the run, its latents cached if they will be.
+        max_batches: of a validation, over all processes.
+    """
+
+    def __init__(
+        self, data: TrainingData, *, max_batches: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self._maker = ValidationBatchMaker(
+            data.validation_datasets, seed=data.seed, prior_loss_weight=1.0, conditioning_as=data.conditioning_as
+        )
+        self._maker.latents = data.maker.latents
+        found = [
+            ref
+            for index, dataset in enumerate(data.validation_datasets)
+            for ref in dataset.batches(seed_of(dataset.spec, data.seed), 0, index)
+        ]
+        # in a mixed order, so that the first of them stand for all
+        seed = seed_of(data.validation_datasets[0].spec, data.seed)
+        order = permutation(len(found), seed, "validation batches")[:max_batches]
+        self.picture_count = sum(len(found[index].uses) for index in order)
+        self._refs = [found[index] for index in order][rank::world_size]
+        self._loader: Loader | None = None
+
+    def __len__(self) -> int:
+        """Batches of this process; there may be none."""
+        return len(self._refs)
+
+    def batches(
+        self, *, tokenize: Tokenize, num_workers: int, pin_memory: bool = False, persistent: bool = False
+    ) -> Iterator[Batch]:
+        """The same batches each time; the settings must be, too.
+
+        Raises:
+            UserError: while iterating: a picture or cache file that cannot be read; a worker that was killed.
+        """
+        if self._loader is None:
+            self._loader = Loader(
+                self._maker,
+                tokenize,
+                num_workers=min(num_workers, len(self._refs)),
+                pin_memory=pin_memory,
+                persistent=persistent,
+            )
+        return self._loader.batches(self._refs)

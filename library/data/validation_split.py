@@ -1,0 +1,190 @@
+"""Which pictures are kept for validation: a keyed choice of files, none of which is trained on.
+
+The choice is a function of (seed, folder's name, picture's name): it is the same on every rank and when a run is
+resumed, and a picture that is added changes it by one picture at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from library.data.captions import CaptionRules
+from library.data.dataset_config import DatasetSpec, SubsetSpec
+from library.data.records import ImageRecord
+from library.errors import UserError
+from library.randomness import key
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Records of each dataset, in the datasets' order; either may be empty."""
+
+    training: tuple[list[ImageRecord], ...]
+    validation: tuple[list[ImageRecord], ...]
+
+
+def split_records(specs: Sequence[DatasetSpec], found: Sequence[list[ImageRecord]], *, seed: int) -> Split:
+    """Keep the share of every dataset that it asks for, counted in files.
+
+    The pictures of a dataset whose subsets have the same share are divided together, so that many small folders give
+    no more than one large one. A file that is validated on anywhere is trained on nowhere, whatever names lead to it.
+
+    Args:
+        found: the records of each dataset.
+        seed: of the run, for datasets without ``validation_seed``.
+
+    Raises:
+        UserError: nothing is left to train on, or nothing to validate on.
+    """
+    if not any(subset.validation_split > 0 for spec in specs for subset in spec.subsets):
+        return Split(tuple(found), tuple([] for _ in found))
+    files = [[_file_of(record.path) for record in records] for records in found]
+    chosen = [
+        _chosen(spec, records, of_dataset, seed_of(spec, seed))
+        for spec, records, of_dataset in zip(specs, found, files, strict=True)
+    ]
+    held = {file for of_dataset in chosen for _, file in of_dataset}
+    training, validation = [], []
+    seen: set[Hashable] = set()
+    for spec, records, of_dataset, own in zip(specs, found, files, chosen, strict=True):
+        pictures = list(zip(records, of_dataset, strict=True))
+        _name_the_lost(spec, [r for r, file in pictures if file in held and (_share(spec, r), file) not in own])
+        training.append(_without_lone_regularisation(spec, [r for r, file in pictures if file not in held]))
+        validation.append(_each_once(spec, [pictures[place] for place in sorted(own.values())], seen))
+    where = specs[0].subsets[0].where.rpartition(": [[")[0]
+    if not held:
+        raise UserError(f"{where}: validation_split: of a single picture no share can be kept; add pictures")
+    if not any(training):
+        raise UserError(f"{where}: validation_split: all pictures are validated on; nothing is left to train on")
+    return Split(tuple(training), tuple(validation))
+
+
+def seed_of(spec: DatasetSpec, run_seed: int) -> int:
+    """Of a dataset's validation: its own, else the run's."""
+    return run_seed if spec.validation_seed is None else spec.validation_seed
+
+
+def count_of(total: int, share: float) -> int:
+    """How many of ``total`` files are validated on: the nearest number, and at least one on either side.
+
+    A share of 1 is all of them; a single file is divided by no other share, and stays with training.
+    """
+    if share <= 0 or share >= 1:
+        return total if share >= 1 else 0
+    return min(max(1, math.floor(total * share + 0.5)), total - 1)
+
+
+def for_validation(spec: DatasetSpec, run_seed: int) -> DatasetSpec:
+    """The dataset without all that varies from use to use; a choice of wildcards stays, once for each picture."""
+    return replace(
+        spec,
+        subsets=tuple(_plain(subset) for subset in spec.subsets),
+        validation_seed=seed_of(spec, run_seed),
+    )
+
+
+def _plain(subset: SubsetSpec) -> SubsetSpec:
+    rules = subset.captions
+    captions = CaptionRules(
+        prefix=rules.prefix,
+        suffix=rules.suffix,
+        separator=rules.separator,
+        secondary_separator=rules.secondary_separator,
+        keep_tokens=rules.keep_tokens,
+        keep_tokens_separator=rules.keep_tokens_separator,
+        wildcards=rules.wildcards,
+    )
+    return replace(
+        subset,
+        num_repeats=1,
+        captions=captions,
+        flip_aug=False,
+        random_crop=False,
+        face_crop_range=None,
+        color_aug=False,
+    )
+
+
+def _file_of(path: Path) -> Hashable:
+    """What two names of one file have in common: links and other spellings of a path are seen through."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    # some network drives number no files
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
+
+
+def _share(spec: DatasetSpec, record: ImageRecord) -> float:
+    return spec.subsets[record.subset].validation_split
+
+
+def _chosen(
+    spec: DatasetSpec, records: Sequence[ImageRecord], files: Sequence[Hashable], seed: int
+) -> dict[tuple[float, Hashable], int]:
+    """Places of the records to validate on by (share, file): the first record of each file."""
+    by_share: dict[float, dict[Hashable, int]] = {}
+    for place, (record, file) in enumerate(zip(records, files, strict=True)):
+        if (share := _share(spec, record)) > 0:
+            by_share.setdefault(share, {}).setdefault(file, place)
+    places: dict[tuple[float, Hashable], int] = {}
+    for share, pool in by_share.items():
+        # the lowest of a fixed number for each picture: one more picture moves the border by one place at most
+        ranked = sorted(pool, key=lambda file: (_rank(seed, records[pool[file]]), pool[file]))
+        places |= {(share, file): pool[file] for file in ranked[: count_of(len(pool), share)]}
+    return places
+
+
+def _rank(seed: int, record: ImageRecord) -> int:
+    return key(seed, "validation split", *name_of(record))
+
+
+def name_of(record: ImageRecord) -> tuple[str, str]:
+    """What a picture is known by in keyed draws: it stays when pictures are added, or the folder is moved."""
+    return record.folder.name, record.name
+
+
+def _name_the_lost(spec: DatasetSpec, lost: Sequence[ImageRecord]) -> None:
+    for index, subset in enumerate(spec.subsets):
+        names = [record.name for record in lost if record.subset == index]
+        if names:
+            logger.warning(
+                "%s: left out of training, as another subset validates on the same files: %d pictures, such as %s",
+                *(subset.where, len(names), names[0]),
+            )
+
+
+def _without_lone_regularisation(spec: DatasetSpec, records: list[ImageRecord]) -> list[ImageRecord]:
+    """None, where only regularisation pictures are left: an epoch uses as many as there are others."""
+    if all(spec.subsets[record.subset].is_reg for record in records):
+        if records:
+            logger.warning(
+                "%s: all of its pictures are validated on, so that its regularisation pictures are left out",
+                spec.subsets[0].where.rsplit(" > ", 1)[0],
+            )
+        return []
+    return records
+
+
+def _each_once(
+    spec: DatasetSpec, pictures: Sequence[tuple[ImageRecord, Hashable]], seen: set[Hashable]
+) -> list[ImageRecord]:
+    """Records whose file was not validated on before at the same sizes."""
+    kept = []
+    for record, file in pictures:
+        if (file, spec.buckets) not in seen:
+            seen.add((file, spec.buckets))
+            kept.append(record)
+    if len(kept) < len(pictures):
+        logger.info(
+            "%s: %d of its validation pictures are validated on in another subset, and are not counted twice",
+            *(spec.subsets[0].where.rsplit(" > ", 1)[0], len(pictures) - len(kept)),
+        )
+    return kept

@@ -1,0 +1,265 @@
+"""Validation: the loss on pictures that are not trained on, and what follows from it.
+
+Each picture is judged at the same timesteps with the same noise every time, so losses differ by the weights alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.config.arguments import ValidationOptions
+from library.data.batch import Batch
+from library.data.dataset_config import DatasetConfig
+from library.data.validation_data import ValidationData
+from library.diffusion.timesteps import spread_timesteps
+from library.errors import UserError
+from library.inference.generate import undisturbed
+from library.randomness import key
+from library.training.logs import PaceReport, Trackers
+from library.training.plan import RunPlan
+from library.training.settings import noise_settings
+
+if TYPE_CHECKING:
+    from library.training.trainer import Run, Trainer
+
+logger = logging.getLogger(__name__)
+
+#: timesteps that every picture is judged at
+TIMESTEPS = 4
+
+
+def check_validation(config: DatasetConfig, options: ValidationOptions) -> list[str]:
+    """Warnings for settings that have no effect, as no pictures are kept for validation.
+
+    Raises:
+        UserError: options that the end of the run or its files depend on, without validation.
+    """
+    if any(subset.validation_split > 0 for dataset in config.datasets for subset in dataset.subsets):
+        return []
+    remedy = "without validation pictures; set validation_split in the dataset file, or --validation_split"
+    needing = [
+        f"--{name}: cannot work {remedy}"
+        for name in ("early_stopping_patience", "save_best")
+        if getattr(options, name) not in (None, False)
+    ]
+    if needing:
+        raise UserError("\n".join(needing))
+    names = ("validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+    idle = [f"--{name}" for name in names if getattr(options, name) is not None]
+    if options.validation_seed is None and any(dataset.validation_seed is not None for dataset in config.datasets):
+        idle.append(f"{config.source}: validation_seed")
+    found = [f"{name} has no effect {remedy}" for name in idle]
+    if options.validation_split > 0:
+        found.append("--validation_split has no effect, as the dataset file says 0 for all subsets")
+    return found
+
+
+@dataclass(frozen=True)
+class ValidationPolicy:
+    """When a run validates: by steps, by epochs, and at its end."""
+
+    plan: RunPlan
+    every_n_steps: int | None
+    every_n_epochs: int | None  # each, if not given
+
+    def axes(self, step: int) -> tuple[str, ...]:
+        """Which curves a validation after this step (counted from 1) belongs to: "step", "epoch", both or none."""
+        by_step = self.every_n_steps is not None and step % self.every_n_steps == 0
+        epochs, rest = divmod(step, self.plan.steps_per_epoch)
+        by_epoch = rest == 0 and epochs % (self.every_n_epochs or 1) == 0
+        if not by_step and not by_epoch and step == self.plan.total_steps:
+            by_step, by_epoch = self.every_n_steps is not None, self.every_n_steps is None
+        return ("step",) * by_step + ("epoch",) * by_epoch
+
+
+@dataclass
+class BestSoFar:
+    """The lowest validation loss of a run; part of its state."""
+
+    loss: float = math.inf
+    step: int = 0
+    misses: int = 0  # validations in a row since, that were no better
+
+    def add(self, loss: float, step: int) -> bool:
+        """Whether this is the new best; what is not a number never is."""
+        if loss < self.loss:
+            self.loss, self.step, self.misses = loss, step, 0
+            return True
+        self.misses += 1
+        return False
+
+    def state(self) -> dict[str, float]:
+        """What JSON can hold: no loss before the first validation."""
+        found: dict[str, float] = {"step": self.step, "misses": self.misses}
+        return found | ({"loss": self.loss} if math.isfinite(self.loss) else {})
+
+
+class Validation:
+    """The validations of one run.
+
+    Args:
+        trainer: that can tell losses and save.
+        run: with everything loaded, its latents cached if they will be.
+    """
+
+    def __init__(self, trainer: Trainer, run: Run) -> None:
+        options = run.options.validation
+        self._trainer = trainer
+        self._run = run
+        self._policy = ValidationPolicy(run.plan, options.validate_every_n_steps, options.validate_every_n_epochs)
+        self._patience = options.early_stopping_patience
+        # perturbed inputs are a means of training, as dropout is
+        self._noise = replace(noise_settings(run.options), ip_gamma=None)
+        self._timesteps = spread_timesteps(self._noise.min_timestep, self._noise.max_timestep, TIMESTEPS)
+        self._data = ValidationData(
+            run.data,
+            max_batches=options.max_validation_steps,
+            rank=run.accelerator.process_index,
+            world_size=run.accelerator.num_processes,
+        )
+        self.best = BestSoFar()
+        #: whether patience is used up
+        self.ends_run = False
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from what ``BestSoFar.state`` gave.
+
+        Raises:
+            UserError: the run was ended there by early stopping.
+        """
+        self.best = BestSoFar(state.get("loss", math.inf), int(state.get("step", 0)), int(state.get("misses", 0)))
+        if self._is_out_of_patience():
+            raise UserError(
+                f"--early_stopping_patience {self._patience}: the state of --resume has seen {self.best.misses} "
+                "validations without a new lowest loss already; raise it, or remove it to go on"
+            )
+        best = self._run.names.best()
+        if self.best.step and self._run.options.validation.save_best and not best.exists():
+            logger.warning(
+                "--save_best: %s is not there; it is written at the next loss below %.6f, that of step %d",
+                *(best, self.best.loss, self.best.step),
+            )
+
+    def is_due(self, step: int) -> bool:
+        """Whether ``after_step`` will validate."""
+        return bool(self._policy.axes(step))
+
+    def after_step(self, step: int, epoch: int, *, training_loss: float, trackers: Trackers) -> None:
+        """Validate if it is time, record it, and keep the best weights; all processes take part.
+
+        Args:
+            step: done, counted from 1.
+            epoch: of the step, counted from 1.
+            training_loss: the running mean, which the divergence is measured from.
+        """
+        axes = self._policy.axes(step)
+        if not axes:
+            return
+        started = time.monotonic()
+        with self._as_if_never_left():
+            loss = self._mean_loss()
+            is_best = self.best.add(loss, step)
+            if is_best and self._run.options.validation.save_best:
+                self._trainer.save(self._run, self._run.names.best(), step=step, epoch=epoch)
+        for axis in axes:
+            figures = {
+                f"loss/validation/{axis}_average": loss,
+                f"loss/validation/{axis}_divergence": loss - training_loss,
+            }
+            if axis == "epoch":
+                trackers.log_by_epoch(figures, step=step, epoch=epoch)
+            else:
+                trackers.log(figures, step)
+        self.ends_run = self._is_out_of_patience() and step < self._run.plan.total_steps
+        if self._run.accelerator.is_main_process:
+            self._say(step, loss, is_best, time.monotonic() - started)
+
+    def _is_out_of_patience(self) -> bool:
+        return self._patience is not None and self.best.misses >= self._patience
+
+    def _say(self, step: int, loss: float, is_best: bool, seconds: float) -> None:
+        count = self._data.picture_count
+        standing = "the lowest so far" if is_best else f"the lowest is {self.best.loss:.6f}, of step {self.best.step}"
+        logger.info(
+            "validation after step %d: loss %.6f on %d pictures (%s), %.1f s", step, loss, count, standing, seconds
+        )
+        if not math.isfinite(loss):
+            logger.warning("the validation loss of step %d is not finite, and counts as no better", step)
+        if self.ends_run:
+            logger.warning(
+                "stopped early after step %d: no lower validation loss in %d validations "
+                "(--early_stopping_patience); the lowest was %.6f, of step %d",
+                *(step, self.best.misses, self.best.loss, self.best.step),
+            )
+
+    # ---- measuring ----
+
+    def _mean_loss(self) -> float:
+        """The mean over the pictures of all processes; each counts the same, whatever batch it is in."""
+        run = self._run
+        losses = [torch.zeros(0, device=run.device)]  # a process may have no batch
+        modules = [run.denoiser, *run.text_encoders, *self._trainer.trained_modules(run)]
+        if run.vae is not None:
+            modules.append(run.vae)
+        report = PaceReport("validating batches")
+        with torch.no_grad(), undisturbed(modules, run.device):
+            for done, batch in enumerate(self._data.batches(**self._trainer.loading(run)), start=1):
+                losses.append(self._losses(batch.to(run.device, non_blocking=True)))
+                if run.accelerator.is_main_process:
+                    report(done, len(self._data))
+        found = torch.cat(losses).cpu().double()
+        total = torch.stack([found.sum(), torch.tensor(float(len(found)), dtype=torch.float64)])
+        if run.accelerator.num_processes > 1:
+            total = run.accelerator.reduce(total.to(run.device), reduction="sum")
+        return float(total[0] / total[1])
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """The loss of each picture (B,), the mean over the fixed timesteps.
+
+        It is the training's loss, with its weights and masks, so that the two can be compared.
+        """
+        run, trainer = self._run, self._trainer
+        trainer.validation_batch_started(run, batch)
+        with run.accelerator.autocast():
+            latents = trainer.latents(run, batch)
+            conditioning = trainer.encode_text(run, batch)
+            at_each = [
+                trainer.losses(
+                    run,
+                    replace(batch, visits=[key(visit, "timestep", timestep) for visit in batch.visits]),
+                    latents,
+                    conditioning,
+                    self._noise,
+                    timestep,
+                )
+                for timestep in self._timesteps
+            ]
+        return torch.stack(at_each).mean(dim=0)  # (timesteps, B) -> (B,)
+
+    @contextlib.contextmanager
+    def _as_if_never_left(self) -> Iterator[None]:
+        """Validated and saved weights are those for use; training then goes on with the very same bits.
+
+        Schedule-free optimizers compute one kind of weights from the other, and back with rounding errors.
+        """
+        run = self._run
+        kept = []
+        if run.checked.optimizer.is_schedule_free:
+            kept = [parameter.detach().clone() for parameter in run.trained.parameters]
+        self._trainer.training_mode(run, False)
+        try:
+            yield
+        finally:
+            self._trainer.training_mode(run, True)
+            with torch.no_grad():
+                for parameter, value in zip(run.trained.parameters, kept, strict=False):
+                    parameter.copy_(value)
