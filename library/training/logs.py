@@ -162,3 +162,16 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class CacheReport:
+    """Says now and then how far the encoding is."""
+
+    def __init__(self) -> None:
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._said >= 10 or (done == total and now - self._started >= 10):
+            self._said = now
+            logger.info("encoding pictures: %d of %d, %.1f a second", done, total, done / (now - self._started))

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from library.config.arguments import TrainNetworkOptions
 from library.config.config_file import load_toml
+from library.inference.prompt_line import SamplePrompt, read_prompt_file
 from library.optim.schedulers import ScheduleSettings
 from library.training.checkpoints import SavePolicy
 from library.training.logs import TrackerSettings
 from library.training.plan import RunPlan
+from library.training.resume import TrainState
 from library.training.step import LossSettings, NoiseSettings
+
+MAX_RANDOM_SEED = 2**31 - 1
+
+
+def run_seed(options: TrainNetworkOptions, resumed: TrainState | None) -> int:
+    """The seed that was given; else the one that the first part of a resumed run drew; else one drawn now."""
+    if options.training.seed is not None:
+        return options.training.seed
+    if resumed is not None and resumed.seed is not None:
+        return resumed.seed
+    return random.SystemRandom().randint(0, MAX_RANDOM_SEED)
+
+
+def sample_prompts(options: TrainNetworkOptions) -> tuple[SamplePrompt, ...]:
+    """The prompts of a run that draws sample images.
+
+    Raises:
+        UserError: the file cannot be read, or holds none.
+    """
+    wanted = options.sample
+    is_due = wanted.sample_every_n_steps or wanted.sample_every_n_epochs or wanted.sample_at_first
+    return tuple(read_prompt_file(Path(wanted.sample_prompts))) if wanted.sample_prompts and is_due else ()
 
 
 def save_policy(options: TrainNetworkOptions, plan: RunPlan) -> SavePolicy:

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import logging
 import os
-import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,12 @@ from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning, ModelInfo
 from library.config.arguments import TrainNetworkOptions, build_parser
+from library.config.config_file import origins_of
 from library.config.console import setup_console
+from library.config.explain import print_explanation
+from library.config.no_effect import report
+from library.config.no_effect.by_dataset import without_effect_on_data
+from library.config.no_effect.by_plan import without_effect_in_plan
 from library.config.rules import check as check_rules
 from library.data import describe
 from library.data.conditioning import Role, check_roles
@@ -34,19 +38,22 @@ from library.data.latent_cache import Encode
 from library.diffusion.ddpm import NoiseSchedule
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, exits_on_user_error
-from library.inference.prompt_line import SamplePrompt, read_prompt_file
+from library.inference.prompt_line import SamplePrompt
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
 from library.training.checkpoints import OutputNames, SavePolicy
+from library.training.dry_run import dry_run
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
-from library.training.logs import TrackerSettings
+from library.training.logs import CacheReport, TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
 from library.training.resume import TrainState, load_state, read_state, save_state
 from library.training.settings import (
     loss_settings,
     noise_settings,
+    run_seed,
+    sample_prompts,
     save_policy,
     schedule_settings,
     tracker_settings,
@@ -58,8 +65,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
-
-MAX_RANDOM_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -146,8 +151,12 @@ class Trainer(ABC):
             SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when all is saved.
         """
         options = self.options_class().from_args(args)
+        if options.config.explain:
+            return print_explanation(options, origins_of(args), self.architecture)
         with Interrupt() as interrupt:
             run = self.setup(options)
+            if options.config.dry_run:
+                return dry_run(self, run)
             self.cache(run)
             self.load(run)
             self.fit(run, interrupt)
@@ -171,6 +180,7 @@ class Trainer(ABC):
             max_train_steps=options.training.max_train_steps,
             max_train_epochs=options.training.max_train_epochs,
         )
+        report(without_effect_in_plan(options, plan), strict=options.config.strict)
         weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
             options.training.mixed_precision, torch.float32
         )
@@ -194,9 +204,10 @@ class Trainer(ABC):
         Raises:
             UserError: one line for each finding.
         """
-        for warning in check_rules(options, self.architecture):
-            logger.warning(warning)
+        strict = options.config.strict
+        report(check_rules(options, self.architecture), strict=strict)
         dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset)
+        report(without_effect_on_data(options, dataset_config), strict=strict)
         check_roles(dataset_config, self.conditioning_as, masked_loss=options.loss.masked_loss)
         optimizer = resolve_optimizer(
             options.optimizer.optimizer_type,
@@ -207,10 +218,9 @@ class Trainer(ABC):
             separate_rates=options.optimizer.unet_lr is not None or bool(options.optimizer.text_encoder_lr),
         )
         schedule = schedule_settings(options)
-        for warning in (*optimizer.warnings, *check_scheduler(optimizer, schedule)):
-            logger.warning(warning)
+        report((*optimizer.warnings, *check_scheduler(optimizer, schedule)), strict=strict)
         self.check_trained(options)
-        prompts = self._read_prompts(options)
+        prompts = sample_prompts(options)
         resumed = read_state(Path(options.resume.resume)) if options.resume.resume else None
         trackers = tracker_settings(options)
         trackers.check()
@@ -229,14 +239,6 @@ class Trainer(ABC):
                 v_prediction=checkpoint.info.v_prediction,
                 zero_terminal_snr=_draws_with_zero_snr(options, checkpoint.info),
             )
-        seed = options.training.seed
-        if seed is None:
-            # a resumed run goes on with the seed that its first part drew
-            seed = (
-                resumed.seed
-                if resumed and resumed.seed is not None
-                else random.SystemRandom().randint(0, MAX_RANDOM_SEED)
-            )
         return Checked(
             options=options,
             dataset_config=dataset_config,
@@ -247,7 +249,7 @@ class Trainer(ABC):
             prompts=prompts,
             resumed=resumed,
             trackers=trackers,
-            seed=seed,
+            seed=run_seed(options, resumed),
         )
 
     def cache(self, run: Run) -> None:
@@ -265,7 +267,7 @@ class Trainer(ABC):
                 to_disk=options.cache_latents_to_disk,
                 vae_identity=self.architecture.vae_identity(run.checked.checkpoint),
                 trust=options.skip_cache_check,
-                report=_CacheReport(),
+                report=CacheReport(),
             )
         logger.info("latents: %d encoded, %d from the cache", made, run.data.picture_count() - made)
         if draws and run.vae is None:
@@ -332,6 +334,10 @@ class Trainer(ABC):
     @abstractmethod
     def build_trained(self, run: Run) -> Trained:
         """Create the trained modules with optimizer and scheduler, prepared by the accelerator."""
+
+    @abstractmethod
+    def trained_on_meta(self, run: Run) -> list[tuple[str, list[nn.Parameter]]]:
+        """What would be trained, by part, over models of a run that are on the meta device."""
 
     @abstractmethod
     def encode_text(self, run: Run, batch: Batch) -> Conditioning: ...
@@ -473,17 +479,21 @@ class Trainer(ABC):
         save_state(run.accelerator, path, state)
         self.training_mode(run, True)
 
-    def _resume(self, run: Run) -> None:
+    def check_resumed(self, run: Run) -> None:
+        """Name what was changed since the state was saved. Raises UserError if the run has ended with it."""
         state = run.checked.resumed
         for change in state.changes(_fingerprint(run)):
             logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
-        load_state(run.accelerator, Path(run.options.resume.resume))
-        run.start_step = state.current_step
-        if run.start_step >= run.plan.total_steps:
+        if state.current_step >= run.plan.total_steps:
             raise UserError(
-                f"--resume {run.options.resume.resume}: the state stands at step {run.start_step} and the run ends at "
-                f"step {run.plan.total_steps}; raise --max_train_steps or --max_train_epochs"
+                f"--resume {run.options.resume.resume}: the state stands at step {state.current_step} and the run ends "
+                f"at step {run.plan.total_steps}; raise --max_train_steps or --max_train_epochs"
             )
+
+    def _resume(self, run: Run) -> None:
+        self.check_resumed(run)
+        load_state(run.accelerator, Path(run.options.resume.resume))
+        run.start_step = run.checked.resumed.current_step
         logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)
 
     def _load_vae(self, run: Run) -> nn.Module:
@@ -499,14 +509,6 @@ class Trainer(ABC):
                 return self.architecture.encode_images(run.vae, pixels.to(run.device), generators).float().cpu()
 
         return encode
-
-    def _read_prompts(self, options: TrainNetworkOptions) -> tuple[SamplePrompt, ...]:
-        wanted = options.sample
-        if not wanted.sample_prompts or not (
-            wanted.sample_every_n_steps or wanted.sample_every_n_epochs or wanted.sample_at_first
-        ):
-            return ()
-        return tuple(read_prompt_file(Path(wanted.sample_prompts)))
 
 
 @dataclass(frozen=True)
@@ -548,19 +550,6 @@ def _make_accelerator(checked: Checked) -> Accelerator:
 def _draws_with_zero_snr(options: TrainNetworkOptions, info: ModelInfo) -> bool:
     """Samplers cannot start from pure noise with a model that predicts it; training with it only warns."""
     return options.noise.zero_terminal_snr and info.v_prediction
-
-
-class _CacheReport:
-    """Says now and then how far the encoding is."""
-
-    def __init__(self) -> None:
-        self._started = self._said = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._said >= 10 or (done == total and now - self._started >= 10):
-            self._said = now
-            logger.info("encoding pictures: %d of %d, %.1f a second", done, total, done / (now - self._started))
 
 
 def _fingerprint(run: Run) -> dict[str, object]:
