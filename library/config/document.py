@@ -18,7 +18,9 @@ from library.config.fields import int_or_float
 from library.config.implied import implied
 from library.config.no_effect import RULES
 from library.config.no_effect.by_dataset import NO_REGULARISATION, OPTIONS
+from library.config.no_effect.by_plan import EPOCHS, EPOCHS_BEFORE_THE_LAST, STEPS
 from library.config.units import UNITS
+from library.optim.schedulers import schedules_that_read
 
 FOLDER = Path(__file__).parents[2] / "docs" / "options"
 
@@ -105,6 +107,11 @@ def _idle(name: str) -> list[str]:
         found.append(OPTIONS[name].reason)
     if name == "prior_loss_weight":
         found.append(NO_REGULARISATION)
+    if name in (*STEPS, *EPOCHS, *EPOCHS_BEFORE_THE_LAST):
+        found.append("in a shorter run")
+    if schedules := schedules_that_read(f"--{name}"):
+        custom = "without --lr_scheduler_type, " if name == "lr_scheduler_args" else ""
+        found.append(f"{custom}with an --lr_scheduler other than {', '.join(schedules)}")
     return found
 
 

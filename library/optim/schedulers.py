@@ -68,6 +68,12 @@ _USES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 NAMES = tuple(_USES)
 
+
+def schedules_that_read(flag: str) -> list[str]:
+    """Published schedules that an option (``--lr_warmup_steps``) has an effect on; none for options of another kind."""
+    return [name for name, used in _USES.items() if any(_FLAGS[setting] == flag for setting in used)]
+
+
 _ADAFACTOR = "adafactor:"
 #: "factor:until-step,factor:until-step,last factor"
 _STEP_RULES = re.compile(r"(?:\s*[\d.eE+-]+\s*:\s*\d+\s*,)*\s*[\d.eE+-]+\s*")

@@ -119,11 +119,16 @@ class NetworkTrainer(Trainer):
 
     def trained_on_meta(self, run: Run) -> list[tuple[str, list[nn.Parameter]]]:
         module = import_network_module(run.options.network.network_module)
-        with torch.device("meta"), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # weights to start from are checked against the network, but there is nothing to copy them to
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
-            network = self._applied_network(run, module)
-            groups, descriptions = self._parameter_groups(network, run.options)
+            try:
+                with torch.device("meta"):
+                    network = self._applied_network(run, module)
+            except (RuntimeError, NotImplementedError):
+                # third-party modules may compute with tensors while they are made; the models stay on meta
+                network = self._applied_network(run, module)
+        groups, descriptions = self._parameter_groups(network, run.options)
         named = zip(groups, descriptions, strict=False)
         return [(name or "network", list(group["params"])) for group, name in named]
 
