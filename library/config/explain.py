@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -77,7 +78,9 @@ def print_explanation(
     *,
     file: TextIO | None = None,
 ) -> None:
-    """One table with a section for each group; given options stand out on a terminal."""
+    """One table with a section for each group; given options stand out on a terminal. One process prints."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

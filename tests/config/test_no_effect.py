@@ -45,8 +45,6 @@ CASES = [
     Case("train_data_dir", {"train_data_dir": "x", "dataset_config": Path("d.toml")}, {"dataset_config": None}),
     Case("reg_data_dir", {"reg_data_dir": "x", "dataset_config": Path("d.toml")}, {"dataset_config": None}),
     Case("in_json", {"in_json": "m.json", "dataset_config": Path("d.toml")}, {"dataset_config": None}),
-    Case("caption_extension", {"caption_extension": ".txt", "in_json": "m.json"}, {"in_json": None}, "--in_json"),
-    Case("caption_extention", {"caption_extention": ".txt", "in_json": "m.json"}, {"in_json": None}, "--in_json"),
     Case(
         "caption_extension",
         {"caption_extension": ".txt", "caption_extention": ".cap"},
@@ -469,7 +467,10 @@ def test_folders_say_their_repeats_themselves(folder: Path, monkeypatch: pytest.
     given: Given = {"train_data_dir": "all", "resolution": "64", "dataset_repeats": 5}
     (text,) = on_data(options(given))
     assert text.startswith("--dataset_repeats has no effect with these folders")
-    assert on_data(options(given, {"train_data_dir": "pictures", "in_json": "m.json"})) == []
+    metadata: Given = {"train_data_dir": "pictures", "in_json": "m.json"}
+    assert on_data(options(given, metadata)) == []
+    (text,) = on_data(options(given, metadata, {"caption_extension": ".cap"}))
+    assert text == "--caption_extension has no effect with metadata files, which hold the captions"
 
 
 def test_one_subset_that_reads_it_is_enough(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

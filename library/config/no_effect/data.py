@@ -16,11 +16,6 @@ def folders_beside_a_dataset_file(o: TrainNetworkOptions) -> bool:
     return o.dataset.dataset_config is not None
 
 
-@idle("caption_extension", "caption_extention", reason="with --in_json, whose file holds the captions")
-def captions_in_a_metadata_file(o: TrainNetworkOptions) -> bool:
-    return o.dataset.dataset_config is None and bool(o.dataset.in_json)
-
-
 @idle("caption_extension", reason="beside its old spelling --caption_extention, which wins")
 def old_spelling_wins(o: TrainNetworkOptions) -> bool:
     return bool(o.dataset.caption_extention)
