@@ -21,6 +21,10 @@ class UserError(Exception):
     """
 
 
+class NoEffect(str):
+    """A warning that an option changes nothing in this run; ``--strict`` makes it an error."""
+
+
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Return ``' (did you mean "x"?)'`` for the nearest candidate, or an empty string."""
     # 0.6 is difflib's own default: nearer words only, so that no far-fetched hint is given

@@ -87,6 +87,8 @@ class Architecture(ABC):
     denoiser_target: LoraTarget
     #: published options that cannot work with this family: dest -> why, and what to use instead
     refused_options: Mapping[str, str] = MappingProxyType({})
+    #: published options that change nothing with this family: dest -> why, completing "--dest has no effect ..."
+    idle_options: Mapping[str, str] = MappingProxyType({})
     sample_defaults: Mapping[str, Any] = MappingProxyType({})  # width, height, steps, scale of previews
 
     # ---- files ----
@@ -103,6 +105,8 @@ class Architecture(ABC):
         Raises:
             UserError: file missing, not a checkpoint of this family, torn, flags that contradict it, no tokenizer.
         """
+
+    # the loaders below also take the device "meta": they check the header's names and shapes and read no weights
 
     @abstractmethod
     def load_tokenizers(self, checkpoint: Any) -> list[Any]: ...

@@ -12,8 +12,27 @@ from typing import Any, NoReturn
 
 from library.errors import USER_ERROR_EXIT_CODE, UserError, did_you_mean, exits_on_user_error
 
-#: handled by ``read_args`` itself
-_OWN_FLAGS = ("config_file", "output_config")
+#: about this one start of the script, so that they have no place in a file
+_OWN_FLAGS = ("config_file", "output_config", "explain", "dry_run")
+_UNSET = object()
+
+
+class ReadArgs(argparse.Namespace):
+    """Parsed options; ``origins`` tells where each given one comes from: ``"command line"`` or ``"run.toml:3"``.
+
+    The origins are no option: they stand in a slot, so that ``vars`` does not hold them.
+    """
+
+    __slots__ = ("origins",)
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        self.origins: dict[str, str] = {}
+
+
+def origins_of(args: argparse.Namespace) -> dict[str, str]:
+    """Where the given options come from; empty for a namespace that ``read_args`` did not make."""
+    return args.origins if isinstance(args, ReadArgs) else {}
 
 
 class SuggestingParser(argparse.ArgumentParser):
@@ -34,14 +53,15 @@ class SuggestingParser(argparse.ArgumentParser):
 
 
 @exits_on_user_error
-def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> ReadArgs:
     """Parse the command line over the configuration file it names.
 
     Raises:
         SystemExit: 2 for a user's mistake; 0 after ``--output_config``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(words)
+    args = parser.parse_args(words, ReadArgs())
+    args.origins = dict.fromkeys(_given_names(parser, words), "command line")
     if not args.config_file:
         if args.output_config:
             raise UserError("--output_config: needs --config_file, the file to write")
@@ -54,9 +74,18 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         raise SystemExit(0)
     if not path.is_file():
         raise UserError(f"--config_file {path}: no such file")
+    values, places = _values_from_file(path, parser)
     # argparse fills only what a namespace lacks, so that whatever the command line says wins; the parser itself
     # stays as it was, for callers that parse more than once
-    return parser.parse_args(words, argparse.Namespace(**_values_from_file(path, parser)))
+    merged = parser.parse_args(words, ReadArgs(**values))
+    merged.origins = places | args.origins
+    return merged
+
+
+def _given_names(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Options that the command line gives, be it at their default."""
+    unset = argparse.Namespace(**{action.dest: _UNSET for action in parser._actions})
+    return [name for name, value in vars(parser.parse_args(words, unset)).items() if value is not _UNSET]
 
 
 def load_toml(path: Path | str) -> dict[str, Any]:
@@ -88,17 +117,24 @@ def _text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8-sig")  # some Windows editors put a byte order mark first
 
 
-def _values_from_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def _values_from_file(path: Path, parser: argparse.ArgumentParser) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values by option, and the place of each.
+
+    Raises:
+        UserError: every mistake of the file, one line each.
+    """
     actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
     given: dict[str, list[Any]] = {}
     for key, value in _flattened(load_toml(path)):
         given.setdefault(key, []).append(value)
-    text = _text_of(path)
+    text = _without_long_strings(_text_of(path))
     problems: list[str] = []
     values: dict[str, Any] = {}
+    places: dict[str, str] = {}
     for key, found in given.items():
         lines = _lines_of(text, key)
-        where = f"{path}{f':{lines[0]}' if lines else ''}: {key}"
+        places[key] = f"{path}{f':{lines[0]}' if lines else ''}"
+        where = f"{places[key]}: {key}"
         action = actions.get(key)
         if key in _OWN_FLAGS:
             problems.append(f"{where}: belongs on the command line only: --{key}")
@@ -114,7 +150,7 @@ def _values_from_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, 
                 problems.append(f"{where}: {error}")
     if problems:
         raise UserError("\n".join(problems))
-    return values
+    return values, places
 
 
 def _flattened(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -125,11 +161,22 @@ def _flattened(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return pairs
 
 
+def _without_long_strings(text: str) -> str:
+    """The same lines without what stands in strings of several lines, which may look like keys."""
+    long_string = r'"""(?:\\.|[^\\])*?"""' + r"|'''.*?'''"
+    return re.sub(long_string, lambda found: "\n" * found.group().count("\n"), text, flags=re.DOTALL)
+
+
 def _lines_of(text: str, key: str) -> list[int]:
-    """Lines (from 1) that give ``key``, also as the end of ``table.key`` or as an array of tables."""
+    """Lines (from 1) that give ``key``: alone, as the end of ``table.key``, in an inline or an array table."""
     name = rf"[\"']?{re.escape(key)}[\"']?"
-    given = re.compile(rf"\s*(?:[^\s=#]+\s*\.\s*)?{name}\s*=|\s*\[\[\s*{name}\s*\]\]")
-    return [number for number, line in enumerate(text.splitlines(), start=1) if given.match(line)]
+    dotted = rf"(?:[^\s=#]+\s*\.\s*)?{name}\s*="
+    lines = list(enumerate(text.splitlines(), start=1))
+    given = re.compile(rf"\s*{dotted}|\s*\[\[\s*{name}\s*\]\]")
+    inline = re.compile(rf"[{{,]\s*{dotted}")
+    return [number for number, line in lines if given.match(line)] or [
+        number for number, line in lines if inline.search(line)
+    ]
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Rules between options: one small function each, all checked at once before anything is loaded.
 
-A rule yields ``error(...)`` for what cannot work and ``warning(...)`` for what has no effect.
+A rule yields ``error(...)`` for what cannot work and ``warning(...)`` for what is unusual. Options without effect have
+rules of their own in ``library/config/no_effect/``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from library.config.arguments import TrainNetworkOptions, flat
 from library.config.availability import REFUSED
+from library.config.no_effect import as_errors, without_effect
 from library.data.dataset_config import NOT_WITH_CACHED_LATENTS
 from library.errors import UserError
 
@@ -42,27 +44,24 @@ def check(options: TrainNetworkOptions, architecture: Architecture) -> list[str]
     """Apply every rule; returns the warnings.
 
     Raises:
-        UserError: all errors, one line each.
+        UserError: all errors, one line each; with ``--strict``, options without effect among them.
     """
     # one line for an option that both refuse; the family knows its own reason better
     findings = list(_refused(options, {**REFUSED, **architecture.refused_options}))
     for rule in RULES:
         findings += rule(options)
+    idle = without_effect(options, architecture)
     errors = [finding.text for finding in findings if finding.fatal]
+    errors += as_errors(idle) if options.config.strict else []
     if errors:
         raise UserError("\n".join(errors))
-    return [finding.text for finding in findings]
+    return [*(finding.text for finding in findings), *idle]
 
 
 def _refused(options: TrainNetworkOptions, table: Mapping[str, str]) -> Iterator[Finding]:
     for field, value in flat(options):
         if field.name in table and value != field.default:
             yield error(f"--{field.name}: {table[field.name]}")
-
-
-def _changed(group: object, *names: str) -> bool:
-    """Whether any of these options of a group is not at its default."""
-    return any(getattr(group, name) != getattr(type(group), name) for name in names)
 
 
 # ---- what must be there ----
@@ -98,18 +97,12 @@ def needs_data(o: TrainNetworkOptions) -> Iterator[Finding]:
     d = o.dataset
     if d.dataset_config is None and not d.train_data_dir and not d.in_json:
         yield error("no data: name a dataset file with --dataset_config, or a folder with --train_data_dir")
-    if d.dataset_config is not None and (d.train_data_dir or d.reg_data_dir or d.in_json):
-        yield warning("--train_data_dir, --reg_data_dir and --in_json have no effect beside --dataset_config")
 
 
 def metadata_file(o: TrainNetworkOptions) -> Iterator[Finding]:
     d = o.dataset
-    if d.dataset_config is not None or not d.in_json:
-        return
-    if d.reg_data_dir:
+    if d.dataset_config is None and d.in_json and d.reg_data_dir:
         yield error("--reg_data_dir: there are no regularisation pictures with --in_json; remove one of them")
-    if _changed(d, "caption_extension", "caption_extention"):
-        yield warning("--caption_extension has no effect with --in_json, whose file holds the captions")
 
 
 def files_exist(o: TrainNetworkOptions) -> Iterator[Finding]:
@@ -121,7 +114,7 @@ def files_exist(o: TrainNetworkOptions) -> Iterator[Finding]:
         ("sample_prompts", o.sample.sample_prompts),
         ("log_tracker_config", o.logging.log_tracker_config),
     ]
-    # with a dataset file these have no effect, see needs_data
+    # beside a dataset file these have no effect
     folders: list[tuple[str, str | None]] = []
     if not o.dataset.dataset_config:
         files.append(("in_json", o.dataset.in_json))
@@ -145,20 +138,12 @@ def network_parts(o: TrainNetworkOptions) -> Iterator[Finding]:
     n = o.network
     if n.network_train_unet_only and n.network_train_text_encoder_only:
         yield error("--network_train_unet_only and --network_train_text_encoder_only exclude each other")
-    if n.network_train_unet_only and o.optimizer.text_encoder_lr:
-        yield warning("--text_encoder_lr has no effect with --network_train_unet_only")
-    if n.network_train_text_encoder_only and o.optimizer.unet_lr is not None:
-        yield warning("--unet_lr has no effect with --network_train_text_encoder_only")
 
 
 def network_files(o: TrainNetworkOptions) -> Iterator[Finding]:
     n = o.network
     if n.dim_from_weights and not n.network_weights:
         yield error("--dim_from_weights: needs --network_weights, the file to take ranks from")
-    if n.dim_from_weights and n.network_dim is not None:
-        yield warning("--network_dim has no effect with --dim_from_weights, which takes ranks from the file")
-    if n.network_weights and o.resume.resume and not n.dim_from_weights:
-        yield warning("--network_weights has no effect with --resume, whose state holds the weights")
     if n.base_weights_multiplier and len(n.base_weights_multiplier) > len(n.base_weights or []):
         yield error("--base_weights_multiplier: more values than --base_weights files")
 
@@ -180,20 +165,6 @@ def cached_latents(o: TrainNetworkOptions) -> Iterator[Finding]:
         for name in NOT_WITH_CACHED_LATENTS:
             if getattr(d, name):
                 yield error(f"--{name}: not with cached latents, which are made once; remove one of them")
-    if d.skip_cache_check and not d.cache_latents_to_disk:
-        yield warning("--skip_cache_check has no effect without --cache_latents_to_disk")
-    if _changed(d, "vae_batch_size") and not (d.cache_latents or d.cache_latents_to_disk):
-        yield warning("--vae_batch_size has no effect without --cache_latents or --cache_latents_to_disk")
-
-
-def data_loading(o: TrainNetworkOptions) -> Iterator[Finding]:
-    d = o.dataset
-    if d.persistent_data_loader_workers and d.max_data_loader_n_workers == 0:
-        yield warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
-    if _changed(d, "token_warmup_min") and not d.token_warmup_step:
-        yield warning("--token_warmup_min has no effect without --token_warmup_step")
-    if o.training.lowram:
-        yield warning("--lowram has no effect: weights are streamed to the device in any case")
 
 
 # ---- numbers ----
@@ -285,64 +256,18 @@ def v_prediction(o: TrainNetworkOptions) -> Iterator[Finding]:
 
 
 def noise(o: TrainNetworkOptions) -> Iterator[Finding]:
-    n = o.noise
-    if n.noise_offset is None:
-        if n.adaptive_noise_scale is not None:
-            yield error("--adaptive_noise_scale: needs --noise_offset, which it changes")
-        if n.noise_offset_random_strength:
-            yield warning("--noise_offset_random_strength has no effect without --noise_offset")
-    if n.ip_noise_gamma is None and n.ip_noise_gamma_random_strength:
-        yield warning("--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma")
-    if _changed(n, "multires_noise_discount") and not n.multires_noise_iterations:
-        yield warning("--multires_noise_discount has no effect without --multires_noise_iterations")
+    if o.noise.noise_offset is None and o.noise.adaptive_noise_scale is not None:
+        yield error("--adaptive_noise_scale: needs --noise_offset, which it changes")
 
 
 def huber(o: TrainNetworkOptions) -> Iterator[Finding]:
     if o.loss.huber_c <= 0 or o.loss.huber_scale <= 0:
         yield error("--huber_c and --huber_scale: must be greater than 0")
-    is_read = o.loss.loss_type in ("huber", "smooth_l1")
-    if not is_read and _changed(o.loss, "huber_schedule", "huber_c", "huber_scale"):
-        yield warning(
-            "--huber_schedule, --huber_c and --huber_scale have no effect without --loss_type huber or smooth_l1"
-        )
-
-
-def samples(o: TrainNetworkOptions) -> Iterator[Finding]:
-    s = o.sample
-    wanted = s.sample_every_n_steps or s.sample_every_n_epochs or s.sample_at_first
-    if wanted and not s.sample_prompts:
-        yield error("--sample_every_n_steps, --sample_every_n_epochs, --sample_at_first: need --sample_prompts, a file")
-    if s.sample_prompts and not wanted:
-        yield warning("--sample_prompts has no effect without --sample_every_n_steps or --sample_every_n_epochs")
-
-
-def sample_intervals(o: TrainNetworkOptions) -> Iterator[Finding]:
-    if o.sample.sample_every_n_steps and o.sample.sample_every_n_epochs:
-        yield warning("--sample_every_n_steps has no effect beside --sample_every_n_epochs")
-
-
-def retention(o: TrainNetworkOptions) -> Iterator[Finding]:
-    out = o.output
-    epochs = out.save_every_n_epochs or out.save_n_epoch_ratio
-    if (out.save_last_n_epochs or out.save_last_n_epochs_state) and not epochs:
-        yield warning("--save_last_n_epochs has no effect without --save_every_n_epochs")
-    if (out.save_last_n_steps or out.save_last_n_steps_state) and not out.save_every_n_steps:
-        yield warning("--save_last_n_steps has no effect without --save_every_n_steps")
-    if (out.save_last_n_epochs_state or out.save_last_n_steps_state) and not out.save_state:
-        yield warning("--save_last_n_epochs_state and --save_last_n_steps_state have no effect without --save_state")
-    if out.save_every_n_epochs and out.save_n_epoch_ratio:
-        yield warning("--save_every_n_epochs has no effect beside --save_n_epoch_ratio")
 
 
 def clip_skip(o: TrainNetworkOptions) -> Iterator[Finding]:
     if o.model.v2 and o.model.clip_skip is not None:
         yield warning("--clip_skip is unusual with --v2, which uses the last but one layer already")
-
-
-def wandb(o: TrainNetworkOptions) -> Iterator[Finding]:
-    log = o.logging
-    if (log.wandb_run_name or log.wandb_api_key) and log.log_with not in ("wandb", "all"):
-        yield warning("--wandb_run_name and --wandb_api_key have no effect without --log_with wandb")
 
 
 RULES: tuple[Rule, ...] = (
@@ -357,16 +282,11 @@ RULES: tuple[Rule, ...] = (
     optimizer_names,
     attention,
     cached_latents,
-    data_loading,
     finite_numbers,
     positive_numbers,
     timestep_range,
     v_prediction,
     noise,
     huber,
-    samples,
-    sample_intervals,
-    retention,
     clip_skip,
-    wandb,
 )

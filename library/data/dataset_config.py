@@ -80,6 +80,11 @@ class DatasetConfig:
     source: str  # the file's name, or "command line"
     datasets: tuple[DatasetSpec, ...]
 
+    @property
+    def validates(self) -> bool:
+        """Whether any pictures are kept for validation."""
+        return any(subset.validation_split > 0 for dataset in self.datasets for subset in dataset.subsets)
+
 
 # ---- the schema ----
 
@@ -363,7 +368,7 @@ class _Reader:
     def _dataset(self, table: Any, general: Mapping[str, Any], where: str) -> DatasetSpec | None:
         own = self._table(table, _DATASET, where)
         values = self._lookup(own, general)
-        resolution = _size(values["resolution"])
+        resolution = parse_size(values["resolution"])
         if resolution is None:
             if self._options.resolution is None and "resolution" not in (table if isinstance(table, Mapping) else {}):
                 self._problem(where, "resolution", "is missing: give it here or as --resolution, such as 512")
@@ -526,7 +531,7 @@ def _has_pictures(folder: Path) -> Iterator[bool]:
                 yield True
 
 
-def _size(value: Any) -> tuple[int, int] | None:
+def parse_size(value: Any) -> tuple[int, int] | None:
     """(W, H) of a number, a list, or the command line's "n" or "w,h"; ``None`` if it is none of them."""
     if isinstance(value, str):
         parts = value.replace(" ", "").split(",")
@@ -554,4 +559,4 @@ def number_range(value: Any) -> tuple[float, float] | None:
 
 
 #: kinds that the command line writes in another form than the file -> reader, ``None`` for what it cannot read
-_FROM_COMMAND_LINE = {"size": _size, "range": number_range}
+_FROM_COMMAND_LINE = {"size": parse_size, "range": number_range}

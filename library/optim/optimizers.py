@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from library.errors import UserError, did_you_mean
+from library.errors import NoEffect, UserError, did_you_mean
 
 #: learning rates at or below this are a slip for optimizers that find the rate themselves
 _LOW_RATE_FOR_ADAPTIVE = 0.1
@@ -202,14 +202,16 @@ def resolve_optimizer(
 def _adafactor(args: dict[str, Any], separate_rates: bool) -> list[str]:
     """Published implications: relative step by default, forced by warmup_init; it has no rates of parts."""
     args.setdefault("relative_step", True)
-    warnings = []
+    warnings: list[str] = []
     if args.get("warmup_init") and not args["relative_step"]:
         args["relative_step"] = True
         warnings.append("--optimizer_args warmup_init=True: relative_step is set to True, which it needs")
     if args["relative_step"] and separate_rates:
         warnings.append(
-            "Adafactor with relative_step finds one rate for all: --unet_lr, --text_encoder_lr and LoRA+ ratios have "
-            'no effect; give --optimizer_args "relative_step=False" to use them'
+            NoEffect(
+                "Adafactor with relative_step finds one rate for all: --unet_lr, --text_encoder_lr and LoRA+ ratios "
+                'have no effect; give --optimizer_args "relative_step=False" to use them'
+            )
         )
     return warnings
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.errors import UserError, did_you_mean
+from library.errors import NoEffect, UserError, did_you_mean
 from library.optim.optimizers import OptimizerChoice, parse_keyword_arguments
 
 if TYPE_CHECKING:
@@ -68,6 +68,12 @@ _USES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 NAMES = tuple(_USES)
 
+
+def schedules_that_read(flag: str) -> list[str]:
+    """Published schedules that an option (``--lr_warmup_steps``) has an effect on; none for options of another kind."""
+    return [name for name, used in _USES.items() if any(_FLAGS[setting] == flag for setting in used)]
+
+
 _ADAFACTOR = "adafactor:"
 #: "factor:until-step,factor:until-step,last factor"
 _STEP_RULES = re.compile(r"(?:\s*[\d.eE+-]+\s*:\s*\d+\s*,)*\s*[\d.eE+-]+\s*")
@@ -87,7 +93,7 @@ def scheduler_name(choice: OptimizerChoice, settings: ScheduleSettings) -> str:
     return settings.type or settings.name
 
 
-def check_scheduler(choice: OptimizerChoice, settings: ScheduleSettings) -> list[str]:
+def check_scheduler(choice: OptimizerChoice, settings: ScheduleSettings) -> list[NoEffect]:
     """Refuse what cannot work, before a model is loaded; returns warnings of what has no effect.
 
     Raises:
@@ -97,22 +103,21 @@ def check_scheduler(choice: OptimizerChoice, settings: ScheduleSettings) -> list
         return _check_relative_step(choice, settings)
     if choice.is_schedule_free:
         hint = '; its own warm-up is --optimizer_args "warmup_steps=100"' if settings.warmup else ""
-        return [text + hint for text in _unused(settings, (), f"the schedule-free {choice.name}", with_name=True)]
+        return _unused(settings, (), f"the schedule-free {choice.name}", with_name=True, hint=hint)
     if settings.type:
         return _check_custom(choice, settings)
     name = settings.name
     _check_name(name)
-    if name == "constant" and settings.warmup:
-        raise UserError("--lr_scheduler constant: takes no --lr_warmup_steps; use constant_with_warmup")
     if settings.args and name != "piecewise_constant":
         raise UserError(f"--lr_scheduler_args: only for --lr_scheduler_type and piecewise_constant, not for {name}")
     if name == "piecewise_constant":
         _check_step_rules(settings)
     _check_numbers(choice, settings)
-    return _unused(settings, _USES[name], f"--lr_scheduler {name}")
+    hint = "; use constant_with_warmup" if name == "constant" and settings.warmup else ""
+    return _unused(settings, _USES[name], f"--lr_scheduler {name}", hint=hint)
 
 
-def _check_relative_step(choice: OptimizerChoice, settings: ScheduleSettings) -> list[str]:
+def _check_relative_step(choice: OptimizerChoice, settings: ScheduleSettings) -> list[NoEffect]:
     if settings.warmup:
         raise UserError(
             "--lr_warmup_steps: not with Adafactor's relative_step, which brings its own schedule; give "
@@ -122,7 +127,7 @@ def _check_relative_step(choice: OptimizerChoice, settings: ScheduleSettings) ->
     return _unused(settings, (), "Adafactor with relative_step", with_name=not named)
 
 
-def _check_custom(choice: OptimizerChoice, settings: ScheduleSettings) -> list[str]:
+def _check_custom(choice: OptimizerChoice, settings: ScheduleSettings) -> list[NoEffect]:
     """A class of anyone's: make it once over a trial tensor, so that mistakes show before a model is loaded."""
     if settings.warmup:
         raise UserError(f"--lr_scheduler_type {settings.type}: takes no --lr_warmup_steps; remove them")
@@ -182,7 +187,9 @@ def _check_numbers(choice: OptimizerChoice, settings: ScheduleSettings) -> None:
         )
 
 
-def _unused(settings: ScheduleSettings, used: Sequence[str], reader: str, *, with_name: bool = False) -> list[str]:
+def _unused(
+    settings: ScheduleSettings, used: Sequence[str], reader: str, *, with_name: bool = False, hint: str = ""
+) -> list[NoEffect]:
     """One warning for all given settings that ``reader`` does not read."""
     given = [
         _FLAGS.get(field.name, "--lr_scheduler")
@@ -192,7 +199,7 @@ def _unused(settings: ScheduleSettings, used: Sequence[str], reader: str, *, wit
         and field.name not in used
         and (with_name or field.name != "name")
     ]
-    return [f"{', '.join(given)}: no effect with {reader}"] if given else []
+    return [NoEffect(f"{', '.join(given)}: no effect with {reader}{hint}")] if given else []
 
 
 def create_scheduler(

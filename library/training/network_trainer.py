@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -89,27 +90,14 @@ class NetworkTrainer(Trainer):
 
     def build_trained(self, run: Run) -> Trained:
         options = run.options
-        network_options = options.network
-        module = import_network_module(network_options.network_module)
+        module = import_network_module(options.network.network_module)
         self._merge_base_weights(run, module)
-        self._network_args = parse_network_args(network_options.network_args)
-        torch.manual_seed(key(run.checked.seed, "init"))  # third-party modules draw from the global generator
-        network = self._create_network(run, module)
-        self._trains_text = not network_options.network_train_unet_only
-        self._trains_denoiser = not network_options.network_train_text_encoder_only
-        text = _text_argument(run.text_encoders)
-        network.apply_to(text, run.denoiser, self._trains_text, self._trains_denoiser)
-        if network_options.network_weights is not None:
-            logger.info(
-                "network weights %s: %s",
-                network_options.network_weights,
-                network.load_weights(network_options.network_weights),
-            )
+        network = self._applied_network(run, module)
         if options.training.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
         groups, self._descriptions = self._parameter_groups(network, options)
         optimizer = run.checked.optimizer.create(groups)
-        network.prepare_grad_etc(text, run.denoiser)
+        network.prepare_grad_etc(_text_argument(run.text_encoders), run.denoiser)
 
         accelerator = run.accelerator
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism;
@@ -128,6 +116,37 @@ class NetworkTrainer(Trainer):
             scheduler=scheduler,
             max_grad_norm=options.optimizer.max_grad_norm,
         )
+
+    def trained_on_meta(self, run: Run) -> list[tuple[str, list[nn.Parameter]]]:
+        module = import_network_module(run.options.network.network_module)
+        with warnings.catch_warnings():
+            # weights to start from are checked against the network, but there is nothing to copy them to
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
+            try:
+                with torch.device("meta"):
+                    network = self._applied_network(run, module)
+            except (RuntimeError, NotImplementedError):
+                # third-party modules may compute with tensors while they are made; the models stay on meta
+                network = self._applied_network(run, module)
+        groups, descriptions = self._parameter_groups(network, run.options)
+        named = zip(groups, descriptions, strict=False)
+        return [(name or "network", list(group["params"])) for group, name in named]
+
+    def _applied_network(self, run: Run, module: ModuleType) -> Any:
+        """Create the network, hook it into the models and load the weights it starts from."""
+        options = run.options.network
+        self._network_args = parse_network_args(options.network_args)
+        torch.manual_seed(key(run.checked.seed, "init"))  # third-party modules draw from the global generator
+        network = self._create_network(run, module)
+        self._trains_text = not options.network_train_unet_only
+        self._trains_denoiser = not options.network_train_text_encoder_only
+        text = _text_argument(run.text_encoders)
+        network.apply_to(text, run.denoiser, self._trains_text, self._trains_denoiser)
+        if options.network_weights is not None:
+            logger.info(
+                "network weights %s: %s", options.network_weights, network.load_weights(options.network_weights)
+            )
+        return network
 
     def _create_network(self, run: Run, module: ModuleType) -> Any:
         options = run.options.network

@@ -8,11 +8,23 @@ from typing import Any
 
 from library.config.arguments import TrainNetworkOptions
 from library.config.config_file import load_toml
+from library.inference.prompt_line import SamplePrompt, read_prompt_file
 from library.optim.schedulers import ScheduleSettings
 from library.training.checkpoints import SavePolicy
 from library.training.logs import TrackerSettings
 from library.training.plan import RunPlan
 from library.training.step import LossSettings, NoiseSettings
+
+
+def sample_prompts(options: TrainNetworkOptions) -> tuple[SamplePrompt, ...]:
+    """The prompts of a run that draws sample images.
+
+    Raises:
+        UserError: the file cannot be read, or holds none.
+    """
+    wanted = options.sample
+    is_due = wanted.sample_every_n_steps or wanted.sample_every_n_epochs or wanted.sample_at_first
+    return tuple(read_prompt_file(Path(wanted.sample_prompts))) if wanted.sample_prompts and is_due else ()
 
 
 def save_policy(options: TrainNetworkOptions, plan: RunPlan) -> SavePolicy:

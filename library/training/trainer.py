@@ -23,7 +23,12 @@ from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning, ModelInfo
 from library.config.arguments import TrainNetworkOptions, build_parser
+from library.config.config_file import origins_of
 from library.config.console import setup_console
+from library.config.explain import print_explanation
+from library.config.no_effect import report
+from library.config.no_effect.by_dataset import without_effect_on_data
+from library.config.no_effect.by_plan import without_effect_in_plan
 from library.config.rules import check as check_rules
 from library.data import describe
 from library.data.conditioning import Role, check_roles
@@ -33,11 +38,12 @@ from library.data.latent_cache import Encode
 from library.diffusion.ddpm import NoiseSchedule
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, exits_on_user_error
-from library.inference.prompt_line import SamplePrompt, read_prompt_file
+from library.inference.prompt_line import SamplePrompt
 from library.memory.host_heap import keep_freed_memory
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
 from library.training.checkpoints import OutputNames, SavePolicy
+from library.training.dry_run import dry_run
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
 from library.training.logs import PaceReport, TrackerSettings
@@ -48,6 +54,7 @@ from library.training.resume import TrainState, load_state, read_state, save_sta
 from library.training.settings import (
     loss_settings,
     noise_settings,
+    sample_prompts,
     save_policy,
     schedule_settings,
     tracker_settings,
@@ -148,8 +155,12 @@ class Trainer(ABC):
             SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when all is saved.
         """
         options = self.options_class().from_args(args)
+        if options.config.explain:
+            return print_explanation(options, origins_of(args), self.architecture)
         with Interrupt() as interrupt:
             run = self.setup(options)
+            if options.config.dry_run:
+                return dry_run(self, run)
             self.cache(run)
             self.load(run)
             self.fit(run, interrupt)
@@ -176,6 +187,7 @@ class Trainer(ABC):
             max_train_steps=options.training.max_train_steps,
             max_train_epochs=options.training.max_train_epochs,
         )
+        report(without_effect_in_plan(options, plan), strict=options.config.strict)
         weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
             options.training.mixed_precision, torch.float32
         )
@@ -199,10 +211,11 @@ class Trainer(ABC):
         Raises:
             UserError: one line for each finding.
         """
-        for warning in check_rules(options, self.architecture):
-            logger.warning(warning)
+        strict = options.config.strict
+        report(check_rules(options, self.architecture), strict=strict)
         dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
-        idle = check_validation(dataset_config, options.validation)
+        check_validation(dataset_config, options.validation)
+        report(without_effect_on_data(options, dataset_config), strict=strict)
         check_roles(dataset_config, self.conditioning_as, masked_loss=options.loss.masked_loss)
         optimizer = resolve_optimizer(
             options.optimizer.optimizer_type,
@@ -213,10 +226,9 @@ class Trainer(ABC):
             separate_rates=options.optimizer.unet_lr is not None or bool(options.optimizer.text_encoder_lr),
         )
         schedule = schedule_settings(options)
-        for warning in (*idle, *optimizer.warnings, *check_scheduler(optimizer, schedule)):
-            logger.warning(warning)
+        report((*optimizer.warnings, *check_scheduler(optimizer, schedule)), strict=strict)
         self.check_trained(options)
-        prompts = self._read_prompts(options)
+        prompts = sample_prompts(options)
         resumed = read_state(Path(options.resume.resume)) if options.resume.resume else None
         trackers = tracker_settings(options)
         trackers.check()
@@ -332,6 +344,10 @@ class Trainer(ABC):
     @abstractmethod
     def build_trained(self, run: Run) -> Trained:
         """Create the trained modules with optimizer and scheduler, prepared by the accelerator."""
+
+    @abstractmethod
+    def trained_on_meta(self, run: Run) -> list[tuple[str, list[nn.Parameter]]]:
+        """What would be trained, by part, over models of a run that are on the meta device."""
 
     @abstractmethod
     def encode_text(self, run: Run, batch: Batch) -> Conditioning: ...
@@ -499,19 +515,23 @@ class Trainer(ABC):
         save_state(run.accelerator, path, state)
         self.training_mode(run, True)
 
-    def _resume(self, run: Run) -> None:
+    def check_resumed(self, run: Run) -> None:
+        """Name what was changed since the state was saved. Raises UserError if the run has ended with it."""
         state = run.checked.resumed
         for change in state.changes(_fingerprint(run)):
             logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
+        if state.current_step >= run.plan.total_steps:
+            raise UserError(
+                f"--resume {run.options.resume.resume}: the state stands at step {state.current_step} and the run ends "
+                f"at step {run.plan.total_steps}; raise --max_train_steps or --max_train_epochs"
+            )
+
+    def _resume(self, run: Run) -> None:
+        self.check_resumed(run)
         load_state(run.accelerator, Path(run.options.resume.resume))
         if run.validation:
-            run.validation.restore(state.validation)
-        run.start_step = state.current_step
-        if run.start_step >= run.plan.total_steps:
-            raise UserError(
-                f"--resume {run.options.resume.resume}: the state stands at step {run.start_step} and the run ends at "
-                f"step {run.plan.total_steps}; raise --max_train_steps or --max_train_epochs"
-            )
+            run.validation.restore(run.checked.resumed.validation)
+        run.start_step = run.checked.resumed.current_step
         logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)
 
     def _load_vae(self, run: Run) -> nn.Module:
@@ -527,14 +547,6 @@ class Trainer(ABC):
                 return self.architecture.encode_images(run.vae, pixels.to(run.device), generators).float().cpu()
 
         return encode
-
-    def _read_prompts(self, options: TrainNetworkOptions) -> tuple[SamplePrompt, ...]:
-        wanted = options.sample
-        if not wanted.sample_prompts or not (
-            wanted.sample_every_n_steps or wanted.sample_every_n_epochs or wanted.sample_at_first
-        ):
-            return ()
-        return tuple(read_prompt_file(Path(wanted.sample_prompts)))
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,14 @@ logger = logging.getLogger(__name__)
 TIMESTEPS = 4
 
 
-def check_validation(config: DatasetConfig, options: ValidationOptions) -> list[str]:
-    """Warnings for settings that have no effect, as no pictures are kept for validation.
+def check_validation(config: DatasetConfig, options: ValidationOptions) -> None:
+    """Refuse what the end of the run or its files depend on, where no pictures are kept for validation.
 
     Raises:
-        UserError: options that the end of the run or its files depend on, without validation.
+        UserError: one line for each option.
     """
-    if any(subset.validation_split > 0 for dataset in config.datasets for subset in dataset.subsets):
-        return []
+    if config.validates:
+        return
     remedy = "without validation pictures; set validation_split in the dataset file, or --validation_split"
     needing = [
         f"--{name}: cannot work {remedy}"
@@ -53,14 +53,6 @@ def check_validation(config: DatasetConfig, options: ValidationOptions) -> list[
     ]
     if needing:
         raise UserError("\n".join(needing))
-    names = ("validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
-    idle = [f"--{name}" for name in names if getattr(options, name) is not None]
-    if options.validation_seed is None and any(dataset.validation_seed is not None for dataset in config.datasets):
-        idle.append(f"{config.source}: validation_seed")
-    found = [f"{name} has no effect {remedy}" for name in idle]
-    if options.validation_split > 0:
-        found.append("--validation_split has no effect, as the dataset file says 0 for all subsets")
-    return found
 
 
 @dataclass(frozen=True)

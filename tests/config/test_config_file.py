@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from library.config.arguments import TrainNetworkOptions, build_parser
 from library.config.config_file import load_toml, read_args
+from library.config.fields import int_or_float
 from library.errors import UserError
 
 
@@ -66,6 +68,9 @@ def test_the_ending_may_be_left_out(parser: argparse.ArgumentParser, tmp_path: P
         ("config_file = 'other.toml'\n", [":1:", "belongs on the command line only"]),
         ("learning_rate = '1e-4'\n", [":1:", "expects a number, not '1e-4'"]),
         ("lr_warmup_steps = nan\n", [":1:", "a share of the run"]),
+        ("dry_run = true\n", [":1:", "belongs on the command line only"]),
+        ("a = {seed = 1, network_dmi = 4}\n", [":1:", "network_dmi"]),
+        ('caption_prefix = """\nsede = 3\n"""\n\nsede = 3\n', [":5:", 'did you mean "seed"']),
     ],
 )
 def test_mistakes(
@@ -130,6 +135,45 @@ def test_output_config_is_read_back(parser: argparse.ArgumentParser, tmp_path: P
     with pytest.raises(SystemExit) as stopped:
         read_args(parser, ["--output_config", "--config_file", str(file)])
     assert stopped.value.code == 2
+
+
+def other_value(field: dataclasses.Field) -> object:
+    """A value that is not the default, of the option's own type."""
+    given = field.metadata
+    if field.default is False:
+        return True
+    if given["choices"]:
+        return next(choice for choice in given["choices"] if choice not in (None, field.default))
+    value = {int: 7, float: 1.5e-07, int_or_float: 0.25, Path: Path("a b/c.toml")}.get(given["type"], 'te"x\\t, {é}')
+    return [value, value] if given["nargs"] else value
+
+
+def test_every_option_survives_output_config(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    groups = TrainNetworkOptions.groups().values()
+    fields = [field for group in groups for field in dataclasses.fields(group)]
+    own = {"config_file", "output_config", "explain", "dry_run"}
+    expected = {field.name: other_value(field) for field in fields if field.name not in own}
+    assert all(value != field.default for field in fields if (value := expected.get(field.name)) is not None)
+    words = ["--output_config", "--config_file", str(tmp_path / "all.toml")]
+    for name, value in expected.items():
+        words += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
+    with pytest.raises(SystemExit) as stopped:
+        read_args(parser, words)
+    assert stopped.value.code == 0
+    found = vars(read_args(parser, ["--config_file", str(tmp_path / "all.toml")]))
+    secrets = {field.name for field in fields if field.metadata["secret"]}
+    for name, value in expected.items():
+        assert found[name] == (None if name in secrets else value), name
+        assert name in secrets or type(found[name]) is type(value), name
+
+
+def test_a_file_of_defaults_is_the_same_as_none(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    file = tmp_path / "defaults.toml"
+    with pytest.raises(SystemExit):
+        read_args(parser, ["--output_config", "--config_file", str(file)])
+    read = TrainNetworkOptions.from_args(read_args(parser, ["--config_file", str(file)]))
+    plain = TrainNetworkOptions.from_args(read_args(parser, []))
+    assert dataclasses.replace(read, config=plain.config) == plain
 
 
 def test_output_config_leaves_secrets_out(parser: argparse.ArgumentParser, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.errors import UserError
+from library.errors import NoEffect, UserError
 from library.optim.optimizers import resolve_optimizer
 from library.optim.schedulers import (
     NAMES,
@@ -71,7 +71,6 @@ def test_landmarks(settings: dict, landmarks: dict[int, float]) -> None:
     ("settings", "words"),
     [
         ({"name": "cosin"}, 'did you mean "cosine"'),
-        ({"name": "constant", "warmup": 10}, "constant_with_warmup"),
         ({"name": "piecewise_constant"}, "step_rules"),
         ({"name": "cosine_with_min_lr"}, "--lr_scheduler_min_lr_ratio"),
         ({"name": "cosine_warmup_with_min_lr"}, "--lr_scheduler_min_lr_ratio"),
@@ -101,6 +100,9 @@ def test_settings_without_effect_are_warned_of() -> None:
     assert check_scheduler(ADAMW, ScheduleSettings(args=[])) == []
     (found,) = check_scheduler(ADAMW, ScheduleSettings(name="cosine", decay=10, power=2.0))
     assert found == "--lr_decay_steps, --lr_scheduler_power: no effect with --lr_scheduler cosine"
+    assert isinstance(found, NoEffect)
+    (found,) = check_scheduler(ADAMW, ScheduleSettings(name="constant", warmup=10))
+    assert found == "--lr_warmup_steps: no effect with --lr_scheduler constant; use constant_with_warmup"
     rules = ["step_rules='1:5,0.1'"]
     (found,) = check_scheduler(ADAMW, ScheduleSettings(name="piecewise_constant", args=rules, warmup=5))
     assert "--lr_warmup_steps" in found

@@ -31,7 +31,8 @@ class ModelSource:
 def load_frozen(source: ModelSource, build: Callable[[], nn.Module], *, dtype: torch.dtype, device: str) -> nn.Module:
     """Build a model on the meta device and fill it, tensor by tensor, on its target device and in its target dtype.
 
-    On the host and in the file's own dtype nothing is copied at all: parameters are views of the mapped file.
+    On the host and in the file's own dtype nothing is copied at all: parameters are views of the mapped file. On the
+    meta device nothing is read either: names and shapes are checked, and the model has no weights.
 
     Returns:
         The model in eval mode, without gradients.
@@ -41,7 +42,8 @@ def load_frozen(source: ModelSource, build: Callable[[], nn.Module], *, dtype: t
     """
     with torch.device("meta"):
         model = build()
-    _fill(model, source.layout.read(source.file.read(source.file_names())), source, dtype=dtype, device=device)
+    read = source.file.on_meta if device == "meta" else source.file.read
+    _fill(model, source.layout.read(read(source.file_names())), source, dtype=dtype, device=device)
     return model.eval()
 
 

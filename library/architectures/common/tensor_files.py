@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from library.files.safetensors_io import iterate_tensors, load_pickle, read_header
@@ -42,3 +43,8 @@ class TensorFile:
                 yield name, self._unpickled[name]
         else:
             yield from iterate_tensors(self.path, names)
+
+    def on_meta(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The same without data: tensors of their shapes on the meta device; the file is not touched."""
+        for name in names:
+            yield name, torch.empty(self.shapes[name], device="meta")

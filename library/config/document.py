@@ -1,0 +1,139 @@
+"""Writes ``docs/options/``: a page for each group of options, from the dataclasses and the rules on them.
+
+    python -m library.config.document
+
+``tests/config/test_document.py`` fails when the pages are not those that this makes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from library.config.arguments import TrainNetworkOptions
+from library.config.availability import REFUSED
+from library.config.fields import int_or_float
+from library.config.implied import implied
+from library.config.no_effect import RULES
+from library.config.no_effect.by_dataset import NO_REGULARISATION, OPTIONS
+from library.config.no_effect.by_plan import EPOCHS, EPOCHS_BEFORE_THE_LAST, STEPS
+from library.config.units import UNITS
+from library.optim.schedulers import schedules_that_read
+
+FOLDER = Path(__file__).parents[2] / "docs" / "options"
+
+_MADE = "<!-- made by: python -m library.config.document -->\n"
+_INTRODUCTION = """# Options of `train_network.py`
+
+A page for each group. Every option is a flag of the command line and, without its dashes, a key of a `--config_file`
+(TOML; tables are only headings, the command line wins). What an option does, without these tables:
+[train_network.md](../train_network.md).
+
+- `--output_config --config_file run.toml` writes the options of a command line to a file, without secrets.
+- `--explain` shows every option's value and where it comes from: default, file and line, command line, another option.
+- `--dry_run` checks options, data, and the headers of pictures and models, and shows the plan: models, buckets, steps,
+  trained parameters, files. No weights are loaded.
+- An option that changes nothing in a run is named in a warning; with `--strict` it is an error. The column *has no
+  effect* says when that is.
+
+"""
+
+
+def pages() -> dict[str, str]:
+    """Every page's text by its file name."""
+    groups = TrainNetworkOptions.groups()
+    index = (
+        _MADE
+        + _INTRODUCTION
+        + _table(
+            ("page", "options"),
+            ([f"[{_title(group)}]({name}.md)", str(len(dataclasses.fields(group)))] for name, group in groups.items()),
+        )
+    )
+    return {"README.md": index} | {f"{name}.md": _page(group) for name, group in groups.items()}
+
+
+def _title(group: type) -> str:
+    return (group.__doc__ or group.__name__).splitlines()[0].rstrip(".")
+
+
+def _page(group: type) -> str:
+    columns = ("option", "type", "default", "unit", "what it does", "has no effect")
+    rows = [
+        [f"`--{f.name}`", _type(f), _default(f), UNITS.get(f.name, ""), _help(f), "; ".join(_idle(f.name))]
+        for f in dataclasses.fields(group)
+    ]
+    return f"{_MADE}# {_title(group)}\n\n{_table(columns, rows)}\n[All options](README.md)\n"
+
+
+def is_number(field: dataclasses.Field[Any]) -> bool:
+    return field.metadata["type"] in (int, float, int_or_float)
+
+
+def _type(field: dataclasses.Field[Any]) -> str:
+    given = field.metadata
+    if field.default is False:
+        return "switch"
+    if given["choices"]:
+        return "one of " + ", ".join(f"`{choice}`" for choice in given["choices"] if choice is not None)
+    names = {int: "whole number", float: "number", int_or_float: "number or %", Path: "path"}
+    name = names.get(given["type"], "text")
+    return f"{name}, several" if given["nargs"] else name
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is False:
+        return "off"
+    if field.default not in (None, ""):
+        return f"`{field.default}`"
+    stands_for = implied(_NOTHING_GIVEN).get(field.name)
+    return f"{stands_for.value}" if stands_for is not None and stands_for.origin == "default" else ""
+
+
+_NOTHING_GIVEN = TrainNetworkOptions(**{name: group() for name, group in TrainNetworkOptions.groups().items()})
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    text = field.metadata["help"]
+    return f"{text}. **Refused**: {REFUSED[field.name]}" if field.name in REFUSED else text
+
+
+def _idle(name: str) -> list[str]:
+    """When the option changes nothing."""
+    found = [rule.reason for rule in RULES if name in rule.names]
+    if name in OPTIONS and OPTIONS[name].reason:
+        found.append(OPTIONS[name].reason)
+    if name == "prior_loss_weight":
+        found.append(NO_REGULARISATION)
+    if name in (*STEPS, *EPOCHS, *EPOCHS_BEFORE_THE_LAST):
+        found.append("in a shorter run")
+    if schedules := schedules_that_read(f"--{name}"):
+        custom = "without --lr_scheduler_type, " if name == "lr_scheduler_args" else ""
+        found.append(f"{custom}with an --lr_scheduler other than {', '.join(schedules)}")
+    return found
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |\n"
+
+    columns = list(columns)
+    return line(columns) + line(["---"] * len(columns)) + "".join(line(row) for row in rows)
+
+
+def write(folder: Path = FOLDER) -> None:
+    """Write all pages, and remove those of groups that are gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = pages()
+    for old in folder.glob("*.md"):
+        if old.name not in made:
+            old.unlink()
+    for name, text in made.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
+    print(f"{len(pages())} pages written to {FOLDER}")

@@ -1,0 +1,134 @@
+"""Values that options take from others, or from the run, when they are not given: for ``--explain``.
+
+These restate what the code that reads the options does, each in one line; ``tests/config/test_explain.py`` holds them
+to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from library.config.arguments import TrainNetworkOptions, flat
+
+Follow = Callable[[TrainNetworkOptions], "Implied | None"]
+
+
+@dataclass(frozen=True)
+class Implied:
+    value: Any  # a text in parentheses where only the run knows it
+    origin: str
+
+
+def implied(options: TrainNetworkOptions) -> dict[str, Implied]:
+    """What options that were not given come to, by name."""
+    found = {}
+    for field, value in flat(options):
+        follow = _FOLLOWS.get(field.name)
+        if follow is not None and value == field.default and (result := follow(options)) is not None:
+            found[field.name] = result
+    return found
+
+
+def _optimizer(o: TrainNetworkOptions) -> Implied:
+    if o.optimizer.use_8bit_adam:
+        return Implied("AdamW8bit", "follows from --use_8bit_adam")
+    if o.optimizer.use_lion_optimizer:
+        return Implied("Lion", "follows from --use_lion_optimizer")
+    return Implied("AdamW", "default")
+
+
+def _rate(o: TrainNetworkOptions) -> Implied:
+    return Implied(o.optimizer.learning_rate, "follows from --learning_rate")
+
+
+def _text_rate(o: TrainNetworkOptions) -> Implied | None:
+    return None if o.network.network_train_unet_only else Implied([o.optimizer.learning_rate], _rate(o).origin)
+
+
+def _unet_rate(o: TrainNetworkOptions) -> Implied | None:
+    return None if o.network.network_train_text_encoder_only else _rate(o)
+
+
+def _steps(o: TrainNetworkOptions) -> Implied | None:
+    epochs = o.training.max_train_epochs
+    return Implied(f"(steps of {epochs} epochs)", "follows from --max_train_epochs") if epochs is not None else None
+
+
+def _epochs_between_saves(o: TrainNetworkOptions) -> Implied | None:
+    ratio = o.output.save_n_epoch_ratio
+    return Implied(f"(epochs / {ratio})", "follows from --save_n_epoch_ratio") if ratio is not None else None
+
+
+def _kept_states(kind: str) -> Follow:
+    def follow(o: TrainNetworkOptions) -> Implied | None:
+        kept = getattr(o.output, f"save_last_n_{kind}")
+        return Implied(kept, f"follows from --save_last_n_{kind}") if kept and o.output.save_state else None
+
+    return follow
+
+
+def _logs(o: TrainNetworkOptions) -> Implied | None:
+    folder = o.output.output_dir
+    return Implied(f"{folder}/logs", "follows from --output_dir") if folder else None
+
+
+def _multipliers(o: TrainNetworkOptions) -> Implied | None:
+    files = o.network.base_weights
+    return Implied([1.0] * len(files), "follows from --base_weights") if files else None
+
+
+def _title(o: TrainNetworkOptions) -> Implied | None:
+    name = o.output.output_name
+    return Implied(name, "follows from --output_name") if name else None
+
+
+def _timescale(o: TrainNetworkOptions) -> Implied | None:
+    if o.scheduler.lr_scheduler != "inverse_sqrt" or o.scheduler.lr_scheduler_type:
+        return None
+    return Implied(o.scheduler.lr_warmup_steps, "follows from --lr_warmup_steps")
+
+
+def _caption_extension(o: TrainNetworkOptions) -> Implied | None:
+    old = o.dataset.caption_extention
+    return Implied(old, "follows from --caption_extention") if old else None
+
+
+def _cache(o: TrainNetworkOptions) -> Implied | None:
+    return Implied(True, "follows from --cache_latents_to_disk") if o.dataset.cache_latents_to_disk else None
+
+
+def _seed(o: TrainNetworkOptions) -> Implied:
+    return Implied("(that of the state)", "follows from --resume") if o.resume.resume else Implied("(drawn)", "default")
+
+
+def _constant(value: Any) -> Follow:
+    return lambda o: Implied(value, "default")
+
+
+#: option -> what it comes to; ``None`` where nothing follows
+_FOLLOWS: dict[str, Follow] = {
+    "max_token_length": _constant(75),
+    "caption_extension": _caption_extension,
+    "cache_latents": _cache,
+    "output_name": _constant("last"),
+    "save_precision": _constant("float"),
+    "save_every_n_epochs": _epochs_between_saves,
+    "save_last_n_epochs_state": _kept_states("epochs"),
+    "save_last_n_steps_state": _kept_states("steps"),
+    "base_weights_multiplier": _multipliers,
+    "optimizer_type": _optimizer,
+    "unet_lr": _unet_rate,
+    "text_encoder_lr": _text_rate,
+    "lr_scheduler_timescale": _timescale,
+    "max_train_steps": _steps,
+    "seed": _seed,
+    "min_timestep": _constant(0),
+    "max_timestep": _constant(1000),
+    "logging_dir": _logs,
+    "log_with": _constant("tensorboard"),
+    "log_tracker_name": _constant("network_train"),
+    "metadata_title": _title,
+    "console_log_level": _constant("INFO"),
+}

@@ -1,0 +1,72 @@
+"""Options that have no effect in a run: found before anything is loaded, and named with the reason.
+
+A rule is a function of the options, declared with ``idle`` in the module of its topic; what depends on the dataset file
+or on the length of the run is in ``by_dataset`` and ``by_plan``, what depends on optimizer and schedule in
+``library/optim/``. They warn, and ``--strict`` makes the warnings errors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from library.config.arguments import TrainNetworkOptions, flat
+from library.config.no_effect import data, diffusion, network, output, training, watching
+from library.config.no_effect.declare import IdleRule, message
+from library.errors import NoEffect, UserError
+
+if TYPE_CHECKING:
+    from library.architectures.base import Architecture
+
+logger = logging.getLogger(__name__)
+
+
+def _rules_of(module: ModuleType) -> list[IdleRule]:
+    return [rule for rule in vars(module).values() if isinstance(rule, IdleRule)]
+
+
+RULES: tuple[IdleRule, ...] = tuple(
+    rule for module in (data, network, training, diffusion, output, watching) for rule in _rules_of(module)
+)
+
+
+def given(options: TrainNetworkOptions) -> set[str]:
+    """Names of the options that are not at their default."""
+    return {field.name for field, value in flat(options) if value != field.default}
+
+
+def reasons(options: TrainNetworkOptions, architecture: Architecture) -> list[tuple[list[str], str]]:
+    """Given options without effect and why, as far as the options alone tell."""
+    changed = given(options)
+    found = []
+    for rule in RULES:
+        names = [name for name in rule.names if name in changed]
+        if names and rule.applies(options):
+            found.append((names, rule.reason))
+    found += [([name], why) for name, why in architecture.idle_options.items() if name in changed]
+    return found
+
+
+def without_effect(options: TrainNetworkOptions, architecture: Architecture) -> list[NoEffect]:
+    """One warning for each rule that applies."""
+    return [NoEffect(message(names, reason)) for names, reason in reasons(options, architecture)]
+
+
+def report(warnings: Iterable[str], *, strict: bool) -> None:
+    """Log warnings; under ``--strict`` those on options without effect are errors.
+
+    Raises:
+        UserError: one line for each.
+    """
+    warnings = list(warnings)
+    if strict and (idle := as_errors(warnings)):
+        raise UserError("\n".join(idle))
+    for warning in warnings:
+        logger.warning("%s", warning)
+
+
+def as_errors(warnings: Iterable[str]) -> list[str]:
+    """The lines of ``--strict``."""
+    return [f"{warning}; remove it (an error by --strict)" for warning in warnings if isinstance(warning, NoEffect)]

@@ -1,0 +1,34 @@
+"""Intervals of steps and epochs that a run is too short for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from library.config.arguments import TrainNetworkOptions
+from library.config.no_effect.declare import message
+from library.errors import NoEffect
+
+if TYPE_CHECKING:
+    from library.training.plan import RunPlan
+
+#: options that count optimizer steps, epochs whose end is reached, and epochs that another one follows
+STEPS = ("save_every_n_steps", "sample_every_n_steps")
+EPOCHS = ("sample_every_n_epochs",)
+EPOCHS_BEFORE_THE_LAST = ("save_every_n_epochs",)
+
+
+def without_effect_in_plan(options: TrainNetworkOptions, plan: RunPlan) -> list[NoEffect]:
+    """One warning for each interval that never ends."""
+    steps = f"in a run of {plan.total_steps} steps"
+    epochs = f"in a run of {plan.num_epochs} epochs"
+    last = f"{epochs}: the last epoch's weights are the final file"
+    limits = [
+        *((name, plan.total_steps, steps) for name in STEPS),
+        *((name, plan.num_epochs, epochs) for name in EPOCHS),
+        *((name, plan.num_epochs - 1, last) for name in EPOCHS_BEFORE_THE_LAST),
+    ]
+    values = {**vars(options.output), **vars(options.sample)}
+    found = [NoEffect(message([name], reason)) for name, most, reason in limits if (values[name] or 0) > most]
+    if options.output.save_n_epoch_ratio is not None and plan.num_epochs < 2:
+        found.append(NoEffect(message(["save_n_epoch_ratio"], last)))
+    return found

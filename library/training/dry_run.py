@@ -1,0 +1,216 @@
+"""``--dry_run``: the plan of a run whose options, data and headers were checked, without loading weights.
+
+Models are built on the meta device from their files' headers, so that names, shapes and the network that would be
+trained are checked as loading checks them, and parameters can be counted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import torch
+from torch import nn
+
+from library.files.safetensors_io import read_header
+from library.training.checkpoints import OutputNames, SavePolicy
+from library.training.loop import Trained
+from library.training.plan import RunPlan
+
+if TYPE_CHECKING:
+    from library.training.trainer import Run, Trainer
+
+#: lines shown at each end of a long list of files
+_SHOWN = 6
+
+_CLOSING = "dry run: all checks passed; no weights were loaded"
+
+Rows = list[tuple[str, str]]
+
+
+def dry_run(trainer: Trainer, run: Run) -> None:
+    """Check what ``setup`` could not, and print the plan on the main process.
+
+    Raises:
+        UserError: headers that lack tensors or do not fit, network arguments or weights that do not fit the model, a
+            state that the run has ended with.
+    """
+    models = _models_on_meta(trainer, run)
+    parts = trainer.trained_on_meta(run)
+    # the summary before the first step counts these; nothing else of it is there yet
+    run.trained = Trained([p for _, found in parts for p in found], None, None, 0.0)
+    resumed = run.checked.resumed
+    if resumed is not None:
+        trainer.check_resumed(run)
+    done = resumed.current_step if resumed is not None else 0
+    if not run.accelerator.is_main_process:
+        return
+    rows: Rows = [("file", _stored(Path(run.checked.checkpoint.path)))]
+    rows += [(title, _size_of(model.parameters())) for title, model in models]
+    rows += [(f"trained, {name}", f"{sum(p.numel() for p in found):,} parameters") for name, found in parts]
+    rows += trainer.summary(run)
+    rows.append(("steps an epoch", str(run.plan.steps_per_epoch)))
+    width = 2 if run.options.output.save_precision in ("fp16", "bf16") else 4  # bytes of a number
+    size = width * sum(p.numel() for p in run.trained.parameters)
+    rows.append(("weights file", f"about {_bytes(size)} each"))
+    if resumed is not None:
+        rows.append(("goes on", f"after step {done} of {run.plan.total_steps}"))
+    files = planned_files(run.plan, run.policy, run.names, after_step=done)
+    print_plan(rows, [*_other_files(run), *_lines(files, last_step=run.plan.total_steps)])
+
+
+# ---- models ----
+
+
+def _models_on_meta(trainer: Trainer, run: Run) -> list[tuple[str, nn.Module]]:
+    """The run's models without weights; tokenizers are loaded for good."""
+    architecture, checkpoint, training = trainer.architecture, run.checked.checkpoint, run.options.training
+    run.tokenizers = architecture.load_tokenizers(checkpoint)
+    run.text_encoders = architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device="meta")
+    run.denoiser = architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device="meta")
+    architecture.set_attention(run.denoiser, "xformers" if training.xformers else "torch" if training.sdpa else "math")
+    vae_dtype = torch.float32 if run.options.model.no_half_vae else run.weight_dtype
+    run.vae = architecture.load_vae(checkpoint, dtype=vae_dtype, device="meta")
+    several = len(run.text_encoders) > 1
+    named = [(f"text encoder {n}" if several else "text encoder", m) for n, m in enumerate(run.text_encoders, start=1)]
+    return [*named, ("denoiser", run.denoiser), ("VAE", run.vae)]
+
+
+def _size_of(parameters: Iterable[nn.Parameter]) -> str:
+    """``859,520,964 parameters, 1.72 GB in bfloat16``."""
+    found = list(parameters)
+    dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in found}))
+    return f"{sum(p.numel() for p in found):,} parameters, {_bytes(sum(p.nbytes for p in found))} in {dtypes}"
+
+
+def _stored(path: Path) -> str:
+    """A model file's size, and the dtypes in it where its header tells; a folder's size."""
+    if path.is_dir():
+        return f"{path}, {_bytes(sum(file.stat().st_size for file in path.rglob('*') if file.is_file()))} in all"
+    size = _bytes(path.stat().st_size)
+    if path.suffix != ".safetensors":
+        return f"{path}, {size}"
+    numbers = Counter(info.dtype for info in read_header(path).tensors.values())
+    dtypes = ", ".join(f"{count} tensors in {dtype}" for dtype, count in numbers.most_common())
+    return f"{path}, {size}: {dtypes}"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
+# ---- files ----
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """Weights or a state folder that the run will write."""
+
+    path: Path
+    step: int  # after which it is written, counted from 1
+    removed_after: int | None = None  # step with whose save retention removes it
+
+
+def planned_files(plan: RunPlan, policy: SavePolicy, names: OutputNames, *, after_step: int = 0) -> list[PlannedFile]:
+    """What the saves of a run write after ``after_step``, in order, and what retention removes again."""
+    written: dict[Path, int] = {}
+    removed: dict[Path, int] = {}
+    for step, epoch in _save_moments(plan, policy):
+        if step <= after_step:
+            continue
+        if epoch is None:
+            weights, state = names.step(step), names.step_state(step)
+            old = policy.step_to_remove(step), policy.step_state_to_remove(step)
+            outdated = names.step, names.step_state
+        else:
+            weights, state = names.epoch(epoch), names.epoch_state(epoch)
+            old = policy.epoch_to_remove(epoch), policy.epoch_state_to_remove(epoch)
+            outdated = names.epoch, names.epoch_state
+        written[weights] = step
+        if policy.save_state:
+            written[state] = step
+        for number, name in zip(old, outdated, strict=True):
+            if number is not None and name(number) in written:
+                removed.setdefault(name(number), step)
+    written[names.final()] = plan.total_steps
+    if policy.save_state or policy.save_state_on_train_end:
+        written[names.final_state()] = plan.total_steps
+    return [PlannedFile(path, step, removed.get(path)) for path, step in written.items()]
+
+
+def _save_moments(plan: RunPlan, policy: SavePolicy) -> list[tuple[int, int | None]]:
+    """(step, epoch or ``None`` for a save of steps), both from 1, in the order of the run."""
+    moments: list[tuple[int, int | None]] = []
+    if policy.every_n_steps:
+        moments += [(step, None) for step in range(policy.every_n_steps, plan.total_steps + 1, policy.every_n_steps)]
+    if policy.every_n_epochs:
+        for epoch in range(policy.every_n_epochs, plan.num_epochs, policy.every_n_epochs):
+            if policy.saves_after_epoch(epoch, plan.num_epochs):
+                moments.append((epoch * plan.steps_per_epoch, epoch))
+    return sorted(moments, key=lambda moment: (moment[0], moment[1] is not None))
+
+
+def _lines(files: Sequence[PlannedFile], *, last_step: int) -> list[str]:
+    lines = []
+    for file in files:
+        when = "at the end" if file.step == last_step else f"after step {file.step}"
+        notes = [f"removed after step {file.removed_after}"] if file.removed_after is not None else []
+        notes += ["replaces what is there"] if file.path.exists() else []
+        lines.append(f"{file.path} {when}" + "".join(f", {note}" for note in notes))
+    if len(lines) <= 2 * _SHOWN + 1:
+        return lines
+    return [*lines[:_SHOWN], f"... {len(lines) - 2 * _SHOWN} more ...", *lines[-_SHOWN:]]
+
+
+def _other_files(run: Run) -> list[str]:
+    options = run.options
+    lines = [f"{run.checked.trackers.directory}: logs"]
+    if options.dataset.cache_latents_to_disk:
+        lines.append(f"beside the pictures: latents of {run.data.picture_count()} pictures, where not there yet")
+    if options.validation.save_best:
+        lines.append(f"{run.names.best()}: the weights of the lowest validation loss, whenever there is a new one")
+    if run.checked.prompts:
+        sample = options.sample
+        count = int(sample.sample_at_first)
+        if sample.sample_every_n_epochs:
+            count += run.plan.total_steps // run.plan.steps_per_epoch // sample.sample_every_n_epochs
+        elif sample.sample_every_n_steps:
+            count += run.plan.total_steps // sample.sample_every_n_steps
+        lines.append(f"{run.names.directory / 'sample'}: {count} times {len(run.checked.prompts)} sample images")
+    return lines
+
+
+# ---- printing ----
+
+
+def print_plan(rows: Rows, files: Sequence[str], *, file: TextIO | None = None) -> None:
+    """Rows and files to standard output: a table on a terminal, plain lines elsewhere."""
+    file = file or sys.stdout
+    if not file.isatty():
+        for name, value in rows:
+            print(f"{name}: {value}", file=file)
+        for line in files:
+            print(f"would write: {line}", file=file)
+        print(_CLOSING, file=file)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="plan", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    for number, line in enumerate(files):
+        table.add_row("would write" if number == 0 else "", Text(line))
+    console = Console(file=file)
+    console.print(table)
+    console.print(_CLOSING)

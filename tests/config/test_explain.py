@@ -1,0 +1,157 @@
+"""``--explain``: every option with its value, its origin and a note; nothing secret."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+import pytest
+
+from library.architectures.sd import SD
+from library.config.arguments import TrainNetworkOptions, build_parser, flat
+from library.config.config_file import origins_of, read_args
+from library.config.explain import Row, explanation, print_explanation
+from library.config.implied import _FOLLOWS, implied
+from library.optim.optimizers import resolve_optimizer
+
+
+@pytest.fixture()
+def parser() -> argparse.ArgumentParser:
+    return build_parser(list(TrainNetworkOptions.groups().values()), description=None, epilog=None)
+
+
+def options(**given: object) -> TrainNetworkOptions:
+    return TrainNetworkOptions.from_args(argparse.Namespace(**given))
+
+
+def rows_of(args: argparse.Namespace) -> dict[str, Row]:
+    return {row.name: row for row in explanation(TrainNetworkOptions.from_args(args), origins_of(args), SD)}
+
+
+def test_every_option_has_its_origin(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        "# a comment\n[network]\nnetwork_dim = 8\nnetwork_alpha = 4\n\n[rates]\nlearning_rate = 1e-4\n"
+        "caption_prefix = '''\nnetwork_dim = 99\n'''\nnetwork_args = ['conv_dim=4']\n",
+        encoding="utf-8",
+    )
+    words = ["--config_file", str(file), "--network_alpha", "1", "--sdpa", "--seed", "5"]
+    args = read_args(parser, words)
+    rows = rows_of(args)
+    assert list(rows) == [field.name for field, _ in flat(options())]
+    assert (rows["network_dim"].value, rows["network_dim"].origin) == ("8", f"{file}:3")
+    # the command line wins, and says so even where it gives the default
+    assert (rows["network_alpha"].value, rows["network_alpha"].origin) == ("1.0", "command line")
+    assert (rows["sdpa"].value, rows["sdpa"].origin) == ("yes", "command line")
+    assert (rows["network_args"].value, rows["network_args"].origin) == ("conv_dim=4", f"{file}:11")
+    assert (rows["unet_lr"].value, rows["unet_lr"].origin) == ("0.0001", "follows from --learning_rate")
+    assert (rows["xformers"].value, rows["xformers"].origin) == ("no", "default")
+    assert (rows["vae"].value, rows["vae"].origin) == ("-", "default")
+    assert "origins" not in vars(args)
+
+
+def test_a_namespace_of_a_program(parser: argparse.ArgumentParser) -> None:
+    rows = rows_of(argparse.Namespace(network_dim=4))
+    assert rows["network_dim"].origin == "set by a program"
+    assert rows["network_alpha"].origin == "default"
+
+
+def test_secrets_are_masked(parser: argparse.ArgumentParser) -> None:
+    args = read_args(parser, ["--wandb_api_key", "k3y", "--huggingface_token", "t0ken"])
+    rows = rows_of(args)
+    assert (rows["wandb_api_key"].value, rows["wandb_api_key"].origin) == ("(hidden)", "command line")
+    assert rows_of(read_args(parser, []))["wandb_api_key"].value == "-"
+    printed = io.StringIO()
+    print_explanation(TrainNetworkOptions.from_args(args), origins_of(args), SD, file=printed)
+    assert "k3y" not in printed.getvalue() and "t0ken" not in printed.getvalue()
+
+
+def test_what_has_no_effect_and_what_is_refused_is_noted() -> None:
+    given = options(huber_c=0.2, deepspeed=True)
+    rows = {row.name: row for row in explanation(given, {}, SD)}
+    assert rows["huber_c"].note == "no effect without --loss_type huber or smooth_l1"
+    assert rows["deepspeed"].note.startswith("refused: ") or rows["deepspeed"].note == ""
+    assert rows["huber_schedule"].note == ""
+
+
+def test_the_table_shows_brackets_and_every_flag() -> None:
+    printed = io.StringIO()
+    given = options(caption_prefix="[red]a [cat]", output_dir="a/" + "long/" * 30, dataset_config=Path("d.toml"))
+    print_explanation(given, {"caption_prefix": "command line"}, SD, file=printed)
+    text = printed.getvalue()
+    assert "[red]a [cat]" in text
+    assert all(f"--{field.name} " in text for field, _ in flat(given))
+    assert "keys of d.toml win over the data options above" in text
+    assert max(len(line) for line in text.splitlines()) <= 160
+
+
+IMPLIED = [
+    ("caption_extension", {"caption_extention": ".cap"}, ".cap", "follows from --caption_extention"),
+    ("cache_latents", {"cache_latents_to_disk": True}, True, "follows from --cache_latents_to_disk"),
+    ("optimizer_type", {}, "AdamW", "default"),
+    ("optimizer_type", {"use_8bit_adam": True}, "AdamW8bit", "follows from --use_8bit_adam"),
+    ("optimizer_type", {"use_lion_optimizer": True}, "Lion", "follows from --use_lion_optimizer"),
+    ("unet_lr", {"learning_rate": 0.5}, 0.5, "follows from --learning_rate"),
+    ("unet_lr", {"network_train_text_encoder_only": True}, None, ""),
+    ("text_encoder_lr", {"learning_rate": 0.5}, [0.5], "follows from --learning_rate"),
+    ("text_encoder_lr", {"network_train_unet_only": True}, None, ""),
+    ("max_train_steps", {"max_train_epochs": 3}, "(steps of 3 epochs)", "follows from --max_train_epochs"),
+    ("save_every_n_epochs", {"save_n_epoch_ratio": 4}, "(epochs / 4)", "follows from --save_n_epoch_ratio"),
+    ("save_last_n_epochs_state", {"save_last_n_epochs": 2, "save_state": True}, 2, "follows from --save_last_n_epochs"),
+    ("save_last_n_steps_state", {"save_last_n_steps": 9, "save_state": True}, 9, "follows from --save_last_n_steps"),
+    ("save_last_n_steps_state", {"save_last_n_steps": 9}, None, ""),
+    ("logging_dir", {"output_dir": "out"}, "out/logs", "follows from --output_dir"),
+    ("base_weights_multiplier", {"base_weights": ["a", "b"]}, [1.0, 1.0], "follows from --base_weights"),
+    ("metadata_title", {"output_name": "n"}, "n", "follows from --output_name"),
+    (
+        "lr_scheduler_timescale",
+        {"lr_scheduler": "inverse_sqrt", "lr_warmup_steps": 7},
+        7,
+        "follows from --lr_warmup_steps",
+    ),
+    ("seed", {}, "(drawn)", "default"),
+    ("seed", {"resume": "state"}, "(that of the state)", "follows from --resume"),
+    ("max_token_length", {}, 75, "default"),
+    ("output_name", {}, "last", "default"),
+    ("save_precision", {}, "float", "default"),
+    ("min_timestep", {}, 0, "default"),
+    ("max_timestep", {}, 1000, "default"),
+    ("log_with", {}, "tensorboard", "default"),
+    ("log_tracker_name", {}, "network_train", "default"),
+    ("console_log_level", {}, "INFO", "default"),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "value", "origin"), IMPLIED, ids=lambda v: v if isinstance(v, str) else "")
+def test_implied(name: str, given: dict[str, object], value: object, origin: str) -> None:
+    found = implied(options(**given)).get(name)
+    assert (found.value, found.origin) == (value, origin) if found else (None, "") == (value, origin)
+
+
+def test_every_implication_has_a_case_and_an_option() -> None:
+    assert {name for name, *_ in IMPLIED} == set(_FOLLOWS)
+    assert set(_FOLLOWS) <= {field.name for field, _ in flat(options())}
+
+
+def test_what_is_given_follows_from_nothing() -> None:
+    assert "unet_lr" not in implied(options(unet_lr=0.1))
+    rows = {row.name: row for row in explanation(options(unet_lr=0.1), {"unet_lr": "command line"}, SD)}
+    assert (rows["unet_lr"].value, rows["unet_lr"].origin) == ("0.1", "command line")
+
+
+def test_implied_values_are_those_that_are_used(tmp_path: Path) -> None:
+    """The table restates what other code does; here is that code."""
+    from library.training.checkpoints import OutputNames
+    from library.training.settings import noise_settings, tracker_settings
+
+    plain = options(output_dir=str(tmp_path))
+    values = {name: found.value for name, found in implied(plain).items()}
+    assert resolve_optimizer("", False, False, None, 1e-3).name == values["optimizer_type"]
+    assert OutputNames(tmp_path, None, "safetensors").final().stem == values["output_name"]
+    noise = noise_settings(plain)
+    assert (noise.min_timestep, noise.max_timestep) == (values["min_timestep"], values["max_timestep"])
+    trackers = tracker_settings(plain)
+    assert str(trackers.directory.parent) == values["logging_dir"]
+    assert trackers.tracker_name == values["log_tracker_name"]
+    assert trackers.backends == (values["log_with"],)
