@@ -1,16 +1,18 @@
-"""The processes of a run: the accelerator, and what all must agree on."""
+"""The processes of a run: accelerate's object, made from the options, and what all must agree on."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from library.config.arguments import TrainingOptions
+from library.data.latent_cache import Peers
 from library.errors import UserError
-from library.training.logs import TrackerSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,23 +21,34 @@ if TYPE_CHECKING:
 MAX_RANDOM_SEED = 2**31 - 1
 
 
-def make_accelerator(training: TrainingOptions, trackers: TrackerSettings) -> Accelerator:
-    """Join the other processes, if there are any.
+def weight_dtype(options: TrainingOptions) -> torch.dtype:
+    """What frozen weights are kept in."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(options.mixed_precision, torch.float32)
+
+
+def make_accelerator(
+    options: TrainingOptions, *, backends: Sequence[str] = (), directory: Path | None = None
+) -> Accelerator:
+    """Join the processes that ``accelerate launch`` started.
+
+    Args:
+        backends: trackers, see ``library.training.logs``.
+        directory: where the trackers write.
 
     Raises:
-        UserError: a precision that the device does not have.
+        UserError: a precision that this machine does not have.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    if training.mixed_precision == "fp16" and not torch.cuda.is_available():
+    if options.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     handlers: list[Any] = []
-    if training.ddp_timeout:
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=training.ddp_timeout)))
+    if options.ddp_timeout:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
     return Accelerator(
-        mixed_precision=training.mixed_precision,
-        log_with=list(trackers.backends),
-        project_dir=str(trackers.directory),
+        mixed_precision=options.mixed_precision,
+        log_with=list(backends) or None,
+        project_dir=None if directory is None else str(directory),
         kwargs_handlers=handlers,
         # one scheduler step per optimizer step, however many processes there are
         step_scheduler_with_optimizer=False,
@@ -55,3 +68,10 @@ def of_main_process(value: int) -> int:
     shared = [value]
     broadcast_object_list(shared)
     return shared[0]
+
+
+def peers_of(accelerator: Accelerator) -> Peers:
+    """The run's processes, as caches share their work among them."""
+    from accelerate.utils import gather_object
+
+    return Peers(accelerator.process_index, accelerator.num_processes, gather_object)

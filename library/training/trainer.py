@@ -8,7 +8,6 @@ sees ``args``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import time
@@ -34,7 +33,6 @@ from library.data import describe
 from library.data.conditioning import Role, check_roles
 from library.data.dataset import Batch, TrainingData
 from library.data.dataset_config import DatasetConfig, load_dataset_config
-from library.data.latent_cache import Encode
 from library.diffusion.ddpm import NoiseSchedule
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, exits_on_user_error
@@ -42,14 +40,15 @@ from library.inference.prompt_line import SamplePrompt
 from library.memory.host_heap import keep_freed_memory
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
+from library.training.caching import CacheJob, cache_latents, inspect_model
 from library.training.checkpoints import OutputNames, SavePolicy
 from library.training.dry_run import dry_run
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
-from library.training.logs import PaceReport, TrackerSettings
+from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
-from library.training.processes import choose_seed, make_accelerator, of_main_process
+from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
 from library.training.resume import TrainState, load_state, read_state, save_state
 from library.training.settings import (
     loss_settings,
@@ -161,7 +160,7 @@ class Trainer(ABC):
             run = self.setup(options)
             if options.config.dry_run:
                 return dry_run(self, run)
-            self.cache(run)
+            self.cache(run, interrupt)
             self.load(run)
             self.fit(run, interrupt)
             self.finish(run, interrupt)
@@ -170,7 +169,9 @@ class Trainer(ABC):
         """Check everything, scan the data, and lay out the run; no weights are loaded yet."""
         setup_console(options.console)
         checked = self.check(options)
-        accelerator = make_accelerator(options.training, checked.trackers)
+        accelerator = make_accelerator(
+            options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
+        )
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         checked = replace(checked, seed=of_main_process(checked.seed))
@@ -188,9 +189,6 @@ class Trainer(ABC):
             max_train_epochs=options.training.max_train_epochs,
         )
         report(without_effect_in_plan(options, plan), strict=options.config.strict)
-        weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
-            options.training.mixed_precision, torch.float32
-        )
         return Run(
             checked=checked,
             accelerator=accelerator,
@@ -201,7 +199,7 @@ class Trainer(ABC):
             ),
             policy=save_policy(options, plan),
             schedule=self.architecture.noise_schedule(zero_terminal_snr=options.noise.zero_terminal_snr),
-            weight_dtype=weight_dtype,
+            weight_dtype=weight_dtype(options.training),
             started_at=time.time(),
         )
 
@@ -232,14 +230,7 @@ class Trainer(ABC):
         resumed = read_state(Path(options.resume.resume)) if options.resume.resume else None
         trackers = tracker_settings(options)
         trackers.check()
-        model = options.model
-        checkpoint = self.architecture.inspect(
-            model.pretrained_model_name_or_path,
-            v2=model.v2,
-            v_parameterization=model.v_parameterization,
-            vae=model.vae,
-            tokenizer_cache_dir=model.tokenizer_cache_dir,
-        )
+        checkpoint = inspect_model(self.architecture, options.model)
         self.architecture.check_options(options, checkpoint.info)
         for prompt in prompts:
             check_sampler(
@@ -260,30 +251,21 @@ class Trainer(ABC):
             seed=choose_seed(options.training.seed, resumed.seed if resumed else None),
         )
 
-    def cache(self, run: Run) -> None:
+    def cache(self, run: Run, interrupt: Interrupt) -> None:
         """Make or read the latent cache; afterwards the VAE is only kept where it is still needed."""
-        options = run.options.dataset
-        draws = bool(run.checked.prompts)
-        if not run.caches_latents:
-            run.vae = self._load_vae(run)
-            return
-        # one process encodes to disk, the others find its files; in memory each needs its own
-        with run.accelerator.main_process_first() if options.cache_latents_to_disk else contextlib.nullcontext():
-            made = run.data.cache_latents(
-                lambda: self._encoder(run),
-                batch_size=options.vae_batch_size,
-                to_disk=options.cache_latents_to_disk,
-                vae_identity=self.architecture.vae_identity(run.checked.checkpoint),
-                trust=options.skip_cache_check,
-                report=PaceReport("encoding pictures"),
-            )
-        logger.info("latents: %d encoded, %d from the cache", made, run.data.picture_count() - made)
-        if draws and run.vae is None:
-            run.vae = self._load_vae(run)
-        if run.vae is not None:
-            run.vae = run.vae.to("cpu") if draws else None  # previews fetch it back
-        if run.device.type == "cuda" and not run.options.training.highvram:
-            torch.cuda.empty_cache()
+        job = CacheJob(
+            architecture=self.architecture,
+            checkpoint=run.checked.checkpoint,
+            data=run.data,
+            options=run.options,
+            accelerator=run.accelerator,
+            weight_dtype=run.weight_dtype,
+            interrupt=interrupt,
+        )
+        if run.caches_latents:
+            run.vae = cache_latents(job, keep_vae=bool(run.checked.prompts))  # previews fetch it back
+        else:
+            run.vae = job.load_vae()
 
     def load(self, run: Run) -> None:
         """Load tokenizers, encoders and denoiser, build what is trained, and resume."""
@@ -533,20 +515,6 @@ class Trainer(ABC):
             run.validation.restore(run.checked.resumed.validation)
         run.start_step = run.checked.resumed.current_step
         logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)
-
-    def _load_vae(self, run: Run) -> nn.Module:
-        dtype = torch.float32 if run.options.model.no_half_vae else run.weight_dtype
-        return self.architecture.load_vae(run.checked.checkpoint, dtype=dtype, device=str(run.device))
-
-    def _encoder(self, run: Run) -> Encode:
-        """Load the VAE and return pixels (B, 3, H, W) -> latents (B, C, h, w) on the host."""
-        run.vae = self._load_vae(run)
-
-        def encode(pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-            with torch.no_grad():
-                return self.architecture.encode_images(run.vae, pixels.to(run.device), generators).float().cpu()
-
-        return encode
 
 
 @dataclass(frozen=True)
