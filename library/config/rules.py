@@ -180,10 +180,34 @@ def cached_latents(o: TrainNetworkOptions) -> Iterator[Finding]:
         for name in NOT_WITH_CACHED_LATENTS:
             if getattr(d, name):
                 yield error(f"--{name}: not with cached latents, which are made once; remove one of them")
-    if d.skip_cache_check and not d.cache_latents_to_disk:
-        yield warning("--skip_cache_check has no effect without --cache_latents_to_disk")
+    if d.skip_cache_check and not (d.cache_latents_to_disk or d.cache_text_encoder_outputs_to_disk):
+        yield warning(
+            "--skip_cache_check has no effect without --cache_latents_to_disk or --cache_text_encoder_outputs_to_disk"
+        )
     if _changed(d, "vae_batch_size") and not (d.cache_latents or d.cache_latents_to_disk):
         yield warning("--vae_batch_size has no effect without --cache_latents or --cache_latents_to_disk")
+
+
+def cached_texts(o: TrainNetworkOptions) -> Iterator[Finding]:
+    d = o.dataset
+    if not (d.cache_text_encoder_outputs or d.cache_text_encoder_outputs_to_disk):
+        if _changed(d, "text_encoder_batch_size", "text_encoder_cache_variants"):
+            yield warning(
+                "--text_encoder_batch_size and --text_encoder_cache_variants have no effect without "
+                "--cache_text_encoder_outputs"
+            )
+        return
+    flag = "--cache_text_encoder_outputs" + ("_to_disk" if d.cache_text_encoder_outputs_to_disk else "")
+    if not o.network.network_train_unet_only:
+        yield error(
+            f"{flag}: not while the text encoder is trained, whose outputs change; "
+            "add --network_train_unet_only, or remove it"
+        )
+    if o.network.base_weights:
+        yield error(
+            f"{flag}: not with --base_weights, which may change the text encoder; merge them into the model first, "
+            "or remove one of them"
+        )
 
 
 def data_loading(o: TrainNetworkOptions) -> Iterator[Finding]:
@@ -213,6 +237,8 @@ def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
         "gradient_accumulation_steps": o.training.gradient_accumulation_steps,
         "train_batch_size": o.dataset.train_batch_size,
         "vae_batch_size": o.dataset.vae_batch_size,
+        "text_encoder_batch_size": o.dataset.text_encoder_batch_size,
+        "text_encoder_cache_variants": o.dataset.text_encoder_cache_variants,
         "network_dim": o.network.network_dim,
         "save_every_n_epochs": o.output.save_every_n_epochs,
         "save_every_n_steps": o.output.save_every_n_steps,
@@ -353,6 +379,7 @@ RULES: tuple[Rule, ...] = (
     optimizer_names,
     attention,
     cached_latents,
+    cached_texts,
     data_loading,
     finite_numbers,
     positive_numbers,

@@ -6,17 +6,20 @@ predecessor have no stamp; they are used when their arrays fit.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from library.architectures.base import LatentFormat
 from library.files.atomic import atomic_path
+from library.files.hashes import file_identity
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +68,7 @@ def make_stamp(image: Path, *, vae: str, bucket: tuple[int, int], interpolation:
 
     To be called before the pixels are read: a picture that changes in between is then found out of date.
     """
-    return Stamp(image_digest(image), _file_identity(image), vae, bucket, interpolation)
-
-
-def _file_identity(image: Path) -> tuple[int, int, int, int]:
-    found = image.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return Stamp(image_digest(image), file_identity(image), vae, bucket, interpolation)
 
 
 def image_digest(image: Path) -> str:
@@ -91,7 +89,7 @@ def is_current(stamp: Stamp, image: Path, *, vae: str, bucket: tuple[int, int], 
     made_from = (stamp.version, stamp.vae, stamp.bucket, stamp.interpolation)
     if made_from != (_STAMP_VERSION, vae, bucket, interpolation):
         return False
-    return _file_identity(image) == stamp.image_file or image_digest(image) == stamp.image
+    return file_identity(image) == stamp.image_file or image_digest(image) == stamp.image
 
 
 def cache_path(image: Path, size: tuple[int, int], format: LatentFormat) -> Path:
@@ -206,10 +204,22 @@ def _read_arrays(path: Path, suffix: str = "", only: Sequence[str] | None = None
         FileNotFoundError: as it says.
         ValueError: the file is damaged; the message says how.
     """
+    with open_arrays(path) as file:
+        names = [name for name in file.files if (name in only if only else name.endswith(suffix))]
+        return {name: file[name] for name in names}
+
+
+@contextlib.contextmanager
+def open_arrays(path: Path) -> Iterator[NpzFile]:
+    """An npz file whose arrays are read, and checked, when they are asked for.
+
+    Raises:
+        FileNotFoundError: as it says.
+        ValueError: the file is damaged; the message says how.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = [name for name in file.files if (name in only if only else name.endswith(suffix))]
-            return {name: file[name] for name in names}
+            yield file
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile and numpy raise of all kinds on damaged files

@@ -52,6 +52,7 @@ from library.training.settings import (
     tracker_settings,
 )
 from library.training.step import training_loss
+from library.training.text_caching import Tokenize, cache_texts, caches_texts, text_cache_row
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -149,6 +150,7 @@ class Trainer(ABC):
         with Interrupt() as interrupt:
             run = self.setup(options)
             self.cache(run)
+            self.cache_text(run)
             self.load(run)
             self.fit(run, interrupt)
             self.finish(run, interrupt)
@@ -265,7 +267,7 @@ class Trainer(ABC):
                 to_disk=options.cache_latents_to_disk,
                 vae_identity=self.architecture.vae_identity(run.checked.checkpoint),
                 trust=options.skip_cache_check,
-                report=_CacheReport(),
+                report=_CacheReport("pictures"),
             )
         logger.info("latents: %d encoded, %d from the cache", made, run.data.picture_count() - made)
         if draws and run.vae is None:
@@ -275,13 +277,19 @@ class Trainer(ABC):
         if run.device.type == "cuda" and not run.options.training.highvram:
             torch.cuda.empty_cache()
 
+    def cache_text(self, run: Run) -> None:
+        """Make or read the cache of encoded captions, if there is to be one."""
+        cache_texts(self.architecture, run, _CacheReport("captions"))
+
     def load(self, run: Run) -> None:
         """Load tokenizers, encoders and denoiser, build what is trained, and resume."""
         training = run.options.training
         checkpoint = run.checked.checkpoint
         device = str(run.device)
         run.tokenizers = self.architecture.load_tokenizers(checkpoint)
-        run.text_encoders = self.architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device=device)
+        # beside a cache of their outputs they are only looked at, and fetched to the device by previews
+        home = "cpu" if caches_texts(run.options.dataset) else device
+        run.text_encoders = self.architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device=home)
         denoiser = self.architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device=device)
         # convolutions are faster so; benchmarks/RESULTS.md has the figure. Linear layers stay as they are
         run.denoiser = denoiser.to(memory_format=torch.channels_last)
@@ -380,6 +388,7 @@ class Trainer(ABC):
             ("model", f"{options.model.pretrained_model_name_or_path} ({run.checked.info.description})"),
             *describe.summary_rows(run.data),
             ("latents cached", caches),
+            ("text encoder outputs cached", text_cache_row(options.dataset)),
             *self.trained_rows(run),
             ("optimizer", f"{run.checked.optimizer.metadata_name}, schedule {options.scheduler.lr_scheduler}"),
             (
@@ -509,21 +518,6 @@ class Trainer(ABC):
         return tuple(read_prompt_file(Path(wanted.sample_prompts)))
 
 
-@dataclass(frozen=True)
-class Tokenize:
-    """Captions to token tensors; a picklable callable for the loader's workers."""
-
-    architecture: Architecture
-    tokenizers: Sequence[Any]
-    max_token_length: int | None
-    weighted: bool
-
-    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        return self.architecture.tokenize(
-            self.tokenizers, captions, max_token_length=self.max_token_length, weighted=self.weighted
-        )
-
-
 def _make_accelerator(checked: Checked) -> Accelerator:
     from datetime import timedelta
 
@@ -553,14 +547,15 @@ def _draws_with_zero_snr(options: TrainNetworkOptions, info: ModelInfo) -> bool:
 class _CacheReport:
     """Says now and then how far the encoding is."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self._what = what
         self._started = self._said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self._said >= 10 or (done == total and now - self._started >= 10):
             self._said = now
-            logger.info("encoding pictures: %d of %d, %.1f a second", done, total, done / (now - self._started))
+            logger.info("encoding %s: %d of %d, %.1f a second", self._what, done, total, done / (now - self._started))
 
 
 def _fingerprint(run: Run) -> dict[str, object]:
@@ -577,4 +572,5 @@ def _fingerprint(run: Run) -> dict[str, object]:
         "--lr_scheduler": options.scheduler.lr_scheduler,
         "--learning_rate": options.optimizer.learning_rate,
         "--network_module": options.network.network_module,
+        "text encoder outputs cached": text_cache_row(options.dataset),
     }

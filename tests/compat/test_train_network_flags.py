@@ -13,7 +13,14 @@ from library.config.arguments import TrainNetworkOptions, build_parser
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "cli" / "train_network.json").read_text())["options"]
 
 #: flags of this project that the published command line does not have
-OURS = {"on_bad_image"}
+OURS = {
+    "on_bad_image",
+    # published for other scripts
+    "cache_text_encoder_outputs",
+    "cache_text_encoder_outputs_to_disk",
+    "text_encoder_batch_size",
+    "text_encoder_cache_variants",
+}
 
 
 @pytest.fixture(scope="module")
