@@ -115,38 +115,48 @@ class TextEncoding:
     """How captions become conditioning."""
 
     tokenize: Tokenize
-    encode: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]  # on any device, batch first
+    encode: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]  # outputs on any device, batch first
     dtype: torch.dtype
     batch_size: int
 
     def rows(self, captions: Sequence[str]) -> Iterator[tuple[str, Row]]:
-        """Captions, in batches, to their conditioning on the host; the next are tokenised meanwhile.
+        """Captions, in batches, to their conditioning on the host.
+
+        A batch is tokenised ahead, and handed to the device before the outputs of the one before are waited for.
 
         Raises:
             UserError: outputs that are not finite.
         """
         batches = [captions[start : start + self.batch_size] for start in range(0, len(captions), self.batch_size)]
         with ThreadPoolExecutor(1) as pool:
-            following = pool.submit(self.tokenize, batches[0]) if batches else None
-            for index, batch in enumerate(batches):
-                tokens = following.result()
-                if index + 1 < len(batches):
-                    following = pool.submit(self.tokenize, batches[index + 1])
-                yield from zip(batch, self._rows(batch, tokens), strict=True)
+            ahead = deque(pool.submit(self.tokenize, batch) for batch in batches[:2])
+            upcoming = iter(batches[2:])
+            running: tuple[Sequence[str], Mapping[str, Tensor]] | None = None
+            for batch in batches:
+                tokens = ahead.popleft().result()
+                if (following := next(upcoming, None)) is not None:
+                    ahead.append(pool.submit(self.tokenize, following))
+                started = self.encode(tokens)
+                if running is not None:
+                    yield from self._fetch(*running)
+                running = batch, started
+            if running is not None:
+                yield from self._fetch(*running)
 
-    def _rows(self, batch: Sequence[str], tokens: Mapping[str, Tensor]) -> list[Row]:
+    def _fetch(self, batch: Sequence[str], started: Mapping[str, Tensor]) -> Iterator[tuple[str, Row]]:
         outputs = {
             name: values.to(device="cpu", dtype=self.dtype if values.is_floating_point() else None)
-            for name, values in self.encode(tokens).items()
+            for name, values in started.items()
         }
-        rows = [{name: values[place] for name, values in outputs.items()} for place in range(len(batch))]
-        for caption, row in zip(batch, rows, strict=True):
+        for place, caption in enumerate(batch):
+            # a copy, as a view would keep the whole batch in memory
+            row = {name: values[place].clone() for name, values in outputs.items()}
             if not all(values.isfinite().all() for values in row.values()):
                 raise UserError(
                     f"caption {caption[:80]!r}: the text encoder gives values that are not finite; use "
                     "--mixed_precision bf16 or no"
                 )
-        return rows
+            yield caption, row
 
 
 def encode_to_disk(
