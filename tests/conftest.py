@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 
 # Two cores are the yardstick: tests that run side by side must not each take every core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """For tests that set up the console in this process: the root logger is put back as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers = []  # so that basicConfig(force=True) does not close pytest's
+    yield
+    for handler in root.handlers:
+        handler.close()
+    root.handlers, root.level = handlers, level
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from library.config.arguments import ConsoleOptions
 from library.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 #: lines of these are for their developers
 _NOISY = ("accelerate", "PIL", "httpx", "urllib3", "matplotlib", "filelock", "fsspec", "diffusers")
@@ -28,11 +34,10 @@ def setup_console(options: ConsoleOptions) -> None:
                 f"--console_log_file {options.console_log_file}: cannot be written ({error.strerror})"
             ) from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    elif sys.stderr.isatty() and not options.console_log_simple:
-        from rich.console import Console
+    elif is_rich(simple=options.console_log_simple):
         from rich.logging import RichHandler
 
-        handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler = RichHandler(console=stderr_console(), show_path=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
@@ -42,3 +47,38 @@ def setup_console(options: ConsoleOptions) -> None:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
     # it warns at each import of a 4-bit kernel that nothing here uses
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def is_rich(*, simple: bool) -> bool:
+    """Whether tables and bars are shown: on a terminal, unless ``--console_log_simple`` asks for plain lines."""
+    return sys.stderr.isatty() and not simple
+
+
+@functools.cache
+def stderr_console() -> Console:
+    """The one console, so that log lines stand above a bar and not in it."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def make_bar(title: str) -> Progress:
+    """A progress bar on the terminal: title, share, counts, times and the task's description; to be started."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=stderr_console(),
+    )

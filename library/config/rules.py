@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,15 +38,17 @@ def warning(text: str) -> Finding:
 Rule = Callable[[TrainNetworkOptions], Iterator[Finding]]
 
 
-def check(options: TrainNetworkOptions, architecture: Architecture) -> list[str]:
-    """Apply every rule; returns the warnings.
+def check(
+    options: TrainNetworkOptions, architecture: Architecture, *, rules: Sequence[Rule] | None = None
+) -> list[str]:
+    """Apply the rules (all, if none are named); returns the warnings.
 
     Raises:
         UserError: all errors, one line each.
     """
     # one line for an option that both refuse; the family knows its own reason better
     findings = list(_refused(options, {**REFUSED, **architecture.refused_options}))
-    for rule in RULES:
+    for rule in RULES if rules is None else rules:
         findings += rule(options)
     errors = [finding.text for finding in findings if finding.fatal]
     if errors:

@@ -1,7 +1,8 @@
 """Latent cache files: the published npz layout, with a stamp of what the latents were made from.
 
 A file lies beside its picture as ``<stem>_<W>x<H><suffix>``, W x H being the picture's own size. Files of the
-predecessor have no stamp; they are used when their arrays fit.
+predecessor have no stamp; they are used when their arrays fit. Arrays that are none of the layout's are left in a
+file that is made again, as other programs may have put them there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 STAMP = "stamp"
 _STAMP_VERSION = 1
+
+_ARRAYS = ("latents", "original_size", "crop_ltrb", "latents_flipped", "alpha_mask")
+#: what ``np.savez`` calls an array without a name: latents of the first cache files, which say nothing about themselves
+_UNNAMED = "arr_0"
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,11 @@ def make_stamp(image: Path, *, vae: str, bucket: tuple[int, int], interpolation:
     return Stamp(image_digest(image), file_identity(image), vae, bucket, interpolation)
 
 
+def _same_source(one: Stamp, other: Stamp) -> bool:
+    """Whether latents with these stamps are the same, wherever their pictures lay."""
+    return replace(one, image_file=other.image_file) == other
+
+
 def image_digest(image: Path) -> str:
     """Hash of a picture file's bytes."""
     digest = hashlib.blake2b(digest_size=16)
@@ -108,24 +118,47 @@ def array_suffix(bucket: tuple[int, int], format: LatentFormat) -> str:
 
 
 def write_cache(path: Path, cached: CachedLatents, stamp: Stamp, format: LatentFormat) -> None:
-    """Write or, with several resolutions in a file, add to a cache file; atomic."""
+    """Write a cache file; atomic, also where several programs write the same one.
+
+    What an existing file holds besides is kept: latents of other sizes, arrays of other programs, and, where they were
+    made from the same, mirrored latents and a mask that this run does not need.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
     suffix = array_suffix(stamp.bucket, format)
-    arrays: dict[str, np.ndarray] = {}
-    if format.multi_resolution and path.exists():
-        try:
-            arrays = _read_arrays(path)
-        except ValueError as error:
-            logger.warning("%s; all its sizes are dropped", error)
+    arrays = _kept(path, stamp, suffix, format)
     arrays[f"latents{suffix}"] = cached.latents.astype(np.float32)
     arrays[f"original_size{suffix}"] = np.array(cached.original_size, dtype=np.int64)
     arrays[f"crop_ltrb{suffix}"] = np.array(cached.crop_ltrb, dtype=np.int64)
     for name, values in (("latents_flipped", cached.latents_flipped), ("alpha_mask", cached.alpha_mask)):
-        arrays.pop(f"{name}{suffix}", None)
         if values is not None:
             arrays[f"{name}{suffix}"] = values.astype(np.float32)
     arrays[f"{STAMP}{suffix}"] = np.array(stamp.to_text())
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path, by_many=True) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
+
+
+def _kept(path: Path, stamp: Stamp, suffix: str, format: LatentFormat) -> dict[str, np.ndarray]:
+    """What an existing file holds that stays when latents with ``stamp`` are written to it."""
+    try:
+        arrays = _read_arrays(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        if format.multi_resolution:
+            logger.warning("%s; all its sizes are dropped", error)
+        return {}
+    arrays.pop(_UNNAMED, None)
+    of_size = {name: arrays.pop(name) for name in [f"{n}{suffix}" for n in (*_ARRAYS, STAMP)] if name in arrays}
+    found = of_size.get(f"{STAMP}{suffix}")
+    if found is not None and _same_source(Stamp.from_text(str(found)), stamp):
+        flipped, mask = of_size.get(f"latents_flipped{suffix}"), of_size.get(f"alpha_mask{suffix}")
+        if flipped is not None and _fits(flipped, stamp.bucket, format) and np.isfinite(flipped).all():
+            arrays[f"latents_flipped{suffix}"] = flipped
+        if mask is not None and _mask_fits(mask, stamp.bucket) and np.isfinite(mask).all():
+            arrays[f"alpha_mask{suffix}"] = mask
+    return arrays
 
 
 def read_cache(path: Path, bucket: tuple[int, int], format: LatentFormat) -> tuple[CachedLatents, Stamp | None] | None:
@@ -192,6 +225,11 @@ def _mask_fits(mask: np.ndarray, bucket: tuple[int, int]) -> bool:
     return mask.shape == (bucket[1], bucket[0]) and np.issubdtype(mask.dtype, np.floating)
 
 
+def _squeezed(name: str, values: np.ndarray) -> np.ndarray:
+    """Latents of video models' VAEs may be stored with their one frame, (C, 1, h, w)."""
+    return values[:, 0] if name.startswith("latents") and values.ndim == 4 and values.shape[1] == 1 else values
+
+
 def _fits(latents: np.ndarray, bucket: tuple[int, int], format: LatentFormat) -> bool:
     expected = (format.channels, bucket[1] // format.stride, bucket[0] // format.stride)
     return latents.shape == expected and np.issubdtype(latents.dtype, np.floating)
@@ -206,7 +244,7 @@ def _read_arrays(path: Path, suffix: str = "", only: Sequence[str] | None = None
     """
     with open_arrays(path) as file:
         names = [name for name in file.files if (name in only if only else name.endswith(suffix))]
-        return {name: file[name] for name in names}
+        return {name: _squeezed(name, file[name]) for name in names}
 
 
 @contextlib.contextmanager

@@ -20,15 +20,7 @@ from library.data.captions import CaptionRules, Progress
 from library.data.conditioning import Role, check_none_is_extra, pair
 from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec
 from library.data.discover import Seen, discover
-from library.data.latent_cache import (
-    DiskLatents,
-    Encode,
-    MemoryLatents,
-    Wanted,
-    check_one_file_each,
-    encode_all,
-    find_current,
-)
+from library.data.latent_cache import Encode, Peers, Wanted, fill
 from library.data.loader import BatchMaker, Loader, Tokenize
 from library.data.records import ImageRecord
 from library.errors import UserError
@@ -281,36 +273,23 @@ class TrainingData:
         vae_identity: str,
         trust: bool = False,
         report: Callable[[int, int], None] = lambda done, total: None,
+        peers: Peers = Peers(),
+        pin_memory: bool = False,
     ) -> int:
-        """Make the cache complete; returns how many pictures had to be encoded.
-
-        Args:
-            encode: called only if there is something to encode; returns the function from pixels (B, 3, H, W)
-                and one generator each to latents (B, C, h, w) on the host.
-            batch_size: pictures encoded at a time.
-            to_disk: keep the latents beside the pictures instead of in memory.
-            vae_identity: stamped into files.
-            trust: use files without comparing them with picture and VAE.
-            report: called with pictures done and their total.
-        """
-        missing = self._wanted()
-        memory = None
-        if to_disk:
-            check_one_file_each(missing, self.latent)
-            usable = find_current(missing, self.latent, vae_identity=vae_identity, trust=trust)
-            missing = [wanted for wanted in missing if not usable[wanted]]
-        else:
-            memory = MemoryLatents(missing, self.latent)
-        if missing:
-            made = encode_all(
-                missing, encode(), self.latent, batch_size=batch_size, to_disk=to_disk, vae_identity=vae_identity
-            )
-            for done, (wanted, cached) in enumerate(made, start=1):
-                if memory is not None:
-                    memory.put(wanted, cached)
-                report(done, len(missing))
-        self.maker.latents = memory if memory is not None else DiskLatents(self.latent)
-        return len(missing)
+        """Make the cache complete; returns how many pictures had to be encoded. For the arguments see ``fill``."""
+        self.maker.latents, made = fill(
+            self._wanted(),
+            encode,
+            self.latent,
+            batch_size=batch_size,
+            to_disk=to_disk,
+            vae_identity=vae_identity,
+            trust=trust,
+            report=report,
+            peers=peers,
+            pin_memory=pin_memory,
+        )
+        return made
 
     def _wanted(self) -> list[Wanted]:
         """What the latent cache must hold; a picture mirrored in one subset only is listed once, with both.

@@ -1,53 +1,49 @@
-"""Filling the latent cache: pictures are read ahead in threads while the VAE works, files written behind it."""
+"""The latent cache: which latents a run needs, which are there, filling it, and reading them for a batch."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from library.architectures.base import LatentFormat
-from library.data.cache_format import (
-    CachedLatents,
-    Stamp,
-    array_suffix,
-    cache_path,
-    is_current,
-    make_stamp,
-    read_cache,
-    read_sample,
-    write_cache,
-)
-from library.data.image_io import Fitted, covering_size, cut_mask, fit, read_image, read_image_and_alpha
-from library.errors import UserError
-from library.randomness import torch_generator
+from library.data.cache_format import CachedLatents, array_suffix, cache_path, is_current, read_cache, read_sample
+from library.data.latent_encoding import THREADS, Encode, Wanted, encode_all, to_pixels, to_weights
+from library.errors import USER_ERROR_EXIT_CODE, UserError
 
 logger = logging.getLogger(__name__)
 
-Encode = Callable[[Tensor, Sequence[torch.Generator]], Tensor]
-
-#: threads that read pictures and check files; Pillow, OpenCV and hashing let go of the interpreter's lock
-THREADS = min(8, os.cpu_count() or 1)
+__all__ = [
+    "DiskLatents",
+    "Encode",
+    "MemoryLatents",
+    "Peers",
+    "StoredSample",
+    "Wanted",
+    "fill",
+    "together",
+    "to_pixels",
+    "to_weights",
+]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Latents that a run needs."""
+class Peers:
+    """The processes that fill one cache together; alone by default."""
 
-    path: Path
-    size: tuple[int, int]  # (W, H) of the picture
-    bucket: tuple[int, int]  # (W, H)
-    interpolation: str | None
-    flip: bool  # whether the mirrored picture's are needed too
-    alpha_mask: bool = False  # whether the picture's opacity is needed too
+    rank: int = 0
+    count: int = 1
+    #: the items of all processes, in the order of their ranks; waits for all
+    gather: Callable[[list[Any]], list[Any]] = lambda items: items
 
 
 @dataclass(frozen=True)
@@ -56,16 +52,6 @@ class StoredSample:
 
     latents: Tensor  # (C, h, w) float32
     alpha_mask: Tensor | None  # (H, W) float32 in [0, 1], mirrored with the latents; only where it is wanted
-
-
-def to_pixels(pixels: np.ndarray) -> Tensor:
-    """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 127.5 - 1.0
-
-
-def to_weights(mask: np.ndarray) -> Tensor:
-    """uint8 (H, W) -> float32 (H, W) in [0, 1]."""
-    return torch.from_numpy(mask.astype(np.float32) / np.float32(255.0))
 
 
 def check_one_file_each(wanted: Iterable[Wanted], format: LatentFormat) -> None:
@@ -100,42 +86,56 @@ def _way(wanted: Wanted) -> str:
 def find_current(
     wanted: Sequence[Wanted], format: LatentFormat, *, vae_identity: str, trust: bool
 ) -> dict[Wanted, bool]:
-    """Whether each has latents on disk that may be used; damaged and outdated files are named in a warning.
+    """Whether each has latents on disk that may be used; damaged and outdated files are named in warnings.
 
     Args:
         trust: take what is there without looking into it (``--skip_cache_check``).
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda w: _is_usable(w, format, vae_identity=vae_identity, trust=trust), wanted)
-        return dict(zip(wanted, found, strict=True))
-
-
-def _is_usable(wanted: Wanted, format: LatentFormat, *, vae_identity: str, trust: bool) -> bool:
-    path = cache_path(wanted.path, wanted.size, format)
     if trust:
-        return path.exists()
+        return {w: cache_path(w.path, w.size, format).exists() for w in wanted}
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda w: _examine(w, format, vae_identity), wanted))
+    of_state: dict[str, list[str]] = {}
+    for state in found:
+        if state.problem:
+            of_state.setdefault(state.problem, []).append(state.text)
+    for problem, texts in of_state.items():
+        # one line for each kind, as a new VAE makes every file of a large folder outdated
+        more = f"; and {len(texts) - 3} more files" if len(texts) > 3 else ""
+        logger.warning("latents are made again, as %s: %s%s", problem, "; ".join(texts[:3]), more)
+    return dict(zip(wanted, (state.usable for state in found), strict=True))
+
+
+@dataclass(frozen=True)
+class _State:
+    """What was found out about one cache file."""
+
+    usable: bool
+    problem: str = ""  # with the same file in others' place, one kind of problem; "" where there is nothing to warn of
+    text: str = ""  # which file, and what about it
+
+
+def _examine(wanted: Wanted, format: LatentFormat, vae_identity: str) -> _State:
+    path = cache_path(wanted.path, wanted.size, format)
     try:
         found = read_cache(path, wanted.bucket, format)
     except ValueError as error:
-        logger.warning("%s and made again", error)
-        return False
+        return _State(False, "files are damaged", str(error))
     if found is None:
-        return False
+        return _State(False)
     cached, stamp = found
     if cached.original_size != wanted.size or (wanted.flip and cached.latents_flipped is None):
-        return False
+        return _State(False)
     if wanted.alpha_mask and cached.alpha_mask is None:
-        return False
+        return _State(False)
     arrays = (cached.latents, cached.latents_flipped, cached.alpha_mask)
     if not all(np.isfinite(values).all() for values in arrays if values is not None):
-        logger.warning("%s: holds values that are not finite, and is made again", path)
-        return False
-    same = stamp is None or is_current(
+        return _State(False, "files hold values that are not finite", str(path))
+    if stamp is None or is_current(
         stamp, wanted.path, vae=vae_identity, bucket=wanted.bucket, interpolation=wanted.interpolation
-    )
-    if not same:
-        logger.warning("%s: made from another picture, VAE or size, and is made again", path)
-    return same
+    ):
+        return _State(True)
+    return _State(False, "files are of another picture, VAE, size or way of resizing", str(path))
 
 
 class DiskLatents:
@@ -213,100 +213,90 @@ class MemoryLatents:
         return StoredSample(latents, mask.flip(1) if flipped else mask)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    fitted: Fitted
-    alpha_mask: np.ndarray | None  # float32 (H, W)
-    stamp: Stamp | None  # of what goes to disk
-
-
-def encode_all(
+def fill(
     wanted: Sequence[Wanted],
-    encode: Encode,
+    encode: Callable[[], Encode],
     format: LatentFormat,
     *,
     batch_size: int,
     to_disk: bool,
     vae_identity: str,
-) -> Iterator[tuple[Wanted, CachedLatents]]:
-    """Encode pictures, those of one bucket together; yields each as it is done.
+    trust: bool = False,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    peers: Peers = Peers(),
+    pin_memory: bool = False,
+) -> tuple[DiskLatents | MemoryLatents, int]:
+    """Make the cache complete; returns it, and how many pictures had to be encoded, by all processes together.
 
-    The draw from the VAE's posterior is keyed by the picture's name and bucket, not by its batch.
+    On disk, each file belongs to one process, which checks it; what is missing is then shared out evenly, and all wait
+    for each other. In memory, each process needs and makes its own.
+
+    Args:
+        wanted: the same for all processes.
+        encode: called only if this process has something to encode.
+        batch_size: pictures encoded at a time.
+        to_disk: keep the latents beside the pictures instead of in memory.
+        vae_identity: stamped into files.
+        trust: use files without comparing them with picture and VAE.
+        report: called with pictures done and their total, of this process; what it raises ends the filling.
+        pin_memory: see ``encode_all``.
 
     Raises:
-        UserError: a picture that cannot be read; latents that are not finite; a full disk.
+        UserError: see ``encode_all``; two latents that would overwrite each other.
+        SystemExit: another process had an error, which it names itself.
     """
-    batches = list(_batches(wanted, batch_size))
-    stamped_with = vae_identity if to_disk else None
-    with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(1) as writer:
-        ahead: deque[list[Future[_Prepared]]] = deque()
-        writes: deque[Future[None]] = deque()
-        upcoming = iter(batches)
 
-        def read_next() -> None:
-            batch = next(upcoming, None)
-            if batch is not None:
-                ahead.append([readers.submit(_prepare, w, stamped_with) for w in batch])
+    def encoded(share: Sequence[Wanted], store: MemoryLatents | None) -> None:
+        if not share:
+            return
+        made = encode_all(
+            share,
+            encode(),
+            format,
+            batch_size=batch_size,
+            to_disk=to_disk,
+            vae_identity=vae_identity,
+            pin_memory=pin_memory,
+        )
+        with contextlib.closing(made):
+            for done, (w, cached) in enumerate(made, start=1):
+                if store is not None:
+                    store.put(w, cached)
+                report(done, len(share))
 
-        try:
-            # enough batches ahead to keep every reader at work while the VAE has one
-            for _ in range(2 + THREADS // batch_size):
-                read_next()
-            for batch in batches:
-                prepared = [future.result() for future in ahead.popleft()]
-                read_next()
-                pixels = torch.stack([to_pixels(p.fitted.pixels) for p in prepared])
-                plain = _encoded(encode, batch, pixels, "plain")
-                mirrored = _encoded(encode, batch, pixels.flip(3), "mirrored") if any(w.flip for w in batch) else None
-                for i, (w, p) in enumerate(zip(batch, prepared, strict=True)):
-                    flipped = mirrored[i] if mirrored is not None and w.flip else None
-                    cached = CachedLatents(plain[i], flipped, w.size, p.fitted.crop_ltrb, p.alpha_mask)
-                    if p.stamp is not None:
-                        path = cache_path(w.path, w.size, format)
-                        writes.append(writer.submit(write_cache, path, cached, p.stamp, format))
-                    yield w, cached
-                while writes and (writes[0].done() or len(writes) > 4 * batch_size):
-                    writes.popleft().result()
-            while writes:
-                writes.popleft().result()
-        finally:
-            # after an error nothing more is read
-            for future in (future for waiting in ahead for future in waiting):
-                future.cancel()
+    if not to_disk:
+        memory = MemoryLatents(wanted, format)
+        encoded(wanted, memory)
+        return memory, len(wanted)
+    check_one_file_each(wanted, format)
+    mine = _share(wanted, range(len(wanted)), format, peers)
+    usable = find_current([wanted[i] for i in mine], format, vae_identity=vae_identity, trust=trust)
+    missing = sorted(peers.gather([i for i in mine if not usable[wanted[i]]]))
+    share = [wanted[i] for i in _share(wanted, missing, format, peers)]
+    with together(peers):
+        encoded(share, None)
+    return DiskLatents(format), len(missing)
 
 
-def _encoded(encode: Encode, batch: Sequence[Wanted], pixels: Tensor, side: str) -> np.ndarray:
-    """(B, 3, H, W) -> float32 (B, C, h, w)."""
-    latents = encode(pixels, [_generator(w, side) for w in batch]).float().cpu()
-    finite = latents.isfinite().flatten(1).all(dim=1)
-    if not finite.all():
-        names = ", ".join(str(w.path) for w, good in zip(batch, finite.tolist(), strict=True) if not good)
-        raise UserError(f"{names}: the VAE gives values that are not finite; use --no_half_vae, or another --vae")
-    return latents.numpy()
+def _share(wanted: Sequence[Wanted], indices: Iterable[int], format: LatentFormat, peers: Peers) -> list[int]:
+    """This process's part: whole files in turn, bucket by bucket, so that each gets its part of every bucket."""
+    files: dict[Path, list[int]] = {}
+    for i in sorted(indices, key=lambda i: (wanted[i].bucket, i)):
+        files.setdefault(cache_path(wanted[i].path, wanted[i].size, format), []).append(i)
+    return [i for number, members in enumerate(files.values()) if number % peers.count == peers.rank for i in members]
 
 
-def _prepare(wanted: Wanted, vae_identity: str | None) -> _Prepared:
-    stamp = None
-    if vae_identity is not None:
-        stamp = make_stamp(wanted.path, vae=vae_identity, bucket=wanted.bucket, interpolation=wanted.interpolation)
-    if not wanted.alpha_mask:
-        fitted = fit(read_image(wanted.path), wanted.bucket, interpolation=wanted.interpolation)
-        return _Prepared(fitted, None, stamp)
-    image, alpha = read_image_and_alpha(wanted.path)
-    fitted = fit(image, wanted.bucket, interpolation=wanted.interpolation)
-    mask = cut_mask(alpha, covering_size(wanted.size, wanted.bucket), fitted.crop_ltrb)
-    return _Prepared(fitted, to_weights(mask).numpy(), stamp)
-
-
-def _batches(wanted: Sequence[Wanted], batch_size: int) -> Iterator[list[Wanted]]:
-    by_bucket: dict[tuple[int, int], list[Wanted]] = {}
-    for w in wanted:
-        by_bucket.setdefault(w.bucket, []).append(w)
-    for bucket in sorted(by_bucket):
-        members = by_bucket[bucket]
-        for start in range(0, len(members), batch_size):
-            yield members[start : start + batch_size]
-
-
-def _generator(wanted: Wanted, side: str) -> torch.Generator:
-    return torch_generator("latents", wanted.path.name, wanted.bucket[0], wanted.bucket[1], side)
+@contextlib.contextmanager
+def together(peers: Peers) -> Iterator[None]:
+    """Wait for the other processes at the end, also after an error; an error of one ends all."""
+    code, error = 0, None
+    try:
+        yield
+    except (UserError, SystemExit) as raised:
+        error = raised
+        code = raised.code if isinstance(raised, SystemExit) else USER_ERROR_EXIT_CODE
+    codes = peers.gather([code])
+    if error is not None:
+        raise error
+    if any(codes):
+        raise SystemExit(max(codes))

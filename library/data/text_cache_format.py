@@ -103,12 +103,15 @@ def text_path(image: Path, caption: str, format: TextFormat) -> Path:
 
 
 def write_texts(path: Path, rows: Sequence[Row], stamp: TextStamp, format: TextFormat) -> None:
-    """Write the outputs of ``stamp.captions``, in their order; atomic. bfloat16 is stored as float32, as published."""
+    """Write the outputs of ``stamp.captions``, in their order. bfloat16 is stored as float32, as published.
+
+    Atomic, also where several programs write the same file.
+    """
     arrays = {
         _array_name(name, place): _to_numpy(row[name]) for place, row in enumerate(rows) for name in format.arrays
     }
     arrays[STAMP] = np.array(json.dumps(asdict(stamp)))
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path, by_many=True) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
+import functools
 import glob
 import hashlib
 import json
@@ -41,7 +43,8 @@ def atomic_path(path: Path | str, *, by_many: bool = False) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary(path)
     if by_many:
-        _clear_old(path)
+        with _clear_errors(path):
+            _clear_old(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     _clear(temporary)
     try:
@@ -142,10 +145,22 @@ def _temporary(path: Path) -> Path:
 
 
 def _clear_old(path: Path) -> None:
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _DAY:
-                left.unlink()
+    for name in _leftovers(path.parent):
+        left = path.with_name(name)
+        if fnmatch.fnmatchcase(name, f".{glob.escape(path.name)}.*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > _DAY:
+                    left.unlink()
+
+
+@functools.cache
+def _leftovers(folder: Path) -> tuple[str, ...]:
+    """Temporary files that lay in a folder when this process first wrote there.
+
+    Listed once, as a folder may hold a hundred thousand files, each written in turn.
+    """
+    with os.scandir(folder) as entries:
+        return tuple(e.name for e in entries if e.name.startswith(".") and e.name.endswith(".tmp"))
 
 
 def _clear(path: Path) -> None:

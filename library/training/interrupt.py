@@ -12,9 +12,13 @@ class Interrupt:
     """A context in which SIGINT and SIGTERM set a flag instead of ending the program.
 
     ``exit_code`` is 128 + the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM.
+
+    Args:
+        promise: said at the first signal: what is still done.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, promise: str = "stopping: this step is finished, then weights and state are saved") -> None:
+        self._promise = promise
         self.signal_number: int | None = None
         self._owner = os.getpid()
         self._previous: dict[int, object] = {}
@@ -53,8 +57,4 @@ class Interrupt:
             print("stopped at once; files already written are whole", file=sys.stderr, flush=True)
             os._exit(128 + number)
         self.signal_number = number
-        print(
-            "\nstopping: this step is finished, then weights and state are saved (repeat to stop at once)",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"\n{self._promise} (repeat to stop at once)", file=sys.stderr, flush=True)

@@ -6,13 +6,13 @@ Keys of trackers are the published ones (``loss/current``, ``loss/average``, ``l
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.config.console import is_rich, make_bar, stderr_console
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,11 +104,10 @@ class Trackers:
 
 def print_summary(rows: Sequence[tuple[str, str]], *, simple: bool) -> None:
     """The one table before the first step."""
-    if simple or not sys.stderr.isatty():
+    if not is_rich(simple=simple):
         for name, value in rows:
             logger.info("%s: %s", name, value)
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="training", show_header=False, title_justify="left")
@@ -116,7 +115,7 @@ def print_summary(rows: Sequence[tuple[str, str]], *, simple: bool) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
-    Console(stderr=True).print(table)
+    stderr_console().print(table)
 
 
 class Progress:
@@ -129,20 +128,8 @@ class Progress:
         self._last_line = self._started
         self._enabled = enabled
         self._bar: Any = None
-        if enabled and not simple and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as RichProgress
-
-            self._bar = RichProgress(
-                TextColumn("steps"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=Console(stderr=True),
-            )
+        if enabled and is_rich(simple=simple):
+            self._bar = make_bar("steps")
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 

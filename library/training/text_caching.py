@@ -12,22 +12,24 @@ from torch import Tensor
 
 from library.architectures.base import Architecture
 from library.config.arguments import DatasetOptions
+from library.data.latent_cache import together
 from library.data.text_cache import (
     CachedTexts,
     DiskTexts,
     MemoryTexts,
     Report,
     TextEncoding,
+    TextFile,
     encode_to_disk,
     find_outdated,
     wanted_files,
 )
 from library.data.text_cache_format import TextSettings
+from library.training.caching import CacheJob
+from library.training.processes import peers_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from library.training.trainer import Run
 
 logger = logging.getLogger(__name__)
 
@@ -64,62 +66,75 @@ def text_cache_row(options: DatasetOptions) -> str:
     )
 
 
-def cache_texts(architecture: Architecture, run: Run, report: Report) -> None:
-    """Make or read the cache of encoded captions, if the run wants one; its batches then hold them.
+def cache_texts(job: CacheJob) -> None:
+    """Make the cache of encoded captions complete, by all processes together; the batches of the job's data use it.
 
     Raises:
         UserError: outputs that are not finite; a full disk.
+        SystemExit: after Ctrl-C or SIGTERM; another process had an error.
     """
-    options = run.options.dataset
-    if not caches_texts(options):
-        return
-    accelerator, format = run.accelerator, architecture.text
-    files = wanted_files(run.data.captioned(), format, options.text_encoder_cache_variants)
-    store: DiskTexts | MemoryTexts
-    if options.cache_text_encoder_outputs_to_disk:
-        settings = TextSettings(
-            architecture.text_identity(run.checked.checkpoint),
-            dtype=run.weight_dtype,
-            max_token_length=run.options.model.max_token_length,
-            clip_skip=run.options.model.clip_skip,
-            weighted=run.options.model.weighted_captions,
-        )
-        # whole files go to one process, so that none is checked or written twice
-        own = files[accelerator.process_index :: accelerator.num_processes]
-        outdated = find_outdated(own, format, settings, trust=options.skip_cache_check)
-        if outdated:
-            encode_to_disk(outdated, _load_encoding(architecture, run), format, settings, report)
-        logger.info("text encoder outputs: %d files made, %d up to date", len(outdated), len(own) - len(outdated))
-        accelerator.wait_for_everyone()
-        store = DiskTexts(format, run.weight_dtype, trust=options.skip_cache_check)
-    else:
-        store = MemoryTexts(caption for file in files for caption in file.captions)
-        _fill(store, _load_encoding(architecture, run), accelerator, report)
-        logger.info("text encoder outputs: %d captions encoded", len(store.captions))
-    run.data.maker.texts = CachedTexts(store, options.text_encoder_cache_variants)
-    if run.device.type == "cuda" and not run.options.training.highvram:
-        torch.cuda.empty_cache()
+    options, architecture = job.options.dataset, job.architecture
+    files = wanted_files(job.data.captioned(), architecture.text, options.text_encoder_cache_variants)
+    with job.progress("encoding captions", "files" if options.cache_text_encoder_outputs_to_disk else "captions") as p:
+
+        def report(done: int, total: int) -> None:
+            p.update(done, total)
+            job.stop_if_asked()
+
+        store: DiskTexts | MemoryTexts
+        if options.cache_text_encoder_outputs_to_disk:
+            made = _write(job, files, report)
+            store = DiskTexts(architecture.text, job.weight_dtype, trust=options.skip_cache_check)
+            text = f"{made} files made, {len(files) - made} from the cache"
+        else:
+            store = MemoryTexts(caption for file in files for caption in file.captions)
+            _fill(store, _load_encoding(job), job.accelerator, report)
+            text = f"{len(store.captions)} captions encoded"
+    if job.accelerator.is_main_process:
+        logger.info("text encoder outputs: %s", text)
+    job.data.maker.texts = CachedTexts(store, options.text_encoder_cache_variants)
+    job.release_memory()
 
 
-def _load_encoding(architecture: Architecture, run: Run) -> TextEncoding:
+def _load_encoding(job: CacheJob) -> TextEncoding:
     """Load tokenizers and encoders, for as long as the result is held."""
-    model, checkpoint = run.options.model, run.checked.checkpoint
-    encoders = architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device=str(run.device))
+    model, architecture = job.options.model, job.architecture
+    encoders = architecture.load_text_encoders(job.checkpoint, dtype=job.weight_dtype, device=str(job.device))
+    tokenizers = architecture.load_tokenizers(job.checkpoint)
 
     def encode(tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         # as in a step, so that training is the same with and without the cache
-        with torch.no_grad(), run.accelerator.autocast():
-            moved = {name: values.to(run.device) for name, values in tokens.items()}
+        with torch.no_grad(), job.accelerator.autocast():
+            moved = {name: values.to(job.device) for name, values in tokens.items()}
             return architecture.encode_text(encoders, moved, clip_skip=model.clip_skip).tensors
 
     return TextEncoding(
-        Tokenize(
-            architecture, architecture.load_tokenizers(checkpoint), model.max_token_length, model.weighted_captions
-        ),
+        Tokenize(architecture, tokenizers, model.max_token_length, model.weighted_captions),
         encode,
-        dtype=run.weight_dtype,
-        batch_size=run.options.dataset.text_encoder_batch_size or BATCH_SIZE,
+        dtype=job.weight_dtype,
+        batch_size=job.options.dataset.text_encoder_batch_size or BATCH_SIZE,
     )
+
+
+def _write(job: CacheJob, files: Sequence[TextFile], report: Report) -> int:
+    """Make the files that are missing or outdated; returns how many. Whole files go to one process each."""
+    format, model, peers = job.architecture.text, job.options.model, peers_of(job.accelerator)
+    settings = TextSettings(
+        job.architecture.text_identity(job.checkpoint),
+        dtype=job.weight_dtype,
+        max_token_length=model.max_token_length,
+        clip_skip=model.clip_skip,
+        weighted=model.weighted_captions,
+    )
+    mine = files[peers.rank :: peers.count]
+    outdated = set(find_outdated(mine, format, settings, trust=job.options.dataset.skip_cache_check))
+    # shared out anew, as what is missing may all lie in one part
+    missing = sorted(peers.gather([i for i, file in enumerate(files) if file in outdated]))
+    share = [files[i] for i in missing[peers.rank :: peers.count]]
+    with together(peers):
+        if share:
+            encode_to_disk(share, _load_encoding(job), format, settings, report)
+    return len(missing)
 
 
 def _fill(memory: MemoryTexts, encoding: TextEncoding, accelerator: Accelerator, report: Report) -> None:

@@ -8,7 +8,6 @@ sees ``args``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import random
@@ -30,19 +29,20 @@ from library.data import describe
 from library.data.conditioning import Role, check_roles
 from library.data.dataset import Batch, TrainingData
 from library.data.dataset_config import DatasetConfig, load_dataset_config
-from library.data.latent_cache import Encode
 from library.diffusion.ddpm import NoiseSchedule
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, exits_on_user_error
 from library.inference.prompt_line import SamplePrompt, read_prompt_file
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
+from library.training.caching import CacheJob, cache_latents, inspect_model
 from library.training.checkpoints import OutputNames, SavePolicy
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
 from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
+from library.training.processes import make_accelerator, weight_dtype
 from library.training.resume import TrainState, load_state, read_state, save_state
 from library.training.settings import (
     loss_settings,
@@ -149,8 +149,7 @@ class Trainer(ABC):
         options = self.options_class().from_args(args)
         with Interrupt() as interrupt:
             run = self.setup(options)
-            self.cache(run)
-            self.cache_text(run)
+            self.cache(run, interrupt)
             self.load(run)
             self.fit(run, interrupt)
             self.finish(run, interrupt)
@@ -166,15 +165,14 @@ class Trainer(ABC):
             prior_loss_weight=options.loss.prior_loss_weight,
             conditioning_as=self.conditioning_as,
         )
-        accelerator = _make_accelerator(checked)
+        accelerator = make_accelerator(
+            options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
+        )
         plan = RunPlan.make(
             batches_per_epoch=data.batches_per_process(accelerator.num_processes),
             gradient_accumulation_steps=options.training.gradient_accumulation_steps,
             max_train_steps=options.training.max_train_steps,
             max_train_epochs=options.training.max_train_epochs,
-        )
-        weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
-            options.training.mixed_precision, torch.float32
         )
         return Run(
             checked=checked,
@@ -186,7 +184,7 @@ class Trainer(ABC):
             ),
             policy=save_policy(options, plan),
             schedule=self.architecture.noise_schedule(zero_terminal_snr=options.noise.zero_terminal_snr),
-            weight_dtype=weight_dtype,
+            weight_dtype=weight_dtype(options.training),
             started_at=time.time(),
         )
 
@@ -216,14 +214,7 @@ class Trainer(ABC):
         resumed = read_state(Path(options.resume.resume)) if options.resume.resume else None
         trackers = tracker_settings(options)
         trackers.check()
-        model = options.model
-        checkpoint = self.architecture.inspect(
-            model.pretrained_model_name_or_path,
-            v2=model.v2,
-            v_parameterization=model.v_parameterization,
-            vae=model.vae,
-            tokenizer_cache_dir=model.tokenizer_cache_dir,
-        )
+        checkpoint = inspect_model(self.architecture, options.model)
         self.architecture.check_options(options, checkpoint.info)
         for prompt in prompts:
             check_sampler(
@@ -252,34 +243,23 @@ class Trainer(ABC):
             seed=seed,
         )
 
-    def cache(self, run: Run) -> None:
-        """Make or read the latent cache; afterwards the VAE is only kept where it is still needed."""
-        options = run.options.dataset
-        draws = bool(run.checked.prompts)
-        if not run.caches_latents:
-            run.vae = self._load_vae(run)
-            return
-        # one process encodes to disk, the others find its files; in memory each needs its own
-        with run.accelerator.main_process_first() if options.cache_latents_to_disk else contextlib.nullcontext():
-            made = run.data.cache_latents(
-                lambda: self._encoder(run),
-                batch_size=options.vae_batch_size,
-                to_disk=options.cache_latents_to_disk,
-                vae_identity=self.architecture.vae_identity(run.checked.checkpoint),
-                trust=options.skip_cache_check,
-                report=_CacheReport("pictures"),
-            )
-        logger.info("latents: %d encoded, %d from the cache", made, run.data.picture_count() - made)
-        if draws and run.vae is None:
-            run.vae = self._load_vae(run)
-        if run.vae is not None:
-            run.vae = run.vae.to("cpu") if draws else None  # previews fetch it back
-        if run.device.type == "cuda" and not run.options.training.highvram:
-            torch.cuda.empty_cache()
-
-    def cache_text(self, run: Run) -> None:
-        """Make or read the cache of encoded captions, if there is to be one."""
-        cache_texts(self.architecture, run, _CacheReport("captions"))
+    def cache(self, run: Run, interrupt: Interrupt) -> None:
+        """Make or read the caches; afterwards the VAE is only kept where it is still needed."""
+        job = CacheJob(
+            architecture=self.architecture,
+            checkpoint=run.checked.checkpoint,
+            data=run.data,
+            options=run.options,
+            accelerator=run.accelerator,
+            weight_dtype=run.weight_dtype,
+            interrupt=interrupt,
+        )
+        if run.caches_latents:
+            run.vae = cache_latents(job, keep_vae=bool(run.checked.prompts))  # previews fetch it back
+        else:
+            run.vae = job.load_vae()
+        if caches_texts(run.options.dataset):
+            cache_texts(job)
 
     def load(self, run: Run) -> None:
         """Load tokenizers, encoders and denoiser, build what is trained, and resume."""
@@ -495,20 +475,6 @@ class Trainer(ABC):
             )
         logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)
 
-    def _load_vae(self, run: Run) -> nn.Module:
-        dtype = torch.float32 if run.options.model.no_half_vae else run.weight_dtype
-        return self.architecture.load_vae(run.checked.checkpoint, dtype=dtype, device=str(run.device))
-
-    def _encoder(self, run: Run) -> Encode:
-        """Load the VAE and return pixels (B, 3, H, W) -> latents (B, C, h, w) on the host."""
-        run.vae = self._load_vae(run)
-
-        def encode(pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-            with torch.no_grad():
-                return self.architecture.encode_images(run.vae, pixels.to(run.device), generators).float().cpu()
-
-        return encode
-
     def _read_prompts(self, options: TrainNetworkOptions) -> tuple[SamplePrompt, ...]:
         wanted = options.sample
         if not wanted.sample_prompts or not (
@@ -518,44 +484,9 @@ class Trainer(ABC):
         return tuple(read_prompt_file(Path(wanted.sample_prompts)))
 
 
-def _make_accelerator(checked: Checked) -> Accelerator:
-    from datetime import timedelta
-
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    training = checked.options.training
-    if training.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
-    handlers: list[Any] = []
-    if training.ddp_timeout:
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=training.ddp_timeout)))
-    return Accelerator(
-        mixed_precision=training.mixed_precision,
-        log_with=list(checked.trackers.backends),
-        project_dir=str(checked.trackers.directory),
-        kwargs_handlers=handlers,
-        # one scheduler step per optimizer step, however many processes there are
-        step_scheduler_with_optimizer=False,
-    )
-
-
 def _draws_with_zero_snr(options: TrainNetworkOptions, info: ModelInfo) -> bool:
     """Samplers cannot start from pure noise with a model that predicts it; training with it only warns."""
     return options.noise.zero_terminal_snr and info.v_prediction
-
-
-class _CacheReport:
-    """Says now and then how far the encoding is."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._started = self._said = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._said >= 10 or (done == total and now - self._started >= 10):
-            self._said = now
-            logger.info("encoding %s: %d of %d, %.1f a second", self._what, done, total, done / (now - self._started))
 
 
 def _fingerprint(run: Run) -> dict[str, object]:

@@ -122,7 +122,9 @@ def encode_images(vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Gen
     mean, log_variance = moments.float().chunk(2, dim=1)  # (B, C, h, w) each
     std = torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE))
     noise = torch.stack([torch.randn(mean.shape[1:], generator=g, device=g.device) for g in generators])
-    return mean + std * noise.to(mean.device)
+    if mean.is_cuda and noise.device.type == "cpu":
+        noise = noise.pin_memory()  # a copy from there waits for nothing, so that the next batch can be queued
+    return mean + std * noise.to(mean.device, non_blocking=True)
 
 
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:

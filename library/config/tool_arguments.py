@@ -1,0 +1,144 @@
+"""Options of the caching tools: those of training, so that one configuration file serves both, and a few of their own.
+
+A tool names the options that matter to it. The others are accepted, reported in one line, and put back to their
+defaults, so that what only training would refuse stops no tool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TypeVar
+
+from library.config.arguments import (
+    ConfigFileOptions,
+    ConsoleOptions,
+    DatasetOptions,
+    TrainNetworkOptions,
+    build_parser,
+)
+from library.config.fields import option
+
+O = TypeVar("O", bound="CacheToolOptions")  # noqa: E741
+
+
+@dataclass(frozen=True)
+class ToolOptions:
+    """Caching."""
+
+    sdxl: bool = option(False, "the model is Stable Diffusion XL")
+    flux: bool = option(False, "the model is FLUX.1")
+    skip_existing: bool = option(
+        False, "leave pictures whose cache file is there, without looking into it (as --skip_cache_check)"
+    )
+    disable_mmap_load_safetensors: bool = option(False, "read weights without mapping their file")
+
+
+@dataclass(frozen=True)
+class FamilyToolOptions:
+    """Options of FLUX.1 and Stable Diffusion 3 alone."""
+
+    weighting_scheme: str = option(
+        "uniform",
+        "how timesteps are weighted",
+        choices=["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"],
+    )
+    logit_mean: float = option(0.0, "mean of logit_normal", type=float)
+    logit_std: float = option(1.0, "its standard deviation", type=float)
+    mode_scale: float = option(1.29, "scale of mode", type=float)
+    blocks_to_swap: int | None = option(None, "blocks kept in host memory", type=int)
+    clip_l: str | None = option(None, "CLIP-L file")
+    t5xxl: str | None = option(None, "T5-XXL file")
+    t5xxl_dtype: str | None = option(None, "precision of T5-XXL")
+    ae: str | None = option(None, "autoencoder file")
+    controlnet_model_name_or_path: str | None = option(None, "ControlNet file")
+    t5xxl_max_token_length: int | None = option(None, "tokens of a caption for T5-XXL", type=int)
+    apply_t5_attn_mask: bool = option(False, "mask what T5-XXL was padded with")
+    guidance_scale: float = option(3.5, "guidance of FLUX.1 dev", type=float)
+    timestep_sampling: str = option(
+        "sigma", "how timesteps are drawn", choices=["sigma", "uniform", "sigmoid", "shift", "flux_shift"]
+    )
+    sigmoid_scale: float = option(1.0, "scale of sigmoid", type=float)
+    model_prediction_type: str = option(
+        "sigma_scaled", "what the model predicts", choices=["raw", "additive", "sigma_scaled"]
+    )
+    discrete_flow_shift: float = option(3.0, "shift of the flow", type=float)
+    model_type: str = option("flux", "kind of FLUX model", choices=["flux", "chroma"])
+
+
+@dataclass(frozen=True)
+class CacheToolOptions(TrainNetworkOptions):
+    """All options of a caching tool, by group."""
+
+    tool: ToolOptions
+    family: FamilyToolOptions
+
+    @classmethod
+    def groups(cls) -> dict[str, type]:
+        return {**TrainNetworkOptions.groups(), "tool": ToolOptions, "family": FamilyToolOptions}
+
+    def narrowed(self: O, relevant: Collection[str]) -> tuple[O, list[str]]:
+        """The same with all but the ``relevant`` options at their defaults, and the names of those that were not."""
+        changed: dict[str, object] = {}
+        dropped: list[str] = []
+        for group_field in dataclasses.fields(self):
+            group = getattr(self, group_field.name)
+            given = [f for f in dataclasses.fields(group) if getattr(group, f.name) != f.default]
+            without = {f.name: f.default for f in given if f.name not in relevant}
+            if without:
+                changed[group_field.name] = dataclasses.replace(group, **without)
+                dropped += without
+        return dataclasses.replace(self, **changed), dropped
+
+
+def names_of(*groups: type) -> frozenset[str]:
+    """The options of whole groups."""
+    return frozenset(field.name for group in groups for field in dataclasses.fields(group))
+
+
+#: what every cache depends on or is made with
+SHARED_OPTIONS = (
+    names_of(DatasetOptions, ConsoleOptions, ConfigFileOptions)
+    - {"max_data_loader_n_workers", "persistent_data_loader_workers"}
+) | {
+    "pretrained_model_name_or_path", "v2", "v_parameterization", "tokenizer_cache_dir", "mixed_precision",
+    "ddp_timeout", "highvram", "sdxl", "flux", "skip_existing",
+}  # fmt: skip
+
+#: options of the data that say how latents are cached
+LATENT_CACHE_OPTIONS = frozenset({"cache_latents", "cache_latents_to_disk", "vae_batch_size"})
+#: the same for captions
+TEXT_CACHE_OPTIONS = frozenset(
+    {
+        "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size",
+        "text_encoder_cache_variants",
+    }
+)  # fmt: skip
+
+#: options of the data that say how captions and batches are made, but not which pictures there are in which size
+CAPTION_AND_BATCH_OPTIONS = frozenset(
+    {
+        "caption_separator", "caption_prefix", "caption_suffix", "shuffle_caption", "keep_tokens",
+        "keep_tokens_separator", "secondary_separator", "enable_wildcard", "caption_dropout_rate",
+        "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "token_warmup_min", "token_warmup_step",
+        "dataset_repeats", "train_batch_size", "conditioning_data_dir",
+    }
+)  # fmt: skip
+
+
+def build_tool_parser(
+    relevant: Collection[str], *, description: str | None, epilog: str | None
+) -> argparse.ArgumentParser:
+    """A parser that takes every option of training but shows the ``relevant`` ones only."""
+    groups = CacheToolOptions.groups()
+    parser = build_parser(
+        [groups["tool"], *(group for name, group in groups.items() if name != "tool")],
+        description=description,
+        epilog=epilog,
+    )
+    for action in parser._actions:
+        if action.dest not in relevant and action.dest != "help":
+            action.help = argparse.SUPPRESS
+    return parser

@@ -1,0 +1,118 @@
+"""What the caching tools share: a run's setup and cache without the run.
+
+A tool says which options matter to it and which caches it makes; pictures, checks, processes and the caches
+themselves are those of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+from library.architectures.base import Architecture
+from library.config.console import setup_console
+from library.config.rules import RULES, cached_texts, needs_network, needs_output
+from library.config.rules import check as check_rules
+from library.config.tool_arguments import CacheToolOptions, build_tool_parser, names_of
+from library.config.tool_arguments import FamilyToolOptions as _FamilyOptions
+from library.data.dataset import TrainingData
+from library.data.dataset_config import load_dataset_config
+from library.errors import UserError, exits_on_user_error
+from library.training.caching import CacheJob, inspect_model
+from library.training.interrupt import Interrupt
+from library.training.processes import make_accelerator, weight_dtype
+
+logger = logging.getLogger(__name__)
+
+#: no network is trained here, the text encoder neither
+_RULES = tuple(rule for rule in RULES if rule not in (needs_network, needs_output, cached_texts))
+_FAMILIES = {"sdxl": "Stable Diffusion XL", "flux": "FLUX.1"}
+
+
+class CacheTool(ABC):
+    """Base of the tools; an entry script names families, options and ``make``, and calls ``run``."""
+
+    #: the family for each of the flags --sdxl and --flux, and for none of them ("")
+    families: ClassVar[Mapping[str, Architecture]]
+    #: options that matter
+    relevant: ClassVar[Collection[str]]
+    #: what is made, for messages: "the latent cache"
+    product: ClassVar[str]
+
+    @classmethod
+    def parser(cls) -> argparse.ArgumentParser:
+        shown = set(cls.relevant) - (_FAMILIES.keys() - cls.families.keys())
+        return build_tool_parser(shown, description=cls.__doc__, epilog=cls.usage())
+
+    @classmethod
+    def usage(cls) -> str | None:
+        """An example command, shown at the end of ``--help``."""
+        return None
+
+    @abstractmethod
+    def enabled(self, options: CacheToolOptions) -> CacheToolOptions:
+        """The options with the caches that this tool is for switched on."""
+
+    @abstractmethod
+    def make(self, job: CacheJob) -> None:
+        """Make the cache complete."""
+
+    @exits_on_user_error
+    def run(self, args: argparse.Namespace) -> None:
+        """Make the cache and end.
+
+        Raises:
+            SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM.
+        """
+        given = CacheToolOptions.from_args(args)
+        setup_console(given.console)
+        with Interrupt("stopping: what is being encoded is finished and written") as interrupt:
+            architecture = self._family(given)
+            options, ignored = given.narrowed(self.relevant)
+            if ignored:
+                logger.info("no effect on %s: %s", self.product, ", ".join(f"--{name}" for name in ignored))
+            options = self.enabled(options)
+            if options.tool.skip_existing:
+                options = replace(options, dataset=replace(options.dataset, skip_cache_check=True))
+            self.make(self._job(architecture, options, interrupt))
+
+    def _job(self, architecture: Architecture, options: CacheToolOptions, interrupt: Interrupt) -> CacheJob:
+        for warning in check_rules(options, architecture, rules=_RULES):
+            logger.warning(warning)
+        dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset)
+        checkpoint = inspect_model(architecture, options.model)
+        architecture.check_options(options, checkpoint.info)
+        data = TrainingData(dataset_config, seed=options.training.seed or 0, latent=architecture.latent)
+        return CacheJob(
+            architecture=architecture,
+            checkpoint=checkpoint,
+            data=data,
+            options=options,
+            accelerator=make_accelerator(options.training),
+            weight_dtype=weight_dtype(options.training),
+            interrupt=interrupt,
+        )
+
+    def _family(self, options: CacheToolOptions) -> Architecture:
+        """Raises UserError for a family that is not there yet, and for options of other families."""
+        chosen = [flag for flag in _FAMILIES if getattr(options.tool, flag)]
+        if len(chosen) > 1:
+            raise UserError("--sdxl and --flux exclude each other: give the one that the model is")
+        flag = chosen[0] if chosen else ""
+        if flag not in self.families:
+            raise UserError(
+                f"--{flag}: {_FAMILIES[flag]} is not supported yet; without it, {self.product} of a Stable Diffusion "
+                "1.x or 2.x model is made"
+            )
+        own = names_of(_FamilyOptions)
+        if flag != "flux" and (
+            others := [name for name in own if getattr(options.family, name) != getattr(_FamilyOptions, name)]
+        ):
+            names = ", ".join(f"--{name}" for name in sorted(others))
+            remedy = "remove it, or add --flux" if "flux" in self.families else "which is not supported yet; remove it"
+            raise UserError(f"{names}: only for FLUX.1, {remedy}")
+        return self.families[flag]

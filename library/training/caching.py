@@ -1,0 +1,128 @@
+"""The caches of a run, made by a trainer before the first step, or by the tools in ``tools/`` ahead of any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import Architecture
+from library.config.arguments import ModelOptions, TrainNetworkOptions
+from library.data.dataset import TrainingData
+from library.data.latent_cache import Encode
+from library.training.interrupt import Interrupt
+from library.training.processes import peers_of
+from library.training.work_progress import WorkProgress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+def inspect_model(architecture: Architecture, options: ModelOptions) -> Any:
+    """Find and recognise the model that the options name; see ``Architecture.inspect``."""
+    return architecture.inspect(
+        options.pretrained_model_name_or_path,
+        v2=options.v2,
+        v_parameterization=options.v_parameterization,
+        vae=options.vae,
+        tokenizer_cache_dir=options.tokenizer_cache_dir,
+    )
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """What caches are made from and with."""
+
+    architecture: Architecture
+    checkpoint: Any  # what the architecture's ``inspect`` gave
+    data: TrainingData
+    options: TrainNetworkOptions
+    accelerator: Accelerator
+    weight_dtype: torch.dtype
+    interrupt: Interrupt
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def load_vae(self) -> nn.Module:
+        """The VAE on the run's device."""
+        dtype = torch.float32 if self.options.model.no_half_vae else self.weight_dtype
+        return self.architecture.load_vae(self.checkpoint, dtype=dtype, device=str(self.device))
+
+    def progress(self, title: str, unit: str) -> WorkProgress:
+        """To show how far this process is; only the main one shows it."""
+        count = self.accelerator.num_processes
+        return WorkProgress(
+            f"{title} (process 1 of {count})" if count > 1 else title,
+            unit,
+            simple=self.options.console.console_log_simple,
+            enabled=self.accelerator.is_main_process,
+        )
+
+    def stop_if_asked(self) -> None:
+        """Raises SystemExit after Ctrl-C or SIGTERM, with the code that shells expect."""
+        if self.interrupt.requested:
+            logger.warning("stopped while caching; what is cached on disk is kept, and the same command goes on")
+            raise SystemExit(self.interrupt.exit_code)
+
+    def release_memory(self) -> None:
+        """Give what a removed model took on the device back to the stages to come."""
+        if self.device.type == "cuda" and not self.options.training.highvram:
+            torch.cuda.empty_cache()
+
+
+def cache_latents(job: CacheJob, *, keep_vae: bool = False) -> nn.Module | None:
+    """Make the latent cache complete: on disk by all processes together, in memory by each for itself.
+
+    Args:
+        keep_vae: return the VAE, on the host, whether or not it was needed; else it is let go.
+
+    Raises:
+        UserError: a picture that cannot be read; latents that are not finite; a full disk.
+        SystemExit: after Ctrl-C or SIGTERM; another process had an error.
+    """
+    options = job.options.dataset
+    vae: nn.Module | None = None
+
+    def encoder() -> Encode:
+        nonlocal vae
+        vae = loaded = job.load_vae()
+
+        def encode(pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+            with torch.no_grad():
+                pixels = pixels.to(job.device, non_blocking=True)
+                return job.architecture.encode_images(loaded, pixels, generators)
+
+        return encode
+
+    with job.progress("encoding pictures", "pictures") as progress:
+
+        def report(done: int, total: int) -> None:
+            progress.update(done, total)
+            job.stop_if_asked()
+
+        made = job.data.cache_latents(
+            encoder,
+            batch_size=options.vae_batch_size,
+            to_disk=options.cache_latents_to_disk,
+            vae_identity=job.architecture.vae_identity(job.checkpoint),
+            trust=options.skip_cache_check,
+            report=report,
+            peers=peers_of(job.accelerator),
+            pin_memory=job.device.type == "cuda",
+        )
+    if job.accelerator.is_main_process:
+        logger.info("latents: %d encoded, %d from the cache", made, job.data.picture_count() - made)
+    if keep_vae:
+        vae = (vae if vae is not None else job.load_vae()).to("cpu")
+    else:
+        vae = None
+    job.release_memory()
+    return vae
