@@ -119,7 +119,9 @@ def cache_latents(job: CacheJob, *, keep_vae: bool = False) -> nn.Module | None:
             pin_memory=job.device.type == "cuda",
         )
     if job.accelerator.is_main_process:
-        logger.info("latents: %d encoded, %d from the cache", made, job.data.picture_count() - made)
+        shared = job.accelerator.num_processes if options.cache_latents_to_disk else 1
+        by = f" by {shared} processes" if made and shared > 1 else ""
+        logger.info("latents: %d encoded%s, %d from the cache", made, by, job.data.picture_count() - made)
     if keep_vae:
         vae = (vae if vae is not None else job.load_vae()).to("cpu")
     else:

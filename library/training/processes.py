@@ -44,7 +44,7 @@ def make_accelerator(
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
     return Accelerator(
         mixed_precision=options.mixed_precision,
-        log_with=list(backends),
+        log_with=list(backends) or None,
         project_dir=None if directory is None else str(directory),
         kwargs_handlers=handlers,
         # one scheduler step per optimizer step, however many processes there are

@@ -1,0 +1,130 @@
+"""``tools/cache_latents.py`` as a user runs it, and training with what it made."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from library.config.config_file import read_args
+from tests.fixtures.runs import ROOT, Finished, environment, lora_arguments, make_pictures, run_script, write_dataset
+from tests.fixtures.tiny_sd import MadeCheckpoint
+from tools.cache_latents import CacheLatents, setup_parser
+
+TOOL = "tools/cache_latents.py"
+ONLY_TRAINING = ("output_dir", "output_name", "network_module", "network_dim", "max_train_steps", "seed")
+
+
+@pytest.fixture
+def root_logger() -> Iterator[None]:
+    """As it was before, since the tool sets it up anew."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def tool_arguments(model: MadeCheckpoint, dataset: Path, **more: object) -> list[object]:
+    without = dict.fromkeys((*ONLY_TRAINING, "learning_rate", "max_data_loader_n_workers"))
+    return lora_arguments(model, dataset, Path(), **{**without, **more})
+
+
+def launch(count: int, *arguments: object) -> list[Finished]:
+    """Run the tool in several processes, as accelerate's and torch's launchers start them."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = []
+    for rank in range(count):
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        env = {**environment(), **shared, **{name: str(number) for name, number in numbers.items()}}
+        command = [sys.executable, str(ROOT / TOOL), *map(str, arguments)]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=env))
+    texts = [process.communicate(timeout=300) for process in started]
+    return [Finished(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
+
+
+def test_training_encodes_nothing_more(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+    pictures = make_pictures(tmp_path / "pictures")  # seven
+    dataset = write_dataset(tmp_path / "data.toml", pictures, subset="flip_aug = true")
+
+    # options of training are taken too, as a configuration file may serve both
+    flags = tool_arguments(tiny_sd, dataset, vae_batch_size=2, learning_rate=1e-3, network_module="networks.lora")
+    made, other = launch(2, *flags)
+    assert made.code == other.code == 0, made.text + other.text
+    assert "latents: 7 encoded by 2 processes, 0 from the cache" in made.text
+    assert "no effect on the latent cache: --network_module, --learning_rate" in made.text
+    assert len(list(pictures.glob("*_sd.npz"))) == 7
+    assert not list(pictures.glob(".*")) and not (tmp_path / "out").exists()
+
+    settings = {"cache_latents": True, "cache_latents_to_disk": True, "max_train_steps": 1}
+    trained = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path / "out", **settings))
+    assert trained.code == 0, trained.text
+    assert "latents: 0 encoded, 7 from the cache" in trained.text
+
+    damaged, edited = pictures / "0_0064x0064_sd.npz", pictures / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:-300])
+    shutil.copy(pictures / "0.png", edited.with_name("new.png"))
+    edited.with_name("new.png").rename(edited.with_name("1.png"))  # of another size now, and so is its file's name
+    again = run_script(TOOL, *tool_arguments(tiny_sd, dataset))
+    assert again.code == 0, again.text
+    assert "latents: 2 encoded, 5 from the cache" in again.text
+    (warning,) = [line for line in again.text.splitlines() if line.startswith("WARNING")]
+    assert "made again" in warning and damaged.name in warning
+
+
+@pytest.mark.slow
+def test_an_unreadable_picture_ends_all_processes(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+    pictures = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 4)
+    content = bytearray((pictures / "2.png").read_bytes())
+    middle = content.index(b"IDAT") + 200
+    content[middle : middle + 2000] = bytes(2000)  # its header and its end are good
+    (pictures / "2.png").write_bytes(content)
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    done = launch(2, *tool_arguments(tiny_sd, dataset))
+    assert [one.code for one in done] == [2, 2]
+    errors = [line for one in done for line in one.text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "2.png: the picture cannot be read" in errors[0], done
+
+
+@pytest.mark.usefixtures("root_logger")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sdxl"], ["--sdxl", "not supported yet"]),
+        (["--flux", "--ae", "ae.safetensors"], ["--flux", "not supported yet"]),
+        (["--ae", "ae.safetensors", "--clip_l", "l.safetensors"], ["--ae, --clip_l", "only for FLUX.1"]),
+        (["--sdxl", "--flux"], ["--sdxl and --flux exclude each other"]),
+        (["--vae_batch_siez", "2"], ["--vae_batch_siez", 'did you mean "--vae_batch_size"']),
+        (["--vae_batch_size", "0"], ["--vae_batch_size 0", "at least 1"]),
+        (["--dataset_config", "no/such.toml"], ["--dataset_config no/such.toml", "no such file"]),
+        (["--random_crop"], ["--random_crop", "not with cached latents"]),
+        (["--pretrained_model_name_or_path", "no/such.safetensors"], ["no/such.safetensors"]),
+        (["--debug_dataset"], ["--debug_dataset"]),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    tiny_sd: MadeCheckpoint,
+    pictures: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    words: list[str],
+) -> None:
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    with pytest.raises(SystemExit) as ended:
+        arguments = [*map(str, tool_arguments(tiny_sd, dataset)), *flags]
+        CacheLatents().run(read_args(setup_parser(), arguments))
+    assert ended.value.code == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert all(word in error for word in words), error
+    assert not list(pictures.glob("*.npz"))
