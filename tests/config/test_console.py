@@ -11,7 +11,6 @@ from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
 from library.errors import UserError
 
-
 pytestmark = pytest.mark.usefixtures("loggers")
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.fixtures.runs import ROOT, environment, lora_arguments, make_pictures, run_script, write_dataset
+from tests.fixtures.runs import launch_script, lora_arguments, make_pictures, run_script, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
 TOOL = "tools/cache_text_encoder_outputs.py"
@@ -40,6 +38,7 @@ def test_training_finds_what_the_tool_made(tmp_path: Path, tiny_sd: MadeCheckpoi
     )
     tool = run_script(TOOL, *words)
     assert tool.code == 0, tool.text
+    assert "text encoder outputs: 8 files made, 0 from the cache" in tool.text
     assert "no effect on the cache of text encoder outputs: --" in tool.text and "--network_module" in tool.text
     assert made(tmp_path) == {"empty_caption_sd_te.npz", *(f"{index}_sd_te.npz" for index in range(7))}
     assert not (tmp_path / "out").exists()
@@ -54,27 +53,21 @@ def test_training_finds_what_the_tool_made(tmp_path: Path, tiny_sd: MadeCheckpoi
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
-    """Both as a tool and in training, where they cache in memory."""
-    settings = {"text_encoder_cache_variants": 2, "network_train_unet_only": True, "max_train_steps": 2}
-    for script, how in (
-        (TOOL, "cache_text_encoder_outputs_to_disk"),
-        ("train_network.py", "cache_text_encoder_outputs"),
-    ):
-        words = lora_arguments(tiny_sd, dataset, tmp_path / "out", mixed_precision="bf16", **{how: True}, **settings)
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no"]
-        done = subprocess.run(
-            [sys.executable, *launch, str(ROOT / script), *map(str, words)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=300,
-            env=environment(),
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        if script == TOOL:
-            assert made(tmp_path) == {"empty_caption_sd_te.npz", *(f"{index}_sd_te.npz" for index in range(7))}
-            assert "8 files made" in done.stdout + done.stderr
-        else:
-            assert "captions encoded" in done.stdout + done.stderr
-            assert (tmp_path / "out" / "tiny.safetensors").exists()
+@pytest.mark.parametrize("script", [TOOL, "train_network.py"])
+def test_processes_share_the_encoding(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, script: str) -> None:
+    """On disk, and in memory, where each process needs all outputs."""
+    words = lora_arguments(
+        tiny_sd,
+        dataset,
+        tmp_path / "out",
+        cache_text_encoder_outputs=True,
+        text_encoder_cache_variants=2,
+        text_encoder_batch_size=2,
+        network_train_unet_only=True,
+        mixed_precision="bf16",
+    )
+    done = launch_script(script, 2, *words)
+    assert [one.code for one in done] == [0, 0], done
+    assert ("8 files made" if script == TOOL else "captions encoded") in done[0].text
+    assert len(made(tmp_path)) == (8 if script == TOOL else 0)
+    assert (tmp_path / "out" / "tiny.safetensors").exists() == (script != TOOL)

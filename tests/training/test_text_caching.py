@@ -29,9 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def train(
-    tmp_path: Path, model: MadeCheckpoint, folder: Path, monkeypatch: pytest.MonkeyPatch, loggers: None
-) -> Any:
+def train(tmp_path: Path, model: MadeCheckpoint, folder: Path, monkeypatch: pytest.MonkeyPatch, loggers: None) -> Any:
     """Runs the script's trainer in this process; returns the trained weights."""
     import train_network
 
