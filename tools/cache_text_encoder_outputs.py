@@ -5,7 +5,7 @@
         --text_encoder_batch_size 16 --mixed_precision bf16
 
 Training with the same data set, model and --cache_text_encoder_outputs_to_disk then encodes nothing. Other options of
-training are accepted too, so that a --config_file serves both. docs/train_network.md explains more.
+training are accepted too, so that a --config_file serves both. docs/cache_tools.md explains more.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def test_help_shows_what_matters_only(tool: str, relevant: set[str], there: set[
     ],
 )
 @pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.usefixtures("loggers")
+@pytest.mark.usefixtures("own_root_logger")
 def test_other_families_are_refused(
     tool: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

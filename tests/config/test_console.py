@@ -11,7 +11,7 @@ from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
 from library.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("loggers")
+pytestmark = pytest.mark.usefixtures("own_root_logger")
 
 
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

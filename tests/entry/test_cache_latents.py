@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from library.config.config_file import read_args
-from tests.fixtures.runs import launch_script, lora_arguments, make_pictures, run_script, write_dataset
+from tests.fixtures.runs import (
+    launch_script,
+    lora_arguments,
+    make_pictures,
+    run_script,
+    start_script,
+    write_dataset,
+)
 from tests.fixtures.tiny_sd import MadeCheckpoint
 from tools.cache_latents import CacheLatents, setup_parser
 
@@ -64,7 +73,25 @@ def test_an_unreadable_picture_ends_all_processes(tmp_path: Path, tiny_sd: MadeC
     assert len(errors) == 1 and "2.png: the picture cannot be read" in errors[0], done
 
 
-@pytest.mark.usefixtures("loggers")
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_made(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+    pictures = make_pictures(tmp_path / "pictures", sizes=[(128, 128)] * 50)
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    dataset.write_text(dataset.read_text().replace("resolution = 64", "resolution = 128"))
+    process = start_script(TOOL, *tool_arguments(tiny_sd, dataset))
+    while process.poll() is None and not list(pictures.glob("*.npz")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "what is being encoded is finished" in text and "the same command goes on" in text
+    kept = len(list(pictures.glob("*.npz")))
+    assert 0 < kept < 50 and not list(pictures.glob(".*"))
+    again = run_script(TOOL, *tool_arguments(tiny_sd, dataset))
+    assert f"latents: {50 - kept} encoded, {kept} from the cache" in again.text, again.text
+
+
+@pytest.mark.usefixtures("own_root_logger")
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

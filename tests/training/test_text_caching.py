@@ -29,7 +29,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def train(tmp_path: Path, model: MadeCheckpoint, folder: Path, monkeypatch: pytest.MonkeyPatch, loggers: None) -> Any:
+def train(
+    tmp_path: Path, model: MadeCheckpoint, folder: Path, monkeypatch: pytest.MonkeyPatch, own_root_logger: None
+) -> Any:
     """Runs the script's trainer in this process; returns the trained weights."""
     import train_network
 
