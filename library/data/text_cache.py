@@ -9,7 +9,6 @@ caption is encoded once more, and dropped are the very uses that would be withou
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from library.architectures.base import TextFormat
 from library.data.captions import CaptionRules, is_dropped, written_caption
+from library.data.latent_encoding import THREADS
 from library.data.records import ImageRecord
 from library.data.text_cache_format import (
     Row,
@@ -35,9 +35,6 @@ from library.errors import UserError
 from library.randomness import python_rng
 
 logger = logging.getLogger(__name__)
-
-#: threads that check files
-THREADS = min(8, os.cpu_count() or 1)
 
 Captioned = Iterable[tuple[ImageRecord, CaptionRules]]
 Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
