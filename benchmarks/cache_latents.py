@@ -3,12 +3,14 @@
     python benchmarks/cache_latents.py --size full --resolution 512 --count 60
     python benchmarks/cache_latents.py --size tiny --count 200
     python benchmarks/cache_latents.py --size none --count 200
+    python benchmarks/cache_latents.py --size none --milliseconds 100 --count 200
     python benchmarks/cache_latents.py --size full --resolution 1024 --device cuda --precision bf16 --batch_size 4
 
 Makes JPEG pictures of 1024 to 1536 pixels a side in a temporary folder and an autoencoder with random weights, of
 Stable Diffusion's size or tiny, and fills the cache on disk through the code that training uses. The time runs from the
 end of the first batch to the end of the last; on a GPU it is taken by the device's own events. With ``--size none``
-nothing is encoded: that many pictures a second are read, stamped and written, so a faster VAE would wait.
+nothing is encoded: that many pictures a second are read, stamped and written, so a faster VAE would wait. With
+``--milliseconds`` such a stand-in waits that long for each picture, as for a GPU, which leaves the CPU to the readers.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Case:
     batch_size: int
     device: str
     precision: str  # "no", "fp16" or "bf16"
+    milliseconds: int  # that "none" takes for a picture
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ def measure(case: Case) -> Figures:
                 pixels = pixels.to(case.device, non_blocking=True)
                 start = watch.now()
                 if vae is None:
+                    time.sleep(case.milliseconds / 1000 * len(pixels))
                     latents = pixels[:, [0, 1, 2, 0], ::8, ::8]
                 else:
                     with torch.no_grad():
@@ -178,6 +182,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1, help="as --vae_batch_size")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["no", "fp16", "bf16"], default="no")
+    parser.add_argument("--milliseconds", type=int, default=0, help="that --size none takes for a picture")
     case = Case(**vars(parser.parse_args()))
     print(json.dumps({**asdict(case), **asdict(measure(case))}, indent=1))
 
