@@ -19,7 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.architectures.sd import SD  # noqa: E402
 from library.config.config_file import read_args  # noqa: E402
-from library.config.tool_arguments import CAPTION_AND_BATCH_OPTIONS, SHARED_OPTIONS, CacheToolOptions  # noqa: E402
+from library.config.tool_arguments import (  # noqa: E402
+    CAPTION_AND_BATCH_OPTIONS,
+    SHARED_OPTIONS,
+    TEXT_CACHE_OPTIONS,
+    CacheToolOptions,
+)
 from library.training.cache_tool import CacheTool  # noqa: E402
 from library.training.caching import CacheJob, cache_latents  # noqa: E402
 
@@ -28,7 +33,7 @@ class CacheLatents(CacheTool):
     """Encode the pictures of a data set once and keep the latents beside them."""
 
     families = {"": SD}
-    relevant = SHARED_OPTIONS - CAPTION_AND_BATCH_OPTIONS | {"vae", "no_half_vae"}
+    relevant = SHARED_OPTIONS - CAPTION_AND_BATCH_OPTIONS - TEXT_CACHE_OPTIONS | {"vae", "no_half_vae"}
     product = "the latent cache"
 
     @classmethod

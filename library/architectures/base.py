@@ -9,8 +9,9 @@ Shape legend: B batch, C latent channels, (h, w) latent size, (H, W) pixels, T t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,26 @@ class LatentFormat:
     multi_resolution: bool  # whether a cache file holds several sizes under suffixed keys
     stored_scaled: bool = False  # whether cache files hold latents with shift and scale applied
     bucket_step: int = 8  # bucket sides must be multiples of this many pixels
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a family's encoded captions are stored."""
+
+    cache_suffix: str  # "_te_outputs.npz"; see facts on cache files
+    arrays: Mapping[str, tuple[str, ...]]  # tensors of the conditioning and their axes without the batch
+
+
+@dataclass(frozen=True)
+class WeightsIdentity:
+    """Which weights something was made with. Either text tells; the first costs nothing."""
+
+    files: str  # equal: the files were not touched since
+    read: Callable[[], str]  # equal: the weights are the same, wherever they lie; reads all of them
+
+    @cached_property
+    def weights(self) -> str:
+        return self.read()
 
 
 @dataclass(frozen=True)
@@ -83,6 +104,7 @@ class Architecture(ABC):
 
     name: str
     latent: LatentFormat
+    text: TextFormat
     text_encoder_targets: tuple[LoraTarget, ...]  # one per text encoder, in the encoders' order
     denoiser_target: LoraTarget
     #: published options that cannot work with this family: dest -> why, and what to use instead
@@ -122,6 +144,10 @@ class Architecture(ABC):
     @abstractmethod
     def vae_identity(self, checkpoint: Any) -> str:
         """Text that changes when the VAE's weights do; latent caches are stamped with it. Reads little."""
+
+    @abstractmethod
+    def text_identity(self, checkpoint: Any) -> WeightsIdentity:
+        """Text encoders and tokenizers; caches of encoded captions are stamped with it."""
 
     @abstractmethod
     def load_denoiser(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:

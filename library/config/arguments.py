@@ -107,6 +107,14 @@ class DatasetOptions:
         8, "processes that prepare batches; 0 prepares them in the main one", type=int
     )
     persistent_data_loader_workers: bool = option(False, "keep these processes between epochs")
+    cache_text_encoder_outputs: bool = option(
+        False, "encode all captions once, before training, and keep the text encoder's outputs in memory"
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(False, "keep them beside the pictures, for later runs too")
+    text_encoder_batch_size: int | None = option(None, "captions encoded at a time (8, if not given)", type=int)
+    text_encoder_cache_variants: int = option(
+        1, "captions of a picture to encode where they are drawn anew each time (shuffled, tags dropped, ...)", type=int
+    )
 
 
 @dataclass(frozen=True)

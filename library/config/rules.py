@@ -169,6 +169,23 @@ def cached_latents(o: TrainNetworkOptions) -> Iterator[Finding]:
                 yield error(f"--{name}: not with cached latents, which are made once; remove one of them")
 
 
+def cached_texts(o: TrainNetworkOptions) -> Iterator[Finding]:
+    d = o.dataset
+    if not (d.cache_text_encoder_outputs or d.cache_text_encoder_outputs_to_disk):
+        return
+    flag = "--cache_text_encoder_outputs" + ("_to_disk" if d.cache_text_encoder_outputs_to_disk else "")
+    if not o.network.network_train_unet_only:
+        yield error(
+            f"{flag}: not while the text encoder is trained, whose outputs change; "
+            "add --network_train_unet_only, or remove it"
+        )
+    if o.network.base_weights:
+        yield error(
+            f"{flag}: not with --base_weights, which may change the text encoder; merge them into the model first, "
+            "or remove one of them"
+        )
+
+
 # ---- numbers ----
 
 
@@ -186,6 +203,8 @@ def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
         "gradient_accumulation_steps": o.training.gradient_accumulation_steps,
         "train_batch_size": o.dataset.train_batch_size,
         "vae_batch_size": o.dataset.vae_batch_size,
+        "text_encoder_batch_size": o.dataset.text_encoder_batch_size,
+        "text_encoder_cache_variants": o.dataset.text_encoder_cache_variants,
         "network_dim": o.network.network_dim,
         "save_every_n_epochs": o.output.save_every_n_epochs,
         "save_every_n_steps": o.output.save_every_n_steps,
@@ -284,6 +303,7 @@ RULES: tuple[Rule, ...] = (
     optimizer_names,
     attention,
     cached_latents,
+    cached_texts,
     finite_numbers,
     positive_numbers,
     timestep_range,

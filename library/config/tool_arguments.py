@@ -33,9 +33,6 @@ class ToolOptions:
     skip_existing: bool = option(
         False, "leave pictures whose cache file is there, without looking into it (as --skip_cache_check)"
     )
-    cache_text_encoder_outputs: bool = option(False, "the same for text encoder outputs, by their own tool")
-    cache_text_encoder_outputs_to_disk: bool = option(False, "the same for text encoder outputs, by their own tool")
-    text_encoder_batch_size: int | None = option(None, "captions encoded at a time", type=int)
     disable_mmap_load_safetensors: bool = option(False, "read weights without mapping their file")
 
 
@@ -54,6 +51,7 @@ class FamilyToolOptions:
     blocks_to_swap: int | None = option(None, "blocks kept in host memory", type=int)
     clip_l: str | None = option(None, "CLIP-L file")
     t5xxl: str | None = option(None, "T5-XXL file")
+    t5xxl_dtype: str | None = option(None, "precision of T5-XXL")
     ae: str | None = option(None, "autoencoder file")
     controlnet_model_name_or_path: str | None = option(None, "ControlNet file")
     t5xxl_max_token_length: int | None = option(None, "tokens of a caption for T5-XXL", type=int)
@@ -108,6 +106,16 @@ SHARED_OPTIONS = (
     "pretrained_model_name_or_path", "v2", "v_parameterization", "tokenizer_cache_dir", "mixed_precision",
     "ddp_timeout", "highvram", "sdxl", "flux", "skip_existing",
 }  # fmt: skip
+
+#: options of the data that say how latents are cached
+LATENT_CACHE_OPTIONS = frozenset({"cache_latents", "cache_latents_to_disk", "vae_batch_size"})
+#: the same for captions
+TEXT_CACHE_OPTIONS = frozenset(
+    {
+        "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size",
+        "text_encoder_cache_variants",
+    }
+)  # fmt: skip
 
 #: options of the data that say how captions and batches are made, but not which pictures there are in which size
 CAPTION_AND_BATCH_OPTIONS = frozenset(

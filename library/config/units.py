@@ -14,6 +14,8 @@ _BY_UNIT = {
     "tags": ("keep_tokens", "token_warmup_min"),
     "layers": ("clip_skip", "multires_noise_iterations"),
     "pictures": ("train_batch_size", "vae_batch_size"),
+    "captions": ("text_encoder_batch_size",),
+    "captions a picture": ("text_encoder_cache_variants",),
     "uses an epoch": ("dataset_repeats",),
     "processes": ("max_data_loader_n_workers",),
     "epochs": (

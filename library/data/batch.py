@@ -29,6 +29,7 @@ class Batch:
     crop_top_lefts: Tensor  # (B, 2) int64, (top, left) of the crop in the resized and maybe mirrored picture
     flipped: list[bool]
     network_multiplier: float = 1.0
+    text: dict[str, Tensor] | None = None  # conditioning from a cache, batch first; there are no tokens then
 
     @property
     def target_sizes(self) -> Tensor:
@@ -48,6 +49,7 @@ class Batch:
             loss_masks=move(self.loss_masks),
             conditioning_images=move(self.conditioning_images),
             loss_weights=self.loss_weights.to(device, non_blocking=non_blocking),
+            text=None if self.text is None else {name: move(tensor) for name, tensor in self.text.items()},
         )
 
     def pin_memory(self) -> Batch:
@@ -64,4 +66,5 @@ class Batch:
             conditioning_images=pin(self.conditioning_images),
             tokens={name: tensor.pin_memory() for name, tensor in self.tokens.items()},
             loss_weights=self.loss_weights.pin_memory(),
+            text=None if self.text is None else {name: tensor.pin_memory() for name, tensor in self.text.items()},
         )

@@ -7,17 +7,20 @@ file that is made again, as other programs may have put them there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from library.architectures.base import LatentFormat
 from library.files.atomic import atomic_path
+from library.files.hashes import file_identity
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +73,12 @@ def make_stamp(image: Path, *, vae: str, bucket: tuple[int, int], interpolation:
 
     To be called before the pixels are read: a picture that changes in between is then found out of date.
     """
-    return Stamp(image_digest(image), _file_identity(image), vae, bucket, interpolation)
+    return Stamp(image_digest(image), file_identity(image), vae, bucket, interpolation)
 
 
 def _same_source(one: Stamp, other: Stamp) -> bool:
     """Whether latents with these stamps are the same, wherever their pictures lay."""
     return replace(one, image_file=other.image_file) == other
-
-
-def _file_identity(image: Path) -> tuple[int, int, int, int]:
-    found = image.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def image_digest(image: Path) -> str:
@@ -101,7 +99,7 @@ def is_current(stamp: Stamp, image: Path, *, vae: str, bucket: tuple[int, int], 
     made_from = (stamp.version, stamp.vae, stamp.bucket, stamp.interpolation)
     if made_from != (_STAMP_VERSION, vae, bucket, interpolation):
         return False
-    return _file_identity(image) == stamp.image_file or image_digest(image) == stamp.image
+    return file_identity(image) == stamp.image_file or image_digest(image) == stamp.image
 
 
 def cache_path(image: Path, size: tuple[int, int], format: LatentFormat) -> Path:
@@ -244,10 +242,22 @@ def _read_arrays(path: Path, suffix: str = "", only: Sequence[str] | None = None
         FileNotFoundError: as it says.
         ValueError: the file is damaged; the message says how.
     """
+    with open_arrays(path) as file:
+        names = [name for name in file.files if (name in only if only else name.endswith(suffix))]
+        return {name: _squeezed(name, file[name]) for name in names}
+
+
+@contextlib.contextmanager
+def open_arrays(path: Path) -> Iterator[NpzFile]:
+    """An npz file whose arrays are read, and checked, when they are asked for.
+
+    Raises:
+        FileNotFoundError: as it says.
+        ValueError: the file is damaged; the message says how.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = [name for name in file.files if (name in only if only else name.endswith(suffix))]
-            return {name: _squeezed(name, file[name]) for name in names}
+            yield file
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile and numpy raise of all kinds on damaged files

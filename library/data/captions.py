@@ -29,16 +29,14 @@ class CaptionRules:
     warmup_step: float = 0  # steps until all tags are used; below 1, a share of the run; 0 for none
 
     @property
-    def is_random(self) -> bool:
-        """Whether two uses of one image may have different captions."""
-        return bool(
-            self.shuffle
-            or self.wildcards
-            or self.dropout_rate > 0
-            or self.dropout_every_n_epochs > 0
-            or self.tag_dropout_rate > 0
-            or self.warmup_step > 0
-        )
+    def is_written_anew(self) -> bool:
+        """Whether two captions of one image, neither of them dropped, may differ at the same step."""
+        return self.shuffle or self.wildcards or self.tag_dropout_rate > 0
+
+    @property
+    def drops(self) -> bool:
+        """Whether uses may go without any caption."""
+        return self.dropout_rate > 0 or self.dropout_every_n_epochs > 0
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,21 @@ def final_caption(
         rng: keyed by the visit.
         progress: for the tag warm-up; without it, the warm-up counts as over.
     """
-    every = rules.dropout_every_n_epochs
+    if is_dropped(rules, epoch=epoch, rng=rng):
+        return ""
+    return written_caption(text, rules, rng=rng, progress=progress)
+
+
+def is_dropped(rules: CaptionRules, *, epoch: int, rng: random.Random) -> bool:
+    """Whether this use goes without any caption; arguments as in ``final_caption``."""
     if rules.dropout_rate > 0 and rng.random() < rules.dropout_rate:
-        return ""
-    if every > 0 and (epoch + 1) % every == 0:
-        return ""
+        return True
+    every = rules.dropout_every_n_epochs
+    return every > 0 and (epoch + 1) % every == 0
+
+
+def written_caption(text: str, rules: CaptionRules, *, rng: random.Random, progress: Progress | None = None) -> str:
+    """The caption of a use that is not dropped; arguments as in ``final_caption``."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
     # the line first, so that every line gets prefix and suffix
     caption = rng.choice(lines) if rules.wildcards else lines[0]

@@ -16,7 +16,7 @@ from library.architectures.base import LatentFormat
 from library.data.augment import face_in_name
 from library.data.batch import Batch
 from library.data.buckets import Buckets
-from library.data.captions import Progress
+from library.data.captions import CaptionRules, Progress
 from library.data.conditioning import Role, check_none_is_extra, pair
 from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec
 from library.data.discover import Seen, discover
@@ -325,6 +325,12 @@ class TrainingData:
                     plain, flip=known.flip or wanted.flip, alpha_mask=known.alpha_mask or wanted.alpha_mask
                 )
         return list(merged.values())
+
+    def captioned(self) -> Iterator[tuple[ImageRecord, CaptionRules]]:
+        """Every picture that is used, for training or validation, with the rules of its caption."""
+        for dataset in (*self.datasets, *self.validation_datasets):
+            for record in sorted({use.record for use in dataset.uses}):
+                yield dataset.records[record], dataset.subset(record).captions
 
     # ---- batches ----
 

@@ -144,6 +144,8 @@ _KEYS: dict[str, _Key] = {
 
 #: what differs from use to use, so that nothing can be encoded once
 NOT_WITH_CACHED_LATENTS = ("random_crop", "face_crop_aug_range", "color_aug")
+#: what draws captions anew at each use, so that several of them must be encoded
+NEEDS_CAPTION_VARIANTS = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate")
 #: keys that say nothing about the pictures of a metadata file
 _NOT_WITH_METADATA = ("caption_extension", "class_tokens", "is_reg", "cache_info")
 
@@ -450,6 +452,7 @@ class _Reader:
             for name in NOT_WITH_CACHED_LATENTS:
                 if values[name]:
                     self._problem(where, name, "not with cached latents, which are made once; remove one of them")
+        self._check_cached_texts(values, where)
         conditioning = values["conditioning_data_dir"] or None
         if values["is_reg"] and "conditioning_data_dir" not in own:
             conditioning = None  # the command line's folder is that of the training pictures
@@ -502,6 +505,26 @@ class _Reader:
             on_bad_image=self._options.on_bad_image,
             validation_split=0.0 if values["is_reg"] else float(values["validation_split"]),
         )
+
+    def _check_cached_texts(self, values: Mapping[str, Any], where: str) -> None:
+        """Refuse captions that cannot be encoded once; dropping them as a whole can always be had."""
+        options = self._options
+        if not (options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk):
+            return
+        flag = "--cache_text_encoder_outputs" + ("_to_disk" if options.cache_text_encoder_outputs_to_disk else "")
+        if options.text_encoder_cache_variants < 2:
+            for name in NEEDS_CAPTION_VARIANTS:
+                if values[name]:
+                    self._problem(
+                        where,
+                        name,
+                        f"with {flag}, each picture has one caption for the whole run; add "
+                        "--text_encoder_cache_variants 8 for eight of them, or remove one of the two",
+                    )
+        if values["token_warmup_step"]:
+            self._problem(
+                where, "token_warmup_step", f"not with {flag}, as captions grow with the step; remove one of them"
+            )
 
     def _places_are_good(self, folder: str | None, metadata: str | None, table: Any, where: str) -> bool:
         """Whether folder and metadata file of a subset are there."""

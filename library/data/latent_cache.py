@@ -30,6 +30,7 @@ __all__ = [
     "StoredSample",
     "Wanted",
     "fill",
+    "together",
     "to_pixels",
     "to_weights",
 ]
@@ -272,7 +273,7 @@ def fill(
     usable = find_current([wanted[i] for i in mine], format, vae_identity=vae_identity, trust=trust)
     missing = sorted(peers.gather([i for i in mine if not usable[wanted[i]]]))
     share = [wanted[i] for i in _share(wanted, missing, format, peers)]
-    with _together(peers):
+    with together(peers):
         encoded(share, None)
     return DiskLatents(format), len(missing)
 
@@ -286,7 +287,7 @@ def _share(wanted: Sequence[Wanted], indices: Iterable[int], format: LatentForma
 
 
 @contextlib.contextmanager
-def _together(peers: Peers) -> Iterator[None]:
+def together(peers: Peers) -> Iterator[None]:
     """Wait for the other processes at the end, also after an error; an error of one ends all."""
     code, error = 0, None
     try:

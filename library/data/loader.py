@@ -27,6 +27,8 @@ from library.data.image_io import cut, cut_mask, read_image, read_image_and_alph
 from library.data.latent_cache import DiskLatents, MemoryLatents, to_pixels, to_weights
 from library.data.parcel import Parcel
 from library.data.records import ImageRecord
+from library.data.text_cache import CachedTexts, stack_rows
+from library.data.text_cache_format import Row
 from library.errors import UserError
 from library.randomness import python_rng, visit_key
 
@@ -59,6 +61,8 @@ class BatchMaker:
         self._conditioning_as = conditioning_as
         #: where cached latents are; pictures are read where there are none
         self.latents: DiskLatents | MemoryLatents | None = None
+        #: where encoded captions are; captions are tokenised where there are none
+        self.texts: CachedTexts | None = None
 
     def make(self, ref: BatchRef, tokenize: Tokenize) -> Batch:
         """Read, crop, mirror and caption the samples of one batch.
@@ -72,6 +76,7 @@ class BatchMaker:
         latents = [s.latents for s in samples if s.latents is not None]
         images = [s.image for s in samples if s.image is not None]
         conditioning = [s.conditioning for s in samples if s.conditioning is not None]
+        texts = [s.text for s in samples if s.text is not None]
         bucket = self._datasets[ref.dataset].bucket_of[ref.uses[0].record]
         return Batch(
             latents=torch.stack(latents) if latents else None,
@@ -79,7 +84,7 @@ class BatchMaker:
             loss_masks=_stack_masks([s.loss_mask for s in samples], bucket),
             conditioning_images=torch.stack(conditioning) if conditioning else None,
             captions=captions,
-            tokens=tokenize(captions),
+            tokens={} if texts else tokenize(captions),
             visits=[s.visit for s in samples],
             loss_weights=torch.tensor([s.weight for s in samples]),
             paths=[str(s.record.path) for s in samples],
@@ -88,6 +93,7 @@ class BatchMaker:
             crop_top_lefts=torch.tensor([s.crop_top_left for s in samples]),
             flipped=[s.flipped for s in samples],
             network_multiplier=spec.network_multiplier,
+            text=stack_rows(texts, [s.record.path for s in samples]) if texts else None,
         )
 
     def visit(self, ref: BatchRef, use: Use) -> int:
@@ -99,13 +105,17 @@ class BatchMaker:
         record, subset, bucket = dataset.records[use.record], dataset.subset(use.record), dataset.bucket_of[use.record]
         visit = self.visit(ref, use)
         flipped = subset.flip_aug and python_rng(visit, "flip").random() < 0.5
-        caption = final_caption(
-            record.caption,
-            subset.captions,
-            epoch=ref.epoch,
-            rng=python_rng(visit, "caption"),
-            progress=ref.progress,
-        )
+        text = None
+        if self.texts is not None:
+            caption, text = self.texts.sample(record, subset.captions, epoch=ref.epoch, visit=visit)
+        else:
+            caption = final_caption(
+                record.caption,
+                subset.captions,
+                epoch=ref.epoch,
+                rng=python_rng(visit, "caption"),
+                progress=ref.progress,
+            )
         weight = self._prior_loss_weight if subset.is_reg else 1.0
         latents = pixels = alpha = None
         if self.latents is not None:
@@ -125,6 +135,7 @@ class BatchMaker:
             record=record,
             visit=visit,
             caption=caption,
+            text=text,
             weight=weight,
             flipped=flipped,
             crop_top_left=(top, left),
@@ -199,6 +210,7 @@ class _Sample:
     record: ImageRecord
     visit: int
     caption: str
+    text: Row | None
     weight: float
     flipped: bool
     crop_top_left: tuple[int, int]

@@ -26,7 +26,7 @@ class ValidationData:
     """One process's share of the validation pictures of a run.
 
     Args:
-        data: of the run, its latents cached if they will be.
+        data: of the run, its latents and texts cached if they will be.
         max_batches: of a validation, over all processes.
     """
 
@@ -37,6 +37,7 @@ class ValidationData:
             data.validation_datasets, seed=data.seed, prior_loss_weight=1.0, conditioning_as=data.conditioning_as
         )
         self._maker.latents = data.maker.latents
+        self._maker.texts = data.maker.texts
         found = [
             ref
             for index, dataset in enumerate(data.validation_datasets)

@@ -38,6 +38,15 @@ def model_hash(path: Path | str) -> str:
         return IS_DIRECTORY if Path(path).is_dir() else NO_FILE  # Windows opens no folders
 
 
+def file_identity(path: Path) -> tuple[int, int, int, int]:
+    """A file's inode, size in bytes, and times of change of content and of inode, ns: equal means not touched.
+
+    Size and time of the content do not tell: copying with times, or swapping two files, keeps them.
+    """
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def sha256_file(path: Path | str) -> str:
     """sha256 of a whole file, as hex."""
     digest = hashlib.sha256()

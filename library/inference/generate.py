@@ -244,14 +244,17 @@ def _encode(
     models: ImageModels, texts: Sequence[str], options: DrawOptions, encoded: dict[str, Conditioning]
 ) -> Conditioning:
     """Text to conditioning (B, T, D), each distinct text once and by itself, whatever shares its batch."""
-    for text in texts:
-        if text in encoded:
-            continue
-        tokens = models.architecture.tokenize(
-            models.tokenizers, [text], max_token_length=options.max_token_length, weighted=options.weighted
-        )
-        tokens = {name: tensor.to(options.device) for name, tensor in tokens.items()}
-        encoded[text] = models.architecture.encode_text(models.text_encoders, tokens, clip_skip=options.clip_skip)
+    with contextlib.ExitStack() as fetched:
+        for text in texts:
+            if text in encoded:
+                continue
+            for encoder in models.text_encoders:
+                fetched.enter_context(_on_device(encoder, options.device))
+            tokens = models.architecture.tokenize(
+                models.tokenizers, [text], max_token_length=options.max_token_length, weighted=options.weighted
+            )
+            tokens = {name: tensor.to(options.device) for name, tensor in tokens.items()}
+            encoded[text] = models.architecture.encode_text(models.text_encoders, tokens, clip_skip=options.clip_skip)
     return Conditioning.cat([encoded[text] for text in texts])
 
 
@@ -282,14 +285,17 @@ def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[
 
 @contextlib.contextmanager
 def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A module that may be parked elsewhere (a preview's VAE in host memory), on ``device`` meanwhile."""
+    """A module that may be parked elsewhere (such as a preview's VAE in host memory), on ``device`` meanwhile."""
     parameter = next(module.parameters(), None)
     home = parameter.device if parameter is not None else device
     if home == device:
         yield
         return
-    module.to(device)
+    # weights that were moved in inference mode could not be moved again outside of it
+    with torch.inference_mode(False):
+        module.to(device)
     try:
         yield
     finally:
-        module.to(home)
+        with torch.inference_mode(False):
+            module.to(home)

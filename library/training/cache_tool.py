@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from library.architectures.base import Architecture
 from library.config.console import setup_console
-from library.config.rules import RULES, needs_network, needs_output
+from library.config.rules import RULES, cached_texts, needs_network, needs_output
 from library.config.rules import check as check_rules
 from library.config.tool_arguments import CacheToolOptions, build_tool_parser, names_of
 from library.config.tool_arguments import FamilyToolOptions as _FamilyOptions
@@ -28,7 +28,8 @@ from library.training.processes import make_accelerator, weight_dtype
 
 logger = logging.getLogger(__name__)
 
-_RULES = tuple(rule for rule in RULES if rule not in (needs_network, needs_output))
+#: no network is trained here, the text encoder neither
+_RULES = tuple(rule for rule in RULES if rule not in (needs_network, needs_output, cached_texts))
 _FAMILIES = {"sdxl": "Stable Diffusion XL", "flux": "FLUX.1"}
 
 
@@ -82,7 +83,7 @@ class CacheTool(ABC):
     def _job(self, architecture: Architecture, options: CacheToolOptions, interrupt: Interrupt) -> CacheJob:
         for warning in check_rules(options, architecture, rules=_RULES):
             logger.warning(warning)
-        dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset)
+        dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
         checkpoint = inspect_model(architecture, options.model)
         architecture.check_options(options, checkpoint.info)
         data = TrainingData(dataset_config, seed=options.training.seed or 0, latent=architecture.latent)

@@ -174,6 +174,8 @@ def _other_files(run: Run) -> list[str]:
     lines = [f"{run.checked.trackers.directory}: logs"]
     if options.dataset.cache_latents_to_disk:
         lines.append(f"beside the pictures: latents of {run.data.picture_count()} pictures, where not there yet")
+    if options.dataset.cache_text_encoder_outputs_to_disk:
+        lines.append("beside the pictures: encoded captions, where not there yet")
     if options.validation.save_best:
         lines.append(f"{run.names.best()}: the weights of the lowest validation loss, whenever there is a new one")
     if run.checked.prompts:

@@ -208,6 +208,8 @@ class NetworkTrainer(Trainer):
     # ---- the step ----
 
     def encode_text(self, run: Run, batch: Batch) -> Conditioning:
+        if batch.text is not None:
+            return Conditioning(batch.text)
         if self._memo is not None:
             return self._memo(batch.tokens, run.device)
         return self._encode(run, {name: t.to(run.device, non_blocking=True) for name, t in batch.tokens.items()})

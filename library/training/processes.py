@@ -13,6 +13,7 @@ import torch
 from library.config.arguments import TrainingOptions
 from library.data.latent_cache import Peers
 from library.errors import UserError
+from library.memory.host_heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,7 +30,7 @@ def weight_dtype(options: TrainingOptions) -> torch.dtype:
 def make_accelerator(
     options: TrainingOptions, *, backends: Sequence[str] = (), directory: Path | None = None
 ) -> Accelerator:
-    """Join the processes that ``accelerate launch`` started.
+    """Join the processes that ``accelerate launch`` started, and prepare this one for the device it has.
 
     Args:
         backends: trackers, see ``library.training.logs``.
@@ -45,7 +46,7 @@ def make_accelerator(
     handlers: list[Any] = []
     if options.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         log_with=list(backends) or None,
         project_dir=None if directory is None else str(directory),
@@ -53,6 +54,9 @@ def make_accelerator(
         # one scheduler step per optimizer step, however many processes there are
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
 
 
 def choose_seed(given: int | None, resumed: int | None) -> int:

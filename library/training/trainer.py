@@ -37,7 +37,6 @@ from library.diffusion.ddpm import NoiseSchedule
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, exits_on_user_error
 from library.inference.prompt_line import SamplePrompt
-from library.memory.host_heap import keep_freed_memory
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
 from library.training.caching import CacheJob, cache_latents, inspect_model
@@ -59,6 +58,7 @@ from library.training.settings import (
     tracker_settings,
 )
 from library.training.step import NoiseSettings, batch_losses
+from library.training.text_caching import Tokenize, cache_texts, caches_texts, text_cache_row
 from library.training.validation import Validation, check_validation
 
 if TYPE_CHECKING:
@@ -172,8 +172,6 @@ class Trainer(ABC):
         accelerator = make_accelerator(
             options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
         )
-        if accelerator.device.type == "cpu":
-            keep_freed_memory()
         checked = replace(checked, seed=of_main_process(checked.seed))
         data = TrainingData(
             checked.dataset_config,
@@ -252,7 +250,7 @@ class Trainer(ABC):
         )
 
     def cache(self, run: Run, interrupt: Interrupt) -> None:
-        """Make or read the latent cache; afterwards the VAE is only kept where it is still needed."""
+        """Make or read the caches; afterwards the VAE is only kept where it is still needed."""
         job = CacheJob(
             architecture=self.architecture,
             checkpoint=run.checked.checkpoint,
@@ -266,6 +264,8 @@ class Trainer(ABC):
             run.vae = cache_latents(job, keep_vae=bool(run.checked.prompts))  # previews fetch it back
         else:
             run.vae = job.load_vae()
+        if caches_texts(run.options.dataset):
+            cache_texts(job)
 
     def load(self, run: Run) -> None:
         """Load tokenizers, encoders and denoiser, build what is trained, and resume."""
@@ -273,7 +273,9 @@ class Trainer(ABC):
         checkpoint = run.checked.checkpoint
         device = str(run.device)
         run.tokenizers = self.architecture.load_tokenizers(checkpoint)
-        run.text_encoders = self.architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device=device)
+        # beside a cache of their outputs they are only looked at, and fetched to the device by previews
+        home = "cpu" if caches_texts(run.options.dataset) else device
+        run.text_encoders = self.architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device=home)
         denoiser = self.architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device=device)
         # convolutions are faster so; benchmarks/RESULTS.md has the figure. Linear layers stay as they are
         run.denoiser = denoiser.to(memory_format=torch.channels_last)
@@ -381,6 +383,7 @@ class Trainer(ABC):
             ("model", f"{options.model.pretrained_model_name_or_path} ({run.checked.info.description})"),
             *describe.summary_rows(run.data),
             ("latents cached", caches),
+            ("text encoder outputs cached", text_cache_row(options.dataset)),
             *self.trained_rows(run),
             ("optimizer", f"{run.checked.optimizer.metadata_name}, schedule {options.scheduler.lr_scheduler}"),
             (
@@ -517,21 +520,6 @@ class Trainer(ABC):
         logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)
 
 
-@dataclass(frozen=True)
-class Tokenize:
-    """Captions to token tensors; a picklable callable for the loader's workers."""
-
-    architecture: Architecture
-    tokenizers: Sequence[Any]
-    max_token_length: int | None
-    weighted: bool
-
-    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        return self.architecture.tokenize(
-            self.tokenizers, captions, max_token_length=self.max_token_length, weighted=self.weighted
-        )
-
-
 def _draws_with_zero_snr(options: TrainNetworkOptions, info: ModelInfo) -> bool:
     """Samplers cannot start from pure noise with a model that predicts it; training with it only warns."""
     return options.noise.zero_terminal_snr and info.v_prediction
@@ -552,4 +540,5 @@ def _fingerprint(run: Run) -> dict[str, object]:
         "--lr_scheduler": options.scheduler.lr_scheduler,
         "--learning_rate": options.optimizer.learning_rate,
         "--network_module": options.network.network_module,
+        "text encoder outputs cached": text_cache_row(options.dataset),
     }

@@ -13,7 +13,19 @@ from library.config.arguments import TrainNetworkOptions, build_parser
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "cli" / "train_network.json").read_text())["options"]
 
 #: flags of this project that the published command line does not have
-OURS = {"dry_run", "explain", "on_bad_image", "strict", "early_stopping_patience", "save_best"}
+OURS = {
+    "dry_run",
+    "explain",
+    "strict",
+    "on_bad_image",
+    "early_stopping_patience",
+    "save_best",
+    # published for other scripts
+    "cache_text_encoder_outputs",
+    "cache_text_encoder_outputs_to_disk",
+    "text_encoder_batch_size",
+    "text_encoder_cache_variants",
+}
 
 
 @pytest.fixture(scope="module")

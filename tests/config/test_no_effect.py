@@ -53,7 +53,11 @@ CASES = [
     ),
     Case("skip_cache_check", {"skip_cache_check": True}, {"cache_latents_to_disk": True}),
     Case("vae_batch_size", {"vae_batch_size": 4}, {"cache_latents": True}),
+    Case("skip_cache_check", {"skip_cache_check": True}, {"cache_text_encoder_outputs_to_disk": True}),
+    Case("text_encoder_batch_size", {"text_encoder_batch_size": 2}, {"cache_text_encoder_outputs": True}),
+    Case("text_encoder_cache_variants", {"text_encoder_cache_variants": 2}, {"cache_text_encoder_outputs": True}),
     Case("highvram", {"highvram": True}, {"cache_latents_to_disk": True}),
+    Case("highvram", {"highvram": True}, {"cache_text_encoder_outputs": True}),
     Case(
         "persistent_data_loader_workers",
         {"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0},
@@ -294,7 +298,8 @@ NEVER = {"lowram"}
 ALWAYS = set(
     """
     pretrained_model_name_or_path v2 v_parameterization tokenizer_cache_dir vae clip_skip max_token_length
-    weighted_captions dataset_config cache_latents cache_latents_to_disk on_bad_image max_data_loader_n_workers
+    weighted_captions dataset_config cache_latents cache_latents_to_disk cache_text_encoder_outputs
+    cache_text_encoder_outputs_to_disk on_bad_image max_data_loader_n_workers
     output_dir output_name save_model_as save_precision save_state huggingface_repo_id resume initial_step
     network_module network_args network_train_unet_only network_train_text_encoder_only dim_from_weights
     scale_weight_norms base_weights base_weights_multiplier

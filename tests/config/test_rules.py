@@ -49,6 +49,8 @@ def test_a_good_set_has_no_findings() -> None:
     assert check(options(), SD) == []
 
 
+UNET_ONLY = {"network_train_unet_only": True}
+
 ERRORS = [
     ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path"),
     ({"network_module": None}, "--network_module"),
@@ -86,6 +88,13 @@ ERRORS = [
     ({"cache_latents": True, "random_crop": True}, "--random_crop"),
     ({"cache_latents": True, "color_aug": True}, "--color_aug"),
     ({"cache_latents_to_disk": True, "face_crop_aug_range": "1,2"}, "--face_crop_aug_range"),
+    ({"cache_text_encoder_outputs": True}, "--cache_text_encoder_outputs: not while the text encoder is trained"),
+    (
+        {"cache_text_encoder_outputs_to_disk": True, **UNET_ONLY, "base_weights": ["w.safetensors"]},
+        "--cache_text_encoder_outputs_to_disk: not with --base_weights",
+    ),
+    ({"text_encoder_batch_size": 0}, "--text_encoder_batch_size 0: must be at least 1"),
+    ({"text_encoder_cache_variants": 0}, "--text_encoder_cache_variants 0: must be at least 1"),
     ({"conditioning_data_dir": "no/such"}, "--conditioning_data_dir no/such: no such folder"),
     ({"max_train_steps": 0}, "--max_train_steps 0: must be at least 1"),
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
@@ -124,6 +133,7 @@ FINE = [
     {"base_weights": ["w.safetensors", "v.safetensors"], "base_weights_multiplier": [0.5]},
     {"output_dir": "state/deeper/out"},
     {"dataset_config": None, "train_data_dir": "state"},
+    {"cache_text_encoder_outputs_to_disk": True, **UNET_ONLY, "skip_cache_check": True, "text_encoder_batch_size": 2},
     {"dataset_config": None, "in_json": "m.json"},
     {"dataset_config": None, "in_json": "m.json", "train_data_dir": "state", "dataset_repeats": 3},
     {"token_warmup_min": 3},  # the dataset file may have its own token_warmup_step

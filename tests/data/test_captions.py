@@ -234,6 +234,19 @@ def test_a_caption_is_a_function_of_its_generator() -> None:
     rules = {"shuffle": True, "wildcards": True, "tag_dropout_rate": 0.3, "dropout_rate": 0.2}
     text = "a, {b|c}, d, e, f"
     assert [caption(text, seed=s, **rules) for s in range(30)] == [caption(text, seed=s, **rules) for s in range(30)]
-    assert CaptionRules(**rules).is_random
-    assert CaptionRules(warmup_step=0.1).is_random
-    assert not CaptionRules(prefix="a", keep_tokens=1, keep_tokens_separator="|||").is_random
+
+
+@pytest.mark.parametrize(
+    ("rules", "written_anew", "drops"),
+    [
+        ({"shuffle": True}, True, False),
+        ({"wildcards": True}, True, False),
+        ({"tag_dropout_rate": 0.1}, True, False),
+        ({"dropout_rate": 0.1}, False, True),
+        ({"dropout_every_n_epochs": 2}, False, True),
+        ({"prefix": "a", "keep_tokens": 1, "keep_tokens_separator": "|||", "warmup_step": 0.1}, False, False),
+    ],
+)
+def test_what_differs_from_use_to_use(rules: dict[str, object], written_anew: bool, drops: bool) -> None:
+    assert CaptionRules(**rules).is_written_anew == written_anew
+    assert CaptionRules(**rules).drops == drops

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +11,7 @@ import pytest
 
 from library.config.config_file import read_args
 from tests.fixtures.runs import (
-    ROOT,
-    Finished,
-    environment,
+    launch_script,
     lora_arguments,
     make_pictures,
     run_script,
@@ -35,30 +30,13 @@ def tool_arguments(model: MadeCheckpoint, dataset: Path, **more: object) -> list
     return lora_arguments(model, dataset, Path(), **{**without, **more})
 
 
-def launch(count: int, *arguments: object) -> list[Finished]:
-    """Run the tool in several processes, as accelerate's and torch's launchers start them."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    shared = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = []
-    for rank in range(count):
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        env = {**environment(), **shared, **{name: str(number) for name, number in numbers.items()}}
-        command = [sys.executable, str(ROOT / TOOL), *map(str, arguments)]
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=env))
-    texts = [process.communicate(timeout=300) for process in started]
-    return [Finished(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
-
-
 def test_training_encodes_nothing_more(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
     pictures = make_pictures(tmp_path / "pictures")  # seven
     dataset = write_dataset(tmp_path / "data.toml", pictures, subset="flip_aug = true")
 
     # options of training are taken too, as a configuration file may serve both
     flags = tool_arguments(tiny_sd, dataset, vae_batch_size=2, learning_rate=1e-3, network_module="networks.lora")
-    made, other = launch(2, *flags)
+    made, other = launch_script(TOOL, 2, *flags)
     assert made.code == other.code == 0, made.text + other.text
     assert "latents: 7 encoded by 2 processes, 0 from the cache" in made.text
     assert "no effect on the latent cache: --network_module, --learning_rate" in made.text
@@ -89,7 +67,7 @@ def test_an_unreadable_picture_ends_all_processes(tmp_path: Path, tiny_sd: MadeC
     content[middle : middle + 2000] = bytes(2000)  # its header and its end are good
     (pictures / "2.png").write_bytes(content)
     dataset = write_dataset(tmp_path / "data.toml", pictures)
-    done = launch(2, *tool_arguments(tiny_sd, dataset))
+    done = launch_script(TOOL, 2, *tool_arguments(tiny_sd, dataset))
     assert [one.code for one in done] == [2, 2]
     errors = [line for one in done for line in one.text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "2.png: the picture cannot be read" in errors[0], done

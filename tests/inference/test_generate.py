@@ -292,6 +292,11 @@ def test_gpu_draws_the_same_and_parks_the_vae_again(
     torch.testing.assert_close(generate_latents(models, [settings], on_gpu).cpu(), expected, rtol=0, atol=5e-3)
     generate_image(models, settings, on_gpu)
     assert next(models.vae.parameters()).device.type == "cpu"
+    for encoder in models.text_encoders:
+        encoder.to("cpu")  # as beside a cache of their outputs
+    torch.testing.assert_close(generate_latents(models, [settings], on_gpu).cpu(), expected, rtol=0, atol=5e-3)
+    parked = next(models.text_encoders[0].parameters())
+    assert parked.device.type == "cpu" and not parked.is_inference()
     assert torch.equal(torch.cuda.get_rng_state(), state)
     for dtype in (torch.float16, torch.bfloat16):
         assert generate_latents(models, [settings], replace(on_gpu, dtype=dtype)).isfinite().all()

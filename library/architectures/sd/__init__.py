@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Architecture, Conditioning, LatentFormat, LoraTarget, ModelInfo
+from library.architectures.base import (
+    Architecture,
+    Conditioning,
+    LatentFormat,
+    LoraTarget,
+    ModelInfo,
+    TextFormat,
+    WeightsIdentity,
+)
 from library.architectures.common import clip, kl_vae, ldm_unet
+from library.architectures.common.identity import weights_identity
 from library.architectures.common.loading import load_frozen
-from library.architectures.sd import text
+from library.architectures.sd import text as sd_text
 from library.architectures.sd.checkpoint import SDCheckpoint, inspect_checkpoint, vae_identity
 from library.errors import UserError
 
@@ -26,6 +35,8 @@ class StableDiffusion(Architecture):
     latent = LatentFormat(
         channels=4, stride=8, scale=0.18215, shift=0.0, cache_suffix="_sd.npz", multi_resolution=False
     )
+    # no published layout: the predecessor caches text for later families only
+    text = TextFormat(cache_suffix="_sd_te.npz", arrays={"context": ("T", "D")})
     text_encoder_targets = (LoraTarget("lora_te", ("CLIPAttention", "CLIPMLP")),)
     denoiser_target = LoraTarget("lora_unet", ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"))
     sample_defaults = {"width": 512, "height": 512, "sample_steps": 30, "scale": 7.5}
@@ -40,7 +51,7 @@ class StableDiffusion(Architecture):
         )
 
     def load_tokenizers(self, checkpoint: SDCheckpoint) -> list[Any]:
-        return [text.load_tokenizer(checkpoint.tokenizer_folder, v2=checkpoint.v2)]
+        return [sd_text.load_tokenizer(checkpoint.tokenizer_folder, v2=checkpoint.v2)]
 
     def load_text_encoders(self, checkpoint: SDCheckpoint, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
         source = checkpoint.text_encoder
@@ -49,6 +60,9 @@ class StableDiffusion(Architecture):
     def load_vae(self, checkpoint: SDCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
         source = checkpoint.vae
         return load_frozen(source, partial(kl_vae.build_vae, source.config), dtype=dtype, device=device)
+
+    def text_identity(self, checkpoint: SDCheckpoint) -> WeightsIdentity:
+        return weights_identity([checkpoint.text_encoder], [checkpoint.tokenizer_folder])
 
     def load_denoiser(self, checkpoint: SDCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
         source = checkpoint.unet
@@ -62,12 +76,12 @@ class StableDiffusion(Architecture):
     def tokenize(
         self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
     ) -> dict[str, Tensor]:
-        return text.tokenize(tokenizers[0], captions, max_token_length=max_token_length, weighted=weighted)
+        return sd_text.tokenize(tokenizers[0], captions, max_token_length=max_token_length, weighted=weighted)
 
     def encode_text(
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
     ) -> Conditioning:
-        return text.encode_text(text_encoders[0], tokens, clip_skip=clip_skip)
+        return sd_text.encode_text(text_encoders[0], tokens, clip_skip=clip_skip)
 
     # ---- latents ----
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from library.architectures.base import ModelInfo
 from library.architectures.common.diffusers_folder import download_components, is_hub_id, read_json
+from library.architectures.common.identity import add_weights
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.recognise import recognise_pipeline, recognise_tensors
 from library.architectures.common.tensor_files import PICKLE_SUFFIXES, TensorFile
@@ -100,12 +99,7 @@ def vae_identity(source: ModelSource) -> str:
     The same VAE in a checkpoint and in a file of its own has the same identity; so have two that differ in the decoder.
     """
     digest = hashlib.sha256()
-    names = {file: source.layout.model_names(file) for file in source.file_names()}
-    encoder = [f for f, models in names.items() if models[0].startswith(("encoder.", "quant_conv."))]
-    encoder.sort(key=lambda file: names[file])
-    for name, tensor in source.layout.read(source.file.read(encoder)):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    add_weights(digest, source, only=("encoder.", "quant_conv."))
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -21,14 +21,36 @@ def old_spelling_wins(o: TrainNetworkOptions) -> bool:
     return bool(o.dataset.caption_extention)
 
 
-@idle("skip_cache_check", reason="without --cache_latents_to_disk")
+@idle("skip_cache_check", reason="without --cache_latents_to_disk or --cache_text_encoder_outputs_to_disk")
 def no_cache_files(o: TrainNetworkOptions) -> bool:
-    return not o.dataset.cache_latents_to_disk
+    return not (o.dataset.cache_latents_to_disk or o.dataset.cache_text_encoder_outputs_to_disk)
 
 
-@idle("vae_batch_size", "highvram", reason="without --cache_latents or --cache_latents_to_disk")
+@idle("vae_batch_size", reason="without --cache_latents or --cache_latents_to_disk")
+def no_latents_are_cached(o: TrainNetworkOptions) -> bool:
+    return not _caches_latents(o)
+
+
+@idle(
+    "text_encoder_batch_size",
+    "text_encoder_cache_variants",
+    reason="without --cache_text_encoder_outputs or --cache_text_encoder_outputs_to_disk",
+)
+def no_texts_are_cached(o: TrainNetworkOptions) -> bool:
+    return not _caches_texts(o)
+
+
+@idle("highvram", reason="without cached latents or text encoder outputs")
 def nothing_is_cached(o: TrainNetworkOptions) -> bool:
-    return not (o.dataset.cache_latents or o.dataset.cache_latents_to_disk)
+    return not (_caches_latents(o) or _caches_texts(o))
+
+
+def _caches_latents(o: TrainNetworkOptions) -> bool:
+    return o.dataset.cache_latents or o.dataset.cache_latents_to_disk
+
+
+def _caches_texts(o: TrainNetworkOptions) -> bool:
+    return o.dataset.cache_text_encoder_outputs or o.dataset.cache_text_encoder_outputs_to_disk
 
 
 @idle("persistent_data_loader_workers", reason="with --max_data_loader_n_workers 0")

@@ -155,6 +155,30 @@ def test_vae_identity_follows_the_encoder_only(tmp_path: Path) -> None:
     assert SD.vae_identity(inspect(tmp_path / "encoder.safetensors", cache=cache)) != identity
 
 
+def test_text_identity_follows_encoder_and_tokenizer(tmp_path: Path) -> None:
+    made = make_tiny_sd(tmp_path / "model.safetensors")
+    cache = made.tokenizer_cache_dir
+    before = SD.text_identity(inspect(made))
+    shutil.copy(made.path, tmp_path / "copy.safetensors")
+    copied = SD.text_identity(inspect(tmp_path / "copy.safetensors", cache=cache))
+    assert copied.files != before.files and copied.weights == before.weights
+    assert SD.text_identity(inspect(made)).files == before.files
+
+    tensors = load_file(made.path)
+    tensors["model.diffusion_model.out.2.bias"] += 1
+    save_file(tensors, tmp_path / "unet.safetensors")
+    unet = SD.text_identity(inspect(tmp_path / "unet.safetensors", cache=cache))
+    assert unet.weights == before.weights  # only the U-Net was trained
+    tensors["cond_stage_model.transformer.text_model.final_layer_norm.bias"][3] += 1
+    save_file(tensors, tmp_path / "text.safetensors")
+    assert SD.text_identity(inspect(tmp_path / "text.safetensors", cache=cache)).weights != before.weights
+
+    vocabulary = next(cache.rglob("vocab.json"))
+    vocabulary.write_text(vocabulary.read_text() + " ")
+    changed = SD.text_identity(inspect(made))
+    assert changed.files != before.files and changed.weights != before.weights
+
+
 def test_vae_with_old_attention_names(tmp_path: Path) -> None:
     made = make_tiny_sd(tmp_path / "folder", layout="diffusers")
     path = made.path / "vae" / "diffusion_pytorch_model.safetensors"

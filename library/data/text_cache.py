@@ -1,0 +1,280 @@
+"""Captions encoded once: which a run may need, encoding them in batches, and handing them out.
+
+A caption here is the final one, with prefix, suffix, wildcards and all. Where captions are drawn anew at each use,
+``variants`` of them are drawn for each picture, keyed by its name and not by the run's seed, so that files serve later
+runs too; a use takes the variant that its visit's key chooses. Dropping a caption as a whole is no variant: the empty
+caption is encoded once more, and dropped are the very uses that would be without a cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.architectures.base import TextFormat
+from library.data.captions import CaptionRules, is_dropped, written_caption
+from library.data.latent_encoding import THREADS
+from library.data.records import ImageRecord
+from library.data.text_cache_format import (
+    Row,
+    TextSettings,
+    TextStamp,
+    read_row,
+    read_stamp,
+    text_path,
+    write_texts,
+)
+from library.errors import UserError
+from library.randomness import python_rng
+
+logger = logging.getLogger(__name__)
+
+Captioned = Iterable[tuple[ImageRecord, CaptionRules]]
+Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
+Report = Callable[[int, int], None]
+
+
+# ---- which captions ----
+
+
+def variant_count(rules: CaptionRules, variants: int) -> int:
+    """Different captions of a picture that are encoded, where none is dropped."""
+    return variants if rules.is_written_anew else 1
+
+
+def variant_caption(record: ImageRecord, rules: CaptionRules, index: int) -> str:
+    return written_caption(record.caption, rules, rng=python_rng("caption variant", record.name, index))
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A cache file that a run needs."""
+
+    path: Path
+    captions: tuple[str, ...]
+
+
+def wanted_files(captioned: Captioned, format: TextFormat, variants: int) -> list[TextFile]:
+    """All files of a run, each with every caption that any subset has for it."""
+    wanted: dict[Path, dict[str, None]] = {}
+    for record, rules in captioned:
+        captions = [variant_caption(record, rules, index) for index in range(variant_count(rules, variants))]
+        for caption in [*captions, ""] if rules.drops else captions:
+            wanted.setdefault(text_path(record.path, caption, format), {})[caption] = None
+    return [TextFile(path, tuple(captions)) for path, captions in wanted.items()]
+
+
+def find_outdated(
+    wanted: Sequence[TextFile], format: TextFormat, settings: TextSettings, *, trust: bool
+) -> list[TextFile]:
+    """Those that are not on disk or may not be used; damaged ones are named in warnings, others counted by reason.
+
+    Args:
+        trust: take what is there without looking into it (``--skip_cache_check``).
+    """
+    if trust:
+        return [file for file in wanted if not file.path.exists()]
+    with ThreadPoolExecutor(THREADS) as pool:
+        reasons = list(pool.map(lambda file: _why_not(file, format, settings), wanted))
+    outdated = [(file, reason) for file, reason in zip(wanted, reasons, strict=True) if reason is not None]
+    for reason, count in Counter(reason for _, reason in outdated if reason).items():
+        example = next(file.path for file, other in outdated if other == reason)
+        logger.warning("text encoder outputs: %s, and made again: %d files, such as %s", reason, count, example)
+    return [file for file, _ in outdated]
+
+
+def _why_not(file: TextFile, format: TextFormat, settings: TextSettings) -> str | None:
+    """Why a file cannot be used, "" if that has been said or needs no words; ``None`` if it can."""
+    try:
+        stamp = read_stamp(file.path, format)
+    except FileNotFoundError:
+        return ""
+    except ValueError as error:
+        logger.warning("%s and made again", error)
+        return ""
+    if stamp is None:
+        return "of another program, not telling for which captions (--skip_cache_check would trust it)"
+    return stamp.outdated(file.captions, settings)
+
+
+# ---- encoding ----
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """How captions become conditioning."""
+
+    tokenize: Tokenize
+    encode: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]  # outputs on any device, batch first
+    dtype: torch.dtype
+    batch_size: int
+
+    def rows(self, captions: Sequence[str]) -> Iterator[tuple[str, Row]]:
+        """Captions, in batches, to their conditioning on the host.
+
+        A batch is tokenised ahead, and handed to the device before the outputs of the one before are waited for.
+
+        Raises:
+            UserError: outputs that are not finite.
+        """
+        batches = [captions[start : start + self.batch_size] for start in range(0, len(captions), self.batch_size)]
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque(pool.submit(self.tokenize, batch) for batch in batches[:2])
+            upcoming = iter(batches[2:])
+            running: tuple[Sequence[str], Mapping[str, Tensor]] | None = None
+            for batch in batches:
+                tokens = ahead.popleft().result()
+                if (following := next(upcoming, None)) is not None:
+                    ahead.append(pool.submit(self.tokenize, following))
+                started = self.encode(tokens)
+                if running is not None:
+                    yield from self._fetch(*running)
+                running = batch, started
+            if running is not None:
+                yield from self._fetch(*running)
+
+    def _fetch(self, batch: Sequence[str], started: Mapping[str, Tensor]) -> Iterator[tuple[str, Row]]:
+        outputs = {
+            name: values.to(device="cpu", dtype=self.dtype if values.is_floating_point() else None)
+            for name, values in started.items()
+        }
+        for place, caption in enumerate(batch):
+            # a copy, as a view would keep the whole batch in memory
+            row = {name: values[place].clone() for name, values in outputs.items()}
+            if not all(values.isfinite().all() for values in row.values()):
+                raise UserError(
+                    f"caption {caption[:80]!r}: the text encoder gives values that are not finite; use "
+                    "--mixed_precision bf16 or no"
+                )
+            yield caption, row
+
+
+def encode_to_disk(
+    files: Sequence[TextFile], encoding: TextEncoding, format: TextFormat, settings: TextSettings, report: Report
+) -> None:
+    """Encode what files hold, each distinct caption once, and write them behind the encoding.
+
+    Raises:
+        UserError: outputs that are not finite; a full disk.
+    """
+    uses = Counter(caption for file in files for caption in file.captions)
+    known: dict[str, Row] = {}
+    waiting = deque(files)
+    writes: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as writer:
+        for caption, row in encoding.rows(list(uses)):
+            known[caption] = row
+            # captions come in the order of the files, so the first is complete first
+            while waiting and all(c in known for c in waiting[0].captions):
+                file = waiting.popleft()
+                rows = [known[c] for c in file.captions]
+                writes.append(
+                    writer.submit(write_texts, file.path, rows, TextStamp.of(file.captions, settings), format)
+                )
+                uses.subtract(file.captions)
+                for c in file.captions:
+                    if not uses[c]:
+                        del known[c]
+                report(len(files) - len(waiting), len(files))
+                while writes[0].done() or len(writes) > 4 * encoding.batch_size:
+                    writes.popleft().result()
+                    if not writes:
+                        break
+        for write in writes:
+            write.result()
+
+
+# ---- handing out ----
+
+
+class DiskTexts:
+    """Conditioning in cache files, read when it is used."""
+
+    def __init__(self, format: TextFormat, dtype: torch.dtype, *, trust: bool) -> None:
+        self._format = format
+        self._dtype = dtype
+        self._trust = trust
+
+    def get(self, image: Path, caption: str, place: int) -> Row:
+        """Conditioning of a picture's caption, which is its ``place``-th variant.
+
+        Raises:
+            UserError: the file vanished or was changed since it was checked.
+        """
+        path = text_path(image, caption, self._format)
+        try:
+            row = read_row(path, caption, place, self._format, trust=self._trust)
+        except ValueError as error:
+            raise UserError(f"{error}; start again without --skip_cache_check to make it anew") from None
+        if row is None:
+            raise UserError(
+                f"{path}: has no output for the caption {caption[:80]!r}; start again without --skip_cache_check to "
+                "make it anew"
+            )
+        return {name: v.to(self._dtype) if v.is_floating_point() else v for name, v in row.items()}
+
+
+class MemoryTexts:
+    """Conditioning in memory, one tensor of each name, which loader workers share however they are started."""
+
+    def __init__(self, captions: Iterable[str]) -> None:
+        self._places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
+        self._stacks: dict[str, Tensor] = {}
+
+    @property
+    def captions(self) -> list[str]:
+        return list(self._places)
+
+    def put(self, caption: str, row: Row) -> None:
+        for name, values in row.items():
+            if name not in self._stacks:
+                self._stacks[name] = values.new_empty(len(self._places), *values.shape)
+            self._stacks[name][self._places[caption]] = values
+
+    def get(self, image: Path, caption: str, place: int) -> Row:
+        """As ``DiskTexts.get``."""
+        return {name: stack[self._places[caption]] for name, stack in self._stacks.items()}
+
+
+@dataclass(frozen=True)
+class CachedTexts:
+    """What a batch's maker asks for captions that were encoded before."""
+
+    store: DiskTexts | MemoryTexts
+    variants: int
+
+    def sample(self, record: ImageRecord, rules: CaptionRules, *, epoch: int, visit: int) -> tuple[str, Row]:
+        """Caption and conditioning of one use; a function of picture, rules and visit.
+
+        Raises:
+            UserError: a cache file vanished or was changed.
+        """
+        if is_dropped(rules, epoch=epoch, rng=python_rng(visit, "caption")):
+            return "", self.store.get(record.path, "", 0)
+        count = variant_count(rules, self.variants)
+        place = python_rng(visit, "caption variant").randrange(count) if count > 1 else 0
+        caption = variant_caption(record, rules, place)
+        return caption, self.store.get(record.path, caption, place)
+
+
+def stack_rows(rows: Sequence[Row], paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Rows without the batch to tensors with it.
+
+    Raises:
+        UserError: files that were trusted hold outputs of different sizes.
+    """
+    try:
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    except RuntimeError:
+        names = ", ".join(str(path) for path in paths)
+        raise UserError(
+            f"{names}: their cached text encoder outputs have different sizes; start again without "
+            "--skip_cache_check to make them anew"
+        ) from None

@@ -1,0 +1,174 @@
+"""Files of encoded captions: the published npz layout, with a stamp of what they were made from.
+
+A file lies beside its picture as ``<stem><suffix>`` and holds the outputs of text encoders, without the batch, for
+every caption that the picture may have. Those of the first are under the published names; further ones, which the
+predecessor does not know, under ``<name>.variant<n>``. The empty caption of all pictures of a folder has one file,
+``empty_caption<suffix>``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.npyio import NpzFile
+from torch import Tensor
+
+from library.architectures.base import TextFormat, WeightsIdentity
+from library.data.cache_format import STAMP, open_arrays
+from library.files.atomic import atomic_path
+
+EMPTY_STEM = "empty_caption"
+_STAMP_VERSION = 1
+
+#: conditioning of one caption, by name, without the batch
+Row = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What encoded captions are a function of, besides the captions."""
+
+    encoders: WeightsIdentity
+    dtype: torch.dtype  # of encoders and outputs
+    max_token_length: int | None
+    clip_skip: int | None
+    weighted: bool
+
+
+@dataclass(frozen=True)
+class TextStamp:
+    """What a file was made from."""
+
+    captions: tuple[str, ...]  # final ones, in the order of the arrays
+    encoder_files: str
+    encoders: str
+    dtype: str
+    max_token_length: int | None
+    clip_skip: int | None
+    weighted: bool
+    version: int = _STAMP_VERSION
+
+    @staticmethod
+    def of(captions: Sequence[str], settings: TextSettings) -> TextStamp:
+        """The stamp of what is encoded now; reads the encoders' weights the first time."""
+        return TextStamp(
+            captions=tuple(captions),
+            encoder_files=settings.encoders.files,
+            encoders=settings.encoders.weights,
+            dtype=str(settings.dtype).removeprefix("torch."),
+            max_token_length=settings.max_token_length,
+            clip_skip=settings.clip_skip,
+            weighted=settings.weighted,
+        )
+
+    @staticmethod
+    def from_text(text: str) -> TextStamp | None:
+        """``None`` for a stamp of another version or form."""
+        try:
+            values = json.loads(text)
+            stamp = TextStamp(**{**values, "captions": tuple(values["captions"])})
+        except (ValueError, TypeError, KeyError):
+            return None
+        return stamp if stamp.version == _STAMP_VERSION else None
+
+    def outdated(self, captions: Sequence[str], settings: TextSettings) -> str | None:
+        """Why a file with this stamp does not serve for these captions; ``None`` if it does.
+
+        It may hold more captions. Weights are read only where the encoders' files were touched or moved.
+        """
+        if not set(captions) <= set(self.captions):
+            return "made for other captions"
+        made_with = {
+            "--max_token_length": (self.max_token_length, settings.max_token_length),
+            "--clip_skip": (self.clip_skip, settings.clip_skip),
+            "--weighted_captions": (self.weighted, settings.weighted),
+            "precision": (self.dtype, str(settings.dtype).removeprefix("torch.")),
+        }
+        for name, (before, now) in made_with.items():
+            if before != now:
+                return f"made with another {name} ({before}, now {now})"
+        if self.encoder_files != settings.encoders.files and self.encoders != settings.encoders.weights:
+            return "made with another text encoder or tokenizer"
+        return None
+
+
+def text_path(image: Path, caption: str, format: TextFormat) -> Path:
+    """Where a caption of a picture lies."""
+    return image.with_name(f"{image.stem if caption else EMPTY_STEM}{format.cache_suffix}")
+
+
+def write_texts(path: Path, rows: Sequence[Row], stamp: TextStamp, format: TextFormat) -> None:
+    """Write the outputs of ``stamp.captions``, in their order. bfloat16 is stored as float32, as published.
+
+    Atomic, also where several programs write the same file.
+    """
+    arrays = {
+        _array_name(name, place): _to_numpy(row[name]) for place, row in enumerate(rows) for name in format.arrays
+    }
+    arrays[STAMP] = np.array(json.dumps(asdict(stamp)))
+    with atomic_path(path, by_many=True) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_stamp(path: Path, format: TextFormat) -> TextStamp | None:
+    """The stamp of a file, each byte of which is looked at; ``None`` where it has none.
+
+    Raises:
+        FileNotFoundError: as it says.
+        ValueError: the file is damaged, lacks arrays, or holds values that are not finite; the message says which.
+    """
+    with open_arrays(path) as file:
+        stamp = _stamp(file)
+        arrays = {name: file[name] for name in file.files}
+    for place in range(len(stamp.captions) if stamp is not None else 1):
+        for name, axes in format.arrays.items():
+            found = arrays.get(_array_name(name, place))
+            if found is None or found.ndim != len(axes):
+                raise ValueError(f"{path}: damaged (no {_array_name(name, place)} with axes {', '.join(axes)})")
+            if np.issubdtype(found.dtype, np.floating) and not np.isfinite(found).all():
+                raise ValueError(f"{path}: damaged ({_array_name(name, place)} holds values that are not finite)")
+    return stamp
+
+
+def read_row(path: Path, caption: str, place: int, format: TextFormat, *, trust: bool) -> Row | None:
+    """The outputs of one caption of a file that ``read_stamp`` found good, or ``None`` if it is not there.
+
+    Args:
+        place: of the caption among the picture's.
+        trust: whether, in a file that does not have the caption, that of the same place is taken.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with open_arrays(path) as file:
+            stamp = _stamp(file)
+            if stamp is not None and caption in stamp.captions:
+                place = stamp.captions.index(caption)
+            elif trust:
+                place %= len(stamp.captions) if stamp is not None else 1
+            else:
+                return None
+            names = {name: _array_name(name, place) for name in format.arrays}
+            if not set(names.values()) <= set(file.files):
+                return None
+            return {name: torch.from_numpy(file[stored]) for name, stored in names.items()}
+    except FileNotFoundError:
+        return None
+
+
+def _array_name(name: str, place: int) -> str:
+    return name if place == 0 else f"{name}.variant{place}"
+
+
+def _stamp(file: NpzFile) -> TextStamp | None:
+    return TextStamp.from_text(str(file[STAMP])) if STAMP in file.files else None
+
+
+def _to_numpy(values: Tensor) -> np.ndarray:
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()

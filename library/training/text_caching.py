@@ -1,0 +1,170 @@
+"""Encoding a run's captions before training: the processes share the work, and the encoders go when it is done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.architectures.base import Architecture
+from library.config.arguments import DatasetOptions
+from library.data.latent_cache import together
+from library.data.text_cache import (
+    CachedTexts,
+    DiskTexts,
+    MemoryTexts,
+    Report,
+    TextEncoding,
+    TextFile,
+    encode_to_disk,
+    find_outdated,
+    wanted_files,
+)
+from library.data.text_cache_format import TextSettings
+from library.training.caching import CacheJob
+from library.training.processes import peers_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+#: captions encoded at a time, if not given; an encoder takes little memory beside what is trained later
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Captions to token tensors; a picklable callable for the loader's workers."""
+
+    architecture: Architecture
+    tokenizers: Sequence[Any]
+    max_token_length: int | None
+    weighted: bool
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        return self.architecture.tokenize(
+            self.tokenizers, captions, max_token_length=self.max_token_length, weighted=self.weighted
+        )
+
+
+def caches_texts(options: DatasetOptions) -> bool:
+    return options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
+
+
+def text_cache_row(options: DatasetOptions) -> str:
+    """What the table before the first step says about it."""
+    if not caches_texts(options):
+        return "no"
+    variants = options.text_encoder_cache_variants
+    return ("on disk" if options.cache_text_encoder_outputs_to_disk else "in memory") + (
+        f", {variants} variants of captions that vary" if variants > 1 else ""
+    )
+
+
+def cache_texts(job: CacheJob) -> None:
+    """Make the cache of encoded captions complete, by all processes together; the batches of the job's data use it.
+
+    Raises:
+        UserError: outputs that are not finite; a full disk.
+        SystemExit: after Ctrl-C or SIGTERM; another process had an error.
+    """
+    options, architecture = job.options.dataset, job.architecture
+    files = wanted_files(job.data.captioned(), architecture.text, options.text_encoder_cache_variants)
+    with job.progress("encoding captions", "files" if options.cache_text_encoder_outputs_to_disk else "captions") as p:
+
+        def report(done: int, total: int) -> None:
+            p.update(done, total)
+            job.stop_if_asked()
+
+        store: DiskTexts | MemoryTexts
+        if options.cache_text_encoder_outputs_to_disk:
+            made = _write(job, files, report)
+            store = DiskTexts(architecture.text, job.weight_dtype, trust=options.skip_cache_check)
+            text = f"{made} files made, {len(files) - made} from the cache"
+        else:
+            store = MemoryTexts(caption for file in files for caption in file.captions)
+            _fill(store, _load_encoding(job), job.accelerator, report)
+            text = f"{len(store.captions)} captions encoded"
+    if job.accelerator.is_main_process:
+        logger.info("text encoder outputs: %s", text)
+    job.data.maker.texts = CachedTexts(store, options.text_encoder_cache_variants)
+    job.release_memory()
+
+
+def _load_encoding(job: CacheJob) -> TextEncoding:
+    """Load tokenizers and encoders, for as long as the result is held."""
+    model, architecture = job.options.model, job.architecture
+    encoders = architecture.load_text_encoders(job.checkpoint, dtype=job.weight_dtype, device=str(job.device))
+    tokenizers = architecture.load_tokenizers(job.checkpoint)
+
+    def encode(tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        # as in a step, so that training is the same with and without the cache
+        with torch.no_grad(), job.accelerator.autocast():
+            moved = {name: values.to(job.device) for name, values in tokens.items()}
+            return architecture.encode_text(encoders, moved, clip_skip=model.clip_skip).tensors
+
+    return TextEncoding(
+        Tokenize(architecture, tokenizers, model.max_token_length, model.weighted_captions),
+        encode,
+        dtype=job.weight_dtype,
+        batch_size=job.options.dataset.text_encoder_batch_size or BATCH_SIZE,
+    )
+
+
+def _write(job: CacheJob, files: Sequence[TextFile], report: Report) -> int:
+    """Make the files that are missing or outdated; returns how many. Whole files go to one process each."""
+    format, model, peers = job.architecture.text, job.options.model, peers_of(job.accelerator)
+    settings = TextSettings(
+        job.architecture.text_identity(job.checkpoint),
+        dtype=job.weight_dtype,
+        max_token_length=model.max_token_length,
+        clip_skip=model.clip_skip,
+        weighted=model.weighted_captions,
+    )
+    mine = files[peers.rank :: peers.count]
+    outdated = set(find_outdated(mine, format, settings, trust=job.options.dataset.skip_cache_check))
+    # shared out anew, as what is missing may all lie in one part
+    missing = sorted(peers.gather([i for i, file in enumerate(files) if file in outdated]))
+    share = [files[i] for i in missing[peers.rank :: peers.count]]
+    with together(peers):
+        if share:
+            encode_to_disk(share, _load_encoding(job), format, settings, report)
+    return len(missing)
+
+
+def _fill(memory: MemoryTexts, encoding: TextEncoding, accelerator: Accelerator, report: Report) -> None:
+    """Encode this process's share of the captions, and get the others' from them, batch by batch."""
+    count = accelerator.num_processes
+    shares = _equal_shares(memory.captions, count)
+    gathered: list[tuple[str, Mapping[str, Tensor]]] = []
+    for done, (caption, row) in enumerate(encoding.rows(shares[accelerator.process_index]), start=1):
+        gathered.append((caption, row))
+        if len(gathered) < encoding.batch_size and done < len(shares[0]):
+            continue
+        first = done - len(gathered)
+        stacked = {name: torch.stack([row[name] for _, row in gathered]) for name in row}
+        if count > 1:
+            stacked = {name: _gather(values, accelerator) for name, values in stacked.items()}
+        captions = [caption for share in shares for caption in share[first:done]]
+        for place, name_of_row in enumerate(captions):
+            memory.put(name_of_row, {name: values[place] for name, values in stacked.items()})
+        gathered.clear()
+        report(min(done * count, len(memory.captions)), len(memory.captions))
+
+
+def _equal_shares(captions: Sequence[str], count: int) -> list[list[str]]:
+    """One for each process, of the same length, as all gather at once: the first captions may be there twice."""
+    length = -(-len(captions) // count)
+    padded = (list(captions) * count)[: length * count]
+    return [padded[place::count] for place in range(count)]
+
+
+def _gather(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """(B, ...) of every process -> (processes * B, ...), in their order. As bytes: not all backends know all dtypes."""
+    own = values.contiguous().view(torch.uint8).to(accelerator.device)
+    return accelerator.gather(own).cpu().view(values.dtype)
