@@ -22,6 +22,8 @@ from library.errors import UserError, did_you_mean
 from library.optim.param_groups import default_descriptions, lr_log_entries
 from library.optim.schedulers import create_scheduler, scheduler_name
 from library.randomness import key
+from library.training.checkpoints import ema_path
+from library.training.ema import WeightAverage
 from library.training.loop import Trained
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.text_memo import TextMemo
@@ -81,6 +83,11 @@ class NetworkTrainer(Trainer):
         check_args = getattr(module, "check_network_args", None)
         if check_args is not None:
             check_args(arguments)
+        needs_file = (
+            "--base_weights" if network.base_weights else "--dim_from_weights" if network.dim_from_weights else ""
+        )
+        if needs_file and not hasattr(module, "create_network_from_weights"):
+            raise UserError(f"{needs_file}: {network.network_module} has no create_network_from_weights; leave it out")
         for path in [network.network_weights, *(network.base_weights or [])]:
             if path is not None and not Path(path).is_file():
                 raise UserError(f"network weights {path}: no such file")
@@ -121,6 +128,11 @@ class NetworkTrainer(Trainer):
         self._memo = None if self._trains_text else TextMemo(lambda tokens: self._encode(run, tokens))
         self._on_step_start = getattr(network, "on_step_start", None)
         self._multiplier = 1.0
+        self._average = None
+        if options.optimizer.ema_decay is not None:
+            trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+            self._average = WeightAverage(trained, options.optimizer.ema_decay)
+            self._average.keep_with_states(accelerator)
         run.record = self._record(run, optimizer)
         return Trained(
             parameters=[p for group in optimizer.param_groups for p in group["params"]],
@@ -145,6 +157,8 @@ class NetworkTrainer(Trainer):
             network = create(1.0, options.network_dim, options.network_alpha, run.vae, text, run.denoiser, **arguments)
         if network is None:
             raise UserError(f"--network_module {options.network_module}: it created no network for these options")
+        if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
+            raise UserError(f"--scale_weight_norms: networks of {options.network_module} cannot do it; leave it out")
         return network
 
     def _merge_base_weights(self, run: Run, module: ModuleType) -> None:
@@ -204,16 +218,24 @@ class NetworkTrainer(Trainer):
         if self._on_step_start is not None:
             self._on_step_start()
         if batch.network_multiplier != self._multiplier:
+            if not hasattr(self._network, "set_multiplier"):
+                module = run.options.network.network_module
+                raise UserError(
+                    f"network_multiplier: networks of {module} have one strength; leave it out of the dataset"
+                )
             self._multiplier = batch.network_multiplier
             self._network.set_multiplier(self._multiplier)
 
     def step_ended(self, run: Run, step: int) -> dict[str, Tensor]:
         limit = run.options.network.scale_weight_norms
-        if not limit:
-            return {}
-        scaled, mean, maximum = self._network.apply_max_norm_regularization(limit, run.device)
-        figures = {"max_norm/keys_scaled": scaled, "norm/avg_key_norm": mean, "max_norm/max_key_norm": maximum}
-        return {name: torch.as_tensor(value, device=run.device) for name, value in figures.items()}
+        figures: dict[str, Tensor] = {}
+        if limit:
+            scaled, mean, maximum = self._network.apply_max_norm_regularization(limit, run.device)
+            norms = {"max_norm/keys_scaled": scaled, "norm/avg_key_norm": mean, "max_norm/max_key_norm": maximum}
+            figures = {name: torch.as_tensor(value, device=run.device) for name, value in norms.items()}
+        if self._average is not None:
+            self._average.update(step)
+        return figures
 
     def learning_rates(self, run: Run) -> dict[str, float]:
         return lr_log_entries(run.trained.optimizer, run.checked.optimizer, self._descriptions)
@@ -269,7 +291,12 @@ class NetworkTrainer(Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         dtype = SAVE_DTYPES.get(run.options.output.save_precision or "")
         network = run.accelerator.unwrap_model(self._network)
-        network.save_weights(str(path), dtype, run.record.at_save(step=step, epoch=epoch))
+        metadata = run.record.at_save(step=step, epoch=epoch)
+        network.save_weights(str(path), dtype, metadata)
+        if self._average is not None:
+            with self._average.applied():
+                told = {} if run.options.output.no_metadata else {"ss_ema_decay": str(self._average.decay)}
+                network.save_weights(str(ema_path(path)), dtype, metadata | told)
 
     def trained_rows(self, run: Run) -> list[tuple[str, str]]:
         trained = sum(p.numel() for p in run.trained.parameters)
@@ -280,10 +307,13 @@ class NetworkTrainer(Trainer):
             if options.dim_from_weights
             else f"rank {options.network_dim}, alpha {options.network_alpha:g}"
         )
-        return [
+        rows = [
             ("network", f"{options.network_module}, {rank}"),
             ("trained", f"{trained:,} parameters in {' and '.join(parts)}"),
         ]
+        if self._average is not None:
+            rows.append(("average", f"decay {self._average.decay:g}, saved as {ema_path(run.names.final()).name}"))
+        return rows
 
 
 def _text_argument(text_encoders: list[nn.Module]) -> Any:

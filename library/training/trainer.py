@@ -47,6 +47,7 @@ from library.training.resume import TrainState, load_state, read_state, save_sta
 from library.training.settings import (
     loss_settings,
     noise_settings,
+    rates_of_parts,
     save_policy,
     schedule_settings,
     tracker_settings,
@@ -204,7 +205,7 @@ class Trainer(ABC):
             options.optimizer.use_lion_optimizer,
             options.optimizer.optimizer_args,
             options.optimizer.learning_rate,
-            separate_rates=options.optimizer.unet_lr is not None or bool(options.optimizer.text_encoder_lr),
+            rates_of_parts=rates_of_parts(options),
         )
         schedule = schedule_settings(options)
         for warning in (*optimizer.warnings, *check_scheduler(optimizer, schedule)):
@@ -468,10 +469,8 @@ class Trainer(ABC):
         self.training_mode(run, True)
 
     def save_state(self, run: Run, path: Path, *, step: int, epoch: int, losses: list[float]) -> None:
-        self.training_mode(run, False)
-        state = TrainState(epoch, step, run.checked.seed, _fingerprint(run), losses)
-        save_state(run.accelerator, path, state)
-        self.training_mode(run, True)
+        # in training mode: schedule-free optimizers then go on from the very weights that they trained
+        save_state(run.accelerator, path, TrainState(epoch, step, run.checked.seed, _fingerprint(run), losses))
 
     def _resume(self, run: Run) -> None:
         state = run.checked.resumed
@@ -576,5 +575,6 @@ def _fingerprint(run: Run) -> dict[str, object]:
         "optimizer": run.checked.optimizer.metadata_name,
         "--lr_scheduler": options.scheduler.lr_scheduler,
         "--learning_rate": options.optimizer.learning_rate,
+        "--ema_decay": options.optimizer.ema_decay,
         "--network_module": options.network.network_module,
     }

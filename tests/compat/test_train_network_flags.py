@@ -13,7 +13,7 @@ from library.config.arguments import TrainNetworkOptions, build_parser
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "cli" / "train_network.json").read_text())["options"]
 
 #: flags of this project that the published command line does not have
-OURS = {"on_bad_image"}
+OURS = {"on_bad_image", "ema_decay"}
 
 
 @pytest.fixture(scope="module")
