@@ -28,6 +28,7 @@ from library.training.loop import Trained
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.text_memo import TextMemo
 from library.training.trainer import Run, Trainer
+from networks.third_party import refuse_wrong_merge, text_argument
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class NetworkTrainer(Trainer):
         network = self._create_network(run, module)
         self._trains_text = not network_options.network_train_unet_only
         self._trains_denoiser = not network_options.network_train_text_encoder_only
-        text = _text_argument(run.text_encoders)
+        text = text_argument(run.text_encoders)
         network.apply_to(text, run.denoiser, self._trains_text, self._trains_denoiser)
         if network_options.network_weights is not None:
             logger.info(
@@ -143,7 +144,7 @@ class NetworkTrainer(Trainer):
 
     def _create_network(self, run: Run, module: ModuleType) -> Any:
         options = run.options.network
-        text = _text_argument(run.text_encoders)
+        text = text_argument(run.text_encoders)
         create = module.create_network_from_weights if options.dim_from_weights else module.create_network
         arguments: dict[str, Any] = dict(self._network_args)
         # the published protocol names the dropout twice: our modules take neuron_dropout, others read "dropout"
@@ -151,10 +152,21 @@ class NetworkTrainer(Trainer):
             arguments["neuron_dropout"] = options.network_dropout
         elif options.network_dropout is not None:
             arguments.setdefault("dropout", options.network_dropout)
-        if options.dim_from_weights:
-            network, _ = create(1.0, options.network_weights, run.vae, text, run.denoiser, **arguments)
-        else:
-            network = create(1.0, options.network_dim, options.network_alpha, run.vae, text, run.denoiser, **arguments)
+        try:
+            if options.dim_from_weights:
+                network, _ = create(1.0, options.network_weights, run.vae, text, run.denoiser, **arguments)
+            else:
+                network = create(
+                    1.0, options.network_dim, options.network_alpha, run.vae, text, run.denoiser, **arguments
+                )
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            if module.__name__.startswith("networks."):
+                raise  # ours say what they cannot do by themselves
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"--network_module {options.network_module}: it could not make a network: {what}; see its own "
+                "documentation on --network_args"
+            ) from error
         if network is None:
             raise UserError(f"--network_module {options.network_module}: it created no network for these options")
         if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
@@ -166,10 +178,11 @@ class NetworkTrainer(Trainer):
         multipliers = list(options.base_weights_multiplier or [])
         for index, path in enumerate(options.base_weights or []):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
-            text = _text_argument(run.text_encoders)
+            text = text_argument(run.text_encoders)
             network, weights = module.create_network_from_weights(
                 multiplier, path, run.vae, text, run.denoiser, for_inference=True
             )
+            refuse_wrong_merge(run.options.network.network_module, network, weights, multiplier)
             network.merge_to(text, run.denoiser, weights, run.weight_dtype, str(run.device))
             logger.info("merged %s into the base model with multiplier %s", path, multiplier)
 
@@ -180,6 +193,9 @@ class NetworkTrainer(Trainer):
         if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
             groups = network.prepare_optimizer_params_with_multiple_te_lrs(text_lrs, unet_lr, default)
         else:
+            if text_lrs and len(text_lrs) > 1:
+                module = options.network.network_module
+                raise UserError(f"--text_encoder_lr: networks of {module} take one rate for all text encoders")
             text_lr = text_lrs[0] if text_lrs else None
             takes_default = len(inspect.signature(network.prepare_optimizer_params).parameters) >= 3
             groups = network.prepare_optimizer_params(text_lr, unet_lr, *([default] if takes_default else []))
@@ -212,7 +228,7 @@ class NetworkTrainer(Trainer):
             return self.architecture.encode_text(run.text_encoders, tokens, clip_skip=run.options.model.clip_skip)
 
     def epoch_started(self, run: Run, epoch: int) -> None:
-        self._network.on_epoch_start(_text_argument(run.text_encoders), run.denoiser)
+        self._network.on_epoch_start(text_argument(run.text_encoders), run.denoiser)
 
     def batch_started(self, run: Run, batch: Batch) -> None:
         if self._on_step_start is not None:
@@ -314,8 +330,3 @@ class NetworkTrainer(Trainer):
         if self._average is not None:
             rows.append(("average", f"decay {self._average.decay:g}, saved as {ema_path(run.names.final()).name}"))
         return rows
-
-
-def _text_argument(text_encoders: list[nn.Module]) -> Any:
-    """The protocol takes one encoder as itself and several as a list."""
-    return text_encoders[0] if len(text_encoders) == 1 else text_encoders
