@@ -205,6 +205,9 @@ def resolve_optimizer(
     args = {**implied, **given}
     warnings = _adafactor(args, rates_of_parts) if path == _ADAFACTOR else []
     choice = OptimizerChoice(name, path, learning_rate, args)
+    if choice.finds_rate_itself and not choice.finds_rate_per_group:
+        for ratio in (name for name in rates_of_parts if name.startswith("loraplus_")):
+            raise UserError(f"--network_args {ratio}: {name} finds one rate for all; leave it out")
     if choice.finds_rate_itself and learning_rate <= _LOW_RATE_FOR_ADAPTIVE:
         warnings.append(
             f"--learning_rate {learning_rate:g} is a factor of the rate that {name} finds itself; 1.0 is usual"
