@@ -52,11 +52,12 @@ class NetworkPart:
 
 @dataclass(frozen=True)
 class RateGroup:
-    """Adapters that share a learning rate: the part's rate times ``factor``."""
+    """Adapters that share a learning rate: the part's rate times ``factor``, or ``rate``."""
 
     description: str
     factor: float
     adapters: Sequence[AdapterModule]
+    rate: float | None = None  # whatever the part's is
 
 
 @dataclass
@@ -128,13 +129,16 @@ class AdapterModule(nn.Module, ABC):
     # ---- forward ----
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = self._original_forward(x, *args, **kwargs)
         if not self.enabled or self.is_merged:
-            return out
+            return self._original_forward(x, *args, **kwargs)
         # a draw on the CPU needs no wait for the device; checkpointed blocks replay it
         if self.training and self.dropouts.module and torch.rand((), device="cpu").item() < self.dropouts.module:
-            return out
-        return self.add_change(out, x)
+            return self._original_forward(x, *args, **kwargs)
+        return self.changed_output(x, *args, **kwargs)
+
+    def changed_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the adapted module for input ``x``."""
+        return self.add_change(self._original_forward(x, *args, **kwargs), x)
 
     @abstractmethod
     def add_change(self, out: Tensor, x: Tensor) -> Tensor:
@@ -145,6 +149,12 @@ class AdapterModule(nn.Module, ABC):
     @abstractmethod
     def get_weight(self, multiplier: float | None = None) -> Tensor:
         """The change of the module's weight, float32, in the weight's shape. Default: own multiplier."""
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The module's weight as it was before adapters were merged into it."""
+        state = self.original.__dict__.get(_MERGE_STATE)
+        return self.original.weight if state is None else state.original_weight
 
     @property
     def is_merged(self) -> bool:
@@ -219,7 +229,7 @@ def _merged(
     return total.to(device=weight.device, dtype=dtype)
 
 
-class AdapterNetwork(nn.Module):
+class AdapterNetwork(nn.Module, ABC):
     """Adapters on the text encoders and the denoiser of one model; the public network protocol.
 
     Args:
@@ -230,7 +240,6 @@ class AdapterNetwork(nn.Module):
         UserError: nothing to adapt was found.
     """
 
-    adapter_class: type[AdapterModule]
     module_name: str  # as in --network_module
 
     def __init__(
@@ -251,12 +260,18 @@ class AdapterNetwork(nn.Module):
                     continue
                 if found.lora_name in self._modules:
                     raise ValueError(f"two modules are named {found.lora_name}; text encoders need their own prefixes")
-                adapter = self.adapter_class(found, size, multiplier=multiplier, dropouts=dropouts)
+                adapter = self.make_adapter(found, size, multiplier=multiplier, dropouts=dropouts)
                 self.add_module(found.lora_name, adapter)
                 part.adapters[found.path] = adapter
         if not self.adapters:
             models = ", ".join(type(part.model).__name__ for part in self.parts)
             raise UserError(f"{self.module_name} found nothing to adapt in {models}: another model family, or no ranks")
+
+    @abstractmethod
+    def make_adapter(
+        self, found: FoundModule, size: RankAlpha, *, multiplier: float, dropouts: Dropouts
+    ) -> AdapterModule:
+        """The adapter of one module, not applied yet."""
 
     @property
     def adapters(self) -> list[AdapterModule]:
@@ -420,9 +435,10 @@ class AdapterNetwork(nn.Module):
         groups: list[dict[str, Any]] = []
         descriptions: list[str] = []
         for part in self.parts:
-            rate = next(text_rates) if part.is_text_encoder else unet_lr
-            rate = default_lr if rate is None else rate
+            part_rate = next(text_rates) if part.is_text_encoder else unet_lr
+            part_rate = default_lr if part_rate is None else part_rate
             for rate_group in self.rate_groups(part):
+                rate = part_rate if rate_group.rate is None else rate_group.rate
                 trained = rate != 0 and rate_group.factor != 0
                 for adapter in rate_group.adapters:
                     adapter.trained = trained

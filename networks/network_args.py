@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from library.errors import UserError, did_you_mean
@@ -72,6 +76,108 @@ def list_reader(item: Reader, count: int) -> Reader:
         return tuple(values)
 
     return read
+
+
+#: published names of block-rate curves -> the rate at x, which goes from 0 at the first block to 1 at the last
+_CURVES: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {
+        "sine": lambda x: math.sin(math.pi / 2 * x),
+        "cosine": lambda x: math.cos(math.pi / 2 * x),
+        "linear": lambda x: x,
+        "reverse_linear": lambda x: 1.0 - x,
+        "zeros": lambda x: 0.0,
+    }
+)
+
+
+def rates_reader(count: int) -> Reader:
+    """A reader of ``count`` factors: written out, or as a curve over the blocks such as ``cosine`` or ``sine+0.25``.
+
+    Curves rise (``sine``, ``linear``) or fall (``cosine``, ``reverse_linear``) between 0 and 1; what follows the plus
+    is added to each.
+    """
+    read_list = list_reader(read_number, count)
+
+    def read(text: str) -> tuple[float, ...]:
+        name, plus, base = (part.strip() for part in text.partition("+"))
+        if "," in text or not name[:1].isalpha():
+            return read_list(text)
+        if name not in _CURVES:
+            raise ValueError(
+                f"must have {count} comma-separated values, or be one of {', '.join(_CURVES)}"
+                f"{did_you_mean(name, _CURVES)}, with a number to add if wanted (cosine+0.25)"
+            )
+        try:
+            added = read_number(base) if plus else 0.0
+        except ValueError:
+            raise ValueError(f'"{base}" must be a number, as in {name}+0.25') from None
+        return tuple(_CURVES[name](block / (count - 1)) + added for block in range(count))
+
+    return read
+
+
+@dataclass(frozen=True)
+class PatternValues:
+    """Values for modules by regular expressions that are looked for in their names; the last that is found wins."""
+
+    entries: tuple[tuple[re.Pattern[str], Any], ...] = ()
+
+    def place_of(self, name: str) -> int | None:
+        """Index of the entry that holds for a module's name, or ``None``."""
+        found = [index for index, (pattern, _) in enumerate(self.entries) if pattern.search(name)]
+        return found[-1] if found else None
+
+    def value_of(self, name: str) -> Any:
+        """The value that holds for a module's name, or ``None``."""
+        place = self.place_of(name)
+        return None if place is None else self.entries[place][1]
+
+    def refuse_idle(self, key: str, names: Iterable[str]) -> None:
+        """Raise UserError for a pattern that none of ``names`` holds: it would silently do nothing."""
+        names = list(names)
+        for pattern, _ in self.entries:
+            if not any(pattern.search(name) for name in names):
+                some = ", ".join(names[:2])
+                raise UserError(
+                    f'--network_args {key}: "{pattern.pattern}" is in none of the {len(names)} module names, which '
+                    f"are like {some}"
+                )
+
+
+#: up to an equals sign that a value follows; patterns may hold commas and equals signs themselves
+_PATTERN_VALUE = re.compile(r"\s*(.+?)=([^=,]*)(?:,|$)")
+
+
+def patterns_reader(item: Reader) -> Reader:
+    """A reader of ``regular expression=value`` pairs separated by commas."""
+
+    def read(text: str) -> PatternValues:
+        entries = []
+        position = 0
+        while position < len(text):
+            found = _PATTERN_VALUE.match(text, position)
+            if not found:
+                raise ValueError(f'"{text[position:]}" is not pattern=value')
+            try:
+                entries.append((re.compile(found[1]), item(found[2].strip())))
+            except re.error as error:
+                raise ValueError(f'"{found[1]}" is no regular expression ({error})') from None
+            except ValueError as error:
+                raise ValueError(f'the value of "{found[1]}", "{found[2]}", {error}') from None
+            position = found.end()
+        if not entries:
+            raise ValueError("must have pattern=value")
+        return PatternValues(tuple(entries))
+
+    return read
+
+
+def read_rate(text: str) -> float:
+    """A learning rate; 0 leaves a module as it is."""
+    value = read_number(text)
+    if not 0 <= value < math.inf:
+        raise ValueError("must be at least 0")
+    return value
 
 
 def read_network_args(given: Mapping[str, object], readers: Mapping[str, Reader], module: str) -> dict[str, Any]:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from library.architectures.base import LoraTarget
 
+#: the features that have a magnitude each in a DoRA
+DoraAxis = Literal["input", "output"]
+
 
 @dataclass(frozen=True)
 class RankAlpha:
+    """The size of one adapter; its strength is alpha / rank."""
+
     rank: int
     alpha: float
+    dora: DoraAxis | None = None  # None for a plain LoRA
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.files.hashes import sshs_hashes
 from library.files.safetensors_io import load_pickle, load_tensors, save_pickle, save_tensors
+from networks.targets import DoraAxis, RankAlpha
 
 if TYPE_CHECKING:
     from networks.base import AdapterNetwork
@@ -26,7 +27,6 @@ _OTHER_KINDS = {
     ".lora_linear_layer.": "it is in diffusers naming; convert it to lora_down/lora_up names first",
     ".hada_w1": "it is a LoHa; use the network module that made it (lycoris.kohya)",
     ".lokr_": "it is a LoKr; use the network module that made it (lycoris.kohya)",
-    ".dora_scale": "it is a DoRA; use the network module that made it (lycoris.kohya)",
     ".oft_": "it is an OFT; use the network module that made it",
     "lora_te2_": "it was made for a model with two text encoders, such as SDXL",
     "lora_unet_input_blocks_": "it was made for SDXL",
@@ -69,15 +69,20 @@ def write_weights(
         raise UserError(f"{path}: adapters are saved as .safetensors, .pt or .ckpt")
 
 
-def ranks_and_alphas(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of each module of a LoRA file; a file without alphas was made with alpha = rank."""
+def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, RankAlpha]:
+    """Size of each module's adapter in a LoRA file; a file without alphas was made with alpha = rank."""
     found = {}
     for name, tensor in weights.items():
         if name.endswith(".lora_down.weight"):
             lora_name = name.removesuffix(".lora_down.weight")
             rank = tensor.shape[0]
             alpha = weights.get(f"{lora_name}.alpha")
-            found[lora_name] = (rank, float(rank if alpha is None else alpha))
+            axis: DoraAxis | None = None
+            magnitudes = weights.get(f"{lora_name}.dora_scale")
+            if magnitudes is not None:
+                up = weights.get(f"{lora_name}.lora_up.weight")
+                axis = "output" if up is not None and magnitudes.shape[0] == up.shape[0] else "input"
+            found[lora_name] = RankAlpha(rank, float(rank if alpha is None else alpha), axis)
     return found
 
 
@@ -150,6 +155,12 @@ def _module_weights(
     down = given.get("lora_down.weight")
     if "alpha" in own and "alpha" not in given and down is not None:
         given["alpha"] = torch.tensor(float(down.shape[0]))
+    if given.keys() ^ own.keys() == {"dora_scale"}:
+        is_dora, remedy = ("is", "give") if "dora_scale" in given else ("is not", "leave out")
+        raise UserError(
+            f"{source}: it {is_dora} a DoRA ({lora_name}); {remedy} --network_args dora=True, or take all from the "
+            "file with --dim_from_weights"
+        )
     if given.keys() != own.keys():
         raise UserError(
             f"{source}: {lora_name} has the tensors {_some(sorted(given))} where {_some(sorted(own))} are expected"
@@ -161,6 +172,8 @@ def _module_weights(
             shapes = f"{list(tensor.shape)} in the file and {list(own[name].shape)} in this network"
             rank_differs = name == "lora_down.weight" and tensor.shape[1:] == own[name].shape[1:]
             remedy = "use --dim_from_weights, or the file's rank" if rank_differs else "it was made for another model"
+            if name == "dora_scale" and tensor.shape == own[name].transpose(0, 1).shape:
+                remedy = "its magnitudes are of the other axis, see --network_args dora_on_output"
             raise UserError(f"{source}: {lora_name}.{name} is {shapes}; {remedy}")
     return {f"{lora_name}.{name}": tensor for name, tensor in given.items()}
 

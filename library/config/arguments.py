@@ -209,6 +209,9 @@ class OptimizerOptions:
     )
     max_grad_norm: float = option(1.0, "largest norm of the gradient; 0 for no limit", type=float)
     fused_backward_pass: bool = option(False, "update weights during the backward pass, to save memory")
+    ema_decay: float | None = option(
+        None, "also save a moving average of the weights, as <name>-ema; 0.999 is common", type=float
+    )
 
 
 @dataclass(frozen=True)

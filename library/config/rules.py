@@ -156,6 +156,16 @@ def optimizer_names(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield error("--optimizer_type, --use_8bit_adam and --use_lion_optimizer exclude each other: give one")
 
 
+def averaging(o: TrainNetworkOptions) -> Iterator[Finding]:
+    decay = o.optimizer.ema_decay
+    if decay is None:
+        return
+    if not 0 < decay < 1:
+        yield error(f"--ema_decay {decay}: must be above 0 and below 1; 0.999 is common")
+    if o.optimizer.optimizer_type.lower().endswith("schedulefree"):
+        yield error(f"--ema_decay: {o.optimizer.optimizer_type} averages the weights by itself; remove one of them")
+
+
 def attention(o: TrainNetworkOptions) -> Iterator[Finding]:
     if o.training.sdpa and o.training.xformers:
         yield error("--sdpa and --xformers exclude each other: give one")
@@ -301,6 +311,7 @@ RULES: tuple[Rule, ...] = (
     network_parts,
     network_files,
     optimizer_names,
+    averaging,
     attention,
     cached_latents,
     cached_texts,

@@ -66,6 +66,7 @@ _BY_UNIT = {
         "zero_stage",
         "adaptive_noise_scale",
         "multires_noise_discount",
+        "ema_decay",
         "huber_c",
         "huber_scale",
         "v_pred_like_loss",

@@ -14,6 +14,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.inference.generate import ImageModels
+from networks.third_party import refuse_wrong_merge, text_argument
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def apply_networks(
     Raises:
         UserError: module missing or without the protocol, weights that fit nothing.
     """
-    text = models.text_encoders[0] if len(models.text_encoders) == 1 else list(models.text_encoders)
+    text = text_argument(models.text_encoders)
     applied = []
     for choice in choices:
         module = _import(choice.module)
@@ -89,10 +90,11 @@ def apply_networks(
             choice.multiplier, choice.weights, models.vae, text, models.denoiser, for_inference=True, **choice.arguments
         )
         if merge:
+            refuse_wrong_merge(choice.module, network, weights, choice.multiplier)
             network.merge_to(text, models.denoiser, weights, dtype, device)
             logger.info("merged %s with multiplier %g", choice.weights, choice.multiplier)
             continue
-        network.apply_to(text, models.denoiser)
+        network.apply_to(text, models.denoiser, True, True)
         loaded = network.load_state_dict(weights, strict=False)
         if loaded.unexpected_keys:
             logger.warning(

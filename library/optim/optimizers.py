@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -79,6 +80,9 @@ _UNFIT = {
 
 _ADAFACTOR = "transformers.optimization.Adafactor"
 
+#: of schedule-free optimizers whose weights for use are in place
+_TRAINED_WEIGHTS: WeakKeyDictionary[torch.optim.Optimizer, list[torch.Tensor]] = WeakKeyDictionary()
+
 
 @dataclass(frozen=True)
 class OptimizerChoice:
@@ -143,7 +147,7 @@ class OptimizerChoice:
                 raise UserError(
                     f"--optimizer_type {self.name}: it finds one rate for all parts, but they were given the factors "
                     f"{', '.join(f'{r:g}' for r in sorted(rates))}; give one value for --learning_rate, --unet_lr and "
-                    "--text_encoder_lr, and no LoRA+ ratio"
+                    "--text_encoder_lr, and no LoRA+ ratios and block rates"
                 )
         kind = _import_class(self.path)
         try:
@@ -152,11 +156,22 @@ class OptimizerChoice:
             raise UserError(f"--optimizer_type {self.name}: {_one_line(error)}; see --optimizer_args") from error
 
     def set_training(self, optimizer: Any, training: bool) -> None:
-        """Schedule-free optimizers keep two sets of weights: switch to those for training, or for use."""
+        """Schedule-free optimizers keep two sets of weights: switch to those for training, or for use.
+
+        They compute one from the other, which rounds: the trained weights are kept aside meanwhile and put back, so
+        that training does not depend on how often something is saved, drawn or validated.
+        """
         if optimizer is None or not self.is_schedule_free:
             return
         inner = getattr(optimizer, "optimizer", optimizer)
-        inner.train() if training else inner.eval()
+        parameters = [p for group in inner.param_groups for p in group["params"]]
+        if training:
+            inner.train()
+            for parameter, trained in zip(parameters, _TRAINED_WEIGHTS.pop(inner, ()), strict=False):
+                parameter.data.copy_(trained)
+        elif inner not in _TRAINED_WEIGHTS:
+            _TRAINED_WEIGHTS[inner] = [p.detach().clone() for p in parameters]
+            inner.eval()
 
 
 def resolve_optimizer(
@@ -166,12 +181,12 @@ def resolve_optimizer(
     optimizer_args: Sequence[str] | None,
     learning_rate: float,
     *,
-    separate_rates: bool = False,
+    rates_of_parts: Sequence[str] = (),
 ) -> OptimizerChoice:
     """Find and check the optimizer that the flags name.
 
     Args:
-        separate_rates: whether parts of the model were given rates of their own.
+        rates_of_parts: the options given that set learning rates of parts of the model.
 
     Raises:
         UserError: contradicting flags, unknown name or argument, refused value, missing package.
@@ -188,8 +203,11 @@ def resolve_optimizer(
     given = parse_keyword_arguments("--optimizer_args", optimizer_args)
     _check_arguments(name, path, given)
     args = {**implied, **given}
-    warnings = _adafactor(args, separate_rates) if path == _ADAFACTOR else []
+    warnings = _adafactor(args, rates_of_parts) if path == _ADAFACTOR else []
     choice = OptimizerChoice(name, path, learning_rate, args)
+    if choice.finds_rate_itself and not choice.finds_rate_per_group:
+        for ratio in (name for name in rates_of_parts if name.startswith("loraplus_")):
+            raise UserError(f"--network_args {ratio}: {name} finds one rate for all; leave it out")
     if choice.finds_rate_itself and learning_rate <= _LOW_RATE_FOR_ADAPTIVE:
         warnings.append(
             f"--learning_rate {learning_rate:g} is a factor of the rate that {name} finds itself; 1.0 is usual"
@@ -199,18 +217,18 @@ def resolve_optimizer(
     return OptimizerChoice(name, path, learning_rate, args, tuple(warnings))
 
 
-def _adafactor(args: dict[str, Any], separate_rates: bool) -> list[str]:
+def _adafactor(args: dict[str, Any], rates_of_parts: Sequence[str]) -> list[str]:
     """Published implications: relative step by default, forced by warmup_init; it has no rates of parts."""
     args.setdefault("relative_step", True)
     warnings: list[str] = []
     if args.get("warmup_init") and not args["relative_step"]:
         args["relative_step"] = True
         warnings.append("--optimizer_args warmup_init=True: relative_step is set to True, which it needs")
-    if args["relative_step"] and separate_rates:
+    if args["relative_step"] and rates_of_parts:
         warnings.append(
             NoEffect(
-                "Adafactor with relative_step finds one rate for all: --unet_lr, --text_encoder_lr and LoRA+ ratios "
-                'have no effect; give --optimizer_args "relative_step=False" to use them'
+                f"{', '.join(rates_of_parts)}: no effect, as Adafactor with relative_step finds the rates itself; give "
+                '--optimizer_args "relative_step=False" to use them'
             )
         )
     return warnings

@@ -96,8 +96,18 @@ class SavePolicy:
         return outdated if outdated > 0 else None
 
 
+def ema_path(path: Path) -> Path:
+    """The file of averaged weights (``--ema_decay``) beside a file of weights."""
+    return path.with_name(f"{path.stem}-ema{path.suffix}")
+
+
 def remove_outdated(path: Path) -> None:
-    """Remove a file or folder that retention has replaced; failing to is a warning, never the run's end."""
+    """Remove a file or folder that retention has replaced; failing to is a warning, never the run's end.
+
+    A file's averaged weights go with it.
+    """
+    if path.suffix and (averaged := ema_path(path)).is_file():
+        remove_outdated(averaged)
     try:
         if path.is_dir():
             remove_tree(path)

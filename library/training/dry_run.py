@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from library.files.safetensors_io import read_header
-from library.training.checkpoints import OutputNames, SavePolicy
+from library.training.checkpoints import OutputNames, SavePolicy, ema_path
 from library.training.loop import Trained
 from library.training.plan import RunPlan
 
@@ -176,6 +176,8 @@ def _other_files(run: Run) -> list[str]:
         lines.append(f"beside the pictures: latents of {run.data.picture_count()} pictures, where not there yet")
     if options.dataset.cache_text_encoder_outputs_to_disk:
         lines.append("beside the pictures: encoded captions, where not there yet")
+    if options.optimizer.ema_decay is not None:
+        lines.append(f"beside each file of weights: the average, as {ema_path(run.names.final()).name}")
     if options.validation.save_best:
         lines.append(f"{run.names.best()}: the weights of the lowest validation loss, whenever there is a new one")
     if run.checked.prompts:

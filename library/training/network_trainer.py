@@ -23,10 +23,13 @@ from library.errors import UserError, did_you_mean
 from library.optim.param_groups import default_descriptions, lr_log_entries
 from library.optim.schedulers import create_scheduler, scheduler_name
 from library.randomness import key
+from library.training.checkpoints import ema_path
+from library.training.ema import WeightAverage
 from library.training.loop import Trained
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.text_memo import TextMemo
 from library.training.trainer import Run, Trainer
+from networks.third_party import refuse_wrong_merge, text_argument
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +85,11 @@ class NetworkTrainer(Trainer):
         check_args = getattr(module, "check_network_args", None)
         if check_args is not None:
             check_args(arguments)
+        needs_file = (
+            "--base_weights" if network.base_weights else "--dim_from_weights" if network.dim_from_weights else ""
+        )
+        if needs_file and not hasattr(module, "create_network_from_weights"):
+            raise UserError(f"{needs_file}: {network.network_module} has no create_network_from_weights; leave it out")
         for path in [network.network_weights, *(network.base_weights or [])]:
             if path is not None and not Path(path).is_file():
                 raise UserError(f"network weights {path}: no such file")
@@ -97,7 +105,7 @@ class NetworkTrainer(Trainer):
             network.enable_gradient_checkpointing()
         groups, self._descriptions = self._parameter_groups(network, options)
         optimizer = run.checked.optimizer.create(groups)
-        network.prepare_grad_etc(_text_argument(run.text_encoders), run.denoiser)
+        network.prepare_grad_etc(text_argument(run.text_encoders), run.denoiser)
 
         accelerator = run.accelerator
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism;
@@ -109,6 +117,11 @@ class NetworkTrainer(Trainer):
         self._memo = None if self._trains_text else TextMemo(lambda tokens: self._encode(run, tokens))
         self._on_step_start = getattr(network, "on_step_start", None)
         self._multiplier = 1.0
+        self._average = None
+        if options.optimizer.ema_decay is not None:
+            trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+            self._average = WeightAverage(trained, options.optimizer.ema_decay)
+            self._average.keep_with_states(accelerator)
         run.record = self._record(run, optimizer)
         return Trained(
             parameters=[p for group in optimizer.param_groups for p in group["params"]],
@@ -140,7 +153,7 @@ class NetworkTrainer(Trainer):
         network = self._create_network(run, module)
         self._trains_text = not options.network_train_unet_only
         self._trains_denoiser = not options.network_train_text_encoder_only
-        text = _text_argument(run.text_encoders)
+        text = text_argument(run.text_encoders)
         network.apply_to(text, run.denoiser, self._trains_text, self._trains_denoiser)
         if options.network_weights is not None:
             logger.info(
@@ -150,7 +163,7 @@ class NetworkTrainer(Trainer):
 
     def _create_network(self, run: Run, module: ModuleType) -> Any:
         options = run.options.network
-        text = _text_argument(run.text_encoders)
+        text = text_argument(run.text_encoders)
         create = module.create_network_from_weights if options.dim_from_weights else module.create_network
         arguments: dict[str, Any] = dict(self._network_args)
         # the published protocol names the dropout twice: our modules take neuron_dropout, others read "dropout"
@@ -158,12 +171,25 @@ class NetworkTrainer(Trainer):
             arguments["neuron_dropout"] = options.network_dropout
         elif options.network_dropout is not None:
             arguments.setdefault("dropout", options.network_dropout)
-        if options.dim_from_weights:
-            network, _ = create(1.0, options.network_weights, run.vae, text, run.denoiser, **arguments)
-        else:
-            network = create(1.0, options.network_dim, options.network_alpha, run.vae, text, run.denoiser, **arguments)
+        try:
+            if options.dim_from_weights:
+                network, _ = create(1.0, options.network_weights, run.vae, text, run.denoiser, **arguments)
+            else:
+                network = create(
+                    1.0, options.network_dim, options.network_alpha, run.vae, text, run.denoiser, **arguments
+                )
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            if module.__name__.startswith("networks."):
+                raise  # ours say what they cannot do by themselves
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"--network_module {options.network_module}: it could not make a network: {what}; see its own "
+                "documentation on --network_args"
+            ) from error
         if network is None:
             raise UserError(f"--network_module {options.network_module}: it created no network for these options")
+        if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
+            raise UserError(f"--scale_weight_norms: networks of {options.network_module} cannot do it; leave it out")
         return network
 
     def _merge_base_weights(self, run: Run, module: ModuleType) -> None:
@@ -171,10 +197,11 @@ class NetworkTrainer(Trainer):
         multipliers = list(options.base_weights_multiplier or [])
         for index, path in enumerate(options.base_weights or []):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
-            text = _text_argument(run.text_encoders)
+            text = text_argument(run.text_encoders)
             network, weights = module.create_network_from_weights(
                 multiplier, path, run.vae, text, run.denoiser, for_inference=True
             )
+            refuse_wrong_merge(run.options.network.network_module, network, weights, multiplier)
             network.merge_to(text, run.denoiser, weights, run.weight_dtype, str(run.device))
             logger.info("merged %s into the base model with multiplier %s", path, multiplier)
 
@@ -185,6 +212,9 @@ class NetworkTrainer(Trainer):
         if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
             groups = network.prepare_optimizer_params_with_multiple_te_lrs(text_lrs, unet_lr, default)
         else:
+            if text_lrs and len(text_lrs) > 1:
+                module = options.network.network_module
+                raise UserError(f"--text_encoder_lr: networks of {module} take one rate for all text encoders")
             text_lr = text_lrs[0] if text_lrs else None
             takes_default = len(inspect.signature(network.prepare_optimizer_params).parameters) >= 3
             groups = network.prepare_optimizer_params(text_lr, unet_lr, *([default] if takes_default else []))
@@ -219,7 +249,7 @@ class NetworkTrainer(Trainer):
             return self.architecture.encode_text(run.text_encoders, tokens, clip_skip=run.options.model.clip_skip)
 
     def epoch_started(self, run: Run, epoch: int) -> None:
-        self._network.on_epoch_start(_text_argument(run.text_encoders), run.denoiser)
+        self._network.on_epoch_start(text_argument(run.text_encoders), run.denoiser)
 
     def batch_started(self, run: Run, batch: Batch) -> None:
         if self._on_step_start is not None:
@@ -228,16 +258,24 @@ class NetworkTrainer(Trainer):
 
     def validation_batch_started(self, run: Run, batch: Batch) -> None:
         if batch.network_multiplier != self._multiplier:
+            if not hasattr(self._network, "set_multiplier"):
+                module = run.options.network.network_module
+                raise UserError(
+                    f"network_multiplier: networks of {module} have one strength; leave it out of the dataset"
+                )
             self._multiplier = batch.network_multiplier
             self._network.set_multiplier(self._multiplier)
 
     def step_ended(self, run: Run, step: int) -> dict[str, Tensor]:
         limit = run.options.network.scale_weight_norms
-        if not limit:
-            return {}
-        scaled, mean, maximum = self._network.apply_max_norm_regularization(limit, run.device)
-        figures = {"max_norm/keys_scaled": scaled, "norm/avg_key_norm": mean, "max_norm/max_key_norm": maximum}
-        return {name: torch.as_tensor(value, device=run.device) for name, value in figures.items()}
+        figures: dict[str, Tensor] = {}
+        if limit:
+            scaled, mean, maximum = self._network.apply_max_norm_regularization(limit, run.device)
+            norms = {"max_norm/keys_scaled": scaled, "norm/avg_key_norm": mean, "max_norm/max_key_norm": maximum}
+            figures = {name: torch.as_tensor(value, device=run.device) for name, value in norms.items()}
+        if self._average is not None:
+            self._average.update(step)
+        return figures
 
     def learning_rates(self, run: Run) -> dict[str, float]:
         return lr_log_entries(run.trained.optimizer, run.checked.optimizer, self._descriptions)
@@ -293,7 +331,12 @@ class NetworkTrainer(Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         dtype = SAVE_DTYPES.get(run.options.output.save_precision or "")
         network = run.accelerator.unwrap_model(self._network)
-        network.save_weights(str(path), dtype, run.record.at_save(step=step, epoch=epoch))
+        metadata = run.record.at_save(step=step, epoch=epoch)
+        network.save_weights(str(path), dtype, metadata)
+        if self._average is not None:
+            with self._average.applied():
+                told = {} if run.options.output.no_metadata else {"ss_ema_decay": str(self._average.decay)}
+                network.save_weights(str(ema_path(path)), dtype, metadata | told)
 
     def trained_rows(self, run: Run) -> list[tuple[str, str]]:
         trained = sum(p.numel() for p in run.trained.parameters)
@@ -304,12 +347,10 @@ class NetworkTrainer(Trainer):
             if options.dim_from_weights
             else f"rank {options.network_dim}, alpha {options.network_alpha:g}"
         )
-        return [
+        rows = [
             ("network", f"{options.network_module}, {rank}"),
             ("trained", f"{trained:,} parameters in {' and '.join(parts)}"),
         ]
-
-
-def _text_argument(text_encoders: list[nn.Module]) -> Any:
-    """The protocol takes one encoder as itself and several as a list."""
-    return text_encoders[0] if len(text_encoders) == 1 else text_encoders
+        if (decay := run.options.optimizer.ema_decay) is not None:
+            rows.append(("average", f"decay {decay:g}, saved as {ema_path(run.names.final()).name}"))
+        return rows

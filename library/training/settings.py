@@ -74,6 +74,20 @@ def schedule_settings(options: TrainNetworkOptions) -> ScheduleSettings:
     )
 
 
+#: network args of our own and of third-party modules that give parameters other rates than their part's
+_RATE_ARGS = (
+    "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "down_lr_weight", "mid_lr_weight",
+    "up_lr_weight", "network_reg_lrs",
+)  # fmt: skip
+
+
+def rates_of_parts(options: TrainNetworkOptions) -> list[str]:
+    """The options given that set learning rates of parts of the model, as the user wrote them."""
+    given = [word.partition("=")[0].strip() for word in options.network.network_args or []]
+    flags = {"--unet_lr": options.optimizer.unet_lr is not None, "--text_encoder_lr": options.optimizer.text_encoder_lr}
+    return [flag for flag, is_given in flags.items() if is_given] + [name for name in _RATE_ARGS if name in given]
+
+
 def noise_settings(options: TrainNetworkOptions) -> NoiseSettings:
     noise = options.noise
     return NoiseSettings(

@@ -52,6 +52,7 @@ from library.training.resume import TrainState, load_state, read_state, save_sta
 from library.training.settings import (
     loss_settings,
     noise_settings,
+    rates_of_parts,
     sample_prompts,
     save_policy,
     schedule_settings,
@@ -219,7 +220,7 @@ class Trainer(ABC):
             options.optimizer.use_lion_optimizer,
             options.optimizer.optimizer_args,
             options.optimizer.learning_rate,
-            separate_rates=options.optimizer.unet_lr is not None or bool(options.optimizer.text_encoder_lr),
+            rates_of_parts=rates_of_parts(options),
         )
         schedule = schedule_settings(options)
         report((*optimizer.warnings, *check_scheduler(optimizer, schedule)), strict=strict)
@@ -494,11 +495,10 @@ class Trainer(ABC):
         self.training_mode(run, True)
 
     def save_state(self, run: Run, path: Path, *, step: int, epoch: int, losses: list[float]) -> None:
-        self.training_mode(run, False)
+        # in training mode: schedule-free optimizers then go on from the very weights that they trained
         validation = run.validation.best.state() if run.validation else {}
         state = TrainState(epoch, step, run.checked.seed, _fingerprint(run), losses, validation)
         save_state(run.accelerator, path, state)
-        self.training_mode(run, True)
 
     def check_resumed(self, run: Run) -> None:
         """Name what was changed since the state was saved. Raises UserError if the run has ended with it."""
@@ -539,6 +539,7 @@ def _fingerprint(run: Run) -> dict[str, object]:
         "optimizer": run.checked.optimizer.metadata_name,
         "--lr_scheduler": options.scheduler.lr_scheduler,
         "--learning_rate": options.optimizer.learning_rate,
+        "--ema_decay": options.optimizer.ema_decay,
         "--network_module": options.network.network_module,
         "text encoder outputs cached": text_cache_row(options.dataset),
     }

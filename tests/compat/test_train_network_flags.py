@@ -18,6 +18,7 @@ OURS = {
     "explain",
     "strict",
     "on_bad_image",
+    "ema_decay",
     "early_stopping_patience",
     "save_best",
     # published for other scripts

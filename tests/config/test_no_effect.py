@@ -26,7 +26,7 @@ from library.errors import NoEffect, UserError
 from library.optim.optimizers import resolve_optimizer
 from library.optim.schedulers import check_scheduler
 from library.training.plan import RunPlan
-from library.training.settings import schedule_settings
+from library.training.settings import rates_of_parts, schedule_settings
 from tests.fixtures.runs import make_pictures
 
 Given = dict[str, object]
@@ -307,7 +307,8 @@ ALWAYS = set(
     max_train_epochs seed gradient_accumulation_steps gradient_checkpointing mixed_precision sdpa xformers torch_compile
     deepspeed zero_terminal_snr min_timestep max_timestep
     loss_type scale_v_pred_loss_like_noise_pred debiased_estimation_loss masked_loss
-    early_stopping_patience save_best logging_dir log_with log_prefix log_tracker_name log_tracker_config log_config
+    early_stopping_patience save_best ema_decay
+    logging_dir log_with log_prefix log_tracker_name log_tracker_config log_config
     console_log_level console_log_file console_log_simple config_file output_config strict explain dry_run
     """.split()
 )
@@ -374,9 +375,8 @@ def test_it_has_no_effect_until_that_is_lifted(case: Case) -> None:
 def test_schedules_and_optimizers(case: Case) -> None:
     def found(given: TrainNetworkOptions) -> list[str]:
         o = given.optimizer
-        separate = o.unet_lr is not None
         optimizer = resolve_optimizer(
-            o.optimizer_type, False, False, o.optimizer_args, o.learning_rate, separate_rates=separate
+            o.optimizer_type, False, False, o.optimizer_args, o.learning_rate, rates_of_parts=rates_of_parts(given)
         )
         warnings = (*optimizer.warnings, *check_scheduler(optimizer, schedule_settings(given)))
         return [

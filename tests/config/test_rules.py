@@ -59,6 +59,8 @@ ERRORS = [
     ({"dataset_config": None}, "no data"),
     ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "exclude each other"),
     ({"dim_from_weights": True}, "--network_weights"),
+    ({"ema_decay": 1.0}, "--ema_decay 1.0: must be above 0 and below 1"),
+    ({"ema_decay": 0.9, "optimizer_type": "prodigyplus.ProdigyPlusScheduleFree"}, "averages the weights by itself"),
     ({"base_weights": ["w.safetensors"], "base_weights_multiplier": [1.0, 2.0]}, "--base_weights_multiplier"),
     ({"output_dir": "p.txt"}, "--output_dir p.txt"),
     ({"output_dir": "p.txt/out"}, "p.txt is a file, not a folder"),

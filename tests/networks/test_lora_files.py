@@ -102,6 +102,21 @@ def test_alpha_of_the_file_holds(tmp_path, tiny_unet, unet_inputs):
     assert {adapter.scale for adapter in network.adapters} == {1.0}
 
 
+def test_rs_lora_is_in_the_alphas(tmp_path, tiny_unet, unet_inputs):
+    """alpha / sqrt(rank), in every program that computes alpha / rank: rank 16 and alpha 2 make 2 / 4."""
+    network = create_network(1.0, 16, 2.0, None, None, tiny_unet, rs_lora="True", conv_dim="4", conv_alpha="3")
+    scales = {adapter.rank: adapter.scale for adapter in network.adapters}
+    assert scales == {16: pytest.approx(2.0 / 4), 4: pytest.approx(3.0 / 2)}
+    network.save_weights(tmp_path / "a.safetensors", torch.float16, {})
+    rebuilt, weights = create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, None, tiny_unet)
+    rebuilt.load_state_dict(weights)
+    assert {adapter.rank: adapter.scale for adapter in rebuilt.adapters} == {
+        rank: pytest.approx(s) for rank, s in scales.items()
+    }
+    plain = create_network(1.0, 16, 2.0, None, None, tiny_unet, rs_lora="False")
+    assert {adapter.scale for adapter in plain.adapters} == {2.0 / 16}
+
+
 def test_a_file_without_alphas_has_alpha_equal_to_the_rank(tmp_path, tiny_unet):
     network = make_network(None, tiny_unet)
     weights = {name: t for name, t in network.state_dict().items() if not name.endswith(".alpha")}

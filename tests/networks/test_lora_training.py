@@ -98,6 +98,58 @@ def test_block_ranks_and_alphas(tiny_unet, tiny_text_encoder):
     assert sizes["lora_te_text_model_encoder_layers_0_mlp_fc1"] == (4, 1.0)
 
 
+def test_block_rates_as_curves(tiny_unet):
+    network = create_network(
+        1.0, 4, 1.0, None, None, tiny_unet, down_lr_weight="zeros", up_lr_weight="reverse_linear+0.5"
+    )
+    network.apply_to(None, tiny_unet)
+    groups, descriptions = network.prepare_optimizer_params(None, 1.0, None)
+    assert descriptions == ["unet_block12", "unet_block16", "unet_block17"]
+    # blocks 16 and 17 are the fourth and fifth of the twelve output blocks
+    assert [group["lr"] for group in groups] == pytest.approx([1.0, 1.5 - 3 / 11, 1.5 - 4 / 11])
+
+
+def test_ranks_by_pattern(tiny_unet, tiny_text_encoder):
+    network = create_network(
+        1.0, 4, 2.0, None, tiny_text_encoder, tiny_unet, network_reg_dims="attn[12]=6,to_q=8,mid_block=0,mlp=3"
+    )
+    ranks = {adapter.lora_name: adapter.rank for adapter in network.adapters}
+    assert ranks["lora_unet_down_blocks_0_attentions_0_proj_in"] == 4
+    assert ranks["lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"] == 6
+    assert ranks["lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"] == 8
+    assert ranks["lora_te_text_model_encoder_layers_0_mlp_fc1"] == 3
+    assert not any("mid_block" in name for name in ranks)
+    assert {float(adapter.alpha) for adapter in network.adapters} == {2.0}
+    with pytest.raises(UserError, match='network_reg_dims: "atn" is in none'):
+        create_network(1.0, 4, 2.0, None, None, tiny_unet, network_reg_dims="atn=6")
+
+
+def test_rates_by_pattern(tiny_unet, tiny_text_encoder):
+    network = applied(
+        tiny_text_encoder,
+        tiny_unet,
+        network_reg_lrs="attn=5e-3,to_q=0,mlp=7e-3",
+        mid_lr_weight="0.5",
+        loraplus_unet_lr_ratio="2",
+    )
+    groups, descriptions = network.prepare_optimizer_params(1e-5, 1e-4, 1e-3)
+    network.prepare_grad_etc(tiny_text_encoder, tiny_unet)
+    rates = {name: group["lr"] for name, group in zip(descriptions, groups, strict=True)}
+    # self_attn of the text encoder holds "attn" too
+    assert "textencoder" not in rates
+    assert rates["textencoder_reg0"] == 5e-3 and rates["textencoder_reg2"] == 7e-3
+    assert rates["unet_reg0"] == 5e-3 and rates["unet_reg0 plus"] == 1e-2
+    assert rates["unet_block12"] == 0.5e-4
+    assert "unet_reg1" not in rates
+    trained = {adapter.lora_name for adapter in network.adapters if adapter.lora_down.weight.requires_grad}
+    assert trained and not any(name.endswith("to_q") for name in trained)
+    # a rate by pattern holds even where the part's is 0
+    _, descriptions = network.prepare_optimizer_params(0, 0, 1e-3)
+    assert descriptions == ["textencoder_reg0", "textencoder_reg2", "unet_reg0", "unet_reg0 plus"]
+    with pytest.raises(UserError, match='network_reg_lrs: "resnets" is in none'):
+        create_network(1.0, 4, 2.0, None, None, tiny_unet, network_reg_lrs="resnets=1")
+
+
 def test_training_step_changes_what_is_trained_only(tiny_unet, tiny_text_encoder, unet_inputs):
     network = applied(tiny_text_encoder, tiny_unet)
     groups, _ = network.prepare_optimizer_params(0, 1e-2, 1e-2)

@@ -4,7 +4,7 @@ import pytest
 
 from library.errors import UserError
 from networks.lora import check_network_args
-from networks.network_args import read_bool, read_network_args
+from networks.network_args import patterns_reader, rates_reader, read_bool, read_network_args, read_rank
 
 
 @pytest.mark.parametrize("text", ["true", "True", "1", "yes", "ON"])
@@ -40,7 +40,17 @@ def test_unknown_key_gets_a_suggestion_and_all_problems_are_told():
         ({"conv_block_alphas": ",".join(["1"] * 25)}, "no effect without conv_dim"),
         ({"block_lr_zero_threshold": "0.1"}, "no effect without one of"),
         ({"block_dims": "4,4"}, "must have 25 comma-separated values, has 2"),
-        ({"down_lr_weight": "sine"}, "must have 12 comma-separated values"),
+        ({"down_lr_weight": "sin"}, 'or be one of sine, .*did you mean "sine"'),
+        ({"down_lr_weight": "sine+much"}, '"much" must be a number'),
+        ({"down_lr_weight": "1,1"}, "must have 12 comma-separated values, has 2"),
+        ({"mid_lr_weight": "sine"}, "must be a number"),
+        ({"network_reg_dims": "attn"}, '"attn" is not pattern=value'),
+        ({"network_reg_dims": "attn=a"}, 'the value of "attn", "a", must be a whole number'),
+        ({"network_reg_dims": "(=4"}, "no regular expression"),
+        ({"network_reg_dims": ""}, "must have pattern=value"),
+        ({"network_reg_lrs": "attn=-1"}, "at least 0"),
+        ({"dora_on_output": "True"}, "no effect without dora=True"),
+        ({"dora": "maybe"}, "true or false"),
         ({"block_dims": ",".join(["4"] * 24 + ["x"])}, 'value 25 \\("x"\\) must be a whole number'),
         ({"conv_dim": "4.5"}, "whole number"),
         ({"loraplus_lr_ratio": "0"}, "greater than 0"),
@@ -53,3 +63,32 @@ def test_wrong_values_and_keys_without_effect_are_refused(args, said):
 
 def test_absent_values_count_as_not_given():
     check_network_args({"dropout": None, "conv_dim": None})
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "middle", "last"),
+    [
+        # a quarter of the wave over three blocks: sin 45 degrees in the middle
+        ("sine", 0.0, 0.5**0.5, 1.0),
+        ("cosine", 1.0, 0.5**0.5, 0.0),
+        ("linear", 0.0, 0.5, 1.0),
+        ("reverse_linear", 1.0, 0.5, 0.0),
+        ("zeros", 0.0, 0.0, 0.0),
+        ("cosine+.25", 1.25, 0.25 + 0.5**0.5, 0.25),
+        ("zeros + 1", 1.0, 1.0, 1.0),
+        ("1, 2,3", 1.0, 2.0, 3.0),
+    ],
+)
+def test_block_rates_are_lists_or_curves(text, first, middle, last):
+    assert rates_reader(3)(text) == pytest.approx((first, middle, last), abs=1e-12)
+
+
+def test_the_last_pattern_found_in_a_name_wins():
+    values = patterns_reader(read_rank)(r"attn=4, attn_to_(q|k)$=8,x{1,2}_=2,(?=mlp)m=0")
+    assert values.value_of("lora_unet_attn_to_q") == 8
+    assert values.value_of("lora_unet_attn_to_out_0") == 4
+    assert values.value_of("lora_unet_xx_") == 2
+    assert values.value_of("lora_te_mlp_fc1") == 0
+    assert values.value_of("lora_unet_proj_in") is None
+    with pytest.raises(UserError, match=r'network_reg_dims: "x\{1,2\}_" is in none of the 2 module names'):
+        values.refuse_idle("network_reg_dims", ["attn_to_q", "mlp"])

@@ -14,7 +14,7 @@ from library.optim.param_groups import default_descriptions, lr_log_entries
 from library.optim.schedulers import ScheduleSettings, create_scheduler
 
 
-def resolve(name: str = "", *args: str, lr: float = 1e-3, **more: bool) -> OptimizerChoice:
+def resolve(name: str = "", *args: str, lr: float = 1e-3, **more: object) -> OptimizerChoice:
     return resolve_optimizer(name, False, False, list(args), lr, **more)
 
 
@@ -34,6 +34,15 @@ PUBLISHED = {
     **dict.fromkeys(("DAdaptAdan", "DAdaptAdanIP", "DAdaptLion", "DAdaptSGD"), "dadaptation"),
     **dict.fromkeys(("RAdamScheduleFree", "AdamWScheduleFree", "SGDScheduleFree"), "schedulefree"),
 }
+#: the published examples of other names
+OTHERS = {
+    "RMSprop": "torch",
+    "bitsandbytes.optim.AdEMAMix8bit": "bitsandbytes",
+    "bitsandbytes.optim.PagedAdEMAMix8bit": "bitsandbytes",
+    "prodigyplus.ProdigyPlusScheduleFree": "prodigyplus",
+    "pytorch_optimizer.CAME": "pytorch_optimizer",
+}
+SCHEDULE_FREE = {name: package for name, package in {**PUBLISHED, **OTHERS}.items() if name.endswith("ScheduleFree")}
 
 
 @pytest.mark.parametrize(
@@ -96,8 +105,10 @@ def test_old_flags() -> None:
     ],
 )
 def test_mistakes(name: str, args: list[str], words: str) -> None:
-    if "pip install" in words and importlib.util.find_spec(words.rsplit(" ", 1)[1]):
-        pytest.skip("the package is there")
+    if "pip install" in words:
+        package = name.split(".")[0] if "." in name else words.rsplit(" ", 1)[1]
+        if importlib.util.find_spec(package):
+            pytest.skip("the package is there")
     with pytest.raises(UserError) as found:
         resolve(name, *args)
     assert words in str(found.value)
@@ -114,9 +125,17 @@ def test_one_found_rate_cannot_serve_two_factors() -> None:
     assert len(choice.create(groups).param_groups) == 2
 
 
+def test_one_found_rate_excludes_lora_plus_before_anything_is_loaded() -> None:
+    pytest.importorskip("prodigyopt")
+    with pytest.raises(UserError, match="loraplus_lr_ratio: Prodigy finds one rate for all"):
+        resolve("Prodigy", lr=1.0, rates_of_parts=["--unet_lr", "loraplus_lr_ratio"])
+    assert resolve("Prodigy", lr=1.0, rates_of_parts=["--unet_lr"])
+
+
 def test_adafactor_relative_step() -> None:
-    choice = resolve("Adafactor", separate_rates=True)
-    assert choice.uses_relative_step and any("--unet_lr" in warning for warning in choice.warnings)
+    choice = resolve("Adafactor", rates_of_parts=["--unet_lr", "loraplus_lr_ratio"])
+    (warning,) = choice.warnings
+    assert choice.uses_relative_step and warning.startswith("--unet_lr, loraplus_lr_ratio: no effect")
     optimizer = choice.create([{"params": [torch.nn.Parameter(torch.ones(1))], "lr": 1.0}])
     assert optimizer.param_groups[0]["lr"] is None
     own = resolve("Adafactor", "relative_step=False")
@@ -139,9 +158,9 @@ def test_adaptive_optimizers_warn_of_a_low_rate() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_restored_optimizer_goes_on_exactly(name: str) -> None:
-    pytest.importorskip(PUBLISHED[name])
+@pytest.mark.parametrize(("name", "package"), {**PUBLISHED, **OTHERS}.items())
+def test_a_restored_optimizer_goes_on_exactly(name: str, package: str) -> None:
+    pytest.importorskip(package)
     resume_exactly(resolve(name, lr=1.0))
 
 
@@ -199,6 +218,43 @@ def test_schedule_free_weights_are_switched() -> None:
     assert not torch.equal(weights, trained)
     choice.set_training(optimizer, True)
     torch.testing.assert_close(weights.detach(), trained)
+
+
+@pytest.mark.parametrize(("name", "package"), SCHEDULE_FREE.items())
+def test_a_look_at_schedule_free_weights_leaves_training_as_it_was(name: str, package: str) -> None:
+    """Saving, drawing and validating must not change what is trained by as much as rounding."""
+    pytest.importorskip(package)
+    choice = resolve(name, lr=1.0 if "Prodigy" in name else 0.1)
+    assert choice.is_schedule_free
+    ways = []
+    for looks in (False, True):
+        weights = torch.nn.Parameter(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
+        optimizer = choice.create([{"params": [weights], "lr": choice.learning_rate}])
+        choice.set_training(optimizer, True)
+        for step in range(8):
+            weights.grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            if looks:
+                trained = weights.detach().clone()
+                choice.set_training(optimizer, False)
+                choice.set_training(optimizer, False)
+                assert step < 7 or not torch.equal(weights, trained)
+                choice.set_training(optimizer, True)
+                assert torch.equal(weights, trained)
+        choice.set_training(optimizer, False)
+        ways.append(weights.detach().clone())
+    assert torch.equal(*ways)
+
+
+def test_prodigy_plus_brings_its_schedule_and_finds_a_rate_for_each_group() -> None:
+    pytest.importorskip("prodigyplus")
+    choice = resolve("prodigyplus.ProdigyPlusScheduleFree", "d_coef=0.5", lr=1.0)
+    groups = [{"params": [parameter(4, 4)], "lr": rate} for rate in (1.0, 0.5)]  # other rates are no contradiction
+    optimizer = choice.create(groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.5]
+    entries = lr_log_entries(optimizer, choice, ["textencoder", "unet"])
+    assert {"lr/unet", "lr/d*lr", "lr/d*lr/group0", "lr/d*lr/group1"} <= set(entries)
+    assert resolve("prodigyplus.ProdigyPlusScheduleFree", lr=1e-4).warnings
 
 
 def test_default_descriptions() -> None:

@@ -1,0 +1,120 @@
+"""An exponential moving average of the trained parameters (``--ema_decay``), saved beside the weights.
+
+After step t each average a becomes d a + (1 - d) p. The decay d warms up as min(D, (1 + t) / (10 + t)), so that the
+random start does not linger: TensorFlow's ``ExponentialMovingAverage`` with ``num_updates`` introduced it, and it is
+common in diffusion training. It follows from the step's number, so a resumed run needs the averages alone.
+
+Averages are float32 whatever the parameters are, stay on their device, and no update waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.files.safetensors_io import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+#: in the state folder
+STATE_FILE = "ema.safetensors"
+
+
+class WeightAverage:
+    """Averages of named parameters, which start as the parameters are.
+
+    Args:
+        decay: D, above 0 and below 1; 0.999 averages over about the last 1000 steps.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self._parameters = dict(parameters)
+        self._averages: dict[str, Tensor] | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew with the parameters as they are."""
+        self._averages = {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
+
+    def decay_at(self, step: int) -> float:
+        """The decay of the update after ``step``, counted from 1."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters as they are after ``step``, counted from 1."""
+        if self._averages is None:  # the state that was resumed holds none
+            self.restart()
+        current = [p.detach().float() for p in self._parameters.values()]
+        torch._foreach_lerp_(list(self._averages.values()), current, 1.0 - self.decay_at(step))
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The parameters hold the averages inside, and are bit for bit as before afterwards."""
+        if self._averages is None:
+            self.restart()
+        kept = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._write(self._averages)
+        try:
+            yield
+        finally:
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+    # ---- states ----
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by the parameters' names, float32."""
+        if self._averages is None:
+            self.restart()
+        return dict(self._averages)
+
+    def load_state_dict(self, state: Mapping[str, Tensor], source: str = "the state") -> None:
+        """Take averages over.
+
+        Raises:
+            UserError: they are not those of these parameters.
+        """
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes:
+            raise UserError(
+                f"{source}: its averages are of other parameters; resume with the network options of that run"
+            )
+        self._averages = {
+            name: state[name].to(device=p.device, dtype=torch.float32, copy=True)
+            for name, p in self._parameters.items()
+        }
+
+    def keep_with_states(self, accelerator: Accelerator) -> None:
+        """Make the accelerator's state folders hold the averages, and loading one bring them back."""
+
+        def save(models: Any, weights: Any, folder: str) -> None:
+            if accelerator.is_main_process:
+                save_tensors(Path(folder) / STATE_FILE, self.state_dict())
+
+        def load(models: Any, folder: str) -> None:
+            file = Path(folder) / STATE_FILE
+            if file.exists():
+                self.load_state_dict(load_tensors(file), str(file))
+            else:
+                # the weights are read after this, so the start has to wait for the first step
+                self._averages = None
+                logger.warning("--ema_decay: %s holds no averages; they start with its weights", folder)
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)

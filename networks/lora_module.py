@@ -1,0 +1,94 @@
+"""The low-rank adapter of one module (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", 4.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.base import AdapterModule, Dropouts
+from networks.targets import FoundModule, RankAlpha
+
+
+class LoraModule(AdapterModule):
+    """Low-rank change of one ``Linear`` or ``Conv2d``.
+
+    Shapes of ``lora_down.weight`` and ``lora_up.weight``: linear (r, in) and (out, r); convolution
+    (r, in, kh, kw) and (out, r, 1, 1), the first with the original's stride, padding and dilation.
+    """
+
+    def __init__(
+        self, found: FoundModule, size: RankAlpha, *, multiplier: float = 1.0, dropouts: Dropouts = Dropouts()
+    ) -> None:
+        super().__init__(found, size, multiplier=multiplier, dropouts=dropouts)
+        original = found.module
+        if isinstance(original, nn.Conv2d):
+            self.lora_down = nn.Conv2d(
+                original.in_channels,
+                size.rank,
+                original.kernel_size,
+                original.stride,
+                original.padding,
+                original.dilation,
+                bias=False,
+            )
+            self.lora_up = nn.Conv2d(size.rank, original.out_channels, 1, bias=False)
+        else:
+            self.lora_down = nn.Linear(original.in_features, size.rank, bias=False)
+            self.lora_up = nn.Linear(size.rank, original.out_features, bias=False)
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_up.weight)
+
+    def add_change(self, out: Tensor, x: Tensor) -> Tensor:
+        # the scale rides on the addition, which saves one pass over the output
+        return torch.add(out, self.low_rank_output(x), alpha=self.multiplier * self.scale)
+
+    def low_rank_output(self, x: Tensor) -> Tensor:
+        """U D x, in the shape of the module's output, neither scaled nor multiplied."""
+        down, up = self.lora_down.weight, self.lora_up.weight
+        # autocast casts (and caches) the weights itself; without it float32 adapters follow a half-precision base
+        if down.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            down, up = down.to(x.dtype), up.to(x.dtype)
+        is_conv = isinstance(self.lora_down, nn.Conv2d)
+        if is_conv:
+            layer = self.lora_down
+            hidden = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)  # (B, r, h, w)
+        else:
+            hidden = F.linear(x, down)  # (B, ..., r)
+        if self.training:
+            hidden = self._drop(hidden, rank_axis=1 if is_conv else hidden.dim() - 1)
+        return F.conv2d(hidden, up) if is_conv else F.linear(hidden, up)
+
+    def _drop(self, hidden: Tensor, rank_axis: int) -> Tensor:
+        if self.dropouts.neuron:
+            hidden = F.dropout(hidden, self.dropouts.neuron)
+        if self.dropouts.rank:
+            keep = 1.0 - self.dropouts.rank
+            shape = [1] * hidden.dim()
+            shape[0], shape[rank_axis] = hidden.shape[0], hidden.shape[rank_axis]
+            # dividing by the share that is kept leaves the expected change as it is
+            hidden = hidden * hidden.new_empty(shape).bernoulli_(keep).div_(keep)
+        return hidden
+
+    def get_weight(self, multiplier: float | None = None) -> Tensor:
+        return self.low_rank_weight() * (self.multiplier if multiplier is None else multiplier)
+
+    def low_rank_weight(self) -> Tensor:
+        """(alpha / r) U D, float32, in the weight's shape."""
+        up = self.lora_up.weight.float().flatten(1)  # (out, r)
+        down = self.lora_down.weight.float().flatten(1)  # (r, in * kh * kw)
+        return (up @ down * self.scale).view(self.original.weight.shape)
+
+    def change_norm(self) -> Tensor:
+        # |U D|^2 = trace(U^T U D D^T): two (r, r) products instead of the whole (out, in) matrix
+        up = self.lora_up.weight.float().flatten(1)
+        down = self.lora_down.weight.float().flatten(1)
+        squared = ((up.T @ up) * (down @ down.T)).sum()
+        return squared.clamp(min=0.0).sqrt() * abs(self.scale)
+
+    def scale_change(self, ratio: Tensor) -> None:
+        root = ratio.sqrt()
+        self.lora_up.weight.mul_(root)
+        self.lora_down.weight.mul_(root)

@@ -1,0 +1,155 @@
+"""``--network_module lycoris.kohya`` with the real package: trains, saves, resumes, reloads, merges, draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.architectures.sd import SD
+from library.errors import UserError
+from library.inference.networks import apply_networks, choose_networks
+from networks.third_party import refuse_wrong_merge, text_argument
+from tests.fixtures.runs import ROOT, lora_arguments, metadata_of, train_here, write_dataset
+from tests.fixtures.tiny_sd import MadeCheckpoint
+
+pytest.importorskip("lycoris")
+pytest.importorskip("lycoris.kohya")
+
+#: network args of each kind, and a tensor that its files hold
+KINDS = {
+    "lora": (["algo=lora", "conv_dim=2", f"preset={ROOT / 'examples' / 'lycoris' / 'full.toml'}"], ".lora_down.weight"),
+    "dora": (["algo=lora", "dora_wd=True", "preset=attn-mlp"], ".dora_scale"),
+    "loha": (["algo=loha", "preset=attn-mlp"], ".hada_w1_a"),
+    "lokr": (["algo=lokr", "factor=4", "preset=attn-mlp"], ".lokr_w1"),
+    "diag-oft": (["algo=diag-oft", "preset=attn-mlp"], ".oft_blocks"),
+    "boft": (["algo=boft", "preset=attn-mlp"], ".oft_blocks"),
+}
+
+
+def models_of(tiny_sd: MadeCheckpoint) -> SimpleNamespace:
+    """The bare models of a checkpoint, as ``gen_img.py`` holds them."""
+    checkpoint = SD.inspect(
+        str(tiny_sd.path),
+        v2=False,
+        v_parameterization=False,
+        vae=None,
+        tokenizer_cache_dir=str(tiny_sd.tokenizer_cache_dir),
+    )
+    settings = {"dtype": torch.float32, "device": "cpu"}
+    return SimpleNamespace(
+        text_encoders=SD.load_text_encoders(checkpoint, **settings),
+        denoiser=SD.load_denoiser(checkpoint, **settings),
+        vae=None,
+    )
+
+
+def outputs(models: SimpleNamespace) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        context = models.text_encoders[0](torch.tensor([[1, 5, 9, 2]])).last_hidden_state
+        return models.denoiser(latents, torch.tensor([300]), context).sample
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset") / "data.toml", pictures)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_resumes_reloads_and_draws(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, kind: str) -> None:
+    network_args, tensor = KINDS[kind]
+    whole, rest, more = tmp_path / "whole", tmp_path / "rest", tmp_path / "more"
+    options = {
+        "network_module": "lycoris.kohya",
+        "network_dim": 4,
+        "network_alpha": 2,
+        "network_args": network_args,
+        "learning_rate": 1e-2,
+        "max_train_steps": 4,
+        "save_every_n_steps": 2,
+        "save_state": True,
+        "ema_decay": 0.5,
+    }
+    train_here(*lora_arguments(tiny_sd, dataset, whole, **options))
+    file = whole / "tiny.safetensors"
+    weights = load_file(file)
+    assert any(name.endswith(tensor) for name in weights), sorted(weights)[:6]
+    assert metadata_of(file)["ss_network_module"] == "lycoris.kohya"
+    train_here(*lora_arguments(tiny_sd, dataset, rest, **options, resume=whole / "tiny-step00000002-state"))
+    for name in ("tiny.safetensors", "tiny-ema.safetensors"):
+        again, first = load_file(rest / name), load_file(whole / name)
+        assert again.keys() == first.keys()
+        assert all(torch.equal(again[key], first[key]) for key in first), name
+    assert any(name.startswith("lora_te_text_model_encoder_layers_0_") for name in weights), "names as in other files"
+    # from its weights, and beside itself as part of the base model
+    merges = kind not in ("loha", "lokr")
+    start = {"network_weights": file, "base_weights": [file] if merges else None, "ema_decay": None}
+    train_here(*lora_arguments(tiny_sd, dataset, more, **{**options, **start, "max_train_steps": 1}))
+    assert load_file(more / "tiny.safetensors").keys() == weights.keys()
+
+    (choice,) = choose_networks(["lycoris.kohya"], [str(file)], None, None)
+    plain = outputs(models_of(tiny_sd))
+    settings = {"dtype": torch.float32, "device": torch.device("cpu")}
+    models = models_of(tiny_sd)
+    (network,) = apply_networks([choice], models, merge=False, **settings)
+    applied = outputs(models)
+    assert not torch.allclose(applied, plain, atol=1e-4)
+    if kind != "dora":  # whose strength 0 is not the plain model
+        network.set_multiplier(0.0)
+        torch.testing.assert_close(outputs(models), plain, atol=1e-5, rtol=1e-4)
+    models = models_of(tiny_sd)
+    if merges:
+        apply_networks([choice], models, merge=True, **settings)
+        torch.testing.assert_close(outputs(models), applied, atol=1e-4, rtol=1e-3)
+    else:
+        with pytest.raises(UserError, match="rightly only where alpha is the rank"):
+            apply_networks([choice], models, merge=True, **settings)
+
+
+@pytest.mark.parametrize("on_output", [True, False])
+def test_our_lora_reads_its_doras(tmp_path: Path, tiny_sd: MadeCheckpoint, on_output: bool) -> None:
+    from lycoris.kohya import create_network
+
+    preset = tmp_path / "preset.toml"
+    preset.write_text(
+        "enable_conv = true\nunet_target_module = ['Transformer2DModel', 'ResnetBlock2D']\nunet_target_name = []\n"
+        "text_encoder_target_module = ['CLIPAttention', 'CLIPMLP']\ntext_encoder_target_name = []\n"
+    )
+    models = models_of(tiny_sd)
+    text = text_argument(models.text_encoders)
+    more = {"algo": "lora", "conv_dim": 2, "dora_wd": True, "wd_on_output": on_output, "preset": str(preset)}
+    network = create_network(1.0, 4, 2.0, None, text, models.denoiser, **more)
+    network.apply_to(text, models.denoiser, True, True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    network.eval()
+    theirs = outputs(models)
+    network.save_weights(str(tmp_path / "x.safetensors"), None, {})
+
+    (choice,) = choose_networks(["networks.lora"], [str(tmp_path / "x.safetensors")], None, None)
+    for merge in (False, True):
+        models = models_of(tiny_sd)
+        apply_networks([choice], models, merge=merge, dtype=torch.float32, device=torch.device("cpu"))
+        torch.testing.assert_close(outputs(models), theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_a_failing_module_is_one_line(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "preset=no-such"]}
+    with pytest.raises(SystemExit, match="2"):
+        train_here(*lora_arguments(tiny_sd, dataset, tmp_path, **options))
+    assert "error: --network_module lycoris.kohya: it could not make a network" in capsys.readouterr().err
+
+
+def test_a_merge_at_another_strength_is_refused(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+    with pytest.raises(UserError, match="at strength 1 only, not at 0.5"):
+        refuse_wrong_merge("lycoris.kohya", None, {}, 0.5)
+    refuse_wrong_merge("networks.lora", None, {}, 0.5)
