@@ -20,7 +20,6 @@ REFUSED = MappingProxyType(
     {
         **UNSUPPORTED,  # keys of dataset files, each an option of the same name
         "dataset_class": "dataset classes of your own are not supported yet; use --dataset_config",
-        "debug_dataset": "not supported yet; the summary before the first step shows the buckets",
         "validation_seed": _VALIDATION,
         "validate_every_n_steps": _VALIDATION,
         "validate_every_n_epochs": _VALIDATION,

@@ -42,3 +42,8 @@ def setup_console(options: ConsoleOptions) -> None:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
     # it warns at each import of a 4-bit kernel that nothing here uses
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def printable(text: str) -> str:
+    """Text that every encoding of the console and of files can hold: what stands for damaged file names is replaced."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,15 +38,15 @@ def warning(text: str) -> Finding:
 Rule = Callable[[TrainNetworkOptions], Iterator[Finding]]
 
 
-def check(options: TrainNetworkOptions, architecture: Architecture) -> list[str]:
-    """Apply every rule; returns the warnings.
+def check(options: TrainNetworkOptions, architecture: Architecture, rules: Sequence[Rule] | None = None) -> list[str]:
+    """Apply every rule, or those given, such as ``DATA_RULES``; returns the warnings.
 
     Raises:
         UserError: all errors, one line each.
     """
     # one line for an option that both refuse; the family knows its own reason better
     findings = list(_refused(options, {**REFUSED, **architecture.refused_options}))
-    for rule in RULES:
+    for rule in RULES if rules is None else rules:
         findings += rule(options)
     errors = [finding.text for finding in findings if finding.fatal]
     if errors:
@@ -190,8 +190,6 @@ def data_loading(o: TrainNetworkOptions) -> Iterator[Finding]:
     d = o.dataset
     if d.persistent_data_loader_workers and d.max_data_loader_n_workers == 0:
         yield warning("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
-    if _changed(d, "token_warmup_min") and not d.token_warmup_step:
-        yield warning("--token_warmup_min has no effect without --token_warmup_step")
     if o.training.lowram:
         yield warning("--lowram has no effect: weights are streamed to the device in any case")
 
@@ -365,4 +363,14 @@ RULES: tuple[Rule, ...] = (
     retention,
     clip_skip,
     wandb,
+)
+
+#: what must hold to look at the data alone, without a model and without training
+DATA_RULES: tuple[Rule, ...] = (
+    needs_data,
+    metadata_file,
+    files_exist,
+    cached_latents,
+    finite_numbers,
+    positive_numbers,
 )

@@ -20,6 +20,7 @@ from library.data.captions import Progress
 from library.data.conditioning import Role, check_none_is_extra, pair
 from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec
 from library.data.discover import Seen, discover
+from library.data.effects import warn_of_no_effect
 from library.data.latent_cache import (
     DiskLatents,
     Encode,
@@ -62,26 +63,39 @@ class BatchRef:
     progress: Progress | None = None  # of the run; ``None`` where it does not matter
 
 
+#: (subset, its index in the dataset, seen) -> its records; for ``seen`` see ``discover``
+Find = Callable[[SubsetSpec, int, "Seen | None"], list[ImageRecord]]
+
+
+def find_records(subset: SubsetSpec, index: int, seen: Seen | None) -> list[ImageRecord]:
+    """A subset's pictures with their captions and masks. Raises UserError: all that is wrong with them."""
+    return pair(subset, discover(subset, index, seen))
+
+
 class BucketedDataset:
     """The records of one ``[[datasets]]`` table, by bucket; for ``seen`` see ``discover``."""
 
-    def __init__(self, spec: DatasetSpec, format: LatentFormat, seen: Seen | None = None) -> None:
+    def __init__(
+        self, spec: DatasetSpec, format: LatentFormat, seen: Seen | None = None, find: Find = find_records
+    ) -> None:
         self.spec = spec
         self.records: list[ImageRecord] = []
         problems = []
         for index, subset in enumerate(spec.subsets):
             try:
-                self.records += pair(subset, discover(subset, index, seen))
+                self.records += find(subset, index, seen)
             except UserError as error:
                 problems.append(str(error))
         if problems:
             raise UserError("\n".join(problems))
         _check_steps(spec, format)
         _check_faces(self)
+        for subset, of_subset in self.records_of_subsets():
+            warn_of_no_effect(subset, of_subset)
         buckets = Buckets(spec.buckets)
         self.bucket_of = [buckets.assign(record.size) for record in self.records]
         self.uses = self._uses()
-        self.max_repeats = 1 + max(use.repeat for use in self.uses)
+        self.max_repeats = 1 + max((use.repeat for use in self.uses), default=0)
         self.uses_by_bucket: dict[Size, list[Use]] = {}
         for use in self.uses:
             self.uses_by_bucket.setdefault(self.bucket_of[use.record], []).append(use)
@@ -180,7 +194,7 @@ def _check_faces(dataset: BucketedDataset) -> None:
     """Say which pictures cannot be cropped around a face; an error where none of a subset can."""
     problems = []
     for subset, of_subset in dataset.records_of_subsets():
-        if subset.face_crop_range is None:
+        if subset.face_crop_range is None or not of_subset:
             continue
         without = [record.path.name for record in of_subset if face_in_name(record.path, record.size) is None]
         if len(without) == len(of_subset):
@@ -206,6 +220,7 @@ class TrainingData:
         latent: the family's latent format.
         prior_loss_weight: weight of regularisation pictures.
         conditioning_as: what the pictures of ``conditioning_data_dir`` become in a batch.
+        find: finds the records of a subset.
 
     Raises:
         UserError: unreadable pictures, missing captions, sizes that do not fit; see ``discover``.
@@ -219,6 +234,7 @@ class TrainingData:
         latent: LatentFormat,
         prior_loss_weight: float = 1.0,
         conditioning_as: Role = "mask",
+        find: Find = find_records,
     ) -> None:
         self.seed = seed
         self.latent = latent
@@ -226,7 +242,7 @@ class TrainingData:
         seen: Seen = {}
         for spec in config.datasets:
             try:
-                datasets.append(BucketedDataset(spec, latent, seen))
+                datasets.append(BucketedDataset(spec, latent, seen, find))
             except UserError as error:
                 problems += str(error).splitlines()
         if problems:

@@ -21,6 +21,7 @@ from library.config.arguments import DatasetOptions
 from library.config.config_file import load_toml
 from library.data.buckets import BucketRules, make_sizes
 from library.data.captions import CaptionRules
+from library.data.effects import Place, Unused
 from library.data.image_io import EXTENSIONS, is_picture_name
 from library.errors import UserError, did_you_mean
 
@@ -280,6 +281,7 @@ class _Reader:
         self._source = source
         self._options = options
         self._problems: list[str] = []
+        self._unused = Unused()
         self._command_line = self._from_command_line()
 
     def _from_command_line(self) -> dict[str, Any]:
@@ -321,6 +323,8 @@ class _Reader:
                 logger.warning("%s: [general]: %s: has no effect on pictures of metadata files", self._source, key)
         if self._problems:
             raise UserError("\n".join(self._problems))
+        for warning in self._unused.warnings():
+            logger.warning(warning)
         return DatasetConfig(self._source, tuple(d for d in datasets if d is not None))
 
     def _problem(self, where: str, key: str, text: str) -> None:
@@ -450,8 +454,7 @@ class _Reader:
         if values["num_repeats"] < 1:
             logger.warning("%s: %s: left out, as num_repeats is %d", self._source, where, values["num_repeats"])
             return None
-        if values["token_warmup_min"] > 1 and not values["token_warmup_step"] and "token_warmup_min" in own:
-            logger.warning("%s: %s: token_warmup_min has no effect without token_warmup_step", self._source, where)
+        self._unused.note(values, self._places((where, own), (where.rsplit(" > ")[0], dataset), (_GENERAL, general)))
         extension = values["caption_extension"]
         return SubsetSpec(
             where=f"{self._source}: {where}",
@@ -487,6 +490,15 @@ class _Reader:
             cache_info=values["cache_info"],
             on_bad_image=self._options.on_bad_image,
         )
+
+    def _places(self, *tables: tuple[str, Mapping[str, Any]]) -> list[Place]:
+        """Where values of a subset come from, the nearest first; flags at their defaults are not given."""
+        flags = {
+            name: value
+            for name, value in self._command_line.items()
+            if value != getattr(DatasetOptions, _KEYS[name].flag or name)
+        }
+        return [*(Place(f"{self._source}: {name}", table) for name, table in tables), Place("", flags)]
 
     def _places_are_good(self, folder: str | None, metadata: str | None, table: Any, where: str) -> bool:
         """Whether folder and metadata file of a subset are there."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.config.arguments import TrainNetworkOptions
 from library.config.config_file import load_toml
@@ -13,6 +14,21 @@ from library.training.checkpoints import SavePolicy
 from library.training.logs import TrackerSettings
 from library.training.plan import RunPlan
 from library.training.step import LossSettings, NoiseSettings
+
+if TYPE_CHECKING:
+    from library.training.resume import TrainState
+
+
+MAX_RANDOM_SEED = 2**31 - 1
+
+
+def run_seed(options: TrainNetworkOptions, resumed: TrainState | None = None) -> int:
+    """``--seed``; without it, the one that the first part of a resumed run drew; else a new one."""
+    if options.training.seed is not None:
+        return options.training.seed
+    if resumed is not None and resumed.seed is not None:
+        return resumed.seed
+    return random.SystemRandom().randint(0, MAX_RANDOM_SEED)
 
 
 def save_policy(options: TrainNetworkOptions, plan: RunPlan) -> SavePolicy:

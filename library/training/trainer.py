@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import logging
 import os
-import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -38,6 +37,7 @@ from library.inference.prompt_line import SamplePrompt, read_prompt_file
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
 from library.training.checkpoints import OutputNames, SavePolicy
+from library.training.debug_dataset import show_dataset
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
 from library.training.logs import TrackerSettings
@@ -47,6 +47,7 @@ from library.training.resume import TrainState, load_state, read_state, save_sta
 from library.training.settings import (
     loss_settings,
     noise_settings,
+    run_seed,
     save_policy,
     schedule_settings,
     tracker_settings,
@@ -58,8 +59,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
-
-MAX_RANDOM_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,9 @@ class Trainer(ABC):
             SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when all is saved.
         """
         options = self.options_class().from_args(args)
+        if options.dataset.debug_dataset:
+            show_dataset(options, self.architecture, self.conditioning_as)
+            return
         with Interrupt() as interrupt:
             run = self.setup(options)
             self.cache(run)
@@ -229,14 +231,6 @@ class Trainer(ABC):
                 v_prediction=checkpoint.info.v_prediction,
                 zero_terminal_snr=_draws_with_zero_snr(options, checkpoint.info),
             )
-        seed = options.training.seed
-        if seed is None:
-            # a resumed run goes on with the seed that its first part drew
-            seed = (
-                resumed.seed
-                if resumed and resumed.seed is not None
-                else random.SystemRandom().randint(0, MAX_RANDOM_SEED)
-            )
         return Checked(
             options=options,
             dataset_config=dataset_config,
@@ -247,7 +241,7 @@ class Trainer(ABC):
             prompts=prompts,
             resumed=resumed,
             trackers=trackers,
-            seed=seed,
+            seed=run_seed(options, resumed),
         )
 
     def cache(self, run: Run) -> None:

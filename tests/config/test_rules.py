@@ -15,7 +15,7 @@ from library.errors import UserError
 
 #: the option names of the features that this version leaves out; one that is dropped here must be implemented
 LEFT_OUT = (
-    "dataset_class debug_dataset "
+    "dataset_class "
     "validation_seed validation_split validate_every_n_steps validate_every_n_epochs "
     "max_validation_steps huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token "
     "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload full_fp16 full_bf16 "
@@ -130,7 +130,6 @@ WARNINGS = [
     ({"network_weights": "w.safetensors", "dim_from_weights": True, "network_dim": 4}, "--network_dim"),
     ({"network_weights": "w.safetensors", "resume": "state"}, "--network_weights has no effect with --resume"),
     ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "--persistent_data_loader_workers"),
-    ({"token_warmup_min": 3}, "--token_warmup_min"),
     ({"lowram": True}, "--lowram"),
     ({"vae_batch_size": 4}, "--vae_batch_size"),
     ({"multires_noise_discount": 0.8}, "--multires_noise_discount"),
