@@ -454,7 +454,10 @@ class _Reader:
         if values["num_repeats"] < 1:
             logger.warning("%s: %s: left out, as num_repeats is %d", self._source, where, values["num_repeats"])
             return None
-        self._unused.note(values, self._places((where, own), (where.rsplit(" > ")[0], dataset), (_GENERAL, general)))
+        if not self._problems:  # else values may be missing
+            self._unused.note(
+                values, self._places((where, own), (where.rsplit(" > ")[0], dataset), (_GENERAL, general))
+            )
         extension = values["caption_extension"]
         return SubsetSpec(
             where=f"{self._source}: {where}",

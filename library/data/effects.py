@@ -33,6 +33,7 @@ class _Rule:
     keys: tuple[str, ...]
     works: Callable[[Values], bool]
     reason: str  # goes on after "has no effect"
+    switch: str | None = None  # key that, where it is written out, says that this is known
 
 
 def _arranges_tags(v: Values) -> bool:
@@ -50,6 +51,7 @@ _RULES = (
         ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"),
         lambda v: v["enable_bucket"],
         "without enable_bucket",
+        switch="enable_bucket",
     ),
     _Rule(
         ("min_bucket_reso", "max_bucket_reso"),
@@ -95,7 +97,7 @@ class Unused:
             places: the nearest first.
         """
         for rule in _RULES:
-            works = bool(rule.works(values))
+            works = bool(rule.works(values)) or any(rule.switch in place.values for place in places)
             for key in rule.keys:
                 given = next((place for place in places if key in place.values), None)
                 # false, 0, "" and the like stand there to say that something is not wanted

@@ -88,6 +88,7 @@ FINE = [
     {"subset": "caption_separator = ';'\nsecondary_separator = '|'"},
     {"token_warmup_min": 3, "subset": "token_warmup_step = 10"},
     {"token_warmup_step": 10, "subset": "token_warmup_min = 3"},
+    {"dataset": "enable_bucket = false\nmax_bucket_reso = 768"},  # turned off for a while, as it seems
     {"min_bucket_reso": 256, "bucket_reso_steps": 64},  # the defaults
     {"subset": "caption_dropout_rate = 0.5\nshuffle_caption = true\ncaption_prefix = 'p'"},
 ]

@@ -80,8 +80,10 @@ def caption_length(
     for text in pieces:
         # where each token begins in the text
         places = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True).offset_mapping
-        room = max(limit - count, 0)
-        if len(places) > room:
+        room = limit - count
+        if room <= 0:
+            cut += text
+        elif len(places) > room:
             cut += text[places[room][0] :]
         count += len(places)
     return CaptionLength(count, limit, cut.strip())
