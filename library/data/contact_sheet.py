@@ -76,14 +76,13 @@ class Shown:
 
     def lines(self) -> list[str]:
         """What stands above the caption."""
-        crop = f"cropped at {self.corner[0]},{self.corner[1]}" if any(self.corner) else "cropped at the corner"
         weight = f"loss weight {self.loss_weight:g}"
         if self.mask is not None:
             weight += f", mask {self.mask.mean() / 255:.0%} on average"
         return [
             f"epoch {self.epoch}, step {self.step}, batch {self.batch}, picture {self.place}",
             f"bucket {self.bucket[0]}x{self.bucket[1]}, file {self.size[0]}x{self.size[1]}",
-            crop + (", mirrored" if self.flipped else ""),
+            f"crop begins at {self.corner[0]},{self.corner[1]}" + (", mirrored" if self.flipped else ""),
             weight,
         ]
 

@@ -15,8 +15,9 @@ from library.data.report.looks import BITS, Look
 
 #: bits by which the fingerprints of look-alikes may differ; unrelated photographs differ in about 60 of 128
 DISTANCE = 10
-#: mean difference of coarse pictures, of 255, above which pictures only have the same composition
-COARSE_DIFFERENCE = 24.0
+#: difference, of 255, that a cell of the coarse pictures may have, and share of cells that may have more: a small mark
+#: or a little more light is the same picture, another thing in the same place is not
+CELL_DIFFERENCE, OTHER_CELLS = 48, 0.03
 
 #: fingerprints up to which plain integers are faster than arrays
 _FEW = 48
@@ -84,8 +85,8 @@ def _close(looks: Sequence[Look], distance: int) -> Iterator[tuple[Look, Look, i
     prints = [look.fingerprint for look in looks]
     for first, second in sorted(pairs_within(prints, distance)):
         a, b = looks[first], looks[second]
-        difference = np.abs(a.coarse.astype(np.int16) - b.coarse.astype(np.int16)).mean()
-        if difference <= COARSE_DIFFERENCE:
+        difference = np.abs(a.coarse.astype(np.int16) - b.coarse.astype(np.int16)).max(axis=2)  # (COARSE, COARSE)
+        if (difference > CELL_DIFFERENCE).mean() <= OTHER_CELLS:
             yield a, b, (a.fingerprint ^ b.fingerprint).bit_count()
 
 
