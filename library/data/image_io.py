@@ -182,6 +182,9 @@ def read_orientation(path: Path | str) -> int:
 
 def has_alpha(path: Path | str) -> bool:
     """Whether a picture has an alpha channel, or one transparent colour. Raises UserError: it cannot be opened."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(3) == b"\xff\xd8\xff":
+            return False  # JPEG has none; said at once, as there may be a hundred thousand
     with _open(path) as image:
         return _has_alpha(image)
 

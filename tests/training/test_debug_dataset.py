@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from library.config.arguments import DatasetOptions
-from library.data.contact_sheet import Shown
+from library.architectures.sd import SD as SD_FAMILY
+from library.config.arguments import DatasetOptions, TrainNetworkOptions
+from library.data.contact_sheet import Shown, draw_sheet
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
 from library.training import debug_dataset
@@ -80,8 +84,6 @@ def test_keys(keys: str, expected: str, tmp_path: Path) -> None:
     pressed: Iterator[str] = iter(keys)
 
     def numbered(epoch: int, batch: int, place: int) -> Shown:
-        from dataclasses import replace
-
         return replace(template, epoch=epoch, batch=batch, place=place)
 
     def show(sample: Shown) -> str:
@@ -91,6 +93,46 @@ def test_keys(keys: str, expected: str, tmp_path: Path) -> None:
     epochs = (iter([[numbered(e, b, p) for p in (1, 2)] for b in (1, 2)]) for e in (1, 2))
     browse(epochs, show)
     assert " ".join(seen) == expected
+
+
+def test_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenCV's part is played here, as no display is at hand: what is shown, and what each answer means."""
+    import cv2
+
+    shown: list[np.ndarray] = []
+    codes = iter([-1, ord("S"), -1, -1])
+    visible = iter([1.0, 1.0, 0.0])
+    monkeypatch.setattr(cv2, "imshow", lambda name, image: shown.append(image))
+    monkeypatch.setattr(cv2, "waitKey", lambda wait: next(codes))
+    monkeypatch.setattr(cv2, "getWindowProperty", lambda name, what: next(visible))
+    data = make_data(tmp_path)
+    sample = next(batches_of(data, plan_of(data), 0))[0]
+    window = debug_dataset._Window()
+    assert window.show(sample) == "s"
+    assert window.show(sample) in debug_dataset.QUIT  # closed by its button
+    assert np.array_equal(shown[0][:, :, ::-1], np.asarray(draw_sheet([sample])))
+
+
+def test_only_the_first_process_shows_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "pictures", SIZES)
+    given = argparse.Namespace(
+        dataset_config=dataset_file(tmp_path / "data.toml", tmp_path / "pictures"),
+        output_dir=str(tmp_path / "out"),
+        debug_dataset=True,
+        max_train_epochs=1,
+    )
+    options = TrainNetworkOptions.from_args(given)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, there in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        debug_dataset.show_dataset(options, SD_FAMILY, "mask")
+        assert (tmp_path / "out").exists() == there
+    facts = [json.loads(line) for line in (tmp_path / "out/debug_dataset/pictures.jsonl").read_text().splitlines()]
+    assert len(facts) == len(SIZES)
+    steps = {fact["batch"]: fact["step"] for fact in facts}
+    assert all(step == (batch + 1) // 2 for batch, step in steps.items())  # two batches of two processes make one
 
 
 def test_without_a_display_there_are_no_windows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,24 @@ def test_what_is_not_looked_at() -> None:
 # ---- the page ----
 
 
+class _Balance(HTMLParser):
+    """The open elements, and those that were closed in a wrong place."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
 def test_the_page_is_whole_and_harmless(survey: Survey, folder: Path) -> None:
     evil = '<script>alert("x")</script>&"\''
     (folder / "0.txt").write_text(evil, encoding="utf-8")
@@ -239,6 +258,7 @@ def test_the_page_is_whole_and_harmless(survey: Survey, folder: Path) -> None:
     assert "&lt;script&gt;alert(&quot;x&quot;)" in page and "&lt;b onmouseover=a&gt;.png" in page
     assert page.count("data:image/jpeg;base64,") >= 6
     assert "http://" not in page and "https://" not in page and " src=" in page
+    assert (_Balance(page).open, _Balance(page).wrong) == ([], [])
     few = make_page(report, max_thumbnails=2)
     assert "4 small pictures were left out" in few
     shown = {part.split('"')[0] for part in few.split('src="')[1:]}
