@@ -67,7 +67,7 @@ class BatchRef:
 Find = Callable[[SubsetSpec, int, "Seen | None"], list[ImageRecord]]
 
 
-def find_records(subset: SubsetSpec, index: int, seen: Seen | None) -> list[ImageRecord]:
+def find_subset(subset: SubsetSpec, index: int, seen: Seen | None) -> list[ImageRecord]:
     """A subset's pictures with their captions and masks. Raises UserError: all that is wrong with them."""
     return pair(subset, discover(subset, index, seen))
 
@@ -76,7 +76,7 @@ class BucketedDataset:
     """The records of one ``[[datasets]]`` table, by bucket; for ``seen`` see ``discover``."""
 
     def __init__(
-        self, spec: DatasetSpec, format: LatentFormat, seen: Seen | None = None, find: Find = find_records
+        self, spec: DatasetSpec, format: LatentFormat, seen: Seen | None = None, find: Find = find_subset
     ) -> None:
         self.spec = spec
         self.records: list[ImageRecord] = []
@@ -234,7 +234,7 @@ class TrainingData:
         latent: LatentFormat,
         prior_loss_weight: float = 1.0,
         conditioning_as: Role = "mask",
-        find: Find = find_records,
+        find: Find = find_subset,
     ) -> None:
         self.seed = seed
         self.latent = latent

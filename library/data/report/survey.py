@@ -56,6 +56,7 @@ def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture:
     """
     options = about_data(options)
     collector, faults = Collector(), Faults()
+    pictures = _Pictures(faults, collector)
     with _warnings_as_findings(collector):
         for warning in check(options, architecture, DATA_RULES):
             collector.add("settings", "warning", warning)
@@ -65,15 +66,14 @@ def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture:
             _without_masks(config),
             seed=0,
             latent=architecture.latent,
-            find=lambda subset, index, seen: _find(subset, index, seen, faults, collector),
+            find=pictures.find,
         )
-        _check_masks(config, data, faults, collector)
+        _check_masks(config, pictures, faults, collector)
     _check_endings(config, collector)
-    paths = [record.path for dataset in data.datasets for record in dataset.records]
-    looks, unreadable = look_at_all(paths, _Progress())
+    looks, unreadable = look_at_all(pictures.paths(), _Progress())
     _report_faults(faults, unreadable, collector)
-    _check_sides(data, looks, wanted.hash_distance, collector)
-    _check_likeness(data, looks, wanted.hash_distance, collector)
+    _check_sides(pictures, looks, wanted.hash_distance, collector)
+    _check_likeness(pictures, looks, wanted.hash_distance, collector)
     for path, look in looks.items():
         if look.turned:
             collector.add("turned", "info", "turned or mirrored by EXIF; training turns it upright", [path])
@@ -85,7 +85,7 @@ def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture:
         pictures=rows,
         buckets=_bucket_rows(data, rows, collector),
         tags=_tags(data),
-        summary=_summary(data, options, len(set(paths)) + len(faults.unreadable)),
+        summary=_summary(data, options, len(pictures.paths()) + len(faults.unreadable)),
         notes=collector.notes,
     )
 
@@ -93,13 +93,31 @@ def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture:
 # ---- finding ----
 
 
-def _find(subset: SubsetSpec, index: int, seen: Seen | None, faults: Faults, collector: Collector) -> list[ImageRecord]:
-    try:
-        return discover(subset, index, seen, faults)
-    except UserError as error:  # a metadata file with mistakes
-        for line in str(error).splitlines():
-            collector.add("data", "error", line)
-        return []
+class _Pictures:
+    """Finds the records of subsets for the data, and keeps them by subset."""
+
+    def __init__(self, faults: Faults, collector: Collector) -> None:
+        self._faults = faults
+        self._collector = collector
+        self.by_subset: list[tuple[SubsetSpec, list[ImageRecord]]] = []
+
+    def find(self, subset: SubsetSpec, index: int, seen: Seen | None) -> list[ImageRecord]:
+        records: list[ImageRecord] = []
+        try:
+            records = discover(subset, index, seen, self._faults)
+        except UserError as error:  # a metadata file with mistakes
+            for line in str(error).splitlines():
+                self._collector.add("data", "error", line)
+        self.by_subset.append((subset, records))
+        return records
+
+    def of(self, where: str) -> list[ImageRecord]:
+        """The records of the subset that stands there."""
+        return next(records for subset, records in self.by_subset if subset.where == where)
+
+    def paths(self) -> list[Path]:
+        """Every picture once."""
+        return list(dict.fromkeys(record.path for _, records in self.by_subset for record in records))
 
 
 def _without_masks(config: DatasetConfig) -> DatasetConfig:
@@ -111,21 +129,21 @@ def _without_masks(config: DatasetConfig) -> DatasetConfig:
     return replace(config, datasets=tuple(datasets))
 
 
-def _check_masks(config: DatasetConfig, data: TrainingData, faults: Faults, collector: Collector) -> None:
+def _check_masks(config: DatasetConfig, pictures: _Pictures, faults: Faults, collector: Collector) -> None:
     paired: list[tuple[SubsetSpec, list[ImageRecord]]] = []
     incomplete: set[Path] = set()  # folders of masks that belong to pictures which were not found
-    for spec, dataset in zip(config.datasets, data.datasets, strict=True):
-        for subset, (_, records) in zip(spec.subsets, dataset.records_of_subsets(), strict=True):
-            if subset.conditioning_dir is None:
-                continue
-            if not records or any(path.parent == subset.image_dir for path in faults.unreadable):
-                incomplete.add(subset.conditioning_dir)
-            try:
-                paired.append((subset, pair(subset, records)))
-            except UserError as error:
-                incomplete.add(subset.conditioning_dir)
-                for line in str(error).splitlines():
-                    collector.add("masks", "error", line)
+    for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
+        if subset.conditioning_dir is None:
+            continue
+        records = pictures.of(subset.where)
+        if not records or any(path.parent == subset.image_dir for path in faults.unreadable):
+            incomplete.add(subset.conditioning_dir)
+        try:
+            paired.append((subset, pair(subset, records)))
+        except UserError as error:
+            incomplete.add(subset.conditioning_dir)
+            for line in str(error).splitlines():
+                collector.add("masks", "error", line)
     try:
         check_none_is_extra((s, records) for s, records in paired if s.conditioning_dir not in incomplete)
     except UserError as error:
@@ -197,17 +215,16 @@ class _Progress:
 # ---- what pictures have in common ----
 
 
-def _sides(data: TrainingData) -> Iterator[tuple[str, list[ImageRecord], list[ImageRecord]]]:
+def _sides(pictures: _Pictures) -> Iterator[tuple[str, list[ImageRecord], list[ImageRecord]]]:
     """Sets of pictures that must have none in common, with a name for both."""
     train, regularisation = [], []
-    for dataset in data.datasets:
-        for subset, records in dataset.records_of_subsets():
-            (regularisation if subset.is_reg else train).extend(records)
+    for subset, records in pictures.by_subset:
+        (regularisation if subset.is_reg else train).extend(records)
     yield "regularisation and training", regularisation, train
 
 
-def _check_sides(data: TrainingData, looks: Mapping[Path, Look], distance: int, collector: Collector) -> None:
-    for name, first, second in _sides(data):
+def _check_sides(pictures: _Pictures, looks: Mapping[Path, Look], distance: int, collector: Collector) -> None:
+    for name, first, second in _sides(pictures):
         for found in on_both_sides(first, second, looks, distance):
             if found.first == found.second:
                 collector.add("leakage", "error", f"{name}: one file on both sides", [found.first])
@@ -218,20 +235,20 @@ def _check_sides(data: TrainingData, looks: Mapping[Path, Look], distance: int, 
                 collector.add("leakage", "error", text, [found.first, found.second])
 
 
-def _check_likeness(data: TrainingData, looks: Mapping[Path, Look], distance: int, collector: Collector) -> None:
+def _check_likeness(pictures: _Pictures, looks: Mapping[Path, Look], distance: int, collector: Collector) -> None:
     captions: dict[Path, set[str]] = defaultdict(set)
     places: dict[Path, set[str]] = defaultdict(set)
-    for dataset in data.datasets:
-        for record in dataset.records:
+    for subset, records in pictures.by_subset:
+        for record in records:
             captions[record.path].add(record.caption)
-            places[record.path].add(dataset.spec.subsets[record.subset].where)
+            places[record.path].add(subset.where)
     known = {frozenset(f.pictures) for f in collector.findings if f.kind == "leakage"}
 
-    def remarks(pictures: Sequence[Path]) -> str:
+    def remarks(paths: Sequence[Path]) -> str:
         found = []
-        if len({caption for path in pictures for caption in captions[path]}) > 1:
+        if len({caption for path in paths for caption in captions[path]}) > 1:
             found.append("captions differ")
-        if not set.intersection(*(places[path] for path in pictures)):
+        if not set.intersection(*(places[path] for path in paths)):
             found.append("in different subsets")
         return "".join(f", {remark}" for remark in found)
 
@@ -239,11 +256,11 @@ def _check_likeness(data: TrainingData, looks: Mapping[Path, Look], distance: in
         if frozenset(group) not in known:
             collector.add("duplicate", "warning", f"{len(group)} equal files{remarks(group)}", group)
     for pairs in look_alikes(looks.values(), distance):
-        pictures = list(dict.fromkeys(path for found in pairs for path in (found.first, found.second)))
-        if frozenset(pictures) not in known:
+        group = list(dict.fromkeys(path for found in pairs for path in (found.first, found.second)))
+        if frozenset(group) not in known:
             bits = max(found.distance for found in pairs)
-            text = f"{len(pictures)} pictures look alike ({bits} of 128 bits differ at most){remarks(pictures)}"
-            collector.add("near_duplicate", "warning", text, pictures)
+            text = f"{len(group)} pictures look alike ({bits} of 128 bits differ at most){remarks(group)}"
+            collector.add("near_duplicate", "warning", text, group)
 
 
 # ---- pictures, captions and buckets ----
