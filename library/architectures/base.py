@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,15 @@ class Conditioning:
         return Conditioning({name: torch.cat([p.tensors[name] for p in parts]) for name in names})
 
 
+@dataclass(frozen=True)
+class CaptionLength:
+    """How long a caption is to a text encoder."""
+
+    tokens: int  # without start, end and padding
+    limit: int  # tokens that are used
+    cut: str  # the end of the caption, which is not used; empty where all fits
+
+
 class Architecture(ABC):
     """One model family. Instances hold no weights and no run state."""
 
@@ -163,6 +173,20 @@ class Architecture(ABC):
 
         SD: ``{"input_ids": (B, n, 77) int64}`` and, when weighted, ``"weights": (B, n, 77) float32``.
         """
+
+    @abstractmethod
+    def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
+        """Tokenizers as ``load_tokenizers`` gives them, from a folder of tokenizer files, without a checkpoint.
+
+        Raises:
+            UserError: the folder holds none.
+        """
+
+    @abstractmethod
+    def caption_length(
+        self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
+    ) -> CaptionLength:
+        """How much of a caption ``tokenize`` keeps; of several tokenizers, the one that keeps least."""
 
     @abstractmethod
     def encode_text(

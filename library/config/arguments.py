@@ -102,7 +102,9 @@ class DatasetOptions:
         "pictures that cannot be read: name all and stop before training, or warn and leave them out",
         choices=["stop", "skip"],
     )
-    debug_dataset: bool = option(False, "show what would be trained on, and end")
+    debug_dataset: bool = option(
+        False, "show what would be trained on, in windows or on sheets in <output_dir>/debug_dataset, and end"
+    )
     max_data_loader_n_workers: int = option(
         8, "processes that prepare batches; 0 prepares them in the main one", type=int
     )

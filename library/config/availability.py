@@ -16,7 +16,6 @@ _DDP = "has no effect: adapters are trained without DistributedDataParallel; rem
 REFUSED = MappingProxyType(
     {
         "dataset_class": "dataset classes of your own are not supported yet; use --dataset_config",
-        "debug_dataset": "not supported yet; the summary before the first step shows the buckets",
         "huggingface_repo_id": _HUB,
         "huggingface_repo_type": _HUB,
         "huggingface_path_in_repo": _HUB,

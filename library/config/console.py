@@ -82,3 +82,8 @@ def make_bar(title: str) -> Progress:
         TextColumn("{task.description}"),
         console=stderr_console(),
     )
+
+
+def printable(text: str) -> str:
+    """Text that every encoding of the console and of files can hold: what stands for damaged file names is replaced."""
+    return text.encode("utf-8", "replace").decode("utf-8")

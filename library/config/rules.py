@@ -43,7 +43,7 @@ Rule = Callable[[TrainNetworkOptions], Iterator[Finding]]
 def check(
     options: TrainNetworkOptions, architecture: Architecture, *, rules: Sequence[Rule] | None = None
 ) -> list[str]:
-    """Apply the rules (all, if none are named); returns the warnings.
+    """Apply every rule, or those given, such as ``DATA_RULES``; returns the warnings.
 
     Raises:
         UserError: all errors, one line each; with ``--strict``, options without effect among them.
@@ -322,4 +322,14 @@ RULES: tuple[Rule, ...] = (
     noise,
     huber,
     clip_skip,
+)
+
+#: what must hold to look at the data alone, without a model and without training
+DATA_RULES: tuple[Rule, ...] = (
+    needs_data,
+    metadata_file,
+    files_exist,
+    cached_latents,
+    finite_numbers,
+    positive_numbers,
 )

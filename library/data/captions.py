@@ -104,17 +104,7 @@ def _join(tags: list[str]) -> str:
 
 def _arrange_tags(caption: str, rules: CaptionRules, rng: random.Random, progress: Progress | None) -> str:
     """Hold back, shuffle and drop tags between the kept front and, after a second mark, the kept end."""
-    mark = rules.keep_tokens_separator
-    front: list[str] = []
-    end: list[str] = []
-    if mark and mark in caption:
-        parts = caption.split(mark)
-        front = _split(parts[0], rules.separator)
-        tags = _split(parts[1], rules.separator)
-        end = _split(rules.separator.join(parts[2:]), rules.separator)
-    else:
-        tags = _split(caption, rules.separator)
-        front, tags = tags[: rules.keep_tokens], tags[rules.keep_tokens :]
+    front, tags, end = _front_tags_end(caption, rules)
     if progress is not None:
         # before shuffling: tags are written in the order of their weight, and a run learns them in that order
         tags = tags[: _warmed_up(len(tags), rules, progress)]
@@ -123,6 +113,24 @@ def _arrange_tags(caption: str, rules: CaptionRules, rng: random.Random, progres
     if rules.tag_dropout_rate > 0:
         tags = [tag for tag in tags if rng.random() >= rules.tag_dropout_rate]
     return _join(front + tags + end)
+
+
+def _front_tags_end(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
+    mark = rules.keep_tokens_separator
+    if mark and mark in caption:
+        parts = caption.split(mark)
+        end = _split(rules.separator.join(parts[2:]), rules.separator)
+        return _split(parts[0], rules.separator), _split(parts[1], rules.separator), end
+    tags = _split(caption, rules.separator)
+    return tags[: rules.keep_tokens], tags[rules.keep_tokens :], []
+
+
+def movable_tags(text: str, rules: CaptionRules) -> int:
+    """How many tags of a caption can be shuffled, dropped or held back; of several lines, the most."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    lines = lines if rules.wildcards else lines[:1]
+    whole = (f"{rules.prefix or ''} {line} {rules.suffix or ''}" for line in lines)
+    return max(len(_front_tags_end(line, rules)[1]) for line in whole)
 
 
 def _warmed_up(count: int, rules: CaptionRules, progress: Progress) -> int:

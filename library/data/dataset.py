@@ -20,6 +20,7 @@ from library.data.captions import CaptionRules, Progress
 from library.data.conditioning import Role, check_none_is_extra, pair
 from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec
 from library.data.discover import Seen, discover
+from library.data.effects import warn_of_no_effect
 from library.data.latent_cache import Encode, Peers, Wanted, fill
 from library.data.loader import BatchMaker, Loader, Tokenize
 from library.data.records import ImageRecord
@@ -55,17 +56,28 @@ class BatchRef:
     progress: Progress | None = None  # of the run; ``None`` where it does not matter
 
 
-def find_records(spec: DatasetSpec, seen: Seen | None = None) -> list[ImageRecord]:
+#: (subset, its index in the dataset, seen) -> its records; for ``seen`` see ``discover``
+Find = Callable[[SubsetSpec, int, "Seen | None"], list[ImageRecord]]
+
+
+def find_subset(subset: SubsetSpec, index: int, seen: Seen | None) -> list[ImageRecord]:
+    """A subset's pictures with their captions and masks. Raises UserError: all that is wrong with them."""
+    return pair(subset, discover(subset, index, seen))
+
+
+def find_records(spec: DatasetSpec, seen: Seen | None = None, find: Find = find_subset) -> list[ImageRecord]:
     """The records of all subsets of a dataset, with their conditioning pictures; for ``seen`` see ``discover``."""
     records: list[ImageRecord] = []
     problems = []
     for index, subset in enumerate(spec.subsets):
         try:
-            records += pair(subset, discover(subset, index, seen))
+            records += find(subset, index, seen)
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+    for subset, of_subset in by_subset(spec, records):
+        warn_of_no_effect(subset, of_subset)
     return records
 
 
@@ -83,7 +95,7 @@ class BucketedDataset:
         buckets = Buckets(spec.buckets)
         self.bucket_of = [buckets.assign(record.size) for record in self.records]
         self.uses = self._uses()
-        self.max_repeats = 1 + max(use.repeat for use in self.uses)
+        self.max_repeats = 1 + max((use.repeat for use in self.uses), default=0)
         self.uses_by_bucket: dict[Size, list[Use]] = {}
         for use in self.uses:
             self.uses_by_bucket.setdefault(self.bucket_of[use.record], []).append(use)
@@ -176,7 +188,7 @@ def _check_faces(spec: DatasetSpec, records: Sequence[ImageRecord]) -> None:
     """Say which pictures cannot be cropped around a face; an error where none of a subset can."""
     problems = []
     for subset, of_subset in by_subset(spec, records):
-        if subset.face_crop_range is None:
+        if subset.face_crop_range is None or not of_subset:
             continue
         without = [record.path.name for record in of_subset if face_in_name(record.path, record.size) is None]
         if len(without) == len(of_subset):
@@ -205,6 +217,7 @@ class TrainingData:
         latent: the family's latent format.
         prior_loss_weight: weight of regularisation pictures.
         conditioning_as: what the pictures of ``conditioning_data_dir`` become in a batch.
+        find: finds the records of a subset.
 
     Raises:
         UserError: unreadable pictures, missing captions, sizes that do not fit; see ``discover``.
@@ -218,6 +231,7 @@ class TrainingData:
         latent: LatentFormat,
         prior_loss_weight: float = 1.0,
         conditioning_as: Role = "mask",
+        find: Find = find_subset,
     ) -> None:
         self.seed = seed
         self.latent = latent
@@ -226,7 +240,7 @@ class TrainingData:
         seen: Seen = {}
         for spec in config.datasets:
             try:
-                found.append(find_records(spec, seen))
+                found.append(find_records(spec, seen, find))
                 _check_steps(spec, latent)
                 _check_faces(spec, found[-1])
             except UserError as error:

@@ -20,6 +20,7 @@ from library.config.arguments import DatasetOptions, ValidationOptions
 from library.config.config_file import load_toml
 from library.data.buckets import BucketRules, make_sizes
 from library.data.captions import CaptionRules
+from library.data.effects import Place, Unused
 from library.data.image_io import EXTENSIONS, is_picture_name
 from library.errors import UserError, did_you_mean
 
@@ -291,6 +292,7 @@ class _Reader:
         self._options = options
         self._validation = validation or ValidationOptions()
         self._problems: list[str] = []
+        self._unused = Unused()
         self._command_line = self._from_command_line()
 
     def _from_command_line(self) -> dict[str, Any]:
@@ -333,6 +335,8 @@ class _Reader:
                 logger.warning("%s: [general]: %s: has no effect on pictures of metadata files", self._source, key)
         if self._problems:
             raise UserError("\n".join(self._problems))
+        for warning in self._unused.warnings():
+            logger.warning(warning)
         return DatasetConfig(self._source, tuple(d for d in datasets if d is not None))
 
     def _problem(self, where: str, key: str, text: str) -> None:
@@ -462,12 +466,17 @@ class _Reader:
         if values["num_repeats"] < 1:
             logger.warning("%s: %s: left out, as num_repeats is %d", self._source, where, values["num_repeats"])
             return None
-        if values["token_warmup_min"] > 1 and not values["token_warmup_step"] and "token_warmup_min" in own:
-            logger.warning("%s: %s: token_warmup_min has no effect without token_warmup_step", self._source, where)
         if values["is_reg"] and own.get("validation_split"):
             logger.warning(
                 "%s: %s: validation_split has no effect: regularisation pictures are never validated on",
                 *(self._source, where),
+            )
+        if not self._problems:  # else values may be missing
+            tables = ((where, own), (where.rsplit(" > ")[0], dataset), (_GENERAL, general))
+            seed = dataset.get("validation_seed", general.get("validation_seed"))  # no subset has its own
+            self._unused.note(
+                values | {"validation_seed": seed},
+                [Place(f"{self._source}: {name}", table) for name, table in tables],
             )
         extension = values["caption_extension"]
         return SubsetSpec(

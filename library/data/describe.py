@@ -35,7 +35,7 @@ def metadata(
                 continue
             target[_free_name(target, subset.source.name)] = {"n_repeats": subset.num_repeats, "img_count": count}
     # a folder that several datasets train on, at different sizes, is counted once
-    for source, counts in _tags_by_source(data.datasets).items():
+    for source, counts in tags_by_source(data.datasets).items():
         tags[_free_name(tags, source.name)] = counts
     entries |= {"ss_dataset_dirs": dirs, "ss_tag_frequency": tags}
     if from_file:
@@ -70,7 +70,7 @@ def _free_name(taken: dict[str, Any], name: str) -> str:
     return free
 
 
-def _tags_by_source(datasets: Sequence[BucketedDataset]) -> dict[Path, dict[str, int]]:
+def tags_by_source(datasets: Sequence[BucketedDataset]) -> dict[Path, dict[str, int]]:
     """How many captions of a folder or metadata file have a tag; tags are split at commas and in lower case."""
     counts: dict[Path, Counter[str]] = {}
     counted: set[tuple[Path, Path]] = set()
@@ -101,7 +101,7 @@ def _bucket_info(dataset: BucketedDataset) -> dict[str, Any] | None:
 def _dataset_entry(dataset: BucketedDataset) -> dict[str, Any]:
     rules = dataset.spec.buckets
     tags: dict[str, dict[str, int]] = {}
-    for source, counts in _tags_by_source([dataset]).items():
+    for source, counts in tags_by_source([dataset]).items():
         tags[_free_name(tags, source.name)] = counts
     return {
         "is_dreambooth": dataset.spec.is_dreambooth,

@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
@@ -42,7 +43,18 @@ _SLOW = 3e-4
 _key = str.lower if sys.platform in ("win32", "darwin") else str
 
 
-def discover(subset: SubsetSpec, index: int, seen: Seen | None = None) -> list[ImageRecord]:
+@dataclass
+class Faults:
+    """What is wrong with the pictures of one or more subsets, for those who want all of it instead of an error."""
+
+    unreadable: dict[Path, str] = field(default_factory=dict)  # picture -> why
+    captions: dict[Path, str] = field(default_factory=dict)  # picture whose caption file cannot be read -> why
+    without_caption: dict[Path, str] = field(default_factory=dict)  # neither caption file nor class tokens -> ending
+
+
+def discover(
+    subset: SubsetSpec, index: int, seen: Seen | None = None, faults: Faults | None = None
+) -> list[ImageRecord]:
     """All records of a subset, in the order of the pictures' names.
 
     Pictures that cannot be read end the run with one line each or, with ``subset.on_bad_image`` "skip", are left out
@@ -51,6 +63,8 @@ def discover(subset: SubsetSpec, index: int, seen: Seen | None = None) -> list[I
     Args:
         index: of the subset in its dataset.
         seen: taken from and added to, so that a folder of several subsets is measured once.
+        faults: filled with what would otherwise end the run, whatever ``subset.on_bad_image`` says; pictures without
+            a caption get an empty one, and the list may be empty. A metadata file with mistakes still raises.
 
     Raises:
         UserError: pictures or captions that cannot be read, pictures without caption where there are no class tokens
@@ -58,10 +72,11 @@ def discover(subset: SubsetSpec, index: int, seen: Seen | None = None) -> list[I
     """
     seen = {} if seen is None else seen
     with no_collection():
-        return _described(subset, index, seen) if subset.metadata_file else _in_folder(subset, index, seen)
+        find = _described if subset.metadata_file else _in_folder
+        return find(subset, index, seen, faults)
 
 
-def _in_folder(subset: SubsetSpec, index: int, seen: Seen) -> list[ImageRecord]:
+def _in_folder(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None) -> list[ImageRecord]:
     folder = subset.image_dir
     assert folder is not None
     pictures, others = _list_folder(folder)
@@ -77,14 +92,17 @@ def _in_folder(subset: SubsetSpec, index: int, seen: Seen) -> list[ImageRecord]:
     else:
         known.update((f.name, f.size) for f in found)
     bad = {f.name: f.size for f in found if isinstance(f.size, UserError)}
-    problems = _bad_pictures(subset, [error for name, error in bad.items() if name not in reported])
-    known.update(bad)
     good = [f for f in found if f.name not in bad] if bad else found
-    problems += _caption_problems(subset, good)
-    if not problems and not good:
-        problems.append(f"{subset.where}: image_dir: {folder}: none of its {len(bad)} pictures can be read")
-    if problems:
-        raise UserError("\n".join(problems))
+    known.update(bad)
+    if faults is not None:
+        good = _with_faults(subset, bad, good, faults)
+    else:
+        problems = _bad_pictures(subset, [error for name, error in bad.items() if name not in reported])
+        problems += _caption_problems(subset, good)
+        if not problems and not good:
+            problems.append(f"{subset.where}: image_dir: {folder}: none of its {len(bad)} pictures can be read")
+        if problems:
+            raise UserError("\n".join(problems))
     shared: dict[object, object] = {}
     return [
         ImageRecord(folder, f.name, _shared(f.size, shared), f.caption, index)  # type: ignore[arg-type]
@@ -92,7 +110,7 @@ def _in_folder(subset: SubsetSpec, index: int, seen: Seen) -> list[ImageRecord]:
     ]
 
 
-def _described(subset: SubsetSpec, index: int, seen: Seen) -> list[ImageRecord]:
+def _described(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None) -> list[ImageRecord]:
     """The records of a metadata file, in its order."""
     captions = read_metadata(subset)
     new: list[UserError] = []
@@ -106,7 +124,6 @@ def _described(subset: SubsetSpec, index: int, seen: Seen) -> list[ImageRecord]:
         return known[path.name]
 
     sizes = _look_at_all(look, list(captions))
-    problems = _bad_pictures(subset, new)
     folders: dict[Path, Path] = {}
     shared: dict[object, object] = {}
     records = [
@@ -114,6 +131,11 @@ def _described(subset: SubsetSpec, index: int, seen: Seen) -> list[ImageRecord]:
         for (path, caption), size in zip(captions.items(), sizes, strict=True)
         if not isinstance(size, UserError)
     ]
+    if faults is not None:
+        pairs = zip(captions, sizes, strict=True)
+        faults.unreadable.update((path, str(size)) for path, size in pairs if isinstance(size, UserError))
+        return records
+    problems = _bad_pictures(subset, new)
     if not problems and not records:
         problems.append(f"{subset.where}: metadata_file: none of the {len(sizes)} pictures can be read")
     if problems:
@@ -142,6 +164,23 @@ def _caption_problems(subset: SubsetSpec, found: list[_Found]) -> list[str]:
             f"{subset.image_dir}; write one, set caption_extension, or give class_tokens for pictures without"
         )
     return problems
+
+
+def _with_faults(
+    subset: SubsetSpec, bad: Mapping[str, Size | UserError], good: list[_Found], faults: Faults
+) -> list[_Found]:
+    """``good`` with a caption each; what was wrong is noted."""
+    folder = subset.image_dir
+    assert folder is not None
+    faults.unreadable.update((folder / name, str(error)) for name, error in bad.items())
+    whole = []
+    for found in good:
+        if isinstance(found.caption, UserError):
+            faults.captions[folder / found.name] = str(found.caption)
+        elif found.caption is None:
+            faults.without_caption[folder / found.name] = subset.caption_extension
+        whole.append(found if isinstance(found.caption, str) else found._replace(caption=""))
+    return whole
 
 
 def _shared(size: Size, shared: dict[object, object]) -> Size:

@@ -174,6 +174,21 @@ def _orientation(image: Image) -> int:
         return 1
 
 
+def read_orientation(path: Path | str) -> int:
+    """EXIF orientation, 1 to 8; 1 is upright. Raises UserError: the picture cannot be opened."""
+    with _open(path) as image:
+        return _orientation(image)
+
+
+def has_alpha(path: Path | str) -> bool:
+    """Whether a picture has an alpha channel, or one transparent colour. Raises UserError: it cannot be opened."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(3) == b"\xff\xd8\xff":
+            return False  # JPEG has none; said at once, as there may be a hundred thousand
+    with _open(path) as image:
+        return _has_alpha(image)
+
+
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Turn and mirror (H, W) or (H, W, 3) by an EXIF orientation (Exif 2.32, tag 0x0112)."""
     if orientation in TURNED:

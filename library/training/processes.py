@@ -59,7 +59,7 @@ def make_accelerator(
     return accelerator
 
 
-def choose_seed(given: int | None, resumed: int | None) -> int:
+def choose_seed(given: int | None, resumed: int | None = None) -> int:
     """The seed of a run: what the user says; what the resumed run's first part drew; or a number drawn now."""
     found = given if given is not None else resumed
     return random.SystemRandom().randint(0, MAX_RANDOM_SEED) if found is None else found

@@ -41,6 +41,7 @@ from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
 from library.training.caching import CacheJob, cache_latents, inspect_model
 from library.training.checkpoints import OutputNames, SavePolicy
+from library.training.debug_dataset import show_dataset
 from library.training.dry_run import dry_run
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
@@ -157,6 +158,8 @@ class Trainer(ABC):
         options = self.options_class().from_args(args)
         if options.config.explain:
             return print_explanation(options, origins_of(args), self.architecture)
+        if options.dataset.debug_dataset:
+            return show_dataset(options, self.architecture, self.conditioning_as)
         with Interrupt() as interrupt:
             run = self.setup(options)
             if options.config.dry_run:

@@ -307,7 +307,7 @@ ALWAYS = set(
     max_train_epochs seed gradient_accumulation_steps gradient_checkpointing mixed_precision sdpa xformers torch_compile
     deepspeed zero_terminal_snr min_timestep max_timestep
     loss_type scale_v_pred_loss_like_noise_pred debiased_estimation_loss masked_loss
-    early_stopping_patience save_best ema_decay
+    early_stopping_patience save_best ema_decay debug_dataset
     logging_dir log_with log_prefix log_tracker_name log_tracker_config log_config
     console_log_level console_log_file console_log_simple config_file output_config strict explain dry_run
     """.split()

@@ -15,7 +15,7 @@ from library.errors import UserError
 
 #: the option names of the features that this version leaves out; one that is dropped here must be implemented
 LEFT_OUT = (
-    "dataset_class debug_dataset "
+    "dataset_class "
     "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token "
     "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload full_fp16 full_bf16 "
     "fp8_base fp8_base_unet torch_compile dynamo_backend cpu_offload_checkpointing mem_eff_attn fused_backward_pass "

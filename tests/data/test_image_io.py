@@ -17,8 +17,10 @@ from library.data.image_io import (
     covering_size,
     cut_mask,
     fit,
+    has_alpha,
     read_image,
     read_image_and_alpha,
+    read_orientation,
     read_size,
     resize,
 )
@@ -38,6 +40,7 @@ def test_exif_orientation(tmp_path: Path, ending: str, orientation: int) -> None
         expected = np.asarray(ImageOps.exif_transpose(image))
     assert read_size(path) == ((6, 9) if orientation >= 5 else (9, 6))
     assert np.array_equal(read_image(path), expected)
+    assert read_orientation(path) == orientation
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -336,3 +339,30 @@ def test_default_interpolation_is_area_to_shrink_and_lanczos_to_enlarge() -> Non
     exact = pixels.reshape(10, 2, 10, 2, 3).mean(axis=(1, 3))
     assert np.abs(resize(pixels, (10, 10), None) - exact).max() <= 0.5
     assert np.array_equal(resize(pixels, (30, 30), None), resize(pixels, (30, 30), "lanczos"))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "settings", "expected"),
+    [
+        ("a.png", "RGB", {}, False),
+        ("a.png", "RGBA", {}, True),
+        ("a.png", "LA", {}, True),
+        ("a.png", "P", {}, False),
+        ("a.png", "P", {"transparency": 0}, True),
+        ("a.jpg", "RGB", {}, False),
+        ("a.webp", "RGBA", {"lossless": True}, True),
+    ],
+)
+def test_alpha_channels(tmp_path: Path, name: str, mode: str, settings: dict[str, object], expected: bool) -> None:
+    image = Image.fromarray(GRADIENT).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(128)  # WebP leaves away an alpha channel that says nothing
+    image.save(tmp_path / name, **settings)
+    assert has_alpha(tmp_path / name) == expected
+
+
+def test_the_alpha_channel_of_what_is_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("none")
+    for name in ("a.png", "gone.png"):
+        with pytest.raises(UserError, match=name):
+            has_alpha(tmp_path / name)

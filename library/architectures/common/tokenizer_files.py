@@ -18,6 +18,18 @@ def has_tokenizer(folder: Path) -> bool:
     )
 
 
+def find_tokenizer(folder: Path) -> Path:
+    """The folder itself, or its ``tokenizer`` folder, as in a model's; whichever holds the files.
+
+    Raises:
+        UserError: neither does.
+    """
+    for place in (folder, folder / "tokenizer"):
+        if has_tokenizer(place):
+            return place
+    raise UserError(f"--tokenizer {folder}: has no tokenizer.json, nor vocab.json and merges.txt; name their folder")
+
+
 def locate_tokenizer(
     repositories: Sequence[tuple[str, str | None]], *, model_folder: Path | None, cache_dir: str | None
 ) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import (
     Architecture,
+    CaptionLength,
     Conditioning,
     LatentFormat,
     LoraTarget,
@@ -21,6 +23,7 @@ from library.architectures.base import (
 from library.architectures.common import clip, kl_vae, ldm_unet
 from library.architectures.common.identity import weights_identity
 from library.architectures.common.loading import load_frozen
+from library.architectures.common.tokenizer_files import find_tokenizer
 from library.architectures.sd import text as sd_text
 from library.architectures.sd.checkpoint import SDCheckpoint, inspect_checkpoint, vae_identity
 from library.errors import UserError
@@ -77,6 +80,14 @@ class StableDiffusion(Architecture):
         self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
     ) -> dict[str, Tensor]:
         return sd_text.tokenize(tokenizers[0], captions, max_token_length=max_token_length, weighted=weighted)
+
+    def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
+        return [sd_text.load_tokenizer(find_tokenizer(folder), v2=v2)]
+
+    def caption_length(
+        self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
+    ) -> CaptionLength:
+        return sd_text.caption_length(tokenizers[0], caption, max_token_length=max_token_length, weighted=weighted)
 
     def encode_text(
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Conditioning
+from library.architectures.base import CaptionLength, Conditioning
 from library.inference.emphasis import parse_emphasis
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def tokenize(
     Returns:
         ``input_ids`` (B, n, 77) int64 and, if ``weighted``, ``weights`` (B, n, 77) float32: 1 on start, end, padding.
     """
-    windows = max((max_token_length or BODY) // BODY, 1)
+    windows = _windows(max_token_length)
     ids = torch.full((len(captions), windows, WINDOW), tokenizer.pad_token_id, dtype=torch.int64)
     weights = torch.ones(len(captions), windows, WINDOW) if weighted else None
     for row, caption in enumerate(captions):
@@ -64,6 +64,29 @@ def tokenize(
             if weights is not None:
                 weights[row, window, 1 : len(body) - 1] = torch.tensor(token_weights[part])
     return {"input_ids": ids} if weights is None else {"input_ids": ids, "weights": weights}
+
+
+def _windows(max_token_length: int | None) -> int:
+    return max((max_token_length or BODY) // BODY, 1)
+
+
+def caption_length(
+    tokenizer: CLIPTokenizer, caption: str, *, max_token_length: int | None, weighted: bool
+) -> CaptionLength:
+    """Tokens of a caption, and the text of those that ``tokenize`` cuts off."""
+    limit = _windows(max_token_length) * BODY
+    pieces = [text for text, _ in parse_emphasis(caption)] if weighted else [caption]
+    count, cut = 0, ""
+    for text in pieces:
+        # where each token begins in the text
+        places = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True).offset_mapping
+        room = limit - count
+        if room <= 0:
+            cut += text
+        elif len(places) > room:
+            cut += text[places[room][0] :]
+        count += len(places)
+    return CaptionLength(count, limit, cut.strip())
 
 
 def encode_text(text_encoder: nn.Module, tokens: Mapping[str, Tensor], *, clip_skip: int | None) -> Conditioning:

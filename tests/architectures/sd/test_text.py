@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.architectures.base import CaptionLength
 from library.architectures.sd import SD, text
+from library.errors import UserError
 from tests.fixtures.tiny_sd import make_tiny_sd, make_tiny_tokenizer
 
 START, END = 523, 524
@@ -171,3 +173,33 @@ def test_gradient_checkpointing_gives_the_same_gradients(tokenizers, tmp_path: P
         calls.append(len(counted))
     torch.testing.assert_close(gradients[0], gradients[1])
     assert calls == [1, 2]
+
+
+@pytest.mark.parametrize("length", [None, 150])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_is_cut_off_a_caption(tokenizers, length: int | None, weighted: bool) -> None:
+    limit = length or 75
+
+    def measure(caption: str) -> CaptionLength:
+        return SD.caption_length([tokenizers[False]], caption, max_token_length=length, weighted=weighted)
+
+    assert measure("a photo of the Cat") == CaptionLength(5, limit, "")
+    assert measure("cat " * limit) == CaptionLength(limit, limit, "")
+    long = "cat " * (limit - 1) + "dog Dog, the  end é"
+    found = measure(long)
+    assert found.limit == limit and found.tokens > limit and found.cut == "Dog, the  end é"
+    if weighted:
+        assert measure("(" + "cat " * limit + ":1.2) [the] dog").cut == "the dog"
+    # what is kept makes the very tokens that the model is given
+    kept = long.removesuffix(found.cut)
+    tokens = [SD.tokenize([tokenizers[False]], [c], max_token_length=length, weighted=weighted) for c in (long, kept)]
+    assert torch.equal(tokens[0]["input_ids"], tokens[1]["input_ids"])
+
+
+def test_tokenizers_of_a_folder(tmp_path: Path) -> None:
+    folder = make_tiny_tokenizer(tmp_path / "model" / "tokenizer")
+    for place in (folder, folder.parent):
+        (tokenizer,) = SD.tokenizers_in(place, v2=True)
+        assert tokenizer.pad_token == text.V2_PADDING
+    with pytest.raises(UserError, match="--tokenizer .*vocab.json"):
+        SD.tokenizers_in(tmp_path, v2=False)

@@ -1,0 +1,138 @@
+"""What a check of a data set finds, as values: for the console, the page and scripts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from library.config.console import printable
+
+#: training would stop or mislead | probably not what is wanted | good to know
+Severity = Literal["error", "warning", "info"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+
+#: version of the JSON report; goes up when something in it changes its meaning
+JSON_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to look at."""
+
+    kind: str  # one of KINDS
+    severity: Severity
+    text: str  # one line, without the pictures' names where ``pictures`` has them
+    pictures: tuple[Path, ...] = ()
+    detail: str = ""  # what belongs to it and may be long, such as the part of a caption that is cut
+
+
+#: kind -> heading; the order of the report
+KINDS = {
+    "unreadable": "Pictures that cannot be read",
+    "data": "Data that is missing or wrong",
+    "leakage": "The same picture on both sides",
+    "caption_missing": "Pictures without a caption",
+    "caption_empty": "Empty captions",
+    "caption_too_long": "Captions that are cut",
+    "masks": "Masks and conditioning pictures",
+    "duplicate": "Equal files",
+    "near_duplicate": "Pictures that look alike",
+    "enlarged": "Pictures that are enlarged",
+    "crop": "Pictures that lose much by the crop",
+    "settings": "Settings",
+    "turned": "Pictures turned by EXIF",
+    "buckets": "Buckets with few pictures",
+}
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """One picture as one dataset uses it."""
+
+    path: Path
+    dataset: int  # from 1
+    subset: int  # from 1
+    size: tuple[int, int]  # (W, H) pixels, upright
+    bucket: tuple[int, int]  # (W, H)
+    scale: float  # of the resize before the crop; above 1 the picture is enlarged
+    crop_loss: float  # share of the area that is cut off, 0 to 1
+    caption: str  # as it stands in its file
+    tokens: int | None  # of the longest caption that is made of it; None: not counted
+    validation: bool = False  # kept for validation, not trained on
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    dataset: int  # from 1
+    size: tuple[int, int]  # (W, H)
+    pictures: int
+    uses: int  # in an epoch
+    batches: int
+    mean_crop_loss: float  # over its pictures, 0 to 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """All about one data set."""
+
+    source: str
+    findings: Sequence[Finding]
+    pictures: Sequence[PictureRow]
+    buckets: Sequence[BucketRow]
+    tags: dict[str, int]  # tag -> captions that have it, most frequent first
+    summary: Sequence[tuple[str, str]]
+    notes: Sequence[str]  # what was not checked, and why
+
+    def count(self, severity: Severity) -> int:
+        return sum(finding.severity == severity for finding in self.findings)
+
+    def by_kind(self) -> dict[str, list[Finding]]:
+        """Findings in the order of ``KINDS``, the gravest of a kind first; only kinds that were found."""
+        found = {kind: [f for f in self.findings if f.kind == kind] for kind in KINDS}
+        return {
+            kind: sorted(of_kind, key=lambda f: SEVERITIES.index(f.severity))
+            for kind, of_kind in found.items()
+            if of_kind
+        }
+
+    def exit_code(self, *, strict: bool) -> int:
+        """0, or 1 where there are errors or, if ``strict``, warnings."""
+        return int(self.count("error") > 0 or (strict and self.count("warning") > 0))
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        return {
+            "version": JSON_VERSION,
+            "source": printable(self.source),
+            "counts": {severity: self.count(severity) for severity in SEVERITIES},
+            "counts_by_kind": dict(Counter(finding.kind for finding in self.findings)),
+            "findings": [
+                {
+                    "kind": finding.kind,
+                    "severity": finding.severity,
+                    "text": printable(finding.text),
+                    "pictures": [printable(str(path)) for path in finding.pictures],
+                    "detail": printable(finding.detail),
+                }
+                for finding in self.findings
+            ],
+            "pictures": [asdict(row) | {"path": printable(str(row.path))} for row in self.pictures],
+            "buckets": [asdict(row) for row in self.buckets],
+            "tags": self.tags,
+            "summary": dict(self.summary),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass
+class Collector:
+    """Takes findings in while the data set is looked at."""
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, severity: Severity, text: str, pictures: Sequence[Path] = (), *, detail: str = "") -> None:
+        self.findings.append(Finding(kind, severity, text, tuple(pictures), detail))

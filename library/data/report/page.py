@@ -1,0 +1,205 @@
+"""The report as one HTML file: nothing is loaded from elsewhere, and every text of the data is escaped."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from html import escape
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from library.config.console import printable
+from library.data.image_io import read_image
+from library.data.report.findings import KINDS, SEVERITIES, Finding, PictureRow, Report
+from library.data.report.looks import THREADS
+from library.errors import UserError
+
+#: findings of a kind, pictures and tags on the page; the JSON report has all
+MOST_FINDINGS, MOST_PICTURES, MOST_TAGS = 200, 500, 300
+#: pictures of one finding, such as a group of equal files
+MOST_OF_FINDING = 12
+
+THUMBNAIL = 160  # pixels of the longer side
+_QUALITY = 75
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222;background:#fff}
+table{border-collapse:collapse;margin:.5em 0 1.5em}th,td{border:1px solid #ccc;padding:.25em .6em;text-align:left;
+vertical-align:top;overflow-wrap:anywhere}th{background:#f2f4f7}td.n{text-align:right;white-space:nowrap}
+.error{color:#b00020;font-weight:600}.warning{color:#8a5a00;font-weight:600}.info{color:#225c8a}
+figure{display:inline-block;margin:0 .6em .4em 0;max-width:170px;font-size:12px;overflow-wrap:anywhere}
+img{display:block;max-width:160px}summary{cursor:pointer;font-size:1.2em;margin:.6em 0}q{background:#ffe9e0}
+.note{background:#fff6d6;padding:.5em .8em;border-left:4px solid #d9a400}
+@media(prefers-color-scheme:dark){body{color:#ddd;background:#181a1d}th{background:#26292e}td,th{border-color:#444}
+.error{color:#ff7b8a}.warning{color:#f0b849}.info{color:#7cc0f0}q{background:#5a3020}.note{background:#3a3315}}
+"""
+
+
+def make_page(report: Report, *, max_thumbnails: int) -> str:
+    """The whole file's text.
+
+    Args:
+        max_thumbnails: small pictures at most; the page says how many it left out.
+    """
+    kept = {row.path: row for row in report.pictures}
+    wanted = list(dict.fromkeys(_pictures_on_page(report)))
+    thumbnails = _make_thumbnails(wanted[:max_thumbnails], kept)
+    notes = list(report.notes)
+    if len(wanted) > max_thumbnails:
+        notes.append(
+            f"{len(wanted) - max_thumbnails} small pictures were left out, as --max_thumbnails is {max_thumbnails}."
+        )
+    verdict = ", ".join(f"{report.count(severity)} {severity}s" for severity in SEVERITIES).replace("infos", "remarks")
+    title = f"Data of {report.source}"
+    parts = [
+        "<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8>",
+        '<meta name=viewport content="width=device-width">',
+        # the page itself asks for nothing, whatever stands in captions
+        f'<meta http-equiv=Content-Security-Policy content="{_POLICY}">',
+        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{_text(title)}</h1><p><b>{verdict}</b></p>",
+        *(f"<p class=note>{_text(note)}</p>" for note in notes),
+        _table((), ((_text(name), _text(value)) for name, value in report.summary)),
+        *(_kind(kind, findings, thumbnails) for kind, findings in report.by_kind().items()),
+        _buckets(report),
+        _pictures(report, thumbnails),
+        _tags(report),
+        "</body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _text(value: object) -> str:
+    return escape(printable(str(value)), quote=True)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns are plain text, cells are HTML."""
+    head = "<tr>" + "".join(f"<th>{_text(column)}</th>" for column in columns) + "</tr>" if columns else ""
+    body = ("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>{head}{''.join(body)}</table>"
+
+
+# ---- parts ----
+
+
+def _kind(kind: str, findings: Sequence[Finding], thumbnails: Mapping[Path, str]) -> str:
+    rows = []
+    for finding in findings[:MOST_FINDINGS]:
+        detail = f" <q>{_text(finding.detail)}</q>" if finding.detail else ""
+        pictures = "".join(_figure(path, thumbnails) for path in finding.pictures[:MOST_OF_FINDING])
+        more = len(finding.pictures) - MOST_OF_FINDING
+        pictures += f"and {more} more" if more > 0 else ""
+        what = f"<span class={finding.severity}>{finding.severity}</span>: {_text(finding.text)}{detail}"
+        rows.append((pictures, what) if finding.pictures else ("", what))
+    more = _more(len(findings) - MOST_FINDINGS)
+    open_ = " open" if any(finding.severity != "info" for finding in findings) else ""
+    return (
+        f"<details{open_}><summary>{_text(KINDS[kind])}: {len(findings)}</summary>"
+        f"{_table(('pictures', 'what'), rows)}{more}</details>"
+    )
+
+
+def _figure(path: Path, thumbnails: Mapping[Path, str]) -> str:
+    image = f'<img src="{thumbnails[path]}" alt="">' if path in thumbnails else ""
+    return f'<figure title="{_text(path)}">{image}<figcaption>{_text(path.name)}</figcaption></figure>'
+
+
+def _more(count: int) -> str:
+    return f"<p>and {count} more; the report of --json has all</p>" if count > 0 else ""
+
+
+def _buckets(report: Report) -> str:
+    rows = (
+        (
+            str(row.dataset),
+            f"{row.size[0]}x{row.size[1]}",
+            str(row.pictures),
+            str(row.uses),
+            str(row.batches),
+            f"{row.mean_crop_loss:.1%}",
+        )
+        for row in report.buckets
+    )
+    columns = ("dataset", "bucket", "pictures", "uses an epoch", "batches", "cut off on average")
+    return f"<h2>Buckets</h2>{_table(columns, rows)}"
+
+
+def _most_cut(report: Report) -> list[PictureRow]:
+    return sorted(report.pictures, key=lambda row: -row.crop_loss)[:MOST_PICTURES]
+
+
+def _pictures(report: Report, thumbnails: Mapping[Path, str]) -> str:
+    rows = (
+        (
+            _figure(row.path, thumbnails),
+            f"{row.dataset}.{row.subset}",
+            f"{row.size[0]}x{row.size[1]}",
+            f"{row.bucket[0]}x{row.bucket[1]}",
+            f"{row.scale:.2f}",
+            f"{row.crop_loss:.1%}",
+            "" if row.tokens is None else str(row.tokens),
+            _text(row.caption),
+        )
+        for row in _most_cut(report)
+    )
+    columns = ("picture", "dataset.subset", "size", "bucket", "resized by", "cut off", "tokens", "caption")
+    more = _more(len(report.pictures) - MOST_PICTURES)
+    return (
+        "<details><summary>All pictures, those that lose most by the crop first</summary>"
+        "<p>What the frame in a small picture holds is what is trained on, unless crops move.</p>"
+        f"{_table(columns, rows)}{more}</details>"
+    )
+
+
+def _tags(report: Report) -> str:
+    if not report.tags:
+        return ""
+    once = sum(count == 1 for count in report.tags.values())
+    rows = ((_text(tag), str(count)) for tag, count in list(report.tags.items())[:MOST_TAGS])
+    return (
+        f"<details><summary>Tags: {len(report.tags)}, of which {once} stand in one caption only</summary>"
+        f"{_table(('tag', 'captions'), rows)}{_more(len(report.tags) - MOST_TAGS)}</details>"
+    )
+
+
+# ---- small pictures ----
+
+
+def _pictures_on_page(report: Report) -> Iterable[Path]:
+    """In the order of their importance: those of findings first."""
+    for findings in report.by_kind().values():
+        for finding in findings[:MOST_FINDINGS]:
+            if finding.kind != "unreadable":
+                yield from finding.pictures[:MOST_OF_FINDING]
+    yield from (row.path for row in _most_cut(report))
+
+
+def _make_thumbnails(paths: Sequence[Path], rows: Mapping[Path, PictureRow]) -> dict[Path, str]:
+    """Data URIs; none of pictures that cannot be read."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        made = list(pool.map(lambda path: thumbnail(path, rows.get(path)), paths))
+    return {path: uri for path, uri in zip(paths, made, strict=True) if uri is not None}
+
+
+def thumbnail(path: Path, row: PictureRow | None) -> str | None:
+    """A small JPEG as data URI, with a frame around what the crop leaves; ``None`` if the picture cannot be read."""
+    try:
+        picture = Image.fromarray(read_image(path))
+    except UserError:
+        return None
+    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    if row is not None and row.crop_loss > 0:
+        width, height = picture.size
+        ratio = row.bucket[0] / row.bucket[1]
+        kept_width, kept_height = min(width, height * ratio), min(height, width / ratio)
+        left, top = (width - kept_width) / 2, (height - kept_height) / 2
+        frame = (left, top, left + kept_width - 1, top + kept_height - 1)
+        ImageDraw.Draw(picture).rectangle(frame, outline=(255, 60, 60))
+    file = io.BytesIO()
+    picture.save(file, format="JPEG", quality=_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

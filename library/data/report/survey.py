@@ -1,0 +1,401 @@
+"""The check of a data set, from the options of a training run to the report.
+
+The pictures, captions, buckets and batches are found by the code that finds them for training; what would end a run
+becomes a finding instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.config.arguments import TrainNetworkOptions
+from library.config.no_effect.by_dataset import without_effect_on_data
+from library.config.rules import DATA_RULES, check
+from library.data import describe
+from library.data.conditioning import check_none_is_extra, pair
+from library.data.dataset import TrainingData
+from library.data.dataset_config import DatasetConfig, SubsetSpec, load_dataset_config
+from library.data.discover import Faults, Seen, discover
+from library.data.image_io import covering_size
+from library.data.records import ImageRecord
+from library.data.report.caption_lengths import Measure, length_of_longest
+from library.data.report.findings import BucketRow, Collector, Finding, PictureRow, Report, Severity
+from library.data.report.looks import Look, look_at_all
+from library.data.report.near_duplicates import equal_files, look_alikes, on_both_sides
+from library.data.report.options import CheckOptions, about_data
+from library.errors import UserError
+from library.training.plan import RunPlan
+
+if TYPE_CHECKING:
+    from library.architectures.base import Architecture
+
+logger = logging.getLogger(__name__)
+
+#: enlargement from which on it is mentioned, and from which on it is warned of
+ENLARGED, MUCH_ENLARGED = 1.01, 1.25
+#: share of the area that is cut off, from which on it is warned of
+MUCH_CUT = 0.25
+
+#: what a warning of these modules is about; of others, settings
+_KIND_OF_LOGGER = {"library.data.conditioning": "masks", "library.data.metadata_file": "data"}
+_CAPTION_ENDINGS = (".txt", ".caption")
+
+
+def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture: Architecture) -> Report:
+    """Find everything out.
+
+    Raises:
+        UserError: options or a dataset file that are wrong, so that there is nothing to look at.
+    """
+    options = about_data(options)
+    collector, faults = Collector(), Faults()
+    pictures = _Pictures(faults, collector)
+    with _warnings_as_findings(collector):
+        for warning in check(options, architecture, rules=DATA_RULES):
+            collector.add("settings", "warning", warning)
+        config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
+        for warning in without_effect_on_data(options, config):
+            collector.add("settings", "warning", warning)
+        measure = _measure(options, wanted, architecture, collector)
+        data = TrainingData(
+            _without_masks(config),
+            seed=options.training.seed or 0,
+            latent=architecture.latent,
+            find=pictures.find,
+        )
+        _check_masks(config, pictures, faults, collector)
+    _check_endings(config, collector)
+    looks, unreadable = look_at_all(pictures.paths(), _Progress())
+    _report_faults(faults, unreadable, collector)
+    _check_sides(pictures, data, looks, wanted.hash_distance, collector)
+    _check_likeness(pictures, looks, wanted.hash_distance, collector)
+    for path, look in looks.items():
+        if look.turned:
+            collector.add("turned", "info", "turned or mirrored by EXIF; training turns it upright", [path])
+    numbers = {s.where: number for number, dataset in enumerate(config.datasets, start=1) for s in dataset.subsets}
+    rows = _picture_rows(data, numbers, faults, measure, collector)
+    _check_rows(rows, collector)
+    return Report(
+        source=config.source,
+        findings=collector.findings,
+        pictures=rows,
+        buckets=_bucket_rows(data, numbers, rows, collector),
+        tags=_tags(data),
+        summary=_summary(data, options, len(pictures.paths()) + len(faults.unreadable)),
+        notes=collector.notes,
+    )
+
+
+# ---- finding ----
+
+
+class _Pictures:
+    """Finds the records of subsets for the data, and keeps them by subset."""
+
+    def __init__(self, faults: Faults, collector: Collector) -> None:
+        self._faults = faults
+        self._collector = collector
+        self.by_subset: list[tuple[SubsetSpec, list[ImageRecord]]] = []
+
+    def find(self, subset: SubsetSpec, index: int, seen: Seen | None) -> list[ImageRecord]:
+        records: list[ImageRecord] = []
+        try:
+            records = discover(subset, index, seen, self._faults)
+        except UserError as error:  # a metadata file with mistakes
+            for line in str(error).splitlines():
+                self._collector.add("data", "error", line)
+        self.by_subset.append((subset, records))
+        return records
+
+    def of(self, where: str) -> list[ImageRecord]:
+        """The records of the subset that stands there."""
+        return next(records for subset, records in self.by_subset if subset.where == where)
+
+    def paths(self) -> list[Path]:
+        """Every picture once."""
+        return list(dict.fromkeys(record.path for _, records in self.by_subset for record in records))
+
+
+def _without_masks(config: DatasetConfig) -> DatasetConfig:
+    """Masks are looked at apart, as one that is missing must not hide all others."""
+    datasets = (
+        replace(dataset, subsets=tuple(replace(subset, conditioning_dir=None) for subset in dataset.subsets))
+        for dataset in config.datasets
+    )
+    return replace(config, datasets=tuple(datasets))
+
+
+def _check_masks(config: DatasetConfig, pictures: _Pictures, faults: Faults, collector: Collector) -> None:
+    paired: list[tuple[SubsetSpec, list[ImageRecord]]] = []
+    incomplete: set[Path] = set()  # folders of masks that belong to pictures which were not found
+    for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
+        if subset.conditioning_dir is None:
+            continue
+        records = pictures.of(subset.where)
+        if not records or any(path.parent == subset.image_dir for path in faults.unreadable):
+            incomplete.add(subset.conditioning_dir)
+        try:
+            paired.append((subset, pair(subset, records)))
+        except UserError as error:
+            incomplete.add(subset.conditioning_dir)
+            for line in str(error).splitlines():
+                collector.add("masks", "error", line)
+    try:
+        check_none_is_extra((s, records) for s, records in paired if s.conditioning_dir not in incomplete)
+    except UserError as error:
+        for line in str(error).splitlines():
+            collector.add("masks", "error", line)
+
+
+def _check_endings(config: DatasetConfig, collector: Collector) -> None:
+    """Caption files that lie beside the pictures and are not read, as the ending is another."""
+    for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
+        if subset.metadata_file is not None or not subset.class_tokens:
+            continue
+        names = {name.lower() for name in os.listdir(subset.source)}
+        if any(name.endswith(subset.caption_extension.lower()) for name in names):
+            continue
+        for ending in _CAPTION_ENDINGS:
+            count = sum(name.endswith(ending) for name in names)
+            if count:
+                collector.add(
+                    "settings",
+                    "warning",
+                    f"{subset.where}: class_tokens is the caption of all pictures, but {subset.source} has {count} "
+                    f"{ending} files; if they are captions, set caption_extension",
+                )
+
+
+def _report_faults(faults: Faults, unreadable: Mapping[Path, str], collector: Collector) -> None:
+    for path, reason in {**faults.unreadable, **unreadable}.items():
+        collector.add("unreadable", "error", reason.removeprefix(f"{path}: "), [path])
+    for path, reason in faults.captions.items():
+        collector.add("data", "error", reason, [path])
+    for path, ending in faults.without_caption.items():
+        collector.add("caption_missing", "error", f"no {ending} file, and no class_tokens to take instead", [path])
+
+
+@contextmanager
+def _warnings_as_findings(collector: Collector) -> Iterator[None]:
+    """What the code that reads data warns of goes into the report instead of the log."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.WARNING:
+                collector.add(_KIND_OF_LOGGER.get(record.name, "settings"), "warning", record.getMessage())
+
+    data_logger, handler = logging.getLogger("library.data"), Handler()
+    propagate = data_logger.propagate
+    data_logger.addHandler(handler)
+    data_logger.propagate = False
+    try:
+        yield
+    finally:
+        data_logger.removeHandler(handler)
+        data_logger.propagate = propagate
+
+
+class _Progress:
+    """Says now and then how far the reading is."""
+
+    def __init__(self) -> None:
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._said >= 5:
+            self._said = now
+            logger.info("pictures looked at: %d of %d, %.0f a second", done, total, done / (now - self._started))
+
+
+# ---- what pictures have in common ----
+
+
+def _sides(pictures: _Pictures, data: TrainingData) -> Iterator[tuple[str, list[ImageRecord], list[ImageRecord]]]:
+    """Sets of pictures that must have none in common, with a name for both."""
+    train, regularisation = [], []
+    for subset, records in pictures.by_subset:
+        (regularisation if subset.is_reg else train).extend(records)
+    yield "regularisation and training", regularisation, train
+    if data.validation_datasets:
+        validation, training = (
+            [record for dataset in side for record in dataset.records]
+            for side in (data.validation_datasets, data.datasets)
+        )
+        yield "validation and training", validation, training
+
+
+def _check_sides(
+    pictures: _Pictures, data: TrainingData, looks: Mapping[Path, Look], distance: int, collector: Collector
+) -> None:
+    for name, first, second in _sides(pictures, data):
+        for found in on_both_sides(first, second, looks, distance):
+            if found.first == found.second:
+                collector.add("leakage", "error", f"{name}: one file on both sides", [found.first])
+            elif found.is_equal:
+                collector.add("leakage", "error", f"{name}: equal files", [found.first, found.second])
+            else:
+                text = f"{name}: they look alike ({found.distance} of 128 bits differ)"
+                collector.add("leakage", "error", text, [found.first, found.second])
+
+
+def _check_likeness(pictures: _Pictures, looks: Mapping[Path, Look], distance: int, collector: Collector) -> None:
+    captions: dict[Path, set[str]] = defaultdict(set)
+    places: dict[Path, set[str]] = defaultdict(set)
+    for subset, records in pictures.by_subset:
+        for record in records:
+            captions[record.path].add(record.caption)
+            places[record.path].add(subset.where)
+    known = {frozenset(f.pictures) for f in collector.findings if f.kind == "leakage"}
+
+    def remarks(paths: Sequence[Path]) -> str:
+        found = []
+        if len({caption for path in paths for caption in captions[path]}) > 1:
+            found.append("captions differ")
+        if not set.intersection(*(places[path] for path in paths)):
+            found.append("in different subsets")
+        return "".join(f", {remark}" for remark in found)
+
+    for group in equal_files(looks.values()):
+        if frozenset(group) not in known:
+            collector.add("duplicate", "warning", f"{len(group)} equal files{remarks(group)}", group)
+    for pairs in look_alikes(looks.values(), distance):
+        group = list(dict.fromkeys(path for found in pairs for path in (found.first, found.second)))
+        if frozenset(group) not in known:
+            bits = max(found.distance for found in pairs)
+            text = f"{len(group)} pictures look alike ({bits} of 128 bits differ at most){remarks(group)}"
+            collector.add("near_duplicate", "warning", text, group)
+
+
+# ---- pictures, captions and buckets ----
+
+
+def _measure(
+    options: TrainNetworkOptions, wanted: CheckOptions, architecture: Architecture, collector: Collector
+) -> Measure | None:
+    """A function that counts a caption's tokens, if there is a tokenizer."""
+    model = options.model
+    if wanted.tokenizer is not None:
+        tokenizers = architecture.tokenizers_in(wanted.tokenizer, v2=model.v2)
+    elif model.pretrained_model_name_or_path:
+        checkpoint = architecture.inspect(
+            model.pretrained_model_name_or_path,
+            v2=model.v2,
+            v_parameterization=model.v_parameterization,
+            vae=model.vae,
+            tokenizer_cache_dir=model.tokenizer_cache_dir,
+        )
+        tokenizers = architecture.load_tokenizers(checkpoint)
+    else:
+        collector.notes.append(
+            "Tokens of captions were not counted, as there was no tokenizer: give --pretrained_model_name_or_path, "
+            "or --tokenizer and the folder of one."
+        )
+        return None
+    return lambda caption: architecture.caption_length(
+        tokenizers, caption, max_token_length=model.max_token_length, weighted=model.weighted_captions
+    )
+
+
+def _picture_rows(
+    data: TrainingData, numbers: Mapping[str, int], faults: Faults, measure: Measure | None, collector: Collector
+) -> list[PictureRow]:
+    longest = length_of_longest(measure) if measure is not None else None
+    rows: list[PictureRow] = []
+    captions: dict[tuple[Path, str], Finding] = {}  # a picture that several datasets use is named once
+    for dataset in (*data.datasets, *data.validation_datasets):
+        for index, record in enumerate(dataset.records):
+            subset, bucket, path = dataset.subset(index), dataset.bucket_of[index], record.path
+            resized = covering_size(record.size, bucket)
+            tokens = None
+            if longest is not None:
+                length = longest(record.caption, subset.captions)
+                tokens = length.tokens
+                if length.cut:
+                    note = " (which tags, changes with the order)" if subset.captions.shuffle else ""
+                    text = f"{length.tokens} tokens, of which {length.limit} are used{note}; cut off:"
+                    captions[path, text] = Finding("caption_too_long", "warning", text, (path,), length.cut)
+            if not record.caption.strip() and path not in faults.without_caption and path not in faults.captions:
+                captions[path, ""] = Finding("caption_empty", "warning", "the caption is empty", (path,))
+            rows.append(
+                PictureRow(
+                    path=path,
+                    dataset=numbers[subset.where],
+                    subset=record.subset + 1,
+                    size=record.size,
+                    bucket=bucket,
+                    scale=max(bucket[0] / record.size[0], bucket[1] / record.size[1]),
+                    crop_loss=1 - bucket[0] * bucket[1] / (resized[0] * resized[1]),
+                    caption=record.caption,
+                    tokens=tokens,
+                    validation=dataset in data.validation_datasets,
+                )
+            )
+    collector.findings += captions.values()
+    return rows
+
+
+def _check_rows(rows: Sequence[PictureRow], collector: Collector) -> None:
+    seen: set[tuple[Path, tuple[int, int]]] = set()
+    for row in rows:
+        if (row.path, row.bucket) in seen:
+            continue
+        seen.add((row.path, row.bucket))
+        sizes = f"{row.size[0]}x{row.size[1]} for the bucket {row.bucket[0]}x{row.bucket[1]}"
+        if row.scale >= ENLARGED:
+            severity: Severity = "warning" if row.scale >= MUCH_ENLARGED else "info"
+            collector.add("enlarged", severity, f"enlarged {row.scale:.2f} times: {sizes}", [row.path])
+        if row.crop_loss >= MUCH_CUT:
+            collector.add("crop", "warning", f"{row.crop_loss:.0%} of the area is cut off: {sizes}", [row.path])
+
+
+def _bucket_rows(
+    data: TrainingData, numbers: Mapping[str, int], rows: Sequence[PictureRow], collector: Collector
+) -> list[BucketRow]:
+    losses: dict[tuple[int, tuple[int, int]], list[float]] = defaultdict(list)
+    for row in rows:
+        if not row.validation:
+            losses[row.dataset, row.bucket].append(row.crop_loss)
+    found = []
+    for dataset in data.datasets:
+        number = numbers[dataset.spec.subsets[0].where]
+        batch_size = dataset.spec.batch_size
+        for size, uses in dataset.bucket_counts().items():
+            lost = losses[number, size]
+            batches = -(-uses // batch_size)
+            found.append(BucketRow(number, size, len(lost), uses, batches, sum(lost) / len(lost)))
+            if uses < batch_size:
+                text = f"dataset {number}: {size[0]}x{size[1]} has {uses} pictures an epoch for batches of {batch_size}"
+                collector.add("buckets", "info", text)
+    return found
+
+
+def _tags(data: TrainingData) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for of_source in describe.tags_by_source(data.datasets).values():
+        counts.update(of_source)
+    return dict(counts.most_common())
+
+
+def _summary(data: TrainingData, options: TrainNetworkOptions, pictures: int) -> list[tuple[str, str]]:
+    rows = [("pictures", str(pictures)), *describe.summary_rows(data)]
+    batches = data.batches_per_process(1)
+    if not batches:
+        return rows
+    training = options.training
+    plan = RunPlan.make(
+        batches_per_epoch=batches,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        max_train_steps=training.max_train_steps,
+        max_train_epochs=training.max_train_epochs,
+    )
+    length = f"{plan.total_steps} steps are {plan.num_epochs} epochs"
+    return [*rows, ("steps an epoch", f"{plan.steps_per_epoch} with one process ({batches} batches); {length}")]
