@@ -5,11 +5,9 @@ Each picture is judged at the same timesteps with the same noise every time, so 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -157,11 +155,12 @@ class Validation:
         if not axes:
             return
         started = time.monotonic()
-        with self._as_if_never_left():
-            loss = self._mean_loss()
-            is_best = self.best.add(loss, step)
-            if is_best and self._run.options.validation.save_best:
-                self._trainer.save(self._run, self._run.names.best(), step=step, epoch=epoch)
+        self._trainer.training_mode(self._run, False)
+        loss = self._mean_loss()
+        self._trainer.training_mode(self._run, True)
+        is_best = self.best.add(loss, step)
+        if is_best and self._run.options.validation.save_best:
+            self._trainer.save(self._run, self._run.names.best(), step=step, epoch=epoch)
         for axis in axes:
             figures = {
                 f"loss/validation/{axis}_average": loss,
@@ -236,22 +235,3 @@ class Validation:
                 for timestep in self._timesteps
             ]
         return torch.stack(at_each).mean(dim=0)  # (timesteps, B) -> (B,)
-
-    @contextlib.contextmanager
-    def _as_if_never_left(self) -> Iterator[None]:
-        """Validated and saved weights are those for use; training then goes on with the very same bits.
-
-        Schedule-free optimizers compute one kind of weights from the other, and back with rounding errors.
-        """
-        run = self._run
-        kept = []
-        if run.checked.optimizer.is_schedule_free:
-            kept = [parameter.detach().clone() for parameter in run.trained.parameters]
-        self._trainer.training_mode(run, False)
-        try:
-            yield
-        finally:
-            self._trainer.training_mode(run, True)
-            with torch.no_grad():
-                for parameter, value in zip(run.trained.parameters, kept, strict=False):
-                    parameter.copy_(value)
