@@ -23,6 +23,7 @@ from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
 from library.errors import UserError, exits_on_user_error
 from library.training.caching import CacheJob, inspect_model
+from library.training.debug_dataset import show_dataset
 from library.training.interrupt import Interrupt
 from library.training.processes import make_accelerator, weight_dtype
 
@@ -75,6 +76,8 @@ class CacheTool(ABC):
             options, ignored = given.narrowed(self.relevant)
             if ignored:
                 logger.info("no effect on %s: %s", self.product, ", ".join(f"--{name}" for name in ignored))
+            if options.dataset.debug_dataset:
+                return show_dataset(options, architecture, "mask")
             options = self.enabled(options)
             if options.tool.skip_existing:
                 options = replace(options, dataset=replace(options.dataset, skip_cache_check=True))

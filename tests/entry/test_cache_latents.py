@@ -104,17 +104,16 @@ def test_ctrl_c_keeps_what_is_made(tmp_path: Path, tiny_sd: MadeCheckpoint) -> N
         (["--dataset_config", "no/such.toml"], ["--dataset_config no/such.toml", "no such file"]),
         (["--random_crop"], ["--random_crop", "not with cached latents"]),
         (["--pretrained_model_name_or_path", "no/such.safetensors"], ["no/such.safetensors"]),
-        (["--debug_dataset"], ["--debug_dataset"]),
     ],
 )
 def test_mistakes_are_one_line(
     tmp_path: Path,
     tiny_sd: MadeCheckpoint,
-    pictures: Path,
     capsys: pytest.CaptureFixture[str],
     flags: list[str],
     words: list[str],
 ) -> None:
+    pictures = make_pictures(tmp_path / "pictures")
     dataset = write_dataset(tmp_path / "data.toml", pictures)
     with pytest.raises(SystemExit) as ended:
         arguments = [*map(str, tool_arguments(tiny_sd, dataset)), *flags]
@@ -123,3 +122,16 @@ def test_mistakes_are_one_line(
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert all(word in error for word in words), error
     assert not list(pictures.glob("*.npz"))
+
+
+@pytest.mark.usefixtures("own_root_logger")
+def test_the_data_is_shown_and_nothing_cached(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    pictures = make_pictures(tmp_path / "pictures")
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    CacheLatents().run(read_args(setup_parser(), [*map(str, tool_arguments(tiny_sd, dataset)), "--debug_dataset"]))
+    assert (tmp_path / "debug_dataset" / "pictures.jsonl").exists() and not list(pictures.glob("*.npz"))
