@@ -1,8 +1,8 @@
 """Reading npz files, in which caches are, several times faster than numpy does.
 
-An npz file is a zip archive of npy files, one for each array. ``numpy.savez`` stores them uncompressed, so that an array
-is one read at a known place; numpy's reader goes through ``zipfile``'s streams and evaluates each header as Python. What
-is not stored plainly is left to the two.
+An npz file is a zip archive of npy files, one for each array. ``numpy.savez`` stores them uncompressed, so that an
+array is one read at a known place; numpy's reader goes through ``zipfile``'s streams and evaluates each header as
+Python. What is not stored plainly is left to the two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.lib import format as npy
 _START = npy.magic(1, 0)
 _HEADER_AT = len(_START) + 2
 
-#: of a member in the archive: its mark, at 26 and 28 the lengths of the name and of what lies between it and the content
+#: of a member in the archive: its mark; at 26 and 28 the lengths of the name and of what is between it and the content
 _LOCAL = struct.Struct("<4s22xHH")
 _LOCAL_MARK = b"PK\x03\x04"
 _ENCRYPTED = 0x1
