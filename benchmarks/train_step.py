@@ -5,7 +5,8 @@
     python benchmarks/train_step.py --size full --precision bf16 --compare 3
 
 The run is the real script in its own process. A step's time is taken from the wall times in its TensorBoard
-log, without the first step; peak host memory is the process's maximum resident set. With ``--compare`` each run is
+log, without the first step, and so is the share of that time in which the step waited for data; peak host memory is the
+process's maximum resident set. With ``--compare`` each run is
 followed by one of ``diffusers_lora.py``, the same work written plainly against diffusers and peft, and the ratios are
 printed: they hold on any machine, seconds do not.
 """
@@ -52,6 +53,7 @@ class Figures:
     peak_host_gb: float
     peak_device_gb: float | None
     total_seconds: float
+    data_wait_share: float | None  # of the time between steps
 
 
 def make_model(folder: Path, size: str) -> Path:
@@ -101,9 +103,9 @@ def run_case(case: Case, model: Path, workspace: Path) -> Figures:
     command += ["--learning_rate", "1e-4", "--max_train_steps", str(case.steps), "--seed", "0", "--cache_latents"]
     command += ["--mixed_precision", case.precision, "--sdpa", "--console_log_simple", *case.extra]
     ran = _run(command)
-    per_step = _seconds_per_step(output / "logs")
+    per_step, data_wait = _step_times(output / "logs")
     peak_device = next((float(line.rsplit(" ", 2)[-2]) for line in ran.lines if "peak device memory" in line), None)
-    return _figures(ran, per_step, case.batch_size, peak_device)
+    return _figures(ran, per_step, case.batch_size, peak_device, data_wait)
 
 
 def run_reference(case: Case, model: Path, workspace: Path) -> Figures:
@@ -154,7 +156,9 @@ def _run(command: list[str]) -> Ran:
     return Ran(lines, first_step[0] - began, time.perf_counter() - began, usage.ru_maxrss * 1024)
 
 
-def _figures(ran: Ran, per_step: float, batch_size: int, peak_device: float | None) -> Figures:
+def _figures(
+    ran: Ran, per_step: float, batch_size: int, peak_device: float | None, data_wait: float | None = None
+) -> Figures:
     return Figures(
         seconds_before_first_step=round(ran.before_first_step, 2),
         seconds_per_step=round(per_step, 3),
@@ -162,21 +166,26 @@ def _figures(ran: Ran, per_step: float, batch_size: int, peak_device: float | No
         peak_host_gb=round(ran.peak_host_bytes / 1e9, 2),
         peak_device_gb=peak_device,
         total_seconds=round(ran.total, 1),
+        data_wait_share=None if data_wait is None else round(data_wait, 4),
     )
 
 
-def _seconds_per_step(logs: Path) -> float:
+def _step_times(logs: Path) -> tuple[float, float]:
+    """Seconds per step, and the share of them in which it waited for data; without the first step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    times: list[float] = []
+    ended: list[float] = []
+    waited = took = 0.0
     for events in logs.rglob("events.out.tfevents.*"):  # one for figures, one for the run's settings
         accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
         accumulator.Reload()
         if "loss/current" in accumulator.Tags()["scalars"]:
-            times = [event.wall_time for event in accumulator.Scalars("loss/current")]
+            ended = [event.wall_time for event in accumulator.Scalars("loss/current")]
+            waited = sum(event.value for event in accumulator.Scalars("time/data_wait")[1:])
+            took = sum(event.value for event in accumulator.Scalars("time/step")[1:])
     # a step's figures are logged at the end of the next one, and the last two together: first entry = end of
     # step 2, last entry = end of the last step
-    return (times[-1] - times[0]) / (len(times) - 2)
+    return (ended[-1] - ended[0]) / (len(ended) - 2), waited / took
 
 
 def main() -> None:

@@ -7,18 +7,17 @@ file that is made again, as other programs may have put them there.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.npyio import NpzFile
 
 from library.architectures.base import LatentFormat
+from library.data.array_file import open_arrays
 from library.files.atomic import atomic_path
 from library.files.hashes import file_identity
 
@@ -245,20 +244,3 @@ def _read_arrays(path: Path, suffix: str = "", only: Sequence[str] | None = None
     with open_arrays(path) as file:
         names = [name for name in file.files if (name in only if only else name.endswith(suffix))]
         return {name: _squeezed(name, file[name]) for name in names}
-
-
-@contextlib.contextmanager
-def open_arrays(path: Path) -> Iterator[NpzFile]:
-    """An npz file whose arrays are read, and checked, when they are asked for.
-
-    Raises:
-        FileNotFoundError: as it says.
-        ValueError: the file is damaged; the message says how.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            yield file
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # zipfile and numpy raise of all kinds on damaged files
-        raise ValueError(f"{path}: damaged ({error})") from None

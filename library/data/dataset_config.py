@@ -143,6 +143,9 @@ _KEYS: dict[str, _Key] = {
     "validation_seed": _Key("int", _OF_DATASET, "validation_seed"),
 }
 
+#: keys that are published under another name too
+_OTHER_NAMES = {"interpolation_type": "resize_interpolation"}
+
 #: what differs from use to use, so that nothing can be encoded once
 NOT_WITH_CACHED_LATENTS = ("random_crop", "face_crop_aug_range", "color_aug")
 #: what draws captions anew at each use, so that several of them must be encoded
@@ -351,17 +354,20 @@ class _Reader:
         for name, value in table.items():
             if name == "subsets" and level == _DATASET:
                 continue
-            key = _KEYS.get(name)
-            if name in _OPTIONS_ONLY:
+            meant = _OTHER_NAMES.get(name, name)
+            key = _KEYS.get(meant)
+            if name != meant and meant in table:
+                self._problem(where, name, f"means the same as {meant}; write one of them")
+            elif name in _OPTIONS_ONLY:
                 self._problem(where, name, f"belongs on the command line: --{name}")
             elif key is None:
-                self._problem(where, name, f"unknown key{did_you_mean(name, _KEYS)}")
+                self._problem(where, name, f"unknown key{did_you_mean(name, [*_KEYS, *_OTHER_NAMES])}")
             elif level not in key.levels:
                 self._problem(where, name, f"belongs into {' or '.join(key.levels)}")
             elif not _CHECKS[key.kind][0](value):
                 self._problem(where, name, f"{value!r}: write {_CHECKS[key.kind][1]}")
             else:
-                good[name] = value
+                good[meant] = value
         return good
 
     def _lookup(self, *tables: Mapping[str, Any]) -> dict[str, Any]:

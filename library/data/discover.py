@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from library.data.dataset_config import SubsetSpec
-from library.data.image_io import is_picture_name, read_size
-from library.data.metadata_cache import Entry, MetadataCache, no_collection, stamp
+from library.data.image_io import read_size
+from library.data.metadata_cache import Entry, MetadataCache, no_collection, remembers_many
 from library.data.metadata_file import read_metadata
+from library.data.picture_folder import PictureFolder
 from library.data.records import ImageRecord
 from library.errors import UserError
 
@@ -38,9 +37,6 @@ _CHUNK = 64
 
 #: seconds a picture from which on threads are faster; from the page cache it takes a tenth
 _SLOW = 3e-4
-
-#: names that differ in case only are one file there
-_key = str.lower if sys.platform in ("win32", "darwin") else str
 
 
 @dataclass
@@ -79,34 +75,39 @@ def discover(
 def _in_folder(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None) -> list[ImageRecord]:
     folder = subset.image_dir
     assert folder is not None
-    pictures, others = _list_folder(folder)
     known = seen.setdefault(folder, {})
     reported = {name for name, found in known.items() if isinstance(found, UserError)}
+    many = subset.cache_info and remembers_many(folder)
+    files = PictureFolder(folder, subset.caption_extension, stamps_ahead=many)
     cache = MetadataCache(folder) if subset.cache_info else None
-    found = _look_at_all(_Look(subset, others, cache, known), pictures)
+    found = _look_at_all(_Look(subset, index, files, cache, known), files.pictures)
+    others = [f for f in found if isinstance(f, _Found)]
     if cache is not None:
-        current = sum(f.entry is not None for f in found)
+        current = len(found) - sum(f.entry is None for f in others)
         # as many as there are, and none of them new: the same
-        if current != len(cache) or any(f.is_new for f in found):
-            cache.write({f.name: f.entry for f in found if f.entry is not None})
+        if current != len(cache) or any(f.is_new for f in others):
+            entries = ((f.name, f.entry if isinstance(f, _Found) else cache.entry(f.name)) for f in found)
+            cache.write({name: entry for name, entry in entries if entry is not None})
     else:
-        known.update((f.name, f.size) for f in found)
-    bad = {f.name: f.size for f in found if isinstance(f.size, UserError)}
-    good = [f for f in found if f.name not in bad] if bad else found
+        known.update((f.name, f.size) for f in others)
+    bad = {f.name: f.size for f in others if isinstance(f.size, UserError)}
     known.update(bad)
     if faults is not None:
-        good = _with_faults(subset, bad, good, faults)
+        found = _with_faults(subset, found, faults)
     else:
         problems = _bad_pictures(subset, [error for name, error in bad.items() if name not in reported])
-        problems += _caption_problems(subset, good)
-        if not problems and not good:
+        problems += _caption_problems(subset, [f for f in others if f.name not in bad] if bad else others)
+        if not problems and len(bad) == len(found):
             problems.append(f"{subset.where}: image_dir: {folder}: none of its {len(bad)} pictures can be read")
         if problems:
             raise UserError("\n".join(problems))
     shared: dict[object, object] = {}
     return [
         ImageRecord(folder, f.name, _shared(f.size, shared), f.caption, index)  # type: ignore[arg-type]
-        for f in good
+        if isinstance(f, _Found)
+        else f
+        for f in found
+        if f.name not in bad
     ]
 
 
@@ -123,7 +124,7 @@ def _described(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None
                 new.append(found)
         return known[path.name]
 
-    sizes = _look_at_all(look, list(captions))
+    sizes = _look_at_all(lambda paths: list(map(look, paths)), list(captions))
     folders: dict[Path, Path] = {}
     shared: dict[object, object] = {}
     records = [
@@ -167,19 +168,26 @@ def _caption_problems(subset: SubsetSpec, found: list[_Found]) -> list[str]:
 
 
 def _with_faults(
-    subset: SubsetSpec, bad: Mapping[str, Size | UserError], good: list[_Found], faults: Faults
-) -> list[_Found]:
-    """``good`` with a caption each; what was wrong is noted."""
+    subset: SubsetSpec, found: Sequence[_Found | ImageRecord], faults: Faults
+) -> list[_Found | ImageRecord]:
+    """The pictures that can be read, with a caption each; what was wrong is noted."""
     folder = subset.image_dir
     assert folder is not None
-    faults.unreadable.update((folder / name, str(error)) for name, error in bad.items())
-    whole = []
-    for found in good:
-        if isinstance(found.caption, UserError):
-            faults.captions[folder / found.name] = str(found.caption)
-        elif found.caption is None:
-            faults.without_caption[folder / found.name] = subset.caption_extension
-        whole.append(found if isinstance(found.caption, str) else found._replace(caption=""))
+    whole: list[_Found | ImageRecord] = []
+    for f in found:
+        path = folder / f.name
+        if isinstance(f, ImageRecord):
+            whole.append(f)
+        elif isinstance(f.size, UserError):
+            faults.unreadable[path] = str(f.size)
+        elif isinstance(f.caption, str):
+            whole.append(f)
+        else:
+            if f.caption is None:
+                faults.without_caption[path] = subset.caption_extension
+            else:
+                faults.captions[path] = str(f.caption)
+            whole.append(f._replace(caption=""))
     return whole
 
 
@@ -194,26 +202,9 @@ def _shared(size: Size, shared: dict[object, object]) -> Size:
 
 # ---- files ----
 
-_Files = dict[str, "os.DirEntry[str]"]
-
-
-def _list_folder(folder: Path) -> tuple[list[os.DirEntry[str]], _Files]:
-    """Pictures in the order of their names, and all other files by ``_key``."""
-    pictures, others = [], {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name
-            if not is_picture_name(name):
-                others[_key(name)] = entry
-            elif not entry.is_dir():
-                # a link that leads nowhere is one too, to be named as unreadable
-                pictures.append(entry)
-    pictures.sort(key=attrgetter("name"))
-    return pictures, others
-
 
 class _Found(NamedTuple):
-    """About one picture; errors are kept, to be told all at once."""
+    """About one picture that is not remembered; errors are kept, to be told all at once."""
 
     name: str
     size: Size | UserError
@@ -223,66 +214,66 @@ class _Found(NamedTuple):
 
 
 class _Look:
-    """Finds out about one picture after the other, from any thread."""
+    """Finds out about some pictures after others, from any thread; what is remembered is a record at once."""
 
     def __init__(
-        self, subset: SubsetSpec, others: _Files, cache: MetadataCache | None, known: dict[str, Size | UserError]
+        self,
+        subset: SubsetSpec,
+        index: int,
+        files: PictureFolder,
+        cache: MetadataCache | None,
+        known: dict[str, Size | UserError],
     ) -> None:
-        self._extension = subset.caption_extension
+        assert subset.image_dir is not None
+        self._folder = subset.image_dir
+        self._index = index
         self._class_tokens = subset.class_tokens
-        self._others = others
+        self._files = files
         self._cache = cache
         self._known = known
+        self._shared: dict[object, object] = {}
 
-    def __call__(self, picture: os.DirEntry[str]) -> _Found:
-        name = picture.name
-        file = self._caption_file(name)
-        read_from = None
-        if self._cache is not None:
-            # before the contents are read: what changes in between is out of date next time
-            read_from = _stamp(picture, file)
-            entry = self._cache.look_up(name, read_from) if read_from is not None else None
-            if entry is not None:
-                width, height = entry["resolution"]
-                caption = self._class_tokens if file is None else entry["caption"]
-                return _Found(name, (width, height), caption, entry, False)
-        size = self._known.get(name) or _or_error(read_size, picture.path)
-        text = self._class_tokens if file is None else _or_error(read_caption, file.path)
+    def __call__(self, pictures: Sequence[str]) -> list[_Found | ImageRecord]:
+        if self._cache is None:
+            return [self._read(picture, file, None) for picture, file in self._files.captioned(pictures)]
+        found: list[_Found | ImageRecord] = []
+        folder, index, shared, look_up = self._folder, self._index, self._shared, self._cache.look_up
+        # stamped before the contents are read: what changes in between is out of date next time
+        for picture, file, read_from in self._files.stamped(pictures):
+            entry = look_up(picture, read_from)
+            if entry is None:
+                found.append(self._read(picture, file, read_from))
+                continue
+            size = tuple(entry["resolution"])
+            caption = self._class_tokens if file is None else entry["caption"]
+            if caption is None:
+                found.append(_Found(picture, size, None, entry, is_new=False))
+            else:
+                found.append(ImageRecord(folder, picture, shared.get(size) or _shared(size, shared), caption, index))
+        return found
+
+    def _read(self, picture: str, file: str | None, read_from: str | None) -> _Found:
+        path = self._files.path
+        size = self._known.get(picture) or _or_error(read_size, path(picture))
+        text = self._class_tokens if file is None else _or_error(read_caption, path(file))
         if read_from is None or isinstance(size, UserError) or isinstance(text, UserError):
-            return _Found(name, size, text, None, is_new=False)
-        return _Found(name, size, text, Entry(caption=text or "", resolution=size, read_from=read_from), is_new=True)
-
-    def _caption_file(self, name: str) -> os.DirEntry[str] | None:
-        """The published look-up: ``<stem><ext>``, then the stem without its last four parts of five or more."""
-        stem = name.rpartition(".")[0]
-        file = self._others.get(_key(stem + self._extension))
-        if file is None and stem.count("_") >= 4:
-            file = self._others.get(_key(stem.rsplit("_", 4)[0] + self._extension))
-        return file
+            return _Found(picture, size, text, None, is_new=False)
+        return _Found(picture, size, text, Entry(caption=text or "", resolution=size, read_from=read_from), is_new=True)
 
 
-def _stamp(picture: os.DirEntry[str], caption: os.DirEntry[str] | None) -> str | None:
-    try:
-        if caption is None:
-            return stamp(picture.stat(), None, "")
-        return stamp(picture.stat(), caption.stat(), caption.name)
-    except OSError:
-        return None  # gone, or a link that leads nowhere: reading says what is wrong
-
-
-def _look_at_all(look: Callable[[K], T], pictures: list[K]) -> list[T]:
+def _look_at_all(look: Callable[[Sequence[K]], list[T]], pictures: Sequence[K]) -> list[T]:
     """In order; in threads from where on files are waited for, or pictures must be decoded.
 
     Files in the page cache are read faster by one thread, as several would wait for the interpreter's lock instead.
     """
-    found = list(map(look, pictures[:1]))  # not timed, as it may import
+    found = look(pictures[:1])  # not timed, as it may import
     chunks = [pictures[start : start + _CHUNK] for start in range(1, len(pictures), _CHUNK)]
     for done, chunk in enumerate(chunks, start=1):
         began = time.perf_counter()
-        found += map(look, chunk)
+        found += look(chunk)
         if time.perf_counter() - began > _SLOW * len(chunk):
             with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) * 2)) as pool:
-                for more in pool.map(lambda chunk: list(map(look, chunk)), chunks[done:]):
+                for more in pool.map(look, chunks[done:]):
                     found += more
             break
     return found

@@ -25,13 +25,16 @@ NAME = "metadata_cache.json"
 
 Size = tuple[int, int]
 
+#: bytes of a file from which on its folder has many pictures; an entry takes about 200
+_MANY = 4_000_000
+
 
 class Entry(TypedDict):
     """What a run found out about one picture, as in the file."""
 
     caption: str  # the caption file's text, or the class tokens
     resolution: Size  # (W, H) pixels; read back as a list
-    read_from: str  # ``stamp`` of the files
+    read_from: str  # what tells the files from later ones, see ``picture_folder``
 
 
 class MetadataCache:
@@ -60,10 +63,10 @@ class MetadataCache:
         # the folder was moved, or is reached by another way
         return {self._prefix + path.replace("\\", "/").rpartition("/")[2]: entry for path, entry in found.items()}
 
-    def look_up(self, name: str, read_from: str) -> Entry | None:
+    def look_up(self, name: str, read_from: str | None) -> Entry | None:
         """The entry of a picture, if it was made from files of that stamp and is whole."""
         entry = self._read.get(self._prefix + name)
-        if type(entry) is not dict or entry.get("read_from") != read_from:
+        if type(entry) is not dict or read_from is None or entry.get("read_from") != read_from:
             return None
         size = entry.get("resolution")
         if type(size) is not list or len(size) != 2 or type(entry.get("caption")) is not str:
@@ -71,6 +74,10 @@ class MetadataCache:
         width, height = size
         is_good = type(width) is int and type(height) is int and width > 0 < height
         return entry if is_good else None  # type: ignore[return-value]
+
+    def entry(self, name: str) -> Entry:
+        """What ``look_up`` found."""
+        return self._read[self._prefix + name]
 
     def __len__(self) -> int:
         """Pictures that have an entry, current or not."""
@@ -85,11 +92,12 @@ class MetadataCache:
             logger.warning("%s; sizes will be read again next time", error)
 
 
-def stamp(picture: os.stat_result, caption: os.stat_result | None, caption_name: str) -> str:
-    """What tells a picture and its caption file from later ones: sizes in bytes, times of the last change in ns."""
-    if caption is None:
-        return f"{picture.st_size} {picture.st_mtime_ns}"
-    return f"{picture.st_size} {picture.st_mtime_ns} {caption.st_size} {caption.st_mtime_ns} {caption_name}"
+def remembers_many(folder: Path) -> bool:
+    """Whether the folder has a file of some 20,000 pictures or more."""
+    try:
+        return (folder / NAME).stat().st_size >= _MANY
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
 from library.architectures.base import TextFormat, WeightsIdentity
-from library.data.cache_format import STAMP, open_arrays
+from library.data.array_file import ArrayFile, open_arrays
+from library.data.cache_format import STAMP
 from library.files.atomic import atomic_path
 
 EMPTY_STEM = "empty_caption"
@@ -166,7 +166,7 @@ def _array_name(name: str, place: int) -> str:
     return name if place == 0 else f"{name}.variant{place}"
 
 
-def _stamp(file: NpzFile) -> TextStamp | None:
+def _stamp(file: ArrayFile) -> TextStamp | None:
     return TextStamp.from_text(str(file[STAMP])) if STAMP in file.files else None
 
 

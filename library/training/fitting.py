@@ -12,7 +12,7 @@ from torch import Tensor
 from library.config.arguments import without_secrets
 from library.data.dataset import Batch
 from library.training.checkpoints import remove_outdated
-from library.training.figures import LossAverage, StepFigures
+from library.training.figures import DataWait, LossAverage, StepFigures
 from library.training.logs import Progress, Trackers, print_summary
 from library.training.previews import PreviewPolicy, draw_previews, preview_path
 
@@ -35,6 +35,7 @@ class Fitting:
             at_first=run.options.sample.sample_at_first,
             prompts=run.checked.prompts,
         )
+        self._data_wait = DataWait()
         self._rates: dict[int, dict[str, float]] = {}
         self._progress: Progress | None = None
         self._trackers: Trackers | None = None
@@ -61,6 +62,9 @@ class Fitting:
     def close(self) -> None:
         if self._run.device.type == "cuda" and self._run.accelerator.is_main_process:
             logger.info("peak device memory: %.2f GB", torch.cuda.max_memory_allocated() / 1e9)
+        if (share := self._data_wait.share) is not None and self._run.accelerator.is_main_process:
+            advice = "; --cache_latents or more --max_data_loader_n_workers may help" if share > _LONG_WAIT else ""
+            logger.info("waiting for data: %.1f%% of the time between steps%s", 100 * share, advice)
         if self._progress is not None:
             self._progress.close()
         if self._trackers is not None:
@@ -90,6 +94,7 @@ class Fitting:
         return self._trainer.step_ended(self._run, step)
 
     def figures_ready(self, figures: StepFigures) -> None:
+        self._data_wait.add(figures.values)
         loss = figures.values["loss"]
         self._average.add(loss)
         entries = {"loss/current": loss, "loss/average": self._average.mean}
@@ -164,6 +169,9 @@ class Fitting:
         self._trackers.images(images, step)
         self._trainer.training_mode(run, True)
 
+
+#: share of the time in which steps wait for data, from which on something is said to it
+_LONG_WAIT = 0.1
 
 #: names of the loop's figures where the trackers' published keys differ
 _TRACKER_NAMES = {"grad_norm": "norm/grad_norm"}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from library.data.dataset import Batch
 from library.errors import UserError
 from library.randomness import key
-from library.training.figures import DeferredFigures, StepFigures
+from library.training.figures import DeferredFigures, StepFigures, StepTimes
 from library.training.interrupt import Interrupt
 from library.training.plan import RunPlan
 
@@ -88,6 +88,7 @@ def run_loop(
         NonFiniteLoss: when a loss is NaN or infinite; found before the next save.
     """
     figures = DeferredFigures()
+    times = StepTimes()
     # under fp16 the gradient scaler meets infinite gradients as a matter of course and skips the update
     checked = ("loss",) if accelerator.scaler is not None else ("loss", "grad_norm")
     several = accelerator.num_processes > 1
@@ -112,7 +113,7 @@ def run_loop(
             count = plan.batches_of_step(batch_in_epoch)
             loss_sum = None
             for index in range(count):
-                batch = next(batches)
+                batch = times.waiting(batches)
                 hooks.batch_started(batch)
                 # dropout draws from torch's global generators: keyed by the step, not by what ran before
                 torch.manual_seed(key(seed, "batch", step, index, accelerator.process_index))
@@ -135,7 +136,7 @@ def run_loop(
             step += 1
 
             packed |= hooks.step_ended(step, epoch)
-            figures.push(step, _across_processes(accelerator, packed))
+            figures.push(step, _across_processes(accelerator, packed), measured=times.end_step())
             stops = stop_asked or (interrupt.requested and not several)
             due = hooks.is_save_due(step) or batch_in_epoch >= plan.batches_per_epoch
             collect(keep=0 if due or stops or step == plan.total_steps else 1)
@@ -189,7 +190,7 @@ def _ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def _non_finite_message(figures: StepFigures) -> str:
-    values = ", ".join(f"{name} {value}" for name, value in figures.values.items())
+    values = ", ".join(f"{name} {value}" for name, value in figures.values.items() if not name.startswith("time/"))
     return (
         f"step {figures.step}: {values}: training has diverged and was stopped; weights saved before are whole. "
         "Lower --learning_rate, or use --mixed_precision bf16 or no instead of fp16"

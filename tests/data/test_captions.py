@@ -24,12 +24,14 @@ MIKU = "1girl, hatsune miku, vocaloid"
 SKY = f"{MIKU}, upper body, looking at viewer, sky;;;cloud;;;day, outdoors"
 STAGE = f"{MIKU} ||| stage, microphone, white shirt, smile ||| best quality, rating: general"
 CHANGED = {"shuffle": True, "tag_dropout_rate": 0.1}
+MARK = {"keep_tokens_separator": "|||"}
+JOINED = {"secondary_separator": ";;;"}
 
 
 @pytest.mark.parametrize(
     ("text", "rules", "expected"),
     [
-        (SKY, {"secondary_separator": ";;;"}, {f"{MIKU}, upper body, looking at viewer, sky,cloud,day, outdoors"}),
+        (SKY, JOINED, {f"{MIKU}, upper body, looking at viewer, sky,cloud,day, outdoors"}),
         (
             f"{MIKU}, upper body, looking at viewer, {{simple|white}} background",
             {"wildcards": True},
@@ -45,22 +47,44 @@ def test_published_examples(text: str, rules: dict[str, object], expected: set[s
     assert possible(text, seeds=50, **rules) == expected
 
 
+class Chosen(random.Random):
+    """Draws what leads to a wanted result: tags in its order, and those dropped that it lacks."""
+
+    def __init__(self, result: str) -> None:
+        super().__init__(0)
+        self._result = result
+
+    def shuffle(self, tags: list[str]) -> None:  # type: ignore[override]
+        places = {tag: self._result.find(tag.replace(";;;", ",")) for tag in tags}
+        tags.sort(key=lambda tag: places[tag])
+        self._draws = [0.0 if places[tag] < 0 else 1.0 for tag in tags]
+
+    def random(self) -> float:
+        return self._draws.pop(0)
+
+
 @pytest.mark.parametrize(
-    "result",
+    ("text", "rules", "result"),
     [
-        f"{MIKU}, microphone, stage, white shirt, best quality, rating: general",
-        f"{MIKU}, white shirt, smile, stage, microphone, best quality, rating: general",
+        (STAGE, MARK, f"{MIKU}, microphone, stage, white shirt, best quality, rating: general"),
+        (STAGE, MARK, f"{MIKU}, white shirt, smile, stage, microphone, best quality, rating: general"),
+        (SKY, JOINED, "vocaloid, 1girl, upper body, sky,cloud,day, outdoors, hatsune miku"),
+        (SKY, JOINED, "vocaloid, 1girl, outdoors, looking at viewer, upper body, hatsune miku"),
     ],
 )
-def test_published_example_of_two_marks(result: str) -> None:
-    found = possible(STAGE, keep_tokens_separator="|||", **CHANGED)
-    assert result in found
+def test_published_examples_of_shuffling_and_dropping(text: str, rules: dict[str, object], result: str) -> None:
+    assert final_caption(text, CaptionRules(**rules, **CHANGED), epoch=0, rng=Chosen(result)) == result
+
+
+def test_published_example_of_two_marks() -> None:
+    found = possible(STAGE, seeds=300, **MARK, **CHANGED)
+    assert len(found) > 24
     assert all(s.startswith(f"{MIKU}, ") and s.endswith(", best quality, rating: general") for s in found)
 
 
 def test_published_example_of_a_tag_of_several() -> None:
     tags = set(SKY.replace(";;;", ",").split(", "))
-    found = possible(SKY, secondary_separator=";;;", **CHANGED)
+    found = possible(SKY, **JOINED, **CHANGED)
     assert all(set(s.split(", ")) <= tags for s in found)
     assert any("sky,cloud,day" in s for s in found)
     assert any("sky" not in s and "cloud" not in s and "day" not in s for s in found)

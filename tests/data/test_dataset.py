@@ -14,6 +14,8 @@ import torch
 
 from library.data.batch import Batch
 from library.data.dataset import TrainingData
+from library.data.image_io import read_image, resize
+from library.data.latent_cache import to_pixels
 from library.errors import UserError
 from library.training.plan import RunPlan
 from tests.data.samples import SIZES, Encoder, draw, tokenize
@@ -146,6 +148,55 @@ def test_the_tag_warm_up_is_at_one_step_on_all_ranks(make_data: Make) -> None:
 def test_without_a_plan_the_tag_warm_up_is_over(make_data: Make) -> None:
     batches = load(make_data(subset="token_warmup_step = 6"))
     assert {len(caption.split(", ")) for batch in batches for caption in batch.captions} == {3}
+
+
+# ---- several subsets and datasets ----
+
+
+def test_several_subsets_and_datasets_in_one_epoch(make_data: Make, tmp_path: Path) -> None:
+    """Each subset has its repeats, each dataset its resolution and batch size; the count is known before loading."""
+    draw(tmp_path / "more", {"x.png": (64, 64), "y.png": (140, 36)})
+    draw(tmp_path / "small", {f"s{i}.png": (40, 40) for i in range(5)})
+    more = (
+        f"[[datasets.subsets]]\nimage_dir = '{tmp_path / 'more'}'\nnum_repeats = 3\n"
+        "[[datasets]]\nresolution = 32\nbatch_size = 4\n"
+        f"[[datasets.subsets]]\nimage_dir = '{tmp_path / 'small'}'\n"
+    )
+    data = make_data(more=more, subset="num_repeats = 2", dataset="batch_size = 3")
+    # square 4 x 2 + 3 uses, wide 2 x 2 + 3, tall 1 x 2 by threes: 4 + 3 + 1 batches; 5 uses by fours: 2 batches
+    assert data.batch_count() == 10
+    batches = load(data)
+    assert uses(batches) == {name: 2 for name in SIZES} | {"x.png": 3, "y.png": 3} | {f"s{i}.png": 1 for i in range(5)}
+    found = Counter((batch.bucket, len(batch.visits)) for batch in batches)
+    assert found == {
+        ((64, 64), 3): 3, ((64, 64), 2): 1, ((128, 32), 3): 2, ((128, 32), 1): 1, ((32, 128), 2): 1,
+        ((32, 32), 4): 1, ((32, 32), 1): 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dataset", "subset", "expected"),
+    [
+        # each direction has its own: one picture is shrunk, the other enlarged
+        ("", "", {"wide": "area", "small": "lanczos"}),
+        ("interpolation_type = 'nearest'", "", {"wide": "nearest", "small": "nearest"}),
+        (
+            "resize_interpolation = 'nearest'",
+            "resize_interpolation = 'bicubic'",
+            {"wide": "bicubic", "small": "bicubic"},
+        ),
+    ],
+)
+def test_pictures_are_resized_as_asked_for(
+    make_data: Make, folder: Path, dataset: str, subset: str, expected: dict[str, str]
+) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    draw(folder, {"wide.png": (256, 64), "small.png": (40, 40)})
+    for batch in load(make_data(dataset=dataset, subset=subset)):
+        for path, image in zip(batch.paths, batch.images, strict=True):
+            resized = resize(read_image(Path(path)), batch.bucket, expected[Path(path).stem])
+            assert torch.equal(image, to_pixels(resized))
 
 
 # ---- regularisation pictures ----

@@ -89,6 +89,21 @@ def test_resolution_of_the_command_line(
     assert load(tmp_path, text, resolution=written).datasets[0].buckets.resolution == expected
 
 
+def test_interpolation_has_two_names(tmp_path: Path, pictures: Path) -> None:
+    """``interpolation_type`` of a dataset or ``[general]`` is as near as ``resize_interpolation`` there."""
+    own = minimal(pictures, dataset="interpolation_type = 'nearest'", general="resize_interpolation = 'area'")
+    dataset = load(tmp_path, own, resize_interpolation="bicubic").datasets[0]
+    assert (dataset.resize_interpolation, dataset.subsets[0].resize_interpolation) == ("nearest", "nearest")
+    general = minimal(pictures, general="interpolation_type = 'lanczos'", subset="resize_interpolation = 'box'")
+    dataset = load(tmp_path, general).datasets[0]
+    assert (dataset.resize_interpolation, dataset.subsets[0].resize_interpolation) == ("lanczos", "box")
+    both = minimal(pictures, dataset="interpolation_type = 'area'\nresize_interpolation = 'area'")
+    (line,) = problems(tmp_path, both)
+    assert line.endswith("interpolation_type: means the same as resize_interpolation; write one of them")
+    (line,) = problems(tmp_path, minimal(pictures, dataset="interpolation_type = 'lanczos4'"))
+    assert "[[datasets]] 1: interpolation_type: 'lanczos4': write one of lanczos, " in line
+
+
 def test_old_spelling_of_caption_extension_wins(tmp_path: Path, pictures: Path) -> None:
     config = load(tmp_path, minimal(pictures), caption_extension=".a", caption_extention=".b")
     assert config.datasets[0].subsets[0].caption_extension == ".b"

@@ -16,6 +16,7 @@ from library.data import discover as module
 from library.data.dataset import TrainingData
 from library.data.image_io import read_size
 from library.data.metadata_cache import NAME
+from library.data.stamp_ahead import StampsAhead
 from tests.data.samples import SIZES
 
 Make = Callable[..., TrainingData]
@@ -218,3 +219,35 @@ def test_a_folder_that_may_not_be_written_is_used_all_the_same(
         assert len(make_data(subset=ON).datasets[0].records) == len(SIZES)
     assert f"{folder / NAME}: may not be written" in caplog.text
     assert not list(folder.glob("*.json")) and not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("second", ["works", "fails", "cannot start"])
+def test_with_a_second_process_what_changed_is_read_again_all_the_same(
+    make_data: Make, folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    monkeypatch.setattr("library.data.metadata_cache._MANY", 0)
+    if second == "fails":
+        monkeypatch.setattr("library.data.stamp_ahead.__file__", str(folder / "a.txt"))
+    elif second == "cannot start":
+        monkeypatch.setattr("library.data.stamp_ahead.sys.executable", str(folder / "no python"))
+    first = make_data(subset=ON).datasets[0].records
+    read.clear()
+    assert make_data(subset=ON).datasets[0].records == first
+    assert read == []
+    for name in SIZES:  # each is stamped by one process or the other
+        Image.new("RGB", (96, 33)).save(folder / name)
+        read.clear()
+        records = make_data(subset=ON).datasets[0].records
+        assert [r.size for r in records if r.name == name] == [(96, 33)]
+        assert read[0] == name and len(read) == 2
+        (folder / name).with_suffix(".txt").write_text(f"another {name}", encoding="utf-8")
+        assert f"another {name}" in [r.caption for r in make_data(subset=ON).datasets[0].records]
+
+
+def test_the_second_process_stamps_as_the_first_would(folder: Path) -> None:
+    files = {path.name: path.stat() for path in folder.iterdir()}
+    ahead = StampsAhead(folder, ".txt").stamps()
+    captions = {name for name in files if name.endswith(".txt")}
+    assert captions < set(ahead)
+    assert len(set(ahead) - captions) == (len(files) - len(captions) + 1) // 2
+    assert ahead == {name: f"{files[name].st_size} {files[name].st_mtime_ns}" for name in ahead}

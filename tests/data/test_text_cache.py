@@ -665,10 +665,11 @@ def test_processes_share_the_work(
 
 def test_an_error_in_one_process_ends_all(make_data: Make, folder: Path) -> None:
     ended: dict[int, BaseException] = {}
+    data = [make_data() for _ in range(2)]  # here, as both would write one dataset file
 
     def work(process: Process) -> None:
         try:
-            fill(make_data(), Encoders(overflow=process.process_index == 1), accelerator=process)
+            fill(data[process.process_index], Encoders(overflow=process.process_index == 1), accelerator=process)
         except BaseException as error:
             ended[process.process_index] = error
 

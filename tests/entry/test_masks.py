@@ -11,7 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.fixtures.runs import THREE_SHAPES, Finished, lora_arguments, make_pictures, run_script, write_dataset
+from tests.fixtures.runs import (
+    THREE_SHAPES,
+    Finished,
+    logged,
+    lora_arguments,
+    make_pictures,
+    run_script,
+    write_dataset,
+)
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
 
@@ -41,24 +49,12 @@ def weights(tmp_path: Path, name: str) -> dict[str, Tensor]:
     return load_file(tmp_path / name / "tiny.safetensors")
 
 
-def figures(tmp_path: Path, name: str, key: str) -> list[float]:
-    """What TensorBoard shows of every step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = []
-    for events in (tmp_path / name / "logs").rglob("events.out.tfevents.*"):
-        log = EventAccumulator(str(events)).Reload()
-        if key in log.Tags()["scalars"]:
-            found += [scalar.value for scalar in log.Scalars(key)]
-    return found
-
-
 def test_nothing_is_learned_where_the_mask_is_black(tmp_path: Path, tiny_sd: MadeCheckpoint, folder: Path) -> None:
     black = f"conditioning_data_dir = '{draw_masks(tmp_path / 'black', 0)}'\nrandom_crop = true\nflip_aug = true"
     done = train(tmp_path, tiny_sd, folder, "out", black, masked_loss=True, color_aug=True, max_train_steps=3)
     assert done.code == 0, done.text
-    assert figures(tmp_path, "out", "loss/current") == [0.0, 0.0, 0.0]
-    assert figures(tmp_path, "out", "norm/grad_norm") == [0.0, 0.0, 0.0]
+    assert logged(tmp_path / "out", "loss/current") == [0.0, 0.0, 0.0]
+    assert logged(tmp_path / "out", "norm/grad_norm") == [0.0, 0.0, 0.0]
     ups = [tensor for name, tensor in weights(tmp_path, "out").items() if "lora_up" in name]
     assert ups and all(not tensor.any() for tensor in ups)  # as they were made
 
@@ -85,7 +81,7 @@ def test_nothing_is_learned_where_pictures_are_transparent(
         done = train(tmp_path, tiny_sd, folder, name, alpha_mask=True, cache_latents_to_disk=True)
         assert done.code == 0, done.text
         assert f"latents: {encoded} encoded" in done.text
-        assert figures(tmp_path, name, "loss/current") == [0.0, 0.0]
+        assert logged(tmp_path / name, "loss/current") == [0.0, 0.0]
     with np.load(folder / "2_0096x0040_sd.npz") as file:
         assert file["alpha_mask"].shape == (file["latents"].shape[1] * 8, file["latents"].shape[2] * 8)
 

@@ -14,6 +14,7 @@ ROUND, SQUARE = 1.1, 1 / 1.1
     [
         ("", [("", 1.0)]),
         ("a cat", [("a cat", 1.0)]),
+        ("(abc), [abc], (abc:1.23)", [("abc", ROUND), (", ", 1.0), ("abc", SQUARE), (", ", 1.0), ("abc", 1.23)]),
         ("a (cat)", [("a ", 1.0), ("cat", ROUND)]),
         ("a ((cat))", [("a ", 1.0), ("cat", ROUND**2)]),
         ("[cat] x", [("cat", SQUARE), (" x", 1.0)]),

@@ -46,7 +46,9 @@ def tokenize(
         ``input_ids`` (B, n, 77) int64 and, if ``weighted``, ``weights`` (B, n, 77) float32: 1 on start, end, padding.
     """
     windows = _windows(max_token_length)
-    ids = torch.full((len(captions), windows, WINDOW), tokenizer.pad_token_id, dtype=torch.int64)
+    # asked for once: each of these looks its token up anew
+    start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows: list[list[list[int]]] = []
     weights = torch.ones(len(captions), windows, WINDOW) if weighted else None
     for row, caption in enumerate(captions):
         pieces = parse_emphasis(caption) if weighted else [(caption, 1.0)]
@@ -57,12 +59,14 @@ def tokenize(
             found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
             tokens += found
             token_weights += [weight] * len(found)
+        rows.append([])
         for window in range(windows):
             part = slice(window * BODY, (window + 1) * BODY)
-            body = [tokenizer.bos_token_id, *tokens[part], tokenizer.eos_token_id]
-            ids[row, window, : len(body)] = torch.tensor(body)
+            body = [start, *tokens[part], end]
+            rows[-1].append(body + [padding] * (WINDOW - len(body)))
             if weights is not None:
                 weights[row, window, 1 : len(body) - 1] = torch.tensor(token_weights[part])
+    ids = torch.tensor(rows, dtype=torch.int64).reshape(len(captions), windows, WINDOW)
     return {"input_ids": ids} if weights is None else {"input_ids": ids, "weights": weights}
 
 
