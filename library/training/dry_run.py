@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from library.files.safetensors_io import read_header
+from library.memory.attention import attention_backend
 from library.training.checkpoints import OutputNames, SavePolicy, ema_path
 from library.training.loop import Trained
 from library.training.plan import RunPlan
@@ -72,7 +73,7 @@ def _models_on_meta(trainer: Trainer, run: Run) -> list[tuple[str, nn.Module]]:
     run.tokenizers = architecture.load_tokenizers(checkpoint)
     run.text_encoders = architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device="meta")
     run.denoiser = architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device="meta")
-    architecture.set_attention(run.denoiser, "xformers" if training.xformers else "torch" if training.sdpa else "math")
+    architecture.set_attention(run.denoiser, attention_backend(training))
     vae_dtype = torch.float32 if run.options.model.no_half_vae else run.weight_dtype
     run.vae = architecture.load_vae(checkpoint, dtype=vae_dtype, device="meta")
     several = len(run.text_encoders) > 1
