@@ -66,15 +66,13 @@ def train_in_half(optimizer: torch.optim.Optimizer, seed: int) -> None:
         optimizer: before its first step, and before a scheduler or the accelerator wraps it.
         seed: of the run, the same on all processes.
     """
-    for group in optimizer.param_groups:
-        group.setdefault(UPDATES, 0)
     step, load = optimizer.step, optimizer.load_state_dict
     by_group = moves_each_by_itself(optimizer)
     places = {p: place for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
 
     def rounded_step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         groups = optimizer.param_groups
-        update = int(groups[0][UPDATES])
+        update = int(groups[0].get(UPDATES, 0))  # states of other runs have none
         result = None
         for part in [[group] for group in groups] if by_group else [groups]:
             halves = [p for group in part for p in group["params"] if p.dtype in _BITS and p.grad is not None]

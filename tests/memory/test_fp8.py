@@ -125,7 +125,9 @@ def test_a_model_keeps_first_and_last_layers_and_its_prediction() -> None:
         assert relative_error(predict(scaled), exact) < 0.5 * relative_error(predict(cast), exact)
 
 
-@pytest.mark.parametrize("kind", [{}, {"dora": "True"}, {"dora": "True", "dora_on_output": "True"}], ids=["lora", "dora", "dora_out"])
+@pytest.mark.parametrize(
+    "kind", [{}, {"dora": "True"}, {"dora": "True", "dora_on_output": "True"}], ids=["lora", "dora", "dora_out"]
+)
 def test_adapters_work_on_top_and_come_off(kind: dict[str, str]) -> None:
     small, plain = store_in_fp8(make_tiny_unet(), CPU), make_tiny_unet()
     for one, other in zip(small.modules(), plain.modules(), strict=True):
