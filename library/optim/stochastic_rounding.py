@@ -31,7 +31,7 @@ from library.randomness import key
 #: in the optimizer's parameter groups, and so in its state: updates done
 UPDATES = "rounded_updates"
 
-_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -42,18 +42,22 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Ge
     Args:
         generator: on the device of ``values``.
     """
+    if dtype == torch.bfloat16:
+        # a bfloat16 is the upper half of a float32: a random lower half carries over with just the right probability
+        draws = torch.randint(2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
+        rounded = draws.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
+        return torch.where(values.isfinite(), rounded, values).to(dtype)
     nearest = values.to(dtype)
     error = values - nearest.float()
     # the neighbour on the other side of the value: formats are ordered as their bits are, away from zero
-    bits = nearest.view(_BITS[dtype])
-    outwards = (error > 0) ^ (nearest < 0)
-    step = torch.where(outwards, 1, -1).to(bits.dtype)
-    smallest = torch.where(error < 0, torch.iinfo(bits.dtype).min + 1, 1).to(bits.dtype)  # -0...01 and 0...01
+    bits = nearest.view(torch.int16)
+    step = torch.where((error > 0) ^ (nearest < 0), 1, -1).to(torch.int16)
+    smallest = torch.where(error < 0, torch.iinfo(torch.int16).min + 1, 1).to(torch.int16)  # -0...01 and 0...01
     other = torch.where(nearest == 0, smallest, bits + step).view(dtype)
     chance = error / (other.float() - nearest.float())
-    draws = torch.rand(values.shape, generator=generator, device=values.device)
+    uniform = torch.rand(values.shape, generator=generator, device=values.device)
     # false where the chance is not a number: errors of infinite or NaN values
-    return torch.where((draws < chance) & (error != 0), other, nearest)
+    return torch.where((uniform < chance) & (error != 0), other, nearest)
 
 
 def train_in_half(optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -75,7 +79,7 @@ def train_in_half(optimizer: torch.optim.Optimizer, seed: int) -> None:
         update = int(groups[0].get(UPDATES, 0))  # states of other runs have none
         result = None
         for part in [[group] for group in groups] if by_group else [groups]:
-            halves = [p for group in part for p in group["params"] if p.dtype in _BITS and p.grad is not None]
+            halves = [p for group in part for p in group["params"] if p.dtype in _HALVES and p.grad is not None]
             dtypes = {p: p.dtype for p in halves}
             for parameter in halves:
                 _widen(parameter, self.state.get(parameter, {}))

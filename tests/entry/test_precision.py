@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures.runs import lora_arguments, make_pictures, metadata_of, train_here, write_dataset
+from tests.fixtures.runs import ROOT, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
 
@@ -121,3 +123,27 @@ def test_changed_precision_is_named_on_resume(
     said = "".join(capsys.readouterr())
     assert "precision of trained weights was 'float32' and is now 'bfloat16'" in said
     assert "frozen weights in fp8 was 'none' and is now 'denoiser'" in said
+
+
+COMMANDS = re.findall(
+    r"```bash\npython (.*?)```", (ROOT / "docs" / "precision_and_memory.md").read_text(encoding="utf-8"), re.DOTALL
+)
+
+
+@pytest.mark.skipif(not (ROOT / "examples/quickstart/model").exists(), reason="the example's model is not here")
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[pytest.mark.slow] if "--torch_compile" in c else []) for c in COMMANDS],
+    ids=lambda command: " ".join(command.split("--")[-2:]).strip(),
+)
+def test_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.chdir(ROOT)
+    script, *arguments = shlex.split(command.replace("\\\n", ""))
+    assert script == "train_network.py"
+    arguments[arguments.index("--output_dir") + 1] = str(tmp_path)
+    train_here(*arguments, "--max_train_steps", 1, "--lr_warmup_steps", 0, "--max_data_loader_n_workers", 0)
+    assert (tmp_path / "quickstart_lora.safetensors").is_file()
+
+
+def test_the_page_has_commands() -> None:
+    assert len(COMMANDS) == 4

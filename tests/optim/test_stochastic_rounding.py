@@ -40,6 +40,8 @@ def test_numbers_of_the_format_stay(dtype: torch.dtype) -> None:
     assert torch.equal(round_stochastically(values.float(), dtype, generator()), values)
     odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e39, 0.0, -0.0])
     rounded = round_stochastically(odd, dtype, generator()).float()
+    every_bit = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)  # the NaN that GPUs make
+    assert round_stochastically(every_bit, dtype, generator()).isnan().all()
     assert rounded[0].isnan() and rounded[1:4].isinf().all() and not rounded[4:].any()
 
 
