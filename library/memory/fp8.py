@@ -27,7 +27,7 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = exact.abs().amax(dim=tuple(range(1, exact.dim())), keepdim=True) / _LARGEST
     # a row of zeros stays one
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (exact / scale).clamp(-_LARGEST, _LARGEST).to(FORMAT), scale
+    return (exact / scale).clamp_(-_LARGEST, _LARGEST).to(FORMAT), scale
 
 
 def dequantise(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

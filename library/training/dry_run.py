@@ -21,6 +21,7 @@ from library.memory.attention import attention_backend
 from library.training.checkpoints import OutputNames, SavePolicy, ema_path
 from library.training.loop import Trained
 from library.training.plan import RunPlan
+from library.training.precision import trained_dtype
 
 if TYPE_CHECKING:
     from library.training.trainer import Run, Trainer
@@ -55,7 +56,8 @@ def dry_run(trainer: Trainer, run: Run) -> None:
     rows += [(f"trained, {name}", f"{sum(p.numel() for p in found):,} parameters") for name, found in parts]
     rows += trainer.summary(run)
     rows.append(("steps an epoch", str(run.plan.steps_per_epoch)))
-    width = 2 if run.options.output.save_precision in ("fp16", "bf16") else 4  # bytes of a number
+    saved = run.options.output.save_precision
+    width = 2 if saved in ("fp16", "bf16") else 4 if saved else trained_dtype(run.options.training).itemsize
     size = width * sum(p.numel() for p in run.trained.parameters)
     rows.append(("weights file", f"about {_bytes(size)} each"))
     if resumed is not None:
