@@ -156,6 +156,21 @@ class AdapterModule(nn.Module, ABC):
         state = self.original.__dict__.get(_MERGE_STATE)
         return self.original.weight if state is None else state.original_weight
 
+    def _own_weight(self) -> nn.Parameter:
+        """The module's weight, to be changed. Raises UserError where it is only computed from a smaller form."""
+        weight = self.original.weight
+        if not isinstance(weight, nn.Parameter):
+            raise UserError(
+                f"{self.lora_name}: its module's weight is kept in fp8, into which nothing can be merged; merge into "
+                "the model as it is in its file"
+            )
+        return weight
+
+    @property
+    def has_merged_weight(self) -> bool:
+        """Whether any adapter is merged into the module's weight."""
+        return _MERGE_STATE in self.original.__dict__
+
     @property
     def is_merged(self) -> bool:
         state = self.original.__dict__.get(_MERGE_STATE)
@@ -169,7 +184,7 @@ class AdapterModule(nn.Module, ABC):
             dtype: of the resulting weight; default: as it is. The sum is made in float32.
             device: where the sum is made; the weight stays where it is.
         """
-        weight = self.original.weight
+        weight = self._own_weight()
         weight.data = _merged(weight.data, [self], dtype or weight.dtype, device or weight.device)
 
     @torch.no_grad()
@@ -177,7 +192,7 @@ class AdapterModule(nn.Module, ABC):
         """Add the change to the module's weight and keep the weight as it was for ``unmerge``."""
         if self.is_merged:
             raise RuntimeError(f"{self.lora_name} is merged already")
-        weight = self.original.weight
+        weight = self._own_weight()
         state = self.original.__dict__.setdefault(_MERGE_STATE, _MergeState(weight.data, []))
         state.adapters.append(self)
         weight.data = _merged(state.original_weight, state.adapters, weight.dtype, weight.device)

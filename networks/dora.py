@@ -70,7 +70,7 @@ class DoraModule(LoraModule):
     def _is_alone(self) -> bool:
         """Whether the hooked forward is the module's own, with its own weight."""
         own = getattr(self._original_forward, "__self__", None) is self.original
-        return own and self.base_weight is self.original.weight
+        return own and not self.has_merged_weight
 
     def changed_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.on_output or not self._is_alone:

@@ -24,6 +24,7 @@ class LoraModule(AdapterModule):
     ) -> None:
         super().__init__(found, size, multiplier=multiplier, dropouts=dropouts)
         original = found.module
+        self.weight_shape = original.weight.shape
         if isinstance(original, nn.Conv2d):
             self.lora_down = nn.Conv2d(
                 original.in_channels,
@@ -79,7 +80,7 @@ class LoraModule(AdapterModule):
         """(alpha / r) U D, float32, in the weight's shape."""
         up = self.lora_up.weight.float().flatten(1)  # (out, r)
         down = self.lora_down.weight.float().flatten(1)  # (r, in * kh * kw)
-        return (up @ down * self.scale).view(self.original.weight.shape)
+        return (up @ down * self.scale).view(self.weight_shape)
 
     def change_norm(self) -> Tensor:
         # |U D|^2 = trace(U^T U D D^T): two (r, r) products instead of the whole (out, in) matrix

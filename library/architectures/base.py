@@ -117,6 +117,8 @@ class Architecture(ABC):
     text: TextFormat
     text_encoder_targets: tuple[LoraTarget, ...]  # one per text encoder, in the encoders' order
     denoiser_target: LoraTarget
+    #: class names of the denoiser's blocks that ``--torch_compile`` compiles, each by itself
+    compiled_blocks: tuple[str, ...] = ()
     #: published options that cannot work with this family: dest -> why, and what to use instead
     refused_options: Mapping[str, str] = MappingProxyType({})
     #: published options that change nothing with this family: dest -> why, completing "--dest has no effect ..."
@@ -223,7 +225,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def set_attention(self, denoiser: nn.Module, backend: str) -> None:
-        """``backend``: "torch" (SDPA), "math" (plain) or "xformers". Raises UserError if not installed."""
+        """``backend``: "torch" (SDPA), "efficient" (SDPA's memory-efficient kernel), "math" (plain) or "xformers".
+
+        Raises:
+            UserError: not installed.
+        """
 
     @abstractmethod
     def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None: ...

@@ -210,7 +210,9 @@ class OptimizerOptions:
         None, "rate of the text encoder's adapters, one for each encoder", type=float, nargs="*"
     )
     max_grad_norm: float = option(1.0, "largest norm of the gradient; 0 for no limit", type=float)
-    fused_backward_pass: bool = option(False, "update weights during the backward pass, to save memory")
+    fused_backward_pass: bool = option(
+        False, "update each weight as soon as its gradient is there, to save memory; needs --max_grad_norm 0"
+    )
     ema_decay: float | None = option(
         None, "also save a moving average of the weights, as <name>-ema; 0.999 is common", type=float
     )
@@ -253,7 +255,7 @@ class TrainingOptions:
     )
     sdpa: bool = option(False, "use torch's scaled dot product attention")
     xformers: bool = option(False, "use xformers' attention")
-    mem_eff_attn: bool = option(False, "use the old memory-saving attention")
+    mem_eff_attn: bool = option(False, "use torch's attention with the kernel that takes the least memory")
     torch_compile: bool = option(False, "compile the model's blocks")
     dynamo_backend: str = option(
         "inductor",
@@ -263,10 +265,14 @@ class TrainingOptions:
             "onnxrt", "tensort", "ipex", "tvm",
         ],
     )  # fmt: skip
-    full_fp16: bool = option(False, "trained weights and gradients in fp16")
-    full_bf16: bool = option(False, "trained weights and gradients in bf16")
-    fp8_base: bool = option(False, "keep the frozen model in fp8")
-    fp8_base_unet: bool = option(False, "keep the frozen U-Net in fp8")
+    full_fp16: bool = option(
+        False, "trained weights, gradients and optimizer state in fp16; needs --mixed_precision fp16"
+    )
+    full_bf16: bool = option(
+        False, "trained weights, gradients and optimizer state in bf16; needs --mixed_precision bf16"
+    )
+    fp8_base: bool = option(False, "keep frozen U-Net and text encoders in scaled fp8")
+    fp8_base_unet: bool = option(False, "keep the frozen U-Net in scaled fp8, and not the text encoders")
     cpu_offload_checkpointing: bool = option(False, "keep checkpointed activations in host memory")
     lowram: bool = option(False, "for machines with little host memory; loading goes to the device at once in any case")
     highvram: bool = option(False, "for devices with much memory; keep the device's cache between stages")

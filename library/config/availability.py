@@ -6,16 +6,16 @@ from types import MappingProxyType
 
 _HUB = "uploads are not supported yet; upload the saved files with huggingface_hub's command line"
 _DEEPSPEED = "DeepSpeed is not supported yet; use gradient checkpointing and an 8-bit optimizer to save memory"
-_FULL = "training in half precision only is not supported yet; use --mixed_precision with float32 adapters"
-_FP8 = "fp8 base models are not supported yet; --mixed_precision bf16 halves the memory"
-_COMPILE = "compiling is not supported yet; remove it"
 _INITIAL = "starting in the middle is not supported yet; --resume goes on exactly where a state stood"
 _DDP = "has no effect: adapters are trained without DistributedDataParallel; remove it"
 
 #: option -> why it is refused, and what to use
 REFUSED = MappingProxyType(
     {
-        "dataset_class": "dataset classes of your own are not supported yet; use --dataset_config",
+        "dataset_class": (
+            "a class written against the predecessor's inner classes cannot run here, where pictures, buckets, caches "
+            "and random draws are made apart; describe the data with --dataset_config or --in_json"
+        ),
         "huggingface_repo_id": _HUB,
         "huggingface_repo_type": _HUB,
         "huggingface_path_in_repo": _HUB,
@@ -24,15 +24,6 @@ REFUSED = MappingProxyType(
         "save_state_to_huggingface": _HUB,
         "async_upload": _HUB,
         "resume_from_huggingface": "states on the Hub are not supported yet; download it, and --resume the folder",
-        "full_fp16": _FULL,
-        "full_bf16": _FULL,
-        "fp8_base": _FP8,
-        "fp8_base_unet": _FP8,
-        "torch_compile": _COMPILE,
-        "dynamo_backend": _COMPILE,
-        "cpu_offload_checkpointing": "not supported yet; use --gradient_checkpointing",
-        "mem_eff_attn": "superseded; use --sdpa, which takes no more memory",
-        "fused_backward_pass": "only full-model training gains by it, as adapters' gradients are small; remove it",
         "ddp_gradient_as_bucket_view": _DDP,
         "ddp_static_graph": _DDP,
         "initial_epoch": _INITIAL,

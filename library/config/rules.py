@@ -167,8 +167,33 @@ def averaging(o: TrainNetworkOptions) -> Iterator[Finding]:
 
 
 def attention(o: TrainNetworkOptions) -> Iterator[Finding]:
-    if o.training.sdpa and o.training.xformers:
-        yield error("--sdpa and --xformers exclude each other: give one")
+    given = [f"--{name}" for name in ("sdpa", "xformers", "mem_eff_attn") if getattr(o.training, name)]
+    if len(given) > 1:
+        yield error(f"{' and '.join(given)} exclude each other: give one")
+
+
+def half_precision(o: TrainNetworkOptions) -> Iterator[Finding]:
+    t = o.training
+    if t.full_fp16 and t.full_bf16:
+        yield error("--full_fp16 and --full_bf16 exclude each other: give one")
+        return
+    for name, precision in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+        if getattr(t, name) and t.mixed_precision != precision:
+            yield error(f"--{name}: needs --mixed_precision {precision}; add it, or remove --{name}")
+
+
+def fused_backward(o: TrainNetworkOptions) -> Iterator[Finding]:
+    """What needs all gradients at once does not go with updating each parameter as its gradient comes."""
+    if not o.optimizer.fused_backward_pass:
+        return
+    if o.optimizer.max_grad_norm > 0:
+        yield error("--fused_backward_pass: the gradient cannot be clipped as a whole; add --max_grad_norm 0")
+    if o.training.gradient_accumulation_steps > 1:
+        yield error("--fused_backward_pass: not with --gradient_accumulation_steps; remove one of them")
+    if o.training.mixed_precision == "fp16":
+        yield error("--fused_backward_pass: not with --mixed_precision fp16, whose steps may be left out; use bf16")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield error("--fused_backward_pass: not with several processes, which average whole gradients; remove it")
 
 
 def cached_latents(o: TrainNetworkOptions) -> Iterator[Finding]:
@@ -313,6 +338,8 @@ RULES: tuple[Rule, ...] = (
     optimizer_names,
     averaging,
     attention,
+    half_precision,
+    fused_backward,
     cached_latents,
     cached_texts,
     finite_numbers,

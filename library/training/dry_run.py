@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from library.files.safetensors_io import read_header
+from library.memory.attention import attention_backend
 from library.training.checkpoints import OutputNames, SavePolicy, ema_path
 from library.training.loop import Trained
 from library.training.plan import RunPlan
+from library.training.precision import trained_dtype
 
 if TYPE_CHECKING:
     from library.training.trainer import Run, Trainer
@@ -54,7 +56,8 @@ def dry_run(trainer: Trainer, run: Run) -> None:
     rows += [(f"trained, {name}", f"{sum(p.numel() for p in found):,} parameters") for name, found in parts]
     rows += trainer.summary(run)
     rows.append(("steps an epoch", str(run.plan.steps_per_epoch)))
-    width = 2 if run.options.output.save_precision in ("fp16", "bf16") else 4  # bytes of a number
+    saved = run.options.output.save_precision
+    width = 2 if saved in ("fp16", "bf16") else 4 if saved else trained_dtype(run.options.training).itemsize
     size = width * sum(p.numel() for p in run.trained.parameters)
     rows.append(("weights file", f"about {_bytes(size)} each"))
     if resumed is not None:
@@ -72,7 +75,7 @@ def _models_on_meta(trainer: Trainer, run: Run) -> list[tuple[str, nn.Module]]:
     run.tokenizers = architecture.load_tokenizers(checkpoint)
     run.text_encoders = architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device="meta")
     run.denoiser = architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device="meta")
-    architecture.set_attention(run.denoiser, "xformers" if training.xformers else "torch" if training.sdpa else "math")
+    architecture.set_attention(run.denoiser, attention_backend(training))
     vae_dtype = torch.float32 if run.options.model.no_half_vae else run.weight_dtype
     run.vae = architecture.load_vae(checkpoint, dtype=vae_dtype, device="meta")
     several = len(run.text_encoders) > 1

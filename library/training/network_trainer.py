@@ -20,13 +20,16 @@ from library.config.arguments import TrainNetworkOptions
 from library.data import describe
 from library.data.dataset import Batch
 from library.errors import UserError, did_you_mean
+from library.optim.fused_backward import fuse_into_backward
 from library.optim.param_groups import default_descriptions, lr_log_entries
 from library.optim.schedulers import create_scheduler, scheduler_name
+from library.optim.stochastic_rounding import train_in_half
 from library.randomness import key
 from library.training.checkpoints import ema_path
 from library.training.ema import WeightAverage
 from library.training.loop import Trained
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
+from library.training.precision import InFp8, cast_trained, trained_dtype
 from library.training.text_memo import TextMemo
 from library.training.trainer import Run, Trainer
 from networks.third_party import refuse_wrong_merge, text_argument
@@ -100,11 +103,17 @@ class NetworkTrainer(Trainer):
         options = run.options
         module = import_network_module(options.network.network_module)
         self._merge_base_weights(run, module)
+        InFp8.of(options).apply(run)
         network = self._applied_network(run, module)
+        half = trained_dtype(options.training)
+        if half != torch.float32:
+            cast_trained(network, half)
         if options.training.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
         groups, self._descriptions = self._parameter_groups(network, options)
         optimizer = run.checked.optimizer.create(groups)
+        if half != torch.float32:
+            train_in_half(optimizer, run.checked.seed)
         network.prepare_grad_etc(text_argument(run.text_encoders), run.denoiser)
 
         accelerator = run.accelerator
@@ -112,6 +121,8 @@ class NetworkTrainer(Trainer):
         # the adapters work inside the frozen model's forward, see loop.average_gradients
         self._network = accelerator.prepare_model(network, evaluation_mode=True)
         self._network.train()
+        if options.optimizer.fused_backward_pass:
+            fuse_into_backward(optimizer)
         optimizer = accelerator.prepare_optimizer(optimizer)
         scheduler = self._create_scheduler(run, optimizer)
         self._memo = None if self._trains_text else TextMemo(lambda tokens: self._encode(run, tokens))

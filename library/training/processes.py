@@ -54,6 +54,10 @@ def make_accelerator(
         # one scheduler step per optimizer step, however many processes there are
         step_scheduler_with_optimizer=False,
     )
+    if options.full_fp16:
+        from library.optim.stochastic_rounding import HalfGradScaler
+
+        accelerator.scaler = HalfGradScaler(accelerator.device.type)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator

@@ -37,8 +37,10 @@ from library.diffusion.ddpm import NoiseSchedule
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, exits_on_user_error
 from library.inference.prompt_line import SamplePrompt
+from library.memory.attention import attention_backend
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
+from library.training import precision
 from library.training.caching import CacheJob, cache_latents, inspect_model
 from library.training.checkpoints import OutputNames, SavePolicy
 from library.training.debug_dataset import show_dataset
@@ -176,6 +178,7 @@ class Trainer(ABC):
         accelerator = make_accelerator(
             options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
         )
+        report(precision.check_device(options.training, accelerator.device), strict=options.config.strict)
         checked = replace(checked, seed=of_main_process(checked.seed))
         data = TrainingData(
             checked.dataset_config,
@@ -278,18 +281,20 @@ class Trainer(ABC):
         device = str(run.device)
         run.tokenizers = self.architecture.load_tokenizers(checkpoint)
         # beside a cache of their outputs they are only looked at, and fetched to the device by previews
-        home = "cpu" if caches_texts(run.options.dataset) else device
+        in_fp8 = precision.InFp8.of(run.options)
+        home = "cpu" if caches_texts(run.options.dataset) or in_fp8.text_encoders else device
         run.text_encoders = self.architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device=home)
-        denoiser = self.architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device=device)
+        home = "cpu" if in_fp8.denoiser else device
+        denoiser = self.architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device=home)
         # convolutions are faster so; benchmarks/RESULTS.md has the figure. Linear layers stay as they are
         run.denoiser = denoiser.to(memory_format=torch.channels_last)
-        self.architecture.set_attention(
-            run.denoiser, "xformers" if training.xformers else "torch" if training.sdpa else "math"
-        )
+        self.architecture.set_attention(run.denoiser, attention_backend(training))
         if training.gradient_checkpointing:
             self.architecture.enable_gradient_checkpointing(run.denoiser, run.text_encoders)
         run.schedule = run.schedule.to(run.device)
         run.trained = self.build_trained(run)
+        if training.torch_compile:
+            precision.compile_denoiser(run, self.architecture.compiled_blocks)
         if run.data.validation_datasets:
             run.validation = Validation(self, run)
         if run.options.resume.resume:
@@ -390,10 +395,7 @@ class Trainer(ABC):
             ("text encoder outputs cached", text_cache_row(options.dataset)),
             *self.trained_rows(run),
             ("optimizer", f"{run.checked.optimizer.metadata_name}, schedule {options.scheduler.lr_scheduler}"),
-            (
-                "precision",
-                f"{options.training.mixed_precision}, frozen weights {str(run.weight_dtype)[6:]}, {run.device}",
-            ),
+            ("precision", precision.precision_row(run)),
             ("steps", f"{plan.total_steps} in {plan.num_epochs} epochs, {batches}"),
             ("seed", str(run.checked.seed)),
             ("output", str(run.names.final())),
@@ -402,7 +404,7 @@ class Trainer(ABC):
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """The mean loss of a batch."""
-        with run.accelerator.autocast():
+        with precision.activations(run.options.training), run.accelerator.autocast():
             latents, conditioning = self.latents(run, batch), self.encode_text(run, batch)
             losses = self.losses(run, batch, latents, conditioning, noise_settings(run.options))
             return (losses * batch.loss_weights).mean()
@@ -475,7 +477,8 @@ class Trainer(ABC):
             clip_skip=model.clip_skip,
             max_token_length=model.max_token_length,
         )
-        image = generate_image(models, settings, drawing)
+        with precision.drawing(run.options.training):
+            image = generate_image(models, settings, drawing)
         name = Path(model.pretrained_model_name_or_path).name
         save_png(image, path, settings.record(model=name, network=run.options.output.output_name or ""))
         return image
@@ -539,6 +542,7 @@ def _fingerprint(run: Run) -> dict[str, object]:
         "processes": run.accelerator.num_processes,
         "validation pictures": describe.validation_set(run.data),
         "--mixed_precision": options.training.mixed_precision,
+        **precision.fingerprint(options),
         "optimizer": run.checked.optimizer.metadata_name,
         "--lr_scheduler": options.scheduler.lr_scheduler,
         "--learning_rate": options.optimizer.learning_rate,

@@ -83,6 +83,7 @@ CASES = [
     Case("network_dropout", {"network_dropout": 0.0}, {"network_dropout": 0.1}, "off"),
     # length of the run, memory, processes
     Case("max_train_steps", {"max_train_steps": 10, "max_train_epochs": 2}, {"max_train_epochs": None}),
+    Case("fp8_base", {"fp8_base": True, "fp8_base_unet": True}, {"fp8_base_unet": False}, "--fp8_base_unet"),
     Case("dynamo_backend", {"dynamo_backend": "eager"}, {"torch_compile": True}),
     Case("cpu_offload_checkpointing", {"cpu_offload_checkpointing": True}, {"gradient_checkpointing": True}),
     Case("zero_stage", {"zero_stage": 3}, {"deepspeed": True}),
@@ -305,6 +306,7 @@ ALWAYS = set(
     scale_weight_norms base_weights base_weights_multiplier
     optimizer_type use_8bit_adam use_lion_optimizer optimizer_args max_grad_norm
     max_train_epochs seed gradient_accumulation_steps gradient_checkpointing mixed_precision sdpa xformers torch_compile
+    mem_eff_attn full_fp16 full_bf16 fp8_base_unet fused_backward_pass
     deepspeed zero_terminal_snr min_timestep max_timestep
     loss_type scale_v_pred_loss_like_noise_pred debiased_estimation_loss masked_loss
     early_stopping_patience save_best ema_decay debug_dataset

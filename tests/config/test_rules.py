@@ -17,8 +17,7 @@ from library.errors import UserError
 LEFT_OUT = (
     "dataset_class "
     "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token "
-    "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload full_fp16 full_bf16 "
-    "fp8_base fp8_base_unet torch_compile dynamo_backend cpu_offload_checkpointing mem_eff_attn fused_backward_pass "
+    "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload "
     "ddp_gradient_as_bucket_view ddp_static_graph initial_epoch initial_step skip_until_initial_step deepspeed "
     "zero_stage offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path "
     "zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients"
@@ -87,6 +86,13 @@ ERRORS = [
     ({"multires_noise_iterations": -1}, "--multires_noise_iterations -1"),
     ({"huber_scale": -1.0, "loss_type": "huber"}, "--huber_scale"),
     ({"sdpa": True, "xformers": True}, "exclude each other"),
+    ({"sdpa": True, "mem_eff_attn": True}, "--sdpa and --mem_eff_attn exclude each other"),
+    ({"full_bf16": True, "full_fp16": True, "mixed_precision": "bf16"}, "exclude each other"),
+    ({"full_bf16": True}, "--mixed_precision bf16"),
+    ({"full_fp16": True, "mixed_precision": "bf16"}, "--mixed_precision fp16"),
+    ({"fused_backward_pass": True}, "--max_grad_norm 0"),
+    ({"fused_backward_pass": True, "max_grad_norm": 0.0, "gradient_accumulation_steps": 2}, "accumulation"),
+    ({"fused_backward_pass": True, "max_grad_norm": 0.0, "mixed_precision": "fp16"}, "use bf16"),
     ({"cache_latents": True, "random_crop": True}, "--random_crop"),
     ({"cache_latents": True, "color_aug": True}, "--color_aug"),
     ({"cache_latents_to_disk": True, "face_crop_aug_range": "1,2"}, "--face_crop_aug_range"),
@@ -172,7 +178,7 @@ def test_the_familys_reason_wins_and_is_said_once() -> None:
         refused_options = {"full_bf16": "the family's reason", "min_snr_gamma": "flow models have no SNR"}
 
     with pytest.raises(UserError) as found:
-        check(options(full_bf16=True, min_snr_gamma=5.0), Family())  # type: ignore[arg-type]
+        check(options(full_bf16=True, mixed_precision="bf16", min_snr_gamma=5.0), Family())  # type: ignore[arg-type]
     lines = str(found.value).splitlines()
     assert sorted(lines) == ["--full_bf16: the family's reason", "--min_snr_gamma: flow models have no SNR"]
 

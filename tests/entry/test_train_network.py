@@ -214,7 +214,7 @@ BAD = [
         id="fp16 on a cpu",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
     ),
-    pytest.param({"fp8_base": True}, ["fp8_base"], id="not yet"),
+    pytest.param({"deepspeed": True}, ["deepspeed"], id="not yet"),
 ]
 
 

@@ -127,7 +127,7 @@ def build_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
 
 
 def set_unet_attention(unet: nn.Module, backend: str) -> None:
-    """Choose how a diffusers U-Net attends: ``"torch"`` (SDPA), ``"math"`` (plain) or ``"xformers"``.
+    """Choose how a diffusers U-Net attends, see ``Architecture.set_attention``.
 
     Raises:
         UserError: the backend is not installed.
@@ -140,5 +140,9 @@ def set_unet_attention(unet: nn.Module, backend: str) -> None:
         if find_spec("xformers") is None:
             raise UserError("--xformers: the package xformers is not installed; pip install xformers, or use --sdpa")
         unet.set_attn_processor(XFormersAttnProcessor())
+    elif backend == "efficient":
+        from library.memory.attention import MemoryEfficientAttention
+
+        unet.set_attn_processor(MemoryEfficientAttention(AttnProcessor2_0()))
     else:
         unet.set_attn_processor({"torch": AttnProcessor2_0, "math": AttnProcessor}[backend]())

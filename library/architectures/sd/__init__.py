@@ -42,6 +42,7 @@ class StableDiffusion(Architecture):
     text = TextFormat(cache_suffix="_sd_te.npz", arrays={"context": ("T", "D")})
     text_encoder_targets = (LoraTarget("lora_te", ("CLIPAttention", "CLIPMLP")),)
     denoiser_target = LoraTarget("lora_unet", ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"))
+    compiled_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
     sample_defaults = {"width": 512, "height": 512, "sample_steps": 30, "scale": 7.5}
 
     # ---- files ----

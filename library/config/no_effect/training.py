@@ -23,6 +23,11 @@ def no_checkpointing(o: TrainNetworkOptions) -> bool:
     return not o.training.gradient_checkpointing
 
 
+@idle("fp8_base", reason="beside --fp8_base_unet, which leaves the text encoders as they are")
+def only_the_denoiser(o: TrainNetworkOptions) -> bool:
+    return o.training.fp8_base_unet
+
+
 @idle("ddp_timeout", reason="with one process; several are started by: accelerate launch --multi_gpu")
 def one_process(o: TrainNetworkOptions) -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) == 1

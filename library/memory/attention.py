@@ -1,0 +1,42 @@
+"""Attention that never holds a matrix of all tokens by all tokens (``--mem_eff_attn``), and which attention a run uses.
+
+torch's ``scaled_dot_product_attention`` chooses among kernels, one of which is the plain formula with that matrix. Here
+it may only use those of Rabe & Staats 2021 ("Self-attention Does Not Need O(n^2) Memory", arXiv:2112.05682) and their
+like; on a GPU the memory-efficient one, which takes every dtype and every GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from library.config.arguments import TrainingOptions
+
+
+def attention_backend(options: TrainingOptions) -> str:
+    """The name that ``Architecture.set_attention`` takes."""
+    if options.mem_eff_attn:
+        return "efficient"
+    return "xformers" if options.xformers else "torch" if options.sdpa else "math"
+
+
+@contextmanager
+def memory_efficient(device_type: str) -> Iterator[None]:
+    """Attention inside is computed piece by piece, or fails. On a CPU torch calls its kernel of that kind "flash"."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if device_type == "cpu" else SDPBackend.EFFICIENT_ATTENTION):
+        yield
+
+
+class MemoryEfficientAttention:
+    """A diffusers attention processor around another that calls ``scaled_dot_product_attention``."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with memory_efficient(hidden_states.device.type):
+            return self._inner(attn, hidden_states, *args, **kwargs)

@@ -1,0 +1,69 @@
+"""Compiling a model's blocks (``--torch_compile``, ``--dynamo_backend``).
+
+A family names the classes of its blocks. Each is compiled by itself, adapters included: they are alike, so that the
+compiler works once for all of a kind and not on a graph of the whole model. Sizes are static: each bucket gets code of
+its own. Modules stay what they are and keep their names, so no ``_orig_mod`` gets into files.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from library.errors import UserError, did_you_mean
+
+#: versions of one function that the compiler may make: buckets, times training, validation and drawing, times the
+#: sizes that blocks of one class have
+_LIMIT = 1024
+
+
+def check_backend(backend: str, device: torch.device | str) -> None:
+    """Refuse a compiler that is not there.
+
+    Raises:
+        UserError: with what to install or to choose.
+    """
+    from torch._dynamo import list_backends
+
+    known = list_backends(exclude_tags=())
+    if backend not in known:
+        raise UserError(
+            f"--dynamo_backend {backend}: torch {torch.__version__} has no such compiler here"
+            f"{did_you_mean(backend, known)}; use inductor, or install the package that brings it"
+        )
+    if backend != "inductor":
+        return
+    if torch.device(device).type == "cuda":
+        if find_spec("triton") is None:
+            raise UserError("--torch_compile: the package triton is not installed; pip install triton, or remove it")
+    elif shutil.which(os.environ.get("CXX", "")) is None and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        raise UserError(
+            "--torch_compile: on a CPU it needs a C++ compiler, and none was found; install g++, or use "
+            "--dynamo_backend aot_eager"
+        )
+
+
+def compile_blocks(model: nn.Module, classes: Iterable[str], *, backend: str) -> int:
+    """Compile the modules of these class names, in place; returns how many. They are compiled when they first run."""
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, _LIMIT)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * _LIMIT)
+    names = frozenset(classes)
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    for block in blocks:
+        block.compile(backend=backend, dynamic=False)
+    return len(blocks)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled modules run as they are written inside: pictures have sizes that are not worth compiling for."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

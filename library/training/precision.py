@@ -1,0 +1,119 @@
+"""In which precision a run keeps frozen and trained weights, and where it keeps activations: options to actions."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from library.config.arguments import TrainingOptions, TrainNetworkOptions
+from library.config.no_effect.declare import message
+from library.errors import NoEffect, UserError
+from library.training.text_caching import caches_texts
+
+if TYPE_CHECKING:
+    from library.training.trainer import Run
+
+
+@dataclass(frozen=True)
+class InFp8:
+    """Which frozen models are kept in fp8. They are loaded on the host, and moved when they have become small."""
+
+    denoiser: bool
+    text_encoders: bool
+
+    @staticmethod
+    def of(options: TrainNetworkOptions) -> InFp8:
+        training = options.training
+        both = training.fp8_base and not training.fp8_base_unet
+        # beside a cache of their outputs encoders wait on the host for previews, and take none of the device's memory
+        return InFp8(training.fp8_base or training.fp8_base_unet, both and not caches_texts(options.dataset))
+
+    def apply(self, run: Run) -> None:
+        """Store the loaded models' weights anew; nothing can be merged into them afterwards."""
+        from library.memory.fp8 import store_in_fp8
+
+        if self.denoiser:
+            store_in_fp8(run.denoiser, run.device)
+        if self.text_encoders:
+            for encoder in run.text_encoders:
+                store_in_fp8(encoder, run.device)
+
+
+def trained_dtype(options: TrainingOptions) -> torch.dtype:
+    """What trained weights, their gradients and the optimizer's state are kept in."""
+    return torch.bfloat16 if options.full_bf16 else torch.float16 if options.full_fp16 else torch.float32
+
+
+def cast_trained(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a network's parameters in place. Buffers, such as alphas, stay exact."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def check_device(options: TrainingOptions, device: torch.device) -> list[str]:
+    """What only the device tells; returns warnings.
+
+    Raises:
+        UserError: something that the options need is not on this machine.
+    """
+    if options.torch_compile:
+        from library.memory.compiling import check_backend
+
+        check_backend(options.dynamo_backend, device)
+    if options.cpu_offload_checkpointing and options.gradient_checkpointing and device.type == "cpu":
+        return [NoEffect(message(["cpu_offload_checkpointing"], "on a CPU, where activations are on the host anyway"))]
+    return []
+
+
+def activations(options: TrainingOptions) -> AbstractContextManager[object]:
+    """The context of a forward pass of training."""
+    if options.cpu_offload_checkpointing and options.gradient_checkpointing:
+        from library.memory.host_activations import HostActivations
+
+        return HostActivations()
+    return nullcontext()
+
+
+def drawing(options: TrainingOptions) -> AbstractContextManager[None]:
+    """The context in which pictures are drawn during training."""
+    if options.torch_compile:
+        from library.memory.compiling import uncompiled
+
+        return uncompiled()
+    return nullcontext()
+
+
+def compile_denoiser(run: Run, classes: tuple[str, ...]) -> None:
+    """``--torch_compile``.
+
+    Raises:
+        UserError: the family names no blocks.
+    """
+    from library.memory.compiling import compile_blocks
+
+    if not compile_blocks(run.denoiser, classes, backend=run.options.training.dynamo_backend):
+        raise UserError("--torch_compile: this model has no blocks that can be compiled by themselves; remove it")
+
+
+def fingerprint(options: TrainNetworkOptions) -> dict[str, object]:
+    """What a resumed run must share to go on exactly."""
+    fp8 = InFp8.of(options)
+    parts = {"denoiser": fp8.denoiser, "text encoders": fp8.text_encoders}
+    return {
+        "precision of trained weights": str(trained_dtype(options.training))[6:],
+        "frozen weights in fp8": " and ".join(part for part, small in parts.items() if small) or "none",
+    }
+
+
+def precision_row(run: Run) -> str:
+    """For the table before the first step."""
+    training, fp8 = run.options.training, InFp8.of(run.options)
+    kept = "and text encoders " if fp8.text_encoders else ""
+    frozen = f"{str(run.weight_dtype)[6:]}{f' (denoiser {kept}in scaled fp8)' if fp8.denoiser else ''}"
+    return (
+        f"{training.mixed_precision}, frozen weights {frozen}, trained {str(trained_dtype(training))[6:]}, {run.device}"
+    )

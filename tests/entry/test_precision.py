@@ -1,0 +1,149 @@
+"""Precision, memory and speed options through the whole trainer: train, save, resume, draw."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.fixtures.runs import ROOT, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
+from tests.fixtures.tiny_sd import MadeCheckpoint
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    pictures = make_pictures(folder / "pictures", [(64, 64)] * 4)  # one bucket, compiled once
+    return write_dataset(folder / "data.toml", pictures, dataset="batch_size = 2")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny_sd: MadeCheckpoint, dataset: Path) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("plain")
+    train_here(*lora_arguments(tiny_sd, dataset, folder, max_grad_norm=0, max_train_steps=3))
+    return load_file(folder / "tiny.safetensors")
+
+
+def assert_same(one: Path, other: Path) -> None:
+    a, b = load_file(one), load_file(other)
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+HALF = {"full_bf16": True, "mixed_precision": "bf16"}
+FP8 = {"fp8_base": True, "mixed_precision": "bf16"}
+SETS = {
+    "bf16": {**HALF, "optimizer_type": "AdamW"},
+    "bf16 fused": {
+        **HALF,
+        "optimizer_type": "Adafactor",
+        "optimizer_args": ["relative_step=False", "scale_parameter=False"],
+        "fused_backward_pass": True,
+        "max_grad_norm": 0,
+        "mem_eff_attn": True,
+    },
+    "fp8": {**FP8, "network_args": ["dora=True", "conv_dim=2"], "gradient_checkpointing": True, "sdpa": True},
+    "fp8 and bf16, lycoris": {
+        **FP8,
+        **HALF,
+        "network_module": "lycoris.kohya",
+        "network_args": ["algo=lora", "preset=attn-mlp"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_runs_save_draw_and_resume_exactly(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = SETS[name]
+    if settings.get("network_module") == "lycoris.kohya":
+        pytest.importorskip("lycoris.kohya")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 2 --d 1")
+    more = {**settings, "max_train_steps": 4, "save_every_n_steps": 2, "save_state": True}
+    draws = {"sample_prompts": prompts, "sample_every_n_steps": 4} if name.startswith("fp8") else {}
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    train_here(*lora_arguments(tiny_sd, dataset, whole, **more, **draws))
+    weights = load_file(whole / "tiny.safetensors")
+    trained = {n: t for n, t in weights.items() if not n.endswith(".alpha")}
+    expected = torch.bfloat16 if "full_bf16" in settings else torch.float32
+    assert {t.dtype for t in trained.values()} == {expected}
+    assert all(t.isfinite().all() for t in weights.values())
+    assert any(t.any() for n, t in trained.items() if "lora_up" in n)
+    entries = metadata_of(whole / "tiny.safetensors")
+    assert entries["ss_fp8_base"] == str("fp8_base" in settings)
+    if draws:
+        assert list((whole / "sample").glob("*.png"))
+    state = whole / "tiny-step00000002-state"
+    train_here(*lora_arguments(tiny_sd, dataset, rest, **more, resume=state))
+    assert_same(rest / "tiny.safetensors", whole / "tiny.safetensors")
+    shown = capsys.readouterr()
+    assert ("in scaled fp8" in shown.out + shown.err) == ("fp8_base" in settings)
+    assert "not exactly" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"),
+    [
+        ({"fused_backward_pass": True}, 0.0),
+        ({"mem_eff_attn": True}, 5e-5),
+        ({"cpu_offload_checkpointing": True, "gradient_checkpointing": True}, 1e-6),
+        ({"torch_compile": True, "dynamo_backend": "eager"}, 1e-6),
+    ],
+    ids=["fused", "attention", "host", "compiled"],
+)
+def test_what_saves_memory_or_time_changes_no_weight(
+    tmp_path: Path,
+    tiny_sd: MadeCheckpoint,
+    dataset: Path,
+    plain: dict[str, torch.Tensor],
+    settings: dict[str, object],
+    bound: float,
+) -> None:
+    train_here(*lora_arguments(tiny_sd, dataset, tmp_path, max_grad_norm=0, max_train_steps=3, **settings))
+    weights = load_file(tmp_path / "tiny.safetensors")
+    assert weights.keys() == plain.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, plain[name], rtol=0, atol=bound)
+
+
+def test_changed_precision_is_named_on_resume(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"mixed_precision": "bf16", "max_train_steps": 2}
+    train_here(*lora_arguments(tiny_sd, dataset, tmp_path, **arguments, save_every_n_steps=1, save_state=True))
+    state = tmp_path / "tiny-step00000001-state"
+    changed = {**arguments, "fp8_base_unet": True, "full_bf16": True}
+    train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "rest", **changed, resume=state))
+    said = "".join(capsys.readouterr())
+    assert "precision of trained weights was 'float32' and is now 'bfloat16'" in said
+    assert "frozen weights in fp8 was 'none' and is now 'denoiser'" in said
+
+
+COMMANDS = re.findall(
+    r"```bash\npython (.*?)```", (ROOT / "docs" / "precision_and_memory.md").read_text(encoding="utf-8"), re.DOTALL
+)
+
+
+@pytest.mark.skipif(not (ROOT / "examples/quickstart/model").exists(), reason="the example's model is not here")
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[pytest.mark.slow] if "--torch_compile" in c else []) for c in COMMANDS],
+    ids=lambda command: " ".join(command.split("--")[-2:]).strip(),
+)
+def test_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.chdir(ROOT)
+    script, *arguments = shlex.split(command.replace("\\\n", ""))
+    assert script == "train_network.py"
+    arguments[arguments.index("--output_dir") + 1] = str(tmp_path)
+    train_here(*arguments, "--max_train_steps", 1, "--lr_warmup_steps", 0, "--max_data_loader_n_workers", 0)
+    assert (tmp_path / "quickstart_lora.safetensors").is_file()
+
+
+def test_the_page_has_commands() -> None:
+    assert len(COMMANDS) == 4
