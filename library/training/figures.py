@@ -7,7 +7,6 @@ the copy has long been done.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -21,10 +20,6 @@ class StepFigures:
 
     step: int
     values: dict[str, float]
-
-    def finite(self, *names: str) -> bool:
-        """Whether those of the named figures that were recorded are finite."""
-        return all(math.isfinite(self.values.get(name, 0.0)) for name in names)
 
 
 @dataclass

@@ -48,6 +48,7 @@ from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
 from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
+from library.training.replay import replay
 from library.training.resume import TrainState, load_state, read_state, save_state
 from library.training.settings import (
     loss_settings,
@@ -155,6 +156,8 @@ class Trainer(ABC):
             SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when all is saved.
         """
         options = self.options_class().from_args(args)
+        if options.config.replay:
+            return replay(self, options)
         if options.config.explain:
             return print_explanation(options, origins_of(args), self.architecture)
         with Interrupt() as interrupt:
@@ -305,6 +308,7 @@ class Trainer(ABC):
                 trained=run.trained,
                 hooks=fitting,
                 interrupt=interrupt,
+                on_nan=run.options.training.on_nan,
             )
         finally:
             fitting.close()
@@ -399,10 +403,14 @@ class Trainer(ABC):
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """The mean loss of a batch."""
+        return self.weighted_losses(run, batch).mean()
+
+    def weighted_losses(self, run: Run, batch: Batch) -> Tensor:
+        """The loss of each sample (B,), times its weight."""
         with run.accelerator.autocast():
             latents, conditioning = self.latents(run, batch), self.encode_text(run, batch)
             losses = self.losses(run, batch, latents, conditioning, noise_settings(run.options))
-            return (losses * batch.loss_weights).mean()
+            return losses * batch.loss_weights
 
     def losses(
         self,
