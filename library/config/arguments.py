@@ -427,9 +427,7 @@ class ConfigFileOptions:
     strict: bool = option(False, "an option that has no effect in this run is an error instead of a warning")
     explain: bool = option(False, "show every option's value and where it comes from, and end")
     dry_run: bool = option(False, "check everything and show what would be done, without loading weights, and end")
-    replay: str | None = option(
-        None, "run the one step of this .replay file again, say what is not finite, and end"
-    )
+    replay: str | None = option(None, "run the one step of this .replay file again, say what is not finite, and end")
 
 
 @dataclass(frozen=True)

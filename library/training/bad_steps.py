@@ -50,8 +50,8 @@ class BadStepReport:
         else:
             parts.append("its update was left out (--on_nan skip)")
         if file := self._recorded(bad, rank, notes):
-            parts.append(f"run it again with: --replay {file}")
-        text = ". ".join(parts)
+            parts[-1] += f". Run the step again with: --replay {file}"
+        text = "; ".join(parts)
         if ends_run:
             raise NonFiniteLoss(text)
         if self._run.accelerator.is_main_process:

@@ -36,6 +36,7 @@ from library.data.dataset_config import DatasetConfig, load_dataset_config
 from library.diffusion.ddpm import NoiseSchedule
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, exits_on_user_error
+from library.files.atomic import recover_directory
 from library.inference.prompt_line import SamplePrompt
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
@@ -212,6 +213,8 @@ class Trainer(ABC):
             UserError: one line for each finding.
         """
         strict = options.config.strict
+        if options.resume.resume:
+            recover_directory(options.resume.resume)
         report(check_rules(options, self.architecture), strict=strict)
         dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
         check_validation(dataset_config, options.validation)

@@ -131,9 +131,7 @@ def test_rollback_goes_back_to_a_kept_state(
     assert found and all(back == (step - 1) // 2 * 2 for step, back in found)
     for step, back in found:
         if back:
-            one, other = (
-                load_file(output / f"tiny-step{s:08d}-state" / "model.safetensors") for s in (step, back)
-            )
+            one, other = (load_file(output / f"tiny-step{s:08d}-state" / "model.safetensors") for s in (step, back))
             assert all(torch.equal(one[name], other[name]) for name in one)
     assert all(map(all_finite, output.glob("*.safetensors")))
 
