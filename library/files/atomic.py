@@ -223,7 +223,9 @@ def _is_full_disk(error: Exception) -> bool:
         number = re.search(r"(?:os error|code:) (\d+)", text)
         return number is not None and int(number[1]) in _FULL
     # torch's writer has no number for it; what else could end a write there, such as a lost mount, is as rare as clear
-    return isinstance(error, RuntimeError) and ("PytorchStreamWriter failed" in text or "unexpected pos" in text)
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+    )
 
 
 def _free_space(path: Path) -> str:
