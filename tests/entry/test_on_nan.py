@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from library.training import nonfinite
-from tests.fixtures.runs import lora_arguments, make_pictures, metadata_of, train_here
+from tests.fixtures.runs import (
+    launch_script,
+    lora_arguments,
+    make_pictures,
+    metadata_of,
+    run_script,
+    train_here,
+)
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
 STEPS = 8
@@ -153,3 +160,19 @@ def test_too_many_in_a_row(tmp_path: Path, tiny_sd: MadeCheckpoint, capsys: pyte
         assert f"after {nonfinite.MOST_IN_A_ROW} in a row" in error
         assert len(list((tmp_path / mode).glob("*.replay"))) == 3
         assert all(map(all_finite, (tmp_path / mode).glob("*.safetensors")))
+
+
+@pytest.mark.slow
+def test_processes_decide_alike(tmp_path: Path, tiny_sd: MadeCheckpoint, poisoned: Path) -> None:
+    """Only one of two processes has the poisoned picture; both leave the step out, and its recording is of that one."""
+    output = tmp_path / "out"
+    words = options(tiny_sd, poisoned, output, on_nan="skip", max_train_steps=STEPS, save_every_n_steps=None)
+    ended = launch_script("train_network.py", 2, *words)
+    assert [run.code for run in ended] == [0, 0], "\n".join(run.text for run in ended)
+    warned = [line for line in ended[0].text.splitlines() if "its update was left out" in line]
+    assert warned and all("bad/0.png" in line and "good/" not in line for line in warned)
+    assert all_finite(output / "tiny.safetensors")
+    recording = sorted(output.glob("*.replay"))[0]
+    again = run_script("train_network.py", "--replay", recording)
+    assert again.code == 0 and " of 2" in again.out, again.text
+    assert "the step is not finite again" in again.out
