@@ -290,6 +290,11 @@ class TrainingOptions:
     zero3_init_flag: bool = option(False, "DeepSpeed: split large models while they are made")
     zero3_save_16bit_model: bool = option(False, "DeepSpeed: save 16-bit weights under ZeRO stage 3")
     fp16_master_weights_and_gradients: bool = option(False, "DeepSpeed: fp16 master weights")
+    on_nan: str = option(
+        "stop",
+        "a loss or gradient that is not finite: stop, skip the update, or rollback to the last state kept in memory",
+        choices=["stop", "skip", "rollback"],
+    )
 
 
 @dataclass(frozen=True)
@@ -430,6 +435,7 @@ class ConfigFileOptions:
     strict: bool = option(False, "an option that has no effect in this run is an error instead of a warning")
     explain: bool = option(False, "show every option's value and where it comes from, and end")
     dry_run: bool = option(False, "check everything and show what would be done, without loading weights, and end")
+    replay: str | None = option(None, "run the one step of this .replay file again, say what is not finite, and end")
 
 
 @dataclass(frozen=True)

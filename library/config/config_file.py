@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from library.errors import USER_ERROR_EXIT_CODE, UserError, did_you_mean, exits_on_user_error
 
 #: about this one start of the script, so that they have no place in a file
-_OWN_FLAGS = ("config_file", "output_config", "explain", "dry_run")
+_OWN_FLAGS = ("config_file", "output_config", "explain", "dry_run", "replay")
 _UNSET = object()
 
 

@@ -192,6 +192,11 @@ def fused_backward(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield error("--fused_backward_pass: not with --gradient_accumulation_steps; remove one of them")
     if o.training.mixed_precision == "fp16":
         yield error("--fused_backward_pass: not with --mixed_precision fp16, whose steps may be left out; use bf16")
+    if o.training.on_nan != "stop":
+        yield error(
+            f"--fused_backward_pass: not with --on_nan {o.training.on_nan}, as the update is made before all gradients "
+            "are judged; remove one of them"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield error("--fused_backward_pass: not with several processes, which average whole gradients; remove it")
 

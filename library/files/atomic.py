@@ -3,7 +3,8 @@
 Everything is written beside its place under a name that begins with "." and ends with ".tmp", flushed to
 the disk, and renamed into place. A process that dies leaves the previous file whole and at most a temporary
 one, which the next write of the same target removes. A folder ends with a manifest of its files' sizes and
-hashes, written last.
+hashes, written last. A folder cannot replace another in one go: killed between the two renames, the new one is whole
+under its temporary name, and ``recover_directory`` puts it in place.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -27,6 +29,7 @@ from library.errors import UserError
 MANIFEST_NAME = "manifest.json"
 _CHUNK = 1 << 20  # bytes read at a time
 _DAY = 86400  # seconds
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -78,7 +81,8 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         UserError: the disk is full, or the parent folder cannot be written.
     """
     path = Path(path)
-    temporary = _temporary(path)
+    temporary, aside = _temporary(path), _aside(path)
+    recover_directory(path)
     _clear(temporary)
     try:
         with _clear_errors(path):
@@ -86,15 +90,32 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             _write_manifest(temporary)
-            aside = path.with_name(f".{path.name}.old.tmp")
             _clear(aside)
             if path.exists():
                 os.replace(path, aside)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if aside.exists():
+                    os.replace(aside, path)
+                raise
             _flush_folder(path.parent)
             _clear(aside)
     finally:
         _clear(temporary)
+
+
+def recover_directory(path: Path | str) -> None:
+    """Put a folder in place whose replacement a killed process did not finish; to be called before it is read."""
+    path = Path(path)
+    if path.exists():
+        return
+    for whole in (_temporary(path), _aside(path)):
+        if (whole / MANIFEST_NAME).exists():
+            with contextlib.suppress(UserError, OSError):  # damaged, or put in place by another process
+                verify_directory(whole)
+                os.replace(whole, path)
+                return
 
 
 def read_manifest(path: Path | str) -> dict[str, dict[str, object]]:
@@ -131,7 +152,8 @@ def verify_directory(path: Path | str) -> None:
 def remove_tree(path: Path | str) -> None:
     """Remove a folder so that a reader never finds a part of it under its name."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.old.tmp")
+    # not the name under which a folder waits to be replaced: what is removed never comes back
+    aside = path.with_name(f".{path.name}.removed.tmp")
     _clear(aside)
     os.replace(path, aside)
     shutil.rmtree(aside)
@@ -142,6 +164,10 @@ def remove_tree(path: Path | str) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old.tmp")
 
 
 def _clear_old(path: Path) -> None:
@@ -176,12 +202,30 @@ def _clear_errors(path: Path) -> Iterator[None]:
     """Turn what the disk refuses into one clear line."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except UserError:
+        raise
+    except Exception as error:
+        if _is_full_disk(error):
             raise UserError(f"{path}: the disk is full{_free_space(path)}; what was there before is whole") from error
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"{path}: may not be written ({error.strerror})") from error
         raise
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Whether writing failed for want of space, as Python, safetensors or torch say it."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    text = str(error)
+    if type(error).__name__ == "SafetensorError":
+        number = re.search(r"(?:os error|code:) (\d+)", text)
+        return number is not None and int(number[1]) in _FULL
+    # torch's writer has no number for it; what else could end a write there, such as a lost mount, is as rare as clear
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+    )
 
 
 def _free_space(path: Path) -> str:

@@ -32,6 +32,10 @@ class OutputNames:
         """The weights of the lowest validation loss."""
         return self.directory / f"{self.stem or 'last'}-best.{self.extension}"
 
+    def replay(self, step: int) -> Path:
+        """The recording of a step that was not finite; an ending of its own, as it holds no weights for use."""
+        return self.directory / f"{self.stem or 'at'}-step{step:08d}.replay"
+
     def final_state(self) -> Path:
         return self.directory / f"{self.stem or 'last'}-state"
 

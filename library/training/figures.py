@@ -7,7 +7,6 @@ the copy has long been done.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -26,10 +25,6 @@ class StepFigures:
 
     step: int
     values: dict[str, float]
-
-    def finite(self, *names: str) -> bool:
-        """Whether those of the named figures that were recorded are finite."""
-        return all(math.isfinite(self.values.get(name, 0.0)) for name in names)
 
 
 @dataclass

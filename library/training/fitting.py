@@ -11,9 +11,11 @@ from torch import Tensor
 
 from library.config.arguments import without_secrets
 from library.data.dataset import Batch
+from library.training.bad_steps import BadStepReport
 from library.training.checkpoints import remove_outdated
 from library.training.figures import DataWait, LossAverage, StepFigures
 from library.training.logs import Progress, Trackers, print_summary
+from library.training.nonfinite import BadStep
 from library.training.previews import PreviewPolicy, draw_previews, preview_path
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class Fitting:
         self._rates: dict[int, dict[str, float]] = {}
         self._progress: Progress | None = None
         self._trackers: Trackers | None = None
+        self._bad_steps = BadStepReport(run)
 
     # ---- the ends of a run ----
 
@@ -104,9 +107,16 @@ class Fitting:
         position = self._run.plan.position(figures.step - 1)
         self._progress.update(figures.step, epoch=position.epoch + 1, loss=self._average.mean)
 
+    def step_failed(self, bad: BadStep, *, ends_run: bool, back_to: int | None) -> None:
+        self._rates.pop(bad.step, None)
+        self._bad_steps(bad, ends_run=ends_run, back_to=back_to)
+
     def is_save_due(self, step: int) -> bool:
-        validation = self._run.validation
-        return self._run.policy.saves_after_step(step) or (validation is not None and validation.is_due(step))
+        validation, plan = self._run.validation, self._run.plan
+        epochs, rest = divmod(step, plan.steps_per_epoch)
+        ends_epoch = rest == 0 and self._run.policy.saves_after_epoch(epochs, plan.num_epochs)
+        by_step = self._run.policy.saves_after_step(step) or ends_epoch
+        return by_step or (validation is not None and validation.is_due(step))
 
     def is_over(self) -> bool:
         return self._run.validation is not None and self._run.validation.ends_run

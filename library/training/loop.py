@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from library.data.dataset import Batch
-from library.errors import UserError
 from library.randomness import key
 from library.training.figures import DeferredFigures, StepFigures, StepTimes
 from library.training.interrupt import Interrupt
+from library.training.nonfinite import BadStep, OnNan, StepGuard
 from library.training.plan import RunPlan
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from library.training.ema import WeightAverage
 
 
 class LoopHooks(Protocol):
@@ -43,12 +45,23 @@ class LoopHooks(Protocol):
 
     def figures_ready(self, figures: StepFigures) -> None: ...
 
+    def step_failed(self, bad: BadStep, *, ends_run: bool, back_to: int | None) -> None:
+        """Instead of ``figures_ready`` for a step that is not finite; all processes take part.
+
+        Args:
+            back_to: the step whose state was brought back.
+
+        Raises:
+            NonFiniteLoss: if the run ends by it.
+        """
+        ...
+
     def save_after_step(self, step: int, epoch: int) -> None: ...
 
     def save_after_epoch(self, step: int, epoch: int) -> None: ...
 
     def is_save_due(self, step: int) -> bool:
-        """Whether ``save_after_step`` will write anything, so that pending figures are checked first."""
+        """Whether anything will be saved after this step or its epoch, so that all is checked to be finite first."""
         ...
 
     def is_over(self) -> bool:
@@ -66,10 +79,8 @@ class Trained:
     optimizer: Any
     scheduler: Any
     max_grad_norm: float
-
-
-class NonFiniteLoss(UserError):
-    """Training went wrong numerically; nothing after the last save is kept."""
+    #: of the parameters, with ``state_dict`` and ``load_state_dict``
+    average: WeightAverage | None = None
 
 
 def run_loop(
@@ -81,16 +92,16 @@ def run_loop(
     trained: Trained,
     hooks: LoopHooks,
     interrupt: Interrupt,
+    on_nan: OnNan = "stop",
 ) -> int:
     """Train from ``start_step`` to ``plan.total_steps``; returns the number of steps done.
 
     Raises:
-        NonFiniteLoss: when a loss is NaN or infinite; found before the next save.
+        NonFiniteLoss: for what is not finite, as ``on_nan`` says; found before the next save.
     """
     figures = DeferredFigures()
     times = StepTimes()
-    # under fp16 the gradient scaler meets infinite gradients as a matter of course and skips the update
-    checked = ("loss",) if accelerator.scaler is not None else ("loss", "grad_norm")
+    guard = StepGuard(trained, accelerator, on_nan)
     several = accelerator.num_processes > 1
     stop_asked = False
 
@@ -98,9 +109,15 @@ def run_loop(
         nonlocal stop_asked
         for ready in figures.pop(keep=keep):
             stop_asked = stop_asked or ready.values.pop("interrupt", 0.0) > 0
-            if not ready.finite(*checked):
-                raise NonFiniteLoss(_non_finite_message(ready))
-            hooks.figures_ready(ready)
+            if (bad := guard.judge(ready)) is None:
+                hooks.figures_ready(ready)
+            else:
+                failed(bad)
+
+    def failed(bad: BadStep) -> None:
+        ends_run = guard.ends_run(bad)
+        back_to = guard.roll_back() if on_nan == "rollback" and not ends_run else None
+        hooks.step_failed(bad, ends_run=ends_run, back_to=back_to)
 
     step = start_step
     while step < plan.total_steps:
@@ -111,6 +128,7 @@ def run_loop(
         batch_in_epoch = position.batch_in_epoch
         while batch_in_epoch < plan.batches_per_epoch and step < plan.total_steps:
             count = plan.batches_of_step(batch_in_epoch)
+            guard.start(step + 1)
             loss_sum = None
             for index in range(count):
                 batch = times.waiting(batches)
@@ -119,6 +137,7 @@ def run_loop(
                 torch.manual_seed(key(seed, "batch", step, index, accelerator.process_index))
                 loss = hooks.loss(batch)
                 accelerator.backward(loss / count)
+                guard.saw(batch, loss.detach())
                 loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
             batch_in_epoch += count
 
@@ -127,19 +146,25 @@ def run_loop(
                 average_gradients(accelerator, trained.parameters)
                 flag = 1.0 if interrupt.requested else 0.0
                 packed["interrupt"] = torch.tensor(flag, device=accelerator.device)
+                packed = _across_processes(accelerator, packed)
             if trained.max_grad_norm > 0:
                 packed["grad_norm"] = accelerator.clip_grad_norm_(trained.parameters, trained.max_grad_norm)
+            guard.before_update(packed["loss"], packed.get("grad_norm"))
             trained.optimizer.step()
+            packed |= guard.after_update()
             if not accelerator.optimizer_step_was_skipped:
                 trained.scheduler.step()
             trained.optimizer.zero_grad(set_to_none=True)
             step += 1
 
             packed |= hooks.step_ended(step, epoch)
-            figures.push(step, _across_processes(accelerator, packed), measured=times.end_step())
+            guard.step_ended(step)
+            figures.push(step, packed, measured=times.end_step())
             stops = stop_asked or (interrupt.requested and not several)
-            due = hooks.is_save_due(step) or batch_in_epoch >= plan.batches_per_epoch
-            collect(keep=0 if due or stops or step == plan.total_steps else 1)
+            saves = hooks.is_save_due(step) or stops or step == plan.total_steps
+            collect(keep=0 if saves or batch_in_epoch >= plan.batches_per_epoch else 1)
+            if saves and (bad := guard.check(step)) is not None:
+                failed(bad)
             hooks.save_after_step(step, epoch)
             if batch_in_epoch >= plan.batches_per_epoch:
                 hooks.save_after_epoch(step, epoch)
@@ -187,11 +212,3 @@ def _ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
             yield waiting
     if moved is not None:
         yield moved
-
-
-def _non_finite_message(figures: StepFigures) -> str:
-    values = ", ".join(f"{name} {value}" for name, value in figures.values.items() if not name.startswith("time/"))
-    return (
-        f"step {figures.step}: {values}: training has diverged and was stopped; weights saved before are whole. "
-        "Lower --learning_rate, or use --mixed_precision bf16 or no instead of fp16"
-    )

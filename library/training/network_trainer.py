@@ -139,6 +139,7 @@ class NetworkTrainer(Trainer):
             optimizer=optimizer,
             scheduler=scheduler,
             max_grad_norm=options.optimizer.max_grad_norm,
+            average=self._average,
         )
 
     def trained_on_meta(self, run: Run) -> list[tuple[str, list[nn.Parameter]]]:

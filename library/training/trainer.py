@@ -36,6 +36,7 @@ from library.data.dataset_config import DatasetConfig, load_dataset_config
 from library.diffusion.ddpm import NoiseSchedule
 from library.diffusion.samplers import check_sampler
 from library.errors import UserError, exits_on_user_error
+from library.files.atomic import recover_directory
 from library.inference.prompt_line import SamplePrompt
 from library.memory.attention import attention_backend
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
@@ -51,6 +52,7 @@ from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
 from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
+from library.training.replay import replay
 from library.training.resume import TrainState, load_state, read_state, save_state
 from library.training.settings import (
     loss_settings,
@@ -158,6 +160,8 @@ class Trainer(ABC):
             SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when all is saved.
         """
         options = self.options_class().from_args(args)
+        if options.config.replay:
+            return replay(self, options)
         if options.config.explain:
             return print_explanation(options, origins_of(args), self.architecture)
         if options.dataset.debug_dataset:
@@ -215,6 +219,8 @@ class Trainer(ABC):
             UserError: one line for each finding.
         """
         strict = options.config.strict
+        if options.resume.resume:
+            recover_directory(options.resume.resume)
         report(check_rules(options, self.architecture), strict=strict)
         dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
         check_validation(dataset_config, options.validation)
@@ -313,6 +319,7 @@ class Trainer(ABC):
                 trained=run.trained,
                 hooks=fitting,
                 interrupt=interrupt,
+                on_nan=run.options.training.on_nan,
             )
         finally:
             fitting.close()
@@ -404,10 +411,14 @@ class Trainer(ABC):
 
     def loss(self, run: Run, batch: Batch) -> Tensor:
         """The mean loss of a batch."""
+        return self.weighted_losses(run, batch).mean()
+
+    def weighted_losses(self, run: Run, batch: Batch) -> Tensor:
+        """The loss of each sample (B,), times its weight."""
         with precision.activations(run.options.training), run.accelerator.autocast():
             latents, conditioning = self.latents(run, batch), self.encode_text(run, batch)
             losses = self.losses(run, batch, latents, conditioning, noise_settings(run.options))
-            return (losses * batch.loss_weights).mean()
+            return losses * batch.loss_weights
 
     def losses(
         self,

@@ -15,6 +15,8 @@ PUBLISHED = json.loads((Path(__file__).parent / "data" / "cli" / "train_network.
 #: flags of this project that the published command line does not have
 OURS = {
     "dry_run",
+    "on_nan",
+    "replay",
     "explain",
     "strict",
     "on_bad_image",

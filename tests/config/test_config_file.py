@@ -151,7 +151,7 @@ def other_value(field: dataclasses.Field) -> object:
 def test_every_option_survives_output_config(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
     groups = TrainNetworkOptions.groups().values()
     fields = [field for group in groups for field in dataclasses.fields(group)]
-    own = {"config_file", "output_config", "explain", "dry_run"}
+    own = {"config_file", "output_config", "explain", "dry_run", "replay"}
     expected = {field.name: other_value(field) for field in fields if field.name not in own}
     assert all(value != field.default for field in fields if (value := expected.get(field.name)) is not None)
     words = ["--output_config", "--config_file", str(tmp_path / "all.toml")]

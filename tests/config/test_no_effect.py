@@ -312,6 +312,7 @@ ALWAYS = set(
     early_stopping_patience save_best ema_decay debug_dataset
     logging_dir log_with log_prefix log_tracker_name log_tracker_config log_config
     console_log_level console_log_file console_log_simple config_file output_config strict explain dry_run
+    on_nan replay
     """.split()
 )
 

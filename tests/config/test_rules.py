@@ -93,6 +93,7 @@ ERRORS = [
     ({"fused_backward_pass": True}, "--max_grad_norm 0"),
     ({"fused_backward_pass": True, "max_grad_norm": 0.0, "gradient_accumulation_steps": 2}, "accumulation"),
     ({"fused_backward_pass": True, "max_grad_norm": 0.0, "mixed_precision": "fp16"}, "use bf16"),
+    ({"fused_backward_pass": True, "max_grad_norm": 0.0, "on_nan": "skip"}, "not with --on_nan skip"),
     ({"cache_latents": True, "random_crop": True}, "--random_crop"),
     ({"cache_latents": True, "color_aug": True}, "--color_aug"),
     ({"cache_latents_to_disk": True, "face_crop_aug_range": "1,2"}, "--face_crop_aug_range"),

@@ -16,6 +16,7 @@ from library.files.atomic import (
     atomic_directory,
     atomic_path,
     read_manifest,
+    recover_directory,
     remove_tree,
     verify_directory,
     write_bytes,
@@ -150,3 +151,61 @@ def test_damage_is_named(tmp_path: Path, damage, words: str) -> None:
 def test_remove_tree(tmp_path: Path) -> None:
     remove_tree(make(tmp_path / "state"))
     assert only(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file size are POSIX")
+def test_a_full_disk_whoever_writes(tmp_path: Path) -> None:
+    """Python, safetensors and torch each say it in their own way."""
+    target = tmp_path / "a.safetensors"
+    program = f"""
+import resource, signal, torch, safetensors.torch
+from pathlib import Path
+from library.errors import UserError
+from library.files.atomic import atomic_directory
+from library.files.safetensors_io import save_pickle, save_tensors
+
+def folder(write):
+    with atomic_directory(target) as inside:
+        write(inside)
+
+target, tensors = Path({str(target)!r}), {{"a": torch.zeros(9000)}}
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for writing in (
+    lambda: save_tensors(target, tensors),
+    lambda: save_pickle(target, tensors),
+    lambda: save_pickle(target, {{"a": torch.zeros(9)}}),
+    lambda: folder(lambda inside: torch.save(tensors, inside / "x.bin")),
+    lambda: folder(lambda inside: (inside / "x.txt").write_text("x" * 9000)),
+):
+    try:
+        writing()
+    except UserError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.count("a.safetensors: the disk is full") == 5, done.stdout
+    assert only(tmp_path) == []
+
+
+def test_a_replacement_that_was_cut_short_is_finished(tmp_path: Path) -> None:
+    folder, new, old = tmp_path / "state", tmp_path / ".state.tmp", tmp_path / ".state.old.tmp"
+    make(tmp_path / "one").rename(old)
+    make(tmp_path / "other", b"newer").rename(new)
+    recover_directory(folder)
+    assert (folder / "model.bin").read_bytes() == b"newer"
+    folder.rename(new)
+    (new / "model.bin").write_bytes(b"torn")
+    recover_directory(folder)  # the new one is not whole, so the old one comes back
+    assert (folder / "model.bin").read_bytes() == b"weights"
+    make(folder, b"newest")
+    assert only(tmp_path) == ["state"]
+
+
+def test_a_removed_folder_never_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "state")
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", lambda *a, **k: None)  # as if killed there
+        remove_tree(folder)
+    recover_directory(folder)
+    assert not folder.exists()

@@ -1,6 +1,5 @@
 """Deferred figures: read one step late, averaged over a window."""
 
-import math
 import time
 from collections.abc import Iterator
 
@@ -18,15 +17,6 @@ def test_the_newest_is_kept_back() -> None:
     assert (first.step, first.values) == (1, {"loss": 2.0, "grad_norm": 0.5})
     (second,) = figures.pop(keep=0)
     assert second.step == 2
-
-
-def test_finite_looks_at_the_named_figures_only() -> None:
-    figures = DeferredFigures()
-    figures.push(1, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(math.inf)})
-    (ready,) = figures.pop(keep=0)
-    assert ready.finite("loss")
-    assert not ready.finite("loss", "grad_norm")
-    assert ready.finite("absent")
 
 
 def test_average_over_the_window_and_back_from_a_state() -> None:

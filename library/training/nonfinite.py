@@ -1,0 +1,338 @@
+"""Losses and gradients that are not finite: found without waiting for the device, and what follows (``--on_nan``).
+
+A step is *bad* when its loss, averaged over processes, or the norm of its gradients is not finite. The flag is made on
+the device and read with the step's figures, one step later (``library.training.figures``). Until then the weights
+before the step are kept, so that the step can be run again (``library.training.replay``).
+
+``stop``
+    The run ends when the flag is read; nothing has been saved since.
+``skip``
+    The update is not applied, by the device itself: gradients of a bad step are set to zero before the optimizer's
+    step, and afterwards the weights are put back as they were. The optimizer's own state is then that of one step
+    with a zero gradient: momenta shrink by their betas and its count goes on, as does the learning rate's schedule.
+``rollback``
+    As ``skip``, and when the flag is read, weights, optimizer and averages go back to the last kept state, at most
+    ``KEPT_EVERY`` steps and one old. The data, the count of steps and the schedule go on, so that a batch is not met
+    again, and names of files and curves never go back.
+
+With fp16 the gradient scaler meets infinite gradients as a matter of course: it leaves such updates out by itself and
+halves its scale, so there a step is bad by its loss alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from library.data.batch import Batch
+from library.errors import UserError
+from library.training.figures import StepFigures
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from library.training.loop import Trained
+
+OnNan = Literal["stop", "skip", "rollback"]
+
+#: bad steps in a row (for rollback: without a newly kept state between) before the run is stopped all the same
+MOST_IN_A_ROW = 10
+#: steps between two states that ``rollback`` keeps in host memory
+KEPT_EVERY = 25
+_FLAG, _BATCH = "finite", "batch "
+
+
+class NonFiniteLoss(UserError):
+    """Training went wrong numerically; nothing after the last save is kept."""
+
+
+@dataclass(frozen=True)
+class BatchNote:
+    """What a bad batch is named by."""
+
+    paths: list[str]
+    captions: list[str]
+    loss: float  # of this batch alone
+
+    @property
+    def finite(self) -> bool:
+        return abs(self.loss) < float("inf")  # false for NaN, too
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step whose loss or gradients are not finite, as one process saw it."""
+
+    step: int  # counted from 1
+    values: dict[str, float]  # figures over all processes
+    batches: list[BatchNote]  # of this process
+    weights: list[Tensor]  # the trained parameters before the step, in their order, on the device
+    in_a_row: int
+
+
+@dataclass
+class _Pending:
+    step: int
+    batches: list[tuple[list[str], list[str]]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    before: list[Tensor] = field(default_factory=list)  # flat, see _Flat
+
+
+class _Flat:
+    """Many tensors as few: one flat tensor for each dtype and device, so that a step costs a handful of kernels."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for index, tensor in enumerate(tensors):
+            groups.setdefault((tensor.dtype, tensor.device), []).append(index)
+        self._groups = list(groups.values())
+
+    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A copy of all."""
+        return [torch.cat([tensors[i].detach().reshape(-1) for i in group]) for group in self._groups]
+
+    def split(self, flats: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Views of the flat tensors, shaped as ``tensors``."""
+        found: list[Tensor] = [torch.empty(0)] * len(tensors)
+        for group, flat in zip(self._groups, flats, strict=True):
+            parts = flat.split([tensors[i].numel() for i in group])
+            for i, part in zip(group, parts, strict=True):
+                found[i] = part.view(tensors[i].shape)
+        return found
+
+    def write(self, flats: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Set all to what ``read`` gave."""
+        parts = self.split(flats, tensors)
+        with torch.no_grad():
+            for group in self._groups:
+                torch._foreach_copy_([tensors[i].detach() for i in group], [parts[i] for i in group])
+
+
+class StepGuard:
+    """Watches the steps of one run; see the module's text for what each mode does.
+
+    Takes up to two copies of the trained weights on the device, in ``skip`` and ``rollback`` one of the gradients;
+    ``rollback`` up to two of weights, optimizer and averages in host memory.
+    """
+
+    def __init__(self, trained: Trained, accelerator: Accelerator, mode: OnNan) -> None:
+        self.mode = mode
+        self._trained = trained
+        self._parameters = [p for p in trained.parameters if p.requires_grad]
+        self._scaled = accelerator.scaler is not None
+        self._pending: deque[_Pending] = deque()
+        self._flag: Tensor | None = None
+        self._in_a_row = 0
+        self._flat = _Flat(self._parameters)
+        self._kept = KeptState(trained) if mode == "rollback" else None
+
+    # ---- on the device, in the step ----
+
+    def start(self, step: int) -> None:
+        """A step (counted from 1) begins."""
+        if self._kept is not None:
+            self._kept.start(step - 1)
+        # before the backward pass, in which --fused_backward_pass updates already
+        self._pending.append(_Pending(step, before=self._flat.read(self._parameters)))
+
+    def saw(self, batch: Batch, loss: Tensor) -> None:
+        """One of the step's batches and its loss, detached."""
+        now = self._pending[-1]
+        now.batches.append((batch.paths, batch.captions))
+        now.losses.append(loss)
+
+    def before_update(self, loss: Tensor, grad_norm: Tensor | None) -> None:
+        """Judge the step by its loss and gradient norm, the same on all processes."""
+        flag = torch.isfinite(loss.detach())
+        if not self._scaled:
+            flag = flag & torch.isfinite(self._gradient_norm() if grad_norm is None else grad_norm)
+            if self.mode != "stop":
+                self._clear_gradients_unless(flag)
+        self._flag = flag
+
+    def after_update(self) -> dict[str, Tensor]:
+        """Put the weights of a bad step back; returns what is to be read with the step's figures."""
+        now = self._pending[-1]
+        if self.mode != "stop":
+            after = self._flat.read(self._parameters)
+            for flat in after:
+                self._flag = self._flag & torch.isfinite(flat).all()
+            chosen = [torch.where(self._flag, *pair) for pair in zip(after, now.before, strict=True)]
+            self._flat.write(chosen, self._parameters)
+        losses = {f"{_BATCH}{index}": loss for index, loss in enumerate(now.losses)}
+        return {_FLAG: self._flag, **losses}
+
+    def step_ended(self, step: int) -> None:
+        """After all that follows an update, such as averages."""
+        if self._kept is not None:
+            self._kept.step_ended(step)
+
+    def _gradient_norm(self) -> Tensor:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if not gradients:  # module dropout may leave out all
+            return torch.zeros((), device=self._parameters[0].device)
+        return torch.stack([n.float() for n in torch._foreach_norm(gradients)]).sum()
+
+    def _clear_gradients_unless(self, flag: Tensor) -> None:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        flat = _Flat(gradients)
+        flat.write([torch.where(flag, g, torch.zeros_like(g)) for g in flat.read(gradients)], gradients)
+
+    # ---- on the host, one step later ----
+
+    def judge(self, figures: StepFigures) -> BadStep | None:
+        """Take the guard's own figures out, and say whether the step was bad."""
+        now = self._pending.popleft()
+        flag = figures.values.pop(_FLAG)
+        losses = [figures.values.pop(f"{_BATCH}{index}") for index in range(len(now.losses))]
+        if flag:
+            if self._kept is None or self._kept.confirm(figures.step):
+                self._in_a_row = 0
+            return None
+        return self._bad(now, figures.values, losses)
+
+    def check(self, step: int) -> BadStep | None:
+        """Before a save, with all figures read: weights, averages and optimizer themselves. Waits for the device."""
+        average = self._trained.average
+        state = _optimizer(self._trained).state.values()
+        tensors = [*self._parameters, *(average.state_dict().values() if average is not None else ())]
+        tensors += [v for values in state for v in values.values() if isinstance(v, Tensor)]
+        if bool(_all_finite(tensors)):
+            return None
+        return self._bad(_Pending(step), {"weights or optimizer": float("nan")}, [])
+
+    def _bad(self, step: _Pending, values: dict[str, float], losses: list[float]) -> BadStep:
+        self._in_a_row += 1
+        notes = [BatchNote(*names, loss) for names, loss in zip(step.batches, losses, strict=True)]
+        weights = self._flat.split(step.before, self._parameters) if step.before else []
+        return BadStep(step.step, values, notes, weights, self._in_a_row)
+
+    def ends_run(self, bad: BadStep) -> bool:
+        """Whether there is no going on after this step."""
+        # what ``check`` finds cannot be left out any more
+        return self.mode == "stop" or bad.in_a_row >= MOST_IN_A_ROW or (self.mode == "skip" and not bad.batches)
+
+    def roll_back(self) -> int:
+        """Bring the kept state back; returns the step (counted from 1) it was kept after."""
+        return self._kept.restore()
+
+
+# ---- what rollback goes back to ----
+
+
+@dataclass
+class _Copy:
+    """Weights, optimizer and averages after a step, on the host."""
+
+    step: int
+    parameters: list[Tensor]
+    state: list[dict[str, Any]]  # of the optimizer, in the parameters' order
+    groups: list[dict[str, Any]]
+    averages: dict[str, Tensor] | None
+    finite: Tensor
+
+
+class KeptState:
+    """The last state known to be finite, and a newer one whose step is not judged yet."""
+
+    def __init__(self, trained: Trained) -> None:
+        self._trained = trained
+        self._kept: _Copy | None = None
+        self._candidate: _Copy | None = None
+
+    def start(self, step: int) -> None:
+        """Keep the state that the run starts from."""
+        if self._kept is None:
+            self._kept = self._copy(step)
+
+    def step_ended(self, step: int) -> None:
+        if step % KEPT_EVERY == 0:
+            self._candidate = self._copy(step)
+
+    def confirm(self, step: int) -> bool:
+        """The step was good, and the device has done it; whether a newer state is kept by that."""
+        if self._candidate is None or self._candidate.step > step:
+            return False
+        candidate, self._candidate = self._candidate, None
+        if bool(candidate.finite):  # on the host since the step's figures are
+            self._kept = candidate
+            return True
+        return False
+
+    def _copy(self, step: int) -> _Copy:
+        optimizer = _optimizer(self._trained)
+        states = [optimizer.state.get(p, {}) for p in self._trained.parameters]
+        parameters = [p.detach() for p in self._trained.parameters]
+        average = self._trained.average
+        tensors = [*parameters, *(v for s in states for v in s.values() if isinstance(v, Tensor))]
+        return _Copy(
+            step,
+            parameters=[_to_host(p) for p in parameters],
+            state=[{name: _to_host(value) for name, value in state.items()} for state in states],
+            groups=[
+                {name: _to_host(value) for name, value in group.items() if name not in ("params", "lr")}
+                for group in optimizer.param_groups
+            ],
+            averages=None if average is None else {n: _to_host(t) for n, t in average.state_dict().items()},
+            finite=_to_host(_all_finite(tensors)),
+        )
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        """Bring the kept state back, all but the learning rates, whose schedule goes on."""
+        kept, optimizer = self._kept, _optimizer(self._trained)
+        self._candidate = None  # it comes after the step that went wrong
+        for parameter, value in zip(self._trained.parameters, kept.parameters, strict=True):
+            parameter.copy_(value)
+        for parameter, values in zip(self._trained.parameters, kept.state, strict=True):
+            if not values:
+                optimizer.state.pop(parameter, None)
+                continue
+            state = optimizer.state[parameter]
+            for name in [name for name in state if name not in values]:
+                del state[name]
+            for name, value in values.items():
+                _put(state, name, value)
+        for group, values in zip(optimizer.param_groups, kept.groups, strict=True):
+            for name, value in values.items():
+                _put(group, name, value)
+        if kept.averages is not None:
+            self._trained.average.load_state_dict(kept.averages)
+        return kept.step
+
+
+def _optimizer(trained: Trained) -> Any:
+    """The optimizer within accelerate's."""
+    return getattr(trained.optimizer, "optimizer", trained.optimizer)
+
+
+def _to_host(value: Any) -> Any:
+    """A copy; of a device tensor behind the work that is queued, without waiting."""
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    value = value.detach()
+    if not value.is_cuda:
+        return value.clone()
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+
+
+def _put(values: dict[str, Any], name: str, kept: Any) -> None:
+    """In place where that is possible, as optimizers may hold their tensors elsewhere, too."""
+    now = values.get(name)
+    if isinstance(kept, Tensor) and isinstance(now, Tensor) and now.shape == kept.shape:
+        now.copy_(kept)
+    else:
+        values[name] = copy.deepcopy(kept)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """0-dim bool, on the device of the first; counters that some optimizers keep on the host are left out."""
+    device = tensors[0].device
+    flags = [t.isfinite().all() for t in tensors if t.is_floating_point() and t.device == device]
+    return torch.stack(flags).all()

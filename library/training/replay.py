@@ -1,0 +1,200 @@
+"""One step again (``--replay``): a bad step is recorded in a file, from which its loss is computed once more.
+
+A recording is a safetensors file: the trained parameters before the step, and in its metadata what the run was started
+with (without tokens and keys), where the step lies and what it was made of. Model and pictures are read where the run
+read them. All randomness is keyed (``library.randomness``), so noise, timesteps, captions and dropout are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from library.config.arguments import flat, without_secrets
+from library.errors import UserError
+from library.files.safetensors_io import save_tensors
+from library.randomness import key
+from library.training.first_nonfinite import FirstNonFinite
+from library.training.interrupt import Interrupt
+from library.training.plan import RunPlan
+
+if TYPE_CHECKING:
+    from library.config.arguments import TrainNetworkOptions
+    from library.data.batch import Batch
+    from library.training.nonfinite import BadStep, BatchNote
+    from library.training.trainer import Run, Trainer
+
+_ENTRY, _VERSION = "replay", 1
+#: groups of options that have no part in a step
+_LEFT_OUT = ("sample", "resume", "logging", "config")
+#: parameters whose gradients are named
+_MOST_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a replay file says besides the weights."""
+
+    step: int  # counted from 1
+    seed: int
+    rank: int  # the process whose batches are recorded
+    processes: int
+    plan: dict[str, int]
+    values: dict[str, str]  # loss and gradient norm over all processes, as texts: JSON has no NaN
+    batches: list[dict[str, Any]]  # pictures, captions and loss of each
+    options: dict[str, Any]
+    version: int = _VERSION
+
+    @staticmethod
+    def of(run: Run, bad: BadStep, rank: int, notes: Sequence[BatchNote]) -> Recording:
+        """Record a step of a run."""
+        return Recording(
+            step=bad.step,
+            seed=run.checked.seed,
+            rank=rank,
+            processes=run.accelerator.num_processes,
+            plan=asdict(run.plan),
+            values={name: str(value) for name, value in bad.values.items()},
+            batches=[{**asdict(note), "loss": str(note.loss)} for note in notes],
+            options=without_secrets(run.options),
+        )
+
+
+def write_recording(path: Path, recording: Recording, weights: Sequence[Tensor]) -> None:
+    """Write a replay file, whole or not at all.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    text = json.dumps(asdict(recording), default=str)
+    save_tensors(path, {f"{index:05d}": tensor for index, tensor in enumerate(weights)}, {_ENTRY: text})
+
+
+def read_recording(path: Path) -> tuple[Recording, list[Tensor]]:
+    """A recording, and the trained parameters before its step.
+
+    Raises:
+        UserError: no such file, or none that a run has written.
+    """
+    if not path.is_file():
+        raise UserError(f"--replay {path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            values = json.loads((file.metadata() or {})[_ENTRY])
+            weights = [file.get_tensor(name) for name in sorted(file.keys())]
+        if values["version"] != _VERSION:
+            raise UserError(f"--replay {path}: written by another version of this program; use that one")
+        return Recording(**values), weights
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"--replay {path}: no replay file of a run, or a damaged one ({error})") from None
+
+
+def replay(trainer: Trainer, given: TrainNetworkOptions) -> None:
+    """Run the recorded step again, print what became of it, and change nothing.
+
+    Args:
+        given: options of this start; those that are not at their defaults win over the recorded ones.
+
+    Raises:
+        UserError: the file, or what it refers to, cannot be used.
+    """
+    path = Path(str(given.config.replay))
+    recording, weights = read_recording(path)
+    with Interrupt() as interrupt:
+        run = trainer.setup(_options(type(given), recording, given))
+        if run.accelerator.num_processes > 1:
+            raise UserError("--replay: runs in one process; start it without a launcher")
+        plan = RunPlan(**recording.plan)
+        batches = run.data.batches_per_process(recording.processes)
+        if batches != plan.batches_per_epoch:
+            raise UserError(
+                f"--replay {path}: the data has changed: {batches} batches an epoch now, {plan.batches_per_epoch} then"
+            )
+        run.plan = plan
+        trainer.cache(run, interrupt)
+        trainer.load(run)
+        _put_back(run, weights, path)
+        _run_again(trainer, run, recording)
+
+
+def _options(kind: type[TrainNetworkOptions], recording: Recording, given: TrainNetworkOptions) -> TrainNetworkOptions:
+    """The recorded options with those given now on top."""
+    now = {field.name: value for field, value in flat(given) if value != field.default}
+    values = {**recording.options, "seed": recording.seed, **now}
+    options = kind.from_args(argparse.Namespace(**values))
+    groups = kind.groups()
+    return replace(options, **{name: groups[name]() for name in _LEFT_OUT if name in groups}, console=given.console)
+
+
+def _put_back(run: Run, weights: Sequence[Tensor], path: Path) -> None:
+    parameters = [p for p in run.trained.parameters if p.requires_grad]
+    if [tuple(p.shape) for p in parameters] != [tuple(w.shape) for w in weights]:
+        raise UserError(f"--replay {path}: its weights are of another network; give no options of the network with it")
+    with torch.no_grad():
+        for parameter, value in zip(parameters, weights, strict=True):
+            parameter.copy_(value)
+
+
+def _run_again(trainer: Trainer, run: Run, recording: Recording) -> None:
+    position = run.plan.position(recording.step - 1)
+    trainer.training_mode(run, True)
+    trainer.epoch_started(run, position.epoch + 1)
+    batches = run.data.dataloader(
+        epoch=position.epoch,
+        start_batch=position.batch_in_epoch,
+        rank=recording.rank,
+        world_size=recording.processes,
+        plan=run.plan,
+        **trainer.loading(run),
+    )
+    print(f"step {recording.step}, seed {recording.seed}, process {recording.rank + 1} of {recording.processes}")
+    finite = True
+    for index in range(run.plan.batches_of_step(position.batch_in_epoch)):
+        batch = next(batches).to(run.device)
+        trainer.batch_started(run, batch)
+        torch.manual_seed(key(recording.seed, "batch", recording.step - 1, index, recording.rank))
+        finite &= _batch_again(trainer, run, batch)
+    finite &= _gradients(trainer, run)
+    print("this time all is finite" if finite else "the step is not finite again")
+
+
+def _batch_again(trainer: Trainer, run: Run, batch: Batch) -> bool:
+    """Print loss and losses of a batch, and where they stop being finite; whether they are finite."""
+    roots = {"denoiser": run.denoiser, "vae": run.vae}
+    roots |= {f"text encoder {number}": encoder for number, encoder in enumerate(run.text_encoders, start=1)}
+    roots |= {"network": module for module in trainer.trained_modules(run)}
+    with FirstNonFinite({name: module for name, module in roots.items() if module is not None}) as first:
+        losses = trainer.weighted_losses(run, batch)
+    loss = losses.mean()
+    run.accelerator.backward(loss)
+    print(f"loss {loss.item()}")
+    rows = zip(batch.paths, batch.captions, losses.tolist(), batch.loss_weights.tolist(), strict=True)
+    for path, caption, one, weight in rows:
+        print(f"  {path} {caption!r}: loss {one}, weight {weight:g}")
+    if first.found is not None:
+        print(first.found.text())
+    elif not bool(losses.isfinite().all()):
+        print("  every module's output is finite: look at the loss and its weights")
+    return bool(losses.isfinite().all())
+
+
+def _gradients(trainer: Trainer, run: Run) -> bool:
+    """Print the norm of the gradients, and whose are not finite; whether they are finite."""
+    names = {id(p): name for module in trainer.trained_modules(run) for name, p in module.named_parameters()}
+    # float64, so that the sum of squares does not overflow
+    norms = {names.get(id(p), "?"): p.grad.double().norm().item() for p in run.trained.parameters if p.grad is not None}
+    total = sum(norm**2 for norm in norms.values()) ** 0.5
+    wrong = [name for name, norm in norms.items() if not norm < float("inf")]
+    print(f"gradient norm {total}")
+    if wrong:
+        more = f" and {len(wrong) - _MOST_NAMES} more" if len(wrong) > _MOST_NAMES else ""
+        print(f"  not finite: the gradients of {', '.join(wrong[:_MOST_NAMES])}{more}")
+    return not wrong
