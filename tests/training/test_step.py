@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from library.config.arguments import TrainNetworkOptions
 from library.diffusion import noise as noises
 from library.diffusion.ddpm import NoiseSchedule
 from library.randomness import torch_generator
@@ -183,7 +185,9 @@ def test_the_mean_of_a_batch_weighs_regularisation_pictures(monkeypatch: pytest.
     own = SimpleNamespace(
         latents=lambda run, batch: None, encode_text=lambda run, batch: None, losses=lambda *_: torch.tensor([4.0, 2.0])
     )
-    run = SimpleNamespace(accelerator=SimpleNamespace(autocast=nullcontext), options=None)
+    run = SimpleNamespace(
+        accelerator=SimpleNamespace(autocast=nullcontext), options=TrainNetworkOptions.from_args(Namespace())
+    )
     batch = SimpleNamespace(loss_weights=torch.tensor([1.0, 0.5]))  # --prior_loss_weight 0.5
     # (4 + 0.5 * 2) / 2 pictures
-    assert trainer.Trainer.loss(own, run, batch).item() == 2.5
+    assert trainer.Trainer.weighted_losses(own, run, batch).mean().item() == 2.5
