@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-_HUB = "uploads are not supported yet; upload the saved files with huggingface_hub's command line"
-_DEEPSPEED = "DeepSpeed is not supported yet; use gradient checkpointing and an 8-bit optimizer to save memory"
+_DEEPSPEED = (
+    "adapters act inside the frozen model's own modules, which DeepSpeed would split; use gradient checkpointing and "
+    "an 8-bit optimizer to save memory (docs/multi_gpu.md)"
+)
 _FULL = "training in half precision only is not supported yet; use --mixed_precision with float32 adapters"
 _FP8 = "fp8 base models are not supported yet; --mixed_precision bf16 halves the memory"
 _COMPILE = "compiling is not supported yet; remove it"
-_INITIAL = "starting in the middle is not supported yet; --resume goes on exactly where a state stood"
 _DDP = "has no effect: adapters are trained without DistributedDataParallel; remove it"
 
 #: option -> why it is refused, and what to use
@@ -17,14 +18,6 @@ REFUSED = MappingProxyType(
     {
         "dataset_class": "dataset classes of your own are not supported yet; use --dataset_config",
         "debug_dataset": "not supported yet; the summary before the first step shows the buckets",
-        "huggingface_repo_id": _HUB,
-        "huggingface_repo_type": _HUB,
-        "huggingface_path_in_repo": _HUB,
-        "huggingface_token": _HUB,
-        "huggingface_repo_visibility": _HUB,
-        "save_state_to_huggingface": _HUB,
-        "async_upload": _HUB,
-        "resume_from_huggingface": "states on the Hub are not supported yet; download it, and --resume the folder",
         "full_fp16": _FULL,
         "full_bf16": _FULL,
         "fp8_base": _FP8,
@@ -36,9 +29,6 @@ REFUSED = MappingProxyType(
         "fused_backward_pass": "only full-model training gains by it, as adapters' gradients are small; remove it",
         "ddp_gradient_as_bucket_view": _DDP,
         "ddp_static_graph": _DDP,
-        "initial_epoch": _INITIAL,
-        "initial_step": _INITIAL,
-        "skip_until_initial_step": _INITIAL,
         "deepspeed": _DEEPSPEED,
         "zero_stage": _DEEPSPEED,
         "offload_optimizer_device": _DEEPSPEED,

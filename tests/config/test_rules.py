@@ -16,10 +16,9 @@ from library.errors import UserError
 #: the option names of the features that this version leaves out; one that is dropped here must be implemented
 LEFT_OUT = (
     "dataset_class debug_dataset "
-    "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token "
-    "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload full_fp16 full_bf16 "
+    "full_fp16 full_bf16 "
     "fp8_base fp8_base_unet torch_compile dynamo_backend cpu_offload_checkpointing mem_eff_attn fused_backward_pass "
-    "ddp_gradient_as_bucket_view ddp_static_graph initial_epoch initial_step skip_until_initial_step deepspeed "
+    "ddp_gradient_as_bucket_view ddp_static_graph deepspeed "
     "zero_stage offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path "
     "zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients"
 ).split()
