@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 import shlex
 import threading
 from collections.abc import Callable
@@ -26,6 +27,7 @@ REPO_TYPES = ("model", "dataset")
 ATTEMPTS = 3
 #: seconds that the end of a run waits for uploads
 WAIT_AT_END = 1800.0
+_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
 _LONGEST_REASON = 300  # characters of the Hub's own messages
 
 
@@ -106,6 +108,7 @@ def reason(error: BaseException, token: str | None) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if error.__cause__ is not None and type(error) is RuntimeError:  # "Error while uploading": its cause says why
         text = f"{text} {reason(error.__cause__, token)}"
+    text = _QUERY.sub(r"\1", text)  # of upload addresses: they are signed, and so as good as a token
     if token:
         text = text.replace(token, "***")
     return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + " ..."
@@ -246,8 +249,10 @@ class Uploads:
 
     def _work(self) -> None:
         from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils import logging as hub_logging
 
         disable_progress_bars()  # the run has one of its own
+        hub_logging.set_verbosity_error()  # it names signed addresses; failures are told here
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._added > self._worked or self._closing)

@@ -111,6 +111,9 @@ ERRORS = [
     ({"adaptive_noise_scale": 0.1}, "--noise_offset"),
     ({"huber_c": 0.0, "loss_type": "huber"}, "--huber_c"),
     ({"validate_every_n_epochs": 0}, "--validate_every_n_epochs 0: must be at least 1"),
+    ({"huggingface_repo_type": "space"}, "--huggingface_repo_type space"),
+    ({"initial_epoch": 0}, "--initial_epoch 0"),
+    ({"initial_step": -1}, "--initial_step -1"),
     ({"early_stopping_patience": 0}, "--early_stopping_patience 0: must be at least 1"),
 ]
 
@@ -126,6 +129,7 @@ def test_errors(given: dict[str, object], words: str) -> None:
 WARNINGS = [
     ({"zero_terminal_snr": True}, "--zero_terminal_snr"),
     ({"v2": True, "clip_skip": 2}, "--clip_skip"),
+    ({"huggingface_repo_id": "a/b", "huggingface_repo_visibility": "pubic"}, "taken as private"),
 ]
 
 #: looks like a finding above, and is none

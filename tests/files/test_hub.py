@@ -181,11 +181,11 @@ def test_a_file_that_is_gone_and_no_target(hub: FakeHub, weights: Path, caplog: 
 def test_reasons_never_hold_the_token() -> None:
     try:
         try:
-            raise ValueError(f"refused\n\nfor {TOKEN}")
+            raise ValueError(f"refused\n\nfor {TOKEN} at https://s3/x?Signature=ab1 (no)")
         except ValueError as cause:
             raise RuntimeError("Error while uploading 'x'") from cause
     except RuntimeError as error:
-        assert reason(error, TOKEN) == "Error while uploading 'x' refused for ***"
+        assert reason(error, TOKEN) == "Error while uploading 'x' refused for *** at https://s3/x (no)"
     assert TOKEN not in repr(target())
 
 
