@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import logging
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning, ModelInfo
-from library.config.arguments import TrainNetworkOptions, build_parser
+from library.config.arguments import TrainNetworkOptions, build_parser, hide_secrets
 from library.config.config_file import origins_of
 from library.config.console import setup_console
 from library.config.explain import print_explanation
@@ -163,6 +164,7 @@ class Trainer(ABC):
             SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when all is saved.
         """
         options = self.options_class().from_args(args)
+        hide_secrets(options, sys.argv)
         if options.config.explain:
             return print_explanation(options, origins_of(args), self.architecture)
         with Interrupt() as interrupt:
