@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 #: kinds of repository that hold files; a Space is a program
 REPO_TYPES = ("model", "dataset")
-#: how often one upload is tried, the end of the run apart
+#: how often one upload is tried
 ATTEMPTS = 3
 #: seconds that the end of a run waits for uploads
 WAIT_AT_END = 1800.0

@@ -15,7 +15,7 @@ from library.data.dataset import Batch
 from library.training.checkpoints import ema_path, remove_outdated
 from library.training.figures import LossAverage, StepFigures
 from library.training.logs import Progress, Trackers, print_summary
-from library.training.previews import PreviewPolicy, draw_previews, preview_path
+from library.training.previews import PreviewPolicy, draw_previews, of_all_processes, preview_path
 
 if TYPE_CHECKING:
     from library.training.trainer import Run, Trainer
@@ -168,7 +168,7 @@ class Fitting:
             rank=run.accelerator.process_index,
             world_size=run.accelerator.num_processes,
         )
-        self._trackers.images(images, step)
+        self._trackers.images(of_all_processes(images), step)
         self._trainer.training_mode(run, True)
 
 

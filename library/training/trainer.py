@@ -176,6 +176,7 @@ class Trainer(ABC):
                 self.load(run)
                 self.fit(run, interrupt)
                 self.finish(run, interrupt)
+            run.accelerator.end_training()
 
     def setup(self, options: TrainNetworkOptions) -> Run:
         """Check everything, scan the data, and lay out the run; no weights are loaded yet."""
@@ -327,6 +328,7 @@ class Trainer(ABC):
         finally:
             fitting.close()
         if run.done_steps < run.plan.total_steps and not fitting.is_over():
+            run.accelerator.end_training()
             raise SystemExit(interrupt.exit_code)
 
     def finish(self, run: Run, interrupt: Interrupt) -> None:
