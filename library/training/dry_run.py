@@ -181,6 +181,9 @@ def _other_files(run: Run) -> list[str]:
         lines.append(f"beside each file of weights: the average, as {ema_path(run.names.final()).name}")
     if options.validation.save_best:
         lines.append(f"{run.names.best()}: the weights of the lowest validation loss, whenever there is a new one")
+    if (hub := run.checked.hub) is not None:
+        states = " and states" if options.output.save_state_to_huggingface else ""
+        lines.append(f"{hub.repo_id} on the Hub: every file of weights{states}, as {hub.place(run.names.final())}")
     if run.checked.prompts:
         sample = options.sample
         count = int(sample.sample_at_first)

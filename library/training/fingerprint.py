@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from library.config.arguments import TrainNetworkOptions
 from library.data import describe
 from library.data.dataset import BucketedDataset
@@ -56,7 +58,9 @@ def fingerprint(run: Run) -> dict[str, object]:
         "batches per epoch": run.plan.batches_per_epoch,
         "total steps": run.plan.total_steps,
         "processes": run.accelerator.num_processes,
-        "device": run.device.type,
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+        "torch": torch.__version__,
+        "datasets": len(run.data.datasets),
         "validation pictures": describe.validation_set(run.data),
         "optimizer": run.checked.optimizer.metadata_name,
         "latents cached": run.caches_latents,

@@ -149,6 +149,14 @@ def test_changed_content_is_named(setting: Setting) -> None:
     assert "base model changed" in changes(before, setting.fingerprint())
 
 
+def test_a_dataset_less_is_named(setting: Setting) -> None:
+    text = setting.config.read_text()
+    setting.config.write_text(text + text.partition("[[datasets]]")[2].join(("[[datasets]]", "")))
+    before = setting.fingerprint()
+    setting.config.write_text(text)
+    assert "datasets was 2 and is now 1" in changes(before, setting.fingerprint())
+
+
 def test_the_same_things_elsewhere_are_the_same(setting: Setting, tmp_path: Path) -> None:
     before = setting.fingerprint()
     (tmp_path / "moved").mkdir()
