@@ -502,3 +502,9 @@ def flat(options: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
 def without_secrets(options: Any) -> dict[str, Any]:
     """Option values by name, without tokens and keys; for logs and trackers."""
     return {field.name: value for field, value in flat(options) if not field.metadata["secret"]}
+
+
+def hide_secrets(options: Any, words: list[str]) -> None:
+    """Blot out secrets in a command line; trackers such as wandb record ``sys.argv`` as they find it."""
+    for secret in {value for field, value in flat(options) if field.metadata["secret"] and value}:
+        words[:] = [word.replace(secret, "***") for word in words]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-_HUB = "uploads are not supported yet; upload the saved files with huggingface_hub's command line"
-_DEEPSPEED = "DeepSpeed is not supported yet; use gradient checkpointing and an 8-bit optimizer to save memory"
-_INITIAL = "starting in the middle is not supported yet; --resume goes on exactly where a state stood"
+_DEEPSPEED = (
+    "adapters act inside the frozen model's own modules, which DeepSpeed would split; use gradient checkpointing and "
+    "an 8-bit optimizer to save memory (docs/multi_gpu.md)"
+)
 _DDP = "has no effect: adapters are trained without DistributedDataParallel; remove it"
 
 #: option -> why it is refused, and what to use
@@ -16,19 +17,8 @@ REFUSED = MappingProxyType(
             "a class written against the predecessor's inner classes cannot run here, where pictures, buckets, caches "
             "and random draws are made apart; describe the data with --dataset_config or --in_json"
         ),
-        "huggingface_repo_id": _HUB,
-        "huggingface_repo_type": _HUB,
-        "huggingface_path_in_repo": _HUB,
-        "huggingface_token": _HUB,
-        "huggingface_repo_visibility": _HUB,
-        "save_state_to_huggingface": _HUB,
-        "async_upload": _HUB,
-        "resume_from_huggingface": "states on the Hub are not supported yet; download it, and --resume the folder",
         "ddp_gradient_as_bucket_view": _DDP,
         "ddp_static_graph": _DDP,
-        "initial_epoch": _INITIAL,
-        "initial_step": _INITIAL,
-        "skip_until_initial_step": _INITIAL,
         "deepspeed": _DEEPSPEED,
         "zero_stage": _DEEPSPEED,
         "offload_optimizer_device": _DEEPSPEED,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 #: lines of these are for their developers
-_NOISY = ("accelerate", "PIL", "httpx", "urllib3", "matplotlib", "filelock", "fsspec", "diffusers")
+_NOISY = ("accelerate", "PIL", "httpx", "httpx2", "urllib3", "matplotlib", "filelock", "fsspec", "diffusers")
 
 
 def setup_console(options: ConsoleOptions) -> None:

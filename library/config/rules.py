@@ -18,6 +18,7 @@ from library.config.availability import REFUSED
 from library.config.no_effect import as_errors, without_effect
 from library.data.dataset_config import NOT_WITH_CACHED_LATENTS
 from library.errors import UserError
+from library.files.hub import REPO_TYPES
 
 if TYPE_CHECKING:
     from library.architectures.base import Architecture
@@ -262,6 +263,7 @@ def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
         "validate_every_n_epochs": o.validation.validate_every_n_epochs,
         "max_validation_steps": o.validation.max_validation_steps,
         "early_stopping_patience": o.validation.early_stopping_patience,
+        "initial_epoch": o.resume.initial_epoch,
     }
     at_least_zero = {
         "max_data_loader_n_workers": o.dataset.max_data_loader_n_workers,
@@ -277,6 +279,7 @@ def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
         "multires_noise_iterations": o.noise.multires_noise_iterations,
         "multires_noise_discount": o.noise.multires_noise_discount,
         "dataset_repeats": o.dataset.dataset_repeats,
+        "initial_step": o.resume.initial_step,
     }
     for least, options in ((1, at_least_one), (0, at_least_zero)):
         for name, value in options.items():
@@ -331,6 +334,14 @@ def clip_skip(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield warning("--clip_skip is unusual with --v2, which uses the last but one layer already")
 
 
+def hub(o: TrainNetworkOptions) -> Iterator[Finding]:
+    kind, visibility = o.output.huggingface_repo_type, o.output.huggingface_repo_visibility
+    if kind not in (None, *REPO_TYPES):
+        yield error(f"--huggingface_repo_type {kind}: files go into one of type {' or '.join(REPO_TYPES)}")
+    if visibility not in (None, "public", "private"):
+        yield warning(f"--huggingface_repo_visibility {visibility}: taken as private; write public or private")
+
+
 RULES: tuple[Rule, ...] = (
     needs_model,
     needs_network,
@@ -354,6 +365,7 @@ RULES: tuple[Rule, ...] = (
     noise,
     huber,
     clip_skip,
+    hub,
 )
 
 #: what must hold to look at the data alone, without a model and without training

@@ -22,6 +22,7 @@ from library.training.checkpoints import OutputNames, SavePolicy, ema_path
 from library.training.loop import Trained
 from library.training.plan import RunPlan
 from library.training.precision import trained_dtype
+from library.training.resume import check_resumed
 
 if TYPE_CHECKING:
     from library.training.trainer import Run, Trainer
@@ -47,8 +48,8 @@ def dry_run(trainer: Trainer, run: Run) -> None:
     run.trained = Trained([p for _, found in parts for p in found], None, None, 0.0)
     resumed = run.checked.resumed
     if resumed is not None:
-        trainer.check_resumed(run)
-    done = resumed.current_step if resumed is not None else 0
+        check_resumed(run)
+    done = resumed.current_step if resumed is not None else run.start_step
     if not run.accelerator.is_main_process:
         return
     rows: Rows = [("file", _stored(Path(run.checked.checkpoint.path)))]
@@ -60,7 +61,7 @@ def dry_run(trainer: Trainer, run: Run) -> None:
     width = 2 if saved in ("fp16", "bf16") else 4 if saved else trained_dtype(run.options.training).itemsize
     size = width * sum(p.numel() for p in run.trained.parameters)
     rows.append(("weights file", f"about {_bytes(size)} each"))
-    if resumed is not None:
+    if done:
         rows.append(("goes on", f"after step {done} of {run.plan.total_steps}"))
     files = planned_files(run.plan, run.policy, run.names, after_step=done)
     print_plan(rows, [*_other_files(run), *_lines(files, last_step=run.plan.total_steps)])
@@ -156,7 +157,7 @@ def _save_moments(plan: RunPlan, policy: SavePolicy) -> list[tuple[int, int | No
     if policy.every_n_epochs:
         for epoch in range(policy.every_n_epochs, plan.num_epochs, policy.every_n_epochs):
             if policy.saves_after_epoch(epoch, plan.num_epochs):
-                moments.append((epoch * plan.steps_per_epoch, epoch))
+                moments.append((plan.steps_until(epoch), epoch))
     return sorted(moments, key=lambda moment: (moment[0], moment[1] is not None))
 
 
@@ -183,6 +184,9 @@ def _other_files(run: Run) -> list[str]:
         lines.append(f"beside each file of weights: the average, as {ema_path(run.names.final()).name}")
     if options.validation.save_best:
         lines.append(f"{run.names.best()}: the weights of the lowest validation loss, whenever there is a new one")
+    if (hub := run.checked.hub) is not None:
+        states = " and states" if options.output.save_state_to_huggingface else ""
+        lines.append(f"{hub.repo_id} on the Hub: every file of weights{states}, as {hub.place(run.names.final())}")
     if run.checked.prompts:
         sample = options.sample
         count = int(sample.sample_at_first)

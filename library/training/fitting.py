@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 from library.config.arguments import without_secrets
 from library.data.dataset import Batch
 from library.training.bad_steps import BadStepReport
-from library.training.checkpoints import remove_outdated
+from library.training.checkpoints import ema_path, remove_outdated
 from library.training.figures import DataWait, LossAverage, StepFigures
 from library.training.logs import Progress, Trackers, print_summary
 from library.training.nonfinite import BadStep
-from library.training.previews import PreviewPolicy, draw_previews, preview_path
+from library.training.previews import PreviewPolicy, draw_previews, of_all_processes, preview_path
 
 if TYPE_CHECKING:
     from library.training.trainer import Run, Trainer
@@ -56,8 +57,8 @@ class Fitting:
         if main:
             print_summary(self._trainer.summary(run), simple=simple)
         self._trainer.training_mode(run, True)
-        if run.start_step == 0 and self._previews.due_at_start():
-            self._draw(step=0, epoch=None)
+        if run.checked.resumed is None and self._previews.due_at_start():
+            self._draw(step=run.start_step, epoch=None)
         if main:
             logger.info("first step: %d of %d", run.start_step + 1, run.plan.total_steps)
         self._progress = Progress(total=run.plan.total_steps, done=run.start_step, simple=simple, enabled=main)
@@ -113,8 +114,8 @@ class Fitting:
 
     def is_save_due(self, step: int) -> bool:
         validation, plan = self._run.validation, self._run.plan
-        epochs, rest = divmod(step, plan.steps_per_epoch)
-        ends_epoch = rest == 0 and self._run.policy.saves_after_epoch(epochs, plan.num_epochs)
+        after = plan.position(step)
+        ends_epoch = after.step_in_epoch == 0 and self._run.policy.saves_after_epoch(after.epoch, plan.num_epochs)
         by_step = self._run.policy.saves_after_step(step) or ends_epoch
         return by_step or (validation is not None and validation.is_due(step))
 
@@ -132,9 +133,9 @@ class Fitting:
                 self._trainer.save_state(run, run.names.step_state(step), step=step, epoch=epoch, losses=self.losses)
             if run.accelerator.is_main_process:
                 if (old := policy.step_to_remove(step)) is not None:
-                    remove_outdated(run.names.step(old))
+                    self._remove(run.names.step(old))
                 if policy.save_state and (old := policy.step_state_to_remove(step)) is not None:
-                    remove_outdated(run.names.step_state(old))
+                    self._remove(run.names.step_state(old))
         if self._previews.due_after_step(step):
             self._draw(step=step, epoch=None)
 
@@ -147,9 +148,9 @@ class Fitting:
                 self._trainer.save_state(run, run.names.epoch_state(epoch), step=step, epoch=epoch, losses=self.losses)
             if run.accelerator.is_main_process:
                 if (old := policy.epoch_to_remove(epoch)) is not None:
-                    remove_outdated(run.names.epoch(old))
+                    self._remove(run.names.epoch(old))
                 if policy.save_state and (old := policy.epoch_state_to_remove(epoch)) is not None:
-                    remove_outdated(run.names.epoch_state(old))
+                    self._remove(run.names.epoch_state(old))
         if self._previews.due_after_epoch(epoch):
             self._draw(step=step, epoch=epoch)
 
@@ -161,6 +162,12 @@ class Fitting:
         self._trainer.save_state(run, state, step=step, epoch=epoch, losses=self.losses)
         if run.accelerator.is_main_process:
             logger.warning("stopped after step %d; go on with: --resume %s", step, state)
+
+    def _remove(self, path: Path) -> None:
+        """What is still on its way to the Hub is removed when it has arrived."""
+        uploads = self._run.uploads
+        # averages go with their weights, so both must have arrived
+        uploads.when_free(ema_path(path), lambda _: uploads.when_free(path, remove_outdated))
 
     # ---- previews ----
 
@@ -176,7 +183,7 @@ class Fitting:
             rank=run.accelerator.process_index,
             world_size=run.accelerator.num_processes,
         )
-        self._trackers.images(images, step)
+        self._trackers.images(of_all_processes(images), step)
         self._trainer.training_mode(run, True)
 
 

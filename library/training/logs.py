@@ -107,7 +107,10 @@ class Trackers:
                 tracker.log({name: wandb.Image(image) for name, image in images.items()}, step=step)
 
     def close(self) -> None:
-        self._accelerator.end_training()
+        # not end_training, which would part the processes; they still save the last state together
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        self._accelerator.trackers = []
 
 
 def print_summary(rows: Sequence[tuple[str, str]], *, simple: bool) -> None:

@@ -3,12 +3,15 @@
 A *batch* is one forward and backward pass; a *step* is one optimizer update, made of
 ``gradient_accumulation_steps`` batches. The last step of an epoch may be made of fewer: batches of
 two epochs are never joined, so every epoch starts at a step boundary.
+
+A run may begin its numbers in the middle (``--initial_step``). It does so either at that place of the data, or at the
+beginning of the data, in which case that step is the plan's ``origin``.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,21 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The step and the epoch, both counted from 0, at which a run's data begin."""
+
+    step: int = 0
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """The lengths of a run, known before anything is loaded."""
 
     batches_per_epoch: int  # of one process
     gradient_accumulation_steps: int
     total_steps: int
+    origin: Origin = Origin()
 
     @staticmethod
     def make(
@@ -35,11 +47,13 @@ class RunPlan:
         gradient_accumulation_steps: int,
         max_train_steps: int,
         max_train_epochs: int | None,
+        origin: Origin = Origin(),
     ) -> RunPlan:
         """``max_train_epochs`` wins over ``max_train_steps`` when it is given."""
-        steps_per_epoch = math.ceil(batches_per_epoch / gradient_accumulation_steps)
-        total = max_train_steps if max_train_epochs is None else max_train_epochs * steps_per_epoch
-        return RunPlan(batches_per_epoch, gradient_accumulation_steps, total)
+        plan = RunPlan(batches_per_epoch, gradient_accumulation_steps, max_train_steps, origin)
+        if max_train_epochs is None:
+            return plan
+        return replace(plan, total_steps=plan.steps_until(max_train_epochs))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -52,16 +66,21 @@ class RunPlan:
 
     def epochs_begun(self, step: int) -> int:
         """Epochs that the first ``step`` steps are part of."""
-        return math.ceil(step / self.steps_per_epoch)
+        return self.origin.epoch + math.ceil((step - self.origin.step) / self.steps_per_epoch)
+
+    def steps_until(self, epoch: int) -> int:
+        """Steps done when ``epoch``, counted from 1, has ended."""
+        return self.origin.step + (epoch - self.origin.epoch) * self.steps_per_epoch
 
     def position(self, step: int) -> Position:
         """Where the run stands after ``step`` optimizer steps."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        epoch, step_in_epoch = divmod(step - self.origin.step, self.steps_per_epoch)
+        epoch += self.origin.epoch
         return Position(epoch, step_in_epoch, step_in_epoch * self.gradient_accumulation_steps)
 
     def step_of(self, epoch: int, batch_in_epoch: int) -> int:
         """The step, counted from 0, that a batch of an epoch is part of: the inverse of ``position``."""
-        return epoch * self.steps_per_epoch + batch_in_epoch // self.gradient_accumulation_steps
+        return self.steps_until(epoch) + batch_in_epoch // self.gradient_accumulation_steps
 
     def batches_of_step(self, batch_in_epoch: int) -> int:
         """How many batches the step that starts at this batch is made of."""

@@ -99,16 +99,6 @@ def compile_denoiser(run: Run, classes: tuple[str, ...]) -> None:
         raise UserError("--torch_compile: this model has no blocks that can be compiled by themselves; remove it")
 
 
-def fingerprint(options: TrainNetworkOptions) -> dict[str, object]:
-    """What a resumed run must share to go on exactly."""
-    fp8 = InFp8.of(options)
-    parts = {"denoiser": fp8.denoiser, "text encoders": fp8.text_encoders}
-    return {
-        "precision of trained weights": str(trained_dtype(options.training))[6:],
-        "frozen weights in fp8": " and ".join(part for part, small in parts.items() if small) or "none",
-    }
-
-
 def precision_row(run: Run) -> str:
     """For the table before the first step."""
     training, fp8 = run.options.training, InFp8.of(run.options)

@@ -66,3 +66,10 @@ def draw_previews(
         drawn[f"sample_{index}"] = draw(prompt, path)
         logger.info("sample image: %s", path)
     return drawn
+
+
+def of_all_processes(drawn: dict[str, Image]) -> dict[str, Image]:
+    """The images of every process, on each of them; the trackers are the main one's. All must take part."""
+    from accelerate.utils import gather_object
+
+    return {name: image for share in gather_object([drawn]) for name, image in share.items()}

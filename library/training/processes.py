@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from datetime import timedelta
@@ -14,6 +15,7 @@ from library.config.arguments import TrainingOptions
 from library.data.latent_cache import Peers
 from library.errors import UserError
 from library.memory.host_heap import keep_freed_memory
+from library.training.launch import check_launch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,10 +39,12 @@ def make_accelerator(
         directory: where the trackers write.
 
     Raises:
-        UserError: a precision that this machine does not have.
+        UserError: a precision that this machine does not have; see ``check_launch`` too.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import GradientAccumulationPlugin
 
+    check_launch(options.mixed_precision)
     if options.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     handlers: list[Any] = []
@@ -51,6 +55,8 @@ def make_accelerator(
         log_with=list(backends) or None,
         project_dir=None if directory is None else str(directory),
         kwargs_handlers=handlers,
+        # the loop accumulates by itself; without this, accelerate's environment could scale the loss
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # one scheduler step per optimizer step, however many processes there are
         step_scheduler_with_optimizer=False,
     )
@@ -61,6 +67,11 @@ def make_accelerator(
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+def is_first_process() -> bool:
+    """Whether this is the main process, as launchers tell it before the processes join."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def choose_seed(given: int | None, resumed: int | None = None) -> int:

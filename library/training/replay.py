@@ -24,7 +24,7 @@ from library.files.safetensors_io import save_tensors
 from library.randomness import key
 from library.training.first_nonfinite import FirstNonFinite
 from library.training.interrupt import Interrupt
-from library.training.plan import RunPlan
+from library.training.plan import Origin, RunPlan
 
 if TYPE_CHECKING:
     from library.config.arguments import TrainNetworkOptions
@@ -47,7 +47,7 @@ class Recording:
     seed: int
     rank: int  # the process whose batches are recorded
     processes: int
-    plan: dict[str, int]
+    plan: dict[str, Any]
     values: dict[str, str]  # loss and gradient norm over all processes, as texts: JSON has no NaN
     batches: list[dict[str, Any]]  # pictures, captions and loss of each
     options: dict[str, Any]
@@ -112,7 +112,7 @@ def replay(trainer: Trainer, given: TrainNetworkOptions) -> None:
         run = trainer.setup(_options(type(given), recording, given))
         if run.accelerator.num_processes > 1:
             raise UserError("--replay: runs in one process; start it without a launcher")
-        plan = RunPlan(**recording.plan)
+        plan = RunPlan(**{**recording.plan, "origin": Origin(**recording.plan["origin"])})
         batches = run.data.batches_per_process(recording.processes)
         if batches != plan.batches_per_epoch:
             raise UserError(

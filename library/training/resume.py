@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.files.atomic import MANIFEST_NAME, atomic_directory, verify_directory
+from library.training.fingerprint import fingerprint, is_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from library.training.trainer import Run
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +41,14 @@ class TrainState:
     losses: list[float] = field(default_factory=list)
     #: the best validation so far, as ``library.training.validation.BestSoFar`` writes it
     validation: dict[str, float] = field(default_factory=dict)
+    #: where the run's data began, see ``library.training.plan.Origin``
+    origin_step: int = 0
+    origin_epoch: int = 0
 
     def changes(self, now: dict[str, object]) -> list[str]:
         """Lines on every difference that breaks exactness."""
         return [
-            f"{name} was {before!r} and is now {now[name]!r}"
+            f"{name} changed" if is_digest(before) else f"{name} was {before!r} and is now {now[name]!r}"
             for name, before in self.fingerprint.items()
             if name in now and now[name] != before
         ]
@@ -102,6 +108,43 @@ def _shared_directory(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
         accelerator.wait_for_everyone()
 
 
-def load_state(accelerator: Accelerator, folder: Path) -> None:
-    """Bring back weights, optimizer, scheduler and random states of this process."""
-    accelerator.load_state(str(folder))
+# ---- states of a run ----
+
+
+def standing(run: Run, *, step: int, epoch: int, losses: list[float]) -> TrainState:
+    """Where a run stands after ``step`` of ``epoch``, both counted from 1."""
+    return TrainState(
+        current_epoch=epoch,
+        current_step=step,
+        seed=run.checked.seed,
+        fingerprint=fingerprint(run),
+        losses=losses,
+        validation=run.validation.best.state() if run.validation else {},
+        origin_step=run.plan.origin.step,
+        origin_epoch=run.plan.origin.epoch,
+    )
+
+
+def check_resumed(run: Run) -> None:
+    """Name what was changed since the state was saved. Raises UserError if the run has ended with it."""
+    state = run.checked.resumed
+    for change in state.changes(fingerprint(run)):
+        logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
+    if state.current_step >= run.plan.total_steps:
+        raise UserError(
+            f"--resume {run.options.resume.resume}: the state stands at step {state.current_step} and the run ends "
+            f"at step {run.plan.total_steps}; raise --max_train_steps or --max_train_epochs"
+        )
+
+
+def go_on(run: Run) -> None:
+    """Bring back weights, optimizer, scheduler, random states of this process, and the best validation.
+
+    Raises:
+        UserError: the run has ended with the state.
+    """
+    check_resumed(run)
+    run.accelerator.load_state(str(run.checked.state_folder))
+    if run.validation:
+        run.validation.restore(run.checked.resumed.validation)
+    logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)

@@ -8,11 +8,14 @@ from typing import Any
 
 from library.config.arguments import TrainNetworkOptions
 from library.config.config_file import load_toml
+from library.errors import UserError
+from library.files.hub import HubTarget, RemoteFolder, download_folder
 from library.inference.prompt_line import SamplePrompt, read_prompt_file
 from library.optim.schedulers import ScheduleSettings
 from library.training.checkpoints import SavePolicy
 from library.training.logs import TrackerSettings
-from library.training.plan import RunPlan
+from library.training.plan import Origin, RunPlan
+from library.training.resume import TrainState
 from library.training.step import LossSettings, NoiseSettings
 
 
@@ -25,6 +28,70 @@ def sample_prompts(options: TrainNetworkOptions) -> tuple[SamplePrompt, ...]:
     wanted = options.sample
     is_due = wanted.sample_every_n_steps or wanted.sample_every_n_epochs or wanted.sample_at_first
     return tuple(read_prompt_file(Path(wanted.sample_prompts))) if wanted.sample_prompts and is_due else ()
+
+
+def run_plan(
+    options: TrainNetworkOptions, *, batches_per_epoch: int, resumed: TrainState | None
+) -> tuple[RunPlan, int]:
+    """The lengths of a run, and how many steps are done when it starts.
+
+    Raises:
+        UserError: it would start at its end.
+    """
+    training, start = options.training, options.resume
+
+    def make(origin: Origin) -> RunPlan:
+        return RunPlan.make(
+            batches_per_epoch=batches_per_epoch,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            max_train_steps=training.max_train_steps,
+            max_train_epochs=training.max_train_epochs,
+            origin=origin,
+        )
+
+    if resumed is not None:
+        return make(Origin(resumed.origin_step, resumed.origin_epoch)), resumed.current_step
+    whole = make(Origin())
+    first = whole.steps_until((start.initial_epoch or 1) - 1)
+    if start.initial_step is not None:
+        first = start.initial_step
+    plan = whole if start.skip_until_initial_step else make(Origin(first, whole.position(first).epoch))
+    if first >= plan.total_steps:
+        name = "initial_step" if start.initial_step is not None else "initial_epoch"
+        raise UserError(
+            f"--{name} {getattr(start, name)}: the run would start after step {first}, and ends after step "
+            f"{plan.total_steps}, counted from the very first; raise --max_train_steps or --max_train_epochs"
+        )
+    return plan, first
+
+
+def hub_target(options: TrainNetworkOptions) -> HubTarget | None:
+    """Where saves are uploaded to, if they are."""
+    output = options.output
+    if not output.huggingface_repo_id:
+        return None
+    visibility = output.huggingface_repo_visibility
+    return HubTarget(
+        repo_id=output.huggingface_repo_id,
+        repo_type=output.huggingface_repo_type or "model",
+        folder=(output.huggingface_path_in_repo or "").strip("/"),
+        token=output.huggingface_token,
+        visibility="private" if visibility and visibility != "public" else visibility,
+        in_background=output.async_upload,
+    )
+
+
+def state_folder(options: TrainNetworkOptions) -> Path | None:
+    """The state to go on from, fetched if it is on the Hub.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    if not options.resume.resume:
+        return None
+    if not options.resume.resume_from_huggingface:
+        return Path(options.resume.resume)
+    return download_folder(RemoteFolder.parse(options.resume.resume), options.output.huggingface_token)
 
 
 def save_policy(options: TrainNetworkOptions, plan: RunPlan) -> SavePolicy:

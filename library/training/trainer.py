@@ -8,8 +8,10 @@ sees ``args``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning, ModelInfo
-from library.config.arguments import TrainNetworkOptions, build_parser
+from library.config.arguments import TrainNetworkOptions, build_parser, hide_secrets
 from library.config.config_file import origins_of
 from library.config.console import setup_console
 from library.config.explain import print_explanation
@@ -35,15 +37,16 @@ from library.data.dataset import Batch, TrainingData
 from library.data.dataset_config import DatasetConfig, load_dataset_config
 from library.diffusion.ddpm import NoiseSchedule
 from library.diffusion.samplers import check_sampler
-from library.errors import UserError, exits_on_user_error
+from library.errors import exits_on_user_error
 from library.files.atomic import recover_directory
+from library.files.hub import HubTarget, Uploads, check_target
 from library.inference.prompt_line import SamplePrompt
 from library.memory.attention import attention_backend
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
 from library.training import precision
 from library.training.caching import CacheJob, cache_latents, inspect_model
-from library.training.checkpoints import OutputNames, SavePolicy
+from library.training.checkpoints import OutputNames, SavePolicy, ema_path
 from library.training.debug_dataset import show_dataset
 from library.training.dry_run import dry_run
 from library.training.fitting import Fitting
@@ -51,16 +54,19 @@ from library.training.interrupt import Interrupt
 from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
-from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
+from library.training.processes import choose_seed, is_first_process, make_accelerator, of_main_process, weight_dtype
 from library.training.replay import replay
-from library.training.resume import TrainState, load_state, read_state, save_state
+from library.training.resume import TrainState, go_on, read_state, save_state, standing
 from library.training.settings import (
+    hub_target,
     loss_settings,
     noise_settings,
     rates_of_parts,
+    run_plan,
     sample_prompts,
     save_policy,
     schedule_settings,
+    state_folder,
     tracker_settings,
 )
 from library.training.step import NoiseSettings, batch_losses
@@ -85,8 +91,10 @@ class Checked:
     optimizer: OptimizerChoice
     learning_rate_schedule: ScheduleSettings
     prompts: tuple[SamplePrompt, ...]
+    state_folder: Path | None  # to go on from, and what its record says
     resumed: TrainState | None
     trackers: TrackerSettings
+    hub: HubTarget | None
     seed: int
 
 
@@ -103,13 +111,14 @@ class Run:
     schedule: NoiseSchedule
     weight_dtype: torch.dtype
     started_at: float
+    start_step: int  # steps done before
+    uploads: Uploads
     tokenizers: list[Any] = field(default_factory=list)
     text_encoders: list[nn.Module] = field(default_factory=list)
     denoiser: nn.Module | None = None
     vae: nn.Module | None = None
     trained: Trained | None = None
     record: Any = None  # metadata of what is saved
-    start_step: int = 0
     done_steps: int = 0  # when training has ended
     validation: Validation | None = None
 
@@ -160,6 +169,7 @@ class Trainer(ABC):
             SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when all is saved.
         """
         options = self.options_class().from_args(args)
+        hide_secrets(options, sys.argv)
         if options.config.replay:
             return replay(self, options)
         if options.config.explain:
@@ -170,10 +180,12 @@ class Trainer(ABC):
             run = self.setup(options)
             if options.config.dry_run:
                 return dry_run(self, run)
-            self.cache(run, interrupt)
-            self.load(run)
-            self.fit(run, interrupt)
-            self.finish(run, interrupt)
+            with contextlib.closing(run.uploads):
+                self.cache(run, interrupt)
+                self.load(run)
+                self.fit(run, interrupt)
+                self.finish(run, interrupt)
+            run.accelerator.end_training()
 
     def setup(self, options: TrainNetworkOptions) -> Run:
         """Check everything, scan the data, and lay out the run; no weights are loaded yet."""
@@ -191,11 +203,10 @@ class Trainer(ABC):
             prior_loss_weight=options.loss.prior_loss_weight,
             conditioning_as=self.conditioning_as,
         )
-        plan = RunPlan.make(
+        plan, start_step = run_plan(
+            options,
             batches_per_epoch=data.batches_per_process(accelerator.num_processes),
-            gradient_accumulation_steps=options.training.gradient_accumulation_steps,
-            max_train_steps=options.training.max_train_steps,
-            max_train_epochs=options.training.max_train_epochs,
+            resumed=checked.resumed,
         )
         report(without_effect_in_plan(options, plan), strict=options.config.strict)
         return Run(
@@ -210,6 +221,8 @@ class Trainer(ABC):
             schedule=self.architecture.noise_schedule(zero_terminal_snr=options.noise.zero_terminal_snr),
             weight_dtype=weight_dtype(options.training),
             started_at=time.time(),
+            start_step=start_step,
+            uploads=Uploads(checked.hub if accelerator.is_main_process else None),
         )
 
     def check(self, options: TrainNetworkOptions) -> Checked:
@@ -238,7 +251,8 @@ class Trainer(ABC):
         report((*optimizer.warnings, *check_scheduler(optimizer, schedule)), strict=strict)
         self.check_trained(options)
         prompts = sample_prompts(options)
-        resumed = read_state(Path(options.resume.resume)) if options.resume.resume else None
+        folder = state_folder(options)
+        resumed = read_state(folder) if folder else None
         trackers = tracker_settings(options)
         trackers.check()
         checkpoint = inspect_model(self.architecture, options.model)
@@ -249,6 +263,9 @@ class Trainer(ABC):
                 v_prediction=checkpoint.info.v_prediction,
                 zero_terminal_snr=_draws_with_zero_snr(options, checkpoint.info),
             )
+        hub = hub_target(options)
+        if hub is not None and is_first_process():
+            hub = check_target(hub, create=not options.config.dry_run)
         return Checked(
             options=options,
             dataset_config=dataset_config,
@@ -257,8 +274,10 @@ class Trainer(ABC):
             optimizer=optimizer,
             learning_rate_schedule=schedule,
             prompts=prompts,
+            state_folder=folder,
             resumed=resumed,
             trackers=trackers,
+            hub=hub,
             seed=choose_seed(options.training.seed, resumed.seed if resumed else None),
         )
 
@@ -303,8 +322,8 @@ class Trainer(ABC):
             precision.compile_denoiser(run, self.architecture.compiled_blocks)
         if run.data.validation_datasets:
             run.validation = Validation(self, run)
-        if run.options.resume.resume:
-            self._resume(run)
+        if run.checked.resumed is not None:
+            go_on(run)
 
     def fit(self, run: Run, interrupt: Interrupt) -> None:
         """Train, save and draw until the last step or the first interrupt."""
@@ -324,6 +343,7 @@ class Trainer(ABC):
         finally:
             fitting.close()
         if run.done_steps < run.plan.total_steps and not fitting.is_over():
+            run.accelerator.end_training()
             raise SystemExit(interrupt.exit_code)
 
     def finish(self, run: Run, interrupt: Interrupt) -> None:
@@ -509,55 +529,17 @@ class Trainer(ABC):
         if run.accelerator.is_main_process:
             self.write_weights(run, path, step=step, epoch=epoch)
             logger.info("saved weights: %s", path)
+            for written in (path, ema_path(path)) if run.options.optimizer.ema_decay is not None else (path,):
+                run.uploads.add(written)
         self.training_mode(run, True)
 
     def save_state(self, run: Run, path: Path, *, step: int, epoch: int, losses: list[float]) -> None:
         # in training mode: schedule-free optimizers then go on from the very weights that they trained
-        validation = run.validation.best.state() if run.validation else {}
-        state = TrainState(epoch, step, run.checked.seed, _fingerprint(run), losses, validation)
-        save_state(run.accelerator, path, state)
-
-    def check_resumed(self, run: Run) -> None:
-        """Name what was changed since the state was saved. Raises UserError if the run has ended with it."""
-        state = run.checked.resumed
-        for change in state.changes(_fingerprint(run)):
-            logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
-        if state.current_step >= run.plan.total_steps:
-            raise UserError(
-                f"--resume {run.options.resume.resume}: the state stands at step {state.current_step} and the run ends "
-                f"at step {run.plan.total_steps}; raise --max_train_steps or --max_train_epochs"
-            )
-
-    def _resume(self, run: Run) -> None:
-        self.check_resumed(run)
-        load_state(run.accelerator, Path(run.options.resume.resume))
-        if run.validation:
-            run.validation.restore(run.checked.resumed.validation)
-        run.start_step = run.checked.resumed.current_step
-        logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)
+        save_state(run.accelerator, path, standing(run, step=step, epoch=epoch, losses=losses))
+        if run.options.output.save_state_to_huggingface:
+            run.uploads.add(path)
 
 
 def _draws_with_zero_snr(options: TrainNetworkOptions, info: ModelInfo) -> bool:
     """Samplers cannot start from pure noise with a model that predicts it; training with it only warns."""
     return options.noise.zero_terminal_snr and info.v_prediction
-
-
-def _fingerprint(run: Run) -> dict[str, object]:
-    """What a resumed run must share to go on exactly; JSON values only."""
-    options = run.options
-    return {
-        "seed": run.checked.seed,
-        "batches per epoch": run.plan.batches_per_epoch,
-        "--gradient_accumulation_steps": options.training.gradient_accumulation_steps,
-        "total steps": run.plan.total_steps,
-        "processes": run.accelerator.num_processes,
-        "validation pictures": describe.validation_set(run.data),
-        "--mixed_precision": options.training.mixed_precision,
-        **precision.fingerprint(options),
-        "optimizer": run.checked.optimizer.metadata_name,
-        "--lr_scheduler": options.scheduler.lr_scheduler,
-        "--learning_rate": options.optimizer.learning_rate,
-        "--ema_decay": options.optimizer.ema_decay,
-        "--network_module": options.network.network_module,
-        "text encoder outputs cached": text_cache_row(options.dataset),
-    }

@@ -64,8 +64,8 @@ class ValidationPolicy:
     def axes(self, step: int) -> tuple[str, ...]:
         """Which curves a validation after this step (counted from 1) belongs to: "step", "epoch", both or none."""
         by_step = self.every_n_steps is not None and step % self.every_n_steps == 0
-        epochs, rest = divmod(step, self.plan.steps_per_epoch)
-        by_epoch = rest == 0 and epochs % (self.every_n_epochs or 1) == 0
+        position = self.plan.position(step)
+        by_epoch = position.step_in_epoch == 0 and position.epoch % (self.every_n_epochs or 1) == 0
         if not by_step and not by_epoch and step == self.plan.total_steps:
             by_step, by_epoch = self.every_n_steps is not None, self.every_n_steps is None
         return ("step",) * by_step + ("epoch",) * by_epoch

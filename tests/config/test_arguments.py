@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from library.config.arguments import TrainNetworkOptions, build_parser, flat
+from library.config.arguments import TrainNetworkOptions, build_parser, flat, hide_secrets
 
 GROUPS = list(TrainNetworkOptions.groups().values())
 FIELDS = [field for group in GROUPS for field in dataclasses.fields(group)]
@@ -61,3 +61,11 @@ def test_exactly_the_secrets_are_marked() -> None:
     options = TrainNetworkOptions.from_args(argparse.Namespace())
     secret = {field.name for field, _ in flat(options) if field.metadata["secret"]}
     assert secret == {"huggingface_token", "wandb_api_key"}
+
+
+def test_secrets_are_blotted_out_of_a_command_line() -> None:
+    words = ["train.py", "--huggingface_token", "hf_1", "--wandb_api_key=k3y", "--output_name", "hf"]
+    hide_secrets(
+        TrainNetworkOptions.from_args(argparse.Namespace(huggingface_token="hf_1", wandb_api_key="k3y")), words
+    )
+    assert words == ["train.py", "--huggingface_token", "***", "--wandb_api_key=***", "--output_name", "hf"]

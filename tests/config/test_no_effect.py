@@ -189,7 +189,18 @@ CASES = [
     ),
     Case("resume_from_huggingface", {"resume_from_huggingface": True}, {"resume": "a/b"}),
     Case("initial_epoch", {"initial_epoch": 2, "initial_step": 5}, {"initial_step": None}),
-    Case("skip_until_initial_step", {"skip_until_initial_step": True}, {"initial_epoch": 2}),
+    Case("initial_epoch", {"initial_epoch": 1}, {"initial_epoch": 2}, "the first"),
+    Case("initial_step", {"initial_step": 0}, {"initial_step": 2}, "the first"),
+    Case("skip_until_initial_step", {"skip_until_initial_step": True}, {"initial_step": 2}),
+    Case("skip_until_initial_step", {"skip_until_initial_step": True, "initial_epoch": 2}, {"initial_step": 2}),
+    *(
+        Case(name, {"initial_step": 3, "resume": "s", name: value}, {"resume": None, "initial_step": step}, "--resume")
+        for name, value, step in (
+            ("initial_epoch", 2, None),
+            ("initial_step", 3, 3),
+            ("skip_until_initial_step", True, 3),
+        )
+    ),
     # sample images and logs
     Case("sample_prompts", {"sample_prompts": "p.txt"}, {"sample_at_first": True}),
     Case("sample_every_n_steps", {"sample_every_n_steps": 5}, {"sample_prompts": "p.txt"}, "--sample_prompts"),
@@ -301,7 +312,7 @@ ALWAYS = set(
     pretrained_model_name_or_path v2 v_parameterization tokenizer_cache_dir vae clip_skip max_token_length
     weighted_captions dataset_config cache_latents cache_latents_to_disk cache_text_encoder_outputs
     cache_text_encoder_outputs_to_disk on_bad_image max_data_loader_n_workers
-    output_dir output_name save_model_as save_precision save_state huggingface_repo_id resume initial_step
+    output_dir output_name save_model_as save_precision save_state huggingface_repo_id resume
     network_module network_args network_train_unet_only network_train_text_encoder_only dim_from_weights
     scale_weight_norms base_weights base_weights_multiplier
     optimizer_type use_8bit_adam use_lion_optimizer optimizer_args max_grad_norm
@@ -411,6 +422,14 @@ def test_a_ratio_of_saves_needs_two_epochs() -> None:
     assert text.startswith("--save_n_epoch_ratio has no effect")
     two = RunPlan(batches_per_epoch=4, gradient_accumulation_steps=1, total_steps=8)
     assert without_effect_in_plan(options({"save_n_epoch_ratio": 2}), two) == []
+
+
+def test_data_begin_with_every_epoch_anyway() -> None:
+    plan = RunPlan(batches_per_epoch=8, gradient_accumulation_steps=2, total_steps=12)
+    given = {"initial_step": 8, "skip_until_initial_step": True}
+    (text,) = without_effect_in_plan(options(given), plan)
+    assert text.startswith("--skip_until_initial_step has no effect as step 8")
+    assert without_effect_in_plan(options(given, {"initial_step": 7}), plan) == []
 
 
 def test_a_timeout_needs_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,7 @@ from library.errors import UserError
 #: the option names of the features that this version leaves out; one that is dropped here must be implemented
 LEFT_OUT = (
     "dataset_class "
-    "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token "
-    "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload "
-    "ddp_gradient_as_bucket_view ddp_static_graph initial_epoch initial_step skip_until_initial_step deepspeed "
+    "ddp_gradient_as_bucket_view ddp_static_graph deepspeed "
     "zero_stage offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path "
     "zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients"
 ).split()
@@ -119,6 +117,9 @@ ERRORS = [
     ({"adaptive_noise_scale": 0.1}, "--noise_offset"),
     ({"huber_c": 0.0, "loss_type": "huber"}, "--huber_c"),
     ({"validate_every_n_epochs": 0}, "--validate_every_n_epochs 0: must be at least 1"),
+    ({"huggingface_repo_type": "space"}, "--huggingface_repo_type space"),
+    ({"initial_epoch": 0}, "--initial_epoch 0"),
+    ({"initial_step": -1}, "--initial_step -1"),
     ({"early_stopping_patience": 0}, "--early_stopping_patience 0: must be at least 1"),
 ]
 
@@ -134,6 +135,7 @@ def test_errors(given: dict[str, object], words: str) -> None:
 WARNINGS = [
     ({"zero_terminal_snr": True}, "--zero_terminal_snr"),
     ({"v2": True, "clip_skip": 2}, "--clip_skip"),
+    ({"huggingface_repo_id": "a/b", "huggingface_repo_visibility": "pubic"}, "taken as private"),
 ]
 
 #: looks like a finding above, and is none

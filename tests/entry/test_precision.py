@@ -121,8 +121,8 @@ def test_changed_precision_is_named_on_resume(
     changed = {**arguments, "fp8_base_unet": True, "full_bf16": True}
     train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "rest", **changed, resume=state))
     said = "".join(capsys.readouterr())
-    assert "precision of trained weights was 'float32' and is now 'bfloat16'" in said
-    assert "frozen weights in fp8 was 'none' and is now 'denoiser'" in said
+    assert "--full_bf16 was False and is now True" in said
+    assert "--fp8_base_unet was False and is now True" in said
 
 
 COMMANDS = re.findall(

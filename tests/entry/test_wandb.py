@@ -12,7 +12,7 @@ from tests.fixtures.runs import lora_arguments, make_pictures, run_script, write
 from tests.fixtures.tiny_sd import make_tiny_sd
 
 STAND_IN = """
-import json, os
+import json, os, sys
 
 def _note(*what):
     with open(os.environ["WANDB_STAND_IN"], "a") as file:
@@ -36,7 +36,7 @@ config = _Config()
 run = Run()
 
 def init(**settings):
-    _note("init", settings["project"], settings.get("name"))
+    _note("init", settings["project"], settings.get("name"), sys.argv)
     return run
 """
 
@@ -73,7 +73,8 @@ def test_run_is_told_to_wandb_and_the_key_stays_secret(wandb: tuple[dict[str, st
     assert done.code == 0, done.text
     told = [json.loads(line) for line in notes.read_text().splitlines()]
     assert told[0] == ["login", "k3y-of-mine"]
-    assert told[1] == ["init", "cats", "first"]
+    assert told[1][:3] == ["init", "cats", "first"]
+    assert "***" in told[1][3] and not any("k3y" in word for word in told[1][3]), "wandb records the command line"
     assert [entry[2] for entry in told if entry[0] == "log" and "loss/current" in entry[1]] == [1, 2]
     assert told[-1] == ["finish"]
     assert "k3y-of-mine" not in done.text

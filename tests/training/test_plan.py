@@ -2,7 +2,7 @@
 
 import pytest
 
-from library.training.plan import Position, RunPlan
+from library.training.plan import Origin, Position, RunPlan
 
 
 def make(batches: int, accumulation: int, steps: int = 1600, epochs: int | None = None) -> RunPlan:
@@ -45,3 +45,19 @@ def test_every_batch_knows_its_step(batches: int, accumulation: int) -> None:
 def test_the_last_step_of_an_epoch_may_be_short() -> None:
     plan = make(5, 2)
     assert [plan.batches_of_step(start) for start in (0, 2, 4)] == [2, 2, 1]
+
+
+def test_data_that_begin_at_a_step() -> None:
+    """Step 4 lies in the second epoch of three steps; that epoch's data begin anew there."""
+    plan = RunPlan.make(
+        batches_per_epoch=5,
+        gradient_accumulation_steps=2,
+        max_train_steps=7,
+        max_train_epochs=3,
+        origin=Origin(step=4, epoch=1),
+    )
+    assert (plan.total_steps, plan.num_epochs) == (4 + 3 + 3, 3)
+    assert [plan.position(step) for step in (4, 6, 7)] == [Position(1, 0, 0), Position(1, 2, 4), Position(2, 0, 0)]
+    assert [plan.step_of(1, batch) for batch in range(5)] == [4, 4, 5, 5, 6]
+    assert [plan.epochs_begun(step) for step in (5, 7, 8)] == [2, 2, 3]
+    assert plan.steps_until(2) == 7

@@ -31,4 +31,8 @@ def without_effect_in_plan(options: TrainNetworkOptions, plan: RunPlan) -> list[
     found = [NoEffect(message([name], reason)) for name, most, reason in limits if (values[name] or 0) > most]
     if options.output.save_n_epoch_ratio is not None and plan.num_epochs < 2:
         found.append(NoEffect(message(["save_n_epoch_ratio"], last)))
+    first = options.resume.initial_step
+    if options.resume.skip_until_initial_step and first and first % plan.steps_per_epoch == 0:
+        reason = f"as step {first} is where an epoch's data begin anyway"
+        found.append(NoEffect(message(["skip_until_initial_step"], reason)))
     return found

@@ -1,0 +1,142 @@
+"""What a resumed run must share with the run that saved the state, to go on exactly.
+
+Every option counts unless it is listed here as harmless, so a new one cannot be forgotten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.config.arguments import TrainNetworkOptions
+from library.data import describe
+from library.data.dataset import BucketedDataset
+from library.files.hashes import model_hash
+from library.training.text_caching import text_cache_row
+
+if TYPE_CHECKING:
+    from library.training.trainer import Run
+
+#: groups of options that change what is written, shown or kept, but no weight
+HARMLESS_GROUPS = frozenset({"output", "sample", "resume", "validation", "logging", "modelspec", "console", "config"})
+
+#: the same for single options
+HARMLESS = frozenset(
+    {
+        # where things are; their contents are compared below
+        "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "base_weights",
+        # the state holds the weights
+        "network_weights", "dim_from_weights",
+        # compared below as what they come to
+        "seed", "max_train_steps", "max_train_epochs", "optimizer_type", "use_8bit_adam", "use_lion_optimizer",
+        # nothing happens by it while all is finite
+        "on_nan",
+        # memory, speed and processes
+        "gradient_checkpointing", "cpu_offload_checkpointing", "lowram", "highvram", "ddp_timeout",
+        "ddp_gradient_as_bucket_view", "ddp_static_graph",
+    }
+)  # fmt: skip
+
+#: keys of a subset that say where things are or how they are read, not what they are
+_HARMLESS_KEYS = frozenset(
+    {"where", "image_dir", "metadata_file", "conditioning_dir", "cache_info", "on_bad_image", "validation_split",
+     "validation_seed", "class_tokens", "caption_extension"}
+)  # fmt: skip
+
+_DIGEST = "sha256:"
+
+
+def fingerprint(run: Run) -> dict[str, object]:
+    """Name -> value, both for people; JSON values only."""
+    options = run.options
+    found: dict[str, object] = {
+        "seed": run.checked.seed,
+        "batches per epoch": run.plan.batches_per_epoch,
+        "total steps": run.plan.total_steps,
+        "processes": run.accelerator.num_processes,
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+        "torch": torch.__version__,
+        "datasets": len(run.data.datasets),
+        "validation pictures": describe.validation_set(run.data),
+        "optimizer": run.checked.optimizer.metadata_name,
+        "latents cached": run.caches_latents,
+        "text encoder outputs cached": text_cache_row(options.dataset),
+        "base model": content_of(options.model.pretrained_model_name_or_path),
+        "--vae": content_of(options.model.vae),
+        "--base_weights": [content_of(path) for path in options.network.base_weights or []],
+        **dict(option_values(options)),
+    }
+    for number, dataset in enumerate(run.data.datasets, start=1):
+        found |= dataset_values(dataset, f"dataset {number}")
+    return json.loads(json.dumps(found, default=str))  # as it comes back from the state
+
+
+def option_values(options: TrainNetworkOptions) -> Iterator[tuple[str, Any]]:
+    """The options that matter. Those on data are in the datasets, where a dataset file may have changed them."""
+    for group_field in dataclasses.fields(options):
+        if group_field.name in HARMLESS_GROUPS or group_field.name == "dataset":
+            continue
+        group = getattr(options, group_field.name)
+        for field in dataclasses.fields(group):
+            if field.name not in HARMLESS and not field.metadata["secret"]:
+                yield f"--{field.name}", getattr(group, field.name)
+
+
+def dataset_values(dataset: BucketedDataset, name: str) -> dict[str, object]:
+    """A dataset's settings one by one, and digests of its pictures, captions and masks."""
+    records = dataset.records
+    found: dict[str, object] = {
+        # their place in the list is part of the identity of pictures
+        f"pictures of {name}": digest(f"{r.subset} {r.name} {r.size}" for r in records),
+        f"captions of {name}": digest(r.caption for r in records),
+        f"masks of {name}": digest(r.conditioning.name if r.conditioning else "" for r in records),
+    }
+    settings = {field.name: getattr(dataset.spec, field.name) for field in dataclasses.fields(dataset.spec)}
+    subsets = settings.pop("subsets")
+    found |= {f"{key} of {name}": value for key, value in _flat(settings)}
+    for number, subset in enumerate(subsets, start=1):
+        found |= {f"{key} of {name}, subset {number}": value for key, value in _flat(vars(subset))}
+    return found
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if key in _HARMLESS_KEYS:
+            continue
+        if dataclasses.is_dataclass(value):
+            yield from _flat(vars(value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def digest(lines: Iterable[str]) -> str:
+    """One short text for many; messages say only that it changed."""
+    whole = hashlib.sha256()
+    for line in lines:
+        whole.update(line.encode("utf-8", "surrogatepass") + b"\0")
+    return f"{_DIGEST}{whole.hexdigest()[:16]}"
+
+
+def is_digest(value: object) -> bool:
+    return isinstance(value, str) and value.startswith(_DIGEST)
+
+
+def content_of(path_or_id: str | None) -> str | None:
+    """A file by size and short hash, wherever it lies; a folder by its files' sizes; a Hub id by its name."""
+    if path_or_id is None or not Path(path_or_id).exists():
+        return path_or_id
+    path = Path(path_or_id)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    # the start of a small file too, which the short hash does not reach
+    return digest(f"{f.relative_to(path)} {f.stat().st_size} {model_hash(f)} {_start(f)}" for f in files)
+
+
+def _start(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.sha256(stream.read(1 << 16)).hexdigest()

@@ -1,0 +1,76 @@
+"""Two processes through the real script: one gradient of both, every process's state, shared sample images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.entry.test_resume import GENERAL, HARD, assert_same_weights
+from tests.fixtures.runs import launch_script, lora_arguments, make_pictures, run_script, train_here, write_dataset
+from tests.fixtures.tiny_sd import MadeCheckpoint
+
+
+def test_two_at_batch_1_are_one_at_batch_2(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+    """Plain gradient descent at rate 1, so that what a step changes is the gradient, to 1e-6."""
+    pictures = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 2)
+    (tmp_path / "prompts.txt").write_text("".join(f"a cat --w 64 --h 64 --s 1 --d {seed}\n" for seed in (1, 2, 3)))
+    settings = {
+        "optimizer_type": "SGD",
+        "learning_rate": 1.0,
+        "max_grad_norm": 0,
+        "max_train_steps": 3,
+        "save_every_n_steps": 1,
+        "cache_latents": True,
+    }
+    drawn = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 3, "save_state_on_train_end": True}
+    one = write_dataset(tmp_path / "one.toml", pictures, dataset="batch_size = 2")
+    train_here(*lora_arguments(tiny_sd, one, tmp_path / "one", **settings))
+    two = write_dataset(tmp_path / "two.toml", pictures, dataset="batch_size = 1")
+    done = launch_script("train_network.py", 2, *lora_arguments(tiny_sd, two, tmp_path / "two", **settings, **drawn))
+    assert [process.code for process in done] == [0, 0], done[0].text + done[1].text
+
+    before: dict[str, torch.Tensor] = {}
+    moved = 0.0
+    for name in ("tiny-step00000001", "tiny-step00000002", "tiny"):
+        together, alone = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("two", "one"))
+        for key, tensor in alone.items():
+            torch.testing.assert_close(together[key], tensor, rtol=0, atol=1e-6)
+            moved = max(moved, float((tensor - before.get(key, tensor)).abs().max()))
+        before = alone
+    assert moved > 1e-4, "gradients are far larger than the difference that is allowed"
+
+    state = tmp_path / "two" / "tiny-state"
+    assert {f"random_states_{rank}.pkl" for rank in (0, 1)} <= {p.name for p in state.iterdir()}
+    assert json.loads((state / "train_state.json").read_text())["fingerprint"]["processes"] == 2
+    # each process draws its share, and the trackers, which are the first one's, have all
+    images = {path.name: "" for path in (tmp_path / "two" / "sample").glob("*.png")}
+    assert len(images) == 3
+    drew = [[name for name in images if name in process.text] for process in done]
+    assert [len(names) for names in drew] == [2, 1]
+    events = b"".join(p.read_bytes() for p in (tmp_path / "two" / "logs").rglob("events.out.tfevents.*"))
+    assert all(f"sample_{index}".encode() in events for index in range(3))
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+    pictures = make_pictures(tmp_path / "pictures")
+    dataset = write_dataset(tmp_path / "data.toml", pictures, general=GENERAL, subset="num_repeats = 3")
+    settings = {**HARD, "ema_decay": 0.9, "max_train_steps": 6}
+    whole = launch_script("train_network.py", 2, *lora_arguments(tiny_sd, dataset, tmp_path / "whole", **settings))
+    assert [process.code for process in whole] == [0, 0], whole[0].text + whole[1].text
+    state = tmp_path / "whole" / "tiny-step00000002-state"
+    arguments = lora_arguments(tiny_sd, dataset, tmp_path / "rest", **settings, resume=state)
+    rest = launch_script("train_network.py", 2, *arguments)
+    assert [process.code for process in rest] == [0, 0], rest[0].text + rest[1].text
+    for name in ("tiny.safetensors", "tiny-ema.safetensors", "tiny-step00000004.safetensors"):
+        assert_same_weights(tmp_path / "rest" / name, tmp_path / "whole" / name)
+    assert "not exactly" not in rest[0].text
+    # another number of processes is named
+    alone = run_script(
+        "train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path / "alone", **settings, resume=state)
+    )
+    assert alone.code == 0 and "processes was 2 and is now 1" in alone.err
