@@ -22,6 +22,7 @@ OURS = {
     "early_stopping_patience",
     "save_best",
     # published for other scripts
+    "disable_mmap_load_safetensors",
     "cache_text_encoder_outputs",
     "cache_text_encoder_outputs_to_disk",
     "text_encoder_batch_size",
