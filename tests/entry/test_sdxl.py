@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -82,7 +81,7 @@ def test_a_stopped_and_resumed_run_ends_bit_equal(tmp_path: Path, tiny_sdxl: Mad
 
 
 def test_caches_change_nothing_and_have_the_published_layout(
-    tmp_path: Path, tiny_sdxl: MadeCheckpoint, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = make_pictures(tmp_path / "pictures", ((64, 64), (100, 44), (80, 80)))
     dataset = write_dataset(tmp_path / "data.toml", pictures)
@@ -105,9 +104,9 @@ def test_caches_change_nothing_and_have_the_published_layout(
     with np.load(pictures / "1_0100x0044_sdxl.npz") as file:
         assert file["original_size"].tolist() == [100, 44] and file["latents"].shape[0] == 4
 
-    caplog.set_level(logging.INFO)
+    capsys.readouterr()
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "third", **cached), script=SCRIPT)
-    assert "0 files made, 3 from the cache" in caplog.text
+    assert "0 files made, 3 from the cache" in capsys.readouterr().err
     assert_same_weights(tmp_path / "plain" / "tiny.safetensors", tmp_path / "third" / "tiny.safetensors")
 
 
@@ -120,7 +119,7 @@ def test_v_prediction_with_zero_terminal_snr_from_a_folder(tmp_path: Path, pictu
 
 
 def test_caching_tools_make_what_training_uses(
-    tmp_path: Path, tiny_sdxl: MadeCheckpoint, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from library.config.config_file import read_args
     from tools import cache_latents, cache_text_encoder_outputs
@@ -129,14 +128,13 @@ def test_caching_tools_make_what_training_uses(
     dataset = write_dataset(tmp_path / "data.toml", pictures)
     words = ["--sdxl", "--pretrained_model_name_or_path", tiny_sdxl.path, "--dataset_config", dataset]
     words += ["--tokenizer_cache_dir", tiny_sdxl.tokenizer_cache_dir, "--console_log_simple"]
-    caplog.set_level(logging.INFO)
     for module, tool in (
         (cache_latents, cache_latents.CacheLatents),
         (cache_text_encoder_outputs, cache_text_encoder_outputs.CacheTextEncoderOutputs),
     ):
         tool().run(read_args(module.setup_parser(), [str(word) for word in words]))
     assert len(list(pictures.glob("*_sdxl.npz"))) == len(list(pictures.glob("*_te_outputs.npz"))) == 2
-    caplog.clear()
+    capsys.readouterr()
     more = {
         "network_train_unet_only": True,
         "cache_latents_to_disk": True,
@@ -144,7 +142,9 @@ def test_caching_tools_make_what_training_uses(
         "max_train_steps": 1,
     }
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
-    assert "0 files made, 2 from the cache" in caplog.text
+    error = capsys.readouterr().err
+    assert "latents: 0 encoded, 2 from the cache" in error
+    assert "0 files made, 2 from the cache" in error
 
 
 def refused(capsys: pytest.CaptureFixture[str], script: str, *arguments: object) -> str:
