@@ -177,3 +177,24 @@ def test_the_right_script_is_named(
     assert "bucket_reso_steps 16: must be a multiple of 32" in error
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_gen_img_recognises_the_model(tmp_path: Path, tiny_sdxl: MadeCheckpoint, tiny_sd: MadeCheckpoint) -> None:
+    from types import SimpleNamespace
+
+    from library.architectures.sd import SD
+    from library.architectures.sdxl import SDXL
+    from library.inference.families import family_of
+
+    def family(path: Path | str, sdxl: bool = False) -> object:
+        return family_of(SimpleNamespace(ckpt=str(path), sdxl=sdxl, v2=False, clip_skip=None))
+
+    assert family(tiny_sd.path) is SD and family("owner/name") is SD and family("owner/name", sdxl=True) is SDXL
+    folder = make_tiny_sdxl(tmp_path / "folder", layout="diffusers")
+    assert family(folder.path) is SDXL
+    words = ["--ckpt", tiny_sdxl.path, "--tokenizer_cache_dir", tiny_sdxl.tokenizer_cache_dir, "--console_log_simple"]
+    words += ["--W", 64, "--H", 96, "--steps", 2, "--prompt", "a (cat:1.2) --n dog", "--outdir", tmp_path / "images"]
+    done = run_script("gen_img.py", *words)
+    assert done.code == 0, done.text
+    (image,) = (tmp_path / "images").iterdir()
+    assert Image.open(image).size == (64, 96)
