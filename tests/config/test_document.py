@@ -82,7 +82,9 @@ def test_quoted_messages_are_those_of_the_source(message: str) -> None:
     )
 
 
-@pytest.mark.parametrize("page", ["troubleshooting.md", "options/README.md", "train_network.md"])
+@pytest.mark.parametrize(
+    "page", ["troubleshooting.md", "options/README.md", "train_network.md", "sdxl_train_network.md"]
+)
 def test_options_named_on_the_pages_exist(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     elsewhere = {"num_cpu_threads_per_process", "num_processes", "multi_gpu", "help"}  # accelerate's and argparse's
