@@ -30,6 +30,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.architectures.base import LoraTarget
+from library.architectures.sd import SD
 from library.errors import UserError
 from networks.base import AdapterModule, AdapterNetwork, Dropouts, NetworkPart, RateGroup, as_list
 from networks.dora import DoraModule
@@ -37,20 +38,13 @@ from networks.file_names import published_names
 from networks.lora_args import DEFAULT_ALPHA, MODULE_NAME, RANK_KEYS, LoraArgs
 from networks.lora_module import LoraModule
 from networks.targets import FoundModule, RankAlpha, RankRule, find_modules, target_of
-from networks.unet_blocks import SD_BLOCKS, unet_block_index
+from networks.unet_blocks import unet_block_index
 from networks.weights import read_weights, refuse_misfits, select_weights, sizes_of
 
 DEFAULT_RANK = 4
 
 #: models that no family has loaded are taken for those of SD 1.x/2.x
-TEXT_ENCODER = LoraTarget("lora_te", ("CLIPAttention", "CLIPMLP"), diffusers_root="text_encoder")
-UNET = LoraTarget(
-    "lora_unet",
-    ("Transformer2DModel",),
-    conv_classes=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
-    blocks=SD_BLOCKS,
-    diffusers_root="unet",
-)
+TEXT_ENCODER, UNET = SD.text_encoder_targets[0], SD.denoiser_target
 
 
 class LoraNetwork(AdapterNetwork):

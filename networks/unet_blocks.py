@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 
 from library.architectures.base import BlockNumbering
+from library.architectures.sd import SD
 
-SD_BLOCKS = BlockNumbering(down=12, mid=1, up=12)
+SD_BLOCKS: BlockNumbering = SD.denoiser_target.blocks
 
 _LEVEL_SIZE = 3  # input or output blocks per resolution level
 _DOWN = re.compile(r"down_blocks\.(\d+)\.(attentions|resnets|downsamplers)\.(\d+)\.")

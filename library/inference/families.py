@@ -33,7 +33,7 @@ def family_of(options: ImageModelOptions) -> Architecture:
             raise UserError(f"--{name}: {why}")
     for name, why in family.idle_options.items():
         if getattr(options, name, None) is not None:
-            logger.warning("--%s has no effect: %s", name, why)
+            logger.warning("--%s has no effect %s", name, why)
     return family
 
 

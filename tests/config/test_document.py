@@ -89,5 +89,6 @@ def test_options_named_on_the_pages_exist(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     elsewhere = {"num_cpu_threads_per_process", "num_processes", "multi_gpu", "help"}  # accelerate's and argparse's
     elsewhere |= {"n", "w", "h", "d", "l", "s"}  # of prompt lines
+    elsewhere |= {"sdxl"}  # of the caching tools
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_]*)", text))
     assert named - elsewhere <= {field.name for field in FIELDS}

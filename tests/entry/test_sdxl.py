@@ -147,6 +147,16 @@ def test_caching_tools_make_what_training_uses(
     assert "0 files made, 2 from the cache" in error
 
 
+def test_lycoris_trains_both_encoders(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path) -> None:
+    pytest.importorskip("lycoris")
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    more = {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "preset=attn-mlp"]}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
+    names = load_file(tmp_path / "out" / "tiny.safetensors")
+    for start in ("lora_te1_text_model_encoder", "lora_te2_text_model_encoder", "lora_unet_down_blocks_1"):
+        assert any(name.startswith(start) for name in names)
+
+
 def refused(capsys: pytest.CaptureFixture[str], script: str, *arguments: object) -> str:
     with pytest.raises(SystemExit) as ended:
         train_here(*arguments, script=script)
@@ -182,6 +192,7 @@ def test_the_right_script_is_named(
 def test_gen_img_recognises_the_model(tmp_path: Path, tiny_sdxl: MadeCheckpoint, tiny_sd: MadeCheckpoint) -> None:
     from types import SimpleNamespace
 
+    import gen_img
     from library.architectures.sd import SD
     from library.architectures.sdxl import SDXL
     from library.inference.families import family_of
@@ -194,7 +205,6 @@ def test_gen_img_recognises_the_model(tmp_path: Path, tiny_sdxl: MadeCheckpoint,
     assert family(folder.path) is SDXL
     words = ["--ckpt", tiny_sdxl.path, "--tokenizer_cache_dir", tiny_sdxl.tokenizer_cache_dir, "--console_log_simple"]
     words += ["--W", 64, "--H", 96, "--steps", 2, "--prompt", "a (cat:1.2) --n dog", "--outdir", tmp_path / "images"]
-    done = run_script("gen_img.py", *words)
-    assert done.code == 0, done.text
+    gen_img.main(gen_img.setup_parser().parse_args([str(word) for word in words]))
     (image,) = (tmp_path / "images").iterdir()
     assert Image.open(image).size == (64, 96)

@@ -28,8 +28,6 @@ from library.architectures.common.loading import ModelSource, load_frozen, witho
 from library.architectures.sdxl import text as sdxl_text
 from library.architectures.sdxl.checkpoint import SDXLCheckpoint, inspect_checkpoint
 
-_ONE_LAYER = "SDXL is made for the last but one layer of both text encoders, which is always taken"
-
 
 class StableDiffusionXL(LatentDiffusion):
     name = "sdxl"
@@ -53,7 +51,7 @@ class StableDiffusionXL(LatentDiffusion):
     denoiser_target = unet_target(BlockNumbering(down=9, mid=3, up=9, ends=1))
     sample_defaults = {"width": 1024, "height": 1024, "sample_steps": 30, "scale": 7.5}
     refused_options = {"v2": "that is for Stable Diffusion 2.x, whose script is train_network.py; remove it"}
-    idle_options = {"clip_skip": _ONE_LAYER}
+    idle_options = {"clip_skip": "as SDXL always takes the last but one layer of both text encoders"}
 
     # ---- files ----
 
