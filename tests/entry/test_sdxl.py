@@ -69,7 +69,21 @@ def test_a_whole_run_of_the_script(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pi
     assert len(drawn) == 1 and Image.open(drawn[0]).size == (64, 96)
 
 
-def test_a_stopped_and_resumed_run_ends_bit_equal(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path) -> None:
+def test_a_stopped_and_resumed_run_ends_bit_equal(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from library.architectures.sdxl import StableDiffusionXL
+
+    told: list[list[int]] = []  # sizes that the U-Net is told
+    predict = StableDiffusionXL.predict
+
+    def spy(self, denoiser, noisy, timesteps, conditioning):
+        height, width = (8 * side for side in noisy.shape[-2:])
+        assert conditioning["sizes"][:, 4:].tolist() == [[height, width]] * len(noisy)
+        told.extend(conditioning["sizes"].tolist())
+        return predict(self, denoiser, noisy, timesteps, conditioning)
+
+    monkeypatch.setattr(StableDiffusionXL, "predict", spy)
     general = "shuffle_caption = true\nflip_aug = true\nrandom_crop = true"
     dataset = write_dataset(tmp_path / "data.toml", pictures, general=general, dataset="batch_size = 2")
     more = {"max_train_steps": 4, "network_dropout": 0.3, "save_state": True, "save_every_n_steps": 2}
@@ -78,6 +92,9 @@ def test_a_stopped_and_resumed_run_ends_bit_equal(tmp_path: Path, tiny_sdxl: Mad
     again = {**more, "resume": state}
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "again", **again), script=SCRIPT)
     assert_same_weights(tmp_path / "whole" / "tiny.safetensors", tmp_path / "again" / "tiny.safetensors")
+    real = {Image.open(path).size[::-1] for path in pictures.glob("*.png")}  # (H, W)
+    assert {(height, width) for height, width, *_ in told} <= real
+    assert any(top or left for _, _, top, left, *_ in told)
 
 
 def test_caches_change_nothing_and_have_the_published_layout(
