@@ -1,4 +1,4 @@
-"""Draw images from text with a Stable Diffusion 1.x or 2.x model, with or without LoRA.
+"""Draw images from text with a Stable Diffusion 1.x, 2.x or XL model, with or without LoRA.
 
     python gen_img.py --ckpt model.safetensors --outdir outputs --bf16 \\
         --network_module networks.lora --network_weights my_lora.safetensors \\
@@ -23,10 +23,10 @@ def main(args: argparse.Namespace) -> None:
     options = ImageOptions.from_args(args)
     check_options(options)
     # only now, as torch takes seconds to load
-    from library.architectures.sd import SD
+    from library.inference.families import family_of
     from library.inference.gen_img import draw_images
 
-    draw_images(options, SD)
+    draw_images(options, family_of(options.model))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import LoraTarget
 from library.errors import UserError
+from networks.file_names import published_names
 from networks.targets import FoundModule, RankAlpha, RankRule, find_modules
 from networks.weights import read_weights, select_weights, write_weights
 
@@ -369,6 +370,7 @@ class AdapterNetwork(nn.Module, ABC):
         self._bind(text_encoder, unet)
         adapters = self.adapters
         if weights_sd is not None:
+            weights_sd = self.published_names(weights_sd)
             self.load_weights_from(weights_sd, "the weights to merge")
             present = {key.split(".", 1)[0] for key in weights_sd}
             adapters = [adapter for adapter in adapters if adapter.lora_name in present]
@@ -521,7 +523,7 @@ class AdapterNetwork(nn.Module, ABC):
         return self.load_weights_from(read_weights(file), str(file))
 
     def load_weights_from(self, weights: Mapping[str, Tensor], source: str) -> str:
-        """Load tensors in the published names. Alphas come with them: a file means the same in every run.
+        """Load tensors in the published names, or in diffusers'. Alphas come with them: a file means the same anywhere.
 
         A part of the network that the file lacks wholly keeps its weights; tensors of parts that are not trained
         here are left out. Both are said in the returned line.
@@ -529,11 +531,15 @@ class AdapterNetwork(nn.Module, ABC):
         Raises:
             UserError: tensors are missing, unknown, or of other shapes.
         """
-        selected, notes = select_weights(self, weights, source)
+        selected, notes = select_weights(self, self.published_names(weights), source)
         self.load_state_dict(selected, strict=False)
         message = f"loaded {len(selected)} tensors from {source}" + "".join(f"; {note}" for note in notes)
         logger.info("%s", message)
         return message
+
+    def published_names(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors in diffusers' or PEFT's names under those of this network; others keep theirs."""
+        return published_names(weights, [(part.model, part.target) for part in self.parts])
 
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the network's tensors atomically; ``.safetensors`` files carry the metadata and two hashes.

@@ -1,4 +1,4 @@
-"""LoRA for SD 1.x and 2.x (``--network_module networks.lora``).
+"""LoRA for SD 1.x, 2.x and SDXL (``--network_module networks.lora``).
 
 The weight W (out, in) of a frozen module becomes W + multiplier * (alpha / r) * U D, with U (out, r) and D (r, in)
 trained (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1). U starts at zero.
@@ -17,8 +17,8 @@ Network args: ``conv_dim``, ``conv_alpha`` (default 1); ``rank_dropout``, ``modu
 et al. 2024, "LoRA+"); ``rs_lora``, ``dora``, ``dora_on_output``; for all modules by name, ``pattern=value,...``, the
 last that fits wins: ``network_reg_dims`` and ``network_reg_lrs``, which replace the network's rank and rate; for the
 U-Net's blocks, counted as in ``networks/unet_blocks.py``: ``block_dims``, ``block_alphas``, ``conv_block_dims``,
-``conv_block_alphas`` (25 values), ``down_lr_weight`` and ``up_lr_weight`` (12, or a curve such as ``cosine+0.25``),
-``mid_lr_weight`` (1), ``block_lr_zero_threshold``.
+``conv_block_alphas`` (25 values; SDXL 23), ``down_lr_weight`` and ``up_lr_weight`` (12; SDXL 9; or a curve such as
+``cosine+0.25``), ``mid_lr_weight`` (1; SDXL 3), ``block_lr_zero_threshold``.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.architectures.base import LoraTarget
+from library.architectures.sd import SD
 from library.errors import UserError
 from networks.base import AdapterModule, AdapterNetwork, Dropouts, NetworkPart, RateGroup, as_list
 from networks.dora import DoraModule
+from networks.file_names import published_names
 from networks.lora_args import DEFAULT_ALPHA, MODULE_NAME, RANK_KEYS, LoraArgs
 from networks.lora_module import LoraModule
-from networks.targets import FoundModule, RankAlpha, RankRule, find_modules
+from networks.targets import FoundModule, RankAlpha, RankRule, find_modules, target_of
 from networks.unet_blocks import unet_block_index
 from networks.weights import read_weights, refuse_misfits, select_weights, sizes_of
 
 DEFAULT_RANK = 4
 
-TEXT_ENCODER = LoraTarget("lora_te", ("CLIPAttention", "CLIPMLP"))
-UNET = LoraTarget("lora_unet", ("Transformer2DModel",))
-UNET_WITH_CONV = LoraTarget("lora_unet", (*UNET.module_classes, "ResnetBlock2D", "Downsample2D", "Upsample2D"))
+#: models that no family has loaded are taken for those of SD 1.x/2.x
+TEXT_ENCODER, UNET = SD.text_encoder_targets[0], SD.denoiser_target
 
 
 class LoraNetwork(AdapterNetwork):
@@ -86,7 +87,7 @@ class LoraNetwork(AdapterNetwork):
             return [RateGroup(part.label, 1.0, list(others.values())), *own]
         blocks: dict[int, list[AdapterModule]] = defaultdict(list)
         for path, adapter in others.items():
-            blocks[unet_block_index(path)].append(adapter)
+            blocks[unet_block_index(path, self.args.blocks)].append(adapter)
         zero_up_to = self.args.block_lr_zero_threshold
         by_block = [
             RateGroup(f"{part.label}_block{i}", weights[i] if weights[i] > zero_up_to else 0.0, blocks[i])
@@ -106,13 +107,16 @@ class LoraNetwork(AdapterNetwork):
         return [("", 1.0, others), (" plus", ratio, up)]
 
 
-def check_network_args(network_args: Mapping[str, object]) -> None:
+def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = UNET) -> None:
     """Check ``--network_args`` before any model is loaded.
+
+    Args:
+        denoiser: what the family says of its adapters.
 
     Raises:
         UserError: unknown keys, wrong values, keys without effect; one line each.
     """
-    LoraArgs.read(network_args)
+    LoraArgs.read(network_args, denoiser.blocks)
 
 
 def create_network(
@@ -136,12 +140,12 @@ def create_network(
     Raises:
         UserError: wrong network args or rank.
     """
-    args = LoraArgs.read(kwargs)
+    args = LoraArgs.read(kwargs, target_of(unet, UNET).blocks)
     rank = DEFAULT_RANK if network_dim is None else network_dim
     alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha
     if rank < 1:
         raise UserError(f"--network_dim {rank}: the rank must be at least 1")
-    parts = _parts(text_encoder, unet, UNET_WITH_CONV if args.adapts_spatial_convs else UNET)
+    parts = _parts(text_encoder, unet, with_convs=args.adapts_spatial_convs)
 
     def rank_rule(found: FoundModule) -> RankAlpha | None:
         return args.size_of(found, rank, alpha, in_unet=found.lora_name.startswith(f"{UNET.prefix}_"))
@@ -176,11 +180,12 @@ def create_network_from_weights(
     """
     if idle := [key for key in RANK_KEYS if kwargs.get(key) is not None]:
         raise UserError(f"--network_args {', '.join(idle)}: no effect where ranks and alphas come from a file")
-    args = LoraArgs.read(kwargs)
-    if weights_sd is None:
-        weights_sd = read_weights(file)
+    args = LoraArgs.read(kwargs, target_of(unet, UNET).blocks)
+    parts = _parts(text_encoder, unet, with_convs=True)
+    weights_sd = published_names(
+        read_weights(file) if weights_sd is None else weights_sd, [(part.model, part.target) for part in parts]
+    )
     sizes = sizes_of(weights_sd)
-    parts = _parts(text_encoder, unet, UNET_WITH_CONV)
     source = str(file) if file else "the given weights"
     available = {found.lora_name for part in parts for found in find_modules(part.model, part.target)}
     refuse_misfits(sizes.keys(), available, weights_sd, source, MODULE_NAME)
@@ -196,7 +201,12 @@ def create_network_from_weights(
 
 
 def _parts(
-    text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module, unet_target: LoraTarget
+    text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module, *, with_convs: bool
 ) -> list[NetworkPart]:
-    parts = [NetworkPart("textencoder", model, TEXT_ENCODER, True) for model in as_list(text_encoder)]
-    return [*parts, NetworkPart("unet", unet, unet_target, False)]
+    encoders = as_list(text_encoder)
+    parts = []
+    for number, model in enumerate(encoders, start=1):
+        label = f"textencoder {number}" if len(encoders) > 1 else "textencoder"
+        parts.append(NetworkPart(label, model, target_of(model, TEXT_ENCODER), True))
+    target = target_of(unet, UNET)
+    return [*parts, NetworkPart("unet", unet, target.with_convs() if with_convs else target, False)]

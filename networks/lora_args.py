@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from library.architectures.base import BlockNumbering
 from library.errors import UserError
 from networks.base import Dropouts
 from networks.network_args import (
     PatternValues,
+    Reader,
     list_reader,
     patterns_reader,
     rates_reader,
@@ -22,34 +24,39 @@ from networks.network_args import (
     read_rate,
 )
 from networks.targets import DoraAxis, FoundModule, RankAlpha
-from networks.unet_blocks import DOWN_BLOCKS, NUM_BLOCKS, UP_BLOCKS, unet_block_index
+from networks.unet_blocks import SD_BLOCKS, unet_block_index
 
 MODULE_NAME = "networks.lora"
 DEFAULT_ALPHA = 1.0
 
-_READERS = {
-    "conv_dim": read_rank,
-    "conv_alpha": read_number,
-    "dropout": read_probability,  # trainers of the published protocol pass --network_dropout here as well
-    "rank_dropout": read_probability,
-    "module_dropout": read_probability,
-    "loraplus_lr_ratio": read_positive,
-    "loraplus_unet_lr_ratio": read_positive,
-    "loraplus_text_encoder_lr_ratio": read_positive,
-    "block_dims": list_reader(read_rank, NUM_BLOCKS),
-    "block_alphas": list_reader(read_number, NUM_BLOCKS),
-    "conv_block_dims": list_reader(read_rank, NUM_BLOCKS),
-    "conv_block_alphas": list_reader(read_number, NUM_BLOCKS),
-    "down_lr_weight": rates_reader(DOWN_BLOCKS),
-    "mid_lr_weight": list_reader(read_number, 1),
-    "up_lr_weight": rates_reader(UP_BLOCKS),
-    "block_lr_zero_threshold": read_number,
-    "network_reg_dims": patterns_reader(read_rank),
-    "network_reg_lrs": patterns_reader(read_rate),
-    "rs_lora": read_bool,
-    "dora": read_bool,
-    "dora_on_output": read_bool,
-}
+
+def _readers(blocks: BlockNumbering) -> dict[str, Reader]:
+    count = blocks.count
+    return {
+        "conv_dim": read_rank,
+        "conv_alpha": read_number,
+        "dropout": read_probability,  # trainers of the published protocol pass --network_dropout here as well
+        "rank_dropout": read_probability,
+        "module_dropout": read_probability,
+        "loraplus_lr_ratio": read_positive,
+        "loraplus_unet_lr_ratio": read_positive,
+        "loraplus_text_encoder_lr_ratio": read_positive,
+        "block_dims": list_reader(read_rank, count),
+        "block_alphas": list_reader(read_number, count),
+        "conv_block_dims": list_reader(read_rank, count),
+        "conv_block_alphas": list_reader(read_number, count),
+        "down_lr_weight": rates_reader(blocks.down),
+        "mid_lr_weight": list_reader(read_number, blocks.mid),
+        "up_lr_weight": rates_reader(blocks.up),
+        "block_lr_zero_threshold": read_number,
+        "network_reg_dims": patterns_reader(read_rank),
+        "network_reg_lrs": patterns_reader(read_rate),
+        "rs_lora": read_bool,
+        "dora": read_bool,
+        "dora_on_output": read_bool,
+    }
+
+
 #: what a file of weights decides by itself
 RANK_KEYS = (
     "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "network_reg_dims",
@@ -81,11 +88,17 @@ class LoraArgs:
     rs_lora: bool = False
     dora: bool = False
     dora_on_output: bool = False
+    blocks: BlockNumbering = SD_BLOCKS
 
     @staticmethod
-    def read(given: Mapping[str, object]) -> LoraArgs:
-        """Raises UserError for unknown keys, wrong values and keys that would have no effect."""
-        values = read_network_args(given, _READERS, MODULE_NAME)
+    def read(given: Mapping[str, object], blocks: BlockNumbering | None = None) -> LoraArgs:
+        """Args: ``blocks`` of the U-Net; those of SD 1.x/2.x, if not given.
+
+        Raises:
+            UserError: unknown keys, wrong values and keys that would have no effect.
+        """
+        blocks = blocks or SD_BLOCKS
+        values = read_network_args(given, _readers(blocks), MODULE_NAME)
         problems = []
         if "conv_dim" not in values and "conv_block_dims" not in values:
             problems += [
@@ -98,13 +111,18 @@ class LoraArgs:
         rates = [values.pop(key, None) for key in _BLOCK_RATES]
         if any(rate is not None for rate in rates):
             down, mid, up = rates
-            values["block_lr_weights"] = (down or (1.0,) * DOWN_BLOCKS) + (mid or (1.0,)) + (up or (1.0,) * UP_BLOCKS)
+            ends = (1.0,) * blocks.ends
+            down, mid, up = (
+                given_rates or (1.0,) * count
+                for given_rates, count in ((down, blocks.down), (mid, blocks.mid), (up, blocks.up))
+            )
+            values["block_lr_weights"] = ends + down + mid + up + ends
         elif "block_lr_zero_threshold" in values:
             needed = ", ".join(_BLOCK_RATES)
             problems.append(f"--network_args block_lr_zero_threshold has no effect without one of {needed}")
         if problems:
             raise UserError("\n".join(problems))
-        return LoraArgs(**values)
+        return LoraArgs(**values, blocks=blocks)
 
     @property
     def adapts_spatial_convs(self) -> bool:
@@ -122,7 +140,7 @@ class LoraArgs:
             by_block = (self.block_dims, self.block_alphas, self.conv_block_dims, self.conv_block_alphas)
             block = None
             if self.block_lr_weights is not None or any(values is not None for values in by_block):
-                block = unet_block_index(found.path)
+                block = unet_block_index(found.path, self.blocks)
             if self.block_lr_weights is not None and self.block_lr_weights[block] <= self.block_lr_zero_threshold:
                 return None
             if found.is_spatial_conv:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from library.architectures.base import LoraTarget
+from library.architectures.base import LORA_TARGET, LoraTarget
 
 #: the features that have a magnitude each in a DoRA
 DoraAxis = Literal["input", "output"]
@@ -30,6 +30,7 @@ class FoundModule:
     lora_name: str
     path: str  # dotted, in its model
     module: nn.Module
+    published_path: str = ""  # the same as files of diffusers have it
 
     @property
     def is_spatial_conv(self) -> bool:
@@ -45,11 +46,19 @@ def find_modules(model: nn.Module, target: LoraTarget) -> Iterator[FoundModule]:
     seen: set[str] = set()
     # transformers 5 dropped the "text_model." level from CLIPTextModel; files keep it
     is_short_clip = type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
-    name_start = f"{target.prefix}.text_model." if is_short_clip else f"{target.prefix}."
+    level = "text_model." if is_short_clip else ""
     for owner_path, owner in model.named_modules():
         if type(owner).__name__ not in target.module_classes:
             continue
         for inner_path, module in owner.named_modules(prefix=owner_path):
             if isinstance(module, (nn.Linear, nn.Conv2d)) and inner_path not in seen:
                 seen.add(inner_path)
-                yield FoundModule((name_start + inner_path).replace(".", "_"), inner_path, module)
+                path = level + inner_path
+                in_files = path if target.file_path is None else target.file_path(path)
+                assert in_files is not None, f"no name for {path} in files"
+                yield FoundModule(f"{target.prefix}.{in_files}".replace(".", "_"), inner_path, module, path)
+
+
+def target_of(model: nn.Module, default: LoraTarget) -> LoraTarget:
+    """What the model's family says of its adapters; ``default`` for models that no family has loaded."""
+    return getattr(model, LORA_TARGET, default)

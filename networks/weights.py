@@ -12,7 +12,8 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files.hashes import sshs_hashes
-from library.files.safetensors_io import load_pickle, load_tensors, save_pickle, save_tensors
+from library.files.safetensors_io import load_pickle, load_tensors, read_header, save_pickle, save_tensors
+from networks.file_names import with_alphas
 from networks.targets import DoraAxis, RankAlpha
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ PICKLE_SUFFIXES = (".pt", ".ckpt", ".bin")
 
 #: a piece of a tensor's name -> what the file then is; looked for only when a file does not fit
 _OTHER_KINDS = {
-    ".lora_A.": "it is in diffusers/PEFT naming; convert it to lora_down/lora_up names first",
-    ".lora.down.": "it is in diffusers naming; convert it to lora_down/lora_up names first",
-    ".lora_linear_layer.": "it is in diffusers naming; convert it to lora_down/lora_up names first",
+    ".lora_A.": "it is in diffusers/PEFT naming, for another model or for modules that carry no adapters here",
+    ".lora.down.": "it is in diffusers naming, for another model or for modules that carry no adapters here",
+    ".lora_linear_layer.": "it is in diffusers naming, for another model or for modules that carry no adapters here",
     ".hada_w1": "it is a LoHa; use the network module that made it (lycoris.kohya)",
     ".lokr_": "it is a LoKr; use the network module that made it (lycoris.kohya)",
     ".oft_": "it is an OFT; use the network module that made it",
@@ -45,7 +46,9 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    return load_pickle(path) if path.suffix in PICKLE_SUFFIXES else load_tensors(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        return load_pickle(path)
+    return with_alphas(load_tensors(path), read_header(path).metadata)
 
 
 def write_weights(

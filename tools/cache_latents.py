@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.architectures.sd import SD  # noqa: E402
+from library.architectures.sdxl import SDXL  # noqa: E402
 from library.config.config_file import read_args  # noqa: E402
 from library.config.tool_arguments import (  # noqa: E402
     CAPTION_AND_BATCH_OPTIONS,
@@ -32,7 +33,7 @@ from library.training.caching import CacheJob, cache_latents  # noqa: E402
 class CacheLatents(CacheTool):
     """Encode the pictures of a data set once and keep the latents beside them."""
 
-    families = {"": SD}
+    families = {"": SD, "sdxl": SDXL}
     relevant = SHARED_OPTIONS - CAPTION_AND_BATCH_OPTIONS - TEXT_CACHE_OPTIONS | {"vae", "no_half_vae"}
     product = "the latent cache"
 

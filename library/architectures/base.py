@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -70,11 +70,37 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class BlockNumbering:
+    """How many values lists by U-Net block have: down, middle and up blocks in this order, between ``ends`` each."""
+
+    down: int
+    mid: int  # 1: the middle block as a whole; 3: ResNet, attention, ResNet
+    up: int
+    ends: int = 0  # numbers before the first and after the last block, of parts that carry no adapters
+
+    @property
+    def count(self) -> int:
+        return self.down + self.mid + self.up + 2 * self.ends
+
+
+@dataclass(frozen=True)
 class LoraTarget:
     """Which modules of one network part carry adapters, and how they are named in files."""
 
     prefix: str  # "lora_unet", "lora_te", "lora_te1"
-    module_classes: tuple[str, ...]  # class names whose Linear and 1x1/3x3 Conv children are adapted
+    module_classes: tuple[str, ...]  # class names whose Linear and Conv2d children are adapted
+    conv_classes: tuple[str, ...] = ()  # further ones, for networks that adapt 3x3 convolutions too
+    blocks: BlockNumbering | None = None  # of a U-Net
+    #: module path -> path by which files name it, where that is another one
+    file_path: Callable[[str], str | None] | None = None
+    diffusers_root: str = ""  # what precedes the module path in files of diffusers and PEFT: "unet"
+
+    def with_convs(self) -> LoraTarget:
+        return replace(self, module_classes=self.module_classes + self.conv_classes)
+
+
+#: attribute of a loaded model that carries adapters: its ``LoraTarget``, by which network modules name its modules
+LORA_TARGET = "lora_target"
 
 
 @dataclass
@@ -129,12 +155,22 @@ class Architecture(ABC):
 
     @abstractmethod
     def inspect(
-        self, path_or_id: str, *, v2: bool, v_parameterization: bool, vae: str | None, tokenizer_cache_dir: str | None
+        self,
+        path_or_id: str,
+        *,
+        v2: bool,
+        v_parameterization: bool,
+        vae: str | None,
+        tokenizer_cache_dir: str | None,
+        disable_mmap: bool = False,
     ) -> Any:
         """Find and recognise a checkpoint from headers and configurations alone, in well under a second.
 
         Returns the family's checkpoint object, which has ``info: ModelInfo``, ``path: str`` (the local file
         or folder, or the Hub id's local snapshot), and is passed back to the loaders below.
+
+        Args:
+            disable_mmap: read weights into memory instead of mapping their files.
 
         Raises:
             UserError: file missing, not a checkpoint of this family, torn, flags that contradict it, no tokenizer.
@@ -195,6 +231,18 @@ class Architecture(ABC):
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
     ) -> Conditioning:
         """Token tensors (on the encoders' device) to conditioning; gradients flow if they are enabled."""
+
+    def with_sizes(
+        self, conditioning: Conditioning, *, original: Tensor, top_left: Tensor, target: Tensor
+    ) -> Conditioning:
+        """Conditioning with what the denoiser is told about the picture's size; families without it leave it as is.
+
+        Args:
+            original: (B, 2) int64, (H, W) of the picture in pixels before it was resized.
+            top_left: (B, 2) int64, (top, left) of the crop in the resized picture.
+            target: (B, 2) int64, (H, W) of what is trained or drawn.
+        """
+        return conditioning
 
     # ---- latents ----
 

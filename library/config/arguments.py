@@ -39,6 +39,9 @@ class ModelOptions:
         None, "tokens of a caption: 150 or 225 (75 if not given)", type=int, choices=[None, 150, 225]
     )
     weighted_captions: bool = option(False, "read (word:1.2) and [word] in captions as emphasis")
+    disable_mmap_load_safetensors: bool = option(
+        False, "read the model into memory instead of mapping its file; faster on some network drives and in WSL"
+    )
 
 
 @dataclass(frozen=True)

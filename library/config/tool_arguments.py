@@ -33,7 +33,6 @@ class ToolOptions:
     skip_existing: bool = option(
         False, "leave pictures whose cache file is there, without looking into it (as --skip_cache_check)"
     )
-    disable_mmap_load_safetensors: bool = option(False, "read weights without mapping their file")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ SHARED_OPTIONS = (
     - {"max_data_loader_n_workers", "persistent_data_loader_workers"}
 ) | {
     "pretrained_model_name_or_path", "v2", "v_parameterization", "tokenizer_cache_dir", "mixed_precision",
-    "ddp_timeout", "highvram", "sdxl", "flux", "skip_existing",
+    "disable_mmap_load_safetensors", "ddp_timeout", "highvram", "sdxl", "flux", "skip_existing",
 }  # fmt: skip
 
 #: options of the data that say how latents are cached

@@ -49,6 +49,8 @@ class Batch:
             loss_masks=move(self.loss_masks),
             conditioning_images=move(self.conditioning_images),
             loss_weights=self.loss_weights.to(device, non_blocking=non_blocking),
+            original_sizes=move(self.original_sizes),
+            crop_top_lefts=move(self.crop_top_lefts),
             text=None if self.text is None else {name: move(tensor) for name, tensor in self.text.items()},
         )
 
@@ -66,5 +68,7 @@ class Batch:
             conditioning_images=pin(self.conditioning_images),
             tokens={name: tensor.pin_memory() for name, tensor in self.tokens.items()},
             loss_weights=self.loss_weights.pin_memory(),
+            original_sizes=pin(self.original_sizes),
+            crop_top_lefts=pin(self.crop_top_lefts),
             text=None if self.text is None else {name: tensor.pin_memory() for name, tensor in self.text.items()},
         )

@@ -9,9 +9,9 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from library.errors import UserError
 from library.files.atomic import atomic_path
@@ -94,11 +94,16 @@ def _seems(path: Path) -> str:
     return ""
 
 
-def iterate_tensors(path: Path | str, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(
+    path: Path | str, names: Iterable[str] | None = None, *, mapped: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors one at a time, as views of the mapped file, in the file's order or that of ``names``.
 
     The pages belong to the system's file cache until they are written to, which the file never sees. safetensors'
     own reader copies every tensor, which for a U-Net costs a second and as much memory again.
+
+    Args:
+        mapped: if not, every tensor is read into memory of its own, which some file systems are faster at.
 
     Raises:
         UserError: as ``read_header``; a tensor of a dtype that torch lacks.
@@ -106,17 +111,32 @@ def iterate_tensors(path: Path | str, names: Iterable[str] | None = None) -> Ite
     """
     tensors = read_header(path).tensors
     with Path(path).open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    for name in tensors if names is None else names:
-        yield name, _view(mapped, tensors[name], f"{path}: {name}")
+        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else None
+        for name in tensors if names is None else names:
+            info, title = tensors[name], f"{path}: {name}"
+            yield name, _read(file, info, title) if view is None else _view(view, info, title)
 
 
-def _view(mapped: mmap.mmap, info: TensorInfo, title: str) -> Tensor:
+def _read(file: BinaryIO, info: TensorInfo, title: str) -> Tensor:
+    data = bytearray(math.prod(info.shape) * _dtype(info, title).itemsize)
+    file.seek(info.offset)
+    file.readinto(data)
+    return _view(data, replace(info, offset=0), title)
+
+
+def _dtype(info: TensorInfo, title: str) -> torch.dtype:
     import torch
 
     dtype = getattr(torch, _DTYPES.get(info.dtype, ""), None)
     if dtype is None:
         raise UserError(f"{title}: tensors of type {info.dtype} are not supported")
+    return dtype
+
+
+def _view(mapped: mmap.mmap | bytearray, info: TensorInfo, title: str) -> Tensor:
+    import torch
+
+    dtype = _dtype(info, title)
     count = math.prod(info.shape)
     if count == 0:
         return torch.empty(info.shape, dtype=dtype)

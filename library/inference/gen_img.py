@@ -165,8 +165,10 @@ def _inspect(options: ImageOptions, architecture: Architecture) -> Any:
             tokenizer_cache_dir=model.tokenizer_cache_dir,
         )
     except UserError as error:
-        # families speak of the flag by its name in training
-        raise UserError(str(error).replace("--pretrained_model_name_or_path", "--ckpt")) from None
+        # families speak of flags and scripts by their names in training
+        text = str(error).replace("--pretrained_model_name_or_path", "--ckpt")
+        text = text.replace("use sdxl_train_network.py", "add --sdxl").replace("use train_network.py", "drop --sdxl")
+        raise UserError(text) from None
 
 
 def _show_metadata(choices: Sequence[NetworkChoice]) -> None:

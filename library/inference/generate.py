@@ -186,12 +186,12 @@ def generate_latents(
         torch.inference_mode(),
         torch.autocast(options.device.type, dtype=options.dtype, enabled=options.dtype != torch.float32),
     ):
-        positive = _encode(models, [settings.prompt for settings in batch], options, encoded)
+        positive = _sized(models, _encode(models, [settings.prompt for settings in batch], options, encoded), first)
         if first.scale == 1.0:
             predict = _plain(models, positive)
         else:
             negative = _encode(models, [settings.negative_prompt for settings in batch], options, encoded)
-            predict = _guided(models, positive, negative, first.scale)
+            predict = _guided(models, positive, _sized(models, negative, first), first.scale)
         return sample(scheduler, predict, noise, generators)
 
 
@@ -256,6 +256,13 @@ def _encode(
             tokens = {name: tensor.to(options.device) for name, tensor in tokens.items()}
             encoded[text] = models.architecture.encode_text(models.text_encoders, tokens, clip_skip=options.clip_skip)
     return Conditioning.cat([encoded[text] for text in texts])
+
+
+def _sized(models: ImageModels, conditioning: Conditioning, settings: ImageSettings) -> Conditioning:
+    """As for a whole picture of just this size."""
+    count = len(next(iter(conditioning.tensors.values())))
+    size = torch.tensor([[settings.height, settings.width]]).expand(count, 2)
+    return models.architecture.with_sizes(conditioning, original=size, top_left=torch.zeros_like(size), target=size)
 
 
 def to_image(pixels: Tensor) -> Image:

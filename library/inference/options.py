@@ -21,10 +21,9 @@ def _refused(default: Any, why: str, **more: Any) -> Any:
     return field(default=default, metadata={**metadata, "refused": why})
 
 
-_SDXL = "this version draws with SD 1.x and 2.x only"
 _IMG2IMG = "this version draws from text only"
 _INTERACTIVE = "give prompts with --prompt or --from_file"
-_SDXL_SIZE = "it only concerns SDXL, and this version draws with SD 1.x and 2.x only"
+_SDXL_SIZE = "SDXL is told the size of the image drawn, without a crop; other values are not available in this version"
 _TRAINED_NOISE = "it only concerns the start noise of special models; use the plain start noise"
 _HIGHRES = "this version has no highres fix; use --W and --H"
 _CONTROL = "this version has no ControlNet"
@@ -40,7 +39,7 @@ class ImageModelOptions:
     ckpt: str | None = option(None, "checkpoint file, Diffusers folder or Hub id")
     v1: bool = option(False, "the model is Stable Diffusion 1.x, as it is without --v2")
     v2: bool = option(False, "the model is Stable Diffusion 2.x")
-    sdxl: bool = _refused(False, _SDXL)
+    sdxl: bool = option(False, "the model is Stable Diffusion XL, where its file does not tell")
     v_parameterization: bool = option(False, "the model predicts v, as SD 2.x at 768 pixels does")
     zero_terminal_snr: bool = option(False, "the model was trained with zero terminal SNR; needs --v_parameterization")
     vae: str | None = option(None, "VAE file or folder to use instead of the model's own")
@@ -225,6 +224,8 @@ def _model_given(options: ImageOptions) -> Iterator[str]:
         yield "--ckpt is required: a checkpoint file, a Diffusers folder or a Hub id"
     if options.model.v1 and options.model.v2:
         yield "--v1 and --v2 contradict each other"
+    if options.model.sdxl and (options.model.v1 or options.model.v2):
+        yield "--sdxl contradicts --v1 and --v2"
 
 
 def _one_precision(options: ImageOptions) -> Iterator[str]:

@@ -32,6 +32,7 @@ def inspect_model(architecture: Architecture, options: ModelOptions) -> Any:
         v_parameterization=options.v_parameterization,
         vae=options.vae,
         tokenizer_cache_dir=options.tokenizer_cache_dir,
+        disable_mmap=options.disable_mmap_load_safetensors,
     )
 
 

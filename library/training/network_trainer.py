@@ -87,7 +87,7 @@ class NetworkTrainer(Trainer):
         arguments = parse_network_args(network.network_args)
         check_args = getattr(module, "check_network_args", None)
         if check_args is not None:
-            check_args(arguments)
+            check_args(arguments, self.architecture.denoiser_target)
         needs_file = (
             "--base_weights" if network.base_weights else "--dim_from_weights" if network.dim_from_weights else ""
         )

@@ -168,6 +168,9 @@ def batch_losses(
         dtype: of the frozen denoiser's weights, which its inputs are cast to.
         timestep: of all samples; one drawn for each, if not given.
     """
+    conditioning = architecture.with_sizes(
+        conditioning, original=batch.original_sizes, top_left=batch.crop_top_lefts, target=batch.target_sizes
+    )
     scaled = architecture.scale_latents(latents)
     noisy = make_noisy(scaled, batch.visits, schedule, noise, v_prediction=v_prediction, timestep=timestep)
     prediction = architecture.predict(denoiser, noisy.noisy.to(dtype), noisy.timesteps, conditioning)

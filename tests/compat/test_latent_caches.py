@@ -10,6 +10,7 @@ import pytest
 
 from library.architectures.base import LatentFormat
 from library.architectures.sd import SD
+from library.architectures.sdxl import SDXL
 from library.data.cache_format import (
     CachedLatents,
     Stamp,
@@ -108,7 +109,7 @@ def test_published_files_are_read(tmp_path: Path, family: dict, dtype: str, one_
 
 
 def test_families_that_are_built_declare_it() -> None:
-    for architecture, name in ((SD, "sd1_2"),):
+    for architecture, name in ((SD, "sd1_2"), (SDXL, "sdxl")):
         family = PUBLISHED[name]
         latent = architecture.latent
         assert (latent.cache_suffix, latent.stride, latent.channels, latent.multi_resolution) == (

@@ -1,18 +1,21 @@
-"""The command line of ``train_network.py`` equals the published one, flag by flag."""
+"""The command lines of the adapter training scripts equal the published ones, flag by flag."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 
-from library.config.arguments import TrainNetworkOptions, build_parser
+from library.config.arguments import TrainNetworkOptions
 
-PUBLISHED = json.loads((Path(__file__).parent / "data" / "cli" / "train_network.json").read_text())["options"]
+CLI = Path(__file__).parent / "data" / "cli"
+SCRIPTS = {"train_network": 193, "sdxl_train_network": 196}
+PUBLISHED = {script: json.loads((CLI / f"{script}.json").read_text())["options"] for script in SCRIPTS}
 
-#: flags of this project that the published command line does not have
+#: flags of this project that the published command line of train_network.py does not have
 OURS = {
     "dry_run",
     "on_nan",
@@ -24,6 +27,7 @@ OURS = {
     "early_stopping_patience",
     "save_best",
     # published for other scripts
+    "disable_mmap_load_safetensors",
     "cache_text_encoder_outputs",
     "cache_text_encoder_outputs_to_disk",
     "text_encoder_batch_size",
@@ -32,29 +36,40 @@ OURS = {
 
 
 @pytest.fixture(scope="module")
-def actions() -> dict[str, argparse.Action]:
-    parser = build_parser(list(TrainNetworkOptions.groups().values()), description=None, epilog=None)
-    return {action.dest: action for action in parser._actions if action.dest != "help"}
+def actions() -> dict[str, dict[str, argparse.Action]]:
+    parsers = {script: importlib.import_module(script).setup_parser() for script in SCRIPTS}
+    return {
+        script: {action.dest: action for action in parser._actions if action.dest != "help"}
+        for script, parser in parsers.items()
+    }
 
 
-def test_no_flag_is_missing_or_new(actions: dict[str, argparse.Action]) -> None:
-    assert len(PUBLISHED) == 193
-    published = {option["dest"] for option in PUBLISHED}
-    assert not OURS & published
-    assert set(actions) == published | OURS
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_flag_is_missing_or_new(script: str, actions: dict[str, dict[str, argparse.Action]]) -> None:
+    assert len(PUBLISHED[script]) == SCRIPTS[script]
+    published = {option["dest"] for option in PUBLISHED[script]}
+    assert set(actions[script]) == published | OURS
+    assert script != "train_network" or not OURS & published
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
-def test_our_own_flags_change_nothing_unless_given(name: str, actions: dict[str, argparse.Action]) -> None:
-    action = actions[name]
+def test_our_own_flags_change_nothing_unless_given(name: str, actions: dict[str, dict[str, argparse.Action]]) -> None:
+    action = actions["train_network"][name]
     assert action.option_strings == [f"--{name}"]
     assert action.help
     assert not action.required
 
 
-@pytest.mark.parametrize("option", PUBLISHED, ids=lambda o: o["dest"])
-def test_flag(option: dict, actions: dict[str, argparse.Action]) -> None:
-    action = actions[option["dest"]]
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [
+        pytest.param(script, option, id=f"{script}-{option['dest']}")
+        for script in SCRIPTS
+        for option in PUBLISHED[script]
+    ],
+)
+def test_flag(script: str, option: dict, actions: dict[str, dict[str, argparse.Action]]) -> None:
+    action = actions[script][option["dest"]]
     assert set(option["flags"]) <= set(action.option_strings)
     assert action.default == option["default"]
     assert action.nargs == (0 if option["action"] == "store_true" else option["nargs"])

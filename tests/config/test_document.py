@@ -83,11 +83,20 @@ def test_quoted_messages_are_those_of_the_source(message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["troubleshooting.md", "options/README.md", "train_network.md", "hub.md", "multi_gpu.md"]
+    "page",
+    [
+        "troubleshooting.md",
+        "options/README.md",
+        "train_network.md",
+        "sdxl_train_network.md",
+        "hub.md",
+        "multi_gpu.md",
+    ],
 )
 def test_options_named_on_the_pages_exist(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     elsewhere = {"num_cpu_threads_per_process", "num_processes", "multi_gpu", "nproc_per_node", "help"}  # of others
     elsewhere |= {"n", "w", "h", "d", "l", "s"}  # of prompt lines
+    elsewhere |= {"sdxl"}  # of the caching tools
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_]*)", text))
     assert named - elsewhere <= {field.name for field in FIELDS}

@@ -310,6 +310,7 @@ NEVER = {"lowram"}
 ALWAYS = set(
     """
     pretrained_model_name_or_path v2 v_parameterization tokenizer_cache_dir vae clip_skip max_token_length
+    disable_mmap_load_safetensors
     weighted_captions dataset_config cache_latents cache_latents_to_disk cache_text_encoder_outputs
     cache_text_encoder_outputs_to_disk on_bad_image max_data_loader_n_workers
     output_dir output_name save_model_as save_precision save_state huggingface_repo_id resume

@@ -95,7 +95,6 @@ def test_ctrl_c_keeps_what_is_made(tmp_path: Path, tiny_sd: MadeCheckpoint) -> N
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--sdxl"], ["--sdxl", "not supported yet"]),
         (["--flux", "--ae", "ae.safetensors"], ["--flux", "not supported yet"]),
         (["--ae", "ae.safetensors", "--clip_l", "l.safetensors"], ["--ae, --clip_l", "only for FLUX.1"]),
         (["--sdxl", "--flux"], ["--sdxl and --flux exclude each other"]),

@@ -23,15 +23,35 @@ TEXT_ENCODERS = {
 }
 
 
-@pytest.fixture(scope="module", params=["sd15", "sd21"])
+@pytest.fixture(scope="module", params=["sd15", "sd21", "sdxl"])
 def models(request):
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    if request.param == "sdxl":
+        return request.param, *sdxl_models()
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNETS[request.param])
         text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODERS[request.param]))
     return request.param, text_encoder, unet
+
+
+def sdxl_models():
+    """Both text encoders and the U-Net on the meta device, as the family loads the published checkpoint."""
+    from library.architectures.base import ModelInfo
+    from library.architectures.common.sources import ldm_unet_source, vae_source
+    from library.architectures.common.tensor_files import TensorFile
+    from library.architectures.sdxl import SDXL
+    from library.architectures.sdxl.checkpoint import SDXLCheckpoint
+    from library.architectures.sdxl.weights import text_1_source, text_2_source
+
+    keys = json.loads(gzip.decompress((LAYOUTS / "sdxl_base_checkpoint.json.gz").read_bytes()))["keys"]
+    shapes = {name: tuple(shape) for name, shape in keys.items()}
+    file = TensorFile(Path("sdxl.safetensors"), shapes)
+    sources = (ldm_unet_source(file), (text_1_source(file), text_2_source(file)), vae_source(file))
+    checkpoint = SDXLCheckpoint(ModelInfo("sdxl", "", ""), "sdxl.safetensors", *sources, (Path(), Path()))
+    encoders = SDXL.load_text_encoders(checkpoint, dtype=torch.float32, device="meta")
+    return encoders, SDXL.load_denoiser(checkpoint, dtype=torch.float32, device="meta")
 
 
 @pytest.mark.parametrize("suffix", ["", "_conv"])

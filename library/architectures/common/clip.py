@@ -10,7 +10,7 @@ from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 HEAD_WIDTH = 64
 
@@ -39,18 +39,32 @@ OPENCLIP_STACKED = (
 )
 
 
-def clip_layout(*, prefix: str) -> TensorLayout:
-    """transformers' names below ``prefix``."""
+#: a bare parameter (width, out) of OpenCLIP, whose pooled output is ``x @ text_projection``; transformers has a Linear
+PROJECTION = "text_projection"
+
+
+def clip_layout(*, prefix: str, projection: bool = False) -> TensorLayout:
+    """transformers' names below ``prefix``; those of ``CLIPTextModelWithProjection``, if ``projection``."""
+    if projection:
+        return TensorLayout(KeyMap([(name, name) for name in ("text_model", PROJECTION)]), prefix)
     return TensorLayout(KeyMap(CLIP), prefix)
 
 
-def openclip_layout(layers: int, *, prefix: str) -> TensorLayout:
-    """OpenCLIP's names of the first ``layers`` blocks; q, k and v are stacked in one tensor."""
+def openclip_layout(layers: int, *, prefix: str, projection: bool = False) -> TensorLayout:
+    """OpenCLIP's names of the first ``layers`` blocks; q, k and v are stacked in one tensor.
+
+    Args:
+        projection: for ``CLIPTextModelWithProjection``.
+    """
     pairs = list(OPENCLIP_OUTER)
     for layer in range(layers):
         block = f"transformer.resblocks.{layer}"
         pairs += [(f"{block}.{a}", f"encoder.layers.{layer}.{b}") for a, b in OPENCLIP_BLOCK]
-    return TensorLayout(KeyMap(pairs), prefix, stacked=OPENCLIP_STACKED)
+    if not projection:
+        return TensorLayout(KeyMap(pairs), prefix, stacked=OPENCLIP_STACKED)
+    weight = f"{PROJECTION}.weight"
+    pairs = [(a, TEXT_MODEL + b) for a, b in pairs] + [(PROJECTION, weight)]
+    return TensorLayout(KeyMap(pairs), prefix, stacked=OPENCLIP_STACKED, transposed=(weight,))
 
 
 def infer_clip_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str, activation: str) -> dict[str, Any]:
@@ -114,6 +128,13 @@ def build_clip(config: Mapping[str, Any]) -> CLIPTextModel:
     from transformers.models.clip.modeling_clip import CLIPTextModel
 
     return CLIPTextModel(CLIPTextConfig(**config))
+
+
+def build_clip_with_projection(config: Mapping[str, Any]) -> CLIPTextModelWithProjection:
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(CLIPTextConfig(**config))
 
 
 def enable_gradient_checkpointing(text_encoder: CLIPTextModel) -> None:

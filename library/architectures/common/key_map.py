@@ -51,12 +51,14 @@ class TensorLayout:
         stacked: (file leaf, model leaves) of tensors that the file holds joined along the first axis.
         conv_linears: endings of the model's linear weights (out, in) that the file holds as 1x1 convolutions
             (out, in, 1, 1).
+        transposed: the model's linear weights (out, in) that the file holds as (in, out).
     """
 
     keys: KeyMap
     prefix: str = ""
     stacked: tuple[tuple[str, tuple[str, ...]], ...] = ()
     conv_linears: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
 
     def model_names(self, file_name: str) -> tuple[str, ...]:
         """The tensors that come out of one of the file's; empty if the model has no use for it."""
@@ -79,6 +81,8 @@ class TensorLayout:
                 yield from zip(names, tensor.chunk(len(names)), strict=True)
             for name in names[:1] if len(names) == 1 else ():
                 is_conv = tensor.dim() == 4 and name.endswith(self.conv_linears)
+                if name in self.transposed:
+                    tensor = tensor.t()
                 yield name, tensor.reshape(tensor.shape[:2]) if is_conv else tensor
 
     def write(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -97,6 +101,8 @@ class TensorLayout:
                 name, tensor = stem + leaf, torch.cat([state[stem + part] for part in parts])
             elif tensor.dim() == 2 and name.endswith(self.conv_linears):
                 tensor = tensor.reshape(*tensor.shape, 1, 1)
+            elif name in self.transposed:
+                tensor = tensor.t()
             file_name = self.keys.to_file(name)
             if file_name is None:
                 raise KeyError(f"the file layout has no name for the tensor {name}")

@@ -1,4 +1,4 @@
-"""The U-Net of Stable Diffusion 1.x/2.x: names in original (LDM) files and in diffusers, and its configuration."""
+"""The U-Net of Stable Diffusion 1.x, 2.x and XL: names in original (LDM) files and in diffusers, its configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 LDM_PREFIX = "model.diffusion_model."
 HEADS_V1 = 8  # SD 1.x: eight heads at every level
-HEAD_WIDTH_V2 = 64  # SD 2.x: heads of 64 channels
+HEAD_WIDTH_V2 = 64  # SD 2.x and SDXL: heads of 64 channels
+SIZE_WIDTH = 256  # SDXL: sines and cosines of each number of its size conditioning
 
 #: (LDM, diffusers) names inside a residual block
 RESNET = (
@@ -34,6 +35,8 @@ OUTER = (
     ("out.0", "conv_norm_out"),
     ("out.2", "conv_out"),
 )
+#: SDXL's embedding of pooled text and sizes
+ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"))
 
 
 def ldm_unet_layout(config: Mapping[str, Any], *, prefix: str = LDM_PREFIX) -> TensorLayout:
@@ -47,7 +50,7 @@ def ldm_unet_layout(config: Mapping[str, Any], *, prefix: str = LDM_PREFIX) -> T
     def resnet(ldm: str, diffusers: str) -> list[tuple[str, str]]:
         return [(f"{ldm}.{a}", f"{diffusers}.{b}") for a, b in RESNET]
 
-    pairs = list(OUTER)
+    pairs = [*OUTER, *(ADDED if config.get("addition_embed_type") else ())]
     for level in range(levels):
         first, block = 1 + level * (layers + 1), f"down_blocks.{level}"
         for layer in range(layers):
@@ -99,6 +102,19 @@ def infer_unet_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str = LD
     if not channels or len(set(layers)) != 1 or context is None or None in ends:
         raise UserError("the U-Net's tensors are incomplete; download the file again")
     linear = len(shapes.get("middle_block.1.proj_in.weight", ())) == 2
+    added = shapes.get("label_emb.0.0.weight")
+    sized: dict[str, Any] = {}
+    if added is not None:
+        depths = [
+            1 + _count(rf"input_blocks\.{1 + level * (layers[0] + 1)}\.1\.transformer_blocks\.(\d+)\.", shapes)
+            for level in range(len(channels))
+        ]
+        sized = {
+            "transformer_layers_per_block": tuple(depths),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": SIZE_WIDTH,
+            "projection_class_embeddings_input_dim": added[1],
+        }
     return {
         "in_channels": ends[0][1],
         "out_channels": ends[1][0],
@@ -109,9 +125,10 @@ def infer_unet_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str = LD
         # diffusers calls the number of heads "attention_head_dim"
         "attention_head_dim": tuple(max(c // HEAD_WIDTH_V2, 1) for c in channels) if linear else HEADS_V1,
         # fp16 products of SD 2.x's attention overflow; only the plain backend needs the cast
-        "upcast_attention": linear,
+        "upcast_attention": linear and added is None,
         "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        **sized,
     }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.tensor_files import TensorFile
 from library.errors import UserError
+
+Checkpoint = TypeVar("Checkpoint")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,18 @@ class ModelSource:
     def file_names(self) -> list[str]:
         """The file's tensors that the model takes, in the file's order."""
         return [name for name in self.file.shapes if self.layout.model_names(name)]
+
+
+def without_mapping(checkpoint: Checkpoint) -> Checkpoint:
+    """A family's checkpoint, a dataclass, whose models are read into memory and not mapped (--disable_mmap...)."""
+
+    def unmapped(value: Any) -> Any:
+        if isinstance(value, ModelSource):
+            return replace(value, file=replace(value.file, mapped=False))
+        return tuple(map(unmapped, value)) if isinstance(value, tuple) else value
+
+    changed = {field.name: unmapped(getattr(checkpoint, field.name)) for field in fields(checkpoint)}  # type: ignore[arg-type]
+    return replace(checkpoint, **changed)  # type: ignore[type-var]
 
 
 def load_frozen(source: ModelSource, build: Callable[[], nn.Module], *, dtype: torch.dtype, device: str) -> nn.Module:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 class Recognised:
     what: str  # "a Stable Diffusion XL checkpoint"
     remedy: str  # "use sdxl_train_network.py"
+    family: str = ""  # whose plain checkpoint it is
 
 
 #: (fragments that must all occur in some tensor name, what the file is); the first match wins
@@ -22,8 +23,19 @@ _SIGNS: tuple[tuple[tuple[str, ...], Recognised], ...] = (
         ("hada_w1_",),
         Recognised("a LyCORIS file, not a base model", "give the base model here and this file with --network_weights"),
     ),
-    (("conditioner.embedders.",), Recognised("a Stable Diffusion XL checkpoint", "use sdxl_train_network.py")),
+    (
+        ("conditioner.embedders.0.model.",),
+        Recognised("the refiner of Stable Diffusion XL", "give the base model, or another checkpoint made from it"),
+    ),
+    (
+        ("conditioner.embedders.",),
+        Recognised("a Stable Diffusion XL checkpoint", "use sdxl_train_network.py", "sdxl"),
+    ),
     (("diffusion_model.label_emb.",), Recognised("a Stable Diffusion XL U-Net", "use sdxl_train_network.py")),
+    (
+        ("cond_stage_model.", "diffusion_model.input_blocks."),
+        Recognised("a Stable Diffusion 1.x or 2.x checkpoint", "use train_network.py", "sd"),
+    ),
     (("joint_blocks.",), Recognised("a Stable Diffusion 3 checkpoint", "use sd3_train_network.py")),
     (("distilled_guidance_layer.",), Recognised("a Chroma checkpoint", "use flux_train_network.py")),
     (("txt_in.individual_token_refiner.",), Recognised("a HunyuanImage model", "use hunyuan_image_train_network.py")),
@@ -48,8 +60,9 @@ _SIGNS: tuple[tuple[tuple[str, ...], Recognised], ...] = (
 
 #: ``_class_name`` prefixes of model_index.json, longest first
 _PIPELINES: tuple[tuple[str, Recognised], ...] = (
-    ("StableDiffusionXL", Recognised("a Stable Diffusion XL model", "use sdxl_train_network.py")),
+    ("StableDiffusionXL", Recognised("a Stable Diffusion XL model", "use sdxl_train_network.py", "sdxl")),
     ("StableDiffusion3", Recognised("a Stable Diffusion 3 model", "use sd3_train_network.py")),
+    ("StableDiffusion", Recognised("a Stable Diffusion 1.x or 2.x model", "use train_network.py", "sd")),
     ("Flux", Recognised("a FLUX.1 model", "use flux_train_network.py")),
     ("Chroma", Recognised("a Chroma model", "use flux_train_network.py")),
     ("Lumina", Recognised("a Lumina model", "use lumina_train_network.py")),
@@ -57,14 +70,15 @@ _PIPELINES: tuple[tuple[str, Recognised], ...] = (
 )
 
 
-def recognise_tensors(names: Collection[str]) -> Recognised | None:
-    """What a single file is; None if nothing known."""
+def recognise_tensors(names: Collection[str], family: str) -> Recognised | None:
+    """What a single file is; None if nothing known, or of the ``family`` itself."""
     for fragments, found in _SIGNS:
         if all(any(fragment in name for name in names) for fragment in fragments):
-            return found
+            return found if found.family != family else None
     return None
 
 
-def recognise_pipeline(class_name: str) -> Recognised | None:
-    """What a Diffusers folder is, by the pipeline that its model_index.json names; None if nothing known."""
-    return next((found for prefix, found in _PIPELINES if class_name.startswith(prefix)), None)
+def recognise_pipeline(class_name: str, family: str) -> Recognised | None:
+    """What a Diffusers folder is, by the pipeline that its model_index.json names; None as above."""
+    found = next((found for prefix, found in _PIPELINES if class_name.startswith(prefix)), None)
+    return found if found is not None and found.family != family else None

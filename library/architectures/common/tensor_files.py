@@ -22,6 +22,7 @@ class TensorFile:
     path: Path
     shapes: Shapes
     _unpickled: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    mapped: bool = True  # whether tensors are views of the mapped file
 
     @staticmethod
     def open(path: Path) -> TensorFile:
@@ -42,7 +43,7 @@ class TensorFile:
             for name in names:
                 yield name, self._unpickled[name]
         else:
-            yield from iterate_tensors(self.path, names)
+            yield from iterate_tensors(self.path, names, mapped=self.mapped)
 
     def on_meta(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """The same without data: tensors of their shapes on the meta device; the file is not touched."""

@@ -31,11 +31,15 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def locate_tokenizer(
-    repositories: Sequence[tuple[str, str | None]], *, model_folder: Path | None, cache_dir: str | None
+    repositories: Sequence[tuple[str, str | None]],
+    *,
+    model_folder: Path | None,
+    cache_dir: str | None,
+    subfolder: str = "tokenizer",
 ) -> Path:
     """A local folder with the tokenizer's files.
 
-    Looked for in the model's own ``tokenizer`` folder, in ``cache_dir`` (a sub-folder named after a repository with
+    Looked for in the model's own ``subfolder``, in ``cache_dir`` (a sub-folder named after a repository with
     ``/`` as ``_``, or ``cache_dir`` itself), then on the Hub, from where it is copied into ``cache_dir`` if given.
 
     Args:
@@ -44,8 +48,8 @@ def locate_tokenizer(
     Raises:
         UserError: none of these has it.
     """
-    if model_folder is not None and has_tokenizer(model_folder / "tokenizer"):
-        return model_folder / "tokenizer"
+    if model_folder is not None and has_tokenizer(model_folder / subfolder):
+        return model_folder / subfolder
     if cache_dir is not None:
         named = [Path(cache_dir) / repository.replace("/", "_") for repository, _ in repositories]
         for folder in (*named, Path(cache_dir)):

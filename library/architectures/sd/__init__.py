@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import (
-    Architecture,
-    CaptionLength,
+    LORA_TARGET,
+    BlockNumbering,
     Conditioning,
     LatentFormat,
     LoraTarget,
@@ -20,110 +20,78 @@ from library.architectures.base import (
     TextFormat,
     WeightsIdentity,
 )
-from library.architectures.common import clip, kl_vae, ldm_unet
+from library.architectures.common import clip, clip_text
 from library.architectures.common.identity import weights_identity
-from library.architectures.common.loading import load_frozen
+from library.architectures.common.latent_diffusion import CLIP_MODULES, LatentDiffusion, unet_target
+from library.architectures.common.loading import load_frozen, without_mapping
 from library.architectures.common.tokenizer_files import find_tokenizer
 from library.architectures.sd import text as sd_text
-from library.architectures.sd.checkpoint import SDCheckpoint, inspect_checkpoint, vae_identity
+from library.architectures.sd.checkpoint import SDCheckpoint, inspect_checkpoint
 from library.errors import UserError
 
 if TYPE_CHECKING:
     from library.config.arguments import TrainNetworkOptions
-    from library.diffusion.ddpm import NoiseSchedule
 
 
-class StableDiffusion(Architecture):
+class StableDiffusion(LatentDiffusion):
     name = "sd"
     latent = LatentFormat(
         channels=4, stride=8, scale=0.18215, shift=0.0, cache_suffix="_sd.npz", multi_resolution=False
     )
     # no published layout: the predecessor caches text for later families only
     text = TextFormat(cache_suffix="_sd_te.npz", arrays={"context": ("T", "D")})
-    text_encoder_targets = (LoraTarget("lora_te", ("CLIPAttention", "CLIPMLP")),)
-    denoiser_target = LoraTarget("lora_unet", ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"))
-    compiled_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
+    text_encoder_targets = (LoraTarget("lora_te", CLIP_MODULES, diffusers_root="text_encoder"),)
+    denoiser_target = unet_target(BlockNumbering(down=12, mid=1, up=12))
     sample_defaults = {"width": 512, "height": 512, "sample_steps": 30, "scale": 7.5}
 
     # ---- files ----
 
     def inspect(
-        self, path_or_id: str, *, v2: bool, v_parameterization: bool, vae: str | None, tokenizer_cache_dir: str | None
+        self,
+        path_or_id: str,
+        *,
+        v2: bool,
+        v_parameterization: bool,
+        vae: str | None,
+        tokenizer_cache_dir: str | None,
+        disable_mmap: bool = False,
     ) -> SDCheckpoint:
-        return inspect_checkpoint(
+        checkpoint = inspect_checkpoint(
             path_or_id, v2=v2, v_parameterization=v_parameterization, vae=vae, tokenizer_cache_dir=tokenizer_cache_dir
         )
+        return without_mapping(checkpoint) if disable_mmap else checkpoint
 
     def load_tokenizers(self, checkpoint: SDCheckpoint) -> list[Any]:
         return [sd_text.load_tokenizer(checkpoint.tokenizer_folder, v2=checkpoint.v2)]
 
     def load_text_encoders(self, checkpoint: SDCheckpoint, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
         source = checkpoint.text_encoder
-        return [load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=device)]
-
-    def load_vae(self, checkpoint: SDCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
-        source = checkpoint.vae
-        return load_frozen(source, partial(kl_vae.build_vae, source.config), dtype=dtype, device=device)
+        encoder = load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=device)
+        setattr(encoder, LORA_TARGET, self.text_encoder_targets[0])
+        return [encoder]
 
     def text_identity(self, checkpoint: SDCheckpoint) -> WeightsIdentity:
         return weights_identity([checkpoint.text_encoder], [checkpoint.tokenizer_folder])
-
-    def load_denoiser(self, checkpoint: SDCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
-        source = checkpoint.unet
-        return load_frozen(source, partial(ldm_unet.build_unet, source.config), dtype=dtype, device=device)
-
-    def vae_identity(self, checkpoint: SDCheckpoint) -> str:
-        return vae_identity(checkpoint.vae)
 
     # ---- text ----
 
     def tokenize(
         self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
     ) -> dict[str, Tensor]:
-        return sd_text.tokenize(tokenizers[0], captions, max_token_length=max_token_length, weighted=weighted)
+        return clip_text.tokenize(tokenizers[0], captions, max_token_length=max_token_length, weighted=weighted)
 
     def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
         return [sd_text.load_tokenizer(find_tokenizer(folder), v2=v2)]
-
-    def caption_length(
-        self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
-    ) -> CaptionLength:
-        return sd_text.caption_length(tokenizers[0], caption, max_token_length=max_token_length, weighted=weighted)
 
     def encode_text(
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
     ) -> Conditioning:
         return sd_text.encode_text(text_encoders[0], tokens, clip_skip=clip_skip)
 
-    # ---- latents ----
-
-    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        return kl_vae.encode_images(vae, pixels, generators)
-
-    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return kl_vae.decode_latents(vae, latents / self.latent.scale + self.latent.shift)
-
     # ---- diffusion ----
-
-    def noise_schedule(self, *, zero_terminal_snr: bool) -> NoiseSchedule:
-        from library.diffusion.ddpm import NoiseSchedule
-
-        return NoiseSchedule.scaled_linear(
-            num_timesteps=1000, beta_start=0.00085, beta_end=0.012, zero_terminal_snr=zero_terminal_snr
-        )
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return denoiser(noisy, timesteps, encoder_hidden_states=conditioning["context"], return_dict=False)[0]
-
-    # ---- memory and speed ----
-
-    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
-        ldm_unet.set_unet_attention(denoiser, backend)
-
-    def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
-        denoiser.enable_gradient_checkpointing()
-        for text_encoder in text_encoders:
-            clip.enable_gradient_checkpointing(text_encoder)
 
     # ---- records ----
 

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from library.architectures.base import ModelInfo
-from library.architectures.common.diffusers_folder import download_components, is_hub_id, read_json
-from library.architectures.common.identity import add_weights
+from library.architectures.common.checkpoint import (
+    MODEL_FLAG,
+    check_prediction,
+    check_unet_channels,
+    check_vae,
+    folder_prediction,
+    locate,
+    vae_at,
+)
+from library.architectures.common.diffusers_folder import read_json
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.recognise import recognise_pipeline, recognise_tensors
-from library.architectures.common.tensor_files import PICKLE_SUFFIXES, TensorFile
+from library.architectures.common.sources import (
+    diffusers_text_source,
+    diffusers_unet_source,
+    diffusers_vae_source,
+    in_file,
+    ldm_unet_source,
+    vae_source,
+)
+from library.architectures.common.tensor_files import TensorFile
 from library.architectures.common.tokenizer_files import locate_tokenizer
 from library.architectures.sd import weights
-from library.errors import UserError, did_you_mean
+from library.errors import UserError
 
-Found = TypeVar("Found")
-
-MODEL_FLAG = "--pretrained_model_name_or_path"
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-LATENT_CHANNELS = 4
 #: Hub repositories (and sub-folder) of the tokenizers; SD 2.x's differs from CLIP's in its padding only
 CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", None)
 TOKENIZERS = {False: (CLIP_TOKENIZER,), True: (("stabilityai/stable-diffusion-2", "tokenizer"), CLIP_TOKENIZER)}
@@ -50,15 +59,17 @@ def inspect_checkpoint(
     """See ``Architecture.inspect``."""
     if not path_or_id:
         raise UserError(f"{MODEL_FLAG} is required: a checkpoint file, a Diffusers folder or a Hub id")
-    path = _locate(path_or_id, flag=MODEL_FLAG, components=COMPONENTS)
+    path = locate(path_or_id, flag=MODEL_FLAG, components=COMPONENTS)
     parts = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
     title = Path(path_or_id).name or path_or_id  # a Hub id's snapshot has an unspeakable name
     _check_version(title, parts, v2=v2)
-    _check_prediction(title, parts, v_parameterization=v_parameterization)
+    check_prediction(
+        title, parts.prediction_type, "scheduler/scheduler_config.json", v_parameterization=v_parameterization
+    )
     own_vae = vae_at(vae) if vae else parts.vae
     if own_vae is None:
         raise UserError(f"{path}: the file has no VAE; give one with --vae")
-    _check_vae(own_vae)
+    check_vae(own_vae, "Stable Diffusion 1.x/2.x")
     tokenizer_folder = locate_tokenizer(
         TOKENIZERS[v2], model_folder=path if path.is_dir() else None, cache_dir=tokenizer_cache_dir
     )
@@ -75,46 +86,6 @@ def inspect_checkpoint(
         },
     )
     return SDCheckpoint(info, str(path), parts.unet, parts.text_encoder, own_vae, tokenizer_folder)
-
-
-def vae_at(path_or_id: str) -> ModelSource:
-    """The autoencoder that ``--vae`` names: in a checkpoint, in a file or folder of its own, or on the Hub.
-
-    Raises:
-        UserError: nothing there, or no autoencoder in it.
-    """
-    path = _locate(path_or_id, flag="--vae", components=("vae", ""))
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        return weights.diffusers_vae_source(folder)
-    source = _in_file(path, weights.vae_source, TensorFile.open(path))
-    if source is None:
-        raise UserError(f"--vae {path}: the file holds no VAE (no encoder.conv_in.weight)")
-    return source
-
-
-def vae_identity(source: ModelSource) -> str:
-    """A digest of what latents depend on: the names, dtypes and bytes of the autoencoder's encoder.
-
-    The same VAE in a checkpoint and in a file of its own has the same identity; so have two that differ in the decoder.
-    """
-    digest = hashlib.sha256()
-    add_weights(digest, source, only=("encoder.", "quant_conv."))
-    return f"sha256:{digest.hexdigest()}"
-
-
-# ---- locating ----
-
-
-def _locate(path_or_id: str, *, flag: str, components: tuple[str, ...]) -> Path:
-    path = Path(path_or_id).expanduser()
-    if path.exists():
-        return path
-    suffixes = (".safetensors", *PICKLE_SUFFIXES)
-    if is_hub_id(path_or_id) and not path_or_id.endswith(suffixes) and not path.parent.is_dir():
-        return download_components(path_or_id, components, flag=flag)
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise UserError(f"{flag} {path_or_id}: no such file or folder{did_you_mean(path.name, siblings)}")
 
 
 # ---- recognising ----
@@ -135,7 +106,7 @@ def _inspect_file(path: Path) -> _Parts:
     has_unet = any(name.startswith("model.diffusion_model.input_blocks.") for name in names)
     text = {v2: any(name.startswith(prefix) for name in names) for v2, prefix in _TEXT_PREFIXES.items()}
     if not has_unet or not any(text.values()):
-        other = recognise_tensors(names.keys())
+        other = recognise_tensors(names.keys(), "sd")
         if other is not None:
             raise UserError(f"{path} is {other.what}; {other.remedy}")
         if has_unet:
@@ -143,14 +114,14 @@ def _inspect_file(path: Path) -> _Parts:
         first = next(iter(names), "none")
         raise UserError(f"{path} is not a Stable Diffusion checkpoint (its first tensor is {first})")
     v2 = text[True]
-    unet = _in_file(path, weights.ldm_unet_source, file)
+    unet = in_file(path, ldm_unet_source, file)
     if unet.config["use_linear_projection"] != v2:
         text_kind, unet_kind = ("2.x", "1.x") if v2 else ("1.x", "2.x")
         raise UserError(
             f"{path} mixes a Stable Diffusion {text_kind} text encoder with a {unet_kind} U-Net; the file is damaged"
         )
-    text_encoder = _in_file(path, lambda f: weights.ldm_text_source(f, v2=v2), file)
-    return _checked(path, _Parts(unet, text_encoder, _in_file(path, weights.vae_source, file), v2, None))
+    text_encoder = in_file(path, lambda f: weights.ldm_text_source(f, v2=v2), file)
+    return _checked(path, _Parts(unet, text_encoder, in_file(path, vae_source, file), v2, None))
 
 
 _TEXT_PREFIXES = {False: weights.V1_TEXT, True: weights.V2_TEXT}
@@ -159,7 +130,7 @@ _TEXT_PREFIXES = {False: weights.V1_TEXT, True: weights.V2_TEXT}
 def _inspect_folder(folder: Path) -> _Parts:
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     class_name = str(index.get("_class_name", ""))
-    other = recognise_pipeline(class_name)
+    other = recognise_pipeline(class_name, "sd")
     if other is not None:
         raise UserError(f"{folder} is {other.what} ({class_name}); {other.remedy}")
     missing = [part for part in ("unet", "text_encoder", "vae") if not (folder / part / "config.json").is_file()]
@@ -167,26 +138,17 @@ def _inspect_folder(folder: Path) -> _Parts:
         files = sorted(p.name for p in folder.glob("*.safetensors")) + sorted(p.name for p in folder.glob("*.ckpt"))
         hint = f'; did you mean the file "{folder / files[0]}"?' if files else ""
         raise UserError(f"{folder} is not a Stable Diffusion folder: {missing[0]}/config.json is missing{hint}")
-    unet = weights.diffusers_unet_source(folder / "unet")
-    prediction_type = None
-    if (folder / "scheduler" / "scheduler_config.json").is_file():
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-        # configurations from before the setting existed mean epsilon
-        prediction_type = scheduler.get("prediction_type", "epsilon")
-    text_encoder = weights.diffusers_text_source(folder / "text_encoder")
-    vae = weights.diffusers_vae_source(folder / "vae")
+    unet = diffusers_unet_source(folder / "unet")
+    text_encoder = diffusers_text_source(folder / "text_encoder")
+    vae = diffusers_vae_source(folder / "vae")
     v2 = bool(unet.config.get("use_linear_projection", False))
-    return _checked(folder, _Parts(unet, text_encoder, vae, v2, prediction_type))
+    return _checked(folder, _Parts(unet, text_encoder, vae, v2, folder_prediction(folder)))
 
 
 def _checked(path: Path, parts: _Parts) -> _Parts:
     """Refuse U-Nets and text encoders that training here cannot drive."""
     config = parts.unet.config
-    if config.get("in_channels", LATENT_CHANNELS) != LATENT_CHANNELS:
-        raise UserError(
-            f"{path} is an inpainting or other special model (its U-Net takes {config['in_channels']} channels, not "
-            f"{LATENT_CHANNELS}); use a plain Stable Diffusion checkpoint"
-        )
+    check_unet_channels(path, parts.unet, "Stable Diffusion")
     width = parts.text_encoder.config.get("hidden_size")
     if width != config["cross_attention_dim"]:
         raise UserError(
@@ -202,28 +164,3 @@ def _check_version(title: str, parts: _Parts, *, v2: bool) -> None:
     generation, remedy = ("2.x", "add --v2") if parts.v2 else ("1.x", "drop --v2")
     width = parts.unet.config["cross_attention_dim"]
     raise UserError(f"{title} is a Stable Diffusion {generation} checkpoint (cross-attention width {width}); {remedy}")
-
-
-def _check_prediction(title: str, parts: _Parts, *, v_parameterization: bool) -> None:
-    told = parts.prediction_type
-    if told is None or (told == "v_prediction") == v_parameterization:
-        return
-    remedy = "add --v_parameterization" if told == "v_prediction" else "drop --v_parameterization"
-    raise UserError(f"{title} is trained for {told} (scheduler/scheduler_config.json); {remedy}")
-
-
-def _check_vae(source: ModelSource) -> None:
-    channels = source.config.get("latent_channels", LATENT_CHANNELS)
-    if channels != LATENT_CHANNELS:
-        raise UserError(
-            f"{source.file.path}: this VAE has {channels} latent channels (SD 3 and FLUX have 16), Stable Diffusion "
-            f"1.x/2.x needs {LATENT_CHANNELS}; give another --vae"
-        )
-
-
-def _in_file(path: Path, find: Callable[[TensorFile], Found], file: TensorFile) -> Found:
-    """Call ``find(file)``; its errors get the file's name."""
-    try:
-        return find(file)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None

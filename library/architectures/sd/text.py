@@ -1,96 +1,26 @@
-"""Captions to CLIP tokens and to conditioning.
+"""Captions to the conditioning of Stable Diffusion 1.x/2.x.
 
 Shape legend: B captions, n windows of 77 tokens (start, 75 of the caption, end), T = 75n + 2 tokens, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from library.architectures.base import CaptionLength, Conditioning
-from library.inference.emphasis import parse_emphasis
+from library.architectures.base import Conditioning
+from library.architectures.common import clip_text
+from library.architectures.common.clip_text import WINDOW, emphasise, join_windows
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-WINDOW = 77
-BODY = WINDOW - 2  # tokens of the caption in one window
-
-
-V2_PADDING = "!"  # id 0, as OpenCLIP pads
-
 
 def load_tokenizer(folder: Path, *, v2: bool) -> CLIPTokenizer:
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder))
-    if v2:
-        tokenizer.pad_token = V2_PADDING
-    return tokenizer
-
-
-def tokenize(
-    tokenizer: CLIPTokenizer, captions: Sequence[str], *, max_token_length: int | None, weighted: bool
-) -> dict[str, Tensor]:
-    """Captions to windows of tokens; what is longer than ``max_token_length`` (75, 150 or 225) is cut off.
-
-    Every window has its own start and end token and is filled up with the tokenizer's padding: the end token for
-    SD 1.x, id 0 for SD 2.x.
-
-    Returns:
-        ``input_ids`` (B, n, 77) int64 and, if ``weighted``, ``weights`` (B, n, 77) float32: 1 on start, end, padding.
-    """
-    windows = _windows(max_token_length)
-    # asked for once: each of these looks its token up anew
-    start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    rows: list[list[list[int]]] = []
-    weights = torch.ones(len(captions), windows, WINDOW) if weighted else None
-    for row, caption in enumerate(captions):
-        pieces = parse_emphasis(caption) if weighted else [(caption, 1.0)]
-        tokens: list[int] = []
-        token_weights: list[float] = []
-        for text, weight in pieces:
-            # captions go one by one: batches would start tokenizer threads, which must not exist before a fork
-            found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-            tokens += found
-            token_weights += [weight] * len(found)
-        rows.append([])
-        for window in range(windows):
-            part = slice(window * BODY, (window + 1) * BODY)
-            body = [start, *tokens[part], end]
-            rows[-1].append(body + [padding] * (WINDOW - len(body)))
-            if weights is not None:
-                weights[row, window, 1 : len(body) - 1] = torch.tensor(token_weights[part])
-    ids = torch.tensor(rows, dtype=torch.int64).reshape(len(captions), windows, WINDOW)
-    return {"input_ids": ids} if weights is None else {"input_ids": ids, "weights": weights}
-
-
-def _windows(max_token_length: int | None) -> int:
-    return max((max_token_length or BODY) // BODY, 1)
-
-
-def caption_length(
-    tokenizer: CLIPTokenizer, caption: str, *, max_token_length: int | None, weighted: bool
-) -> CaptionLength:
-    """Tokens of a caption, and the text of those that ``tokenize`` cuts off."""
-    limit = _windows(max_token_length) * BODY
-    pieces = [text for text, _ in parse_emphasis(caption)] if weighted else [caption]
-    count, cut = 0, ""
-    for text in pieces:
-        # where each token begins in the text
-        places = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True).offset_mapping
-        room = limit - count
-        if room <= 0:
-            cut += text
-        elif len(places) > room:
-            cut += text[places[room][0] :]
-        count += len(places)
-    return CaptionLength(count, limit, cut.strip())
+    return clip_text.load_tokenizer(folder, padding=clip_text.OPENCLIP_PADDING if v2 else None)
 
 
 def encode_text(text_encoder: nn.Module, tokens: Mapping[str, Tensor], *, clip_skip: int | None) -> Conditioning:
@@ -112,20 +42,3 @@ def encode_text(text_encoder: nn.Module, tokens: Mapping[str, Tensor], *, clip_s
     if "weights" in tokens:
         states = emphasise(states, join_windows(tokens["weights"].unsqueeze(-1)))
     return Conditioning({"context": states})
-
-
-def join_windows(states: Tensor) -> Tensor:
-    """(B, n, 77, D) -> (B, 75n + 2, D): the first window's start, all bodies, the last window's end."""
-    if states.shape[1] == 1:
-        return states[:, 0]
-    bodies = states[:, :, 1:-1].flatten(1, 2)  # (B, n, 75, D) -> (B, 75n, D)
-    return torch.cat([states[:, 0, :1], bodies, states[:, -1, -1:]], dim=1)
-
-
-def emphasise(states: Tensor, weights: Tensor) -> Tensor:
-    """Multiply token states (B, T, D) by weights (B, T, 1) and keep each caption's mean, in float32."""
-    plain = states.float()
-    weighted = plain * weights
-    before, after = plain.mean(dim=(1, 2), keepdim=True), weighted.mean(dim=(1, 2), keepdim=True)
-    scale = torch.where(after == 0, torch.ones_like(after), before / after)
-    return (weighted * scale).to(states.dtype)

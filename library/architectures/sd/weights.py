@@ -1,6 +1,6 @@
-"""Where each model of a Stable Diffusion 1.x/2.x checkpoint lies, for every layout; and writing single files.
+"""The text encoder of a single-file Stable Diffusion 1.x/2.x checkpoint; and writing such files.
 
-Layouts: one original (LDM) file, or a Diffusers folder. Key maps: ``common/ldm_unet.py``, ``kl_vae.py``, ``clip.py``.
+The other parts lie as ``common/sources.py`` says.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.common import clip, kl_vae, ldm_unet
-from library.architectures.common.diffusers_folder import read_json, weight_file
-from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.tensor_files import Shapes, TensorFile
+from library.architectures.common.sources import clip_prefix
+from library.architectures.common.tensor_files import TensorFile
 from library.files.safetensors_io import save_pickle, save_tensors
 
 V1_TEXT = "cond_stage_model.transformer."
@@ -23,63 +22,16 @@ V2_TEXT = "cond_stage_model.model."
 #: SD 2.x takes the penultimate OpenCLIP layer: the last block is stored but not used
 V2_UNUSED_LAYERS = 1
 
-_UNET_NAMES = ("conv_in", "conv_norm_out", "conv_out", "time_embedding", "down_blocks", "mid_block", "up_blocks")
-
-
-# ---- one original file ----
-
-
-def ldm_unet_source(file: TensorFile) -> ModelSource:
-    config = ldm_unet.infer_unet_config(file.shapes)
-    return ModelSource("U-Net", file, ldm_unet.ldm_unet_layout(config), config)
-
 
 def ldm_text_source(file: TensorFile, *, v2: bool) -> ModelSource:
     if v2:
         config = clip.infer_openclip_config(file.shapes, prefix=V2_TEXT, unused_layers=V2_UNUSED_LAYERS)
         layout = clip.openclip_layout(config["num_hidden_layers"], prefix=V2_TEXT)
     else:
-        prefix = _clip_prefix(file.shapes, V1_TEXT)
+        prefix = clip_prefix(file.shapes, V1_TEXT)
         config = clip.infer_clip_config(file.shapes, prefix=prefix, activation="quick_gelu")
         layout = clip.clip_layout(prefix=prefix)
     return ModelSource("text encoder", file, layout, config)
-
-
-def vae_source(file: TensorFile) -> ModelSource | None:
-    """The autoencoder in a checkpoint or in a file of its own, with LDM or diffusers names; None without one."""
-    for prefix in (kl_vae.LDM_PREFIX, "", "vae."):
-        if f"{prefix}encoder.conv_in.weight" not in file.shapes:
-            continue
-        config = kl_vae.infer_vae_config(file.shapes, prefix=prefix)
-        if f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in file.shapes:
-            return ModelSource("VAE", file, kl_vae.diffusers_vae_layout(file.shapes, prefix=prefix), config)
-        return ModelSource("VAE", file, kl_vae.ldm_vae_layout(config, prefix=prefix), config)
-    return None
-
-
-def _clip_prefix(shapes: Shapes, root: str) -> str:
-    """Most files name tensors below ``text_model.``, some directly below ``root``."""
-    return root + (clip.TEXT_MODEL if any(name.startswith(root + clip.TEXT_MODEL) for name in shapes) else "")
-
-
-# ---- Diffusers folders ----
-
-
-def diffusers_unet_source(folder: Path) -> ModelSource:
-    file = TensorFile.open(weight_file(folder))
-    layout = TensorLayout(KeyMap((name, name) for name in _UNET_NAMES))
-    return ModelSource("U-Net", file, layout, read_json(folder / "config.json"))
-
-
-def diffusers_text_source(folder: Path) -> ModelSource:
-    file = TensorFile.open(weight_file(folder))
-    layout = clip.clip_layout(prefix=_clip_prefix(file.shapes, ""))
-    return ModelSource("text encoder", file, layout, read_json(folder / "config.json"))
-
-
-def diffusers_vae_source(folder: Path) -> ModelSource:
-    file = TensorFile.open(weight_file(folder))
-    return ModelSource("VAE", file, kl_vae.diffusers_vae_layout(file.shapes), read_json(folder / "config.json"))
 
 
 # ---- writing ----

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.architectures.base import CaptionLength
+from library.architectures.common import clip_text
 from library.architectures.sd import SD, text
 from library.errors import UserError
 from tests.fixtures.tiny_sd import make_tiny_sd, make_tiny_tokenizer
@@ -200,6 +201,6 @@ def test_tokenizers_of_a_folder(tmp_path: Path) -> None:
     folder = make_tiny_tokenizer(tmp_path / "model" / "tokenizer")
     for place in (folder, folder.parent):
         (tokenizer,) = SD.tokenizers_in(place, v2=True)
-        assert tokenizer.pad_token == text.V2_PADDING
+        assert tokenizer.pad_token == clip_text.OPENCLIP_PADDING
     with pytest.raises(UserError, match="--tokenizer .*vocab.json"):
         SD.tokenizers_in(tmp_path, v2=False)

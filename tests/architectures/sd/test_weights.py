@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.architectures.common import clip, kl_vae, ldm_unet
+from library.architectures.common.sources import ldm_unet_source, vae_source
 from library.architectures.common.tensor_files import TensorFile
 from library.architectures.sd import SD
-from library.architectures.sd.weights import ldm_text_source, ldm_unet_source, save_checkpoint, vae_source
+from library.architectures.sd.weights import ldm_text_source, save_checkpoint
 from tests.fixtures.tiny_sd import Sizes, full_sizes, ldm_shapes, make_tiny_sd
 
 LAYOUTS = Path(__file__).parents[2] / "compat" / "layouts"

@@ -1,0 +1,48 @@
+"""Which family a checkpoint is of: for programs that draw with all of them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from library.architectures.base import Architecture
+from library.architectures.common.diffusers_folder import read_json
+from library.architectures.common.recognise import recognise_pipeline, recognise_tensors
+from library.architectures.sd import SD
+from library.architectures.sdxl import SDXL
+from library.errors import UserError
+from library.files.safetensors_io import read_header
+from library.inference.options import ImageModelOptions
+
+logger = logging.getLogger(__name__)
+
+FAMILIES: dict[str, Architecture] = {family.name: family for family in (SD, SDXL)}
+
+
+def family_of(options: ImageModelOptions) -> Architecture:
+    """The family that the flags name, or else that of the checkpoint; Stable Diffusion 1.x/2.x if nothing tells.
+
+    Pickled files and Hub ids are not looked into.
+
+    Raises:
+        UserError: options that the family refuses.
+    """
+    family = SDXL if options.sdxl else FAMILIES.get(_found(options.ckpt or ""), SD)
+    for name, why in family.refused_options.items():
+        if getattr(options, name, None):
+            raise UserError(f"--{name}: {why}")
+    for name, why in family.idle_options.items():
+        if getattr(options, name, None) is not None:
+            logger.warning("--%s has no effect %s", name, why)
+    return family
+
+
+def _found(path_or_id: str) -> str:
+    path = Path(path_or_id).expanduser()
+    if (path / "model_index.json").is_file():
+        found = recognise_pipeline(str(read_json(path / "model_index.json").get("_class_name", "")), "")
+    elif path.is_file() and path.suffix == ".safetensors":
+        found = recognise_tensors(read_header(path).tensors.keys(), "")
+    else:
+        found = None
+    return found.family if found is not None else ""

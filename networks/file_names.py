@@ -1,0 +1,87 @@
+"""Adapter tensors in diffusers' and PEFT's names, read as those of the published files.
+
+Published files name a module by its path with underscores, below a prefix: ``lora_unet_input_blocks_4_1_proj_in``.
+Others hold the same tensors as
+
+* ``lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight``: published, with diffusers' module names;
+* ``unet.down_blocks.1.attentions.0.proj_in.lora_A.weight`` (diffusers and PEFT), for text encoders
+  ``text_encoder.`` or ``text_encoder_2.``, with or without the level ``text_model.``;
+* the same with ``.lora.down.weight`` or ``.lora_linear_layer.down.weight`` (diffusers before PEFT).
+
+Alphas of PEFT stand in the metadata, as JSON under ``lora_adapter_metadata``; without them alpha is the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import LoraTarget
+from networks.targets import find_modules
+
+ADAPTER_METADATA = "lora_adapter_metadata"
+_PEFT_ROOT = "base_model.model."
+
+_TENSORS = {
+    "lora_down.weight": "lora_down.weight",
+    "lora_up.weight": "lora_up.weight",
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    "lora_A.default.weight": "lora_down.weight",
+    "lora_B.default.weight": "lora_up.weight",
+    "lora.down.weight": "lora_down.weight",
+    "lora.up.weight": "lora_up.weight",
+    "lora_linear_layer.down.weight": "lora_down.weight",
+    "lora_linear_layer.up.weight": "lora_up.weight",
+    "alpha": "alpha",
+    "dora_scale": "dora_scale",
+}
+_KEY = re.compile(rf"(.+?)\.({'|'.join(re.escape(name) for name in _TENSORS)})")
+
+
+def published_names(weights: Mapping[str, Tensor], models: Iterable[tuple[nn.Module, LoraTarget]]) -> dict[str, Tensor]:
+    """``weights`` under the names that networks on these models have; what is not recognised keeps its name."""
+    names = {alias: name for model, target in models for alias, name in _aliases(model, target)}
+    renamed = {}
+    for key, tensor in weights.items():
+        found = _KEY.fullmatch(key)
+        name = names.get(found[1].removeprefix(_PEFT_ROOT)) if found else None
+        renamed[f"{name}.{_TENSORS[found[2]]}" if found and name else key] = tensor
+    return renamed
+
+
+def _aliases(model: nn.Module, target: LoraTarget) -> Iterator[tuple[str, str]]:
+    """(other name, published name) of every module that may carry an adapter."""
+    for found in find_modules(model, target.with_convs()):
+        yield f"{target.prefix}_{found.published_path.replace('.', '_')}", found.lora_name
+        yield f"{target.diffusers_root}.{found.published_path}", found.lora_name
+        yield f"{target.diffusers_root}.{found.published_path.removeprefix('text_model.')}", found.lora_name
+
+
+def with_alphas(weights: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """``weights`` in PEFT's names with the alphas that the file's metadata tell."""
+    try:
+        told = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+    except ValueError:
+        return weights
+    alphas: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        module, ending, _ = key.partition(".lora_A.")
+        root, _, path = module.partition(".")
+        alpha = told.get(f"{root}.lora_alpha") if ending and isinstance(told, dict) else None
+        if alpha is None:
+            continue
+        for pattern, own in (told.get(f"{root}.alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", path):
+                alpha = own
+                break
+        rank = tensor.shape[0]
+        # PEFT's rank-stabilised factor is alpha / sqrt(rank); files of ours say alpha / rank
+        scaled = alpha * math.sqrt(rank) if told.get(f"{root}.use_rslora") else alpha
+        alphas[f"{module}.alpha"] = torch.tensor(float(scaled))
+    return {**weights, **alphas}

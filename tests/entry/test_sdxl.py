@@ -1,0 +1,227 @@
+"""``sdxl_train_network.py`` from end to end on tiny checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.fixtures.runs import (
+    lora_arguments,
+    make_pictures,
+    metadata_of,
+    run_script,
+    train_here,
+    write_dataset,
+)
+from tests.fixtures.tiny_sd import MadeCheckpoint
+from tests.fixtures.tiny_sdxl import make_tiny_sdxl
+
+SCRIPT = "sdxl_train_network"
+pytestmark = pytest.mark.usefixtures("own_root_logger")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = load_file(one), load_file(other)
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, e.g. {different[:3]}"
+
+
+def test_a_whole_run_of_the_script(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a (cat:1.2) --w 64 --h 96 --s 2 --l 5 --d 1 --n dog\n")
+    dataset = write_dataset(tmp_path / "data.toml", pictures, dataset="batch_size = 2")
+    more = {
+        "text_encoder_lr": [1e-3, 2e-3],
+        "network_args": ["conv_dim=2"],
+        "max_token_length": 150,
+        "weighted_captions": True,
+        "disable_mmap_load_safetensors": True,
+        "sample_prompts": prompts,
+        "sample_every_n_steps": 2,
+        "gradient_checkpointing": True,
+        "sdpa": True,
+    }
+    done = run_script(f"{SCRIPT}.py", *lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more))
+    assert done.code == 0, done.text
+    path = tmp_path / "out" / "tiny.safetensors"
+    tensors = load_file(path)
+    starts = {"lora_te1_text_model_encoder", "lora_te2_text_model_encoder", "lora_unet_input_blocks_4_1"}
+    assert all(any(name.startswith(start) for name in tensors) for start in starts)
+    assert "lora_unet_input_blocks_1_0_in_layers_2.lora_down.weight" in tensors
+    moved = {name.split("_")[1] for name, tensor in tensors.items() if "lora_up" in name and tensor.any()}
+    assert moved == {"te1", "te2", "unet"}
+
+    metadata = metadata_of(path)
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0" and metadata["ss_v2"] == "False"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert metadata["ss_text_encoder_lr"] == "[0.001, 0.002]"
+    drawn = list((tmp_path / "out" / "sample").glob("*.png"))
+    assert len(drawn) == 1 and Image.open(drawn[0]).size == (64, 96)
+
+
+def test_a_stopped_and_resumed_run_ends_bit_equal(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from library.architectures.sdxl import StableDiffusionXL
+
+    told: list[list[int]] = []  # sizes that the U-Net is told
+    predict = StableDiffusionXL.predict
+
+    def spy(self, denoiser, noisy, timesteps, conditioning):
+        height, width = (8 * side for side in noisy.shape[-2:])
+        assert conditioning["sizes"][:, 4:].tolist() == [[height, width]] * len(noisy)
+        told.extend(conditioning["sizes"].tolist())
+        return predict(self, denoiser, noisy, timesteps, conditioning)
+
+    monkeypatch.setattr(StableDiffusionXL, "predict", spy)
+    general = "shuffle_caption = true\nflip_aug = true\nrandom_crop = true"
+    dataset = write_dataset(tmp_path / "data.toml", pictures, general=general, dataset="batch_size = 2")
+    more = {"max_train_steps": 4, "network_dropout": 0.3, "save_state": True, "save_every_n_steps": 2}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "whole", **more), script=SCRIPT)
+    state = tmp_path / "whole" / "tiny-step00000002-state"
+    again = {**more, "resume": state}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "again", **again), script=SCRIPT)
+    assert_same_weights(tmp_path / "whole" / "tiny.safetensors", tmp_path / "again" / "tiny.safetensors")
+    real = {Image.open(path).size[::-1] for path in pictures.glob("*.png")}  # (H, W)
+    assert {(height, width) for height, width, *_ in told} <= real
+    assert any(top or left for _, _, top, left, *_ in told)
+
+
+def test_caches_change_nothing_and_have_the_published_layout(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = make_pictures(tmp_path / "pictures", ((64, 64), (100, 44), (80, 80)))
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    more = {"network_train_unet_only": True, "max_train_steps": 3, "cache_latents": True}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "plain", **more), script=SCRIPT)
+    cached = {**more, "cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "cached", **cached), script=SCRIPT)
+    assert_same_weights(tmp_path / "plain" / "tiny.safetensors", tmp_path / "cached" / "tiny.safetensors")
+    assert not any("lora_te" in name for name in load_file(tmp_path / "cached" / "tiny.safetensors"))
+
+    with np.load(pictures / "1_te_outputs.npz") as file:
+        shapes = {
+            name: (file[name].shape, str(file[name].dtype)) for name in ("hidden_state1", "hidden_state2", "pool2")
+        }
+    assert shapes == {
+        "hidden_state1": ((77, 32), "float32"),
+        "hidden_state2": ((77, 64), "float32"),
+        "pool2": ((64,), "float32"),
+    }
+    with np.load(pictures / "1_0100x0044_sdxl.npz") as file:
+        assert file["original_size"].tolist() == [100, 44] and file["latents"].shape[0] == 4
+
+    capsys.readouterr()
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "third", **cached), script=SCRIPT)
+    assert "0 files made, 3 from the cache" in capsys.readouterr().err
+    assert_same_weights(tmp_path / "plain" / "tiny.safetensors", tmp_path / "third" / "tiny.safetensors")
+
+
+def test_v_prediction_with_zero_terminal_snr_from_a_folder(tmp_path: Path, pictures: Path) -> None:
+    made = make_tiny_sdxl(tmp_path / "folder", layout="diffusers", v_prediction=True)
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    more = {"v_parameterization": True, "zero_terminal_snr": True, "network_train_unet_only": True}
+    train_here(*lora_arguments(made, dataset, tmp_path / "out", **more), script=SCRIPT)
+    assert metadata_of(tmp_path / "out" / "tiny.safetensors")["modelspec.prediction_type"] == "v"
+
+
+def test_caching_tools_make_what_training_uses(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from library.config.config_file import read_args
+    from tools import cache_latents, cache_text_encoder_outputs
+
+    pictures = make_pictures(tmp_path / "pictures", ((64, 64), (100, 44)))
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    words = ["--sdxl", "--pretrained_model_name_or_path", tiny_sdxl.path, "--dataset_config", dataset]
+    words += ["--tokenizer_cache_dir", tiny_sdxl.tokenizer_cache_dir, "--console_log_simple"]
+    for module, tool in (
+        (cache_latents, cache_latents.CacheLatents),
+        (cache_text_encoder_outputs, cache_text_encoder_outputs.CacheTextEncoderOutputs),
+    ):
+        tool().run(read_args(module.setup_parser(), [str(word) for word in words]))
+    assert len(list(pictures.glob("*_sdxl.npz"))) == len(list(pictures.glob("*_te_outputs.npz"))) == 2
+    capsys.readouterr()
+    more = {
+        "network_train_unet_only": True,
+        "cache_latents_to_disk": True,
+        "cache_text_encoder_outputs_to_disk": True,
+        "max_train_steps": 1,
+    }
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
+    error = capsys.readouterr().err
+    assert "latents: 0 encoded, 2 from the cache" in error
+    assert "0 files made, 2 from the cache" in error
+
+
+def test_lycoris_trains_both_encoders(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path) -> None:
+    pytest.importorskip("lycoris")
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    more = {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "preset=attn-mlp"]}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
+    names = load_file(tmp_path / "out" / "tiny.safetensors")
+    for start in ("lora_te1_text_model_encoder", "lora_te2_text_model_encoder", "lora_unet_down_blocks_1"):
+        assert any(name.startswith(start) for name in names)
+
+
+def refused(capsys: pytest.CaptureFixture[str], script: str, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as ended:
+        train_here(*arguments, script=script)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_the_right_script_is_named(
+    tmp_path: Path,
+    tiny_sd: MadeCheckpoint,
+    tiny_sdxl: MadeCheckpoint,
+    pictures: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    error = refused(capsys, SCRIPT, *lora_arguments(tiny_sd, dataset, tmp_path / "out"))
+    assert "tiny.safetensors is a Stable Diffusion 1.x or 2.x checkpoint; use train_network.py" in error
+    error = refused(capsys, "train_network", *lora_arguments(tiny_sdxl, dataset, tmp_path / "out"))
+    assert "tiny_xl.safetensors is a Stable Diffusion XL checkpoint; use sdxl_train_network.py" in error
+    error = refused(capsys, SCRIPT, *lora_arguments(tiny_sdxl, dataset, tmp_path / "out", v2=True))
+    assert "--v2: that is for Stable Diffusion 2.x" in error
+    block_dims = ",".join(["4"] * 25)
+    arguments = lora_arguments(tiny_sdxl, dataset, tmp_path / "out", network_args=[f"block_dims={block_dims}"])
+    assert "must have 23 comma-separated values, has 25" in refused(capsys, SCRIPT, *arguments)
+    general = write_dataset(tmp_path / "steps.toml", pictures)
+    general.write_text(general.read_text().replace("bucket_reso_steps = 32", "bucket_reso_steps = 16"))
+    error = refused(capsys, SCRIPT, *lora_arguments(tiny_sdxl, general, tmp_path / "out"))
+    assert "bucket_reso_steps 16: must be a multiple of 32" in error
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_gen_img_recognises_the_model(tmp_path: Path, tiny_sdxl: MadeCheckpoint, tiny_sd: MadeCheckpoint) -> None:
+    from types import SimpleNamespace
+
+    import gen_img
+    from library.architectures.sd import SD
+    from library.architectures.sdxl import SDXL
+    from library.inference.families import family_of
+
+    def family(path: Path | str, sdxl: bool = False) -> object:
+        return family_of(SimpleNamespace(ckpt=str(path), sdxl=sdxl, v2=False, clip_skip=None))
+
+    assert family(tiny_sd.path) is SD and family("owner/name") is SD and family("owner/name", sdxl=True) is SDXL
+    folder = make_tiny_sdxl(tmp_path / "folder", layout="diffusers")
+    assert family(folder.path) is SDXL
+    words = ["--ckpt", tiny_sdxl.path, "--tokenizer_cache_dir", tiny_sdxl.tokenizer_cache_dir, "--console_log_simple"]
+    words += ["--W", 64, "--H", 96, "--steps", 2, "--prompt", "a (cat:1.2) --n dog", "--outdir", tmp_path / "images"]
+    gen_img.main(gen_img.setup_parser().parse_args([str(word) for word in words]))
+    (image,) = (tmp_path / "images").iterdir()
+    assert Image.open(image).size == (64, 96)
