@@ -49,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     setup_console(options.console)
     # only now, as torch takes seconds to load
     from library.architectures.sd import SD
+    from library.architectures.sdxl import SDXL
     from library.data.report.page import make_page
     from library.data.report.survey import check_data
     from library.data.report.tables import print_report
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     ignored = check_options.not_looked_at(options)
     if ignored:
         logger.info("not looked at, as it does not concern the data: %s", ", ".join(ignored))
-    report = check_data(options, wanted, SD)
+    report = check_data(options, wanted, SDXL if wanted.sdxl else SD)
     print_report(report)
     if wanted.html is not None:
         write_text(wanted.html, make_page(report, max_thumbnails=wanted.max_thumbnails))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from library.config.config_file import read_args
 from tests.data.report.test_near_duplicates import scene
-from tests.fixtures.runs import THREE_SHAPES, run_script
+from tests.fixtures.runs import THREE_SHAPES, make_pictures, run_script
 from tests.fixtures.tiny_sd import MadeCheckpoint
+from tools.check_dataset import main, setup_parser
 
 TOOL = "tools/check_dataset.py"
 
@@ -63,3 +67,13 @@ def test_exit_codes(tmp_path: Path) -> None:
     assert strict.code == 1, strict.text
     wrong = run_script(TOOL, "--dataset_config", tmp_path / "gone.toml", "--html", tmp_path / "no" / "r.html")
     assert wrong.code == 2 and "there is no folder" in wrong.err and "Traceback" not in wrong.text
+
+
+@pytest.mark.usefixtures("own_root_logger")
+def test_the_family_decides_which_sizes_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_pictures(tmp_path / "1_cat", [(80, 80)])
+    words = ["--train_data_dir", str(folder.parent), "--resolution", "80", "--caption_extension", ".txt"]
+    assert main(read_args(setup_parser(), words)) == 0
+    with pytest.raises(SystemExit) as ended:
+        main(read_args(setup_parser(), [*words, "--sdxl"]))
+    assert ended.value.code == 2 and "must be multiples of 32" in capsys.readouterr().err

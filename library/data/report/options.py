@@ -16,6 +16,7 @@ from library.errors import UserError
 class CheckOptions:
     """Report."""
 
+    sdxl: bool = option(False, "the data are for Stable Diffusion XL, whose buckets are multiples of 32 pixels")
     html: Path | None = option(None, "write the report as one HTML file with small pictures in it", type=Path)
     json: Path | None = option(None, "write everything that was found as JSON, for scripts", type=Path)
     tokenizer: Path | None = option(
