@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/environment.sh
 setup_environment requirements-dev.txt
-# one worker per core; each keeps to one thread (tests/conftest.py)
-exec "$VENV/bin/python" -m pytest -q -n auto "$@"
+# one worker per core; each keeps to one thread (tests/conftest.py), and takes over from one that has more to do
+exec "$VENV/bin/python" -m pytest -q -n auto --dist worksteal "$@"
