@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from library.architectures.common.diffusers_folder import download_components, is_hub_id, read_json
 from library.architectures.common.identity import add_weights
 from library.architectures.common.loading import ModelSource
+from library.architectures.common.recognise import recognise_pipeline
 from library.architectures.common.sources import diffusers_vae_source, in_file, vae_source
 from library.architectures.common.tensor_files import PICKLE_SUFFIXES, TensorFile
 from library.errors import UserError, did_you_mean
+from library.files.safetensors_io import save_pickle, save_tensors
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
 LATENT_CHANNELS = 4
@@ -30,6 +36,54 @@ def locate(path_or_id: str, *, flag: str, components: tuple[str, ...]) -> Path:
         return download_components(path_or_id, components, flag=flag)
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(f"{flag} {path_or_id}: no such file or folder{did_you_mean(path.name, siblings)}")
+
+
+def locate_model(path_or_id: str, components: tuple[str, ...]) -> Path:
+    """The file or folder of the base model, as ``locate`` finds it.
+
+    Raises:
+        UserError: none is named, or there is none.
+    """
+    if not path_or_id:
+        raise UserError(f"{MODEL_FLAG} is required: a checkpoint file, a Diffusers folder or a Hub id")
+    return locate(path_or_id, flag=MODEL_FLAG, components=components)
+
+
+def check_folder(folder: Path, *, family: str, title: str, needed: tuple[str, ...]) -> None:
+    """Refuse Diffusers folders of other families, and those that lack a part.
+
+    Args:
+        family: as ``recognise_pipeline`` knows it; ``title`` is its name for people.
+        needed: the parts' folders.
+    """
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    class_name = str(index.get("_class_name", ""))
+    other = recognise_pipeline(class_name, family)
+    if other is not None:
+        raise UserError(f"{folder} is {other.what} ({class_name}); {other.remedy}")
+    missing = [part for part in needed if not (folder / part / "config.json").is_file()]
+    if missing:
+        files = sorted(p.name for p in folder.glob("*.safetensors")) + sorted(p.name for p in folder.glob("*.ckpt"))
+        hint = f'; did you mean the file "{folder / files[0]}"?' if files else ""
+        raise UserError(f"{folder} is not a {title} folder: {missing[0]}/config.json is missing{hint}")
+
+
+def choose_vae(path: Path, given: str | None, own: ModelSource | None, title: str) -> ModelSource:
+    """The autoencoder of ``--vae``, else the checkpoint's own.
+
+    Raises:
+        UserError: neither is there, or it is of another family.
+    """
+    vae = vae_at(given) if given else own
+    if vae is None:
+        raise UserError(f"{path}: the file has no VAE; give one with --vae")
+    channels = vae.config.get("latent_channels", LATENT_CHANNELS)
+    if channels != LATENT_CHANNELS:
+        raise UserError(
+            f"{vae.file.path}: this VAE has {channels} latent channels (SD 3 and FLUX have 16), {title} "
+            f"needs {LATENT_CHANNELS}; give another --vae"
+        )
+    return vae
 
 
 def vae_at(path_or_id: str) -> ModelSource:
@@ -83,10 +137,20 @@ def check_unet_channels(path: Path, unet: ModelSource, family: str) -> None:
         )
 
 
-def check_vae(source: ModelSource, family: str) -> None:
-    channels = source.config.get("latent_channels", LATENT_CHANNELS)
-    if channels != LATENT_CHANNELS:
-        raise UserError(
-            f"{source.file.path}: this VAE has {channels} latent channels (SD 3 and FLUX have 16), {family} "
-            f"needs {LATENT_CHANNELS}; give another --vae"
-        )
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+) -> None:
+    """Write one original-layout file, ``.safetensors`` or ``.ckpt``.
+
+    Args:
+        dtype: cast floating-point tensors; None keeps them as they are.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    if path.suffix == ".safetensors":
+        save_tensors(path, dict(tensors), dict(metadata or {}))
+    else:
+        save_pickle(path, {"state_dict": dict(tensors)})

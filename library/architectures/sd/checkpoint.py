@@ -7,17 +7,15 @@ from pathlib import Path
 
 from library.architectures.base import ModelInfo
 from library.architectures.common.checkpoint import (
-    MODEL_FLAG,
+    check_folder,
     check_prediction,
     check_unet_channels,
-    check_vae,
+    choose_vae,
     folder_prediction,
-    locate,
-    vae_at,
+    locate_model,
 )
-from library.architectures.common.diffusers_folder import read_json
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.recognise import recognise_pipeline, recognise_tensors
+from library.architectures.common.recognise import recognise_tensors
 from library.architectures.common.sources import (
     diffusers_text_source,
     diffusers_unet_source,
@@ -57,19 +55,14 @@ def inspect_checkpoint(
     path_or_id: str, *, v2: bool, v_parameterization: bool, vae: str | None, tokenizer_cache_dir: str | None
 ) -> SDCheckpoint:
     """See ``Architecture.inspect``."""
-    if not path_or_id:
-        raise UserError(f"{MODEL_FLAG} is required: a checkpoint file, a Diffusers folder or a Hub id")
-    path = locate(path_or_id, flag=MODEL_FLAG, components=COMPONENTS)
+    path = locate_model(path_or_id, COMPONENTS)
     parts = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
     title = Path(path_or_id).name or path_or_id  # a Hub id's snapshot has an unspeakable name
     _check_version(title, parts, v2=v2)
     check_prediction(
         title, parts.prediction_type, "scheduler/scheduler_config.json", v_parameterization=v_parameterization
     )
-    own_vae = vae_at(vae) if vae else parts.vae
-    if own_vae is None:
-        raise UserError(f"{path}: the file has no VAE; give one with --vae")
-    check_vae(own_vae, "Stable Diffusion 1.x/2.x")
+    own_vae = choose_vae(path, vae, parts.vae, "Stable Diffusion 1.x/2.x")
     tokenizer_folder = locate_tokenizer(
         TOKENIZERS[v2], model_folder=path if path.is_dir() else None, cache_dir=tokenizer_cache_dir
     )
@@ -128,16 +121,7 @@ _TEXT_PREFIXES = {False: weights.V1_TEXT, True: weights.V2_TEXT}
 
 
 def _inspect_folder(folder: Path) -> _Parts:
-    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    class_name = str(index.get("_class_name", ""))
-    other = recognise_pipeline(class_name, "sd")
-    if other is not None:
-        raise UserError(f"{folder} is {other.what} ({class_name}); {other.remedy}")
-    missing = [part for part in ("unet", "text_encoder", "vae") if not (folder / part / "config.json").is_file()]
-    if missing:
-        files = sorted(p.name for p in folder.glob("*.safetensors")) + sorted(p.name for p in folder.glob("*.ckpt"))
-        hint = f'; did you mean the file "{folder / files[0]}"?' if files else ""
-        raise UserError(f"{folder} is not a Stable Diffusion folder: {missing[0]}/config.json is missing{hint}")
+    check_folder(folder, family="sd", title="Stable Diffusion", needed=("unet", "text_encoder", "vae"))
     unet = diffusers_unet_source(folder / "unet")
     text_encoder = diffusers_text_source(folder / "text_encoder")
     vae = diffusers_vae_source(folder / "vae")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.common import clip, kl_vae, ldm_unet
+from library.architectures.common.checkpoint import write_checkpoint
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.sources import clip_prefix
 from library.architectures.common.tensor_files import TensorFile
-from library.files.safetensors_io import save_pickle, save_tensors
 
 V1_TEXT = "cond_stage_model.transformer."
 V2_TEXT = "cond_stage_model.model."
@@ -69,12 +69,7 @@ def save_checkpoint(
         tensors |= _unused_text_tensors(tensors, layers, source)
     else:
         tensors |= clip.clip_layout(prefix=V1_TEXT + clip.TEXT_MODEL).write(text_encoder.state_dict())
-    if dtype is not None:
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    if path.suffix == ".safetensors":
-        save_tensors(path, tensors, dict(metadata or {}))
-    else:
-        save_pickle(path, {"state_dict": tensors})
+    write_checkpoint(path, tensors, dtype=dtype, metadata=metadata)
 
 
 def _unused_text_tensors(written: Mapping[str, Tensor], layers: int, source: TensorFile | None) -> dict[str, Tensor]:

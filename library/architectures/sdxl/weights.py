@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from library.architectures.common import clip, kl_vae, ldm_unet
+from library.architectures.common.checkpoint import write_checkpoint
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.sources import clip_prefix
 from library.architectures.common.tensor_files import TensorFile
 from library.errors import UserError
-from library.files.safetensors_io import save_pickle, save_tensors
 
 TEXT_1 = "conditioner.embedders.0.transformer."  # CLIP ViT-L, with transformers' names
 TEXT_2 = "conditioner.embedders.1.model."  # OpenCLIP ViT-bigG
@@ -69,9 +69,4 @@ def save_checkpoint(
         tensors |= source.read([LOGIT_SCALE])
     else:
         tensors[LOGIT_SCALE] = tensors[f"{TEXT_2}ln_final.weight"].new_ones(())
-    if dtype is not None:
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    if path.suffix == ".safetensors":
-        save_tensors(path, tensors, dict(metadata or {}))
-    else:
-        save_pickle(path, {"state_dict": tensors})
+    write_checkpoint(path, tensors, dtype=dtype, metadata=metadata)
