@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from library.config.arguments import TrainNetworkOptions
 from library.config.availability import REFUSED
 from library.config.implied import implied
 from library.config.no_effect import reasons
+from library.launched import is_first_process
 
 if TYPE_CHECKING:
     from library.architectures.base import Architecture
@@ -79,7 +79,7 @@ def print_explanation(
     file: TextIO | None = None,
 ) -> None:
     """One table with a section for each group; given options stand out on a terminal. One process prints."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return
     from rich.console import Console
     from rich.table import Table

@@ -19,6 +19,7 @@ from library.config.no_effect import as_errors, without_effect
 from library.data.dataset_config import NOT_WITH_CACHED_LATENTS
 from library.errors import UserError
 from library.files.hub import REPO_TYPES
+from library.launched import process_count
 
 if TYPE_CHECKING:
     from library.architectures.base import Architecture
@@ -198,7 +199,7 @@ def fused_backward(o: TrainNetworkOptions) -> Iterator[Finding]:
             f"--fused_backward_pass: not with --on_nan {o.training.on_nan}, as the update is made before all gradients "
             "are judged; remove one of them"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if process_count() > 1:
         yield error("--fused_backward_pass: not with several processes, which average whole gradients; remove it")
 
 

@@ -22,6 +22,7 @@ from library.data.contact_sheet import LIST_NAME, SheetWriter, Shown, draw_sheet
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
 from library.data.image_io import opencv
+from library.launched import is_first_process, process_count
 from library.training.plan import RunPlan
 from library.training.processes import choose_seed
 
@@ -50,7 +51,7 @@ def show_dataset(options: TrainNetworkOptions, architecture: Architecture, condi
         UserError: the data or its options are wrong, as before training.
     """
     setup_console(options.console)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return
     rules = (*DATA_RULES, needs_output) if options.output.output_dir else DATA_RULES
     for warning in check(options, architecture, rules=rules):
@@ -65,7 +66,7 @@ def show_dataset(options: TrainNetworkOptions, architecture: Architecture, condi
         prior_loss_weight=options.loss.prior_loss_weight,
         conditioning_as=conditioning_as,
     )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     plan = RunPlan.make(
         batches_per_epoch=data.batches_per_process(processes),
         gradient_accumulation_steps=options.training.gradient_accumulation_steps,

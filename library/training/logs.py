@@ -129,21 +129,6 @@ def print_summary(rows: Sequence[tuple[str, str]], *, simple: bool) -> None:
     stderr_console().print(table)
 
 
-class PaceReport:
-    """A plain line now and then on work that is done beside the steps."""
-
-    def __init__(self, doing: str) -> None:
-        self._doing = doing
-        self._started = self._said = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        due = now - self._said >= PLAIN_LINE_INTERVAL
-        if due or (done == total and now - self._started >= PLAIN_LINE_INTERVAL):
-            self._said = now
-            logger.info("%s: %d of %d, %.1f a second", self._doing, done, total, done / (now - self._started))
-
-
 class Progress:
     """One progress bar on a terminal, a plain line every few seconds elsewhere."""
 

@@ -150,7 +150,7 @@ class NetworkTrainer(Trainer):
             try:
                 with torch.device("meta"):
                     network = self._applied_network(run, module)
-            except (RuntimeError, NotImplementedError):
+            except RuntimeError:  # NotImplementedError is one
                 # third-party modules may compute with tensors while they are made; the models stay on meta
                 network = self._applied_network(run, module)
         groups, descriptions = self._parameter_groups(network, run.options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from datetime import timedelta
@@ -67,11 +66,6 @@ def make_accelerator(
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
-
-
-def is_first_process() -> bool:
-    """Whether this is the main process, as launchers tell it before the processes join."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def choose_seed(given: int | None, resumed: int | None = None) -> int:

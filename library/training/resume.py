@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.files.atomic import MANIFEST_NAME, atomic_directory, verify_directory
-from library.training.fingerprint import fingerprint, is_digest
+from library.training.fingerprint import is_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -117,7 +117,7 @@ def standing(run: Run, *, step: int, epoch: int, losses: list[float]) -> TrainSt
         current_epoch=epoch,
         current_step=step,
         seed=run.checked.seed,
-        fingerprint=fingerprint(run),
+        fingerprint=run.fingerprint,
         losses=losses,
         validation=run.validation.best.state() if run.validation else {},
         origin_step=run.plan.origin.step,
@@ -128,7 +128,7 @@ def standing(run: Run, *, step: int, epoch: int, losses: list[float]) -> TrainSt
 def check_resumed(run: Run) -> None:
     """Name what was changed since the state was saved. Raises UserError if the run has ended with it."""
     state = run.checked.resumed
-    for change in state.changes(fingerprint(run)):
+    for change in state.changes(run.fingerprint):
         logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
     if state.current_step >= run.plan.total_steps:
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -41,6 +42,7 @@ from library.errors import exits_on_user_error
 from library.files.atomic import recover_directory
 from library.files.hub import HubTarget, Uploads, check_target
 from library.inference.prompt_line import SamplePrompt
+from library.launched import is_first_process
 from library.memory.attention import attention_backend
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
@@ -49,12 +51,13 @@ from library.training.caching import CacheJob, cache_latents, inspect_model
 from library.training.checkpoints import OutputNames, SavePolicy, ema_path
 from library.training.debug_dataset import show_dataset
 from library.training.dry_run import dry_run
+from library.training.fingerprint import fingerprint
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
 from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
-from library.training.processes import choose_seed, is_first_process, make_accelerator, of_main_process, weight_dtype
+from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
 from library.training.replay import replay
 from library.training.resume import TrainState, go_on, read_state, save_state, standing
 from library.training.settings import (
@@ -121,6 +124,11 @@ class Run:
     record: Any = None  # metadata of what is saved
     done_steps: int = 0  # when training has ended
     validation: Validation | None = None
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, object]:
+        """What a resumed run must share; read from files and records once, not at every state."""
+        return fingerprint(self)
 
     @property
     def options(self) -> TrainNetworkOptions:

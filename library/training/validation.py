@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from library.config.arguments import ValidationOptions
+from library.config.no_effect.by_dataset import NO_VALIDATION
 from library.data.batch import Batch
 from library.data.dataset_config import DatasetConfig
 from library.data.validation_data import ValidationData
@@ -22,9 +23,10 @@ from library.diffusion.timesteps import spread_timesteps
 from library.errors import UserError
 from library.inference.generate import undisturbed
 from library.randomness import key
-from library.training.logs import PaceReport, Trackers
+from library.training.logs import Trackers
 from library.training.plan import RunPlan
 from library.training.settings import noise_settings
+from library.training.work_progress import WorkProgress
 
 if TYPE_CHECKING:
     from library.training.trainer import Run, Trainer
@@ -43,9 +45,8 @@ def check_validation(config: DatasetConfig, options: ValidationOptions) -> None:
     """
     if config.validates:
         return
-    remedy = "without validation pictures; set validation_split in the dataset file, or --validation_split"
     needing = [
-        f"--{name}: cannot work {remedy}"
+        f"--{name}: cannot work {NO_VALIDATION}"
         for name in ("early_stopping_patience", "save_best")
         if getattr(options, name) not in (None, False)
     ]
@@ -201,12 +202,12 @@ class Validation:
         modules = [run.denoiser, *run.text_encoders, *self._trainer.trained_modules(run)]
         if run.vae is not None:
             modules.append(run.vae)
-        report = PaceReport("validating batches")
+        # lines, as the steps have the bar
+        report = WorkProgress("validating", "batches", simple=True, enabled=run.accelerator.is_main_process)
         with torch.no_grad(), undisturbed(modules, run.device):
             for done, batch in enumerate(self._data.batches(**self._trainer.loading(run)), start=1):
                 losses.append(self._losses(batch.to(run.device, non_blocking=True)))
-                if run.accelerator.is_main_process:
-                    report(done, len(self._data))
+                report.update(done, len(self._data))
         found = torch.cat(losses).cpu().double()
         total = torch.stack([found.sum(), torch.tensor(float(len(found)), dtype=torch.float64)])
         if run.accelerator.num_processes > 1:

@@ -1,4 +1,4 @@
-"""How far a piece of work before the first step is: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""How far a piece of work beside the steps is: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 

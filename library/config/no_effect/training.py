@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from library.config.arguments import TrainNetworkOptions
 from library.config.no_effect.declare import idle
+from library.launched import process_count
 
 
 @idle("max_train_steps", reason="beside --max_train_epochs, which wins")
@@ -30,7 +29,7 @@ def only_the_denoiser(o: TrainNetworkOptions) -> bool:
 
 @idle("ddp_timeout", reason="with one process; several are started by: accelerate launch --multi_gpu")
 def one_process(o: TrainNetworkOptions) -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return process_count() == 1
 
 
 @idle(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from library.data.report.near_duplicates import equal_files, look_alikes, on_bot
 from library.data.report.options import CheckOptions, about_data
 from library.errors import UserError
 from library.training.plan import RunPlan
+from library.training.work_progress import WorkProgress
 
 if TYPE_CHECKING:
     from library.architectures.base import Architecture
@@ -73,7 +73,9 @@ def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture:
         )
         _check_masks(config, pictures, faults, collector)
     _check_endings(config, collector)
-    looks, unreadable = look_at_all(pictures.paths(), _Progress())
+    looks, unreadable = look_at_all(
+        pictures.paths(), WorkProgress("looking at pictures", "pictures", simple=True).update
+    )
     _report_faults(faults, unreadable, collector)
     _check_sides(pictures, data, looks, wanted.hash_distance, collector)
     _check_likeness(pictures, looks, wanted.hash_distance, collector)
@@ -201,19 +203,6 @@ def _warnings_as_findings(collector: Collector) -> Iterator[None]:
     finally:
         data_logger.removeHandler(handler)
         data_logger.propagate = propagate
-
-
-class _Progress:
-    """Says now and then how far the reading is."""
-
-    def __init__(self) -> None:
-        self._started = self._said = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._said >= 5:
-            self._said = now
-            logger.info("pictures looked at: %d of %d, %.0f a second", done, total, done / (now - self._started))
 
 
 # ---- what pictures have in common ----
