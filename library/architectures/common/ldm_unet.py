@@ -161,5 +161,9 @@ def set_unet_attention(unet: nn.Module, backend: str) -> None:
         from library.memory.attention import MemoryEfficientAttention
 
         unet.set_attn_processor(MemoryEfficientAttention(AttnProcessor2_0()))
+    elif backend == "torch":
+        from library.memory.host_attention import HostAttention
+
+        unet.set_attn_processor(HostAttention(AttnProcessor2_0()))
     else:
-        unet.set_attn_processor({"torch": AttnProcessor2_0, "math": AttnProcessor}[backend]())
+        unet.set_attn_processor(AttnProcessor())

@@ -1,0 +1,97 @@
+"""Attention for training in half precision on the CPU, at the sizes where keeping its probabilities is quicker.
+
+torch's kernel for the CPU never holds the matrix of tokens by tokens, and computes it again in the backward. While
+that matrix is small it is quicker to keep it: a third less time for 1,024 tokens, half of it for 256
+(``benchmarks/RESULTS.md``).
+
+Shape legend: B batch, H heads, T query tokens, S key tokens, D features of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+#: elements of a matrix of probabilities that are kept at most: 64 MB in half precision
+MOST_KEPT = 32 * 2**20
+
+
+class _KeptProbabilities(torch.autograd.Function):
+    """softmax(q k^T / sqrt(D)) v. Scores and softmax are float32, as in torch's kernel; products are half precision."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.scale = query.shape[-1] ** -0.5
+        # autocast would compute the scores in half precision: steps of 1/16 where they lie above 16
+        with torch.autocast(query.device.type, enabled=False):
+            scores = torch.bmm(query.float() * ctx.scale, key.float().transpose(1, 2))  # (B*H, T, S)
+            probabilities = torch.softmax(scores, dim=-1).to(query.dtype)
+            ctx.save_for_backward(query, key, value, probabilities)
+            return torch.bmm(probabilities, value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, probabilities = ctx.saved_tensors
+        with torch.autocast(query.device.type, enabled=False):
+            of_value = torch.bmm(probabilities.transpose(1, 2), gradient)
+            of_probabilities = torch.bmm(gradient, value.transpose(1, 2))
+            # the softmax's Jacobian: p * (g - sum(p * g))
+            of_scores = torch.ops.aten._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
+            of_query = torch.bmm(of_scores, key).mul_(ctx.scale)
+            of_key = torch.bmm(of_scores.transpose(1, 2), query).mul_(ctx.scale)
+        return of_query, of_key, of_value
+
+
+def is_quicker(query: Tensor, key: Tensor) -> bool:
+    """Whether ``attend`` is the quicker way for queries (B, H, T, D) and keys (B, H, S, D)."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad)
+        and query.shape[:-1].numel() * key.shape[-2] <= MOST_KEPT
+        and not torch.compiler.is_compiling()
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention without a mask: (B, H, T, D), (B, H, S, D), (B, H, S, D) -> (B, H, T, D)."""
+    batched = (t.flatten(0, 1) for t in (query, key, value))
+    return _KeptProbabilities.apply(*batched).unflatten(0, query.shape[:2])
+
+
+class HostAttention:
+    """A diffusers attention processor: ``attend`` where that is quicker, the given processor elsewhere.
+
+    For the attention of a U-Net's transformers, which has no norms and no residual of its own.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if hidden_states.device.type != "cpu" or attention_mask is not None:
+            return self._inner(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)  # (B, H, T, D)
+        if is_quicker(query, key):
+            attended = attend(query, key, value)
+        else:
+            attended = functional.scaled_dot_product_attention(query, key, value)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, T, H*D)
+        for layer in attn.to_out:
+            attended = layer(attended)
+        return attended
