@@ -78,9 +78,9 @@ def _in_folder(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None
     known = seen.setdefault(folder, {})
     reported = {name for name, found in known.items() if isinstance(found, UserError)}
     many = subset.cache_info and remembers_many(folder)
-    files = PictureFolder(folder, subset.caption_extension, stamps_ahead=many)
-    cache = MetadataCache(folder) if subset.cache_info else None
-    found = _look_at_all(_Look(subset, index, files, cache, known), files.pictures)
+    with PictureFolder(folder, subset.caption_extension, stamps_ahead=many) as files:
+        cache = MetadataCache(folder) if subset.cache_info else None
+        found = _look_at_all(_Look(subset, index, files, cache, known), files.pictures)
     others = [f for f in found if isinstance(f, _Found)]
     if cache is not None:
         current = len(found) - sum(f.entry is None for f in others)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import marshal
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 from PIL import Image
 
 from library.data import discover as module
+from library.data import stamp_ahead
 from library.data.dataset import TrainingData
 from library.data.image_io import read_size
 from library.data.metadata_cache import NAME
@@ -246,8 +250,40 @@ def test_with_a_second_process_what_changed_is_read_again_all_the_same(
 
 def test_the_second_process_stamps_as_the_first_would(folder: Path) -> None:
     files = {path.name: path.stat() for path in folder.iterdir()}
-    ahead = StampsAhead(folder, ".txt").stamps()
-    captions = {name for name in files if name.endswith(".txt")}
-    assert captions < set(ahead)
-    assert len(set(ahead) - captions) == (len(files) - len(captions) + 1) // 2
-    assert ahead == {name: f"{files[name].st_size} {files[name].st_mtime_ns}" for name in ahead}
+    stamps = {name: f"{found.st_size} {found.st_mtime_ns}" for name, found in files.items()}
+    ahead = StampsAhead(folder)
+    try:
+        deadline = time.monotonic() + 30
+        while len(ahead.stamps()) < len(files) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert ahead.stamps() == stamps
+    finally:
+        ahead.stop()
+
+
+def test_it_delivers_the_last_names_first_and_each_block_by_itself(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stamp_ahead, "_BLOCK", 1)
+    file = tmp_path / "delivered"
+    with open(file, "wb", buffering=0) as to:
+        stamp_ahead.deliver_stamps(str(folder), to.fileno())
+    names, content = [], file.read_bytes()
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        names += marshal.loads(content[8 : 8 + length])
+        content = content[8 + length :]
+    assert names == sorted((path.name for path in folder.iterdir()), reverse=True)
+
+
+def test_a_block_that_is_still_being_written_is_waited_for(folder: Path) -> None:
+    ahead = StampsAhead(folder)
+    with tempfile.TemporaryFile(buffering=0) as delivered:
+        ahead._process.wait()
+        ahead._delivered = delivered
+        block = marshal.dumps({"a.png": "1 2"})
+        whole = len(block).to_bytes(8, "little") + block
+        delivered.write(whole[:-1])
+        assert ahead.stamps() == {}
+        delivered.write(whole[-1:])
+        assert ahead.stamps() == {"a.png": "1 2"}
