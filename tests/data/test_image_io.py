@@ -299,12 +299,53 @@ def test_orientation_of_kinds_that_need_a_package(tmp_path: Path, ending: str, o
     pixels = np.zeros((24, 32, 3), np.uint8)
     pixels[:12, :16] = 255  # one corner
     path = tmp_path / f"a.{ending}"
-    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    Image.fromarray(pixels).save(path, exif=exif.tobytes(), quality=95)
     assert read_size(path) == read_image(path).shape[1::-1]
     if ending == "avif":  # the others' encoders do not set the orientation that counts
         assert read_size(path) == ((24, 32) if orientation >= 5 else (32, 24))
         with Image.open(path) as image:
             assert np.array_equal(read_image(path), np.asarray(ImageOps.exif_transpose(image)))
+
+
+@pytest.fixture
+def jxl(tmp_path: Path) -> Path:
+    if not _can_read("JXL"):
+        pytest.skip("Pillow reads no jxl here")
+    return tmp_path / "a.jxl"
+
+
+def test_jpeg_xl_pixels(jxl: Path) -> None:
+    Image.fromarray(GRADIENT).save(jxl, lossless=True)
+    assert read_size(jxl) == (9, 6) and not has_alpha(jxl)
+    assert np.array_equal(read_image(jxl), GRADIENT)
+    Image.fromarray(GRADIENT[:, :, 0]).save(jxl, lossless=True)
+    assert np.array_equal(read_image(jxl), np.repeat(GRADIENT[:, :, :1], 3, axis=2))
+
+
+def test_jpeg_xl_alpha(jxl: Path) -> None:
+    alpha = GRADIENT[:, :, 1]
+    Image.fromarray(np.dstack([GRADIENT, alpha])).save(jxl, lossless=True)
+    assert has_alpha(jxl)
+    assert np.array_equal(read_image_and_alpha(jxl)[1], alpha)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_inside_jpeg_xl_is_turned_as_the_jpeg_was(jxl: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    jpeg = jxl.with_suffix(".jpg")
+    Image.fromarray(GRADIENT).save(jpeg, exif=exif, quality=95)
+    with Image.open(jpeg) as image:
+        image.save(jxl, lossless_jpeg=True)
+    assert read_size(jxl) == read_size(jpeg)
+    assert np.array_equal(read_image(jxl), read_image(jpeg))
+
+
+def test_a_torn_jpeg_xl_file_is_named(jxl: Path) -> None:
+    Image.fromarray(GRADIENT).save(jxl, lossless=True)
+    jxl.write_bytes(jxl.read_bytes()[:-12])
+    with pytest.raises(UserError, match="a.jxl: the picture cannot be read"):
+        read_image(jxl)
 
 
 def test_the_resized_picture_just_covers_the_bucket() -> None:
