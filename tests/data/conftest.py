@@ -11,6 +11,8 @@ from library.architectures.base import LatentFormat
 from library.config.arguments import DatasetOptions
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
+from library.data.latent_cache import Peers
+from library.training import text_caching
 from tests.data.samples import SD, SIZES, dataset_file, draw
 
 
@@ -35,3 +37,11 @@ def make_data(tmp_path: Path, folder: Path) -> Callable[..., TrainingData]:
         return TrainingData(config, seed=seed, latent=latent, prior_loss_weight=0.5)
 
     return make
+
+
+@pytest.fixture
+def peers_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's own exchange knows of real processes only."""
+    monkeypatch.setattr(
+        text_caching, "peers_of", lambda a: Peers(a.process_index, a.num_processes, lambda items: a.gather_items(items))
+    )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from library.data.dataset import TrainingData
 from library.errors import UserError
+from tests.data.damage import cut, empty, flip_a_bit, foreign_stamp, not_a_zip, rewrite
 from tests.data.samples import SD, SIZES, Encoder, draw, tokenize
 
 Make = Callable[..., TrainingData]
@@ -48,13 +49,6 @@ def latents(data: TrainingData) -> dict[str, Tensor]:
         for i, path in enumerate(batch.paths):
             found[f"{Path(path).name} {batch.flipped[i]}"] = batch.latents[i]
     return found
-
-
-def rewrite(path: Path, **changes: np.ndarray | None) -> None:
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    arrays.update(changes)
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
 def test_published_layout(make_data: Make, folder: Path) -> None:
@@ -162,20 +156,6 @@ def test_another_resolution_is_encoded_again(make_data: Make) -> None:
     assert fill(make_data(dataset="resolution = 96")) == 4
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 1
-    path.write_bytes(content)
-
-
-def not_a_zip(path: Path) -> None:
-    path.write_bytes(b"version https://git-lfs")
-
-
 def plain_npy(path: Path) -> None:
     with path.open("wb") as file:
         np.save(file, np.zeros(3))
@@ -187,14 +167,6 @@ def lacks_sizes(path: Path) -> None:
 
 def not_finite(path: Path) -> None:
     rewrite(path, latents=np.full((4, 8, 8), np.nan, np.float32))
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def foreign_stamp(path: Path) -> None:
-    rewrite(path, stamp=np.array('{"version": 99}'))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from library.data.cache_format import Stamp, cache_path, read_cache, write_cache
 from library.data.dataset import TrainingData
 from library.data.latent_cache import Peers
 from library.errors import UserError
+from tests.data.damage import not_a_zip, rewrite
 from tests.data.samples import SD, SIZES, Encoder, draw
-from tests.data.test_latent_cache import fill, latents_of, not_a_zip, rewrite
+from tests.data.test_latent_cache import fill, latents_of
 
 Make = Callable[..., TrainingData]
 
