@@ -8,6 +8,8 @@ Shape legend: B batch, H heads, d width of a head, Q queries, K keys and values.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -82,8 +84,6 @@ def _math(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) ->
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     modify = None
     if key_mask is not None:
@@ -91,7 +91,15 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) ->
         def modify(score: Tensor, b: Tensor, _h: Tensor, _q: Tensor, k: Tensor) -> Tensor:
             return torch.where(key_mask[b, k], score, -math.inf)
 
-    return flex_attention(query, key, value, score_mod=modify).transpose(1, 2)
+    return _flex_function(query.is_cuda)(query, key, value, score_mod=modify).transpose(1, 2)
+
+
+@cache
+def _flex_function(compiled: bool) -> Callable[..., Tensor]:
+    """Only compiled it does without the matrix of all tokens by all tokens; not compiled it runs on a CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
 
 def _xformers(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -211,7 +211,9 @@ def test_blocks_compile_one_by_one() -> None:
 def test_packed_latents_and_sizes() -> None:
     model, given = ours_of("dev"), inputs()
     latents = given.latents.detach()
-    assert pack_latents(latents)[0, 1, 5] == latents[0, 1, 0, 3]  # token 1 in row 0: columns 2, 3; channel 1, cell (0, 1)
+    assert (
+        pack_latents(latents)[0, 1, 5] == latents[0, 1, 0, 3]
+    )  # token 1 in row 0: columns 2, 3; channel 1, cell (0, 1)
     assert torch.equal(unpack_latents(pack_latents(latents), (H, W)), latents)
     with torch.no_grad():
         whole = run_ours(model, "dev", given)
