@@ -173,6 +173,7 @@ def test_model_type_that_contradicts_the_file(tmp_path: Path, kind: str) -> None
         (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5 text encoder.*--t5xxl"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "a bare CLIP text encoder"),
         (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "Stable Diffusion 3.*sd3_train_network.py"),
+        (["double_stream_modulation_img.lin.weight", "double_blocks.0.x", "single_blocks.0.x"], "a FLUX.2 model"),
         (["something.else"], r"not a FLUX.1 or Chroma transformer \(its first tensor is something.else\)"),
     ],
 )
@@ -194,6 +195,7 @@ def test_incomplete_and_quantised_transformers(tmp_path: Path) -> None:
             "single_blocks.0.linear1.bias": torch.zeros(3)
         },
         "quantised with scales of their own": {"double_blocks.0.img_attn.qkv.scale_weight": torch.ones(1)},
+        r"FLUX.1 Fill.*takes 384 channels for a token and gives 64": {"img_in.weight": torch.zeros(32, 384)},
         "heads of width 24 do not fit": {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(24)},
     }
     for message, changes in cases.items():
