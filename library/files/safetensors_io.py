@@ -118,13 +118,14 @@ def iterate_tensors(
 
 
 def _read(file: BinaryIO, info: TensorInfo, title: str) -> Tensor:
-    data = bytearray(math.prod(info.shape) * _dtype(info, title).itemsize)
+    data = bytearray(math.prod(info.shape) * torch_dtype(info, title).itemsize)
     file.seek(info.offset)
     file.readinto(data)
     return _view(data, replace(info, offset=0), title)
 
 
-def _dtype(info: TensorInfo, title: str) -> torch.dtype:
+def torch_dtype(info: TensorInfo, title: str) -> torch.dtype:
+    """torch's dtype of a tensor; ``title`` names it in the UserError that says torch has none."""
     import torch
 
     dtype = getattr(torch, _DTYPES.get(info.dtype, ""), None)
@@ -136,7 +137,7 @@ def _dtype(info: TensorInfo, title: str) -> torch.dtype:
 def _view(mapped: mmap.mmap | bytearray, info: TensorInfo, title: str) -> Tensor:
     import torch
 
-    dtype = _dtype(info, title)
+    dtype = torch_dtype(info, title)
     count = math.prod(info.shape)
     if count == 0:
         return torch.empty(info.shape, dtype=dtype)

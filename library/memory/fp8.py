@@ -22,8 +22,14 @@ _LARGEST = torch.finfo(FORMAT).max
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (out, ...) as e4m3 numbers of its shape, and float32 scales (out, 1, ...)."""
+    """A weight (out, ...) as e4m3 numbers of its shape, and float32 scales (out, 1, ...).
+
+    Weights that are e4m3 numbers already, as files in fp8 hold them, come out as they are.
+    """
     exact = weight.float()
+    plain = exact.to(FORMAT)
+    if torch.equal(plain.float(), exact):
+        return plain, torch.ones_like(exact[(slice(None), *(slice(1),) * (exact.dim() - 1))])
     scale = exact.abs().amax(dim=tuple(range(1, exact.dim())), keepdim=True) / _LARGEST
     # a row of zeros stays one
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

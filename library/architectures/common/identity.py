@@ -12,7 +12,7 @@ import torch
 
 from library.architectures.base import WeightsIdentity
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.tokenizer_files import TOKENIZER_FILES
+from library.architectures.common.tokenizer_files import ALL_FILES
 from library.files.hashes import file_identity
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def weights_identity(sources: Sequence[ModelSource], tokenizer_folders: Sequence
     for source in sources:
         about.update(json.dumps(source.config, sort_keys=True, default=str).encode())
     for folder in tokenizer_folders:
-        for name in TOKENIZER_FILES:
+        for name in ALL_FILES:
             if (folder / name).is_file():
                 about.update(name.encode())
                 about.update((folder / name).read_bytes())

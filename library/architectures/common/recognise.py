@@ -37,9 +37,10 @@ _SIGNS: tuple[tuple[tuple[str, ...], Recognised], ...] = (
         Recognised("a Stable Diffusion 1.x or 2.x checkpoint", "use train_network.py", "sd"),
     ),
     (("joint_blocks.",), Recognised("a Stable Diffusion 3 checkpoint", "use sd3_train_network.py")),
-    (("distilled_guidance_layer.",), Recognised("a Chroma checkpoint", "use flux_train_network.py")),
+    (("distilled_guidance_layer.",), Recognised("a Chroma checkpoint", "use flux_train_network.py", "flux")),
     (("txt_in.individual_token_refiner.",), Recognised("a HunyuanImage model", "use hunyuan_image_train_network.py")),
-    (("double_blocks.", "single_blocks."), Recognised("a FLUX.1 model", "use flux_train_network.py")),
+    (("double_stream_modulation_img.",), Recognised("a FLUX.2 model", "give a FLUX.1 or Chroma model")),
+    (("double_blocks.", "single_blocks."), Recognised("a FLUX.1 model", "use flux_train_network.py", "flux")),
     (("single_transformer_blocks.",), Recognised("a FLUX.1 model in Diffusers layout", "use flux_train_network.py")),
     (("cap_embedder.",), Recognised("a Lumina Image 2.0 model", "use lumina_train_network.py")),
     (("control_model.",), Recognised("a ControlNet", "give a Stable Diffusion checkpoint here")),
@@ -50,11 +51,15 @@ _SIGNS: tuple[tuple[tuple[str, ...], Recognised], ...] = (
     ),
     (
         ("encoder.conv_in.", "decoder.conv_in."),
-        Recognised("a VAE, not a whole checkpoint", "give the checkpoint here and this file with --vae"),
+        Recognised("a VAE, not a whole checkpoint", "give the checkpoint here and this file with --vae (FLUX: --ae)"),
     ),
     (
         ("text_model.encoder.layers.",),
-        Recognised("a bare CLIP text encoder", "give a whole Stable Diffusion checkpoint here"),
+        Recognised("a bare CLIP text encoder", "give a whole checkpoint here (FLUX: the transformer)", "clip"),
+    ),
+    (
+        ("encoder.block.", ".SelfAttention."),
+        Recognised("a T5 text encoder", "give the transformer here and this file with --t5xxl", "t5"),
     ),
 )
 
@@ -63,8 +68,8 @@ _PIPELINES: tuple[tuple[str, Recognised], ...] = (
     ("StableDiffusionXL", Recognised("a Stable Diffusion XL model", "use sdxl_train_network.py", "sdxl")),
     ("StableDiffusion3", Recognised("a Stable Diffusion 3 model", "use sd3_train_network.py")),
     ("StableDiffusion", Recognised("a Stable Diffusion 1.x or 2.x model", "use train_network.py", "sd")),
-    ("Flux", Recognised("a FLUX.1 model", "use flux_train_network.py")),
-    ("Chroma", Recognised("a Chroma model", "use flux_train_network.py")),
+    ("Flux", Recognised("a FLUX.1 model", "use flux_train_network.py", "flux")),
+    ("Chroma", Recognised("a Chroma model", "use flux_train_network.py", "flux")),
     ("Lumina", Recognised("a Lumina model", "use lumina_train_network.py")),
     ("HunyuanImage", Recognised("a HunyuanImage model", "use hunyuan_image_train_network.py")),
 )

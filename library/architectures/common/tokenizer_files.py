@@ -1,33 +1,69 @@
-"""Finding a CLIP tokenizer's files: beside the model, in a folder the user names, or on the Hub."""
+"""Finding a tokenizer's files: beside the model, in a folder the user names, or on the Hub."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import UserError
 from library.files.atomic import atomic_path
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+@dataclass(frozen=True)
+class TokenizerKind:
+    """Which files make up a tokenizer."""
+
+    files: tuple[str, ...]
+    enough: tuple[tuple[str, ...], ...]  # any of these sets of files will do
+    hint: str  # for messages
+    model: str  # what tokenizer.json calls its kind
 
 
-def has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or (
-        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    )
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+CLIP = TokenizerKind(
+    files=("tokenizer.json", "vocab.json", "merges.txt", *_SETTINGS),
+    enough=(("tokenizer.json",), ("vocab.json", "merges.txt")),
+    hint="its vocab.json and merges.txt",
+    model="BPE",
+)
+T5 = TokenizerKind(
+    files=("tokenizer.json", "spiece.model", *_SETTINGS),
+    enough=(("tokenizer.json",), ("spiece.model",)),
+    hint="its tokenizer.json or spiece.model",
+    model="Unigram",
+)
+ALL_FILES = tuple(dict.fromkeys((*CLIP.files, *T5.files)))
 
 
-def find_tokenizer(folder: Path) -> Path:
-    """The folder itself, or its ``tokenizer`` folder, as in a model's; whichever holds the files.
+def has_tokenizer(folder: Path, kind: TokenizerKind = CLIP) -> bool:
+    return any(all((folder / name).is_file() for name in names) for names in kind.enough) and _is_kind(folder, kind)
+
+
+def _is_kind(folder: Path, kind: TokenizerKind) -> bool:
+    """Whether the folder's tokenizer.json, if it has one, is of this kind: folders may hold that of another encoder."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return True
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["model"].get("type", kind.model) == kind.model
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True  # whoever reads it says what is wrong with it
+
+
+def find_tokenizer(folder: Path, kind: TokenizerKind = CLIP, *, subfolder: str = "tokenizer") -> Path:
+    """The folder itself, or its ``subfolder``, as in a model's; whichever holds the files.
 
     Raises:
         UserError: neither does.
     """
-    for place in (folder, folder / "tokenizer"):
-        if has_tokenizer(place):
+    for place in (folder, folder / subfolder):
+        if has_tokenizer(place, kind):
             return place
-    raise UserError(f"--tokenizer {folder}: has no tokenizer.json, nor vocab.json and merges.txt; name their folder")
+    needed = ", nor ".join(" and ".join(names) for names in kind.enough)
+    raise UserError(f"--tokenizer {folder}: has no {needed}; name their folder")
 
 
 def locate_tokenizer(
@@ -36,6 +72,7 @@ def locate_tokenizer(
     model_folder: Path | None,
     cache_dir: str | None,
     subfolder: str = "tokenizer",
+    kind: TokenizerKind = CLIP,
 ) -> Path:
     """A local folder with the tokenizer's files.
 
@@ -44,22 +81,25 @@ def locate_tokenizer(
 
     Args:
         repositories: (Hub repository, sub-folder in it) of interchangeable tokenizers, in order of preference.
+        model_folder: of the model, or where its file lies.
 
     Raises:
         UserError: none of these has it.
     """
-    if model_folder is not None and has_tokenizer(model_folder / subfolder):
+    if model_folder is not None and has_tokenizer(model_folder / subfolder, kind):
         return model_folder / subfolder
     if cache_dir is not None:
         named = [Path(cache_dir) / repository.replace("/", "_") for repository, _ in repositories]
         for folder in (*named, Path(cache_dir)):
-            if has_tokenizer(folder):
+            if has_tokenizer(folder, kind):
                 return folder
-    repository, fetched = _from_hub(repositories, cache_dir)
-    return fetched if cache_dir is None else _copy(fetched, Path(cache_dir) / repository.replace("/", "_"))
+    repository, fetched = _from_hub(repositories, cache_dir, kind)
+    return fetched if cache_dir is None else _copy(fetched, Path(cache_dir) / repository.replace("/", "_"), kind)
 
 
-def _from_hub(repositories: Sequence[tuple[str, str | None]], cache_dir: str | None) -> tuple[str, Path]:
+def _from_hub(
+    repositories: Sequence[tuple[str, str | None]], cache_dir: str | None, kind: TokenizerKind
+) -> tuple[str, Path]:
     from huggingface_hub import snapshot_download
 
     reason = ""
@@ -67,24 +107,24 @@ def _from_hub(repositories: Sequence[tuple[str, str | None]], cache_dir: str | N
     for local_only in (True, False):
         for repository, subfolder in repositories:
             prefix = f"{subfolder}/" if subfolder else ""
-            patterns = [prefix + name for name in TOKENIZER_FILES]
+            patterns = [prefix + name for name in kind.files]
             try:
                 snapshot = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=local_only))
             except Exception as error:  # not cached; or offline, which shows in many ways
                 reason = type(error).__name__
                 continue
-            if has_tokenizer(snapshot / prefix):
+            if has_tokenizer(snapshot / prefix, kind):
                 return repository, snapshot / prefix
     looked = f'neither in --tokenizer_cache_dir "{cache_dir}" nor' if cache_dir else "not"
     raise UserError(
         f"the tokenizer {repositories[0][0]} is {looked} in the Hub cache, and could not be fetched from the Hub "
-        f"({reason}): give --tokenizer_cache_dir a folder that holds its vocab.json and merges.txt, or run once online"
+        f"({reason}): give --tokenizer_cache_dir a folder that holds {kind.hint}, or run once online"
     )
 
 
-def _copy(source: Path, target: Path) -> Path:
+def _copy(source: Path, target: Path, kind: TokenizerKind) -> Path:
     target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
+    for name in kind.files:
         if (source / name).is_file():
             with atomic_path(target / name) as part:
                 shutil.copyfile(source / name, part)

@@ -1,0 +1,171 @@
+"""T5 encoders (Raffel et al. 2020, arXiv:1910.10683; the gated v1.1 kind): files, tokens and states.
+
+Shape legend: B captions, T tokens, D features.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import CaptionLength
+from library.architectures.common.key_map import KeyMap, TensorLayout
+from library.architectures.common.loading import ModelSource, load_frozen
+from library.architectures.common.recognise import recognise_tensors
+from library.architectures.common.tensor_files import Shapes, TensorFile
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
+
+#: Hub repository (and sub-folder) of the tokenizer
+TOKENIZER = ("google/t5-v1_1-xxl", None)
+#: the table of embeddings; files hold it under either name or under both
+SHARED, EMBEDDINGS = "shared.weight", "encoder.embed_tokens.weight"
+_ATTENTION = "encoder.block.0.layer.0.SelfAttention"
+_BIAS = f"{_ATTENTION}.relative_attention_bias.weight"
+
+
+# ---- files ----
+
+
+def t5_source(path: Path, *, flag: str = "--t5xxl") -> ModelSource:
+    """The encoder in a stand-alone file, with or without the rest of T5.
+
+    Raises:
+        UserError: the file holds something else, or is incomplete.
+    """
+    file = TensorFile.open(path)
+    if _BIAS not in file.shapes:
+        other = recognise_tensors(file.shapes.keys(), "t5")
+        what = f"it is {other.what}" if other else f"no {_BIAS}"
+        raise UserError(f"{flag} {path}: not a T5 encoder ({what}); give t5xxl_fp16.safetensors or the like")
+    if any(name.endswith(".scale_weight") for name in file.shapes):
+        raise UserError(f'{flag} {path}: "scaled" fp8 weights are not supported; give the file without scales')
+    try:
+        return ModelSource("T5 encoder", file, t5_layout(file.shapes), infer_t5_config(file.shapes))
+    except UserError as error:
+        raise UserError(f"{flag} {path}: {error}") from None
+
+
+def t5_layout(names: Mapping[str, object]) -> TensorLayout:
+    """transformers' names; the table is the first of its names that is there, as both hold the same."""
+    table = SHARED if SHARED in names else EMBEDDINGS
+    same = ("encoder.block", "encoder.final_layer_norm")
+    return TensorLayout(KeyMap([(table, SHARED), *((name, name) for name in same)]))
+
+
+def infer_t5_config(shapes: Shapes) -> dict[str, Any]:
+    """Settings of transformers' T5Config, from names and shapes alone.
+
+    Raises:
+        UserError: the names do not add up to a T5 v1.1 encoder.
+    """
+    table = shapes.get(SHARED) or shapes.get(EMBEDDINGS)
+    query, bias = shapes.get(f"{_ATTENTION}.q.weight"), shapes.get(_BIAS)
+    inner = shapes.get("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
+    if table is None or query is None or bias is None or inner is None:
+        raise UserError("the T5 encoder's tensors are incomplete; download the file again")
+    buckets, heads = bias
+    layers = (int(found[1]) for name in shapes if (found := re.match(r"encoder\.block\.(\d+)\.", name)))
+    return {
+        "vocab_size": table[0],
+        "d_model": table[1],
+        "d_kv": query[0] // heads,
+        "d_ff": inner[0],
+        "num_layers": max(layers) + 1,
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+        "is_encoder_decoder": False,
+        "use_cache": False,
+    }
+
+
+def build_t5(config: Mapping[str, Any]) -> T5EncoderModel:
+    from transformers.models.t5.configuration_t5 import T5Config
+    from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+    return T5EncoderModel(T5Config(**config))
+
+
+def load_t5(source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Module:
+    """The encoder, frozen, in eval mode.
+
+    In float16 the last layer of each MLP stays in float32, as transformers has it: its sums leave float16's range.
+    """
+    model = load_frozen(source, partial(build_t5, source.config), dtype=dtype, device=device)
+    model.encoder.embed_tokens.weight = model.shared.weight  # one table under two names
+    if dtype == torch.float16:
+        for name, module in model.named_modules():
+            if name.endswith(".DenseReluDense.wo"):
+                module.float()
+    return model
+
+
+def t5_tensors(model: nn.Module, names: Mapping[str, object]) -> dict[str, Tensor]:
+    """The encoder's tensors under the names that a file has, or should have."""
+    state = dict(model.state_dict())
+    table = state.pop(EMBEDDINGS)
+    tensors = dict(t5_layout(names).write({**state, SHARED: table}))
+    return {**tensors, EMBEDDINGS: table} if EMBEDDINGS in names else tensors
+
+
+# ---- text ----
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """T5's tokenizer from its tokenizer.json, or from the spiece.model that it was published as.
+
+    Raises:
+        UserError: the file is damaged, or spiece.model cannot be read here.
+    """
+    from transformers import T5Tokenizer
+
+    if not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{folder / 'spiece.model'}: reading it needs the package sentencepiece, which is not installed; "
+            "pip install sentencepiece, or put T5's tokenizer.json beside it"
+        )
+    try:
+        return T5Tokenizer.from_pretrained(str(folder))
+    except Exception as error:  # damage shows in many ways
+        raise UserError(f"{folder}: T5's tokenizer cannot be read ({error!r}); download it again") from None
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int) -> tuple[Tensor, Tensor]:
+    """Captions, cut off and filled up to ``length`` tokens with the end token among them.
+
+    Returns:
+        ids (B, T) int64 and mask (B, T) int64, 1 for the caption's tokens and its end, 0 for padding.
+    """
+    ids = torch.full((len(captions), length), tokenizer.pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, caption in enumerate(captions):
+        # captions go one by one: batches would start tokenizer threads, which must not exist before a fork
+        found = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids[: length - 1]
+        found = [*found, tokenizer.eos_token_id]
+        ids[row, : len(found)] = torch.tensor(found)
+        mask[row, : len(found)] = 1
+    return ids, mask
+
+
+def caption_length(tokenizer: Any, caption: str, *, length: int) -> CaptionLength:
+    """Tokens of a caption, and the text of those that ``tokenize`` cuts off."""
+    found = tokenizer(caption, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    count, limit = len(found.input_ids), length - 1
+    cut = caption[found.offset_mapping[limit][0] :].strip() if count > limit else ""
+    return CaptionLength(count, limit, cut)
+
+
+def encode(encoder: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Ids (B, T) to the last layer's states (B, T, D); padding is attended to without a ``mask`` (B, T)."""
+    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -1,0 +1,180 @@
+"""Recognising, loading and writing the transformers of FLUX.1 and Chroma; CLIP-L in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from library.architectures.common import clip
+from library.architectures.common.checkpoint import MODEL_FLAG, locate_model
+from library.architectures.common.key_map import KeyMap, TensorLayout
+from library.architectures.common.loading import ModelSource, load_frozen
+from library.architectures.common.recognise import recognise_tensors
+from library.architectures.common.sources import clip_prefix, in_file
+from library.architectures.common.tensor_files import Shapes, TensorFile
+from library.architectures.flux.chroma import Chroma
+from library.architectures.flux.model import Flux, FluxTransformer
+from library.architectures.flux.sizes import FluxSizes, file_prefix, infer_sizes
+from library.errors import UserError
+from library.files.safetensors_io import read_header, save_tensors, torch_dtype
+
+DEV, SCHNELL, CHROMA = "dev", "schnell", "chroma"
+TITLES = {DEV: "FLUX.1 dev", SCHNELL: "FLUX.1 schnell", CHROMA: "Chroma"}
+#: values of --model_type
+MODEL_TYPES = {DEV: "flux", SCHNELL: "flux", CHROMA: "chroma"}
+
+_TOP = (
+    "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "distilled_guidance_layer", "double_blocks",
+    "single_blocks", "final_layer",
+)  # fmt: skip
+#: what every transformer here has, in files of the published layout
+_SIGN = "double_blocks.0.img_attn.norm.query_norm.scale"
+
+
+@dataclass(frozen=True)
+class TransformerCheckpoint:
+    """A recognised transformer: what it is and where it lies."""
+
+    kind: str  # DEV, SCHNELL or CHROMA
+    sizes: FluxSizes
+    source: ModelSource
+
+    @property
+    def model_type(self) -> str:
+        return MODEL_TYPES[self.kind]
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.kind]
+
+
+# ---- the transformer ----
+
+
+def inspect_transformer(path_or_id: str) -> TransformerCheckpoint:
+    """Find and recognise the transformer that --pretrained_model_name_or_path names, from its header alone.
+
+    Raises:
+        UserError: nothing there, or something else.
+    """
+    path = locate_model(path_or_id, ("transformer",))
+    if path.is_dir():
+        raise UserError(f"{MODEL_FLAG} {path}: is a folder; give the transformer's .safetensors file")
+    return transformer_in(TensorFile.open(path))
+
+
+def transformer_in(file: TensorFile) -> TransformerCheckpoint:
+    """The transformer of a single file in the published layout, with or without prefix.
+
+    Raises:
+        UserError: the file is something else or incomplete.
+    """
+    other = recognise_tensors(file.shapes.keys(), "flux")
+    if other is not None:
+        raise UserError(f"{file.path} is {other.what}; {other.remedy}")
+    prefix = file_prefix(file.shapes)
+    if prefix + _SIGN not in file.shapes:
+        first = next(iter(file.shapes), "none")
+        raise UserError(f"{file.path} is not a FLUX.1 or Chroma transformer (its first tensor is {first})")
+    shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
+    return in_file(file.path, lambda _: described(file, published_layout(prefix), shapes), file)
+
+
+def described(file: TensorFile, layout: TensorLayout, shapes: Shapes) -> TransformerCheckpoint:
+    """A transformer whose tensors lie in ``file`` as ``layout`` says.
+
+    Args:
+        shapes: of its tensors by their published names, without prefix.
+
+    Raises:
+        UserError: they do not add up to a transformer.
+    """
+    if any(name.endswith((".scale_weight", ".absmax")) for name in shapes):
+        raise UserError("the weights are quantised with scales of their own; give a bf16, fp16 or plain fp8 file")
+    sizes = infer_sizes(shapes)
+    if sizes.in_channels != sizes.out_channels:
+        raise UserError(
+            f"this is FLUX.1 Fill, Canny, Depth or another special model (it takes {sizes.in_channels} channels for a "
+            f"token and gives {sizes.out_channels}); give FLUX.1 dev, schnell or a model made from them"
+        )
+    kind = CHROMA if sizes.approximator is not None else DEV if sizes.guidance else SCHNELL
+    return TransformerCheckpoint(kind, sizes, ModelSource("transformer", file, layout, {"sizes": sizes}))
+
+
+def published_layout(prefix: str = "") -> TensorLayout:
+    """The models' own names are the published ones."""
+    return TensorLayout(KeyMap((name, name) for name in _TOP), prefix)
+
+
+def check_model_type(model_type: str, checkpoint: TransformerCheckpoint) -> None:
+    """Raise UserError where --model_type contradicts the file."""
+    if model_type != checkpoint.model_type:
+        raise UserError(
+            f"{checkpoint.source.file.path} is {checkpoint.title}, which contradicts --model_type {model_type}; "
+            f"use --model_type {checkpoint.model_type}"
+        )
+
+
+def build_transformer(sizes: FluxSizes) -> FluxTransformer:
+    return Flux(sizes) if sizes.approximator is None else Chroma(sizes)
+
+
+def load_transformer(checkpoint: TransformerCheckpoint, *, dtype: torch.dtype, device: str) -> FluxTransformer:
+    """``Flux`` or ``Chroma``, frozen, in eval mode; streamed. A file in fp8 comes out in ``dtype``, without loss.
+
+    Raises:
+        UserError: tensors are missing or of other shapes.
+    """
+    model = load_frozen(checkpoint.source, partial(build_transformer, checkpoint.sizes), dtype=dtype, device=device)
+    assert isinstance(model, FluxTransformer)
+    return model
+
+
+def save_transformer(
+    path: Path,
+    model: FluxTransformer,
+    *,
+    like: Path | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a transformer in the published layout.
+
+    Args:
+        like: a file whose prefix and dtypes are taken over, tensor by tensor; loading that file and saving it like
+            itself gives the same tensors bit for bit, if they were loaded in a dtype that holds them all.
+        dtype: cast to it; None keeps the model's own. Not used with ``like``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    names = read_header(like).tensors if like is not None else {}
+    layout = published_layout(file_prefix({name: info.shape for name, info in names.items()}))
+    tensors = {}
+    for name, tensor in layout.write(model.state_dict()):
+        kind = torch_dtype(names[name], f"{like}: {name}") if name in names else dtype
+        tensors[name] = tensor if kind is None else tensor.to(kind)
+    save_tensors(path, tensors, metadata)
+
+
+# ---- CLIP-L ----
+
+
+def clip_l_source(path: Path, *, flag: str = "--clip_l") -> ModelSource:
+    """CLIP-L in a stand-alone file with transformers' names, with or without ``text_model.``; for ``build_clip``.
+
+    Raises:
+        UserError: the file holds something else, or is incomplete.
+    """
+    file = TensorFile.open(path)
+    prefix = clip_prefix(file.shapes, "")
+    if f"{prefix}embeddings.token_embedding.weight" not in file.shapes:
+        other = recognise_tensors(file.shapes.keys(), "clip")
+        what = f"it is {other.what}" if other else f"no {clip.TEXT_MODEL}embeddings.token_embedding.weight"
+        raise UserError(f"{flag} {path}: not a CLIP text encoder ({what}); give clip_l.safetensors")
+    config = in_file(path, lambda f: clip.infer_clip_config(f.shapes, prefix=prefix, activation="quick_gelu"), file)
+    return ModelSource("CLIP-L", file, clip.clip_layout(prefix=prefix), config)

@@ -1,0 +1,112 @@
+"""Every size of a FLUX.1 or Chroma transformer, from the names and shapes of its file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from library.architectures.common.tensor_files import Shapes
+from library.errors import UserError
+
+PREFIX = "model.diffusion_model."  # in files made by user interfaces
+PATCH = 2  # latent cells per token, in both directions
+
+
+@dataclass(frozen=True)
+class ApproximatorSizes:
+    """Chroma's network that stands for all modulation layers."""
+
+    inputs: int = 64
+    hidden: int = 5120
+    layers: int = 5
+
+
+@dataclass(frozen=True)
+class FluxSizes:
+    """The defaults are FLUX.1 dev's."""
+
+    hidden: int = 3072
+    head: int = 128  # width of one attention head
+    mlp: int = 12288
+    double_blocks: int = 19
+    single_blocks: int = 38
+    in_channels: int = 64  # of a token: latent channels times PATCH squared
+    out_channels: int = 64
+    context: int = 4096  # width of T5's states
+    pooled: int = 768  # width of CLIP's pooled output; 0 where it is not used
+    time: int = 256  # sines and cosines of timestep and guidance; 0 where the approximator has its own
+    guidance: bool = True  # whether the guidance scale is embedded
+    approximator: ApproximatorSizes | None = None  # Chroma's
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // self.head
+
+    @property
+    def latent_channels(self) -> int:
+        return self.in_channels // PATCH**2
+
+    @property
+    def rope_axes(self) -> tuple[int, int, int]:
+        """Widths of a head that turn with the axes (text, row, column); they are not in the file.
+
+        Published models have (16, 56, 56) of 128: an eighth, in multiples of 4, and two halves of the rest.
+        """
+        first = max(4 * round(self.head / 32), 4)
+        return first, (self.head - first) // 2, (self.head - first) // 2
+
+    @property
+    def modulation_rows(self) -> int:
+        """Rows of Chroma's table of modulations: shift, scale and gate of every block, shift and scale of the end."""
+        return 3 * self.single_blocks + 12 * self.double_blocks + 2
+
+
+def file_prefix(shapes: Shapes) -> str:
+    """What precedes every name of the transformer's."""
+    return PREFIX if any(name.startswith(PREFIX) for name in shapes) else ""
+
+
+def infer_sizes(shapes: Shapes) -> FluxSizes:
+    """Sizes from names and shapes without prefix.
+
+    Raises:
+        UserError: the names do not add up to a FLUX.1 or Chroma transformer.
+    """
+
+    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
+        found = shapes.get(name)
+        if found is None or len(found) != axes:
+            what = "is missing" if found is None else f"has shape {list(found)}"
+            raise UserError(f"the transformer's tensor {name} {what}; the file is incomplete, download it again")
+        return found
+
+    hidden, in_channels = shape("img_in.weight")
+    head = shape("double_blocks.0.img_attn.norm.query_norm.scale", 1)[0]
+    if head % 4 or hidden % head:
+        raise UserError(f"attention heads of width {head} do not fit {hidden} features; the file is damaged")
+    approximator = None
+    pooled = time = 0
+    guide = "distilled_guidance_layer"
+    if any(name.startswith(guide) for name in shapes):
+        width, inputs = shape(f"{guide}.in_proj.weight")
+        approximator = ApproximatorSizes(inputs, width, _count(rf"{guide}\.layers\.(\d+)\.", shapes))
+    else:
+        pooled, time = shape("vector_in.in_layer.weight")[1], shape("time_in.in_layer.weight")[1]
+    return FluxSizes(
+        hidden=hidden,
+        head=head,
+        mlp=shape("double_blocks.0.img_mlp.0.weight")[0],
+        double_blocks=_count(r"double_blocks\.(\d+)\.", shapes),
+        single_blocks=_count(r"single_blocks\.(\d+)\.", shapes),
+        in_channels=in_channels,
+        out_channels=shape("final_layer.linear.weight")[0],
+        context=shape("txt_in.weight")[1],
+        pooled=pooled,
+        time=time,
+        guidance="guidance_in.in_layer.weight" in shapes,
+        approximator=approximator,
+    )
+
+
+def _count(pattern: str, names: Shapes) -> int:
+    return max((int(found[1]) + 1 for name in names if (found := re.match(pattern, name))), default=0)
