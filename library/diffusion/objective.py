@@ -50,6 +50,13 @@ class Objective(ABC):
 
     # ---- training ----
 
+    def check(self, within: TimestepRange) -> None:
+        """Find out before anything is loaded whether timesteps can be drawn.
+
+        Raises:
+            UserError: hardly one lies within the range.
+        """
+
     @abstractmethod
     def draw(self, generators: Sequence[torch.Generator], within: TimestepRange, size: tuple[int, int]) -> Tensor:
         """A timestep for each sample (B,), on the CPU.
@@ -214,6 +221,10 @@ class FlowObjective(Objective):
     prediction_type: str = "raw"
     cells_per_token: int = 4
     sampling_shift: float | None = None
+
+    def check(self, within: TimestepRange) -> None:
+        # a picture of 512 pixels; shifts by resolution are much the same for all
+        self.density(within, (64, 64))
 
     def density(self, within: TimestepRange, size: tuple[int, int]) -> times.Density:
         """Of the noise levels sigma at which pictures with latents of this (h, w) are trained.

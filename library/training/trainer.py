@@ -273,6 +273,7 @@ class Trainer(ABC):
         checkpoint = inspect_model(self.architecture, options.model)
         self.architecture.check_options(options, checkpoint.info)
         objective = self.objective(options, checkpoint.info)
+        objective.check(noise_settings(options).timesteps)
         for prompt in prompts:
             objective.sampler(prompt.sample_sampler, options.sample.sample_sampler)
         hub = hub_target(options)
