@@ -171,6 +171,9 @@ class Architecture(ABC):
     sample_fields: frozenset[str] = DDPM_FIELDS
     sample_size_step: int = 8  # sides of sample images are multiples of this many pixels
 
+    #: values of its own groups of options; none while it is not configured. Copies have others, instances never change
+    _chosen: Mapping[str, Any] = MappingProxyType({})
+
     # ---- own options ----
 
     def configured(self, options: Any) -> Self:
@@ -199,19 +202,18 @@ class Architecture(ABC):
         """
         for name, group in self.option_groups.items():
             if issubclass(group, kind):
-                found = self.__dict__.get("_chosen", {}).get(name)
-                return found if found is not None else group()
+                return self._chosen[name] if name in self._chosen else group()
         raise LookupError(f"{self.name} has no options {kind.__name__}")
 
     def changed(self, kind: type[Any], **values: Any) -> Self:
         """The same with other values of some of the options of ``chosen(kind)``."""
         name = next(name for name, group in self.option_groups.items() if issubclass(group, kind))
         group = dataclasses.replace(self.chosen(kind), **values)
-        return self._with_chosen({**self.__dict__.get("_chosen", {}), name: group})
+        return self._with_chosen({**self._chosen, name: group})
 
     def _with_chosen(self, groups: dict[str, Any]) -> Self:
         made = copy.copy(self)
-        made.__dict__["_chosen"] = groups
+        made._chosen = groups
         return made
 
     def for_image(self, settings: ImageSettings) -> Self:

@@ -105,7 +105,7 @@ def _script_page(script: str, architecture: Architecture) -> str:
     others = [[f"`--{name}`", f"refused: {why}"] for name, why in architecture.refused_options.items()]
     others += [[f"`--{name}`", f"no effect {why}"] for name, why in architecture.idle_options.items()]
     if others:
-        text += f"## Options of all scripts that are not for this one\n\n{_table(('option', 'why'), others)}\n"
+        text += f"## Options that are not for this script\n\n{_table(('option', 'why'), others)}\n"
     return f"{text}[All options](README.md)\n"
 
 

@@ -1,10 +1,12 @@
 """What the families trained by flow matching share: options, their rules and records, and the objective.
 
-A family puts ``FlowMatching`` before its other bases and adds its own group of options to ``option_groups``.
+A family puts ``FlowMatching`` before its other bases and adds its own group of options to ``option_groups``. One whose
+published options are fewer takes the groups and rules that it has, and overrides ``objective``.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -20,29 +22,35 @@ if TYPE_CHECKING:
     from library.inference.generate import ImageSettings
 
 
-def flow_numbers(o: Any) -> Iterator[Finding]:
-    """Scales and shifts that make a density."""
+def weighting_numbers(o: Any) -> Iterator[Finding]:
+    """What makes a density of ``WeightingOptions``."""
     from library.config.rules import error
     from library.diffusion.timesteps import MODE_SCALES
 
+    yield from _not_positive(logit_std=o.weighting.logit_std)
     low, high = MODE_SCALES
-    positive = {
-        "logit_std": o.weighting.logit_std,
-        "sigmoid_scale": o.flow.sigmoid_scale,
-        "discrete_flow_shift": o.flow.discrete_flow_shift,
-    }
-    for name, value in positive.items():
-        if value <= 0:
-            yield error(f"--{name} {value:g}: must be greater than 0")
     if not low <= o.weighting.mode_scale <= high:
         yield error(f"--mode_scale {o.weighting.mode_scale:g}: must lie between {low:g} and {high:.2f}")
+
+
+def flow_numbers(o: Any) -> Iterator[Finding]:
+    """The same of ``FlowOptions``."""
+    yield from _not_positive(sigmoid_scale=o.flow.sigmoid_scale, discrete_flow_shift=o.flow.discrete_flow_shift)
+
+
+def _not_positive(**values: float) -> Iterator[Finding]:
+    from library.config.rules import error
+
+    for name, value in values.items():
+        if value <= 0:
+            yield error(f"--{name} {value:g}: must be greater than 0")
 
 
 class FlowMatching(Architecture):
     """Rectified flow, as Esser et al. 2024 (arXiv:2403.03206), with the options of ``config/flow_arguments.py``."""
 
     option_groups = MappingProxyType({"weighting": WeightingOptions, "flow": FlowOptions})
-    option_rules = (flow_numbers,)
+    option_rules = (weighting_numbers, flow_numbers)
     idle_rules = FLOW_IDLE_RULES
     idle_options = DDPM_ONLY
     sample_fields = DDPM_FIELDS | {"flow_shift"}
@@ -72,8 +80,8 @@ class FlowMatching(Architecture):
         """With the prompt's ``--fs``."""
         if settings.flow_shift is None:
             return self
-        made = self._with_chosen(self.__dict__.get("_chosen", {}))
-        made.__dict__["sampling_shift"] = settings.flow_shift
+        made = copy.copy(self)
+        made.sampling_shift = settings.flow_shift
         return made
 
     def flow_metadata(self) -> dict[str, str]:

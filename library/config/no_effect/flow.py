@@ -62,7 +62,7 @@ def no_fixed_shift(o: Any) -> bool:
     return o.flow.timestep_sampling not in ("sigma", "shift")
 
 
-#: of ``WeightingOptions`` and ``FlowOptions``, in the groups "weighting" and "flow"
-FLOW_IDLE_RULES: tuple[IdleRule, ...] = (
-    not_logit_normal, not_mode, nothing_is_weighted, other_density, no_sigmoid, no_fixed_shift,
-)  # fmt: skip
+#: of ``WeightingOptions``, in the group "weighting"
+WEIGHTING_IDLE_RULES: tuple[IdleRule, ...] = (not_logit_normal, not_mode, nothing_is_weighted)
+#: of both, with ``FlowOptions`` in the group "flow"
+FLOW_IDLE_RULES: tuple[IdleRule, ...] = (*WEIGHTING_IDLE_RULES, other_density, no_sigmoid, no_fixed_shift)
