@@ -8,20 +8,31 @@ Shape legend: B batch, C latent channels, (h, w) latent size, (H, W) pixels, T t
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from library.inference.prompt_line import DDPM_FIELDS
+
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from library.config.arguments import TrainNetworkOptions
-    from library.diffusion.ddpm import NoiseSchedule
+    from library.config.no_effect.declare import IdleRule
+    from library.config.rules import Rule
+    from library.diffusion.objective import Objective
+    from library.inference.generate import ImageSettings
+
+O = TypeVar("O")  # noqa: E741
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,65 @@ class Architecture(ABC):
     refused_options: Mapping[str, str] = MappingProxyType({})
     #: published options that change nothing with this family: dest -> why, completing "--dest has no effect ..."
     idle_options: Mapping[str, str] = MappingProxyType({})
+    #: groups of options that only this family has, by their name among the groups of all options; they join the command
+    #: line, the configuration file, ``--explain``, ``docs/options/`` and what a resumed run must share
+    option_groups: Mapping[str, type] = MappingProxyType({})
+    #: what makes own options wrong, or leaves them without effect; as in ``library/config/rules.py`` and ``no_effect/``
+    option_rules: tuple[Rule, ...] = ()
+    idle_rules: tuple[IdleRule, ...] = ()
     sample_defaults: Mapping[str, Any] = MappingProxyType({})  # width, height, steps, scale of previews
+    #: settings of a sample prompt that are used; the others are warned of
+    sample_fields: frozenset[str] = DDPM_FIELDS
+    sample_size_step: int = 8  # sides of sample images are multiples of this many pixels
+
+    #: values of its own groups of options; none while it is not configured. Copies have others, instances never change
+    _chosen: Mapping[str, Any] = MappingProxyType({})
+
+    # ---- own options ----
+
+    def configured(self, options: Any) -> Self:
+        """This family with the values of its own options; the same instance if it has none.
+
+        Args:
+            options: groups of options with all of its own ones among them, whatever the groups are called.
+        """
+        if not self.option_groups:
+            return self
+        groups = [getattr(options, f.name) for f in dataclasses.fields(options)]
+        values = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
+        found = {}
+        for name, kind in self.option_groups.items():
+            found[name] = kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
+        return self._with_chosen(found)
+
+    def chosen(self, kind: type[O]) -> O:
+        """The values of one of its own groups; the defaults, if it is not configured.
+
+        Args:
+            kind: the class in ``option_groups``, or one that it is derived from.
+
+        Raises:
+            LookupError: it has no such group.
+        """
+        for name, group in self.option_groups.items():
+            if issubclass(group, kind):
+                return self._chosen[name] if name in self._chosen else group()
+        raise LookupError(f"{self.name} has no options {kind.__name__}")
+
+    def changed(self, kind: type[Any], **values: Any) -> Self:
+        """The same with other values of some of the options of ``chosen(kind)``."""
+        name = next(name for name, group in self.option_groups.items() if issubclass(group, kind))
+        group = dataclasses.replace(self.chosen(kind), **values)
+        return self._with_chosen({**self._chosen, name: group})
+
+    def _with_chosen(self, groups: dict[str, Any]) -> Self:
+        made = copy.copy(self)
+        made._chosen = groups
+        return made
+
+    def for_image(self, settings: ImageSettings) -> Self:
+        """This family as it draws an image of these settings, such as with the guidance that its prompt asks for."""
+        return self
 
     # ---- files ----
 
@@ -263,11 +332,21 @@ class Architecture(ABC):
     # ---- diffusion ----
 
     @abstractmethod
-    def noise_schedule(self, *, zero_terminal_snr: bool) -> NoiseSchedule: ...
+    def objective(self, *, v_prediction: bool, zero_terminal_snr: bool) -> Objective:
+        """How timesteps are drawn, latents made noisy, outputs compared, and images drawn.
+
+        Args:
+            v_prediction: what ``ModelInfo`` says.
+            zero_terminal_snr: end the schedule in pure noise; families without one pass over it.
+        """
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """(B, C, h, w) noisy latents at timesteps (B,) -> the model's raw prediction (B, C, h, w)."""
+        """(B, C, h, w) noisy latents at timesteps (B,) -> the model's raw prediction (B, C, h, w).
+
+        Args:
+            timesteps: as the objective has them: int64, 0 to 999, or with flow matching float32, 0 to 1000.
+        """
 
     # ---- memory and speed ----
 

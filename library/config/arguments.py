@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -476,6 +477,20 @@ class TrainNetworkOptions:
 def _group_from_args(group: type[T], args: argparse.Namespace) -> T:
     known = {field.name for field in dataclasses.fields(group)}  # type: ignore[arg-type]
     return group(**{name: value for name, value in vars(args).items() if name in known})
+
+
+def with_groups(kind: type[T], groups: Mapping[str, type]) -> type[T]:
+    """The same class of options with further groups after the first one, such as a family's own; always one class."""
+    return _with_groups(kind, tuple(groups.items())) if groups else kind
+
+
+@functools.lru_cache(maxsize=None)
+def _with_groups(kind: type[Any], groups: tuple[tuple[str, type], ...]) -> type[Any]:
+    (first, *rest) = kind.groups().items()
+    joined = dict([first, *groups, *rest])
+    return dataclasses.make_dataclass(
+        kind.__name__, groups, bases=(kind,), namespace={"groups": classmethod(lambda cls: dict(joined))}, frozen=True
+    )
 
 
 def build_parser(groups: Sequence[type], *, description: str | None, epilog: str | None) -> argparse.ArgumentParser:

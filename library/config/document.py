@@ -1,4 +1,6 @@
-"""Writes ``docs/options/``: a page for each group of options, from the dataclasses and the rules on them.
+"""Writes ``docs/options/``: a page for each group of options and each script with more of them.
+
+Made from the dataclasses and the rules on them.
 
     python -m library.config.document
 
@@ -8,9 +10,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.config.arguments import TrainNetworkOptions
 from library.config.availability import REFUSED
@@ -19,8 +21,12 @@ from library.config.implied import implied
 from library.config.no_effect import RULES
 from library.config.no_effect.by_dataset import NO_REGULARISATION, OPTIONS
 from library.config.no_effect.by_plan import EPOCHS, EPOCHS_BEFORE_THE_LAST, STEPS
+from library.config.no_effect.declare import IdleRule
 from library.config.units import UNITS
 from library.optim.schedulers import schedules_that_read
+
+if TYPE_CHECKING:
+    from library.architectures.base import Architecture
 
 FOLDER = Path(__file__).parents[2] / "docs" / "options"
 
@@ -41,8 +47,20 @@ A page for each group. Every option is a flag of the command line and, without i
 """
 
 
-def pages() -> dict[str, str]:
-    """Every page's text by its file name."""
+def scripts() -> dict[str, Architecture]:
+    """The training scripts, whose families may have options of their own."""
+    from library.architectures.sd import SD
+    from library.architectures.sdxl import SDXL
+
+    return {"train_network": SD, "sdxl_train_network": SDXL}
+
+
+def pages(families: Mapping[str, Architecture] | None = None) -> dict[str, str]:
+    """Every page's text by its file name: one for each group, and one for each script with options of its own.
+
+    Args:
+        families: by script, without ``.py``; those of ``scripts``, if not given.
+    """
     groups = TrainNetworkOptions.groups()
     index = (
         _MADE
@@ -52,7 +70,23 @@ def pages() -> dict[str, str]:
             ([f"[{_title(group)}]({name}.md)", str(len(dataclasses.fields(group)))] for name, group in groups.items()),
         )
     )
-    return {"README.md": index} | {f"{name}.md": _page(group) for name, group in groups.items()}
+    own = {
+        script: architecture
+        for script, architecture in (scripts() if families is None else families).items()
+        if architecture.option_groups
+    }
+    if own:
+        counts = ([f"[`{script}.py`]({script}.md)", str(_count(family))] for script, family in own.items())
+        index += "\nOptions that only one script has, besides these:\n\n" + _table(("page", "options"), counts)
+    return (
+        {"README.md": index}
+        | {f"{name}.md": _page(group) for name, group in groups.items()}
+        | {f"{script}.md": _script_page(script, family) for script, family in own.items()}
+    )
+
+
+def _count(architecture: Architecture) -> int:
+    return sum(len(dataclasses.fields(group)) for group in architecture.option_groups.values())
 
 
 def _title(group: type) -> str:
@@ -60,12 +94,34 @@ def _title(group: type) -> str:
 
 
 def _page(group: type) -> str:
+    return f"{_MADE}# {_title(group)}\n\n{_options(group, RULES)}\n[All options](README.md)\n"
+
+
+def _script_page(script: str, architecture: Architecture) -> str:
+    """The family's own options, and what becomes of those of all families."""
+    text = f"{_MADE}# Options of `{script}.py` alone\n\n"
+    for group in architecture.option_groups.values():
+        text += f"## {_title(group)}\n\n{_options(group, architecture.idle_rules)}\n"
+    others = [[f"`--{name}`", f"refused: {why}"] for name, why in architecture.refused_options.items()]
+    others += [[f"`--{name}`", f"no effect {why}"] for name, why in architecture.idle_options.items()]
+    if others:
+        text += f"## Options that are not for this script\n\n{_table(('option', 'why'), others)}\n"
+    return f"{text}[All options](README.md)\n"
+
+
+def _options(group: type, rules: Sequence[IdleRule]) -> str:
     columns = ("option", "type", "default", "unit", "what it does", "has no effect")
     rows = [
-        [f"`--{f.name}`", _type(f), _default(f), UNITS.get(f.name, ""), _help(f), "; ".join(_idle(f.name))]
+        [f"`--{f.name}`", _type(f), _default(f), unit_of(f) or "", _help(f), "; ".join(_idle(f.name, rules))]
         for f in dataclasses.fields(group)
     ]
-    return f"{_MADE}# {_title(group)}\n\n{_table(columns, rows)}\n[All options](README.md)\n"
+    return _table(columns, rows)
+
+
+def unit_of(field: dataclasses.Field[Any]) -> str | None:
+    """What its number counts or measures; None where nothing says so."""
+    own = field.metadata["unit"]
+    return own if own is not None else UNITS.get(field.name)
 
 
 def is_number(field: dataclasses.Field[Any]) -> bool:
@@ -100,9 +156,9 @@ def _help(field: dataclasses.Field[Any]) -> str:
     return f"{text}. **Refused**: {REFUSED[field.name]}" if field.name in REFUSED else text
 
 
-def _idle(name: str) -> list[str]:
+def _idle(name: str, rules: Sequence[IdleRule]) -> list[str]:
     """When the option changes nothing."""
-    found = [rule.reason for rule in RULES if name in rule.names]
+    found = [rule.reason for rule in rules if name in rule.names]
     if name in OPTIONS and OPTIONS[name].reason:
         found.append(OPTIONS[name].reason)
     if name == "prior_loss_weight":

@@ -18,6 +18,9 @@ def option(
     nargs: str | None = None,
     aliases: Sequence[str] = (),
     secret: bool = False,
+    unit: str | None = None,
+    weights: bool = False,
+    harmless: bool = False,
 ) -> Any:
     """A field that is a flag of the same name.
 
@@ -26,6 +29,10 @@ def option(
         help: what it does, with units; the default is added to it.
         type: converter of the text; left out for switches and texts.
         secret: whether the value must never be logged or recorded.
+        unit: what its number counts or measures, "" for a plain factor; ``library/config/units.py`` has those of the
+            options that all families have.
+        weights: whether it names a file or folder of weights; a resumed run must share its content, not its place.
+        harmless: whether a resumed run may have another value and still go on exactly.
     """
     metadata = {
         "help": help,
@@ -34,6 +41,9 @@ def option(
         "nargs": nargs,
         "aliases": tuple(aliases),
         "secret": secret,
+        "unit": unit,
+        "weights": weights,
+        "harmless": harmless,
     }
     return dataclasses.field(default=default, metadata=metadata)
 

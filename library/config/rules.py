@@ -6,9 +6,10 @@ rules of their own in ``library/config/no_effect/``.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,21 +46,34 @@ Rule = Callable[[TrainNetworkOptions], Iterator[Finding]]
 def check(
     options: TrainNetworkOptions, architecture: Architecture, *, rules: Sequence[Rule] | None = None
 ) -> list[str]:
-    """Apply every rule, or those given, such as ``DATA_RULES``; returns the warnings.
+    """Apply every rule and the family's own, or those given, such as ``DATA_RULES``; returns the warnings.
 
     Raises:
         UserError: all errors, one line each; with ``--strict``, options without effect among them.
     """
     # one line for an option that both refuse; the family knows its own reason better
     findings = list(_refused(options, {**REFUSED, **architecture.refused_options}))
-    for rule in RULES if rules is None else rules:
-        findings += rule(options)
+    # what changes nothing with this family cannot be at fault
+    effective = without(options, architecture.idle_options)
+    for rule in (*RULES, *architecture.option_rules) if rules is None else rules:
+        findings += rule(effective)
     idle = without_effect(options, architecture)
     errors = [finding.text for finding in findings if finding.fatal]
     errors += as_errors(idle) if options.config.strict else []
     if errors:
         raise UserError("\n".join(errors))
     return [*(finding.text for finding in findings), *idle]
+
+
+def without(options: TrainNetworkOptions, names: Collection[str]) -> TrainNetworkOptions:
+    """The same with the named options at their defaults."""
+    changed = {}
+    for group_field in dataclasses.fields(options):
+        group = getattr(options, group_field.name)
+        reset = {field.name: field.default for field in dataclasses.fields(group) if field.name in names}
+        if reset:
+            changed[group_field.name] = dataclasses.replace(group, **reset)
+    return dataclasses.replace(options, **changed)
 
 
 def _refused(options: TrainNetworkOptions, table: Mapping[str, str]) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from library.config.arguments import (
     build_parser,
 )
 from library.config.fields import option
+from library.config.flow_arguments import FlowOptions, WeightingOptions
 
 O = TypeVar("O", bound="CacheToolOptions")  # noqa: E741
 
@@ -36,17 +37,9 @@ class ToolOptions:
 
 
 @dataclass(frozen=True)
-class FamilyToolOptions:
+class FamilyToolOptions(FlowOptions, WeightingOptions):
     """Options of FLUX.1 and Stable Diffusion 3 alone."""
 
-    weighting_scheme: str = option(
-        "uniform",
-        "how timesteps are weighted",
-        choices=["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"],
-    )
-    logit_mean: float = option(0.0, "mean of logit_normal", type=float)
-    logit_std: float = option(1.0, "its standard deviation", type=float)
-    mode_scale: float = option(1.29, "scale of mode", type=float)
     blocks_to_swap: int | None = option(None, "blocks kept in host memory", type=int)
     clip_l: str | None = option(None, "CLIP-L file")
     t5xxl: str | None = option(None, "T5-XXL file")
@@ -56,14 +49,6 @@ class FamilyToolOptions:
     t5xxl_max_token_length: int | None = option(None, "tokens of a caption for T5-XXL", type=int)
     apply_t5_attn_mask: bool = option(False, "mask what T5-XXL was padded with")
     guidance_scale: float = option(3.5, "guidance of FLUX.1 dev", type=float)
-    timestep_sampling: str = option(
-        "sigma", "how timesteps are drawn", choices=["sigma", "uniform", "sigmoid", "shift", "flux_shift"]
-    )
-    sigmoid_scale: float = option(1.0, "scale of sigmoid", type=float)
-    model_prediction_type: str = option(
-        "sigma_scaled", "what the model predicts", choices=["raw", "additive", "sigma_scaled"]
-    )
-    discrete_flow_shift: float = option(3.0, "shift of the flow", type=float)
     model_type: str = option("flux", "kind of FLUX model", choices=["flux", "chroma"])
 
 

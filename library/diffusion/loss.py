@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.diffusion.ddpm import NoiseSchedule
+from library.diffusion.flow import TIMESTEPS
 
 
 def conditional_loss(prediction: Tensor, target: Tensor, loss_type: str, huber_c: Tensor | None = None) -> Tensor:
@@ -56,14 +57,38 @@ def masked(loss: Tensor, masks: Tensor | None) -> Tensor:
 def huber_threshold(
     timesteps: Tensor, schedule: NoiseSchedule, huber_schedule: str, huber_c: float, huber_scale: float
 ) -> Tensor:
+    """``threshold_at`` for the timesteps (B,) int64 of a DDPM schedule: sigma = sqrt((1 - alpha_bar) / alpha_bar)."""
+    alphas = schedule.alphas_cumprod[timesteps]
+    sigma = ((1.0 - alphas) / alphas).sqrt()
+    return threshold_at(timesteps, schedule.num_timesteps, sigma, huber_schedule, huber_c, huber_scale)
+
+
+def flow_huber_threshold(timesteps: Tensor, huber_schedule: str, huber_c: float, huber_scale: float) -> Tensor:
+    """``threshold_at`` for the timesteps (B,) float32, 0 to 1000, of flow matching.
+
+    There x_t has (1 - t) of the picture and t of the noise, so noise is to signal as t / (1 - t).
+    """
+    level = timesteps / TIMESTEPS
+    return threshold_at(timesteps, TIMESTEPS, level / (1.0 - level), huber_schedule, huber_c, huber_scale)
+
+
+def threshold_at(
+    timesteps: Tensor,
+    num_timesteps: int,
+    noise_to_signal: Tensor,
+    huber_schedule: str,
+    huber_c: float,
+    huber_scale: float,
+) -> Tensor:
     """The threshold c of each sample (B,) float32, by timestep: large, so like L2, where there is little noise.
 
     After Khrapov et al. 2024 (arXiv:2403.16728). ``constant``: c. ``exponential``: exp(t ln(c) / T), from 1 at t = 0
-    towards c. ``snr``: (1 - c) / (1 + sigma)^2 + c with sigma = sqrt((1 - alpha_bar) / alpha_bar). All times
-    ``huber_scale``.
+    towards c. ``snr``: (1 - c) / (1 + sigma)^2 + c, sigma the ratio of noise to signal. All times ``huber_scale``.
 
     Args:
-        timesteps: (B,) int64.
+        timesteps: t, (B,).
+        num_timesteps: T.
+        noise_to_signal: the ratio of standard deviations at each, (B,); may be infinite.
         huber_c: c, greater than 0.
 
     Raises:
@@ -72,11 +97,9 @@ def huber_threshold(
     if huber_schedule == "constant":
         threshold = torch.full(timesteps.shape, huber_c, dtype=torch.float32, device=timesteps.device)
     elif huber_schedule == "exponential":
-        threshold = torch.exp(timesteps * (math.log(huber_c) / schedule.num_timesteps))
+        threshold = torch.exp(timesteps * (math.log(huber_c) / num_timesteps))
     elif huber_schedule == "snr":
-        alphas = schedule.alphas_cumprod[timesteps]
-        sigma = ((1.0 - alphas) / alphas).sqrt()
-        threshold = (1.0 - huber_c) / (1.0 + sigma).square() + huber_c
+        threshold = (1.0 - huber_c) / (1.0 + noise_to_signal).square() + huber_c
     else:
         raise ValueError(f"unknown huber schedule {huber_schedule!r}")
     return threshold * huber_scale

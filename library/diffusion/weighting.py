@@ -1,10 +1,13 @@
-"""Weights of a sample's loss by its timestep; all take (B,) timesteps and return (B,) float32.
+"""Weights of a sample's loss by its timestep; all take (B,) timesteps or noise levels and return (B,) float32.
 
 SNR is alpha_bar / (1 - alpha_bar). A schedule with zero terminal SNR has SNR 0 at its last step.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from library.diffusion.ddpm import NoiseSchedule
@@ -13,6 +16,8 @@ from library.diffusion.ddpm import NoiseSchedule
 _MAX_DEBIASED_SNR = 1000.0
 #: keeps a division by the SNR finite at a zero terminal SNR
 _MIN_SNR = 1e-8
+#: the lowest of the thousand noise levels of flow matching; below it sigma^-2 would grow without bound
+_MIN_SIGMA = 1e-3
 
 
 def min_snr_weight(timesteps: Tensor, schedule: NoiseSchedule, gamma: float, v_prediction: bool) -> Tensor:
@@ -60,3 +65,23 @@ def debiased_weight(timesteps: Tensor, schedule: NoiseSchedule, v_prediction: bo
     if v_prediction:
         return 1.0 / (snr + 1.0)
     return 1.0 / snr.clamp(min=_MIN_SNR).sqrt()
+
+
+#: what ``--weighting_scheme`` may be; logit_normal and mode are densities of the timesteps, not weights
+WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
+
+
+def flow_weight(sigmas: Tensor, weighting_scheme: str) -> Tensor:
+    """``sigma_sqrt``: sigma^-2, sigma at least 0.001. ``cosmap``: 2 / (pi (1 - 2 sigma + 2 sigma^2)). Others: 1.
+
+    Esser et al. 2024 (arXiv:2403.03206), section 3.1; the names are those of diffusers'
+    ``compute_loss_weighting_for_sd3``.
+
+    Args:
+        sigmas: noise levels (B,), 0 to 1.
+    """
+    if weighting_scheme == "sigma_sqrt":
+        return sigmas.clamp(min=_MIN_SIGMA) ** -2.0
+    if weighting_scheme == "cosmap":
+        return 2.0 / (math.pi * (1.0 - 2.0 * sigmas + 2.0 * sigmas.square()))
+    return torch.ones_like(sigmas)

@@ -1,4 +1,4 @@
-"""Images from text with any family that has a DDPM noise schedule: previews of training and ``gen_img.py``.
+"""Images from text with any family: previews of training and ``gen_img.py``.
 
 Drawing leaves no trace in a training run: modules return to the mode and device they were in, and no global
 random state is used. Image and noise depend on the seed alone, not on the batch an image was drawn in.
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning
-from library.diffusion.samplers import create_scheduler_for, set_timesteps
 from library.inference.prompt_line import SamplePrompt
 
 if TYPE_CHECKING:
@@ -71,6 +70,11 @@ class ImageSettings:
     scale: float  # classifier-free guidance; 1: none
     sampler: str
     seed: int
+    # for families that know them; None: the family's own
+    guidance_scale: float | None = None  # embedded guidance
+    flow_shift: float | None = None
+    cfg_trunc_ratio: float | None = None
+    renorm_cfg: float | None = None
 
     def record(self, *, model: str, network: str = "") -> dict[str, str]:
         """Text for ``save_png``; ``model`` and ``network`` are names for people."""
@@ -84,6 +88,8 @@ class ImageSettings:
             "size": f"{self.width}x{self.height}",
             "model": model,
         }
+        own = ("guidance_scale", "flow_shift", "cfg_trunc_ratio", "renorm_cfg")
+        record |= {name: f"{getattr(self, name):g}" for name in own if getattr(self, name) is not None}
         return {**record, "network": network} if network else record
 
     def drawn_with(self, other: ImageSettings) -> bool:
@@ -114,6 +120,10 @@ def settings_for(
         scale=full.scale,
         sampler=full.sample_sampler,
         seed=full.seed if full.seed is not None else random_seed(),
+        guidance_scale=full.guidance_scale,
+        flow_shift=full.flow_shift,
+        cfg_trunc_ratio=full.cfg_trunc_ratio,
+        renorm_cfg=full.renorm_cfg,
     )
 
 
@@ -172,14 +182,15 @@ def generate_latents(
     first = batch[0]
     if not all(first.drawn_with(settings) for settings in batch):
         raise ValueError("images of one batch must agree in all settings but text and seed")
+    models = replace(models, architecture=models.architecture.for_image(first))
+    objective = models.architecture.objective(
+        v_prediction=models.v_prediction, zero_terminal_snr=options.zero_terminal_snr
+    )
     latent = models.architecture.latent
     shape = (1, latent.channels, first.height // latent.stride, first.width // latent.stride)
     generators = [torch.Generator(device="cpu").manual_seed(settings.seed) for settings in batch]
     noise = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(options.device)
-    scheduler = create_scheduler_for(
-        first.sampler, v_prediction=models.v_prediction, zero_terminal_snr=options.zero_terminal_snr
-    )
-    set_timesteps(scheduler, first.steps, options.device)
+    scheduler = objective.scheduler(first.sampler, first.steps, shape[2:], options.device)
     encoded = {} if encoded is None else encoded
     with (
         undisturbed(models.modules(), options.device),
@@ -192,7 +203,7 @@ def generate_latents(
         else:
             negative = _encode(models, [settings.negative_prompt for settings in batch], options, encoded)
             predict = _guided(models, positive, _sized(models, negative, first), first.scale)
-        return sample(scheduler, predict, noise, generators)
+        return sample(scheduler, lambda x, t: objective.for_sampler(predict(x, t), t), noise, generators)
 
 
 def sample(

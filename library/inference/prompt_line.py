@@ -182,7 +182,7 @@ def parse_prompt_line(
         defaults: settings of options that the line does not name.
         where: what messages call the line, e.g. ``prompts.txt:3``.
         size_multiple: widths and heights are rounded down to multiples of this many pixels.
-        used: names of the settings that the family uses; others are warned of.
+        used: names of the settings that the family uses; others are warned of and left out.
 
     Raises:
         UserError: unknown option or bad value.
@@ -360,8 +360,9 @@ def _sample_prompt(
         if name not in used:
             option = next(o.name for o in TRAINING_OPTIONS if o.field == name)
             logger.warning("%s: %s (--%s) has no effect with this model", where, name, option)
+    known = {name: value for name, value in values.items() if name in used}
     base = defaults if defaults is not None else SamplePrompt("")
-    return replace(base, prompt=prompt, **_within_limits(values, where, size_multiple))
+    return replace(base, prompt=prompt, **_within_limits(known, where, size_multiple))
 
 
 def _within_limits(values: Mapping[str, Any], where: str, size_multiple: int) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class CacheTool(ABC):
         given = CacheToolOptions.from_args(args)
         setup_console(given.console)
         with Interrupt("stopping: what is being encoded is finished and written") as interrupt:
-            architecture = self._family(given)
+            architecture = self._family(given).configured(given)
             options, ignored = given.narrowed(self.relevant)
             if ignored:
                 logger.info("no effect on %s: %s", self.product, ", ".join(f"--{name}" for name in ignored))

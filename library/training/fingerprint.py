@@ -84,8 +84,11 @@ def option_values(options: TrainNetworkOptions) -> Iterator[tuple[str, Any]]:
             continue
         group = getattr(options, group_field.name)
         for field in dataclasses.fields(group):
-            if field.name not in HARMLESS and not field.metadata["secret"]:
-                yield f"--{field.name}", getattr(group, field.name)
+            told = field.metadata
+            if field.name in HARMLESS or told["secret"] or told["harmless"]:
+                continue
+            value = getattr(group, field.name)
+            yield f"--{field.name}", content_of(value) if told["weights"] else value
 
 
 def dataset_values(dataset: BucketedDataset, name: str) -> dict[str, object]:

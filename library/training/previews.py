@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.inference.prompt_line import SamplePrompt
+from library.training import precision
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from library.training.trainer import Run, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,37 @@ def preview_path(
     stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())
     suffix = f"_{seed}" if seed is not None else ""
     return directory / "sample" / f"{prefix}{when}_{index:02d}_{stamp}{suffix}.png"
+
+
+def draw_image(trainer: Trainer, run: Run, prompt: SamplePrompt, path: Path) -> Image:
+    """Draw one sample image with the weights as they are, and save it with its settings."""
+    from library.inference.generate import DrawOptions, ImageModels, generate_image, settings_for
+    from library.inference.png import save_png
+
+    model = run.options.model
+    sampler = run.objective.sampler(prompt.sample_sampler, run.options.sample.sample_sampler)
+    settings = settings_for(prompt, trainer.architecture.sample_defaults, sampler=sampler)
+    models = ImageModels(
+        architecture=trainer.architecture,
+        tokenizers=run.tokenizers,
+        text_encoders=run.text_encoders,
+        denoiser=run.denoiser,
+        vae=run.vae,
+        v_prediction=run.checked.info.v_prediction,
+        adapters=trainer.trained_modules(run),
+    )
+    drawing = DrawOptions(
+        device=run.device,
+        dtype=run.weight_dtype,
+        zero_terminal_snr=run.options.noise.zero_terminal_snr,
+        clip_skip=model.clip_skip,
+        max_token_length=model.max_token_length,
+    )
+    with precision.drawing(run.options.training):
+        image = generate_image(models, settings, drawing)
+    name = Path(model.pretrained_model_name_or_path).name
+    save_png(image, path, settings.record(model=name, network=run.options.output.output_name or ""))
+    return image
 
 
 def draw_previews(

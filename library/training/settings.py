@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from library.architectures.base import Architecture
 from library.config.arguments import TrainNetworkOptions
 from library.config.config_file import load_toml
+from library.diffusion.objective import LossSettings
 from library.errors import UserError
 from library.files.hub import HubTarget, RemoteFolder, download_folder
 from library.inference.prompt_line import SamplePrompt, read_prompt_file
@@ -16,10 +18,10 @@ from library.training.checkpoints import SavePolicy
 from library.training.logs import TrackerSettings
 from library.training.plan import Origin, RunPlan
 from library.training.resume import TrainState
-from library.training.step import LossSettings, NoiseSettings
+from library.training.step import NoiseSettings
 
 
-def sample_prompts(options: TrainNetworkOptions) -> tuple[SamplePrompt, ...]:
+def sample_prompts(options: TrainNetworkOptions, architecture: Architecture) -> tuple[SamplePrompt, ...]:
     """The prompts of a run that draws sample images.
 
     Raises:
@@ -27,7 +29,10 @@ def sample_prompts(options: TrainNetworkOptions) -> tuple[SamplePrompt, ...]:
     """
     wanted = options.sample
     is_due = wanted.sample_every_n_steps or wanted.sample_every_n_epochs or wanted.sample_at_first
-    return tuple(read_prompt_file(Path(wanted.sample_prompts))) if wanted.sample_prompts and is_due else ()
+    if not wanted.sample_prompts or not is_due:
+        return ()
+    step, used = architecture.sample_size_step, architecture.sample_fields
+    return tuple(read_prompt_file(Path(wanted.sample_prompts), size_multiple=step, used=used))
 
 
 def run_plan(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning, ModelInfo
-from library.config.arguments import TrainNetworkOptions, build_parser, hide_secrets
+from library.config.arguments import TrainNetworkOptions, build_parser, hide_secrets, with_groups
 from library.config.config_file import origins_of
 from library.config.console import setup_console
 from library.config.explain import print_explanation
@@ -36,8 +36,7 @@ from library.data import describe
 from library.data.conditioning import Role, check_roles
 from library.data.dataset import Batch, TrainingData
 from library.data.dataset_config import DatasetConfig, load_dataset_config
-from library.diffusion.ddpm import NoiseSchedule
-from library.diffusion.samplers import check_sampler
+from library.diffusion.objective import Objective
 from library.errors import exits_on_user_error
 from library.files.atomic import recover_directory
 from library.files.hub import HubTarget, Uploads, check_target
@@ -57,6 +56,7 @@ from library.training.interrupt import Interrupt
 from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
+from library.training.previews import draw_image
 from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
 from library.training.replay import replay
 from library.training.resume import TrainState, go_on, read_state, save_state, standing
@@ -111,7 +111,7 @@ class Run:
     plan: RunPlan
     names: OutputNames
     policy: SavePolicy
-    schedule: NoiseSchedule
+    objective: Objective
     weight_dtype: torch.dtype
     started_at: float
     start_step: int  # steps done before
@@ -155,12 +155,17 @@ class Trainer(ABC):
     @classmethod
     def parser(cls) -> argparse.ArgumentParser:
         """The script's full parser; wrappers import it as ``setup_parser``."""
-        groups = list(cls.options_class().groups().values())
+        groups = list(cls.joined_options().groups().values())
         return build_parser(groups, description=cls.__doc__, epilog=cls.usage())
 
     @classmethod
     def options_class(cls) -> type[TrainNetworkOptions]:
         return TrainNetworkOptions
+
+    @classmethod
+    def joined_options(cls) -> type[TrainNetworkOptions]:
+        """``options_class`` with the groups that only the family has."""
+        return with_groups(cls.options_class(), cls.architecture.option_groups)
 
     @classmethod
     def usage(cls) -> str | None:
@@ -176,7 +181,8 @@ class Trainer(ABC):
         Raises:
             SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when all is saved.
         """
-        options = self.options_class().from_args(args)
+        options = self.joined_options().from_args(args)
+        self.architecture = self.architecture.configured(options)
         hide_secrets(options, sys.argv)
         if options.config.replay:
             return replay(self, options)
@@ -198,6 +204,7 @@ class Trainer(ABC):
     def setup(self, options: TrainNetworkOptions) -> Run:
         """Check everything, scan the data, and lay out the run; no weights are loaded yet."""
         setup_console(options.console)
+        self.architecture = self.architecture.configured(options)  # again: those of a recorded step are others
         checked = self.check(options)
         accelerator = make_accelerator(
             options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
@@ -226,7 +233,7 @@ class Trainer(ABC):
                 Path(options.output.output_dir), options.output.output_name, options.output.save_model_as
             ),
             policy=save_policy(options, plan),
-            schedule=self.architecture.noise_schedule(zero_terminal_snr=options.noise.zero_terminal_snr),
+            objective=self.objective(options, checked.info),
             weight_dtype=weight_dtype(options.training),
             started_at=time.time(),
             start_step=start_step,
@@ -258,19 +265,17 @@ class Trainer(ABC):
         schedule = schedule_settings(options)
         report((*optimizer.warnings, *check_scheduler(optimizer, schedule)), strict=strict)
         self.check_trained(options)
-        prompts = sample_prompts(options)
+        prompts = sample_prompts(options, self.architecture)
         folder = state_folder(options)
         resumed = read_state(folder) if folder else None
         trackers = tracker_settings(options)
         trackers.check()
         checkpoint = inspect_model(self.architecture, options.model)
         self.architecture.check_options(options, checkpoint.info)
+        objective = self.objective(options, checkpoint.info)
+        objective.check(noise_settings(options).timesteps)
         for prompt in prompts:
-            check_sampler(
-                prompt.sample_sampler or options.sample.sample_sampler,
-                v_prediction=checkpoint.info.v_prediction,
-                zero_terminal_snr=_draws_with_zero_snr(options, checkpoint.info),
-            )
+            objective.sampler(prompt.sample_sampler, options.sample.sample_sampler)
         hub = hub_target(options)
         if hub is not None and is_first_process():
             hub = check_target(hub, create=not options.config.dry_run)
@@ -324,7 +329,7 @@ class Trainer(ABC):
         self.architecture.set_attention(run.denoiser, attention_backend(training))
         if training.gradient_checkpointing:
             self.architecture.enable_gradient_checkpointing(run.denoiser, run.text_encoders)
-        run.schedule = run.schedule.to(run.device)
+        run.objective = run.objective.to(run.device)
         run.trained = self.build_trained(run)
         if training.torch_compile:
             precision.compile_denoiser(run, self.architecture.compiled_blocks)
@@ -415,6 +420,11 @@ class Trainer(ABC):
 
     # ---- shared pieces of the story ----
 
+    def objective(self, options: TrainNetworkOptions, info: ModelInfo) -> Objective:
+        return self.architecture.objective(
+            v_prediction=info.v_prediction, zero_terminal_snr=options.noise.zero_terminal_snr
+        )
+
     def summary(self, run: Run) -> list[tuple[str, str]]:
         """Rows of the table before the first step."""
         options, plan = run.options, run.plan
@@ -455,21 +465,20 @@ class Trainer(ABC):
         latents: Tensor,
         conditioning: Conditioning,
         noise: NoiseSettings,
-        timestep: int | None = None,
+        level: int | None = None,
     ) -> Tensor:
-        """The loss of each sample (B,), at a drawn timestep each, or all at one; called within autocast."""
+        """The loss of each sample (B,), at a drawn timestep each, or all at one level; called within autocast."""
         return batch_losses(
             self.architecture,
             run.denoiser,
             batch,
             latents,
             conditioning,
-            run.schedule,
+            run.objective,
             noise,
             loss_settings(run.options),
-            v_prediction=run.checked.info.v_prediction,
             dtype=run.weight_dtype,
-            timestep=timestep,
+            level=level,
         )
 
     def batches(self, run: Run, epoch: int, start_batch: int) -> Iterable[Batch]:
@@ -495,32 +504,7 @@ class Trainer(ABC):
 
     def draw(self, run: Run, prompt: SamplePrompt, path: Path) -> Image:
         """Draw one sample image with the weights as they are, and save it with its settings."""
-        from library.inference.generate import DrawOptions, ImageModels, generate_image, settings_for
-        from library.inference.png import save_png
-
-        model = run.options.model
-        settings = settings_for(prompt, self.architecture.sample_defaults, sampler=run.options.sample.sample_sampler)
-        models = ImageModels(
-            architecture=self.architecture,
-            tokenizers=run.tokenizers,
-            text_encoders=run.text_encoders,
-            denoiser=run.denoiser,
-            vae=run.vae,
-            v_prediction=run.checked.info.v_prediction,
-            adapters=self.trained_modules(run),
-        )
-        drawing = DrawOptions(
-            device=run.device,
-            dtype=run.weight_dtype,
-            zero_terminal_snr=_draws_with_zero_snr(run.options, run.checked.info),
-            clip_skip=model.clip_skip,
-            max_token_length=model.max_token_length,
-        )
-        with precision.drawing(run.options.training):
-            image = generate_image(models, settings, drawing)
-        name = Path(model.pretrained_model_name_or_path).name
-        save_png(image, path, settings.record(model=name, network=run.options.output.output_name or ""))
-        return image
+        return draw_image(self, run, prompt, path)
 
     def latents(self, run: Run, batch: Batch) -> Tensor:
         """(B, C, h, w) stored-form latents: cached ones, or encoded now with draws keyed by the visit."""
@@ -546,8 +530,3 @@ class Trainer(ABC):
         save_state(run.accelerator, path, standing(run, step=step, epoch=epoch, losses=losses))
         if run.options.output.save_state_to_huggingface:
             run.uploads.add(path)
-
-
-def _draws_with_zero_snr(options: TrainNetworkOptions, info: ModelInfo) -> bool:
-    """Samplers cannot start from pure noise with a model that predicts it; training with it only warns."""
-    return options.noise.zero_terminal_snr and info.v_prediction

@@ -19,7 +19,6 @@ from library.config.no_effect.by_dataset import NO_VALIDATION
 from library.data.batch import Batch
 from library.data.dataset_config import DatasetConfig
 from library.data.validation_data import ValidationData
-from library.diffusion.timesteps import spread_timesteps
 from library.errors import UserError
 from library.inference.generate import undisturbed
 from library.randomness import key
@@ -110,7 +109,7 @@ class Validation:
         self._patience = options.early_stopping_patience
         # perturbed inputs are a means of training, as dropout is
         self._noise = replace(noise_settings(run.options), ip_gamma=None)
-        self._timesteps = spread_timesteps(self._noise.min_timestep, self._noise.max_timestep, TIMESTEPS)
+        self._levels = run.objective.levels(self._noise.timesteps, TIMESTEPS)
         self._data = ValidationData(
             run.data,
             max_batches=options.max_validation_steps,
@@ -227,12 +226,12 @@ class Validation:
             at_each = [
                 trainer.losses(
                     run,
-                    replace(batch, visits=[key(visit, "timestep", timestep) for visit in batch.visits]),
+                    replace(batch, visits=[key(visit, "timestep", level) for visit in batch.visits]),
                     latents,
                     conditioning,
                     self._noise,
-                    timestep,
+                    level,
                 )
-                for timestep in self._timesteps
+                for level in self._levels
             ]
         return torch.stack(at_each).mean(dim=0)  # (timesteps, B) -> (B,)

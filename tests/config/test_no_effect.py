@@ -559,6 +559,9 @@ class FlowFamily:
 
     refused_options = {"v_parameterization": "flow models predict the velocity between noise and image; remove it"}
     idle_options = {"min_snr_gamma": "with flow matching, which has no SNR weighting"}
+    option_groups = {}
+    idle_rules = ()
+    option_rules = ()
 
 
 def test_a_familys_declarations(tmp_path: Path) -> None:

@@ -178,6 +178,8 @@ def test_every_rule_has_a_case() -> None:
 def test_the_familys_reason_wins_and_is_said_once() -> None:
     class Family:
         idle_options: dict[str, str] = {}
+        option_groups: dict[str, type] = {}
+        option_rules = idle_rules = ()
         refused_options = {"full_bf16": "the family's reason", "min_snr_gamma": "flow models have no SNR"}
 
     with pytest.raises(UserError) as found:

@@ -119,7 +119,8 @@ def test_steps_are_limited_with_a_warning(caplog: pytest.LogCaptureFixture, give
 
 
 def test_settings_the_family_lacks_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    parse_prompt_line("p --g 3.5 --w 64", where="f.txt:1")
+    found = parse_prompt_line("p --g 3.5 --w 64", where="f.txt:1")
+    assert (found.guidance_scale, found.width) == (None, 64)  # and left out
     assert caplog.messages == ["f.txt:1: guidance_scale (--g) has no effect with this model"]
     caplog.clear()
     parse_prompt_line("p --g 3.5", used=DDPM_FIELDS | {"guidance_scale"})

@@ -12,9 +12,10 @@ import torch
 from library.config.arguments import TrainNetworkOptions
 from library.diffusion import noise as noises
 from library.diffusion.ddpm import NoiseSchedule
+from library.diffusion.objective import DdpmObjective, LossSettings
 from library.randomness import torch_generator
 from library.training import trainer
-from library.training.step import LossSettings, NoiseSettings, NoisyBatch, make_noisy, sample_losses
+from library.training.step import NoiseSettings, NoisyBatch, make_noisy, sample_losses
 
 #: alpha_bar 0.64, 0.36 and 0: signal 0.8, 0.6 and 0, noise 0.6, 0.8 and 1, SNR 16/9, 9/16 and 0
 SCHEDULE = NoiseSchedule(torch.tensor([0.64, 0.36, 0.0]))
@@ -28,7 +29,7 @@ def noise_of(purpose: str, shape: tuple[int, ...] = (1, 4, 4)) -> torch.Tensor:
 
 def made(timestep: int | None = 0, *, v_prediction: bool = False, **settings: object) -> NoisyBatch:
     given = {"max_timestep": 3, **settings}
-    return make_noisy(LATENTS, VISITS, SCHEDULE, NoiseSettings(**given), v_prediction=v_prediction, timestep=timestep)
+    return make_noisy(LATENTS, VISITS, DdpmObjective(SCHEDULE, v_prediction), NoiseSettings(**given), level=timestep)
 
 
 def test_noise_prediction_and_v_prediction() -> None:
@@ -101,7 +102,7 @@ def test_timesteps_come_from_the_range() -> None:
     latents = torch.zeros(400, 1, 1, 1)
     schedule = NoiseSchedule.scaled_linear()
     settings = NoiseSettings(min_timestep=700, max_timestep=703)
-    found = make_noisy(latents, list(range(400)), schedule, settings, v_prediction=False).timesteps
+    found = make_noisy(latents, list(range(400)), DdpmObjective(schedule), settings).timesteps
     assert set(found.tolist()) == {700, 701, 702}  # the end is not one of them
 
 
@@ -113,7 +114,7 @@ def losses(*, v_prediction: bool = False, masks: torch.Tensor | None = None, **s
     target = torch.ones(2, 1, 1, 2)
     noisy = NoisyBatch(torch.zeros_like(target), torch.tensor([0, 1]), target)
     given = LossSettings(**settings)
-    return sample_losses(target + 2.0, noisy, SCHEDULE, given, v_prediction=v_prediction, masks=masks).tolist()
+    return sample_losses(target + 2.0, noisy, DdpmObjective(SCHEDULE, v_prediction), given, masks=masks).tolist()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_low_precision_predictions_are_compared_in_float32() -> None:
     noisy = NoisyBatch(target, torch.tensor([0]), target)
     prediction = torch.full((1, 1, 1, 1), 400.0, dtype=torch.float16)
     # 300^2 = 90000 is more than float16 has
-    assert sample_losses(prediction, noisy, SCHEDULE, LossSettings(), v_prediction=False).tolist() == [90000.0]
+    assert sample_losses(prediction, noisy, DdpmObjective(SCHEDULE), LossSettings()).tolist() == [90000.0]
 
 
 def test_the_mean_of_a_batch_weighs_regularisation_pictures(monkeypatch: pytest.MonkeyPatch) -> None:

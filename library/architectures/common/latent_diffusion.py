@@ -16,6 +16,7 @@ from library.architectures.common.loading import ModelSource, load_frozen
 
 if TYPE_CHECKING:
     from library.diffusion.ddpm import NoiseSchedule
+    from library.diffusion.objective import Objective
 
 #: classes of transformers that carry adapters
 CLIP_MODULES = ("CLIPAttention", "CLIPMLP")
@@ -83,6 +84,12 @@ class LatentDiffusion(Architecture):
         return NoiseSchedule.scaled_linear(
             num_timesteps=1000, beta_start=0.00085, beta_end=0.012, zero_terminal_snr=zero_terminal_snr
         )
+
+    def objective(self, *, v_prediction: bool, zero_terminal_snr: bool) -> Objective:
+        from library.diffusion.objective import DdpmObjective
+
+        schedule = self.noise_schedule(zero_terminal_snr=zero_terminal_snr)
+        return DdpmObjective(schedule, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
 
     # ---- memory and speed ----
 

@@ -41,7 +41,9 @@ def reasons(options: TrainNetworkOptions, architecture: Architecture) -> list[tu
     """Given options without effect and why, as far as the options alone tell."""
     changed = given(options)
     found = []
-    for rule in RULES:
+    # the caching tools have own options of families in another group, and name by themselves what matters not
+    own = architecture.idle_rules if set(architecture.option_groups) <= set(options.groups()) else ()
+    for rule in (*RULES, *own):
         names = [name for name in rule.names if name in changed]
         if names and rule.applies(options):
             found.append((names, rule.reason))
