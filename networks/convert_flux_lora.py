@@ -1,6 +1,7 @@
 """Convert FLUX.1 and Chroma adapters between the published names and AI-toolkit's, which are diffusers'.
 
-    python networks/convert_flux_lora.py --src sd-scripts --dst ai-toolkit --src_path a.safetensors --dst_path b.safetensors
+    python networks/convert_flux_lora.py --src sd-scripts --dst ai-toolkit \\
+        --src_path lora.safetensors --dst_path lora_diffusers.safetensors
 
 Files trained with split_qkv become smaller on the way to ai-toolkit, others grow on the way back. Adapters of the text
 encoders are converted too. It is networks/convert_lora.py with the names given instead of recognised.

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from library.errors import UserError, did_you_mean
@@ -53,7 +52,8 @@ class Module:
 
     Attributes:
         path: of the module, in ``space``; in ``"original"`` one of the part's ``ModulePaths``.
-        tensors: by published name (``lora_down.weight``, ``alpha``, ...); ``dora_scale`` is (out, 1, ...) or (1, in, ...).
+        tensors: by published name (``lora_down.weight``, ``alpha``, ...); ``dora_scale`` is (out, 1)
+            or (1, in), with more ones for convolutions.
         name: the module's name in the file, for messages.
     """
 

@@ -74,8 +74,8 @@ class Report:
         ]
         if self.widened:
             lines.append(
-                f"{self.widened} up weights are float32, as alpha / rank is no power of two and their dtype would round "
-                "it; --save_precision decides otherwise"
+                f"{self.widened} up weights are float32, as their dtype cannot hold them times alpha / rank; "
+                "--save_precision decides otherwise"
             )
         return [*lines, *self.notes]
 
@@ -192,8 +192,8 @@ def _check_for_diffusers(module: Module, title: str) -> None:
         raise UserError(f"{title}: {module.name}.{missing[0]} is missing")
     if DORA in module.tensors and not magnitudes_on_output(module):
         raise UserError(
-            f"{title}: {module.name}.{DORA}: one magnitude for each input feature, where diffusers and PEFT have one for "
-            "each output feature; train with dora_on_output=True for them"
+            f"{title}: {module.name}.{DORA}: one magnitude for each input feature, where diffusers and PEFT have "
+            "one for each output feature; train with dora_on_output=True for them"
         )
 
 

@@ -145,8 +145,8 @@ _UNET_WORDS = """
 
 _FLUX_MLP_RATIO = 4
 _FLUX_WORDS = """
-    double_blocks single_blocks img_attn txt_attn qkv proj img_mlp txt_mlp img_mod txt_mod lin modulation linear1 linear2
-    img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer adaLN_modulation linear
+    double_blocks single_blocks img_attn txt_attn qkv proj img_mlp txt_mlp img_mod txt_mod lin modulation linear1
+    linear2 img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer adaLN_modulation linear
     distilled_guidance_layer in_proj out_proj layers
     transformer_blocks single_transformer_blocks attn to_q to_k to_v to_out add_q_proj add_k_proj add_v_proj to_add_out
     ff ff_context net norm1 norm1_context norm norm_out proj_mlp proj_out x_embedder context_embedder time_text_embed

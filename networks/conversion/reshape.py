@@ -1,9 +1,9 @@
 """Adapters of joint modules as adapters of their parts and back, and strengths inside weights.
 
 A joint module's rows are those of its parts, one after another. Its adapter W += s * up @ down is, for part i,
-W_i += s * up[rows_i] @ down: the parts share ``down``. Where each column of ``up`` is zero outside one part's rows (what
-training with ``split_qkv`` writes), a part needs only its own columns and their rows of ``down``. The way back is the
-block diagonal of the parts, or the shared ``down`` again where all are equal.
+W_i += s * up[rows_i] @ down: the parts share ``down``. Where each column of ``up`` is zero outside one part's rows (as
+training with ``split_qkv`` writes it), a part needs only its own columns and their rows of ``down``. The way back is
+the block diagonal of the parts, or the shared ``down`` again where all are equal.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _split(module: Module, title: str) -> dict[int, dict[str, Tensor]]:
         own = slice(0, up.shape[1]) if columns is None else columns[index]
         if own.stop == own.start:
             continue
-        tensors = {DOWN: down[own], UP: part[:, own].contiguous()}
+        tensors = {DOWN: down[own].clone(), UP: part[:, own].clone()}  # files hold no shared memory
         if ALPHA in module.tensors:
             tensors[ALPHA] = _alpha_like(module.tensors[ALPHA], module.strength * (own.stop - own.start))
         found[index] = tensors
