@@ -214,7 +214,7 @@ def _named(modules: list[Module], to: Naming) -> dict[str, Tensor]:
     return tensors
 
 
-_PEFT_KINDS = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude_vector"}
+_PEFT_KINDS = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude_vector.weight"}
 
 
 def _vector(magnitudes: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import UserError
-from networks import convert_flux_lora
+from networks import convert_flux_lora, convert_lora
 from networks.conversion import convert as conversion
 from networks.conversion.convert import AlreadyConverted, convert
 from networks.conversion.families import detect_family
@@ -233,6 +233,14 @@ def test_alphas_in_the_metadata_of_diffusers_count_once(tmp_path):
     assert "lora_adapter_metadata" not in metadata and metadata["own"] == "kept"
 
 
+def test_pickled_files_are_read(tmp_path):
+    tensors = named(SD_Q, linear(random(4, 8), random(8, 4, seed=1), 4.0))
+    torch.save(tensors, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "b.safetensors", "comfyui")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya")
+    assert_same(tmp_path / "c.safetensors", tensors)
+
+
 def test_save_precision_casts_everything(tmp_path):
     source = save(tmp_path / "a.safetensors", named(SD_Q, linear(random(4, 8), random(8, 4, seed=1), 3.0)))
     report = convert(source, tmp_path / "b.safetensors", "comfyui", dtype=torch.bfloat16)
@@ -350,8 +358,8 @@ def test_dora_of_output_features_becomes_peft_s_and_back(tmp_path):
     }
     convert(save(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "diffusers")
     written = load_file(tmp_path / "b.safetensors")
-    assert torch.equal(written[f"{SD_Q_DIFFUSERS}.lora_magnitude_vector"], random(6))
-    assert written["unet.down_blocks.0.attentions.0.proj_in.lora_magnitude_vector"].shape == (1, 6, 1, 1)
+    assert torch.equal(written[f"{SD_Q_DIFFUSERS}.lora_magnitude_vector.weight"], random(6))
+    assert written["unet.down_blocks.0.attentions.0.proj_in.lora_magnitude_vector.weight"].shape == (1, 6, 1, 1)
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya")
     assert_same(tmp_path / "c.safetensors", tensors)
 
@@ -377,7 +385,7 @@ PLAIN = linear(random(2, 8), random(24, 2), 2.0)
     ("tensors", "to", "message"),
     [
         (named(QKV, {"lokr_w1": random(2, 2), "lokr_w2": random(2, 2)}), "diffusers", rf"{QKV}\.lokr_w1: .*plain LoRA"),
-        (named(QKV, {**PLAIN, "dora_scale": random(24, 1)}), "diffusers", "dora_scale: the module's rows lie otherwise"),
+        (named(QKV, {**PLAIN, "dora_scale": random(24, 1)}), "diffusers", "dora_scale: the module's rows lie otherw"),
         (named(SD_Q, {**PLAIN, "dora_scale": random(1, 8)}), "diffusers", "one magnitude for each input feature"),
         (named(SD_Q, {"lora_down.weight": random(2, 8)}), "diffusers", r"lora_up\.weight is missing"),
         (named(QKV, linear(random(2, 8), random(25, 2), 2.0)), "diffusers", "25 outputs of 8 inputs fit no split"),
@@ -437,6 +445,20 @@ def test_the_script_converts_and_tells(tmp_path):
     back = run("convert_flux_lora.py", *given, cwd=tmp_path)
     assert back.returncode == 0, back.stderr
     assert_same(tmp_path / "c.safetensors", load_file(source))
+
+
+def test_the_commands_of_the_documentation_work(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^python networks/(convert_\w+)\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) == 7
+    monkeypatch.chdir(tmp_path)
+    save(Path("lora.safetensors"), some_modules("lora_sdxl_conv"))
+    save(Path("flux_lora.safetensors"), some_modules("lora_flux_split_qkv"))
+    for script, arguments in commands:
+        module = {"convert_lora": convert_lora, "convert_flux_lora": convert_flux_lora}[script]
+        assert module.main(module.setup_parser().parse_args(arguments.split())) == 0, arguments
+    assert capsys.readouterr().out.count("written: ") == 7
+    assert_same(Path("lora_kohya.safetensors"), load_file("lora.safetensors"))
 
 
 def flux(capsys, *arguments: object) -> tuple[int, str]:
