@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Literal
 
 if __package__ in (None, ""):  # run as a file: the suite lies one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,7 +22,7 @@ if __package__ in (None, ""):  # run as a file: the suite lies one folder up
 from library.errors import UserError, did_you_mean, exits_on_user_error
 
 #: published names of the two layouts -> those of convert_lora
-NAMES = {"ai-toolkit": "diffusers", "sd-scripts": "kohya"}
+NAMES: dict[str, Literal["diffusers", "kohya"]] = {"ai-toolkit": "diffusers", "sd-scripts": "kohya"}
 
 
 def setup_parser() -> argparse.ArgumentParser:

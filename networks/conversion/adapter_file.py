@@ -30,6 +30,8 @@ DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_sca
 #: what splitting, joining and scaling are defined for; other tensors can only be renamed
 LORA_TENSORS = frozenset({DOWN, UP, ALPHA, DORA})
 
+#: what diffusers' pipelines call their models that carry adapters
+_MODELS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 #: magnitudes of PEFT and diffusers, of shape (out,), or (1, out, 1, 1) for convolutions
@@ -157,11 +159,10 @@ def _peft_files(folder: Path) -> list[tuple[str, Path]]:
     found = sorted(folder.glob(f"*/{PEFT_FILE}"))
     if not found:
         raise UserError(f"{folder}: a folder without {PEFT_FILE}, which PEFT's have")
-    roots = ("unet", "transformer", "text_encoder", "text_encoder_2")
     for file in found:
-        if file.parent.name not in roots:
-            name = file.parent.name
-            raise UserError(f"{file.parent}: not the name of a model{did_you_mean(name, roots)}: {', '.join(roots)}")
+        if (name := file.parent.name) not in _MODELS:
+            models = ", ".join(_MODELS)
+            raise UserError(f"{file.parent}: not the name of a model{did_you_mean(name, _MODELS)}: {models}")
     return [(file.parent.name, file) for file in found]
 
 
@@ -179,12 +180,17 @@ def _load(path: Path) -> tuple[Naming, dict[str, Tensor], dict[str, str]]:
         naming = detect_naming(own, str(file))
         if naming == "peft":
             root = root or _root(own)
-            own = {f"{root}.{name.removeprefix(PEFT_ROOT)}": tensor for name, tensor in own.items()}
+            own = {_below(root, name.removeprefix(PEFT_ROOT)): tensor for name, tensor in own.items()}
             config = file.with_name(PEFT_CONFIG)
             if config.is_file():
                 own = with_alphas(own, {ADAPTER_METADATA: json.dumps(_config(config, root))})
         tensors |= own
     return naming, with_alphas(tensors, metadata), metadata
+
+
+def _below(root: str, name: str) -> str:
+    """A name with its model's; files of a whole pipeline have that already."""
+    return name if name.startswith(tuple(f"{model}." for model in _MODELS)) else f"{root}.{name}"
 
 
 def _config(file: Path, root: str) -> dict[str, object]:
@@ -204,6 +210,16 @@ def _root(weights: Mapping[str, Tensor]) -> str:
 
 
 def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor], title: str) -> Module:
+    """The module that a file calls ``name``.
+
+    Raises:
+        UserError: the family has no such module, or the halves of its LoRA do not fit.
+    """
+    down, up = tensors.get(DOWN), tensors.get(UP)
+    if (down is None) != (up is None):
+        raise UserError(f"{title}: {name}.{UP if up is None else DOWN} is missing")
+    if down is not None and up is not None and (min(down.dim(), up.dim()) < 2 or up.shape[1] != down.shape[0]):
+        raise UserError(f"{title}: {name}: lora_down {list(down.shape)} and lora_up {list(up.shape)} do not fit")
     for part in family.parts:
         for prefix in {"kohya": part.kohya, "comfyui": tuple(f"{p}." for p in part.comfyui)}.get(
             naming, (f"{part.diffusers}.",)

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,14 +157,14 @@ def convert(
     return Report(file.family.title, file.naming, to, count, difference, widened, _notes(file, modules, to))
 
 
-def _converted(file: AdapterFile, to: Naming) -> tuple[list[Module], dict[str, dict[str, object]], int]:
+def _converted(file: AdapterFile, to: Naming) -> tuple[list[Module], dict[str, dict[str, Any]], int]:
     """Modules in the paths of ``to``, the records of those whose alpha is gone, and how many became float32."""
     title = str(file.path)
     if to in ("diffusers", "peft"):
         for module in file.modules:
             _check_for_diffusers(module, title)
     converted: list[Module] = []
-    records: dict[str, dict[str, object]] = {}
+    records: dict[str, dict[str, Any]] = {}
     widened = 0
     for module in to_original(file.modules, title):
         published = _published_name(module)
@@ -223,10 +224,18 @@ def _vector(magnitudes: Tensor) -> Tensor:
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return {
-        name: (t.to(dtype) if dtype is not None and t.is_floating_point() else t).contiguous()
-        for name, t in tensors.items()
-    }
+    """The tensors as they are written: in ``dtype``, each with memory of its own."""
+    cast: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        tensor = tensor.contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        cast[name] = tensor
+    return cast
 
 
 def _write_peft(folder: Path, modules: list[Module], metadata: dict[str, str], dtype: torch.dtype | None) -> int:

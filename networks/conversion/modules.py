@@ -68,6 +68,9 @@ class ModulePaths(ABC):
         path = ".".join(components)
         return path if path.replace(".", "_") == underscored else None
 
+    def _is_known(self, path: str) -> bool:
+        return all(part in self.words or part.isdigit() for part in path.split("."))
+
 
 class SamePaths(ModulePaths):
     """Text encoders: every program has transformers' paths."""
@@ -77,9 +80,6 @@ class SamePaths(ModulePaths):
 
     def to_original(self, diffusers: str) -> Place | None:
         return Place(diffusers) if self._is_known(diffusers) else None
-
-    def _is_known(self, path: str) -> bool:
-        return all(part in self.words or part.isdigit() for part in path.split("."))
 
 
 class UNetPaths(ModulePaths):
@@ -96,9 +96,6 @@ class UNetPaths(ModulePaths):
     def to_original(self, diffusers: str) -> Place | None:
         path = self._keys.to_file(diffusers)
         return Place(path) if path is not None and self._is_known(diffusers) else None
-
-    def _is_known(self, path: str) -> bool:
-        return all(part in self.words or part.isdigit() for part in path.split("."))
 
 
 class FluxPaths(ModulePaths):
@@ -131,7 +128,7 @@ class FluxPaths(ModulePaths):
 
 def _numbered(path: str) -> tuple[str, str]:
     """(path with ``{}`` for the first number below a list of blocks, that number)."""
-    found = re.match(r"((?:[a-z]+_)*(?:blocks|layers)|distilled_guidance_layer\.layers)\.(\d+)\.", path)
+    found = re.match(r"([a-z_]*blocks|distilled_guidance_layer\.layers)\.(\d+)\.", path)
     return (f"{found[1]}.{{}}{path[found.end() - 1 :]}", found[2]) if found else (path, "")
 
 

@@ -141,7 +141,7 @@ def _split(module: Module, title: str) -> dict[int, dict[str, Tensor]]:
         own = slice(0, up.shape[1]) if columns is None else columns[index]
         if own.stop == own.start:
             continue
-        tensors = {DOWN: down[own].clone(), UP: part[:, own].clone()}  # files hold no shared memory
+        tensors = {DOWN: down[own], UP: part[:, own]}
         if ALPHA in module.tensors:
             tensors[ALPHA] = _alpha_like(module.tensors[ALPHA], module.strength * (own.stop - own.start))
         found[index] = tensors
