@@ -27,7 +27,8 @@ from networks.targets import find_modules
 ADAPTER_METADATA = "lora_adapter_metadata"
 _PEFT_ROOT = "base_model.model."
 
-_TENSORS = {
+#: a tensor's name below its module, as any program writes it -> the published one
+TENSOR_NAMES = {
     "lora_down.weight": "lora_down.weight",
     "lora_up.weight": "lora_up.weight",
     "lora_A.weight": "lora_down.weight",
@@ -41,7 +42,7 @@ _TENSORS = {
     "alpha": "alpha",
     "dora_scale": "dora_scale",
 }
-_KEY = re.compile(rf"(.+?)\.({'|'.join(re.escape(name) for name in _TENSORS)})")
+_KEY = re.compile(rf"(.+?)\.({'|'.join(re.escape(name) for name in TENSOR_NAMES)})")
 
 
 def published_names(weights: Mapping[str, Tensor], models: Iterable[tuple[nn.Module, LoraTarget]]) -> dict[str, Tensor]:
@@ -51,7 +52,7 @@ def published_names(weights: Mapping[str, Tensor], models: Iterable[tuple[nn.Mod
     for key, tensor in weights.items():
         found = _KEY.fullmatch(key)
         name = names.get(found[1].removeprefix(_PEFT_ROOT)) if found else None
-        renamed[f"{name}.{_TENSORS[found[2]]}" if found and name else key] = tensor
+        renamed[f"{name}.{TENSOR_NAMES[found[2]]}" if found and name else key] = tensor
     return renamed
 
 

@@ -8,9 +8,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.errors import UserError
+from networks.conversion.convert import convert
 from networks.lora import create_network, create_network_from_weights
 from networks.weights import read_weights
 
+DORA_ARGS = {"dora": "True", "dora_on_output": "True"}
 CONV_ARGS = {"conv_dim": "3", "conv_alpha": "2"}
 
 
@@ -177,12 +179,17 @@ def test_missing_file_and_unknown_extension(tmp_path, tiny_unet):
         create_network(1.0, 4, 1.0, None, None, tiny_unet).save_weights(tmp_path / "a.txt", None, {})
 
 
-@pytest.mark.parametrize("network_args", [{}, CONV_ARGS])
-def test_diffusers_gives_the_same_output(tmp_path, tiny_unet, tiny_text_encoder, unet_inputs, network_args):
+@pytest.mark.parametrize(
+    ("network_args", "converted"), [({}, False), (CONV_ARGS, False), (CONV_ARGS, True), (DORA_ARGS, True)]
+)
+def test_diffusers_gives_the_same_output(tmp_path, tiny_unet, tiny_text_encoder, unet_inputs, network_args, converted):
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
-    network = make_network(tiny_text_encoder, tiny_unet, **network_args)
+    network = make_network(tiny_text_encoder, tiny_unet, alpha=3.0, **network_args)
     network.save_weights(tmp_path / "a.safetensors", None, {})
+    if converted:
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers")
+        assert "unet.mid_block.attentions.0.proj_in.lora_A.weight" in load_file(tmp_path / "b.safetensors")
     before = outputs(tiny_text_encoder, tiny_unet, unet_inputs)
     network.apply_to(tiny_text_encoder, tiny_unet)
     ours = outputs(tiny_text_encoder, tiny_unet, unet_inputs)
@@ -194,7 +201,7 @@ def test_diffusers_gives_the_same_output(tmp_path, tiny_unet, tiny_text_encoder,
         vae=vae, text_encoder=tiny_text_encoder, tokenizer=None, unet=tiny_unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    pipeline.load_lora_weights(tmp_path, weight_name="b.safetensors" if converted else "a.safetensors")
     theirs = outputs(pipeline.text_encoder, pipeline.unet, unet_inputs)
 
     assert not torch.allclose(ours, before, atol=1e-2)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from library.architectures.base import Conditioning
 from library.architectures.sdxl import SDXL
 from library.errors import UserError
+from networks.conversion.convert import convert
 from networks.lora import check_network_args, create_network, create_network_from_weights
 from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 
@@ -60,8 +61,10 @@ def assert_close(one, other, tolerance=1e-5):
         torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("args", [{}, CONV], ids=["linear", "conv"])
-def test_diffusers_pipeline_computes_the_same(tmp_path, folder, models, args):
+@pytest.mark.parametrize(
+    ("args", "converted"), [({}, False), (CONV, False), (CONV, True)], ids=["linear", "conv", "conv, diffusers' names"]
+)
+def test_diffusers_pipeline_computes_the_same(tmp_path, folder, models, args, converted):
     from diffusers import StableDiffusionXLPipeline
 
     plain = outputs(*models)
@@ -71,8 +74,13 @@ def test_diffusers_pipeline_computes_the_same(tmp_path, folder, models, args):
     ours = outputs(*models)
     assert all((ours[name] - plain[name]).abs().max() > 1e-3 for name in ours)
 
+    file = tmp_path / "lora.safetensors"
+    if converted:
+        convert(file, tmp_path / "diffusers.safetensors", "diffusers")
+        file = tmp_path / "diffusers.safetensors"
+        assert not any("lora_up" in name or "alpha" in name for name in load_file(file))
     pipeline = StableDiffusionXLPipeline.from_pretrained(str(folder))
-    pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
+    pipeline.load_lora_weights(str(file))
     theirs = outputs((pipeline.text_encoder, pipeline.text_encoder_2), pipeline.unet)
     assert_close(ours, theirs)
 

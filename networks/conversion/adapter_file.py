@@ -1,0 +1,250 @@
+"""Adapter files as modules with tensors, whatever program's names they have."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from library.errors import UserError, did_you_mean
+from library.files.safetensors_io import load_pickle, load_tensors, read_header
+from networks.conversion.families import (
+    FAMILIES,
+    PEFT_ROOT,
+    Family,
+    Naming,
+    Part,
+    Space,
+    detect_family,
+    detect_naming,
+)
+from networks.file_names import ADAPTER_METADATA, TENSOR_NAMES, with_alphas
+from networks.weights import PICKLE_SUFFIXES
+
+DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
+#: what splitting, joining and scaling are defined for; other tensors can only be renamed
+LORA_TENSORS = frozenset({DOWN, UP, ALPHA, DORA})
+
+#: what diffusers' pipelines call their models that carry adapters
+_MODELS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+#: magnitudes of PEFT and diffusers, of shape (out,), or (1, out, 1, 1) for convolutions
+_MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight")
+#: tensors of LyCORIS and of decomposed convolutions, which have the same names everywhere
+_RENAMED_ONLY = (
+    "lora_mid.weight", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a",
+    "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "oft_blocks", "oft_diag", "rescale", "diff", "diff_b",
+    "on_input", "a1.weight", "a2.weight", "b1.weight", "b2.weight",
+)  # fmt: skip
+_TENSORS = {**TENSOR_NAMES, **dict.fromkeys(_MAGNITUDES, DORA), **{name: name for name in _RENAMED_ONLY}}
+_KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, sorted(_TENSORS, key=len, reverse=True)))})")
+#: names of diffusers before 0.20
+_OLD_PROJECTION = re.compile(r"(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.")
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module as a file has it.
+
+    Attributes:
+        path: of the module, in ``space``; in ``"original"`` one of the part's ``ModulePaths``.
+        tensors: by published name (``lora_down.weight``, ``alpha``, ...); ``dora_scale`` is (out, 1)
+            or (1, in), with more ones for convolutions.
+        name: the module's name in the file, for messages.
+    """
+
+    part: Part
+    space: Space
+    path: str
+    tensors: dict[str, Tensor]
+    name: str
+
+    @property
+    def is_lora(self) -> bool:
+        return self.tensors.keys() <= LORA_TENSORS and {DOWN, UP} <= self.tensors.keys()
+
+    @property
+    def rank(self) -> int:
+        return self.tensors[DOWN].shape[0]
+
+    @property
+    def strength(self) -> float:
+        """alpha / rank; a file without alphas was made with alpha = rank."""
+        alpha = self.tensors.get(ALPHA)
+        return 1.0 if alpha is None else float(alpha) / self.rank
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    path: Path
+    naming: Naming
+    family: Family
+    metadata: dict[str, str]
+    modules: list[Module]
+
+
+def check_readable(path: Path) -> None:
+    """Refuse what is plainly no adapter, before anything is loaded.
+
+    Raises:
+        UserError: no such file or folder, not a LoRA, names of no known program.
+    """
+    if path.is_dir():
+        names: list[str] = [f"{root}.{name}" for root, file in _peft_files(path) for name in read_header(file).tensors]
+    elif not path.exists():
+        raise UserError(f"{path}: no such file")
+    elif path.suffix in PICKLE_SUFFIXES:
+        return  # its names cannot be read alone
+    else:
+        names = list(read_header(path).tensors)
+    if not any(_KEY.fullmatch(_modern(name)) for name in names):
+        some = ", ".join(names[:2])
+        raise UserError(f"{path}: holds no adapter's tensors ({some}{', ...' if len(names) > 2 else ''}); not a LoRA")
+
+
+def read_adapter(path: Path, family: str | None = None) -> AdapterFile:
+    """An adapter file, or a folder that PEFT wrote.
+
+    Args:
+        family: a key of ``FAMILIES``; None detects it.
+
+    Raises:
+        UserError: missing or unreadable, not a LoRA, names of another family or of several programs, unknown tensors.
+    """
+    check_readable(path)
+    naming, weights, metadata = _load(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    known = FAMILIES[family] if family else detect_family(shapes, metadata, str(path))
+    grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in weights.items():
+        found = _KEY.fullmatch(_modern(key))
+        if found is None:
+            raise UserError(f"{path}: {key}: unknown kind of tensor, cannot be converted")
+        kind = _TENSORS[found[2]]
+        if kind in grouped[found[1]]:
+            raise UserError(f"{path}: {key}: the module {found[1]} has two tensors of this kind")
+        grouped[found[1]][kind] = _column(tensor) if found[2] in _MAGNITUDES else tensor
+    modules = [_module(known, naming, name, tensors, str(path)) for name, tensors in grouped.items()]
+    return AdapterFile(path, naming, known, metadata, modules)
+
+
+def _modern(key: str) -> str:
+    if "_lora." not in key:
+        return key
+    names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
+    is_text = ".self_attn." in key
+
+    def replace(found: re.Match[str]) -> str:
+        module = names[found[1]] if is_text else f"to_{found[1]}" + (".0" if found[1] == "out" else "")
+        return f".{module}.lora.{found[2]}."
+
+    return _OLD_PROJECTION.sub(replace, key)
+
+
+def _column(magnitudes: Tensor) -> Tensor:
+    """(out,) as (out, 1), and (1, out, 1, 1) as (out, 1, 1, 1)."""
+    return magnitudes.unsqueeze(1) if magnitudes.dim() == 1 else magnitudes.transpose(0, 1)
+
+
+def _peft_files(folder: Path) -> list[tuple[str, Path]]:
+    """(diffusers' name of the model, file) of a folder that PEFT wrote, or of the folders below it; "" is unknown."""
+    if (folder / PEFT_FILE).is_file():
+        return [("", folder / PEFT_FILE)]
+    found = sorted(folder.glob(f"*/{PEFT_FILE}"))
+    if not found:
+        raise UserError(f"{folder}: a folder without {PEFT_FILE}, which PEFT's have")
+    for file in found:
+        if (name := file.parent.name) not in _MODELS:
+            models = ", ".join(_MODELS)
+            raise UserError(f"{file.parent}: not the name of a model{did_you_mean(name, _MODELS)}: {models}")
+    return [(file.parent.name, file) for file in found]
+
+
+def _load(path: Path) -> tuple[Naming, dict[str, Tensor], dict[str, str]]:
+    """Naming, tensors with alphas, and metadata; PEFT's tensors get diffusers' names."""
+    if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
+        weights = load_pickle(path)
+        return detect_naming(weights, str(path)), weights, {}
+    files = _peft_files(path) if path.is_dir() else [("", path)]
+    metadata: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for root, file in files:
+        own = load_tensors(file)
+        metadata |= read_header(file).metadata
+        naming = detect_naming(own, str(file))
+        if naming == "peft":
+            root = root or _root(own)
+            own = {_below(root, name.removeprefix(PEFT_ROOT)): tensor for name, tensor in own.items()}
+            config = file.with_name(PEFT_CONFIG)
+            if config.is_file():
+                own = with_alphas(own, {ADAPTER_METADATA: json.dumps(_config(config, root))})
+        tensors |= own
+    return naming, with_alphas(tensors, metadata), metadata
+
+
+def _below(root: str, name: str) -> str:
+    """A name with its model's; files of a whole pipeline have that already."""
+    return name if name.startswith(tuple(f"{model}." for model in _MODELS)) else f"{root}.{name}"
+
+
+def _config(file: Path, root: str) -> dict[str, object]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {f"{root}.{key}": value for key, value in content.items()}
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{file}: cannot be read as PEFT's configuration") from None
+
+
+def _root(weights: Mapping[str, Tensor]) -> str:
+    """Which model of a pipeline an adapter that PEFT wrote is for."""
+    text = "\n".join(weights)
+    if ".self_attn." in text:
+        return "text_encoder"
+    return "unet" if re.search("(down|mid|up)_blocks?", text) else "transformer"
+
+
+def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor], title: str) -> Module:
+    """The module that a file calls ``name``.
+
+    Raises:
+        UserError: the family has no such module, or the halves of its LoRA do not fit.
+    """
+    down, up = tensors.get(DOWN), tensors.get(UP)
+    if (down is None) != (up is None):
+        raise UserError(f"{title}: {name}.{UP if up is None else DOWN} is missing")
+    if down is not None and up is not None and (min(down.dim(), up.dim()) < 2 or up.shape[1] != down.shape[0]):
+        raise UserError(f"{title}: {name}: lora_down {list(down.shape)} and lora_up {list(up.shape)} do not fit")
+    for part in family.parts:
+        for prefix in {"kohya": part.kohya, "comfyui": tuple(f"{p}." for p in part.comfyui)}.get(
+            naming, (f"{part.diffusers}.",)
+        ):
+            if not name.startswith(prefix):
+                continue
+            path: str | None = name.removeprefix(prefix)
+            if naming == "kohya":
+                path = part.paths.dotted(name.removeprefix(prefix))
+            elif part.paths is not family.parts[0].paths and path.startswith("encoder.layers."):
+                path = f"text_model.{path}"  # transformers 5 dropped the level
+            space = None if path is None else _space(part, naming, path)
+            if path is None or space is None:
+                raise UserError(f"{title}: {name}: no module of {family.title} that adapters are known for")
+            return Module(part, space, path, tensors, name)
+    raise UserError(f"{title}: {name}: no model of {family.title} has this name")
+
+
+def _space(part: Part, naming: Naming, path: str) -> Space | None:
+    """Whose path it is; published names come with either."""
+    orders: dict[Naming, tuple[Space, ...]] = {
+        "kohya": (part.published, "diffusers" if part.published == "original" else "original"),
+        "comfyui": ("original",),
+    }
+    for space in orders.get(naming, ("diffusers",)):
+        if part.paths.to_diffusers(path) if space == "original" else part.paths.to_original(path):
+            return space
+    return None

@@ -1,0 +1,122 @@
+"""Whether two adapter files change a model's weights alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from networks.conversion.adapter_file import DORA, DOWN, UP, Module
+from networks.conversion.reshape import swap_halves
+
+_ROWS = 1024  # of a delta that are in memory at a time
+
+#: a module and its place in the original checkpoint: model, path, index of the part
+_Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of two files' weight deltas; ``relative`` to the largest value of the module's delta."""
+
+    absolute: float
+    relative: float
+    module: str
+    modules: int
+
+
+@dataclass(frozen=True)
+class _Factors:
+    up: Tensor  # (rows, rank), float32, with the strength
+    down: Tensor  # (rank, inputs), float32
+    name: str
+
+    def rows(self, start: int) -> Tensor:
+        return self.up[start : start + _ROWS] @ self.down
+
+
+def compare(before: Iterable[Module], after: Iterable[Module], title: str, *, exact_tensors: bool) -> Difference:
+    """Compare two files' deltas part by part, in float32; neither is split or joined for it.
+
+    Args:
+        title: of the second file, for messages.
+        exact_tensors: whether what is only renamed (magnitudes, LoHa, ...) must be equal to the bit.
+
+    Raises:
+        UserError: a module is missing in one of them, or a tensor that was only renamed differs.
+    """
+    before, after = list(before), list(after)
+    _compare_renamed(before, after, title, exact=exact_tensors)
+    old, new = _factors(before, title), _factors(after, title)
+    worst = Difference(0.0, 0.0, "", len(old))
+    for key in old.keys() | new.keys():
+        one, other = old.get(key), new.get(key)
+        present = one or other
+        assert present is not None
+        if one and other and torch.equal(one.up, other.up) and torch.equal(one.down, other.down):
+            continue  # the same factors: most modules of most conversions, and products of large models take minutes
+        absolute = largest = 0.0
+        for start in range(0, len(present.up), _ROWS):
+            # a part without an adapter is one of zeros
+            ours = torch.zeros(()) if one is None else one.rows(start)
+            theirs = torch.zeros(()) if other is None else other.rows(start)
+            if one and other and ours.shape != theirs.shape:
+                raise UserError(f"{title}: {other.name}: a delta of another shape than {one.name}'s")
+            absolute = max(absolute, float((ours - theirs).abs().max()))
+            largest = max(largest, float(ours.abs().max()), float(theirs.abs().max()))
+        relative = absolute / largest if largest else 0.0
+        if relative > worst.relative or not worst.module:
+            worst = Difference(max(absolute, worst.absolute), relative, present.name, len(old))
+        elif absolute > worst.absolute:
+            worst = Difference(absolute, worst.relative, worst.module, len(old))
+    return worst
+
+
+def _factors(modules: Iterable[Module], title: str) -> dict[_Key, _Factors]:
+    found: dict[_Key, _Factors] = {}
+    for module in modules:
+        if not module.is_lora:
+            continue
+        paths, part = module.part.paths, module.part.diffusers
+        up = module.tensors[UP].float().flatten(1) * module.strength
+        down = module.tensors[DOWN].float().flatten(1)
+        if not (up.isfinite().all() and down.isfinite().all()):
+            raise UserError(f"{title}: {module.name}: has values that are not finite")
+        if module.space == "diffusers":
+            place = paths.to_original(module.path)
+            assert place is not None
+            if paths.swaps_halves(place.path):
+                up = swap_halves(up)
+            found[part, place.path, place.index] = _Factors(up, down, module.name)
+            continue
+        rows = paths.rows(module.path, inputs=down.shape[1], outputs=len(up))
+        for index, part_of_up in enumerate(up.split(rows)):
+            found[part, module.path, index] = _Factors(part_of_up, down, module.name)
+    return found
+
+
+def _compare_renamed(before: list[Module], after: list[Module], title: str, *, exact: bool) -> None:
+    """Tensors that no delta is made of: magnitudes, and those of other kinds of adapters."""
+    old, new = _others(before), _others(after)
+    for key in sorted(old.keys() ^ new.keys()):
+        raise UserError(f"{title}: {'.'.join(key)} is in only one of the files")
+    for key, tensor in old.items():
+        if tensor.shape != new[key].shape or (exact and not torch.equal(tensor, new[key])):
+            raise UserError(f"{title}: {'.'.join(key)} differs from the original's")
+
+
+def _others(modules: Iterable[Module]) -> dict[tuple[str, str, str], Tensor]:
+    found = {}
+    for module in modules:
+        path = module.path
+        if module.space == "diffusers":
+            place = module.part.paths.to_original(path)
+            assert place is not None
+            path = place.path
+        for name, tensor in module.tensors.items():
+            if name == DORA or not module.is_lora:
+                found[module.part.diffusers, path, name] = tensor
+    return found
