@@ -174,7 +174,7 @@ def _merge_into_models(
             write_model(
                 target,
                 source,
-                merging_reader(read, changes, **how),
+                merging_reader(read, changes, save_dtype=save_dtype, **how),
                 flag=f"--{_TARGETS[name]}",
                 dtype=save_dtype,
                 metadata=metadata,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError, did_you_mean
+from library.files.precisions import cast
 from library.files.safetensors_io import read_header
 from library.randomness import permutation
 from networks.flux_lora_names import LowRank, read_modules
@@ -21,6 +22,8 @@ from networks.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
+#: numbers of a weight that are merged at a time
+_CHUNK = 1 << 22
 _EPS = torch.finfo(torch.float32).eps
 
 
@@ -96,45 +99,57 @@ def merging_reader(
     loading_device: torch.device,
     working_device: torch.device,
     precision: torch.dtype,
+    save_dtype: torch.dtype,
 ) -> Callable[[str], Tensor]:
     """``read`` with the changes in the weights: W + sum of ratio * (alpha / rank) up @ down.
 
-    Only the copy of the weight that is changed is made, in ``precision``; the product is added to it in place.
+    A changed weight is made some rows at a time, so that only its result exists as a whole; with a DoRA, whose
+    magnitudes need the whole weight, a few copies of it do.
 
     Args:
         read: gives a model's tensor by its name, on the host.
         loading_device: where it is put first.
-        working_device: where the changed ones are computed.
+        working_device: where the changed ones are computed, in ``precision``.
+        save_dtype: of the changed ones.
     """
 
     def produce(name: str) -> Tensor:
+        weight = read(name).to(loading_device)
         if name not in changes:
-            return read(name).to(loading_device)
-        weight = read(name).to(loading_device).to(device=working_device, dtype=precision, copy=True)
-        # a DoRA's change depends on the weight before any merging
-        has_dora = any(low_rank.dora_scale is not None for low_rank, _ in changes[name])
-        base = weight.clone() if has_dora else weight
+            return weight
+        plain, doras = [], []
         for low_rank, ratio in changes[name]:
-            if low_rank.dora_scale is not None:
-                weight += ratio * _dora_change(base, low_rank)
+            up, down = (t.to(device=working_device, dtype=precision) for t in (low_rank.up, low_rank.down))
+            if low_rank.dora_scale is None:
+                plain.append((up, down, ratio * low_rank.scale))
             else:
-                up, down = (t.to(device=working_device, dtype=precision) for t in (low_rank.up, low_rank.down))
-                weight.addmm_(up, down, alpha=ratio * low_rank.scale)
-        return weight
+                doras.append(ratio * _dora_change(weight.to(working_device), low_rank))
+        merged = torch.empty(weight.shape, dtype=save_dtype)
+        step = max(1, _CHUNK // weight.shape[1])
+        for start in range(0, weight.shape[0], step):
+            rows = slice(start, start + step)
+            part = weight[rows].to(device=working_device, dtype=precision, copy=True)
+            for up, down, strength in plain:
+                part.addmm_(up[rows], down, alpha=strength)
+            for change in doras:
+                part += change[rows].to(precision)
+            merged[rows] = cast(part, save_dtype).cpu()
+        return merged
 
     return produce
 
 
-def _dora_change(base: Tensor, low_rank: LowRank) -> Tensor:
-    """W' - W of a DoRA, as ``networks/dora.py`` defines it; weights are (out, in)."""
+def _dora_change(weight: Tensor, low_rank: LowRank) -> Tensor:
+    """W' - W of a DoRA, float32, as ``networks/dora.py`` defines it, for a weight (out, in) before any merging."""
     assert low_rank.dora_scale is not None
+    base = weight.float()
     up, down, magnitudes = (
         t.to(device=base.device, dtype=torch.float32) for t in (low_rank.up, low_rank.down, low_rank.dora_scale)
     )
-    changed = torch.addmm(base.float(), up, down, alpha=low_rank.scale)
+    changed = torch.addmm(base, up, down, alpha=low_rank.scale)
     # one magnitude for each input, (1, in), or for each output, (out, 1)
     norms = torch.linalg.vector_norm(changed, dim=1 if magnitudes.shape[0] == base.shape[0] else 0, keepdim=True)
-    return (changed * (magnitudes / norms.clamp(min=_EPS)) - base.float()).to(base.dtype)
+    return changed * (magnitudes / norms.clamp(min=_EPS)) - base
 
 
 # ---- with each other ----

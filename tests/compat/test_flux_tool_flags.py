@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,17 @@ def test_flags(tool: str) -> None:
         assert (list(action.choices) if action.choices else None) == option["choices"], option["dest"]
         converter = "bool" if action.nargs == 0 else getattr(action.type, "__name__", "str")
         assert converter == option["type"], option["dest"]
+
+
+def test_the_documented_commands_are_taken() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "flux_tools.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    seen = set()
+    for command in commands:
+        program, script, *arguments = shlex.split(command)
+        assert program == "python"
+        tool = script.removesuffix(".py").replace("/", "__")
+        TOOLS[tool].setup_parser().parse_args(arguments)
+        seen.add(tool)
+    assert seen == TOOLS.keys() and len(commands) == 6
