@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -192,17 +193,19 @@ def test_diffusers_names_against_peft(tmp_path, model_name):
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, rank_pattern={".*to_k": 2}, init_lora_weights=False)
     model.add_adapter(config)
     weights = {f"transformer.{key}": t.clone() for key, t in get_peft_model_state_dict(model).items()}
-    # as AI-toolkit writes alphas; without them alpha is the rank
-    for key in list(weights):
-        if key.endswith(".lora_A.weight"):
-            weights[key.replace(".lora_A.weight", ".alpha")] = torch.tensor(8.0)
+    modules = [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]
+    alphas = {f"{module}.alpha": torch.tensor(8.0) for module in modules}
+    if model_name == "flux1_dev":  # alphas as AI-toolkit writes them, else as diffusers does
+        file = saved(tmp_path / "l.safetensors", weights | alphas)
+    else:
+        told = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8})}
+        file = saved(tmp_path / "l.safetensors", weights, told)
     model.fuse_lora(lora_scale=0.5)
     model.unload_lora()
     model.save_pretrained(tmp_path / "fused")
 
     merge(
-        flux_model=tmp_path / "base", save_to=tmp_path / "new.safetensors", ratios=0.5, diffusers=True,
-        models=saved(tmp_path / "l.safetensors", weights),
+        flux_model=tmp_path / "base", save_to=tmp_path / "new.safetensors", ratios=0.5, diffusers=True, models=file,
     )  # fmt: skip
     arguments = ["--diffusers_path", str(tmp_path / "fused"), "--save_to", str(tmp_path / "expected.safetensors")]
     convert_diffusers_to_flux.main(convert_diffusers_to_flux.setup_parser().parse_args(arguments))
@@ -210,7 +213,7 @@ def test_diffusers_names_against_peft(tmp_path, model_name):
     assert_close(load_file(tmp_path / "new.safetensors"), expected)
     # the same with underscores, and as a published LoRA of its own
     renamed = {}
-    for key, tensor in weights.items():
+    for key, tensor in (weights | alphas).items():
         module = key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight").removesuffix(".alpha")
         leaf = key[len(module) :].replace("lora_A", "lora_down").replace("lora_B", "lora_up")
         renamed[f"lora_{module.replace('.', '_')}{leaf}"] = tensor

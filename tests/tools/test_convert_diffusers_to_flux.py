@@ -176,6 +176,8 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, capsys):
     (unet / "config.json").write_text(json.dumps({}))
     save_file({"down_blocks.0.weight": torch.zeros(2)}, unet / "diffusion_pytorch_model.safetensors")
     assert "not a FLUX.1 or Chroma transformer" in refusal(unet)
+    (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.bin")
+    assert "pickled" in refusal(unet)
     save_file(tiny_state("flux1_dev"), unet / "diffusion_pytorch_model.safetensors")
     assert "published layout already" in refusal(unet)
 
