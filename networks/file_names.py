@@ -86,3 +86,12 @@ def with_alphas(weights: dict[str, Tensor], metadata: Mapping[str, str]) -> dict
         scaled = alpha * math.sqrt(rank) if told.get(f"{root}.use_rslora") else alpha
         alphas[f"{module}.alpha"] = torch.tensor(float(scaled))
     return {**weights, **alphas}
+
+
+def split_name(key: str) -> tuple[str, str] | None:
+    """A tensor's (module, published tensor name), whatever naming the file has; None if it is of no LoRA.
+
+    ``transformer.x.lora_A.weight`` gives ``("transformer.x", "lora_down.weight")``.
+    """
+    found = _KEY.fullmatch(key)
+    return (found[1].removeprefix(_PEFT_ROOT), _TENSORS[found[2]]) if found else None

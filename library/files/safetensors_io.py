@@ -30,6 +30,7 @@ _DTYPES = {
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
 }
+_NAMES = {ours: name for name, ours in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,39 @@ def iterate_tensors(
         UserError: as ``read_header``; a tensor of a dtype that torch lacks.
         KeyError: no tensor of that name.
     """
-    tensors = read_header(path).tensors
-    with Path(path).open("rb") as file:
-        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else None
-        for name in tensors if names is None else names:
-            info, title = tensors[name], f"{path}: {name}"
-            yield name, _read(file, info, title) if view is None else _view(view, info, title)
+    with TensorReader(path, mapped=mapped) as reader:
+        for name in reader.tensors if names is None else names:
+            yield name, reader.read(name)
+
+
+class TensorReader:
+    """Tensors of a safetensors file in any order, one at a time; a context, for which the file stays open.
+
+    Args:
+        mapped: as for ``iterate_tensors``.
+
+    Raises:
+        UserError: as ``read_header``.
+    """
+
+    def __init__(self, path: Path | str, *, mapped: bool = True) -> None:
+        self.path = Path(path)
+        self.tensors = read_header(path).tensors
+        self._file = self.path.open("rb")
+        # never closed: views may outlive the reader, and the last of them ends the mapping
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else None
+
+    def read(self, name: str) -> Tensor:
+        """Raises: KeyError for an unknown name, UserError for a dtype that torch lacks."""
+        info, title = self.tensors[name], f"{self.path}: {name}"
+        return _read(self._file, info, title) if self._map is None else _view(self._map, info, title)
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._map = None
 
 
 def _read(file: BinaryIO, info: TensorInfo, title: str) -> Tensor:
@@ -125,13 +153,22 @@ def _read(file: BinaryIO, info: TensorInfo, title: str) -> Tensor:
 
 
 def torch_dtype(info: TensorInfo, title: str) -> torch.dtype:
-    """torch's dtype of a tensor; ``title`` names it in the UserError that says torch has none."""
+    """The dtype of a tensor of a file; ``title`` names both in the error.
+
+    Raises:
+        UserError: torch has no such dtype.
+    """
     import torch
 
     dtype = getattr(torch, _DTYPES.get(info.dtype, ""), None)
     if dtype is None:
         raise UserError(f"{title}: tensors of type {info.dtype} are not supported")
     return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How the format spells a dtype of torch: ``"BF16"``."""
+    return _NAMES[str(dtype).removeprefix("torch.")]
 
 
 def _view(mapped: mmap.mmap | bytearray, info: TensorInfo, title: str) -> Tensor:

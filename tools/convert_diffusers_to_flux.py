@@ -1,0 +1,84 @@
+"""Convert a FLUX.1 or Chroma transformer from diffusers' layout into the published single file.
+
+    python tools/convert_diffusers_to_flux.py --diffusers_path FLUX.1-dev --save_to flux1-dev.safetensors
+    python tools/convert_diffusers_to_flux.py --save_precision bf16 --mem_eff_load_save \\
+        --diffusers_path transformer/diffusion_pytorch_model-00001-of-00003.safetensors --save_to flux1.safetensors
+
+FLUX.1 dev, FLUX.1 schnell and Chroma are told apart by their tensors. Values are the same bit for bit unless
+--save_precision asks for another type. The file is written tensor by tensor, so a few hundred megabytes of memory are
+enough, and it appears under its name only when it is whole. Autoencoder, CLIP-L and T5-XXL are not converted: they are
+read from their own files.
+
+docs/flux_tools.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.config.arguments import ConsoleOptions
+from library.config.console import setup_console
+from library.errors import exits_on_user_error
+
+logger = logging.getLogger(__name__)
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--diffusers_path",
+        required=True,
+        metavar="PATH",
+        help="the pipeline's folder (with transformer/ in it), the transformer folder, or the first of its "
+        "...-00001-of-0000N.safetensors",
+    )
+    parser.add_argument("--save_to", required=True, metavar="FILE", help="the .safetensors file to write")
+    parser.add_argument(
+        "--mem_eff_load_save",
+        action="store_true",
+        help="tensors are taken from the mapped files instead of being read into memory; slower on some network drives",
+    )
+    parser.add_argument(
+        "--save_precision",
+        metavar="TYPE",
+        help="float, fp16, bf16, fp8 (e4m3fn, without scales) or fp8_e5m2; as in the source if not given",
+    )
+    return parser
+
+
+@exits_on_user_error
+def main(args: argparse.Namespace) -> None:
+    """Check everything first, then convert.
+
+    Raises:
+        SystemExit: with code 2, after one clear line.
+    """
+    setup_console(ConsoleOptions())
+    # only now, as torch takes seconds to load
+    from dataclasses import replace
+
+    from library.architectures.flux.diffusers_layout import open_diffusers_transformer, variant_of
+    from library.architectures.flux.published_file import model_metadata
+    from library.files.precisions import SAVED, parse_precision
+    from library.files.streamed import check_target, write_model
+    from library.training.work_progress import WorkProgress
+
+    target = Path(args.save_to)
+    check_target(target, "--save_to")
+    dtype = parse_precision("--save_precision", args.save_precision, SAVED) if args.save_precision else None
+    source = replace(open_diffusers_transformer(Path(args.diffusers_path)), mapped=args.mem_eff_load_save)
+    variant = variant_of(source)
+    logger.info("%s: %s, %d tensors in %d", source.path, variant.title, len(source.file.shapes), len(source.shapes))
+    metadata = model_metadata(variant, title=target.stem)
+    with WorkProgress("converting", "tensors", simple=False) as progress, source.opened() as read:
+        write_model(target, source, read, flag="--save_to", dtype=dtype, metadata=metadata, progress=progress.update)
+
+
+if __name__ == "__main__":
+    main(setup_parser().parse_args())
