@@ -94,4 +94,4 @@ def split_name(key: str) -> tuple[str, str] | None:
     ``transformer.x.lora_A.weight`` gives ``("transformer.x", "lora_down.weight")``.
     """
     found = _KEY.fullmatch(key)
-    return (found[1].removeprefix(_PEFT_ROOT), _TENSORS[found[2]]) if found else None
+    return (found[1].removeprefix(_PEFT_ROOT), TENSOR_NAMES[found[2]]) if found else None
