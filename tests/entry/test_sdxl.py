@@ -38,7 +38,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert not different, f"{len(different)} of {len(a)} tensors differ, e.g. {different[:3]}"
 
 
-def test_rates_and_long_captions_of_both_encoders(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path) -> None:
+def test_rates_and_long_captions_of_both_encoders(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset = write_dataset(tmp_path / "data.toml", pictures, dataset="batch_size = 2")
     more = {
         "text_encoder_lr": [1e-3, 2e-3],
@@ -56,8 +58,9 @@ def test_rates_and_long_captions_of_both_encoders(tmp_path: Path, tiny_sdxl: Mad
     assert logged(tmp_path / "out", "lr/textencoder 1")[-1] == pytest.approx(1e-3)
     assert logged(tmp_path / "out", "lr/textencoder 2")[-1] == pytest.approx(2e-3)
 
-    more = {"text_encoder_lr": [0, 1e-3], "network_args": [f"block_dims={','.join(['2'] * 23)}"]}
+    more = {"text_encoder_lr": [0, 1e-3], "network_args": [f"block_dims={','.join(['2'] * 23)}"], "clip_skip": 2}
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "second", **more), script=SCRIPT)
+    assert "--clip_skip has no effect as SDXL always takes the last but one layer" in capsys.readouterr().err
     trained = load_file(tmp_path / "second" / "tiny.safetensors")
     assert any("lora_unet_input_blocks_4_1" in name for name in trained)
     moved = {name.split("_")[1] for name, tensor in trained.items() if "lora_up" in name and tensor.any()}

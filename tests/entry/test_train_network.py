@@ -64,7 +64,7 @@ def test_a_whole_run(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
     assert any(family.more_modules in name for name in tensors)
     for prefix in family.prefixes:
         ups = [t for name, t in tensors.items() if name.startswith(prefix) and name.endswith("lora_up.weight")]
-        assert sum(bool(t.any()) for t in ups) > len(ups) / 2, f"the adapters of {prefix} were trained"
+        assert ups and sum(bool(t.any()) for t in ups) >= len(ups) / 2, f"the adapters of {prefix} were trained"
 
     # epoch 3 is the final file; epoch 1 went when epoch 2 came
     assert sorted(p.name for p in output.glob("tiny-0*")) == ["tiny-000002-state", "tiny-000002.safetensors"]
