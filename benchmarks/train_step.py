@@ -3,12 +3,14 @@
     python benchmarks/train_step.py --size full --precision bf16
     python benchmarks/train_step.py --size tiny --precision no
     python benchmarks/train_step.py --size full --precision bf16 --compare 3
+    python benchmarks/train_step.py --arch sdxl --size full --resolution 1024 --batch_size 4 --checkpointing \
+        --cache_text --adamw8bit --compare 3
 
 The run is the real script in its own process. A step's time is taken from the wall times in its TensorBoard
 log, without the first step, and so is the share of that time in which the step waited for data; peak host memory is the
 process's maximum resident set. With ``--compare`` each run is
 followed by one of ``diffusers_lora.py``, the same work written plainly against diffusers and peft, and the ratios are
-printed: they hold on any machine, seconds do not.
+printed: they hold on any machine, seconds do not. Flags that change the work (``--checkpointing``, ...) hold for both.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+SCRIPTS = {"sd": "train_network.py", "sdxl": "sdxl_train_network.py"}
 
 #: printed by the trainer when set-up is over; see library/training/fitting.py
 FIRST_STEP_MARK = "first step"
@@ -42,7 +47,24 @@ class Case:
     batch_size: int
     steps: int
     rank: int
-    extra: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()  # more flags for the script, which the plain loop does not get
+    arch: str = "sd"
+    checkpointing: bool = False  # recompute activations
+    cache_text: bool = False  # encode captions beforehand
+    uncached: bool = False  # encode pictures in each step, not beforehand
+    adamw8bit: bool = False  # bitsandbytes' AdamW, not torch's
+    compile: bool = False  # blocks of the U-Net
+
+    def switches(self) -> list[str]:
+        """The script's options for what is switched on."""
+        words = ["--gradient_checkpointing"] * self.checkpointing + ["--cache_text_encoder_outputs"] * self.cache_text
+        words += ["--cache_latents"] * (not self.uncached) + ["--torch_compile"] * self.compile
+        return words + ["--optimizer_type", "AdamW8bit"] * self.adamw8bit
+
+    def reference_switches(self) -> list[str]:
+        """The same for the plain loop."""
+        names = ("checkpointing", "cache_text", "uncached", "adamw8bit", "compile")
+        return [f"--{name}" for name in names if getattr(self, name)]
 
 
 @dataclass(frozen=True)
@@ -56,18 +78,21 @@ class Figures:
     data_wait_share: float | None  # of the time between steps
 
 
-def make_model(folder: Path, size: str) -> Path:
+def make_model(folder: Path, arch: str, size: str) -> Path:
     """A random fp16 Diffusers folder of the published or of tiny sizes; made once and kept."""
     import torch
 
-    from tests.fixtures.tiny_sd import make_full_sd, make_tiny_sd
+    from tests.fixtures import tiny_sd, tiny_sdxl
 
-    path = folder / f"random_{size}"
+    makers = {
+        ("sd", "tiny"): partial(tiny_sd.make_tiny_sd, layout="diffusers", dtype=torch.float16),
+        ("sd", "full"): tiny_sd.make_full_sd,
+        ("sdxl", "tiny"): partial(tiny_sdxl.make_tiny_sdxl, layout="diffusers", dtype=torch.float16),
+        ("sdxl", "full"): tiny_sdxl.make_full_sdxl,
+    }
+    path = folder / f"random_{arch}_{size}"
     if not (path / "model_index.json").exists():
-        if size == "full":
-            make_full_sd(path)
-        else:
-            make_tiny_sd(path, layout="diffusers", dtype=torch.float16)
+        makers[arch, size](path)
     return path
 
 
@@ -84,7 +109,7 @@ def make_images(folder: Path, count: int, side: int) -> Path:
 
 
 def run_case(case: Case, model: Path, workspace: Path) -> Figures:
-    """Run ``train_network.py`` once.
+    """Run the family's script once.
 
     Raises:
         RuntimeError: the run failed; its output is in the message.
@@ -97,11 +122,12 @@ def run_case(case: Case, model: Path, workspace: Path) -> Figures:
         encoding="utf-8",
     )
     output = workspace / "output"
-    command = [sys.executable, str(ROOT / "train_network.py"), "--pretrained_model_name_or_path", str(model)]
+    command = [sys.executable, str(ROOT / SCRIPTS[case.arch]), "--pretrained_model_name_or_path", str(model)]
     command += ["--dataset_config", str(config), "--output_dir", str(output), "--output_name", "bench"]
     command += ["--network_module", "networks.lora", "--network_dim", str(case.rank), "--network_train_unet_only"]
-    command += ["--learning_rate", "1e-4", "--max_train_steps", str(case.steps), "--seed", "0", "--cache_latents"]
-    command += ["--mixed_precision", case.precision, "--sdpa", "--console_log_simple", *case.extra]
+    command += ["--learning_rate", "1e-4", "--max_train_steps", str(case.steps), "--seed", "0"]
+    command += ["--mixed_precision", case.precision, "--sdpa", "--console_log_simple"]
+    command += [*case.switches(), *case.extra]
     ran = _run(command)
     per_step, data_wait = _step_times(output / "logs")
     peak_device = next((float(line.rsplit(" ", 2)[-2]) for line in ran.lines if "peak device memory" in line), None)
@@ -117,10 +143,11 @@ def run_reference(case: Case, model: Path, workspace: Path) -> Figures:
     images = make_images(workspace / "images", case.batch_size * 4, case.resolution)
     command = [sys.executable, str(ROOT / "benchmarks" / "diffusers_lora.py"), "--model", str(model)]
     command += ["--images", str(images), "--precision", case.precision, "--batch_size", str(case.batch_size)]
-    command += ["--steps", str(case.steps), "--rank", str(case.rank)]
+    command += ["--steps", str(case.steps), "--rank", str(case.rank), *case.reference_switches()]
     ran = _run(command)
-    seconds = json.loads(ran.lines[-1])["seconds"][1:]
-    return _figures(ran, sum(seconds) / len(seconds), case.batch_size, None)
+    told = json.loads(ran.lines[-1])
+    seconds = told["seconds"][1:]
+    return _figures(ran, sum(seconds) / len(seconds), case.batch_size, told["peak_device_gb"])
 
 
 @dataclass(frozen=True)
@@ -190,20 +217,26 @@ def _step_times(logs: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=["sd"], default="sd", help="model family")
+    parser.add_argument("--arch", choices=list(SCRIPTS), default="sd", help="model family")
     parser.add_argument("--size", choices=["full", "tiny"], default="tiny", help="published sizes, or tiny ones")
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="bf16")
     parser.add_argument("--resolution", type=int, default=256, help="pixels, square")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rank", type=int, default=8, help="LoRA rank")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--cache_text", action="store_true", help="encode captions beforehand")
+    parser.add_argument("--uncached", action="store_true", help="encode pictures in each step")
+    parser.add_argument("--adamw8bit", action="store_true", help="AdamW of bitsandbytes")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of the U-Net")
     parser.add_argument("--model_dir", type=Path, help="keep the random model here instead of making it anew")
     parser.add_argument("--compare", type=int, metavar="ROUNDS", help="rounds of a run and a plain diffusers loop")
     parser.add_argument("extra", nargs="*", help="more flags for the script, after --")
     args = parser.parse_args()
-    case = Case(args.size, args.precision, args.resolution, args.batch_size, args.steps, args.rank, tuple(args.extra))
+    given = {field.name: getattr(args, field.name) for field in fields(Case)}
+    case = Case(**{**given, "extra": tuple(args.extra)})
     with tempfile.TemporaryDirectory() as scratch:
-        model = make_model(args.model_dir or Path(scratch), args.size)
+        model = make_model(args.model_dir or Path(scratch), case.arch, case.size)
         ours, reference = [], []
         for round_number in range(args.compare or 1):
             workspace = Path(scratch) / str(round_number)
@@ -215,7 +248,9 @@ def main() -> None:
     if reference:
         print(json.dumps({"diffusers": [asdict(figures) for figures in reference]}, indent=1))
         print(f"seconds per step, of diffusers': {_ratio(ours, reference, 'seconds_per_step'):.2f}")
-        print(f"peak memory, of diffusers': {_ratio(ours, reference, 'peak_host_gb'):.2f}")
+        print(f"peak host memory, of diffusers': {_ratio(ours, reference, 'peak_host_gb'):.2f}")
+        if reference[0].peak_device_gb is not None:
+            print(f"peak device memory, of diffusers': {_ratio(ours, reference, 'peak_device_gb'):.2f}")
 
 
 def _ratio(ours: list[Figures], reference: list[Figures], name: str) -> float:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.fixtures.runs import launch_script, lora_arguments, make_pictures, run_script, write_dataset
-from tests.fixtures.tiny_sd import MadeCheckpoint
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import launch_script, make_pictures, run_script, write_dataset
 
 TOOL = "tools/cache_text_encoder_outputs.py"
 SUBSET = "shuffle_caption = true\ncaption_dropout_rate = 0.3\ncaption_prefix = 'a photo'"
@@ -24,10 +24,9 @@ def made(tmp_path: Path) -> set[str]:
     return {path.name for path in (tmp_path / "pictures").glob("*.npz")}
 
 
-def test_training_finds_what_the_tool_made(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+def test_training_finds_what_the_tool_made(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
     # one set of flags serves both; those of the network and latents have no effect on the tool
-    words = lora_arguments(
-        tiny_sd,
+    words = tiny.words(
         dataset,
         tmp_path / "out",
         cache_text_encoder_outputs_to_disk=True,
@@ -36,14 +35,15 @@ def test_training_finds_what_the_tool_made(tmp_path: Path, tiny_sd: MadeCheckpoi
         cache_latents=True,
         clip_skip=2,
     )
-    tool = run_script(TOOL, *words)
+    tool = run_script(TOOL, *words, *tiny.family.tool_flags)
     assert tool.code == 0, tool.text
     assert "text encoder outputs: 8 files made, 0 from the cache" in tool.text
     assert "no effect on the cache of text encoder outputs: --" in tool.text and "--network_module" in tool.text
-    assert made(tmp_path) == {"empty_caption_sd_te.npz", *(f"{index}_sd_te.npz" for index in range(7))}
+    suffix = tiny.family.text_suffix
+    assert made(tmp_path) == {f"empty_caption{suffix}", *(f"{index}{suffix}" for index in range(7))}
     assert not (tmp_path / "out").exists()
 
-    done = run_script("train_network.py", *words)
+    done = run_script(tiny.file, *words)
     assert done.code == 0, done.text
     assert "text encoder outputs: 0 files made, 8 from the cache" in done.text
     assert "on disk, 3 variants" in done.text
@@ -53,11 +53,10 @@ def test_training_finds_what_the_tool_made(tmp_path: Path, tiny_sd: MadeCheckpoi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [TOOL, "train_network.py"])
-def test_processes_share_the_encoding(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, script: str) -> None:
+@pytest.mark.parametrize("script", [TOOL, None], ids=["tool", "training"])
+def test_processes_share_the_encoding(tmp_path: Path, tiny: Tiny, dataset: Path, script: str | None) -> None:
     """On disk, and in memory, where each process needs all outputs."""
-    words = lora_arguments(
-        tiny_sd,
+    words = tiny.words(
         dataset,
         tmp_path / "out",
         cache_text_encoder_outputs=True,
@@ -66,7 +65,7 @@ def test_processes_share_the_encoding(tmp_path: Path, tiny_sd: MadeCheckpoint, d
         network_train_unet_only=True,
         mixed_precision="bf16",
     )
-    done = launch_script(script, 2, *words)
+    done = launch_script(script, 2, *words, *tiny.family.tool_flags) if script else launch_script(tiny.file, 2, *words)
     assert [one.code for one in done] == [0, 0], done
     assert ("8 files made" if script == TOOL else "captions encoded") in done[0].text
     assert len(made(tmp_path)) == (8 if script == TOOL else 0)

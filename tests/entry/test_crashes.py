@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from library.files.atomic import verify_directory
 from tests.fixtures.crashes import Ended, fork_run
-from tests.fixtures.runs import lora_arguments, make_pictures, train_here, write_dataset
-from tests.fixtures.tiny_sd import MadeCheckpoint
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import make_pictures, write_dataset
 
 STEPS = 3
 #: weights, averages, states, retention of both, best weights, both caches, remembered metadata, previews
@@ -40,7 +40,7 @@ EVERYTHING = {
 class Case:
     """One run's own copy of the pictures, and its output."""
 
-    model: MadeCheckpoint
+    tiny: Tiny
     folder: Path
 
     @property
@@ -58,7 +58,7 @@ class Case:
         data = write_dataset(self.folder / "data.toml", self.pictures, general="cache_info = true")
         flags = {**EVERYTHING, "sample_prompts": prompts, **more}
         return fork_run(
-            lambda: train_here(*lora_arguments(self.model, data, self.output, **flags)),
+            lambda: self.tiny.train(data, self.output, **flags),
             self.folder / f"{log}.log",
             watched=(self.pictures, self.output),
             **hook,
@@ -95,16 +95,16 @@ class Whole:
     results: dict[str, dict[str, torch.Tensor]]
 
 
-def start(tmp_path: Path, model: MadeCheckpoint) -> Case:
-    case = Case(model, tmp_path / "case")
+def start(tmp_path: Path, tiny: Tiny) -> Case:
+    case = Case(tiny, tmp_path / "case")
     shutil.rmtree(case.folder, ignore_errors=True)
     make_pictures(case.pictures, [(64, 64)] * 5)
     return case
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_sd: MadeCheckpoint) -> Whole:
-    case = start(tmp_path_factory.mktemp("whole"), tiny_sd)
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Whole:
+    case = start(tmp_path_factory.mktemp("whole"), tiny)
     done = case.train("whole")
     assert done.code == 0, done.text
     assert not case.temporary_files()
@@ -153,34 +153,35 @@ def check_full_disk(case: Case, whole: Whole, at: int) -> None:
         assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items()), where
 
 
-def test_the_run_writes_all_there_is(whole: Whole) -> None:
+def test_the_run_writes_all_there_is(tiny: Tiny, whole: Whole) -> None:
     text = "\n".join(whole.points)
+    caches = (tiny.family.latent_suffix, tiny.family.text_suffix)
     for part in (
-        "tiny-step00000001-state.tmp/optimizer.bin", "-state.removed.tmp", "tiny-best-ema.safetensors", "_sd.npz",
+        "tiny-step00000001-state.tmp/optimizer.bin", "-state.removed.tmp", "tiny-best-ema.safetensors", *caches,
         "metadata_cache.json", ".png.", "train_state.json", "manifest.json",
     ):  # fmt: skip
         assert part in text, f"{part} is not among the write points:\n{text}"
 
 
-def test_killed_at_some_write_points(tmp_path: Path, tiny_sd: MadeCheckpoint, whole: Whole) -> None:
+def test_killed_at_some_write_points(tmp_path: Path, tiny: Tiny, whole: Whole) -> None:
     in_retention = next(i for i, p in enumerate(whole.points) if "-state.removed.tmp" in p) + 1
-    check_kill(start(tmp_path, tiny_sd), whole, in_retention)
+    check_kill(start(tmp_path, tiny), whole, in_retention)
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_in_the_middle_of_a_state(tmp_path: Path, tiny_sd: MadeCheckpoint, whole: Whole) -> None:
+def test_a_disk_that_is_full_in_the_middle_of_a_state(tmp_path: Path, tiny: Tiny, whole: Whole) -> None:
     in_state = next(i for i, p in enumerate(whole.points) if "step00000002-state.tmp/manifest" in p)
-    check_full_disk(start(tmp_path, tiny_sd), whole, in_state)
+    check_full_disk(start(tmp_path, tiny), whole, in_state)
 
 
 @pytest.mark.slow
-def test_killed_at_every_write_point(tmp_path: Path, tiny_sd: MadeCheckpoint, whole: Whole) -> None:
+def test_killed_at_every_write_point(tmp_path: Path, tiny: Tiny, whole: Whole) -> None:
     for at in range(len(whole.points) - 3):  # threads of the caches may make a few more or less
-        check_kill(start(tmp_path, tiny_sd), whole, at)
+        check_kill(start(tmp_path, tiny), whole, at)
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_from_every_write_point_on(tmp_path: Path, tiny_sd: MadeCheckpoint, whole: Whole) -> None:
+def test_a_disk_that_is_full_from_every_write_point_on(tmp_path: Path, tiny: Tiny, whole: Whole) -> None:
     for at, point in enumerate(whole.points[:-3]):
         if point.startswith(("open", "os.mkdir")):
-            check_full_disk(start(tmp_path, tiny_sd), whole, at)
+            check_full_disk(start(tmp_path, tiny), whole, at)

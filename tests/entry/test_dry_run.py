@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.fixtures.runs import lora_arguments, run_script, write_dataset
-from tests.fixtures.tiny_sd import MadeCheckpoint
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import run_script, write_dataset
 
 
-def test_explain(tmp_path: Path) -> None:
+def test_explain(tmp_path: Path, tiny: Tiny) -> None:
     """Nothing is checked for it but the options themselves: a run that is not ready can be explained too."""
     config = tmp_path / "run.toml"
     config.write_text("network_dim = 8\nwandb_api_key = 'k3y'\n", encoding="utf-8")
-    done = run_script("train_network.py", "--config_file", config, "--huber_c", "0.2", "--explain")
+    done = run_script(tiny.file, "--config_file", config, "--huber_c", "0.2", "--explain")
     assert done.code == 0, done.text
     lines = {line.split()[1]: line for line in done.out.splitlines() if " --" in line and len(line.split()) > 1}
     assert "8" in lines["--network_dim"]
@@ -24,9 +24,9 @@ def test_explain(tmp_path: Path) -> None:
     assert "k3y" not in done.text
 
 
-def test_dry_run(tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path) -> None:
+def test_dry_run(tmp_path: Path, tiny: Tiny, pictures: Path) -> None:
     dataset = write_dataset(tmp_path / "data.toml", pictures, dataset="batch_size = 2")
-    output = tmp_path / "out"
+    family, output = tiny.family, tmp_path / "out"
     before = sorted(pictures.iterdir())
     arguments = {
         "max_train_steps": None,
@@ -36,25 +36,26 @@ def test_dry_run(tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path) -> Non
         "save_every_n_steps": 4,
         "save_state": True,
         "cache_latents_to_disk": True,
-        "network_args": ["conv_dim=2"],
+        "network_args": family.network_args,
         "save_precision": "fp16",
         "dry_run": True,
     }
-    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, output, **arguments))
+    done = tiny.run(dataset, output, **arguments)
     assert done.code == 0, done.text
     assert not output.exists() and sorted(pictures.iterdir()) == before, "nothing is written"
     rows = dict(line.split(": ", 1) for line in done.out.splitlines() if ": " in line)
     with torch.device("cpu"):
-        stored = load_file(tiny_sd.path)
-    unet = sum(t.numel() for name, t in stored.items() if name.startswith("model.diffusion_model."))
+        stored = load_file(tiny.model.path)
+    unet = sum(t.numel() for name, t in stored.items() if name.startswith(family.denoiser))
     assert rows["denoiser"].startswith(f"{unet:,} parameters, ") and rows["denoiser"].endswith(" in float32")
-    vae = sum(t.numel() for name, t in stored.items() if name.startswith("first_stage_model."))
+    vae_file = load_file(tiny.model.flags[family.vae[0]])
+    vae = sum(t.numel() for name, t in vae_file.items() if name.startswith(family.vae[1]))
     assert rows["VAE"].startswith(f"{vae:,} parameters")
-    assert str(tiny_sd.path) in rows["file"] and "F32" in rows["file"]
+    assert str(tiny.model.path) in rows["file"] and "F32" in rows["file"]
     parts = {
         name: int(value.split()[0].replace(",", "")) for name, value in rows.items() if name.startswith("trained,")
     }
-    assert set(parts) == {"trained, unet", "trained, textencoder"} and all(parts.values())
+    assert len(parts) == len(family.prefixes) and all(parts.values())
     assert rows["trained"].startswith(f"{sum(parts.values()):,} parameters")
     assert int(rows["steps an epoch"]) * 3 == int(rows["steps"].split()[0])
     assert "64x64" in rows["buckets"]
@@ -64,11 +65,12 @@ def test_dry_run(tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path) -> Non
 
     # what only loading would find otherwise: here a tensor that the header lacks
     torn = dict(stored)
-    missing = next(name for name in torn if name.startswith("model.diffusion_model.middle_block"))
+    names = sorted(name for name in torn if name.startswith(family.denoiser))
+    missing = names[len(names) // 2]
     del torn[missing]
     save_file(torn, tmp_path / "torn.safetensors")
     broken = {**arguments, "pretrained_model_name_or_path": tmp_path / "torn.safetensors"}
-    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, output, **broken))
+    done = tiny.run(dataset, output, **broken)
     assert done.code == 2, done.text
     assert "error: " in done.err and "torn.safetensors" in done.err and "missing" in done.err
     assert "all checks passed" not in done.text

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import equal
 
 from tests.entry.test_resume import assert_same_weights
-from tests.fixtures.runs import lora_arguments, make_pictures, metadata_of, train_here, write_dataset
-from tests.fixtures.tiny_sd import MadeCheckpoint
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import make_pictures, metadata_of, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(folder / "data.toml", make_pictures(folder / "pictures", sizes=[(64, 64)] * 5))
 
 
-def test_weights_of_the_middle_go_on_as_they_would_have(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+def test_weights_of_the_middle_go_on_as_they_would_have(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
     """Without momentum and schedule, weights are all there is: the run ends bit-equal to one in a piece."""
     settings = {
         "optimizer_type": "SGD",
@@ -32,10 +32,10 @@ def test_weights_of_the_middle_go_on_as_they_would_have(tmp_path: Path, tiny_sd:
         "save_every_n_epochs": 1,
         "cache_latents": True,
     }
-    train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "whole", **settings))
+    tiny.train(dataset, tmp_path / "whole", **settings)
     middle = tmp_path / "whole" / "tiny-step00000004.safetensors"
     begun = {**settings, "network_weights": middle, "initial_step": 4}
-    train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "rest", **begun, skip_until_initial_step=True))
+    tiny.train(dataset, tmp_path / "rest", **begun, skip_until_initial_step=True)
     assert_same_weights(tmp_path / "rest" / "tiny.safetensors", tmp_path / "whole" / "tiny.safetensors")
     assert sorted(p.name for p in (tmp_path / "rest").glob("*.safetensors")) == [
         "tiny-000002.safetensors", "tiny-step00000008.safetensors", "tiny.safetensors"
@@ -44,7 +44,7 @@ def test_weights_of_the_middle_go_on_as_they_would_have(tmp_path: Path, tiny_sd:
     assert (entries["ss_steps"], entries["ss_epoch"], entries["ss_num_epochs"]) == ("8", "3", "3")
 
     # without skipping, the second epoch's data start anew, and so the run has 4 + 3 + 3 steps
-    train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "anew", **begun))
+    tiny.train(dataset, tmp_path / "anew", **begun)
     assert sorted(p.name for p in (tmp_path / "anew").glob("*.safetensors")) == [
         "tiny-000002.safetensors", "tiny-step00000008.safetensors", "tiny.safetensors"
     ]  # fmt: skip
@@ -55,10 +55,8 @@ def test_weights_of_the_middle_go_on_as_they_would_have(tmp_path: Path, tiny_sd:
     assert any(not equal(one[name], other[name]) for name in one)
 
 
-def test_a_start_after_the_end(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_start_after_the_end(tmp_path: Path, tiny: Tiny, dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        train_here(*lora_arguments(tiny_sd, dataset, tmp_path, initial_epoch=2, max_train_steps=5))
+        tiny.train(dataset, tmp_path, initial_epoch=2, max_train_steps=5)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert ended.value.code == 2 and line.startswith("error: --initial_epoch 2: ") and "--max_train_steps" in line

@@ -9,12 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.architectures.sd import SD
 from library.errors import UserError
 from library.inference.networks import apply_networks, choose_networks
 from networks.third_party import refuse_wrong_merge, text_argument
-from tests.fixtures.runs import ROOT, lora_arguments, metadata_of, train_here, write_dataset
-from tests.fixtures.tiny_sd import MadeCheckpoint
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import ROOT, metadata_of, write_dataset
 
 pytest.importorskip("lycoris")
 pytest.importorskip("lycoris.kohya")
@@ -30,29 +29,32 @@ KINDS = {
 }
 
 
-def models_of(tiny_sd: MadeCheckpoint) -> SimpleNamespace:
+def models_of(tiny: Tiny) -> SimpleNamespace:
     """The bare models of a checkpoint, as ``gen_img.py`` holds them."""
-    checkpoint = SD.inspect(
-        str(tiny_sd.path),
-        v2=False,
-        v_parameterization=False,
-        vae=None,
-        tokenizer_cache_dir=str(tiny_sd.tokenizer_cache_dir),
-    )
+    architecture = tiny.family.architecture
+    flags = {name: str(value) for name, value in tiny.model.flags.items()}
+    path = flags.pop("pretrained_model_name_or_path")
+    checkpoint = architecture.inspect(path, v2=False, v_parameterization=False, **{"vae": None, **flags})
     settings = {"dtype": torch.float32, "device": "cpu"}
     return SimpleNamespace(
-        text_encoders=SD.load_text_encoders(checkpoint, **settings),
-        denoiser=SD.load_denoiser(checkpoint, **settings),
+        architecture=architecture,
+        tokenizers=architecture.load_tokenizers(checkpoint),
+        text_encoders=architecture.load_text_encoders(checkpoint, **settings),
+        denoiser=architecture.load_denoiser(checkpoint, **settings),
         vae=None,
     )
 
 
 def outputs(models: SimpleNamespace) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    """What the denoiser makes of noise and a caption."""
+    architecture = models.architecture
+    noise = torch.randn(1, architecture.latent.channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    tokens = architecture.tokenize(models.tokenizers, ["a cat"], max_token_length=None, weighted=False)
+    size = torch.tensor([[64, 64]])
     with torch.no_grad():
-        context = models.text_encoders[0](torch.tensor([[1, 5, 9, 2]])).last_hidden_state
-        return models.denoiser(latents, torch.tensor([300]), context).sample
+        conditioning = architecture.encode_text(models.text_encoders, tokens, clip_skip=None)
+        conditioning = architecture.with_sizes(conditioning, original=size, top_left=0 * size, target=size)
+        return architecture.predict(models.denoiser, noise, torch.tensor([300]), conditioning)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_resumes_reloads_and_draws(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, kind: str) -> None:
+def test_it_trains_resumes_reloads_and_draws(tmp_path: Path, tiny: Tiny, dataset: Path, kind: str) -> None:
     network_args, tensor = KINDS[kind]
     whole, rest, more = tmp_path / "whole", tmp_path / "rest", tmp_path / "more"
     options = {
@@ -75,34 +77,35 @@ def test_it_trains_resumes_reloads_and_draws(tmp_path: Path, tiny_sd: MadeCheckp
         "save_state": True,
         "ema_decay": 0.5,
     }
-    train_here(*lora_arguments(tiny_sd, dataset, whole, **options))
+    tiny.train(dataset, whole, **options)
     file = whole / "tiny.safetensors"
     weights = load_file(file)
     assert any(name.endswith(tensor) for name in weights), sorted(weights)[:6]
     assert metadata_of(file)["ss_network_module"] == "lycoris.kohya"
-    train_here(*lora_arguments(tiny_sd, dataset, rest, **options, resume=whole / "tiny-step00000002-state"))
+    tiny.train(dataset, rest, **options, resume=whole / "tiny-step00000002-state")
     for name in ("tiny.safetensors", "tiny-ema.safetensors"):
         again, first = load_file(rest / name), load_file(whole / name)
         assert again.keys() == first.keys()
         assert all(torch.equal(again[key], first[key]) for key in first), name
-    assert any(name.startswith("lora_te_text_model_encoder_layers_0_") for name in weights), "names as in other files"
+    for prefix in tiny.family.prefixes:
+        assert any(name.startswith(prefix) for name in weights), "names as in other files"
     # from its weights, and beside itself as part of the base model
     merges = kind not in ("loha", "lokr")
     start = {"network_weights": file, "base_weights": [file] if merges else None, "ema_decay": None}
-    train_here(*lora_arguments(tiny_sd, dataset, more, **{**options, **start, "max_train_steps": 1}))
+    tiny.train(dataset, more, **{**options, **start, "max_train_steps": 1})
     assert load_file(more / "tiny.safetensors").keys() == weights.keys()
 
     (choice,) = choose_networks(["lycoris.kohya"], [str(file)], None, None)
-    plain = outputs(models_of(tiny_sd))
+    plain = outputs(models_of(tiny))
     settings = {"dtype": torch.float32, "device": torch.device("cpu")}
-    models = models_of(tiny_sd)
+    models = models_of(tiny)
     (network,) = apply_networks([choice], models, merge=False, **settings)
     applied = outputs(models)
     assert not torch.allclose(applied, plain, atol=1e-4)
     if kind != "dora":  # whose strength 0 is not the plain model
         network.set_multiplier(0.0)
         torch.testing.assert_close(outputs(models), plain, atol=1e-5, rtol=1e-4)
-    models = models_of(tiny_sd)
+    models = models_of(tiny)
     if merges:
         apply_networks([choice], models, merge=True, **settings)
         torch.testing.assert_close(outputs(models), applied, atol=1e-4, rtol=1e-3)
@@ -112,7 +115,7 @@ def test_it_trains_resumes_reloads_and_draws(tmp_path: Path, tiny_sd: MadeCheckp
 
 
 @pytest.mark.parametrize("on_output", [True, False])
-def test_our_lora_reads_its_doras(tmp_path: Path, tiny_sd: MadeCheckpoint, on_output: bool) -> None:
+def test_our_lora_reads_its_doras(tmp_path: Path, tiny: Tiny, on_output: bool) -> None:
     from lycoris.kohya import create_network
 
     preset = tmp_path / "preset.toml"
@@ -120,7 +123,7 @@ def test_our_lora_reads_its_doras(tmp_path: Path, tiny_sd: MadeCheckpoint, on_ou
         "enable_conv = true\nunet_target_module = ['Transformer2DModel', 'ResnetBlock2D']\nunet_target_name = []\n"
         "text_encoder_target_module = ['CLIPAttention', 'CLIPMLP']\ntext_encoder_target_name = []\n"
     )
-    models = models_of(tiny_sd)
+    models = models_of(tiny)
     text = text_argument(models.text_encoders)
     more = {"algo": "lora", "conv_dim": 2, "dora_wd": True, "wd_on_output": on_output, "preset": str(preset)}
     network = create_network(1.0, 4, 2.0, None, text, models.denoiser, **more)
@@ -135,21 +138,21 @@ def test_our_lora_reads_its_doras(tmp_path: Path, tiny_sd: MadeCheckpoint, on_ou
 
     (choice,) = choose_networks(["networks.lora"], [str(tmp_path / "x.safetensors")], None, None)
     for merge in (False, True):
-        models = models_of(tiny_sd)
+        models = models_of(tiny)
         apply_networks([choice], models, merge=merge, dtype=torch.float32, device=torch.device("cpu"))
         torch.testing.assert_close(outputs(models), theirs, atol=2e-5, rtol=1e-4)
 
 
 def test_a_failing_module_is_one_line(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny: Tiny, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "preset=no-such"]}
     with pytest.raises(SystemExit, match="2"):
-        train_here(*lora_arguments(tiny_sd, dataset, tmp_path, **options))
+        tiny.train(dataset, tmp_path, **options)
     assert "error: --network_module lycoris.kohya: it could not make a network" in capsys.readouterr().err
 
 
-def test_a_merge_at_another_strength_is_refused(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+def test_a_merge_at_another_strength_is_refused(tmp_path: Path, tiny: Tiny) -> None:
     with pytest.raises(UserError, match="at strength 1 only, not at 0.5"):
         refuse_wrong_merge("lycoris.kohya", None, {}, 0.5)
     refuse_wrong_merge("networks.lora", None, {}, 0.5)

@@ -14,8 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 from library.files.hashes import sshs_hashes
-from tests.fixtures.runs import ROOT, lora_arguments, make_pictures, metadata_of, run_script, write_dataset
-from tests.fixtures.tiny_sd import make_tiny_sd
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import ROOT, make_pictures, metadata_of, write_dataset
+
+pytestmark = pytest.mark.usefixtures("own_root_logger")
 
 TABLE = json.loads((ROOT / "tests" / "compat" / "data" / "metadata_keys.json").read_text())
 
@@ -67,8 +69,9 @@ TYPES: dict[str, Callable[[str], bool]] = {
 ALWAYS = {"always", "each save", "not for flux/chroma"}
 
 
-def expected_keys(*conditions: str) -> set[str]:
-    return {key for key, _, when in TABLE["keys"]["sd"] if when in ALWAYS or when in conditions}
+def expected_keys(tiny: Tiny, *conditions: str) -> set[str]:
+    keys = {key for key, _, when in TABLE["keys"]["sd"] if when in ALWAYS or when in conditions}
+    return keys - tiny.family.metadata_absent
 
 
 def assert_types(entries: dict[str, str]) -> None:
@@ -78,24 +81,25 @@ def assert_types(entries: dict[str, str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Path:
     """The file of a run with a dataset file and no more options than needed."""
     folder = tmp_path_factory.mktemp("plain")
     dataset = write_dataset(folder / "data.toml", make_pictures(folder / "pictures"))
-    model = make_tiny_sd(folder / "model.safetensors")
-    done = run_script("train_network.py", *lora_arguments(model, dataset, folder / "out"))
-    assert done.code == 0, done.text
+    tiny.train(dataset, folder / "out")
     return folder / "out" / "tiny.safetensors"
 
 
-def test_keys_and_types_of_a_plain_run(plain: Path) -> None:
+@pytest.mark.every_family
+def test_keys_and_types_of_a_plain_run(tiny: Tiny, plain: Path) -> None:
     entries = metadata_of(plain)
     local_model = ("when local path exists", "with --dataset_config")
-    assert set(entries) == expected_keys(*local_model) | {"ss_sd_model_name"}
+    assert set(entries) == expected_keys(tiny, *local_model) | {"ss_sd_model_name"}
     assert_types(entries)
     assert not set(TABLE["never"]) & set(entries)
+    assert entries.items() >= tiny.family.metadata.items()
 
 
+@pytest.mark.every_family
 def test_the_model_hashes_are_those_of_the_file(plain: Path) -> None:
     entries = metadata_of(plain)
     recorded = {name: text for name, text in entries.items() if name.startswith("ss_")}
@@ -103,52 +107,49 @@ def test_the_model_hashes_are_those_of_the_file(plain: Path) -> None:
     assert (entries["sshs_model_hash"], entries["sshs_legacy_hash"]) == (strict, legacy)
 
 
-def test_keys_and_types_with_everything_given(tmp_path: Path) -> None:
+@pytest.mark.every_family
+def test_keys_and_types_with_everything_given(tmp_path: Path, tiny: Tiny) -> None:
     """The old folder form, a VAE, network arguments and every option of the model specification."""
     make_pictures(tmp_path / "train" / "2_cat dog")
-    model = make_tiny_sd(tmp_path / "model.safetensors")
     thumbnail = tmp_path / "train" / "2_cat dog" / "0.png"
     for ending in (".png", ".txt"):  # the first has a face of 20x16 pixels in its middle
         thumbnail.with_suffix(ending).rename(thumbnail.with_name(f"face_32_32_20_16{ending}"))
     thumbnail = thumbnail.with_name("1.png")
     given = ["description", "author", "license", "tags", "usage_hint", "merged_from", "trigger_phrase", "preprocessor"]
-    done = run_script(
-        "train_network.py",
-        *lora_arguments(
-            model,
-            None,
-            tmp_path / "out",
-            dataset_config=None,
-            train_data_dir=tmp_path / "train",
-            resolution=64,
-            caption_extension=".txt",
-            vae=model.path,
-            network_args=["conv_dim=2"],
-            face_crop_aug_range="2.0,4",
-            color_aug=True,
-            clip_skip=2,
-            min_timestep=10,
-            max_timestep=900,
-            metadata_thumbnail=thumbnail,
-            metadata_is_negative_embedding="false",
-            **{f"metadata_{name}": f"the {name}" for name in given},
-        ),
+    tiny.train(
+        None,
+        tmp_path / "out",
+        dataset_config=None,
+        train_data_dir=tmp_path / "train",
+        resolution=64,
+        caption_extension=".txt",
+        vae=tiny.model.flags[tiny.family.vae[0]],
+        network_args=tiny.family.network_args,
+        face_crop_aug_range="2.0,4",
+        color_aug=True,
+        clip_skip=2,
+        min_timestep=10,
+        max_timestep=900,
+        metadata_thumbnail=thumbnail,
+        metadata_is_negative_embedding="false",
+        **{f"metadata_{name}": f"the {name}" for name in given},
     )
-    assert done.code == 0, done.text
     entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
     conditions = {when for _, _, when in TABLE["keys"]["sd"]} - {"with --dataset_config"}
-    assert set(entries) == expected_keys(*conditions)
+    assert set(entries) == expected_keys(tiny, *conditions)
     assert (entries["ss_face_crop_aug_range"], entries["ss_color_aug"]) == ("(2.0, 4.0)", "True")
     assert_types(entries)
 
 
-def test_no_metadata_keeps_what_loaders_need(tmp_path: Path) -> None:
+@pytest.mark.every_family
+def test_no_metadata_keeps_what_loaders_need(tmp_path: Path, tiny: Tiny) -> None:
     dataset = write_dataset(tmp_path / "data.toml", make_pictures(tmp_path / "pictures"))
-    model = make_tiny_sd(tmp_path / "model.safetensors")
-    done = run_script(
-        "train_network.py",
-        *lora_arguments(model, dataset, tmp_path / "out", no_metadata=True, network_args=["conv_dim=2"]),
+    tiny.train(
+        dataset,
+        tmp_path / "out",
+        no_metadata=True,
+        network_args=tiny.family.network_args,
     )
-    assert done.code == 0, done.text
     kept = {key for key in metadata_of(tmp_path / "out" / "tiny.safetensors") if key.startswith("ss_")}
-    assert kept == {key for key in TABLE["no_metadata_keeps"] if key.startswith("ss_")}
+    expected = {key for key in TABLE["no_metadata_keeps"] if key.startswith("ss_")}
+    assert kept == expected - tiny.family.metadata_absent

@@ -12,15 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from library.training import nonfinite
+from tests.fixtures.families import Tiny
 from tests.fixtures.runs import (
-    launch_script,
-    lora_arguments,
     make_pictures,
     metadata_of,
     run_script,
     train_here,
 )
-from tests.fixtures.tiny_sd import MadeCheckpoint
 
 STEPS = 8
 
@@ -54,18 +52,16 @@ def all_finite(path: Path) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
 
 
-def options(model: MadeCheckpoint, dataset: Path, output: Path, **more: object) -> list[object]:
+def options(**more: object) -> dict[str, object]:
     usual = {"max_train_steps": STEPS, "network_train_unet_only": True, "save_every_n_steps": 1}
-    return lora_arguments(model, dataset, output, **{**usual, **more})
+    return {**usual, **more}
 
 
-def test_stop_and_replay(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, poisoned: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stop_and_replay(tmp_path: Path, tiny: Tiny, poisoned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     secret = {"wandb_api_key": "secret-key-1234", "ema_decay": 0.9, "save_state": True}
     with pytest.raises(SystemExit) as ended:
-        train_here(*options(tiny_sd, poisoned, output, **secret))
+        tiny.train(poisoned, output, **options(**secret))
     error = capsys.readouterr().err
     assert ended.value.code == 2
     (line,) = [line for line in error.splitlines() if line.startswith("error:")]
@@ -84,7 +80,7 @@ def test_stop_and_replay(
     kept = {(tuple(t.shape), float(t.double().sum())) for t in state.values()}
     assert all((tuple(t.shape), float(t.double().sum())) in kept for t in before.values())
 
-    train_here("--replay", recording)
+    train_here("--replay", recording, script=tiny.family.script)
     shown = capsys.readouterr().out
     assert f"step {step}, seed 1" in shown
     assert "bad/0.png 'a poisoned cat': loss nan" in shown or "bad/0.png 'a poisoned cat': loss inf" in shown
@@ -93,24 +89,20 @@ def test_stop_and_replay(
     # what is given beside it wins: without the poison the step is well
     mended = tmp_path / "mended.toml"
     mended.write_text(poisoned.read_text(encoding="utf-8").replace("3e38", "1.0"), encoding="utf-8")
-    train_here("--replay", recording, "--dataset_config", mended)
+    train_here("--replay", recording, "--dataset_config", mended, script=tiny.family.script)
     assert "this time all is finite" in capsys.readouterr().out
 
 
-def test_a_file_that_is_no_recording(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for path, words in ((tmp_path / "none.replay", "no such file"), (tiny_sd.path, "no replay file")):
+def test_a_file_that_is_no_recording(tmp_path: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, words in ((tmp_path / "none.replay", "no such file"), (tiny.model.path, "no replay file")):
         with pytest.raises(SystemExit):
-            train_here("--replay", path)
+            train_here("--replay", path, script=tiny.family.script)
         assert words in capsys.readouterr().err
 
 
-def test_skip_leaves_the_update_out(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, poisoned: Path, said: pytest.LogCaptureFixture
-) -> None:
+def test_skip_leaves_the_update_out(tmp_path: Path, tiny: Tiny, poisoned: Path, said: pytest.LogCaptureFixture) -> None:
     output = tmp_path / "out"
-    train_here(*options(tiny_sd, poisoned, output, on_nan="skip", max_train_steps=2 * STEPS, max_grad_norm=0))
+    tiny.train(poisoned, output, **options(on_nan="skip", max_train_steps=2 * STEPS, max_grad_norm=0))
     warned = [r.getMessage() for r in said.records if "its update was left out" in r.getMessage()]
     steps = [int(re.search(r"step (\d+) ", text).group(1)) for text in warned]
     assert len(steps) in (2, 3) and all("bad/0.png" in text for text in warned)
@@ -125,14 +117,14 @@ def test_skip_leaves_the_update_out(
 
 def test_rollback_goes_back_to_a_kept_state(
     tmp_path: Path,
-    tiny_sd: MadeCheckpoint,
+    tiny: Tiny,
     poisoned: Path,
     said: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(nonfinite, "KEPT_EVERY", 2)
     output = tmp_path / "out"
-    train_here(*options(tiny_sd, poisoned, output, on_nan="rollback", max_train_steps=2 * STEPS, save_state=True))
+    tiny.train(poisoned, output, **options(on_nan="rollback", max_train_steps=2 * STEPS, save_state=True))
     warned = [r.getMessage() for r in said.records if "went back to those after step" in r.getMessage()]
     found = [tuple(map(int, re.search(r"step (\d+) \(.* after step (\d+) ", text).groups())) for text in warned]
     assert found and all(back == (step - 1) // 2 * 2 for step, back in found)
@@ -143,7 +135,7 @@ def test_rollback_goes_back_to_a_kept_state(
     assert all(map(all_finite, output.glob("*.safetensors")))
 
 
-def test_too_many_in_a_row(tmp_path: Path, tiny_sd: MadeCheckpoint, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_in_a_row(tmp_path: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     """A rate of 1e30 ruins the weights at once; neither mode goes on for ever."""
     images = make_pictures(tmp_path / "images", [(64, 64)])
     dataset = tmp_path / "data.toml"
@@ -154,7 +146,7 @@ def test_too_many_in_a_row(tmp_path: Path, tiny_sd: MadeCheckpoint, capsys: pyte
     )
     for mode in ("skip", "rollback"):
         with pytest.raises(SystemExit) as ended:
-            train_here(*options(tiny_sd, dataset, tmp_path / mode, on_nan=mode, max_train_steps=40))
+            tiny.train(dataset, tmp_path / mode, **options(on_nan=mode, max_train_steps=40))
         error = capsys.readouterr().err
         assert ended.value.code == 2
         assert f"after {nonfinite.MOST_IN_A_ROW} in a row" in error
@@ -163,16 +155,16 @@ def test_too_many_in_a_row(tmp_path: Path, tiny_sd: MadeCheckpoint, capsys: pyte
 
 
 @pytest.mark.slow
-def test_processes_decide_alike(tmp_path: Path, tiny_sd: MadeCheckpoint, poisoned: Path) -> None:
+def test_processes_decide_alike(tmp_path: Path, tiny: Tiny, poisoned: Path) -> None:
     """Only one of two processes has the poisoned picture; both leave the step out, and its recording is of that one."""
     output = tmp_path / "out"
-    words = options(tiny_sd, poisoned, output, on_nan="skip", max_train_steps=STEPS, save_every_n_steps=None)
-    ended = launch_script("train_network.py", 2, *words)
+    settings = options(on_nan="skip", max_train_steps=STEPS, save_every_n_steps=None)
+    ended = tiny.launch(2, poisoned, output, **settings)
     assert [run.code for run in ended] == [0, 0], "\n".join(run.text for run in ended)
     warned = [line for line in ended[0].text.splitlines() if "its update was left out" in line]
     assert warned and all("bad/0.png" in line and "good/" not in line for line in warned)
     assert all_finite(output / "tiny.safetensors")
     recording = sorted(output.glob("*.replay"))[0]
-    again = run_script("train_network.py", "--replay", recording)
+    again = run_script(tiny.file, "--replay", recording)
     assert again.code == 0 and " of 2" in again.out, again.text
     assert "the step is not finite again" in again.out

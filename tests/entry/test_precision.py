@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures.runs import ROOT, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
-from tests.fixtures.tiny_sd import MadeCheckpoint
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import ROOT, make_pictures, metadata_of, train_here, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, tiny_sd: MadeCheckpoint, dataset: Path) -> dict[str, torch.Tensor]:
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny, dataset: Path) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("plain")
-    train_here(*lora_arguments(tiny_sd, dataset, folder, max_grad_norm=0, max_train_steps=3))
+    tiny.train(dataset, folder, max_grad_norm=0, max_train_steps=3)
     return load_file(folder / "tiny.safetensors")
 
 
@@ -58,7 +58,7 @@ SETS = {
 
 @pytest.mark.parametrize("name", SETS)
 def test_runs_save_draw_and_resume_exactly(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, name: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny: Tiny, dataset: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = SETS[name]
     if settings.get("network_module") == "lycoris.kohya":
@@ -68,7 +68,7 @@ def test_runs_save_draw_and_resume_exactly(
     more = {**settings, "max_train_steps": 4, "save_every_n_steps": 2, "save_state": True}
     draws = {"sample_prompts": prompts, "sample_every_n_steps": 4} if name.startswith("fp8") else {}
     whole, rest = tmp_path / "whole", tmp_path / "rest"
-    train_here(*lora_arguments(tiny_sd, dataset, whole, **more, **draws))
+    tiny.train(dataset, whole, **more, **draws)
     weights = load_file(whole / "tiny.safetensors")
     trained = {n: t for n, t in weights.items() if not n.endswith(".alpha")}
     expected = torch.bfloat16 if "full_bf16" in settings else torch.float32
@@ -80,7 +80,7 @@ def test_runs_save_draw_and_resume_exactly(
     if draws:
         assert list((whole / "sample").glob("*.png"))
     state = whole / "tiny-step00000002-state"
-    train_here(*lora_arguments(tiny_sd, dataset, rest, **more, resume=state))
+    tiny.train(dataset, rest, **more, resume=state)
     assert_same(rest / "tiny.safetensors", whole / "tiny.safetensors")
     shown = capsys.readouterr()
     assert ("in scaled fp8" in shown.out + shown.err) == ("fp8_base" in settings)
@@ -99,13 +99,13 @@ def test_runs_save_draw_and_resume_exactly(
 )
 def test_what_saves_memory_or_time_changes_no_weight(
     tmp_path: Path,
-    tiny_sd: MadeCheckpoint,
+    tiny: Tiny,
     dataset: Path,
     plain: dict[str, torch.Tensor],
     settings: dict[str, object],
     bound: float,
 ) -> None:
-    train_here(*lora_arguments(tiny_sd, dataset, tmp_path, max_grad_norm=0, max_train_steps=3, **settings))
+    tiny.train(dataset, tmp_path, max_grad_norm=0, max_train_steps=3, **settings)
     weights = load_file(tmp_path / "tiny.safetensors")
     assert weights.keys() == plain.keys()
     for name, tensor in weights.items():
@@ -113,13 +113,13 @@ def test_what_saves_memory_or_time_changes_no_weight(
 
 
 def test_changed_precision_is_named_on_resume(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny: Tiny, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = {"mixed_precision": "bf16", "max_train_steps": 2}
-    train_here(*lora_arguments(tiny_sd, dataset, tmp_path, **arguments, save_every_n_steps=1, save_state=True))
+    tiny.train(dataset, tmp_path, **arguments, save_every_n_steps=1, save_state=True)
     state = tmp_path / "tiny-step00000001-state"
     changed = {**arguments, "fp8_base_unet": True, "full_bf16": True}
-    train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "rest", **changed, resume=state))
+    tiny.train(dataset, tmp_path / "rest", **changed, resume=state)
     said = "".join(capsys.readouterr())
     assert "--full_bf16 was False and is now True" in said
     assert "--fp8_base_unet was False and is now True" in said

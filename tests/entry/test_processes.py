@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.entry.test_resume import GENERAL, HARD, assert_same_weights
-from tests.fixtures.runs import launch_script, lora_arguments, make_pictures, run_script, train_here, write_dataset
-from tests.fixtures.tiny_sd import MadeCheckpoint
+from tests.entry.test_resume import GENERAL, assert_same_weights, hard
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import launch_script, make_pictures, write_dataset
 
 
-def test_two_at_batch_1_are_one_at_batch_2(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+def test_two_at_batch_1_are_one_at_batch_2(tmp_path: Path, tiny: Tiny) -> None:
     """Plain gradient descent at rate 1, so that what a step changes is the gradient, to 1e-6."""
     pictures = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 2)
     (tmp_path / "prompts.txt").write_text("".join(f"a cat --w 64 --h 64 --s 1 --d {seed}\n" for seed in (1, 2, 3)))
@@ -28,9 +28,9 @@ def test_two_at_batch_1_are_one_at_batch_2(tmp_path: Path, tiny_sd: MadeCheckpoi
     }
     drawn = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 3, "save_state_on_train_end": True}
     one = write_dataset(tmp_path / "one.toml", pictures, dataset="batch_size = 2")
-    train_here(*lora_arguments(tiny_sd, one, tmp_path / "one", **settings))
+    tiny.train(one, tmp_path / "one", **settings)
     two = write_dataset(tmp_path / "two.toml", pictures, dataset="batch_size = 1")
-    done = launch_script("train_network.py", 2, *lora_arguments(tiny_sd, two, tmp_path / "two", **settings, **drawn))
+    done = tiny.launch(2, two, tmp_path / "two", **settings, **drawn)
     assert [process.code for process in done] == [0, 0], done[0].text + done[1].text
 
     before: dict[str, torch.Tensor] = {}
@@ -56,21 +56,19 @@ def test_two_at_batch_1_are_one_at_batch_2(tmp_path: Path, tiny_sd: MadeCheckpoi
 
 
 @pytest.mark.slow
-def test_two_processes_resume_exactly(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+def test_two_processes_resume_exactly(tmp_path: Path, tiny: Tiny) -> None:
     pictures = make_pictures(tmp_path / "pictures")
     dataset = write_dataset(tmp_path / "data.toml", pictures, general=GENERAL, subset="num_repeats = 3")
-    settings = {**HARD, "ema_decay": 0.9, "max_train_steps": 6}
-    whole = launch_script("train_network.py", 2, *lora_arguments(tiny_sd, dataset, tmp_path / "whole", **settings))
+    settings = hard(tiny, ema_decay=0.9, max_train_steps=6)
+    whole = tiny.launch(2, dataset, tmp_path / "whole", **settings)
     assert [process.code for process in whole] == [0, 0], whole[0].text + whole[1].text
     state = tmp_path / "whole" / "tiny-step00000002-state"
-    arguments = lora_arguments(tiny_sd, dataset, tmp_path / "rest", **settings, resume=state)
-    rest = launch_script("train_network.py", 2, *arguments)
+    arguments = tiny.words(dataset, tmp_path / "rest", **settings, resume=state)
+    rest = launch_script(tiny.file, 2, *arguments)
     assert [process.code for process in rest] == [0, 0], rest[0].text + rest[1].text
     for name in ("tiny.safetensors", "tiny-ema.safetensors", "tiny-step00000004.safetensors"):
         assert_same_weights(tmp_path / "rest" / name, tmp_path / "whole" / name)
     assert "not exactly" not in rest[0].text
     # another number of processes is named
-    alone = run_script(
-        "train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path / "alone", **settings, resume=state)
-    )
+    alone = tiny.run(dataset, tmp_path / "alone", **settings, resume=state)
     assert alone.code == 0 and "processes was 2 and is now 1" in alone.err

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures.runs import lora_arguments, run_script, start_script, write_dataset
-from tests.fixtures.tiny_sd import MadeCheckpoint
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import run_script, write_dataset
 
 #: everything that varies at once: buckets, flip, captions shuffled, dropped and warmed up, LoRA dropout, schedule
 GENERAL = (
@@ -26,12 +26,16 @@ HARD = {
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 3,
     "network_dropout": 0.3,
-    "network_args": ["rank_dropout=0.2", "module_dropout=0.1", "conv_dim=2"],
     "noise_offset": 0.05,
     "cache_latents": True,
     "save_state": True,
     "save_every_n_steps": 2,
 }
+
+
+def hard(tiny: Tiny, **more: object) -> dict[str, object]:
+    """The hardest options for a family's runs."""
+    return {**HARD, "network_args": ["rank_dropout=0.2", "module_dropout=0.1", *tiny.family.network_args], **more}
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -50,9 +54,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_sd: MadeCheckpoint, dataset: Path) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny, dataset: Path) -> Path:
     output = tmp_path_factory.mktemp("whole")
-    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, output, **HARD))
+    done = tiny.run(dataset, output, **hard(tiny))
     assert done.code == 0, done.text
     return output / "tiny.safetensors"
 
@@ -64,9 +68,9 @@ def newest_state(output: Path) -> Path | None:
 
 @pytest.mark.parametrize("attempt", range(2))
 def test_killed_at_an_arbitrary_moment(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, uninterrupted: Path, attempt: int
+    tmp_path: Path, tiny: Tiny, dataset: Path, uninterrupted: Path, attempt: int
 ) -> None:
-    process = start_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, **HARD))
+    process = tiny.start(dataset, tmp_path, **hard(tiny))
     deadline = time.monotonic() + 120
     while newest_state(tmp_path) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -78,16 +82,16 @@ def test_killed_at_an_arbitrary_moment(
     if (tmp_path / "tiny.safetensors").exists():
         (tmp_path / "tiny.safetensors").unlink()  # too fast: it had ended; resume redoes the end
         state = sorted(tmp_path.glob("tiny-step*-state"))[0]
-    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, resume=state, **HARD))
+    done = tiny.run(dataset, tmp_path, resume=state, **hard(tiny))
     assert done.code == 0, done.text
     assert_same_weights(tmp_path / "tiny.safetensors", uninterrupted)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, uninterrupted: Path, number: int, code: int
+    tmp_path: Path, tiny: Tiny, dataset: Path, uninterrupted: Path, number: int, code: int
 ) -> None:
-    process = start_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, **HARD))
+    process = tiny.start(dataset, tmp_path, **hard(tiny))
     seen = []
     for line in process.stdout:
         seen.append(line)
@@ -103,33 +107,31 @@ def test_stopped_by_a_signal(
     assert state.with_name(state.name.removesuffix("-state") + ".safetensors").exists()
     stopped_at = json.loads((state / "train_state.json").read_text())["current_step"]
     assert 0 < stopped_at < 12
-    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, resume=state, **HARD))
+    done = tiny.run(dataset, tmp_path, resume=state, **hard(tiny))
     assert done.code == 0, done.text
     assert_same_weights(tmp_path / "tiny.safetensors", uninterrupted)
 
 
-def test_the_number_of_workers_does_not_matter(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, uninterrupted: Path
-) -> None:
-    arguments = lora_arguments(tiny_sd, dataset, tmp_path, **{**HARD, "max_data_loader_n_workers": 0})
-    done = run_script("train_network.py", *arguments)
+def test_the_number_of_workers_does_not_matter(tmp_path: Path, tiny: Tiny, dataset: Path, uninterrupted: Path) -> None:
+    arguments = tiny.words(dataset, tmp_path, **hard(tiny, max_data_loader_n_workers=0))
+    done = run_script(tiny.file, *arguments)
     assert done.code == 0, done.text
     assert_same_weights(tmp_path / "tiny.safetensors", uninterrupted)
 
 
-def test_a_torn_state_is_refused(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
-    settings = {**HARD, "max_train_steps": 2}
-    assert run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, **settings)).code == 0
+def test_a_torn_state_is_refused(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
+    settings = hard(tiny, max_train_steps=2)
+    assert tiny.run(dataset, tmp_path, **settings).code == 0
     state = newest_state(tmp_path)
     torn = next(state.glob("model*.safetensors"))
     torn.write_bytes(torn.read_bytes()[:-10])
-    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, resume=state, **HARD))
+    done = tiny.run(dataset, tmp_path, resume=state, **hard(tiny))
     assert done.code == 2
     assert torn.name in done.err and "Traceback" not in done.err
 
 
-def test_resuming_the_output_folder_names_the_state(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+def test_resuming_the_output_folder_names_the_state(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
     (tmp_path / "tiny-step00000002-state").mkdir()
-    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, resume=tmp_path, **HARD))
+    done = tiny.run(dataset, tmp_path, resume=tmp_path, **hard(tiny))
     assert done.code == 2
     assert "tiny-step00000002-state" in done.err

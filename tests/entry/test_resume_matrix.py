@@ -13,8 +13,8 @@ import pytest
 
 from library.training.fitting import Fitting
 from tests.entry.test_resume import assert_same_weights
-from tests.fixtures.runs import lora_arguments, make_pictures, train_here
-from tests.fixtures.tiny_sd import MadeCheckpoint
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import make_pictures
 
 STEPS = 9
 KILLED_IN = (4, 7)  # steps of which nothing is left
@@ -45,7 +45,7 @@ SETS: dict[str, tuple[str, str, dict[str, object]]] = {
     "Prodigy, dropouts": (
         "prodigyopt", "", {
             "optimizer_type": "Prodigy", "network_dropout": 0.3,
-            "network_args": ["rank_dropout=0.2", "module_dropout=0.2", "conv_dim=2"], **FREE,
+            "network_args": ["rank_dropout=0.2", "module_dropout=0.2"], **FREE,
         },
     ),
     "Adafactor, relative": ("transformers", "", {"optimizer_type": "Adafactor", "max_grad_norm": 0}),
@@ -96,10 +96,11 @@ def two_datasets(folder: Path, lines: str) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.every_family
 @pytest.mark.parametrize("name", [n if n == FAST else pytest.param(n, marks=pytest.mark.slow) for n in SETS])
 def test_killed_twice(
     tmp_path: Path,
-    tiny_sd: MadeCheckpoint,
+    tiny: Tiny,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     caplog: pytest.LogCaptureFixture,
@@ -108,8 +109,10 @@ def test_killed_twice(
     pytest.importorskip(package)
     dataset = two_datasets(tmp_path, lines)
     settings = {"max_train_steps": STEPS, "cache_latents": True, **options}
+    if "network_args" in options:
+        settings["network_args"] = [*options["network_args"], *tiny.family.network_args]
     saving = {"save_every_n_steps": 1, "save_state": True}
-    train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "whole", **settings, **saving))
+    tiny.train(dataset, tmp_path / "whole", **settings, **saving)
 
     original = Fitting.step_ended
     resume: Path | None = None
@@ -122,12 +125,12 @@ def test_killed_twice(
             return original(self, step, epoch)
 
         monkeypatch.setattr(Fitting, "step_ended", dies)
-        arguments = lora_arguments(tiny_sd, dataset, output, **settings, **saving, resume=resume)
+        rest = {**settings, **saving, "resume": resume}
         if fatal is None:
-            train_here(*arguments)
+            tiny.train(dataset, output, **rest)
             continue
         with pytest.raises(Killed):
-            train_here(*arguments)
+            tiny.train(dataset, output, **rest)
         resume = output / f"tiny-step{fatal - 1:08d}-state"
         assert json.loads((resume / "train_state.json").read_text())["current_step"] == fatal - 1
         assert not (output / f"tiny-step{fatal:08d}-state").exists()

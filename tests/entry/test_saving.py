@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures.runs import lora_arguments, make_pictures, metadata_of, train_here, write_dataset
-from tests.fixtures.tiny_sd import MadeCheckpoint
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import make_pictures, metadata_of, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -20,27 +20,24 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(folder / "data.toml", make_pictures(folder / "pictures", sizes=[(64, 64)] * 3))
 
 
-def test_retention_and_numbers(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
-    train_here(
-        *lora_arguments(
-            tiny_sd,
-            dataset,
-            tmp_path,
-            max_train_steps=None,
-            max_train_epochs=4,
-            save_n_epoch_ratio=4,
-            save_last_n_epochs=2,
-            save_last_n_epochs_state=1,
-            save_every_n_steps=2,
-            save_last_n_steps=4,
-            save_last_n_steps_state=2,
-            save_state=True,
-            save_precision="fp16",
-            ema_decay=0.9,
-            training_comment="a comment",
-            network_train_unet_only=True,
-            cache_latents=True,
-        )
+def test_retention_and_numbers(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
+    tiny.train(
+        dataset,
+        tmp_path,
+        max_train_steps=None,
+        max_train_epochs=4,
+        save_n_epoch_ratio=4,
+        save_last_n_epochs=2,
+        save_last_n_epochs_state=1,
+        save_every_n_steps=2,
+        save_last_n_steps=4,
+        save_last_n_steps_state=2,
+        save_state=True,
+        save_precision="fp16",
+        ema_decay=0.9,
+        training_comment="a comment",
+        network_train_unet_only=True,
+        cache_latents=True,
     )
     kept = {"tiny-000002": (6, 2), "tiny-000003": (9, 3), "tiny": (12, 4)}
     kept |= {f"tiny-step{step:08d}": (step, epoch) for step, epoch in ((8, 3), (10, 4), (12, 4))}
@@ -81,15 +78,15 @@ def test_retention_and_numbers(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset:
     ],
 )
 def test_forms_and_precisions(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, form: str, precision: str | None, dtype: torch.dtype
+    tmp_path: Path, tiny: Tiny, dataset: Path, form: str, precision: str | None, dtype: torch.dtype
 ) -> None:
     settings = {"save_model_as": form, "save_precision": precision, "max_train_steps": 1, "output_name": None}
-    train_here(*lora_arguments(tiny_sd, dataset, tmp_path, **settings, no_metadata=form == "safetensors"))
+    tiny.train(dataset, tmp_path, **settings, no_metadata=form == "safetensors")
     (file,) = (p for p in tmp_path.iterdir() if p.is_file())
     assert file.name == f"last.{form}"
     tensors = load_file(file) if form == "safetensors" else torch.load(file, weights_only=True)
     assert {t.dtype for t in tensors.values()} == {dtype}
-    assert any(name.startswith("lora_unet_") for name in tensors)
+    assert any(name.startswith(tiny.family.prefixes[0]) for name in tensors)
     if form == "safetensors":
         entries = metadata_of(file)
         assert not {"ss_steps", "ss_epoch", "ss_seed", "ss_training_comment"} & set(entries)

@@ -1,8 +1,11 @@
-"""``sdxl_train_network.py`` from end to end on tiny checkpoints."""
+"""What is Stable Diffusion XL's own in whole runs; what it shares with others is in the tests of ``tiny``."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,10 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.fixtures.runs import (
+    ROOT,
+    logged,
     lora_arguments,
     make_pictures,
     metadata_of,
-    run_script,
     train_here,
     write_dataset,
 )
@@ -34,47 +38,41 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert not different, f"{len(different)} of {len(a)} tensors differ, e.g. {different[:3]}"
 
 
-def test_a_whole_run_of_the_script(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a (cat:1.2) --w 64 --h 96 --s 2 --l 5 --d 1 --n dog\n")
+def test_rates_and_long_captions_of_both_encoders(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset = write_dataset(tmp_path / "data.toml", pictures, dataset="batch_size = 2")
     more = {
         "text_encoder_lr": [1e-3, 2e-3],
-        "network_args": ["conv_dim=2"],
         "max_token_length": 150,
         "weighted_captions": True,
         "disable_mmap_load_safetensors": True,
-        "sample_prompts": prompts,
-        "sample_every_n_steps": 2,
         "gradient_checkpointing": True,
         "sdpa": True,
     }
-    done = run_script(f"{SCRIPT}.py", *lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more))
-    assert done.code == 0, done.text
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
     path = tmp_path / "out" / "tiny.safetensors"
-    tensors = load_file(path)
-    starts = {"lora_te1_text_model_encoder", "lora_te2_text_model_encoder", "lora_unet_input_blocks_4_1"}
-    assert all(any(name.startswith(start) for name in tensors) for start in starts)
-    assert "lora_unet_input_blocks_1_0_in_layers_2.lora_down.weight" in tensors
-    moved = {name.split("_")[1] for name, tensor in tensors.items() if "lora_up" in name and tensor.any()}
+    moved = {name.split("_")[1] for name, tensor in load_file(path).items() if "lora_up" in name and tensor.any()}
     assert moved == {"te1", "te2", "unet"}
+    assert metadata_of(path)["ss_text_encoder_lr"] == "[0.001, 0.002]"
+    assert logged(tmp_path / "out", "lr/textencoder 1")[-1] == pytest.approx(1e-3)
+    assert logged(tmp_path / "out", "lr/textencoder 2")[-1] == pytest.approx(2e-3)
 
-    metadata = metadata_of(path)
-    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0" and metadata["ss_v2"] == "False"
-    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
-    assert metadata["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
-    assert metadata["modelspec.prediction_type"] == "epsilon"
-    assert metadata["ss_text_encoder_lr"] == "[0.001, 0.002]"
-    drawn = list((tmp_path / "out" / "sample").glob("*.png"))
-    assert len(drawn) == 1 and Image.open(drawn[0]).size == (64, 96)
+    more = {"text_encoder_lr": [0, 1e-3], "network_args": [f"block_dims={','.join(['2'] * 23)}"], "clip_skip": 2}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "second", **more), script=SCRIPT)
+    assert "--clip_skip has no effect as SDXL always takes the last but one layer" in capsys.readouterr().err
+    trained = load_file(tmp_path / "second" / "tiny.safetensors")
+    assert any("lora_unet_input_blocks_4_1" in name for name in trained)
+    moved = {name.split("_")[1] for name, tensor in trained.items() if "lora_up" in name and tensor.any()}
+    assert moved == {"te2", "unet"}
 
 
-def test_a_stopped_and_resumed_run_ends_bit_equal(
+def test_the_unet_is_told_real_sizes(
     tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from library.architectures.sdxl import StableDiffusionXL
 
-    told: list[list[int]] = []  # sizes that the U-Net is told
+    told: list[list[int]] = []
     predict = StableDiffusionXL.predict
 
     def spy(self, denoiser, noisy, timesteps, conditioning):
@@ -86,12 +84,7 @@ def test_a_stopped_and_resumed_run_ends_bit_equal(
     monkeypatch.setattr(StableDiffusionXL, "predict", spy)
     general = "shuffle_caption = true\nflip_aug = true\nrandom_crop = true"
     dataset = write_dataset(tmp_path / "data.toml", pictures, general=general, dataset="batch_size = 2")
-    more = {"max_train_steps": 4, "network_dropout": 0.3, "save_state": True, "save_every_n_steps": 2}
-    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "whole", **more), script=SCRIPT)
-    state = tmp_path / "whole" / "tiny-step00000002-state"
-    again = {**more, "resume": state}
-    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "again", **again), script=SCRIPT)
-    assert_same_weights(tmp_path / "whole" / "tiny.safetensors", tmp_path / "again" / "tiny.safetensors")
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", max_train_steps=4), script=SCRIPT)
     real = {Image.open(path).size[::-1] for path in pictures.glob("*.png")}  # (H, W)
     assert {(height, width) for height, width, *_ in told} <= real
     assert any(top or left for _, _, top, left, *_ in told)
@@ -225,3 +218,46 @@ def test_gen_img_recognises_the_model(tmp_path: Path, tiny_sdxl: MadeCheckpoint,
     gen_img.main(gen_img.setup_parser().parse_args([str(word) for word in words]))
     (image,) = (tmp_path / "images").iterdir()
     assert Image.open(image).size == (64, 96)
+
+
+def commands_of_the_page() -> list[list[str]]:
+    """The words of each command on docs/sdxl_train_network.md, from the script's name on."""
+    page = (ROOT / "docs" / "sdxl_train_network.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [shlex.split(line) for line in lines]
+    return [words[next(i for i, word in enumerate(words) if word.endswith(".py")) :] for words in found]
+
+
+def test_commands_of_the_page(tmp_path: Path, tiny_sdxl: MadeCheckpoint) -> None:
+    from library.config.config_file import read_args
+
+    pictures = make_pictures(tmp_path / "pictures", ((64, 64), (100, 44)))
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f"pretrained_model_name_or_path = '{tiny_sdxl.path}'\ndataset_config = '{dataset}'\n"
+        f"output_dir = '{tmp_path / 'second'}'\nnetwork_module = 'networks.lora'\nmax_train_steps = 1\n"
+    )
+    values = {
+        "sd_xl_base_1.0.safetensors": tiny_sdxl.path,
+        "dataset.toml": dataset,
+        "output": tmp_path / "first",
+        "run.toml": config,
+    }
+    more = ["--tokenizer_cache_dir", tiny_sdxl.tokenizer_cache_dir, "--max_data_loader_n_workers", 0]
+    commands = commands_of_the_page()
+    assert len(commands) == 4
+    for script, *words in commands:
+        given = [str(values.get(word, word)) for word in words] + [str(word) for word in more]
+        if "--max_train_epochs" in given:
+            given[given.index("--max_train_epochs") + 1] = "1"
+        module = script.removesuffix(".py").replace("/", ".")
+        if module == SCRIPT:
+            train_here(*given, script=SCRIPT)
+        else:
+            tool = {"cache_latents": "CacheLatents", "cache_text_encoder_outputs": "CacheTextEncoderOutputs"}
+            imported = importlib.import_module(module)
+            getattr(imported, tool[module.split(".")[1]])().run(read_args(imported.setup_parser(), given))
+    assert (tmp_path / "first" / "my_lora.safetensors").is_file() and list((tmp_path / "second").glob("*.safetensors"))
+    assert len(list(pictures.glob("*_sdxl.npz"))) == len(list(pictures.glob("?_te_outputs.npz"))) == 2

@@ -1,4 +1,4 @@
-"""``train_network.py`` from end to end on tiny checkpoints, as a user runs it."""
+"""The LoRA scripts of all families from end to end on tiny checkpoints, as a user runs them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.fixtures.families import Tiny
 from tests.fixtures.runs import lora_arguments, make_pictures, metadata_of, run_script, write_dataset
-from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
+from tests.fixtures.tiny_sd import make_tiny_sd
 
 
 @pytest.fixture(scope="module")
@@ -19,32 +20,30 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset") / "data.toml", pictures, dataset="batch_size = 2")
 
 
-def test_a_whole_run(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+@pytest.mark.every_family
+def test_a_whole_run(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
     """Epoch and step saves, retention, states, samples, logs, metadata: one run shows all of it."""
+    family = tiny.family
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# a comment\na cat --w 64 --h 64 --s 2 --d 5 --n dog\nthe dog --w 64 --h 64 --s 2 --d 6\n")
     output = tmp_path / "out"
-    done = run_script(
-        "train_network.py",
-        *lora_arguments(
-            tiny_sd,
-            dataset,
-            output,
-            max_train_steps=None,
-            max_train_epochs=3,
-            save_every_n_epochs=1,
-            save_last_n_epochs=1,
-            save_every_n_steps=4,
-            save_state=True,
-            sample_prompts=prompts,
-            sample_every_n_epochs=2,
-            sample_at_first=True,
-            cache_latents_to_disk=True,
-            cache_latents=True,
-            network_args=["conv_dim=2", "conv_alpha=1"],
-            training_comment="a comment",
-            metadata_author="somebody",
-        ),
+    done = tiny.run(
+        dataset,
+        output,
+        max_train_steps=None,
+        max_train_epochs=3,
+        save_every_n_epochs=1,
+        save_last_n_epochs=1,
+        save_every_n_steps=4,
+        save_state=True,
+        sample_prompts=prompts,
+        sample_every_n_epochs=2,
+        sample_at_first=True,
+        cache_latents_to_disk=True,
+        cache_latents=True,
+        network_args=family.network_args,
+        training_comment="a comment",
+        metadata_author="somebody",
     )
     assert done.code == 0, done.text
     # 7 pictures in three shapes, batches of 2: 2 + 1 + 1 or so steps; read it from the metadata
@@ -53,18 +52,19 @@ def test_a_whole_run(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> 
     per_epoch = int(entries["ss_num_batches_per_epoch"])
     assert int(entries["ss_steps"]) == 3 * per_epoch
     assert entries["ss_epoch"] == "3"
-    assert entries["ss_base_model_version"] == "sd_v1"
+    assert entries.items() >= family.metadata.items()
     assert entries["ss_output_name"] == "tiny"
     assert entries["ss_training_comment"] == "a comment"
-    assert json.loads(entries["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "1", "dropout": None}
+    given = dict(arg.split("=") for arg in family.network_args)
+    assert json.loads(entries["ss_network_args"]) == {**given, "dropout": None}
     assert len(entries["sshs_model_hash"]) == 64 and len(entries["ss_new_sd_model_hash"]) == 64
-    assert entries["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert entries["modelspec.author"] == "somebody"
     tensors = load_file(final)
     assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in tensors.values())
-    assert any(name.startswith("lora_te_") for name in tensors) and any("resnets_0_conv1" in name for name in tensors)
-    ups = [t for name, t in tensors.items() if name.endswith("lora_up.weight")]
-    assert sum(float(t.abs().sum()) > 0 for t in ups) > len(ups) / 2, "the adapters were trained"
+    assert any(family.more_modules in name for name in tensors)
+    for prefix in family.prefixes:
+        ups = [t for name, t in tensors.items() if name.startswith(prefix) and name.endswith("lora_up.weight")]
+        assert ups and sum(bool(t.any()) for t in ups) >= len(ups) / 2, f"the adapters of {prefix} were trained"
 
     # epoch 3 is the final file; epoch 1 went when epoch 2 came
     assert sorted(p.name for p in output.glob("tiny-0*")) == ["tiny-000002-state", "tiny-000002.safetensors"]
@@ -82,13 +82,15 @@ def test_a_whole_run(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> 
     assert not list(output.rglob("*.tmp")) and not list(output.glob(".*"))
 
 
-def test_the_console_speaks(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
-    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path))
+def test_the_console_speaks(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
+    done = tiny.run(dataset, tmp_path)
     assert done.code == 0, done.text
     for word in ("model", "bucket", "steps", "parameters", str(tmp_path)):
         assert word in done.text
 
 
+@pytest.mark.every_family
+@pytest.mark.usefixtures("own_root_logger")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -101,19 +103,26 @@ def test_the_console_speaks(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Pa
         pytest.param({"network_train_unet_only": True, "min_snr_gamma": 5, "unet_lr": 1e-3}, id="unet"),
         pytest.param({"network_train_text_encoder_only": True, "text_encoder_lr": 1e-3}, id="text"),
         pytest.param({"save_model_as": "pt", "save_precision": "fp16"}, id="pt"),
-        pytest.param({"clip_skip": 2, "max_token_length": 150, "weighted_captions": True}, id="long"),
         pytest.param({"scale_weight_norms": 0.1, "multires_noise_iterations": 3, "loss_type": "huber"}, id="norms"),
     ],
 )
-def test_options_train(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, settings: dict[str, object]) -> None:
-    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path, **settings))
-    assert done.code == 0, done.text
-    (weights,) = tmp_path.glob("tiny.*")
+def test_options_train(tmp_path: Path, tiny: Tiny, dataset: Path, settings: dict[str, object]) -> None:
+    check_training(tiny, dataset, tmp_path, **settings)
+
+
+@pytest.mark.every_family
+@pytest.mark.usefixtures("own_root_logger")
+def test_options_of_captions_train(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
+    check_training(tiny, dataset, tmp_path, **tiny.family.caption_options)
+
+
+def check_training(tiny: Tiny, dataset: Path, output: Path, **settings: object) -> None:
+    tiny.train(dataset, output, **settings)
+    (weights,) = output.glob("tiny.*")
     tensors = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
-    has_text = any(name.startswith("lora_te_") for name in tensors)
-    has_unet = any(name.startswith("lora_unet_") for name in tensors)
-    assert has_text == ("network_train_unet_only" not in settings)
-    assert has_unet == ("network_train_text_encoder_only" not in settings)
+    denoiser, *encoders = (any(name.startswith(prefix) for name in tensors) for prefix in tiny.family.prefixes)
+    assert set(encoders) == {"network_train_unet_only" not in settings}
+    assert denoiser == ("network_train_text_encoder_only" not in settings)
     if settings.get("save_precision") == "fp16":
         assert {t.dtype for t in tensors.values()} == {torch.float16}
 
@@ -133,23 +142,19 @@ def test_layouts_and_versions(tmp_path: Path, dataset: Path, layout: str, v2: bo
     assert entries["ss_v2"] == str(v2)
 
 
-def test_network_weights_go_on(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
-    first = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path / "a"))
+def test_network_weights_go_on(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
+    first = tiny.run(dataset, tmp_path / "a")
     assert first.code == 0, first.text
     weights = tmp_path / "a" / "tiny.safetensors"
-    second = run_script(
-        "train_network.py",
-        *lora_arguments(
-            tiny_sd,
-            dataset,
-            tmp_path / "b",
-            network_weights=weights,
-            dim_from_weights=True,
-            network_dim=None,
-            base_weights=[weights],
-            base_weights_multiplier=[0.5],
-            learning_rate=0.0001,
-        ),
+    second = tiny.run(
+        dataset,
+        tmp_path / "b",
+        network_weights=weights,
+        dim_from_weights=True,
+        network_dim=None,
+        base_weights=[weights],
+        base_weights_multiplier=[0.5],
+        learning_rate=0.0001,
     )
     assert second.code == 0, second.text
     a, b = load_file(weights), load_file(tmp_path / "b" / "tiny.safetensors")
@@ -158,21 +163,17 @@ def test_network_weights_go_on(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset:
     assert torch.allclose(a[name], b[name], atol=1e-2) and not torch.equal(a[name], b[name])
 
 
-def test_the_old_folder_form(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+def test_the_old_folder_form(tmp_path: Path, tiny: Tiny) -> None:
     make_pictures(tmp_path / "train" / "3_sks cat", sizes=[(64, 64)] * 2)
     make_pictures(tmp_path / "reg" / "1_cat", sizes=[(64, 64)] * 3)
-    done = run_script(
-        "train_network.py",
-        *lora_arguments(
-            tiny_sd,
-            None,
-            tmp_path / "out",
-            dataset_config=None,
-            train_data_dir=tmp_path / "train",
-            reg_data_dir=tmp_path / "reg",
-            resolution="64,64",
-            caption_extension=".caption",
-        ),
+    done = tiny.run(
+        None,
+        tmp_path / "out",
+        dataset_config=None,
+        train_data_dir=tmp_path / "train",
+        reg_data_dir=tmp_path / "reg",
+        resolution="64,64",
+        caption_extension=".caption",
     )
     assert done.code == 0, done.text
     entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
@@ -180,15 +181,15 @@ def test_the_old_folder_form(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
     assert json.loads(entries["ss_dataset_dirs"]) == {"3_sks cat": {"n_repeats": 3, "img_count": 2}}
 
 
-def test_config_file_and_command_line(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+def test_config_file_and_command_line(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
     config = tmp_path / "lora.toml"
     config.write_text(
-        f"[model]\npretrained_model_name_or_path = '{tiny_sd.path}'\n"
-        f"tokenizer_cache_dir = '{tiny_sd.tokenizer_cache_dir}'\n"
-        f"[anything]\ndataset_config = '{dataset}'\noutput_dir = '{tmp_path}'\noutput_name = 'from_file'\n"
+        "[model]\n"
+        + "".join(f"{name} = '{value}'\n" for name, value in tiny.model.flags.items())
+        + f"[anything]\ndataset_config = '{dataset}'\noutput_dir = '{tmp_path}'\noutput_name = 'from_file'\n"
         "network_module = 'networks.lora'\nnetwork_dim = 4\nmax_train_steps = 1\nseed = 3\n"
     )
-    done = run_script("train_network.py", "--config_file", config, "--output_name", "from_line")
+    done = run_script(tiny.file, "--config_file", config, "--output_name", "from_line")
     assert done.code == 0, done.text
     entries = metadata_of(tmp_path / "from_line.safetensors")
     assert (entries["ss_network_dim"], entries["ss_seed"]) == ("4", "3")
@@ -205,7 +206,6 @@ BAD = [
     pytest.param({"optimizer_args": ["weight_decy=0.1"]}, ["weight_decy", "weight_decay"], id="optimizer arg"),
     pytest.param({"lr_scheduler": "cosin"}, ["cosin", "cosine"], id="scheduler"),
     pytest.param({"dataset_config": "no/such.toml"}, ["no/such.toml"], id="dataset file"),
-    pytest.param({"v2": True}, ["--v2", "1.x"], id="v2"),
     pytest.param({"resume": "no/such-state"}, ["no/such-state"], id="resume"),
     pytest.param({"network_weights": "no/such.safetensors"}, ["no/such.safetensors"], id="weights"),
     pytest.param(
@@ -218,19 +218,36 @@ BAD = [
 ]
 
 
+def refusal(tiny: Tiny, capsys: pytest.CaptureFixture[str], dataset: Path, output: Path, **settings: object) -> str:
+    """The one line that a run ends with, which leaves nothing behind."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        tiny.train(dataset, output, **settings)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said, said
+    assert not list(output.rglob("*.safetensors"))
+    return errors[0]
+
+
+@pytest.mark.every_family
+@pytest.mark.usefixtures("own_root_logger")
 @pytest.mark.parametrize(("settings", "words"), BAD)
 def test_mistakes_are_one_line(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, settings: dict[str, object], words: list[str]
+    tmp_path: Path,
+    tiny: Tiny,
+    dataset: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, object],
+    words: list[str],
 ) -> None:
-    done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path / "out", **settings))
-    assert done.code == 2, done.text
-    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.err
-    assert all(word in errors[0] for word in words), errors[0]
-    assert "Traceback" not in done.text
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    error = refusal(tiny, capsys, dataset, tmp_path / "out", **settings)
+    assert all(word in error for word in words), error
 
 
+@pytest.mark.every_family
+@pytest.mark.usefixtures("own_root_logger")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -242,29 +259,43 @@ def test_mistakes_are_one_line(
     ids=["folder", "key", "caption", "syntax"],
 )
 def test_mistakes_in_the_dataset_file(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, change: tuple[str, str], words: list[str]
+    tmp_path: Path,
+    tiny: Tiny,
+    dataset: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: tuple[str, str],
+    words: list[str],
 ) -> None:
     wrong = tmp_path / "wrong.toml"
     wrong.write_text(dataset.read_text().replace(*change))
-    done = run_script("train_network.py", *lora_arguments(tiny_sd, wrong, tmp_path / "out"))
-    assert done.code == 2, done.text
-    assert "wrong.toml" in done.err and "Traceback" not in done.text
-    assert all(word in done.err for word in words), done.err
+    with pytest.raises(SystemExit) as ended:
+        tiny.train(wrong, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "wrong.toml" in said
+    assert all(word in said for word in words), said
 
 
-def test_a_diverged_run_saves_nothing_more(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
-    done = run_script(
-        "train_network.py",
-        *lora_arguments(
-            tiny_sd,
-            dataset,
-            tmp_path,
-            learning_rate=1e30,
-            max_grad_norm=0,
-            max_train_steps=30,
-            save_every_n_steps=5,
-            save_state=True,
-        ),
+def test_a_mistake_on_the_command_line(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
+    """As the user sees it; for the others, which would each start Python, see above."""
+    done = tiny.run(dataset, tmp_path / "out", netwrok_dim=4)
+    assert done.code == 2 and done.err.startswith("error: ") and "Traceback" not in done.text, done.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_v2_of_another_version(tmp_path: Path, sd: Tiny, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refusal(sd, capsys, dataset, tmp_path / "out", v2=True)
+    assert "--v2" in error and "1.x" in error
+
+
+def test_a_diverged_run_saves_nothing_more(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
+    done = tiny.run(
+        dataset,
+        tmp_path,
+        learning_rate=1e30,
+        max_grad_norm=0,
+        max_train_steps=30,
+        save_every_n_steps=5,
+        save_state=True,
     )
     assert done.code != 0
     assert "diverged" in done.err and "Traceback" not in done.err
@@ -273,28 +304,28 @@ def test_a_diverged_run_saves_nothing_more(tmp_path: Path, tiny_sd: MadeCheckpoi
     assert not (tmp_path / "tiny.safetensors").exists()
 
 
-def test_wrappers_can_import_the_script(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path) -> None:
+def test_wrappers_can_import_the_script(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
     """GUIs build a namespace from ``setup_parser`` and call ``train`` themselves."""
     program = tmp_path / "wrapper.py"
-    words = [str(w) for w in lora_arguments(tiny_sd, dataset, tmp_path / "out", max_train_steps=1)]
+    words = [str(w) for w in tiny.words(dataset, tmp_path / "out", max_train_steps=1)]
     program.write_text(
-        "import sys\nsys.path.insert(0, '.')\nimport train_network\n"
-        f"args = train_network.setup_parser().parse_args({words!r})\n"
-        "train_network.NetworkTrainer().train(args)\n"
+        f"import sys\nsys.path.insert(0, '.')\nimport {tiny.family.script} as script\n"
+        f"args = script.setup_parser().parse_args({words!r})\n"
+        f"script.{tiny.family.trainer}().train(args)\n"
     )
     done = run_script(str(program))
     assert done.code == 0, done.text
     assert (tmp_path / "out" / "tiny.safetensors").exists()
 
 
-def test_help_is_worth_reading() -> None:
-    done = run_script("train_network.py", "--help")
+def test_help_is_worth_reading(tiny: Tiny) -> None:
+    done = run_script(tiny.file, "--help")
     assert done.code == 0
-    assert "accelerate launch train_network.py" in done.out
+    assert f"accelerate launch {tiny.file}" in done.out
     assert len(done.out.splitlines()) > 250
 
 
-def test_a_metadata_file(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+def test_a_metadata_file(tmp_path: Path, tiny: Tiny) -> None:
     """The fine-tuning method, by dataset file and by --in_json: the same data and the same weights."""
     folder = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 3)
     entries = [{"image_path": f"{i}.png", "caption": "a cat", "tags": f"tag{i}, dog"} for i in range(3)]
@@ -312,7 +343,7 @@ def test_a_metadata_file(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
     weights, entries_of = [], []
     for name, dataset, more in (("a", config, {}), ("b", None, {"dataset_config": None, **by_flags})):
         settings = {"max_train_steps": 4, "cache_latents": True, **more}
-        done = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path / name, **settings))
+        done = tiny.run(dataset, tmp_path / name, **settings)
         assert done.code == 0, done.text
         weights.append(load_file(tmp_path / name / "tiny.safetensors"))
         entries_of.append(metadata_of(tmp_path / name / "tiny.safetensors"))
@@ -327,10 +358,9 @@ def test_a_metadata_file(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
     assert recorded["tag_frequency"]["meta.jsonl"]["dog"] == 3
 
 
-def test_mistakes_in_a_metadata_file(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
+def test_mistakes_in_a_metadata_file(tmp_path: Path, tiny: Tiny) -> None:
     (tmp_path / "meta.jsonl").write_text('{"image_path": "gone.png", "caption": "a cat"}\n{"caption": "a dog"}\n')
-    arguments = lora_arguments(
-        tiny_sd,
+    arguments = tiny.words(
         None,
         tmp_path / "out",
         dataset_config=None,
@@ -338,7 +368,7 @@ def test_mistakes_in_a_metadata_file(tmp_path: Path, tiny_sd: MadeCheckpoint) ->
         train_data_dir=tmp_path,
         resolution=64,
     )
-    done = run_script("train_network.py", *arguments)
+    done = run_script(tiny.file, *arguments)
     assert done.code == 2, done.text
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and "Traceback" not in done.text

@@ -1,0 +1,39 @@
+"""``benchmarks/train_step.py`` measures each family's script, and the plain loop that it is held against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.train_step import SCRIPTS, Case, make_model, run_case, run_reference
+
+CASE = Case("tiny", "bf16", resolution=64, batch_size=2, steps=4, rank=2)
+EVERYTHING = {"checkpointing": True, "cache_text": True, "adamw8bit": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SCRIPTS)
+@pytest.mark.parametrize("options", [{"uncached": True}, EVERYTHING], ids=["uncached", "everything"])
+def test_a_run_and_the_plain_loop(tmp_path: Path, arch: str, options: dict[str, bool]) -> None:
+    pytest.importorskip("peft")
+    if "adamw8bit" in options:
+        pytest.importorskip("bitsandbytes")
+    case = Case(**{**vars(CASE), "arch": arch, **options})
+    model = make_model(tmp_path, arch, case.size)
+    for figures in (run_case(case, model, tmp_path), run_reference(case, model, tmp_path)):
+        assert 0 < figures.seconds_per_step < figures.total_seconds
+        assert figures.samples_per_second == pytest.approx(2 / figures.seconds_per_step, rel=0.05)
+        assert figures.seconds_before_first_step < figures.total_seconds
+        assert 0.2 < figures.peak_host_gb < 5
+        assert figures.peak_device_gb is None or figures.peak_device_gb > 0
+
+
+def test_switches_hold_for_both() -> None:
+    case = Case(**{**vars(CASE), **EVERYTHING, "compile": True})
+    assert case.switches() == [
+        "--gradient_checkpointing", "--cache_text_encoder_outputs", "--cache_latents", "--torch_compile",
+        "--optimizer_type", "AdamW8bit",
+    ]  # fmt: skip
+    assert case.reference_switches() == ["--checkpointing", "--cache_text", "--adamw8bit", "--compile"]
+    assert CASE.switches() == ["--cache_latents"] and CASE.reference_switches() == []
