@@ -128,8 +128,8 @@ class OftModule(AdapterModule):
         """R - I (n, k, k), float32: exactly 0 in a new network, which R itself would not be in lower precision."""
         generator = self.generator()
         unit = torch.eye(generator.shape[-1], device=generator.device)
-        # Q and (I - Q)^-1 commute
-        return torch.linalg.solve(unit - generator, 2.0 * generator)
+        # Q and (I - Q)^-1 commute; I - Q is never singular, so nothing waits for the device to look at errors
+        return torch.linalg.solve_ex(unit - generator, 2.0 * generator).result
 
     def rotation(self) -> Tensor:
         """R (n, k, k), float32."""
