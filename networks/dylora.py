@@ -82,6 +82,7 @@ class DyLoraArgs(LoraArgs):
     unit: int = 1
 
     def check_size(self, rank: int, alpha: float) -> None:
+        """As in the base class; one rank for all, which the unit divides."""
         super().check_size(rank, alpha)
         if self.conv_dim and self.conv_dim != rank:
             raise UserError(

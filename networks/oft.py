@@ -186,14 +186,17 @@ class OftNetwork(LoraNetwork):
         return [*parts, NetworkPart("unet", unet, target, False)]
 
     @classmethod
-    def sizes_in(cls, weights: Mapping[str, Tensor]) -> dict[str, RankAlpha]:
+    def sizes_in(cls, weights: Mapping[str, Tensor], source: str) -> dict[str, RankAlpha]:
+        """As in the base class, the number of blocks being the rank. Raises UserError where an alpha is missing."""
         sizes = {}
         for name, tensor in weights.items():
             lora_name, _, kind = name.rpartition(".")
             if kind == "oft_blocks":
                 alpha = weights.get(f"{lora_name}.alpha")
                 if alpha is None:
-                    raise UserError(f"{lora_name}.alpha: missing beside oft_blocks; no OFT of {MODULE_NAME}")
+                    raise UserError(
+                        f"{source}: {lora_name}.alpha is missing beside oft_blocks; it is no file of {MODULE_NAME}"
+                    )
                 sizes[lora_name] = RankAlpha(tensor.shape[0], float(alpha))
         return sizes
 
