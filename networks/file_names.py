@@ -41,6 +41,7 @@ TENSOR_NAMES = {
     "lora_linear_layer.up.weight": "lora_up.weight",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
+    "oft_blocks": "oft_blocks",
 }
 _KEY = re.compile(rf"(.+?)\.({'|'.join(re.escape(name) for name in TENSOR_NAMES)})")
 
