@@ -257,6 +257,10 @@ class AdapterNetwork(nn.Module, ABC):
     """
 
     module_name: str  # as in --network_module
+    #: whether text encoders ever get gradients
+    adapts_text_encoders: bool = True
+    #: why ``apply_max_norm_regularization`` cannot be, where it cannot
+    no_max_norm: str = ""
 
     def __init__(
         self,
@@ -418,6 +422,14 @@ class AdapterNetwork(nn.Module, ABC):
     def on_step_start(self) -> None:
         """Hook of the protocol for networks whose shape changes from step to step."""
 
+    def begin_step(self, seed: int, step: int) -> None:
+        """Hook of ours, before each batch of a training step: what is drawn for it is a function of these two.
+
+        Args:
+            seed: of the run.
+            step: counted from 0; several batches that are accumulated share it.
+        """
+
     def get_trainable_params(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
@@ -539,7 +551,12 @@ class AdapterNetwork(nn.Module, ABC):
 
     def published_names(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Tensors in diffusers' or PEFT's names under those of this network; others keep theirs."""
-        return published_names(weights, [(part.model, part.target) for part in self.parts])
+        return self.names_in(self.parts, weights)
+
+    @classmethod
+    def names_in(cls, parts: Sequence[NetworkPart], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The same for a network that is still to be made of ``parts``."""
+        return published_names(weights, [(part.model, part.target) for part in parts])
 
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the network's tensors atomically; ``.safetensors`` files carry the metadata and two hashes.

@@ -24,11 +24,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.base import Dropouts
 from networks.lora_module import LoraModule
+from networks.own_product import is_alone, own_product, product
 from networks.targets import FoundModule, RankAlpha
 
 _EPS = torch.finfo(torch.float32).eps
@@ -66,14 +66,8 @@ class DoraModule(LoraModule):
 
     # ---- forward ----
 
-    @property
-    def _is_alone(self) -> bool:
-        """Whether the hooked forward is the module's own, with its own weight."""
-        own = getattr(self._original_forward, "__self__", None) is self.original
-        return own and not self.has_merged_weight
-
     def changed_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.on_output or not self._is_alone:
+        if self.on_output or not is_alone(self):
             return super().changed_output(x, *args, **kwargs)
         # V with scaled columns is V of scaled inputs: the module's own product serves, and none is added
         factors = self._along(self._factors())
@@ -86,26 +80,10 @@ class DoraModule(LoraModule):
         moved = self.multiplier * (factors - 1.0)
         strength = self.multiplier * self.scale
         if self.on_output:
-            change = self._own_product(out, x) * moved + self.low_rank_output(x) * (strength * factors)
+            change = own_product(self, out, x) * moved + self.low_rank_output(x) * (strength * factors)
         else:
-            change = self._product((x * moved).to(x.dtype)) + self.low_rank_output((x * factors).to(x.dtype)) * strength
+            change = product(self, (x * moved).to(x.dtype)) + self.low_rank_output((x * factors).to(x.dtype)) * strength
         return (out + change).to(out.dtype)
-
-    def _own_product(self, out: Tensor, x: Tensor) -> Tensor:
-        """W x; taken from the module's output where no other adapter has changed that."""
-        if not self._is_alone:
-            return self._product(x)
-        bias = self.original.bias
-        if bias is None:
-            return out
-        return out - (bias.view(1, -1, 1, 1) if isinstance(self.original, nn.Conv2d) else bias)
-
-    def _product(self, x: Tensor) -> Tensor:
-        """W x, with the weight as it was before any merging."""
-        layer, weight = self.original, self.base_weight.to(x.dtype)
-        if isinstance(layer, nn.Conv2d):
-            return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)
-        return F.linear(x, weight)
 
     # ---- merging ----
 

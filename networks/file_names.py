@@ -40,6 +40,7 @@ _TENSORS = {
     "lora_linear_layer.up.weight": "lora_up.weight",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
+    "oft_blocks": "oft_blocks",
 }
 _KEY = re.compile(rf"(.+?)\.({'|'.join(re.escape(name) for name in _TENSORS)})")
 

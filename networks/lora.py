@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -34,12 +34,14 @@ from library.architectures.sd import SD
 from library.errors import UserError
 from networks.base import AdapterModule, AdapterNetwork, Dropouts, NetworkPart, RateGroup, as_list
 from networks.dora import DoraModule
-from networks.file_names import published_names
-from networks.lora_args import DEFAULT_ALPHA, MODULE_NAME, RANK_KEYS, LoraArgs
+from networks.lora_args import DEFAULT_ALPHA, MODULE_NAME, LoraArgs
 from networks.lora_module import LoraModule
 from networks.targets import FoundModule, RankAlpha, RankRule, find_modules, target_of
 from networks.unet_blocks import unet_block_index
 from networks.weights import read_weights, refuse_misfits, select_weights, sizes_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DEFAULT_RANK = 4
 
@@ -48,9 +50,10 @@ TEXT_ENCODER, UNET = SD.text_encoder_targets[0], SD.denoiser_target
 
 
 class LoraNetwork(AdapterNetwork):
-    """LoRA on text encoders and a denoiser, with LoRA+ and block-wise learning rates."""
+    """LoRA on text encoders and a denoiser, with LoRA+ and block-wise learning rates; the base of its relatives."""
 
     module_name = MODULE_NAME
+    args_class: ClassVar[type[LoraArgs]] = LoraArgs
 
     def __init__(
         self,
@@ -61,8 +64,88 @@ class LoraNetwork(AdapterNetwork):
         multiplier: float = 1.0,
         dropouts: Dropouts = Dropouts(),
     ) -> None:
+        self.args = args  # before the adapters are made, which some of them ask
         super().__init__(parts, rank_rule, multiplier=multiplier, dropouts=dropouts)
-        self.args = args
+
+    @classmethod
+    def create(
+        cls,
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: nn.Module | None,
+        text_encoder: nn.Module | Sequence[nn.Module] | None,
+        unet: nn.Module,
+        neuron_dropout: float | None = None,
+        **kwargs: object,
+    ) -> Self:
+        """See ``create_network``."""
+        args = cls.args_class.read(kwargs, target_of(unet, UNET).blocks)
+        rank = DEFAULT_RANK if network_dim is None else network_dim
+        alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha
+        args.check_size(rank, alpha)
+        parts = cls.make_parts(text_encoder, unet, args)
+        in_unet = tuple(f"{part.target.prefix}_" for part in parts if not part.is_text_encoder)
+
+        def rank_rule(found: FoundModule) -> RankAlpha | None:
+            return args.size_of(found, rank, alpha, in_unet=found.lora_name.startswith(in_unet))
+
+        network = cls(parts, rank_rule, args, multiplier=multiplier, dropouts=args.dropouts(neuron_dropout))
+        candidates = [found.lora_name for part in parts for found in find_modules(part.model, part.target)]
+        args.network_reg_dims.refuse_idle("network_reg_dims", candidates)
+        args.network_reg_lrs.refuse_idle("network_reg_lrs", [adapter.lora_name for adapter in network.adapters])
+        return network
+
+    @classmethod
+    def create_from_weights(
+        cls,
+        multiplier: float,
+        file: str | None,
+        vae: nn.Module | None,
+        text_encoder: nn.Module | Sequence[nn.Module] | None,
+        unet: nn.Module,
+        weights_sd: Mapping[str, Tensor] | None = None,
+        for_inference: bool = False,
+        neuron_dropout: float | None = None,
+        **kwargs: object,
+    ) -> tuple[Self, Mapping[str, Tensor]]:
+        """See ``create_network_from_weights``."""
+        if idle := [key for key in cls.args_class.rank_keys if kwargs.get(key) is not None]:
+            raise UserError(f"--network_args {', '.join(idle)}: no effect where ranks and alphas come from a file")
+        args = cls.args_class.read(kwargs, target_of(unet, UNET).blocks)
+        parts = cls.make_parts(text_encoder, unet)
+        weights_sd = cls.names_in(parts, read_weights(file) if weights_sd is None else weights_sd)
+        sizes = cls.sizes_in(weights_sd)
+        source = str(file) if file else "the given weights"
+        available = {found.lora_name for part in parts for found in find_modules(part.model, part.target)}
+        refuse_misfits(sizes.keys(), available, weights_sd, source, cls.module_name)
+        dropouts = args.dropouts(neuron_dropout)
+        network = cls(parts, lambda found: sizes.get(found.lora_name), args, multiplier=multiplier, dropouts=dropouts)
+        select_weights(network, weights_sd, source)
+        args.network_reg_lrs.refuse_idle("network_reg_lrs", [adapter.lora_name for adapter in network.adapters])
+        if for_inference:
+            network.eval().requires_grad_(False)
+        return network, weights_sd
+
+    @classmethod
+    def make_parts(
+        cls, text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module, args: LoraArgs | None = None
+    ) -> list[NetworkPart]:
+        """The parts with all modules that may be adapted; those of a file, without ``args``."""
+        encoders = as_list(text_encoder)
+        parts = []
+        for number, model in enumerate(encoders, start=1):
+            label = f"textencoder {number}" if len(encoders) > 1 else "textencoder"
+            parts.append(NetworkPart(label, model, target_of(model, TEXT_ENCODER), True))
+        target = target_of(unet, UNET)
+        if args is None or args.adapts_spatial_convs:
+            target = target.with_convs()
+        return [*parts, NetworkPart("unet", unet, target, False)]
+
+    @classmethod
+    def sizes_in(cls, weights: Mapping[str, Tensor]) -> dict[str, RankAlpha]:
+        """Size of each module's adapter in a file."""
+        return sizes_of(weights)
 
     def make_adapter(self, found: FoundModule, size: RankAlpha, **settings: Any) -> LoraModule:
         return (LoraModule if size.dora is None else DoraModule)(found, size, **settings)
@@ -101,7 +184,7 @@ class LoraNetwork(AdapterNetwork):
         ratio = self.args.loraplus_ratio(part.is_text_encoder)
         if ratio is None:
             return super().split_parameters(part, adapters)
-        up = [adapter.lora_up.weight for adapter in adapters]
+        up = [parameter for adapter in adapters for parameter in adapter.up_parameters()]
         raised = {id(weight) for weight in up}
         others = [p for adapter in adapters for p in adapter.parameters() if id(p) not in raised]
         return [("", 1.0, others), (" plus", ratio, up)]
@@ -140,21 +223,7 @@ def create_network(
     Raises:
         UserError: wrong network args or rank.
     """
-    args = LoraArgs.read(kwargs, target_of(unet, UNET).blocks)
-    rank = DEFAULT_RANK if network_dim is None else network_dim
-    alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha
-    if rank < 1:
-        raise UserError(f"--network_dim {rank}: the rank must be at least 1")
-    parts = _parts(text_encoder, unet, with_convs=args.adapts_spatial_convs)
-
-    def rank_rule(found: FoundModule) -> RankAlpha | None:
-        return args.size_of(found, rank, alpha, in_unet=found.lora_name.startswith(f"{UNET.prefix}_"))
-
-    network = LoraNetwork(parts, rank_rule, args, multiplier=multiplier, dropouts=args.dropouts(neuron_dropout))
-    candidates = [found.lora_name for part in parts for found in find_modules(part.model, part.target)]
-    args.network_reg_dims.refuse_idle("network_reg_dims", candidates)
-    args.network_reg_lrs.refuse_idle("network_reg_lrs", [adapter.lora_name for adapter in network.adapters])
-    return network
+    return LoraNetwork.create(multiplier, network_dim, network_alpha, vae, text_encoder, unet, neuron_dropout, **kwargs)
 
 
 def create_network_from_weights(
@@ -178,35 +247,6 @@ def create_network_from_weights(
     Raises:
         UserError: unreadable file, tensors that fit no module of the models, or wrong network args.
     """
-    if idle := [key for key in RANK_KEYS if kwargs.get(key) is not None]:
-        raise UserError(f"--network_args {', '.join(idle)}: no effect where ranks and alphas come from a file")
-    args = LoraArgs.read(kwargs, target_of(unet, UNET).blocks)
-    parts = _parts(text_encoder, unet, with_convs=True)
-    weights_sd = published_names(
-        read_weights(file) if weights_sd is None else weights_sd, [(part.model, part.target) for part in parts]
+    return LoraNetwork.create_from_weights(
+        multiplier, file, vae, text_encoder, unet, weights_sd, for_inference, neuron_dropout, **kwargs
     )
-    sizes = sizes_of(weights_sd)
-    source = str(file) if file else "the given weights"
-    available = {found.lora_name for part in parts for found in find_modules(part.model, part.target)}
-    refuse_misfits(sizes.keys(), available, weights_sd, source, MODULE_NAME)
-    dropouts = args.dropouts(neuron_dropout)
-    network = LoraNetwork(
-        parts, lambda found: sizes.get(found.lora_name), args, multiplier=multiplier, dropouts=dropouts
-    )
-    select_weights(network, weights_sd, source)
-    args.network_reg_lrs.refuse_idle("network_reg_lrs", [adapter.lora_name for adapter in network.adapters])
-    if for_inference:
-        network.eval().requires_grad_(False)
-    return network, weights_sd
-
-
-def _parts(
-    text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module, *, with_convs: bool
-) -> list[NetworkPart]:
-    encoders = as_list(text_encoder)
-    parts = []
-    for number, model in enumerate(encoders, start=1):
-        label = f"textencoder {number}" if len(encoders) > 1 else "textencoder"
-        parts.append(NetworkPart(label, model, target_of(model, TEXT_ENCODER), True))
-    target = target_of(unet, UNET)
-    return [*parts, NetworkPart("unet", unet, target.with_convs() if with_convs else target, False)]

@@ -1,10 +1,12 @@
-"""The ``--network_args`` of ``networks.lora``, read and checked."""
+"""The ``--network_args`` of ``networks.lora``, read and checked; other adapters take them or say why they cannot."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
 
 from library.architectures.base import BlockNumbering
 from library.errors import UserError
@@ -25,6 +27,9 @@ from networks.network_args import (
 )
 from networks.targets import DoraAxis, FoundModule, RankAlpha
 from networks.unet_blocks import SD_BLOCKS, unet_block_index
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MODULE_NAME = "networks.lora"
 DEFAULT_ALPHA = 1.0
@@ -69,6 +74,14 @@ _BLOCK_RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 class LoraArgs:
     """The network args, read. Block values are by block number; ``None`` where nothing was given."""
 
+    module_name: ClassVar[str] = MODULE_NAME
+    #: keys of ``networks.lora`` that a subclass cannot do, and why
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    #: keys that only a subclass has
+    own_readers: ClassVar[Mapping[str, Reader]] = MappingProxyType({})
+    #: keys that a file of weights answers by itself
+    rank_keys: ClassVar[tuple[str, ...]] = RANK_KEYS
+
     dropout: float | None = None
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
@@ -90,15 +103,16 @@ class LoraArgs:
     dora_on_output: bool = False
     blocks: BlockNumbering = SD_BLOCKS
 
-    @staticmethod
-    def read(given: Mapping[str, object], blocks: BlockNumbering | None = None) -> LoraArgs:
+    @classmethod
+    def read(cls, given: Mapping[str, object], blocks: BlockNumbering | None = None) -> Self:
         """Args: ``blocks`` of the U-Net; those of SD 1.x/2.x, if not given.
 
         Raises:
             UserError: unknown keys, wrong values and keys that would have no effect.
         """
         blocks = blocks or SD_BLOCKS
-        values = read_network_args(given, _readers(blocks), MODULE_NAME)
+        readers = {key: reader for key, reader in _readers(blocks).items() if key not in cls.refused}
+        values = read_network_args(given, {**readers, **cls.own_readers}, cls.module_name, cls.refused)
         problems = []
         if "conv_dim" not in values and "conv_block_dims" not in values:
             problems += [
@@ -122,11 +136,16 @@ class LoraArgs:
             problems.append(f"--network_args block_lr_zero_threshold has no effect without one of {needed}")
         if problems:
             raise UserError("\n".join(problems))
-        return LoraArgs(**values, blocks=blocks)
+        return cls(**values, blocks=blocks)
 
     @property
     def adapts_spatial_convs(self) -> bool:
         return bool(self.conv_dim) or any(self.conv_block_dims or ())
+
+    def check_size(self, rank: int, alpha: float) -> None:
+        """Refuse ``--network_dim`` and ``--network_alpha`` that cannot be. Raises UserError."""
+        if rank < 1:
+            raise UserError(f"--network_dim {rank}: the rank must be at least 1")
 
     def dropouts(self, neuron_dropout: float | None) -> Dropouts:
         neuron = self.dropout if neuron_dropout is None else neuron_dropout
@@ -143,12 +162,7 @@ class LoraArgs:
                 block = unet_block_index(found.path, self.blocks)
             if self.block_lr_weights is not None and self.block_lr_weights[block] <= self.block_lr_zero_threshold:
                 return None
-            if found.is_spatial_conv:
-                rank = self.conv_dim or 0 if self.conv_block_dims is None else self.conv_block_dims[block]
-                alpha = self.conv_alpha if self.conv_block_alphas is None else self.conv_block_alphas[block]
-            else:
-                rank = rank if self.block_dims is None else self.block_dims[block]
-                alpha = alpha if self.block_alphas is None else self.block_alphas[block]
+            rank, alpha = self._size_in_unet(found, rank, alpha, block)
         own = self.network_reg_dims.value_of(found.lora_name)
         rank = rank if own is None else own
         if not rank:
@@ -156,6 +170,15 @@ class LoraArgs:
         alpha = float(alpha or rank)  # an alpha of 0 stands for the rank, so that the scale is 1
         axis: DoraAxis = "output" if self.dora_on_output else "input"
         return RankAlpha(rank, alpha * math.sqrt(rank) if self.rs_lora else alpha, axis if self.dora else None)
+
+    def _size_in_unet(self, found: FoundModule, rank: int, alpha: float, block: int | None) -> tuple[int, float]:
+        if found.is_spatial_conv:
+            rank = self.conv_dim or 0 if self.conv_block_dims is None else self.conv_block_dims[block]
+            alpha = self.conv_alpha if self.conv_block_alphas is None else self.conv_block_alphas[block]
+        else:
+            rank = rank if self.block_dims is None else self.block_dims[block]
+            alpha = alpha if self.block_alphas is None else self.block_alphas[block]
+        return rank, alpha
 
     def loraplus_ratio(self, is_text_encoder: bool) -> float | None:
         own = self.loraplus_text_encoder_lr_ratio if is_text_encoder else self.loraplus_unet_lr_ratio

@@ -44,17 +44,34 @@ class LoraModule(AdapterModule):
 
     def add_change(self, out: Tensor, x: Tensor) -> Tensor:
         # the scale rides on the addition, which saves one pass over the output
-        return torch.add(out, self.low_rank_output(x), alpha=self.multiplier * self.scale)
+        return torch.add(out, self.low_rank_output(x), alpha=self.multiplier * self.scale_in_use)
+
+    @property
+    def scale_in_use(self) -> float:
+        """alpha / (ranks that this forward uses)."""
+        return self.scale
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """The weights of the down and of the up half, with all ranks."""
+        return self.lora_down.weight, self.lora_up.weight
+
+    def halves_in_use(self) -> tuple[Tensor, Tensor]:
+        """The same with the ranks that this forward uses."""
+        return self.halves()
+
+    def up_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the up half, whose rate LoRA+ raises."""
+        return [self.lora_up.weight]
 
     def low_rank_output(self, x: Tensor) -> Tensor:
         """U D x, in the shape of the module's output, neither scaled nor multiplied."""
-        down, up = self.lora_down.weight, self.lora_up.weight
+        down, up = self.halves_in_use()
         # autocast casts (and caches) the weights itself; without it float32 adapters follow a half-precision base
-        if down.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if not torch.is_autocast_enabled(x.device.type):
             down, up = down.to(x.dtype), up.to(x.dtype)
-        is_conv = isinstance(self.lora_down, nn.Conv2d)
+        is_conv = isinstance(self.original, nn.Conv2d)
         if is_conv:
-            layer = self.lora_down
+            layer = self.original
             hidden = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)  # (B, r, h, w)
         else:
             hidden = F.linear(x, down)  # (B, ..., r)
@@ -78,14 +95,12 @@ class LoraModule(AdapterModule):
 
     def low_rank_weight(self) -> Tensor:
         """(alpha / r) U D, float32, in the weight's shape."""
-        up = self.lora_up.weight.float().flatten(1)  # (out, r)
-        down = self.lora_down.weight.float().flatten(1)  # (r, in * kh * kw)
+        down, up = (half.float().flatten(1) for half in self.halves())  # (r, in * kh * kw), (out, r)
         return (up @ down * self.scale).view(self.weight_shape)
 
     def change_norm(self) -> Tensor:
         # |U D|^2 = trace(U^T U D D^T): two (r, r) products instead of the whole (out, in) matrix
-        up = self.lora_up.weight.float().flatten(1)
-        down = self.lora_down.weight.float().flatten(1)
+        down, up = (half.float().flatten(1) for half in self.halves())
         squared = ((up.T @ up) * (down @ down.T)).sum()
         return squared.clamp(min=0.0).sqrt() * abs(self.scale)
 

@@ -180,13 +180,19 @@ def read_rate(text: str) -> float:
     return value
 
 
-def read_network_args(given: Mapping[str, object], readers: Mapping[str, Reader], module: str) -> dict[str, Any]:
+def read_network_args(
+    given: Mapping[str, object],
+    readers: Mapping[str, Reader],
+    module: str,
+    refused: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Read the values of the keys in ``readers``; keys whose value is ``None`` count as not given.
 
     Args:
         given: keys and values as on the command line; values that are not text are read by their ``str``.
         readers: the reader of each known key; raises ``ValueError`` saying what the value must be.
         module: the network module's name, for messages.
+        refused: keys that other modules know, and why this one cannot do them.
 
     Raises:
         UserError: for all unknown keys and unreadable values at once, one line each.
@@ -194,7 +200,10 @@ def read_network_args(given: Mapping[str, object], readers: Mapping[str, Reader]
     values: dict[str, Any] = {}
     problems: list[str] = []
     for key, value in given.items():
-        if key not in readers:
+        if key in refused:
+            if value is not None:
+                problems.append(f"--network_args {key}: {module} cannot do it: {refused[key]}")
+        elif key not in readers:
             hint, known = did_you_mean(key, readers), ", ".join(sorted(readers))
             problems.append(f'--network_args: {module} has no option "{key}"{hint}; known: {known}')
         elif value is not None:

@@ -94,6 +94,7 @@ class LoraTarget:
     #: module path -> path by which files name it, where that is another one
     file_path: Callable[[str], str | None] | None = None
     diffusers_root: str = ""  # what precedes the module path in files of diffusers and PEFT: "unet"
+    attention_classes: tuple[str, ...] = ()  # class names of the attentions alone, within ``module_classes``
 
     def with_convs(self) -> LoraTarget:
         return replace(self, module_classes=self.module_classes + self.conv_classes)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,9 @@ from library.training.trainer import Run, Trainer
 from networks.third_party import refuse_wrong_merge, text_argument
 
 logger = logging.getLogger(__name__)
+
+#: in the source of a network module
+_MAKES_NETWORKS = re.compile(r"^(def create_network\(|create_network = )", re.MULTILINE)
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -66,7 +70,7 @@ def import_network_module(name: str) -> ModuleType:
         if error.name is not None and not name.startswith(error.name):
             raise UserError(f"--network_module {name}: it needs the package {error.name}; pip install it") from None
         folder = Path(__file__).parents[2] / "networks"
-        known = [f"networks.{p.stem}" for p in folder.glob("*.py") if "def create_network(" in p.read_text("utf-8")]
+        known = [f"networks.{p.stem}" for p in folder.glob("*.py") if _MAKES_NETWORKS.search(p.read_text("utf-8"))]
         raise UserError(
             f"--network_module {name}: no such module{did_you_mean(name, known)}; a third-party module must be "
             "installed in this environment"
@@ -163,10 +167,12 @@ class NetworkTrainer(Trainer):
         self._network_args = parse_network_args(options.network_args)
         torch.manual_seed(key(run.checked.seed, "init"))  # third-party modules draw from the global generator
         network = self._create_network(run, module)
-        self._trains_text = not options.network_train_unet_only
+        self._trains_text = not options.network_train_unet_only and getattr(network, "adapts_text_encoders", True)
         self._trains_denoiser = not options.network_train_text_encoder_only
         text = text_argument(run.text_encoders)
         network.apply_to(text, run.denoiser, self._trains_text, self._trains_denoiser)
+        self._begin_step = getattr(network, "begin_step", None)
+        self._steps_done = run.start_step
         if options.network_weights is not None:
             logger.info(
                 "network weights %s: %s", options.network_weights, network.load_weights(options.network_weights)
@@ -202,6 +208,8 @@ class NetworkTrainer(Trainer):
             raise UserError(f"--network_module {options.network_module}: it created no network for these options")
         if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
             raise UserError(f"--scale_weight_norms: networks of {options.network_module} cannot do it; leave it out")
+        if options.scale_weight_norms and (reason := getattr(network, "no_max_norm", "")):
+            raise UserError(f"--scale_weight_norms: {reason}; leave it out")
         return network
 
     def _merge_base_weights(self, run: Run, module: ModuleType) -> None:
@@ -266,6 +274,8 @@ class NetworkTrainer(Trainer):
     def batch_started(self, run: Run, batch: Batch) -> None:
         if self._on_step_start is not None:
             self._on_step_start()
+        if self._begin_step is not None:
+            self._begin_step(run.checked.seed, self._steps_done)
         self.validation_batch_started(run, batch)
 
     def validation_batch_started(self, run: Run, batch: Batch) -> None:
@@ -279,6 +289,7 @@ class NetworkTrainer(Trainer):
             self._network.set_multiplier(self._multiplier)
 
     def step_ended(self, run: Run, step: int) -> dict[str, Tensor]:
+        self._steps_done = step
         limit = run.options.network.scale_weight_norms
         figures: dict[str, Tensor] = {}
         if limit:

@@ -118,7 +118,7 @@ def replay(trainer: Trainer, given: TrainNetworkOptions) -> None:
             raise UserError(
                 f"--replay {path}: the data has changed: {batches} batches an epoch now, {plan.batches_per_epoch} then"
             )
-        run.plan = plan
+        run.plan, run.start_step = plan, recording.step - 1
         trainer.cache(run, interrupt)
         trainer.load(run)
         _put_back(run, weights, path)

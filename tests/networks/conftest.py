@@ -3,6 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from library.architectures.sdxl import SDXL
+from tests.fixtures.tiny_sdxl import make_tiny_sdxl
+
 
 @pytest.fixture
 def tiny_unet():
@@ -21,6 +24,19 @@ def unet_inputs():
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     context = torch.randn(2, 5, 16, generator=generator)
     return latents, torch.tensor([10, 700]), context
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory):
+    return make_tiny_sdxl(tmp_path_factory.mktemp("xl") / "folder", layout="diffusers").path
+
+
+@pytest.fixture
+def sdxl_models(sdxl_folder):
+    """Text encoders and U-Net of the folder, fresh for every test."""
+    checkpoint = SDXL.inspect(str(sdxl_folder), v_parameterization=False, vae=None, tokenizer_cache_dir=None)
+    encoders = SDXL.load_text_encoders(checkpoint, dtype=torch.float32, device="cpu")
+    return encoders, SDXL.load_denoiser(checkpoint, dtype=torch.float32, device="cpu")
 
 
 def make_tiny_unet():

@@ -1,15 +1,14 @@
-"""Names, shapes and types of LoRA files equal the published tables, on the real models' configurations."""
+"""Names, shapes and types of adapter files equal the published tables, on the real models' configurations."""
 
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
-
-from networks.lora import create_network
 
 LAYOUTS = Path(__file__).resolve().parents[1] / "compat" / "layouts"
 
@@ -23,7 +22,7 @@ TEXT_ENCODERS = {
 }
 
 
-@pytest.fixture(scope="module", params=["sd15", "sd21", "sdxl"])
+@pytest.fixture(scope="module")
 def models(request):
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -54,18 +53,56 @@ def sdxl_models():
     return encoders, SDXL.load_denoiser(checkpoint, dtype=torch.float32, device="meta")
 
 
-@pytest.mark.parametrize("suffix", ["", "_conv"])
-def test_names_and_shapes_equal_the_published_tables(models, suffix):
-    family, text_encoder, unet = models
-    table = json.loads(gzip.decompress((LAYOUTS / f"lora_{family}{suffix}.json.gz").read_bytes()))
+def table_of(name):
+    return json.loads(gzip.decompress((LAYOUTS / f"{name}.json.gz").read_bytes()))
 
+
+def state_of_a_new_network(kind, table, text_encoder, unet):
+    module = importlib.import_module(f"networks.{kind}")
     with torch.device("meta"):
-        network = create_network(1.0, table["rank"], table["alpha"], None, text_encoder, unet, **table["network_args"])
+        network = module.create_network(
+            1.0, table["rank"], table["alpha"], None, text_encoder, unet, **table["network_args"]
+        )
         network.apply_to(text_encoder, unet)
     try:
-        state = network.state_dict()
+        return network.state_dict()
     finally:
         network.remove()
 
-    assert {name: list(tensor.shape) for name, tensor in state.items()} == table["keys"]
+
+TABLES = [
+    ("sd15", "lora", ""),
+    ("sd15", "lora", "_conv"),
+    ("sd21", "lora", ""),
+    ("sd21", "lora", "_conv"),
+    ("sdxl", "lora", ""),
+    ("sdxl", "lora", "_conv"),
+    ("sd15", "lora_fa", ""),
+    ("sd15", "lora_fa", "_conv"),
+    ("sdxl", "lora_fa", ""),
+    ("sd15", "dylora", ""),
+    ("sd15", "dylora", "_conv"),
+    ("sdxl", "dylora", ""),
+    ("sd15", "oft", ""),
+    ("sd15", "oft", "_all"),
+    ("sdxl", "oft", ""),
+    ("sdxl", "oft", "_all"),
+]
+
+
+@pytest.mark.parametrize(("models", "kind", "suffix"), TABLES, indirect=["models"])
+def test_names_and_shapes_equal_the_published_tables(models, kind, suffix):
+    family, text_encoder, unet = models
+    table = table_of(f"{kind}_{family}{suffix}")
+    state = state_of_a_new_network(kind, table, text_encoder, unet)
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    if (kind, family) != ("dylora", "sdxl"):
+        assert shapes == table["keys"]
+        return
+    # the published one lacks 72 modules of the first text encoder, which those of the second have overwritten
+    assert {name: shape for name, shape in shapes.items() if name.startswith("lora_te1_")} == {
+        name: shape for name, shape in table_of("lora_sdxl")["keys"].items() if name.startswith("lora_te1_")
+    }
+    as_published = {name.replace("lora_te2_", "lora_te_"): s for name, s in shapes.items() if "lora_te1_" not in name}
+    assert as_published == table["keys"]

@@ -6,53 +6,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.architectures.base import Conditioning
 from library.architectures.sdxl import SDXL
 from library.errors import UserError
 from networks.lora import check_network_args, create_network, create_network_from_weights
-from tests.fixtures.tiny_sdxl import make_tiny_sdxl
+from tests.fixtures.adapted import randomize
+from tests.fixtures.adapted import sdxl_outputs as outputs
 
 CONV = {"conv_dim": "2", "conv_alpha": "2"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_tiny_sdxl(tmp_path_factory.mktemp("xl") / "folder", layout="diffusers").path
+@pytest.fixture
+def folder(sdxl_folder):
+    return sdxl_folder
 
 
 @pytest.fixture
-def models(folder):
-    """Text encoders and U-Net of the folder, fresh for every test."""
-    checkpoint = SDXL.inspect(str(folder), v_parameterization=False, vae=None, tokenizer_cache_dir=None)
-    encoders = SDXL.load_text_encoders(checkpoint, dtype=torch.float32, device="cpu")
-    return encoders, SDXL.load_denoiser(checkpoint, dtype=torch.float32, device="cpu")
+def models(sdxl_models):
+    return sdxl_models
 
 
 def make_network(models, **network_args):
     network = create_network(1.0, 4, 2.0, None, *models, **network_args)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return network
-
-
-def outputs(encoders, unet) -> dict[str, torch.Tensor]:
-    """What both encoders and the U-Net compute; the U-Net's text is fixed, so that differences do not add up."""
-    generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(0, 500, (2, 1, 77), generator=generator)
-    tokens = {"input_ids1": ids, "input_ids2": ids, "end": torch.tensor([5, 9])}
-    fixed = {
-        "hidden_state1": torch.randn(2, 5, 32, generator=generator),
-        "hidden_state2": torch.randn(2, 5, 64, generator=generator),
-        "pool2": torch.randn(2, 64, generator=generator),
-        "sizes": torch.tensor([[64, 64, 0, 0, 64, 64]] * 2),
-    }
-    noisy = torch.randn(2, 4, 8, 8, generator=generator)
-    with torch.no_grad():
-        text = SDXL.encode_text(encoders, tokens, clip_skip=None).tensors
-        drawn = SDXL.predict(unet, noisy, torch.tensor([10, 700]), Conditioning(fixed))
-    return {**text, "prediction": drawn}
+    return randomize(network)
 
 
 def assert_close(one, other, tolerance=1e-5):

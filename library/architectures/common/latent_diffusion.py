@@ -24,7 +24,14 @@ CLIP_MODULES = ("CLIPAttention", "CLIPMLP")
 def unet_target(blocks: BlockNumbering) -> LoraTarget:
     """Adapters of a diffusers U-Net: in its attention blocks, and with 3x3 convolutions in its ResNet blocks too."""
     convs = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
-    return LoraTarget("lora_unet", ("Transformer2DModel",), conv_classes=convs, blocks=blocks, diffusers_root="unet")
+    return LoraTarget(
+        "lora_unet",
+        ("Transformer2DModel",),
+        conv_classes=convs,
+        blocks=blocks,
+        diffusers_root="unet",
+        attention_classes=("Attention",),
+    )
 
 
 class HasUnetAndVae(Protocol):

@@ -1,0 +1,148 @@
+"""Cut the LoRAs of smaller ranks out of a DyLoRA.
+
+    python networks/extract_lora_from_dylora.py --model my_dylora.safetensors --save_to my_lora.safetensors --unit 4
+
+The first k ranks of a DyLoRA are a LoRA of rank k with the same alpha (networks/dylora.py). One file is written for
+each multiple of --unit up to the whole rank: my_lora-0004.safetensors, my_lora-0008.safetensors, ... Each is for
+networks.lora and every other program that reads LoRA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor
+
+from library.config.arguments import ConsoleOptions
+from library.config.console import setup_console
+from library.errors import UserError, exits_on_user_error
+from library.files.safetensors_io import read_header
+from networks.dylora import MODULE_NAME, OLD_TEXT_PREFIX
+from networks.lora_args import MODULE_NAME as LORA_MODULE
+from networks.weights import PICKLE_SUFFIXES, read_weights, sizes_of, write_weights
+
+logger = logging.getLogger(__name__)
+
+_SDXL_UNET = "lora_unet_input_blocks_"
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    summary, details = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=None, help="DyLoRA file")
+    parser.add_argument("--save_to", default=None, help="files to write, without the rank: lora.safetensors")
+    parser.add_argument("--unit", type=int, default=None, help="step of the ranks (that of training, if not given)")
+    return parser
+
+
+def first_ranks(weights: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The tensors of a LoRA file cut to its first ranks; modules of fewer keep theirs. Alphas stay."""
+    cut = {}
+    for name, tensor in weights.items():
+        if name.endswith(".lora_down.weight"):
+            tensor = tensor[:rank]
+        elif name.endswith(".lora_up.weight"):
+            tensor = tensor[:, :rank]
+        cut[name] = tensor
+    return cut
+
+
+def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
+    """Write a LoRA for each multiple of ``unit`` up to the rank of ``model``; returns the files.
+
+    Raises:
+        UserError: no DyLoRA, a wrong unit, or files that cannot be read or written.
+    """
+    if save_to.suffix not in (".safetensors", *PICKLE_SUFFIXES):
+        raise UserError(f"--save_to {save_to}: adapters are saved as .safetensors, .pt or .ckpt")
+    weights = read_weights(model)
+    metadata = {} if model.suffix in PICKLE_SUFFIXES else read_header(model).metadata
+    made_by = metadata.get("ss_network_module", MODULE_NAME)
+    if made_by != MODULE_NAME:
+        raise UserError(f"--model {model}: it was trained as {made_by}; only the ranks of a DyLoRA stand by themselves")
+    sizes = sizes_of(weights)
+    if not sizes:
+        raise UserError(f"--model {model}: holds no lora_down tensors, so it is no DyLoRA")
+    if not metadata:
+        logger.warning("%s does not say how it was trained; it is taken for a DyLoRA", model)
+    weights = with_sdxl_encoder_named(weights)
+    arguments = _network_args(metadata)
+    whole = max(size.rank for size in sizes.values())
+    unit = _unit(unit, arguments, whole)
+    # a file without an alpha means the rank, which would change with the cut
+    alphas = {f"{name}.alpha": torch.tensor(size.alpha) for name, size in sizes_of(weights).items()}
+    weights = {**alphas, **weights}
+    files = []
+    for rank in range(unit, whole + 1, unit):
+        file = save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}")
+        write_weights(file, first_ranks(weights, rank), None, _metadata_of(metadata, arguments, rank))
+        logger.info("saved rank %d: %s", rank, file)
+        files.append(file)
+    return files
+
+
+def with_sdxl_encoder_named(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Old files of SDXL hold the second text encoder alone, under the name of both: give it its own."""
+    if not any(name.startswith(_SDXL_UNET) for name in weights):
+        return weights
+    renamed = {
+        f"lora_te2_{name.removeprefix(OLD_TEXT_PREFIX)}" if name.startswith(OLD_TEXT_PREFIX) else name: tensor
+        for name, tensor in weights.items()
+    }
+    if renamed.keys() != weights.keys():
+        logger.warning(
+            "an old DyLoRA file of SDXL, in which text encoder 2 has overwritten text encoder 1: its modules are named "
+            "lora_te2"
+        )
+    return renamed
+
+
+def _unit(given: int | None, arguments: Mapping[str, object], rank: int) -> int:
+    unit = given if given is not None else int(str(arguments.get("unit", 1)))
+    if not 1 <= unit <= rank:
+        raise UserError(f"--unit {unit}: must be from 1 to the rank of the file, {rank}")
+    return unit
+
+
+def _network_args(metadata: Mapping[str, str]) -> dict[str, object]:
+    try:
+        found = json.loads(metadata.get("ss_network_args", "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _metadata_of(metadata: Mapping[str, str], arguments: Mapping[str, object], rank: int) -> dict[str, str]:
+    """That of the whole file, for a plain LoRA; hashes are made anew when it is written."""
+    entries = {name: value for name, value in metadata.items() if not name.startswith("sshs_")}
+    entries |= {"ss_network_module": LORA_MODULE, "ss_network_dim": str(rank)}
+    kept = {name: value for name, value in arguments.items() if name != "unit"}
+    if kept.get("conv_dim") is not None:
+        kept["conv_dim"] = str(rank)
+    if "ss_network_args" in entries:
+        entries["ss_network_args"] = json.dumps(kept)
+    return entries
+
+
+@exits_on_user_error
+def main(args: argparse.Namespace) -> None:
+    setup_console(ConsoleOptions(console_log_simple=True))
+    for flag in ("model", "save_to"):
+        if getattr(args, flag) is None:
+            raise UserError(f"--{flag}: is required")
+    extract(Path(args.model), Path(args.save_to), args.unit)
+
+
+if __name__ == "__main__":
+    main(setup_parser().parse_args())
