@@ -1,9 +1,10 @@
 """OFT for SD 1.x, 2.x and SDXL (``--network_module networks.oft``): output features of a U-Net's layers are rotated.
 
 Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (arXiv:2306.07280). The weight W
-(out, in) becomes R^T W with R block-diagonal and orthogonal, so that the angles between the rows of a block, and with
-them the hyperspherical energy, stay as they are. Each block is the Cayley transform (section 4.1) of a skew-symmetric
-Q = B - B^T,
+(out, in) becomes R^T W with R block-diagonal and orthogonal. All columns of W are turned alike, so that the angles
+between them, and with these their hyperspherical energy, stay as they are. (The paper turns the rows, in the space of
+the inputs; published files, and so this, rotate outputs.) Each block is the Cayley transform (section 4.1) of a
+skew-symmetric Q = B - B^T,
 
     R = (I + Q) (I - Q)^-1 = I + 2 Q (I - Q)^-1,
 

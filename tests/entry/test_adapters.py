@@ -1,8 +1,12 @@
-"""The trainer with everything our LoRA can, with averages, and with a third party's network module."""
+"""The trainer with all that our adapters can, with averages, and with a third party's network module."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures.runs import lora_arguments, metadata_of, train_here, write_dataset
+from library.training.network_trainer import parse_network_args
+from tests.fixtures.runs import ROOT, logged, lora_arguments, metadata_of, train_here, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
 
@@ -170,3 +175,191 @@ def test_what_it_cannot_do_is_said(
     with pytest.raises(SystemExit, match="2"):
         train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "out", **plug_in, **settings))
     assert said in capsys.readouterr().err
+
+
+# ---- LoRA-FA, DyLoRA, OFT ----
+
+#: flags of each kind, what its files hold and what has moved away from zero in them
+FAMILY = {
+    "lora_fa": (
+        {"network_dim": 4, "network_args": ["conv_dim=2", "rank_dropout=0.1"], "scale_weight_norms": 1.0},
+        ".lora_up.weight",
+    ),
+    "dylora": (
+        {
+            "network_dim": 4,
+            "network_args": ["unit=2", "conv_dim=4", "loraplus_unet_lr_ratio=4"],
+            "network_dropout": 0.1,
+            "scale_weight_norms": 1.0,
+            "gradient_accumulation_steps": 2,
+        },
+        ".lora_up.weight",
+    ),
+    "oft": (
+        {
+            "network_dim": 4,
+            "network_alpha": 1e-2,
+            "network_args": ["enable_all_linear=True", "enable_conv=True", "module_dropout=0.1"],
+        },
+        ".oft_blocks",
+    ),
+}
+
+
+def family_arguments(kind: str, model: MadeCheckpoint, dataset: Path, output: Path, **more: object) -> list[object]:
+    flags = {
+        "network_module": f"networks.{kind}",
+        "max_train_steps": 4,
+        "save_every_n_steps": 2,
+        "save_state": True,
+        "ema_decay": 0.7,
+        "validation_split": 0.4,
+        "validate_every_n_steps": 2,
+        "gradient_checkpointing": True,
+        **FAMILY[kind][0],
+        **more,
+    }
+    return lora_arguments(model, dataset, output, **flags)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        (kind, family) if (kind, family) == ("dylora", "sd") else pytest.param(kind, family, marks=pytest.mark.slow)
+        for kind in FAMILY
+        for family in ("sd", "sdxl")
+    ],
+)
+def test_the_family_trains_saves_draws_and_resumes_exactly(
+    tmp_path: Path, request: pytest.FixtureRequest, pictures: Path, kind: str, family: str
+) -> None:
+    model = request.getfixturevalue(f"tiny_{family}")
+    script = "train_network" if family == "sd" else "sdxl_train_network"
+    dataset = write_dataset(tmp_path / "data.toml", pictures, dataset="batch_size = 2")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat --w 64 --h 64 --s 1 --d 1\n")
+    drawn = {"sample_prompts": prompts, "sample_every_n_steps": 4}
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    train_here(*family_arguments(kind, model, dataset, whole, **drawn), script=script)
+    final, average = whole / "tiny.safetensors", whole / "tiny-ema.safetensors"
+    assert len(list((whole / "sample").glob("*.png"))) == 1
+    assert all(math.isfinite(loss) for loss in logged(whole, "loss/validation/step_average"))
+    metadata = metadata_of(final)
+    assert metadata["ss_network_module"] == f"networks.{kind}" and metadata["ss_network_dim"] == "4"
+    tensors, ending = load_file(final), FAMILY[kind][1]
+    moved = {name for name, tensor in tensors.items() if name.endswith(ending) and tensor.any()}
+    prefixes = {name.partition("_text")[0].partition("_unet")[0] for name in moved}
+    texts = {"sd": {"lora_te"}, "sdxl": {"lora_te1", "lora_te2"}}[family]
+    assert prefixes == ({"oft"} if kind == "oft" else {"lora", *texts})
+    if kind == "lora_fa":
+        halfway = load_file(whole / "tiny-step00000002.safetensors")
+        frozen = [name for name in tensors if name.endswith(".lora_down.weight")]
+        assert frozen and all(torch.equal(tensors[name], halfway[name]) for name in frozen)
+
+    resumed = family_arguments(kind, model, dataset, rest, resume=whole / "tiny-step00000002-state", **drawn)
+    train_here(*resumed, script=script)
+    assert_same(rest / "tiny.safetensors", final)
+    assert_same(rest / "tiny-ema.safetensors", average)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_the_family_is_planned_and_starts_from_files(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """``--dry_run`` makes the very network, on shapes alone, and looks at every file; it writes nothing."""
+    from library.architectures.sd import SD
+    from networks import dylora, lora_fa, oft
+
+    module = {"lora_fa": lora_fa, "dylora": dylora, "oft": oft}[kind]
+    checkpoint = SD.inspect(
+        str(tiny_sd.path),
+        v2=False,
+        v_parameterization=False,
+        vae=None,
+        tokenizer_cache_dir=str(tiny_sd.tokenizer_cache_dir),
+    )
+    encoders = SD.load_text_encoders(checkpoint, dtype=torch.float32, device="cpu")
+    denoiser = SD.load_denoiser(checkpoint, dtype=torch.float32, device="cpu")
+    start = tmp_path / "start.safetensors"
+    network = module.create_network(1.0, 2, 0.5, None, encoders[0], denoiser)
+    network.save_weights(start, None, {})
+    count = sum(parameter.numel() for parameter in network.parameters())
+
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    more = {"network_weights": start, "dim_from_weights": True, "network_args": None, "scale_weight_norms": None}
+    plan = {"dry_run": True, "ema_decay": None, "validation_split": None, "validate_every_n_steps": None}
+    more |= {"network_dim": None, "network_alpha": None, **plan}
+    train_here(*family_arguments(kind, tiny_sd, dataset, tmp_path / "out", **more))
+    said = "".join(capsys.readouterr())
+    assert f"{count:,}" in said
+    assert not (tmp_path / "out" / "tiny.safetensors").exists()
+
+    train_here(*family_arguments(kind, tiny_sd, dataset, tmp_path / "out", explain=True))
+    assert f"networks.{kind}" in "".join(capsys.readouterr())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAMILY)
+def test_the_family_goes_on_from_files_and_on_merged_ones(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path, kind: str
+) -> None:
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    plain = {"validation_split": None, "validate_every_n_steps": None, "ema_decay": None, "save_state": None}
+    train_here(*family_arguments(kind, tiny_sd, dataset, tmp_path / "a", **plain))
+    start = tmp_path / "a" / "tiny.safetensors"
+    dropouts = [word for word in FAMILY[kind][0]["network_args"] if word.startswith(("unit", "rank", "module"))]
+    takes = {"network_weights": start, "dim_from_weights": True, "network_args": dropouts}
+    merges = {"base_weights": [start], "base_weights_multiplier": [0.5]}
+    unmoved = {"learning_rate": 1e-12, "scale_weight_norms": None}
+    train_here(*family_arguments(kind, tiny_sd, dataset, tmp_path / "b", **{**plain, **takes, **merges, **unmoved}))
+    one, other = load_file(start), load_file(tmp_path / "b" / "tiny.safetensors")
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("oft", {"scale_weight_norms": 1.0}, "--scale_weight_norms: networks.oft rotates weights"),
+        ("oft", {"network_dropout": 0.1}, "--network_dropout: networks.oft cannot do it"),
+        ("lora_fa", {"network_args": ["loraplus_lr_ratio=16"]}, "loraplus_lr_ratio: networks.lora_fa cannot do it"),
+        ("dyLoRA", {}, 'no such module (did you mean "networks.dylora"?)'),
+    ],
+)
+def test_what_the_family_cannot_do_is_said(
+    tmp_path: Path,
+    tiny_sd: MadeCheckpoint,
+    dataset: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    settings: dict[str, object],
+    said: str,
+) -> None:
+    flags = {"network_module": f"networks.{kind}", "network_alpha": 0.01, "dry_run": True, **settings}
+    with pytest.raises(SystemExit, match="2"):
+        train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "out", **flags))
+    assert said in capsys.readouterr().err
+
+
+# ---- the page's commands ----
+
+PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^--network_module (networks\..*)$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_page(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, command: str) -> None:
+    words = ["--network_module", *shlex.split(command)]
+    flags = {"network_module": None, "network_dim": None, "max_train_steps": 1}
+    train_here(*lora_arguments(tiny_sd, dataset, tmp_path, **flags), *words)
+    assert metadata_of(tmp_path / "tiny.safetensors")["ss_network_module"] == words[1]
+
+
+def test_the_page_has_a_command_for_each_of_our_modules() -> None:
+    assert {command.split()[0] for command in COMMANDS} == {"networks.lora", *(f"networks.{kind}" for kind in FAMILY)}
+    for command in COMMANDS:
+        module, _, rest = command.partition(" ")
+        arguments = shlex.split(rest.partition("--network_args")[2])
+        importlib.import_module(module).check_network_args(parse_network_args(arguments))
