@@ -1,4 +1,4 @@
-"""LoRA of FLUX.1 and Chroma in other programs: diffusers' pipelines compute the same; LyCORIS trains our transformer."""
+"""LoRA of FLUX.1 and Chroma elsewhere: diffusers' pipelines compute the same; LyCORIS trains our transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.architectures.flux.chroma import Chroma
+from library.architectures.flux.model import Flux
+from library.architectures.flux.sizes import FluxSizes
 from networks.lora_flux import create_network
 from networks.third_party import text_argument
 from tests.architectures.flux.oracle import diffusers_model
@@ -20,7 +21,6 @@ from tests.fixtures.adapted_flux import (
     flux_models,
     flux_outputs,
     flux_tensors,
-    flux_transformer,
     predict,
     tiny_clip,
 )
@@ -60,13 +60,19 @@ def close(ours, theirs):
 @pytest.mark.parametrize("kind", ["dev", "chroma"])
 @pytest.mark.parametrize("split", ["False", "True"], ids=["joined", "split"])
 def test_diffusers_pipelines_compute_the_same(tmp_path, kind, split):
-    """Without ``linear1``, whose projections diffusers' reader takes to have the published widths."""
-    encoders, denoiser = flux_models(kind)
-    models = encoders[:-1], denoiser
+    """Without ``linear1``, whose projections diffusers' reader takes to have the published widths.
+
+    What it leaves out: the part of T5, and that of the input layers.
+    """
+    models = flux_models(kind)
+    encoders, denoiser = models
     plain = flux_outputs(*models)
-    network = randomize(create_network(1.0, 4, 2.0, None, *models, split_qkv=split, network_reg_dims="linear1=0"), 0.1)
+    args = {"split_qkv": split, "network_reg_dims": "linear1=0", "train_t5xxl": "True", "in_dims": "2,0,0,0,2"}
+    network = randomize(create_network(1.0, 4, 2.0, None, *models, **args), 0.1)
     network.save_weights(tmp_path / "a.safetensors", None, {})
     network.apply_to(*models)
+    for name in ("img_in", "txt_in"):
+        network.get_submodule(f"lora_unet_{name}").enabled = False
     ours = flux_outputs(*models)
     assert all((ours[name] - plain[name]).abs().max() > 1e-3 for name in ours)
 
@@ -84,11 +90,25 @@ def test_diffusers_pipelines_compute_the_same(tmp_path, kind, split):
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["False", "True"], ids=["joined", "split"])
 def test_diffusers_pipelines_compute_the_same_in_published_widths(tmp_path, split):
-    sizes = FluxFileSizes(hidden=3072, head=128, double_blocks=0, single_blocks=1)
+    """``linear1``, too, in a transformer of one block."""
+    sizes = FluxFileSizes(hidden=3072, head=16, double_blocks=0, single_blocks=1)
     tensors = flux_tensors("dev", sizes)
-    from tests.networks import test_lora_flux_elsewhere as here  # noqa: F401
-
-    raise AssertionError("filled in below")
+    with torch.device("meta"):
+        ours = Flux(FluxSizes(3072, 16, 12288, 0, 1, context=sizes.t5_width, pooled=sizes.base.text_width))
+    ours.load_state_dict(tensors, assign=True)
+    ours.requires_grad_(False)
+    plain = predict(ours)
+    network = randomize(create_network(1.0, 4, 2.0, None, None, ours, split_qkv=split), 0.05)
+    network.save_weights(tmp_path / "a.safetensors", None, {})
+    network.apply_to(None, ours)
+    with torch.no_grad():
+        adapted = predict(ours)
+    assert (adapted - plain).abs().max() > 1e-3
+    pipeline = pipeline_of(tensors, sizes)
+    close(predicted_by(pipeline, chroma=False), plain)
+    pipeline.load_lora_weights(str(tmp_path / "a.safetensors"))
+    assert pipeline.transformer.single_transformer_blocks[0].attn.to_q.lora_A["default_0"].out_features == 4
+    close(predicted_by(pipeline, chroma=False), adapted)
 
 
 def test_lycoris_trains_flux(tmp_path):
