@@ -117,8 +117,8 @@ class LoraNetwork(AdapterNetwork):
         args = cls.args_of(kwargs, target_of(unet, cls.default_denoiser))
         parts = cls.make_parts(text_encoder, unet)
         weights_sd = cls.names_in(parts, read_weights(file) if weights_sd is None else weights_sd)
-        sizes = cls.sizes_in(weights_sd)
         source = str(file) if file else "the given weights"
+        sizes = cls.sizes_in(weights_sd, source)
         available = {found.lora_name for part in parts for found in find_modules(part.model, part.target)}
         refuse_misfits(sizes.keys(), available, weights_sd, source, cls.module_name)
         dropouts = args.dropouts(neuron_dropout)
@@ -164,8 +164,8 @@ class LoraNetwork(AdapterNetwork):
         return target_of(text_encoder, TEXT_ENCODER)
 
     @classmethod
-    def sizes_in(cls, weights: Mapping[str, Tensor]) -> dict[str, RankAlpha]:
-        """Size of each module's adapter in a file."""
+    def sizes_in(cls, weights: Mapping[str, Tensor], source: str) -> dict[str, RankAlpha]:
+        """Size of each module's adapter in a file; ``source`` is what messages call it."""
         return sizes_of(weights)
 
     @classmethod

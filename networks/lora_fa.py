@@ -3,8 +3,7 @@
 W becomes W + (alpha / r) U D, where D is drawn once and frozen and only U is trained (Zhang et al. 2023, "LoRA-FA:
 Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning", arXiv:2308.03303, section 3). The backward
 pass then needs D x alone, r numbers for each token, and not the input x of each adapted module; gradients, optimizer
-state and averages exist for U only. The change stays within the r directions of D, so ranks are best twice those of a
-LoRA.
+state and averages exist for U only. The change stays within the r directions of D, so ranks are larger than a LoRA's.
 
 D is normal with variance 1 / fan_in, so that D x has the variance of x. It lies in files and states like a trained
 tensor: files have the names and shapes of ``networks.lora``, which reads them, too.
@@ -36,6 +35,8 @@ _NO_DORA = "its magnitudes would need the gradients that are saved here; network
 
 
 class LoraFaArgs(LoraArgs):
+    """Those of ``networks.lora``, without what needs two trained halves."""
+
     module_name = MODULE_NAME
     refused: ClassVar[Mapping[str, str]] = MappingProxyType(
         {

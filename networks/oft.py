@@ -108,8 +108,8 @@ def generator_of(blocks: Tensor, bound: float) -> Tensor:
 def moved_by(generator: Tensor) -> Tensor:
     """R - I (n, k, k) of Q."""
     unit = torch.eye(generator.shape[-1], device=generator.device)
-    # Q and (I - Q)^-1 commute
-    return torch.linalg.solve(unit - generator, 2.0 * generator)
+    # Q and (I - Q)^-1 commute; I - Q is never singular, so nothing waits for the device to look at errors
+    return torch.linalg.solve_ex(unit - generator, 2.0 * generator).result
 
 
 class OftModule(AdapterModule):
@@ -195,14 +195,17 @@ class OftNetwork(LoraNetwork):
         return [*parts, NetworkPart("unet", unet, target, False)]
 
     @classmethod
-    def sizes_in(cls, weights: Mapping[str, Tensor]) -> dict[str, RankAlpha]:
+    def sizes_in(cls, weights: Mapping[str, Tensor], source: str) -> dict[str, RankAlpha]:
+        """As in the base class, the number of blocks being the rank. Raises UserError where an alpha is missing."""
         sizes = {}
         for name, tensor in weights.items():
             lora_name, _, kind = name.rpartition(".")
             if kind == "oft_blocks":
                 alpha = weights.get(f"{lora_name}.alpha")
                 if alpha is None:
-                    raise UserError(f"{lora_name}.alpha: missing beside oft_blocks; no OFT of {cls.module_name}")
+                    raise UserError(
+                        f"{source}: {lora_name}.alpha is missing beside oft_blocks; it is no file of {cls.module_name}"
+                    )
                 sizes[lora_name] = RankAlpha(tensor.shape[0], float(alpha))
         return sizes
 

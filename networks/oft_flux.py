@@ -112,9 +112,10 @@ class OftFluxNetwork(OftNetwork):
         return OftFluxModule(found, size, **settings)
 
     @classmethod
-    def sizes_in(cls, weights: Mapping[str, Tensor]) -> dict[str, RankAlpha]:
+    def sizes_in(cls, weights: Mapping[str, Tensor], source: str) -> dict[str, RankAlpha]:
         first = ".oft_blocks.0"
-        return super().sizes_in({name.replace(first, ".oft_blocks"): tensor for name, tensor in weights.items()})
+        first_blocks = {name.replace(first, ".oft_blocks"): tensor for name, tensor in weights.items()}
+        return super().sizes_in(first_blocks, source)
 
 
 def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = DENOISER) -> None:

@@ -172,7 +172,7 @@ class NetworkOptions:
     """Network."""
 
     network_module: str | None = option(
-        None, "what is trained: networks.lora, or a third-party module such as lycoris.kohya"
+        None, "what is trained: networks.lora (or lora_fa, dylora, oft), or a third-party module such as lycoris.kohya"
     )
     network_dim: int | None = option(None, "rank; 4 to 128 are common (the module's default, if not given)", type=int)
     network_alpha: float = option(1, "strength is alpha / rank; half the rank is common", type=float)

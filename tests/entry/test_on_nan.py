@@ -97,6 +97,34 @@ def test_stop_and_replay(
     assert "this time all is finite" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_what_a_network_draws_for_a_step_is_drawn_again(
+    tmp_path: Path,
+    tiny_sd: MadeCheckpoint,
+    poisoned: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from networks.dylora import DyLoraNetwork
+
+    told: list[tuple[int, int]] = []
+    begin_step = DyLoraNetwork.begin_step
+
+    def spy(self: DyLoraNetwork, seed: int, step: int) -> None:
+        told.append((seed, step))
+        begin_step(self, seed, step)
+
+    monkeypatch.setattr(DyLoraNetwork, "begin_step", spy)
+    with pytest.raises(SystemExit):
+        train_here(*options(tiny_sd, poisoned, tmp_path, network_module="networks.dylora", network_dim=8))
+    step = int(re.search(r"step (\d+) \(seed", capsys.readouterr().err).group(1))
+    assert (1, step - 1) in told
+    told.clear()
+    train_here("--replay", next(tmp_path.glob("*.replay")))
+    assert set(told) == {(1, step - 1)}
+    assert "the step is not finite again" in capsys.readouterr().out
+
+
 def test_a_file_that_is_no_recording(
     tmp_path: Path, tiny_sd: MadeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -200,6 +200,9 @@ def test_what_cannot_be_is_said(tmp_path, tiny_unet, tiny_text_encoder, caplog):
     with pytest.raises(UserError, match="--scale_weight_norms: networks.oft"):
         network.apply_max_norm_regularization(1.0)
     network.save_weights(tmp_path / "a.safetensors", None, {})
+    without = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith("alpha")}
+    with pytest.raises(UserError, match="the given weights: oft_unet_.*alpha is missing beside oft_blocks"):
+        create_network_from_weights(1.0, None, None, tiny_text_encoder, tiny_unet, weights_sd=without)
     with pytest.raises(UserError, match="oft_blocks is .* use --dim_from_weights"):
         create(dim=2).load_weights(tmp_path / "a.safetensors")
     assert not caplog.records
