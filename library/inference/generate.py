@@ -32,18 +32,23 @@ MAX_RANDOM_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class ImageModels:
-    """The models of one family to draw with, frozen or in the middle of their training."""
+    """The models of one family to draw with, frozen or in the middle of their training.
+
+    Whoever draws in steps of their own (``encode_texts``, ``generate_latents``, ``decode_images``) needs those models
+    only that the step uses.
+    """
 
     architecture: Architecture
-    tokenizers: Sequence[Any]
-    text_encoders: Sequence[nn.Module]
-    denoiser: nn.Module
-    vae: nn.Module
+    tokenizers: Sequence[Any] = ()
+    text_encoders: Sequence[nn.Module] = ()
+    denoiser: nn.Module | None = None
+    vae: nn.Module | None = None
     v_prediction: bool = False
     adapters: Sequence[nn.Module] = ()  # networks applied to the others, so that their dropout is off, too
 
     def modules(self) -> list[nn.Module]:
-        return [*self.text_encoders, self.denoiser, self.vae, *self.adapters]
+        models = [*self.text_encoders, self.denoiser, self.vae, *self.adapters]
+        return [model for model in models if model is not None]
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class DrawOptions:
     clip_skip: int | None = None
     max_token_length: int | None = None  # tokens of the text window: 75 (or None), 150 or 225
     weighted: bool = True  # whether (word:1.2) and [word] in prompts are emphasis
+    nan_remedy: str = "try --no_half_vae or bf16"  # what to say of images that are not finite
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 @dataclass(frozen=True)
@@ -163,13 +172,35 @@ def generate_images(
         UserError: the sampler cannot work with the model.
     """
     with undisturbed(models.modules(), options.device):
-        latents = generate_latents(models, batch, options, encoded)
-        with _on_device(models.vae, options.device), torch.inference_mode():
-            # one at a time: decoding takes far more memory than sampling
-            pixels = [models.architecture.decode_latents(models.vae, latent.unsqueeze(0)) for latent in latents]
+        return decode_images(models, generate_latents(models, batch, options, encoded), options)
+
+
+def decode_images(models: ImageModels, latents: Tensor, options: DrawOptions) -> list[Image]:
+    """The images of latents (B, C, h, w); needs the VAE."""
+    assert models.vae is not None
+    with (
+        undisturbed([models.vae], options.device),
+        _on_device(models.vae, options.device),
+        torch.inference_mode(),
+    ):
+        # one at a time: decoding takes far more memory than sampling
+        pixels = [models.architecture.decode_latents(models.vae, latent.unsqueeze(0)) for latent in latents]
     if not all(torch.isfinite(p).all() for p in pixels):
-        logger.warning("an image holds NaN and will be (partly) black; try --no_half_vae or bf16")
+        logger.warning("an image holds NaN and will be (partly) black; %s", options.nan_remedy)
     return [to_image(p[0]) for p in pixels]
+
+
+def encode_texts(
+    models: ImageModels, texts: Sequence[str], options: DrawOptions, encoded: dict[str, Conditioning]
+) -> None:
+    """Add to ``encoded`` those of the texts that it lacks; needs tokenizers and text encoders."""
+    with undisturbed(models.modules(), options.device), torch.inference_mode(), options.autocast():
+        _encode(models, texts, options, encoded)
+
+
+def texts_of(settings: ImageSettings) -> tuple[str, ...]:
+    """What has to be encoded for an image."""
+    return (settings.prompt,) if settings.scale == 1.0 else (settings.prompt, settings.negative_prompt)
 
 
 def generate_latents(
@@ -178,7 +209,10 @@ def generate_latents(
     options: DrawOptions,
     encoded: dict[str, Conditioning] | None = None,
 ) -> Tensor:
-    """Sample the latents (B, C, h, w), float32, as the denoiser sees them; arguments as ``generate_images``."""
+    """Sample the latents (B, C, h, w), float32, as the denoiser sees them; arguments as ``generate_images``.
+
+    Needs the denoiser, and tokenizers and text encoders for texts that are not ``encoded``.
+    """
     first = batch[0]
     if not all(first.drawn_with(settings) for settings in batch):
         raise ValueError("images of one batch must agree in all settings but text and seed")
@@ -195,7 +229,7 @@ def generate_latents(
     with (
         undisturbed(models.modules(), options.device),
         torch.inference_mode(),
-        torch.autocast(options.device.type, dtype=options.dtype, enabled=options.dtype != torch.float32),
+        options.autocast(),
     ):
         positive = _sized(models, _encode(models, [settings.prompt for settings in batch], options, encoded), first)
         if first.scale == 1.0:
