@@ -252,6 +252,10 @@ class Architecture(ABC):
             UserError: file missing, not a checkpoint of this family, torn, flags that contradict it, no tokenizer.
         """
 
+    def for_model(self, checkpoint: Any) -> Self:
+        """This family as it works with a model that ``inspect`` found; families whose models are alike stay as is."""
+        return self
+
     # the loaders below also take the device "meta": they check the header's names and shapes and read no weights
 
     @abstractmethod

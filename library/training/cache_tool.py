@@ -88,6 +88,7 @@ class CacheTool(ABC):
             logger.warning(warning)
         dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
         checkpoint = inspect_model(architecture, options.model)
+        architecture = architecture.for_model(checkpoint)
         architecture.check_options(options, checkpoint.info)
         data = TrainingData(dataset_config, seed=options.training.seed or 0, latent=architecture.latent)
         return CacheJob(

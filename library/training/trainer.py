@@ -271,6 +271,7 @@ class Trainer(ABC):
         trackers = tracker_settings(options)
         trackers.check()
         checkpoint = inspect_model(self.architecture, options.model)
+        self.architecture = self.architecture.for_model(checkpoint)
         self.architecture.check_options(options, checkpoint.info)
         objective = self.objective(options, checkpoint.info)
         objective.check(noise_settings(options).timesteps)

@@ -6,7 +6,7 @@ from library.architectures.flux.diffusers_layout import Variant
 from library.files.modelspec import build_modelspec
 
 #: ModelSpec's names: architecture, implementation
-_IDS = {
+IDS = {
     "FLUX.1 dev": ("flux-1-dev", "https://github.com/black-forest-labs/flux"),
     "FLUX.1 schnell": ("flux-1-schnell", "https://github.com/black-forest-labs/flux"),
     "Chroma": ("chroma", "https://huggingface.co/lodestones/Chroma"),
@@ -42,7 +42,7 @@ def adapter_metadata(
 
 
 def _modelspec(variant: Variant, kind: str, title: str, merged_from: str | None) -> dict[str, str]:
-    architecture, implementation = _IDS[variant.title]
+    architecture, implementation = IDS[variant.title]
     return build_modelspec(
         architecture_id=architecture + kind,
         implementation=implementation,
