@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
     from library.inference.generate import ImageSettings
 
+#: sampling steps, if not given; previews have their own
+DRAWING_STEPS, DRAWING_STEPS_SCHNELL = 50, 4
 #: tokens of a caption for T5, if not given
 T5_LENGTH, T5_LENGTH_SCHNELL = 512, 256
 
@@ -96,10 +98,20 @@ class Flux(FlowMatching, Architecture):
         return self.is_chroma or self.chosen(FluxModelOptions).apply_t5_attn_mask
 
     @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale may be chosen: schnell is told none, and Chroma is made for 0."""
+        return not self.is_chroma and self._kind != SCHNELL
+
+    @property
     def t5_length(self) -> int:
         """Tokens of a caption for T5."""
         given = self.chosen(FluxModelOptions).t5xxl_max_token_length
         return given or (T5_LENGTH_SCHNELL if self._kind == SCHNELL else T5_LENGTH)
+
+    @property
+    def drawing_steps(self) -> int:
+        """What the published script draws with, if not told."""
+        return DRAWING_STEPS_SCHNELL if self._kind == SCHNELL else DRAWING_STEPS
 
     # ---- what depends on the kind of model ----
 
@@ -158,12 +170,18 @@ class Flux(FlowMatching, Architecture):
         return [*map(clip_text.load_tokenizer, clip_folders), t5.load_tokenizer(t5_folder)]
 
     def load_text_encoders(self, checkpoint: FluxCheckpoint, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
+        return self.load_each_text_encoder(checkpoint, [dtype] * len(checkpoint.text_encoders), device=device)
+
+    def load_each_text_encoder(
+        self, checkpoint: FluxCheckpoint, dtypes: Sequence[torch.dtype], *, device: str
+    ) -> list[nn.Module]:
+        """As ``load_text_encoders``, each in its own dtype."""
         *clip_sources, t5_source = checkpoint.text_encoders
         encoders = [
             load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=device)
-            for source in clip_sources
+            for source, dtype in zip(clip_sources, dtypes, strict=False)
         ]
-        encoders.append(t5.load_t5(t5_source, dtype=dtype, device=device))
+        encoders.append(t5.load_t5(t5_source, dtype=dtypes[-1], device=device))
         for encoder, target in zip(encoders, self.text_encoder_targets, strict=True):
             setattr(encoder, LORA_TARGET, target)
         return encoders
