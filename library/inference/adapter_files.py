@@ -1,4 +1,4 @@
-"""Adapter files (``file;strength``) for models that are loaded at different times: text encoders first, then the denoiser.
+"""Adapter files (``file;strength``) for models that are loaded at different times: first text encoders, then the rest.
 
 Which of our network modules reads a file is told from its tensors.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import LORA_TARGET, LoraTarget
 from library.errors import UserError, did_you_mean
+from networks.base import AdapterModule, merge_all_forever
 from networks.third_party import text_argument
 from networks.weights import read_weights
 
@@ -124,6 +125,7 @@ def adapt(
         A network for each file; None where it adapts nothing of these models, or is merged.
     """
     applied: list[nn.Module | None] = []
+    merged: list[AdapterModule] = []
     encoders = text_argument(text_encoders)
     for file, strength in zip(files, strengths, strict=True):
         applied.append(None)
@@ -136,9 +138,8 @@ def adapt(
         what = "text encoders" if text else "transformer"
         if merge:
             network.load_state_dict(file.weights, strict=False)
-            for adapter in own:
-                adapter.merge_forever(device=device)
-            logger.info("merged %s into the %s: strength %g, %d modules", file.path, what, strength, len(own))
+            merged += own
+            logger.info("merging %s into the %s: strength %g, %d modules", file.path, what, strength, len(own))
             continue
         network.apply_to(encoders, denoiser, text, not text)
         network.load_state_dict(file.weights, strict=False)
@@ -146,4 +147,5 @@ def adapt(
             adapter.to(device=device, dtype=adapter.original.weight.dtype)
         logger.info("applied %s to the %s: strength %g, %d modules", file.path, what, strength, len(own))
         applied[-1] = network.eval()
+    merge_all_forever(merged, device)
     return applied
