@@ -19,8 +19,10 @@ class FileNames:
             self._number = max((int(match[1]) for match in taken if match), default=0)
 
     def next(self, seed: int) -> Path:
-        self._number += 1
-        number = f"{self._number:06d}"
-        if self._stamp is None:
-            return self._directory / f"im_{number}.png"
-        return self._directory / f"im_{self._stamp}_{number}_{seed}.png"
+        """A name that is free: another run may have begun in the same second."""
+        while True:
+            self._number += 1
+            number = f"{self._number:06d}"
+            name = f"im_{number}.png" if self._stamp is None else f"im_{self._stamp}_{number}_{seed}.png"
+            if not (self._directory / name).exists():
+                return self._directory / name

@@ -172,8 +172,10 @@ class Studio:
             return
         encoders, _ = self._parts.get(TEXT)
         models = ImageModels(self._family, self._tokenizers, encoders)
-        # without autocast: each text encoder computes in its own dtype
+        # without autocast: each text encoder computes in its own dtype, which need not be the transformer's
         encode_texts(models, texts, self._drawing(torch.float32), self._encoded)
+        for text in texts:
+            self._encoded[text] = self._encoded[text].to(self._device, torch.float32)
 
     def _sample(self, settings: ImageSettings) -> Tensor:
         denoiser, _ = self._parts.get(DENOISER)
@@ -290,7 +292,9 @@ def _inspect(options: FluxInferenceOptions) -> tuple[FluxCheckpoint, Flux]:
         raise UserError(text.replace("with --network_weights", "with --lora_weights")) from None
     if given.clip_l and len(checkpoint.text_encoders) == 1:
         logger.warning("--clip_l has no effect with %s", checkpoint.info.description)
-    return checkpoint, family.for_model(checkpoint)
+    family = family.for_model(checkpoint)
+    # that of the command line comes with each image, where the model takes one
+    return checkpoint, family.changed(FluxModelOptions, guidance_scale=family.sample_defaults["guidance_scale"])
 
 
 def _common_settings(options: FluxInferenceOptions, family: Flux, model: str) -> ImageSettings:
@@ -306,5 +310,5 @@ def _common_settings(options: FluxInferenceOptions, family: Flux, model: str) ->
         scale=picture.cfg_scale,
         sampler=FLOW_SAMPLERS[0],
         seed=0,
-        guidance_scale=picture.guidance if family.takes_guidance else family.sample_defaults["guidance_scale"],
+        guidance_scale=picture.guidance if family.takes_guidance else None,
     )
