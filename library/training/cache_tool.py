@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from library.architectures.base import Architecture
 from library.config.console import setup_console
-from library.config.rules import RULES, cached_texts, needs_network, needs_output
+from library.config.rules import RULES, needs_network, needs_output
 from library.config.rules import check as check_rules
 from library.config.tool_arguments import CacheToolOptions, build_tool_parser, names_of
 from library.config.tool_arguments import FamilyToolOptions as _FamilyOptions
@@ -30,7 +30,7 @@ from library.training.processes import make_accelerator, weight_dtype
 logger = logging.getLogger(__name__)
 
 #: no network is trained here, the text encoder neither
-_RULES = tuple(rule for rule in RULES if rule not in (needs_network, needs_output, cached_texts))
+_RULES = tuple(rule for rule in RULES if rule not in (needs_network, needs_output))
 _FAMILIES = {"sdxl": "Stable Diffusion XL", "flux": "FLUX.1"}
 
 

@@ -53,4 +53,21 @@ def chroma_mask(o: Any) -> Iterator[Finding]:
         yield error("--model_type chroma: Chroma is made for masked captions; add --apply_t5_attn_mask")
 
 
-OPTION_RULES = (caption_length, guidance, chroma_mask)
+def trains_t5(network: Any) -> bool:
+    """Whether ``--network_args`` has ``train_t5xxl=True``."""
+    words = (word.partition("=") for word in network.network_args or [])
+    return any(name.strip() == "train_t5xxl" and value.strip().lower() in ("true", "1") for name, _, value in words)
+
+
+def what_is_trained(o: Any) -> Iterator[Finding]:
+    network = o.network
+    if network.network_train_unet_only and trains_t5(network):
+        yield error("--network_args train_t5xxl=True: not with --network_train_unet_only; remove one of them")
+    if o.flux.model_type == CHROMA and network.network_train_text_encoder_only and not trains_t5(network):
+        yield error(
+            "--network_train_text_encoder_only: Chroma's only text encoder is T5-XXL; add train_t5xxl=True to "
+            "--network_args"
+        )
+
+
+OPTION_RULES = (caption_length, guidance, chroma_mask, what_is_trained)
