@@ -187,7 +187,7 @@ def test_config_file_and_command_line(tmp_path: Path, tiny: Tiny, dataset: Path)
         "[model]\n"
         + "".join(f"{name} = '{value}'\n" for name, value in tiny.model.flags.items())
         + f"[anything]\ndataset_config = '{dataset}'\noutput_dir = '{tmp_path}'\noutput_name = 'from_file'\n"
-        "network_module = 'networks.lora'\nnetwork_dim = 4\nmax_train_steps = 1\nseed = 3\n"
+        f"network_module = '{tiny.family.network_module}'\nnetwork_dim = 4\nmax_train_steps = 1\nseed = 3\n"
     )
     done = run_script(tiny.file, "--config_file", config, "--output_name", "from_line")
     assert done.code == 0, done.text

@@ -32,7 +32,7 @@ from library.architectures.flux import text as flux_text
 from library.architectures.flux import vae as flux_vae
 from library.architectures.flux.checkpoint import DEV, SCHNELL, TITLES, load_transformer
 from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
-from library.architectures.flux.options import CHROMA, OPTION_RULES, FluxModelOptions, trains_t5
+from library.architectures.flux.options import CHROMA, IDLE_RULES, OPTION_RULES, FluxModelOptions, trains_t5
 from library.architectures.flux.published_file import IDS
 from library.architectures.flux.targets import CLIP_L, DENOISER, T5XXL
 from library.inference.prompt_line import DDPM_FIELDS
@@ -66,6 +66,7 @@ class Flux(FlowMatching, Architecture):
     denoiser_target = DENOISER
     compiled_blocks = ("DoubleStreamBlock", "SingleStreamBlock")
     option_groups = {"flux": FluxModelOptions, **FlowMatching.option_groups}
+    idle_rules = (*IDLE_RULES, *FlowMatching.idle_rules)
     option_rules = (*OPTION_RULES, *FlowMatching.option_rules)
     idle_options = {
         **FlowMatching.idle_options,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.config.fields import option
+from library.config.no_effect.declare import idle
 from library.config.rules import Finding, error
 
 FLUX, CHROMA = "flux", "chroma"
@@ -32,6 +33,14 @@ class FluxModelOptions:
     )
     blocks_to_swap: int | None = option(None, "blocks kept in host memory", type=int, unit="blocks", harmless=True)
     split_mode: bool = option(False, "an old way of saving memory")
+
+
+@idle("clip_l", reason="with --model_type chroma, which has no CLIP-L")
+def no_clip(o: Any) -> bool:
+    return o.flux.model_type == CHROMA
+
+
+IDLE_RULES = (no_clip,)
 
 
 def caption_length(o: Any) -> Iterator[Finding]:
