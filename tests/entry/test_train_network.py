@@ -200,7 +200,9 @@ BAD = [
         {"pretrained_model_name_or_path": "no/such/model.safetensors"}, ["no/such/model.safetensors"], id="model"
     ),
     pytest.param({"network_module": "networks.lorra"}, ["networks.lorra", 'did you mean "networks.lora"'], id="module"),
-    pytest.param({"network_args": ["conv_dmi=4"]}, ["conv_dmi", 'did you mean "conv_dim"'], id="network arg"),
+    pytest.param(
+        {"network_args": ["rank_dropuot=0.1"]}, ["rank_dropuot", 'did you mean "rank_dropout"'], id="network arg"
+    ),
     pytest.param({"netwrok_dim": 4}, ["--netwrok_dim", "--network_dim"], id="flag"),
     pytest.param({"optimizer_type": "AdamWW"}, ["AdamWW"], id="optimizer"),
     pytest.param({"optimizer_args": ["weight_decy=0.1"]}, ["weight_decy", "weight_decay"], id="optimizer arg"),
