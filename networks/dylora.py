@@ -27,7 +27,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ from networks.lora_args import LoraArgs
 from networks.lora_module import LoraModule
 from networks.network_args import Reader, read_rank
 from networks.targets import FoundModule, RankAlpha, find_modules
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +137,19 @@ class DyLoraModule(LoraModule):
     def train_block(self, block: int) -> None:
         """Use the ranks up to those of a block (counted from 0; the last, if there are fewer) and train it alone."""
         block = min(block, self.blocks - 1)
-        if block != self._block:
-            for number, pair in enumerate(zip(self._pieces("down"), self._pieces("up"), strict=True)):
-                for parameter in pair:
-                    parameter.requires_grad_(self.trained and number == block)
-            self._block = block
+        if block == self._block:
+            return
+        # after the first time only two blocks change; there may be thousands of modules and blocks
+        changed = range(self.blocks) if self._block is None else (self._block, block)
+        for number in changed:
+            for half in ("down", "up"):
+                self._parameters[f"{half}_{number}"].requires_grad_(self.trained and number == block)
+        self._block = block
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of every module; all blocks are in use again until the next step begins."""
+        self._block = None
+        return super().requires_grad_(requires_grad)
 
     @property
     def _count_in_use(self) -> int:
