@@ -151,6 +151,14 @@ class LoraFluxNetwork(LoraNetwork):
 
     # ---- states and files ----
 
+    def load_weights_from(self, weights: Mapping[str, Tensor], source: str) -> str:
+        """As in the base class. Raises UserError, too, for projections that are not apart where they are trained so."""
+        for adapter in self.adapters:
+            up = weights.get(f"{adapter.lora_name}.lora_up.weight")
+            if isinstance(adapter, SplitLoraModule) and up is not None:
+                adapter.check_apart(up, source)
+        return super().load_weights_from(weights, source)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # files never have the norms, states do where the run had GGPO
         own, name = getattr(self, GRADIENT_NORMS, None), prefix + GRADIENT_NORMS

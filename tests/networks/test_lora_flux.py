@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +16,17 @@ from library.architectures.flux.targets import DENOISER
 from library.architectures.sd import SD
 from library.errors import UserError
 from library.inference.networks import apply_networks, choose_networks
+from library.training.network_trainer import parse_network_args
 from networks import lora
+from networks.flux_args import LoraFluxArgs
 from networks.lora_flux import check_network_args, create_network, create_network_from_weights
+from networks.oft_flux import OftFluxArgs
 from networks.split_lora import SplitLoraModule, is_block_diagonal
 from networks.targets import FoundModule, RankAlpha
+from networks.third_party import text_argument
 from tests.fixtures.adapted import randomize
 from tests.fixtures.adapted_flux import flux_models, flux_outputs, predict
+from tests.fixtures.runs import ROOT
 
 #: everything at once, for each model
 ARGS = {
@@ -124,6 +132,8 @@ def test_ranks_by_kind_of_layer():
     }  # fmt: skip
     network = create_network(1.0, 16, 1.0, None, *models, in_dims="[4,0,2,1,7]", **dims)
     ranks = ranks_of(network)
+    as_trained = create_network(1.0, 16, 1.0, None, text_argument(models[0]), models[1], in_dims="4,0,2,1,7", **dims)
+    assert ranks_of(as_trained) == ranks
     block = {n.removeprefix("lora_unet_double_blocks_1_"): r for n, r in ranks.items() if "double_blocks_1" in n}
     assert block == {
         "img_attn_qkv": 4, "img_attn_proj": 4, "txt_attn_qkv": 2, "txt_attn_proj": 2, "img_mlp_0": 8, "img_mlp_2": 8,
@@ -221,6 +231,26 @@ def test_verbose_tells_every_rank(caplog):
     assert "lora_unet_single_blocks_0_linear1: rank 16, alpha 8" in lines
 
 
+# ---- the page's commands ----
+
+
+def test_commands_of_the_page():
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^flux_train_network.py (--network_module networks\..*)$", page, re.MULTILINE)
+    assert {command.split()[1] for command in commands} == set(DENOISER.network_modules)
+    for command in commands:
+        given, _, network_args = command.partition(" --network_args ")
+        flags = dict(zip(given.split()[::2], given.split()[1::2], strict=True))
+        module = importlib.import_module(flags["--network_module"])
+        arguments = parse_network_args(shlex.split(network_args))
+        module.check_network_args(arguments, DENOISER)
+        if "indices" not in network_args:  # of blocks that tiny models do not have
+            dim = 4 if "oft" in module.__name__ else int(flags["--network_dim"])
+            module.create_network(1.0, dim, float(flags["--network_alpha"]), None, *models_of("plain"), **arguments)
+    words = set(re.findall(r"[a-z0-9_]+", page.partition("## FLUX.1 and Chroma")[2].partition("\n## ")[0]))
+    assert words >= set(LoraFluxArgs.own_readers) | set(OftFluxArgs.own_readers)
+
+
 # ---- rates ----
 
 
@@ -291,6 +321,13 @@ def test_projections_are_loras_of_their_own(tmp_path):
     assert is_block_diagonal(up, adapter.widths) and not is_block_diagonal(up.flip(0), adapter.widths)
     torch.testing.assert_close(alpha / 16 * up @ down, change)
 
+    # norms are those of the whole layer, and all projections shrink together
+    whole = torch.linalg.vector_norm(change)
+    torch.testing.assert_close(adapter.change_norm(), whole)
+    network.apply_max_norm_regularization(float(whole.detach()) / 2)
+    torch.testing.assert_close(adapter.get_weight(), change / 2)
+    network.load_weights(tmp_path / "a.safetensors")
+
     network.apply_to(*models)
     expected = flux_outputs(*models)
     network.remove()
@@ -320,7 +357,9 @@ def test_projections_that_are_not_apart_are_refused(tmp_path):
     small = {"img_mod_dim": "0", "txt_mod_dim": "0", **dims, **only}
     split = create_network(1.0, 12, 1.0, None, *models, split_qkv="True", **small)
     kept = {n: t for n, t in load_file(file).items() if n.partition(".")[0] in ranks_of(split)}
-    with pytest.raises(UserError, match="its projections are not apart in these weights"):
+    with pytest.raises(
+        UserError, match="the file: the projections of lora_unet_double_blocks_0_img_attn_qkv are not apart"
+    ):
         split.load_weights_from(kept, "the file")
 
 
