@@ -182,3 +182,10 @@ def test_on_a_gpu_only_fp8_weights_stay_and_the_peak_is_one_layer() -> None:
     assert torch.cuda.memory_allocated() - before < 2 * 4096 * 4096  # not one weight is kept for the backward pass
     out.sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_numbers_of_an_fp8_file_are_kept() -> None:
+    stored = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
+    numbers, scale = quantise(stored.to(torch.bfloat16))
+    assert torch.equal(numbers.view(torch.uint8), stored.view(torch.uint8))
+    assert scale.shape == (8, 1) and (scale == 1).all()

@@ -84,6 +84,8 @@ def _math(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) ->
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    if query.device.type == "cpu" and _needs_gradients(query, key, value):
+        raise UserError('attention "flex" has no backward pass on a CPU; train there with --sdpa')
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     modify = None
     if key_mask is not None:
@@ -131,14 +133,21 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -
     return packed.unflatten(0, (batch, queries))
 
 
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _sageattn(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
     from sageattention import sageattn
 
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if _needs_gradients(query, key, value):
         raise UserError('attention "sageattn" has no backward pass and is for drawing only; train with --sdpa')
-    if key_mask is not None:
-        return _sdpa(query, key, value, key_mask)  # its kernels take no mask
-    return sageattn(query.contiguous(), key.contiguous(), value.contiguous(), tensor_layout="NHD")
+    if key_mask is not None:  # its kernels take none: each row goes by itself, with the keys that it looks at
+        rows = [x.split(1) for x in (query, key, value)]
+        parts = [(q, k[:, seen], v[:, seen]) for q, k, v, seen in zip(*rows, key_mask, strict=True)]
+    else:
+        parts = [(query, key, value)]
+    return torch.cat([sageattn(*(x.contiguous() for x in part), tensor_layout="NHD") for part in parts])
 
 
 _IMPLEMENTATIONS = {

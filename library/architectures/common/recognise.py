@@ -39,6 +39,7 @@ _SIGNS: tuple[tuple[tuple[str, ...], Recognised], ...] = (
     (("joint_blocks.",), Recognised("a Stable Diffusion 3 checkpoint", "use sd3_train_network.py")),
     (("distilled_guidance_layer.",), Recognised("a Chroma checkpoint", "use flux_train_network.py", "flux")),
     (("txt_in.individual_token_refiner.",), Recognised("a HunyuanImage model", "use hunyuan_image_train_network.py")),
+    (("double_stream_modulation_img.",), Recognised("a FLUX.2 model", "give a FLUX.1 or Chroma model")),
     (("double_blocks.", "single_blocks."), Recognised("a FLUX.1 model", "use flux_train_network.py", "flux")),
     (("single_transformer_blocks.",), Recognised("a FLUX.1 model in Diffusers layout", "use flux_train_network.py")),
     (("cap_embedder.",), Recognised("a Lumina Image 2.0 model", "use lumina_train_network.py")),

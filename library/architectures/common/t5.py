@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,16 +123,22 @@ def t5_tensors(model: nn.Module, names: Mapping[str, object]) -> dict[str, Tenso
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Raises UserError where the folder has no tokenizer.json and its spiece.model cannot be read here."""
+    """T5's tokenizer from its tokenizer.json, or from the spiece.model that it was published as.
+
+    Raises:
+        UserError: the file is damaged, or spiece.model cannot be read here.
+    """
     from transformers import T5Tokenizer
 
+    if not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{folder / 'spiece.model'}: reading it needs the package sentencepiece, which is not installed; "
+            "pip install sentencepiece, or put T5's tokenizer.json beside it"
+        )
     try:
         return T5Tokenizer.from_pretrained(str(folder))
-    except (ImportError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{folder}: T5's tokenizer cannot be read ({reason}); give a folder with its tokenizer.json"
-        ) from None
+    except Exception as error:  # damage shows in many ways
+        raise UserError(f"{folder}: T5's tokenizer cannot be read ({error!r}); download it again") from None
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int) -> tuple[Tensor, Tensor]:

@@ -73,11 +73,11 @@ def transformer_in(file: TensorFile) -> TransformerCheckpoint:
     Raises:
         UserError: the file is something else or incomplete.
     """
+    other = recognise_tensors(file.shapes.keys(), "flux")
+    if other is not None:
+        raise UserError(f"{file.path} is {other.what}; {other.remedy}")
     prefix = file_prefix(file.shapes)
     if prefix + _SIGN not in file.shapes:
-        other = recognise_tensors(file.shapes.keys(), "flux")
-        if other is not None:
-            raise UserError(f"{file.path} is {other.what}; {other.remedy}")
         first = next(iter(file.shapes), "none")
         raise UserError(f"{file.path} is not a FLUX.1 or Chroma transformer (its first tensor is {first})")
     shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
@@ -96,6 +96,11 @@ def described(file: TensorFile, layout: TensorLayout, shapes: Shapes) -> Transfo
     if any(name.endswith((".scale_weight", ".absmax")) for name in shapes):
         raise UserError("the weights are quantised with scales of their own; give a bf16, fp16 or plain fp8 file")
     sizes = infer_sizes(shapes)
+    if sizes.in_channels != sizes.out_channels:
+        raise UserError(
+            f"this is FLUX.1 Fill, Canny, Depth or another special model (it takes {sizes.in_channels} channels for a "
+            f"token and gives {sizes.out_channels}); give FLUX.1 dev, schnell or a model made from them"
+        )
     kind = CHROMA if sizes.approximator is not None else DEV if sizes.guidance else SCHNELL
     return TransformerCheckpoint(kind, sizes, ModelSource("transformer", file, layout, {"sizes": sizes}))
 

@@ -89,16 +89,14 @@ class MLPEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Zhang & Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv:1910.07467), eq. 4, in float32."""
+    """Zhang & Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv:1910.07467), eq. 4."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = x.float()
-        normed = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + NORM_EPS)
-        return normed.to(x.dtype) * self.scale.to(x.dtype)
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), NORM_EPS)
 
 
 class QKNorm(nn.Module):

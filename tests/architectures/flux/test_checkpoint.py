@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.architectures.common import clip, kl_vae, t5
+from library.architectures.common import clip, t5
+from library.architectures.common.loading import ModelSource, load_frozen
+from library.architectures.common.sources import vae_source
 from library.architectures.common.tensor_files import TensorFile
 from library.architectures.flux import checkpoint as flux
 from library.architectures.flux.chroma import Chroma
@@ -65,17 +68,22 @@ def test_published_transformers_have_the_models_names(name: str, kind: str) -> N
 
 
 def test_published_autoencoder_and_text_encoders_fill_their_models_and_come_back() -> None:
-    file = table_file("flux_ae")
-    config = kl_vae.infer_vae_config(file.shapes, prefix="")
-    assert (config["latent_channels"], config["use_quant_conv"]) == (16, False)
+    source = vae_source(table_file("flux_ae"))
+    assert (source.config["latent_channels"], source.config["use_quant_conv"]) == (16, False)
+    ae = load_ae(source, dtype=torch.float32, device="meta")
+    assert {name: tuple(t.shape) for name, t in ae_tensors(ae).items()} == published("flux_ae")
     file = table_file("clip_l", **{"text_model.embeddings.position_ids": (1, 77)})
     config = clip.infer_clip_config(file.shapes, prefix="text_model.", activation="quick_gelu")
     assert (config["num_hidden_layers"], config["num_attention_heads"]) == (12, 12)
+    source = ModelSource("CLIP-L", file, clip.clip_layout(prefix="text_model."), config)
+    encoder = load_frozen(source, partial(clip.build_clip, config), dtype=torch.float32, device="meta")
+    written = source.layout.write(dict(encoder.named_parameters()))
+    assert {name: tuple(t.shape) for name, t in written} == published("clip_l")
     for names in ({}, {t5.EMBEDDINGS: (32128, 4096)}):
         file = table_file("t5xxl_encoder", **names)
         config = t5.infer_t5_config(file.shapes)
         assert (config["num_layers"], config["num_heads"], config["d_kv"], config["d_ff"]) == (24, 64, 64, 10240)
-        source = t5.ModelSource("T5 encoder", file, t5.t5_layout(file.shapes), config)
+        source = ModelSource("T5 encoder", file, t5.t5_layout(file.shapes), config)
         model = t5.load_t5(source, dtype=torch.bfloat16, device="meta")
         assert {k: tuple(v.shape) for k, v in t5.t5_tensors(model, file.shapes).items()} == dict(file.shapes)
 
@@ -165,6 +173,7 @@ def test_model_type_that_contradicts_the_file(tmp_path: Path, kind: str) -> None
         (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5 text encoder.*--t5xxl"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "a bare CLIP text encoder"),
         (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "Stable Diffusion 3.*sd3_train_network.py"),
+        (["double_stream_modulation_img.lin.weight", "double_blocks.0.x", "single_blocks.0.x"], "a FLUX.2 model"),
         (["something.else"], r"not a FLUX.1 or Chroma transformer \(its first tensor is something.else\)"),
     ],
 )
@@ -186,6 +195,7 @@ def test_incomplete_and_quantised_transformers(tmp_path: Path) -> None:
             "single_blocks.0.linear1.bias": torch.zeros(3)
         },
         "quantised with scales of their own": {"double_blocks.0.img_attn.qkv.scale_weight": torch.ones(1)},
+        r"FLUX.1 Fill.*takes 384 channels for a token and gives 64": {"img_in.weight": torch.zeros(32, 384)},
         "heads of width 24 do not fit": {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(24)},
     }
     for message, changes in cases.items():

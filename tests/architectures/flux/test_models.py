@@ -198,10 +198,11 @@ def test_plain_attention_gives_the_same_gradients(masked: bool) -> None:
         close(mine, other, atol=1e-4)
 
 
-def test_blocks_compile_one_by_one() -> None:
+def test_blocks_compile_one_by_one_and_are_checkpointed() -> None:
     from library.memory.compiling import compile_blocks
 
     def compiled(model: FluxTransformer) -> None:
+        model.enable_gradient_checkpointing()
         assert compile_blocks(model, ("DoubleStreamBlock", "SingleStreamBlock"), backend="aot_eager") == 4
 
     for mine, other in zip(gradients_of("dev", compiled), gradients_of("dev", lambda model: None), strict=True):

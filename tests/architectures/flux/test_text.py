@@ -155,6 +155,16 @@ def test_t5_tokens_end_are_cut_and_filled_up(made: MadeFlux) -> None:
     assert (length.tokens, length.limit, length.cut) == (5, 4, "cat")
 
 
+def test_t5_tokenizers_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spiece.model").write_bytes(b"not a model")
+    monkeypatch.setattr(t5, "find_spec", lambda _name: None)
+    with pytest.raises(UserError, match="spiece.model: reading it needs the package sentencepiece"):
+        t5.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="T5's tokenizer cannot be read"):
+        t5.load_tokenizer(tmp_path)
+
+
 def test_t5_tokenizer_is_looked_for_as_clips_is(
     made: MadeFlux, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
