@@ -116,6 +116,9 @@ def test_a_dora_merges_as_it_computes(tmp_path):
     hooked = flux_outputs(*models)
     network.save_weights(tmp_path / "a.safetensors", None, {})
     network.remove()
+    for args, key in (({"split_qkv": "True"}, "split_qkv"), ({"ggpo_sigma": "1", "ggpo_beta": "0"}, "ggpo_sigma")):
+        with pytest.raises(UserError, match=f"{key}: the file is a DoRA .*, which excludes it"):
+            create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, *models, **args)
     rebuilt, weights = create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, *models)
     rebuilt.merge_to(*models, weights)
     assert_close(flux_outputs(*models), hooked)
@@ -280,7 +283,7 @@ def test_rates_of_encoders_halves_and_patterns(caplog):
     assert names == ["textencoder 1", "textencoder 2", "unet"] and network.adapts_text_encoders
 
 
-def test_parts_that_are_not_trained_leave_the_file(tmp_path):
+def test_parts_that_are_not_trained_leave_the_file(tmp_path, caplog):
     models = models_of("plain")
     for applied, start in (((False, True), "lora_unet_"), ((True, False), "lora_te1_")):
         network = create_network(1.0, 4, 1.0, None, *models)
@@ -291,6 +294,8 @@ def test_parts_that_are_not_trained_leave_the_file(tmp_path):
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
         assert network.adapts_text_encoders == applied[0]
         network.remove()
+    create_network(1.0, 4, 1.0, None, *models, train_t5xxl="True").apply_to(*models, False, True)
+    assert "train_t5xxl=True has no effect with --network_train_unet_only" in caplog.text
     # Chroma's only encoder is left alone unless asked for
     assert not create_network(1.0, 4, 1.0, None, *flux_models("chroma")).adapts_text_encoders
     encoders, denoiser = flux_models("chroma")
