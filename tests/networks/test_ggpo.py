@@ -51,7 +51,11 @@ def test_the_noise_has_the_formula_s_spread(kind):
 
     adapter.begin_step(1, 3, gradient_norms)
     torch.testing.assert_close((layer(eye) - plain).T, drawn[3], rtol=0, atol=0)
+    assert (drawn[4] - drawn[3]).abs().max() > 0.01
     adapter.begin_step(2, 3, gradient_norms)
+    assert (layer(eye) - plain).T.sub(drawn[3]).abs().max() > 0.01
+    adapter.begin_step(1, 3, gradient_norms)
+    adapter.lora_name = "lora_unet_y"  # every module has its own
     assert (layer(eye) - plain).T.sub(drawn[3]).abs().max() > 0.01
     adapter.eval()
     assert torch.equal(layer(eye), plain)
