@@ -132,10 +132,14 @@ class AdapterModule(nn.Module, ABC):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.enabled or self.is_merged:
             return self._original_forward(x, *args, **kwargs)
-        # a draw on the CPU needs no wait for the device; checkpointed blocks replay it
-        if self.training and self.dropouts.module and torch.rand((), device="cpu").item() < self.dropouts.module:
+        if self.training and self.dropouts.module and self.is_left_out():
             return self._original_forward(x, *args, **kwargs)
         return self.changed_output(x, *args, **kwargs)
+
+    def is_left_out(self) -> bool:
+        """Draw whether the module dropout leaves this forward as the module's own."""
+        # a draw on the CPU needs no wait for the device; checkpointed blocks replay it
+        return torch.rand((), device="cpu").item() < self.dropouts.module
 
     def changed_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the adapted module for input ``x``."""
@@ -573,4 +577,4 @@ class AdapterNetwork(nn.Module, ABC):
 def as_list(models: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
     if models is None:
         return []
-    return list(models) if isinstance(models, (list, tuple)) else [models]
+    return [model for model in models if model is not None] if isinstance(models, (list, tuple)) else [models]

@@ -247,7 +247,7 @@ def with_encoders_apart(parts: Sequence[NetworkPart], weights: Mapping[str, Tens
 
 def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = UNET) -> None:
     """As ``networks.lora.check_network_args``."""
-    DyLoraArgs.read(network_args, denoiser.blocks)
+    DyLoraNetwork.args_of(network_args, denoiser)
 
 
 #: as those of ``networks.lora``

@@ -54,6 +54,8 @@ class LoraNetwork(AdapterNetwork):
 
     module_name = MODULE_NAME
     args_class: ClassVar[type[LoraArgs]] = LoraArgs
+    #: of models that no family has loaded
+    default_denoiser: ClassVar[LoraTarget] = UNET
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class LoraNetwork(AdapterNetwork):
         **kwargs: object,
     ) -> Self:
         """See ``create_network``."""
-        args = cls.args_class.read(kwargs, target_of(unet, UNET).blocks)
+        args = cls.args_of(kwargs, target_of(unet, cls.default_denoiser))
         rank = DEFAULT_RANK if network_dim is None else network_dim
         alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha
         args.check_size(rank, alpha)
@@ -112,7 +114,7 @@ class LoraNetwork(AdapterNetwork):
         """See ``create_network_from_weights``."""
         if idle := [key for key in cls.args_class.rank_keys if kwargs.get(key) is not None]:
             raise UserError(f"--network_args {', '.join(idle)}: no effect where ranks and alphas come from a file")
-        args = cls.args_class.read(kwargs, target_of(unet, UNET).blocks)
+        args = cls.args_of(kwargs, target_of(unet, cls.default_denoiser))
         parts = cls.make_parts(text_encoder, unet)
         weights_sd = cls.names_in(parts, read_weights(file) if weights_sd is None else weights_sd)
         source = str(file) if file else "the given weights"
@@ -120,12 +122,26 @@ class LoraNetwork(AdapterNetwork):
         available = {found.lora_name for part in parts for found in find_modules(part.model, part.target)}
         refuse_misfits(sizes.keys(), available, weights_sd, source, cls.module_name)
         dropouts = args.dropouts(neuron_dropout)
-        network = cls(parts, lambda found: sizes.get(found.lora_name), args, multiplier=multiplier, dropouts=dropouts)
+
+        def rank_rule(found: FoundModule) -> RankAlpha | None:
+            size = sizes.get(found.lora_name)
+            return None if size is None else cls.size_in_file(found, size, weights_sd, args)
+
+        network = cls(parts, rank_rule, args, multiplier=multiplier, dropouts=dropouts)
         select_weights(network, weights_sd, source)
         args.network_reg_lrs.refuse_idle("network_reg_lrs", [adapter.lora_name for adapter in network.adapters])
         if for_inference:
             network.eval().requires_grad_(False)
         return network, weights_sd
+
+    @classmethod
+    def args_of(cls, network_args: Mapping[str, object], denoiser: LoraTarget) -> LoraArgs:
+        """The network args, checked for a family by what it says of its adapters. Raises UserError."""
+        theirs = denoiser.network_modules
+        if (theirs or cls.default_denoiser.network_modules) and cls.module_name not in theirs:
+            use = " or ".join(theirs or (MODULE_NAME,))
+            raise UserError(f"--network_module {cls.module_name}: it is not made for this model family; use {use}")
+        return cls.args_class.read(network_args, denoiser.blocks)
 
     @classmethod
     def make_parts(
@@ -136,16 +152,28 @@ class LoraNetwork(AdapterNetwork):
         parts = []
         for number, model in enumerate(encoders, start=1):
             label = f"textencoder {number}" if len(encoders) > 1 else "textencoder"
-            parts.append(NetworkPart(label, model, target_of(model, TEXT_ENCODER), True))
-        target = target_of(unet, UNET)
+            parts.append(NetworkPart(label, model, cls.text_target(model, args), True))
+        target = target_of(unet, cls.default_denoiser)
         if args is None or args.adapts_spatial_convs:
             target = target.with_convs()
         return [*parts, NetworkPart("unet", unet, target, False)]
 
     @classmethod
+    def text_target(cls, text_encoder: nn.Module, args: LoraArgs | None) -> LoraTarget:
+        """What of a text encoder may be adapted, as ``make_parts`` has it."""
+        return target_of(text_encoder, TEXT_ENCODER)
+
+    @classmethod
     def sizes_in(cls, weights: Mapping[str, Tensor], source: str) -> dict[str, RankAlpha]:
         """Size of each module's adapter in a file; ``source`` is what messages call it."""
         return sizes_of(weights)
+
+    @classmethod
+    def size_in_file(
+        cls, found: FoundModule, size: RankAlpha, weights: Mapping[str, Tensor], args: LoraArgs
+    ) -> RankAlpha:
+        """Size of a module's adapter, of which the file says ``size``."""
+        return size
 
     def make_adapter(self, found: FoundModule, size: RankAlpha, **settings: Any) -> LoraModule:
         return (LoraModule if size.dora is None else DoraModule)(found, size, **settings)
@@ -199,7 +227,7 @@ def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget 
     Raises:
         UserError: unknown keys, wrong values, keys without effect; one line each.
     """
-    LoraArgs.read(network_args, denoiser.blocks)
+    LoraNetwork.args_of(network_args, denoiser)
 
 
 def create_network(

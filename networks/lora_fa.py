@@ -79,7 +79,7 @@ class LoraFaNetwork(LoraNetwork):
 
 def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = UNET) -> None:
     """As ``networks.lora.check_network_args``."""
-    LoraFaArgs.read(network_args, denoiser.blocks)
+    LoraFaNetwork.args_of(network_args, denoiser)
 
 
 #: as those of ``networks.lora``

@@ -90,11 +90,26 @@ class OftArgs(LoraArgs):
 
     def dropouts(self, neuron_dropout: float | None) -> Dropouts:
         if neuron_dropout:
-            raise UserError(f"--network_dropout: {MODULE_NAME} cannot do it: {_NO_ACTIVATION}")
+            raise UserError(f"--network_dropout: {self.module_name} cannot do it: {_NO_ACTIVATION}")
         return super().dropouts(neuron_dropout)
 
     def _size_in_unet(self, found: FoundModule, rank: int, alpha: float, block: int | None) -> tuple[int, float]:
         return rank, alpha
+
+
+def generator_of(blocks: Tensor, bound: float) -> Tensor:
+    """Q (n, k, k) of B, float32, with a norm up to ``bound``."""
+    blocks = blocks.float()
+    skew = blocks - blocks.transpose(1, 2)
+    # below the bound the factor is exactly 1 and has no gradient, at a norm of 0, too
+    return skew * (bound / torch.linalg.vector_norm(skew).clamp(min=bound))
+
+
+def moved_by(generator: Tensor) -> Tensor:
+    """R - I (n, k, k) of Q."""
+    unit = torch.eye(generator.shape[-1], device=generator.device)
+    # Q and (I - Q)^-1 commute; I - Q is never singular, so nothing waits for the device to look at errors
+    return torch.linalg.solve_ex(unit - generator, 2.0 * generator).result
 
 
 class OftModule(AdapterModule):
@@ -119,17 +134,11 @@ class OftModule(AdapterModule):
 
     def generator(self) -> Tensor:
         """Q (n, k, k), float32, its norm within the bound."""
-        blocks = self.oft_blocks.float()
-        skew = blocks - blocks.transpose(1, 2)
-        # below the bound the factor is exactly 1 and has no gradient, at a norm of 0, too
-        return skew * (self.bound / torch.linalg.vector_norm(skew).clamp(min=self.bound))
+        return generator_of(self.oft_blocks, self.bound)
 
     def moved(self) -> Tensor:
         """R - I (n, k, k), float32: exactly 0 in a new network, which R itself would not be in lower precision."""
-        generator = self.generator()
-        unit = torch.eye(generator.shape[-1], device=generator.device)
-        # Q and (I - Q)^-1 commute; I - Q is never singular, so nothing waits for the device to look at errors
-        return torch.linalg.solve_ex(unit - generator, 2.0 * generator).result
+        return moved_by(self.generator())
 
     def rotation(self) -> Tensor:
         """R (n, k, k), float32."""
@@ -178,7 +187,7 @@ class OftNetwork(LoraNetwork):
         # parts without modules, so that the protocol's counts of text encoders hold
         nothing = LoraTarget("oft_te", ())
         parts = [NetworkPart("textencoder", model, nothing, True) for model in as_list(text_encoder)]
-        target = replace(target_of(unet, UNET), prefix=PREFIX)
+        target = replace(target_of(unet, cls.default_denoiser), prefix=PREFIX)
         if args is not None and not args.enable_all_linear:
             target = replace(target, module_classes=target.attention_classes)
         if args is None or args.enable_conv:
@@ -195,7 +204,7 @@ class OftNetwork(LoraNetwork):
                 alpha = weights.get(f"{lora_name}.alpha")
                 if alpha is None:
                     raise UserError(
-                        f"{source}: {lora_name}.alpha is missing beside oft_blocks; it is no file of {MODULE_NAME}"
+                        f"{source}: {lora_name}.alpha is missing beside oft_blocks; it is no file of {cls.module_name}"
                     )
                 sizes[lora_name] = RankAlpha(tensor.shape[0], float(alpha))
         return sizes
@@ -209,7 +218,9 @@ class OftNetwork(LoraNetwork):
     ) -> None:
         """As in the base class. Raises UserError if the U-Net is to be left alone: nothing would be left."""
         if not apply_unet:
-            raise UserError(f"--network_train_text_encoder_only: {MODULE_NAME} adapts the U-Net only; leave it out")
+            raise UserError(
+                f"--network_train_text_encoder_only: {self.module_name} adapts no text encoder; leave it out"
+            )
         super().apply_to(text_encoder, unet, apply_text_encoder, apply_unet)
 
     def prepare_optimizer_params_with_multiple_te_lrs(
@@ -218,13 +229,13 @@ class OftNetwork(LoraNetwork):
         """As in the base class. Raises UserError for a rate of text encoders."""
         given = text_encoder_lr if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
         if any(given):
-            raise UserError(f"--text_encoder_lr: {MODULE_NAME} adapts the U-Net only; leave it out")
+            raise UserError(f"--text_encoder_lr: {self.module_name} adapts no text encoder; leave it out")
         return super().prepare_optimizer_params_with_multiple_te_lrs(None, unet_lr, default_lr)
 
 
 def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = UNET) -> None:
     """As ``networks.lora.check_network_args``."""
-    OftArgs.read(network_args, denoiser.blocks)
+    OftNetwork.args_of(network_args, denoiser)
 
 
 #: as those of ``networks.lora``

@@ -21,6 +21,7 @@ class RankAlpha:
     rank: int
     alpha: float
     dora: DoraAxis | None = None  # None for a plain LoRA
+    widths: tuple[int, ...] = ()  # output features of the parts of an adapter that is split; their ranks are equal
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class FoundModule:
     path: str  # dotted, in its model
     module: nn.Module
     published_path: str = ""  # the same as files of diffusers have it
+    widths: tuple[int, ...] = ()  # output features of the projections that are stacked in it; () where it is one
 
     @property
     def is_spatial_conv(self) -> bool:
@@ -42,13 +44,13 @@ RankRule = Callable[[FoundModule], RankAlpha | None]
 
 
 def find_modules(model: nn.Module, target: LoraTarget) -> Iterator[FoundModule]:
-    """The ``Linear`` and ``Conv2d`` modules inside the target's classes, each once, in the model's order."""
+    """The ``Linear`` and ``Conv2d`` modules inside the target's classes and paths, each once, in the model's order."""
     seen: set[str] = set()
     # transformers 5 dropped the "text_model." level from CLIPTextModel; files keep it
     is_short_clip = type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
     level = "text_model." if is_short_clip else ""
     for owner_path, owner in model.named_modules():
-        if type(owner).__name__ not in target.module_classes:
+        if type(owner).__name__ not in target.module_classes and owner_path not in target.module_paths:
             continue
         for inner_path, module in owner.named_modules(prefix=owner_path):
             if isinstance(module, (nn.Linear, nn.Conv2d)) and inner_path not in seen:
@@ -56,7 +58,8 @@ def find_modules(model: nn.Module, target: LoraTarget) -> Iterator[FoundModule]:
                 path = level + inner_path
                 in_files = path if target.file_path is None else target.file_path(path)
                 assert in_files is not None, f"no name for {path} in files"
-                yield FoundModule(f"{target.prefix}.{in_files}".replace(".", "_"), inner_path, module, path)
+                widths = () if target.stacked_widths is None else target.stacked_widths(inner_path, module)
+                yield FoundModule(f"{target.prefix}.{in_files}".replace(".", "_"), inner_path, module, path, widths)
 
 
 def target_of(model: nn.Module, default: LoraTarget) -> LoraTarget:

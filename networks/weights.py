@@ -23,12 +23,14 @@ PICKLE_SUFFIXES = (".pt", ".ckpt", ".bin")
 
 #: a piece of a tensor's name -> what the file then is; looked for only when a file does not fit
 _OTHER_KINDS = {
+    "transformer.transformer_blocks.": "it is in diffusers naming; networks/convert_flux_lora.py converts it",
+    "transformer.single_transformer_blocks.": "it is in diffusers naming; networks/convert_flux_lora.py converts it",
     ".lora_A.": "it is in diffusers/PEFT naming, for another model or for modules that carry no adapters here",
     ".lora.down.": "it is in diffusers naming, for another model or for modules that carry no adapters here",
     ".lora_linear_layer.": "it is in diffusers naming, for another model or for modules that carry no adapters here",
     ".hada_w1": "it is a LoHa; use the network module that made it (lycoris.kohya)",
     ".lokr_": "it is a LoKr; use the network module that made it (lycoris.kohya)",
-    ".oft_": "it is an OFT; use the network module that made it (networks.oft or lycoris.kohya)",
+    ".oft_": "it is an OFT; use the network module that made it (networks.oft, networks.oft_flux or lycoris.kohya)",
     "lora_te2_": "it was made for a model with two text encoders, such as SDXL",
     "lora_unet_input_blocks_": "it was made for SDXL",
     "lora_unet_double_blocks_": "it was made for FLUX or HunyuanImage",
@@ -175,7 +177,7 @@ def _module_weights(
             shapes = f"{list(tensor.shape)} in the file and {list(own[name].shape)} in this network"
             rank_differs = name == "lora_down.weight" and tensor.shape[1:] == own[name].shape[1:]
             # (blocks, size, size): together they are the module's features
-            rank_differs |= name == "oft_blocks" and tensor.shape[:2].numel() == own[name].shape[:2].numel()
+            rank_differs |= name.startswith("oft_blocks") and tensor.shape[:2].numel() == own[name].shape[:2].numel()
             remedy = "use --dim_from_weights, or the file's rank" if rank_differs else "it was made for another model"
             if name == "dora_scale" and tensor.shape == own[name].transpose(0, 1).shape:
                 remedy = "its magnitudes are of the other axis, see --network_args dora_on_output"
@@ -184,8 +186,8 @@ def _module_weights(
 
 
 def _explain(weights: Mapping[str, Tensor], module_name: str) -> str:
-    if module_name == "networks.oft" and any(name.endswith(".lora_down.weight") for name in weights):
-        return "it is a LoRA; use networks.lora"
+    if module_name.startswith("networks.oft") and any(name.endswith(".lora_down.weight") for name in weights):
+        return f"it is a LoRA; use {module_name.replace('oft', 'lora')}"
     for piece, explanation in _OTHER_KINDS.items():
         if any(piece in key for key in weights):
             return explanation

@@ -106,6 +106,12 @@ class LoraTarget:
     file_path: Callable[[str], str | None] | None = None
     diffusers_root: str = ""  # what precedes the module path in files of diffusers and PEFT: "unet"
     attention_classes: tuple[str, ...] = ()  # class names of the attentions alone, within ``module_classes``
+    #: paths of further modules whose ``Linear`` layers are adapted
+    module_paths: tuple[str, ...] = ()
+    #: (path, layer) -> output widths of the projections that are stacked in a layer; () where it is one
+    stacked_widths: Callable[[str, nn.Module], tuple[int, ...]] | None = None
+    #: our network modules for the family, that for LoRA first, where those for U-Nets do not adapt it
+    network_modules: tuple[str, ...] = ()
 
     def with_convs(self) -> LoraTarget:
         return replace(self, module_classes=self.module_classes + self.conv_classes)

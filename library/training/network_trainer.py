@@ -119,6 +119,8 @@ class NetworkTrainer(Trainer):
         if half != torch.float32:
             train_in_half(optimizer, run.checked.seed)
         network.prepare_grad_etc(text_argument(run.text_encoders), run.denoiser)
+        if hasattr(network, "before_update"):
+            optimizer.register_step_pre_hook(lambda *_: network.before_update())
 
         accelerator = run.accelerator
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism;

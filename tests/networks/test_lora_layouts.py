@@ -59,11 +59,12 @@ def table_of(name):
 
 def state_of_a_new_network(kind, table, text_encoder, unet):
     module = importlib.import_module(f"networks.{kind}")
+    applied = (table.get("apply_text_encoder", True), table.get("apply_unet", True))
     with torch.device("meta"):
         network = module.create_network(
             1.0, table["rank"], table["alpha"], None, text_encoder, unet, **table["network_args"]
         )
-        network.apply_to(text_encoder, unet)
+        network.apply_to(text_encoder, unet, *applied)
     try:
         return network.state_dict()
     finally:
@@ -88,6 +89,17 @@ TABLES = [
     ("sdxl", "oft", ""),
     ("sdxl", "oft", "_all"),
 ]
+FLUX_TABLES = [
+    "lora_flux_unet_only",
+    "lora_flux_clip_l",
+    "lora_flux_clip_l_t5xxl",
+    "lora_flux_in_dims",
+    "lora_flux_split_qkv",
+    "oft_flux",
+    "oft_flux_all_linear",
+    "lora_chroma",
+    "lora_chroma_t5xxl",
+]
 
 
 @pytest.mark.parametrize(("models", "kind", "suffix"), TABLES, indirect=["models"])
@@ -106,3 +118,33 @@ def test_names_and_shapes_equal_the_published_tables(models, kind, suffix):
     }
     as_published = {name.replace("lora_te2_", "lora_te_"): s for name, s in shapes.items() if "lora_te1_" not in name}
     assert as_published == table["keys"]
+
+
+@pytest.fixture(scope="module")
+def flux_models():
+    """Text encoders and transformers of FLUX.1 and Chroma in their published sizes, on the meta device."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from library.architectures.common.t5 import build_t5
+    from library.architectures.flux.chroma import Chroma
+    from library.architectures.flux.model import Flux
+    from library.architectures.flux.sizes import infer_sizes
+
+    t5 = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    with torch.device("meta"):
+        clip = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODERS["sd15"]))
+        encoders = [clip, build_t5({**t5, "feed_forward_proj": "gated-gelu"})]
+        flux, chroma = (
+            build(infer_sizes({name: tuple(shape) for name, shape in table_of(table)["keys"].items()}))
+            for build, table in ((Flux, "flux1_dev"), (Chroma, "chroma1"))
+        )
+    return {"flux": (encoders, flux), "chroma": (encoders[1:], chroma)}
+
+
+@pytest.mark.parametrize("name", FLUX_TABLES)
+def test_names_and_shapes_of_flux_equal_the_published_tables(flux_models, name):
+    table = table_of(name)
+    kind, family = name.split("_")[:2]
+    state = state_of_a_new_network(f"{kind}_flux", table, *flux_models[family])
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == table["keys"]

@@ -193,7 +193,7 @@ def test_what_cannot_be_is_said(tmp_path, tiny_unet, tiny_text_encoder, caplog):
     with pytest.raises(UserError, match="--network_dropout: networks.oft cannot do it"):
         create(dropout=0.1)
     network = create()
-    with pytest.raises(UserError, match="--text_encoder_lr: networks.oft adapts the U-Net only"):
+    with pytest.raises(UserError, match="--text_encoder_lr: networks.oft adapts no text encoder"):
         network.prepare_optimizer_params_with_multiple_te_lrs([1e-4], 1e-4, 1e-3)
     with pytest.raises(UserError, match="--network_train_text_encoder_only: networks.oft"):
         network.apply_to(tiny_text_encoder, tiny_unet, True, False)

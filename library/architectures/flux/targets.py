@@ -1,0 +1,45 @@
+"""Which modules of FLUX.1, Chroma and their text encoders carry adapters, and what files call them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from library.architectures.base import LoraTarget
+from library.architectures.common.latent_diffusion import CLIP_MODULES
+
+T5_MODULES = ("T5Attention", "T5DenseGatedActDense")
+
+#: the layers that take in what the transformer is given, in the order of the network arg ``in_dims``
+INPUT_LAYERS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
+
+
+def stacked_widths(path: str, layer: nn.Module) -> tuple[int, ...]:
+    """Output features of the projections that one layer of the published files holds one above the other.
+
+    ``qkv``: query, key, value; ``linear1`` of blocks with one stream: these three and the MLP's first half.
+    """
+    name = path.rpartition(".")[2]
+    rows, columns = layer.weight.shape[:2]
+    if name == "qkv":
+        return (rows // 3,) * 3
+    if name == "linear1":
+        return (columns,) * 3 + (rows - 3 * columns,)
+    return ()
+
+
+CLIP_L = LoraTarget("lora_te1", CLIP_MODULES, diffusers_root="text_encoder")
+#: numbered as in SD3, whose second encoder is missing here
+T5XXL = LoraTarget("lora_te3", T5_MODULES, diffusers_root="text_encoder_2")
+DENOISER = LoraTarget(
+    "lora_unet",
+    ("DoubleStreamBlock", "SingleStreamBlock"),
+    diffusers_root="transformer",
+    attention_classes=("SelfAttention",),
+    stacked_widths=stacked_widths,
+    network_modules=("networks.lora_flux", "networks.oft_flux"),
+)
+
+
+def text_encoder_target(encoder: nn.Module) -> LoraTarget:
+    """The target of a text encoder that no family has loaded."""
+    return T5XXL if type(encoder).__name__.startswith("T5") else CLIP_L

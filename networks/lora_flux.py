@@ -1,0 +1,203 @@
+"""LoRA for FLUX.1 and Chroma (``--network_module networks.lora_flux``), on transformer, CLIP-L and T5-XXL.
+
+What a LoRA computes is in ``networks/lora.py``. Adapted are all linear layers of the blocks, the modulations too
+(Chroma has none), as ``lora_unet_double_blocks_0_img_attn_qkv``, ``lora_unet_single_blocks_0_linear1``; CLIP-L
+(``lora_te1_*``) unless the transformer alone is trained, and with ``train_t5xxl=True`` T5-XXL (``lora_te3_*``).
+
+Network args:
+
+* ``img_attn_dim``, ``txt_attn_dim``, ``img_mlp_dim``, ``txt_mlp_dim``, ``img_mod_dim``, ``txt_mod_dim``,
+  ``single_dim`` (linear1 and linear2), ``single_mod_dim``: ranks of these layers; 0 leaves them alone.
+* ``in_dims``: five ranks, of ``img_in``, ``time_in``, ``vector_in``, ``guidance_in`` and ``txt_in``, which have no LoRA
+  otherwise. schnell has no ``guidance_in``, Chroma ``img_in`` and ``txt_in`` only.
+* ``train_double_block_indices``, ``train_single_block_indices``: blocks that are adapted, counted from 0: ``0,1,4-7``,
+  ``all``, ``none``.
+* ``train_t5xxl``; ``split_qkv`` (``networks/split_lora.py``); ``ggpo_sigma``, ``ggpo_beta`` (``networks/ggpo.py``);
+  ``verbose``: log each module's rank and alpha.
+* those of ``networks.lora`` that are not about a U-Net. ``network_reg_dims`` gives ranks within the blocks that are
+  adapted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import LoraTarget
+from library.architectures.flux.targets import DENOISER, INPUT_LAYERS, T5XXL, text_encoder_target
+from library.errors import UserError
+from networks import ggpo
+from networks.base import NetworkPart
+from networks.flux_args import MODULE_NAME, LoraFluxArgs
+from networks.ggpo import PerturbedLoraModule, PerturbedSplitLoraModule
+from networks.lora import LoraNetwork
+from networks.lora_args import LoraArgs
+from networks.lora_module import LoraModule
+from networks.split_lora import SplitLoraModule, is_block_diagonal
+from networks.targets import FoundModule, RankAlpha, find_modules, target_of
+from networks.weights import write_weights
+
+logger = logging.getLogger(__name__)
+
+#: the entry of training states with what GGPO goes on from
+GRADIENT_NORMS = "ggpo_gradient_norms"
+
+
+class LoraFluxNetwork(LoraNetwork):
+    """LoRA on FLUX.1 or Chroma and their text encoders."""
+
+    module_name = MODULE_NAME
+    args_class = LoraFluxArgs
+    default_denoiser = DENOISER
+    args: LoraFluxArgs
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._adapters_changed()
+        if self.args.verbose:
+            for adapter in self.adapters:
+                logger.info("%s: rank %d, alpha %g", adapter.lora_name, adapter.rank, adapter.scale * adapter.rank)
+
+    def _adapters_changed(self) -> None:
+        self.adapts_text_encoders = bool(self.text_encoder_loras)
+        if self.args.perturbation is not None:
+            rows = sum(adapter.rows for adapter in self.adapters)
+            self.register_buffer(GRADIENT_NORMS, torch.zeros(rows, dtype=torch.float32))
+
+    def apply_to(
+        self,
+        text_encoder: nn.Module | Sequence[nn.Module] | None,
+        unet: nn.Module,
+        apply_text_encoder: bool = True,
+        apply_unet: bool = True,
+    ) -> None:
+        """As in the base class."""
+        if self.args.train_t5xxl and not apply_text_encoder:
+            logger.warning("--network_args train_t5xxl=True has no effect with --network_train_unet_only")
+        super().apply_to(text_encoder, unet, apply_text_encoder, apply_unet)
+        self._adapters_changed()
+
+    @classmethod
+    def make_parts(
+        cls, text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module, args: LoraArgs | None = None
+    ) -> list[NetworkPart]:
+        *encoders, denoiser = super().make_parts(text_encoder, unet, args)
+        layers = tuple(name for name in INPUT_LAYERS if getattr(unet, name, None) is not None)
+        if isinstance(args, LoraFluxArgs):
+            args.check_model(list(find_modules(unet, denoiser.target)), layers)
+            layers = tuple(name for name in layers if args.in_dims[INPUT_LAYERS.index(name)])
+        denoiser.target = replace(denoiser.target, module_paths=layers)
+        return [*encoders, denoiser]
+
+    @classmethod
+    def text_target(cls, text_encoder: nn.Module, args: LoraArgs | None) -> LoraTarget:
+        target = target_of(text_encoder, text_encoder_target(text_encoder))
+        if isinstance(args, LoraFluxArgs) and target.prefix == T5XXL.prefix and not args.train_t5xxl:
+            return replace(target, module_classes=())
+        return target
+
+    @classmethod
+    def size_in_file(
+        cls, found: FoundModule, size: RankAlpha, weights: Mapping[str, Tensor], args: LoraArgs
+    ) -> RankAlpha:
+        """Modules whose projections are apart in the file stay so, unless ``split_qkv`` was given as false."""
+        perturbed = isinstance(args, LoraFluxArgs) and args.perturbation is not None
+        if size.dora is not None and (args.split_qkv or perturbed):
+            key = "split_qkv" if args.split_qkv else "ggpo_sigma"
+            raise UserError(
+                f"--network_args {key}: the file is a DoRA ({found.lora_name}), which excludes it; leave it out"
+            )
+        if not found.widths or size.dora is not None or args.split_qkv is False:
+            return size
+        up = weights.get(f"{found.lora_name}.lora_up.weight")
+        # nothing is told by an up half of zeros, which nothing has trained yet
+        if up is not None and is_block_diagonal(up, found.widths) and (args.split_qkv or up.any()):
+            return replace(size, widths=found.widths)
+        if args.split_qkv:
+            raise UserError(
+                f"--network_args split_qkv=True: the projections of {found.lora_name} are not apart in the file; leave "
+                "split_qkv out"
+            )
+        return size
+
+    def make_adapter(self, found: FoundModule, size: RankAlpha, **settings: Any) -> LoraModule:
+        perturbation = self.args.perturbation
+        if perturbation is not None:
+            kind = PerturbedSplitLoraModule if size.widths else PerturbedLoraModule
+            return kind(found, size, perturbation=perturbation, **settings)
+        if size.widths:
+            return SplitLoraModule(found, size, **settings)
+        return super().make_adapter(found, size, **settings)
+
+    # ---- training ----
+
+    def prepare_optimizer_params_with_multiple_te_lrs(
+        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """As in the base class; the rates are CLIP-L's and T5-XXL's, Chroma has T5-XXL alone."""
+        rates = text_encoder_lr if isinstance(text_encoder_lr, (list, tuple)) else ()
+        encoders = [part for part in self.parts if part.is_text_encoder]
+        for part, rate in zip(encoders, rates if len(rates) > 1 else (), strict=False):
+            if rate and not part.adapters:
+                logger.warning(
+                    "--text_encoder_lr: the rate %g of the %s has no effect, it is not trained", rate, part.label
+                )
+        return super().prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
+
+    def begin_step(self, seed: int, step: int) -> None:
+        """Draw the perturbations of the step."""
+        if self.args.perturbation is not None:
+            ggpo.begin_step(self._perturbed, self.ggpo_gradient_norms, seed, step)
+
+    def before_update(self) -> None:
+        """Keep the norms of the gradients, which the optimizer is about to use, for the next step's perturbations.
+
+        With ``--fused_backward_pass`` it is called for each parameter by itself, the others having no gradient.
+        """
+        if self.args.perturbation is not None:
+            ggpo.keep_gradient_norms(self._perturbed, self.ggpo_gradient_norms)
+
+    @property
+    def _perturbed(self) -> list[PerturbedLoraModule]:
+        """All adapters, where GGPO is on."""
+        return [adapter for adapter in self.adapters if isinstance(adapter, PerturbedLoraModule)]
+
+    # ---- states and files ----
+
+    def load_weights_from(self, weights: Mapping[str, Tensor], source: str) -> str:
+        """As in the base class. Raises UserError, too, for projections that are not apart where they are trained so."""
+        for adapter in self.adapters:
+            up = weights.get(f"{adapter.lora_name}.lora_up.weight")
+            if isinstance(adapter, SplitLoraModule) and up is not None:
+                adapter.check_apart(up, source)
+        return super().load_weights_from(weights, source)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # files never have the norms, states do where the run had GGPO
+        own, name = getattr(self, GRADIENT_NORMS, None), prefix + GRADIENT_NORMS
+        if own is None:
+            state_dict.pop(name, None)
+        elif name not in state_dict:
+            state_dict[name] = torch.zeros_like(own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """As in the base class."""
+        state = {name: tensor for name, tensor in self.state_dict().items() if name != GRADIENT_NORMS}
+        write_weights(file, state, dtype, metadata)
+
+
+def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = DENOISER) -> None:
+    """As ``networks.lora.check_network_args``."""
+    LoraFluxNetwork.args_of(network_args, denoiser)
+
+
+#: as those of ``networks.lora``
+create_network = LoraFluxNetwork.create
+create_network_from_weights = LoraFluxNetwork.create_from_weights

@@ -1,0 +1,115 @@
+"""A LoRA of each projection that is stacked in one layer (``split_qkv``), in files one LoRA of the layer.
+
+Transformers with joint attention have one linear layer for query, key and value (FLUX.1's ``linear1``: and the MLP's
+first half). A LoRA of that layer shares its down half among all of them; here each of the k projections has a LoRA of
+rank r to itself,
+
+    W'_i = W_i + (alpha / r) U_i D_i,    i = 1..k.
+
+Together they are a LoRA of rank k r, as which they are saved and every program reads them: D is the D_i one above the
+other, (k r, in), and U has the U_i on its block diagonal and zeros elsewhere, (out, k r). Its strength there is
+alpha / (k r), so that the saved alpha is k times the given one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.base import Dropouts
+from networks.lora_module import LoraModule
+from networks.targets import FoundModule, RankAlpha
+
+
+def is_block_diagonal(up: Tensor, widths: Sequence[int]) -> bool:
+    """Whether an up half (out, k r) is that of k projections of these output features apart; one of zeros is."""
+    if up.dim() != 2 or up.shape[0] != sum(widths) or up.shape[1] % len(widths):
+        return False
+    outside = up.detach().clone()
+    for block in _blocks(outside, widths):
+        block.zero_()
+    return not outside.any()
+
+
+def _blocks(up: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Views of the blocks on the diagonal, (width, r) each."""
+    rank = up.shape[1] // len(widths)
+    return [rows[:, i * rank : (i + 1) * rank] for i, rows in enumerate(up.split(list(widths)))]
+
+
+class SplitLoraModule(LoraModule):
+    """Low-rank changes of the projections that one ``Linear`` holds.
+
+    ``rank`` and ``alpha`` are those of the file, k times those of a projection. Parameters are ``down_0`` (r, in),
+    ``up_0`` (width of the projection, r), ``down_1``, ...; in states and files they are joined.
+    """
+
+    def __init__(
+        self, found: FoundModule, size: RankAlpha, *, multiplier: float = 1.0, dropouts: Dropouts = Dropouts()
+    ) -> None:
+        super().__init__(found, size, multiplier=multiplier, dropouts=dropouts)
+        self.widths = size.widths
+        if size.rank % len(self.widths):
+            raise ValueError(f"{found.lora_name}: rank {size.rank} does not divide into {len(self.widths)} projections")
+        downs = self.lora_down.weight.detach().chunk(len(self.widths))
+        ups = _blocks(self.lora_up.weight.detach(), self.widths)
+        del self.lora_down, self.lora_up
+        for number, (down, up) in enumerate(zip(downs, ups, strict=True)):
+            self.register_parameter(f"down_{number}", nn.Parameter(down.clone()))
+            self.register_parameter(f"up_{number}", nn.Parameter(up.clone()))
+
+    def _pieces(self, half: str) -> list[nn.Parameter]:
+        return [self._parameters[f"{half}_{number}"] for number in range(len(self.widths))]
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        return torch.cat(self._pieces("down")), torch.block_diag(*self._pieces("up"))
+
+    def up_parameters(self) -> list[nn.Parameter]:
+        return self._pieces("up")
+
+    def scale_change(self, ratio: Tensor) -> None:
+        for parameter in self.parameters():
+            parameter.mul_(ratio.sqrt())
+
+    # ---- dropout ----
+
+    def is_left_out(self) -> bool:
+        """Never as a whole: each projection's LoRA is left out by itself."""
+        return False
+
+    def _drop(self, hidden: Tensor, rank_axis: int) -> Tensor:
+        hidden = super()._drop(hidden, rank_axis)
+        if self.dropouts.module:
+            kept = hidden.new_empty(len(self.widths)).bernoulli_(1.0 - self.dropouts.module)
+            hidden = hidden * kept.repeat_interleave(self.rank // len(self.widths))  # (B, ..., k r)
+        return hidden
+
+    # ---- states and files ----
+
+    def check_apart(self, up: Tensor, source: str) -> None:
+        """Raise UserError where an up half (out, k r) of a file would not come back whole."""
+        if up.shape == (sum(self.widths), self.rank) and not is_block_diagonal(up, self.widths):
+            raise UserError(
+                f"{source}: the projections of {self.lora_name} are not apart in it, as split_qkv=True has them; leave "
+                "split_qkv out, or take the ranks from the file (--dim_from_weights)"
+            )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._parameters:
+            del destination[prefix + name]
+        for half, joined in zip(("down", "up"), self.halves(), strict=True):
+            destination[f"{prefix}lora_{half}.weight"] = joined if keep_vars else joined.detach()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        split = dict(state_dict)
+        down, up = (split.pop(f"{prefix}lora_{half}.weight", None) for half in ("down", "up"))
+        if down is not None and up is not None and up.shape == (sum(self.widths), self.rank):
+            pieces = zip(down.chunk(len(self.widths)), _blocks(up, self.widths), strict=True)
+            for number, (piece, block) in enumerate(pieces):
+                split[f"{prefix}down_{number}"], split[f"{prefix}up_{number}"] = piece, block
+        super()._load_from_state_dict(split, prefix, *args, **kwargs)
