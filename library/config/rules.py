@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from library.config.arguments import TrainNetworkOptions, flat
 from library.config.availability import REFUSED
 from library.config.no_effect import as_errors, without_effect
-from library.data.dataset_config import NOT_WITH_CACHED_LATENTS
+from library.data.dataset_keys import NOT_WITH_CACHED_LATENTS
 from library.errors import UserError
 from library.files.hub import REPO_TYPES
 from library.launched import process_count
