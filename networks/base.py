@@ -452,10 +452,6 @@ class AdapterNetwork(nn.Module, ABC):
             step: counted from 0; several batches that are accumulated share it.
         """
 
-    def before_update(self) -> None:
-        """Hook of ours, with the gradients that the optimizer is about to use; with ``--fused_backward_pass`` for each
-        parameter by itself, the others having none."""
-
     def get_trainable_params(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 

@@ -16,8 +16,8 @@ which stands for |G_i|, as of the gradients that the last step's update used (0 
 
 E is a function of the run's seed, the step and the module's name, drawn on the device of the activations: batches that
 are accumulated share it, recomputed blocks meet the same, and a resumed run draws what it would have drawn, as the
-norms of the last gradients are part of training states (not of saved files). Networks that no trainer of ours drives
-are not perturbed.
+norms of the last gradients are part of training states (not of saved files, nor of the recordings that ``--replay``
+takes). Networks that no trainer of ours drives are not perturbed.
 """
 
 from __future__ import annotations
@@ -86,9 +86,14 @@ class PerturbedLoraModule(LoraModule):
         out = super().add_change(out, x)
         if not self.training or self._step is None:
             return out
+        return out + self._perturbed(x).to(out.dtype)
+
+    @torch.compiler.disable  # the hash and the generator are not for a graph
+    def _perturbed(self, x: Tensor) -> Tensor:
+        """E x."""
+        assert self._step is not None
         seed, step = self._step
-        moved = _Perturbed.apply(x, self.row_scales(), key(seed, "ggpo", step, self.lora_name))
-        return out + moved.to(out.dtype)
+        return _Perturbed.apply(x, self.row_scales(), key(seed, "ggpo", step, self.lora_name))
 
     @torch.no_grad()
     def row_scales(self) -> Tensor:

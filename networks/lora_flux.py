@@ -70,8 +70,17 @@ class LoraFluxNetwork(LoraNetwork):
             rows = sum(adapter.rows for adapter in self.adapters)
             self.register_buffer(GRADIENT_NORMS, torch.zeros(rows, dtype=torch.float32))
 
-    def apply_to(self, *args: Any, **kwargs: Any) -> None:
-        super().apply_to(*args, **kwargs)
+    def apply_to(
+        self,
+        text_encoder: nn.Module | Sequence[nn.Module] | None,
+        unet: nn.Module,
+        apply_text_encoder: bool = True,
+        apply_unet: bool = True,
+    ) -> None:
+        """As in the base class."""
+        if self.args.train_t5xxl and not apply_text_encoder:
+            logger.warning("--network_args train_t5xxl=True has no effect with --network_train_unet_only")
+        super().apply_to(text_encoder, unet, apply_text_encoder, apply_unet)
         self._adapters_changed()
 
     @classmethod
@@ -98,6 +107,12 @@ class LoraFluxNetwork(LoraNetwork):
         cls, found: FoundModule, size: RankAlpha, weights: Mapping[str, Tensor], args: LoraArgs
     ) -> RankAlpha:
         """Modules whose projections are apart in the file stay so, unless ``split_qkv`` was given as false."""
+        perturbed = isinstance(args, LoraFluxArgs) and args.perturbation is not None
+        if size.dora is not None and (args.split_qkv or perturbed):
+            key = "split_qkv" if args.split_qkv else "ggpo_sigma"
+            raise UserError(
+                f"--network_args {key}: the file is a DoRA ({found.lora_name}), which excludes it; leave it out"
+            )
         if not found.widths or size.dora is not None or args.split_qkv is False:
             return size
         up = weights.get(f"{found.lora_name}.lora_up.weight")
@@ -113,12 +128,12 @@ class LoraFluxNetwork(LoraNetwork):
 
     def make_adapter(self, found: FoundModule, size: RankAlpha, **settings: Any) -> LoraModule:
         perturbation = self.args.perturbation
-        if perturbation is not None and size.dora is None:
+        if perturbation is not None:
             kind = PerturbedSplitLoraModule if size.widths else PerturbedLoraModule
             return kind(found, size, perturbation=perturbation, **settings)
-        return (
-            SplitLoraModule(found, size, **settings) if size.widths else super().make_adapter(found, size, **settings)
-        )
+        if size.widths:
+            return SplitLoraModule(found, size, **settings)
+        return super().make_adapter(found, size, **settings)
 
     # ---- training ----
 
@@ -141,15 +156,27 @@ class LoraFluxNetwork(LoraNetwork):
             ggpo.begin_step(self._perturbed, self.ggpo_gradient_norms, seed, step)
 
     def before_update(self) -> None:
-        """Keep the gradients' norms for the next step's perturbations."""
+        """Keep the norms of the gradients, which the optimizer is about to use, for the next step's perturbations.
+
+        With ``--fused_backward_pass`` it is called for each parameter by itself, the others having no gradient.
+        """
         if self.args.perturbation is not None:
             ggpo.keep_gradient_norms(self._perturbed, self.ggpo_gradient_norms)
 
     @property
     def _perturbed(self) -> list[PerturbedLoraModule]:
+        """All adapters, where GGPO is on."""
         return [adapter for adapter in self.adapters if isinstance(adapter, PerturbedLoraModule)]
 
     # ---- states and files ----
+
+    def load_weights_from(self, weights: Mapping[str, Tensor], source: str) -> str:
+        """As in the base class. Raises UserError, too, for projections that are not apart where they are trained so."""
+        for adapter in self.adapters:
+            up = weights.get(f"{adapter.lora_name}.lora_up.weight")
+            if isinstance(adapter, SplitLoraModule) and up is not None:
+                adapter.check_apart(up, source)
+        return super().load_weights_from(weights, source)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # files never have the norms, states do where the run had GGPO

@@ -90,6 +90,14 @@ class SplitLoraModule(LoraModule):
 
     # ---- states and files ----
 
+    def check_apart(self, up: Tensor, source: str) -> None:
+        """Raise UserError where an up half (out, k r) of a file would not come back whole."""
+        if up.shape == (sum(self.widths), self.rank) and not is_block_diagonal(up, self.widths):
+            raise UserError(
+                f"{source}: the projections of {self.lora_name} are not apart in it, as split_qkv=True has them; leave "
+                "split_qkv out, or take the ranks from the file (--dim_from_weights)"
+            )
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._parameters:
@@ -101,11 +109,6 @@ class SplitLoraModule(LoraModule):
         split = dict(state_dict)
         down, up = (split.pop(f"{prefix}lora_{half}.weight", None) for half in ("down", "up"))
         if down is not None and up is not None and up.shape == (sum(self.widths), self.rank):
-            if not up.is_meta and not is_block_diagonal(up, self.widths):
-                raise UserError(
-                    f"{self.lora_name}: its projections are not apart in these weights, as split_qkv has them; leave "
-                    "split_qkv out, or take the ranks from the file (--dim_from_weights)"
-                )
             pieces = zip(down.chunk(len(self.widths)), _blocks(up, self.widths), strict=True)
             for number, (piece, block) in enumerate(pieces):
                 split[f"{prefix}down_{number}"], split[f"{prefix}up_{number}"] = piece, block

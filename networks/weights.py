@@ -23,6 +23,8 @@ PICKLE_SUFFIXES = (".pt", ".ckpt", ".bin")
 
 #: a piece of a tensor's name -> what the file then is; looked for only when a file does not fit
 _OTHER_KINDS = {
+    "transformer.transformer_blocks.": "it is in diffusers naming; networks/convert_flux_lora.py converts it",
+    "transformer.single_transformer_blocks.": "it is in diffusers naming; networks/convert_flux_lora.py converts it",
     ".lora_A.": "it is in diffusers/PEFT naming, for another model or for modules that carry no adapters here",
     ".lora.down.": "it is in diffusers naming, for another model or for modules that carry no adapters here",
     ".lora_linear_layer.": "it is in diffusers naming, for another model or for modules that carry no adapters here",

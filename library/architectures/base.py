@@ -26,7 +26,7 @@ from library.inference.prompt_line import DDPM_FIELDS
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from library.config.arguments import TrainNetworkOptions
+    from library.config.arguments import NetworkOptions, TrainNetworkOptions
     from library.config.no_effect.declare import IdleRule
     from library.config.rules import Rule
     from library.diffusion.objective import Objective
@@ -55,6 +55,10 @@ class TextFormat:
 
     cache_suffix: str  # "_te_outputs.npz"; see facts on cache files
     arrays: Mapping[str, tuple[str, ...]]  # tensors of the conditioning and their axes without the batch
+    #: own options that they depend on, by name
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    #: from the tensors of one caption, further arrays that other programs look for
+    extras: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -265,6 +269,20 @@ class Architecture(ABC):
     def load_text_encoders(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
         """Frozen, in eval mode."""
 
+    def load_uncached_text_encoders(
+        self, checkpoint: Any, cached: Sequence[bool], *, dtype: torch.dtype, device: str
+    ) -> list[nn.Module]:
+        """The text encoders; those of ``cached`` outputs on the meta device, without weights.
+
+        Families of whose encoders only some can be ``cached`` override this.
+        """
+        assert all(cached) or not any(cached)
+        return self.load_text_encoders(checkpoint, dtype=dtype, device="meta" if all(cached) else device)
+
+    def adapted_encoders(self, network: NetworkOptions) -> tuple[bool, ...]:
+        """Which of the text encoders a network with these options may train, in their order."""
+        return (not network.network_train_unet_only,) * len(self.text_encoder_targets)
+
     @abstractmethod
     def load_vae(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
         """Frozen, in eval mode; ``--vae`` wins over the checkpoint's own."""
@@ -310,7 +328,11 @@ class Architecture(ABC):
     def encode_text(
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
     ) -> Conditioning:
-        """Token tensors (on the encoders' device) to conditioning; gradients flow if they are enabled."""
+        """Token tensors (on the encoders' device) to conditioning; gradients flow if they are enabled.
+
+        A family that trains some of its encoders beside the cached outputs of the others is given ``None`` for those,
+        and leaves out what they would give.
+        """
 
     def with_sizes(
         self, conditioning: Conditioning, *, original: Tensor, top_left: Tensor, target: Tensor

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,21 @@ from library.config.arguments import DatasetOptions, ValidationOptions
 from library.config.config_file import load_toml
 from library.data.buckets import BucketRules, make_sizes
 from library.data.captions import CaptionRules
+from library.data.dataset_keys import (
+    CHECKS,
+    DATASET,
+    FROM_COMMAND_LINE,
+    GENERAL,
+    KEYS,
+    NEEDS_CAPTION_VARIANTS,
+    NOT_WITH_CACHED_LATENTS,
+    NOT_WITH_METADATA,
+    OPTIONS_ONLY,
+    OTHER_NAMES,
+    SUBSET,
+    number_range,
+    parse_size,
+)
 from library.data.effects import Place, Unused
 from library.data.image_io import EXTENSIONS, is_picture_name
 from library.errors import UserError, did_you_mean
@@ -85,119 +99,6 @@ class DatasetConfig:
     def validates(self) -> bool:
         """Whether any pictures are kept for validation."""
         return any(subset.validation_split > 0 for dataset in self.datasets for subset in dataset.subsets)
-
-
-# ---- the schema ----
-
-_GENERAL, _DATASET, _SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
-_EVERYWHERE = (_GENERAL, _DATASET, _SUBSET)
-_OF_DATASET = (_GENERAL, _DATASET)
-
-
-@dataclass(frozen=True)
-class _Key:
-    kind: str  # one of _CHECKS
-    levels: tuple[str, ...]
-    flag: str | None = None  # option that holds the command line's value
-    default: Any = None
-
-
-_KEYS: dict[str, _Key] = {
-    "resolution": _Key("size", _OF_DATASET, "resolution"),
-    "batch_size": _Key("positive", _OF_DATASET, "train_batch_size"),
-    "enable_bucket": _Key("bool", _OF_DATASET, "enable_bucket"),
-    "min_bucket_reso": _Key("positive", _OF_DATASET, "min_bucket_reso"),
-    "max_bucket_reso": _Key("positive", _OF_DATASET, "max_bucket_reso"),
-    "bucket_reso_steps": _Key("positive", _OF_DATASET, "bucket_reso_steps"),
-    "bucket_no_upscale": _Key("bool", _OF_DATASET, "bucket_no_upscale"),
-    "network_multiplier": _Key("number", _OF_DATASET, None, 1.0),
-    "resize_interpolation": _Key("interpolation", _EVERYWHERE, "resize_interpolation"),
-    "cache_info": _Key("bool", _EVERYWHERE, "cache_info"),
-    "num_repeats": _Key("int", _EVERYWHERE, "dataset_repeats"),
-    "flip_aug": _Key("bool", _EVERYWHERE, "flip_aug"),
-    "random_crop": _Key("bool", _EVERYWHERE, "random_crop"),
-    "face_crop_aug_range": _Key("range", _EVERYWHERE, "face_crop_aug_range"),
-    "color_aug": _Key("bool", _EVERYWHERE, "color_aug"),
-    "alpha_mask": _Key("bool", (_SUBSET,), "alpha_mask"),
-    "conditioning_data_dir": _Key("str", (_SUBSET,), "conditioning_data_dir"),
-    "shuffle_caption": _Key("bool", _EVERYWHERE, "shuffle_caption"),
-    "keep_tokens": _Key("natural", _EVERYWHERE, "keep_tokens"),
-    "keep_tokens_separator": _Key("str", _EVERYWHERE, "keep_tokens_separator"),
-    "secondary_separator": _Key("str", _EVERYWHERE, "secondary_separator"),
-    "caption_separator": _Key("text", _EVERYWHERE, "caption_separator"),
-    "caption_extension": _Key("text", _EVERYWHERE, "caption_extension"),
-    "caption_prefix": _Key("str", _EVERYWHERE, "caption_prefix"),
-    "caption_suffix": _Key("str", _EVERYWHERE, "caption_suffix"),
-    "enable_wildcard": _Key("bool", _EVERYWHERE, "enable_wildcard"),
-    "caption_dropout_rate": _Key("share", _EVERYWHERE, "caption_dropout_rate"),
-    "caption_dropout_every_n_epochs": _Key("natural", _EVERYWHERE, "caption_dropout_every_n_epochs"),
-    "caption_tag_dropout_rate": _Key("share", _EVERYWHERE, "caption_tag_dropout_rate"),
-    "custom_attributes": _Key("table", _EVERYWHERE),
-    "class_tokens": _Key("str", _EVERYWHERE),
-    "is_reg": _Key("bool", (_SUBSET,), None, False),
-    "image_dir": _Key("str", (_SUBSET,)),
-    "metadata_file": _Key("text", (_SUBSET,)),
-    "token_warmup_step": _Key("amount", _EVERYWHERE, "token_warmup_step"),
-    "token_warmup_min": _Key("natural", _EVERYWHERE, "token_warmup_min"),
-    "validation_split": _Key("share", _EVERYWHERE, "validation_split", 0.0),
-    "validation_seed": _Key("int", _OF_DATASET, "validation_seed"),
-}
-
-#: keys that are published under another name too
-_OTHER_NAMES = {"interpolation_type": "resize_interpolation"}
-
-#: what differs from use to use, so that nothing can be encoded once
-NOT_WITH_CACHED_LATENTS = ("random_crop", "face_crop_aug_range", "color_aug")
-#: what draws captions anew at each use, so that several of them must be encoded
-NEEDS_CAPTION_VARIANTS = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate")
-#: keys that say nothing about the pictures of a metadata file
-_NOT_WITH_METADATA = ("caption_extension", "class_tokens", "is_reg", "cache_info")
-
-#: what belongs on the command line only
-_OPTIONS_ONLY = (
-    *("debug_dataset", "max_token_length", "on_bad_image", "prior_loss_weight"),
-    *("validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps"),
-)
-
-INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-#: kind -> (test, what to write)
-_CHECKS = {
-    "bool": (lambda v: isinstance(v, bool), "true or false"),
-    "int": (_is_int, "a whole number"),
-    "natural": (lambda v: _is_int(v) and v >= 0, "a whole number, 0 or more"),
-    "positive": (lambda v: _is_int(v) and v >= 1, "a whole number, 1 or more"),
-    "number": (_is_number, "a number"),
-    "amount": (lambda v: _is_number(v) and v >= 0, "a number, 0 or more"),
-    "share": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
-    "str": (lambda v: isinstance(v, str), "text in quotes"),
-    "text": (lambda v: isinstance(v, str) and v != "", "text in quotes, not empty"),
-    "table": (lambda v: isinstance(v, Mapping), "a table"),
-    "range": (
-        lambda v: v == [] or (isinstance(v, list) and number_range(v) is not None),
-        "two numbers, the lower first and above 0, such as [2.0, 4.0]",
-    ),
-    "interpolation": (lambda v: v in INTERPOLATIONS, "one of " + ", ".join(INTERPOLATIONS)),
-    "size": (
-        lambda v: (
-            (_is_int(v) and v > 0)
-            or (isinstance(v, list) and len(v) in (1, 2) and all(_is_int(n) and n > 0 for n in v))
-        ),
-        "a number of pixels, or [width, height]",
-    ),
-}
-
-
-# ---- reading ----
 
 
 def load_dataset_config(
@@ -301,7 +202,7 @@ class _Reader:
     def _from_command_line(self) -> dict[str, Any]:
         """Values of options that stand in for keys, by key; ``None`` counts as not given."""
         found = {}
-        for name, key in _KEYS.items():
+        for name, key in KEYS.items():
             flag = key.flag
             if name == "caption_extension" and self._options.caption_extention:
                 flag = "caption_extention"
@@ -309,12 +210,12 @@ class _Reader:
             value = getattr(holder, flag) if flag else None
             if value is None:
                 continue
-            parse = _FROM_COMMAND_LINE.get(key.kind)
-            is_good = parse(value) is not None if parse else _CHECKS[key.kind][0](value)
+            parse = FROM_COMMAND_LINE.get(key.kind)
+            is_good = parse(value) is not None if parse else CHECKS[key.kind][0](value)
             if is_good:
                 found[name] = value
             else:
-                self._problems.append(f"--{flag} {value}: write {_CHECKS[key.kind][1].replace('in quotes, ', '')}")
+                self._problems.append(f"--{flag} {value}: write {CHECKS[key.kind][1].replace('in quotes, ', '')}")
         return found
 
     def read(self, content: Any) -> DatasetConfig:
@@ -323,9 +224,9 @@ class _Reader:
         for key in content:
             if key not in ("general", "datasets"):
                 hint = did_you_mean(key, ["general", "datasets"])
-                inside = f"; put it into {_KEYS[key].levels[0]}" if key in _KEYS else ""
+                inside = f"; put it into {KEYS[key].levels[0]}" if key in KEYS else ""
                 self._problem("top level", key, f"unknown key{hint}{inside}")
-        general = self._table(content.get("general", {}), _GENERAL, _GENERAL)
+        general = self._table(content.get("general", {}), GENERAL, GENERAL)
         datasets = []
         tables = content.get("datasets", [])
         if not isinstance(tables, list) or not tables:
@@ -334,7 +235,7 @@ class _Reader:
         for index, table in enumerate(tables, start=1):
             datasets.append(self._dataset(table, general, f"[[datasets]] {index}"))
         if datasets and not any(dataset.is_dreambooth for dataset in datasets):
-            for key in (name for name in _NOT_WITH_METADATA if general.get(name)):
+            for key in (name for name in NOT_WITH_METADATA if general.get(name)):
                 logger.warning("%s: [general]: %s: has no effect on pictures of metadata files", self._source, key)
         if self._problems:
             raise UserError("\n".join(self._problems))
@@ -352,33 +253,33 @@ class _Reader:
             return {}
         good = {}
         for name, value in table.items():
-            if name == "subsets" and level == _DATASET:
+            if name == "subsets" and level == DATASET:
                 continue
-            meant = _OTHER_NAMES.get(name, name)
-            key = _KEYS.get(meant)
+            meant = OTHER_NAMES.get(name, name)
+            key = KEYS.get(meant)
             if name != meant and meant in table:
                 self._problem(where, name, f"means the same as {meant}; write one of them")
-            elif name in _OPTIONS_ONLY:
+            elif name in OPTIONS_ONLY:
                 self._problem(where, name, f"belongs on the command line: --{name}")
             elif key is None:
-                self._problem(where, name, f"unknown key{did_you_mean(name, [*_KEYS, *_OTHER_NAMES])}")
+                self._problem(where, name, f"unknown key{did_you_mean(name, [*KEYS, *OTHER_NAMES])}")
             elif level not in key.levels:
                 self._problem(where, name, f"belongs into {' or '.join(key.levels)}")
-            elif not _CHECKS[key.kind][0](value):
-                self._problem(where, name, f"{value!r}: write {_CHECKS[key.kind][1]}")
+            elif not CHECKS[key.kind][0](value):
+                self._problem(where, name, f"{value!r}: write {CHECKS[key.kind][1]}")
             else:
                 good[meant] = value
         return good
 
     def _lookup(self, *tables: Mapping[str, Any]) -> dict[str, Any]:
         """Every key's value: the nearest table's, else the command line's, else the default."""
-        values = {name: key.default for name, key in _KEYS.items()}
+        values = {name: key.default for name, key in KEYS.items()}
         for table in (self._command_line, *reversed(tables)):
             values.update(table)
         return values
 
     def _dataset(self, table: Any, general: Mapping[str, Any], where: str) -> DatasetSpec | None:
-        own = self._table(table, _DATASET, where)
+        own = self._table(table, DATASET, where)
         values = self._lookup(own, general)
         resolution = parse_size(values["resolution"])
         if resolution is None:
@@ -425,7 +326,7 @@ class _Reader:
         )
 
     def _refuse_with_metadata(self, own: Mapping[str, Any], where: str) -> None:
-        for key in (name for name in _NOT_WITH_METADATA if own.get(name)):
+        for key in (name for name in NOT_WITH_METADATA if own.get(name)):
             self._problem(where, key, "only for pictures with caption files, not with metadata_file; remove it")
 
     def _check_sides(self, rules: BucketRules, where: str) -> None:
@@ -451,7 +352,7 @@ class _Reader:
     def _subset(
         self, table: Any, dataset: Mapping[str, Any], general: Mapping[str, Any], where: str
     ) -> SubsetSpec | None:
-        own = self._table(table, _SUBSET, where)
+        own = self._table(table, SUBSET, where)
         values = self._lookup(own, dataset, general)
         folder, metadata = values["image_dir"], values["metadata_file"]
         if metadata is not None:
@@ -478,7 +379,7 @@ class _Reader:
                 *(self._source, where),
             )
         if not self._problems:  # else values may be missing
-            tables = ((where, own), (where.rsplit(" > ")[0], dataset), (_GENERAL, general))
+            tables = ((where, own), (where.rsplit(" > ")[0], dataset), (GENERAL, general))
             seed = dataset.get("validation_seed", general.get("validation_seed"))  # no subset has its own
             self._unused.note(
                 values | {"validation_seed": seed},
@@ -567,34 +468,3 @@ def _has_pictures(folder: Path) -> Iterator[bool]:
         for entry in entries:
             if is_picture_name(entry.name):
                 yield True
-
-
-def parse_size(value: Any) -> tuple[int, int] | None:
-    """(W, H) of a number, a list, or the command line's "n" or "w,h"; ``None`` if it is none of them."""
-    if isinstance(value, str):
-        parts = value.replace(" ", "").split(",")
-        if not all(part.isdigit() for part in parts):
-            return None
-        value = [int(part) for part in parts]
-    if _is_int(value):
-        value = [value]
-    if not value or len(value) > 2 or min(value) < 1:
-        return None
-    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
-
-
-def number_range(value: Any) -> tuple[float, float] | None:
-    """(low, high) of a list, or of the command line's "low,high"; ``None`` if it is none of them."""
-    if isinstance(value, str):
-        try:
-            value = [float(part) for part in value.split(",")]
-        except ValueError:
-            return None
-    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(_is_number(n) for n in value):
-        return None
-    low, high = float(value[0]), float(value[1])
-    return (low, high) if 0 < low <= high < math.inf else None
-
-
-#: kinds that the command line writes in another form than the file -> reader, ``None`` for what it cannot read
-_FROM_COMMAND_LINE = {"size": parse_size, "range": number_range}

@@ -167,15 +167,14 @@ class Studio:
     # each step lets go of the models that it got, so that the next one can have their memory
 
     def _encode(self, settings: ImageSettings) -> None:
-        texts = texts_of(settings)
-        if all(text in self._encoded for text in texts):
+        texts = [text for text in texts_of(settings) if text not in self._encoded]
+        if not texts:
             return
         encoders, _ = self._parts.get(TEXT)
-        models = ImageModels(self._family, self._tokenizers, encoders)
         # without autocast: each text encoder computes in its own dtype, which need not be the transformer's
-        encode_texts(models, texts, self._drawing(torch.float32), self._encoded)
-        for text in texts:
-            self._encoded[text] = self._encoded[text].to(self._device, torch.float32)
+        drawing = self._drawing(torch.float32)
+        for text, found in encode_texts(self._family, self._tokenizers, encoders, texts, drawing).items():
+            self._encoded[text] = found.to(self._device, torch.float32)
 
     def _sample(self, settings: ImageSettings) -> Tensor:
         denoiser, _ = self._parts.get(DENOISER)
@@ -232,9 +231,14 @@ class Studio:
     def _load_text_encoders(self) -> tuple[list[nn.Module], list[nn.Module | None]]:
         names = ("clip_l", "t5xxl")[-len(self._checkpoint.text_encoders) :]
         dtypes = [self._dtypes[name] for name in names]
-        encoders = self._family.load_each_text_encoder(
-            self._checkpoint, [dtype.compute for dtype in dtypes], device=self._loading_device(*dtypes)
-        )
+        encoders = []
+        for place, dtype in enumerate(dtypes):  # each in its own dtype
+            others = [other != place for other in range(len(dtypes))]
+            device = self._loading_device(dtype)
+            loaded = self._family.load_uncached_text_encoders(
+                self._checkpoint, others, dtype=dtype.compute, device=device
+            )
+            encoders.append(loaded[place])
         return encoders, self._finished(encoders, dtypes, encoders, self._outlines[1])
 
     def _load_denoiser(self) -> tuple[nn.Module, list[nn.Module | None]]:
@@ -245,9 +249,9 @@ class Studio:
     def _load_vae(self) -> nn.Module:
         return self._family.load_vae(self._checkpoint, dtype=self._dtypes["ae"].compute, device=str(self._device))
 
-    def _loading_device(self, *dtypes: _Dtype) -> str:
+    def _loading_device(self, dtype: _Dtype) -> str:
         """fp8 weights are made from those on the host, layer by layer, so that the device never holds more."""
-        return "cpu" if any(dtype.is_fp8 for dtype in dtypes) else str(self._device)
+        return "cpu" if dtype.is_fp8 else str(self._device)
 
     def _finished(
         self, models: Sequence[nn.Module], dtypes: Sequence[_Dtype], encoders: Sequence[nn.Module], denoiser: nn.Module
@@ -265,8 +269,6 @@ class Studio:
         for model, dtype in zip(models, dtypes, strict=True):
             if dtype.is_fp8:
                 store_in_fp8(model, self._device)
-            else:
-                model.to(self._device)
         return networks if merge else adapted()
 
 

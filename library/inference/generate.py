@@ -13,7 +13,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,20 +34,21 @@ MAX_RANDOM_SEED = 2**32 - 1
 class ImageModels:
     """The models of one family to draw with, frozen or in the middle of their training.
 
-    Whoever draws in steps of their own (``encode_texts``, ``generate_latents``, ``decode_images``) needs those models
-    only that the step uses.
+    Those that a step has no use for may be missing: the VAE in ``generate_latents``, all others in ``decode_images``.
     """
 
     architecture: Architecture
     tokenizers: Sequence[Any] = ()
-    text_encoders: Sequence[nn.Module] = ()
+    text_encoders: Sequence[nn.Module | None] = ()  # None: its outputs are in ``cached_texts``
     denoiser: nn.Module | None = None
     vae: nn.Module | None = None
     v_prediction: bool = False
     adapters: Sequence[nn.Module] = ()  # networks applied to the others, so that their dropout is off, too
+    #: conditioning by text, as far as its encoders are not there
+    cached_texts: Mapping[str, Conditioning] = field(default_factory=dict)
 
     def modules(self) -> list[nn.Module]:
-        models = [*self.text_encoders, self.denoiser, self.vae, *self.adapters]
+        models = (*self.text_encoders, self.denoiser, self.vae, *self.adapters)
         return [model for model in models if model is not None]
 
 
@@ -62,9 +63,6 @@ class DrawOptions:
     max_token_length: int | None = None  # tokens of the text window: 75 (or None), 150 or 225
     weighted: bool = True  # whether (word:1.2) and [word] in prompts are emphasis
     nan_remedy: str = "try --no_half_vae or bf16"  # what to say of images that are not finite
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,10 @@ class ImageSettings:
         own = ("guidance_scale", "flow_shift", "cfg_trunc_ratio", "renorm_cfg")
         record |= {name: f"{getattr(self, name):g}" for name in own if getattr(self, name) is not None}
         return {**record, "network": network} if network else record
+
+    def texts(self) -> tuple[str, ...]:
+        """What is encoded for it."""
+        return (self.prompt,) if self.scale == 1.0 else (self.prompt, self.negative_prompt)
 
     def drawn_with(self, other: ImageSettings) -> bool:
         """Whether both images may share a batch: all but text and seed is equal."""
@@ -176,7 +178,7 @@ def generate_images(
 
 
 def decode_images(models: ImageModels, latents: Tensor, options: DrawOptions) -> list[Image]:
-    """The images of latents (B, C, h, w); needs the VAE."""
+    """The images of latents (B, C, h, w)."""
     assert models.vae is not None
     with (
         undisturbed([models.vae], options.device),
@@ -190,14 +192,6 @@ def decode_images(models: ImageModels, latents: Tensor, options: DrawOptions) ->
     return [to_image(p[0]) for p in pixels]
 
 
-def encode_texts(
-    models: ImageModels, texts: Sequence[str], options: DrawOptions, encoded: dict[str, Conditioning]
-) -> None:
-    """Add to ``encoded`` those of the texts that it lacks; needs tokenizers and text encoders."""
-    with undisturbed(models.modules(), options.device), torch.inference_mode(), options.autocast():
-        _encode(models, texts, options, encoded)
-
-
 def texts_of(settings: ImageSettings) -> tuple[str, ...]:
     """What has to be encoded for an image."""
     return (settings.prompt,) if settings.scale == 1.0 else (settings.prompt, settings.negative_prompt)
@@ -209,10 +203,7 @@ def generate_latents(
     options: DrawOptions,
     encoded: dict[str, Conditioning] | None = None,
 ) -> Tensor:
-    """Sample the latents (B, C, h, w), float32, as the denoiser sees them; arguments as ``generate_images``.
-
-    Needs the denoiser, and tokenizers and text encoders for texts that are not ``encoded``.
-    """
+    """Sample the latents (B, C, h, w), float32, as the denoiser sees them; arguments as ``generate_images``."""
     first = batch[0]
     if not all(first.drawn_with(settings) for settings in batch):
         raise ValueError("images of one batch must agree in all settings but text and seed")
@@ -226,11 +217,7 @@ def generate_latents(
     noise = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(options.device)
     scheduler = objective.scheduler(first.sampler, first.steps, shape[2:], options.device)
     encoded = {} if encoded is None else encoded
-    with (
-        undisturbed(models.modules(), options.device),
-        torch.inference_mode(),
-        options.autocast(),
-    ):
+    with undisturbed(models.modules(), options.device), _precise(options):
         positive = _sized(models, _encode(models, [settings.prompt for settings in batch], options, encoded), first)
         if first.scale == 1.0:
             predict = _plain(models, positive)
@@ -289,18 +276,49 @@ def _encode(
     models: ImageModels, texts: Sequence[str], options: DrawOptions, encoded: dict[str, Conditioning]
 ) -> Conditioning:
     """Text to conditioning (B, T, D), each distinct text once and by itself, whatever shares its batch."""
+    encoders, missing = models.text_encoders, [text for text in dict.fromkeys(texts) if text not in encoded]
+    if any(encoder is not None for encoder in encoders):
+        found = _encode_each(models.architecture, models.tokenizers, encoders, missing, options)
+    else:
+        found = {text: Conditioning({}) for text in missing}
+    for text, fresh in found.items():
+        cached = models.cached_texts.get(text, Conditioning({})).to(options.device)
+        encoded[text] = Conditioning({**cached.tensors, **fresh.tensors})
+    return Conditioning.cat([encoded[text] for text in texts])
+
+
+def encode_texts(
+    architecture: Architecture,
+    tokenizers: Sequence[Any],
+    text_encoders: Sequence[nn.Module],
+    texts: Sequence[str],
+    options: DrawOptions,
+) -> dict[str, Conditioning]:
+    """Conditioning by text, as images are drawn with, ahead of drawing."""
+    with undisturbed(text_encoders, options.device), _precise(options):
+        return _encode_each(architecture, tokenizers, text_encoders, texts, options)
+
+
+def _encode_each(
+    architecture: Architecture,
+    tokenizers: Sequence[Any],
+    text_encoders: Sequence[nn.Module | None],
+    texts: Sequence[str],
+    options: DrawOptions,
+) -> dict[str, Conditioning]:
+    """Texts, one by one, to the outputs of the encoders that are there."""
+    found = {}
     with contextlib.ExitStack() as fetched:
-        for text in texts:
-            if text in encoded:
-                continue
-            for encoder in models.text_encoders:
+        for encoder in text_encoders if texts else ():
+            if encoder is not None:
                 fetched.enter_context(_on_device(encoder, options.device))
-            tokens = models.architecture.tokenize(
-                models.tokenizers, [text], max_token_length=options.max_token_length, weighted=options.weighted
+        for text in texts:
+            tokens = architecture.tokenize(
+                tokenizers, [text], max_token_length=options.max_token_length, weighted=options.weighted
             )
             tokens = {name: tensor.to(options.device) for name, tensor in tokens.items()}
-            encoded[text] = models.architecture.encode_text(models.text_encoders, tokens, clip_skip=options.clip_skip)
-    return Conditioning.cat([encoded[text] for text in texts])
+            found[text] = architecture.encode_text(text_encoders, tokens, clip_skip=options.clip_skip)
+    return found
 
 
 def _sized(models: ImageModels, conditioning: Conditioning, settings: ImageSettings) -> Conditioning:
@@ -319,6 +337,14 @@ def to_image(pixels: Tensor) -> Image:
 
 
 # ---- leaving no trace ----
+
+
+@contextlib.contextmanager
+def _precise(options: DrawOptions) -> Iterator[None]:
+    """The precision that images are drawn in, without gradients."""
+    enabled = options.dtype != torch.float32
+    with torch.inference_mode(), torch.autocast(options.device.type, dtype=options.dtype, enabled=enabled):
+        yield
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def test_ctrl_c_keeps_what_is_made(tmp_path: Path, tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--flux", "--ae", "ae.safetensors"], ["--flux", "not supported yet"]),
+        (["--flux", "--clip_l", "l", "--t5xxl", "t5"], ["--ae: name the autoencoder"]),
         (["--ae", "ae.safetensors", "--clip_l", "l.safetensors"], ["--ae, --clip_l", "only for FLUX.1"]),
         (["--sdxl", "--flux"], ["--sdxl and --flux exclude each other"]),
         (["--vae_batch_siez", "2"], ["--vae_batch_siez", 'did you mean "--vae_batch_size"']),

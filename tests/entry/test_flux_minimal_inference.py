@@ -20,7 +20,7 @@ from PIL import Image
 import flux_minimal_inference
 from library.architectures.flux import Flux
 from library.errors import UserError
-from library.inference.flux_minimal import draw_images
+from library.inference.flux_minimal import Studio, draw_images
 from library.inference.flux_options import FluxInferenceOptions, check_options
 from tests.fixtures.loaded_flux import make_adapter
 from tests.fixtures.runs import ROOT, run_script
@@ -164,35 +164,46 @@ def test_published_command_in_a_process_of_its_own(
 # ---- drawing ----
 
 
+def count_loading(
+    monkeypatch: pytest.MonkeyPatch, *, one_at_a_time: bool = False
+) -> tuple[list[str], list[weakref.ref]]:
+    """What is loaded, in its order, and the models.
+
+    Args:
+        one_at_a_time: check that nothing that was loaded before is still there.
+    """
+    order: list[str] = []
+    models: list[weakref.ref] = []
+
+    def count(name: str, method: str) -> None:
+        load = getattr(Studio, method)
+
+        def loading(self: Studio) -> Any:
+            if one_at_a_time:
+                assert [model for model in models if model() is not None] == []
+            order.append(name)
+            loaded = load(self)
+            found = loaded[0] if isinstance(loaded, tuple) else loaded
+            models.extend(weakref.ref(model) for model in (found if isinstance(found, list) else [found]))
+            return loaded
+
+        monkeypatch.setattr(Studio, method, loading)
+
+    for name, method in {"text": "_load_text_encoders", "denoiser": "_load_denoiser", "vae": "_load_vae"}.items():
+        count(name, method)
+    return order, models
+
+
 @pytest.mark.parametrize("kind", ["dev", pytest.param("schnell", marks=slow), pytest.param("chroma", marks=slow)])
 def test_offload_draws_the_same_with_one_part_alive(
     models: Mapping[str, MadeFlux], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     made, more = models[kind], ("--cfg_scale", 2, "--negative_prompt", "red dog")
     (plain,) = draw(made, tmp_path / "plain", *more)
-    alive: list[weakref.ref] = []
-    order = []
-
-    def counted(name: str) -> None:
-        load = getattr(Flux, name)
-
-        def loading(self: Flux, *args: Any, **options: Any) -> Any:
-            real = options["device"] != "meta"
-            if real:
-                assert [part for part in alive if part() is not None] == []
-                order.append(name)
-            loaded = load(self, *args, **options)
-            if real:
-                alive.extend(weakref.ref(model) for model in (loaded if isinstance(loaded, list) else [loaded]))
-            return loaded
-
-        monkeypatch.setattr(Flux, name, loading)
-
-    for name in ("load_each_text_encoder", "load_denoiser", "load_vae"):
-        counted(name)
+    order, loaded = count_loading(monkeypatch, one_at_a_time=True)
     (offloaded,) = draw(made, tmp_path / "offload", "--offload", *more)
     assert difference(plain, offloaded) == 0
-    assert order == ["load_each_text_encoder", "load_denoiser", "load_vae"]
+    assert order == ["text", "denoiser", "vae"] and len(loaded) == (3 if kind == "chroma" else 4)
     assert text_of(plain) == text_of(offloaded)
     assert text_of(plain).get("guidance_scale") == ("3.5" if kind == "dev" else None)
 
@@ -290,22 +301,12 @@ def test_session(
 def test_session_with_offload_encodes_once_and_reloads(
     models: Mapping[str, MadeFlux], adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = []
-    for name in ("load_each_text_encoder", "load_denoiser", "load_vae"):
-        load = getattr(Flux, name)
-
-        def loading(self: Flux, *args: Any, load: Any = load, name: str = name, **options: Any) -> Any:
-            if options["device"] != "meta":
-                order.append(name)
-            return load(self, *args, **options)
-
-        monkeypatch.setattr(Flux, name, loading)
+    (alone,) = draw(models["dev"], tmp_path / "alone", "--lora_weights", f"{adapters['lora']};0.5")
+    order, _ = count_loading(monkeypatch, one_at_a_time=True)
     lora = ("--lora_weights", f"{adapters['lora']};1", "--interactive", "--offload")
     lines = f"{PROMPT} --m 0.5\n{PROMPT} --m 0.5 --d 3\n{PROMPT}\n"
     first, seed, strength = draw(models["dev"], tmp_path, *lora, lines=lines)
-    rest = ["load_denoiser", "load_vae"]
-    assert order == ["load_each_text_encoder", *rest, *rest, "load_each_text_encoder", *rest]
-    (alone,) = draw(models["dev"], tmp_path / "alone", "--lora_weights", f"{adapters['lora']};0.5")
+    assert " ".join(order) == "text denoiser vae denoiser vae text denoiser vae"
     assert difference(first, alone) == 0
     assert difference(first, seed) > 3 and difference(first, strength) > 3
 

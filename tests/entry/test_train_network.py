@@ -187,7 +187,7 @@ def test_config_file_and_command_line(tmp_path: Path, tiny: Tiny, dataset: Path)
         "[model]\n"
         + "".join(f"{name} = '{value}'\n" for name, value in tiny.model.flags.items())
         + f"[anything]\ndataset_config = '{dataset}'\noutput_dir = '{tmp_path}'\noutput_name = 'from_file'\n"
-        "network_module = 'networks.lora'\nnetwork_dim = 4\nmax_train_steps = 1\nseed = 3\n"
+        f"network_module = '{tiny.family.network_module}'\nnetwork_dim = 4\nmax_train_steps = 1\nseed = 3\n"
     )
     done = run_script(tiny.file, "--config_file", config, "--output_name", "from_line")
     assert done.code == 0, done.text
@@ -200,7 +200,9 @@ BAD = [
         {"pretrained_model_name_or_path": "no/such/model.safetensors"}, ["no/such/model.safetensors"], id="model"
     ),
     pytest.param({"network_module": "networks.lorra"}, ["networks.lorra", 'did you mean "networks.lora"'], id="module"),
-    pytest.param({"network_args": ["conv_dmi=4"]}, ["conv_dmi", 'did you mean "conv_dim"'], id="network arg"),
+    pytest.param(
+        {"network_args": ["rank_dropuot=0.1"]}, ["rank_dropuot", 'did you mean "rank_dropout"'], id="network arg"
+    ),
     pytest.param({"netwrok_dim": 4}, ["--netwrok_dim", "--network_dim"], id="flag"),
     pytest.param({"optimizer_type": "AdamWW"}, ["AdamWW"], id="optimizer"),
     pytest.param({"optimizer_args": ["weight_decy=0.1"]}, ["weight_decy", "weight_decay"], id="optimizer arg"),

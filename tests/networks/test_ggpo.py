@@ -51,7 +51,11 @@ def test_the_noise_has_the_formula_s_spread(kind):
 
     adapter.begin_step(1, 3, gradient_norms)
     torch.testing.assert_close((layer(eye) - plain).T, drawn[3], rtol=0, atol=0)
+    assert (drawn[4] - drawn[3]).abs().max() > 0.01
     adapter.begin_step(2, 3, gradient_norms)
+    assert (layer(eye) - plain).T.sub(drawn[3]).abs().max() > 0.01
+    adapter.begin_step(1, 3, gradient_norms)
+    adapter.lora_name = "lora_unet_y"  # every module has its own
     assert (layer(eye) - plain).T.sub(drawn[3]).abs().max() > 0.01
     adapter.eval()
     assert torch.equal(layer(eye), plain)
@@ -159,3 +163,31 @@ def test_a_resumed_run_is_the_run(tmp_path, args):
     load_model(plain, str(tmp_path / "state.safetensors"))
     save_model(plain, str(tmp_path / "plain.safetensors"))
     load_model(again, str(tmp_path / "plain.safetensors"))
+
+
+def test_half_precision_is_perturbed_too():
+    models = flux_models("dev")
+    network = make(models)
+    network.train()
+    network.begin_step(3, 0)
+    expected = predict(models[1]).detach()
+    gradients = []
+    for half in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            prediction = predict(models[1])
+        assert (prediction - expected).abs().max() < (0.1 if half else 1e-6) * expected.abs().max()
+        prediction.float().square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_perturbed_too():
+    models = flux_models("dev")
+    network = make(models)
+    network.train()
+    network.begin_step(3, 0)
+    expected = predict(models[1]).detach()
+    models[1].single_blocks[0].compile(backend="eager")
+    torch.testing.assert_close(predict(models[1]).detach(), expected)

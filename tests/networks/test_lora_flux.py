@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +16,17 @@ from library.architectures.flux.targets import DENOISER
 from library.architectures.sd import SD
 from library.errors import UserError
 from library.inference.networks import apply_networks, choose_networks
+from library.training.network_trainer import parse_network_args
 from networks import lora
+from networks.flux_args import LoraFluxArgs
 from networks.lora_flux import check_network_args, create_network, create_network_from_weights
+from networks.oft_flux import OftFluxArgs
 from networks.split_lora import SplitLoraModule, is_block_diagonal
 from networks.targets import FoundModule, RankAlpha
+from networks.third_party import text_argument
 from tests.fixtures.adapted import randomize
 from tests.fixtures.adapted_flux import flux_models, flux_outputs, predict
+from tests.fixtures.runs import ROOT
 
 #: everything at once, for each model
 ARGS = {
@@ -108,6 +116,9 @@ def test_a_dora_merges_as_it_computes(tmp_path):
     hooked = flux_outputs(*models)
     network.save_weights(tmp_path / "a.safetensors", None, {})
     network.remove()
+    for args, key in (({"split_qkv": "True"}, "split_qkv"), ({"ggpo_sigma": "1", "ggpo_beta": "0"}, "ggpo_sigma")):
+        with pytest.raises(UserError, match=f"{key}: the file is a DoRA .*, which excludes it"):
+            create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, *models, **args)
     rebuilt, weights = create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, *models)
     rebuilt.merge_to(*models, weights)
     assert_close(flux_outputs(*models), hooked)
@@ -124,6 +135,8 @@ def test_ranks_by_kind_of_layer():
     }  # fmt: skip
     network = create_network(1.0, 16, 1.0, None, *models, in_dims="[4,0,2,1,7]", **dims)
     ranks = ranks_of(network)
+    as_trained = create_network(1.0, 16, 1.0, None, text_argument(models[0]), models[1], in_dims="4,0,2,1,7", **dims)
+    assert ranks_of(as_trained) == ranks
     block = {n.removeprefix("lora_unet_double_blocks_1_"): r for n, r in ranks.items() if "double_blocks_1" in n}
     assert block == {
         "img_attn_qkv": 4, "img_attn_proj": 4, "txt_attn_qkv": 2, "txt_attn_proj": 2, "img_mlp_0": 8, "img_mlp_2": 8,
@@ -208,6 +221,9 @@ def test_other_families_and_modules_are_named(tiny_unet):
     with pytest.raises(UserError, match="networks.lora_flux: it is not made for this model family; use networks.lora"):
         check_network_args({}, SD.denoiser_target)
     check_network_args({"single_dim": "4"})
+    theirs = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 32)}
+    with pytest.raises(UserError, match="it is in diffusers naming; networks/convert_flux_lora.py converts it"):
+        create_network_from_weights(1.0, None, None, encoders, denoiser, theirs)
     with pytest.raises(UserError, match="found nothing to adapt in UNet2DConditionModel"):
         create_network(1.0, 4, 1.0, None, None, tiny_unet)
 
@@ -219,6 +235,26 @@ def test_verbose_tells_every_rank(caplog):
     assert len(lines) == len(network.adapters)
     assert "lora_unet_double_blocks_0_img_attn_proj: rank 4, alpha 2" in lines
     assert "lora_unet_single_blocks_0_linear1: rank 16, alpha 8" in lines
+
+
+# ---- the page's commands ----
+
+
+def test_commands_of_the_page():
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^flux_train_network.py (--network_module networks\..*)$", page, re.MULTILINE)
+    assert {command.split()[1] for command in commands} == set(DENOISER.network_modules)
+    for command in commands:
+        given, _, network_args = command.partition(" --network_args ")
+        flags = dict(zip(given.split()[::2], given.split()[1::2], strict=True))
+        module = importlib.import_module(flags["--network_module"])
+        arguments = parse_network_args(shlex.split(network_args))
+        module.check_network_args(arguments, DENOISER)
+        if "indices" not in network_args:  # of blocks that tiny models do not have
+            dim = 4 if "oft" in module.__name__ else int(flags["--network_dim"])
+            module.create_network(1.0, dim, float(flags["--network_alpha"]), None, *models_of("plain"), **arguments)
+    words = set(re.findall(r"[a-z0-9_]+", page.partition("## FLUX.1 and Chroma")[2].partition("\n## ")[0]))
+    assert words >= set(LoraFluxArgs.own_readers) | set(OftFluxArgs.own_readers)
 
 
 # ---- rates ----
@@ -250,7 +286,7 @@ def test_rates_of_encoders_halves_and_patterns(caplog):
     assert names == ["textencoder 1", "textencoder 2", "unet"] and network.adapts_text_encoders
 
 
-def test_parts_that_are_not_trained_leave_the_file(tmp_path):
+def test_parts_that_are_not_trained_leave_the_file(tmp_path, caplog):
     models = models_of("plain")
     for applied, start in (((False, True), "lora_unet_"), ((True, False), "lora_te1_")):
         network = create_network(1.0, 4, 1.0, None, *models)
@@ -261,6 +297,8 @@ def test_parts_that_are_not_trained_leave_the_file(tmp_path):
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
         assert network.adapts_text_encoders == applied[0]
         network.remove()
+    create_network(1.0, 4, 1.0, None, *models, train_t5xxl="True").apply_to(*models, False, True)
+    assert "train_t5xxl=True has no effect with --network_train_unet_only" in caplog.text
     # Chroma's only encoder is left alone unless asked for
     assert not create_network(1.0, 4, 1.0, None, *flux_models("chroma")).adapts_text_encoders
     encoders, denoiser = flux_models("chroma")
@@ -291,6 +329,13 @@ def test_projections_are_loras_of_their_own(tmp_path):
     assert is_block_diagonal(up, adapter.widths) and not is_block_diagonal(up.flip(0), adapter.widths)
     torch.testing.assert_close(alpha / 16 * up @ down, change)
 
+    # norms are those of the whole layer, and all projections shrink together
+    whole = torch.linalg.vector_norm(change)
+    torch.testing.assert_close(adapter.change_norm(), whole)
+    network.apply_max_norm_regularization(float(whole.detach()) / 2)
+    torch.testing.assert_close(adapter.get_weight(), change / 2)
+    network.load_weights(tmp_path / "a.safetensors")
+
     network.apply_to(*models)
     expected = flux_outputs(*models)
     network.remove()
@@ -320,7 +365,9 @@ def test_projections_that_are_not_apart_are_refused(tmp_path):
     small = {"img_mod_dim": "0", "txt_mod_dim": "0", **dims, **only}
     split = create_network(1.0, 12, 1.0, None, *models, split_qkv="True", **small)
     kept = {n: t for n, t in load_file(file).items() if n.partition(".")[0] in ranks_of(split)}
-    with pytest.raises(UserError, match="its projections are not apart in these weights"):
+    with pytest.raises(
+        UserError, match="the file: the projections of lora_unet_double_blocks_0_img_attn_qkv are not apart"
+    ):
         split.load_weights_from(kept, "the file")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ from library.files.safetensors_io import iterate_tensors, load_pickle, read_head
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+class WeightFile(Protocol):
+    """Weights of known names and shapes, in one file or in several, maybe under other names there; a dataclass."""
+
+    path: Path
+    shapes: Shapes
+    mapped: bool
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]: ...
+
+    def on_meta(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from library.architectures.flux import text as flux_text
 from library.architectures.flux import vae as flux_vae
 from library.architectures.flux.checkpoint import DEV, SCHNELL, TITLES, load_transformer
 from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
-from library.architectures.flux.options import CHROMA, OPTION_RULES, FluxModelOptions
+from library.architectures.flux.options import CHROMA, IDLE_RULES, OPTION_RULES, FluxModelOptions, trains_t5
 from library.architectures.flux.published_file import IDS
 from library.architectures.flux.targets import CLIP_L, DENOISER, T5XXL
 from library.inference.prompt_line import DDPM_FIELDS
@@ -40,6 +40,7 @@ from library.inference.prompt_line import DDPM_FIELDS
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from library.config.arguments import NetworkOptions
     from library.inference.generate import ImageSettings
 
 #: sampling steps, if not given; previews have their own
@@ -67,6 +68,7 @@ class Flux(FlowMatching, Architecture):
     denoiser_target = DENOISER
     compiled_blocks = ("DoubleStreamBlock", "SingleStreamBlock")
     option_groups = {"flux": FluxModelOptions, **FlowMatching.option_groups}
+    idle_rules = (*IDLE_RULES, *FlowMatching.idle_rules)
     option_rules = (*OPTION_RULES, *FlowMatching.option_rules)
     idle_options = {
         **FlowMatching.idle_options,
@@ -117,8 +119,12 @@ class Flux(FlowMatching, Architecture):
 
     @property
     def text(self) -> TextFormat:  # type: ignore[override]
-        arrays = _T5_ARRAYS if self.is_chroma else {"l_pooled": ("P",), **_T5_ARRAYS}
-        return TextFormat(cache_suffix="_flux_te.npz", arrays=arrays)
+        return TextFormat(
+            cache_suffix="_flux_te.npz",
+            arrays=_T5_ARRAYS if self.is_chroma else {"l_pooled": ("P",), **_T5_ARRAYS},
+            settings={"apply_t5_attn_mask": self.masks_text, "t5xxl_max_token_length": self.t5_length},
+            extras=partial(flux_text.published_extras, apply_t5_attn_mask=self.masks_text),
+        )
 
     @property
     def text_encoder_targets(self) -> tuple[LoraTarget, ...]:  # type: ignore[override]
@@ -170,21 +176,27 @@ class Flux(FlowMatching, Architecture):
         return [*map(clip_text.load_tokenizer, clip_folders), t5.load_tokenizer(t5_folder)]
 
     def load_text_encoders(self, checkpoint: FluxCheckpoint, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
-        return self.load_each_text_encoder(checkpoint, [dtype] * len(checkpoint.text_encoders), device=device)
+        cached = (False,) * len(checkpoint.text_encoders)
+        return self.load_uncached_text_encoders(checkpoint, cached, dtype=dtype, device=device)
 
-    def load_each_text_encoder(
-        self, checkpoint: FluxCheckpoint, dtypes: Sequence[torch.dtype], *, device: str
+    def load_uncached_text_encoders(
+        self, checkpoint: FluxCheckpoint, cached: Sequence[bool], *, dtype: torch.dtype, device: str
     ) -> list[nn.Module]:
-        """As ``load_text_encoders``, each in its own dtype."""
-        *clip_sources, t5_source = checkpoint.text_encoders
-        encoders = [
-            load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=device)
-            for source, dtype in zip(clip_sources, dtypes, strict=False)
-        ]
-        encoders.append(t5.load_t5(t5_source, dtype=dtypes[-1], device=device))
-        for encoder, target in zip(encoders, self.text_encoder_targets, strict=True):
+        encoders = []
+        parts = zip(checkpoint.text_encoders, self.text_encoder_targets, cached, strict=True)
+        for source, target, is_cached in parts:
+            home = "meta" if is_cached else device
+            if target is T5XXL:
+                encoder = t5.load_t5(source, dtype=dtype, device=home)
+            else:
+                encoder = load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=home)
             setattr(encoder, LORA_TARGET, target)
+            encoders.append(encoder)
         return encoders
+
+    def adapted_encoders(self, network: NetworkOptions) -> tuple[bool, ...]:
+        with_t5 = not network.network_train_unet_only and trains_t5(network)
+        return (with_t5,) if self.is_chroma else (not network.network_train_unet_only, with_t5)
 
     def load_vae(self, checkpoint: FluxCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
         return flux_vae.load_ae(checkpoint.vae, dtype=dtype, device=device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.config.fields import option
+from library.config.no_effect.declare import idle
 from library.config.rules import Finding, error
 
 FLUX, CHROMA = "flux", "chroma"
@@ -34,6 +35,14 @@ class FluxModelOptions:
     split_mode: bool = option(False, "an old way of saving memory")
 
 
+@idle("clip_l", reason="with --model_type chroma, which has no CLIP-L")
+def no_clip(o: Any) -> bool:
+    return o.flux.model_type == CHROMA
+
+
+IDLE_RULES = (no_clip,)
+
+
 def caption_length(o: Any) -> Iterator[Finding]:
     length = o.flux.t5xxl_max_token_length
     if length is not None and length < 1:
@@ -53,4 +62,21 @@ def chroma_mask(o: Any) -> Iterator[Finding]:
         yield error("--model_type chroma: Chroma is made for masked captions; add --apply_t5_attn_mask")
 
 
-OPTION_RULES = (caption_length, guidance, chroma_mask)
+def trains_t5(network: Any) -> bool:
+    """Whether ``--network_args`` has ``train_t5xxl=True``."""
+    words = (word.partition("=") for word in network.network_args or [])
+    return any(name.strip() == "train_t5xxl" and value.strip().lower() in ("true", "1") for name, _, value in words)
+
+
+def what_is_trained(o: Any) -> Iterator[Finding]:
+    network = o.network
+    if network.network_train_unet_only and trains_t5(network):
+        yield error("--network_args train_t5xxl=True: not with --network_train_unet_only; remove one of them")
+    if o.flux.model_type == CHROMA and network.network_train_text_encoder_only and not trains_t5(network):
+        yield error(
+            "--network_train_text_encoder_only: Chroma's only text encoder is T5-XXL; add train_t5xxl=True to "
+            "--network_args"
+        )
+
+
+OPTION_RULES = (caption_length, guidance, chroma_mask, what_is_trained)
