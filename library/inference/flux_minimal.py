@@ -33,7 +33,6 @@ from library.inference.generate import (
     encode_texts,
     generate_latents,
     random_seed,
-    texts_of,
 )
 from library.inference.parts import Parts
 from library.inference.plan import PlannedImage, Repetition, plan_images
@@ -167,7 +166,7 @@ class Studio:
     # each step lets go of the models that it got, so that the next one can have their memory
 
     def _encode(self, settings: ImageSettings) -> None:
-        texts = [text for text in texts_of(settings) if text not in self._encoded]
+        texts = [text for text in settings.texts() if text not in self._encoded]
         if not texts:
             return
         encoders, _ = self._parts.get(TEXT)

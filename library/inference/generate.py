@@ -192,11 +192,6 @@ def decode_images(models: ImageModels, latents: Tensor, options: DrawOptions) ->
     return [to_image(p[0]) for p in pixels]
 
 
-def texts_of(settings: ImageSettings) -> tuple[str, ...]:
-    """What has to be encoded for an image."""
-    return (settings.prompt,) if settings.scale == 1.0 else (settings.prompt, settings.negative_prompt)
-
-
 def generate_latents(
     models: ImageModels,
     batch: Sequence[ImageSettings],

@@ -23,7 +23,7 @@ from library.errors import UserError
 from library.inference.flux_minimal import Studio, draw_images
 from library.inference.flux_options import FluxInferenceOptions, check_options
 from tests.fixtures.loaded_flux import make_adapter
-from tests.fixtures.runs import ROOT, run_script
+from tests.fixtures.runs import ROOT, lora_arguments, run_script, train_here, write_dataset
 from tests.fixtures.tiny_flux import MadeFlux, make_tiny_flux
 from tests.fixtures.tiny_sd import make_tiny_sd
 
@@ -252,6 +252,34 @@ def test_adapters_with_fp8(models: Mapping[str, MadeFlux], adapters: dict[str, P
     (fp8_merged,) = draw(made, tmp_path, "--merge_lora_weights", *both, flux_dtype="fp8", t5xxl_dtype="fp8")
     assert 0 < difference(applied, fp8) < 40
     assert difference(fp8, fp8_merged) < 40
+
+
+@slow
+@pytest.mark.parametrize("kind", ["dev", "schnell", "chroma"])
+def test_draws_what_previews_show(models: Mapping[str, MadeFlux], pictures: Path, tmp_path: Path, kind: str) -> None:
+    made = models[kind]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPT} --w 80 --h 64 --d 7 --s 3 --g 2 --l 2 --n red dog\n", encoding="utf-8")
+    dataset = write_dataset(tmp_path / "dataset.toml", pictures)
+    options: dict[str, object] = {"network_module": "networks.lora_flux", "learning_rate": 0.1}
+    options["t5xxl_max_token_length"] = None  # as long as the model's prompts are
+    if kind == "dev":  # with its text encoders, the others with cached captions
+        options |= {"apply_t5_attn_mask": True, "network_args": ["train_t5xxl=True"]}
+    else:
+        options |= {"network_train_unet_only": True, "cache_text_encoder_outputs": True}
+    prompts.write_text(prompts.read_text().replace(" --g 2", "" if kind == "chroma" else " --g 2"))
+    sampling = {"sample_prompts": prompts, "sample_every_n_steps": 2, "sample_at_first": True}
+    out = tmp_path / "trained"
+    train_here(*lora_arguments(made, dataset, out, **options, **sampling), script="flux_train_network")
+    before, after = sorted((out / "sample").glob("*.png"))
+    assert difference(before, after) > 3
+
+    picture = {"width": 80, "height": 64, "seed": 7, "steps": 3, "guidance": 2, "cfg_scale": 2}
+    more = ("--negative_prompt", "red dog", *(("--apply_t5_attn_mask",) if kind == "dev" else ()))
+    (drawn,) = draw(made, tmp_path / "drawn", *more, "--lora_weights", out / "tiny.safetensors", **picture)
+    (plain,) = draw(made, tmp_path / "drawn", *more, **picture)
+    assert difference(before, plain) <= 1
+    assert difference(after, drawn) <= 1
 
 
 # ---- interactive ----
