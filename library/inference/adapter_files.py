@@ -23,13 +23,15 @@ from networks.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
-#: a piece of a tensor's name -> what the file is that nothing here reads
+_KINDS = "LoRA and OFT files are read here"
+#: a piece of a tensor's name -> what the file is that nothing here reads, and what to do
 _UNREAD = {
-    ".hada_w": "a LoHa of LyCORIS",
-    ".lokr_w": "a LoKr of LyCORIS",
-    ".oft_diag": "an OFT of LyCORIS",
-    "lllite_unet_": "a ControlNet-LLLite",
-    "double_blocks.0.img_attn.norm.query_norm.scale": "a whole transformer",
+    ".hada_w": f"a LoHa of LyCORIS; {_KINDS}",
+    ".lokr_w": f"a LoKr of LyCORIS; {_KINDS}",
+    ".oft_diag": f"an OFT of LyCORIS; {_KINDS}",
+    "lllite_unet_": f"a ControlNet-LLLite; {_KINDS}",
+    "single_transformer_blocks": "a LoRA in diffusers' names; python networks/convert_lora.py --to kohya renames it",
+    "double_blocks.0.img_attn.norm.query_norm.scale": f"a whole transformer; {_KINDS}",
 }
 
 
@@ -98,7 +100,7 @@ def open_adapters(
 def _module_for(weights: Mapping[str, Tensor], target: LoraTarget, path: Path) -> str:
     for piece, kind in _UNREAD.items():
         if any(piece in name for name in weights):
-            raise UserError(f"{path}: {kind}; LoRA and OFT files are read here")
+            raise UserError(f"{path}: {kind}")
     is_oft = any(".oft_blocks" in name for name in weights)
     lora, *others = target.network_modules
     return next((name for name in others if is_oft and "oft" in name), lora)

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TEXT, DENOISER, VAE = "text encoders", "transformer", "autoencoder"
+#: texts of a session that are not encoded again; each takes 8 MB
+KEPT_TEXTS = 16
 
 
 def draw_images(options: FluxInferenceOptions, lines: TextIO | None = None) -> list[Path]:
@@ -68,15 +70,25 @@ def draw_images(options: FluxInferenceOptions, lines: TextIO | None = None) -> l
         if re.search(r"\s--[a-z]", options.picture.prompt):
             logger.warning("--prompt is taken as it is; options within a prompt are read with --interactive only")
         return [studio.draw(ImagePrompt(options.picture.prompt))]
+    return _session(studio, lines or sys.stdin)
+
+
+def _session(studio: Studio, lines: TextIO) -> list[Path]:
     written = []
-    for number, line in enumerate(_typed(lines or sys.stdin), start=1):
+    for number, line in enumerate(_typed(lines), start=1):
+        where, is_full = f"prompt {number}", False
         try:
-            written.append(studio.draw(parse_flux_prompt(line, where=f"prompt {number}", size_step=SIZE_STEP)))
+            written.append(studio.draw(parse_flux_prompt(line, where=where, size_step=SIZE_STEP)))
         except UserError as error:
             logger.error("%s", error)
         except torch.OutOfMemoryError:
+            is_full = True
+        except KeyboardInterrupt:
+            logger.info("%s: stopped", where)
+            break
+        if is_full:  # only now, as the error holds on to what was being computed
             studio.free()
-            logger.error("prompt %d: not enough memory for this size; try a smaller one, or --offload", number)
+            logger.error("%s: not enough memory for this size; try a smaller one, or --offload", where)
     return written
 
 
@@ -166,6 +178,8 @@ class Studio:
     # each step lets go of the models that it got, so that the next one can have their memory
 
     def _encode(self, settings: ImageSettings) -> None:
+        known = [text for text in settings.texts() if text in self._encoded]
+        self._encoded |= {text: self._encoded.pop(text) for text in known}  # those used last stand last
         texts = [text for text in settings.texts() if text not in self._encoded]
         if not texts:
             return
@@ -174,6 +188,8 @@ class Studio:
         drawing = self._drawing(torch.float32)
         for text, found in encode_texts(self._family, self._tokenizers, encoders, texts, drawing).items():
             self._encoded[text] = found.to(self._device, torch.float32)
+        for text in list(self._encoded)[:-KEPT_TEXTS]:
+            del self._encoded[text]
 
     def _sample(self, settings: ImageSettings) -> Tensor:
         denoiser, _ = self._parts.get(DENOISER)

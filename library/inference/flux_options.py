@@ -26,7 +26,10 @@ class FluxFilesOptions:
     """Model."""
 
     ckpt_path: str | None = option(
-        None, "transformer of FLUX.1 or Chroma, a .safetensors file", aliases=("--ckpt",), required=True
+        None,
+        "transformer of FLUX.1 or Chroma: a .safetensors file, a Diffusers folder, or a Hub id",
+        aliases=("--ckpt",),
+        required=True,
     )
     model_type: str = option("flux", "kind of the model: FLUX.1, or Chroma", choices=["flux", "chroma"])
     clip_l: str | None = option(None, "CLIP-L text encoder, a .safetensors file; not for Chroma")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import shlex
+import subprocess
+import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +26,8 @@ from library.errors import UserError
 from library.inference.flux_minimal import Studio, draw_images
 from library.inference.flux_options import FluxInferenceOptions, check_options
 from tests.fixtures.loaded_flux import make_adapter
-from tests.fixtures.runs import ROOT, lora_arguments, run_script, train_here, write_dataset
-from tests.fixtures.tiny_flux import MadeFlux, make_tiny_flux
+from tests.fixtures.runs import ROOT, environment, lora_arguments, run_script, train_here, write_dataset
+from tests.fixtures.tiny_flux import FluxFileSizes, MadeFlux, make_tiny_flux
 from tests.fixtures.tiny_sd import make_tiny_sd
 
 PUBLISHED = json.loads((ROOT / "tests/compat/data/cli/flux_minimal_inference.json").read_text())["options"]
@@ -206,6 +209,25 @@ def test_offload_draws_the_same_with_one_part_alive(
     assert order == ["text", "denoiser", "vae"] and len(loaded) == (3 if kind == "chroma" else 4)
     assert text_of(plain) == text_of(offloaded)
     assert text_of(plain).get("guidance_scale") == ("3.5" if kind == "dev" else None)
+
+
+@slow
+def test_offload_takes_less_memory(tmp_path: Path) -> None:
+    sizes = FluxFileSizes(
+        hidden=512, head=64, double_blocks=4, single_blocks=6, t5_width=768, t5_heads=12, t5_head=64, t5_inner=2048,
+        t5_layers=8,
+    )  # fmt: skip
+    made = make_tiny_flux(tmp_path, sizes=sizes)
+    smaller = min(path.stat().st_size for path in (made.path, made.t5xxl))
+    assert smaller > 200e6
+    peaks = []
+    for more in ((), ("--offload",)):
+        command = [sys.executable, str(ROOT / "flux_minimal_inference.py"), *words(made, tmp_path, *more)]
+        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(usage.ru_maxrss * 1024)
+    assert peaks[0] - peaks[1] > 0.8 * smaller
 
 
 @slow
