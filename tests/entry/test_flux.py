@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +20,13 @@ from torch import Tensor
 from library.architectures.flux import FLUX, Flux
 from library.architectures.flux.diffusers_layout import diffusers_plan, join
 from library.architectures.flux.options import FluxModelOptions
-from tests.fixtures.runs import logged, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
+from library.config.config_file import read_args
+from tests.fixtures.runs import ROOT, logged, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
 from tests.fixtures.tiny_flux import MadeFlux, make_tiny_flux
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
+PAGE = ROOT / "docs" / "flux_train_network.md"
 Train = Callable[..., dict[str, Tensor]]
 
 
@@ -394,6 +399,41 @@ def test_files_that_are_swapped_are_named(
         with pytest.raises(SystemExit):
             train("out", **{name: path})
         assert words in capsys.readouterr().err
+
+
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+def test_commands_of_the_page(tmp_path: Path, folder: Path, dev: MadeFlux, chroma: MadeFlux) -> None:
+    dataset = write_dataset(tmp_path / "data.toml", folder)
+    assert len(COMMANDS) == 4
+    for words in COMMANDS:
+        script, *words = words[next(place for place, word in enumerate(words) if word.endswith(".py")) :]
+        model = chroma if "chroma" in words else dev
+        values = {
+            "flux1-dev.safetensors": model.path,
+            "Chroma.safetensors": model.path,
+            "clip_l.safetensors": model.clip_l,
+            "t5xxl_fp16.safetensors": model.t5xxl,
+            "ae.safetensors": model.ae,
+            "dataset.toml": dataset,
+            "output": tmp_path / "out",
+            "10": 1,
+        }
+        given = [str(values.get(word, word)) for word in words]
+        given += ["--tokenizer_cache_dir", str(model.tokenizer_cache_dir), "--max_data_loader_n_workers", "0"]
+        if script == "flux_train_network.py":
+            train_here(*given, script="flux_train_network")
+            continue
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        tool = {"cache_latents": "CacheLatents", "cache_text_encoder_outputs": "CacheTextEncoderOutputs"}
+        getattr(module, tool[Path(script).stem])().run(read_args(module.setup_parser(), given))
+    assert {path.stem for path in (tmp_path / "out").glob("*.safetensors")} == {"my_lora", "my_chroma_lora"}
+    assert len(list(folder.glob("*_flux.npz"))) == len(list(folder.glob("?_flux_te.npz"))) == 3
 
 
 def test_what_has_no_effect_is_said(train: Train, dev: MadeFlux, capsys: pytest.CaptureFixture[str]) -> None:
