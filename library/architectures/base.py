@@ -180,6 +180,9 @@ class Architecture(ABC):
     sample_defaults: Mapping[str, Any] = MappingProxyType({})  # width, height, steps, scale of previews
     #: settings of a sample prompt that are used; the others are warned of
     sample_fields: frozenset[str] = DDPM_FIELDS
+    #: whether it has a model that reads the pictures of ``conditioning_data_dir``; they are ``picture`` (B, C, h, w) of
+    #: the conditioning, scaled latents
+    takes_pictures: bool = False
     sample_size_step: int = 8  # sides of sample images are multiples of this many pixels
 
     #: values of its own groups of options; none while it is not configured. Copies have others, instances never change

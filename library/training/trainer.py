@@ -55,6 +55,7 @@ from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
 from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
+from library.training.pictures import with_pictures
 from library.training.plan import RunPlan
 from library.training.previews import draw_image, encode_prompts
 from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
@@ -148,8 +149,11 @@ class Trainer(ABC):
     """Base of all trainers; an entry script sets ``architecture`` and calls ``train``."""
 
     architecture: ClassVar[Architecture]
-    #: what the pictures of ``conditioning_data_dir`` are to this trainer
-    conditioning_as: ClassVar[Role] = "mask"
+
+    @property
+    def conditioning_as(self) -> Role:
+        """What the pictures of ``conditioning_data_dir`` are to this trainer."""
+        return "image" if self.architecture.takes_pictures else "mask"
 
     # ---- the command line ----
 
@@ -308,7 +312,8 @@ class Trainer(ABC):
             interrupt=interrupt,
         )
         if run.caches_latents:
-            run.vae = cache_latents(job, keep_vae=bool(run.checked.prompts))  # previews fetch it back
+            keep = bool(run.checked.prompts) or self.architecture.takes_pictures  # which fetch it back
+            run.vae = cache_latents(job, keep_vae=keep)
         else:
             run.vae = job.load_vae()
         if caches_texts(run.options.dataset):
@@ -478,7 +483,7 @@ class Trainer(ABC):
             run.denoiser,
             batch,
             latents,
-            conditioning,
+            with_pictures(self.architecture, run, batch, conditioning),
             run.objective,
             noise,
             loss_settings(run.options),

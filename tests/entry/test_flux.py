@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.architectures.flux import FLUX, Flux
 from library.architectures.flux.diffusers_layout import diffusers_plan, join
 from library.architectures.flux.options import FluxModelOptions
-from tests.fixtures.runs import logged, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
+from library.config.config_file import read_args
+from tests.fixtures.runs import ROOT, logged, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
 from tests.fixtures.tiny_flux import MadeFlux, make_tiny_flux
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
+PAGE = ROOT / "docs" / "flux_train_network.md"
 Train = Callable[..., dict[str, Tensor]]
 
 
@@ -127,8 +134,6 @@ def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monk
     # CLIP-L's part of the prompt is encoded with its adapters: the pictures are those of a run without a cache
     one, other = (next((tmp_path / name / "sample").glob("*.png")) for name in ("plain", "cached"))
     assert one.read_bytes()[:16] == other.read_bytes()[:16]
-    from PIL import Image
-
     difference = np.abs(np.asarray(Image.open(one), dtype=int) - np.asarray(Image.open(other), dtype=int))
     assert difference.max() <= 1
 
@@ -159,11 +164,10 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     forward = Model.forward
 
-    def spy(self: Any, latents: Any, timesteps: Any, context: Any, pooled: Any, guidance: Any, text_mask: Any) -> Any:
-        calls.append(
-            {"times": timesteps.tolist(), "guidance": guidance.tolist(), "mask": text_mask, "tokens": context.shape[1]}
-        )
-        return forward(self, latents, timesteps, context, pooled, guidance, text_mask=text_mask)
+    def spy(self: Any, latents: Any, timesteps: Any, context: Any, pooled: Any, guidance: Any, **more: Any) -> Any:
+        told = {"times": timesteps.tolist(), "guidance": guidance.tolist(), "mask": more["text_mask"]}
+        calls.append({**told, "tokens": context.shape[1], "added": more["double_residuals"]})
+        return forward(self, latents, timesteps, context, pooled, guidance, **more)
 
     monkeypatch.setattr(Model, "forward", spy)
     return calls
@@ -330,6 +334,78 @@ def test_files_in_fp8(train: Train, tmp_path: Path, dev: MadeFlux) -> None:
     assert moved(train("t5", full_bf16=True, **settings, **T5)) == {"unet", "te1", "te3"}
 
 
+# ---- ControlNet ----
+
+
+def make_tiny_controlnet(folder: Path, seed: int = 0, **more: Any) -> Path:
+    """diffusers' own model of the tiny transformer's sizes; its outputs are not zero, as if it were trained."""
+    from diffusers import FluxControlNetModel
+
+    torch.manual_seed(seed)
+    sizes = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes |= {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6], **more}
+    model = FluxControlNetModel(guidance_embeds=True, **sizes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_beside_a_controlnet(
+    train: Train,
+    tmp_path: Path,
+    told: list[dict[str, Any]],
+    dev: MadeFlux,
+    chroma: MadeFlux,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pictures = make_pictures(tmp_path / "control", ((64, 64), (100, 44), (64, 66)))
+    net = make_tiny_controlnet(tmp_path / "net")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 5\n")
+    subset = f"conditioning_data_dir = '{pictures}'"
+    settings = {"controlnet_model_name_or_path": net, "subset": subset, "cache_latents": True, "save_state": True}
+    settings |= {"sample_prompts": prompts, "sample_every_n_steps": 3, "gradient_checkpointing": True}
+    beside = train("beside", **settings)
+    steps, drawn = told[:3], told[3:]
+    tokens = {call["added"][0].shape[1:] for call in steps}
+    assert all(len(call["added"]) == 1 and call["added"][0].any() for call in steps) and len(tokens) >= 2
+    assert [call["added"] for call in drawn] == [None]
+    # the LoRA is one of the transformer and CLIP-L as ever, and another than without the ControlNet
+    plain = train("plain")
+    assert beside.keys() == plain.keys() and moved(beside) == {"unet", "te1"}
+    name = "lora_unet_double_blocks_1_img_attn_qkv.lora_down.weight"
+    assert (beside[name] - plain[name]).abs().max() > 1e-6
+    # it does read the pictures
+    blank = tmp_path / "blank"
+    shutil.copytree(pictures, blank)
+    for path in blank.glob("*.png"):
+        Image.new("RGB", Image.open(path).size).save(path)
+    other = train("other", **{**settings, "subset": f"conditioning_data_dir = '{blank}'"})
+    assert (beside[name] - other[name]).abs().max() > 1e-6
+    file = net / "diffusion_pytorch_model.safetensors"
+    assert_same(train("file", **{**settings, "controlnet_model_name_or_path": file}), beside, 1e-5)
+    in_fp8 = {"fp8_base": True, "mixed_precision": "bf16", "dry_run": False}
+    assert moved(train("fp8", **{**settings, **in_fp8})) == {"unet", "te1"}
+
+    for wrong, words in (
+        ({"subset": ""}, "conditioning_data_dir: is missing"),
+        ({"masked_loss": True}, "--masked_loss: not with --controlnet_model_name_or_path"),
+        ({"model": chroma}, "not for Chroma"),
+        ({"controlnet_model_name_or_path": dev.path}, "not a ControlNet of FLUX.1"),
+        ({"controlnet_model_name_or_path": make_tiny_controlnet(tmp_path / "u", num_mode=2)}, "a union ControlNet"),
+        (
+            {"controlnet_model_name_or_path": make_tiny_controlnet(tmp_path / "w", joint_attention_dim=16)},
+            "of other sizes than the transformer",
+        ),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            train("wrong", **{**settings, **wrong})
+        assert words in capsys.readouterr().err
+
+
 # ---- mistakes ----
 
 
@@ -394,6 +470,41 @@ def test_files_that_are_swapped_are_named(
         with pytest.raises(SystemExit):
             train("out", **{name: path})
         assert words in capsys.readouterr().err
+
+
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+def test_commands_of_the_page(tmp_path: Path, folder: Path, dev: MadeFlux, chroma: MadeFlux) -> None:
+    dataset = write_dataset(tmp_path / "data.toml", folder)
+    assert len(COMMANDS) == 4
+    for words in COMMANDS:
+        script, *words = words[next(place for place, word in enumerate(words) if word.endswith(".py")) :]
+        model = chroma if "chroma" in words else dev
+        values = {
+            "flux1-dev.safetensors": model.path,
+            "Chroma.safetensors": model.path,
+            "clip_l.safetensors": model.clip_l,
+            "t5xxl_fp16.safetensors": model.t5xxl,
+            "ae.safetensors": model.ae,
+            "dataset.toml": dataset,
+            "output": tmp_path / "out",
+            "10": 1,
+        }
+        given = [str(values.get(word, word)) for word in words]
+        given += ["--tokenizer_cache_dir", str(model.tokenizer_cache_dir), "--max_data_loader_n_workers", "0"]
+        if script == "flux_train_network.py":
+            train_here(*given, script="flux_train_network")
+            continue
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        tool = {"cache_latents": "CacheLatents", "cache_text_encoder_outputs": "CacheTextEncoderOutputs"}
+        getattr(module, tool[Path(script).stem])().run(read_args(module.setup_parser(), given))
+    assert {path.stem for path in (tmp_path / "out").glob("*.safetensors")} == {"my_lora", "my_chroma_lora"}
+    assert len(list(folder.glob("*_flux.npz"))) == len(list(folder.glob("?_flux_te.npz"))) == 3
 
 
 def test_what_has_no_effect_is_said(train: Train, dev: MadeFlux, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ from library.architectures.common.tokenizer_files import T5, find_tokenizer
 from library.architectures.flux import text as flux_text
 from library.architectures.flux import vae as flux_vae
 from library.architectures.flux.checkpoint import DEV, SCHNELL, TITLES, load_transformer
+from library.architectures.flux.controlnet import load_controlnet, residuals
 from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
 from library.architectures.flux.options import CHROMA, IDLE_RULES, OPTION_RULES, FluxModelOptions, trains_t5
 from library.architectures.flux.published_file import IDS
@@ -82,13 +83,16 @@ class Flux(FlowMatching, Architecture):
         "blocks_to_swap": "moving blocks to host memory is not supported yet; use --fp8_base and "
         "--gradient_checkpointing, with --cpu_offload_checkpointing if that is not enough",
         "split_mode": "is not supported, as it was replaced long ago; use --fp8_base and --gradient_checkpointing",
-        "controlnet_model_name_or_path": "training beside a ControlNet is not supported yet; remove it",
     }
     sample_fields = FlowMatching.sample_fields | DDPM_FIELDS | {"guidance_scale"}
     sample_size_step = 16
 
     #: which model it is, as its file tells; none while no file was looked into
     _kind: str | None = None
+
+    @property
+    def takes_pictures(self) -> bool:  # type: ignore[override]
+        return bool(self.chosen(FluxModelOptions).controlnet_model_name_or_path)
 
     @property
     def is_chroma(self) -> bool:
@@ -209,6 +213,8 @@ class Flux(FlowMatching, Architecture):
 
     def load_denoiser(self, checkpoint: FluxCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
         denoiser = load_transformer(checkpoint.found, dtype=dtype, device=device)
+        if checkpoint.controlnet is not None:
+            denoiser.controlnet = load_controlnet(checkpoint.controlnet, dtype=dtype, device=device)
         setattr(denoiser, LORA_TARGET, self.denoiser_target)
         return denoiser
 
@@ -252,8 +258,12 @@ class Flux(FlowMatching, Architecture):
         if self.is_chroma:
             return denoiser(noisy, timesteps / 1000, context, mask, guidance)
         pooled = conditioning["l_pooled"].to(noisy.dtype)
+        inputs = (noisy, timesteps / 1000, context, pooled, guidance)
+        double, single = None, None
+        if (picture := conditioning.tensors.get("picture")) is not None:
+            double, single = residuals(denoiser.controlnet, *inputs, picture=picture)
         mask = mask if self.masks_text else None
-        return denoiser(noisy, timesteps / 1000, context, pooled, guidance, text_mask=mask)
+        return denoiser(*inputs, text_mask=mask, double_residuals=double, single_residuals=single)
 
     # ---- memory and speed ----
 
@@ -262,6 +272,8 @@ class Flux(FlowMatching, Architecture):
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
         denoiser.enable_gradient_checkpointing()
+        if self.takes_pictures:
+            denoiser.controlnet.enable_gradient_checkpointing()
         for text_encoder in text_encoders:
             clip.enable_gradient_checkpointing(text_encoder)
 

@@ -12,6 +12,7 @@ from library.architectures.common.tokenizer_files import T5, locate_tokenizer
 from library.architectures.flux import checkpoint as files
 from library.architectures.flux import vae
 from library.architectures.flux.checkpoint import TransformerCheckpoint
+from library.architectures.flux.controlnet import controlnet_source
 from library.architectures.flux.options import CHROMA, FluxModelOptions
 from library.architectures.flux.sizes import FluxSizes
 from library.errors import UserError, did_you_mean
@@ -34,6 +35,7 @@ class FluxCheckpoint:
     text_encoders: tuple[ModelSource, ...]  # CLIP-L, T5; Chroma's is T5 alone
     vae: ModelSource
     tokenizer_folders: tuple[Path, ...]  # in the encoders' order
+    controlnet: ModelSource | None = None
 
     @property
     def found(self) -> TransformerCheckpoint:
@@ -68,6 +70,7 @@ def inspect_model(
         )
     )
     _check_widths(transformer, encoders, options)
+    given = options.controlnet_model_name_or_path
     info = ModelInfo(family="flux", version=VERSIONS[transformer.kind], description=transformer.title)
     return FluxCheckpoint(
         info=info,
@@ -78,6 +81,7 @@ def inspect_model(
         text_encoders=tuple(encoders),
         vae=vae.ae_source(options.ae or ""),
         tokenizer_folders=tuple(folders),
+        controlnet=controlnet_source(given, transformer.sizes) if given else None,
     )
 
 

@@ -21,7 +21,12 @@ class FluxModelOptions:
     clip_l: str | None = option(None, "CLIP-L text encoder, a .safetensors file; not for Chroma", weights=True)
     t5xxl: str | None = option(None, "T5-XXL text encoder, a .safetensors file", weights=True)
     ae: str | None = option(None, "autoencoder: a .safetensors file, a Diffusers folder, or a Hub id", weights=True)
-    controlnet_model_name_or_path: str | None = option(None, "ControlNet beside which the model is trained")
+    controlnet_model_name_or_path: str | None = option(
+        None,
+        "ControlNet of FLUX.1 beside which is trained, in diffusers' layout: a file, a folder, or a Hub id; it reads "
+        "the pictures of conditioning_data_dir",
+        weights=True,
+    )
     t5xxl_max_token_length: int | None = option(
         None, "tokens of a caption for T5-XXL (512 if not given, 256 with FLUX.1 schnell)", type=int, unit="tokens"
     )
@@ -79,4 +84,16 @@ def what_is_trained(o: Any) -> Iterator[Finding]:
         )
 
 
-OPTION_RULES = (caption_length, guidance, chroma_mask, what_is_trained)
+def controlnet(o: Any) -> Iterator[Finding]:
+    if not o.flux.controlnet_model_name_or_path:
+        return
+    if o.flux.model_type == CHROMA:
+        yield error("--controlnet_model_name_or_path: ControlNets are made for FLUX.1, not for Chroma; remove it")
+    if o.loss.masked_loss:
+        yield error(
+            "--masked_loss: not with --controlnet_model_name_or_path, which reads the pictures of "
+            "conditioning_data_dir; remove it, and use alpha_mask for masks"
+        )
+
+
+OPTION_RULES = (caption_length, guidance, chroma_mask, controlnet, what_is_trained)
