@@ -30,7 +30,6 @@ _UNREAD = {
     ".lokr_w": f"a LoKr of LyCORIS; {_KINDS}",
     ".oft_diag": f"an OFT of LyCORIS; {_KINDS}",
     "lllite_unet_": f"a ControlNet-LLLite; {_KINDS}",
-    "single_transformer_blocks": "a LoRA in diffusers' names; python networks/convert_lora.py --to kohya renames it",
     "double_blocks.0.img_attn.norm.query_norm.scale": f"a whole transformer; {_KINDS}",
 }
 

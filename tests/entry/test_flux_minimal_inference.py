@@ -361,6 +361,7 @@ def test_session_with_offload_encodes_once_and_reloads(
     assert difference(first, seed) > 3 and difference(first, strength) > 3
 
 
+@slow
 def test_a_size_too_large_ends_no_session(
     models: Mapping[str, MadeFlux], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,9 +127,9 @@ def test_other_files_are_refused(made: dict[str, MadeFlux], adapters: dict[str, 
         renamed(tmp_path / "lokr.safetensors", lora, ".lora_down.weight", ".lokr_w1"): "a LoKr of LyCORIS",
         renamed(tmp_path / "oft.safetensors", oft, "oft_blocks.0", "oft_diag"): "an OFT of LyCORIS",
         renamed(tmp_path / "sd_oft.safetensors", oft, "double_blocks_0_img_attn", "input_blocks_4_1_attn1"): "no place",
-        renamed(tmp_path / "peft.safetensors", lora, "lora_unet_single_blocks_0_", "single_transformer_blocks.0."): (
-            "python networks/convert_lora.py --to kohya"
-        ),
+        renamed(
+            tmp_path / "d.safetensors", lora, "lora_unet_single_blocks_0_", "transformer.single_transformer_blocks."
+        ): ("networks/convert_flux_lora.py converts it"),
         made["dev"].path: "a whole transformer",
         made["dev"].ae: "holds no tensors of networks.lora_flux",
         adapters["chroma"]: "",

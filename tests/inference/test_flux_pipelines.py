@@ -107,7 +107,7 @@ slow = pytest.mark.slow
     [
         pytest.param("dev", {}, marks=slow),
         pytest.param("dev", {"scale": 3.0, "guidance_scale": 1.5}),
-        pytest.param("schnell", {}),
+        pytest.param("schnell", {}, marks=slow),
         pytest.param("chroma", {}, marks=slow),
         pytest.param("chroma", {"scale": 4.0}),
         # as diffusers' copies of Chroma are configured
@@ -130,6 +130,7 @@ def test_equals_diffusers_pipeline(made: dict[str, MadeFlux], kind: str, change:
     assert np.abs(difference).max() <= 1
 
 
+@slow
 def test_masked_text_equals_diffusers_pipeline(made: dict[str, MadeFlux]) -> None:
     models = models_of("dev", made["dev"], apply_t5_attn_mask=True)
     settings = settings_of("dev")
