@@ -139,7 +139,7 @@ def adapt(
         what = "text encoders" if text else "transformer"
         if merge:
             network.load_state_dict(file.weights, strict=False)
-            merged += own
+            merged += [adapter.to(device) for adapter in own]
             logger.info("merging %s into the %s: strength %g, %d modules", file.path, what, strength, len(own))
             continue
         network.apply_to(encoders, denoiser, text, not text)

@@ -149,6 +149,7 @@ def _inspect(options: ImageOptions, architecture: Architecture) -> Any:
         # families speak of flags and scripts by their names in training
         text = str(error).replace("--pretrained_model_name_or_path", "--ckpt")
         text = text.replace("use sdxl_train_network.py", "add --sdxl").replace("use train_network.py", "drop --sdxl")
+        text = text.replace("use flux_train_network.py", "use flux_minimal_inference.py")
         raise UserError(text) from None
 
 

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 import flux_minimal_inference
+import gen_img
 from library.architectures.flux import Flux
 from library.errors import UserError
 from library.inference.flux_minimal import Studio, draw_images
@@ -148,8 +149,8 @@ def test_published_command_in_a_process_of_its_own(
     assert re.fullmatch(r"im_\d{14}_000001_1\.png", image.name)
     assert pixels(image).shape == (64, 80, 3)
     assert text_of(image) == {
-        "parameters": "a cat holding a sign that says hello world\nSteps: 2, Sampler: euler, CFG scale: 1, Seed: 1, "
-        "Size: 80x64, Model: dev.safetensors, Network: lora.safetensors:0.5",
+        "parameters": "a cat holding a sign that says hello world\nSteps: 2, Sampler: euler, CFG scale: 1, "
+        "Distilled CFG Scale: 3.5, Seed: 1, Size: 80x64, Model: dev.safetensors, Network: lora.safetensors:0.5",
         "prompt": "a cat holding a sign that says hello world",
         "negative_prompt": "",
         "seed": "1",
@@ -431,6 +432,14 @@ def test_files_of_other_models(models: Mapping[str, MadeFlux], adapters: dict[st
         assert message in str(raised.value)
         assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_gen_img_names_this_script(
+    models: Mapping[str, MadeFlux], capsys: pytest.CaptureFixture[str], own_root_logger: None
+) -> None:
+    with pytest.raises(SystemExit):
+        gen_img.main(gen_img.setup_parser().parse_args(["--ckpt", str(models["dev"].path), "--prompt", PROMPT]))
+    assert "is a FLUX.1 model; use flux_minimal_inference.py" in capsys.readouterr().err
 
 
 def test_what_has_no_effect_is_said(
