@@ -25,7 +25,8 @@ from library.architectures.base import LoraTarget
 from networks.targets import find_modules
 
 ADAPTER_METADATA = "lora_adapter_metadata"
-_PEFT_ROOT = "base_model.model."
+#: before every name in files that PEFT itself wrote
+PEFT_ROOT = "base_model.model."
 
 #: a tensor's name below its module, as any program writes it -> the published one
 TENSOR_NAMES = {
@@ -52,7 +53,7 @@ def published_names(weights: Mapping[str, Tensor], models: Iterable[tuple[nn.Mod
     renamed = {}
     for key, tensor in weights.items():
         found = _KEY.fullmatch(key)
-        name = names.get(found[1].removeprefix(_PEFT_ROOT)) if found else None
+        name = names.get(found[1].removeprefix(PEFT_ROOT)) if found else None
         renamed[f"{name}.{TENSOR_NAMES[found[2]]}" if found and name else key] = tensor
     return renamed
 
@@ -87,12 +88,3 @@ def with_alphas(weights: dict[str, Tensor], metadata: Mapping[str, str]) -> dict
         scaled = alpha * math.sqrt(rank) if told.get(f"{root}.use_rslora") else alpha
         alphas[f"{module}.alpha"] = torch.tensor(float(scaled))
     return {**weights, **alphas}
-
-
-def split_name(key: str) -> tuple[str, str] | None:
-    """A tensor's (module, published tensor name), whatever naming the file has; None if it is of no LoRA.
-
-    ``transformer.x.lora_A.weight`` gives ``("transformer.x", "lora_down.weight")``.
-    """
-    found = _KEY.fullmatch(key)
-    return (found[1].removeprefix(_PEFT_ROOT), TENSOR_NAMES[found[2]]) if found else None

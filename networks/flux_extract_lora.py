@@ -25,6 +25,7 @@ if __package__ in (None, ""):  # run as a file: the suite lies one folder up
 
 from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
+from library.config.tool_parser import tool_parser
 from library.errors import UserError, exits_on_user_error
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _BLOCKS = ("lora_unet_double_blocks_", "lora_unet_single_blocks_")
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--model_org", required=True, metavar="FILE", help="the model before")
     add("--model_tuned", required=True, metavar="FILE", help="the model after: the LoRA turns the first into it")
@@ -55,7 +56,8 @@ def setup_parser() -> argparse.ArgumentParser:
     add(
         "--save_precision",
         choices=[None, "float", "fp16", "bf16"],
-        help="of the saved numbers; float if not given",
+        metavar="TYPE",
+        help="of the saved numbers: float, fp16 or bf16; float if not given",
     )
     add(
         "--mem_eff_safe_open",
@@ -127,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
     ranks = {tensor.shape[0] for key, tensor in found.items() if key.endswith(".lora_down.weight")}
     rank = ranks.pop() if len(ranks) == 1 else None
     metadata = adapter_metadata(
-        variant, rank=rank, alpha=rank, title=target.stem, merged_from=None, modelspec=not args.no_metadata
+        variant.kind, rank=rank, alpha=rank, title=target.stem, merged_from=None, modelspec=not args.no_metadata
     )
     write_weights(target, found, None, metadata)
     logger.info("saved: %s", target)
@@ -141,11 +143,10 @@ def _common_modules(
     Raises:
         UserError: the models are not of one kind and size.
     """
-    from networks.model_keys import TRANSFORMER, refuse_scaled
+    from networks.model_keys import TRANSFORMER
 
     def block_keys(model: ShardedFile | DiffusersTransformer) -> dict[str, str]:
-        refuse_scaled(model.shapes, model.path)
-        keys = TRANSFORMER.lora_keys(model.shapes)
+        keys = TRANSFORMER.lora_keys(model.shapes, model.path)
         return {name: key for name, key in keys.items() if name.startswith(_BLOCKS)}
 
     old_keys, new_keys = block_keys(before), block_keys(after)

@@ -30,10 +30,10 @@ if __package__ in (None, ""):  # run as a file: the suite lies one folder up
 
 from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
+from library.config.tool_parser import tool_parser
 from library.errors import UserError, exits_on_user_error
 
 if TYPE_CHECKING:
-    from library.architectures.flux.diffusers_layout import Variant
     from networks.lora_merging import LoraFile
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _TARGETS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--models", nargs="*", metavar="FILE", help="the LoRA files")
     add(
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     devices = {name: parse_device(f"--{name}", getattr(args, name)) for name in ("loading_device", "working_device")}
     files = [LoraFile.open(Path(path), ratio) for path, ratio in zip(args.models, args.ratios, strict=True)]
     for file in files:
-        logger.info("%s: %d modules, ratio %g", file.path, len(file.modules), file.ratio)
+        logger.info("%s: %d modules, ratio %g", file.path, len(file.adapters), file.ratio)
         if args.diffusers and not file.is_diffusers:
             raise UserError(f"--diffusers {file.path}: has the published names, not diffusers'; leave the option out")
     if given:
@@ -169,7 +169,7 @@ def _merge_into_models(
         logger.info("%s: %d of %d tensors are changed", source.path, len(changes), len(source.shapes))
         metadata = None
         if name == "flux_model" and not args.no_metadata:
-            metadata = model_metadata(variant_of(source), title=target.stem, merged_from=merged_from)
+            metadata = model_metadata(variant_of(source).kind, title=target.stem, merged_from=merged_from)
         with WorkProgress(f"merging {parts[name].title}", "tensors", simple=False) as progress, source.opened() as read:
             write_model(
                 target,
@@ -183,17 +183,13 @@ def _merge_into_models(
 
 
 def _say_what_is_left_out(files: list[LoraFile], parts: list[Any]) -> None:
-    from networks.model_keys import PARTS, part_of
+    from networks.model_keys import PARTS
 
     for file in files:
         for part in PARTS:
-            count = sum(part_of(name) is part for name in file.modules)
+            count = sum(adapter.part is part.part for adapter in file.adapters.values())
             if count and part not in parts:
                 logger.info("%s: its %d modules of the %s are left out", file.path, count, part.title)
-        if unknown := sorted(name for name in file.modules if part_of(name) is None):
-            raise UserError(
-                f"{file.path}: {unknown[0]} belongs to no model of FLUX.1 or Chroma; was it made for another one?"
-            )
 
 
 def _merge_files(
@@ -223,17 +219,18 @@ def _merge_files(
     logger.info("saved: %s, %d modules", target, len(sizes))
 
 
-def _made_for(files: list[LoraFile]) -> Variant:
-    """The model that the first file which says so was trained on; FLUX.1 dev if none does."""
-    from library.architectures.flux.diffusers_layout import Variant
+def _made_for(files: list[LoraFile]) -> str:
+    """The kind of model that the first file which says so was trained on; FLUX.1 dev if none does."""
+    from library.architectures.flux.names import CHROMA, DEV, SCHNELL
 
     versions = {file.metadata["ss_base_model_version"] for file in files if "ss_base_model_version" in file.metadata}
     if len(versions) > 1:
         logger.warning("the LoRA files were made for different models: %s", ", ".join(sorted(versions)))
     told = [file.metadata for file in files if file.metadata.get("modelspec.architecture")]
     architecture = told[0]["modelspec.architecture"] if told else ""
-    is_chroma = architecture.startswith("chroma") or (not told and versions == {"chroma"})
-    return Variant(is_chroma, not is_chroma and "schnell" not in architecture, 0, 0)
+    if architecture.startswith("chroma") or (not told and versions == {"chroma"}):
+        return CHROMA
+    return SCHNELL if "schnell" in architecture else DEV
 
 
 if __name__ == "__main__":

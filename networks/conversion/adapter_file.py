@@ -14,8 +14,6 @@ from torch import Tensor
 from library.errors import UserError, did_you_mean
 from library.files.safetensors_io import load_pickle, load_tensors, read_header
 from networks.conversion.families import (
-    FAMILIES,
-    PEFT_ROOT,
     Family,
     Naming,
     Part,
@@ -23,7 +21,8 @@ from networks.conversion.families import (
     detect_family,
     detect_naming,
 )
-from networks.file_names import ADAPTER_METADATA, TENSOR_NAMES, with_alphas
+from networks.conversion.modules import Place
+from networks.file_names import ADAPTER_METADATA, PEFT_ROOT, TENSOR_NAMES, with_alphas
 from networks.weights import PICKLE_SUFFIXES
 
 DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
@@ -64,6 +63,16 @@ class Module:
     path: str
     tensors: dict[str, Tensor]
     name: str
+
+    @property
+    def places(self) -> list[Place]:
+        """Where it lies in the original checkpoint; a joint module in the places of all its parts."""
+        paths = self.part.paths
+        if self.space == "original":
+            return [Place(self.path, index) for index in range(len(paths.to_diffusers(self.path)))]
+        place = paths.to_original(self.path)
+        assert place is not None, self.path
+        return [place]
 
     @property
     def is_lora(self) -> bool:
@@ -108,19 +117,20 @@ def check_readable(path: Path) -> None:
         raise UserError(f"{path}: holds no adapter's tensors ({some}{', ...' if len(names) > 2 else ''}); not a LoRA")
 
 
-def read_adapter(path: Path, family: str | None = None) -> AdapterFile:
+def read_adapter(path: Path, family: Family | None = None) -> AdapterFile:
     """An adapter file, or a folder that PEFT wrote.
 
     Args:
-        family: a key of ``FAMILIES``; None detects it.
+        family: None detects it.
 
     Raises:
         UserError: missing or unreadable, not a LoRA, names of another family or of several programs, unknown tensors.
     """
     check_readable(path)
     naming, weights, metadata = _load(path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    known = FAMILIES[family] if family else detect_family(shapes, metadata, str(path))
+    if family is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        family = detect_family(shapes, metadata, str(path))
     grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in weights.items():
         found = _KEY.fullmatch(_modern(key))
@@ -130,8 +140,18 @@ def read_adapter(path: Path, family: str | None = None) -> AdapterFile:
         if kind in grouped[found[1]]:
             raise UserError(f"{path}: {key}: the module {found[1]} has two tensors of this kind")
         grouped[found[1]][kind] = _column(tensor) if found[2] in _MAGNITUDES else tensor
-    modules = [_module(known, naming, name, tensors, str(path)) for name, tensors in grouped.items()]
-    return AdapterFile(path, naming, known, metadata, modules)
+    modules = [_module(family, naming, name, tensors, str(path)) for name, tensors in grouped.items()]
+    _refuse_twice(modules, str(path))
+    return AdapterFile(path, naming, family, metadata, modules)
+
+
+def _refuse_twice(modules: list[Module], title: str) -> None:
+    found: dict[tuple[str, Place], str] = {}
+    for module in modules:
+        for place in module.places:
+            other = found.setdefault((module.part.diffusers, place), module.name)
+            if other != module.name:
+                raise UserError(f"{title}: {other} and {module.name} are the same module; the file mixes two namings")
 
 
 def _modern(key: str) -> str:
@@ -221,9 +241,7 @@ def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor
     if down is not None and up is not None and (min(down.dim(), up.dim()) < 2 or up.shape[1] != down.shape[0]):
         raise UserError(f"{title}: {name}: lora_down {list(down.shape)} and lora_up {list(up.shape)} do not fit")
     for part in family.parts:
-        for prefix in {"kohya": part.kohya, "comfyui": tuple(f"{p}." for p in part.comfyui)}.get(
-            naming, (f"{part.diffusers}.",)
-        ):
+        for prefix in part.prefixes(naming):
             if not name.startswith(prefix):
                 continue
             path: str | None = name.removeprefix(prefix)
@@ -235,16 +253,18 @@ def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor
             if path is None or space is None:
                 raise UserError(f"{title}: {name}: no module of {family.title} that adapters are known for")
             return Module(part, space, path, tensors, name)
+    # some programs leave out the name of the denoiser
+    space = _space(family.parts[0], naming, name)
+    if space is not None:
+        return Module(family.parts[0], space, name, tensors, name)
     raise UserError(f"{title}: {name}: no model of {family.title} has this name")
 
 
 def _space(part: Part, naming: Naming, path: str) -> Space | None:
-    """Whose path it is; published names come with either."""
-    orders: dict[Naming, tuple[Space, ...]] = {
-        "kohya": (part.published, "diffusers" if part.published == "original" else "original"),
-        "comfyui": ("original",),
-    }
-    for space in orders.get(naming, ("diffusers",)):
+    """Whose path it is: that which the naming has, or the other."""
+    usual = part.space(naming)
+    others: dict[Space, Space] = {"original": "diffusers", "diffusers": "original"}
+    for space in (usual, others[usual]):
         if part.paths.to_diffusers(path) if space == "original" else part.paths.to_original(path):
             return space
     return None

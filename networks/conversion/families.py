@@ -9,13 +9,12 @@ from typing import Literal
 
 from library.errors import UserError
 from networks.conversion.modules import CLIP, FLUX, T5, ModulePaths, unet_paths
+from networks.file_names import PEFT_ROOT
 
 Naming = Literal["kohya", "diffusers", "peft", "comfyui"]
 NAMINGS: tuple[Naming, ...] = ("kohya", "diffusers", "peft", "comfyui")
 #: whose module paths a naming has
 Space = Literal["original", "diffusers"]
-
-PEFT_ROOT = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,17 @@ class Part:
             return self.published
         return "original" if naming == "comfyui" else "diffusers"
 
+    def prefixes(self, naming: Naming) -> tuple[str, ...]:
+        """What its modules' names begin with; PEFT's are read under diffusers' names."""
+        if naming == "kohya":
+            return self.kohya
+        return tuple(f"{name}." for name in (self.comfyui if naming == "comfyui" else (self.diffusers,)))
+
     def name(self, naming: Naming, path: str) -> str:
         """A module's name in a file, from its path in ``space(naming)``."""
         if naming == "kohya":
             return self.kohya[0] + path.replace(".", "_")
-        prefix = {"diffusers": f"{self.diffusers}.", "peft": PEFT_ROOT, "comfyui": f"{self.comfyui[0]}."}[naming]
-        return prefix + path
+        return (PEFT_ROOT if naming == "peft" else self.prefixes(naming)[0]) + path
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,16 @@ def detect_naming(names: Mapping[str, object], title: str) -> Naming:
     starts: dict[Naming, tuple[str, ...]] = {
         "kohya": ("lora_unet_", "lora_te", "lora_transformer_"),
         "peft": (PEFT_ROOT,),
-        "comfyui": ("diffusion_model.", "text_encoders."),
-        "diffusers": ("unet.", "transformer.", "text_encoder.", "text_encoder_2."),
+        # FLUX.1's blocks also without the model's name
+        "comfyui": ("diffusion_model.", "text_encoders.", "double_blocks.", "single_blocks."),
+        "diffusers": (
+            "unet.",
+            "transformer.",
+            "text_encoder.",
+            "text_encoder_2.",
+            "transformer_blocks.",
+            "single_transformer_blocks.",
+        ),  # fmt: skip
     }
     found: dict[Naming, str] = {}
     for name in names:

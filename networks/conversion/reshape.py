@@ -39,10 +39,9 @@ def to_original(modules: Iterable[Module], title: str) -> list[Module]:
     for module in modules:
         if module.space == "original":
             joined.append(module)
-            continue
-        place = module.part.paths.to_original(module.path)
-        assert place is not None, module.path
-        waiting[module.part.diffusers, place.path][place.index] = module
+        else:
+            place = module.places[0]
+            waiting[module.part.diffusers, place.path][place.index] = module
     for (_, path), parts in waiting.items():
         first = next(iter(parts.values()))
         paths = first.part.paths

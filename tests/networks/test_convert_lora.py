@@ -440,9 +440,9 @@ def test_paths_are_checked_first(tmp_path):
     (tmp_path / "full" / "x").write_text("x")
     for model, to_file, to, message in [
         (tmp_path / "no.safetensors", tmp_path / "b.safetensors", "comfyui", "no such file"),
-        (source, tmp_path / "x" / ".." / "a.safetensors", "comfyui", "input and output are the same"),
+        (source, tmp_path / "x" / ".." / "a.safetensors", "comfyui", "is the file that is read"),
         (source, tmp_path / "missing" / "b.safetensors", "comfyui", "does not exist; make it first"),
-        (source, tmp_path / "b.pt", "comfyui", "end in .safetensors"),
+        (source, tmp_path / "b.pt", "comfyui", "must end with .safetensors"),
         (source, tmp_path / "full", "peft", "name a new one"),
         (tmp_path / "full", tmp_path / "b.safetensors", "comfyui", "without adapter_model.safetensors"),
     ]:

@@ -114,7 +114,7 @@ def test_an_old_file_of_sdxl_names_its_second_encoder(tmp_path, caplog):
         ({"--unit": 7}, "--unit 7: must be from 1 to the rank of the file, 6"),
         ({"--model": None}, "--model: is required"),
         ({"--save_to": None}, "--save_to: is required"),
-        ({"--save_to": "lora.onnx"}, "lora.onnx: adapters are saved as"),
+        ({"--save_to": "lora.onnx"}, "lora.onnx: the file's name must end with"),
         ({"--model": "gone.safetensors"}, "gone.safetensors: no such file"),
         ({"--model": "lora.safetensors"}, "it was trained as networks.lora"),
     ],

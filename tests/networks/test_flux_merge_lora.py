@@ -79,8 +79,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 )
 def test_every_published_adapter_finds_its_weight(model, lora, part):
     shapes, tensors = table(model), table(lora)
-    keys = part.lora_keys(shapes)
-    names = {key.partition(".")[0] for key in tensors if key.startswith(f"{part.prefix}_")}
+    keys = part.lora_keys(shapes, model)
+    names = {key.partition(".")[0] for key in tensors if key.startswith(part.part.kohya[0])}
     assert len(names) > 60 and names <= keys.keys()
     for name in names:
         out, width = shapes[keys[name]]
@@ -341,17 +341,23 @@ def test_errors_are_one_line_before_anything_is_written(tmp_path, pair, capsys):
     sick = {**loras[0], f"{MODULE}.lora_up.weight": torch.full((96, 4), float("nan"))}
     assert "not finite" in refusal(models=lora("sick", sick), flux_model=flux, save_to=out)
     half = {key: t for key, t in loras[0].items() if key != f"{MODULE}.lora_up.weight"}
-    assert f"{MODULE}: has no lora_up.weight" in refusal(models=lora("half", half), flux_model=flux, save_to=out)
+    assert f"{MODULE}.lora_up.weight is missing" in refusal(models=lora("half", half), flux_model=flux, save_to=out)
     loha = {f"{MODULE}.hada_w1_a": torch.zeros(2, 2)}
     assert "LoHa" in refusal(models=lora("loha", loha), flux_model=flux, save_to=out)
-    more = {**loras[0], "lora_unet_img_in.diff_b": torch.zeros(32)}
-    assert "diff_b is no tensor of a LoRA" in refusal(models=lora("more", more), flux_model=flux, save_to=out)
+    more = {**loras[0], "lora_unet_img_in.count": torch.zeros(32)}
+    assert ".count: unknown kind of tensor" in refusal(models=lora("more", more), flux_model=flux, save_to=out)
+    twice = {**loras[0], "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight": torch.zeros(4, 32)}
+    twice["lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight"] = torch.zeros(32, 4)
+    assert "are the same module" in refusal(models=lora("twice", twice), flux_model=flux, save_to=out)
+    whole = {f"{MODULE}.diff": torch.zeros(96, 32), f"{MODULE}.diff_b": torch.zeros(7)}
+    assert "qkv.bias of [7]" in refusal(models=lora("whole", whole), flux_model=flux, save_to=out)
+    assert "merge into a model" in refusal(models=lora("whole", whole), save_to=out)
     dora = {**loras[0], f"{MODULE}.dora_scale": torch.ones(1, 32)}
     assert "DoRA" in refusal(models=lora("dora", dora), save_to=out)
     other = {key.replace("unet_double_blocks", "unet_input_blocks"): t for key, t in loras[0].items()}
-    assert "has no place" in refusal(models=lora("sdxl", other), flux_model=flux, save_to=out)
+    assert "no module of FLUX.1 or Chroma" in refusal(models=lora("sdxl", other), flux_model=flux, save_to=out)
     scaled = {**tiny_state("flux1_dev"), "scaled_fp8": torch.zeros(2)}
-    assert "fp8 weights with scales" in refusal(models=files, flux_model=lora("scaled", scaled), save_to=out)
+    assert "quantised with scales" in refusal(models=files, flux_model=lora("scaled", scaled), save_to=out)
 
 
 def test_as_a_program(tmp_path):
