@@ -85,12 +85,13 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
     # a file without an alpha means the rank, which would change with the cut
     alphas = {f"{name}.alpha": torch.tensor(size.alpha) for name, size in sizes_of(weights).items()}
     weights = {**alphas, **weights}
-    files = []
-    for rank in range(unit, whole + 1, unit):
-        file = save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}")
+    ranks = range(unit, whole + 1, unit)
+    files = [save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}") for rank in ranks]
+    for file in files:
+        check_target(file, "--save_to", sources=[model], suffixes=[save_to.suffix])
+    for rank, file in zip(ranks, files, strict=True):
         write_weights(file, first_ranks(weights, rank), None, _metadata_of(metadata, arguments, rank))
         logger.info("saved rank %d: %s", rank, file)
-        files.append(file)
     return files
 
 

@@ -25,7 +25,7 @@ if __package__ in (None, ""):  # run as a file: the suite lies one folder up
 
 from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
-from library.config.tool_parser import tool_parser
+from library.config.tool_parser import add_mapped_option, tool_parser
 from library.errors import UserError, exits_on_user_error
 
 if TYPE_CHECKING:
@@ -59,11 +59,7 @@ def setup_parser() -> argparse.ArgumentParser:
         metavar="TYPE",
         help="of the saved numbers: float, fp16 or bf16; float if not given",
     )
-    add(
-        "--mem_eff_safe_open",
-        action="store_true",
-        help="tensors are taken from the mapped files instead of being read into memory; slower on some network drives",
-    )
+    add_mapped_option(parser, "--mem_eff_safe_open")
     add("--no_metadata", action="store_true", help="write no modelspec.* entries, only those that loaders need")
     return parser
 
@@ -96,13 +92,14 @@ def main(args: argparse.Namespace) -> None:
     from networks.weights import write_weights
 
     target = Path(args.save_to)
-    check_target(target, "--save_to")
+    models = [Path(args.model_org), Path(args.model_tuned)]
+    check_target(target, "--save_to", sources=models)
+    if models[0].resolve() == models[1].resolve():
+        raise UserError(f"--model_org and --model_tuned are both {models[0]}; nothing to extract")
     device = parse_device("--device", args.device or "cpu")
     dtype = parse_precision("--save_precision", args.save_precision or "float", COMPUTE)
-    before, after = (
-        replace(open_transformer(Path(path)), mapped=args.mem_eff_safe_open)
-        for path in (args.model_org, args.model_tuned)
-    )
+    before, after = (replace(open_transformer(path), mapped=args.mem_eff_safe_open) for path in models)
+    check_target(target, "--save_to", sources=before.files | after.files)
     variant = variant_of(before)
     modules = list(_common_modules(before, after))
     logger.info("%s, %d modules, rank %d", variant.title, len(modules), args.dim)

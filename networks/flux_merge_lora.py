@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ if __package__ in (None, ""):  # run as a file: the suite lies one folder up
 
 from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
-from library.config.tool_parser import tool_parser
+from library.config.tool_parser import add_mapped_option, tool_parser
 from library.errors import UserError, exits_on_user_error
 
 if TYPE_CHECKING:
@@ -64,11 +65,7 @@ def setup_parser() -> argparse.ArgumentParser:
         help="of the saved files: float, fp16, bf16, for models also fp8 (e4m3fn, without scales) and fp8_e5m2; "
         "as --precision if not given, which for float makes FLUX.1 a file of 48 GB",
     )
-    add(
-        "--mem_eff_load_save",
-        action="store_true",
-        help="tensors are taken from the mapped files instead of being read into memory; slower on some network drives",
-    )
+    add_mapped_option(parser, "--mem_eff_load_save")
     add("--loading_device", default="cpu", metavar="DEVICE", help="where a model's tensors are put when they are read")
     add("--working_device", default="cpu", metavar="DEVICE", help="where merging is computed, such as cuda")
     add("--concat", action="store_true", help="LoRA with LoRA: put the ranks side by side, the exact sum")
@@ -117,7 +114,9 @@ def _check_options(args: argparse.Namespace) -> list[str]:
     if len(args.ratios) != len(args.models):
         raise UserError(f"--ratios: {len(args.ratios)} numbers for {len(args.models)} files of --models; one for each")
     given = [name for name in _TARGETS if getattr(args, name)]
-    sources = {Path(path).resolve() for path in [*args.models, *(getattr(args, name) for name in given)]}
+    if not all(map(math.isfinite, args.ratios)):
+        raise UserError(f"--ratios {' '.join(map(str, args.ratios))}: must be finite numbers")
+    sources = [Path(path) for path in [*args.models, *(getattr(args, name) for name in given)]]
     targets: set[Path] = set()
     for model, flag in _TARGETS.items():
         path = getattr(args, flag)
@@ -129,9 +128,7 @@ def _check_options(args: argparse.Namespace) -> list[str]:
         if model not in given and not merges_files:
             raise UserError(f"--{flag} {path}: there is no --{model} to merge into")
         target = Path(path)
-        check_target(target, f"--{flag}")
-        if target.resolve() in sources:
-            raise UserError(f"--{flag} {path}: is one of the files that are read; give another name")
+        check_target(target, f"--{flag}", sources=sources)
         if target.resolve() in targets:
             raise UserError(f"--{flag} {path}: two models are to be saved under this name")
         targets.add(target.resolve())

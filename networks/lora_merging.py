@@ -14,7 +14,16 @@ from torch import Tensor
 from library.errors import UserError, did_you_mean
 from library.files.precisions import cast
 from library.randomness import permutation
-from networks.conversion.adapter_file import DORA, DOWN, LORA_TENSORS, UP, Module, read_adapter
+from networks.conversion.adapter_file import (
+    BIAS_CHANGE,
+    DORA,
+    DOWN,
+    LORA_TENSORS,
+    UP,
+    WEIGHT_CHANGE,
+    Module,
+    read_adapter,
+)
 from networks.conversion.families import FLUX_OR_CHROMA, Part
 from networks.conversion.reshape import to_original
 from networks.model_keys import ModelPart
@@ -22,8 +31,6 @@ from networks.model_keys import ModelPart
 #: numbers of a weight that are merged at a time
 _CHUNK = 1 << 22
 _EPS = torch.finfo(torch.float32).eps
-#: differences of a whole weight and of its bias, in files that ComfyUI and LyCORIS extract
-_WEIGHT_CHANGE, _BIAS_CHANGE = "diff", "diff_b"
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class LoraFile:
 def _adapter(module: Module, title: str) -> Adapter:
     tensors = module.tensors
     for kind, tensor in tensors.items():
-        if kind not in LORA_TENSORS | {_WEIGHT_CHANGE, _BIAS_CHANGE}:
+        if kind not in LORA_TENSORS | {WEIGHT_CHANGE, BIAS_CHANGE}:
             raise UserError(
                 f"{title}: {module.name}.{kind}: LoRA, DoRA and whole differences (diff, diff_b) can be merged, "
                 "but no LoHa, LoKr, OFT or the like"
@@ -108,9 +115,9 @@ def _adapter(module: Module, title: str) -> Adapter:
             shapes = f"{list(down.shape)} and {list(up.shape)}"
             raise UserError(f"{title}: {module.name}: down and up are {shapes}, which make no linear layer")
         low_rank = LowRank(down, up, module.strength, tensors.get(DORA))
-    elif not {_WEIGHT_CHANGE, _BIAS_CHANGE} & tensors.keys():
+    elif not {WEIGHT_CHANGE, BIAS_CHANGE} & tensors.keys():
         raise UserError(f"{title}: {module.name}: has neither lora_down nor lora_up; the file is incomplete")
-    return Adapter(module.part, low_rank, tensors.get(_WEIGHT_CHANGE), tensors.get(_BIAS_CHANGE))
+    return Adapter(module.part, low_rank, tensors.get(WEIGHT_CHANGE), tensors.get(BIAS_CHANGE))
 
 
 # ---- into a model ----

@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a file: the suite lies one folder up
 
 from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
-from library.config.tool_parser import tool_parser
+from library.config.tool_parser import add_mapped_option, tool_parser
 from library.errors import exits_on_user_error
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,7 @@ def setup_parser() -> argparse.ArgumentParser:
         "...-00001-of-0000N.safetensors",
     )
     parser.add_argument("--save_to", required=True, metavar="FILE", help="the .safetensors file to write")
-    parser.add_argument(
-        "--mem_eff_load_save",
-        action="store_true",
-        help="tensors are taken from the mapped files instead of being read into memory; slower on some network drives",
-    )
+    add_mapped_option(parser, "--mem_eff_load_save")
     parser.add_argument(
         "--save_precision",
         metavar="TYPE",

@@ -11,3 +11,11 @@ def tool_parser(doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def add_mapped_option(parser: argparse.ArgumentParser, flag: str) -> None:
+    parser.add_argument(
+        flag,
+        action="store_true",
+        help="tensors are taken from the mapped files instead of being read into memory; slower on some network drives",
+    )

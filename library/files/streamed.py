@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,21 +35,31 @@ def data_bytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * torch_dtype(info, "tensor").itemsize
 
 
-def check_target(path: Path, flag: str, *, needed: int = 0, suffixes: Collection[str] = (".safetensors",)) -> None:
+def check_target(
+    path: Path,
+    flag: str,
+    *,
+    sources: Iterable[Path] = (),
+    needed: int = 0,
+    suffixes: Collection[str] = (".safetensors",),
+) -> None:
     """Find out before the work whether a file can be written.
 
     Args:
         flag: the option that named it, for messages.
+        sources: files that are read, which are not written over.
         needed: bytes; what lies there now stays until the new file is whole, so its space does not count.
 
     Raises:
-        UserError: a name of another kind, a folder, no such parent folder, or too little space.
+        UserError: one of the sources, a name of another kind, a folder, no such parent folder, or too little space.
     """
     if path.suffix not in suffixes:
         raise UserError(f"{flag} {path}: the file's name must end with {' or '.join(suffixes)}")
     if path.is_dir():
         raise UserError(f"{flag} {path}: a folder; give a file name")
     check_folder_of(path, flag)
+    if path.resolve() in {source.resolve() for source in sources}:
+        raise UserError(f"{flag} {path}: is one of the files that are read; give another name")
     free = shutil.disk_usage(path.absolute().parent).free
     if needed > free:
         raise UserError(
@@ -109,7 +119,10 @@ def _bytes(tensor: Tensor, expected: TensorInfo, name: str) -> memoryview:
 
 
 class Described(Protocol):
-    """Weights whose names, shapes and dtypes are known, such as a ``ShardedFile``."""
+    """Weights whose files, names, shapes and dtypes are known, such as a ``ShardedFile``."""
+
+    @property
+    def files(self) -> Collection[Path]: ...
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -142,7 +155,7 @@ def write_model(
     for name, shape in source.shapes.items():
         own = source.dtypes[name]
         infos[name] = tensor_info(dtype if dtype is not None and own.is_floating_point else own, shape)
-    check_target(path, flag, needed=sum(map(data_bytes, infos.values())))
+    check_target(path, flag, sources=source.files, needed=sum(map(data_bytes, infos.values())))
     write_streamed(
         path,
         infos,

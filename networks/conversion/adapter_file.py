@@ -26,6 +26,8 @@ from networks.file_names import ADAPTER_METADATA, PEFT_ROOT, TENSOR_NAMES, with_
 from networks.weights import PICKLE_SUFFIXES
 
 DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
+#: changes of a whole weight and of its bias, as ComfyUI and LyCORIS extract them from models
+WEIGHT_CHANGE, BIAS_CHANGE = "diff", "diff_b"
 #: what splitting, joining and scaling are defined for; other tensors can only be renamed
 LORA_TENSORS = frozenset({DOWN, UP, ALPHA, DORA})
 
@@ -38,8 +40,8 @@ _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_ma
 #: tensors of LyCORIS and of decomposed convolutions, which have the same names everywhere
 _RENAMED_ONLY = (
     "lora_mid.weight", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a",
-    "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "oft_blocks", "oft_diag", "rescale", "diff", "diff_b",
-    "on_input", "a1.weight", "a2.weight", "b1.weight", "b2.weight",
+    "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "oft_blocks", "oft_diag", "rescale", "on_input",
+    WEIGHT_CHANGE, BIAS_CHANGE, "a1.weight", "a2.weight", "b1.weight", "b2.weight",
 )  # fmt: skip
 _TENSORS = {**TENSOR_NAMES, **dict.fromkeys(_MAGNITUDES, DORA), **{name: name for name in _RENAMED_ONLY}}
 _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, sorted(_TENSORS, key=len, reverse=True)))})")
@@ -76,7 +78,7 @@ class Module:
 
     @property
     def is_lora(self) -> bool:
-        return self.tensors.keys() <= LORA_TENSORS and {DOWN, UP} <= self.tensors.keys()
+        return {DOWN, UP} <= self.tensors.keys() <= LORA_TENSORS | {BIAS_CHANGE}
 
     @property
     def rank(self) -> int:
@@ -114,11 +116,12 @@ def check_readable(path: Path) -> None:
         names = list(read_header(path).tensors)
     if not any(_KEY.fullmatch(_modern(name)) for name in names):
         some = ", ".join(names[:2])
-        raise UserError(f"{path}: holds no adapter's tensors ({some}{', ...' if len(names) > 2 else ''}); not a LoRA")
+        found = f"({some}{', ...' if len(names) > 2 else ''})" if names else "or any others"
+        raise UserError(f"{path}: holds no adapter's tensors {found}; not a LoRA")
 
 
 def read_adapter(path: Path, family: Family | None = None) -> AdapterFile:
-    """An adapter file, or a folder that PEFT wrote.
+    """An adapter file, or a folder that PEFT wrote; fp8, which torch hardly computes in, becomes bf16 without loss.
 
     Args:
         family: None detects it.
@@ -135,10 +138,12 @@ def read_adapter(path: Path, family: Family | None = None) -> AdapterFile:
     for key, tensor in weights.items():
         found = _KEY.fullmatch(_modern(key))
         if found is None:
-            raise UserError(f"{path}: {key}: unknown kind of tensor, cannot be converted")
+            raise UserError(f"{path}: {key}: unknown kind of tensor; those of LoRA, DoRA and LyCORIS are known")
         kind = _TENSORS[found[2]]
         if kind in grouped[found[1]]:
             raise UserError(f"{path}: {key}: the module {found[1]} has two tensors of this kind")
+        if tensor.element_size() == 1 and tensor.is_floating_point():
+            tensor = tensor.bfloat16()
         grouped[found[1]][kind] = _column(tensor) if found[2] in _MAGNITUDES else tensor
     modules = [_module(family, naming, name, tensors, str(path)) for name, tensors in grouped.items()]
     _refuse_twice(modules, str(path))

@@ -96,10 +96,8 @@ def check_paths(source: Path, save_to: Path, to: Naming, flag: str = "--save_to"
         UserError: the input is missing or no adapter; the output is the input, has no folder, or a wrong name.
     """
     check_readable(source)
-    if source.resolve() == save_to.resolve():
-        raise UserError(f"{flag} {save_to}: is the file that is read; give another name")
     if to != "peft":
-        check_target(save_to, flag)
+        check_target(save_to, flag, sources=[source])
         return
     check_folder_of(save_to, flag)
     if save_to.suffix or (save_to.exists() and (not save_to.is_dir() or any(save_to.iterdir()))):

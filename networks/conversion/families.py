@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
+from library.architectures.flux.names import LINEARS
 from library.errors import UserError
 from networks.conversion.modules import CLIP, FLUX, T5, ModulePaths, unet_paths
 from networks.file_names import PEFT_ROOT
@@ -110,19 +112,15 @@ def detect_naming(names: Mapping[str, object], title: str) -> Naming:
     Raises:
         UserError: none that is known.
     """
+    # FLUX.1's modules also come without the name of the model
+    bare_original, bare_diffusers = (
+        {f"{path.partition('.')[0]}." for path in paths} for paths in (LINEARS, chain.from_iterable(LINEARS.values()))
+    )
     starts: dict[Naming, tuple[str, ...]] = {
         "kohya": ("lora_unet_", "lora_te", "lora_transformer_"),
         "peft": (PEFT_ROOT,),
-        # FLUX.1's blocks also without the model's name
-        "comfyui": ("diffusion_model.", "text_encoders.", "double_blocks.", "single_blocks."),
-        "diffusers": (
-            "unet.",
-            "transformer.",
-            "text_encoder.",
-            "text_encoder_2.",
-            "transformer_blocks.",
-            "single_transformer_blocks.",
-        ),  # fmt: skip
+        "comfyui": ("diffusion_model.", "text_encoders.", *bare_original),
+        "diffusers": ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", *bare_diffusers),
     }
     found: dict[Naming, str] = {}
     for name in names:

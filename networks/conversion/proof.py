@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from networks.conversion.adapter_file import DORA, DOWN, UP, Module
+from networks.conversion.adapter_file import ALPHA, DOWN, UP, Module
 from networks.conversion.modules import Place
 from networks.conversion.reshape import swap_halves
 
@@ -110,6 +110,6 @@ def _others(modules: Iterable[Module]) -> dict[tuple[str, str, str], Tensor]:
     found = {}
     for module in modules:
         for name, tensor in module.tensors.items():
-            if name == DORA or not module.is_lora:
+            if name not in (DOWN, UP, ALPHA) or not module.is_lora:
                 found[module.part.diffusers, module.places[0].path, name] = tensor
     return found

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from library.files.safetensors_io import read_header
 from networks import flux_merge_lora as tool
 from networks.model_keys import CLIP_L, T5XXL, TRANSFORMER
+from tests.fixtures.file_tools import refusal as refusal_of
+from tests.fixtures.file_tools import run_tool, saved
 from tests.fixtures.live_tensors import LiveBytes
 from tests.fixtures.tiny_flux_files import (
     adapter_names,
@@ -29,22 +30,12 @@ from tools import convert_diffusers_to_flux
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULE = "lora_unet_double_blocks_0_img_attn_qkv"
 WEIGHT = "double_blocks.0.img_attn.qkv.weight"
 
 
 def merge(**options: object) -> None:
-    arguments = []
-    for name, value in options.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        arguments += [f"--{name}", *map(str, values)]
-    tool.main(tool.setup_parser().parse_args(arguments))
-
-
-def saved(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    save_file(state, path, metadata)
-    return path
+    run_tool(tool, **options)
 
 
 def with_changes(prefix: str, state: dict[str, Tensor], *loras: tuple[dict[str, Tensor], float]) -> dict[str, Tensor]:
@@ -179,6 +170,30 @@ def test_dora_is_merged_as_it_is_defined(tmp_path, axis):
     torch.testing.assert_close(load_file(tmp_path / "new.safetensors")[WEIGHT], base + 0.5 * (goal - base))
 
 
+def test_whole_differences_of_weights_and_biases(tmp_path):
+    """As ComfyUI extracts them; the model has the names of one of its files, with everything in it."""
+    flux = tiny_state("flux1_dev")
+    module, bias = WEIGHT.removesuffix(".weight"), "img_in.bias"
+    lora = {
+        f"diffusion_model.{module}.lora_down.weight": torch.ones(2, 32),
+        f"diffusion_model.{module}.lora_up.weight": torch.ones(96, 2),
+        "diffusion_model.img_in.diff_b": torch.arange(32.0),
+        "diffusion_model.txt_in.diff": torch.ones(32, 24),
+    }
+    prefix = "model.diffusion_model."
+    bundle = {f"{prefix}{key}": tensor for key, tensor in flux.items()}
+    bundle |= {f"text_encoders.t5xxl.transformer.{k}": t for k, t in tiny_state("t5xxl_encoder").items()}
+    bundle["text_encoders.t5xxl.transformer.scaled_fp8"] = torch.zeros(2)  # of the other model
+    merge(
+        flux_model=saved(tmp_path / "f.safetensors", bundle), save_to=tmp_path / "new.safetensors", ratios=0.5,
+        models=saved(tmp_path / "l.safetensors", lora),
+    )  # fmt: skip
+    found = load_file(tmp_path / "new.safetensors")
+    changed = {WEIGHT: flux[WEIGHT] + 1, bias: flux[bias] + torch.arange(32.0) / 2}
+    changed["txt_in.weight"] = flux["txt_in.weight"] + 0.5
+    assert_close(found, bundle | {f"{prefix}{key}": tensor for key, tensor in changed.items()})
+
+
 @pytest.mark.parametrize("model_name", ["flux1_dev", "chroma1"])
 def test_diffusers_names_against_peft(tmp_path, model_name):
     """PEFT merges into diffusers' model; the result, converted, equals the file merged in the published layout."""
@@ -311,18 +326,13 @@ def test_errors_are_one_line_before_anything_is_written(tmp_path, pair, capsys):
     clip = saved(tmp_path / "clip.safetensors", tiny_state("clip_l"))
     out = tmp_path / "out.safetensors"
 
-    def refusal(**options: object) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            merge(**options)
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        assert end.value.code == 2 and len(lines) == 1 and not out.exists()
-        return lines[0]
+    refusal = partial(refusal_of, capsys, out, tool)
 
     def lora(name: str, state: dict[str, Tensor]) -> Path:
         return saved(tmp_path / f"{name}.safetensors", state)
 
     assert "--models" in refusal(save_to=out)
+    assert "--ratios 1.0 nan: must be finite" in refusal(models=files, ratios=[1, "nan"], save_to=out)
     assert "3 numbers for 2 files" in refusal(models=files, ratios=[1, 2, 3], save_to=out)
     assert "--save_to: say where" in refusal(models=files, flux_model=flux)
     assert "no --clip_l" in refusal(models=files, save_to=out, clip_l_save_to=tmp_path / "c.safetensors")
@@ -358,16 +368,3 @@ def test_errors_are_one_line_before_anything_is_written(tmp_path, pair, capsys):
     assert "no module of FLUX.1 or Chroma" in refusal(models=lora("sdxl", other), flux_model=flux, save_to=out)
     scaled = {**tiny_state("flux1_dev"), "scaled_fp8": torch.zeros(2)}
     assert "quantised with scales" in refusal(models=files, flux_model=lora("scaled", scaled), save_to=out)
-
-
-def test_as_a_program(tmp_path):
-    flux = tiny_state("flux1_dev", dtype=torch.bfloat16)
-    command = [sys.executable, str(ROOT / "networks" / "flux_merge_lora.py"), "--mem_eff_load_save"]
-    command += ["--flux_model", str(saved(tmp_path / "f.safetensors", flux)), "--save_precision", "bf16"]
-    lora = tiny_lora("lora_flux_unet_only", [flux])
-    command += ["--models", str(saved(tmp_path / "l.safetensors", lora)), "--save_to", str(tmp_path / "n.safetensors")]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "26 of 84 tensors are changed" in run.stderr and "saved: " in run.stderr
-    merged = load_file(tmp_path / "n.safetensors")[WEIGHT].float()
-    torch.testing.assert_close(merged, flux[WEIGHT].float() + delta(lora, MODULE), atol=1e-6, rtol=8e-3)

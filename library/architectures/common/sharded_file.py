@@ -60,6 +60,10 @@ class ShardedFile(TensorSource):
             )
         return ShardedFile(path, shapes, dtypes, where)
 
+    @property
+    def files(self) -> set[Path]:
+        return set(self.where.values())
+
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
         with ExitStack() as stack:

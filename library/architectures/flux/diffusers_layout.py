@@ -139,6 +139,10 @@ class DiffusersTransformer(TensorSource):
     file: ShardedFile = field(repr=False)
     mapped: bool = True
 
+    @property
+    def files(self) -> set[Path]:
+        return self.file.files
+
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
         """A function that gives the tensor of a published name, on the host; the files stay open meanwhile."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,15 +31,10 @@ from tests.fixtures.tiny_flux import (
     make_tiny_flux,
     t5_shapes,
 )
+from tests.fixtures.tiny_flux_files import table as published
 from tests.fixtures.tiny_sd import make_tiny_sd
 
-LAYOUTS = Path(__file__).parents[2] / "compat" / "layouts"
 KINDS = ("dev", "schnell", "chroma")
-
-
-def published(name: str) -> dict[str, tuple[int, ...]]:
-    with gzip.open(LAYOUTS / f"{name}.json.gz") as file:
-        return {key: tuple(shape) for key, shape in json.load(file)["keys"].items()}
 
 
 def table_file(name: str, **more: tuple[int, ...]) -> TensorFile:
