@@ -14,7 +14,8 @@ in its own; what a LoRA has for a model that is not given is left out, with a li
 Without a model the LoRA files are merged with each other. Give --concat for the exact sum (its rank is the sum of the
 ranks); without it tensors are added, which keeps the rank, needs equal ranks and is not exact.
 
-LoRA files may have the published names or diffusers' (diffusers, PEFT, AI-toolkit). docs/flux_tools.md says more.
+LoRA files may have the published names, diffusers' (also PEFT, AI-toolkit, OneTrainer) or ComfyUI's; DoRA and whole
+differences (diff, diff_b) are merged into models, too. docs/flux_tools.md says more.
 """
 
 from __future__ import annotations

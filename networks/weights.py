@@ -48,7 +48,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file")
     if path.suffix in PICKLE_SUFFIXES:
         return load_pickle(path)
-    return with_alphas(load_tensors(path), read_header(path).metadata)
+    return with_alphas(load_tensors(path), read_header(path).metadata, str(path))
 
 
 def write_weights(

@@ -208,9 +208,9 @@ def _load(path: Path) -> tuple[Naming, dict[str, Tensor], dict[str, str]]:
             own = {_below(root, name.removeprefix(PEFT_ROOT)): tensor for name, tensor in own.items()}
             config = file.with_name(PEFT_CONFIG)
             if config.is_file():
-                own = with_alphas(own, {ADAPTER_METADATA: json.dumps(_config(config, root))})
+                own = with_alphas(own, {ADAPTER_METADATA: json.dumps(_config(config, root))}, str(config))
         tensors |= own
-    return naming, with_alphas(tensors, metadata), metadata
+    return naming, with_alphas(tensors, metadata, str(path)), metadata
 
 
 def _below(root: str, name: str) -> str:
@@ -240,11 +240,13 @@ def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor
     Raises:
         UserError: the family has no such module, or the halves of its LoRA do not fit.
     """
-    down, up = tensors.get(DOWN), tensors.get(UP)
+    down, up, alpha = tensors.get(DOWN), tensors.get(UP), tensors.get(ALPHA)
     if (down is None) != (up is None):
         raise UserError(f"{title}: {name}.{UP if up is None else DOWN} is missing")
-    if down is not None and up is not None and (min(down.dim(), up.dim()) < 2 or up.shape[1] != down.shape[0]):
+    if down is not None and up is not None and (min(down.dim(), up.dim()) < 2 or not up.shape[1] == down.shape[0] > 0):
         raise UserError(f"{title}: {name}: lora_down {list(down.shape)} and lora_up {list(up.shape)} do not fit")
+    if alpha is not None and alpha.numel() != 1:
+        raise UserError(f"{title}: {name}.alpha: holds {alpha.numel()} numbers where one is expected")
     for part in family.parts:
         for prefix in part.prefixes(naming):
             if not name.startswith(prefix):

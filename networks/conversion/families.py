@@ -61,8 +61,8 @@ class Family:
     parts: tuple[Part, ...]
 
 
-def _text(kohya: str, diffusers: str, *comfyui: str, paths: ModulePaths = CLIP) -> Part:
-    return Part(paths, (kohya,), diffusers, tuple(f"text_encoders.{name}.transformer" for name in comfyui))
+def _text(kohya: str, diffusers: str, *comfyui: str, paths: ModulePaths = CLIP, also: tuple[str, ...] = ()) -> Part:
+    return Part(paths, (kohya, *also), diffusers, tuple(f"text_encoders.{name}.transformer" for name in comfyui))
 
 
 def _unet(attention: tuple[bool, ...], published: Space, **config: str) -> Part:
@@ -87,7 +87,9 @@ def _flux(key: str, title: str) -> Family:
     # lora_transformer_: the same with diffusers' paths, which some trainers write
     denoiser = Part(FLUX, ("lora_unet_", "lora_transformer_"), "transformer", ("diffusion_model",))
     clip = _text("lora_te1_", "text_encoder", "clip_l")
-    return Family(key, title, (denoiser, clip, _text("lora_te3_", "text_encoder_2", "t5xxl", paths=T5)))
+    # T5 is the third encoder, as in SD3's files; OneTrainer counts two
+    t5 = _text("lora_te3_", "text_encoder_2", "t5xxl", paths=T5, also=("lora_te2_",))
+    return Family(key, title, (denoiser, clip, t5))
 
 
 FLUX_FAMILY, CHROMA = _flux("flux", "FLUX.1"), _flux("chroma", "Chroma")

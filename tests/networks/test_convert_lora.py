@@ -150,6 +150,19 @@ def test_published_names_with_diffusers_paths_become_the_usual_ones(tmp_path):
     assert_same(tmp_path / "b.safetensors", renamed)
 
 
+def test_files_of_onetrainer_become_the_usual_ones(tmp_path):
+    """Diffusers' paths below ``lora_transformer``, and T5 as the second encoder."""
+    one, other = (linear(random(2, 8, seed=seed), random(8, 2), 2.0) for seed in range(2))
+    q = "encoder_block_0_layer_0_SelfAttention_q"
+    given = {
+        **named("lora_transformer_transformer_blocks_3_attn_to_out_0", one),
+        **named(f"lora_te2_{q}", other),
+    }
+    convert(saved(tmp_path / "a.safetensors", given), tmp_path / "b.safetensors", "kohya")
+    expected = {**named("lora_unet_double_blocks_3_img_attn_proj", one), **named(f"lora_te3_{q}", other)}
+    assert_same(tmp_path / "b.safetensors", expected)
+
+
 @pytest.mark.parametrize("level", ["", "transformer."])
 def test_one_file_of_peft_is_read(tmp_path, level):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "use_rslora": True}
@@ -207,6 +220,24 @@ def test_alphas_in_the_metadata_of_diffusers_count_once(tmp_path):
     assert torch.equal(load_file(tmp_path / "c.safetensors")[f"{SD_Q_DIFFUSERS}.lora_B.weight"], random(8, 4) * 2)
     metadata = metadata_of(tmp_path / "c.safetensors")
     assert "lora_adapter_metadata" not in metadata and metadata["own"] == "kept"
+
+
+@pytest.mark.parametrize(
+    "told", ["nonsense", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}']
+)
+def test_alphas_that_cannot_be_understood_are_an_error(tmp_path, told):
+    tensors = {f"{SD_Q_DIFFUSERS}.lora_A.weight": random(4, 8), f"{SD_Q_DIFFUSERS}.lora_B.weight": random(8, 4)}
+    source = saved(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": told})
+    with pytest.raises(UserError, match=r"a\.safetensors: its metadata lora_adapter_metadata"):
+        convert(source, tmp_path / "b.safetensors", "kohya")
+
+
+@pytest.mark.parametrize("record", ["[1]", '{"all": 5, "modules": {}}', '{"all": {"alpha": "x"}, "modules": {}}'])
+def test_a_record_that_cannot_be_understood_is_none(tmp_path, record):
+    tensors = {f"{SD_Q_DIFFUSERS}.lora_A.weight": random(4, 8), f"{SD_Q_DIFFUSERS}.lora_B.weight": random(8, 4)}
+    source = saved(tmp_path / "a.safetensors", tensors, {"convert_lora_alphas": record})
+    convert(source, tmp_path / "b.safetensors", "kohya")
+    assert float(load_file(tmp_path / "b.safetensors")[f"{SD_Q}.alpha"]) == 4
 
 
 def test_pickled_files_are_read(tmp_path):
@@ -407,6 +438,8 @@ PLAIN = linear(random(2, 8), random(24, 2), 2.0)
         (named(SD_Q, {"lora_down.weight": random(2, 8)}), "comfyui", r"lora_up\.weight is missing"),
         (named(SD_Q, {"alpha": random(1), "dora_scale": random(1)}), "diffusers", r"lora_down\.weight is missing"),
         (named(SD_Q, linear(random(2, 8), random(24, 3), 2.0)), "comfyui", r"\[2, 8\] and lora_up .* do not fit"),
+        (named(SD_Q, linear(random(0, 8), random(24, 0), 2.0)), "comfyui", r"\[0, 8\] and lora_up .* do not fit"),
+        (named(SD_Q, {**PLAIN, "alpha": random(2)}), "comfyui", r"alpha: holds 2 numbers"),
         (named(QKV, linear(random(2, 8), random(25, 2), 2.0)), "diffusers", "25 outputs of 8 inputs fit no split"),
         (named(f"{SD_Q}_more", PLAIN), "comfyui", "no module of Stable Diffusion 1.x"),
         ({**named(SD_Q, PLAIN), f"{SD_Q}.bias": random(3)}, "comfyui", r"\.bias: unknown kind of tensor"),
