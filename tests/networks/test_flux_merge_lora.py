@@ -178,7 +178,7 @@ def test_whole_differences_of_weights_and_biases(tmp_path):
         f"diffusion_model.{module}.lora_down.weight": torch.ones(2, 32),
         f"diffusion_model.{module}.lora_up.weight": torch.ones(96, 2),
         "diffusion_model.img_in.diff_b": torch.arange(32.0),
-        "diffusion_model.txt_in.diff": torch.ones(32, 24),
+        "diffusion_model.txt_in.diff": torch.ones_like(flux["txt_in.weight"]),
     }
     prefix = "model.diffusion_model."
     bundle = {f"{prefix}{key}": tensor for key, tensor in flux.items()}
