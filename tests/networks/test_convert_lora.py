@@ -18,8 +18,8 @@ from networks.conversion import convert as conversion
 from networks.conversion.convert import AlreadyConverted, convert
 from networks.conversion.families import detect_family
 from tests.fixtures.file_tools import ROOT, saved
+from tests.fixtures.layouts import table
 from tests.fixtures.runs import metadata_of
-from tests.fixtures.tiny_flux_files import table
 
 #: table -> (family, title)
 TABLES = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from networks.conversion.convert import convert
 from networks.lora import create_network
 from tests.fixtures.file_tools import saved
-from tests.fixtures.tiny_flux_files import table
+from tests.fixtures.layouts import table
 
 HIDDEN, RANK, ALPHA = 32, 4, 3.0  # three quarters: not exact in half precision
 

@@ -16,12 +16,12 @@ from networks import flux_merge_lora as tool
 from networks.model_keys import CLIP_L, T5XXL, TRANSFORMER
 from tests.fixtures.file_tools import refusal as refusal_of
 from tests.fixtures.file_tools import run_tool, saved
+from tests.fixtures.layouts import table
 from tests.fixtures.live_tensors import LiveBytes
 from tests.fixtures.tiny_flux_files import (
     adapter_names,
     delta,
     diffusers_transformer,
-    table,
     tiny_lora,
     tiny_shapes,
     tiny_state,
@@ -342,6 +342,7 @@ def test_errors_are_one_line_before_anything_is_written(tmp_path, pair, capsys):
     assert "not a FLUX.1 or Chroma" in refusal(models=files, flux_model=clip, save_to=out)
     assert "fp8" in refusal(models=files, save_to=out, save_precision="fp8")  # a LoRA in fp8 is of no use
     assert "no such device" in refusal(models=files, save_to=out, working_device="cuda:77")
+    assert "no such device" in refusal(models=files, save_to=out, working_device="meta")  # holds no numbers
     assert "published names" in refusal(models=files, save_to=out, diffusers=True)
     assert "no such file" in refusal(models=tmp_path / "none.safetensors", save_to=out)
     ranks = lora("ranks", tiny_lora("lora_flux_unet_only", [tiny_state("flux1_dev")], rank=8))

@@ -20,8 +20,9 @@ from library.architectures.flux.diffusers_layout import (
 from library.files.safetensors_io import read_header
 from tests.fixtures.file_tools import refusal as refusal_of
 from tests.fixtures.file_tools import run_tool
+from tests.fixtures.layouts import table
 from tests.fixtures.live_tensors import LiveBytes
-from tests.fixtures.tiny_flux_files import diffusers_transformer, table, tiny_shapes, tiny_state
+from tests.fixtures.tiny_flux_files import diffusers_transformer, tiny_shapes, tiny_state
 from tools import convert_diffusers_to_flux as tool
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")

@@ -21,6 +21,7 @@ from library.architectures.flux.sizes import ApproximatorSizes
 from library.architectures.flux.vae import ae_source, ae_tensors, load_ae
 from library.errors import UserError
 from library.memory.fp8 import ScaledFp8Linear, store_in_fp8
+from tests.fixtures.layouts import table as published
 from tests.fixtures.tiny_flux import (
     FluxFileSizes,
     ae_shapes,
@@ -31,7 +32,6 @@ from tests.fixtures.tiny_flux import (
     make_tiny_flux,
     t5_shapes,
 )
-from tests.fixtures.tiny_flux_files import table as published
 from tests.fixtures.tiny_sd import make_tiny_sd
 
 KINDS = ("dev", "schnell", "chroma")
@@ -53,6 +53,8 @@ def test_published_transformers_have_the_models_names(name: str, kind: str) -> N
     assert found.kind == kind and found.sizes.rope_axes == (16, 56, 56) and found.sizes.heads == 24
     model = flux.load_transformer(found, dtype=torch.bfloat16, device="meta")
     assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == published(name)
+    prefixed = {f"any.prefix.{key}": shape for key, shape in published(name).items()}
+    assert flux.transformer_in(TensorFile(Path("prefixed"), prefixed)).kind == kind
     assert type(model) is (Chroma if kind == "chroma" else Flux)
     if kind == "chroma":
         assert found.sizes.modulation_rows == 344 and found.sizes.approximator == ApproximatorSizes(64, 5120, 5)
