@@ -144,7 +144,7 @@ def _common_modules(
 
     def block_keys(model: ShardedFile | DiffusersTransformer) -> dict[str, str]:
         keys = TRANSFORMER.lora_keys(model.shapes, model.path)
-        return {name: key for name, key in keys.items() if name.startswith(_BLOCKS)}
+        return {n: key for n, key in keys.items() if n.startswith(_BLOCKS) and len(model.shapes[key]) == 2}
 
     old_keys, new_keys = block_keys(before), block_keys(after)
     if unmatched := sorted(old_keys.keys() ^ new_keys.keys()):

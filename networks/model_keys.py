@@ -28,7 +28,7 @@ class ModelPart:
     level: str = ""
 
     def lora_keys(self, shapes: Mapping[str, tuple[int, ...]], source: object) -> dict[str, str]:
-        """Published adapter's name -> the weight (out, in) in the file that it changes, for every matrix of the model.
+        """Published adapter's name -> the weight in the file that it changes, for every weight of the model.
 
         Raises:
             UserError: the weights of the file, ``source``, are quantised with scales.
@@ -42,7 +42,7 @@ class ModelPart:
         return {
             self.part.name("kohya", self.level + name[len(prefix) :].removesuffix(".weight")): name
             for name in own
-            if name.endswith(".weight") and len(shapes[name]) == 2
+            if name.endswith(".weight")
         }
 
 

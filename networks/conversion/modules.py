@@ -149,6 +149,7 @@ CLIP = SamePaths(
 T5 = SamePaths(
     """
     encoder block layer SelfAttention DenseReluDense q k v o wi wi_0 wi_1 wo shared relative_attention_bias
+    layer_norm final_layer_norm
 """.split()
 )
 FLUX = FluxPaths()

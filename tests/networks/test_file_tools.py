@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +35,9 @@ print(json.dumps(codes))
 @pytest.mark.parametrize("tool", TOOLS)
 def test_help_comes_at_once_from_any_folder(tool, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('loading torch takes seconds')")
-    run = subprocess.run(
-        [sys.executable, str(ROOT / tool), "--help"],
-        env={"PYTHONPATH": str(tmp_path), "COLUMNS": "120"}, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "120"}
+    command = [sys.executable, str(ROOT / tool), "--help"]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
     first, _, rest = run.stdout.partition("\n\noptions:\n")
     assert first.startswith(f"usage: {Path(tool).name}") and f"python {tool} --" in rest  # a command to begin with

@@ -184,10 +184,15 @@ def test_whole_differences_of_weights_and_biases(tmp_path):
     bundle = {f"{prefix}{key}": tensor for key, tensor in flux.items()}
     bundle |= {f"text_encoders.t5xxl.transformer.{k}": t for k, t in tiny_state("t5xxl_encoder").items()}
     bundle["text_encoders.t5xxl.transformer.scaled_fp8"] = torch.zeros(2)  # of the other model
+    clip, norm = tiny_state("clip_l"), "text_model.encoder.layers.1.layer_norm1"
+    lora |= {f"text_encoders.clip_l.transformer.{norm}.{kind}": torch.ones(32) for kind in ("diff", "diff_b")}
     merge(
         flux_model=saved(tmp_path / "f.safetensors", bundle), save_to=tmp_path / "new.safetensors", ratios=0.5,
+        clip_l=saved(tmp_path / "c.safetensors", clip), clip_l_save_to=tmp_path / "new_clip.safetensors",
         models=saved(tmp_path / "l.safetensors", lora),
     )  # fmt: skip
+    changed = {f"{norm}.{leaf}": clip[f"{norm}.{leaf}"] + 0.5 for leaf in ("weight", "bias")}
+    assert_close(load_file(tmp_path / "new_clip.safetensors"), clip | changed)
     found = load_file(tmp_path / "new.safetensors")
     changed = {WEIGHT: flux[WEIGHT] + 1, bias: flux[bias] + torch.arange(32.0) / 2}
     changed["txt_in.weight"] = flux["txt_in.weight"] + 0.5
