@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.common.diffusers_folder import read_json, weight_file
-from library.architectures.common.tensor_files import PICKLE_SUFFIXES, Shapes, TensorSource
+from library.architectures.common.tensor_files import PICKLE_SUFFIXES, Shapes, WeightFile
 from library.errors import UserError
 from library.files.safetensors_io import TensorReader, read_header, torch_dtype
 
@@ -21,7 +21,7 @@ _INDEX_ENDING = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class ShardedFile(TensorSource):
+class ShardedFile(WeightFile):
     """Weights whose names, shapes and dtypes are known; tensors are read when asked for.
 
     Attributes:

@@ -17,11 +17,12 @@ PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class TensorSource(ABC):
-    """Weights whose names and shapes are known; tensors are read when asked for."""
+class WeightFile(ABC):
+    """Weights of known names and shapes, in one file or in several, maybe under other names there; a dataclass."""
 
     path: Path
     shapes: Shapes
+    mapped: bool  # whether tensors are views of the mapped files
 
     @abstractmethod
     def opened(self) -> AbstractContextManager[Callable[[str], Tensor]]:
@@ -40,7 +41,7 @@ class TensorSource(ABC):
 
 
 @dataclass(frozen=True)
-class TensorFile(TensorSource):
+class TensorFile(WeightFile):
     """A weight file."""
 
     path: Path

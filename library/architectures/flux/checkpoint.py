@@ -15,7 +15,7 @@ from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import recognise_tensors, refuse_scaled
 from library.architectures.common.sources import clip_prefix, in_file
-from library.architectures.common.tensor_files import Shapes, TensorFile
+from library.architectures.common.tensor_files import Shapes, TensorFile, WeightFile
 from library.architectures.flux.chroma import Chroma
 from library.architectures.flux.model import Flux, FluxTransformer
 from library.architectures.flux.names import CHROMA, DEV, SCHNELL, SIGN, TITLES, Variant, file_prefix
@@ -64,7 +64,7 @@ def inspect_transformer(path_or_id: str) -> TransformerCheckpoint:
     return transformer_in(TensorFile.open(path))
 
 
-def transformer_in(file: TensorFile) -> TransformerCheckpoint:
+def transformer_in(file: WeightFile) -> TransformerCheckpoint:
     """The transformer of a single file in the published layout, with or without prefix.
 
     Raises:
@@ -81,7 +81,7 @@ def transformer_in(file: TensorFile) -> TransformerCheckpoint:
     return in_file(file.path, lambda _: described(file, published_layout(prefix), shapes), file)
 
 
-def described(file: TensorFile, layout: TensorLayout, shapes: Shapes) -> TransformerCheckpoint:
+def described(file: WeightFile, layout: TensorLayout, shapes: Shapes) -> TransformerCheckpoint:
     """A transformer whose tensors lie in ``file`` as ``layout`` says.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.common.sharded_file import ShardedFile
-from library.architectures.common.tensor_files import Shapes, TensorSource
+from library.architectures.common.tensor_files import Shapes, WeightFile
 from library.architectures.flux.names import Pair, Variant, file_prefix, part_rows, tensor_pairs
 from library.errors import UserError, did_you_mean
 
@@ -123,7 +123,7 @@ def join(plan: Plan, name: str, read: Callable[[str], Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DiffusersTransformer(TensorSource):
+class DiffusersTransformer(WeightFile):
     """A transformer in diffusers' layout, read by its published names; in use like a ``ShardedFile``.
 
     Attributes:

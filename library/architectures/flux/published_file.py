@@ -6,7 +6,7 @@ from library.architectures.flux.names import CHROMA, DEV, SCHNELL
 from library.files.modelspec import build_modelspec
 
 #: ModelSpec's names: architecture, implementation
-_IDS = {
+IDS = {
     DEV: ("flux-1-dev", "https://github.com/black-forest-labs/flux"),
     SCHNELL: ("flux-1-schnell", "https://github.com/black-forest-labs/flux"),
     CHROMA: ("chroma", "https://huggingface.co/lodestones/Chroma"),
@@ -43,7 +43,7 @@ def adapter_metadata(
 
 
 def _modelspec(kind: str, ending: str, title: str, merged_from: str | None) -> dict[str, str]:
-    architecture, implementation = _IDS[kind]
+    architecture, implementation = IDS[kind]
     return build_modelspec(
         architecture_id=architecture + ending,
         implementation=implementation,
