@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.files.hashes import sshs_hashes
+from library.files.hashes import with_hashes
 from library.files.safetensors_io import load_pickle, load_tensors, read_header, save_pickle, save_tensors
 from networks.file_names import with_alphas
 from networks.targets import DoraAxis, RankAlpha
@@ -50,7 +50,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file")
     if path.suffix in PICKLE_SUFFIXES:
         return load_pickle(path)
-    return with_alphas(load_tensors(path), read_header(path).metadata)
+    return with_alphas(load_tensors(path), read_header(path).metadata, str(path))
 
 
 def write_weights(
@@ -64,10 +64,7 @@ def write_weights(
     path = Path(file)
     tensors = {name: t.detach().to(device="cpu", dtype=dtype or t.dtype).contiguous() for name, t in state.items()}
     if path.suffix == ".safetensors":
-        entries = dict(metadata or {})
-        model_hash, legacy_hash = sshs_hashes(tensors, entries)
-        entries |= {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
-        save_tensors(path, tensors, entries)
+        save_tensors(path, tensors, with_hashes(tensors, metadata))
     elif path.suffix in PICKLE_SUFFIXES:
         save_pickle(path, tensors)
     else:

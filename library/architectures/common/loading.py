@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.common.key_map import TensorLayout
-from library.architectures.common.tensor_files import TensorFile
+from library.architectures.common.tensor_files import WeightFile
 from library.errors import UserError
 
 Checkpoint = TypeVar("Checkpoint")
@@ -21,7 +21,7 @@ class ModelSource:
     """Where one model's weights lie and which configuration they were made for."""
 
     title: str  # for messages: "U-Net"
-    file: TensorFile
+    file: WeightFile
     layout: TensorLayout
     config: dict[str, Any]
 
