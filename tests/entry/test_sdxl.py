@@ -67,27 +67,84 @@ def test_rates_and_long_captions_of_both_encoders(
     assert moved == {"te2", "unet"}
 
 
-def test_the_unet_is_told_real_sizes(
-    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """What the U-Net is told in each use of a picture of the next runs: (H, W), (top, left), (H, W)."""
     from library.architectures.sdxl import StableDiffusionXL
 
-    told: list[list[int]] = []
+    numbers: list[tuple[int, ...]] = []
     predict = StableDiffusionXL.predict
 
     def spy(self, denoiser, noisy, timesteps, conditioning):
         height, width = (8 * side for side in noisy.shape[-2:])
         assert conditioning["sizes"][:, 4:].tolist() == [[height, width]] * len(noisy)
-        told.extend(conditioning["sizes"].tolist())
+        numbers.extend(tuple(row) for row in conditioning["sizes"].tolist())
         return predict(self, denoiser, noisy, timesteps, conditioning)
 
     monkeypatch.setattr(StableDiffusionXL, "predict", spy)
-    general = "shuffle_caption = true\nflip_aug = true\nrandom_crop = true"
-    dataset = write_dataset(tmp_path / "data.toml", pictures, general=general, dataset="batch_size = 2")
-    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", max_train_steps=4), script=SCRIPT)
-    real = {Image.open(path).size[::-1] for path in pictures.glob("*.png")}  # (H, W)
-    assert {(height, width) for height, width, *_ in told} <= real
-    assert any(top or left for _, _, top, left, *_ in told)
+    return numbers
+
+
+def pictures_of_all_shapes(folder: Path) -> Path:
+    """Each of another size; one lies on its side and says so, and one is smaller than its bucket would be."""
+    make_pictures(folder, ((64, 64), (113, 50), (100, 47), (41, 96), (40, 37)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(9).integers(0, 256, (47, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "turned.jpg", exif=exif)  # seen, it is 47 wide and 120 high
+    (folder / "turned.txt").write_text("dog")
+    return folder
+
+
+def crops(size: tuple[int, int], target: tuple[int, int]) -> set[tuple[int, int]]:
+    """(top, left) that a picture of (H, W) may have in the middle, and mirrored."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    over = [round(side * scale) - wanted for side, wanted in zip(size, target, strict=True)]
+    top, left = (round(rest / 2) for rest in over)
+    return {(top, left), (top, over[1] - left)}
+
+
+@pytest.mark.parametrize("no_upscale", [False, True])
+def test_the_unet_is_told_real_sizes_from_caches_too(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, told: list[tuple[int, ...]], no_upscale: bool
+) -> None:
+    folder = pictures_of_all_shapes(tmp_path / "pictures")
+    general = f"flip_aug = true\nbucket_no_upscale = {str(no_upscale).lower()}"
+    dataset = write_dataset(tmp_path / "data.toml", folder, general=general, subset="num_repeats = 3")
+    runs = []
+    for name, caches in (("plain", {}), ("memory", {"cache_latents": True}), ("disk", {"cache_latents_to_disk": True})):
+        if name == "memory" and no_upscale:
+            continue
+        more = {"max_train_steps": None, "max_train_epochs": 1, "network_train_unet_only": True, **caches}
+        train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / name, **more), script=SCRIPT)
+        runs.append(list(told))
+        told.clear()
+    assert all(run == runs[0] for run in runs[1:])
+    seen = {(height, width): set() for height, width, *_ in runs[0]}
+    assert seen.keys() == {(64, 64), (50, 113), (47, 100), (96, 41), (37, 40), (120, 47)}
+    for height, width, top, left, *target in runs[0]:
+        assert (top, left) in crops((height, width), tuple(target))
+        seen[height, width].add((top, left))
+    assert any(len(found) == 2 for found in seen.values())  # mirrored uses have the place in the mirrored picture
+    small = {tuple(target) for height, width, _, _, *target in runs[0] if (height, width) == (37, 40)}
+    assert small == ({(32, 32)} if no_upscale else {(64, 64)})
+
+
+def test_the_unet_is_told_real_sizes_of_random_crops(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, told: list[tuple[int, ...]]
+) -> None:
+    folder = pictures_of_all_shapes(tmp_path / "pictures")
+    general = "flip_aug = true\nrandom_crop = true"
+    dataset = write_dataset(tmp_path / "data.toml", folder, general=general, dataset="batch_size = 2")
+    more = {"max_train_steps": None, "max_train_epochs": 3, "network_train_unet_only": True}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
+    assert {(height, width) for height, width, *_ in told} >= {(120, 47), (50, 113)}
+    outside = []
+    for height, width, top, left, *target in told:
+        scale = max(target[0] / height, target[1] / width)
+        assert 0 <= top <= round(height * scale) - target[0] and 0 <= left <= round(width * scale) - target[1]
+        outside.append((top, left) not in crops((height, width), tuple(target)))
+    assert any(outside)
 
 
 def test_caches_change_nothing_and_have_the_published_layout(
