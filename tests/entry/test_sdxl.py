@@ -150,7 +150,7 @@ def test_the_unet_is_told_real_sizes_of_random_crops(
 def test_caches_change_nothing_and_have_the_published_layout(
     tmp_path: Path, tiny_sdxl: MadeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = make_pictures(tmp_path / "pictures", ((64, 64), (100, 44), (80, 80)))
+    pictures = make_pictures(tmp_path / "pictures", ((64, 64), (100, 44), (80, 80), (64, 64), (64, 64)))
     dataset = write_dataset(tmp_path / "data.toml", pictures)
     more = {"network_train_unet_only": True, "max_train_steps": 3, "cache_latents": True}
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "plain", **more), script=SCRIPT)
@@ -173,7 +173,7 @@ def test_caches_change_nothing_and_have_the_published_layout(
 
     capsys.readouterr()
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "third", **cached), script=SCRIPT)
-    assert "0 files made, 3 from the cache" in capsys.readouterr().err
+    assert "0 files made, 5 from the cache" in capsys.readouterr().err
     assert_same_weights(tmp_path / "plain" / "tiny.safetensors", tmp_path / "third" / "tiny.safetensors")
 
 

@@ -98,3 +98,14 @@ def test_a_weighted_caption_pools_as_the_plain_one(loaded, length: int) -> None:
     expected = plain * weights
     expected = expected * plain.mean() / expected.mean()
     torch.testing.assert_close(ours["hidden_state2"][0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_caption_does_not_feel_its_batch(loaded) -> None:
+    """To the bit: a cache that was interrupted is filled up in other batches, and a step has its own."""
+    tokenizers, encoders, _ = loaded
+    tokens = SDXL.tokenize(tokenizers, [f"a cat {i}" for i in range(8)], max_token_length=None, weighted=False)
+    with torch.no_grad():
+        whole = SDXL.encode_text(encoders, tokens, clip_skip=None)
+        for start, stop in ((0, 1), (1, 5), (5, 8)):
+            part = SDXL.encode_text(encoders, {k: v[start:stop] for k, v in tokens.items()}, clip_skip=None)
+            assert all(torch.equal(part[name], whole[name][start:stop]) for name in whole.tensors)
