@@ -177,12 +177,100 @@ def test_caches_change_nothing_and_have_the_published_layout(
     assert_same_weights(tmp_path / "plain" / "tiny.safetensors", tmp_path / "third" / "tiny.safetensors")
 
 
-def test_v_prediction_with_zero_terminal_snr_from_a_folder(tmp_path: Path, pictures: Path) -> None:
+def test_v_prediction_with_zero_terminal_snr_from_a_folder(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the last timestep the U-Net sees noise alone, and what it should say, v, is the negative latents."""
+    from library.architectures.sdxl import StableDiffusionXL
+
     made = make_tiny_sdxl(tmp_path / "folder", layout="diffusers", v_prediction=True)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    predict = StableDiffusionXL.predict
+
+    def spy(self, denoiser, noisy, timesteps, conditioning):
+        assert timesteps.tolist() == [999]
+        said = predict(self, denoiser, noisy, timesteps, conditioning)
+        seen.append((noisy.detach().clone(), said.detach().clone()))
+        return said
+
+    monkeypatch.setattr(StableDiffusionXL, "predict", spy)
+    more = {"v_parameterization": True, "zero_terminal_snr": True, "network_train_unet_only": True, "min_timestep": 999}
+    more |= {"max_train_steps": 1, "cache_latents_to_disk": True}
+    for number in (0, 1):
+        folder = tmp_path / f"picture{number}"
+        folder.mkdir()
+        for ending in (".png", ".txt"):
+            shutil.copy(pictures / f"{number}{ending}", folder / f"x{ending}")
+        dataset = write_dataset(tmp_path / "data.toml", folder)
+        output = tmp_path / f"out{number}"
+        train_here(*lora_arguments(made, dataset, output, **more), script=SCRIPT)
+        (cache,) = folder.glob("*_sdxl.npz")
+        with np.load(cache) as file:
+            latents = torch.from_numpy(file["latents"]) * 0.13025
+        loss = (seen[-1][1][0] + latents).square().mean()
+        assert logged(output, "loss/current")[0] == pytest.approx(float(loss), rel=1e-4)
+    assert metadata_of(output / "tiny.safetensors")["modelspec.prediction_type"] == "v"
+    assert torch.equal(seen[0][0], seen[1][0])
+
+
+def test_the_vae_stays_in_float32(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from library.architectures.sdxl import StableDiffusionXL
+
+    dtypes = []
+    encode = StableDiffusionXL.encode_images
+
+    def spy(self, vae, *args, **kwargs):
+        dtypes.append(next(vae.parameters()).dtype)
+        return encode(self, vae, *args, **kwargs)
+
+    monkeypatch.setattr(StableDiffusionXL, "encode_images", spy)
     dataset = write_dataset(tmp_path / "data.toml", pictures)
-    more = {"v_parameterization": True, "zero_terminal_snr": True, "network_train_unet_only": True}
-    train_here(*lora_arguments(made, dataset, tmp_path / "out", **more), script=SCRIPT)
-    assert metadata_of(tmp_path / "out" / "tiny.safetensors")["modelspec.prediction_type"] == "v"
+    more = {"mixed_precision": "bf16", "network_train_unet_only": True, "max_train_steps": 1}
+    for settings in ({}, {"no_half_vae": True, "cache_latents": True}):
+        dtypes.clear()
+        train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more, **settings), script=SCRIPT)
+        assert set(dtypes) == {torch.float32 if settings else torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_a_lora_of_diffusers_trains_on_and_draws(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path) -> None:
+    """With the names, ranks and alphas that PEFT writes; what is saved then draws the same picture."""
+    from networks.conversion.convert import convert
+
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    more = {"max_train_steps": 3, "network_alpha": 1, "network_dim": 4, "learning_rate": 0.05}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
+    theirs = tmp_path / "pytorch_lora_weights.safetensors"
+    convert(tmp_path / "out" / "tiny.safetensors", theirs, "diffusers")
+    assert all(".lora_A." in name or ".lora_B." in name for name in load_file(theirs))
+    more = {"network_weights": theirs, "dim_from_weights": True, "network_dim": None, "learning_rate": 1e-30}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "on", **more), script=SCRIPT)
+    on = tmp_path / "on" / "tiny.safetensors"
+    assert load_file(on).keys() == load_file(tmp_path / "out" / "tiny.safetensors").keys()
+    drawn = {
+        name: draw(tmp_path / name, tiny_sdxl, *words)
+        for name, words in {
+            "plain": [],
+            "theirs": ["--network_module", "networks.lora", "--network_weights", theirs],
+            "ours": ["--network_module", "networks.lora", "--network_weights", tmp_path / "out" / "tiny.safetensors"],
+            "on": ["--network_module", "networks.lora", "--network_weights", on],
+        }.items()
+    }
+    assert np.abs(drawn["ours"] - drawn["plain"]).max() > 5
+    assert np.abs(drawn["theirs"] - drawn["ours"]).max() <= 1 and np.abs(drawn["on"] - drawn["ours"]).max() <= 1
+
+
+def draw(folder: Path, model: MadeCheckpoint, *words: object) -> np.ndarray:
+    """A picture by ``gen_img.py``."""
+    import gen_img
+
+    given = ["--ckpt", model.path, "--tokenizer_cache_dir", model.tokenizer_cache_dir, "--console_log_simple"]
+    given += ["--W", 64, "--H", 64, "--steps", 2, "--seed", 3, "--prompt", "a cat", "--outdir", folder, *words]
+    gen_img.main(gen_img.setup_parser().parse_args([str(word) for word in given]))
+    (path,) = folder.glob("*.png")
+    return np.asarray(Image.open(path)).astype(int)
 
 
 def test_caching_tools_make_what_training_uses(
