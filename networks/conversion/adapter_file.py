@@ -235,7 +235,10 @@ def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor
             if path is None or space is None:
                 raise UserError(f"{title}: {name}: no module of {family.title} that adapters are known for")
             return Module(part, space, path, tensors, name)
-    raise UserError(f"{title}: {name}: no model of {family.title} has this name")
+    remedy = "was it made for another model?"
+    if name.startswith("lora_te_") and any("lora_te2_" in part.kohya for part in family.parts):
+        remedy = "an old DyLoRA has such names, and networks/extract_lora_from_dylora.py makes a LoRA of it"
+    raise UserError(f"{title}: {name}: no model of {family.title} has this name; {remedy}")
 
 
 def _space(part: Part, naming: Naming, path: str) -> Space | None:
