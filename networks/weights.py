@@ -145,7 +145,7 @@ def refuse_misfits(
     if unknown := sorted(set(in_file) - set(available)):
         raise UserError(
             f"{source}: {len(unknown)} of its {len(in_file)} modules have no place in this network "
-            f"({_some(unknown)}); {_explain(weights, module_name)}"
+            f"({_some(unknown)}); {_explain(weights, module_name, available)}"
         )
 
 
@@ -182,11 +182,14 @@ def _module_weights(
     return {f"{lora_name}.{name}": tensor for name, tensor in given.items()}
 
 
-def _explain(weights: Mapping[str, Tensor], module_name: str) -> str:
+def _explain(weights: Mapping[str, Tensor], module_name: str, available: Collection[str] = ()) -> str:
+    """What a file is that does not fit; ``available`` are the names of the network, which tell no other model."""
     if module_name.startswith("networks.oft") and any(name.endswith(".lora_down.weight") for name in weights):
         return f"it is a LoRA; use {module_name.replace('oft', 'lora')}"
+    if any(name.startswith("lora_te2_") for name in available) and any(name.startswith("lora_te_") for name in weights):
+        return "an old DyLoRA of SDXL has these names: use networks.dylora, or networks/extract_lora_from_dylora.py"
     for piece, explanation in _OTHER_KINDS.items():
-        if any(piece in key for key in weights):
+        if any(piece in key for key in weights) and not any(piece in name for name in available):
             return explanation
     return f"was it made for another model, or with other --network_args, than this {module_name}?"
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from library.errors import UserError, did_you_mean
 from library.files.safetensors_io import load_pickle, load_tensors, read_header
 from networks.conversion.families import (
+    SDXL_FAMILY,
     Family,
     Naming,
     Part,
@@ -264,7 +265,10 @@ def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor
     space = _space(family.parts[0], naming, name)
     if space is not None:
         return Module(family.parts[0], space, name, tensors, name)
-    raise UserError(f"{title}: {name}: no model of {family.title} has this name")
+    remedy = "was it made for another model?"
+    if name.startswith("lora_te_") and family is SDXL_FAMILY:
+        remedy = "an old DyLoRA has such names, and networks/extract_lora_from_dylora.py makes a LoRA of it"
+    raise UserError(f"{title}: {name}: no model of {family.title} has this name; {remedy}")
 
 
 def _space(part: Part, naming: Naming, path: str) -> Space | None:
