@@ -84,7 +84,8 @@ def parts(weights: dict[str, Tensor]) -> set[str]:
 
 # ---- what is trained ----
 
-T5 = {"network_args": ["train_t5xxl=True"]}
+T5_ARGS = ("train_t5xxl=True",)
+T5 = {"network_args": list(T5_ARGS)}
 ROWS = {
     "transformer": ({"network_train_unet_only": True}, {"unet"}),
     "transformer and CLIP-L": ({}, {"unet", "te1"}),
@@ -332,6 +333,26 @@ def test_files_in_fp8(train: Train, tmp_path: Path, dev: MadeFlux) -> None:
     weights = train("out", **settings)
     assert moved(weights) == {"unet", "te1"} and all(tensor.isfinite().all() for tensor in weights.values())
     assert moved(train("t5", full_bf16=True, **settings, **T5)) == {"unet", "te1", "te3"}
+
+
+# ---- network modules ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"network_args": ["split_qkv=True", "ggpo_sigma=0.03", "ggpo_beta=0.01", "rank_dropout=0.1", *T5_ARGS]},
+        {"network_module": "networks.oft_flux", "network_args": ["enable_all_linear=True"], "network_alpha": 1e-3},
+    ],
+    ids=["lora", "oft"],
+)
+def test_network_modules_resume_exactly(train: Train, tmp_path: Path, settings: dict[str, object]) -> None:
+    saves = {"max_train_steps": 4, "save_every_n_steps": 2, "save_state": True, "mixed_precision": "bf16"}
+    whole = train("whole", **settings, **saves)
+    rest = train("rest", **settings, **saves, resume=tmp_path / "whole" / "tiny-step00000002-state")
+    assert_same(rest, whole)
+    assert all(tensor.isfinite().all() for tensor in whole.values())
 
 
 # ---- ControlNet ----
