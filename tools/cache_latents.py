@@ -17,11 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.architectures.flux import FLUX  # noqa: E402
 from library.architectures.sd import SD  # noqa: E402
 from library.architectures.sdxl import SDXL  # noqa: E402
 from library.config.config_file import read_args  # noqa: E402
 from library.config.tool_arguments import (  # noqa: E402
     CAPTION_AND_BATCH_OPTIONS,
+    FLUX_MODEL_OPTIONS,
     SHARED_OPTIONS,
     TEXT_CACHE_OPTIONS,
     CacheToolOptions,
@@ -33,8 +35,10 @@ from library.training.caching import CacheJob, cache_latents  # noqa: E402
 class CacheLatents(CacheTool):
     """Encode the pictures of a data set once and keep the latents beside them."""
 
-    families = {"": SD, "sdxl": SDXL}
-    relevant = SHARED_OPTIONS - CAPTION_AND_BATCH_OPTIONS - TEXT_CACHE_OPTIONS | {"vae", "no_half_vae"}
+    families = {"": SD, "sdxl": SDXL, "flux": FLUX}
+    relevant = (
+        SHARED_OPTIONS - CAPTION_AND_BATCH_OPTIONS - TEXT_CACHE_OPTIONS | FLUX_MODEL_OPTIONS | {"vae", "no_half_vae"}
+    )
     product = "the latent cache"
 
     @classmethod

@@ -17,10 +17,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.architectures.flux import FLUX  # noqa: E402
 from library.architectures.sd import SD  # noqa: E402
 from library.architectures.sdxl import SDXL  # noqa: E402
 from library.config.config_file import read_args  # noqa: E402
-from library.config.tool_arguments import LATENT_CACHE_OPTIONS, SHARED_OPTIONS, CacheToolOptions  # noqa: E402
+from library.config.tool_arguments import (  # noqa: E402
+    FLUX_MODEL_OPTIONS,
+    FLUX_TEXT_OPTIONS,
+    LATENT_CACHE_OPTIONS,
+    SHARED_OPTIONS,
+    CacheToolOptions,
+)
 from library.training.cache_tool import CacheTool  # noqa: E402
 from library.training.caching import CacheJob  # noqa: E402
 from library.training.text_caching import cache_texts  # noqa: E402
@@ -29,8 +36,13 @@ from library.training.text_caching import cache_texts  # noqa: E402
 class CacheTextEncoderOutputs(CacheTool):
     """Encode the captions of a data set once and keep the outputs beside the pictures."""
 
-    families = {"": SD, "sdxl": SDXL}
-    relevant = SHARED_OPTIONS - LATENT_CACHE_OPTIONS | {"max_token_length", "clip_skip", "weighted_captions"}
+    families = {"": SD, "sdxl": SDXL, "flux": FLUX}
+    relevant = (
+        SHARED_OPTIONS - LATENT_CACHE_OPTIONS
+        | FLUX_MODEL_OPTIONS
+        | FLUX_TEXT_OPTIONS
+        | {"max_token_length", "clip_skip", "weighted_captions"}
+    )
     product = "the cache of text encoder outputs"
 
     @classmethod

@@ -26,7 +26,6 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the suite lies one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config.arguments import TrainNetworkOptions
 from library.config.config_file import read_args
 from library.config.console import setup_console
 from library.data.report import options as check_options
@@ -45,9 +44,10 @@ def setup_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Check, write what is asked for, and return the exit code."""
     wanted = check_options.CheckOptions.from_args(args)
-    options = TrainNetworkOptions.from_args(args)
+    options = check_options.TrainingOptionsOfAll.from_args(args)
     setup_console(options.console)
     # only now, as torch takes seconds to load
+    from library.architectures.flux import FLUX
     from library.architectures.sd import SD
     from library.architectures.sdxl import SDXL
     from library.data.report.page import make_page
@@ -57,7 +57,8 @@ def main(args: argparse.Namespace) -> int:
     ignored = check_options.not_looked_at(options)
     if ignored:
         logger.info("not looked at, as it does not concern the data: %s", ", ".join(ignored))
-    report = check_data(options, wanted, SDXL if wanted.sdxl else SD)
+    family = (SDXL if wanted.sdxl else FLUX if wanted.flux else SD).configured(options)
+    report = check_data(options, wanted, family)
     print_report(report)
     if wanted.html is not None:
         write_text(wanted.html, make_page(report, max_thumbnails=wanted.max_thumbnails))

@@ -26,7 +26,7 @@ from library.inference.prompt_line import DDPM_FIELDS
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from library.config.arguments import TrainNetworkOptions
+    from library.config.arguments import NetworkOptions, TrainNetworkOptions
     from library.config.no_effect.declare import IdleRule
     from library.config.rules import Rule
     from library.diffusion.objective import Objective
@@ -55,6 +55,10 @@ class TextFormat:
 
     cache_suffix: str  # "_te_outputs.npz"; see facts on cache files
     arrays: Mapping[str, tuple[str, ...]]  # tensors of the conditioning and their axes without the batch
+    #: own options that they depend on, by name
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    #: from the tensors of one caption, further arrays that other programs look for
+    extras: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,9 @@ class Architecture(ABC):
     sample_defaults: Mapping[str, Any] = MappingProxyType({})  # width, height, steps, scale of previews
     #: settings of a sample prompt that are used; the others are warned of
     sample_fields: frozenset[str] = DDPM_FIELDS
+    #: whether it has a model that reads the pictures of ``conditioning_data_dir``; they are ``picture`` (B, C, h, w) of
+    #: the conditioning, scaled latents
+    takes_pictures: bool = False
     sample_size_step: int = 8  # sides of sample images are multiples of this many pixels
 
     #: values of its own groups of options; none while it is not configured. Copies have others, instances never change
@@ -252,6 +259,10 @@ class Architecture(ABC):
             UserError: file missing, not a checkpoint of this family, torn, flags that contradict it, no tokenizer.
         """
 
+    def for_model(self, checkpoint: Any) -> Self:
+        """This family as it works with a model that ``inspect`` found; families whose models are alike stay as is."""
+        return self
+
     # the loaders below also take the device "meta": they check the header's names and shapes and read no weights
 
     @abstractmethod
@@ -260,6 +271,20 @@ class Architecture(ABC):
     @abstractmethod
     def load_text_encoders(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
         """Frozen, in eval mode."""
+
+    def load_uncached_text_encoders(
+        self, checkpoint: Any, cached: Sequence[bool], *, dtype: torch.dtype, device: str
+    ) -> list[nn.Module]:
+        """The text encoders; those of ``cached`` outputs on the meta device, without weights.
+
+        Families of whose encoders only some can be ``cached`` override this.
+        """
+        assert all(cached) or not any(cached)
+        return self.load_text_encoders(checkpoint, dtype=dtype, device="meta" if all(cached) else device)
+
+    def adapted_encoders(self, network: NetworkOptions) -> tuple[bool, ...]:
+        """Which of the text encoders a network with these options may train, in their order."""
+        return (not network.network_train_unet_only,) * len(self.text_encoder_targets)
 
     @abstractmethod
     def load_vae(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
@@ -306,7 +331,11 @@ class Architecture(ABC):
     def encode_text(
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
     ) -> Conditioning:
-        """Token tensors (on the encoders' device) to conditioning; gradients flow if they are enabled."""
+        """Token tensors (on the encoders' device) to conditioning; gradients flow if they are enabled.
+
+        A family that trains some of its encoders beside the cached outputs of the others is given ``None`` for those,
+        and leaves out what they would give.
+        """
 
     def with_sizes(
         self, conditioning: Conditioning, *, original: Tensor, top_left: Tensor, target: Tensor

@@ -49,10 +49,11 @@ A page for each group. Every option is a flag of the command line and, without i
 
 def scripts() -> dict[str, Architecture]:
     """The training scripts, whose families may have options of their own."""
+    from library.architectures.flux import FLUX
     from library.architectures.sd import SD
     from library.architectures.sdxl import SDXL
 
-    return {"train_network": SD, "sdxl_train_network": SDXL}
+    return {"train_network": SD, "sdxl_train_network": SDXL, "flux_train_network": FLUX}
 
 
 def pages(families: Mapping[str, Architecture] | None = None) -> dict[str, str]:

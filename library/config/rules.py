@@ -57,6 +57,8 @@ def check(
     effective = without(options, architecture.idle_options)
     for rule in (*RULES, *architecture.option_rules) if rules is None else rules:
         findings += rule(effective)
+    if rules is None:
+        findings += cached_texts(effective, architecture)
     idle = without_effect(options, architecture)
     errors = [finding.text for finding in findings if finding.fatal]
     errors += as_errors(idle) if options.config.strict else []
@@ -225,12 +227,13 @@ def cached_latents(o: TrainNetworkOptions) -> Iterator[Finding]:
                 yield error(f"--{name}: not with cached latents, which are made once; remove one of them")
 
 
-def cached_texts(o: TrainNetworkOptions) -> Iterator[Finding]:
+def cached_texts(o: TrainNetworkOptions, architecture: Architecture) -> Iterator[Finding]:
+    """A rule that depends on the family: of some, encoders are trained beside cached outputs of others."""
     d = o.dataset
     if not (d.cache_text_encoder_outputs or d.cache_text_encoder_outputs_to_disk):
         return
     flag = "--cache_text_encoder_outputs" + ("_to_disk" if d.cache_text_encoder_outputs_to_disk else "")
-    if not o.network.network_train_unet_only:
+    if all(architecture.adapted_encoders(o.network)):
         yield error(
             f"{flag}: not while the text encoder is trained, whose outputs change; "
             "add --network_train_unet_only, or remove it"
@@ -372,7 +375,6 @@ RULES: tuple[Rule, ...] = (
     half_precision,
     fused_backward,
     cached_latents,
-    cached_texts,
     finite_numbers,
     positive_numbers,
     timestep_range,

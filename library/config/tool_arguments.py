@@ -91,6 +91,11 @@ SHARED_OPTIONS = (
     "disable_mmap_load_safetensors", "ddp_timeout", "highvram", "sdxl", "flux", "skip_existing",
 }  # fmt: skip
 
+#: which files a FLUX.1 or Chroma model is
+FLUX_MODEL_OPTIONS = frozenset({"model_type", "clip_l", "t5xxl", "ae"})
+#: how its captions are encoded
+FLUX_TEXT_OPTIONS = frozenset({"t5xxl_max_token_length", "apply_t5_attn_mask"})
+
 #: options of the data that say how latents are cached
 LATENT_CACHE_OPTIONS = frozenset({"cache_latents", "cache_latents_to_disk", "vae_batch_size"})
 #: the same for captions

@@ -29,7 +29,8 @@ class Batch:
     crop_top_lefts: Tensor  # (B, 2) int64, (top, left) of the crop in the resized and maybe mirrored picture
     flipped: list[bool]
     network_multiplier: float = 1.0
-    text: dict[str, Tensor] | None = None  # conditioning from a cache, batch first; there are no tokens then
+    #: conditioning from a cache, batch first; tokens are there then only if some encoders are trained
+    text: dict[str, Tensor] | None = None
 
     @property
     def target_sizes(self) -> Tensor:

@@ -84,7 +84,7 @@ class BatchMaker:
             loss_masks=_stack_masks([s.loss_mask for s in samples], bucket),
             conditioning_images=torch.stack(conditioning) if conditioning else None,
             captions=captions,
-            tokens={} if texts else tokenize(captions),
+            tokens=tokenize(captions) if self.texts is None or self.texts.in_part else {},
             visits=[s.visit for s in samples],
             loss_weights=torch.tensor([s.weight for s in samples]),
             paths=[str(s.record.path) for s in samples],

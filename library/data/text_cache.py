@@ -249,6 +249,8 @@ class CachedTexts:
 
     store: DiskTexts | MemoryTexts
     variants: int
+    #: whether only some encoders' outputs are used, so that captions are tokenised for the others
+    in_part: bool = False
 
     def sample(self, record: ImageRecord, rules: CaptionRules, *, epoch: int, visit: int) -> tuple[str, Row]:
         """Caption and conditioning of one use; a function of picture, rules and visit.

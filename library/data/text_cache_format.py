@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ class TextSettings:
     max_token_length: int | None
     clip_skip: int | None
     weighted: bool
+    own: Mapping[str, object] = field(default_factory=dict)  # of the family alone
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class TextStamp:
     max_token_length: int | None
     clip_skip: int | None
     weighted: bool
+    own: Mapping[str, object] = field(default_factory=dict)
     version: int = _STAMP_VERSION
 
     @staticmethod
@@ -64,6 +66,7 @@ class TextStamp:
             max_token_length=settings.max_token_length,
             clip_skip=settings.clip_skip,
             weighted=settings.weighted,
+            own=dict(settings.own),
         )
 
     @staticmethod
@@ -88,6 +91,7 @@ class TextStamp:
             "--clip_skip": (self.clip_skip, settings.clip_skip),
             "--weighted_captions": (self.weighted, settings.weighted),
             "precision": (self.dtype, str(settings.dtype).removeprefix("torch.")),
+            **{f"--{name}": (self.own.get(name), value) for name, value in settings.own.items()},
         }
         for name, (before, now) in made_with.items():
             if before != now:
@@ -110,6 +114,8 @@ def write_texts(path: Path, rows: Sequence[Row], stamp: TextStamp, format: TextF
     arrays = {
         _array_name(name, place): _to_numpy(row[name]) for place, row in enumerate(rows) for name in format.arrays
     }
+    if format.extras is not None:
+        arrays |= {name: _to_numpy(values) for name, values in format.extras(rows[0]).items()}
     arrays[STAMP] = np.array(json.dumps(asdict(stamp)))
     with atomic_path(path, by_many=True) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)

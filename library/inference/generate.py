@@ -13,7 +13,7 @@ import inspect
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,14 +36,16 @@ class ImageModels:
 
     architecture: Architecture
     tokenizers: Sequence[Any]
-    text_encoders: Sequence[nn.Module]
+    text_encoders: Sequence[nn.Module | None]  # None: its outputs are in ``cached_texts``
     denoiser: nn.Module
     vae: nn.Module
     v_prediction: bool = False
     adapters: Sequence[nn.Module] = ()  # networks applied to the others, so that their dropout is off, too
+    #: conditioning by text, as far as its encoders are not there
+    cached_texts: Mapping[str, Conditioning] = field(default_factory=dict)
 
     def modules(self) -> list[nn.Module]:
-        return [*self.text_encoders, self.denoiser, self.vae, *self.adapters]
+        return [*(e for e in self.text_encoders if e is not None), self.denoiser, self.vae, *self.adapters]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ class ImageSettings:
         own = ("guidance_scale", "flow_shift", "cfg_trunc_ratio", "renorm_cfg")
         record |= {name: f"{getattr(self, name):g}" for name in own if getattr(self, name) is not None}
         return {**record, "network": network} if network else record
+
+    def texts(self) -> tuple[str, ...]:
+        """What is encoded for it."""
+        return (self.prompt,) if self.scale == 1.0 else (self.prompt, self.negative_prompt)
 
     def drawn_with(self, other: ImageSettings) -> bool:
         """Whether both images may share a batch: all but text and seed is equal."""
@@ -192,11 +198,7 @@ def generate_latents(
     noise = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(options.device)
     scheduler = objective.scheduler(first.sampler, first.steps, shape[2:], options.device)
     encoded = {} if encoded is None else encoded
-    with (
-        undisturbed(models.modules(), options.device),
-        torch.inference_mode(),
-        torch.autocast(options.device.type, dtype=options.dtype, enabled=options.dtype != torch.float32),
-    ):
+    with undisturbed(models.modules(), options.device), _precise(options):
         positive = _sized(models, _encode(models, [settings.prompt for settings in batch], options, encoded), first)
         if first.scale == 1.0:
             predict = _plain(models, positive)
@@ -255,18 +257,49 @@ def _encode(
     models: ImageModels, texts: Sequence[str], options: DrawOptions, encoded: dict[str, Conditioning]
 ) -> Conditioning:
     """Text to conditioning (B, T, D), each distinct text once and by itself, whatever shares its batch."""
+    encoders, missing = models.text_encoders, [text for text in dict.fromkeys(texts) if text not in encoded]
+    if any(encoder is not None for encoder in encoders):
+        found = _encode_each(models.architecture, models.tokenizers, encoders, missing, options)
+    else:
+        found = {text: Conditioning({}) for text in missing}
+    for text, fresh in found.items():
+        cached = models.cached_texts.get(text, Conditioning({})).to(options.device)
+        encoded[text] = Conditioning({**cached.tensors, **fresh.tensors})
+    return Conditioning.cat([encoded[text] for text in texts])
+
+
+def encode_texts(
+    architecture: Architecture,
+    tokenizers: Sequence[Any],
+    text_encoders: Sequence[nn.Module],
+    texts: Sequence[str],
+    options: DrawOptions,
+) -> dict[str, Conditioning]:
+    """Conditioning by text, as images are drawn with, ahead of drawing."""
+    with undisturbed(text_encoders, options.device), _precise(options):
+        return _encode_each(architecture, tokenizers, text_encoders, texts, options)
+
+
+def _encode_each(
+    architecture: Architecture,
+    tokenizers: Sequence[Any],
+    text_encoders: Sequence[nn.Module | None],
+    texts: Sequence[str],
+    options: DrawOptions,
+) -> dict[str, Conditioning]:
+    """Texts, one by one, to the outputs of the encoders that are there."""
+    found = {}
     with contextlib.ExitStack() as fetched:
-        for text in texts:
-            if text in encoded:
-                continue
-            for encoder in models.text_encoders:
+        for encoder in text_encoders if texts else ():
+            if encoder is not None:
                 fetched.enter_context(_on_device(encoder, options.device))
-            tokens = models.architecture.tokenize(
-                models.tokenizers, [text], max_token_length=options.max_token_length, weighted=options.weighted
+        for text in texts:
+            tokens = architecture.tokenize(
+                tokenizers, [text], max_token_length=options.max_token_length, weighted=options.weighted
             )
             tokens = {name: tensor.to(options.device) for name, tensor in tokens.items()}
-            encoded[text] = models.architecture.encode_text(models.text_encoders, tokens, clip_skip=options.clip_skip)
-    return Conditioning.cat([encoded[text] for text in texts])
+            found[text] = architecture.encode_text(text_encoders, tokens, clip_skip=options.clip_skip)
+    return found
 
 
 def _sized(models: ImageModels, conditioning: Conditioning, settings: ImageSettings) -> Conditioning:
@@ -285,6 +318,14 @@ def to_image(pixels: Tensor) -> Image:
 
 
 # ---- leaving no trace ----
+
+
+@contextlib.contextmanager
+def _precise(options: DrawOptions) -> Iterator[None]:
+    """The precision that images are drawn in, without gradients."""
+    enabled = options.dtype != torch.float32
+    with torch.inference_mode(), torch.autocast(options.device.type, dtype=options.dtype, enabled=enabled):
+        yield
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from library.architectures.base import Architecture
 from library.config.console import setup_console
-from library.config.rules import RULES, cached_texts, needs_network, needs_output
+from library.config.rules import RULES, needs_network, needs_output
 from library.config.rules import check as check_rules
 from library.config.tool_arguments import CacheToolOptions, build_tool_parser, names_of
 from library.config.tool_arguments import FamilyToolOptions as _FamilyOptions
@@ -30,8 +30,8 @@ from library.training.processes import make_accelerator, weight_dtype
 logger = logging.getLogger(__name__)
 
 #: no network is trained here, the text encoder neither
-_RULES = tuple(rule for rule in RULES if rule not in (needs_network, needs_output, cached_texts))
-_FAMILIES = {"sdxl": "Stable Diffusion XL", "flux": "FLUX.1"}
+_RULES = tuple(rule for rule in RULES if rule not in (needs_network, needs_output))
+_FAMILY_FLAGS = ("sdxl", "flux")
 
 
 class CacheTool(ABC):
@@ -46,8 +46,7 @@ class CacheTool(ABC):
 
     @classmethod
     def parser(cls) -> argparse.ArgumentParser:
-        shown = set(cls.relevant) - (_FAMILIES.keys() - cls.families.keys())
-        return build_tool_parser(shown, description=cls.__doc__, epilog=cls.usage())
+        return build_tool_parser(cls.relevant, description=cls.__doc__, epilog=cls.usage())
 
     @classmethod
     def usage(cls) -> str | None:
@@ -88,6 +87,7 @@ class CacheTool(ABC):
             logger.warning(warning)
         dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
         checkpoint = inspect_model(architecture, options.model)
+        architecture = architecture.for_model(checkpoint)
         architecture.check_options(options, checkpoint.info)
         data = TrainingData(dataset_config, seed=options.training.seed or 0, latent=architecture.latent)
         return CacheJob(
@@ -101,21 +101,15 @@ class CacheTool(ABC):
         )
 
     def _family(self, options: CacheToolOptions) -> Architecture:
-        """Raises UserError for a family that is not there yet, and for options of other families."""
-        chosen = [flag for flag in _FAMILIES if getattr(options.tool, flag)]
+        """Raises UserError for two families, and for options of others."""
+        chosen = [flag for flag in _FAMILY_FLAGS if getattr(options.tool, flag)]
         if len(chosen) > 1:
             raise UserError("--sdxl and --flux exclude each other: give the one that the model is")
         flag = chosen[0] if chosen else ""
-        if flag not in self.families:
-            raise UserError(
-                f"--{flag}: {_FAMILIES[flag]} is not supported yet; without it, {self.product} of a Stable Diffusion "
-                "1.x or 2.x model is made"
-            )
         own = names_of(_FamilyOptions)
         if flag != "flux" and (
             others := [name for name in own if getattr(options.family, name) != getattr(_FamilyOptions, name)]
         ):
             names = ", ".join(f"--{name}" for name in sorted(others))
-            remedy = "remove it, or add --flux" if "flux" in self.families else "which is not supported yet; remove it"
-            raise UserError(f"{names}: only for FLUX.1, {remedy}")
+            raise UserError(f"{names}: only for FLUX.1; remove it, or add --flux")
         return self.families[flag]

@@ -31,6 +31,7 @@ from library.training.ema import WeightAverage
 from library.training.loop import Trained
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.precision import InFp8, cast_trained, trained_dtype
+from library.training.previews import uncached
 from library.training.text_memo import TextMemo
 from library.training.trainer import Run, Trainer
 from networks.third_party import refuse_wrong_merge, text_argument
@@ -109,6 +110,11 @@ class NetworkTrainer(Trainer):
         self._merge_base_weights(run, module)
         InFp8.of(options).apply(run)
         network = self._applied_network(run, module)
+        if any(parameter.is_meta for parameter in network.parameters()):
+            raise UserError(
+                f"--network_module {options.network.network_module}: it adapts a text encoder whose outputs are "
+                "cached; remove --cache_text_encoder_outputs and --cache_text_encoder_outputs_to_disk"
+            )
         half = trained_dtype(options.training)
         if half != torch.float32:
             cast_trained(network, half)
@@ -270,14 +276,17 @@ class NetworkTrainer(Trainer):
 
     def encode_text(self, run: Run, batch: Batch) -> Conditioning:
         if batch.text is not None:
-            return Conditioning(batch.text)
+            # some encoders may be trained beside the cached outputs of the others
+            moved = {name: t.to(run.device, non_blocking=True) for name, t in batch.tokens.items()}
+            return Conditioning({**batch.text, **(self._encode(run, moved).tensors if moved else {})})
         if self._memo is not None:
             return self._memo(batch.tokens, run.device)
         return self._encode(run, {name: t.to(run.device, non_blocking=True) for name, t in batch.tokens.items()})
 
     def _encode(self, run: Run, tokens: Mapping[str, Tensor]) -> Conditioning:
         with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
-            return self.architecture.encode_text(run.text_encoders, tokens, clip_skip=run.options.model.clip_skip)
+            encoders = uncached(self.architecture, run)
+            return self.architecture.encode_text(encoders, tokens, clip_skip=run.options.model.clip_skip)
 
     def epoch_started(self, run: Run, epoch: int) -> None:
         self._network.on_epoch_start(text_argument(run.text_encoders), run.denoiser)

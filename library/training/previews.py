@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.architectures.base import Architecture, Conditioning
 from library.inference.prompt_line import SamplePrompt
 from library.training import precision
+from library.training.text_caching import TextModels, cached_encoders
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import nn
 
+    from library.inference.generate import DrawOptions
     from library.training.trainer import Run, Trainer
 
 logger = logging.getLogger(__name__)
@@ -54,33 +58,57 @@ def preview_path(
 
 def draw_image(trainer: Trainer, run: Run, prompt: SamplePrompt, path: Path) -> Image:
     """Draw one sample image with the weights as they are, and save it with its settings."""
-    from library.inference.generate import DrawOptions, ImageModels, generate_image, settings_for
+    from library.inference.generate import ImageModels, generate_image, settings_for
     from library.inference.png import save_png
 
-    model = run.options.model
+    model, architecture = run.options.model, trainer.architecture
     sampler = run.objective.sampler(prompt.sample_sampler, run.options.sample.sample_sampler)
-    settings = settings_for(prompt, trainer.architecture.sample_defaults, sampler=sampler)
+    settings = settings_for(prompt, architecture.sample_defaults, sampler=sampler)
     models = ImageModels(
-        architecture=trainer.architecture,
+        architecture=architecture,
         tokenizers=run.tokenizers,
-        text_encoders=run.text_encoders,
+        text_encoders=uncached(architecture, run),
+        cached_texts=run.prompts,
         denoiser=run.denoiser,
         vae=run.vae,
         v_prediction=run.checked.info.v_prediction,
         adapters=trainer.trained_modules(run),
     )
-    drawing = DrawOptions(
-        device=run.device,
-        dtype=run.weight_dtype,
-        zero_terminal_snr=run.options.noise.zero_terminal_snr,
-        clip_skip=model.clip_skip,
-        max_token_length=model.max_token_length,
-    )
     with precision.drawing(run.options.training):
-        image = generate_image(models, settings, drawing)
+        image = generate_image(models, settings, _draw_options(run))
     name = Path(model.pretrained_model_name_or_path).name
     save_png(image, path, settings.record(model=name, network=run.options.output.output_name or ""))
     return image
+
+
+def _draw_options(run: Run) -> DrawOptions:
+    from library.inference.generate import DrawOptions
+
+    return DrawOptions(
+        device=run.device,
+        dtype=run.weight_dtype,
+        zero_terminal_snr=run.options.noise.zero_terminal_snr,
+        clip_skip=run.options.model.clip_skip,
+        max_token_length=run.options.model.max_token_length,
+    )
+
+
+def uncached(architecture: Architecture, run: Run) -> list[nn.Module | None]:
+    """A run's text encoders; ``None`` for those whose outputs are cached."""
+    cached = cached_encoders(architecture, run.options)
+    return [None if is_cached else encoder for encoder, is_cached in zip(run.text_encoders, cached, strict=True)]
+
+
+def encode_prompts(architecture: Architecture, run: Run, models: TextModels) -> dict[str, Conditioning]:
+    """What a run's sample images need of the encoders, by text and on the host, so that these can be let go."""
+    from library.inference.generate import encode_texts, settings_for
+
+    texts: dict[str, None] = {}
+    for prompt in run.checked.prompts:
+        settings = settings_for(prompt, architecture.sample_defaults, sampler="")
+        texts |= dict.fromkeys(settings.texts())
+    encoded = encode_texts(architecture, models.tokenizers, models.encoders, list(texts), _draw_options(run))
+    return {text: found.to("cpu") for text, found in encoded.items()}
 
 
 def draw_previews(

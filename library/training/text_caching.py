@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.architectures.base import Architecture
-from library.config.arguments import DatasetOptions
+from library.config.arguments import DatasetOptions, TrainNetworkOptions
 from library.data.latent_cache import together
 from library.data.text_cache import (
     CachedTexts,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: captions encoded at a time, if not given; an encoder takes little memory beside what is trained later
 BATCH_SIZE = 8
@@ -66,14 +69,25 @@ def text_cache_row(options: DatasetOptions) -> str:
     )
 
 
-def cache_texts(job: CacheJob) -> None:
+def cached_encoders(architecture: Architecture, options: TrainNetworkOptions) -> tuple[bool, ...]:
+    """Of which text encoders the run takes the outputs from a cache."""
+    caches = caches_texts(options.dataset)
+    return tuple(caches and not adapted for adapted in architecture.adapted_encoders(options.network))
+
+
+def cache_texts(job: CacheJob, use: Callable[[TextModels], T] | None = None, *, in_part: bool = False) -> T | None:
     """Make the cache of encoded captions complete, by all processes together; the batches of the job's data use it.
+
+    Args:
+        use: something else to do with tokenizers and encoders, which are let go afterwards; its result is returned.
+        in_part: whether some of the encoders are trained, for which batches hold tokens too.
 
     Raises:
         UserError: outputs that are not finite; a full disk.
         SystemExit: after Ctrl-C or SIGTERM; another process had an error.
     """
     options, architecture = job.options.dataset, job.architecture
+    load = cache(lambda: TextModels.load(job))
     files = wanted_files(job.data.captioned(), architecture.text, options.text_encoder_cache_variants)
     with job.progress("encoding captions", "files" if options.cache_text_encoder_outputs_to_disk else "captions") as p:
 
@@ -83,40 +97,55 @@ def cache_texts(job: CacheJob) -> None:
 
         store: DiskTexts | MemoryTexts
         if options.cache_text_encoder_outputs_to_disk:
-            made = _write(job, files, report)
+            made = _write(job, files, lambda: _encoding(job, load()), report)
             store = DiskTexts(architecture.text, job.weight_dtype, trust=options.skip_cache_check)
             text = f"{made} files made, {len(files) - made} from the cache"
         else:
             store = MemoryTexts(caption for file in files for caption in file.captions)
-            _fill(store, _load_encoding(job), job.accelerator, report)
+            _fill(store, _encoding(job, load()), job.accelerator, report)
             text = f"{len(store.captions)} captions encoded"
     if job.accelerator.is_main_process:
         logger.info("text encoder outputs: %s", text)
-    job.data.maker.texts = CachedTexts(store, options.text_encoder_cache_variants)
+    job.data.maker.texts = CachedTexts(store, options.text_encoder_cache_variants, in_part)
+    result = use(load()) if use is not None else None
+    load.cache_clear()
     job.release_memory()
+    return result
 
 
-def _load_encoding(job: CacheJob) -> TextEncoding:
-    """Load tokenizers and encoders, for as long as the result is held."""
+@dataclass(frozen=True)
+class TextModels:
+    """What makes conditioning of texts."""
+
+    tokenizers: list[Any]
+    encoders: list[nn.Module]
+
+    @staticmethod
+    def load(job: CacheJob) -> TextModels:
+        """On the job's device."""
+        dtype, device = job.weight_dtype, str(job.device)
+        encoders = job.architecture.load_text_encoders(job.checkpoint, dtype=dtype, device=device)
+        return TextModels(job.architecture.load_tokenizers(job.checkpoint), encoders)
+
+
+def _encoding(job: CacheJob, models: TextModels) -> TextEncoding:
     model, architecture = job.options.model, job.architecture
-    encoders = architecture.load_text_encoders(job.checkpoint, dtype=job.weight_dtype, device=str(job.device))
-    tokenizers = architecture.load_tokenizers(job.checkpoint)
 
     def encode(tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         # as in a step, so that training is the same with and without the cache
         with torch.no_grad(), job.accelerator.autocast():
             moved = {name: values.to(job.device) for name, values in tokens.items()}
-            return architecture.encode_text(encoders, moved, clip_skip=model.clip_skip).tensors
+            return architecture.encode_text(models.encoders, moved, clip_skip=model.clip_skip).tensors
 
     return TextEncoding(
-        Tokenize(architecture, tokenizers, model.max_token_length, model.weighted_captions),
+        Tokenize(architecture, models.tokenizers, model.max_token_length, model.weighted_captions),
         encode,
         dtype=job.weight_dtype,
         batch_size=job.options.dataset.text_encoder_batch_size or BATCH_SIZE,
     )
 
 
-def _write(job: CacheJob, files: Sequence[TextFile], report: Report) -> int:
+def _write(job: CacheJob, files: Sequence[TextFile], encoding: Callable[[], TextEncoding], report: Report) -> int:
     """Make the files that are missing or outdated; returns how many. Whole files go to one process each."""
     format, model, peers = job.architecture.text, job.options.model, peers_of(job.accelerator)
     settings = TextSettings(
@@ -125,6 +154,7 @@ def _write(job: CacheJob, files: Sequence[TextFile], report: Report) -> int:
         max_token_length=model.max_token_length,
         clip_skip=model.clip_skip,
         weighted=model.weighted_captions,
+        own=format.settings,
     )
     mine = files[peers.rank :: peers.count]
     outdated = set(find_outdated(mine, format, settings, trust=job.options.dataset.skip_cache_check))
@@ -133,7 +163,7 @@ def _write(job: CacheJob, files: Sequence[TextFile], report: Report) -> int:
     share = [files[i] for i in missing[peers.rank :: peers.count]]
     with together(peers):
         if share:
-            encode_to_disk(share, _load_encoding(job), format, settings, report)
+            encode_to_disk(share, encoding(), format, settings, report)
     return len(missing)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import logging
 import os
 import sys
@@ -17,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,8 +55,9 @@ from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
 from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
+from library.training.pictures import with_pictures
 from library.training.plan import RunPlan
-from library.training.previews import draw_image
+from library.training.previews import draw_image, encode_prompts
 from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
 from library.training.replay import replay
 from library.training.resume import TrainState, go_on, read_state, save_state, standing
@@ -73,7 +74,7 @@ from library.training.settings import (
     tracker_settings,
 )
 from library.training.step import NoiseSettings, batch_losses
-from library.training.text_caching import Tokenize, cache_texts, caches_texts, text_cache_row
+from library.training.text_caching import Tokenize, cache_texts, cached_encoders, caches_texts, text_cache_row
 from library.training.validation import Validation, check_validation
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class Run:
     start_step: int  # steps done before
     uploads: Uploads
     tokenizers: list[Any] = field(default_factory=list)
-    text_encoders: list[nn.Module] = field(default_factory=list)
+    text_encoders: list[nn.Module] = field(default_factory=list)  # on the meta device beside a cache of their outputs
+    prompts: dict[str, Conditioning] = field(default_factory=dict)  # of sample images, by text, where texts are cached
     denoiser: nn.Module | None = None
     vae: nn.Module | None = None
     trained: Trained | None = None
@@ -125,7 +127,7 @@ class Run:
     done_steps: int = 0  # when training has ended
     validation: Validation | None = None
 
-    @functools.cached_property
+    @cached_property
     def fingerprint(self) -> dict[str, object]:
         """What a resumed run must share; read from files and records once, not at every state."""
         return fingerprint(self)
@@ -147,8 +149,11 @@ class Trainer(ABC):
     """Base of all trainers; an entry script sets ``architecture`` and calls ``train``."""
 
     architecture: ClassVar[Architecture]
-    #: what the pictures of ``conditioning_data_dir`` are to this trainer
-    conditioning_as: ClassVar[Role] = "mask"
+
+    @property
+    def conditioning_as(self) -> Role:
+        """What the pictures of ``conditioning_data_dir`` are to this trainer."""
+        return "image" if self.architecture.takes_pictures else "mask"
 
     # ---- the command line ----
 
@@ -271,6 +276,7 @@ class Trainer(ABC):
         trackers = tracker_settings(options)
         trackers.check()
         checkpoint = inspect_model(self.architecture, options.model)
+        self.architecture = self.architecture.for_model(checkpoint)
         self.architecture.check_options(options, checkpoint.info)
         objective = self.objective(options, checkpoint.info)
         objective.check(noise_settings(options).timesteps)
@@ -306,11 +312,14 @@ class Trainer(ABC):
             interrupt=interrupt,
         )
         if run.caches_latents:
-            run.vae = cache_latents(job, keep_vae=bool(run.checked.prompts))  # previews fetch it back
+            keep = bool(run.checked.prompts) or self.architecture.takes_pictures  # which fetch it back
+            run.vae = cache_latents(job, keep_vae=keep)
         else:
             run.vae = job.load_vae()
         if caches_texts(run.options.dataset):
-            cache_texts(job)
+            encode = partial(encode_prompts, self.architecture, run) if run.checked.prompts else None
+            in_part = not all(cached_encoders(self.architecture, run.options))
+            run.prompts = cache_texts(job, encode, in_part=in_part) or {}
 
     def load(self, run: Run) -> None:
         """Load tokenizers, encoders and denoiser, build what is trained, and resume."""
@@ -318,10 +327,11 @@ class Trainer(ABC):
         checkpoint = run.checked.checkpoint
         device = str(run.device)
         run.tokenizers = self.architecture.load_tokenizers(checkpoint)
-        # beside a cache of their outputs they are only looked at, and fetched to the device by previews
-        in_fp8 = precision.InFp8.of(run.options)
-        home = "cpu" if caches_texts(run.options.dataset) or in_fp8.text_encoders else device
-        run.text_encoders = self.architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device=home)
+        in_fp8, cached = precision.InFp8.of(run.options), cached_encoders(self.architecture, run.options)
+        home = "cpu" if in_fp8.text_encoders else device
+        run.text_encoders = self.architecture.load_uncached_text_encoders(
+            checkpoint, cached, dtype=run.weight_dtype, device=home
+        )
         home = "cpu" if in_fp8.denoiser else device
         denoiser = self.architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device=home)
         # convolutions are faster so; benchmarks/RESULTS.md has the figure. Linear layers stay as they are
@@ -473,7 +483,7 @@ class Trainer(ABC):
             run.denoiser,
             batch,
             latents,
-            conditioning,
+            with_pictures(self.architecture, run, batch, conditioning),
             run.objective,
             noise,
             loss_settings(run.options),

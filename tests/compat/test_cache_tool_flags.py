@@ -58,7 +58,7 @@ def test_flags(tool: str) -> None:
 )
 def test_help_shows_what_matters_only(tool: str, relevant: set[str], there: set[str], not_there: str) -> None:
     shown = {dest for dest, action in actions(tool).items() if action.help != argparse.SUPPRESS}
-    assert shown == set(relevant) - {"flux"}
+    assert shown == set(relevant)
     assert {"dataset_config", "skip_cache_check", "mixed_precision", *there} <= shown
     text = TOOLS[tool].setup_parser().format_help()
     assert f"accelerate launch tools/{tool}.py" in text
@@ -68,8 +68,8 @@ def test_help_shows_what_matters_only(tool: str, relevant: set[str], there: set[
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--flux"], "--flux: FLUX.1 is not supported yet"),
-        (["--t5xxl", "t5.safetensors"], "--t5xxl: only for FLUX.1"),
+        (["--flux", "--sdxl"], "--sdxl and --flux exclude each other"),
+        (["--t5xxl", "t5.safetensors"], "--t5xxl: only for FLUX.1; remove it, or add --flux"),
     ],
 )
 @pytest.mark.parametrize("tool", TOOLS)

@@ -12,7 +12,7 @@ import pytest
 from library.config.arguments import TrainNetworkOptions
 
 CLI = Path(__file__).parent / "data" / "cli"
-SCRIPTS = {"train_network": 193, "sdxl_train_network": 196}
+SCRIPTS = {"train_network": 193, "sdxl_train_network": 196, "flux_train_network": 215}
 PUBLISHED = {script: json.loads((CLI / f"{script}.json").read_text())["options"] for script in SCRIPTS}
 
 #: flags of this project that the published command line of train_network.py does not have

@@ -29,7 +29,8 @@ def test_every_option_is_on_a_page(tmp_path: Path) -> None:
     (tmp_path / "of_a_group_that_is_gone.md").touch()
     write(tmp_path)
     assert {path.name for path in tmp_path.glob("*.md")} == set(pages())
-    text = "".join(path.read_text(encoding="utf-8") for path in tmp_path.glob("*.md"))
+    # the scripts' own pages name options once more that are not for them
+    text = "".join((tmp_path / f"{name}.md").read_text(encoding="utf-8") for name in TrainNetworkOptions.groups())
     for field in FIELDS:
         (row,) = re.findall(rf"^\| `--{field.name}` \|.*$", text, re.MULTILINE)
         assert len(re.findall(r"(?<!\\)\|", row)) == 7, row

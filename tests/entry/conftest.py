@@ -18,8 +18,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     everyone = metafunc.definition.get_closest_marker("every_family") is not None
     families = [
-        pytest.param(name, marks=() if index == 0 or everyone else pytest.mark.slow)
-        for index, name in enumerate(FAMILIES)
+        pytest.param(name, marks=() if name == SD.name or (everyone and not family.is_variant) else pytest.mark.slow)
+        for name, family in FAMILIES.items()
     ]
     metafunc.parametrize("tiny", families, indirect=True, scope="session")
 

@@ -70,12 +70,13 @@ ALWAYS = {"always", "each save", "not for flux/chroma"}
 
 
 def expected_keys(tiny: Tiny, *conditions: str) -> set[str]:
-    keys = {key for key, _, when in TABLE["keys"]["sd"] if when in ALWAYS or when in conditions}
+    table = TABLE["keys"][tiny.family.metadata_table]
+    keys = {key for key, _, when in table if when in ALWAYS or when in conditions}
     return keys - tiny.family.metadata_absent
 
 
-def assert_types(entries: dict[str, str]) -> None:
-    types = {key: kind for key, kind, _ in TABLE["keys"]["sd"]}
+def assert_types(tiny: Tiny, entries: dict[str, str]) -> None:
+    types = {key: kind for key, kind, _ in TABLE["keys"][tiny.family.metadata_table]}
     wrong = {key: text for key, text in entries.items() if not TYPES[types[key]](text)}
     assert not wrong
 
@@ -94,7 +95,7 @@ def test_keys_and_types_of_a_plain_run(tiny: Tiny, plain: Path) -> None:
     entries = metadata_of(plain)
     local_model = ("when local path exists", "with --dataset_config")
     assert set(entries) == expected_keys(tiny, *local_model) | {"ss_sd_model_name"}
-    assert_types(entries)
+    assert_types(tiny, entries)
     assert not set(TABLE["never"]) & set(entries)
     assert entries.items() >= tiny.family.metadata.items()
 
@@ -138,7 +139,7 @@ def test_keys_and_types_with_everything_given(tmp_path: Path, tiny: Tiny) -> Non
     conditions = {when for _, _, when in TABLE["keys"]["sd"]} - {"with --dataset_config"}
     assert set(entries) == expected_keys(tiny, *conditions)
     assert (entries["ss_face_crop_aug_range"], entries["ss_color_aug"]) == ("(2.0, 4.0)", "True")
-    assert_types(entries)
+    assert_types(tiny, entries)
 
 
 @pytest.mark.every_family

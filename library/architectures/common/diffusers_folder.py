@@ -17,6 +17,9 @@ WEIGHT_NAMES = tuple(
 )
 
 
+#: of weights in several files, not of their variants in half precision
+_SHARD = re.compile(r"\w+-\d{5}-of-\d{5}\.safetensors")
+
 HUB_TIMEOUT = 10.0  # seconds to wait for the Hub's answer before the cache is used
 
 
@@ -104,4 +107,6 @@ def _wanted(names: Collection[str], components: Iterable[str]) -> list[str]:
         wanted += [prefix + name for name in inside if name.endswith((".json", ".txt"))]
         if weights := choose_weights(inside):
             wanted.append(prefix + weights)
+        else:
+            wanted += [prefix + name for name in inside if _SHARD.fullmatch(name)]
     return wanted

@@ -20,6 +20,11 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safete
 _INDEX_ENDING = ".safetensors.index.json"
 
 
+def is_shard(path: Path) -> bool:
+    """Whether a file's name is that of one of several, ``...-00001-of-00003.safetensors``."""
+    return _SHARD.fullmatch(path.name) is not None
+
+
 @dataclass(frozen=True)
 class ShardedFile(WeightFile):
     """Weights whose names, shapes and dtypes are known; tensors are read when asked for.

@@ -17,13 +17,14 @@ from library.architectures.common.tensor_files import Shapes, TensorFile
 from library.errors import UserError
 
 Found = TypeVar("Found")
+AnyFile = TypeVar("AnyFile")
 
 _UNET_NAMES = (
     "conv_in", "conv_norm_out", "conv_out", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks",
 )  # fmt: skip
 
 
-def in_file(path: Path, find: Callable[[TensorFile], Found], file: TensorFile) -> Found:
+def in_file(path: Path, find: Callable[[AnyFile], Found], file: AnyFile) -> Found:
     """Call ``find(file)``; its errors get the file's name."""
     try:
         return find(file)

@@ -10,13 +10,20 @@ from pathlib import Path
 import torch
 
 from library.architectures.common import clip
-from library.architectures.common.checkpoint import MODEL_FLAG, locate_model
+from library.architectures.common.checkpoint import locate_model
+from library.architectures.common.diffusers_folder import read_json
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
-from library.architectures.common.recognise import recognise_tensors, refuse_scaled
+from library.architectures.common.recognise import recognise_pipeline, recognise_tensors, refuse_scaled
+from library.architectures.common.sharded_file import is_shard
 from library.architectures.common.sources import clip_prefix, in_file
 from library.architectures.common.tensor_files import Shapes, TensorFile, WeightFile
 from library.architectures.flux.chroma import Chroma
+from library.architectures.flux.diffusers_layout import (
+    DiffusersTransformer,
+    in_diffusers_layout,
+    open_transformer,
+)
 from library.architectures.flux.model import Flux, FluxTransformer
 from library.architectures.flux.names import CHROMA, DEV, SCHNELL, SIGN, TITLES, Variant, file_prefix
 from library.architectures.flux.sizes import FluxSizes, infer_sizes
@@ -53,19 +60,38 @@ class TransformerCheckpoint:
 
 
 def inspect_transformer(path_or_id: str) -> TransformerCheckpoint:
-    """Find and recognise the transformer that --pretrained_model_name_or_path names, from its header alone.
+    """Find and recognise the transformer that --pretrained_model_name_or_path names, from its headers alone.
+
+    It may be a file in the published or in diffusers' layout, one of several shards, the folder of a pipeline or of its
+    transformer, or a Hub id.
 
     Raises:
         UserError: nothing there, or something else.
     """
     path = locate_model(path_or_id, ("transformer",))
     if path.is_dir():
-        raise UserError(f"{MODEL_FLAG} {path}: is a folder; give the transformer's .safetensors file")
-    return transformer_in(TensorFile.open(path))
+        check_pipeline(path)
+    elif not is_shard(path):
+        file = TensorFile.open(path)
+        if not in_diffusers_layout(file.shapes):
+            return transformer_in(file)
+    opened = open_transformer(path)
+    if isinstance(opened, DiffusersTransformer):
+        return in_file(path, lambda found: described(found, published_layout(), found.shapes), opened)
+    return transformer_in(opened)
+
+
+def check_pipeline(folder: Path) -> None:
+    """Raise UserError for the folder of another family's pipeline."""
+    index = folder / "model_index.json"
+    name = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+    other = recognise_pipeline(name, "flux")
+    if other is not None:
+        raise UserError(f"{folder} is {other.what} ({name}); {other.remedy}")
 
 
 def transformer_in(file: WeightFile) -> TransformerCheckpoint:
-    """The transformer of a single file in the published layout, with or without prefix.
+    """The transformer of a file, or of several, in the published layout, with or without prefix.
 
     Raises:
         UserError: the file is something else or incomplete.

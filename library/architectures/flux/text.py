@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from library.architectures.base import Conditioning
 from library.architectures.common import clip_text, t5
 
+#: width of CLIP-L's pooled output
+POOLED = 768
+
 
 def tokenize(
     clip_tokenizer: Any | None, t5_tokenizer: Any, captions: Sequence[str], *, t5_length: int
@@ -40,16 +43,34 @@ def pooled_clip(encoder: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
 
 
 def encode_text(
-    clip_encoder: nn.Module | None, t5_encoder: nn.Module, tokens: Mapping[str, Tensor], *, apply_t5_mask: bool
+    clip_encoder: nn.Module | None, t5_encoder: nn.Module | None, tokens: Mapping[str, Tensor], *, apply_t5_mask: bool
 ) -> Conditioning:
-    """Tokens on the encoders' devices to ``t5_out`` (B, T, D), ``t5_attn_mask`` (B, T) and, with CLIP, ``l_pooled``.
+    """Tokens on the encoders' devices to ``t5_out`` (B, T, D) and ``t5_attn_mask`` (B, T), and ``l_pooled`` (B, P).
+
+    What an encoder gives that is not there is left out.
 
     Args:
         apply_t5_mask: keep T5 from attending to padding (--apply_t5_attn_mask).
     """
-    mask = tokens["t5_mask"]
-    states = t5.encode(t5_encoder, tokens["t5_ids"], mask if apply_t5_mask else None)
-    tensors = {"t5_out": states, "t5_attn_mask": mask}
+    tensors = {}
+    if t5_encoder is not None:
+        mask = tokens["t5_mask"]
+        states = t5.encode(t5_encoder, tokens["t5_ids"], mask if apply_t5_mask else None)
+        tensors |= {"t5_out": states, "t5_attn_mask": mask}
     if clip_encoder is not None:
         tensors["l_pooled"] = pooled_clip(clip_encoder, tokens)
     return Conditioning(tensors)
+
+
+def published_extras(row: Mapping[str, Tensor], *, apply_t5_attn_mask: bool) -> dict[str, Tensor]:
+    """What published cache files hold beside the conditioning of a caption.
+
+    Returns:
+        ``txt_ids`` (T, 3) float32, zeros; ``apply_t5_attn_mask`` () bool; and for Chroma, which has no CLIP-L,
+        ``l_pooled`` (768,), zeros.
+    """
+    extras = {
+        "txt_ids": torch.zeros(len(row["t5_out"]), 3),
+        "apply_t5_attn_mask": torch.tensor(apply_t5_attn_mask),
+    }
+    return extras if "l_pooled" in row else {**extras, "l_pooled": torch.zeros(POOLED)}

@@ -6,10 +6,22 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from library.config.arguments import TrainingOptions, TrainNetworkOptions, build_parser, flat
+from library.config.arguments import TrainingOptions, TrainNetworkOptions, build_parser, flat, with_groups
 from library.config.fields import option
+from library.config.tool_arguments import FLUX_MODEL_OPTIONS, FamilyToolOptions
 from library.data.report.near_duplicates import DISTANCE
 from library.errors import UserError
+
+
+@dataclass(frozen=True)
+class FamilyOptions(FamilyToolOptions):
+    """Options of FLUX.1 alone."""
+
+    split_mode: bool = option(False, "an old way of saving memory")
+
+
+#: all of training, of every family
+TrainingOptionsOfAll = with_groups(TrainNetworkOptions, {"family": FamilyOptions})
 
 
 @dataclass(frozen=True)
@@ -17,6 +29,7 @@ class CheckOptions:
     """Report."""
 
     sdxl: bool = option(False, "the data are for Stable Diffusion XL, whose buckets are multiples of 32 pixels")
+    flux: bool = option(False, "the data are for FLUX.1 or Chroma, whose buckets are multiples of 16 pixels")
     html: Path | None = option(None, "write the report as one HTML file with small pictures in it", type=Path)
     json: Path | None = option(None, "write everything that was found as JSON, for scripts", type=Path)
     tokenizer: Path | None = option(
@@ -36,6 +49,8 @@ class CheckOptions:
     def from_args(cls, args: argparse.Namespace) -> CheckOptions:
         """Raises UserError: values that cannot work."""
         found = cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
+        if found.sdxl and found.flux:
+            raise UserError("--sdxl and --flux exclude each other: give the one that the data are for")
         if not 0 <= found.hash_distance <= 32:
             raise UserError(f"--hash_distance {found.hash_distance}: must lie between 0 and 32")
         if found.max_thumbnails < 0:
@@ -57,6 +72,7 @@ _NOT_LOOKED_AT = (
 _ALSO_LOOKED_AT = (
     "gradient_accumulation_steps", "max_train_steps", "max_train_epochs", "validation_split", "validation_seed",
     "seed", "strict", "console_log_level", "console_log_file", "console_log_simple", "config_file", "output_config",
+    *FLUX_MODEL_OPTIONS, "t5xxl_max_token_length",
 )  # fmt: skip
 
 
@@ -68,7 +84,7 @@ def _is_looked_at(name: str) -> bool:
 
 def parser(description: str, epilog: str) -> argparse.ArgumentParser:
     """Takes every option of training, so that a training command can be checked as it is; explains those that count."""
-    made = build_parser([CheckOptions, *TrainNetworkOptions.groups().values()], description=description, epilog=epilog)
+    made = build_parser([CheckOptions, *TrainingOptionsOfAll.groups().values()], description=description, epilog=epilog)
     own = {*CheckOptions.__dataclass_fields__, "help"}
     for action in made._actions:
         if action.dest == "strict":

@@ -282,6 +282,7 @@ def _measure(
             vae=model.vae,
             tokenizer_cache_dir=model.tokenizer_cache_dir,
         )
+        architecture = architecture.for_model(checkpoint)
         tokenizers = architecture.load_tokenizers(checkpoint)
     else:
         collector.notes.append(

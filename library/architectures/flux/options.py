@@ -1,0 +1,99 @@
+"""Options that only FLUX.1 and Chroma have, and what makes them wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from library.config.fields import option
+from library.config.no_effect.declare import idle
+from library.config.rules import Finding, error
+
+FLUX, CHROMA = "flux", "chroma"
+
+
+@dataclass(frozen=True)
+class FluxModelOptions:
+    """FLUX.1 and Chroma."""
+
+    model_type: str = option(FLUX, "kind of the model: FLUX.1, or Chroma", choices=[FLUX, CHROMA])
+    clip_l: str | None = option(None, "CLIP-L text encoder, a .safetensors file; not for Chroma", weights=True)
+    t5xxl: str | None = option(None, "T5-XXL text encoder, a .safetensors file", weights=True)
+    ae: str | None = option(None, "autoencoder: a .safetensors file, a Diffusers folder, or a Hub id", weights=True)
+    controlnet_model_name_or_path: str | None = option(
+        None,
+        "ControlNet of FLUX.1 beside which is trained, in diffusers' layout: a file, a folder, or a Hub id; it reads "
+        "the pictures of conditioning_data_dir",
+        weights=True,
+    )
+    t5xxl_max_token_length: int | None = option(
+        None, "tokens of a caption for T5-XXL (512 if not given, 256 with FLUX.1 schnell)", type=int, unit="tokens"
+    )
+    apply_t5_attn_mask: bool = option(
+        False, "neither T5-XXL nor the transformer sees what captions are filled up with; needed for Chroma"
+    )
+    guidance_scale: float = option(
+        3.5, "guidance scale that FLUX.1 dev is trained at, 1 is common; Chroma needs 0", type=float, unit=""
+    )
+    blocks_to_swap: int | None = option(None, "blocks kept in host memory", type=int, unit="blocks", harmless=True)
+    split_mode: bool = option(False, "an old way of saving memory")
+
+
+@idle("clip_l", reason="with --model_type chroma, which has no CLIP-L")
+def no_clip(o: Any) -> bool:
+    return o.flux.model_type == CHROMA
+
+
+IDLE_RULES = (no_clip,)
+
+
+def caption_length(o: Any) -> Iterator[Finding]:
+    length = o.flux.t5xxl_max_token_length
+    if length is not None and length < 1:
+        yield error(f"--t5xxl_max_token_length {length}: must be at least 1")
+
+
+def guidance(o: Any) -> Iterator[Finding]:
+    scale = o.flux.guidance_scale
+    if o.flux.model_type == CHROMA and scale != 0:
+        yield error(f"--guidance_scale {scale:g}: Chroma is made for 0; add --guidance_scale 0")
+    elif scale < 0:
+        yield error(f"--guidance_scale {scale:g}: must be at least 0")
+
+
+def chroma_mask(o: Any) -> Iterator[Finding]:
+    if o.flux.model_type == CHROMA and not o.flux.apply_t5_attn_mask:
+        yield error("--model_type chroma: Chroma is made for masked captions; add --apply_t5_attn_mask")
+
+
+def trains_t5(network: Any) -> bool:
+    """Whether ``--network_args`` has ``train_t5xxl=True``."""
+    words = (word.partition("=") for word in network.network_args or [])
+    return any(name.strip() == "train_t5xxl" and value.strip().lower() in ("true", "1") for name, _, value in words)
+
+
+def what_is_trained(o: Any) -> Iterator[Finding]:
+    network = o.network
+    if network.network_train_unet_only and trains_t5(network):
+        yield error("--network_args train_t5xxl=True: not with --network_train_unet_only; remove one of them")
+    if o.flux.model_type == CHROMA and network.network_train_text_encoder_only and not trains_t5(network):
+        yield error(
+            "--network_train_text_encoder_only: Chroma's only text encoder is T5-XXL; add train_t5xxl=True to "
+            "--network_args"
+        )
+
+
+def controlnet(o: Any) -> Iterator[Finding]:
+    if not o.flux.controlnet_model_name_or_path:
+        return
+    if o.flux.model_type == CHROMA:
+        yield error("--controlnet_model_name_or_path: ControlNets are made for FLUX.1, not for Chroma; remove it")
+    if o.loss.masked_loss:
+        yield error(
+            "--masked_loss: not with --controlnet_model_name_or_path, which reads the pictures of "
+            "conditioning_data_dir; remove it, and use alpha_mask for masks"
+        )
+
+
+OPTION_RULES = (caption_length, guidance, chroma_mask, controlnet, what_is_trained)

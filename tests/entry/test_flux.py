@@ -1,0 +1,544 @@
+"""What is FLUX.1's and Chroma's own in whole runs; what they share with others is in the tests of ``tiny``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from library.architectures.flux import FLUX, Flux
+from library.architectures.flux.diffusers_layout import diffusers_plan, join
+from library.architectures.flux.options import FluxModelOptions
+from library.config.config_file import read_args
+from tests.fixtures.runs import ROOT, logged, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
+from tests.fixtures.tiny_flux import MadeFlux, make_tiny_flux
+
+pytestmark = pytest.mark.usefixtures("own_root_logger")
+
+PAGE = ROOT / "docs" / "flux_train_network.md"
+Train = Callable[..., dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> MadeFlux:
+    return make_tiny_flux(tmp_path_factory.mktemp("dev"))
+
+
+@pytest.fixture(scope="module")
+def schnell(tmp_path_factory: pytest.TempPathFactory) -> MadeFlux:
+    return make_tiny_flux(tmp_path_factory.mktemp("schnell"), model="schnell")
+
+
+@pytest.fixture(scope="module")
+def chroma(tmp_path_factory: pytest.TempPathFactory) -> MadeFlux:
+    return make_tiny_flux(tmp_path_factory.mktemp("chroma"), model="chroma")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_pictures(tmp_path / "pictures", ((64, 64), (100, 44), (64, 66)))
+
+
+@pytest.fixture
+def train(tmp_path: Path, folder: Path, dev: MadeFlux) -> Train:
+    """A run of three steps in this process; returns the weights it saves as ``<name>/tiny.safetensors``."""
+
+    def run(
+        name: str, *, model: MadeFlux = dev, dataset: str = "", subset: str = "", **more: object
+    ) -> dict[str, Tensor]:
+        data = write_dataset(tmp_path / f"{name}.toml", folder, dataset=f"batch_size = 2\n{dataset}", subset=subset)
+        settings = {"network_module": "networks.lora_flux", "max_train_steps": 3, **more}
+        train_here(*lora_arguments(model, data, tmp_path / name, **settings), script="flux_train_network")
+        return load_file(tmp_path / name / "tiny.safetensors")
+
+    return run
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], atol: float = 0.0) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=atol, msg=name)
+
+
+def moved(weights: dict[str, Tensor]) -> set[str]:
+    """The parts whose adapters were trained, by their prefixes in the file."""
+    return {name.split("_")[1] for name, tensor in weights.items() if "lora_up" in name and tensor.any()}
+
+
+def parts(weights: dict[str, Tensor]) -> set[str]:
+    return {name.split("_")[1] for name in weights}
+
+
+# ---- what is trained ----
+
+T5_ARGS = ("train_t5xxl=True",)
+T5 = {"network_args": list(T5_ARGS)}
+ROWS = {
+    "transformer": ({"network_train_unet_only": True}, {"unet"}),
+    "transformer and CLIP-L": ({}, {"unet", "te1"}),
+    "transformer, CLIP-L and T5": (T5, {"unet", "te1", "te3"}),
+    "CLIP-L": ({"network_train_text_encoder_only": True}, {"te1"}),
+    "CLIP-L and T5": ({"network_train_text_encoder_only": True, **T5}, {"te1", "te3"}),
+}
+
+
+@pytest.mark.parametrize(
+    "row", [row if row == "transformer and CLIP-L" else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+)
+def test_what_is_trained_and_which_outputs_may_be_cached(
+    row: str, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, expected = ROWS[row]
+    plain = train("plain", **settings)
+    assert moved(plain) == parts(plain) == expected
+    if "te3" not in expected:
+        # T5's outputs are then those of the cache, and CLIP-L's too, if it is not trained
+        assert_same(train("cached", cache_text_encoder_outputs=True, **settings), plain, 1e-6)
+        return
+    with pytest.raises(SystemExit):
+        train("cached", cache_text_encoder_outputs=True, **settings)
+    assert "--cache_text_encoder_outputs: not while the text encoder is trained" in capsys.readouterr().err
+
+
+def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5 is not loaded any more, also where sample images are drawn; CLIP-L is, where it is trained."""
+    loads: list[list[str]] = []
+    load = Flux.load_uncached_text_encoders
+
+    def spy(self: Any, *args: Any, **settings: Any) -> Any:
+        encoders = load(self, *args, **settings)
+        loads.append([next(encoder.parameters()).device.type for encoder in encoders])
+        return encoders
+
+    monkeypatch.setattr(Flux, "load_uncached_text_encoders", spy)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 5 --l 2 --n dog\n")
+    draws = {"sample_prompts": prompts, "sample_every_n_steps": 3}
+    cached = {"cache_text_encoder_outputs_to_disk": True}
+    plain = train("plain", **draws)
+    loads.clear()
+    assert_same(train("cached", **draws, **cached), plain, 1e-6)
+    assert loads == [["cpu", "cpu"], ["cpu", "meta"]]
+    train("alone", network_train_unet_only=True, **cached)
+    assert loads[2:] == [["meta", "meta"]]
+    # CLIP-L's part of the prompt is encoded with its adapters: the pictures are those of a run without a cache
+    one, other = (next((tmp_path / name / "sample").glob("*.png")) for name in ("plain", "cached"))
+    assert one.read_bytes()[:16] == other.read_bytes()[:16]
+    difference = np.abs(np.asarray(Image.open(one), dtype=int) - np.asarray(Image.open(other), dtype=int))
+    assert difference.max() <= 1
+
+
+@pytest.mark.slow
+def test_rates_of_both_encoders(train: Train, tmp_path: Path) -> None:
+    train("two", text_encoder_lr=[1e-3, 2e-3], **T5)
+    assert metadata_of(tmp_path / "two" / "tiny.safetensors")["ss_text_encoder_lr"] == "[0.001, 0.002]"
+    rates = [logged(tmp_path / "two", f"lr/textencoder {number}")[-1] for number in (1, 2)]
+    assert rates == pytest.approx([1e-3, 2e-3])
+    assert moved(train("first", text_encoder_lr=[1e-3, 0], **T5)) == {"unet", "te1"}
+
+
+@pytest.mark.slow
+def test_chromas_only_encoder_is_t5(train: Train, chroma: MadeFlux) -> None:
+    assert moved(train("plain", model=chroma)) == {"unet"}
+    cached = train("cached", model=chroma, cache_text_encoder_outputs=True)
+    assert_same(cached, train("unet", model=chroma, network_train_unet_only=True), 1e-6)
+    assert moved(train("t5", model=chroma, **T5)) == {"unet", "te3"}
+
+
+# ---- what the transformer is given ----
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each call of FLUX.1's transformer was given."""
+    from library.architectures.flux.model import Flux as Model
+
+    calls: list[dict[str, Any]] = []
+    forward = Model.forward
+
+    def spy(self: Any, latents: Any, timesteps: Any, context: Any, pooled: Any, guidance: Any, **more: Any) -> Any:
+        told = {"times": timesteps.tolist(), "guidance": guidance.tolist(), "mask": more["text_mask"]}
+        calls.append({**told, "tokens": context.shape[1], "added": more["double_residuals"]})
+        return forward(self, latents, timesteps, context, pooled, guidance, **more)
+
+    monkeypatch.setattr(Model, "forward", spy)
+    return calls
+
+
+def test_guidance_timesteps_and_mask(train: Train, tmp_path: Path, told: list[dict[str, Any]]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        "a cat --w 64 --h 64 --s 2 --d 5\na cat --w 64 --h 64 --s 2 --d 5 --g 1.5 --l 3 --n a dog --fs 4\n"
+    )
+    draws = {"sample_prompts": prompts, "sample_every_n_steps": 3, "network_train_unet_only": True}
+    train("plain", guidance_scale=1.0, min_timestep=100, max_timestep=200, timestep_sampling="flux_shift", **draws)
+    steps, (first, second, guided, last) = told[:-4], told[-4:]
+    assert len(steps) == 3
+    for call in steps:
+        assert set(call["guidance"]) == {1.0} and call["mask"] is None and call["tokens"] == 24
+        assert all(0.1 <= time < 0.2 for time in call["times"])
+    assert first["guidance"] == [3.5] and first["times"] == [1.0] and 0.5 < second["times"][0] < 0.7
+    # both directions in one pass; 4 / (1 + 3) of half the way
+    assert guided["guidance"] == [1.5, 1.5] and last["times"] == pytest.approx([0.8, 0.8])
+    entries = metadata_of(tmp_path / "plain" / "tiny.safetensors")
+    assert (entries["ss_guidance_scale"], entries["ss_timestep_sampling"]) == ("1.0", "flux_shift")
+    assert entries["ss_apply_t5_attn_mask"] == "False" and entries["modelspec.timestep_range"] == "100,200"
+
+    told.clear()
+    masked = train("masked", apply_t5_attn_mask=True, t5xxl_max_token_length=32, **draws)
+    # the tags of a caption and its end, not what it is filled up with
+    assert all(call["tokens"] == 32 and 10 < int(call["mask"][0].sum()) < 32 for call in told[:3])
+    assert metadata_of(tmp_path / "masked" / "tiny.safetensors")["ss_apply_t5_attn_mask"] == "True"
+    assert moved(masked) == {"unet"}
+
+
+@pytest.mark.slow
+def test_schnell(train: Train, tmp_path: Path, schnell: MadeFlux, told: list[dict[str, Any]]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 4 --d 5\n")
+    model = replace(schnell)
+    weights = train(
+        "out",
+        model=model,
+        t5xxl_max_token_length=None,
+        sample_prompts=prompts,
+        sample_every_n_steps=3,
+        network_args=["in_dims=[2,2,2,0,2]"],
+    )
+    assert "lora_unet_img_in.lora_up.weight" in weights and not any("guidance_in" in name for name in weights)
+    assert {call["tokens"] for call in told} == {256}
+    assert [call["times"] for call in told[3:]] == [[1.0], [0.75], [0.5], [0.25]]
+    entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
+    assert entries["modelspec.architecture"] == "flux-1-schnell/lora" and entries["ss_base_model_version"] == "flux1"
+
+
+def test_lengths_of_captions() -> None:
+    assert FLUX.t5_length == 512 and FLUX.changed(FluxModelOptions, t5xxl_max_token_length=77).t5_length == 77
+
+
+@pytest.mark.slow
+def test_losses_data_and_noise_together(train: Train, tmp_path: Path, folder: Path) -> None:
+    """Two resolutions of the same pictures, masks, validation, perturbed inputs, Huber loss, weighted timesteps."""
+    masks = make_pictures(tmp_path / "masks", ((64, 64), (100, 44), (64, 66)))
+    dataset = (
+        "validation_split = 0.4\n[[datasets.subsets]]\n"
+        f"image_dir = '{folder}'\ncaption_extension = '.txt'\nconditioning_data_dir = '{masks}'\n"
+        "[[datasets]]\nresolution = 96\nbatch_size = 1\nenable_bucket = true\nmin_bucket_reso = 32\n"
+        "max_bucket_reso = 128\nbucket_reso_steps = 32"
+    )
+    weights = train(
+        "out",
+        dataset=dataset,
+        subset=f"conditioning_data_dir = '{masks}'",
+        masked_loss=True,
+        ip_noise_gamma=0.1,
+        loss_type="huber",
+        weighting_scheme="logit_normal",
+        logit_mean=0.5,
+        cache_latents=True,
+        cache_latents_to_disk=True,
+        validate_every_n_steps=3,
+        max_train_steps=6,
+    )
+    assert moved(weights) == {"unet", "te1"}
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert len(logged(tmp_path / "out", "loss/validation/step_average")) >= 1
+    with np.load(folder / "0_0064x0064_flux.npz") as file:
+        assert {"latents_8x8", "latents_12x12"} <= set(file.files)
+
+
+# ---- caches ----
+
+
+def test_caches_change_nothing_and_have_the_published_layout(
+    train: Train, folder: Path, capsys: pytest.CaptureFixture[str], chroma: MadeFlux
+) -> None:
+    unet = {"network_train_unet_only": True}
+    plain = train("plain", cache_latents=True, **unet)
+    disk = {**unet, "cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
+    assert_same(train("cached", **disk), plain, 1e-6)
+    with np.load(folder / "1_flux_te.npz") as file:
+        found = {name: (file[name].shape, str(file[name].dtype)) for name in file.files if name != "stamp"}
+        assert not file["apply_t5_attn_mask"] and not file["txt_ids"].any()
+        assert set(file["t5_attn_mask"].tolist()) == {0, 1}
+    assert found == {
+        "l_pooled": ((32,), "float32"),
+        "t5_out": ((24, 32), "float32"),
+        "txt_ids": ((24, 3), "float32"),
+        "t5_attn_mask": ((24,), "int64"),
+        "apply_t5_attn_mask": ((), "bool"),
+    }
+    with np.load(folder / "1_0100x0044_flux.npz") as file:
+        (latents,) = (name for name in file.files if name.startswith("latents_"))
+        assert latents == "latents_4x12" and file[latents].shape == (16, 4, 12)
+        assert file["original_size_4x12"].tolist() == [100, 44]
+
+    for changed in ({"apply_t5_attn_mask": True}, {"apply_t5_attn_mask": True, "t5xxl_max_token_length": 30}):
+        capsys.readouterr()
+        train("changed", **disk, **changed)
+        said = capsys.readouterr().err
+        assert "text encoder outputs: 3 files made, 0 from the cache" in said
+        assert f"made with another --{list(changed)[-1]}" in said
+    with np.load(folder / "1_flux_te.npz") as file:
+        assert file["apply_t5_attn_mask"] and file["t5_out"].shape == (30, 32)
+
+    # Chroma's files have the place of CLIP-L's output too, which other programs look for
+    train("chroma", model=chroma, **disk)
+    with np.load(folder / "1_flux_te.npz") as file:
+        assert file["l_pooled"].shape == (768,) and not file["l_pooled"].any() and file["apply_t5_attn_mask"]
+
+
+# ---- files ----
+
+
+def write_diffusers_folder(model: MadeFlux, folder: Path) -> Path:
+    """The transformer as a pipeline's folder in two shards."""
+    weights = load_file(model.path)
+    plan = diffusers_plan({name: tuple(tensor.shape) for name, tensor in weights.items()})
+    (folder / "transformer").mkdir(parents=True)
+    names = sorted(plan)
+    where = {}
+    for number, share in enumerate((names[::2], names[1::2]), start=1):
+        file = f"diffusion_pytorch_model-{number:05d}-of-00002.safetensors"
+        tensors = {name: join(plan, name, weights.__getitem__).clone() for name in share}
+        save_file(tensors, folder / "transformer" / file)
+        where |= dict.fromkeys(share, file)
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_diffusers_folder_trains_as_the_single_file(train: Train, tmp_path: Path, dev: MadeFlux) -> None:
+    folder = write_diffusers_folder(dev, tmp_path / "pipeline")
+    plain = train("file")
+    assert_same(train("folder", pretrained_model_name_or_path=folder), plain, 1e-5)
+    shard = folder / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    assert_same(train("shard", pretrained_model_name_or_path=shard, disable_mmap_load_safetensors=True), plain, 1e-5)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(SystemExit):
+        train("other", pretrained_model_name_or_path=folder)
+
+
+@pytest.mark.slow
+def test_files_in_fp8(train: Train, tmp_path: Path, dev: MadeFlux) -> None:
+    made = make_tiny_flux(tmp_path / "fp8", dtype=torch.float8_e4m3fn)
+    settings = {"mixed_precision": "bf16", "fp8_base": True, "gradient_checkpointing": True, "model": made}
+    weights = train("out", **settings)
+    assert moved(weights) == {"unet", "te1"} and all(tensor.isfinite().all() for tensor in weights.values())
+    assert moved(train("t5", full_bf16=True, **settings, **T5)) == {"unet", "te1", "te3"}
+
+
+# ---- network modules ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"network_args": ["split_qkv=True", "ggpo_sigma=0.03", "ggpo_beta=0.01", "rank_dropout=0.1", *T5_ARGS]},
+        {"network_module": "networks.oft_flux", "network_args": ["enable_all_linear=True"], "network_alpha": 1e-3},
+    ],
+    ids=["lora", "oft"],
+)
+def test_network_modules_resume_exactly(train: Train, tmp_path: Path, settings: dict[str, object]) -> None:
+    saves = {"max_train_steps": 4, "save_every_n_steps": 2, "save_state": True, "mixed_precision": "bf16"}
+    whole = train("whole", **settings, **saves)
+    rest = train("rest", **settings, **saves, resume=tmp_path / "whole" / "tiny-step00000002-state")
+    assert_same(rest, whole)
+    assert all(tensor.isfinite().all() for tensor in whole.values())
+
+
+# ---- ControlNet ----
+
+
+def make_tiny_controlnet(folder: Path, seed: int = 0, **more: Any) -> Path:
+    """diffusers' own model of the tiny transformer's sizes; its outputs are not zero, as if it were trained."""
+    from diffusers import FluxControlNetModel
+
+    torch.manual_seed(seed)
+    sizes = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes |= {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6], **more}
+    model = FluxControlNetModel(guidance_embeds=True, **sizes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_beside_a_controlnet(
+    train: Train,
+    tmp_path: Path,
+    told: list[dict[str, Any]],
+    dev: MadeFlux,
+    chroma: MadeFlux,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pictures = make_pictures(tmp_path / "control", ((64, 64), (100, 44), (64, 66)))
+    net = make_tiny_controlnet(tmp_path / "net")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 5\n")
+    subset = f"conditioning_data_dir = '{pictures}'"
+    settings = {"controlnet_model_name_or_path": net, "subset": subset, "cache_latents": True, "save_state": True}
+    settings |= {"sample_prompts": prompts, "sample_every_n_steps": 3, "gradient_checkpointing": True}
+    beside = train("beside", **settings)
+    steps, drawn = told[:3], told[3:]
+    tokens = {call["added"][0].shape[1:] for call in steps}
+    assert all(len(call["added"]) == 1 and call["added"][0].any() for call in steps) and len(tokens) >= 2
+    assert [call["added"] for call in drawn] == [None]
+    # the LoRA is one of the transformer and CLIP-L as ever, and another than without the ControlNet
+    plain = train("plain")
+    assert beside.keys() == plain.keys() and moved(beside) == {"unet", "te1"}
+    name = "lora_unet_double_blocks_1_img_attn_qkv.lora_down.weight"
+    assert (beside[name] - plain[name]).abs().max() > 1e-6
+    # it does read the pictures
+    blank = tmp_path / "blank"
+    shutil.copytree(pictures, blank)
+    for path in blank.glob("*.png"):
+        Image.new("RGB", Image.open(path).size).save(path)
+    other = train("other", **{**settings, "subset": f"conditioning_data_dir = '{blank}'"})
+    assert (beside[name] - other[name]).abs().max() > 1e-6
+    file = net / "diffusion_pytorch_model.safetensors"
+    assert_same(train("file", **{**settings, "controlnet_model_name_or_path": file}), beside, 1e-5)
+    in_fp8 = {"fp8_base": True, "mixed_precision": "bf16", "dry_run": False}
+    assert moved(train("fp8", **{**settings, **in_fp8})) == {"unet", "te1"}
+
+    for wrong, words in (
+        ({"subset": ""}, "conditioning_data_dir: is missing"),
+        ({"masked_loss": True}, "--masked_loss: not with --controlnet_model_name_or_path"),
+        ({"model": chroma}, "not for Chroma"),
+        ({"controlnet_model_name_or_path": dev.path}, "not a ControlNet of FLUX.1"),
+        ({"controlnet_model_name_or_path": make_tiny_controlnet(tmp_path / "u", num_mode=2)}, "a union ControlNet"),
+        (
+            {"controlnet_model_name_or_path": make_tiny_controlnet(tmp_path / "w", joint_attention_dim=16)},
+            "of other sizes than the transformer",
+        ),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            train("wrong", **{**settings, **wrong})
+        assert words in capsys.readouterr().err
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"clip_l": None}, ["--clip_l: name the CLIP-L", "--model_type chroma"]),
+        ({"t5xxl": None}, ["--t5xxl: name the T5-XXL"]),
+        ({"ae": None}, ["--ae: name the autoencoder"]),
+        ({"ae": "no/such.safetensors"}, ["--ae no/such.safetensors: no such file"]),
+        ({"t5xxl": "no/such.safetensors"}, ["--t5xxl no/such.safetensors: no such file"]),
+        (
+            {"model_type": "chroma", "guidance_scale": 0, "apply_t5_attn_mask": True, "clip_l": None},
+            ["FLUX.1 dev", "use --model_type flux"],
+        ),
+        (
+            {"model_type": "chroma", "guidance_scale": 0, "clip_l": None},
+            ["Chroma is made for masked captions; add --apply_t5_attn_mask"],
+        ),
+        (
+            {"model_type": "chroma", "apply_t5_attn_mask": True, "clip_l": None},
+            ["--guidance_scale 3.5: Chroma is made for 0"],
+        ),
+        ({"guidance_scale": -1}, ["--guidance_scale -1: must be at least 0"]),
+        ({"t5xxl_max_token_length": 0}, ["--t5xxl_max_token_length 0: must be at least 1"]),
+        ({"network_train_unet_only": True, **T5}, ["train_t5xxl=True: not with --network_train_unet_only"]),
+        ({"blocks_to_swap": 2}, ["--blocks_to_swap: "]),
+        ({"split_mode": True}, ["--split_mode: "]),
+        ({"sample_sampler": "euler_a", "sample_prompts": "p.txt", "sample_at_first": True}, ['"euler_a"']),
+        ({"network_module": "networks.lora"}, ["networks.lora:", "networks.lora_flux"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_one_line(
+    train: Train,
+    tmp_path: Path,
+    settings: dict[str, object],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("a cat\n")
+    monkeypatch.setattr(Flux, "load_denoiser", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(SystemExit) as ended:
+        train("out", **settings)
+    said = capsys.readouterr().err
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and all(word in error for word in words), error
+
+
+def test_files_that_are_swapped_are_named(
+    train: Train, dev: MadeFlux, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    swapped = {
+        "clip_l": (dev.t5xxl, "not a CLIP text encoder"),
+        "t5xxl": (dev.clip_l, "not a T5 encoder"),
+        "ae": (dev.path, "not an autoencoder"),
+        "pretrained_model_name_or_path": (dev.ae, "a VAE, not a whole checkpoint"),
+    }
+    for name, (path, words) in swapped.items():
+        with pytest.raises(SystemExit):
+            train("out", **{name: path})
+        assert words in capsys.readouterr().err
+
+
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+@pytest.mark.slow
+def test_commands_of_the_page(tmp_path: Path, folder: Path, dev: MadeFlux, chroma: MadeFlux) -> None:
+    dataset = write_dataset(tmp_path / "data.toml", folder)
+    assert len(COMMANDS) == 4
+    for words in COMMANDS:
+        script, *words = words[next(place for place, word in enumerate(words) if word.endswith(".py")) :]
+        model = chroma if "chroma" in words else dev
+        values = {
+            "flux1-dev.safetensors": model.path,
+            "Chroma.safetensors": model.path,
+            "clip_l.safetensors": model.clip_l,
+            "t5xxl_fp16.safetensors": model.t5xxl,
+            "ae.safetensors": model.ae,
+            "dataset.toml": dataset,
+            "output": tmp_path / "out",
+            "10": 1,
+        }
+        given = [str(values.get(word, word)) for word in words]
+        given += ["--tokenizer_cache_dir", str(model.tokenizer_cache_dir), "--max_data_loader_n_workers", "0"]
+        if script == "flux_train_network.py":
+            train_here(*given, script="flux_train_network")
+            continue
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        tool = {"cache_latents": "CacheLatents", "cache_text_encoder_outputs": "CacheTextEncoderOutputs"}
+        getattr(module, tool[Path(script).stem])().run(read_args(module.setup_parser(), given))
+    assert {path.stem for path in (tmp_path / "out").glob("*.safetensors")} == {"my_lora", "my_chroma_lora"}
+    assert len(list(folder.glob("*_flux.npz"))) == len(list(folder.glob("?_flux_te.npz"))) == 3
+
+
+def test_what_has_no_effect_is_said(train: Train, dev: MadeFlux, capsys: pytest.CaptureFixture[str]) -> None:
+    train("out", max_train_steps=1, clip_skip=2, weighted_captions=True, max_token_length=150, vae=dev.ae, v2=True)
+    said = capsys.readouterr().err
+    for name in ("clip_skip", "weighted_captions", "max_token_length", "vae", "v2"):
+        assert f"--{name} has no effect with FLUX.1" in said
