@@ -54,8 +54,11 @@ def test_training_encodes_nothing_more(tmp_path: Path, tiny: Tiny) -> None:
     again = run_script(TOOL, *tool_arguments(tiny, dataset))
     assert again.code == 0, again.text
     assert "latents: 2 encoded, 5 from the cache" in again.text
-    (warning,) = [line for line in again.text.splitlines() if line.startswith("WARNING")]
+    warning, *more = [line for line in again.text.splitlines() if line.startswith("WARNING")]
     assert "made again" in warning and damaged.name in warning
+    # other sizes that were in a damaged file are lost
+    multi = tiny.family.architecture.latent.multi_resolution
+    assert len(more) == multi and all("all its sizes are dropped" in line for line in more)
 
 
 @pytest.mark.slow

@@ -84,7 +84,8 @@ def parts(weights: dict[str, Tensor]) -> set[str]:
 
 # ---- what is trained ----
 
-T5 = {"network_args": ["train_t5xxl=True"]}
+T5_ARGS = ("train_t5xxl=True",)
+T5 = {"network_args": list(T5_ARGS)}
 ROWS = {
     "transformer": ({"network_train_unet_only": True}, {"unet"}),
     "transformer and CLIP-L": ({}, {"unet", "te1"}),
@@ -94,7 +95,9 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "row", [row if row == "transformer and CLIP-L" else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+)
 def test_what_is_trained_and_which_outputs_may_be_cached(
     row: str, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +141,7 @@ def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monk
     assert difference.max() <= 1
 
 
+@pytest.mark.slow
 def test_rates_of_both_encoders(train: Train, tmp_path: Path) -> None:
     train("two", text_encoder_lr=[1e-3, 2e-3], **T5)
     assert metadata_of(tmp_path / "two" / "tiny.safetensors")["ss_text_encoder_lr"] == "[0.001, 0.002]"
@@ -146,6 +150,7 @@ def test_rates_of_both_encoders(train: Train, tmp_path: Path) -> None:
     assert moved(train("first", text_encoder_lr=[1e-3, 0], **T5)) == {"unet", "te1"}
 
 
+@pytest.mark.slow
 def test_chromas_only_encoder_is_t5(train: Train, chroma: MadeFlux) -> None:
     assert moved(train("plain", model=chroma)) == {"unet"}
     cached = train("cached", model=chroma, cache_text_encoder_outputs=True)
@@ -200,6 +205,7 @@ def test_guidance_timesteps_and_mask(train: Train, tmp_path: Path, told: list[di
     assert moved(masked) == {"unet"}
 
 
+@pytest.mark.slow
 def test_schnell(train: Train, tmp_path: Path, schnell: MadeFlux, told: list[dict[str, Any]]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 4 --d 5\n")
@@ -223,6 +229,7 @@ def test_lengths_of_captions() -> None:
     assert FLUX.t5_length == 512 and FLUX.changed(FluxModelOptions, t5xxl_max_token_length=77).t5_length == 77
 
 
+@pytest.mark.slow
 def test_losses_data_and_noise_together(train: Train, tmp_path: Path, folder: Path) -> None:
     """Two resolutions of the same pictures, masks, validation, perturbed inputs, Huber loss, weighted timesteps."""
     masks = make_pictures(tmp_path / "masks", ((64, 64), (100, 44), (64, 66)))
@@ -315,6 +322,7 @@ def write_diffusers_folder(model: MadeFlux, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_diffusers_folder_trains_as_the_single_file(train: Train, tmp_path: Path, dev: MadeFlux) -> None:
     folder = write_diffusers_folder(dev, tmp_path / "pipeline")
     plain = train("file")
@@ -326,12 +334,33 @@ def test_a_diffusers_folder_trains_as_the_single_file(train: Train, tmp_path: Pa
         train("other", pretrained_model_name_or_path=folder)
 
 
+@pytest.mark.slow
 def test_files_in_fp8(train: Train, tmp_path: Path, dev: MadeFlux) -> None:
     made = make_tiny_flux(tmp_path / "fp8", dtype=torch.float8_e4m3fn)
     settings = {"mixed_precision": "bf16", "fp8_base": True, "gradient_checkpointing": True, "model": made}
     weights = train("out", **settings)
     assert moved(weights) == {"unet", "te1"} and all(tensor.isfinite().all() for tensor in weights.values())
     assert moved(train("t5", full_bf16=True, **settings, **T5)) == {"unet", "te1", "te3"}
+
+
+# ---- network modules ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"network_args": ["split_qkv=True", "ggpo_sigma=0.03", "ggpo_beta=0.01", "rank_dropout=0.1", *T5_ARGS]},
+        {"network_module": "networks.oft_flux", "network_args": ["enable_all_linear=True"], "network_alpha": 1e-3},
+    ],
+    ids=["lora", "oft"],
+)
+def test_network_modules_resume_exactly(train: Train, tmp_path: Path, settings: dict[str, object]) -> None:
+    saves = {"max_train_steps": 4, "save_every_n_steps": 2, "save_state": True, "mixed_precision": "bf16"}
+    whole = train("whole", **settings, **saves)
+    rest = train("rest", **settings, **saves, resume=tmp_path / "whole" / "tiny-step00000002-state")
+    assert_same(rest, whole)
+    assert all(tensor.isfinite().all() for tensor in whole.values())
 
 
 # ---- ControlNet ----
@@ -479,6 +508,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 def test_commands_of_the_page(tmp_path: Path, folder: Path, dev: MadeFlux, chroma: MadeFlux) -> None:
     dataset = write_dataset(tmp_path / "data.toml", folder)
     assert len(COMMANDS) == 4
