@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import re
 import shlex
 import subprocess
@@ -213,6 +212,7 @@ def test_offload_draws_the_same_with_one_part_alive(
 
 
 @slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from there")
 def test_offload_takes_less_memory(tmp_path: Path) -> None:
     sizes = FluxFileSizes(
         hidden=512, head=64, double_blocks=4, single_blocks=6, t5_width=768, t5_heads=12, t5_head=64, t5_inner=2048,
@@ -221,13 +221,15 @@ def test_offload_takes_less_memory(tmp_path: Path) -> None:
     made = make_tiny_flux(tmp_path, sizes=sizes)
     smaller = min(path.stat().st_size for path in (made.path, made.t5xxl))
     assert smaller > 200e6
+    # what the system reports of a child's peak counts its parent's, from which it was made
+    run = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    report = "print(open('/proc/self/status').read())"
+    script = [sys.executable, "-c", f"{run}; {report}", str(ROOT / "flux_minimal_inference.py")]
     peaks = []
     for more in ((), ("--offload",)):
-        command = [sys.executable, str(ROOT / "flux_minimal_inference.py"), *words(made, tmp_path, *more)]
-        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
-        peaks.append(usage.ru_maxrss * 1024)
+        command = [*script, *words(made, tmp_path, *more)]
+        done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]))
     assert peaks[0] - peaks[1] > 0.8 * smaller
 
 
