@@ -208,6 +208,11 @@ class NetworkTrainer(Trainer):
             raise UserError(f"--network_module {options.network_module}: it created no network for these options")
         if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
             raise UserError(f"--scale_weight_norms: networks of {options.network_module} cannot do it; leave it out")
+        if options.scale_weight_norms and run.sharding is not None and not module.__name__.startswith("networks."):
+            raise UserError(
+                f"--scale_weight_norms: not with FSDP and {options.network_module}, which may read weights that are "
+                "shared out; remove one of them"
+            )
         if options.scale_weight_norms and (reason := getattr(network, "no_max_norm", "")):
             raise UserError(f"--scale_weight_norms: {reason}; leave it out")
         return network

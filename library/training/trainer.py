@@ -43,6 +43,7 @@ from library.files.hub import HubTarget, Uploads, check_target
 from library.inference.prompt_line import SamplePrompt
 from library.launched import is_first_process
 from library.memory.attention import attention_backend
+from library.memory.sharding import Sharding
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
 from library.training import precision
@@ -53,6 +54,7 @@ from library.training.dry_run import dry_run
 from library.training.fingerprint import fingerprint
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
+from library.training.launch import sharding_for
 from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
@@ -72,6 +74,7 @@ from library.training.settings import (
     state_folder,
     tracker_settings,
 )
+from library.training.sharding import load_denoiser, share_denoiser, shares_rows
 from library.training.step import NoiseSettings, batch_losses
 from library.training.text_caching import Tokenize, cache_texts, caches_texts, text_cache_row
 from library.training.validation import Validation, check_validation
@@ -116,6 +119,7 @@ class Run:
     started_at: float
     start_step: int  # steps done before
     uploads: Uploads
+    sharding: Sharding | None = None  # of the denoiser over the processes
     tokenizers: list[Any] = field(default_factory=list)
     text_encoders: list[nn.Module] = field(default_factory=list)
     denoiser: nn.Module | None = None
@@ -209,7 +213,9 @@ class Trainer(ABC):
         accelerator = make_accelerator(
             options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
         )
-        report(precision.check_device(options.training, accelerator.device), strict=options.config.strict)
+        sharding, warnings = sharding_for(accelerator)
+        warnings += precision.check_device(options.training, accelerator.device)
+        report(warnings, strict=options.config.strict)
         checked = replace(checked, seed=of_main_process(checked.seed))
         data = TrainingData(
             checked.dataset_config,
@@ -238,6 +244,7 @@ class Trainer(ABC):
             started_at=time.time(),
             start_step=start_step,
             uploads=Uploads(checked.hub if accelerator.is_main_process else None),
+            sharding=sharding,
         )
 
     def check(self, options: TrainNetworkOptions) -> Checked:
@@ -316,21 +323,18 @@ class Trainer(ABC):
         """Load tokenizers, encoders and denoiser, build what is trained, and resume."""
         training = run.options.training
         checkpoint = run.checked.checkpoint
-        device = str(run.device)
         run.tokenizers = self.architecture.load_tokenizers(checkpoint)
         # beside a cache of their outputs they are only looked at, and fetched to the device by previews
-        in_fp8 = precision.InFp8.of(run.options)
-        home = "cpu" if caches_texts(run.options.dataset) or in_fp8.text_encoders else device
+        waits = caches_texts(run.options.dataset) or precision.InFp8.of(run.options).text_encoders
+        home = "cpu" if waits else str(run.device)
         run.text_encoders = self.architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device=home)
-        home = "cpu" if in_fp8.denoiser else device
-        denoiser = self.architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device=home)
-        # convolutions are faster so; benchmarks/RESULTS.md has the figure. Linear layers stay as they are
-        run.denoiser = denoiser.to(memory_format=torch.channels_last)
+        run.denoiser = load_denoiser(run, self.architecture)
         self.architecture.set_attention(run.denoiser, attention_backend(training))
         if training.gradient_checkpointing:
             self.architecture.enable_gradient_checkpointing(run.denoiser, run.text_encoders)
         run.objective = run.objective.to(run.device)
         run.trained = self.build_trained(run)
+        share_denoiser(run, self.architecture)
         if training.torch_compile:
             precision.compile_denoiser(run, self.architecture.compiled_blocks)
         if run.data.validation_datasets:
@@ -441,6 +445,7 @@ class Trainer(ABC):
             *self.trained_rows(run),
             ("optimizer", f"{run.checked.optimizer.metadata_name}, schedule {options.scheduler.lr_scheduler}"),
             ("precision", precision.precision_row(run)),
+            *shares_rows(run),
             ("steps", f"{plan.total_steps} in {plan.num_epochs} epochs, {batches}"),
             ("seed", str(run.checked.seed)),
             ("output", str(run.names.final())),
@@ -502,8 +507,8 @@ class Trainer(ABC):
             "persistent": dataset.persistent_data_loader_workers,
         }
 
-    def draw(self, run: Run, prompt: SamplePrompt, path: Path) -> Image:
-        """Draw one sample image with the weights as they are, and save it with its settings."""
+    def draw(self, run: Run, prompt: SamplePrompt, path: Path | None) -> Image:
+        """Draw one sample image with the weights as they are, and save it with its settings if there is a path."""
         return draw_image(self, run, prompt, path)
 
     def latents(self, run: Run, batch: Batch) -> Tensor:

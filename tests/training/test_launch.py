@@ -40,14 +40,14 @@ def test_what_adapters_cannot_use_is_refused(
 def test_what_launchers_set_anyway_is_fine(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     for name, value in {"USE_FSDP": "false", "DYNAMO_BACKEND": "NO", "MIXED_PRECISION": "bf16"}.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    check_launch("bf16")
+    check_launch(TrainingOptions(mixed_precision="bf16"))
     assert not caplog.records
 
 
 def test_another_precision_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with caplog.at_level(logging.WARNING):
-        check_launch("no")
+        check_launch(TrainingOptions(mixed_precision="no"))
     assert "give --mixed_precision bf16" in caplog.text
 
 
