@@ -122,7 +122,7 @@ class NetworkTrainer(Trainer):
 
         accelerator = run.accelerator
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism;
-        # the adapters work inside the frozen model's forward, see loop.average_gradients
+        # the adapters work inside the frozen model's forward, see gradient_exchange.py
         self._network = accelerator.prepare_model(network, evaluation_mode=True)
         self._network.train()
         if options.optimizer.fused_backward_pass:
@@ -144,6 +144,7 @@ class NetworkTrainer(Trainer):
             scheduler=scheduler,
             max_grad_norm=options.optimizer.max_grad_norm,
             average=self._average,
+            gradients_as_views=options.training.ddp_gradient_as_bucket_view,
         )
 
     def trained_on_meta(self, run: Run) -> list[tuple[str, list[nn.Parameter]]]:

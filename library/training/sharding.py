@@ -47,5 +47,7 @@ def shares_rows(run: Run) -> list[tuple[str, str]]:
     if run.sharding is None:
         return []
     shares = shares_of(run.denoiser)
+    if shares.here == shares.total:  # a dry run has no weights
+        return [("shared out", f"FSDP, over {run.accelerator.num_processes} processes")]
     where = "host memory" if run.sharding.on_host else "device memory"
     return [("shared out", f"FSDP, {shares.here:,} of {shares.total:,} frozen parameters in each process's {where}")]
