@@ -7,14 +7,10 @@ import logging
 import os
 from collections.abc import Iterator
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from library.config.arguments import TrainingOptions
-from library.errors import NoEffect, UserError
+from library.errors import UserError
 from library.memory.sharding import Sharding
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -141,22 +137,6 @@ def asked_sharding() -> Sharding | None:
         classes=tuple(name.strip() for name in classes if name.strip()),
         kept_whole=plugin.ignored_modules,
     )
-
-
-def sharding_for(accelerator: Accelerator) -> tuple[Sharding | None, list[str]]:
-    """What can be had of ``asked_sharding`` on this machine, and warnings.
-
-    Raises:
-        UserError: a setting that needs a GPU.
-    """
-    sharding = asked_sharding()
-    if sharding is None:
-        return None, []
-    if accelerator.num_processes == 1:
-        return None, [NoEffect("accelerate's configuration asks for FSDP, which has no effect with one process")]
-    if sharding.on_host and accelerator.device.type == "cpu":
-        raise UserError("fsdp_offload_params: on a CPU weights are in host memory anyway; set it to false")
-    return sharding, []
 
 
 @contextlib.contextmanager

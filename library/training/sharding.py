@@ -11,12 +11,36 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from library.memory.sharding import share_out, shares_of
+from library.config.no_effect import report
+from library.errors import NoEffect, UserError
+from library.memory.sharding import Sharding, share_out, shares_of
+from library.training.launch import asked_sharding
 from library.training.precision import InFp8
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from library.architectures.base import Architecture
     from library.training.trainer import Run
+
+
+def sharding_for(accelerator: Accelerator, *, strict: bool) -> Sharding | None:
+    """What can be had on this machine of the sharing out that accelerate's configuration asks for.
+
+    Raises:
+        UserError: a setting that needs a GPU; one process, under ``--strict``.
+    """
+    sharding = asked_sharding()
+    if sharding is None:
+        return None
+    if accelerator.num_processes == 1:
+        report(
+            [NoEffect("accelerate's configuration asks for FSDP, which has no effect with one process")], strict=strict
+        )
+        return None
+    if sharding.on_host and accelerator.device.type == "cpu":
+        raise UserError("fsdp_offload_params: on a CPU weights are in host memory anyway; set it to false")
+    return sharding
 
 
 def load_denoiser(run: Run, architecture: Architecture) -> nn.Module:

@@ -43,7 +43,6 @@ from library.files.hub import HubTarget, Uploads, check_target
 from library.inference.prompt_line import SamplePrompt
 from library.launched import is_first_process
 from library.memory.attention import attention_backend
-from library.memory.sharding import Sharding
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedulers import ScheduleSettings, check_scheduler
 from library.training import precision
@@ -54,7 +53,6 @@ from library.training.dry_run import dry_run
 from library.training.fingerprint import fingerprint
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
-from library.training.launch import sharding_for
 from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.plan import RunPlan
@@ -74,7 +72,7 @@ from library.training.settings import (
     state_folder,
     tracker_settings,
 )
-from library.training.sharding import load_denoiser, share_denoiser, shares_rows
+from library.training.sharding import Sharding, load_denoiser, sharding_for, share_denoiser, shares_rows
 from library.training.step import NoiseSettings, batch_losses
 from library.training.text_caching import Tokenize, cache_texts, caches_texts, text_cache_row
 from library.training.validation import Validation, check_validation
@@ -213,9 +211,7 @@ class Trainer(ABC):
         accelerator = make_accelerator(
             options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
         )
-        sharding, warnings = sharding_for(accelerator)
-        warnings += precision.check_device(options.training, accelerator.device)
-        report(warnings, strict=options.config.strict)
+        report(precision.check_device(options.training, accelerator.device), strict=options.config.strict)
         checked = replace(checked, seed=of_main_process(checked.seed))
         data = TrainingData(
             checked.dataset_config,
@@ -244,7 +240,7 @@ class Trainer(ABC):
             started_at=time.time(),
             start_step=start_step,
             uploads=Uploads(checked.hub if accelerator.is_main_process else None),
-            sharding=sharding,
+            sharding=sharding_for(accelerator, strict=options.config.strict),
         )
 
     def check(self, options: TrainNetworkOptions) -> Checked:
@@ -324,9 +320,7 @@ class Trainer(ABC):
         training = run.options.training
         checkpoint = run.checked.checkpoint
         run.tokenizers = self.architecture.load_tokenizers(checkpoint)
-        # beside a cache of their outputs they are only looked at, and fetched to the device by previews
-        waits = caches_texts(run.options.dataset) or precision.InFp8.of(run.options).text_encoders
-        home = "cpu" if waits else str(run.device)
+        home = precision.home_of_text_encoders(run)
         run.text_encoders = self.architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device=home)
         run.denoiser = load_denoiser(run, self.architecture)
         self.architecture.set_attention(run.denoiser, attention_backend(training))

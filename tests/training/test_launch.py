@@ -11,8 +11,9 @@ import pytest
 from library.config.arguments import TrainingOptions
 from library.errors import UserError
 from library.memory.sharding import Sharding
-from library.training.launch import asked_sharding, check_launch, sharding_for
+from library.training.launch import asked_sharding, check_launch
 from library.training.processes import make_accelerator
+from library.training.sharding import sharding_for
 
 
 @pytest.fixture(autouse=True)
@@ -111,17 +112,19 @@ def test_options_that_fsdp_excludes(fsdp: pytest.MonkeyPatch, name: str) -> None
         check_launch(TrainingOptions(**{name: True}))
 
 
-def test_one_process_shares_nothing_out(fsdp: pytest.MonkeyPatch) -> None:
+def test_one_process_shares_nothing_out(fsdp: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def accelerator(processes: int, device: str) -> SimpleNamespace:
         return SimpleNamespace(num_processes=processes, device=SimpleNamespace(type=device))
 
-    sharding, warnings = sharding_for(accelerator(1, "cuda"))
-    assert sharding is None and "no effect with one process" in warnings[0]
-    assert sharding_for(accelerator(2, "cpu")) == (Sharding(), [])
+    assert sharding_for(accelerator(1, "cuda"), strict=False) is None
+    assert "has no effect with one process" in caplog.text
+    with pytest.raises(UserError, match="FSDP"):
+        sharding_for(accelerator(1, "cuda"), strict=True)
+    assert sharding_for(accelerator(2, "cpu"), strict=True) == Sharding()
     fsdp.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    assert sharding_for(accelerator(2, "cuda")) == (Sharding(on_host=True), [])
+    assert sharding_for(accelerator(2, "cuda"), strict=True) == Sharding(on_host=True)
     with pytest.raises(UserError, match="fsdp_offload_params: .*set it to false"):
-        sharding_for(accelerator(2, "cpu"))
+        sharding_for(accelerator(2, "cpu"), strict=False)
 
 
 def test_accelerates_object_is_that_of_plain_data_parallelism(fsdp: pytest.MonkeyPatch) -> None:
