@@ -40,7 +40,7 @@ class Shares:
 def share_out(model: nn.Module, blocks: Sequence[str], sharding: Sharding, device: torch.device) -> None:
     """Share a frozen model out over all processes, in place, moving it block by block to ``device``.
 
-    No more than one block is ever whole on the device. Weights must be contiguous, and the same on all processes.
+    No more than one block is ever whole on the device. Weights must be the same on all processes.
 
     Args:
         model: on the host; its modules' classes become subclasses of theirs.
@@ -61,6 +61,8 @@ def share_out(model: nn.Module, blocks: Sequence[str], sharding: Sharding, devic
         "offload_policy": CPUOffloadPolicy() if sharding.on_host else OffloadPolicy(),
         "ignored_params": kept,
     }
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP takes no others
     for unit in reversed(units):  # inner ones first
         fully_shard(unit, reshard_after_forward=sharding.free_after_forward, **settings)
     # what is in no block is needed at the start and the end: torch keeps it from the forward to the backward pass

@@ -49,7 +49,9 @@ def load_denoiser(run: Run, architecture: Architecture) -> nn.Module:
     home = "cpu" if waits else str(run.device)
     denoiser = architecture.load_denoiser(run.checked.checkpoint, dtype=run.weight_dtype, device=home)
     if run.sharding is not None:
-        return denoiser  # FSDP takes contiguous weights only
+        # FSDP takes contiguous weights only. And where it hands on a batch of one with channels last, strides change:
+        # layers would work in another layout than when a checkpointed block runs again, and dropout draw otherwise
+        return denoiser
     # convolutions are faster so; benchmarks/RESULTS.md has the figure. Linear layers stay as they are
     return denoiser.to(memory_format=torch.channels_last)
 
