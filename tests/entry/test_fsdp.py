@@ -176,7 +176,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path: Path, sd: Tiny,
     first, second = start_processes(sd.file, 2, *words, env=fsdp)
     try:
         seen = []
-        for line in first.stdout:
+        for line in first.stderr:
             seen.append(line)
             if "first step" in line:
                 break
