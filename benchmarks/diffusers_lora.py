@@ -46,9 +46,10 @@ def read_picture(path: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_picture(vae: AutoencoderKL, path: Path) -> torch.Tensor:
-    """(1, 4, h, w) scaled latents."""
-    latents = vae.encode(read_picture(path).to(vae.device, vae.dtype)).latent_dist.sample()
+def encode_pictures(vae: AutoencoderKL, *paths: Path) -> torch.Tensor:
+    """(B, 4, h, w) scaled latents."""
+    pixels = torch.cat([read_picture(path) for path in paths])
+    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample()
     return latents.float() * vae.config.scaling_factor
 
 
@@ -98,7 +99,7 @@ def main() -> None:
     captions = [path.with_suffix(".txt").read_text(encoding="utf-8") for path in pictures]
     vae = load(AutoencoderKL, "vae")
     if not args.uncached:
-        latents = [encode_picture(vae, path) for path in pictures]
+        latents = [encode_pictures(vae, path) for path in pictures]
         del vae
     encode = text_encoding(args.model, load)
     if args.cache_text:
@@ -129,7 +130,10 @@ def main() -> None:
     for step in range(args.steps):
         began = time.perf_counter()
         chosen = [(step * args.batch_size + index) % len(pictures) for index in range(args.batch_size)]
-        clean = torch.cat([encode_picture(vae, pictures[i]) if args.uncached else latents[i] for i in chosen])
+        if args.uncached:
+            clean = encode_pictures(vae, *(pictures[i] for i in chosen))
+        else:
+            clean = torch.cat([latents[i] for i in chosen])
         noise, t = torch.randn_like(clean), torch.randint(0, 1000, (args.batch_size,), device=device)
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             if args.cache_text:

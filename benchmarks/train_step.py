@@ -233,6 +233,8 @@ def main() -> None:
     parser.add_argument("--compare", type=int, metavar="ROUNDS", help="rounds of a run and a plain diffusers loop")
     parser.add_argument("extra", nargs="*", help="more flags for the script, after --")
     args = parser.parse_args()
+    if args.compare and args.precision == "fp16":
+        parser.error("--compare: the plain loop has no gradient scaling; use --precision bf16 or no")
     given = {field.name: getattr(args, field.name) for field in fields(Case)}
     case = Case(**{**given, "extra": tuple(args.extra)})
     with tempfile.TemporaryDirectory() as scratch:

@@ -19,6 +19,7 @@ from typing import Literal
 if __package__ in (None, ""):  # run as a file: the suite lies one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.config.tool_parser import tool_parser
 from library.errors import UserError, did_you_mean, exits_on_user_error
 
 #: published names of the two layouts -> those of convert_lora
@@ -26,10 +27,7 @@ NAMES: dict[str, Literal["diffusers", "kohya"]] = {"ai-toolkit": "diffusers", "s
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    summary, details = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--src", type=str, default="ai-toolkit", help="names of the source: ai-toolkit or sd-scripts")
     parser.add_argument("--dst", type=str, default="sd-scripts", help="names to write: ai-toolkit or sd-scripts")
     parser.add_argument("--src_path", type=str, default=None, help="adapter to convert")
@@ -53,7 +51,14 @@ def main(args: argparse.Namespace) -> int:
     from networks.conversion.convert import convert
 
     # Chroma's modules have FLUX.1's names
-    report = convert(Path(args.src_path), Path(args.dst_path), NAMES[args.dst], expected=NAMES[args.src], family="flux")
+    report = convert(
+        Path(args.src_path),
+        Path(args.dst_path),
+        NAMES[args.dst],
+        expected=NAMES[args.src],
+        family="flux",
+        flag="--dst_path",
+    )
     print("\n".join([*report.lines(), f"written: {args.dst_path}"]))
     return 0
 

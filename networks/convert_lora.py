@@ -20,14 +20,12 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the suite lies one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.config.tool_parser import tool_parser
 from library.errors import exits_on_user_error
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    summary, details = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument(
         "--model", type=Path, required=True, help="adapter to convert: a file, or a folder that PEFT wrote"
     )
@@ -52,13 +50,12 @@ def setup_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Convert, print what was done, and return the exit code."""
     # only now, as torch takes seconds to load
-    import torch
-
+    from library.files.precisions import COMPUTE, parse_precision
     from networks.conversion.convert import AlreadyConverted, convert
 
-    dtypes = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = parse_precision("--save_precision", args.save_precision, COMPUTE) if args.save_precision else None
     try:
-        report = convert(args.model, args.save_to, args.to, dtype=dtypes.get(args.save_precision), family=args.family)
+        report = convert(args.model, args.save_to, args.to, dtype=dtype, family=args.family)
     except AlreadyConverted as done:
         print(done, file=sys.stderr)
         return 1

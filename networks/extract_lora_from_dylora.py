@@ -15,20 +15,18 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a file: the suite lies one folder up
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import torch
-from torch import Tensor
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
+from library.config.tool_parser import tool_parser
 from library.errors import UserError, exits_on_user_error
-from library.files.safetensors_io import read_header
-from networks.dylora import MODULE_NAME, OLD_TEXT_PREFIX
-from networks.lora_args import MODULE_NAME as LORA_MODULE
-from networks.weights import PICKLE_SUFFIXES, read_weights, sizes_of, write_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +34,7 @@ _SDXL_UNET = "lora_unet_input_blocks_"
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    summary, details = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__)
     parser.add_argument("--model", default=None, help="DyLoRA file")
     parser.add_argument("--save_to", default=None, help="files to write, without the rank: lora.safetensors")
     parser.add_argument("--unit", type=int, default=None, help="step of the ranks (that of training, if not given)")
@@ -64,8 +59,15 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
     Raises:
         UserError: no DyLoRA, a wrong unit, or files that cannot be read or written.
     """
-    if save_to.suffix not in (".safetensors", *PICKLE_SUFFIXES):
-        raise UserError(f"--save_to {save_to}: adapters are saved as .safetensors, .pt or .ckpt")
+    # only now, as torch takes seconds to load
+    import torch
+
+    from library.files.safetensors_io import read_header
+    from library.files.streamed import check_target
+    from networks.dylora import MODULE_NAME
+    from networks.weights import PICKLE_SUFFIXES, read_weights, sizes_of, write_weights
+
+    check_target(save_to, "--save_to", suffixes=(".safetensors", *PICKLE_SUFFIXES))
     weights = read_weights(model)
     metadata = {} if model.suffix in PICKLE_SUFFIXES else read_header(model).metadata
     made_by = metadata.get("ss_network_module", MODULE_NAME)
@@ -83,17 +85,20 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
     # a file without an alpha means the rank, which would change with the cut
     alphas = {f"{name}.alpha": torch.tensor(size.alpha) for name, size in sizes_of(weights).items()}
     weights = {**alphas, **weights}
-    files = []
-    for rank in range(unit, whole + 1, unit):
-        file = save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}")
+    ranks = range(unit, whole + 1, unit)
+    files = [save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}") for rank in ranks]
+    for file in files:
+        check_target(file, "--save_to", sources=[model], suffixes=[save_to.suffix])
+    for rank, file in zip(ranks, files, strict=True):
         write_weights(file, first_ranks(weights, rank), None, _metadata_of(metadata, arguments, rank))
         logger.info("saved rank %d: %s", rank, file)
-        files.append(file)
     return files
 
 
 def with_sdxl_encoder_named(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Old files of SDXL hold the second text encoder alone, under the name of both: give it its own."""
+    from networks.dylora import OLD_TEXT_PREFIX
+
     if not any(name.startswith(_SDXL_UNET) for name in weights):
         return weights
     renamed = {
@@ -125,8 +130,9 @@ def _network_args(metadata: Mapping[str, str]) -> dict[str, object]:
 
 def _metadata_of(metadata: Mapping[str, str], arguments: Mapping[str, object], rank: int) -> dict[str, str]:
     """That of the whole file, for a plain LoRA; hashes are made anew when it is written."""
-    entries = {name: value for name, value in metadata.items() if not name.startswith("sshs_")}
-    entries |= {"ss_network_module": LORA_MODULE, "ss_network_dim": str(rank)}
+    from networks.lora_args import MODULE_NAME
+
+    entries = {**metadata, "ss_network_module": MODULE_NAME, "ss_network_dim": str(rank)}
     kept = {name: value for name, value in arguments.items() if name != "unit"}
     if kept.get("conv_dim") is not None:
         kept["conv_dim"] = str(rank)

@@ -17,15 +17,18 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.architectures.base import LoraTarget
+from library.errors import UserError
 from networks.targets import find_modules
 
 ADAPTER_METADATA = "lora_adapter_metadata"
-_PEFT_ROOT = "base_model.model."
+#: before every name in files that PEFT itself wrote
+PEFT_ROOT = "base_model.model."
 
 #: a tensor's name below its module, as any program writes it -> the published one
 TENSOR_NAMES = {
@@ -52,7 +55,7 @@ def published_names(weights: Mapping[str, Tensor], models: Iterable[tuple[nn.Mod
     renamed = {}
     for key, tensor in weights.items():
         found = _KEY.fullmatch(key)
-        name = names.get(found[1].removeprefix(_PEFT_ROOT)) if found else None
+        name = names.get(found[1].removeprefix(PEFT_ROOT)) if found else None
         renamed[f"{name}.{TENSOR_NAMES[found[2]]}" if found and name else key] = tensor
     return renamed
 
@@ -65,17 +68,24 @@ def _aliases(model: nn.Module, target: LoraTarget) -> Iterator[tuple[str, str]]:
         yield f"{target.diffusers_root}.{found.published_path.removeprefix('text_model.')}", found.lora_name
 
 
-def with_alphas(weights: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """``weights`` in PEFT's names with the alphas that the file's metadata tell."""
+def with_alphas(weights: dict[str, Tensor], metadata: Mapping[str, str], title: str) -> dict[str, Tensor]:
+    """``weights`` in PEFT's names with the alphas that the metadata of the file ``title`` tell.
+
+    Raises:
+        UserError: they cannot be understood, so that nobody knows how strong the adapter is.
+    """
     try:
-        told = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
-    except ValueError:
-        return weights
+        return {**weights, **_alphas(weights, json.loads(metadata.get(ADAPTER_METADATA, "{}")))}
+    except (ValueError, TypeError, AttributeError, re.error):
+        raise UserError(f"{title}: its metadata {ADAPTER_METADATA}, which tell the alphas, are damaged") from None
+
+
+def _alphas(weights: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Tensor]:
     alphas: dict[str, Tensor] = {}
     for key, tensor in weights.items():
         module, ending, _ = key.partition(".lora_A.")
         root, _, path = module.partition(".")
-        alpha = told.get(f"{root}.lora_alpha") if ending and isinstance(told, dict) else None
+        alpha = told.get(f"{root}.lora_alpha") if ending else None
         if alpha is None:
             continue
         for pattern, own in (told.get(f"{root}.alpha_pattern") or {}).items():
@@ -86,13 +96,4 @@ def with_alphas(weights: dict[str, Tensor], metadata: Mapping[str, str]) -> dict
         # PEFT's rank-stabilised factor is alpha / sqrt(rank); files of ours say alpha / rank
         scaled = alpha * math.sqrt(rank) if told.get(f"{root}.use_rslora") else alpha
         alphas[f"{module}.alpha"] = torch.tensor(float(scaled))
-    return {**weights, **alphas}
-
-
-def split_name(key: str) -> tuple[str, str] | None:
-    """A tensor's (module, published tensor name), whatever naming the file has; None if it is of no LoRA.
-
-    ``transformer.x.lora_A.weight`` gives ``("transformer.x", "lora_down.weight")``.
-    """
-    found = _KEY.fullmatch(key)
-    return (found[1].removeprefix(_PEFT_ROOT), TENSOR_NAMES[found[2]]) if found else None
+    return alphas

@@ -25,6 +25,7 @@ if __package__ in (None, ""):  # run as a file: the suite lies one folder up
 
 from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
+from library.config.tool_parser import add_mapped_option, tool_parser
 from library.errors import UserError, exits_on_user_error
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _BLOCKS = ("lora_unet_double_blocks_", "lora_unet_single_blocks_")
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--model_org", required=True, metavar="FILE", help="the model before")
     add("--model_tuned", required=True, metavar="FILE", help="the model after: the LoRA turns the first into it")
@@ -55,13 +56,10 @@ def setup_parser() -> argparse.ArgumentParser:
     add(
         "--save_precision",
         choices=[None, "float", "fp16", "bf16"],
-        help="of the saved numbers; float if not given",
+        metavar="TYPE",
+        help="of the saved numbers: float, fp16 or bf16; float if not given",
     )
-    add(
-        "--mem_eff_safe_open",
-        action="store_true",
-        help="tensors are taken from the mapped files instead of being read into memory; slower on some network drives",
-    )
+    add_mapped_option(parser, "--mem_eff_safe_open")
     add("--no_metadata", action="store_true", help="write no modelspec.* entries, only those that loaders need")
     return parser
 
@@ -94,13 +92,14 @@ def main(args: argparse.Namespace) -> None:
     from networks.weights import write_weights
 
     target = Path(args.save_to)
-    check_target(target, "--save_to")
+    models = [Path(args.model_org), Path(args.model_tuned)]
+    check_target(target, "--save_to", sources=models)
+    if models[0].resolve() == models[1].resolve():
+        raise UserError(f"--model_org and --model_tuned are both {models[0]}; nothing to extract")
     device = parse_device("--device", args.device or "cpu")
     dtype = parse_precision("--save_precision", args.save_precision or "float", COMPUTE)
-    before, after = (
-        replace(open_transformer(Path(path)), mapped=args.mem_eff_safe_open)
-        for path in (args.model_org, args.model_tuned)
-    )
+    before, after = (replace(open_transformer(path), mapped=args.mem_eff_safe_open) for path in models)
+    check_target(target, "--save_to", sources=before.files | after.files)
     variant = variant_of(before)
     modules = list(_common_modules(before, after))
     logger.info("%s, %d modules, rank %d", variant.title, len(modules), args.dim)
@@ -127,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     ranks = {tensor.shape[0] for key, tensor in found.items() if key.endswith(".lora_down.weight")}
     rank = ranks.pop() if len(ranks) == 1 else None
     metadata = adapter_metadata(
-        variant, rank=rank, alpha=rank, title=target.stem, merged_from=None, modelspec=not args.no_metadata
+        variant.kind, rank=rank, alpha=rank, title=target.stem, merged_from=None, modelspec=not args.no_metadata
     )
     write_weights(target, found, None, metadata)
     logger.info("saved: %s", target)
@@ -141,12 +140,11 @@ def _common_modules(
     Raises:
         UserError: the models are not of one kind and size.
     """
-    from networks.model_keys import TRANSFORMER, refuse_scaled
+    from networks.model_keys import TRANSFORMER
 
     def block_keys(model: ShardedFile | DiffusersTransformer) -> dict[str, str]:
-        refuse_scaled(model.shapes, model.path)
-        keys = TRANSFORMER.lora_keys(model.shapes)
-        return {name: key for name, key in keys.items() if name.startswith(_BLOCKS)}
+        keys = TRANSFORMER.lora_keys(model.shapes, model.path)
+        return {n: key for n, key in keys.items() if n.startswith(_BLOCKS) and len(model.shapes[key]) == 2}
 
     old_keys, new_keys = block_keys(before), block_keys(after)
     if unmatched := sorted(old_keys.keys() ^ new_keys.keys()):

@@ -14,13 +14,15 @@ in its own; what a LoRA has for a model that is not given is left out, with a li
 Without a model the LoRA files are merged with each other. Give --concat for the exact sum (its rank is the sum of the
 ranks); without it tensors are added, which keeps the rank, needs equal ranks and is not exact.
 
-LoRA files may have the published names or diffusers' (diffusers, PEFT, AI-toolkit). docs/flux_tools.md says more.
+LoRA files may have the published names, diffusers' (also PEFT, AI-toolkit, OneTrainer) or ComfyUI's; DoRA and whole
+differences (diff, diff_b) are merged into models, too. docs/flux_tools.md says more.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +32,10 @@ if __package__ in (None, ""):  # run as a file: the suite lies one folder up
 
 from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
+from library.config.tool_parser import add_mapped_option, tool_parser
 from library.errors import UserError, exits_on_user_error
 
 if TYPE_CHECKING:
-    from library.architectures.flux.diffusers_layout import Variant
     from networks.lora_merging import LoraFile
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ _TARGETS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--models", nargs="*", metavar="FILE", help="the LoRA files")
     add(
@@ -64,11 +66,7 @@ def setup_parser() -> argparse.ArgumentParser:
         help="of the saved files: float, fp16, bf16, for models also fp8 (e4m3fn, without scales) and fp8_e5m2; "
         "as --precision if not given, which for float makes FLUX.1 a file of 48 GB",
     )
-    add(
-        "--mem_eff_load_save",
-        action="store_true",
-        help="tensors are taken from the mapped files instead of being read into memory; slower on some network drives",
-    )
+    add_mapped_option(parser, "--mem_eff_load_save")
     add("--loading_device", default="cpu", metavar="DEVICE", help="where a model's tensors are put when they are read")
     add("--working_device", default="cpu", metavar="DEVICE", help="where merging is computed, such as cuda")
     add("--concat", action="store_true", help="LoRA with LoRA: put the ranks side by side, the exact sum")
@@ -98,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     devices = {name: parse_device(f"--{name}", getattr(args, name)) for name in ("loading_device", "working_device")}
     files = [LoraFile.open(Path(path), ratio) for path, ratio in zip(args.models, args.ratios, strict=True)]
     for file in files:
-        logger.info("%s: %d modules, ratio %g", file.path, len(file.modules), file.ratio)
+        logger.info("%s: %d modules, ratio %g", file.path, len(file.adapters), file.ratio)
         if args.diffusers and not file.is_diffusers:
             raise UserError(f"--diffusers {file.path}: has the published names, not diffusers'; leave the option out")
     if given:
@@ -117,7 +115,9 @@ def _check_options(args: argparse.Namespace) -> list[str]:
     if len(args.ratios) != len(args.models):
         raise UserError(f"--ratios: {len(args.ratios)} numbers for {len(args.models)} files of --models; one for each")
     given = [name for name in _TARGETS if getattr(args, name)]
-    sources = {Path(path).resolve() for path in [*args.models, *(getattr(args, name) for name in given)]}
+    if not all(map(math.isfinite, args.ratios)):
+        raise UserError(f"--ratios {' '.join(map(str, args.ratios))}: must be finite numbers")
+    sources = [Path(path) for path in [*args.models, *(getattr(args, name) for name in given)]]
     targets: set[Path] = set()
     for model, flag in _TARGETS.items():
         path = getattr(args, flag)
@@ -129,9 +129,7 @@ def _check_options(args: argparse.Namespace) -> list[str]:
         if model not in given and not merges_files:
             raise UserError(f"--{flag} {path}: there is no --{model} to merge into")
         target = Path(path)
-        check_target(target, f"--{flag}")
-        if target.resolve() in sources:
-            raise UserError(f"--{flag} {path}: is one of the files that are read; give another name")
+        check_target(target, f"--{flag}", sources=sources)
         if target.resolve() in targets:
             raise UserError(f"--{flag} {path}: two models are to be saved under this name")
         targets.add(target.resolve())
@@ -169,7 +167,7 @@ def _merge_into_models(
         logger.info("%s: %d of %d tensors are changed", source.path, len(changes), len(source.shapes))
         metadata = None
         if name == "flux_model" and not args.no_metadata:
-            metadata = model_metadata(variant_of(source), title=target.stem, merged_from=merged_from)
+            metadata = model_metadata(variant_of(source).kind, title=target.stem, merged_from=merged_from)
         with WorkProgress(f"merging {parts[name].title}", "tensors", simple=False) as progress, source.opened() as read:
             write_model(
                 target,
@@ -183,17 +181,13 @@ def _merge_into_models(
 
 
 def _say_what_is_left_out(files: list[LoraFile], parts: list[Any]) -> None:
-    from networks.model_keys import PARTS, part_of
+    from networks.model_keys import PARTS
 
     for file in files:
         for part in PARTS:
-            count = sum(part_of(name) is part for name in file.modules)
+            count = sum(adapter.part is part.part for adapter in file.adapters.values())
             if count and part not in parts:
                 logger.info("%s: its %d modules of the %s are left out", file.path, count, part.title)
-        if unknown := sorted(name for name in file.modules if part_of(name) is None):
-            raise UserError(
-                f"{file.path}: {unknown[0]} belongs to no model of FLUX.1 or Chroma; was it made for another one?"
-            )
 
 
 def _merge_files(
@@ -223,17 +217,18 @@ def _merge_files(
     logger.info("saved: %s, %d modules", target, len(sizes))
 
 
-def _made_for(files: list[LoraFile]) -> Variant:
-    """The model that the first file which says so was trained on; FLUX.1 dev if none does."""
-    from library.architectures.flux.diffusers_layout import Variant
+def _made_for(files: list[LoraFile]) -> str:
+    """The kind of model that the first file which says so was trained on; FLUX.1 dev if none does."""
+    from library.architectures.flux.names import CHROMA, DEV, SCHNELL
 
     versions = {file.metadata["ss_base_model_version"] for file in files if "ss_base_model_version" in file.metadata}
     if len(versions) > 1:
         logger.warning("the LoRA files were made for different models: %s", ", ".join(sorted(versions)))
     told = [file.metadata for file in files if file.metadata.get("modelspec.architecture")]
     architecture = told[0]["modelspec.architecture"] if told else ""
-    is_chroma = architecture.startswith("chroma") or (not told and versions == {"chroma"})
-    return Variant(is_chroma, not is_chroma and "schnell" not in architecture, 0, 0)
+    if architecture.startswith("chroma") or (not told and versions == {"chroma"}):
+        return CHROMA
+    return SCHNELL if "schnell" in architecture else DEV
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +13,59 @@ from torch import Tensor
 
 from library.errors import UserError, did_you_mean
 from library.files.precisions import cast
-from library.files.safetensors_io import read_header
 from library.randomness import permutation
-from networks.flux_lora_names import LowRank, read_modules
-from networks.model_keys import ModelPart, part_of, refuse_scaled
-from networks.weights import read_weights
-
-logger = logging.getLogger(__name__)
+from networks.conversion.adapter_file import (
+    BIAS_CHANGE,
+    DORA,
+    DOWN,
+    LORA_TENSORS,
+    UP,
+    WEIGHT_CHANGE,
+    Module,
+    read_adapter,
+)
+from networks.conversion.families import FLUX_OR_CHROMA, Part
+from networks.conversion.reshape import to_original
+from networks.model_keys import ModelPart
 
 #: numbers of a weight that are merged at a time
 _CHUNK = 1 << 22
 _EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change of one linear layer: (alpha / rank) up @ down.
+
+    Attributes:
+        down: (rank, in).
+        up: (out, rank).
+        scale: alpha / rank.
+        dora_scale: magnitudes of a DoRA, (1, in) or (out, 1); see ``networks/dora.py``.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    dora_scale: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.up.shape[0], self.down.shape[1])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a file has for one layer: some of a low-rank change and changes of the whole weight and of the bias."""
+
+    part: Part
+    low_rank: LowRank | None
+    weight: Tensor | None  # (out, in)
+    bias: Tensor | None  # (out,)
 
 
 @dataclass(frozen=True)
@@ -33,28 +74,56 @@ class LoraFile:
 
     Attributes:
         ratio: the strength it is merged with.
-        modules: by published names.
+        adapters: by published names.
         is_diffusers: whether the file has diffusers' names.
     """
 
     path: Path
     ratio: float
-    modules: Mapping[str, LowRank]
+    adapters: Mapping[str, Adapter]
     metadata: Mapping[str, str]
     is_diffusers: bool
 
     @staticmethod
     def open(path: Path, ratio: float) -> LoraFile:
-        """Raises: UserError for a file that is missing, damaged, or no LoRA."""
-        modules, is_diffusers = read_modules(read_weights(path), str(path))
-        metadata = read_header(path).metadata if path.suffix == ".safetensors" else {}
-        return LoraFile(path, ratio, modules, metadata, is_diffusers)
+        """Raises: UserError for a file that is missing, damaged, or no LoRA for FLUX.1, Chroma or a text encoder."""
+        file = read_adapter(path, FLUX_OR_CHROMA)
+        adapters = {
+            module.part.name("kohya", module.path): _adapter(module, str(path))
+            for module in to_original(file.modules, str(path))
+        }
+        is_diffusers = any(module.space == "diffusers" for module in file.modules)
+        return LoraFile(path, ratio, adapters, file.metadata, is_diffusers)
+
+
+def _adapter(module: Module, title: str) -> Adapter:
+    tensors = module.tensors
+    for kind, tensor in tensors.items():
+        if kind not in LORA_TENSORS | {WEIGHT_CHANGE, BIAS_CHANGE}:
+            raise UserError(
+                f"{title}: {module.name}.{kind}: LoRA, DoRA and whole differences (diff, diff_b) can be merged, "
+                "but no LoHa, LoKr, OFT or the like"
+            )
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise UserError(
+                f"{title}: {module.name}: holds values that are not finite; the training that made it failed"
+            )
+    low_rank = None
+    if DOWN in tensors:
+        down, up = tensors[DOWN], tensors[UP]
+        if down.dim() != 2 or up.dim() != 2:
+            shapes = f"{list(down.shape)} and {list(up.shape)}"
+            raise UserError(f"{title}: {module.name}: down and up are {shapes}, which make no linear layer")
+        low_rank = LowRank(down, up, module.strength, tensors.get(DORA))
+    elif not {WEIGHT_CHANGE, BIAS_CHANGE} & tensors.keys():
+        raise UserError(f"{title}: {module.name}: has neither lora_down nor lora_up; the file is incomplete")
+    return Adapter(module.part, low_rank, tensors.get(WEIGHT_CHANGE), tensors.get(BIAS_CHANGE))
 
 
 # ---- into a model ----
 
-#: weight's name -> what changes it, and how much
-Changes = Mapping[str, Sequence[tuple[LowRank, float]]]
+#: tensor's name -> what changes it, in full or in low rank, and how much
+Changes = Mapping[str, Sequence[tuple[LowRank | Tensor, float]]]
 
 
 def find_changes(
@@ -68,28 +137,35 @@ def find_changes(
     Raises:
         UserError: an adapter has no place in the model or another shape, or there is none for it.
     """
-    refuse_scaled(shapes, source)
-    keys = part.lora_keys(shapes)
-    changes: dict[str, list[tuple[LowRank, float]]] = defaultdict(list)
+    keys = part.lora_keys(shapes, source)
+    found: dict[str, list[tuple[LowRank | Tensor, float]]] = defaultdict(list)
     for file in files:
-        for name, low_rank in file.modules.items():
-            if part_of(name) is not part:
+        for name, adapter in file.adapters.items():
+            if adapter.part is not part.part:
                 continue
             if name not in keys:
                 raise UserError(
                     f"{file.path}: {name} has no place in {source}{did_you_mean(name, keys)}; "
                     "was the LoRA made for another model?"
                 )
-            own, needed = (low_rank.up.shape[0], low_rank.down.shape[1]), shapes[keys[name]]
-            if own != needed:
-                raise UserError(
-                    f"{file.path}: {name} changes a weight of {list(own)}, in {source} it is {list(needed)}; "
-                    "the LoRA was made for another model"
-                )
-            changes[keys[name]].append((low_rank, file.ratio))
-    if not changes:
-        raise UserError(f"{source}: none of the LoRA files has modules of the {part.title} ({part.prefix}_...)")
-    return changes
+            weight = keys[name]
+            for change, key in (
+                (adapter.low_rank, weight),
+                (adapter.weight, weight),
+                (adapter.bias, f"{weight.removesuffix('weight')}bias"),
+            ):
+                if change is None:
+                    continue
+                if tuple(change.shape) != shapes.get(key):
+                    there = f"is {list(shapes[key])}" if key in shapes else "is none"
+                    raise UserError(
+                        f"{file.path}: {name} changes {key} of {list(change.shape)}, in {source} there {there}; "
+                        "the LoRA was made for another model"
+                    )
+                found[key].append((change, file.ratio))
+    if not found:
+        raise UserError(f"{source}: none of the LoRA files has modules of the {part.title} ({part.part.kohya[0]}...)")
+    return found
 
 
 def merging_reader(
@@ -117,22 +193,24 @@ def merging_reader(
         weight = read(name).to(loading_device)
         if name not in changes:
             return weight
-        plain, doras = [], []
-        for low_rank, ratio in changes[name]:
-            up, down = (t.to(device=working_device, dtype=precision) for t in (low_rank.up, low_rank.down))
-            if low_rank.dora_scale is None:
-                plain.append((up, down, ratio * low_rank.scale))
+        plain, whole = [], []
+        for change, ratio in changes[name]:
+            if isinstance(change, Tensor):
+                whole.append((change, ratio))
+            elif change.dora_scale is not None:
+                whole.append((_dora_change(weight.to(working_device), change), ratio))
             else:
-                doras.append(ratio * _dora_change(weight.to(working_device), low_rank))
+                up, down = (t.to(device=working_device, dtype=precision) for t in (change.up, change.down))
+                plain.append((up, down, ratio * change.scale))
         merged = torch.empty(weight.shape, dtype=save_dtype)
-        step = max(1, _CHUNK // weight.shape[1])
+        step = max(1, _CHUNK // weight.shape[-1])
         for start in range(0, weight.shape[0], step):
             rows = slice(start, start + step)
             part = weight[rows].to(device=working_device, dtype=precision, copy=True)
             for up, down, strength in plain:
                 part.addmm_(up[rows], down, alpha=strength)
-            for change in doras:
-                part += change[rows].to(precision)
+            for change, ratio in whole:
+                part += change[rows].to(device=working_device, dtype=precision) * ratio
             merged[rows] = cast(part, save_dtype).cpu()
         return merged
 
@@ -170,13 +248,16 @@ def combine(
         dtype: to compute in.
 
     Raises:
-        UserError: a module has different ranks, without ``concat``, or different shapes; a DoRA.
+        UserError: a module has different ranks, without ``concat``, or different shapes; a DoRA or a whole difference.
     """
     by_module: dict[str, list[tuple[int, LoraFile, LowRank]]] = defaultdict(list)
     for number, file in enumerate(files):
-        for name, low_rank in file.modules.items():
-            if low_rank.dora_scale is not None:
-                raise UserError(f"{file.path}: a DoRA ({name}), which cannot be merged with others; merge into a model")
+        for name, adapter in file.adapters.items():
+            low_rank = adapter.low_rank
+            is_plain = adapter.weight is None and adapter.bias is None
+            if low_rank is None or low_rank.dora_scale is not None or not is_plain:
+                what = "whole differences" if low_rank is None or not is_plain else "a DoRA"
+                raise UserError(f"{file.path}: {what} ({name}), which cannot be merged with others; merge into a model")
             by_module[name].append((number, file, low_rank))
     found: dict[str, Tensor] = {}
     for name, members in by_module.items():
@@ -206,7 +287,7 @@ def combine(
 def _check_together(name: str, members: Sequence[tuple[int, LoraFile, LowRank]], concat: bool) -> None:
     _, first_file, first = members[0]
     for _, file, other in members[1:]:
-        if (other.up.shape[0], other.down.shape[1]) != (first.up.shape[0], first.down.shape[1]):
+        if other.shape != first.shape:
             raise UserError(
                 f"{file.path}: {name} changes a weight of another shape than in {first_file.path}; "
                 "the two were made for different models"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.files.hashes import sshs_hashes
+from library.files.hashes import with_hashes
 from library.files.safetensors_io import load_pickle, load_tensors, read_header, save_pickle, save_tensors
 from networks.file_names import with_alphas
 from networks.targets import DoraAxis, RankAlpha
@@ -50,7 +50,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file")
     if path.suffix in PICKLE_SUFFIXES:
         return load_pickle(path)
-    return with_alphas(load_tensors(path), read_header(path).metadata)
+    return with_alphas(load_tensors(path), read_header(path).metadata, str(path))
 
 
 def write_weights(
@@ -64,10 +64,7 @@ def write_weights(
     path = Path(file)
     tensors = {name: t.detach().to(device="cpu", dtype=dtype or t.dtype).contiguous() for name, t in state.items()}
     if path.suffix == ".safetensors":
-        entries = dict(metadata or {})
-        model_hash, legacy_hash = sshs_hashes(tensors, entries)
-        entries |= {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
-        save_tensors(path, tensors, entries)
+        save_tensors(path, tensors, with_hashes(tensors, metadata))
     elif path.suffix in PICKLE_SUFFIXES:
         save_pickle(path, tensors)
     else:
@@ -148,7 +145,7 @@ def refuse_misfits(
     if unknown := sorted(set(in_file) - set(available)):
         raise UserError(
             f"{source}: {len(unknown)} of its {len(in_file)} modules have no place in this network "
-            f"({_some(unknown)}); {_explain(weights, module_name)}"
+            f"({_some(unknown)}); {_explain(weights, module_name, available)}"
         )
 
 
@@ -185,11 +182,14 @@ def _module_weights(
     return {f"{lora_name}.{name}": tensor for name, tensor in given.items()}
 
 
-def _explain(weights: Mapping[str, Tensor], module_name: str) -> str:
+def _explain(weights: Mapping[str, Tensor], module_name: str, available: Collection[str] = ()) -> str:
+    """What a file is that does not fit; ``available`` are the names of the network, which tell no other model."""
     if module_name.startswith("networks.oft") and any(name.endswith(".lora_down.weight") for name in weights):
         return f"it is a LoRA; use {module_name.replace('oft', 'lora')}"
+    if any(name.startswith("lora_te2_") for name in available) and any(name.startswith("lora_te_") for name in weights):
+        return "an old DyLoRA of SDXL has these names: use networks.dylora, or networks/extract_lora_from_dylora.py"
     for piece, explanation in _OTHER_KINDS.items():
-        if any(piece in key for key in weights):
+        if any(piece in key for key in weights) and not any(piece in name for name in available):
             return explanation
     return f"was it made for another model, or with other --network_args, than this {module_name}?"
 

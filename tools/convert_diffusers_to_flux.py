@@ -24,13 +24,14 @@ if __package__ in (None, ""):  # run as a file: the suite lies one folder up
 
 from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
+from library.config.tool_parser import add_mapped_option, tool_parser
 from library.errors import exits_on_user_error
 
 logger = logging.getLogger(__name__)
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument(
         "--diffusers_path",
         required=True,
@@ -39,11 +40,7 @@ def setup_parser() -> argparse.ArgumentParser:
         "...-00001-of-0000N.safetensors",
     )
     parser.add_argument("--save_to", required=True, metavar="FILE", help="the .safetensors file to write")
-    parser.add_argument(
-        "--mem_eff_load_save",
-        action="store_true",
-        help="tensors are taken from the mapped files instead of being read into memory; slower on some network drives",
-    )
+    add_mapped_option(parser, "--mem_eff_load_save")
     parser.add_argument(
         "--save_precision",
         metavar="TYPE",
@@ -75,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     source = replace(open_diffusers_transformer(Path(args.diffusers_path)), mapped=args.mem_eff_load_save)
     variant = variant_of(source)
     logger.info("%s: %s, %d tensors in %d", source.path, variant.title, len(source.file.shapes), len(source.shapes))
-    metadata = model_metadata(variant, title=target.stem)
+    metadata = model_metadata(variant.kind, title=target.stem)
     with WorkProgress("converting", "tensors", simple=False) as progress, source.opened() as read:
         write_model(target, source, read, flag="--save_to", dtype=dtype, metadata=metadata, progress=progress.update)
 

@@ -20,7 +20,7 @@ def parse_device(flag: str, text: str) -> torch.device:
 
     try:
         device = torch.device(text)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{flag} {text}: no such device here ({reason}); cpu always works") from None

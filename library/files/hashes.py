@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.files.atomic import write_text
+from library.files.safetensors_io import plain_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NO_FILE = "NOFILE"
 IS_DIRECTORY = "IsADirectory"
+
+#: entries of the metadata of adapters
+SSHS_KEYS = ("sshs_model_hash", "sshs_legacy_hash")
 
 _SHORT_START, _SHORT_LENGTH = 0x100000, 0x10000
 _CHUNK = 1 << 22  # bytes
@@ -56,6 +60,12 @@ def sha256_file(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """The metadata of an adapter's file, with the hashes of these tensors instead of any others."""
+    entries = dict(metadata or {})
+    return {**entries, **dict(zip(SSHS_KEYS, sshs_hashes(tensors, entries), strict=True))}
+
+
 def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
     """``sshs_model_hash`` and ``sshs_legacy_hash`` of an adapter about to be saved.
 
@@ -65,8 +75,7 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> t
     import safetensors.torch
 
     kept = {name: value for name, value in metadata.items() if name.startswith("ss_")}
-    contiguous = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-    data = safetensors.torch.save(contiguous, kept or None)
+    data = safetensors.torch.save(plain_tensors(tensors), kept or None)
     header = int.from_bytes(data[:8], "little")
     model = hashlib.sha256(memoryview(data)[8 + header :]).hexdigest()
     legacy = hashlib.sha256(data[_SHORT_START : _SHORT_START + _SHORT_LENGTH]).hexdigest()[:8]

@@ -205,6 +205,12 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     """Write a safetensors file atomically; views and shared storage are written as plain tensors."""
     from safetensors.torch import save_file
 
+    with atomic_path(path) as temporary:
+        save_file(plain_tensors(tensors), str(temporary), metadata=dict(metadata) if metadata else None)
+
+
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the host, contiguous and each in memory of its own, as safetensors wants them."""
     plain = {}
     storages = set()
     for name, tensor in tensors.items():
@@ -214,8 +220,7 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
             tensor = tensor.clone()
         storages.add(storage)
         plain[name] = tensor
-    with atomic_path(path) as temporary:
-        save_file(plain, str(temporary), metadata=dict(metadata) if metadata else None)
+    return plain
 
 
 def load_pickle(path: Path | str) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,28 +35,43 @@ def data_bytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * torch_dtype(info, "tensor").itemsize
 
 
-def check_target(path: Path, flag: str, *, needed: int = 0) -> None:
+def check_target(
+    path: Path,
+    flag: str,
+    *,
+    sources: Iterable[Path] = (),
+    needed: int = 0,
+    suffixes: Collection[str] = (".safetensors",),
+) -> None:
     """Find out before the work whether a file can be written.
 
     Args:
         flag: the option that named it, for messages.
+        sources: files that are read, which are not written over.
         needed: bytes; what lies there now stays until the new file is whole, so its space does not count.
 
     Raises:
-        UserError: not a .safetensors name, a folder, no such parent folder, or too little space.
+        UserError: one of the sources, a name of another kind, a folder, no such parent folder, or too little space.
     """
-    if path.suffix != ".safetensors":
-        raise UserError(f"{flag} {path}: the file's name must end with .safetensors")
+    if path.suffix not in suffixes:
+        raise UserError(f"{flag} {path}: the file's name must end with {' or '.join(suffixes)}")
     if path.is_dir():
         raise UserError(f"{flag} {path}: a folder; give a file name")
-    if not path.parent.is_dir():
-        raise UserError(f"{flag} {path}: the folder {path.parent} does not exist; make it first")
-    free = shutil.disk_usage(path.parent).free
+    check_folder_of(path, flag)
+    if path.resolve() in {source.resolve() for source in sources}:
+        raise UserError(f"{flag} {path}: is one of the files that are read; give another name")
+    free = shutil.disk_usage(path.absolute().parent).free
     if needed > free:
         raise UserError(
             f"{flag} {path}: {needed / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free; "
             "make room, write elsewhere, or give a smaller --save_precision"
         )
+
+
+def check_folder_of(path: Path, flag: str) -> None:
+    """Raise UserError where the folder is missing that ``path``, named by the option ``flag``, lies in."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{flag} {path}: the folder {path.absolute().parent} does not exist; make it first")
 
 
 def write_streamed(
@@ -104,7 +119,10 @@ def _bytes(tensor: Tensor, expected: TensorInfo, name: str) -> memoryview:
 
 
 class Described(Protocol):
-    """Weights whose names, shapes and dtypes are known, such as a ``ShardedFile``."""
+    """Weights whose files, names, shapes and dtypes are known, such as a ``ShardedFile``."""
+
+    @property
+    def files(self) -> Collection[Path]: ...
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -137,7 +155,7 @@ def write_model(
     for name, shape in source.shapes.items():
         own = source.dtypes[name]
         infos[name] = tensor_info(dtype if dtype is not None and own.is_floating_point else own, shape)
-    check_target(path, flag, needed=sum(map(data_bytes, infos.values())))
+    check_target(path, flag, sources=source.files, needed=sum(map(data_bytes, infos.values())))
     write_streamed(
         path,
         infos,

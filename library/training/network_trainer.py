@@ -163,11 +163,20 @@ class NetworkTrainer(Trainer):
                 with torch.device("meta"):
                     network = self._applied_network(run, module)
             except RuntimeError:  # NotImplementedError is one
-                # third-party modules may compute with tensors while they are made; the models stay on meta
-                network = self._applied_network(run, module)
+                network = self._applied_off_meta(run, module)
         groups, descriptions = self._parameter_groups(network, run.options)
         named = zip(groups, descriptions, strict=False)
         return [(name or "network", list(group["params"])) for group, name in named]
+
+    def _applied_off_meta(self, run: Run, module: ModuleType) -> Any:
+        """For third-party modules that compute with tensors while they are made, with those of the models last."""
+        try:
+            return self._applied_network(run, module)
+        except RuntimeError:
+            # a DoRA takes the norms of the weights: memory that nothing has filled stands for them
+            for model in (*run.text_encoders, run.denoiser):
+                model.to_empty(device="cpu")
+            return self._applied_network(run, module)
 
     def _applied_network(self, run: Run, module: ModuleType) -> Any:
         """Create the network, hook it into the models and load the weights it starts from."""

@@ -14,8 +14,7 @@ from torch import Tensor
 from library.errors import UserError, did_you_mean
 from library.files.safetensors_io import load_pickle, load_tensors, read_header
 from networks.conversion.families import (
-    FAMILIES,
-    PEFT_ROOT,
+    SDXL_FAMILY,
     Family,
     Naming,
     Part,
@@ -23,10 +22,13 @@ from networks.conversion.families import (
     detect_family,
     detect_naming,
 )
-from networks.file_names import ADAPTER_METADATA, TENSOR_NAMES, with_alphas
+from networks.conversion.modules import Place
+from networks.file_names import ADAPTER_METADATA, PEFT_ROOT, TENSOR_NAMES, with_alphas
 from networks.weights import PICKLE_SUFFIXES
 
 DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
+#: changes of a whole weight and of its bias, as ComfyUI and LyCORIS extract them from models
+WEIGHT_CHANGE, BIAS_CHANGE = "diff", "diff_b"
 #: what splitting, joining and scaling are defined for; other tensors can only be renamed
 LORA_TENSORS = frozenset({DOWN, UP, ALPHA, DORA})
 
@@ -39,8 +41,8 @@ _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_ma
 #: tensors of LyCORIS and of decomposed convolutions, which have the same names everywhere
 _RENAMED_ONLY = (
     "lora_mid.weight", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a",
-    "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "oft_blocks", "oft_diag", "rescale", "diff", "diff_b",
-    "on_input", "a1.weight", "a2.weight", "b1.weight", "b2.weight",
+    "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "oft_blocks", "oft_diag", "rescale", "on_input",
+    WEIGHT_CHANGE, BIAS_CHANGE, "a1.weight", "a2.weight", "b1.weight", "b2.weight",
 )  # fmt: skip
 _TENSORS = {**TENSOR_NAMES, **dict.fromkeys(_MAGNITUDES, DORA), **{name: name for name in _RENAMED_ONLY}}
 _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, sorted(_TENSORS, key=len, reverse=True)))})")
@@ -66,8 +68,18 @@ class Module:
     name: str
 
     @property
+    def places(self) -> list[Place]:
+        """Where it lies in the original checkpoint; a joint module in the places of all its parts."""
+        paths = self.part.paths
+        if self.space == "original":
+            return [Place(self.path, index) for index in range(len(paths.to_diffusers(self.path)))]
+        place = paths.to_original(self.path)
+        assert place is not None, self.path
+        return [place]
+
+    @property
     def is_lora(self) -> bool:
-        return self.tensors.keys() <= LORA_TENSORS and {DOWN, UP} <= self.tensors.keys()
+        return {DOWN, UP} <= self.tensors.keys() <= LORA_TENSORS | {BIAS_CHANGE}
 
     @property
     def rank(self) -> int:
@@ -105,33 +117,47 @@ def check_readable(path: Path) -> None:
         names = list(read_header(path).tensors)
     if not any(_KEY.fullmatch(_modern(name)) for name in names):
         some = ", ".join(names[:2])
-        raise UserError(f"{path}: holds no adapter's tensors ({some}{', ...' if len(names) > 2 else ''}); not a LoRA")
+        found = f"({some}{', ...' if len(names) > 2 else ''})" if names else "or any others"
+        raise UserError(f"{path}: holds no adapter's tensors {found}; not a LoRA")
 
 
-def read_adapter(path: Path, family: str | None = None) -> AdapterFile:
-    """An adapter file, or a folder that PEFT wrote.
+def read_adapter(path: Path, family: Family | None = None) -> AdapterFile:
+    """An adapter file, or a folder that PEFT wrote; fp8, which torch hardly computes in, becomes bf16 without loss.
 
     Args:
-        family: a key of ``FAMILIES``; None detects it.
+        family: None detects it.
 
     Raises:
         UserError: missing or unreadable, not a LoRA, names of another family or of several programs, unknown tensors.
     """
     check_readable(path)
     naming, weights, metadata = _load(path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    known = FAMILIES[family] if family else detect_family(shapes, metadata, str(path))
+    if family is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        family = detect_family(shapes, metadata, str(path))
     grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in weights.items():
         found = _KEY.fullmatch(_modern(key))
         if found is None:
-            raise UserError(f"{path}: {key}: unknown kind of tensor, cannot be converted")
+            raise UserError(f"{path}: {key}: unknown kind of tensor; those of LoRA, DoRA and LyCORIS are known")
         kind = _TENSORS[found[2]]
         if kind in grouped[found[1]]:
             raise UserError(f"{path}: {key}: the module {found[1]} has two tensors of this kind")
+        if tensor.element_size() == 1 and tensor.is_floating_point():
+            tensor = tensor.bfloat16()
         grouped[found[1]][kind] = _column(tensor) if found[2] in _MAGNITUDES else tensor
-    modules = [_module(known, naming, name, tensors, str(path)) for name, tensors in grouped.items()]
-    return AdapterFile(path, naming, known, metadata, modules)
+    modules = [_module(family, naming, name, tensors, str(path)) for name, tensors in grouped.items()]
+    _refuse_twice(modules, str(path))
+    return AdapterFile(path, naming, family, metadata, modules)
+
+
+def _refuse_twice(modules: list[Module], title: str) -> None:
+    found: dict[tuple[str, Place], str] = {}
+    for module in modules:
+        for place in module.places:
+            other = found.setdefault((module.part.diffusers, place), module.name)
+            if other != module.name:
+                raise UserError(f"{title}: {other} and {module.name} are the same module; the file mixes two namings")
 
 
 def _modern(key: str) -> str:
@@ -183,9 +209,9 @@ def _load(path: Path) -> tuple[Naming, dict[str, Tensor], dict[str, str]]:
             own = {_below(root, name.removeprefix(PEFT_ROOT)): tensor for name, tensor in own.items()}
             config = file.with_name(PEFT_CONFIG)
             if config.is_file():
-                own = with_alphas(own, {ADAPTER_METADATA: json.dumps(_config(config, root))})
+                own = with_alphas(own, {ADAPTER_METADATA: json.dumps(_config(config, root))}, str(config))
         tensors |= own
-    return naming, with_alphas(tensors, metadata), metadata
+    return naming, with_alphas(tensors, metadata, str(path)), metadata
 
 
 def _below(root: str, name: str) -> str:
@@ -215,15 +241,15 @@ def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor
     Raises:
         UserError: the family has no such module, or the halves of its LoRA do not fit.
     """
-    down, up = tensors.get(DOWN), tensors.get(UP)
+    down, up, alpha = tensors.get(DOWN), tensors.get(UP), tensors.get(ALPHA)
     if (down is None) != (up is None):
         raise UserError(f"{title}: {name}.{UP if up is None else DOWN} is missing")
-    if down is not None and up is not None and (min(down.dim(), up.dim()) < 2 or up.shape[1] != down.shape[0]):
+    if down is not None and up is not None and (min(down.dim(), up.dim()) < 2 or not up.shape[1] == down.shape[0] > 0):
         raise UserError(f"{title}: {name}: lora_down {list(down.shape)} and lora_up {list(up.shape)} do not fit")
+    if alpha is not None and alpha.numel() != 1:
+        raise UserError(f"{title}: {name}.alpha: holds {alpha.numel()} numbers where one is expected")
     for part in family.parts:
-        for prefix in {"kohya": part.kohya, "comfyui": tuple(f"{p}." for p in part.comfyui)}.get(
-            naming, (f"{part.diffusers}.",)
-        ):
+        for prefix in part.prefixes(naming):
             if not name.startswith(prefix):
                 continue
             path: str | None = name.removeprefix(prefix)
@@ -235,16 +261,21 @@ def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor
             if path is None or space is None:
                 raise UserError(f"{title}: {name}: no module of {family.title} that adapters are known for")
             return Module(part, space, path, tensors, name)
-    raise UserError(f"{title}: {name}: no model of {family.title} has this name")
+    # some programs leave out the name of the denoiser
+    space = _space(family.parts[0], naming, name)
+    if space is not None:
+        return Module(family.parts[0], space, name, tensors, name)
+    remedy = "was it made for another model?"
+    if name.startswith("lora_te_") and family is SDXL_FAMILY:
+        remedy = "an old DyLoRA has such names, and networks/extract_lora_from_dylora.py makes a LoRA of it"
+    raise UserError(f"{title}: {name}: no model of {family.title} has this name; {remedy}")
 
 
 def _space(part: Part, naming: Naming, path: str) -> Space | None:
-    """Whose path it is; published names come with either."""
-    orders: dict[Naming, tuple[Space, ...]] = {
-        "kohya": (part.published, "diffusers" if part.published == "original" else "original"),
-        "comfyui": ("original",),
-    }
-    for space in orders.get(naming, ("diffusers",)):
+    """Whose path it is: that which the naming has, or the other."""
+    usual = part.space(naming)
+    others: dict[Space, Space] = {"original": "diffusers", "diffusers": "original"}
+    for space in (usual, others[usual]):
         if part.paths.to_diffusers(path) if space == "original" else part.paths.to_original(path):
             return space
     return None

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files.atomic import atomic_directory, atomic_path, write_text
-from library.files.hashes import sshs_hashes
+from library.files.hashes import SSHS_KEYS, with_hashes
+from library.files.precisions import cast
 from library.files.safetensors_io import save_tensors
+from library.files.streamed import check_folder_of, check_target
 from networks.conversion.adapter_file import (
     DORA,
     DOWN,
@@ -28,7 +30,7 @@ from networks.conversion.adapter_file import (
     check_readable,
     read_adapter,
 )
-from networks.conversion.families import NAMINGS, Naming
+from networks.conversion.families import FAMILIES, NAMINGS, Naming
 from networks.conversion.proof import Difference, compare
 from networks.conversion.reshape import (
     RECORD,
@@ -44,7 +46,6 @@ from networks.file_names import ADAPTER_METADATA
 
 #: largest |difference| / |delta| of a module: rounding of float32 sums, and what a cast costs
 _TOLERANCE = {None: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-_HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 _TITLES: dict[Naming, str] = {
     "kohya": "kohya's (published) names",
     "diffusers": "diffusers' names",
@@ -85,24 +86,22 @@ class AlreadyConverted(Exception):
     """The file has the names that were asked for."""
 
 
-def check_paths(source: Path, save_to: Path, to: Naming) -> None:
+def check_paths(source: Path, save_to: Path, to: Naming, flag: str = "--save_to") -> None:
     """Refuse what cannot end well before anything is loaded.
+
+    Args:
+        flag: the option that named ``save_to``, for messages.
 
     Raises:
         UserError: the input is missing or no adapter; the output is the input, has no folder, or a wrong name.
     """
     check_readable(source)
-    if source.resolve() == save_to.resolve():
-        raise UserError(f"{save_to}: input and output are the same; name another file with --save_to")
-    if not save_to.absolute().parent.is_dir():
-        raise UserError(f"{save_to}: the folder {save_to.absolute().parent} does not exist; make it first")
-    if to == "peft":
-        if save_to.suffix or (save_to.exists() and (not save_to.is_dir() or any(save_to.iterdir()))):
-            raise UserError(f"{save_to}: PEFT's adapters are folders; name a new one")
-    elif save_to.suffix != ".safetensors":
-        raise UserError(f"{save_to}: converted files end in .safetensors")
-    elif save_to.is_dir():
-        raise UserError(f"{save_to}: is a folder; name a file")
+    if to != "peft":
+        check_target(save_to, flag, sources=[source])
+        return
+    check_folder_of(save_to, flag)
+    if save_to.suffix or (save_to.exists() and (not save_to.is_dir() or any(save_to.iterdir()))):
+        raise UserError(f"{flag} {save_to}: PEFT's adapters are folders; name a new one")
 
 
 def convert(
@@ -113,6 +112,7 @@ def convert(
     dtype: torch.dtype | None = None,
     family: str | None = None,
     expected: Naming | None = None,
+    flag: str = "--save_to",
 ) -> Report:
     """Write ``source`` to ``save_to`` with the names of ``to``.
 
@@ -122,6 +122,7 @@ def convert(
         dtype: of all tensors; None keeps each one's.
         family: a key of ``FAMILIES``, where the file does not tell.
         expected: the naming that the source must have.
+        flag: the option that named ``save_to``, for messages.
 
     Raises:
         UserError: see ``check_paths`` and ``read_adapter``; a tensor that the target has no place for; the deltas of
@@ -129,16 +130,16 @@ def convert(
         AlreadyConverted: nothing to do.
     """
     assert to in NAMINGS
-    check_paths(source, save_to, to)
-    file = read_adapter(source, family)
+    check_paths(source, save_to, to, flag)
+    file = read_adapter(source, FAMILIES[family] if family else None)
     if expected is not None and file.naming != expected:
         raise UserError(f"{source}: has {_TITLES[file.naming]}, not {_TITLES[expected]}")
     if file.naming == to and all(module.space == module.part.space(to) for module in file.modules):
         raise AlreadyConverted(f"{source}: already has {_TITLES[to]}; nothing to do")
     modules, records, widened = _converted(file, to)
 
-    metadata = {k: v for k, v in file.metadata.items() if k not in (ADAPTER_METADATA, RECORD, *_HASHES)}
-    hashed = to == "kohya" or any(name in file.metadata for name in _HASHES)
+    metadata = {k: v for k, v in file.metadata.items() if k not in (ADAPTER_METADATA, RECORD, *SSHS_KEYS)}
+    hashed = to == "kohya" or any(name in file.metadata for name in SSHS_KEYS)
     if records:
         metadata[RECORD] = write_record(records)
     if to == "peft":
@@ -149,7 +150,7 @@ def convert(
         tensors = _cast(_named(modules, to), dtype)
         count = len(tensors)
         if hashed:
-            metadata |= dict(zip(_HASHES, sshs_hashes(tensors, metadata), strict=True))
+            metadata = with_hashes(tensors, metadata)
         with atomic_path(save_to) as temporary:
             save_tensors(temporary, tensors, metadata)
             difference = _prove(file, temporary, save_to, dtype)
@@ -224,18 +225,7 @@ def _vector(magnitudes: Tensor) -> Tensor:
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors as they are written: in ``dtype``, each with memory of its own."""
-    cast: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        tensor = tensor.contiguous()
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        cast[name] = tensor
-    return cast
+    return {name: tensor if dtype is None else cast(tensor, dtype) for name, tensor in tensors.items()}
 
 
 def _write_peft(folder: Path, modules: list[Module], metadata: dict[str, str], dtype: torch.dtype | None) -> int:
@@ -287,7 +277,7 @@ def _prove(file: AdapterFile, written: Path, title: Path, dtype: torch.dtype | N
     Raises:
         UserError: the deltas differ by more than the dtypes explain.
     """
-    again = replace(read_adapter(written, file.family.key), path=title)
+    again = replace(read_adapter(written, file.family), path=title)
     difference = compare(file.modules, again.modules, str(title), exact_tensors=dtype is None)
     if not difference.relative <= _TOLERANCE[dtype]:
         remedy = "; --save_precision loses too much here, use float or bf16" if dtype else ""

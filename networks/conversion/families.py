@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
+from library.architectures.flux.names import LINEARS
 from library.errors import UserError
 from networks.conversion.modules import CLIP, FLUX, T5, ModulePaths, unet_paths
+from networks.file_names import PEFT_ROOT
 
 Naming = Literal["kohya", "diffusers", "peft", "comfyui"]
 NAMINGS: tuple[Naming, ...] = ("kohya", "diffusers", "peft", "comfyui")
 #: whose module paths a naming has
 Space = Literal["original", "diffusers"]
-
-PEFT_ROOT = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,17 @@ class Part:
             return self.published
         return "original" if naming == "comfyui" else "diffusers"
 
+    def prefixes(self, naming: Naming) -> tuple[str, ...]:
+        """What its modules' names begin with; PEFT's are read under diffusers' names."""
+        if naming == "kohya":
+            return self.kohya
+        return tuple(f"{name}." for name in (self.comfyui if naming == "comfyui" else (self.diffusers,)))
+
     def name(self, naming: Naming, path: str) -> str:
         """A module's name in a file, from its path in ``space(naming)``."""
         if naming == "kohya":
             return self.kohya[0] + path.replace(".", "_")
-        prefix = {"diffusers": f"{self.diffusers}.", "peft": PEFT_ROOT, "comfyui": f"{self.comfyui[0]}."}[naming]
-        return prefix + path
+        return (PEFT_ROOT if naming == "peft" else self.prefixes(naming)[0]) + path
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ class Family:
     parts: tuple[Part, ...]
 
 
-def _text(kohya: str, diffusers: str, *comfyui: str, paths: ModulePaths = CLIP) -> Part:
-    return Part(paths, (kohya,), diffusers, tuple(f"text_encoders.{name}.transformer" for name in comfyui))
+def _text(kohya: str, diffusers: str, *comfyui: str, paths: ModulePaths = CLIP, also: tuple[str, ...] = ()) -> Part:
+    return Part(paths, (kohya, *also), diffusers, tuple(f"text_encoders.{name}.transformer" for name in comfyui))
 
 
 def _unet(attention: tuple[bool, ...], published: Space, **config: str) -> Part:
@@ -81,7 +87,9 @@ def _flux(key: str, title: str) -> Family:
     # lora_transformer_: the same with diffusers' paths, which some trainers write
     denoiser = Part(FLUX, ("lora_unet_", "lora_transformer_"), "transformer", ("diffusion_model",))
     clip = _text("lora_te1_", "text_encoder", "clip_l")
-    return Family(key, title, (denoiser, clip, _text("lora_te3_", "text_encoder_2", "t5xxl", paths=T5)))
+    # T5 is the third encoder, as in SD3's files; OneTrainer counts two
+    t5 = _text("lora_te3_", "text_encoder_2", "t5xxl", paths=T5, also=("lora_te2_",))
+    return Family(key, title, (denoiser, clip, t5))
 
 
 FLUX_FAMILY, CHROMA = _flux("flux", "FLUX.1"), _flux("chroma", "Chroma")
@@ -106,11 +114,15 @@ def detect_naming(names: Mapping[str, object], title: str) -> Naming:
     Raises:
         UserError: none that is known.
     """
+    # FLUX.1's modules also come without the name of the model
+    bare_original, bare_diffusers = (
+        {f"{path.partition('.')[0]}." for path in paths} for paths in (LINEARS, chain.from_iterable(LINEARS.values()))
+    )
     starts: dict[Naming, tuple[str, ...]] = {
         "kohya": ("lora_unet_", "lora_te", "lora_transformer_"),
         "peft": (PEFT_ROOT,),
-        "comfyui": ("diffusion_model.", "text_encoders."),
-        "diffusers": ("unet.", "transformer.", "text_encoder.", "text_encoder_2."),
+        "comfyui": ("diffusion_model.", "text_encoders.", *bare_original),
+        "diffusers": ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", *bare_diffusers),
     }
     found: dict[Naming, str] = {}
     for name in names:

@@ -15,6 +15,7 @@ from typing import Any
 
 from library.architectures.common.key_map import KeyMap
 from library.architectures.common.ldm_unet import ldm_unet_layout
+from library.architectures.flux.names import LINEARS, SWAPPED_HALVES, part_rows
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class ModulePaths(ABC):
     #: what paths consist of, beside numbers: published names have ``_`` for ``.``, which only this undoes
     words: frozenset[str]
 
-    def __init__(self, words: str) -> None:
-        self.words = frozenset(words.split())
+    def __init__(self, words: Iterable[str]) -> None:
+        self.words = frozenset(words)
         longest_first = sorted(self.words, key=len, reverse=True)
         self._component = re.compile(rf"({'|'.join(map(re.escape, longest_first))}|\d+)(?:_|$)")
 
@@ -86,7 +87,7 @@ class UNetPaths(ModulePaths):
     """The U-Net of Stable Diffusion: LDM's blocks against diffusers', transformers alike in both."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(_UNET_WORDS)
+        super().__init__(_UNET_WORDS.split())
         self._keys: KeyMap = ldm_unet_layout(config).keys
 
     def to_diffusers(self, original: str) -> tuple[str, ...]:
@@ -102,12 +103,13 @@ class FluxPaths(ModulePaths):
     """FLUX.1 and Chroma, whose modules are a part of FLUX.1's and its approximator."""
 
     def __init__(self) -> None:
-        super().__init__(_FLUX_WORDS)
-        self._places = {part: Place(path, i) for path, parts in _FLUX.items() for i, part in enumerate(parts)}
+        paths = [*LINEARS, *(part for parts in LINEARS.values() for part in parts)]
+        super().__init__({word for path in paths for word in path.split(".") if word != "{}" and not word.isdigit()})
+        self._places = {part: Place(path, i) for path, parts in LINEARS.items() for i, part in enumerate(parts)}
 
     def to_diffusers(self, original: str) -> tuple[str, ...]:
         template, number = _numbered(original)
-        return tuple(part.replace("{}", number) for part in _FLUX.get(template, ()))
+        return tuple(part.replace("{}", number) for part in LINEARS.get(template, ()))
 
     def to_original(self, diffusers: str) -> Place | None:
         template, number = _numbered(diffusers)
@@ -118,12 +120,10 @@ class FluxPaths(ModulePaths):
         parts = len(self.to_diffusers(original))
         if parts == 1:
             return super().rows(original, inputs=inputs, outputs=outputs)
-        # queries, keys and values are as wide as the input; what remains is the MLP's
-        rest = () if parts == 3 else (_FLUX_MLP_RATIO * inputs if outputs is None else outputs - 3 * inputs,)
-        return [inputs] * 3 + [*rest]
+        return part_rows(parts, inputs=inputs, outputs=outputs)
 
     def swaps_halves(self, original: str) -> bool:
-        return original == "final_layer.adaLN_modulation.1"  # (shift, scale); diffusers has (scale, shift)
+        return original in SWAPPED_HALVES
 
 
 def _numbered(path: str) -> tuple[str, str]:
@@ -140,56 +140,18 @@ _UNET_WORDS = """
     proj_in proj_out transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj
 """
 
-_FLUX_MLP_RATIO = 4
-_FLUX_WORDS = """
-    double_blocks single_blocks img_attn txt_attn qkv proj img_mlp txt_mlp img_mod txt_mod lin modulation linear1
-    linear2 img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer adaLN_modulation linear
-    distilled_guidance_layer in_proj out_proj layers
-    transformer_blocks single_transformer_blocks attn to_q to_k to_v to_out add_q_proj add_k_proj add_v_proj to_add_out
-    ff ff_context net norm1 norm1_context norm norm_out proj_mlp proj_out x_embedder context_embedder time_text_embed
-    timestep_embedder text_embedder guidance_embedder linear_1 linear_2
-"""
-#: original module -> diffusers' modules, in the order of its rows
-_FLUX: dict[str, tuple[str, ...]] = {
-    "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"),
-    "double_blocks.{}.txt_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv"),
-    "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
-    "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
-    "double_blocks.{}.img_mlp.0": ("transformer_blocks.{}.ff.net.0.proj",),
-    "double_blocks.{}.img_mlp.2": ("transformer_blocks.{}.ff.net.2",),
-    "double_blocks.{}.txt_mlp.0": ("transformer_blocks.{}.ff_context.net.0.proj",),
-    "double_blocks.{}.txt_mlp.2": ("transformer_blocks.{}.ff_context.net.2",),
-    "double_blocks.{}.img_mod.lin": ("transformer_blocks.{}.norm1.linear",),
-    "double_blocks.{}.txt_mod.lin": ("transformer_blocks.{}.norm1_context.linear",),
-    "single_blocks.{}.linear1": (
-        *(f"single_transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"),
-        "single_transformer_blocks.{}.proj_mlp",
-    ),
-    "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
-    "single_blocks.{}.modulation.lin": ("single_transformer_blocks.{}.norm.linear",),
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    "distilled_guidance_layer.in_proj": ("distilled_guidance_layer.in_proj",),
-    "distilled_guidance_layer.out_proj": ("distilled_guidance_layer.out_proj",),
-    "distilled_guidance_layer.layers.{}.in_layer": ("distilled_guidance_layer.layers.{}.linear_1",),
-    "distilled_guidance_layer.layers.{}.out_layer": ("distilled_guidance_layer.layers.{}.linear_2",),
-}
-
-CLIP = SamePaths("""
+CLIP = SamePaths(
+    """
     text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 layer_norm1 layer_norm2
     final_layer_norm embeddings token_embedding position_embedding text_projection
-""")
-T5 = SamePaths("""
+""".split()
+)
+T5 = SamePaths(
+    """
     encoder block layer SelfAttention DenseReluDense q k v o wi wi_0 wi_1 wo shared relative_attention_bias
-""")
+    layer_norm final_layer_norm
+""".split()
+)
 FLUX = FluxPaths()
 
 

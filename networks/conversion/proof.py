@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from networks.conversion.adapter_file import DORA, DOWN, UP, Module
+from networks.conversion.adapter_file import ALPHA, DOWN, UP, Module
+from networks.conversion.modules import Place
 from networks.conversion.reshape import swap_halves
 
 _ROWS = 1024  # of a delta that are in memory at a time
 
-#: a module and its place in the original checkpoint: model, path, index of the part
-_Key = tuple[str, str, int]
+#: a model and the place of a module in its original checkpoint
+_Key = tuple[str, Place]
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,13 @@ def _factors(modules: Iterable[Module], title: str) -> dict[_Key, _Factors]:
         down = module.tensors[DOWN].float().flatten(1)
         if not (up.isfinite().all() and down.isfinite().all()):
             raise UserError(f"{title}: {module.name}: has values that are not finite")
-        if module.space == "diffusers":
-            place = paths.to_original(module.path)
-            assert place is not None
-            if paths.swaps_halves(place.path):
-                up = swap_halves(up)
-            found[part, place.path, place.index] = _Factors(up, down, module.name)
-            continue
-        rows = paths.rows(module.path, inputs=down.shape[1], outputs=len(up))
-        for index, part_of_up in enumerate(up.split(rows)):
-            found[part, module.path, index] = _Factors(part_of_up, down, module.name)
+        places, rows = module.places, [len(up)]
+        if module.space == "original":
+            rows = paths.rows(module.path, inputs=down.shape[1], outputs=len(up))
+        elif paths.swaps_halves(places[0].path):
+            up = swap_halves(up)
+        for place, part_of_up in zip(places, up.split(rows), strict=True):
+            found[part, place] = _Factors(part_of_up, down, module.name)
     return found
 
 
@@ -111,12 +109,7 @@ def _compare_renamed(before: list[Module], after: list[Module], title: str, *, e
 def _others(modules: Iterable[Module]) -> dict[tuple[str, str, str], Tensor]:
     found = {}
     for module in modules:
-        path = module.path
-        if module.space == "diffusers":
-            place = module.part.paths.to_original(path)
-            assert place is not None
-            path = place.path
         for name, tensor in module.tensors.items():
-            if name == DORA or not module.is_lora:
-                found[module.part.diffusers, path, name] = tensor
+            if name not in (DOWN, UP, ALPHA) or not module.is_lora:
+                found[module.part.diffusers, module.places[0].path, name] = tensor
     return found

@@ -39,10 +39,9 @@ def to_original(modules: Iterable[Module], title: str) -> list[Module]:
     for module in modules:
         if module.space == "original":
             joined.append(module)
-            continue
-        place = module.part.paths.to_original(module.path)
-        assert place is not None, module.path
-        waiting[module.part.diffusers, place.path][place.index] = module
+        else:
+            place = module.places[0]
+            waiting[module.part.diffusers, place.path][place.index] = module
     for (_, path), parts in waiting.items():
         first = next(iter(parts.values()))
         paths = first.part.paths
@@ -225,13 +224,13 @@ def restore_strength(module: Module, record: Mapping[str, Any] | None) -> Module
     if not module.is_lora:
         return module
     if record is not None:
-        told = record.get("alpha")
-        value = float(torch.tensor(module.rank if told is None else told).sum())
-        strength, folded = value / module.rank, record.get("folded")
+        told = _alpha_of(record)
+        strength = 1.0 if told is None else float(told.sum()) / module.rank
+        folded = record.get("folded")
         fits = True
         if folded in (UP, DOWN) and module.strength == 1.0 and strength:
             stored = tensors[folded]
-            plain = (stored.float() / strength).to(getattr(torch, record.get("dtype", ""), stored.dtype))
+            plain = (stored.float() / strength).to(_dtype(record.get("dtype"), stored.dtype))
             fits = torch.equal(plain.float() * strength, stored.float())
             if fits:
                 tensors[folded] = plain
@@ -240,7 +239,7 @@ def restore_strength(module: Module, record: Mapping[str, Any] | None) -> Module
         if fits:
             tensors.pop(ALPHA, None)
             if told is not None:
-                tensors[ALPHA] = torch.tensor(told, dtype=getattr(torch, record.get("alpha_dtype", ""), torch.float32))
+                tensors[ALPHA] = told
             return replace(module, tensors=tensors)
     if ALPHA not in tensors:
         rank = torch.tensor(float(module.rank))
@@ -257,12 +256,24 @@ def write_record(records: Mapping[str, dict[str, Any]]) -> str:
 
 
 def read_record(metadata: Mapping[str, str], module: str) -> dict[str, Any] | None:
-    """The record of one module; None without one."""
+    """The record of one module; None without one that can be understood."""
     try:
         content = json.loads(metadata.get(RECORD, "null"))
-        return None if content is None else content["modules"].get(module, content["all"])
+        record = content["modules"].get(module, content["all"])
+        _alpha_of(record)
+        return record
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _alpha_of(record: Mapping[str, Any]) -> Tensor | None:
+    told = record["alpha"]
+    return None if told is None else torch.tensor(told, dtype=_dtype(record.get("alpha_dtype"), torch.float32))
+
+
+def _dtype(name: object, default: torch.dtype) -> torch.dtype:
+    found = getattr(torch, str(name), None)
+    return found if isinstance(found, torch.dtype) else default
 
 
 def _alpha_like(alpha: Tensor, value: float) -> Tensor:

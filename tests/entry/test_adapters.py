@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from library.training.network_trainer import parse_network_args
-from tests.fixtures.runs import ROOT, logged, lora_arguments, metadata_of, train_here, write_dataset
+from tests.fixtures.families import Tiny
+from tests.fixtures.runs import ROOT, logged, lora_arguments, metadata_of, run_script, train_here, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
 
@@ -346,15 +347,24 @@ def test_what_the_family_cannot_do_is_said(
 
 PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^--network_module (networks\..*)$", PAGE, re.MULTILINE)
+ARGUMENTS = re.findall(r"^--network_args (.*)$", PAGE, re.MULTILINE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_page(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, command: str) -> None:
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"networks.lora --network_args {words}" for words in ARGUMENTS)])
+def test_commands_of_the_page(tmp_path: Path, tiny: Tiny, dataset: Path, command: str) -> None:
     words = ["--network_module", *shlex.split(command)]
     flags = {"network_module": None, "network_dim": None, "max_train_steps": 1}
-    train_here(*lora_arguments(tiny_sd, dataset, tmp_path, **flags), *words)
+    train_here(*tiny.words(dataset, tmp_path, **flags), *words, script=tiny.family.script)
     assert metadata_of(tmp_path / "tiny.safetensors")["ss_network_module"] == words[1]
+    if words[1] == "networks.dylora" and "conv_dim=16" not in words:
+        (line,) = re.findall(r"^python networks/(extract_lora_from_dylora\.py .*)$", PAGE, re.MULTILINE)
+        script, *rest = line.replace("my_", f"{tmp_path}/my_").split()
+        (tmp_path / "tiny.safetensors").rename(tmp_path / "my_dylora.safetensors")
+        assert run_script(f"networks/{script}", *rest).code == 0
+        assert sorted(path.name for path in tmp_path.glob("my_lora*")) == [
+            f"my_lora-{rank:04d}.safetensors" for rank in (4, 8, 12, 16)
+        ]
 
 
 def test_the_page_has_a_command_for_each_of_our_modules() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,6 +143,66 @@ def test_our_lora_reads_its_doras(tmp_path: Path, tiny: Tiny, on_output: bool) -
         models = models_of(tiny)
         apply_networks([choice], models, merge=merge, dtype=torch.float32, device=torch.device("cpu"))
         torch.testing.assert_close(outputs(models), theirs, atol=2e-5, rtol=1e-4)
+
+
+#: the commands of docs/adapters.md
+COMMANDS = [
+    shlex.split(command)
+    for command in re.findall(
+        r"^--network_module lycoris\.kohya (.*)$",
+        (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").replace("\\\n", " "),
+        re.MULTILINE,
+    )
+]
+
+
+def of_command(words: list[str], name: str) -> list[str]:
+    """The values of a flag."""
+    if f"--{name}" not in words:
+        return []
+    rest = words[words.index(f"--{name}") + 1 :]
+    return rest[: next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: of_command(words, "network_args")[0])
+def test_commands_of_the_page(
+    tmp_path: Path, tiny: Tiny, dataset: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # where its presets are
+    options = {"network_module": "lycoris.kohya", "max_train_steps": 1, "network_dim": of_command(words, "network_dim")}
+    options |= {name: of_command(words, name) or None for name in ("network_alpha", "network_args")}
+    tiny.train(dataset, tmp_path, **options, dry_run=True)
+    assert not list(tmp_path.glob("*.safetensors"))
+    tiny.train(dataset, tmp_path, **options)
+    assert load_file(tmp_path / "tiny.safetensors")
+
+
+@pytest.mark.slow
+def test_blocks_of_the_page_s_sizes_fit_the_published_widths() -> None:
+    from diffusers import UNet2DConditionModel
+    from lycoris.kohya import create_network
+
+    sized = [words for words in COMMANDS if "oft" in of_command(words, "network_args")[0]]
+    assert len(sized) == 2
+    wide = {"cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280)}
+    kinds = {"down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2)}
+    kinds["up_block_types"] = (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D")
+    with torch.device("meta"):
+        models = [UNet2DConditionModel(cross_attention_dim=768), UNet2DConditionModel(**wide, **kinds)]
+        for words in sized:
+            args = dict(word.split("=", 1) for word in of_command(words, "network_args"))
+            for unet in models:
+                network = create_network(1.0, int(of_command(words, "network_dim")[0]), 1.0, None, [], unet, **args)
+                assert len(network.unet_loras) > 100
+
+
+def test_a_dry_run_of_what_reads_the_weights_it_adapts(
+    tmp_path: Path, tiny: Tiny, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"network_module": "lycoris.kohya", "network_args": ["algo=lora", "dora_wd=True", "preset=attn-mlp"]}
+    tiny.train(dataset, tmp_path, **options, dry_run=True)
+    assert "all checks passed" in capsys.readouterr().out
 
 
 def test_a_failing_module_is_one_line(

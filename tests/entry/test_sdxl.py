@@ -67,33 +67,90 @@ def test_rates_and_long_captions_of_both_encoders(
     assert moved == {"te2", "unet"}
 
 
-def test_the_unet_is_told_real_sizes(
-    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """What the U-Net is told in each use of a picture of the next runs: (H, W), (top, left), (H, W)."""
     from library.architectures.sdxl import StableDiffusionXL
 
-    told: list[list[int]] = []
+    numbers: list[tuple[int, ...]] = []
     predict = StableDiffusionXL.predict
 
     def spy(self, denoiser, noisy, timesteps, conditioning):
         height, width = (8 * side for side in noisy.shape[-2:])
         assert conditioning["sizes"][:, 4:].tolist() == [[height, width]] * len(noisy)
-        told.extend(conditioning["sizes"].tolist())
+        numbers.extend(tuple(row) for row in conditioning["sizes"].tolist())
         return predict(self, denoiser, noisy, timesteps, conditioning)
 
     monkeypatch.setattr(StableDiffusionXL, "predict", spy)
-    general = "shuffle_caption = true\nflip_aug = true\nrandom_crop = true"
-    dataset = write_dataset(tmp_path / "data.toml", pictures, general=general, dataset="batch_size = 2")
-    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", max_train_steps=4), script=SCRIPT)
-    real = {Image.open(path).size[::-1] for path in pictures.glob("*.png")}  # (H, W)
-    assert {(height, width) for height, width, *_ in told} <= real
-    assert any(top or left for _, _, top, left, *_ in told)
+    return numbers
+
+
+def pictures_of_all_shapes(folder: Path) -> Path:
+    """Each of another size; one lies on its side and says so, and one is smaller than its bucket would be."""
+    make_pictures(folder, ((64, 64), (113, 50), (100, 47), (41, 96), (40, 37)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(9).integers(0, 256, (47, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "turned.jpg", exif=exif)  # seen, it is 47 wide and 120 high
+    (folder / "turned.txt").write_text("dog")
+    return folder
+
+
+def crops(size: tuple[int, int], target: tuple[int, int]) -> set[tuple[int, int]]:
+    """(top, left) that a picture of (H, W) may have in the middle, and mirrored."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    over = [round(side * scale) - wanted for side, wanted in zip(size, target, strict=True)]
+    top, left = (round(rest / 2) for rest in over)
+    return {(top, left), (top, over[1] - left)}
+
+
+@pytest.mark.parametrize("no_upscale", [False, True])
+def test_the_unet_is_told_real_sizes_from_caches_too(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, told: list[tuple[int, ...]], no_upscale: bool
+) -> None:
+    folder = pictures_of_all_shapes(tmp_path / "pictures")
+    general = f"flip_aug = true\nbucket_no_upscale = {str(no_upscale).lower()}"
+    dataset = write_dataset(tmp_path / "data.toml", folder, general=general, subset="num_repeats = 3")
+    runs = []
+    for name, caches in (("plain", {}), ("memory", {"cache_latents": True}), ("disk", {"cache_latents_to_disk": True})):
+        if name == "memory" and no_upscale:
+            continue
+        more = {"max_train_steps": None, "max_train_epochs": 1, "network_train_unet_only": True, **caches}
+        train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / name, **more), script=SCRIPT)
+        runs.append(list(told))
+        told.clear()
+    assert all(run == runs[0] for run in runs[1:])
+    seen = {(height, width): set() for height, width, *_ in runs[0]}
+    assert seen.keys() == {(64, 64), (50, 113), (47, 100), (96, 41), (37, 40), (120, 47)}
+    for height, width, top, left, *target in runs[0]:
+        assert (top, left) in crops((height, width), tuple(target))
+        seen[height, width].add((top, left))
+    assert any(len(found) == 2 for found in seen.values())  # mirrored uses have the place in the mirrored picture
+    small = {tuple(target) for height, width, _, _, *target in runs[0] if (height, width) == (37, 40)}
+    assert small == ({(32, 32)} if no_upscale else {(64, 64)})
+
+
+def test_the_unet_is_told_real_sizes_of_random_crops(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, told: list[tuple[int, ...]]
+) -> None:
+    folder = pictures_of_all_shapes(tmp_path / "pictures")
+    general = "flip_aug = true\nrandom_crop = true"
+    dataset = write_dataset(tmp_path / "data.toml", folder, general=general, dataset="batch_size = 2")
+    more = {"max_train_steps": None, "max_train_epochs": 3, "network_train_unet_only": True}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
+    assert {(height, width) for height, width, *_ in told} >= {(120, 47), (50, 113)}
+    outside = []
+    for height, width, top, left, *target in told:
+        scale = max(target[0] / height, target[1] / width)
+        assert 0 <= top <= round(height * scale) - target[0] and 0 <= left <= round(width * scale) - target[1]
+        outside.append((top, left) not in crops((height, width), tuple(target)))
+    assert any(outside)
 
 
 def test_caches_change_nothing_and_have_the_published_layout(
     tmp_path: Path, tiny_sdxl: MadeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = make_pictures(tmp_path / "pictures", ((64, 64), (100, 44), (80, 80)))
+    pictures = make_pictures(tmp_path / "pictures", ((64, 64), (100, 44), (80, 80), (64, 64), (64, 64)))
     dataset = write_dataset(tmp_path / "data.toml", pictures)
     more = {"network_train_unet_only": True, "max_train_steps": 3, "cache_latents": True}
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "plain", **more), script=SCRIPT)
@@ -116,16 +173,104 @@ def test_caches_change_nothing_and_have_the_published_layout(
 
     capsys.readouterr()
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "third", **cached), script=SCRIPT)
-    assert "0 files made, 3 from the cache" in capsys.readouterr().err
+    assert "0 files made, 5 from the cache" in capsys.readouterr().err
     assert_same_weights(tmp_path / "plain" / "tiny.safetensors", tmp_path / "third" / "tiny.safetensors")
 
 
-def test_v_prediction_with_zero_terminal_snr_from_a_folder(tmp_path: Path, pictures: Path) -> None:
+def test_v_prediction_with_zero_terminal_snr_from_a_folder(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the last timestep the U-Net sees noise alone, and what it should say, v, is the negative latents."""
+    from library.architectures.sdxl import StableDiffusionXL
+
     made = make_tiny_sdxl(tmp_path / "folder", layout="diffusers", v_prediction=True)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    predict = StableDiffusionXL.predict
+
+    def spy(self, denoiser, noisy, timesteps, conditioning):
+        assert timesteps.tolist() == [999]
+        said = predict(self, denoiser, noisy, timesteps, conditioning)
+        seen.append((noisy.detach().clone(), said.detach().clone()))
+        return said
+
+    monkeypatch.setattr(StableDiffusionXL, "predict", spy)
+    more = {"v_parameterization": True, "zero_terminal_snr": True, "network_train_unet_only": True, "min_timestep": 999}
+    more |= {"max_train_steps": 1, "cache_latents_to_disk": True}
+    for number in (0, 1):
+        folder = tmp_path / f"picture{number}"
+        folder.mkdir()
+        for ending in (".png", ".txt"):
+            shutil.copy(pictures / f"{number}{ending}", folder / f"x{ending}")
+        dataset = write_dataset(tmp_path / "data.toml", folder)
+        output = tmp_path / f"out{number}"
+        train_here(*lora_arguments(made, dataset, output, **more), script=SCRIPT)
+        (cache,) = folder.glob("*_sdxl.npz")
+        with np.load(cache) as file:
+            latents = torch.from_numpy(file["latents"]) * 0.13025
+        loss = (seen[-1][1][0] + latents).square().mean()
+        assert logged(output, "loss/current")[0] == pytest.approx(float(loss), rel=1e-4)
+    assert metadata_of(output / "tiny.safetensors")["modelspec.prediction_type"] == "v"
+    assert torch.equal(seen[0][0], seen[1][0])
+
+
+def test_the_vae_stays_in_float32(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from library.architectures.sdxl import StableDiffusionXL
+
+    dtypes = []
+    encode = StableDiffusionXL.encode_images
+
+    def spy(self, vae, *args, **kwargs):
+        dtypes.append(next(vae.parameters()).dtype)
+        return encode(self, vae, *args, **kwargs)
+
+    monkeypatch.setattr(StableDiffusionXL, "encode_images", spy)
     dataset = write_dataset(tmp_path / "data.toml", pictures)
-    more = {"v_parameterization": True, "zero_terminal_snr": True, "network_train_unet_only": True}
-    train_here(*lora_arguments(made, dataset, tmp_path / "out", **more), script=SCRIPT)
-    assert metadata_of(tmp_path / "out" / "tiny.safetensors")["modelspec.prediction_type"] == "v"
+    more = {"mixed_precision": "bf16", "network_train_unet_only": True, "max_train_steps": 1}
+    for settings in ({}, {"no_half_vae": True, "cache_latents": True}):
+        dtypes.clear()
+        train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more, **settings), script=SCRIPT)
+        assert set(dtypes) == {torch.float32 if settings else torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_a_lora_of_diffusers_trains_on_and_draws(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path) -> None:
+    """With the names, ranks and alphas that PEFT writes; what is saved then draws the same picture."""
+    from networks.conversion.convert import convert
+
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    more = {"max_train_steps": 3, "network_alpha": 1, "network_dim": 4, "learning_rate": 0.05}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
+    theirs = tmp_path / "pytorch_lora_weights.safetensors"
+    convert(tmp_path / "out" / "tiny.safetensors", theirs, "diffusers")
+    assert all(".lora_A." in name or ".lora_B." in name for name in load_file(theirs))
+    more = {"network_weights": theirs, "dim_from_weights": True, "network_dim": None, "learning_rate": 1e-30}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "on", **more), script=SCRIPT)
+    on = tmp_path / "on" / "tiny.safetensors"
+    assert load_file(on).keys() == load_file(tmp_path / "out" / "tiny.safetensors").keys()
+    drawn = {
+        name: draw(tmp_path / name, tiny_sdxl, *words)
+        for name, words in {
+            "plain": [],
+            "theirs": ["--network_module", "networks.lora", "--network_weights", theirs],
+            "ours": ["--network_module", "networks.lora", "--network_weights", tmp_path / "out" / "tiny.safetensors"],
+            "on": ["--network_module", "networks.lora", "--network_weights", on],
+        }.items()
+    }
+    assert np.abs(drawn["ours"] - drawn["plain"]).max() > 5
+    assert np.abs(drawn["theirs"] - drawn["ours"]).max() <= 1 and np.abs(drawn["on"] - drawn["ours"]).max() <= 1
+
+
+def draw(folder: Path, model: MadeCheckpoint, *words: object) -> np.ndarray:
+    """A picture by ``gen_img.py``."""
+    import gen_img
+
+    given = ["--ckpt", model.path, "--tokenizer_cache_dir", model.tokenizer_cache_dir, "--console_log_simple"]
+    given += ["--W", 64, "--H", 64, "--steps", 2, "--seed", 3, "--prompt", "a cat", "--outdir", folder, *words]
+    gen_img.main(gen_img.setup_parser().parse_args([str(word) for word in given]))
+    (path,) = folder.glob("*.png")
+    return np.asarray(Image.open(path)).astype(int)
 
 
 def test_caching_tools_make_what_training_uses(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
@@ -21,9 +17,9 @@ from networks import convert_flux_lora, convert_lora
 from networks.conversion import convert as conversion
 from networks.conversion.convert import AlreadyConverted, convert
 from networks.conversion.families import detect_family
-
-ROOT = Path(__file__).resolve().parents[2]
-COMPAT = ROOT / "tests" / "compat"
+from tests.fixtures.file_tools import ROOT, saved
+from tests.fixtures.layouts import table
+from tests.fixtures.runs import metadata_of
 
 #: table -> (family, title)
 TABLES = {
@@ -35,11 +31,6 @@ TABLES = {
     "lora_flux_split_qkv": ("flux", "FLUX.1"),
     "lora_chroma_t5xxl": ("flux", "FLUX.1 or Chroma"),
 }
-
-
-def table(name: str) -> dict[str, tuple[int, ...]]:
-    content = json.loads(gzip.decompress((COMPAT / "layouts" / f"{name}.json.gz").read_bytes()))
-    return {key: tuple(shape) for key, shape in content["keys"].items()}
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,16 +48,6 @@ def some_modules(name: str, *, divisor: int = 32, alpha: float = 2.0) -> dict[st
             small = [size // divisor if size >= divisor else size for size in shape]
             tensors[key] = torch.tensor(alpha) if not shape else random(*small, seed=seed)
     return tensors
-
-
-def save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    save_file(tensors, file, metadata)
-    return file
-
-
-def metadata_of(file: Path) -> dict[str, str]:
-    with safe_open(file, "pt") as opened:
-        return opened.metadata() or {}
 
 
 def assert_same(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -98,7 +79,7 @@ def test_families_are_recognised_from_published_names(name):
 def test_there_and_back_gives_the_same_bytes(tmp_path, name, to):
     alpha = 6.0 if name.endswith("split_qkv") else 2.0  # a power of two times the rank of the joint modules
     tensors = some_modules(name, alpha=alpha)
-    source = save(tmp_path / "a.safetensors", tensors, {"ss_tag": "kept", "sshs_model_hash": "wrong"})
+    source = saved(tmp_path / "a.safetensors", tensors, {"ss_tag": "kept", "sshs_model_hash": "wrong"})
     family = TABLES[name][0]
     there = tmp_path / ("there" if to == "peft" else "there.safetensors")
     report = convert(source, there, to, family=family)
@@ -128,7 +109,7 @@ def test_there_and_back_gives_the_same_bytes(tmp_path, name, to):
     ],
 )
 def test_comfyui_names_are_those_of_the_checkpoint(tmp_path, name, checkpoint, prefix):
-    source = save(tmp_path / "a.safetensors", some_modules(name))
+    source = saved(tmp_path / "a.safetensors", some_modules(name))
     convert(source, tmp_path / "b.safetensors", "comfyui", family=TABLES[name][0])
     keys = load_file(tmp_path / "b.safetensors")
     modules = {key.removesuffix(".lora_up.weight") for key in keys if key.endswith(".lora_up.weight")}
@@ -139,33 +120,6 @@ def test_comfyui_names_are_those_of_the_checkpoint(tmp_path, name, checkpoint, p
     assert encoders == expected.get(name.split("_")[1], set())
 
 
-@pytest.mark.parametrize("name", ["lora_flux_in_dims", "lora_chroma_t5xxl"])
-def test_diffusers_names_and_widths_are_those_of_its_transformers(tmp_path, name):
-    from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
-
-    tensors = {}  # a tenth as wide as the published model, two blocks of each kind
-    for key, shape in table(name).items():
-        if "_te" not in key and not re.search(r"_(blocks|layers)_([2-9]|\d\d)_", key):
-            tensors[key] = torch.zeros([s // 32 if s >= 32 else s for s in shape]) if shape else torch.tensor(4.0)
-    convert(save(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "diffusers")
-    kind = ChromaTransformer2DModel if "chroma" in name else FluxTransformer2DModel
-    widths = {"num_attention_heads": 2, "attention_head_dim": 48, "axes_dims_rope": (16, 16, 16), "in_channels": 2}
-    options = {"joint_attention_dim": 128, **widths}
-    options |= {} if "chroma" in name else {"guidance_embeds": True, "pooled_projection_dim": 24}
-    with torch.device("meta"):
-        model = kind(num_layers=2, num_single_layers=2, **options)
-    weights = model.state_dict()
-    written = load_file(tmp_path / "b.safetensors")
-    modules = {key.rpartition(".lora_")[0] for key in written}
-    for module in modules:
-        shape = weights[module.removeprefix("transformer.") + ".weight"].shape
-        up, down = written[f"{module}.lora_B.weight"], written[f"{module}.lora_A.weight"]
-        if shape[1] != 256:  # frequencies of the timestep, whose number no option sets
-            assert (up.shape[0], down.shape[1]) == shape, module
-    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "blocks." in n]
-    assert {f"transformer.{name}" for name in linears} <= modules
-
-
 def test_old_spellings_are_read(tmp_path):
     q, fc1 = linear(random(2, 8), random(8, 2, seed=1), None), linear(random(2, 4), random(6, 2, seed=1), None)
     old = {
@@ -174,7 +128,7 @@ def test_old_spellings_are_read(tmp_path):
         "text_encoder.encoder.layers.0.mlp.fc1.lora_linear_layer.down.weight": fc1["lora_down.weight"],
         "text_encoder.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight": fc1["lora_up.weight"],
     }
-    convert(save(tmp_path / "a.safetensors", old), tmp_path / "b.safetensors", "kohya", family="sd")
+    convert(saved(tmp_path / "a.safetensors", old), tmp_path / "b.safetensors", "kohya", family="sd")
     alpha = torch.tensor(2.0)
     assert_same(
         tmp_path / "b.safetensors",
@@ -191,9 +145,22 @@ def test_published_names_with_diffusers_paths_become_the_usual_ones(tmp_path):
         **named("lora_unet_down_blocks_1_attentions_0_proj_in", tensors),
         **named("lora_te1_text_model_encoder_layers_0_mlp_fc1", {n: t.clone() for n, t in tensors.items()}),
     }
-    convert(save(tmp_path / "a.safetensors", given), tmp_path / "b.safetensors", "kohya")
+    convert(saved(tmp_path / "a.safetensors", given), tmp_path / "b.safetensors", "kohya")
     renamed = {name.replace("down_blocks_1_attentions_0", "input_blocks_4_1"): t for name, t in given.items()}
     assert_same(tmp_path / "b.safetensors", renamed)
+
+
+def test_files_of_onetrainer_become_the_usual_ones(tmp_path):
+    """Diffusers' paths below ``lora_transformer``, and T5 as the second encoder."""
+    one, other = (linear(random(2, 8, seed=seed), random(8, 2), 2.0) for seed in range(2))
+    q = "encoder_block_0_layer_0_SelfAttention_q"
+    given = {
+        **named("lora_transformer_transformer_blocks_3_attn_to_out_0", one),
+        **named(f"lora_te2_{q}", other),
+    }
+    convert(saved(tmp_path / "a.safetensors", given), tmp_path / "b.safetensors", "kohya")
+    expected = {**named("lora_unet_double_blocks_3_img_attn_proj", one), **named(f"lora_te3_{q}", other)}
+    assert_same(tmp_path / "b.safetensors", expected)
 
 
 @pytest.mark.parametrize("level", ["", "transformer."])
@@ -202,7 +169,7 @@ def test_one_file_of_peft_is_read(tmp_path, level):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     module = f"base_model.model.{level}transformer_blocks.0.attn.to_out.0"
     tensors = {f"{module}.lora_A.weight": random(4, 8), f"{module}.lora_B.weight": random(8, 4)}
-    convert(save(tmp_path / "adapter_model.safetensors", tensors), tmp_path / "b.safetensors", "kohya")
+    convert(saved(tmp_path / "adapter_model.safetensors", tensors), tmp_path / "b.safetensors", "kohya")
     expected = linear(random(4, 8), random(8, 4), 4.0)  # alpha / sqrt(rank) is 1
     assert_same(tmp_path / "b.safetensors", named("lora_unet_double_blocks_0_img_attn_proj", expected))
 
@@ -228,7 +195,7 @@ def test_strengths_go_into_the_weights_and_come_back(tmp_path, alpha, dtype, up_
     down, up = random(4, 16, dtype=dtype), (random(16, 4, seed=1) * size).to(dtype)
     tensors = named(SD_Q, linear(down, up, alpha))
     tensors[f"{SD_Q}.alpha"] = tensors[f"{SD_Q}.alpha"].to(dtype)
-    report = convert(save(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "diffusers")
+    report = convert(saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "diffusers")
     written = load_file(tmp_path / "b.safetensors")
     up_there, down_there = (written[f"{SD_Q_DIFFUSERS}.lora_{x}.weight"] for x in "BA")
     assert up_there.dtype == up_dtype and down_there.dtype == dtype
@@ -246,13 +213,31 @@ def test_strengths_go_into_the_weights_and_come_back(tmp_path, alpha, dtype, up_
 def test_alphas_in_the_metadata_of_diffusers_count_once(tmp_path):
     config = {"unet.lora_alpha": 8, "unet.r": 4, "unet.alpha_pattern": {}}
     tensors = {f"{SD_Q_DIFFUSERS}.lora_A.weight": random(4, 8), f"{SD_Q_DIFFUSERS}.lora_B.weight": random(8, 4)}
-    source = save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(config), "own": "kept"})
+    source = saved(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(config), "own": "kept"})
     convert(source, tmp_path / "b.safetensors", "kohya")
     assert float(load_file(tmp_path / "b.safetensors")[f"{SD_Q}.alpha"]) == 8
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "diffusers")
     assert torch.equal(load_file(tmp_path / "c.safetensors")[f"{SD_Q_DIFFUSERS}.lora_B.weight"], random(8, 4) * 2)
     metadata = metadata_of(tmp_path / "c.safetensors")
     assert "lora_adapter_metadata" not in metadata and metadata["own"] == "kept"
+
+
+@pytest.mark.parametrize(
+    "told", ["nonsense", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}']
+)
+def test_alphas_that_cannot_be_understood_are_an_error(tmp_path, told):
+    tensors = {f"{SD_Q_DIFFUSERS}.lora_A.weight": random(4, 8), f"{SD_Q_DIFFUSERS}.lora_B.weight": random(8, 4)}
+    source = saved(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": told})
+    with pytest.raises(UserError, match=r"a\.safetensors: its metadata lora_adapter_metadata"):
+        convert(source, tmp_path / "b.safetensors", "kohya")
+
+
+@pytest.mark.parametrize("record", ["[1]", '{"all": 5, "modules": {}}', '{"all": {"alpha": "x"}, "modules": {}}'])
+def test_a_record_that_cannot_be_understood_is_none(tmp_path, record):
+    tensors = {f"{SD_Q_DIFFUSERS}.lora_A.weight": random(4, 8), f"{SD_Q_DIFFUSERS}.lora_B.weight": random(8, 4)}
+    source = saved(tmp_path / "a.safetensors", tensors, {"convert_lora_alphas": record})
+    convert(source, tmp_path / "b.safetensors", "kohya")
+    assert float(load_file(tmp_path / "b.safetensors")[f"{SD_Q}.alpha"]) == 4
 
 
 def test_pickled_files_are_read(tmp_path):
@@ -267,7 +252,7 @@ def test_pickled_files_are_read(tmp_path):
 
 
 def test_save_precision_casts_everything(tmp_path):
-    source = save(tmp_path / "a.safetensors", named(SD_Q, linear(random(4, 8), random(8, 4, seed=1), 3.0)))
+    source = saved(tmp_path / "a.safetensors", named(SD_Q, linear(random(4, 8), random(8, 4, seed=1), 3.0)))
     report = convert(source, tmp_path / "b.safetensors", "comfyui", dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in load_file(tmp_path / "b.safetensors").values()} == {torch.bfloat16}
     assert 1e-4 < report.difference.relative < 1e-2
@@ -275,14 +260,14 @@ def test_save_precision_casts_everything(tmp_path):
 
 def test_a_cast_that_loses_too_much_is_not_written(tmp_path):
     weights = linear(random(4, 8) * 1e-6, random(8, 4, seed=1) * 1e-6, 4.0)
-    source = save(tmp_path / "a.safetensors", named(SD_Q, weights))
+    source = saved(tmp_path / "a.safetensors", named(SD_Q, weights))
     with pytest.raises(UserError, match="not written: the weight deltas of .* differ .*use float or bf16"):
         convert(source, tmp_path / "b.safetensors", "diffusers", dtype=torch.float16)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_a_fault_in_what_was_written_is_found(tmp_path, monkeypatch):
-    source = save(tmp_path / "a.safetensors", some_modules("lora_flux_in_dims"))
+    source = saved(tmp_path / "a.safetensors", some_modules("lora_flux_in_dims"))
     right = conversion.save_tensors
 
     def wrong(file, tensors, metadata):
@@ -310,7 +295,9 @@ def block(name: str) -> str:
 def test_a_joint_module_shares_its_down_weight(tmp_path):
     down, up = random(4, 8), random(8 * 3 + 32, 4, seed=1)
     convert(
-        save(tmp_path / "a.safetensors", named(LINEAR1, linear(down, up, 4.0))), tmp_path / "b.safetensors", "diffusers"
+        saved(tmp_path / "a.safetensors", named(LINEAR1, linear(down, up, 4.0))),
+        tmp_path / "b.safetensors",
+        "diffusers",
     )
     written = load_file(tmp_path / "b.safetensors")
     single = "transformer.single_transformer_blocks.0"
@@ -329,7 +316,7 @@ def test_a_joint_module_shares_its_down_weight(tmp_path):
 def test_block_sparse_weights_become_small_ranks_again(tmp_path, ranks):
     ups = [random(8, rank, seed=i) for i, rank in enumerate(ranks)]
     tensors = named(QKV, linear(random(sum(ranks), 8), torch.block_diag(*ups), sum(ranks) / 2))
-    convert(save(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "diffusers")
+    convert(saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "diffusers")
     written = load_file(tmp_path / "b.safetensors")
     found = [written.get(f"{block(name)}.lora_B.weight") for name in ("to_q", "to_k", "to_v")]
     assert [0 if up is None else up.shape[1] for up in found] == list(ranks)
@@ -345,7 +332,7 @@ def test_parts_with_ranks_and_strengths_of_their_own_are_joined(tmp_path):
     tensors = {}
     for name, (down, up) in parts.items():
         tensors |= {f"{block(name)}.lora_A.weight": down, f"{block(name)}.lora_B.weight": up}
-    source = save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(config)})
+    source = saved(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(config)})
     convert(source, tmp_path / "b.safetensors", "kohya")
     joint = load_file(tmp_path / "b.safetensors")
     down, up, alpha = (joint[f"{QKV}.{name}"] for name in ("lora_down.weight", "lora_up.weight", "alpha"))
@@ -359,7 +346,7 @@ def test_equal_down_weights_are_shared_again(tmp_path):
     tensors = {}
     for name, up in zip(("add_q_proj", "add_k_proj", "add_v_proj"), ups, strict=True):
         tensors |= {f"{block(name)}.lora_A.weight": down.clone(), f"{block(name)}.lora_B.weight": up}
-    convert(save(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "comfyui")
+    convert(saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "comfyui")
     expected = linear(down, torch.cat(ups), 4.0)
     assert_same(tmp_path / "b.safetensors", named("diffusion_model.double_blocks.3.txt_attn.qkv", expected))
 
@@ -367,7 +354,7 @@ def test_equal_down_weights_are_shared_again(tmp_path):
 def test_scale_and_shift_of_the_last_layer_change_places(tmp_path):
     up = random(16, 4, seed=1)
     tensors = named("lora_unet_final_layer_adaLN_modulation_1", linear(random(4, 8), up, 4.0))
-    convert(save(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "diffusers", family="flux")
+    convert(saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "diffusers", family="flux")
     written = load_file(tmp_path / "b.safetensors")["transformer.norm_out.linear.lora_B.weight"]
     assert torch.equal(written, torch.cat([up[8:], up[:8]]))
 
@@ -381,7 +368,7 @@ def test_dora_of_output_features_becomes_peft_s_and_back(tmp_path):
         **named(SD_Q, {**linear(random(2, 8), random(6, 2), 2.0), "dora_scale": random(6, 1)}),
         **named(conv, {**linear(random(2, 8, 1, 1), random(6, 2, 1, 1), 1.0), "dora_scale": random(6, 1, 1, 1)}),
     }
-    convert(save(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "diffusers")
+    convert(saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "diffusers")
     written = load_file(tmp_path / "b.safetensors")
     assert torch.equal(written[f"{SD_Q_DIFFUSERS}.lora_magnitude_vector.weight"], random(6))
     assert written["unet.down_blocks.0.attentions.0.proj_in.lora_magnitude_vector.weight"].shape == (1, 6, 1, 1)
@@ -393,11 +380,47 @@ def test_what_can_be_renamed_is_renamed(tmp_path):
     loha = {name: random(2, 3, seed=i) for i, name in enumerate(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))}
     dora = {**linear(random(2, 8), random(24, 2), 2.0), "dora_scale": random(1, 8)}
     tensors = {**named(LINEAR1, loha), **named(QKV, dora)}
-    convert(save(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "comfyui")
+    convert(saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "comfyui")
     expected = {
         **named("diffusion_model.single_blocks.0.linear1", loha),
         **named("diffusion_model.double_blocks.3.img_attn.qkv", dora),
     }
+    assert_same(tmp_path / "b.safetensors", expected)
+
+
+def test_fp8_becomes_bf16(tmp_path):
+    """Also where parts are compared and joined, for which torch has no fp8."""
+    tensors = {}
+    for part in ("to_q", "to_k", "to_v"):
+        tensors[f"{block(part)}.lora_A.weight"] = random(2, 8, dtype=torch.float8_e4m3fn)
+        tensors[f"{block(part)}.lora_B.weight"] = random(8, 2, seed=len(tensors), dtype=torch.float8_e4m3fn)
+    convert(saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "kohya")
+    found = load_file(tmp_path / "b.safetensors")[f"{QKV}.lora_up.weight"]
+    ups = [tensor.bfloat16() for name, tensor in tensors.items() if "lora_B" in name]
+    assert found.dtype == torch.bfloat16 and torch.equal(found, torch.cat(ups))
+
+
+def test_extracted_files_of_comfyui_keep_their_biases(tmp_path):
+    tensors = {
+        **named("diffusion_model.double_blocks.3.img_attn.qkv", linear(random(2, 8), random(24, 2), None)),
+        "diffusion_model.double_blocks.3.img_attn.qkv.diff_b": random(24, seed=3),
+        "diffusion_model.img_in.diff_b": random(8),
+    }
+    report = convert(saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "kohya")
+    assert report.difference.modules == 3  # compared as a LoRA, by its parts
+    expected = {**linear(random(2, 8), random(24, 2), 2.0), "diff_b": random(24, seed=3)}
+    assert_same(tmp_path / "b.safetensors", {**named(QKV, expected), "lora_unet_img_in.diff_b": random(8)})
+
+
+@pytest.mark.parametrize(
+    ("proj", "embedder"),
+    [("double_blocks.3.img_attn.proj", "img_in"), ("transformer_blocks.3.attn.to_out.0", "x_embedder")],
+)
+def test_names_without_their_model_are_read(tmp_path, proj, embedder):
+    one, other = (linear(random(2, 8, seed=seed), random(8, 2), 2.0) for seed in range(2))
+    source = saved(tmp_path / "a.safetensors", {**named(proj, one), **named(embedder, other)})
+    convert(source, tmp_path / "b.safetensors", "kohya")
+    expected = {**named("lora_unet_double_blocks_3_img_attn_proj", one), **named("lora_unet_img_in", other)}
     assert_same(tmp_path / "b.safetensors", expected)
 
 
@@ -415,11 +438,15 @@ PLAIN = linear(random(2, 8), random(24, 2), 2.0)
         (named(SD_Q, {"lora_down.weight": random(2, 8)}), "comfyui", r"lora_up\.weight is missing"),
         (named(SD_Q, {"alpha": random(1), "dora_scale": random(1)}), "diffusers", r"lora_down\.weight is missing"),
         (named(SD_Q, linear(random(2, 8), random(24, 3), 2.0)), "comfyui", r"\[2, 8\] and lora_up .* do not fit"),
+        (named(SD_Q, linear(random(0, 8), random(24, 0), 2.0)), "comfyui", r"\[0, 8\] and lora_up .* do not fit"),
+        (named(SD_Q, {**PLAIN, "alpha": random(2)}), "comfyui", r"alpha: holds 2 numbers"),
         (named(QKV, linear(random(2, 8), random(25, 2), 2.0)), "diffusers", "25 outputs of 8 inputs fit no split"),
         (named(f"{SD_Q}_more", PLAIN), "comfyui", "no module of Stable Diffusion 1.x"),
         ({**named(SD_Q, PLAIN), f"{SD_Q}.bias": random(3)}, "comfyui", r"\.bias: unknown kind of tensor"),
         ({**named(SD_Q, PLAIN), "unet.x.lora_A.weight": random(3)}, "comfyui", "names of several programs"),
+        ({**named(QKV, PLAIN), **named("lora_unet_transformer_blocks_3_attn_to_k", PLAIN)}, "comfyui", "same module"),
         ({"model.weight": random(3)}, "comfyui", "not a LoRA"),
+        ({}, "comfyui", "holds no adapter's tensors or any others"),
         (named("oft_unet_x", {"oft_blocks": random(2, 3, 3), "alpha": random(1)}), "comfyui", "an OFT of its own"),
         (named("lora_unet_joint_blocks_0_x", PLAIN), "comfyui", "made for Stable Diffusion 3"),
         (named("unet.mid_block.attentions.0.proj_in", PLAIN), "kohya", "say which with --family"),
@@ -427,7 +454,7 @@ PLAIN = linear(random(2, 8), random(24, 2), 2.0)
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_named(tmp_path, tensors, to, message):
-    source = save(tmp_path / "a.safetensors", tensors)
+    source = saved(tmp_path / "a.safetensors", tensors)
     with pytest.raises(UserError, match=message) as error:
         convert(source, tmp_path / "b.safetensors", to)
     assert "\n" not in str(error.value) and "a.safetensors" in str(error.value) or "finite" in message
@@ -435,14 +462,14 @@ def test_what_cannot_be_converted_is_named(tmp_path, tensors, to, message):
 
 
 def test_paths_are_checked_first(tmp_path):
-    source = save(tmp_path / "a.safetensors", named(SD_Q, PLAIN))
+    source = saved(tmp_path / "a.safetensors", named(SD_Q, PLAIN))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
     for model, to_file, to, message in [
         (tmp_path / "no.safetensors", tmp_path / "b.safetensors", "comfyui", "no such file"),
-        (source, tmp_path / "x" / ".." / "a.safetensors", "comfyui", "input and output are the same"),
+        (source, tmp_path / "full" / ".." / "a.safetensors", "comfyui", "one of the files that are read"),
         (source, tmp_path / "missing" / "b.safetensors", "comfyui", "does not exist; make it first"),
-        (source, tmp_path / "b.pt", "comfyui", "end in .safetensors"),
+        (source, tmp_path / "b.pt", "comfyui", "must end with .safetensors"),
         (source, tmp_path / "full", "peft", "name a new one"),
         (tmp_path / "full", tmp_path / "b.safetensors", "comfyui", "without adapter_model.safetensors"),
     ]:
@@ -456,29 +483,13 @@ def test_paths_are_checked_first(tmp_path):
 # ---- command lines ----
 
 
-def run(script: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "networks" / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
-def test_the_script_converts_and_tells(tmp_path):
-    source = save(tmp_path / "a.safetensors", some_modules("lora_flux_in_dims"))
-    done = run("convert_lora.py", "--model", source, "--save_to", tmp_path / "b.safetensors", "--to", "diffusers")
-    assert done.returncode == 0, done.stderr
-    assert "FLUX.1: kohya's (published) names -> diffusers' names" in done.stdout
-    assert re.search(r"largest difference of the weight deltas of \d+ modules: 0 ", done.stdout)
-    # the published script starts from any folder, too
-    done = run("convert_flux_lora.py", "--src_path", "b.safetensors", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "error: --dst_path is missing\n")
-
-
 def test_the_commands_of_the_documentation_work(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^python networks/(convert_\w+)\.py (.*)$", text, re.MULTILINE)
     assert len(commands) == 7
     monkeypatch.chdir(tmp_path)
-    save(Path("lora.safetensors"), some_modules("lora_sdxl_conv"))
-    save(Path("flux_lora.safetensors"), some_modules("lora_flux_split_qkv"))
+    saved(Path("lora.safetensors"), some_modules("lora_sdxl_conv"))
+    saved(Path("flux_lora.safetensors"), some_modules("lora_flux_split_qkv"))
     for script, arguments in commands:
         module = {"convert_lora": convert_lora, "convert_flux_lora": convert_flux_lora}[script]
         assert module.main(module.setup_parser().parse_args(arguments.split())) == 0, arguments
@@ -496,22 +507,13 @@ def flux(capsys, *arguments: object) -> tuple[int, str]:
 
 
 def test_the_published_script_checks_what_it_is_given(tmp_path, capsys):
-    source = save(tmp_path / "a.safetensors", named(QKV, PLAIN))
+    source = saved(tmp_path / "a.safetensors", named(QKV, PLAIN))
     paths = ["--src_path", source, "--dst_path", tmp_path / "b.safetensors"]
     assert flux(capsys, *paths, "--dst", "ai-toolkit")[0] == 1
     code, error = flux(capsys, *paths, "--src", "sd-script")
     assert code == 2 and 'did you mean "sd-scripts"?' in error
     code, error = flux(capsys, *paths)
     assert code == 2 and "has kohya's (published) names, not diffusers' names" in error
-    save(source, named("lora_unet_input_blocks_4_1_proj_in", PLAIN))
+    saved(source, named("lora_unet_input_blocks_4_1_proj_in", PLAIN))
     code, error = flux(capsys, *paths, "--src", "sd-scripts", "--dst", "ai-toolkit")
     assert code == 2 and "no module of FLUX.1" in error
-
-
-def test_the_published_script_has_the_published_flags():
-    published = json.loads((COMPAT / "data" / "cli" / "networks__convert_flux_lora.json").read_text())["options"]
-    actions = {a.dest: a for a in convert_flux_lora.setup_parser()._actions if a.dest != "help"}
-    assert actions.keys() == {option["dest"] for option in published}
-    for option in published:
-        action = actions[option["dest"]]
-        assert (action.option_strings, action.default) == (option["flags"], option["default"])

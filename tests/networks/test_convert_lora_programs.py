@@ -6,14 +6,17 @@ Stable Diffusion's and SDXL's pipelines are in test_lora_files.py and test_lora_
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from networks.conversion.convert import convert
 from networks.lora import create_network
+from tests.fixtures.file_tools import saved
+from tests.fixtures.layouts import table
 
 HIDDEN, RANK, ALPHA = 32, 4, 3.0  # three quarters: not exact in half precision
 
@@ -136,9 +139,9 @@ def test_diffusers_transformers_compute_what_the_deltas_say(tmp_path, family, sp
     from diffusers import ChromaPipeline, FluxPipeline
 
     tensors, deltas = published({**BLOCKS, **(ONLY_FLUX if family == "flux" else ONLY_CHROMA)}, sparse=sparse)
-    save_file(tensors, tmp_path / "a.safetensors")
-    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers")
-    convert(tmp_path / "a.safetensors", tmp_path / "peft", "peft")
+    source = saved(tmp_path / "a.safetensors", tensors)
+    convert(source, tmp_path / "b.safetensors", "diffusers")
+    convert(source, tmp_path / "peft", "peft")
     small = load_file(tmp_path / "b.safetensors")
     assert small[f"transformer.{SINGLE}.attn.to_q.lora_A.weight"].shape == (RANK, HIDDEN)
 
@@ -160,6 +163,33 @@ def test_diffusers_transformers_compute_what_the_deltas_say(tmp_path, family, sp
     torch.testing.assert_close(output(pipeline.transformer, family), wanted, rtol=1e-5, atol=1e-5)
 
     torch.testing.assert_close(output(with_peft(plain, tmp_path / "peft" / "transformer"), family), wanted)
+
+
+@pytest.mark.parametrize("name", ["lora_flux_in_dims", "lora_chroma_t5xxl"])
+def test_diffusers_names_and_widths_are_those_of_its_transformers(tmp_path, name):
+    from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
+
+    tensors = {}  # a tenth as wide as the published model, two blocks of each kind
+    for key, shape in table(name).items():
+        if "_te" not in key and not re.search(r"_(blocks|layers)_([2-9]|\d\d)_", key):
+            tensors[key] = torch.zeros([s // 32 if s >= 32 else s for s in shape]) if shape else torch.tensor(4.0)
+    convert(saved(tmp_path / "a.safetensors", tensors), tmp_path / "b.safetensors", "diffusers")
+    kind = ChromaTransformer2DModel if "chroma" in name else FluxTransformer2DModel
+    widths = {"num_attention_heads": 2, "attention_head_dim": 48, "axes_dims_rope": (16, 16, 16), "in_channels": 2}
+    options = {"joint_attention_dim": 128, **widths}
+    options |= {} if "chroma" in name else {"guidance_embeds": True, "pooled_projection_dim": 24}
+    with torch.device("meta"):
+        model = kind(num_layers=2, num_single_layers=2, **options)
+    weights = model.state_dict()
+    written = load_file(tmp_path / "b.safetensors")
+    modules = {key.rpartition(".lora_")[0] for key in written}
+    for module in modules:
+        shape = weights[module.removeprefix("transformer.") + ".weight"].shape
+        up, down = written[f"{module}.lora_B.weight"], written[f"{module}.lora_A.weight"]
+        if shape[1] != 256:  # frequencies of the timestep, whose number no option sets
+            assert (up.shape[0], down.shape[1]) == shape, module
+    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "blocks." in n]
+    assert {f"transformer.{name}" for name in linears} <= modules
 
 
 def with_peft(model: nn.Module, folder) -> nn.Module:

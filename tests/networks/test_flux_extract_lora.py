@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from library.files.safetensors_io import read_header
 from networks import flux_extract_lora as tool
 from networks import flux_merge_lora
+from tests.fixtures.file_tools import refusal as refusal_of
+from tests.fixtures.file_tools import run_tool, saved
 from tests.fixtures.live_tensors import LiveBytes
 from tests.fixtures.tiny_flux_files import adapter_names, delta, tiny_lora, tiny_shapes, tiny_state
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def extract(before: Path, after: Path, target: Path, *options: str) -> None:
-    arguments = ["--model_org", str(before), "--model_tuned", str(after), "--save_to", str(target), *options]
-    tool.main(tool.setup_parser().parse_args(arguments))
+def extract(before: Path, after: Path, target: Path, **options: object) -> None:
+    run_tool(tool, model_org=before, model_tuned=after, save_to=target, **options)
 
 
 def merge(model: Path, lora: Path, target: Path) -> None:
-    arguments = ["--flux_model", str(model), "--models", str(lora), "--save_to", str(target)]
-    flux_merge_lora.main(flux_merge_lora.setup_parser().parse_args(arguments))
-
-
-def saved(path: Path, state: dict[str, Tensor]) -> Path:
-    save_file(state, path)
-    return path
+    run_tool(flux_merge_lora, flux_model=model, models=lora, save_to=target)
 
 
 @pytest.fixture(params=[("flux1_dev", "lora_flux_unet_only", "flux1"), ("chroma1", "lora_chroma", "chroma")])
@@ -50,7 +41,7 @@ def changed(request, tmp_path):
 
 def test_a_low_rank_change_is_found_and_merges_back(changed, tmp_path):
     table, version, before, after, lora = changed
-    extract(before, after, tmp_path / "found.safetensors", "--dim", "4", "--clamp_quantile", "1")
+    extract(before, after, tmp_path / "found.safetensors", dim=4, clamp_quantile=1)
     found = load_file(tmp_path / "found.safetensors")
     names = adapter_names(table)
     assert {key.partition(".")[0] for key in found} == names
@@ -70,8 +61,8 @@ def test_a_low_rank_change_is_found_and_merges_back(changed, tmp_path):
 
 def test_a_smaller_rank_is_the_nearest_one(changed, tmp_path):
     _, _, before, after, lora = changed
-    options = ["--dim", "2", "--clamp_quantile", "1", "--save_precision", "bf16", "--no_metadata"]
-    extract(before, after, tmp_path / "found.safetensors", *options)
+    options = {"dim": 2, "clamp_quantile": 1, "save_precision": "bf16", "no_metadata": True}
+    extract(before, after, tmp_path / "found.safetensors", **options)
     found = load_file(tmp_path / "found.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     name = "lora_unet_single_blocks_1_linear1"
@@ -84,8 +75,8 @@ def test_a_smaller_rank_is_the_nearest_one(changed, tmp_path):
 
 def test_numbers_beyond_the_quantile_are_cut(changed, tmp_path):
     _, _, before, after, _ = changed
-    extract(before, after, tmp_path / "whole.safetensors", "--clamp_quantile", "1")
-    extract(before, after, tmp_path / "cut.safetensors", "--clamp_quantile", "0.9", "--mem_eff_safe_open")
+    extract(before, after, tmp_path / "whole.safetensors", clamp_quantile=1)
+    extract(before, after, tmp_path / "cut.safetensors", clamp_quantile=0.9, mem_eff_safe_open=True)
     whole, cut = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "cut.safetensors")
     name = "lora_unet_double_blocks_1_txt_mlp_0"
     sides = [f"{name}.lora_down.weight", f"{name}.lora_up.weight"]
@@ -98,7 +89,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     one, other = (saved(tmp_path / f"{n}.safetensors", tiny_state("flux1_dev", seed=n)) for n in range(2))
     largest = max(torch.Size(shape).numel() * 4 for shape in tiny_shapes("flux1_dev").values())
     with LiveBytes() as live:
-        extract(one, other, tmp_path / "found.safetensors", "--dim", "1", "--mem_eff_safe_open")
+        extract(one, other, tmp_path / "found.safetensors", dim=1, mem_eff_safe_open=True)
     found = sum(tensor.numel() * 4 for tensor in load_file(tmp_path / "found.safetensors").values())
     assert 0 < live.peak <= 4 * largest + 2 * found
 
@@ -107,38 +98,20 @@ def test_errors_are_one_line(tmp_path, capsys):
     flux, schnell = tiny_state("flux1_dev"), tiny_state("flux1_schnell", seed=1)
     before = saved(tmp_path / "before.safetensors", flux)
 
-    def refusal(after: Path, *options: str) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            extract(before, after, tmp_path / "found.safetensors", *options)
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        assert end.value.code == 2 and len(lines) == 1 and not (tmp_path / "found.safetensors").exists()
-        return lines[0]
+    found = tmp_path / "found.safetensors"
+    refusal = partial(refusal_of, capsys, found, tool, model_org=before, save_to=found)
 
     other = saved(tmp_path / "other.safetensors", schnell)
-    assert "--dim 0" in refusal(other, "--dim", "0")
-    assert "--clamp_quantile" in refusal(other, "--clamp_quantile", "1.5")
-    assert "nothing to extract" in refusal(before)
-    assert "no such file" in refusal(tmp_path / "none.safetensors")
-    assert "has no weight for" in refusal(saved(tmp_path / "chroma.safetensors", tiny_state("chroma1")))
+    assert "--dim 0" in refusal(model_tuned=other, dim=0)
+    assert "--clamp_quantile" in refusal(model_tuned=other, clamp_quantile=1.5)
+    assert "are both" in refusal(model_tuned=before)
+    assert "nothing to extract" in refusal(model_tuned=saved(tmp_path / "same.safetensors", flux))
+    assert "files that are read" in refusal(model_tuned=other, save_to=other)
+    assert "no such file" in refusal(model_tuned=tmp_path / "none.safetensors")
+    assert "has no weight for" in refusal(model_tuned=saved(tmp_path / "chroma.safetensors", tiny_state("chroma1")))
     small = {**schnell, "single_blocks.0.linear2.weight": torch.zeros(32, 8)}
-    assert "different sizes" in refusal(saved(tmp_path / "small.safetensors", small))
+    assert "different sizes" in refusal(model_tuned=saved(tmp_path / "small.safetensors", small))
     sick = {**schnell, "single_blocks.0.linear2.weight": torch.full((32, 160), float("nan"))}
-    assert "not finite" in refusal(saved(tmp_path / "sick.safetensors", sick))
+    assert "not finite" in refusal(model_tuned=saved(tmp_path / "sick.safetensors", sick))
     # a schnell and a dev model have the same blocks
     extract(before, other, tmp_path / "found.safetensors")
-
-
-def test_as_a_program(tmp_path):
-    before, after = (saved(tmp_path / f"{n}.safetensors", tiny_state("flux1_dev", seed=n)) for n in range(2))
-    command = [
-        sys.executable,
-        str(ROOT / "networks" / "flux_extract_lora.py"),
-        "--save_to",
-        str(tmp_path / "l.safetensors"),
-    ]
-    command += ["--model_org", str(before), "--model_tuned", str(after), "--dim", "2", "--save_precision", "fp16"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "FLUX.1 dev, 26 modules, rank 2" in run.stderr and "saved: " in run.stderr
-    assert load_file(tmp_path / "l.safetensors")["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (224, 2)

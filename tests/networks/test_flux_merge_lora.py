@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from library.files.safetensors_io import read_header
 from networks import flux_merge_lora as tool
 from networks.model_keys import CLIP_L, T5XXL, TRANSFORMER
+from tests.fixtures.file_tools import refusal as refusal_of
+from tests.fixtures.file_tools import run_tool, saved
+from tests.fixtures.layouts import table
 from tests.fixtures.live_tensors import LiveBytes
 from tests.fixtures.tiny_flux_files import (
     adapter_names,
     delta,
     diffusers_transformer,
-    table,
     tiny_lora,
     tiny_shapes,
     tiny_state,
@@ -29,22 +30,12 @@ from tools import convert_diffusers_to_flux
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULE = "lora_unet_double_blocks_0_img_attn_qkv"
 WEIGHT = "double_blocks.0.img_attn.qkv.weight"
 
 
 def merge(**options: object) -> None:
-    arguments = []
-    for name, value in options.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        arguments += [f"--{name}", *map(str, values)]
-    tool.main(tool.setup_parser().parse_args(arguments))
-
-
-def saved(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    save_file(state, path, metadata)
-    return path
+    run_tool(tool, **options)
 
 
 def with_changes(prefix: str, state: dict[str, Tensor], *loras: tuple[dict[str, Tensor], float]) -> dict[str, Tensor]:
@@ -79,8 +70,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 )
 def test_every_published_adapter_finds_its_weight(model, lora, part):
     shapes, tensors = table(model), table(lora)
-    keys = part.lora_keys(shapes)
-    names = {key.partition(".")[0] for key in tensors if key.startswith(f"{part.prefix}_")}
+    keys = part.lora_keys(shapes, model)
+    names = {key.partition(".")[0] for key in tensors if key.startswith(part.part.kohya[0])}
     assert len(names) > 60 and names <= keys.keys()
     for name in names:
         out, width = shapes[keys[name]]
@@ -177,6 +168,35 @@ def test_dora_is_merged_as_it_is_defined(tmp_path, axis):
     direction = base + delta(lora, MODULE)
     goal = scale * direction / direction.norm(dim=axis, keepdim=True)
     torch.testing.assert_close(load_file(tmp_path / "new.safetensors")[WEIGHT], base + 0.5 * (goal - base))
+
+
+def test_whole_differences_of_weights_and_biases(tmp_path):
+    """As ComfyUI extracts them; the model has the names of one of its files, with everything in it."""
+    flux = tiny_state("flux1_dev")
+    module, bias = WEIGHT.removesuffix(".weight"), "img_in.bias"
+    lora = {
+        f"diffusion_model.{module}.lora_down.weight": torch.ones(2, 32),
+        f"diffusion_model.{module}.lora_up.weight": torch.ones(96, 2),
+        "diffusion_model.img_in.diff_b": torch.arange(32.0),
+        "diffusion_model.txt_in.diff": torch.ones_like(flux["txt_in.weight"]),
+    }
+    prefix = "model.diffusion_model."
+    bundle = {f"{prefix}{key}": tensor for key, tensor in flux.items()}
+    bundle |= {f"text_encoders.t5xxl.transformer.{k}": t for k, t in tiny_state("t5xxl_encoder").items()}
+    bundle["text_encoders.t5xxl.transformer.scaled_fp8"] = torch.zeros(2)  # of the other model
+    clip, norm = tiny_state("clip_l"), "text_model.encoder.layers.1.layer_norm1"
+    lora |= {f"text_encoders.clip_l.transformer.{norm}.{kind}": torch.ones(32) for kind in ("diff", "diff_b")}
+    merge(
+        flux_model=saved(tmp_path / "f.safetensors", bundle), save_to=tmp_path / "new.safetensors", ratios=0.5,
+        clip_l=saved(tmp_path / "c.safetensors", clip), clip_l_save_to=tmp_path / "new_clip.safetensors",
+        models=saved(tmp_path / "l.safetensors", lora),
+    )  # fmt: skip
+    changed = {f"{norm}.{leaf}": clip[f"{norm}.{leaf}"] + 0.5 for leaf in ("weight", "bias")}
+    assert_close(load_file(tmp_path / "new_clip.safetensors"), clip | changed)
+    found = load_file(tmp_path / "new.safetensors")
+    changed = {WEIGHT: flux[WEIGHT] + 1, bias: flux[bias] + torch.arange(32.0) / 2}
+    changed["txt_in.weight"] = flux["txt_in.weight"] + 0.5
+    assert_close(found, bundle | {f"{prefix}{key}": tensor for key, tensor in changed.items()})
 
 
 @pytest.mark.parametrize("model_name", ["flux1_dev", "chroma1"])
@@ -311,18 +331,13 @@ def test_errors_are_one_line_before_anything_is_written(tmp_path, pair, capsys):
     clip = saved(tmp_path / "clip.safetensors", tiny_state("clip_l"))
     out = tmp_path / "out.safetensors"
 
-    def refusal(**options: object) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            merge(**options)
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        assert end.value.code == 2 and len(lines) == 1 and not out.exists()
-        return lines[0]
+    refusal = partial(refusal_of, capsys, out, tool)
 
     def lora(name: str, state: dict[str, Tensor]) -> Path:
         return saved(tmp_path / f"{name}.safetensors", state)
 
     assert "--models" in refusal(save_to=out)
+    assert "--ratios 1.0 nan: must be finite" in refusal(models=files, ratios=[1, "nan"], save_to=out)
     assert "3 numbers for 2 files" in refusal(models=files, ratios=[1, 2, 3], save_to=out)
     assert "--save_to: say where" in refusal(models=files, flux_model=flux)
     assert "no --clip_l" in refusal(models=files, save_to=out, clip_l_save_to=tmp_path / "c.safetensors")
@@ -332,6 +347,7 @@ def test_errors_are_one_line_before_anything_is_written(tmp_path, pair, capsys):
     assert "not a FLUX.1 or Chroma" in refusal(models=files, flux_model=clip, save_to=out)
     assert "fp8" in refusal(models=files, save_to=out, save_precision="fp8")  # a LoRA in fp8 is of no use
     assert "no such device" in refusal(models=files, save_to=out, working_device="cuda:77")
+    assert "no such device" in refusal(models=files, save_to=out, working_device="meta")  # holds no numbers
     assert "published names" in refusal(models=files, save_to=out, diffusers=True)
     assert "no such file" in refusal(models=tmp_path / "none.safetensors", save_to=out)
     ranks = lora("ranks", tiny_lora("lora_flux_unet_only", [tiny_state("flux1_dev")], rank=8))
@@ -341,27 +357,20 @@ def test_errors_are_one_line_before_anything_is_written(tmp_path, pair, capsys):
     sick = {**loras[0], f"{MODULE}.lora_up.weight": torch.full((96, 4), float("nan"))}
     assert "not finite" in refusal(models=lora("sick", sick), flux_model=flux, save_to=out)
     half = {key: t for key, t in loras[0].items() if key != f"{MODULE}.lora_up.weight"}
-    assert f"{MODULE}: has no lora_up.weight" in refusal(models=lora("half", half), flux_model=flux, save_to=out)
+    assert f"{MODULE}.lora_up.weight is missing" in refusal(models=lora("half", half), flux_model=flux, save_to=out)
     loha = {f"{MODULE}.hada_w1_a": torch.zeros(2, 2)}
     assert "LoHa" in refusal(models=lora("loha", loha), flux_model=flux, save_to=out)
-    more = {**loras[0], "lora_unet_img_in.diff_b": torch.zeros(32)}
-    assert "diff_b is no tensor of a LoRA" in refusal(models=lora("more", more), flux_model=flux, save_to=out)
+    more = {**loras[0], "lora_unet_img_in.count": torch.zeros(32)}
+    assert ".count: unknown kind of tensor" in refusal(models=lora("more", more), flux_model=flux, save_to=out)
+    twice = {**loras[0], "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight": torch.zeros(4, 32)}
+    twice["lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight"] = torch.zeros(32, 4)
+    assert "are the same module" in refusal(models=lora("twice", twice), flux_model=flux, save_to=out)
+    whole = {f"{MODULE}.diff": torch.zeros(96, 32), f"{MODULE}.diff_b": torch.zeros(7)}
+    assert "qkv.bias of [7]" in refusal(models=lora("whole", whole), flux_model=flux, save_to=out)
+    assert "merge into a model" in refusal(models=lora("whole", whole), save_to=out)
     dora = {**loras[0], f"{MODULE}.dora_scale": torch.ones(1, 32)}
     assert "DoRA" in refusal(models=lora("dora", dora), save_to=out)
     other = {key.replace("unet_double_blocks", "unet_input_blocks"): t for key, t in loras[0].items()}
-    assert "has no place" in refusal(models=lora("sdxl", other), flux_model=flux, save_to=out)
+    assert "no module of FLUX.1 or Chroma" in refusal(models=lora("sdxl", other), flux_model=flux, save_to=out)
     scaled = {**tiny_state("flux1_dev"), "scaled_fp8": torch.zeros(2)}
-    assert "fp8 weights with scales" in refusal(models=files, flux_model=lora("scaled", scaled), save_to=out)
-
-
-def test_as_a_program(tmp_path):
-    flux = tiny_state("flux1_dev", dtype=torch.bfloat16)
-    command = [sys.executable, str(ROOT / "networks" / "flux_merge_lora.py"), "--mem_eff_load_save"]
-    command += ["--flux_model", str(saved(tmp_path / "f.safetensors", flux)), "--save_precision", "bf16"]
-    lora = tiny_lora("lora_flux_unet_only", [flux])
-    command += ["--models", str(saved(tmp_path / "l.safetensors", lora)), "--save_to", str(tmp_path / "n.safetensors")]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "26 of 84 tensors are changed" in run.stderr and "saved: " in run.stderr
-    merged = load_file(tmp_path / "n.safetensors")[WEIGHT].float()
-    torch.testing.assert_close(merged, flux[WEIGHT].float() + delta(lora, MODULE), atol=1e-6, rtol=8e-3)
+    assert "quantised with scales" in refusal(models=files, flux_model=lora("scaled", scaled), save_to=out)

@@ -122,6 +122,19 @@ def test_files_of_another_family_are_named(tmp_path, models):
         create_network_from_weights(1.0, str(tmp_path / "flux.safetensors"), None, *models)
 
 
+def test_files_of_this_family_that_do_not_fit_say_why(tmp_path, models):
+    network = make_network(models, **CONV)
+    network.save_weights(tmp_path / "conv.safetensors", None, {})
+    with pytest.raises(UserError, match="made .* with other --network_args, than this networks.lora"):
+        create_network(1.0, 4, 2.0, None, *models).load_weights(tmp_path / "conv.safetensors")
+    tensors = {name: t.clone() for name, t in network.state_dict().items() if "lora_te1_" not in name}
+    save_file({name.replace("lora_te2_", "lora_te_"): t for name, t in tensors.items()}, tmp_path / "old.safetensors")
+    with pytest.raises(UserError, match="old DyLoRA of SDXL.*use networks.dylora"):
+        create_network_from_weights(1.0, str(tmp_path / "old.safetensors"), None, *models)
+    with pytest.raises(UserError, match="lora_te_text_model.*old DyLoRA.*extract_lora_from_dylora.py"):
+        convert(tmp_path / "old.safetensors", tmp_path / "new.safetensors", "diffusers")
+
+
 def test_ranks_and_rates_by_block(models):
     dims = [4] * 23
     dims[5], dims[11] = 8, 0  # the first block with attention; the middle block's attention

@@ -1,10 +1,9 @@
-"""tools/convert_diffusers_to_flux.py: diffusers' layout to the published file, against diffusers' own converter."""
+"""tools/convert_diffusers_to_flux.py: files that diffusers writes become the published file."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,55 +18,38 @@ from library.architectures.flux.diffusers_layout import (
     published_plan,
 )
 from library.files.safetensors_io import read_header
+from tests.fixtures.file_tools import refusal as refusal_of
+from tests.fixtures.file_tools import run_tool
+from tests.fixtures.layouts import table
 from tests.fixtures.live_tensors import LiveBytes
-from tests.fixtures.tiny_flux_files import diffusers_transformer, table, tiny_shapes, tiny_state
+from tests.fixtures.tiny_flux_files import diffusers_transformer, tiny_shapes, tiny_state
 from tools import convert_diffusers_to_flux as tool
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = ["flux1_dev", "flux1_schnell", "chroma1"]
 
 
-def convert(source: Path, target: Path, *options: str) -> None:
-    tool.main(tool.setup_parser().parse_args(["--diffusers_path", str(source), "--save_to", str(target), *options]))
+def convert(source: Path, target: Path, **options: object) -> None:
+    run_tool(tool, diffusers_path=source, save_to=target, **options)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def saved(request, tmp_path_factory):
-    """A pipeline's folder with the transformer in shards, as diffusers writes it, and the model."""
+    """A pipeline's folder with the transformer in shards, as diffusers writes it."""
     model = diffusers_transformer(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder / "transformer", max_shard_size="150KB")
     assert len(list((folder / "transformer").glob("*-of-*.safetensors"))) > 2
-    return request.param, folder, model
-
-
-def by_diffusers(name: str, published: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What diffusers' own converter makes of a published file."""
-    import inspect
-    import types
-
-    from diffusers.loaders import single_file_utils
-
-    kind = "chroma" if name == "chroma1" else "flux"
-    function = getattr(single_file_utils, f"convert_{kind}_transformer_checkpoint_to_diffusers")
-    # its width is a constant of the code
-    constants = tuple(32 if value == 3072 else value for value in function.__code__.co_consts)
-    assert 32 in constants, inspect.getsource(function)
-    small = types.FunctionType(function.__code__.replace(co_consts=constants), function.__globals__)
-    return small(dict(published))
+    return request.param, folder
 
 
 def test_a_sharded_folder_becomes_the_published_file_bit_by_bit(saved, tmp_path):
-    name, folder, model = saved
+    name, folder = saved
     convert(folder, tmp_path / "model.safetensors")
-    published = load_file(tmp_path / "model.safetensors")
-    assert {key: tuple(tensor.shape) for key, tensor in published.items()} == tiny_shapes(name)
-    back = by_diffusers(name, published)
-    state = model.state_dict()
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[key], state[key]) for key in state)
+    written, published = load_file(tmp_path / "model.safetensors"), tiny_state(name)
+    assert written.keys() == published.keys()
+    assert all(torch.equal(written[key], published[key]) for key in published)
     metadata = read_header(tmp_path / "model.safetensors").metadata
     architecture = {"flux1_dev": "flux-1-dev", "flux1_schnell": "flux-1-schnell", "chroma1": "chroma"}[name]
     assert (metadata["modelspec.architecture"], metadata["modelspec.title"]) == (architecture, "model")
@@ -97,7 +79,8 @@ def test_every_way_to_name_the_source_gives_the_same_file(tmp_path):
     sources.append(tmp_path / "one" / "diffusion_pytorch_model.safetensors")
     written = []
     for number, source in enumerate(sources):
-        convert(source, tmp_path / "model.safetensors", *["--mem_eff_load_save"][: number % 2])
+        options = {"mem_eff_load_save": True} if number % 2 else {}
+        convert(source, tmp_path / "model.safetensors", **options)
         written.append(load_file(tmp_path / "model.safetensors"))
         assert {t.dtype for t in written[-1].values()} == {torch.bfloat16}
     assert all(torch.equal(one[key], written[0][key]) for one in written for key in one)
@@ -116,7 +99,7 @@ def test_save_precision(tmp_path, precision, dtype):
     with torch.no_grad():
         model.proj_out.weight[0, 0] = 1000.0  # more than fp8 can hold
     model.save_pretrained(tmp_path / "transformer")
-    convert(tmp_path, tmp_path / "model.safetensors", "--save_precision", precision)
+    convert(tmp_path, tmp_path / "model.safetensors", save_precision=precision)
     state = load_file(tmp_path / "model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {dtype}
     weight = state["final_layer.linear.weight"].float()
@@ -136,10 +119,10 @@ def test_fp8_is_joined(tmp_path):
 
 
 def test_no_more_than_one_output_tensor_lives_at_once(saved, tmp_path):
-    name, folder, _ = saved
+    name, folder = saved
     largest = max(torch.Size(shape).numel() * 4 for shape in tiny_shapes(name).values())
     with LiveBytes() as live:
-        convert(folder, tmp_path / "model.safetensors", "--mem_eff_load_save")
+        convert(folder, tmp_path / "model.safetensors", mem_eff_load_save=True)
     assert 0 < live.peak <= largest
 
 
@@ -150,43 +133,30 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, capsys):
     shard = sorted(inner.glob("*.safetensors"))[1]
     state = load_file(shard)
 
-    def refusal(source: Path, *options: str, target: str = "x.safetensors") -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            convert(source, tmp_path / target, *options)
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        assert end.value.code == 2 and len(lines) == 1 and not (tmp_path / "x.safetensors").exists()
-        return lines[0]
+    out = tmp_path / "x.safetensors"
+    refusal = partial(refusal_of, capsys, out, tool, save_to=out)
 
-    assert "does not exist" in refusal(folder, target="nowhere/x.safetensors")
-    assert ".safetensors" in refusal(folder, target="x.ckpt")
-    assert 'did you mean "bf16"' in refusal(folder, "--save_precision", "bf61")
-    assert "no such file" in refusal(tmp_path / "nothing.safetensors")
+    assert "does not exist" in refusal(diffusers_path=folder, save_to=tmp_path / "nowhere" / "x.safetensors")
+    assert ".safetensors" in refusal(diffusers_path=folder, save_to=tmp_path / "x.ckpt")
+    assert 'did you mean "bf16"' in refusal(diffusers_path=folder, save_precision="bf61")
+    assert "no such file" in refusal(diffusers_path=tmp_path / "nothing.safetensors")
+
+    assert "files that are read" in refusal(diffusers_path=inner, save_to=shard)
 
     gone = next(iter(state))
     save_file({key: tensor for key, tensor in state.items() if key != gone}, shard)
-    assert gone in refusal(inner) and "index" in refusal(inner)
+    assert gone in (line := refusal(diffusers_path=inner)) and "index" in line
     next(inner.glob("*.index.json")).unlink()
-    assert f"the first is {gone}" in refusal(sorted(inner.glob("*.safetensors"))[0])
+    assert f"the first is {gone}" in refusal(diffusers_path=sorted(inner.glob("*.safetensors"))[0])
     shard.unlink()
-    assert shard.name in refusal(inner)
+    assert shard.name in refusal(diffusers_path=inner)
 
     unet = tmp_path / "unet"
     unet.mkdir()
     (unet / "config.json").write_text(json.dumps({}))
     save_file({"down_blocks.0.weight": torch.zeros(2)}, unet / "diffusion_pytorch_model.safetensors")
-    assert "not a FLUX.1 or Chroma transformer" in refusal(unet)
+    assert "not a FLUX.1 or Chroma transformer" in refusal(diffusers_path=unet)
     (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.bin")
-    assert "pickled" in refusal(unet)
+    assert "pickled" in refusal(diffusers_path=unet)
     save_file(tiny_state("flux1_dev"), unet / "diffusion_pytorch_model.safetensors")
-    assert "published layout already" in refusal(unet)
-
-
-def test_as_a_program(tmp_path):
-    diffusers_transformer("flux1_dev").save_pretrained(tmp_path / "transformer")
-    command = [sys.executable, str(ROOT / "tools" / "convert_diffusers_to_flux.py"), "--save_precision", "bf16"]
-    command += ["--diffusers_path", str(tmp_path), "--save_to", str(tmp_path / "flux.safetensors")]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "FLUX.1 dev" in run.stderr and "saved: " in run.stderr
-    assert read_header(tmp_path / "flux.safetensors").tensors["img_in.weight"].dtype == "BF16"
+    assert "published layout already" in refusal(diffusers_path=unet)

@@ -37,3 +37,20 @@ def test_switches_hold_for_both() -> None:
     ]  # fmt: skip
     assert case.reference_switches() == ["--checkpointing", "--cache_text", "--adamw8bit", "--compile"]
     assert CASE.switches() == ["--cache_latents"] and CASE.reference_switches() == []
+
+
+@pytest.mark.parametrize("arch", SCRIPTS)
+def test_the_plain_loop_trains_the_same_modules(tmp_path: Path, arch: str) -> None:
+    pytest.importorskip("peft")
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    from benchmarks.diffusers_lora import ATTENTION
+    from networks.lora import create_network
+
+    model = make_model(tmp_path, arch, "tiny")
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    network = create_network(1.0, CASE.rank, 1.0, None, None, unet)
+    ours = sorted(tuple(p.shape) for adapter in network.unet_loras for p in adapter.parameters())
+    unet.add_adapter(LoraConfig(r=CASE.rank, target_modules=ATTENTION))
+    assert sorted(tuple(p.shape) for p in unet.parameters() if p.requires_grad) == ours

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+
+from library.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -87,3 +89,18 @@ def recognise_pipeline(class_name: str, family: str) -> Recognised | None:
     """What a Diffusers folder is, by the pipeline that its model_index.json names; None as above."""
     found = next((found for prefix, found in _PIPELINES if class_name.startswith(prefix)), None)
     return found if found is not None and found.family != family else None
+
+
+#: endings of tensors beside weights whose numbers alone do not tell what they are
+_SCALES = (
+    "scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant", ".absmax",
+)  # fmt: skip
+
+
+def refuse_scaled(names: Iterable[str]) -> None:
+    """Raise UserError, without the file's name, for names of weights in fp8 or 4 bits with scales of their own."""
+    for name in names:
+        if name.endswith(_SCALES):
+            raise UserError(
+                f"the weights are quantised with scales of their own ({name}); give a bf16, fp16 or plain fp8 file"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.common.diffusers_folder import read_json, weight_file
-from library.architectures.common.tensor_files import PICKLE_SUFFIXES, Shapes
+from library.architectures.common.tensor_files import PICKLE_SUFFIXES, Shapes, WeightFile
 from library.errors import UserError
 from library.files.safetensors_io import TensorReader, read_header, torch_dtype
 
@@ -26,7 +26,7 @@ def is_shard(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class ShardedFile:
+class ShardedFile(WeightFile):
     """Weights whose names, shapes and dtypes are known; tensors are read when asked for.
 
     Attributes:
@@ -65,9 +65,12 @@ class ShardedFile:
             )
         return ShardedFile(path, shapes, dtypes, where)
 
+    @property
+    def files(self) -> set[Path]:
+        return set(self.where.values())
+
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
-        """A function that reads a tensor by its name, on the host; the files stay open meanwhile."""
         with ExitStack() as stack:
             readers: dict[Path, TensorReader] = {}
 
@@ -78,17 +81,6 @@ class ShardedFile:
                 return readers[file].read(name)
 
             yield read
-
-    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Stream the named tensors in order, on the host, one at a time."""
-        with self.opened() as read:
-            for name in names:
-                yield name, read(name)
-
-    def on_meta(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The same without data: tensors of their shapes on the meta device; the files are not touched."""
-        for name in names:
-            yield name, torch.empty(self.shapes[name], device="meta")
 
 
 def _files(path: Path) -> tuple[list[Path], Iterable[str]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from library.architectures.base import CaptionLength
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
-from library.architectures.common.recognise import recognise_tensors
+from library.architectures.common.recognise import recognise_tensors, refuse_scaled
 from library.architectures.common.tensor_files import Shapes, TensorFile
 from library.errors import UserError
 
@@ -47,9 +47,8 @@ def t5_source(path: Path, *, flag: str = "--t5xxl") -> ModelSource:
         other = recognise_tensors(file.shapes.keys(), "t5")
         what = f"it is {other.what}" if other else f"no {_BIAS}"
         raise UserError(f"{flag} {path}: not a T5 encoder ({what}); give t5xxl_fp16.safetensors or the like")
-    if any(name.endswith(".scale_weight") for name in file.shapes):
-        raise UserError(f'{flag} {path}: "scaled" fp8 weights are not supported; give the file without scales')
     try:
+        refuse_scaled(file.shapes)
         return ModelSource("T5 encoder", file, t5_layout(file.shapes), infer_t5_config(file.shapes))
     except UserError as error:
         raise UserError(f"{flag} {path}: {error}") from None

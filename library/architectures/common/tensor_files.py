@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from library.files.safetensors_io import iterate_tensors, load_pickle, read_header
+from library.files.safetensors_io import TensorReader, load_pickle, read_header
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class WeightFile(Protocol):
+class WeightFile(ABC):
     """Weights of known names and shapes, in one file or in several, maybe under other names there; a dataclass."""
 
     path: Path
     shapes: Shapes
-    mapped: bool
+    mapped: bool  # whether tensors are views of the mapped files
 
-    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]: ...
+    @abstractmethod
+    def opened(self) -> AbstractContextManager[Callable[[str], Tensor]]:
+        """A function that reads a tensor by its name, on the host; files stay open meanwhile."""
 
-    def on_meta(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]: ...
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Stream the named tensors in order, on the host, one at a time."""
+        with self.opened() as read:
+            for name in names:
+                yield name, read(name)
+
+    def on_meta(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The same without data: tensors of their shapes on the meta device; the files are not touched."""
+        for name in names:
+            yield name, torch.empty(self.shapes[name], device="meta")
 
 
 @dataclass(frozen=True)
-class TensorFile:
-    """A weight file whose names and shapes are known; tensors are read when asked for."""
+class TensorFile(WeightFile):
+    """A weight file."""
 
     path: Path
     shapes: Shapes
@@ -50,15 +62,10 @@ class TensorFile:
         header = read_header(path)
         return TensorFile(path, {name: tuple(info.shape) for name, info in header.tensors.items()})
 
-    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Stream the named tensors in order, on the host, one at a time."""
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[str], Tensor]]:
         if self._unpickled is not None:
-            for name in names:
-                yield name, self._unpickled[name]
-        else:
-            yield from iterate_tensors(self.path, names, mapped=self.mapped)
-
-    def on_meta(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The same without data: tensors of their shapes on the meta device; the file is not touched."""
-        for name in names:
-            yield name, torch.empty(self.shapes[name], device="meta")
+            yield self._unpickled.__getitem__
+            return
+        with TensorReader(self.path, mapped=self.mapped) as reader:
+            yield reader.read

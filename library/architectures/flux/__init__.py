@@ -30,7 +30,7 @@ from library.architectures.common.loading import load_frozen, without_mapping
 from library.architectures.common.tokenizer_files import T5, find_tokenizer
 from library.architectures.flux import text as flux_text
 from library.architectures.flux import vae as flux_vae
-from library.architectures.flux.checkpoint import DEV, SCHNELL, TITLES, load_transformer
+from library.architectures.flux.checkpoint import load_transformer
 from library.architectures.flux.controlnet import load_controlnet, residuals
 from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
 from library.architectures.flux.options import CHROMA, IDLE_RULES, OPTION_RULES, FluxModelOptions, trains_t5
@@ -288,7 +288,7 @@ class Flux(FlowMatching, Architecture):
 
     def modelspec(self, info: ModelInfo) -> dict[str, str]:
         # no prediction type, as published
-        architecture, implementation = IDS[TITLES[self._kind or DEV]]
+        architecture, implementation = IDS[self._kind or DEV]
         return {
             "architecture": architecture,
             "implementation": implementation,

@@ -14,7 +14,7 @@ from library.architectures.common.checkpoint import locate_model
 from library.architectures.common.diffusers_folder import read_json
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
-from library.architectures.common.recognise import recognise_pipeline, recognise_tensors
+from library.architectures.common.recognise import recognise_pipeline, recognise_tensors, refuse_scaled
 from library.architectures.common.sharded_file import is_shard
 from library.architectures.common.sources import clip_prefix, in_file
 from library.architectures.common.tensor_files import Shapes, TensorFile, WeightFile
@@ -25,12 +25,11 @@ from library.architectures.flux.diffusers_layout import (
     open_transformer,
 )
 from library.architectures.flux.model import Flux, FluxTransformer
-from library.architectures.flux.sizes import FluxSizes, file_prefix, infer_sizes
+from library.architectures.flux.names import CHROMA, DEV, SCHNELL, SIGN, TITLES, Variant, file_prefix
+from library.architectures.flux.sizes import FluxSizes, infer_sizes
 from library.errors import UserError
 from library.files.safetensors_io import read_header, save_tensors, torch_dtype
 
-DEV, SCHNELL, CHROMA = "dev", "schnell", "chroma"
-TITLES = {DEV: "FLUX.1 dev", SCHNELL: "FLUX.1 schnell", CHROMA: "Chroma"}
 #: values of --model_type
 MODEL_TYPES = {DEV: "flux", SCHNELL: "flux", CHROMA: "chroma"}
 
@@ -38,8 +37,6 @@ _TOP = (
     "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "distilled_guidance_layer", "double_blocks",
     "single_blocks", "final_layer",
 )  # fmt: skip
-#: what every transformer here has, in files of the published layout
-_SIGN = "double_blocks.0.img_attn.norm.query_norm.scale"
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def transformer_in(file: WeightFile) -> TransformerCheckpoint:
     if other is not None:
         raise UserError(f"{file.path} is {other.what}; {other.remedy}")
     prefix = file_prefix(file.shapes)
-    if prefix + _SIGN not in file.shapes:
+    if prefix + SIGN not in file.shapes:
         first = next(iter(file.shapes), "none")
         raise UserError(f"{file.path} is not a FLUX.1 or Chroma transformer (its first tensor is {first})")
     shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
@@ -119,16 +116,16 @@ def described(file: WeightFile, layout: TensorLayout, shapes: Shapes) -> Transfo
     Raises:
         UserError: they do not add up to a transformer.
     """
-    if any(name.endswith((".scale_weight", ".absmax")) for name in shapes):
-        raise UserError("the weights are quantised with scales of their own; give a bf16, fp16 or plain fp8 file")
+    refuse_scaled(shapes)
     sizes = infer_sizes(shapes)
     if sizes.in_channels != sizes.out_channels:
         raise UserError(
             f"this is FLUX.1 Fill, Canny, Depth or another special model (it takes {sizes.in_channels} channels for a "
             f"token and gives {sizes.out_channels}); give FLUX.1 dev, schnell or a model made from them"
         )
-    kind = CHROMA if sizes.approximator is not None else DEV if sizes.guidance else SCHNELL
-    return TransformerCheckpoint(kind, sizes, ModelSource("transformer", file, layout, {"sizes": sizes}))
+    return TransformerCheckpoint(
+        Variant.of(shapes).kind, sizes, ModelSource("transformer", file, layout, {"sizes": sizes})
+    )
 
 
 def published_layout(prefix: str = "") -> TensorLayout:
@@ -179,7 +176,7 @@ def save_transformer(
         UserError: the file cannot be written.
     """
     names = read_header(like).tensors if like is not None else {}
-    layout = published_layout(file_prefix({name: info.shape for name, info in names.items()}))
+    layout = published_layout(file_prefix(names))
     tensors = {}
     for name, tensor in layout.write(model.state_dict()):
         kind = torch_dtype(names[name], f"{like}: {name}") if name in names else dtype

@@ -1,17 +1,12 @@
 """The transformer of FLUX.1 and Chroma in diffusers' layout, and in that of the published single file.
 
-The two differ in names, in what is joined (``qkv`` of the attentions; ``linear1`` of the single blocks: q, k, v and
-the first half of the MLP), and in the order of shift and scale in the last layer's modulation. One table says it for
-both directions; a *plan* made from it gives each tensor as rows of tensors of the other layout, so that either layout
-can be streamed from the other, tensor by tensor.
-
-Names: Black Forest Labs' published files, and diffusers' ``FluxTransformer2DModel`` and ``ChromaTransformer2DModel``.
+A *plan*, made from the table in ``names.py``, gives each tensor of one layout as rows of tensors of the other, so that
+either can be streamed from the other, tensor by tensor.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,56 +16,9 @@ import torch
 from torch import Tensor
 
 from library.architectures.common.sharded_file import ShardedFile
-from library.architectures.common.tensor_files import Shapes
+from library.architectures.common.tensor_files import Shapes, WeightFile
+from library.architectures.flux.names import Pair, Variant, file_prefix, part_rows, tensor_pairs
 from library.errors import UserError, did_you_mean
-
-#: what some single files put before every name
-PREFIX = "model.diffusion_model."
-
-_LEAVES = ("weight", "bias")
-_EMBEDDERS = (
-    ("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1"),
-    ("time_in.out_layer", "time_text_embed.timestep_embedder.linear_2"),
-    ("vector_in.in_layer", "time_text_embed.text_embedder.linear_1"),
-    ("vector_in.out_layer", "time_text_embed.text_embedder.linear_2"),
-)
-_GUIDANCE = (
-    ("guidance_in.in_layer", "time_text_embed.guidance_embedder.linear_1"),
-    ("guidance_in.out_layer", "time_text_embed.guidance_embedder.linear_2"),
-)
-_ENDS = (("img_in", "x_embedder"), ("txt_in", "context_embedder"), ("final_layer.linear", "proj_out"))
-#: the halves stand in the other order there
-_LAST_MODULATION = ("final_layer.adaLN_modulation.1", "norm_out.linear")
-_APPROXIMATOR = "distilled_guidance_layer"
-
-_DOUBLE_MODULATIONS = (("img_mod.lin", "norm1.linear"), ("txt_mod.lin", "norm1_context.linear"))
-_DOUBLE = (
-    ("img_attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"),
-    ("txt_attn.qkv", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    ("img_attn.proj", "attn.to_out.0"),
-    ("txt_attn.proj", "attn.to_add_out"),
-    ("img_mlp.0", "ff.net.0.proj"),
-    ("img_mlp.2", "ff.net.2"),
-    ("txt_mlp.0", "ff_context.net.0.proj"),
-    ("txt_mlp.2", "ff_context.net.2"),
-)
-_DOUBLE_NORMS = (
-    ("img_attn.norm.query_norm", "attn.norm_q"),
-    ("img_attn.norm.key_norm", "attn.norm_k"),
-    ("txt_attn.norm.query_norm", "attn.norm_added_q"),
-    ("txt_attn.norm.key_norm", "attn.norm_added_k"),
-)
-_SINGLE_MODULATIONS = (("modulation.lin", "norm.linear"),)
-_SINGLE = (("linear1", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), ("linear2", "proj_out"))
-_SINGLE_NORMS = (("norm.query_norm", "attn.norm_q"), ("norm.key_norm", "attn.norm_k"))
-
-
-class Pair(NamedTuple):
-    """One published tensor (or module) and those of diffusers whose rows it holds."""
-
-    published: str
-    parts: tuple[str, ...]
-    halves_swapped: bool = False
 
 
 class Rows(NamedTuple):
@@ -83,95 +31,6 @@ class Rows(NamedTuple):
 
 #: tensor -> what it is put together from, joined along the first axis
 Plan = Mapping[str, tuple[Rows, ...]]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What decides which tensors a transformer has.
-
-    Attributes:
-        is_chroma: modulations come from one approximator, not from layers of the blocks.
-        has_guidance: FLUX.1 dev.
-        double_blocks, single_blocks, approximator_layers: how many there are.
-    """
-
-    is_chroma: bool
-    has_guidance: bool
-    double_blocks: int
-    single_blocks: int
-    approximator_layers: int = 0
-
-    @staticmethod
-    def of(names: Iterable[str]) -> Variant:
-        """By the names of either layout, without prefix."""
-        names = list(names)
-        starts = {name.partition(".")[0] for name in names}
-        return Variant(
-            is_chroma=_APPROXIMATOR in starts,
-            has_guidance="guidance_in" in starts or any("guidance_embedder" in name for name in names),
-            double_blocks=_count(names, r"(?:double_blocks|transformer_blocks)\.(\d+)\."),
-            single_blocks=_count(names, r"(?:single_blocks|single_transformer_blocks)\.(\d+)\."),
-            approximator_layers=_count(names, rf"{_APPROXIMATOR}\.(?:layers|norms)\.(\d+)\."),
-        )
-
-    @property
-    def title(self) -> str:
-        if self.is_chroma:
-            return "Chroma"
-        return "FLUX.1 dev" if self.has_guidance else "FLUX.1 schnell"
-
-
-def _count(names: Iterable[str], pattern: str) -> int:
-    return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)
-
-
-def module_pairs(variant: Variant) -> Iterator[Pair]:
-    """The linear layers, without ``.weight`` and ``.bias``."""
-    for published, *parts in (
-        *_ENDS,
-        *(() if variant.is_chroma else _EMBEDDERS),
-        *(_GUIDANCE if variant.has_guidance else ()),
-    ):
-        yield Pair(published, tuple(parts))
-    if variant.is_chroma:
-        for name in ("in_proj", "out_proj"):
-            yield Pair(f"{_APPROXIMATOR}.{name}", (f"{_APPROXIMATOR}.{name}",))
-        for i in range(variant.approximator_layers):
-            layer = f"{_APPROXIMATOR}.layers.{i}"
-            yield Pair(f"{layer}.in_layer", (f"{layer}.linear_1",))
-            yield Pair(f"{layer}.out_layer", (f"{layer}.linear_2",))
-    else:
-        yield Pair(_LAST_MODULATION[0], (_LAST_MODULATION[1],), halves_swapped=True)
-    for i in range(variant.double_blocks):
-        modules = _DOUBLE if variant.is_chroma else _DOUBLE + _DOUBLE_MODULATIONS
-        yield from _in_block(modules, f"double_blocks.{i}", f"transformer_blocks.{i}")
-    for i in range(variant.single_blocks):
-        modules = _SINGLE if variant.is_chroma else _SINGLE + _SINGLE_MODULATIONS
-        yield from _in_block(modules, f"single_blocks.{i}", f"single_transformer_blocks.{i}")
-
-
-def tensor_pairs(variant: Variant) -> Iterator[Pair]:
-    """Every tensor of a transformer."""
-    for pair in module_pairs(variant):
-        for leaf in _LEAVES:
-            parts = tuple(f"{part}.{leaf}" for part in pair.parts)
-            yield Pair(f"{pair.published}.{leaf}", parts, pair.halves_swapped)
-    norms = [Pair(f"{_APPROXIMATOR}.norms.{i}", (f"{_APPROXIMATOR}.norms.{i}",)) for i in range(_norm_count(variant))]
-    for i in range(variant.double_blocks):
-        norms += _in_block(_DOUBLE_NORMS, f"double_blocks.{i}", f"transformer_blocks.{i}")
-    for i in range(variant.single_blocks):
-        norms += _in_block(_SINGLE_NORMS, f"single_blocks.{i}", f"single_transformer_blocks.{i}")
-    for pair in norms:
-        yield Pair(f"{pair.published}.scale", (f"{pair.parts[0]}.weight",))
-
-
-def _norm_count(variant: Variant) -> int:
-    return variant.approximator_layers if variant.is_chroma else 0
-
-
-def _in_block(modules: Iterable[Sequence[str]], published_block: str, block: str) -> Iterator[Pair]:
-    for published, *parts in modules:
-        yield Pair(f"{published_block}.{published}", tuple(f"{block}.{part}" for part in parts))
 
 
 # ---- plans ----
@@ -206,12 +65,16 @@ def diffusers_plan(shapes: Shapes) -> Plan:
             half = rows // 2
             plan[pair.parts[0]] = (Rows(pair.published, half, rows), Rows(pair.published, 0, half))
             continue
-        # q, k and v have as many rows as the block has channels; the rest is the MLP's
-        module = pair.published.rpartition(".")[0]
-        channels = shapes[f"{module}.weight"][1] if len(pair.parts) > 1 else rows
-        ends = [min(channels * n, rows) for n in range(len(pair.parts))] + [rows]
-        for part, start, stop in zip(pair.parts, ends[:-1], ends[1:], strict=True):
-            plan[part] = (Rows(pair.published, start, stop),)
+        counts = [rows]
+        if len(pair.parts) > 1:
+            weight = f"{pair.published.rpartition('.')[0]}.weight"
+            counts = part_rows(len(pair.parts), inputs=shapes[weight][1], outputs=rows)
+        if min(counts) <= 0 or sum(counts) != rows:
+            raise UserError(f"{pair.published} has {rows} rows, which fit no split; the file is damaged")
+        start = 0
+        for part, count in zip(pair.parts, counts, strict=True):
+            plan[part] = (Rows(pair.published, start, start + count),)
+            start += count
     return plan
 
 
@@ -260,7 +123,7 @@ def join(plan: Plan, name: str, read: Callable[[str], Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DiffusersTransformer:
+class DiffusersTransformer(WeightFile):
     """A transformer in diffusers' layout, read by its published names; in use like a ``ShardedFile``.
 
     Attributes:
@@ -276,22 +139,15 @@ class DiffusersTransformer:
     file: ShardedFile = field(repr=False)
     mapped: bool = True
 
+    @property
+    def files(self) -> set[Path]:
+        return self.file.files
+
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
         """A function that gives the tensor of a published name, on the host; the files stay open meanwhile."""
         with replace(self.file, mapped=self.mapped).opened() as read:
             yield lambda name: join(self.plan, name, read)
-
-    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Stream the named tensors in order, on the host, one at a time."""
-        with self.opened() as read:
-            for name in names:
-                yield name, read(name)
-
-    def on_meta(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The same without data: tensors of their shapes on the meta device; the files are not touched."""
-        for name in names:
-            yield name, torch.empty(self.shapes[name], device="meta")
 
 
 def in_diffusers_layout(names: Iterable[str]) -> bool:
@@ -338,12 +194,15 @@ def _open(path: Path) -> ShardedFile:
 
 
 def _in_published_layout(names: Iterable[str]) -> bool:
-    return any(name.removeprefix(PREFIX).startswith(("double_blocks.", "single_blocks.")) for name in names)
+    names = list(names)
+    prefix = file_prefix(names)
+    return any(name.startswith((f"{prefix}double_blocks.", f"{prefix}single_blocks.")) for name in names)
 
 
 def variant_of(source: ShardedFile | DiffusersTransformer) -> Variant:
     """Which transformer an opened one is."""
-    return Variant.of(name.removeprefix(PREFIX) for name in source.shapes)
+    prefix = file_prefix(source.shapes)
+    return Variant.of(name[len(prefix) :] for name in source.shapes if name.startswith(prefix))
 
 
 def _published_view(file: ShardedFile) -> DiffusersTransformer:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from library.architectures.flux.diffusers_layout import Variant
+from library.architectures.flux.names import CHROMA, DEV, SCHNELL
 from library.files.modelspec import build_modelspec
 
 #: ModelSpec's names: architecture, implementation
 IDS = {
-    "FLUX.1 dev": ("flux-1-dev", "https://github.com/black-forest-labs/flux"),
-    "FLUX.1 schnell": ("flux-1-schnell", "https://github.com/black-forest-labs/flux"),
-    "Chroma": ("chroma", "https://huggingface.co/lodestones/Chroma"),
+    DEV: ("flux-1-dev", "https://github.com/black-forest-labs/flux"),
+    SCHNELL: ("flux-1-schnell", "https://github.com/black-forest-labs/flux"),
+    CHROMA: ("chroma", "https://huggingface.co/lodestones/Chroma"),
 }
 
 
-def model_metadata(variant: Variant, *, title: str, merged_from: str | None = None) -> dict[str, str]:
+def model_metadata(kind: str, *, title: str, merged_from: str | None = None) -> dict[str, str]:
     """``modelspec.*`` entries of a transformer's file.
 
     Args:
+        kind: ``DEV``, ``SCHNELL`` or ``CHROMA``.
         merged_from: the files it was made of, for a merged one.
     """
-    return _modelspec(variant, "", title, merged_from)
+    return _modelspec(kind, "", title, merged_from)
 
 
 def adapter_metadata(
-    variant: Variant, *, rank: int | None, alpha: float | None, title: str, merged_from: str | None, modelspec: bool
+    kind: str, *, rank: int | None, alpha: float | None, title: str, merged_from: str | None, modelspec: bool
 ) -> dict[str, str]:
     """Entries of a LoRA's file that no training made: what loaders need, and ``modelspec.*``.
 
@@ -33,18 +34,18 @@ def adapter_metadata(
     """
     entries = {
         "ss_v2": "False",
-        "ss_base_model_version": "chroma" if variant.is_chroma else "flux1",
+        "ss_base_model_version": "chroma" if kind == CHROMA else "flux1",
         "ss_network_module": "networks.lora_flux",
         "ss_network_dim": "Dynamic" if rank is None else str(rank),
         "ss_network_alpha": "Dynamic" if alpha is None else str(float(alpha)),
     }
-    return entries | (_modelspec(variant, "/lora", title, merged_from) if modelspec else {})
+    return entries | (_modelspec(kind, "/lora", title, merged_from) if modelspec else {})
 
 
-def _modelspec(variant: Variant, kind: str, title: str, merged_from: str | None) -> dict[str, str]:
-    architecture, implementation = IDS[variant.title]
+def _modelspec(kind: str, ending: str, title: str, merged_from: str | None) -> dict[str, str]:
+    architecture, implementation = IDS[kind]
     return build_modelspec(
-        architecture_id=architecture + kind,
+        architecture_id=architecture + ending,
         implementation=implementation,
         title=title,
         resolution=None,

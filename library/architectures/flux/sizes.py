@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from library.architectures.common.tensor_files import Shapes
+from library.architectures.flux.names import CHROMA, DEV, Variant
 from library.errors import UserError
 
-PREFIX = "model.diffusion_model."  # in files made by user interfaces
 PATCH = 2  # latent cells per token, in both directions
 
 
@@ -61,11 +60,6 @@ class FluxSizes:
         return 3 * self.single_blocks + 12 * self.double_blocks + 2
 
 
-def file_prefix(shapes: Shapes) -> str:
-    """What precedes every name of the transformer's."""
-    return PREFIX if any(name.startswith(PREFIX) for name in shapes) else ""
-
-
 def infer_sizes(shapes: Shapes) -> FluxSizes:
     """Sizes from names and shapes without prefix.
 
@@ -84,29 +78,25 @@ def infer_sizes(shapes: Shapes) -> FluxSizes:
     head = shape("double_blocks.0.img_attn.norm.query_norm.scale", 1)[0]
     if head % 4 or hidden % head:
         raise UserError(f"attention heads of width {head} do not fit {hidden} features; the file is damaged")
+    variant = Variant.of(shapes)
     approximator = None
     pooled = time = 0
-    guide = "distilled_guidance_layer"
-    if any(name.startswith(guide) for name in shapes):
-        width, inputs = shape(f"{guide}.in_proj.weight")
-        approximator = ApproximatorSizes(inputs, width, _count(rf"{guide}\.layers\.(\d+)\.", shapes))
+    if variant.kind == CHROMA:
+        width, inputs = shape("distilled_guidance_layer.in_proj.weight")
+        approximator = ApproximatorSizes(inputs, width, variant.approximator_layers)
     else:
         pooled, time = shape("vector_in.in_layer.weight")[1], shape("time_in.in_layer.weight")[1]
     return FluxSizes(
         hidden=hidden,
         head=head,
         mlp=shape("double_blocks.0.img_mlp.0.weight")[0],
-        double_blocks=_count(r"double_blocks\.(\d+)\.", shapes),
-        single_blocks=_count(r"single_blocks\.(\d+)\.", shapes),
+        double_blocks=variant.double_blocks,
+        single_blocks=variant.single_blocks,
         in_channels=in_channels,
         out_channels=shape("final_layer.linear.weight")[0],
         context=shape("txt_in.weight")[1],
         pooled=pooled,
         time=time,
-        guidance="guidance_in.in_layer.weight" in shapes,
+        guidance=variant.kind == DEV,
         approximator=approximator,
     )
-
-
-def _count(pattern: str, names: Shapes) -> int:
-    return max((int(found[1]) + 1 for name in names if (found := re.match(pattern, name))), default=0)

@@ -61,7 +61,10 @@ def encode_text(text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor]
     if "weights1" in tokens:
         states1 = emphasise(states1, join_windows(tokens["weights1"].unsqueeze(-1)))
         states2 = emphasise(states2, join_windows(tokens["weights2"].unsqueeze(-1)))
-    return Conditioning({"hidden_state1": states1, "hidden_state2": states2, "pool2": second.text_projection(end)})
+    # row by row: a product of few rows is rounded otherwise for each number of them, so that caches, and steps with
+    # and without them, would differ in the last bit
+    pooled = torch.cat([second.text_projection(row) for row in end.split(1)])
+    return Conditioning({"hidden_state1": states1, "hidden_state2": states2, "pool2": pooled})
 
 
 def _encode(encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:

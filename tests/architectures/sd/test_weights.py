@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 
 import pytest
@@ -15,16 +13,11 @@ from library.architectures.common.sources import ldm_unet_source, vae_source
 from library.architectures.common.tensor_files import TensorFile
 from library.architectures.sd import SD
 from library.architectures.sd.weights import ldm_text_source, save_checkpoint
+from tests.fixtures.layouts import table as published
 from tests.fixtures.tiny_sd import Sizes, full_sizes, ldm_shapes, make_tiny_sd
 
-LAYOUTS = Path(__file__).parents[2] / "compat" / "layouts"
 POSITION_IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 BUILDERS = {"unet": ldm_unet.build_unet, "text": clip.build_clip, "vae": kl_vae.build_vae}
-
-
-def published(name: str) -> dict[str, tuple[int, ...]]:
-    with gzip.open(LAYOUTS / f"{name}.json.gz") as file:
-        return {key: tuple(shape) for key, shape in json.load(file)["keys"].items()}
 
 
 def meta_sources(shapes: dict[str, tuple[int, ...]], *, v2: bool):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 
 import pytest
@@ -15,19 +13,14 @@ from library.architectures.common.sources import ldm_unet_source, vae_source
 from library.architectures.common.tensor_files import TensorFile
 from library.architectures.sdxl import SDXL
 from library.architectures.sdxl.weights import LOGIT_SCALE, save_checkpoint, text_1_source, text_2_source
+from tests.fixtures.layouts import table
 from tests.fixtures.tiny_sdxl import SdxlSizes, full_sizes, ldm_shapes, make_tiny_sdxl
 
-LAYOUTS = Path(__file__).parents[2] / "compat" / "layouts"
 POSITION_IDS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
 
 
-def published() -> dict[str, tuple[int, ...]]:
-    with gzip.open(LAYOUTS / "sdxl_base_checkpoint.json.gz") as file:
-        return {key: tuple(shape) for key, shape in json.load(file)["keys"].items()}
-
-
 def test_published_checkpoint_fills_the_models_and_comes_back() -> None:
-    shapes = published()
+    shapes = table("sdxl_base_checkpoint")
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     file = TensorFile(Path("published.safetensors"), shapes, tensors)
     sources = {
@@ -53,7 +46,7 @@ def test_published_checkpoint_fills_the_models_and_comes_back() -> None:
 
 
 def test_fixture_follows_the_published_layout() -> None:
-    assert ldm_shapes(full_sizes()) == published()
+    assert ldm_shapes(full_sizes()) == table("sdxl_base_checkpoint")
 
 
 def load_models(path: Path, cache: Path, *, dtype: torch.dtype = torch.float32, **options):
