@@ -389,7 +389,7 @@ class NetworkTrainer(Trainer):
 
     def trained_rows(self, run: Run) -> list[tuple[str, str]]:
         trained = sum(p.numel() for p in run.trained.parameters)
-        parts = [name for name, on in (("text encoder", self._trains_text), ("U-Net", self._trains_denoiser)) if on]
+        parts = [name for name, on in (("text encoder", self._trains_text), ("denoiser", self._trains_denoiser)) if on]
         options = run.options.network
         rank = (
             "ranks from the weights"
