@@ -77,3 +77,10 @@ def test_the_family_decides_which_sizes_there_are(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit) as ended:
         main(read_args(setup_parser(), [*words, "--sdxl"]))
     assert ended.value.code == 2 and "must be multiples of 32" in capsys.readouterr().err
+    # options of its training are taken
+    assert main(read_args(setup_parser(), [*words, "--flux", "--ae", "ae.safetensors", "--guidance_scale", "1"])) == 0
+    assert "does not concern the data: --guidance_scale" in capsys.readouterr().err
+    words[words.index("80")] = "72"
+    with pytest.raises(SystemExit) as ended:
+        main(read_args(setup_parser(), [*words, "--flux"]))
+    assert ended.value.code == 2 and "must be multiples of 16" in capsys.readouterr().err

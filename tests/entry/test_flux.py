@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from library.architectures.flux import FLUX, Flux
-from library.architectures.flux.diffusers_layout import diffusers_plan, join
 from library.architectures.flux.options import FluxModelOptions
 from library.config.config_file import read_args
 from tests.fixtures.runs import ROOT, logged, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
 from tests.fixtures.tiny_flux import MadeFlux, make_tiny_flux
+from tests.fixtures.tiny_flux_files import write_diffusers_folder
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
@@ -206,18 +205,25 @@ def test_guidance_timesteps_and_mask(train: Train, tmp_path: Path, told: list[di
 
 
 @pytest.mark.slow
-def test_schnell(train: Train, tmp_path: Path, schnell: MadeFlux, told: list[dict[str, Any]]) -> None:
+def test_schnell(
+    train: Train,
+    tmp_path: Path,
+    schnell: MadeFlux,
+    told: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 4 --d 5\n")
-    model = replace(schnell)
     weights = train(
         "out",
-        model=model,
+        model=schnell,
+        guidance_scale=1.0,
         t5xxl_max_token_length=None,
         sample_prompts=prompts,
         sample_every_n_steps=3,
         network_args=["in_dims=[2,2,2,0,2]"],
     )
+    assert "--guidance_scale has no effect with FLUX.1 schnell" in capsys.readouterr().err
     assert "lora_unet_img_in.lora_up.weight" in weights and not any("guidance_in" in name for name in weights)
     assert {call["tokens"] for call in told} == {256}
     assert [call["times"] for call in told[3:]] == [[1.0], [0.75], [0.5], [0.25]]
@@ -304,27 +310,9 @@ def test_caches_change_nothing_and_have_the_published_layout(
 # ---- files ----
 
 
-def write_diffusers_folder(model: MadeFlux, folder: Path) -> Path:
-    """The transformer as a pipeline's folder in two shards."""
-    weights = load_file(model.path)
-    plan = diffusers_plan({name: tuple(tensor.shape) for name, tensor in weights.items()})
-    (folder / "transformer").mkdir(parents=True)
-    names = sorted(plan)
-    where = {}
-    for number, share in enumerate((names[::2], names[1::2]), start=1):
-        file = f"diffusion_pytorch_model-{number:05d}-of-00002.safetensors"
-        tensors = {name: join(plan, name, weights.__getitem__).clone() for name in share}
-        save_file(tensors, folder / "transformer" / file)
-        where |= dict.fromkeys(share, file)
-    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": where}))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    return folder
-
-
 @pytest.mark.slow
 def test_a_diffusers_folder_trains_as_the_single_file(train: Train, tmp_path: Path, dev: MadeFlux) -> None:
-    folder = write_diffusers_folder(dev, tmp_path / "pipeline")
+    folder = write_diffusers_folder(dev.path, tmp_path / "pipeline")
     plain = train("file")
     assert_same(train("folder", pretrained_model_name_or_path=folder), plain, 1e-5)
     shard = folder / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"

@@ -37,12 +37,15 @@ from library.architectures.flux.names import DEV, SCHNELL
 from library.architectures.flux.options import CHROMA, IDLE_RULES, OPTION_RULES, FluxModelOptions, trains_t5
 from library.architectures.flux.published_file import IDS
 from library.architectures.flux.targets import CLIP_L, DENOISER, T5XXL
+from library.config.no_effect import report
+from library.config.no_effect.declare import message
+from library.errors import NoEffect
 from library.inference.prompt_line import DDPM_FIELDS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from library.config.arguments import NetworkOptions
+    from library.config.arguments import NetworkOptions, TrainNetworkOptions
     from library.inference.generate import ImageSettings
 
 #: sampling steps, if not given; previews have their own
@@ -265,6 +268,12 @@ class Flux(FlowMatching, Architecture):
             double, single = residuals(denoiser.controlnet, *inputs, picture=picture)
         mask = mask if self.masks_text else None
         return denoiser(*inputs, text_mask=mask, double_residuals=double, single_residuals=single)
+
+    def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
+        scale = self.chosen(FluxModelOptions).guidance_scale
+        if self._kind == SCHNELL and scale != FluxModelOptions.guidance_scale:
+            said = NoEffect(message(["guidance_scale"], "with FLUX.1 schnell, which is told no guidance scale"))
+            report([said], strict=options.config.strict)
 
     # ---- memory and speed ----
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from tests.fixtures.tiny_flux import (
     make_tiny_flux,
     t5_shapes,
 )
+from tests.fixtures.tiny_flux_files import write_diffusers_folder
 from tests.fixtures.tiny_sd import make_tiny_sd
 
 KINDS = ("dev", "schnell", "chroma")
@@ -225,3 +227,38 @@ def test_sizes_of_other_models_are_inferred(tmp_path: Path) -> None:
     found = flux.inspect_transformer(str(made.path)).sizes
     assert (found.hidden, found.heads, found.double_blocks, found.single_blocks) == (48, 2, 1, 3)
     assert (found.context, found.mlp, found.rope_axes, found.latent_channels) == (16, 192, (4, 10, 10), 16)
+
+
+def test_a_hub_repository_in_shards_fetches_only_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    made = make_tiny_flux(tmp_path / "made")
+    folder = write_diffusers_folder(made.path, tmp_path / "snapshot")
+    used = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert len(used) == 4
+    unused = {
+        "flux1-dev.safetensors",
+        "text_encoder/model.safetensors",
+        "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+    }
+    files = [SimpleNamespace(rfilename=name) for name in sorted(used | unused)]
+    asked: list[list[str]] = []
+
+    def fetch(_repository: str, *, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    found = flux.inspect_transformer("owner/flux")
+    assert set(asked[0]) == used and found.kind == "dev"
+    read, plain = (
+        flux.load_transformer(one, dtype=torch.float32, device="cpu").state_dict()
+        for one in (found, flux.inspect_transformer(str(made.path)))
+    )
+    assert read.keys() == plain.keys() and all(torch.equal(read[name], plain[name]) for name in plain)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(UserError, match="is a Stable Diffusion XL model .*; use sdxl_train_network.py"):
+        flux.inspect_transformer(str(folder))
