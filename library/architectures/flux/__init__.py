@@ -33,6 +33,7 @@ from library.architectures.flux import vae as flux_vae
 from library.architectures.flux.checkpoint import load_transformer
 from library.architectures.flux.controlnet import load_controlnet, residuals
 from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
+from library.architectures.flux.names import DEV, SCHNELL
 from library.architectures.flux.options import CHROMA, IDLE_RULES, OPTION_RULES, FluxModelOptions, trains_t5
 from library.architectures.flux.published_file import IDS
 from library.architectures.flux.targets import CLIP_L, DENOISER, T5XXL
