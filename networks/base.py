@@ -239,6 +239,24 @@ class AdapterModule(nn.Module, ABC):
         """Multiply the weight change by ``ratio``, a scalar, in place."""
 
 
+@torch.no_grad()
+def merge_all_forever(adapters: Iterable[AdapterModule], device: torch.device | str | None = None) -> None:
+    """Add the changes of many adapters to their modules' weights, keeping no copy of these.
+
+    Each change is that of the weight as it is now, so that the order of several adapters of one module does not
+    matter, and the result is what they do when they are applied together.
+
+    Args:
+        device: where sums are made; weights stay where they are.
+    """
+    by_module: dict[int, list[AdapterModule]] = {}
+    for adapter in adapters:
+        by_module.setdefault(id(adapter.original), []).append(adapter)
+    for stacked in by_module.values():
+        weight = stacked[0]._own_weight()
+        weight.data = _merged(weight.data, stacked, weight.dtype, device or weight.device)
+
+
 def _merged(
     weight: Tensor, adapters: Iterable[AdapterModule], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:

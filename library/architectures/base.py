@@ -165,7 +165,7 @@ class Architecture(ABC):
     text: TextFormat
     text_encoder_targets: tuple[LoraTarget, ...]  # one per text encoder, in the encoders' order
     denoiser_target: LoraTarget
-    #: class names of the denoiser's blocks that ``--torch_compile`` compiles, each by itself
+    #: class names of the denoiser's blocks: ``--torch_compile`` compiles each by itself, FSDP shares each out by itself
     compiled_blocks: tuple[str, ...] = ()
     #: published options that cannot work with this family: dest -> why, and what to use instead
     refused_options: Mapping[str, str] = MappingProxyType({})

@@ -281,7 +281,7 @@ class TrainingOptions:
     lowram: bool = option(False, "for machines with little host memory; loading goes to the device at once in any case")
     highvram: bool = option(False, "for devices with much memory; keep the device's cache between stages")
     ddp_timeout: int | None = option(None, "minutes to wait for other processes", type=int)
-    ddp_gradient_as_bucket_view: bool = option(False, "a setting of torch's DistributedDataParallel")
+    ddp_gradient_as_bucket_view: bool = option(False, "keep gradients in the tensors that processes exchange")
     ddp_static_graph: bool = option(False, "a setting of torch's DistributedDataParallel")
     deepspeed: bool = option(False, "train with DeepSpeed")
     zero_stage: int = option(2, "DeepSpeed: ZeRO stage", type=int, choices=[0, 1, 2, 3])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from types import MappingProxyType
 
 _DEEPSPEED = (
-    "adapters act inside the frozen model's own modules, which DeepSpeed would split; use gradient checkpointing and "
-    "an 8-bit optimizer to save memory (docs/multi_gpu.md)"
+    "adapters are too small for ZeRO 1 and 2, and what ZeRO 3 does for the frozen model, FSDP does: choose FSDP "
+    "version 2 in accelerate config (docs/multi_gpu.md)"
 )
-_DDP = "has no effect: adapters are trained without DistributedDataParallel; remove it"
 
 #: option -> why it is refused, and what to use
 REFUSED = MappingProxyType(
@@ -17,8 +16,7 @@ REFUSED = MappingProxyType(
             "a class written against the predecessor's inner classes cannot run here, where pictures, buckets, caches "
             "and random draws are made apart; describe the data with --dataset_config or --in_json"
         ),
-        "ddp_gradient_as_bucket_view": _DDP,
-        "ddp_static_graph": _DDP,
+        "ddp_static_graph": "has no effect: gradients are exchanged once a step, after all of them are made; remove it",
         "deepspeed": _DEEPSPEED,
         "zero_stage": _DEEPSPEED,
         "offload_optimizer_device": _DEEPSPEED,

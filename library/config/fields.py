@@ -21,6 +21,7 @@ def option(
     unit: str | None = None,
     weights: bool = False,
     harmless: bool = False,
+    required: bool = False,
 ) -> Any:
     """A field that is a flag of the same name.
 
@@ -33,6 +34,7 @@ def option(
             options that all families have.
         weights: whether it names a file or folder of weights; a resumed run must share its content, not its place.
         harmless: whether a resumed run may have another value and still go on exactly.
+        required: whether the parser refuses to go on without it.
     """
     metadata = {
         "help": help,
@@ -44,6 +46,7 @@ def option(
         "unit": unit,
         "weights": weights,
         "harmless": harmless,
+        "required": required,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -83,7 +86,7 @@ def add_flag(section: Any, field: dataclasses.Field[Any]) -> None:
     if field.default is False:
         section.add_argument(f"--{field.name}", *given["aliases"], action="store_true", help=help_text)
         return
-    shown = "" if field.default in (None, "") else f" (default: {field.default})".replace("%", "%%")
+    shown = "" if field.default in (None, "", ()) else f" (default: {field.default})".replace("%", "%%")
     action = section.add_argument(
         f"--{field.name}",
         *given["aliases"],
@@ -91,6 +94,7 @@ def add_flag(section: Any, field: dataclasses.Field[Any]) -> None:
         default=field.default,
         choices=given["choices"],
         nargs=given["nargs"],
+        required=given["required"],
         help=help_text + shown,
         metavar=_metavar(given["type"], given["choices"]),
     )

@@ -28,10 +28,18 @@ class ValidationData:
     Args:
         data: of the run, its latents and texts cached if they will be.
         max_batches: of a validation, over all processes.
+        together: all processes have the same number of batches; those that would be one short have the first of all
+            once more, which does not count.
     """
 
     def __init__(
-        self, data: TrainingData, *, max_batches: int | None = None, rank: int = 0, world_size: int = 1
+        self,
+        data: TrainingData,
+        *,
+        max_batches: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        together: bool = False,
     ) -> None:
         self._maker = ValidationBatchMaker(
             data.validation_datasets, seed=data.seed, prior_loss_weight=1.0, conditioning_as=data.conditioning_as
@@ -48,6 +56,10 @@ class ValidationData:
         order = permutation(len(found), seed, "validation batches")[:max_batches]
         self.picture_count = sum(len(found[index].uses) for index in order)
         self._refs = [found[index] for index in order][rank::world_size]
+        #: how many of the batches, the first ones, belong to the validation
+        self.counted = len(self._refs)
+        if together and self.counted * world_size < len(order):
+            self._refs.append(found[order[0]])
         self._loader: Loader | None = None
 
     def __len__(self) -> int:

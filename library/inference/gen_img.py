@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from library.architectures.base import Architecture, Conditioning, ModelInfo
 from library.config.console import setup_console
 from library.errors import UserError
 from library.files.safetensors_io import read_header
+from library.inference.file_names import FileNames
 from library.inference.generate import DrawOptions, ImageModels, ImageSettings, generate_images, random_seed
 from library.inference.networks import NetworkChoice, apply_networks, choose_networks
 from library.inference.options import ImageOptions
@@ -71,7 +71,7 @@ def draw_images(options: ImageOptions, architecture: Architecture) -> list[Path]
         clip_skip=options.model.clip_skip,
         max_token_length=75 * (options.model.max_embeddings_multiples or 1),
     )
-    files = _FileNames(Path(options.picture.outdir), sequential=options.picture.sequential_file_name)
+    files = FileNames(Path(options.picture.outdir), sequential=options.picture.sequential_file_name)
     return _draw(planned, options.speed.batch_size, models, drawing, choices, files, Path(options.model.ckpt).name)
 
 
@@ -81,7 +81,7 @@ def _draw(
     models: ImageModels,
     drawing: DrawOptions,
     choices: Sequence[NetworkChoice],
-    files: _FileNames,
+    files: FileNames,
     model_name: str,
 ) -> list[Path]:
     encoded: dict[str, Conditioning] = {}
@@ -101,25 +101,6 @@ def _draw(
             written.append(path)
             logger.info("image %d of %d: %s", len(written), len(planned), path)
     return written
-
-
-class _FileNames:
-    """``im_<time>_<number>_<seed>.png``, or ``im_<number>.png`` going on after those that are there."""
-
-    def __init__(self, directory: Path, *, sequential: bool) -> None:
-        self._directory = directory
-        self._stamp = None if sequential else time.strftime("%Y%m%d%H%M%S", time.localtime())
-        self._number = 0
-        if sequential and directory.is_dir():
-            taken = [re.fullmatch(r"im_(\d{6,})\.png", path.name) for path in directory.iterdir()]
-            self._number = max((int(match[1]) for match in taken if match), default=0)
-
-    def next(self, seed: int) -> Path:
-        self._number += 1
-        number = f"{self._number:06d}"
-        if self._stamp is None:
-            return self._directory / f"im_{number}.png"
-        return self._directory / f"im_{self._stamp}_{number}_{seed}.png"
 
 
 # ---- before loading ----
@@ -168,6 +149,7 @@ def _inspect(options: ImageOptions, architecture: Architecture) -> Any:
         # families speak of flags and scripts by their names in training
         text = str(error).replace("--pretrained_model_name_or_path", "--ckpt")
         text = text.replace("use sdxl_train_network.py", "add --sdxl").replace("use train_network.py", "drop --sdxl")
+        text = text.replace("use flux_train_network.py", "use flux_minimal_inference.py")
         raise UserError(text) from None
 
 

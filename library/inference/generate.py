@@ -32,20 +32,24 @@ MAX_RANDOM_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class ImageModels:
-    """The models of one family to draw with, frozen or in the middle of their training."""
+    """The models of one family to draw with, frozen or in the middle of their training.
+
+    Those that a step has no use for may be missing: the VAE in ``generate_latents``, all others in ``decode_images``.
+    """
 
     architecture: Architecture
-    tokenizers: Sequence[Any]
-    text_encoders: Sequence[nn.Module | None]  # None: its outputs are in ``cached_texts``
-    denoiser: nn.Module
-    vae: nn.Module
+    tokenizers: Sequence[Any] = ()
+    text_encoders: Sequence[nn.Module | None] = ()  # None: its outputs are in ``cached_texts``
+    denoiser: nn.Module | None = None
+    vae: nn.Module | None = None
     v_prediction: bool = False
     adapters: Sequence[nn.Module] = ()  # networks applied to the others, so that their dropout is off, too
     #: conditioning by text, as far as its encoders are not there
     cached_texts: Mapping[str, Conditioning] = field(default_factory=dict)
 
     def modules(self) -> list[nn.Module]:
-        return [*(e for e in self.text_encoders if e is not None), self.denoiser, self.vae, *self.adapters]
+        models = (*self.text_encoders, self.denoiser, self.vae, *self.adapters)
+        return [model for model in models if model is not None]
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class DrawOptions:
     clip_skip: int | None = None
     max_token_length: int | None = None  # tokens of the text window: 75 (or None), 150 or 225
     weighted: bool = True  # whether (word:1.2) and [word] in prompts are emphasis
+    nan_remedy: str = "try --no_half_vae or bf16"  # what to say of images that are not finite
 
 
 @dataclass(frozen=True)
@@ -169,12 +174,21 @@ def generate_images(
         UserError: the sampler cannot work with the model.
     """
     with undisturbed(models.modules(), options.device):
-        latents = generate_latents(models, batch, options, encoded)
-        with _on_device(models.vae, options.device), torch.inference_mode():
-            # one at a time: decoding takes far more memory than sampling
-            pixels = [models.architecture.decode_latents(models.vae, latent.unsqueeze(0)) for latent in latents]
+        return decode_images(models, generate_latents(models, batch, options, encoded), options)
+
+
+def decode_images(models: ImageModels, latents: Tensor, options: DrawOptions) -> list[Image]:
+    """The images of latents (B, C, h, w)."""
+    assert models.vae is not None
+    with (
+        undisturbed([models.vae], options.device),
+        _on_device(models.vae, options.device),
+        torch.inference_mode(),
+    ):
+        # one at a time: decoding takes far more memory than sampling
+        pixels = [models.architecture.decode_latents(models.vae, latent.unsqueeze(0)) for latent in latents]
     if not all(torch.isfinite(p).all() for p in pixels):
-        logger.warning("an image holds NaN and will be (partly) black; try --no_half_vae or bf16")
+        logger.warning("an image holds NaN and will be (partly) black; %s", options.nan_remedy)
     return [to_image(p[0]) for p in pixels]
 
 

@@ -76,6 +76,7 @@ def _settings(prompt: ImagePrompt, common: ImageSettings, seed: int) -> ImageSet
         "height": prompt.height,
         "steps": prompt.sample_steps,
         "scale": prompt.scale,
+        "guidance_scale": prompt.guidance_scale,
     }
     own = {name: value for name, value in own.items() if value is not None}
     return replace(common, prompt=prompt.prompt, seed=seed, **own)

@@ -46,6 +46,7 @@ _SHOWN = {
     "steps": "Steps",
     "sampler": "Sampler",
     "scale": "CFG scale",
+    "guidance_scale": "Distilled CFG Scale",
     "seed": "Seed",
     "size": "Size",
     "model": "Model",

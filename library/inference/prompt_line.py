@@ -55,7 +55,7 @@ class SamplePrompt:
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """One line given to ``gen_img.py``; ``None`` and empty leave a setting to the command line."""
+    """One line given to a script that draws; ``None`` and empty leave a setting to the command line."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -65,6 +65,7 @@ class ImagePrompt:
     scale: float | None = None  # classifier-free guidance
     seeds: tuple[int, ...] = ()  # of the prompt's images, in order
     multipliers: tuple[float, ...] = ()  # of the additional networks, in order
+    guidance_scale: float | None = None  # embedded (distilled) guidance
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class PromptOption:
     name: str
     field: str
     read: Callable[[str], Any]  # raises ValueError that says what is expected
+    long: str = ""  # a word that may be written instead, whole or only its beginning
 
 
 def _text(value: str) -> str:
@@ -115,6 +117,10 @@ def _sampler(value: str) -> str:
     return value
 
 
+def _text_or_dash(value: str) -> str:
+    return "" if value == "-" else value
+
+
 def _list_of(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return lambda value: tuple(read(part.strip()) for part in value.split(","))
 
@@ -145,6 +151,20 @@ IMAGE_OPTIONS = (
     PromptOption("n", "negative_prompt", _text),
     PromptOption("am", "multipliers", _list_of(_number)),
 )
+
+#: options of the lines that flux_minimal_inference.py reads; published ones count by their first letter alone
+FLUX_OPTIONS = (
+    PromptOption("w", "width", _whole, "width"),
+    PromptOption("h", "height", _whole, "height"),
+    PromptOption("s", "sample_steps", _whole, "steps"),
+    PromptOption("d", "seeds", lambda value: (_seed(value),)),
+    PromptOption("g", "guidance_scale", _number, "guidance"),
+    PromptOption("m", "multipliers", _list_of(_number), "multipliers"),
+    PromptOption("n", "negative_prompt", _text_or_dash, "negative_prompt"),
+    PromptOption("c", "scale", _number, "cfg_scale"),
+)
+#: words that begin with the letter of another option
+REFUSED_FLUX_OPTIONS: Mapping[str, str] = {"seed": "write --d for the seed, --s for the steps"}
 
 _SDXL_SIZES = "SDXL's size conditioning is not available in this version"
 _DEEP_SHRINK = "Deep Shrink is not available in this version"
@@ -197,6 +217,23 @@ def parse_image_prompt(line: str, *, where: str = "--prompt", size_multiple: int
     return ImagePrompt(prompt, **_within_limits(values, where, size_multiple))
 
 
+def parse_flux_prompt(line: str, *, where: str, size_step: int) -> ImagePrompt:
+    """Read one line of ``flux_minimal_inference.py --interactive``.
+
+    Raises:
+        UserError: unknown option, bad value, a side that is no multiple of ``size_step`` pixels.
+    """
+    prompt, values = _parse(line, FLUX_OPTIONS, REFUSED_FLUX_OPTIONS, where)
+    for name in ("width", "height"):
+        if name in values:
+            check_size(values[name], f"{where}: {name}", size_step)
+    if not 1 <= values.get("sample_steps", 1) <= MAX_STEPS:
+        raise UserError(f"{where}: steps {values['sample_steps']}: must be 1 to {MAX_STEPS}")
+    if values.get("guidance_scale", 0.0) < 0:
+        raise UserError(f"{where}: guidance {values['guidance_scale']:g}: must be at least 0")
+    return ImagePrompt(prompt, **values)
+
+
 def read_image_prompts(path: Path, *, size_multiple: int = 8) -> list[ImagePrompt]:
     """Read a ``.txt`` file of prompts for ``gen_img.py``: one per line, blank and ``#`` lines passed over.
 
@@ -238,7 +275,9 @@ def read_prompt_file(path: Path, *, size_multiple: int = 8, used: Collection[str
 def _parse(
     line: str, options: Sequence[PromptOption], refused: Mapping[str, str], where: str
 ) -> tuple[str, dict[str, Any]]:
-    table = {option.name: option for option in options}
+    named = {option.name: option for option in options}
+    written_out = {o.long[:end]: o for o in options for end in range(1, len(o.long) + 1)}
+    table = {**written_out, **named}
     prompt, *segments = _OPTION_START.split(line.strip())
     values: dict[str, Any] = {}
     for segment in segments:
@@ -249,7 +288,7 @@ def _parse(
         if name not in table:
             raise UserError(
                 f"{where}: unknown option --{word}{did_you_mean(name, table)}; "
-                f"options are {', '.join('--' + option for option in table)}"
+                f"options are {', '.join('--' + option for option in named)}"
             )
         try:
             values[table[name].field] = table[name].read(text)
@@ -375,6 +414,15 @@ def _within_limits(values: Mapping[str, Any], where: str, size_multiple: int) ->
         limited["sample_steps"] = min(max(steps, 1), MAX_STEPS)
         logger.warning("%s: steps %d are out of range, %d are used", where, steps, limited["sample_steps"])
     return limited
+
+
+def check_size(pixels: int, what: str, size_step: int) -> None:
+    """Raise UserError where a side is no multiple of ``size_step`` pixels, or too small."""
+    if pixels < MIN_SIZE:
+        raise UserError(f"{what} {pixels}: must be at least {MIN_SIZE} pixels")
+    if below := pixels % size_step:
+        lower = pixels - below
+        raise UserError(f"{what} {pixels}: must be a multiple of {size_step}, such as {lower} or {lower + size_step}")
 
 
 def usable_size(pixels: int, what: str, size_multiple: int) -> int:

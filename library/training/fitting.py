@@ -182,6 +182,7 @@ class Fitting:
             ),
             rank=run.accelerator.process_index,
             world_size=run.accelerator.num_processes,
+            together=run.sharding is not None,
         )
         self._trackers.images(of_all_processes(images), step)
         self._trainer.training_mode(run, True)

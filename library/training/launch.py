@@ -2,42 +2,78 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from types import MappingProxyType
 
+from library.config.arguments import TrainingOptions
 from library.errors import UserError
+from library.memory.sharding import Sharding
 
 logger = logging.getLogger(__name__)
 
-_INSIDE = "adapters act inside the frozen model's own modules, which it would split or wrap"
 _INSTEAD = "use accelerate launch --multi_gpu, or an accelerate configuration without it; see docs/multi_gpu.md"
+_USE_FSDP = "ACCELERATE_USE_FSDP"
 
-#: variable -> what it stands for and why it cannot be had
+#: variable -> what it stands for, why it cannot be had, and what to do
 UNSUPPORTED = MappingProxyType(
     {
-        "ACCELERATE_USE_FSDP": ("FSDP", _INSIDE),
-        "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", _INSIDE),
-        "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "it has models of its own"),
-        "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism_config", _INSIDE),
+        "ACCELERATE_USE_DEEPSPEED": (
+            "DeepSpeed",
+            "FSDP shares the frozen model out as ZeRO 3 would, and adapters are too small for ZeRO 1 and 2; choose "
+            "FSDP version 2 in accelerate config, or remove it; see docs/multi_gpu.md",
+        ),
+        "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", f"it has models of its own; {_INSTEAD}"),
+        "ACCELERATE_USE_PARALLELISM_CONFIG": (
+            "a parallelism_config",
+            f"models are shared out over all processes or none; {_INSTEAD}",
+        ),
+    }
+)
+
+#: switches of FSDP that have an option of this program, or no meaning: variable -> setting and what to do
+_UNSUPPORTED_SWITCHES = MappingProxyType(
+    {
+        "FSDP_ACTIVATION_CHECKPOINTING": (
+            "fsdp_activation_checkpointing",
+            "set it to false, give --gradient_checkpointing",
+        ),
+        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (
+            "fsdp_activation_checkpointing_offload",
+            "set it to false, give --gradient_checkpointing --cpu_offload_checkpointing",
+        ),
+        "FSDP_FORWARD_PREFETCH": ("fsdp_forward_prefetch", "version 2 of FSDP does not have it; remove it"),
+    }
+)
+
+#: wrapping policies that would not do: why
+_UNSUPPORTED_POLICIES = MappingProxyType(
+    {
+        "SIZE_BASED_WRAP": "modules of some size may be such that are never called, whose weights stay in pieces",
+        "NO_WRAP": "the whole model would be gathered for each step",
     }
 )
 
 
-def check_launch(mixed_precision: str) -> None:
-    """Refuse what this run cannot do, and say what it decides by itself.
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
-    Args:
-        mixed_precision: the run's, which wins over accelerate's.
+
+def check_launch(options: TrainingOptions) -> None:
+    """Refuse what this run cannot do, and say what it decides by itself.
 
     Raises:
         UserError: one line for each thing that would otherwise be silently left out.
     """
     problems = [
-        f"accelerate's configuration asks for {name}: {why}; {_INSTEAD}"
+        f"accelerate's configuration asks for {name}: {why}"
         for variable, (name, why) in UNSUPPORTED.items()
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+        if _is_on(variable)
     ]
+    if _is_on(_USE_FSDP):
+        problems += _problems_of_sharding(options)
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         problems.append(
@@ -47,8 +83,71 @@ def check_launch(mixed_precision: str) -> None:
     if problems:
         raise UserError("\n".join(problems))
     theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if theirs not in ("no", mixed_precision):
+    if theirs not in ("no", options.mixed_precision):
         logger.warning(
             "accelerate's mixed precision %s is not used, as --mixed_precision %s decides; give --mixed_precision %s",
-            *(theirs, mixed_precision, theirs),
+            *(theirs, options.mixed_precision, theirs),
         )
+
+
+def _problems_of_sharding(options: TrainingOptions) -> list[str]:
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        return [
+            f"accelerate's configuration asks for FSDP version {version}: it would replace the parameters that "
+            "adapters look for; choose version 2 in accelerate config (fsdp_version: 2); see docs/multi_gpu.md"
+        ]
+    problems = [
+        f"accelerate's configuration asks for {name}: {instead}"
+        for variable, (name, instead) in _UNSUPPORTED_SWITCHES.items()
+        if _is_on(variable)
+    ]
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP").upper()
+    if policy in _UNSUPPORTED_POLICIES:
+        problems.append(
+            f"accelerate's configuration asks for fsdp_auto_wrap_policy {policy}: {_UNSUPPORTED_POLICIES[policy]}; "
+            "choose TRANSFORMER_BASED_WRAP"
+        )
+    for name in ("fp8_base", "fp8_base_unet"):
+        if getattr(options, name):
+            problems.append(f"--{name}: weights in fp8 cannot be shared out by FSDP; remove one of them")
+    if options.torch_compile:
+        problems.append("--torch_compile: not with FSDP, which works between the blocks; remove one of them")
+    return problems
+
+
+def asked_sharding() -> Sharding | None:
+    """How accelerate's configuration, which ``check_launch`` has passed, wants the frozen model shared out; if it does.
+
+    Raises:
+        UserError: accelerate cannot read its own configuration.
+    """
+    if not _is_on(_USE_FSDP):
+        return None
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    try:
+        plugin = FullyShardedDataParallelPlugin()
+    except (ValueError, KeyError) as error:
+        raise UserError(f"accelerate's configuration of FSDP: {error}; run accelerate config again") from None
+    classes = plugin.transformer_cls_names_to_wrap or []
+    return Sharding(
+        free_after_forward=plugin.reshard_after_forward,
+        on_host=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        classes=tuple(name.strip() for name in classes if name.strip()),
+        kept_whole=plugin.ignored_modules,
+    )
+
+
+@contextlib.contextmanager
+def without_their_sharding() -> Iterator[None]:
+    """accelerate's object is made as for plain data parallelism, as which trained weights are handled and saved."""
+    given = os.environ.get(_USE_FSDP)
+    if given is None:
+        yield
+        return
+    os.environ[_USE_FSDP] = "false"
+    try:
+        yield
+    finally:
+        os.environ[_USE_FSDP] = given

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from library.data.dataset import Batch
 from library.randomness import key
 from library.training.figures import DeferredFigures, StepFigures, StepTimes
+from library.training.gradient_exchange import GradientExchange
 from library.training.interrupt import Interrupt
 from library.training.nonfinite import BadStep, OnNan, StepGuard
 from library.training.plan import RunPlan
@@ -81,6 +82,8 @@ class Trained:
     max_grad_norm: float
     #: of the parameters, with ``state_dict`` and ``load_state_dict``
     average: WeightAverage | None = None
+    #: see ``library.training.gradient_exchange``
+    gradients_as_views: bool = False
 
 
 def run_loop(
@@ -102,6 +105,7 @@ def run_loop(
     figures = DeferredFigures()
     times = StepTimes()
     guard = StepGuard(trained, accelerator, on_nan)
+    exchange = GradientExchange(accelerator, trained.parameters, as_views=trained.gradients_as_views)
     several = accelerator.num_processes > 1
     stop_asked = False
 
@@ -129,6 +133,7 @@ def run_loop(
         while batch_in_epoch < plan.batches_per_epoch and step < plan.total_steps:
             count = plan.batches_of_step(batch_in_epoch)
             guard.start(step + 1)
+            exchange.start()
             loss_sum = None
             for index in range(count):
                 batch = times.waiting(batches)
@@ -143,7 +148,7 @@ def run_loop(
 
             packed = {"loss": loss_sum / count}
             if several:
-                average_gradients(accelerator, trained.parameters)
+                exchange.average()
                 flag = 1.0 if interrupt.requested else 0.0
                 packed["interrupt"] = torch.tensor(flag, device=accelerator.device)
                 packed = _across_processes(accelerator, packed)
@@ -175,25 +180,6 @@ def run_loop(
                 return step
     collect(keep=0)
     return step
-
-
-def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Mean of the gradients over processes, one collective call per dtype.
-
-    The trained modules work through the frozen model's forward, which DistributedDataParallel does not
-    see; so gradients are averaged here, once a step, as a flat tensor.
-    """
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                # module dropout may leave a parameter out on one process only; all must take part
-                parameter.grad = torch.zeros_like(parameter)
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients]), reduction="mean")
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
 
 
 def _across_processes(accelerator: Accelerator, figures: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ class NetworkTrainer(Trainer):
 
         accelerator = run.accelerator
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism;
-        # the adapters work inside the frozen model's forward, see loop.average_gradients
+        # the adapters work inside the frozen model's forward, see gradient_exchange.py
         self._network = accelerator.prepare_model(network, evaluation_mode=True)
         self._network.train()
         if options.optimizer.fused_backward_pass:
@@ -152,6 +152,7 @@ class NetworkTrainer(Trainer):
             scheduler=scheduler,
             max_grad_norm=options.optimizer.max_grad_norm,
             average=self._average,
+            gradients_as_views=options.training.ddp_gradient_as_bucket_view,
         )
 
     def trained_on_meta(self, run: Run) -> list[tuple[str, list[nn.Parameter]]]:
@@ -225,6 +226,11 @@ class NetworkTrainer(Trainer):
             raise UserError(f"--network_module {options.network_module}: it created no network for these options")
         if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
             raise UserError(f"--scale_weight_norms: networks of {options.network_module} cannot do it; leave it out")
+        if options.scale_weight_norms and run.sharding is not None and not module.__name__.startswith("networks."):
+            raise UserError(
+                f"--scale_weight_norms: not with FSDP and {options.network_module}, which may read weights that are "
+                "shared out; remove one of them"
+            )
         if options.scale_weight_norms and (reason := getattr(network, "no_max_norm", "")):
             raise UserError(f"--scale_weight_norms: {reason}; leave it out")
         return network

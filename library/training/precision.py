@@ -43,6 +43,12 @@ class InFp8:
                 store_in_fp8(encoder, run.device)
 
 
+def home_of_text_encoders(run: Run) -> str:
+    """Where they are loaded: beside a cache of their outputs they are only looked at, and fetched by previews."""
+    waits = caches_texts(run.options.dataset) or InFp8.of(run.options).text_encoders
+    return "cpu" if waits else str(run.device)
+
+
 def trained_dtype(options: TrainingOptions) -> torch.dtype:
     """What trained weights, their gradients and the optimizer's state are kept in."""
     return torch.bfloat16 if options.full_bf16 else torch.float16 if options.full_fp16 else torch.float32

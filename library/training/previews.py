@@ -56,8 +56,8 @@ def preview_path(
     return directory / "sample" / f"{prefix}{when}_{index:02d}_{stamp}{suffix}.png"
 
 
-def draw_image(trainer: Trainer, run: Run, prompt: SamplePrompt, path: Path) -> Image:
-    """Draw one sample image with the weights as they are, and save it with its settings."""
+def draw_image(trainer: Trainer, run: Run, prompt: SamplePrompt, path: Path | None) -> Image:
+    """Draw one sample image with the weights as they are, and save it with its settings if there is a path."""
     from library.inference.generate import ImageModels, generate_image, settings_for
     from library.inference.png import save_png
 
@@ -76,8 +76,9 @@ def draw_image(trainer: Trainer, run: Run, prompt: SamplePrompt, path: Path) -> 
     )
     with precision.drawing(run.options.training):
         image = generate_image(models, settings, _draw_options(run))
-    name = Path(model.pretrained_model_name_or_path).name
-    save_png(image, path, settings.record(model=name, network=run.options.output.output_name or ""))
+    if path is not None:
+        name = Path(model.pretrained_model_name_or_path).name
+        save_png(image, path, settings.record(model=name, network=run.options.output.output_name or ""))
     return image
 
 
@@ -113,16 +114,24 @@ def encode_prompts(architecture: Architecture, run: Run, models: TextModels) -> 
 
 def draw_previews(
     prompts: Sequence[SamplePrompt],
-    draw: Callable[[SamplePrompt, Path], Image],
+    draw: Callable[[SamplePrompt, Path | None], Image],
     path_of: Callable[[int, SamplePrompt], Path],
     *,
     rank: int,
     world_size: int,
+    together: bool = False,
 ) -> dict[str, Image]:
-    """Draw and save this process's share of the prompts; returns them under the trackers' names."""
+    """Draw and save this process's share of the prompts; returns them under the trackers' names.
+
+    Args:
+        draw: saves to the path, if it gets one.
+        together: every process draws all of them, as a model that is shared out needs each; the first one keeps them.
+    """
     drawn: dict[str, Image] = {}
     for index, prompt in enumerate(prompts):
-        if index % world_size != rank:
+        if together and rank != 0:
+            draw(prompt, None)
+        if rank != (0 if together else index % world_size):
             continue
         path = path_of(index, prompt)
         drawn[f"sample_{index}"] = draw(prompt, path)

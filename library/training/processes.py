@@ -14,7 +14,7 @@ from library.config.arguments import TrainingOptions
 from library.data.latent_cache import Peers
 from library.errors import UserError
 from library.memory.host_heap import keep_freed_memory
-from library.training.launch import check_launch
+from library.training.launch import check_launch, without_their_sharding
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,22 +43,23 @@ def make_accelerator(
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import GradientAccumulationPlugin
 
-    check_launch(options.mixed_precision)
+    check_launch(options)
     if options.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     handlers: list[Any] = []
     if options.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        log_with=list(backends) or None,
-        project_dir=None if directory is None else str(directory),
-        kwargs_handlers=handlers,
-        # the loop accumulates by itself; without this, accelerate's environment could scale the loss
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # one scheduler step per optimizer step, however many processes there are
-        step_scheduler_with_optimizer=False,
-    )
+    with without_their_sharding():
+        accelerator = Accelerator(
+            mixed_precision=options.mixed_precision,
+            log_with=list(backends) or None,
+            project_dir=None if directory is None else str(directory),
+            kwargs_handlers=handlers,
+            # the loop accumulates by itself; without this, accelerate's environment could scale the loss
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            # one scheduler step per optimizer step, however many processes there are
+            step_scheduler_with_optimizer=False,
+        )
     if options.full_fp16:
         from library.optim.stochastic_rounding import HalfGradScaler
 

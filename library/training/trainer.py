@@ -73,6 +73,7 @@ from library.training.settings import (
     state_folder,
     tracker_settings,
 )
+from library.training.sharding import Sharding, load_denoiser, sharding_for, share_denoiser, shares_rows
 from library.training.step import NoiseSettings, batch_losses
 from library.training.text_caching import Tokenize, cache_texts, cached_encoders, caches_texts, text_cache_row
 from library.training.validation import Validation, check_validation
@@ -117,6 +118,7 @@ class Run:
     started_at: float
     start_step: int  # steps done before
     uploads: Uploads
+    sharding: Sharding | None = None  # of the denoiser over the processes
     tokenizers: list[Any] = field(default_factory=list)
     text_encoders: list[nn.Module] = field(default_factory=list)  # on the meta device beside a cache of their outputs
     prompts: dict[str, Conditioning] = field(default_factory=dict)  # of sample images, by text, where texts are cached
@@ -243,6 +245,7 @@ class Trainer(ABC):
             started_at=time.time(),
             start_step=start_step,
             uploads=Uploads(checked.hub if accelerator.is_main_process else None),
+            sharding=sharding_for(accelerator, strict=options.config.strict),
         )
 
     def check(self, options: TrainNetworkOptions) -> Checked:
@@ -325,22 +328,19 @@ class Trainer(ABC):
         """Load tokenizers, encoders and denoiser, build what is trained, and resume."""
         training = run.options.training
         checkpoint = run.checked.checkpoint
-        device = str(run.device)
         run.tokenizers = self.architecture.load_tokenizers(checkpoint)
-        in_fp8, cached = precision.InFp8.of(run.options), cached_encoders(self.architecture, run.options)
-        home = "cpu" if in_fp8.text_encoders else device
+        cached = cached_encoders(self.architecture, run.options)
+        home = precision.home_of_text_encoders(run)
         run.text_encoders = self.architecture.load_uncached_text_encoders(
             checkpoint, cached, dtype=run.weight_dtype, device=home
         )
-        home = "cpu" if in_fp8.denoiser else device
-        denoiser = self.architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device=home)
-        # convolutions are faster so; benchmarks/RESULTS.md has the figure. Linear layers stay as they are
-        run.denoiser = denoiser.to(memory_format=torch.channels_last)
+        run.denoiser = load_denoiser(run, self.architecture)
         self.architecture.set_attention(run.denoiser, attention_backend(training))
         if training.gradient_checkpointing:
             self.architecture.enable_gradient_checkpointing(run.denoiser, run.text_encoders)
         run.objective = run.objective.to(run.device)
         run.trained = self.build_trained(run)
+        share_denoiser(run, self.architecture)
         if training.torch_compile:
             precision.compile_denoiser(run, self.architecture.compiled_blocks)
         if run.data.validation_datasets:
@@ -451,6 +451,7 @@ class Trainer(ABC):
             *self.trained_rows(run),
             ("optimizer", f"{run.checked.optimizer.metadata_name}, schedule {options.scheduler.lr_scheduler}"),
             ("precision", precision.precision_row(run)),
+            *shares_rows(run),
             ("steps", f"{plan.total_steps} in {plan.num_epochs} epochs, {batches}"),
             ("seed", str(run.checked.seed)),
             ("output", str(run.names.final())),
@@ -512,8 +513,8 @@ class Trainer(ABC):
             "persistent": dataset.persistent_data_loader_workers,
         }
 
-    def draw(self, run: Run, prompt: SamplePrompt, path: Path) -> Image:
-        """Draw one sample image with the weights as they are, and save it with its settings."""
+    def draw(self, run: Run, prompt: SamplePrompt, path: Path | None) -> Image:
+        """Draw one sample image with the weights as they are, and save it with its settings if there is a path."""
         return draw_image(self, run, prompt, path)
 
     def latents(self, run: Run, batch: Batch) -> Tensor:

@@ -115,6 +115,7 @@ class Validation:
             max_batches=options.max_validation_steps,
             rank=run.accelerator.process_index,
             world_size=run.accelerator.num_processes,
+            together=run.sharding is not None,
         )
         self.best = BestSoFar()
         #: whether patience is used up
@@ -205,7 +206,9 @@ class Validation:
         report = WorkProgress("validating", "batches", simple=True, enabled=run.accelerator.is_main_process)
         with torch.no_grad(), undisturbed(modules, run.device):
             for done, batch in enumerate(self._data.batches(**self._trainer.loading(run)), start=1):
-                losses.append(self._losses(batch.to(run.device, non_blocking=True)))
+                measured = self._losses(batch.to(run.device, non_blocking=True))
+                if done <= self._data.counted:
+                    losses.append(measured)
                 report.update(done, len(self._data))
         found = torch.cat(losses).cpu().double()
         total = torch.stack([found.sum(), torch.tensor(float(len(found)), dtype=torch.float64)])

@@ -329,7 +329,7 @@ ALWAYS = set(
 )
 
 #: tested below, each in a test of its own
-OTHERS = {"ddp_timeout", "save_n_epoch_ratio"}
+OTHERS = {"ddp_timeout", "ddp_gradient_as_bucket_view", "save_n_epoch_ratio"}
 
 
 def options(*given: Given) -> TrainNetworkOptions:
@@ -433,11 +433,12 @@ def test_data_begin_with_every_epoch_anyway() -> None:
     assert without_effect_in_plan(options(given, {"initial_step": 7}), plan) == []
 
 
-def test_a_timeout_needs_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", [{"ddp_timeout": 5}, {"ddp_gradient_as_bucket_view": True}])
+def test_some_need_several_processes(monkeypatch: pytest.MonkeyPatch, given: dict[str, object]) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert "ddp_timeout" in idle_names(options({"ddp_timeout": 5}))
+    assert set(given) <= set(idle_names(options(given)))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "ddp_timeout" not in idle_names(options({"ddp_timeout": 5}))
+    assert not set(given) & set(idle_names(options(given)))
 
 
 @pytest.mark.parametrize("name", sorted(NEVER))

@@ -16,7 +16,7 @@ from library.errors import UserError
 #: the option names of the features that this version leaves out; one that is dropped here must be implemented
 LEFT_OUT = (
     "dataset_class "
-    "ddp_gradient_as_bucket_view ddp_static_graph deepspeed "
+    "ddp_static_graph deepspeed "
     "zero_stage offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path "
     "zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients"
 ).split()

@@ -259,6 +259,18 @@ def test_each_picture_once_without_chance(tmp_path: Path, folder: Path) -> None:
     assert len({visit for batch in first for visit in batch.visits}) == 10
 
 
+def test_processes_that_must_go_together_have_as_many_batches(tmp_path: Path, folder: Path) -> None:
+    data = make(tmp_path, table(folder), validation_split=0.5)
+    alone = ValidationData(data)
+    shares = [ValidationData(data, rank=rank, world_size=3, together=True) for rank in range(3)]
+    assert (len(alone), [len(share) for share in shares]) == (4, [2, 2, 2])
+    assert [share.counted for share in shares] == [2, 1, 1]
+    taken = [list(share.batches(tokenize=tokenize, num_workers=0)) for share in shares]
+    counted = [batch for share, found in zip(shares, taken, strict=True) for batch in found[: share.counted]]
+    assert sorted(names(counted)) == kept(data)
+    assert taken[1][1].paths == taken[2][1].paths == taken[0][0].paths
+
+
 def test_a_wildcard_is_chosen_once_for_each_picture(tmp_path: Path, folder: Path) -> None:
     subset = "enable_wildcard = true\ncaption_prefix = '{red|blue}'"
     data = make(tmp_path, table(folder, subset=subset), validation_split=0.9)

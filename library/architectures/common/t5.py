@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -166,5 +167,11 @@ def caption_length(tokenizer: Any, caption: str, *, length: int) -> CaptionLengt
 
 
 def encode(encoder: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Ids (B, T) to the last layer's states (B, T, D); padding is attended to without a ``mask`` (B, T)."""
-    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    """Ids (B, T) to the last layer's states (B, T, D); padding is attended to without a ``mask`` (B, T).
+
+    Without autocast to float16, which would take it even for the layers that ``load_t5`` keeps in float32.
+    """
+    kind = ids.device.type
+    to_half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    with torch.autocast(kind, enabled=False) if to_half else nullcontext():
+        return encoder(input_ids=ids, attention_mask=mask).last_hidden_state

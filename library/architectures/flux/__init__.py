@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from library.config.arguments import NetworkOptions, TrainNetworkOptions
     from library.inference.generate import ImageSettings
 
+#: sampling steps, if not given; previews have their own
+DRAWING_STEPS, DRAWING_STEPS_SCHNELL = 50, 4
 #: tokens of a caption for T5, if not given
 T5_LENGTH, T5_LENGTH_SCHNELL = 512, 256
 
@@ -106,10 +108,20 @@ class Flux(FlowMatching, Architecture):
         return self.is_chroma or self.chosen(FluxModelOptions).apply_t5_attn_mask
 
     @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale may be chosen: schnell is told none, and Chroma is made for 0."""
+        return not self.is_chroma and self._kind != SCHNELL
+
+    @property
     def t5_length(self) -> int:
         """Tokens of a caption for T5."""
         given = self.chosen(FluxModelOptions).t5xxl_max_token_length
         return given or (T5_LENGTH_SCHNELL if self._kind == SCHNELL else T5_LENGTH)
+
+    @property
+    def drawing_steps(self) -> int:
+        """What the published script draws with, if not told."""
+        return DRAWING_STEPS_SCHNELL if self._kind == SCHNELL else DRAWING_STEPS
 
     # ---- what depends on the kind of model ----
 

@@ -27,7 +27,11 @@ def only_the_denoiser(o: TrainNetworkOptions) -> bool:
     return o.training.fp8_base_unet
 
 
-@idle("ddp_timeout", reason="with one process; several are started by: accelerate launch --multi_gpu")
+@idle(
+    "ddp_timeout",
+    "ddp_gradient_as_bucket_view",
+    reason="with one process; several are started by: accelerate launch --multi_gpu",
+)
 def one_process(o: TrainNetworkOptions) -> bool:
     return process_count() == 1
 

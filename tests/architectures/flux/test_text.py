@@ -85,6 +85,22 @@ def test_t5_files_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     assert dtypes.pop("wo.weight") == torch.float32 and set(dtypes.values()) == {torch.float16}
 
 
+def test_t5_in_float16_stays_in_range_under_autocast(made: MadeFlux) -> None:
+    exact = t5.load_t5(t5.t5_source(made.t5xxl), dtype=torch.float32, device="cpu")
+    half = t5.load_t5(t5.t5_source(made.t5xxl), dtype=torch.float16, device="cpu")
+    ids = torch.tensor([[5, 6, 7, 1, 0]])
+    with torch.no_grad():
+        for model in (exact, half):  # sums beyond 65504, as those of T5-XXL
+            for name, parameter in model.named_parameters():
+                if name.endswith(".DenseReluDense.wo.weight"):
+                    parameter.mul_(1e9)
+        expected = t5.encode(exact, ids)
+        with torch.autocast("cpu", dtype=torch.float16):
+            states = t5.encode(half, ids)
+    assert states.isfinite().all()
+    assert (states - expected).abs().max() < 0.05
+
+
 def test_t5_table_under_either_name_or_both(made: MadeFlux, tmp_path: Path) -> None:
     state, ids = load_file(made.t5xxl), torch.tensor([[5, 6, 7, 1]])
     table = state.pop(t5.SHARED)

@@ -1,0 +1,152 @@
+"""Adapter files (``file;strength``) for models that are loaded at different times: first text encoders, then the rest.
+
+Which of our network modules reads a file is told from its tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import LORA_TARGET, LoraTarget
+from library.errors import UserError, did_you_mean
+from networks.base import AdapterModule, merge_all_forever
+from networks.third_party import text_argument
+from networks.weights import read_weights
+
+logger = logging.getLogger(__name__)
+
+_KINDS = "LoRA and OFT files are read here"
+#: a piece of a tensor's name -> what the file is that nothing here reads, and what to do
+_UNREAD = {
+    ".hada_w": f"a LoHa of LyCORIS; {_KINDS}",
+    ".lokr_w": f"a LoKr of LyCORIS; {_KINDS}",
+    ".oft_diag": f"an OFT of LyCORIS; {_KINDS}",
+    "lllite_unet_": f"a ControlNet-LLLite; {_KINDS}",
+    "double_blocks.0.img_attn.norm.query_norm.scale": f"a whole transformer; {_KINDS}",
+}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """One checked file.
+
+    Attributes:
+        weights: by published names, on the host.
+        module: the network module that reads them.
+    """
+
+    path: Path
+    strength: float
+    weights: Mapping[str, Tensor]
+    module: Any
+    adapts_text: bool
+    adapts_denoiser: bool
+
+
+def read_choice(text: str, flag: str) -> tuple[Path, float]:
+    """``file;0.8``: the file and its strength, 1 if it is not given.
+
+    Raises:
+        UserError: no such file, or no number after the semicolon.
+    """
+    path, semicolon, number = text.rpartition(";")
+    if not semicolon or Path(text).is_file():
+        path, number = text, "1"
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = float("nan")
+    if not abs(strength) < float("inf"):
+        raise UserError(f'{flag} {text}: "{number}" is no strength; write the file, a semicolon and a number')
+    if not Path(path).is_file():
+        siblings = [entry.name for entry in Path(path).parent.iterdir()] if Path(path).parent.is_dir() else []
+        raise UserError(f"{flag} {path}: no such file{did_you_mean(Path(path).name, siblings)}")
+    return Path(path), strength
+
+
+def open_adapters(
+    choices: Sequence[tuple[Path, float]], text_encoders: Sequence[nn.Module], denoiser: nn.Module
+) -> list[AdapterFile]:
+    """Read the files and check them against the models.
+
+    Args:
+        text_encoders, denoiser: with their ``LoraTarget``; best on the meta device, as only names and shapes count.
+
+    Raises:
+        UserError: no adapter, or one for other models.
+    """
+    opened = []
+    target: LoraTarget = getattr(denoiser, LORA_TARGET)
+    for path, strength in choices:
+        weights = read_weights(path)
+        module = importlib.import_module(_module_for(weights, target, path))
+        network, weights = module.create_network_from_weights(
+            strength, str(path), None, text_argument(text_encoders), denoiser, weights_sd=weights, for_inference=True
+        )
+        adapts_text, adapts_denoiser = bool(network.text_encoder_loras), bool(network.unet_loras)
+        opened.append(AdapterFile(path, strength, weights, module, adapts_text, adapts_denoiser))
+    return opened
+
+
+def _module_for(weights: Mapping[str, Tensor], target: LoraTarget, path: Path) -> str:
+    for piece, kind in _UNREAD.items():
+        if any(piece in name for name in weights):
+            raise UserError(f"{path}: {kind}")
+    is_oft = any(".oft_blocks" in name for name in weights)
+    lora, *others = target.network_modules
+    return next((name for name in others if is_oft and "oft" in name), lora)
+
+
+def adapt(
+    files: Sequence[AdapterFile],
+    strengths: Sequence[float],
+    text_encoders: Sequence[nn.Module],
+    denoiser: nn.Module,
+    *,
+    text: bool,
+    merge: bool,
+    device: torch.device,
+) -> list[nn.Module | None]:
+    """Apply the files to the text encoders or to the denoiser; the others may be on the meta device.
+
+    Args:
+        strengths: one for each file.
+        text: whether the text encoders are meant.
+        merge: change the weights for good instead.
+
+    Returns:
+        A network for each file; None where it adapts nothing of these models, or is merged.
+    """
+    applied: list[nn.Module | None] = []
+    merged: list[AdapterModule] = []
+    encoders = text_argument(text_encoders)
+    for file, strength in zip(files, strengths, strict=True):
+        applied.append(None)
+        if not (file.adapts_text if text else file.adapts_denoiser):
+            continue
+        network, _ = file.module.create_network_from_weights(
+            strength, str(file.path), None, encoders, denoiser, weights_sd=file.weights, for_inference=True
+        )
+        own = network.text_encoder_loras if text else network.unet_loras
+        what = "text encoders" if text else "transformer"
+        if merge:
+            network.load_state_dict(file.weights, strict=False)
+            merged += [adapter.to(device) for adapter in own]
+            logger.info("merging %s into the %s: strength %g, %d modules", file.path, what, strength, len(own))
+            continue
+        network.apply_to(encoders, denoiser, text, not text)
+        network.load_state_dict(file.weights, strict=False)
+        for adapter in own:
+            adapter.to(device=device, dtype=adapter.original.weight.dtype)
+        logger.info("applied %s to the %s: strength %g, %d modules", file.path, what, strength, len(own))
+        applied[-1] = network.eval()
+    merge_all_forever(merged, device)
+    return applied

@@ -1,0 +1,28 @@
+"""Names of the images that the scripts write."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+
+class FileNames:
+    """``im_<time>_<number>_<seed>.png``, or ``im_<number>.png`` going on after those that are there."""
+
+    def __init__(self, directory: Path, *, sequential: bool = False) -> None:
+        self._directory = directory
+        self._stamp = None if sequential else time.strftime("%Y%m%d%H%M%S", time.localtime())
+        self._number = 0
+        if sequential and directory.is_dir():
+            taken = [re.fullmatch(r"im_(\d{6,})\.png", path.name) for path in directory.iterdir()]
+            self._number = max((int(match[1]) for match in taken if match), default=0)
+
+    def next(self, seed: int) -> Path:
+        """A name that is free: another run may have begun in the same second."""
+        while True:
+            self._number += 1
+            number = f"{self._number:06d}"
+            name = f"im_{number}.png" if self._stamp is None else f"im_{self._stamp}_{number}_{seed}.png"
+            if not (self._directory / name).exists():
+                return self._directory / name

@@ -1,0 +1,186 @@
+"""The command line of ``flux_minimal_inference.py``: one field per published flag, and where tokenizers lie."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from library.config.fields import option
+from library.errors import UserError, did_you_mean
+from library.files.precisions import COMPUTE
+from library.inference.prompt_line import MAX_SEED, MAX_STEPS, check_size
+
+#: sides of images are multiples of this many pixels
+SIZE_STEP = 16
+#: what ``--dtype`` and the options beside it call the dtypes to compute in
+COMPUTE_DTYPES = {**COMPUTE, **{name: name for name in ("float32", "float16", "bfloat16")}}
+#: and those to keep weights in; fp8 is 4 bits of exponent and 3 of mantissa, with scales of our own where needed
+FP8_DTYPES = dict.fromkeys(("fp8", "fp8_e4m3fn", "float8_e4m3fn"), "float8_e4m3fn")
+
+
+@dataclass(frozen=True)
+class FluxFilesOptions:
+    """Model."""
+
+    ckpt_path: str | None = option(
+        None,
+        "transformer of FLUX.1 or Chroma: a .safetensors file, a Diffusers folder, or a Hub id",
+        aliases=("--ckpt",),
+        required=True,
+    )
+    model_type: str = option("flux", "kind of the model: FLUX.1, or Chroma", choices=["flux", "chroma"])
+    clip_l: str | None = option(None, "CLIP-L text encoder, a .safetensors file; not for Chroma")
+    t5xxl: str | None = option(None, "T5-XXL text encoder, a .safetensors file")
+    ae: str | None = option(None, "autoencoder: a .safetensors file, a Diffusers folder, or a Hub id")
+    tokenizer_cache_dir: str | None = option(None, "folder that holds the tokenizers, for use without network")
+    apply_t5_attn_mask: bool = option(
+        False, "neither T5-XXL nor the transformer sees what prompts are filled up with; always so with Chroma"
+    )
+
+
+@dataclass(frozen=True)
+class FluxPictureOptions:
+    """Images."""
+
+    prompt: str = option("A photo of a cat", "what to draw")
+    negative_prompt: str | None = option(None, "what to stay away from; for --cfg_scale other than 1")
+    width: int = option(1360, "width in pixels, a multiple of 16", type=int)
+    height: int = option(768, "height in pixels, a multiple of 16", type=int)
+    steps: int | None = option(None, "sampling steps; default is 50, with FLUX.1 schnell 4", type=int)
+    guidance: float = option(3.5, "guidance that FLUX.1 dev is told; schnell and Chroma take none", type=float)
+    cfg_scale: float = option(1.0, "classifier-free guidance scale; 1 for none, which takes half the time", type=float)
+    seed: int | None = option(None, "seed; without it a random one is taken and shown", type=int)
+    output_dir: str = option(".", "folder for the images", aliases=("--out",))
+    interactive: bool = option(False, "read prompts with options from the keyboard, a line each, until an empty one")
+
+
+@dataclass(frozen=True)
+class FluxNetworkOptions:
+    """LoRA."""
+
+    lora_weights: list[str] | tuple[str, ...] = option(
+        (), "LoRA or OFT files, each with its strength after a semicolon: 'file;0.8'", nargs="*", aliases=("--lora",)
+    )
+    merge_lora_weights: bool = option(
+        False, "merge them into the model first: faster, but strengths cannot be changed by --m"
+    )
+
+
+@dataclass(frozen=True)
+class FluxPrecisionOptions:
+    """Precision and memory."""
+
+    dtype: str = option("bfloat16", "to load and compute in: bfloat16 (bf16), float16 (fp16) or float32 (fp32)")
+    clip_l_dtype: str | None = option(None, "the same of CLIP-L; also fp8, where --dtype is computed in")
+    ae_dtype: str | None = option(None, "the same of the autoencoder, without fp8")
+    t5xxl_dtype: str | None = option(None, "the same of T5-XXL; also fp8")
+    flux_dtype: str | None = option(None, "the same of the transformer; also fp8")
+    offload: bool = option(False, "have only that part on the device which is used, and free it then")
+
+
+GROUPS = (FluxFilesOptions, FluxPictureOptions, FluxNetworkOptions, FluxPrecisionOptions)
+
+
+@dataclass(frozen=True)
+class FluxInferenceOptions:
+    """All options of ``flux_minimal_inference.py``."""
+
+    files: FluxFilesOptions
+    picture: FluxPictureOptions
+    networks: FluxNetworkOptions
+    precision: FluxPrecisionOptions
+
+    @staticmethod
+    def from_args(args: argparse.Namespace) -> FluxInferenceOptions:
+        """Options from a namespace; attributes that it lacks have their defaults."""
+
+        def group(options: type) -> Any:
+            return options(**{f.name: getattr(args, f.name, f.default) for f in fields(options)})
+
+        return FluxInferenceOptions(*(group(options) for options in GROUPS))
+
+
+@dataclass(frozen=True)
+class PartDtype:
+    """How one part of the model is kept and computed, as names of torch's dtypes."""
+
+    compute: str
+    is_fp8: bool = False
+
+    def __str__(self) -> str:
+        return f"fp8 ({self.compute})" if self.is_fp8 else self.compute
+
+
+def part_dtypes(options: FluxPrecisionOptions) -> dict[str, PartDtype]:
+    """Of ``clip_l``, ``t5xxl``, ``flux`` and ``ae``.
+
+    Raises:
+        UserError: unknown names, or fp8 where there is none.
+    """
+    if options.dtype in FP8_DTYPES:
+        raise UserError(
+            f"--dtype {options.dtype}: nothing is computed in fp8; keep weights in it with --flux_dtype fp8"
+        )
+    base = _dtype("--dtype", options.dtype, COMPUTE_DTYPES)
+    found = {}
+    for part in ("clip_l", "t5xxl", "flux", "ae"):
+        flag, given = f"--{part}_dtype", getattr(options, f"{part}_dtype")
+        if given is None:
+            found[part] = PartDtype(base)
+        elif given in FP8_DTYPES and part != "ae":
+            found[part] = PartDtype(base, is_fp8=True)
+        else:
+            found[part] = PartDtype(
+                _dtype(flag, given, COMPUTE_DTYPES if part == "ae" else {**COMPUTE_DTYPES, **FP8_DTYPES})
+            )
+    return found
+
+
+def _dtype(flag: str, text: str, known: dict[str, str]) -> str:
+    if text not in known:
+        raise UserError(f"{flag} {text}: unknown; choose from {', '.join(known)}{did_you_mean(text, known)}")
+    return known[text]
+
+
+def check_options(options: FluxInferenceOptions) -> None:
+    """Refuse what cannot work, all findings at once, before torch is loaded.
+
+    Raises:
+        UserError: one line per finding.
+    """
+    findings = [*_picture(options.picture), *_dtypes(options.precision), *_folder(options.picture.output_dir)]
+    if options.networks.merge_lora_weights and not options.networks.lora_weights:
+        findings.append("--merge_lora_weights: there is nothing to merge; give --lora_weights")
+    if findings:
+        raise UserError("\n".join(findings))
+
+
+def _picture(picture: FluxPictureOptions) -> Iterator[str]:
+    for name in ("width", "height"):
+        try:
+            check_size(getattr(picture, name), f"--{name}", SIZE_STEP)
+        except UserError as error:
+            yield str(error)
+    if picture.steps is not None and not 1 <= picture.steps <= MAX_STEPS:
+        yield f"--steps {picture.steps}: must be 1 to {MAX_STEPS}"
+    if picture.seed is not None and not 0 <= picture.seed <= MAX_SEED:
+        yield f"--seed {picture.seed}: must be 0 to {MAX_SEED}"
+    if not 0 <= picture.guidance < float("inf"):
+        yield f"--guidance {picture.guidance:g}: must be at least 0"
+    if not abs(picture.cfg_scale) < float("inf"):
+        yield f"--cfg_scale {picture.cfg_scale:g}: must be a finite number"
+
+
+def _dtypes(precision: FluxPrecisionOptions) -> Iterator[str]:
+    try:
+        part_dtypes(precision)
+    except UserError as error:
+        yield str(error)
+
+
+def _folder(output_dir: str) -> Iterator[str]:
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        yield f"--output_dir {output_dir}: is a file; give a folder"

@@ -1,0 +1,114 @@
+"""A frozen model shared out over processes: each keeps its part of every weight and fetches the rest block by block.
+
+The means is torch's FSDP2 (``torch.distributed.fsdp.fully_shard``): before a block runs, forward or backward, its
+weights are gathered from all processes, and let go afterwards. Adapters replace the ``forward`` of single layers within
+the blocks, so they find whole weights whenever they run; their own parameters are no part of the model and stay whole.
+
+All processes must run the same blocks in the same order, as each gathering is a collective call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from library.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the weights are shared out; the names of accelerate's configuration are in the messages."""
+
+    free_after_forward: bool = True  # let a block's weights go between its forward and its backward pass
+    on_host: bool = False  # keep the parts in host memory
+    classes: tuple[str, ...] = ()  # class names of the blocks; the family's own ones, if none
+    kept_whole: str | None = None  # regular expression of module paths that are not shared out
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Numbers of parameters."""
+
+    here: int  # that this process keeps between steps
+    total: int
+
+
+def share_out(model: nn.Module, blocks: Sequence[str], sharding: Sharding, device: torch.device) -> None:
+    """Share a frozen model out over all processes, in place, moving it block by block to ``device``.
+
+    No more than one block is ever whole on the device. Weights must be the same on all processes.
+
+    Args:
+        model: on the host; its modules' classes become subclasses of theirs.
+        blocks: class names of the family's blocks.
+        sharding: whose ``classes`` win.
+
+    Raises:
+        UserError: classes or modules that the model does not have.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    units = find_units(model, sharding.classes or blocks, blocks)
+    kept = _kept_whole(model, sharding.kept_whole, device)
+    # without a policy of precisions: weights are in the run's already, and autocast does the rest, as without sharing
+    settings = {
+        "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
+        "offload_policy": CPUOffloadPolicy() if sharding.on_host else OffloadPolicy(),
+        "ignored_params": kept,
+    }
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP takes no others
+    for unit in reversed(units):  # inner ones first
+        fully_shard(unit, reshard_after_forward=sharding.free_after_forward, **settings)
+    # what is in no block is needed at the start and the end: torch keeps it from the forward to the backward pass
+    fully_shard(model, **settings)
+    for unit in (*units, model):
+        # torch makes the tensors that it gathers to once; made by a preview in inference mode, no step could use them
+        unit.unshard()
+        unit.reshard()
+
+
+def find_units(model: nn.Module, classes: Sequence[str], blocks: Sequence[str]) -> list[nn.Module]:
+    """The modules of these class names, outer ones before those within.
+
+    Args:
+        blocks: class names to advise.
+
+    Raises:
+        UserError: a class that the model does not have, or that is never called as a module.
+    """
+    callable_ = {type(m).__name__ for m in model.modules() if type(m).forward is not nn.Module.forward}
+    for name in classes:
+        if name not in callable_:
+            hint = did_you_mean(name, callable_)
+            raise UserError(
+                f"fsdp_transformer_layer_cls_to_wrap {name}: the model has no such blocks{hint}; leave it empty, which "
+                f"means {', '.join(blocks) or 'the whole model'}"
+            )
+    return [m for m in model.modules() if type(m).__name__ in set(classes) and m is not model]
+
+
+def _kept_whole(model: nn.Module, pattern: str | None, device: torch.device) -> set[nn.Parameter]:
+    if pattern is None:
+        return set()
+    try:
+        found = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise UserError(f"fsdp_ignored_modules {pattern}: no regular expression ({error})") from None
+    if not found:
+        raise UserError(f"fsdp_ignored_modules {pattern}: fits no module of the model; correct or remove it")
+    return {parameter for module in found for parameter in module.to(device).parameters()}
+
+
+def shares_of(model: nn.Module) -> Shares:
+    """What this process keeps of a model; for use between steps."""
+    from torch.distributed.tensor import DTensor
+
+    parameters = list(model.parameters())
+    here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+    return Shares(here, sum(p.numel() for p in parameters))

@@ -1,0 +1,68 @@
+"""Gradients averaged over processes, once a step.
+
+The trained modules work through the frozen model's forward, which DistributedDataParallel does not see; so gradients
+are averaged here, as one flat tensor for each dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class GradientExchange:
+    """The exchange of one run; without effect in a single process.
+
+    Args:
+        parameters: whose gradients are averaged, in the same order on all processes.
+        as_views: gradients are parts of the tensors that are exchanged, from step to step the same ones
+            (``--ddp_gradient_as_bucket_view``), so that they are neither copied there and back nor held twice. The
+            averages are the same.
+    """
+
+    def __init__(self, accelerator: Accelerator, parameters: Sequence[nn.Parameter], *, as_views: bool = False) -> None:
+        self._accelerator = accelerator
+        self._alone = accelerator.num_processes == 1
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._as_views = as_views and not self._alone
+        self._flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def start(self) -> None:
+        """Before the first backward pass of a step."""
+        if not self._as_views:
+            return
+        groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for parameter in self._parameters:
+            groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+        for key, group in groups.items():
+            sizes = [p.numel() for p in group]
+            if key not in self._flat:
+                self._flat[key] = torch.empty(sum(sizes), dtype=key[0], device=key[1])
+            for parameter, part in zip(group, self._flat[key].zero_().split(sizes), strict=True):
+                parameter.grad = part.view_as(parameter)
+
+    def average(self) -> None:
+        """Set every gradient to its mean over all processes, each of which must call it."""
+        if self._alone:
+            return
+        if self._as_views:
+            for flat in self._flat.values():
+                torch.distributed.all_reduce(flat)
+                flat /= self._accelerator.num_processes
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                # module dropout may leave a parameter out on one process only; all must take part
+                parameter.grad = torch.zeros_like(parameter)
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for gradients in by_dtype.values():
+            flat = self._accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients]), reduction="mean")
+            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
