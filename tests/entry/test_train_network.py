@@ -117,11 +117,13 @@ def test_options_of_captions_train(tmp_path: Path, tiny: Tiny, dataset: Path) ->
 
 
 def check_training(tiny: Tiny, dataset: Path, output: Path, **settings: object) -> None:
+    if "network_train_text_encoder_only" in settings and not tiny.family.prefixes[1:]:
+        pytest.skip("no text encoder has adapters, if not asked for")
     tiny.train(dataset, output, **settings)
     (weights,) = output.glob("tiny.*")
     tensors = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
     denoiser, *encoders = (any(name.startswith(prefix) for name in tensors) for prefix in tiny.family.prefixes)
-    assert set(encoders) == {"network_train_unet_only" not in settings}
+    assert all(trained == ("network_train_unet_only" not in settings) for trained in encoders)
     assert denoiser == ("network_train_text_encoder_only" not in settings)
     if settings.get("save_precision") == "fp16":
         assert {t.dtype for t in tensors.values()} == {torch.float16}
