@@ -22,7 +22,7 @@ from library.architectures.flux import FLUX, Flux
 from library.architectures.flux.options import FluxModelOptions
 from library.config.config_file import read_args
 from tests.fixtures.runs import ROOT, logged, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
-from tests.fixtures.tiny_flux import MadeFlux, make_tiny_flux
+from tests.fixtures.tiny_flux import MadeFlux, make_tiny_controlnet, make_tiny_flux
 from tests.fixtures.tiny_flux_files import write_diffusers_folder
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
@@ -170,7 +170,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def spy(self: Any, latents: Any, timesteps: Any, context: Any, pooled: Any, guidance: Any, **more: Any) -> Any:
         told = {"times": timesteps.tolist(), "guidance": guidance.tolist(), "mask": more["text_mask"]}
-        calls.append({**told, "tokens": context.shape[1], "added": more["double_residuals"]})
+        calls.append({**told, "tokens": context.shape[1], "picture": more["picture"]})
         return forward(self, latents, timesteps, context, pooled, guidance, **more)
 
     monkeypatch.setattr(Model, "forward", spy)
@@ -354,20 +354,6 @@ def test_network_modules_resume_exactly(train: Train, tmp_path: Path, settings: 
 # ---- ControlNet ----
 
 
-def make_tiny_controlnet(folder: Path, seed: int = 0, **more: Any) -> Path:
-    """diffusers' own model of the tiny transformer's sizes; its outputs are not zero, as if it were trained."""
-    from diffusers import FluxControlNetModel
-
-    torch.manual_seed(seed)
-    sizes = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
-    sizes |= {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6], **more}
-    model = FluxControlNetModel(guidance_embeds=True, **sizes)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 def test_beside_a_controlnet(
     train: Train,
@@ -386,9 +372,8 @@ def test_beside_a_controlnet(
     settings |= {"sample_prompts": prompts, "sample_every_n_steps": 3, "gradient_checkpointing": True}
     beside = train("beside", **settings)
     steps, drawn = told[:3], told[3:]
-    tokens = {call["added"][0].shape[1:] for call in steps}
-    assert all(len(call["added"]) == 1 and call["added"][0].any() for call in steps) and len(tokens) >= 2
-    assert [call["added"] for call in drawn] == [None]
+    assert all(call["picture"].any() for call in steps) and len({call["picture"].shape[1:] for call in steps}) >= 2
+    assert [call["picture"] for call in drawn] == [None]
     # the LoRA is one of the transformer and CLIP-L as ever, and another than without the ControlNet
     plain = train("plain")
     assert beside.keys() == plain.keys() and moved(beside) == {"unet", "te1"}
@@ -403,7 +388,7 @@ def test_beside_a_controlnet(
     assert (beside[name] - other[name]).abs().max() > 1e-6
     file = net / "diffusion_pytorch_model.safetensors"
     assert_same(train("file", **{**settings, "controlnet_model_name_or_path": file}), beside, 1e-5)
-    in_fp8 = {"fp8_base": True, "mixed_precision": "bf16", "dry_run": False}
+    in_fp8 = {"fp8_base": True, "mixed_precision": "bf16"}
     assert moved(train("fp8", **{**settings, **in_fp8})) == {"unet", "te1"}
 
     for wrong, words in (
