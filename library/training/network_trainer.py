@@ -31,7 +31,7 @@ from library.training.ema import WeightAverage
 from library.training.loop import Trained
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.precision import InFp8, cast_trained, trained_dtype
-from library.training.previews import uncached
+from library.training.text_caching import uncached
 from library.training.text_memo import TextMemo
 from library.training.trainer import Run, Trainer
 from networks.third_party import refuse_wrong_merge, text_argument
