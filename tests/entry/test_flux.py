@@ -112,6 +112,19 @@ def test_what_is_trained_and_which_outputs_may_be_cached(
     assert "--cache_text_encoder_outputs: not while the text encoder is trained" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_file_that_adapts_t5_is_refused_beside_its_cache(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a dry run, too."""
+    train("t5", max_train_steps=1, **T5)
+    weights = {"network_weights": tmp_path / "t5" / "tiny.safetensors", "dim_from_weights": True}
+    for more in ({"dry_run": True}, {}):
+        with pytest.raises(SystemExit):
+            train("cached", cache_text_encoder_outputs=True, **weights, **more)
+        assert "it adapts a text encoder whose outputs are cached" in capsys.readouterr().err
+
+
 def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """T5 is not loaded any more, also where sample images are drawn; CLIP-L is, where it is trained."""
     loads: list[list[str]] = []
