@@ -449,8 +449,11 @@ class AdapterNetwork(nn.Module, ABC):
 
         Args:
             seed: of the run.
-            step: counted from 0; several batches that are accumulated share it.
+            step: counted from 0; batches that are accumulated share it.
         """
+
+    def before_update(self) -> None:
+        """Hook of ours, once a step, before the optimizer uses the gradients: averaged, clipped, all finite or 0."""
 
     def get_trainable_params(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -30,7 +30,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.architectures.base import LoraTarget
 from library.errors import UserError
@@ -38,7 +38,7 @@ from library.randomness import python_rng
 from networks.base import Dropouts, NetworkPart
 from networks.lora import UNET, LoraNetwork
 from networks.lora_args import LoraArgs
-from networks.lora_module import LoraModule
+from networks.lora_in_pieces import LoraInPieces
 from networks.network_args import Reader, read_rank
 from networks.targets import FoundModule, RankAlpha, find_modules
 
@@ -99,11 +99,11 @@ class DyLoraArgs(LoraArgs):
             )
 
 
-class DyLoraModule(LoraModule):
+class DyLoraModule(LoraInPieces):
     """Low-rank change of one ``Linear`` or ``Conv2d`` in blocks of ranks.
 
-    Its parameters are ``down_0`` (unit, in[, kh, kw]), ``up_0`` (out, unit[, 1, 1]), ``down_1``, ...: apart, so that an
-    optimizer leaves alone what a step does not train. In states and files they are joined, as in a LoRA.
+    Its pieces are ``down_0`` (unit, in[, kh, kw]), ``up_0`` (out, unit[, 1, 1]), ``down_1``, ...: apart, so that an
+    optimizer leaves alone what a step does not train.
     """
 
     def __init__(
@@ -122,15 +122,7 @@ class DyLoraModule(LoraModule):
         self.blocks = size.rank // unit
         #: the block that is trained, with those before it in use; all without one
         self._block: int | None = None
-        downs = self.lora_down.weight.detach().split(unit, dim=0)
-        ups = self.lora_up.weight.detach().split(unit, dim=1)
-        del self.lora_down, self.lora_up
-        for number, (down, up) in enumerate(zip(downs, ups, strict=True)):
-            self.register_parameter(f"down_{number}", nn.Parameter(down.clone()))
-            self.register_parameter(f"up_{number}", nn.Parameter(up.clone()))
-
-    def _pieces(self, half: str) -> list[nn.Parameter]:
-        return [self._parameters[f"{half}_{number}"] for number in range(self.blocks)]
+        self.take_apart(self.lora_down.weight.split(unit, dim=0), self.lora_up.weight.split(unit, dim=1))
 
     # ---- one step ----
 
@@ -167,23 +159,9 @@ class DyLoraModule(LoraModule):
         return self._joined(self._count_in_use)
 
     def _joined(self, count: int) -> tuple[Tensor, Tensor]:
-        return torch.cat(self._pieces("down")[:count]), torch.cat(self._pieces("up")[:count], dim=1)
-
-    def up_parameters(self) -> list[nn.Parameter]:
-        return self._pieces("up")
-
-    def scale_change(self, ratio: Tensor) -> None:
-        for parameter in self.parameters():
-            parameter.mul_(ratio.sqrt())
+        return torch.cat(self.pieces("down")[:count]), torch.cat(self.pieces("up")[:count], dim=1)
 
     # ---- states and files ----
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._parameters:
-            del destination[prefix + name]
-        for half, joined in zip(("down", "up"), self.halves(), strict=True):
-            destination[f"{prefix}lora_{half}.weight"] = joined if keep_vars else joined.detach()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         split = dict(state_dict)

@@ -127,7 +127,7 @@ class PerturbedSplitLoraModule(PerturbedLoraModule, SplitLoraModule):
     """The same for the projections that one ``Linear`` holds."""
 
     def _downs(self) -> list[Tensor]:
-        return list(self._pieces("down"))
+        return list(self.pieces("down"))
 
 
 def begin_step(adapters: Sequence[PerturbedLoraModule], norms: Tensor, seed: int, step: int) -> None:

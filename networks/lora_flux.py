@@ -156,7 +156,7 @@ class LoraFluxNetwork(LoraNetwork):
             ggpo.begin_step(self._perturbed, self.ggpo_gradient_norms, seed, step)
 
     def before_update(self) -> None:
-        """Keep the norms of the gradients, which the optimizer is about to use, for the next step's perturbations.
+        """Keep the norms of the gradients for the next step's perturbations.
 
         With ``--fused_backward_pass`` it is called for each parameter by itself, the others having no gradient.
         """

@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.errors import UserError
 from networks.base import Dropouts
-from networks.lora_module import LoraModule
+from networks.lora_in_pieces import LoraInPieces
 from networks.targets import FoundModule, RankAlpha
 
 
@@ -41,11 +41,11 @@ def _blocks(up: Tensor, widths: Sequence[int]) -> list[Tensor]:
     return [rows[:, i * rank : (i + 1) * rank] for i, rows in enumerate(up.split(list(widths)))]
 
 
-class SplitLoraModule(LoraModule):
+class SplitLoraModule(LoraInPieces):
     """Low-rank changes of the projections that one ``Linear`` holds.
 
-    ``rank`` and ``alpha`` are those of the file, k times those of a projection. Parameters are ``down_0`` (r, in),
-    ``up_0`` (width of the projection, r), ``down_1``, ...; in states and files they are joined.
+    ``rank`` and ``alpha`` are those of the file, k times those of a projection. Pieces are ``down_0`` (r, in), ``up_0``
+    (width of the projection, r), ``down_1``, ...
     """
 
     def __init__(
@@ -55,25 +55,10 @@ class SplitLoraModule(LoraModule):
         self.widths = size.widths
         if size.rank % len(self.widths):
             raise ValueError(f"{found.lora_name}: rank {size.rank} does not divide into {len(self.widths)} projections")
-        downs = self.lora_down.weight.detach().chunk(len(self.widths))
-        ups = _blocks(self.lora_up.weight.detach(), self.widths)
-        del self.lora_down, self.lora_up
-        for number, (down, up) in enumerate(zip(downs, ups, strict=True)):
-            self.register_parameter(f"down_{number}", nn.Parameter(down.clone()))
-            self.register_parameter(f"up_{number}", nn.Parameter(up.clone()))
-
-    def _pieces(self, half: str) -> list[nn.Parameter]:
-        return [self._parameters[f"{half}_{number}"] for number in range(len(self.widths))]
+        self.take_apart(self.lora_down.weight.chunk(len(self.widths)), _blocks(self.lora_up.weight, self.widths))
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        return torch.cat(self._pieces("down")), torch.block_diag(*self._pieces("up"))
-
-    def up_parameters(self) -> list[nn.Parameter]:
-        return self._pieces("up")
-
-    def scale_change(self, ratio: Tensor) -> None:
-        for parameter in self.parameters():
-            parameter.mul_(ratio.sqrt())
+        return torch.cat(self.pieces("down")), torch.block_diag(*self.pieces("up"))
 
     # ---- dropout ----
 
@@ -97,13 +82,6 @@ class SplitLoraModule(LoraModule):
                 f"{source}: the projections of {self.lora_name} are not apart in it, as split_qkv=True has them; leave "
                 "split_qkv out, or take the ranks from the file (--dim_from_weights)"
             )
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._parameters:
-            del destination[prefix + name]
-        for half, joined in zip(("down", "up"), self.halves(), strict=True):
-            destination[f"{prefix}lora_{half}.weight"] = joined if keep_vars else joined.detach()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         split = dict(state_dict)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class GradientExchange:
     """The exchange of one run; without effect in a single process.
 
+    Parameters that want no gradient in a step, the same on all processes, are given none: one of zero would let
+    momenta move what the step leaves alone.
+
     Args:
         parameters: whose gradients are averaged, in the same order on all processes.
         as_views: gradients are parts of the tensors that are exchanged, from step to step the same ones
@@ -55,9 +58,14 @@ class GradientExchange:
             for flat in self._flat.values():
                 torch.distributed.all_reduce(flat)
                 flat /= self._accelerator.num_processes
+            for parameter in self._parameters:
+                if not parameter.requires_grad:
+                    parameter.grad = None
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for parameter in self._parameters:
+            if not parameter.requires_grad:
+                continue
             if parameter.grad is None:
                 # module dropout may leave a parameter out on one process only; all must take part
                 parameter.grad = torch.zeros_like(parameter)

@@ -31,7 +31,7 @@ from library.training.ema import WeightAverage
 from library.training.loop import Trained
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.precision import InFp8, cast_trained, trained_dtype
-from library.training.previews import uncached
+from library.training.text_caching import uncached
 from library.training.text_memo import TextMemo
 from library.training.trainer import Run, Trainer
 from networks.third_party import refuse_wrong_merge, text_argument
@@ -110,11 +110,6 @@ class NetworkTrainer(Trainer):
         self._merge_base_weights(run, module)
         InFp8.of(options).apply(run)
         network = self._applied_network(run, module)
-        if any(parameter.is_meta for parameter in network.parameters()):
-            raise UserError(
-                f"--network_module {options.network.network_module}: it adapts a text encoder whose outputs are "
-                "cached; remove --cache_text_encoder_outputs and --cache_text_encoder_outputs_to_disk"
-            )
         half = trained_dtype(options.training)
         if half != torch.float32:
             cast_trained(network, half)
@@ -189,6 +184,7 @@ class NetworkTrainer(Trainer):
         self._trains_denoiser = not options.network_train_text_encoder_only
         text = text_argument(run.text_encoders)
         network.apply_to(text, run.denoiser, self._trains_text, self._trains_denoiser)
+        self._refuse_adapted_but_cached(run)
         self._begin_step = getattr(network, "begin_step", None)
         self._steps_done = run.start_step
         if options.network_weights is not None:
@@ -196,6 +192,16 @@ class NetworkTrainer(Trainer):
                 "network weights %s: %s", options.network_weights, network.load_weights(options.network_weights)
             )
         return network
+
+    def _refuse_adapted_but_cached(self, run: Run) -> None:
+        """What an adapter makes of a text encoder whose outputs are cached would never be seen."""
+        left_out = (e for e, used in zip(run.text_encoders, uncached(self.architecture, run), strict=True) if not used)
+        # adapters, third-party ones too, replace the forward of instances
+        if any("forward" in vars(module) for encoder in left_out for module in encoder.modules()):
+            raise UserError(
+                f"--network_module {run.options.network.network_module}: it adapts a text encoder whose outputs are "
+                "cached; remove --cache_text_encoder_outputs and --cache_text_encoder_outputs_to_disk"
+            )
 
     def _create_network(self, run: Run, module: ModuleType) -> Any:
         options = run.options.network

@@ -29,7 +29,7 @@ class InFp8:
     def of(options: TrainNetworkOptions) -> InFp8:
         training = options.training
         both = training.fp8_base and not training.fp8_base_unet
-        # beside a cache of their outputs encoders wait on the host for previews, and take none of the device's memory
+        # beside cached outputs only those that are trained are there, which are the small ones
         return InFp8(training.fp8_base or training.fp8_base_unet, both and not caches_texts(options.dataset))
 
     def apply(self, run: Run) -> None:
@@ -44,9 +44,8 @@ class InFp8:
 
 
 def home_of_text_encoders(run: Run) -> str:
-    """Where they are loaded: beside a cache of their outputs they are only looked at, and fetched by previews."""
-    waits = caches_texts(run.options.dataset) or InFp8.of(run.options).text_encoders
-    return "cpu" if waits else str(run.device)
+    """Where those are loaded whose outputs are not cached."""
+    return "cpu" if InFp8.of(run.options).text_encoders else str(run.device)
 
 
 def trained_dtype(options: TrainingOptions) -> torch.dtype:

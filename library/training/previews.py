@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from library.architectures.base import Architecture, Conditioning
 from library.inference.prompt_line import SamplePrompt
 from library.training import precision
-from library.training.text_caching import TextModels, cached_encoders
+from library.training.text_caching import TextModels, uncached
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import nn
 
     from library.inference.generate import DrawOptions
     from library.training.trainer import Run, Trainer
@@ -92,12 +91,6 @@ def _draw_options(run: Run) -> DrawOptions:
         clip_skip=run.options.model.clip_skip,
         max_token_length=run.options.model.max_token_length,
     )
-
-
-def uncached(architecture: Architecture, run: Run) -> list[nn.Module | None]:
-    """A run's text encoders; ``None`` for those whose outputs are cached."""
-    cached = cached_encoders(architecture, run.options)
-    return [None if is_cached else encoder for encoder, is_cached in zip(run.text_encoders, cached, strict=True)]
 
 
 def encode_prompts(architecture: Architecture, run: Run, models: TextModels) -> dict[str, Conditioning]:

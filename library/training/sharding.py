@@ -1,7 +1,7 @@
 """The frozen model of a run, placed as the run has it: whole on the device, or shared out over the processes.
 
-What is shared out is the denoiser. Text encoders stay whole: beside a cache of their outputs they wait on the host, and
-without one, processes may encode different numbers of captions, where gatherings must meet.
+What is shared out is the denoiser. Text encoders stay whole: a cache of their outputs leaves none of them, and without
+one, processes may encode different numbers of captions, where gatherings must meet.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ from library.training.processes import peers_of
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from library.training.trainer import Run
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -73,6 +75,12 @@ def cached_encoders(architecture: Architecture, options: TrainNetworkOptions) ->
     """Of which text encoders the run takes the outputs from a cache."""
     caches = caches_texts(options.dataset)
     return tuple(caches and not adapted for adapted in architecture.adapted_encoders(options.network))
+
+
+def uncached(architecture: Architecture, run: Run) -> list[nn.Module | None]:
+    """A run's text encoders; ``None`` for those whose outputs are cached."""
+    cached = cached_encoders(architecture, run.options)
+    return [None if is_cached else encoder for encoder, is_cached in zip(run.text_encoders, cached, strict=True)]
 
 
 def cache_texts(job: CacheJob, use: Callable[[TextModels], T] | None = None, *, in_part: bool = False) -> T | None:

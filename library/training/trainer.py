@@ -1,4 +1,4 @@
-"""What every trainer shares: the story of a run, ``setup -> cache -> fit -> finish``.
+"""What every trainer shares: the story of a run, ``setup -> cache -> load -> fit -> finish``.
 
 A trainer says what is trained and saved; the architecture says how its model works. Neither knows the
 other's cases. ``train`` turns the namespace into frozen dataclasses on its first line; nothing deeper
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,8 @@ class Run:
 class Trainer(ABC):
     """Base of all trainers; an entry script sets ``architecture`` and calls ``train``."""
 
-    architecture: ClassVar[Architecture]
+    #: the class's as the script declares it; an instance's also knows the run's options and model
+    architecture: Architecture
 
     @property
     def conditioning_as(self) -> Role:

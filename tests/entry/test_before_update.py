@@ -21,7 +21,7 @@ def test_networks_see_their_gradients_before_each_update(
         ups = [parameter for name, parameter in network.named_parameters() if "lora_up" in name]
         seen.append((float(ups[0].detach().abs().sum()), all(parameter.grad is not None for parameter in ups)))
 
-    monkeypatch.setattr(LoraNetwork, "before_update", before_update, raising=False)
+    monkeypatch.setattr(LoraNetwork, "before_update", before_update)
     dataset = write_dataset(tmp_path / "data.toml", pictures)
     options = {"max_train_steps": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
     train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "out", **options))

@@ -22,7 +22,7 @@ from library.architectures.flux import FLUX, Flux
 from library.architectures.flux.options import FluxModelOptions
 from library.config.config_file import read_args
 from tests.fixtures.runs import ROOT, logged, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
-from tests.fixtures.tiny_flux import MadeFlux, make_tiny_flux
+from tests.fixtures.tiny_flux import MadeFlux, make_tiny_controlnet, make_tiny_flux
 from tests.fixtures.tiny_flux_files import write_diffusers_folder
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
@@ -112,6 +112,19 @@ def test_what_is_trained_and_which_outputs_may_be_cached(
     assert "--cache_text_encoder_outputs: not while the text encoder is trained" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_file_that_adapts_t5_is_refused_beside_its_cache(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a dry run, too."""
+    train("t5", max_train_steps=1, **T5)
+    weights = {"network_weights": tmp_path / "t5" / "tiny.safetensors", "dim_from_weights": True}
+    for more in ({"dry_run": True}, {}):
+        with pytest.raises(SystemExit):
+            train("cached", cache_text_encoder_outputs=True, **weights, **more)
+        assert "it adapts a text encoder whose outputs are cached" in capsys.readouterr().err
+
+
 def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """T5 is not loaded any more, also where sample images are drawn; CLIP-L is, where it is trained."""
     loads: list[list[str]] = []
@@ -170,7 +183,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def spy(self: Any, latents: Any, timesteps: Any, context: Any, pooled: Any, guidance: Any, **more: Any) -> Any:
         told = {"times": timesteps.tolist(), "guidance": guidance.tolist(), "mask": more["text_mask"]}
-        calls.append({**told, "tokens": context.shape[1], "added": more["double_residuals"]})
+        calls.append({**told, "tokens": context.shape[1], "picture": more["picture"]})
         return forward(self, latents, timesteps, context, pooled, guidance, **more)
 
     monkeypatch.setattr(Model, "forward", spy)
@@ -354,20 +367,6 @@ def test_network_modules_resume_exactly(train: Train, tmp_path: Path, settings: 
 # ---- ControlNet ----
 
 
-def make_tiny_controlnet(folder: Path, seed: int = 0, **more: Any) -> Path:
-    """diffusers' own model of the tiny transformer's sizes; its outputs are not zero, as if it were trained."""
-    from diffusers import FluxControlNetModel
-
-    torch.manual_seed(seed)
-    sizes = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
-    sizes |= {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6], **more}
-    model = FluxControlNetModel(guidance_embeds=True, **sizes)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 def test_beside_a_controlnet(
     train: Train,
@@ -386,9 +385,8 @@ def test_beside_a_controlnet(
     settings |= {"sample_prompts": prompts, "sample_every_n_steps": 3, "gradient_checkpointing": True}
     beside = train("beside", **settings)
     steps, drawn = told[:3], told[3:]
-    tokens = {call["added"][0].shape[1:] for call in steps}
-    assert all(len(call["added"]) == 1 and call["added"][0].any() for call in steps) and len(tokens) >= 2
-    assert [call["added"] for call in drawn] == [None]
+    assert all(call["picture"].any() for call in steps) and len({call["picture"].shape[1:] for call in steps}) >= 2
+    assert [call["picture"] for call in drawn] == [None]
     # the LoRA is one of the transformer and CLIP-L as ever, and another than without the ControlNet
     plain = train("plain")
     assert beside.keys() == plain.keys() and moved(beside) == {"unet", "te1"}
@@ -403,7 +401,7 @@ def test_beside_a_controlnet(
     assert (beside[name] - other[name]).abs().max() > 1e-6
     file = net / "diffusion_pytorch_model.safetensors"
     assert_same(train("file", **{**settings, "controlnet_model_name_or_path": file}), beside, 1e-5)
-    in_fp8 = {"fp8_base": True, "mixed_precision": "bf16", "dry_run": False}
+    in_fp8 = {"fp8_base": True, "mixed_precision": "bf16"}
     assert moved(train("fp8", **{**settings, **in_fp8})) == {"unet", "te1"}
 
     for wrong, words in (

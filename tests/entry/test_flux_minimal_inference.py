@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import flux_minimal_inference
 import gen_img
@@ -25,6 +24,7 @@ from library.architectures.flux import Flux
 from library.errors import UserError
 from library.inference.flux_minimal import Studio, draw_images
 from library.inference.flux_options import FluxInferenceOptions, check_options
+from tests.fixtures.drawn import pixels, text_of
 from tests.fixtures.loaded_flux import make_adapter
 from tests.fixtures.runs import ROOT, environment, lora_arguments, run_script, train_here, write_dataset
 from tests.fixtures.tiny_flux import FluxFileSizes, MadeFlux, make_tiny_flux
@@ -94,17 +94,6 @@ def draw(made: MadeFlux, out: Path, *more: object, lines: str = "", **changed: o
 def said(err: str, *levels: str) -> list[str]:
     """The lines of these levels that were shown."""
     return [line.partition(" ")[2] for line in err.splitlines() if line.startswith(levels)]
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(np.int16)
-
-
-def text_of(path: Path) -> dict[str, str]:
-    with Image.open(path) as image:
-        image.load()
-        return image.text
 
 
 def difference(first: Path, second: Path) -> int:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.entry.test_resume import GENERAL, assert_same_weights, hard
-from tests.fixtures.families import Tiny
+from tests.fixtures.families import FLUX, Tiny
 from tests.fixtures.runs import (
     ROOT,
     Finished,
@@ -24,6 +24,7 @@ from tests.fixtures.runs import (
     start_processes,
     write_dataset,
 )
+from tests.fixtures.tiny_flux import make_tiny_controlnet
 
 
 def of_configuration(path: Path) -> dict[str, str]:
@@ -132,12 +133,14 @@ KINDS = {
 }
 
 
-def assert_two_are_one(folder: Path, tiny: Tiny, fsdp: dict[str, str], settings: dict[str, object]) -> None:
+def assert_two_are_one(
+    folder: Path, tiny: Tiny, fsdp: dict[str, str], settings: dict[str, object], subset: str = ""
+) -> None:
     """Two processes at batch size 1 with FSDP, one without at 2."""
     pictures = make_pictures(folder / "pictures", [(64, 64)] * 2)
-    one = write_dataset(folder / "one.toml", pictures, dataset="batch_size = 2")
+    one = write_dataset(folder / "one.toml", pictures, dataset="batch_size = 2", subset=subset)
     tiny.train(one, folder / "one", **settings)
-    two = write_dataset(folder / "two.toml", pictures, dataset="batch_size = 1")
+    two = write_dataset(folder / "two.toml", pictures, dataset="batch_size = 1", subset=subset)
     launch(tiny, fsdp, two, folder / "two", **settings)
     assert_close_weights(folder / "two" / "tiny.safetensors", folder / "one" / "tiny.safetensors")
 
@@ -158,6 +161,22 @@ def test_merged_weights_are_shared_out(tmp_path: Path, sd: Tiny, fsdp: dict[str,
     sd.train(base, tmp_path / "base", **settings)
     settings |= {"base_weights": tmp_path / "base" / "tiny.safetensors", "base_weights_multiplier": 3}
     assert_two_are_one(tmp_path, sd, fsdp, settings)
+
+
+@pytest.mark.slow
+def test_a_controlnet_is_shared_out_with_its_transformer(tmp_path: Path, fsdp: dict[str, str]) -> None:
+    """Beside cached outputs of T5 and CLIP-L that is trained, with pictures of a cached and of a guided prompt."""
+    flux = Tiny(FLUX, FLUX.make(tmp_path / "model"))
+    control = make_pictures(tmp_path / "control", [(64, 64)] * 2)
+    settings = {"optimizer_type": "SGD", "learning_rate": 0.1, "max_train_steps": 3, "gradient_checkpointing": True}
+    settings |= {"controlnet_model_name_or_path": make_tiny_controlnet(tmp_path / "net"), "cache_latents": True}
+    settings |= {"cache_text_encoder_outputs": True, "sample_at_first": True, "sample_every_n_steps": 2}
+    settings["sample_prompts"] = tmp_path / "prompts.txt"
+    settings["sample_prompts"].write_text("a cat --w 64 --h 64 --s 1 --d 1\na dog --w 64 --h 64 --s 2 --d 2 --l 2\n")
+    assert_two_are_one(tmp_path, flux, fsdp, settings, subset=f"conditioning_data_dir = '{control}'")
+    drawn, alone = samples(tmp_path / "two"), samples(tmp_path / "one")
+    assert len(drawn) == len(alone) == 4
+    assert all(np.abs(ours - theirs).max() <= 1 for ours, theirs in zip(drawn, alone, strict=True))
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from tests.fixtures.drawn import pixels, text_of
 from tests.fixtures.runs import ROOT, Finished, run_script
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 
@@ -63,17 +63,6 @@ def draw(model: MadeCheckpoint, outdir: Path, *arguments: object) -> Finished:
 def drawn(finished: Finished, outdir: Path) -> list[Path]:
     assert finished.code == 0, finished.text
     return sorted(outdir.iterdir())
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(np.int16)
-
-
-def text_of(path: Path) -> dict[str, str]:
-    with Image.open(path) as image:
-        image.load()
-        return image.text
 
 
 # ---- the parser ----

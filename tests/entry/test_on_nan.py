@@ -96,7 +96,7 @@ def test_stop_and_replay(tmp_path: Path, tiny: Tiny, poisoned: Path, capsys: pyt
 @pytest.mark.slow
 def test_what_a_network_draws_for_a_step_is_drawn_again(
     tmp_path: Path,
-    tiny: Tiny,
+    sd: Tiny,
     poisoned: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -114,11 +114,11 @@ def test_what_a_network_draws_for_a_step_is_drawn_again(
 
     monkeypatch.setattr(DyLoraNetwork, "begin_step", spy)
     with pytest.raises(SystemExit):
-        tiny.train(poisoned, tmp_path, **options(network_module="networks.dylora", network_dim=8))
+        sd.train(poisoned, tmp_path, **options(network_module="networks.dylora", network_dim=8))
     step = int(re.search(r"step (\d+) \(seed", capsys.readouterr().err).group(1))
     assert (1, step - 1) in told
     told.clear()
-    train_here("--replay", next(tmp_path.glob("*.replay")), script=tiny.family.script)
+    train_here("--replay", next(tmp_path.glob("*.replay")), script=sd.family.script)
     assert set(told) == {(1, step - 1)}
     assert "the step is not finite again" in capsys.readouterr().out
 

@@ -56,6 +56,23 @@ def test_two_at_batch_1_are_one_at_batch_2(tmp_path: Path, tiny: Tiny) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("as_views", [False, True])
+def test_what_a_step_does_not_train_stays_in_two_as_in_one(tmp_path: Path, sd: Tiny, as_views: bool) -> None:
+    """DyLoRA trains some of its ranks in a step; a gradient of zero would let momentum move the others."""
+    pictures = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 2)
+    settings = {"optimizer_type": "SGD", "optimizer_args": ["momentum=0.9"], "learning_rate": 1.0, "network_dim": 4}
+    settings |= {"network_module": "networks.dylora", "max_train_steps": 5}
+    one = write_dataset(tmp_path / "one.toml", pictures, dataset="batch_size = 2")
+    sd.train(one, tmp_path / "one", **settings)
+    two = write_dataset(tmp_path / "two.toml", pictures, dataset="batch_size = 1")
+    done = sd.launch(2, two, tmp_path / "two", **settings, ddp_gradient_as_bucket_view=as_views)
+    assert [process.code for process in done] == [0, 0], done[0].text + done[1].text
+    together, alone = (load_file(tmp_path / folder / "tiny.safetensors") for folder in ("two", "one"))
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key], tensor, rtol=0, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}")
+
+
+@pytest.mark.slow
 def test_two_processes_resume_exactly(tmp_path: Path, tiny: Tiny) -> None:
     pictures = make_pictures(tmp_path / "pictures")
     dataset = write_dataset(tmp_path / "data.toml", pictures, general=GENERAL, subset="num_repeats = 3")

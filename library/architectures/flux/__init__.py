@@ -31,7 +31,7 @@ from library.architectures.common.tokenizer_files import T5, find_tokenizer
 from library.architectures.flux import text as flux_text
 from library.architectures.flux import vae as flux_vae
 from library.architectures.flux.checkpoint import load_transformer
-from library.architectures.flux.controlnet import load_controlnet, residuals
+from library.architectures.flux.controlnet import load_controlnet
 from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
 from library.architectures.flux.names import DEV, SCHNELL
 from library.architectures.flux.options import CHROMA, IDLE_RULES, OPTION_RULES, FluxModelOptions, trains_t5
@@ -262,12 +262,9 @@ class Flux(FlowMatching, Architecture):
         if self.is_chroma:
             return denoiser(noisy, timesteps / 1000, context, mask, guidance)
         pooled = conditioning["l_pooled"].to(noisy.dtype)
-        inputs = (noisy, timesteps / 1000, context, pooled, guidance)
-        double, single = None, None
-        if (picture := conditioning.tensors.get("picture")) is not None:
-            double, single = residuals(denoiser.controlnet, *inputs, picture=picture)
         mask = mask if self.masks_text else None
-        return denoiser(*inputs, text_mask=mask, double_residuals=double, single_residuals=single)
+        picture = conditioning.tensors.get("picture")
+        return denoiser(noisy, timesteps / 1000, context, pooled, guidance, text_mask=mask, picture=picture)
 
     def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
         scale = self.chosen(FluxModelOptions).guidance_scale

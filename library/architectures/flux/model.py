@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, check_backend
+from library.architectures.flux.controlnet import residuals
 from library.architectures.flux.packing import pack_latents, unpack_latents
 from library.architectures.flux.sizes import PATCH, FluxSizes
 
@@ -391,6 +392,8 @@ class Flux(FluxTransformer):
         self.time_in = MLPEmbedder(sizes.time, sizes.hidden)
         self.vector_in = MLPEmbedder(sizes.pooled, sizes.hidden)
         self.guidance_in = MLPEmbedder(sizes.time, sizes.hidden) if sizes.guidance else None
+        #: beside it in the forward pass: FSDP gathers weights only while the model that it shares out runs
+        self.controlnet: nn.Module | None = None
 
     def forward(
         self,
@@ -404,6 +407,7 @@ class Flux(FluxTransformer):
         text_mask: Tensor | None = None,
         double_residuals: Sequence[Tensor] | None = None,
         single_residuals: Sequence[Tensor] | None = None,
+        picture: Tensor | None = None,
     ) -> Tensor:
         """The velocity, noise minus latents.
 
@@ -417,10 +421,15 @@ class Flux(FluxTransformer):
             text_mask: (B, T), nonzero for text tokens that are attended to; None for all.
             double_residuals: of a ControlNet, (B, N, D) each, added to the image after the blocks of two streams.
             single_residuals: the same after the blocks of one stream.
+            picture: (B, C/4, h, w) latents that ``controlnet`` reads; its residuals are added instead.
 
         Returns:
             Of the shape of ``latents``.
         """
+        if picture is not None:
+            double_residuals, single_residuals = residuals(
+                self.controlnet, latents, timesteps, context, pooled, guidance, picture=picture
+            )
         dtype = latents.dtype
         vector = self.time_in(sinusoids(timesteps, self.sizes.time).to(dtype))  # (B, D)
         if self.guidance_in is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from library.config.fields import option
 from library.config.no_effect.declare import idle
 from library.config.rules import Finding, error
+from networks.network_args import read_bool
 
 FLUX, CHROMA = "flux", "chroma"
 
@@ -68,9 +69,13 @@ def chroma_mask(o: Any) -> Iterator[Finding]:
 
 
 def trains_t5(network: Any) -> bool:
-    """Whether ``--network_args`` has ``train_t5xxl=True``."""
+    """Whether ``--network_args`` has ``train_t5xxl=True``; values that are none are left to the network module."""
     words = (word.partition("=") for word in network.network_args or [])
-    return any(name.strip() == "train_t5xxl" and value.strip().lower() in ("true", "1") for name, _, value in words)
+    given = [value for name, _, value in words if name.strip() == "train_t5xxl"]
+    try:
+        return bool(given) and read_bool(given[-1])
+    except ValueError:
+        return False
 
 
 def what_is_trained(o: Any) -> Iterator[Finding]:
