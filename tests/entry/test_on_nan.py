@@ -103,8 +103,6 @@ def test_what_a_network_draws_for_a_step_is_drawn_again(
 ) -> None:
     from networks.dylora import DyLoraNetwork
 
-    if tiny.family.network_module != "networks.lora":
-        pytest.skip("DyLoRA is made for U-Nets")
     told: list[tuple[int, int]] = []
     begin_step = DyLoraNetwork.begin_step
 
