@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -21,9 +22,20 @@ from torch import Tensor
 from library.architectures.flux import FLUX, Flux
 from library.architectures.flux.options import FluxModelOptions
 from library.config.config_file import read_args
-from tests.fixtures.runs import ROOT, logged, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
+from tests.fixtures.runs import (
+    ROOT,
+    Made,
+    logged,
+    lora_arguments,
+    make_pictures,
+    metadata_of,
+    train_here,
+    write_dataset,
+)
 from tests.fixtures.tiny_flux import MadeFlux, make_tiny_flux
 from tests.fixtures.tiny_flux_files import write_diffusers_folder
+from tests.fixtures.tiny_sd import make_tiny_sd
+from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
@@ -475,18 +487,52 @@ def test_mistakes_are_one_line(
 
 
 def test_files_that_are_swapped_are_named(
-    train: Train, dev: MadeFlux, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    train: Train, dev: MadeFlux, chroma: MadeFlux, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    swapped = {
-        "clip_l": (dev.t5xxl, "not a CLIP text encoder"),
-        "t5xxl": (dev.clip_l, "not a T5 encoder"),
-        "ae": (dev.path, "not an autoencoder"),
-        "pretrained_model_name_or_path": (dev.ae, "a VAE, not a whole checkpoint"),
+    """One line each: the option, the file, and what that is."""
+    assert dev.clip_l is not None
+    pointer = tmp_path / "pointer.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    kinds = {
+        "pretrained_model_name_or_path": (dev.path, "a FLUX.1 model"),
+        "clip_l": (dev.clip_l, "a bare CLIP text encoder"),
+        "t5xxl": (dev.t5xxl, "a T5 text encoder"),
+        "ae": (dev.ae, "a VAE"),
+        "chroma": (chroma.path, "Chroma"),
+        "pointer": (pointer, "a git-lfs pointer"),
+        "folder": (tmp_path, "a folder"),
     }
-    for name, (path, words) in swapped.items():
+    flags = ("pretrained_model_name_or_path", "clip_l", "t5xxl", "ae")
+    for flag, (own, (path, what)) in itertools.product(flags, kinds.items()):
+        if flag == own:
+            continue
         with pytest.raises(SystemExit):
-            train("out", **{name: path})
-        assert words in capsys.readouterr().err
+            train("out", **{flag: path})
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        said = "no weight file" if own == "folder" and flag in ("pretrained_model_name_or_path", "ae") else what
+        assert error.startswith(f"error: --{flag} {path}") and said in error, error
+
+
+@pytest.mark.parametrize(("script", "make"), [("train_network", make_tiny_sd), ("sdxl_train_network", make_tiny_sdxl)])
+def test_scripts_of_other_families_name_a_file_of_flux(
+    script: str,
+    make: Callable[..., Made],
+    tmp_path: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    dev: MadeFlux,
+) -> None:
+    data, own = write_dataset(tmp_path / "d.toml", folder), make(tmp_path / "own.safetensors")
+    for path, what in ((dev.path, "a FLUX.1 model; use flux_train_network.py"), (dev.t5xxl, "a T5 text encoder")):
+        with pytest.raises(SystemExit):
+            flags = lora_arguments(own, data, tmp_path / "out", pretrained_model_name_or_path=path)
+            train_here(*flags, script=script)
+        assert f"error: --pretrained_model_name_or_path {path} is {what}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        given = {"pretrained_model_name_or_path": own.path, "network_module": "networks.lora_flux"}
+        train_here(*lora_arguments(dev, data, tmp_path / "out", **given), script="flux_train_network")
+    said = capsys.readouterr().err
+    assert f"error: --pretrained_model_name_or_path {own.path} is a Stable" in said and f"use {script}.py" in said
 
 
 COMMANDS = [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from library.architectures.base import ModelInfo
 from library.architectures.common import t5
+from library.architectures.common.checkpoint import MODEL_FLAG
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.tokenizer_files import T5, locate_tokenizer
 from library.architectures.flux import checkpoint as files
@@ -15,7 +16,7 @@ from library.architectures.flux.checkpoint import TransformerCheckpoint
 from library.architectures.flux.controlnet import controlnet_source
 from library.architectures.flux.options import CHROMA, FluxModelOptions
 from library.architectures.flux.sizes import FluxSizes
-from library.errors import UserError, did_you_mean
+from library.errors import UserError, did_you_mean, naming
 
 #: Hub repository (and sub-folder) of CLIP-L's tokenizer
 CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", None)
@@ -51,15 +52,18 @@ def inspect_model(
     missing = [name for name in flags if not getattr(options, name)]
     if missing:
         raise UserError("\n".join(f"--{name}: {_NEEDED[name]}" for name in missing))
-    transformer = files.inspect_transformer(path_or_id or "")
-    files.check_model_type(options.model_type, transformer)
+    with naming(MODEL_FLAG, path_or_id):
+        transformer = files.inspect_transformer(path_or_id or "")
+        files.check_model_type(options.model_type, transformer)
     encoders, folders = [], []
     if not is_chroma:
         path = _file(options.clip_l, "--clip_l")
-        encoders.append(files.clip_l_source(path))
+        with naming("--clip_l", options.clip_l):
+            encoders.append(files.clip_l_source(path))
         folders.append(locate_tokenizer((CLIP_TOKENIZER,), model_folder=path.parent, cache_dir=tokenizer_cache_dir))
     path = _file(options.t5xxl, "--t5xxl")
-    encoders.append(t5.t5_source(path))
+    with naming("--t5xxl", options.t5xxl):
+        encoders.append(t5.t5_source(path))
     folders.append(
         locate_tokenizer(
             (t5.TOKENIZER,),
@@ -70,6 +74,8 @@ def inspect_model(
         )
     )
     _check_widths(transformer, encoders, options)
+    with naming("--ae", options.ae):
+        autoencoder = vae.ae_source(options.ae or "")
     given = options.controlnet_model_name_or_path
     info = ModelInfo(family="flux", version=VERSIONS[transformer.kind], description=transformer.title)
     return FluxCheckpoint(
@@ -79,7 +85,7 @@ def inspect_model(
         sizes=transformer.sizes,
         transformer=transformer.source,
         text_encoders=tuple(encoders),
-        vae=vae.ae_source(options.ae or ""),
+        vae=autoencoder,
         tokenizer_folders=tuple(folders),
         controlnet=controlnet_source(given, transformer.sizes) if given else None,
     )
