@@ -33,7 +33,7 @@ from tests.fixtures.runs import (
     write_dataset,
 )
 from tests.fixtures.tiny_flux import MadeFlux, make_tiny_flux
-from tests.fixtures.tiny_flux_files import write_diffusers_folder
+from tests.fixtures.tiny_flux_files import write_bundle, write_diffusers_folder, write_pipeline
 from tests.fixtures.tiny_sd import make_tiny_sd
 from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 
@@ -334,6 +334,29 @@ def test_a_diffusers_folder_trains_as_the_single_file(train: Train, tmp_path: Pa
         train("other", pretrained_model_name_or_path=folder)
 
 
+@pytest.mark.parametrize("kind", ["dev", pytest.param("chroma", marks=pytest.mark.slow)])
+def test_parts_that_are_not_named_are_the_models_own(
+    kind: str, train: Train, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: MadeFlux = request.getfixturevalue(kind)
+    plain = train("files", model=made, **T5)
+    unnamed = {"clip_l": None, "t5xxl": None, "ae": None, "model": made, **T5}
+    folder, bundle = write_pipeline(made, tmp_path / "pipeline"), write_bundle(made, tmp_path / "all.safetensors")
+    own_tokenizers = {"tokenizer_cache_dir": tmp_path / "empty"}
+    of_folder = train("folder", pretrained_model_name_or_path=folder, **unnamed, **own_tokenizers)
+    assert_same(of_folder, plain, 1e-5)
+    assert_same(train("bundle", pretrained_model_name_or_path=bundle, **unnamed), plain, 1e-5)
+    # named ones go before, and may be in the same places
+    capsys.readouterr()
+    assert_same(train("named", pretrained_model_name_or_path=folder, model=made, **T5), plain, 1e-5)
+    named = {**unnamed, "t5xxl": folder, "ae": bundle, "clip_l": made.clip_l and folder / "text_encoder"}
+    assert_same(train("places", **named), plain, 1e-5)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(SystemExit):
+        train("incomplete", pretrained_model_name_or_path=folder, **unnamed)
+    assert "error: --ae: name the autoencoder" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_files_in_fp8(train: Train, tmp_path: Path, dev: MadeFlux) -> None:
     made = make_tiny_flux(tmp_path / "fp8", dtype=torch.float8_e4m3fn)
@@ -500,7 +523,7 @@ def test_files_that_are_swapped_are_named(
         "ae": (dev.ae, "a VAE"),
         "chroma": (chroma.path, "Chroma"),
         "pointer": (pointer, "a git-lfs pointer"),
-        "folder": (tmp_path, "a folder"),
+        "folder": (tmp_path, "no weight file"),
     }
     flags = ("pretrained_model_name_or_path", "clip_l", "t5xxl", "ae")
     for flag, (own, (path, what)) in itertools.product(flags, kinds.items()):
@@ -509,8 +532,7 @@ def test_files_that_are_swapped_are_named(
         with pytest.raises(SystemExit):
             train("out", **{flag: path})
         (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        said = "no weight file" if own == "folder" and flag in ("pretrained_model_name_or_path", "ae") else what
-        assert error.startswith(f"error: --{flag} {path}") and said in error, error
+        assert error.startswith(f"error: --{flag} {path}") and what in error, error
 
 
 @pytest.mark.parametrize(("script", "make"), [("train_network", make_tiny_sd), ("sdxl_train_network", make_tiny_sdxl)])

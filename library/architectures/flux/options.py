@@ -18,8 +18,8 @@ class FluxModelOptions:
     """FLUX.1 and Chroma."""
 
     model_type: str = option(FLUX, "kind of the model: FLUX.1, or Chroma", choices=[FLUX, CHROMA])
-    clip_l: str | None = option(None, "CLIP-L text encoder, a .safetensors file; not for Chroma", weights=True)
-    t5xxl: str | None = option(None, "T5-XXL text encoder, a .safetensors file", weights=True)
+    clip_l: str | None = option(None, "CLIP-L text encoder: a .safetensors file, or a Diffusers folder; not for Chroma", weights=True)
+    t5xxl: str | None = option(None, "T5-XXL text encoder: a .safetensors file, or a Diffusers folder", weights=True)
     ae: str | None = option(None, "autoencoder: a .safetensors file, a Diffusers folder, or a Hub id", weights=True)
     controlnet_model_name_or_path: str | None = option(
         None,
