@@ -598,3 +598,15 @@ def test_what_has_no_effect_is_said(train: Train, dev: MadeFlux, capsys: pytest.
     said = capsys.readouterr().err
     for name in ("clip_skip", "weighted_captions", "max_token_length", "vae", "v2"):
         assert f"--{name} has no effect with FLUX.1" in said
+
+
+def test_what_chroma_has_no_use_for_is_said(
+    train: Train, dev: MadeFlux, chroma: MadeFlux, capsys: pytest.CaptureFixture[str]
+) -> None:
+    useless = {"clip_l": dev.clip_l, "text_encoder_lr": 1e-3, "max_train_steps": 1, "model": chroma}
+    train("out", **useless)
+    said = capsys.readouterr().err
+    assert "--clip_l has no effect with --model_type chroma" in said
+    assert "--text_encoder_lr has no effect with Chroma" in said
+    train("t5", **useless, **T5)
+    assert "--text_encoder_lr" not in capsys.readouterr().err

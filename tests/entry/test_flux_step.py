@@ -1,8 +1,8 @@
 """One step of flux_train_network.py against a plain loop over diffusers' transformer and transformers' encoders.
 
 The loop shares the noise, the timesteps and the order of the pictures with the script, nothing else: tokens, encoded
-captions, latents' noising, loss and gradients are its own. With SGD at a rate of 1 the script's first step leaves the
-negative gradient in the up halves of the LoRA.
+captions, latents' noising, loss and gradients are its own. With SGD the script's first step leaves the negative
+gradient times the rate in the up halves of the LoRA.
 """
 
 from __future__ import annotations
@@ -186,10 +186,10 @@ def gradient_of(model: nn.Module, names: list[str]) -> Tensor:
     return torch.cat([weights[f"{name}.weight"].grad for name in names])
 
 
-def assert_moved_along(weights: Mapping[str, Tensor], name: str, gradient: Tensor) -> None:
-    """up = -dL/dup, and dL/dup = alpha / rank * dL/dW down^T."""
+def assert_moved_along(weights: Mapping[str, Tensor], name: str, gradient: Tensor, rate: float = 1.0) -> None:
+    """up = -rate dL/dup, and dL/dup = alpha / rank * dL/dW down^T."""
     up, down = weights[f"{name}.lora_up.weight"], weights[f"{name}.lora_down.weight"]
-    expected = -gradient @ down.T * (float(weights[f"{name}.alpha"]) / len(down))
+    expected = -rate * gradient @ down.T * (float(weights[f"{name}.alpha"]) / len(down))
     assert expected.abs().max() > 1e-7, name
     scale = float(expected.abs().max())
     torch.testing.assert_close(
@@ -230,7 +230,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "dev": (
         "dev",
         {**RAW, "guidance_scale": 1.5, "timestep_sampling": "flux_shift", "weighting_scheme": "cosmap",
-         "masked_loss": True, "ip_noise_gamma": IP_GAMMA, "network_args": T5, "apply_t5_attn_mask": True},
+         "masked_loss": True, "ip_noise_gamma": IP_GAMMA, "unet_lr": 0.5, "text_encoder_lr": [2.0, 0.25],
+         "network_args": T5, "apply_t5_attn_mask": True},
         cosmap_behind_a_mask,
     ),
     "dev without masks": ("dev", {**RAW, "guidance_scale": 1.0, "timestep_sampling": "shift"}, mean_square),
@@ -261,13 +262,16 @@ def test_a_step_is_that_of_a_plain_loop(run: str, tmp_path: Path, drawn: Drawn) 
     plain = plain_step(kind, made, drawn, guidance=guidance, masked=masked, weigh=weigh)
     assert logged(tmp_path / "out", "loss/current") == pytest.approx([plain.loss.item()], rel=1e-5)
     for name, parts in (MODULES if kind == "chroma" else MODULES | MODULATIONS).items():
-        assert_moved_along(weights, f"lora_unet_{name}", gradient_of(plain.transformer, parts))
+        gradient = gradient_of(plain.transformer, parts)
+        assert_moved_along(weights, f"lora_unet_{name}", gradient, options.get("unet_lr", 1.0))
+    *clip_rate, t5_rate = options.get("text_encoder_lr", [1.0, 1.0])
     if plain.clip is not None:
         (layer,) = [name for name, _ in plain.clip.named_modules() if name.endswith("layers.0.self_attn.q_proj")]
         lora = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
-        assert_moved_along(weights, lora, gradient_of(plain.clip, [layer]))
+        assert_moved_along(weights, lora, gradient_of(plain.clip, [layer]), *clip_rate)
     assert any("lora_te3" in name for name in weights) == ("network_args" in options)
     if "network_args" in options:
         for part in ("layer.0.SelfAttention.q", "layer.1.DenseReluDense.wo"):
             name = f"encoder.block.0.{part}"
-            assert_moved_along(weights, "lora_te3_" + name.replace(".", "_"), gradient_of(plain.t5, [name]))
+            lora = "lora_te3_" + name.replace(".", "_")
+            assert_moved_along(weights, lora, gradient_of(plain.t5, [name]), t5_rate)

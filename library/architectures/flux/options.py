@@ -18,7 +18,9 @@ class FluxModelOptions:
     """FLUX.1 and Chroma."""
 
     model_type: str = option(FLUX, "kind of the model: FLUX.1, or Chroma", choices=[FLUX, CHROMA])
-    clip_l: str | None = option(None, "CLIP-L text encoder: a .safetensors file, or a Diffusers folder; not for Chroma", weights=True)
+    clip_l: str | None = option(
+        None, "CLIP-L text encoder: a .safetensors file, or a Diffusers folder; not for Chroma", weights=True
+    )
     t5xxl: str | None = option(None, "T5-XXL text encoder: a .safetensors file, or a Diffusers folder", weights=True)
     ae: str | None = option(None, "autoencoder: a .safetensors file, a Diffusers folder, or a Hub id", weights=True)
     controlnet_model_name_or_path: str | None = option(
@@ -45,9 +47,6 @@ def no_clip(o: Any) -> bool:
     return o.flux.model_type == CHROMA
 
 
-IDLE_RULES = (no_clip,)
-
-
 def caption_length(o: Any) -> Iterator[Finding]:
     length = o.flux.t5xxl_max_token_length
     if length is not None and length < 1:
@@ -71,6 +70,14 @@ def trains_t5(network: Any) -> bool:
     """Whether ``--network_args`` has ``train_t5xxl=True``."""
     words = (word.partition("=") for word in network.network_args or [])
     return any(name.strip() == "train_t5xxl" and value.strip().lower() in ("true", "1") for name, _, value in words)
+
+
+@idle("text_encoder_lr", reason="with Chroma, whose T5-XXL is trained with train_t5xxl=True in --network_args only")
+def t5_is_frozen(o: Any) -> bool:
+    return o.flux.model_type == CHROMA and not trains_t5(o.network) and not o.network.network_train_unet_only
+
+
+IDLE_RULES = (no_clip, t5_is_frozen)
 
 
 def what_is_trained(o: Any) -> Iterator[Finding]:
