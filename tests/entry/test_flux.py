@@ -319,6 +319,43 @@ def test_caches_change_nothing_and_have_the_published_layout(
         assert file["l_pooled"].shape == (768,) and not file["l_pooled"].any() and file["apply_t5_attn_mask"]
 
 
+def test_files_of_other_programs_are_read(
+    train: Train, folder: Path, told: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written here by hand as published: no word on what they are of, half precision, another length of captions."""
+    generator, tokens = np.random.default_rng(0), 16
+    for path, (h, w) in zip(sorted(folder.glob("*.png")), ((8, 8), (4, 12), (8, 8)), strict=True):
+        size = Image.open(path).size
+        latents = {
+            f"latents_{h}x{w}": generator.standard_normal((16, h, w)).astype(np.float32),
+            f"original_size_{h}x{w}": np.array(size),
+            f"crop_ltrb_{h}x{w}": np.array([0, 0, *size]),
+        }
+        np.savez(folder / f"{path.stem}_{size[0]:04d}x{size[1]:04d}_flux.npz", **latents)
+        text = {
+            "l_pooled": generator.standard_normal(32).astype(np.float16),
+            "t5_out": generator.standard_normal((tokens, 32)).astype(np.float16),
+            "txt_ids": np.zeros((tokens, 3), np.float32),
+            "t5_attn_mask": (np.arange(tokens) < 9).astype(np.int64),
+            "apply_t5_attn_mask": np.array(False),
+        }
+        np.savez(folder / f"{path.stem}_flux_te.npz", **text)
+    before = {path: path.read_bytes() for path in folder.glob("*.npz")}
+    settings = {"network_train_unet_only": True, "cache_latents_to_disk": True}
+    settings["cache_text_encoder_outputs_to_disk"] = True
+    train("trusted", skip_cache_check=True, **settings)
+    said = capsys.readouterr().err
+    assert "latents: 0 encoded, 3 from the cache" in said
+    assert "text encoder outputs: 0 files made, 3 from the cache" in said
+    assert {path: path.read_bytes() for path in folder.glob("*.npz")} == before
+    assert {call["tokens"] for call in told} == {tokens}
+    # that they are of these captions nobody knows: without --skip_cache_check encoded captions are made again
+    train("checked", **settings)
+    said = capsys.readouterr().err
+    assert "latents: 0 encoded, 3 from the cache" in said
+    assert "text encoder outputs: 3 files made" in said and "--skip_cache_check would trust it" in said
+
+
 # ---- files ----
 
 

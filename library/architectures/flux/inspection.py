@@ -119,7 +119,7 @@ def with_own_parts(path_or_id: str, options: FluxModelOptions) -> FluxModelOptio
     if (path / "model_index.json").is_file():
         subfolders = {"clip_l": "text_encoder", "t5xxl": _t5_folder(options), "ae": "vae"}
         own = [name for name in wanted if (path / subfolders[name]).is_dir()]
-    elif wanted and path.suffix == ".safetensors" and path.is_file():
+    elif wanted and path.suffix in (".safetensors", ".sft") and path.is_file():
         prefixes = {"clip_l": files.BUNDLED_CLIP_L, "t5xxl": t5.BUNDLED, "ae": "vae."}
         with naming(MODEL_FLAG, path_or_id):
             names = read_header(path).tensors
