@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -30,6 +31,22 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     # 0.6 is difflib's own default: nearer words only, so that no far-fetched hint is given
     nearest = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
     return f' (did you mean "{nearest[0]}"?)' if nearest else ""
+
+
+@contextmanager
+def naming(flag: str, given: object) -> Iterator[None]:
+    """Errors raised within tell the option that named the file, where they do not yet.
+
+    Args:
+        given: the option's value; messages that begin with it read "--flag value is ...".
+    """
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if flag in text:
+            raise
+        raise UserError(f"{flag} {text}" if text.startswith(str(given)) else f"{flag}: {text}") from None
 
 
 def exits_on_user_error(function: Callable[P, R]) -> Callable[P, R]:

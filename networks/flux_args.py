@@ -71,6 +71,14 @@ def read_indices(text: str) -> frozenset[int] | None:
     return frozenset(chosen)
 
 
+def read_blocks(text: str) -> str:
+    """``all`` or one of ``BLOCK_KINDS``."""
+    word = text.strip().lower()
+    if word not in ("all", *BLOCK_KINDS):
+        raise ValueError(f"must be all, {' or '.join(BLOCK_KINDS)}")
+    return word
+
+
 def read_in_dims(text: str) -> tuple[int, ...]:
     """``[4,2,2,2,4]``, with or without brackets."""
     return list_reader(read_rank, len(INPUT_LAYERS))(text.strip().removeprefix("[").removesuffix("]"))
@@ -95,6 +103,7 @@ class LoraFluxArgs(LoraArgs):
             **dict.fromkeys(LAYER_DIMS, read_rank),
             "in_dims": read_in_dims,
             **{f"train_{kind}_block_indices": read_indices for kind in BLOCK_KINDS},
+            "train_blocks": read_blocks,
             "train_t5xxl": read_bool,
             "split_qkv": read_bool,
             "ggpo_sigma": read_strength,
@@ -106,6 +115,7 @@ class LoraFluxArgs(LoraArgs):
         *LAYER_DIMS,
         "in_dims",
         *(f"train_{kind}_block_indices" for kind in BLOCK_KINDS),
+        "train_blocks",
         "train_t5xxl",
         *(key for key in RANK_KEYS if key not in _REFUSED),
     )
@@ -121,6 +131,7 @@ class LoraFluxArgs(LoraArgs):
     in_dims: tuple[int, ...] = (0,) * len(INPUT_LAYERS)
     train_double_block_indices: frozenset[int] | None = None  # all
     train_single_block_indices: frozenset[int] | None = None
+    train_blocks: str = "all"
     train_t5xxl: bool = False
     split_qkv: bool | None = None  # not given: no, but a file may say
     ggpo_sigma: float | None = None
@@ -138,6 +149,15 @@ class LoraFluxArgs(LoraArgs):
         for key in ("split_qkv", "ggpo_sigma"):
             if self.dora and getattr(self, key):
                 problems.append(f"--network_args {key} and dora=True exclude each other; leave one out")
+        for kind in BLOCK_KINDS:
+            if self.train_blocks in ("all", kind):
+                continue
+            key = f"train_{kind}_block_indices"
+            if getattr(self, key):
+                problems.append(
+                    f"--network_args train_blocks={self.train_blocks} and {key} exclude each other; leave one out"
+                )
+            object.__setattr__(self, key, frozenset())
         if problems:
             raise UserError("\n".join(problems))
 

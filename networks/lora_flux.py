@@ -11,7 +11,7 @@ Network args:
 * ``in_dims``: five ranks, of ``img_in``, ``time_in``, ``vector_in``, ``guidance_in`` and ``txt_in``, which have no LoRA
   otherwise. schnell has no ``guidance_in``, Chroma ``img_in`` and ``txt_in`` only.
 * ``train_double_block_indices``, ``train_single_block_indices``: blocks that are adapted, counted from 0: ``0,1,4-7``,
-  ``all``, ``none``.
+  ``all``, ``none``. ``train_blocks``: the blocks of one kind, ``double`` or ``single``, or ``all``.
 * ``train_t5xxl``; ``split_qkv`` (``networks/split_lora.py``); ``ggpo_sigma``, ``ggpo_beta`` (``networks/ggpo.py``);
   ``verbose``: log each module's rank and alpha.
 * those of ``networks.lora`` that are not about a U-Net. ``network_reg_dims`` gives ranks within the blocks that are

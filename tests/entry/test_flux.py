@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -21,9 +22,20 @@ from torch import Tensor
 from library.architectures.flux import FLUX, Flux
 from library.architectures.flux.options import FluxModelOptions
 from library.config.config_file import read_args
-from tests.fixtures.runs import ROOT, logged, lora_arguments, make_pictures, metadata_of, train_here, write_dataset
+from tests.fixtures.runs import (
+    ROOT,
+    Made,
+    logged,
+    lora_arguments,
+    make_pictures,
+    metadata_of,
+    train_here,
+    write_dataset,
+)
 from tests.fixtures.tiny_flux import MadeFlux, make_tiny_controlnet, make_tiny_flux
-from tests.fixtures.tiny_flux_files import write_diffusers_folder
+from tests.fixtures.tiny_flux_files import write_bundle, write_diffusers_folder, write_pipeline
+from tests.fixtures.tiny_sd import make_tiny_sd
+from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
@@ -320,6 +332,43 @@ def test_caches_change_nothing_and_have_the_published_layout(
         assert file["l_pooled"].shape == (768,) and not file["l_pooled"].any() and file["apply_t5_attn_mask"]
 
 
+def test_files_of_other_programs_are_read(
+    train: Train, folder: Path, told: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written here by hand as published: no word on what they are of, half precision, another length of captions."""
+    generator, tokens = np.random.default_rng(0), 16
+    for path, (h, w) in zip(sorted(folder.glob("*.png")), ((8, 8), (4, 12), (8, 8)), strict=True):
+        size = Image.open(path).size
+        latents = {
+            f"latents_{h}x{w}": generator.standard_normal((16, h, w)).astype(np.float32),
+            f"original_size_{h}x{w}": np.array(size),
+            f"crop_ltrb_{h}x{w}": np.array([0, 0, *size]),
+        }
+        np.savez(folder / f"{path.stem}_{size[0]:04d}x{size[1]:04d}_flux.npz", **latents)
+        text = {
+            "l_pooled": generator.standard_normal(32).astype(np.float16),
+            "t5_out": generator.standard_normal((tokens, 32)).astype(np.float16),
+            "txt_ids": np.zeros((tokens, 3), np.float32),
+            "t5_attn_mask": (np.arange(tokens) < 9).astype(np.int64),
+            "apply_t5_attn_mask": np.array(False),
+        }
+        np.savez(folder / f"{path.stem}_flux_te.npz", **text)
+    before = {path: path.read_bytes() for path in folder.glob("*.npz")}
+    settings = {"network_train_unet_only": True, "cache_latents_to_disk": True}
+    settings["cache_text_encoder_outputs_to_disk"] = True
+    train("trusted", skip_cache_check=True, **settings)
+    said = capsys.readouterr().err
+    assert "latents: 0 encoded, 3 from the cache" in said
+    assert "text encoder outputs: 0 files made, 3 from the cache" in said
+    assert {path: path.read_bytes() for path in folder.glob("*.npz")} == before
+    assert {call["tokens"] for call in told} == {tokens}
+    # that they are of these captions nobody knows: without --skip_cache_check encoded captions are made again
+    train("checked", **settings)
+    said = capsys.readouterr().err
+    assert "latents: 0 encoded, 3 from the cache" in said
+    assert "text encoder outputs: 3 files made" in said and "--skip_cache_check would trust it" in said
+
+
 # ---- files ----
 
 
@@ -333,6 +382,29 @@ def test_a_diffusers_folder_trains_as_the_single_file(train: Train, tmp_path: Pa
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     with pytest.raises(SystemExit):
         train("other", pretrained_model_name_or_path=folder)
+
+
+@pytest.mark.parametrize("kind", ["dev", pytest.param("chroma", marks=pytest.mark.slow)])
+def test_parts_that_are_not_named_are_the_models_own(
+    kind: str, train: Train, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: MadeFlux = request.getfixturevalue(kind)
+    plain = train("files", model=made, **T5)
+    unnamed = {"clip_l": None, "t5xxl": None, "ae": None, "model": made, **T5}
+    folder, bundle = write_pipeline(made, tmp_path / "pipeline"), write_bundle(made, tmp_path / "all.safetensors")
+    own_tokenizers = {"tokenizer_cache_dir": tmp_path / "empty"}
+    of_folder = train("folder", pretrained_model_name_or_path=folder, **unnamed, **own_tokenizers)
+    assert_same(of_folder, plain, 1e-5)
+    assert_same(train("bundle", pretrained_model_name_or_path=bundle, **unnamed), plain, 1e-5)
+    # named ones go before, and may be in the same places
+    capsys.readouterr()
+    assert_same(train("named", pretrained_model_name_or_path=folder, model=made, **T5), plain, 1e-5)
+    named = {**unnamed, "t5xxl": folder, "ae": bundle, "clip_l": made.clip_l and folder / "text_encoder"}
+    assert_same(train("places", **named), plain, 1e-5)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(SystemExit):
+        train("incomplete", pretrained_model_name_or_path=folder, **unnamed)
+    assert "error: --ae: name the autoencoder" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -473,18 +545,51 @@ def test_mistakes_are_one_line(
 
 
 def test_files_that_are_swapped_are_named(
-    train: Train, dev: MadeFlux, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    train: Train, dev: MadeFlux, chroma: MadeFlux, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    swapped = {
-        "clip_l": (dev.t5xxl, "not a CLIP text encoder"),
-        "t5xxl": (dev.clip_l, "not a T5 encoder"),
-        "ae": (dev.path, "not an autoencoder"),
-        "pretrained_model_name_or_path": (dev.ae, "a VAE, not a whole checkpoint"),
+    """One line each: the option, the file, and what that is."""
+    assert dev.clip_l is not None
+    pointer = tmp_path / "pointer.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    kinds = {
+        "pretrained_model_name_or_path": (dev.path, "a FLUX.1 model"),
+        "clip_l": (dev.clip_l, "a bare CLIP text encoder"),
+        "t5xxl": (dev.t5xxl, "a T5 text encoder"),
+        "ae": (dev.ae, "a VAE"),
+        "chroma": (chroma.path, "Chroma"),
+        "pointer": (pointer, "a git-lfs pointer"),
+        "folder": (tmp_path, "no weight file"),
     }
-    for name, (path, words) in swapped.items():
+    flags = ("pretrained_model_name_or_path", "clip_l", "t5xxl", "ae")
+    for flag, (own, (path, what)) in itertools.product(flags, kinds.items()):
+        if flag == own:
+            continue
         with pytest.raises(SystemExit):
-            train("out", **{name: path})
-        assert words in capsys.readouterr().err
+            train("out", **{flag: path})
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert error.startswith(f"error: --{flag} {path}") and what in error, error
+
+
+@pytest.mark.parametrize(("script", "make"), [("train_network", make_tiny_sd), ("sdxl_train_network", make_tiny_sdxl)])
+def test_scripts_of_other_families_name_a_file_of_flux(
+    script: str,
+    make: Callable[..., Made],
+    tmp_path: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    dev: MadeFlux,
+) -> None:
+    data, own = write_dataset(tmp_path / "d.toml", folder), make(tmp_path / "own.safetensors")
+    for path, what in ((dev.path, "a FLUX.1 model; use flux_train_network.py"), (dev.t5xxl, "a T5 text encoder")):
+        with pytest.raises(SystemExit):
+            flags = lora_arguments(own, data, tmp_path / "out", pretrained_model_name_or_path=path)
+            train_here(*flags, script=script)
+        assert f"error: --pretrained_model_name_or_path {path} is {what}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        given = {"pretrained_model_name_or_path": own.path, "network_module": "networks.lora_flux"}
+        train_here(*lora_arguments(dev, data, tmp_path / "out", **given), script="flux_train_network")
+    said = capsys.readouterr().err
+    assert f"error: --pretrained_model_name_or_path {own.path} is a Stable" in said and f"use {script}.py" in said
 
 
 COMMANDS = [
@@ -528,3 +633,15 @@ def test_what_has_no_effect_is_said(train: Train, dev: MadeFlux, capsys: pytest.
     said = capsys.readouterr().err
     for name in ("clip_skip", "weighted_captions", "max_token_length", "vae", "v2"):
         assert f"--{name} has no effect with FLUX.1" in said
+
+
+def test_what_chroma_has_no_use_for_is_said(
+    train: Train, dev: MadeFlux, chroma: MadeFlux, capsys: pytest.CaptureFixture[str]
+) -> None:
+    useless = {"clip_l": dev.clip_l, "text_encoder_lr": 1e-3, "max_train_steps": 1, "model": chroma}
+    train("out", **useless)
+    said = capsys.readouterr().err
+    assert "--clip_l has no effect with --model_type chroma" in said
+    assert "--text_encoder_lr has no effect with Chroma" in said
+    train("t5", **useless, **T5)
+    assert "--text_encoder_lr" not in capsys.readouterr().err

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,30 +95,41 @@ def test_stop_and_replay(tmp_path: Path, tiny: Tiny, poisoned: Path, capsys: pyt
     assert "this time all is finite" in capsys.readouterr().out
 
 
+#: by the usual module of a family, one whose networks draw something in every step
+DRAWING_NETWORKS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "networks.lora": ("networks.dylora", "DyLoraNetwork", {"network_dim": 8}),
+    "networks.lora_flux": (
+        "networks.lora_flux",
+        "LoraFluxNetwork",
+        {"network_args": ["ggpo_sigma=0.03", "ggpo_beta=0.01"]},
+    ),
+}
+
+
 @pytest.mark.slow
 def test_what_a_network_draws_for_a_step_is_drawn_again(
     tmp_path: Path,
-    sd: Tiny,
+    tiny: Tiny,
     poisoned: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from networks.dylora import DyLoraNetwork
-
+    module, name, settings = DRAWING_NETWORKS[tiny.family.network_module]
+    network = getattr(importlib.import_module(module), name)
     told: list[tuple[int, int]] = []
-    begin_step = DyLoraNetwork.begin_step
+    begin_step = network.begin_step
 
-    def spy(self: DyLoraNetwork, seed: int, step: int) -> None:
+    def spy(self: Any, seed: int, step: int) -> None:
         told.append((seed, step))
         begin_step(self, seed, step)
 
-    monkeypatch.setattr(DyLoraNetwork, "begin_step", spy)
+    monkeypatch.setattr(network, "begin_step", spy)
     with pytest.raises(SystemExit):
-        sd.train(poisoned, tmp_path, **options(network_module="networks.dylora", network_dim=8))
+        tiny.train(poisoned, tmp_path, **options(network_module=module, **settings))
     step = int(re.search(r"step (\d+) \(seed", capsys.readouterr().err).group(1))
     assert (1, step - 1) in told
     told.clear()
-    train_here("--replay", next(tmp_path.glob("*.replay")), script=sd.family.script)
+    train_here("--replay", next(tmp_path.glob("*.replay")), script=tiny.family.script)
     assert set(told) == {(1, step - 1)}
     assert "the step is not finite again" in capsys.readouterr().out
 

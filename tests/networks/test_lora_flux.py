@@ -164,6 +164,10 @@ def test_blocks_that_are_trained():
     assert blocks() == blocks(train_double_block_indices="all") == {"double0", "double1", "single0", "single1"}
     assert blocks(train_double_block_indices="none", train_single_block_indices="0-1") == {"single0", "single1"}
     assert blocks(train_single_block_indices="1") == {"double0", "double1", "single1"}
+    # the older word for the same
+    assert blocks(train_blocks="all") == blocks()
+    assert blocks(train_blocks="single") == {"single0", "single1"}
+    assert blocks(train_blocks="double", train_double_block_indices="1") == {"double1"}
     # patterns choose within these blocks
     network = create_network(
         1.0, 4, 1.0, None, *models, train_double_block_indices="1", network_reg_dims="double.*img_attn=9,single.*mod=0"
@@ -183,6 +187,12 @@ def test_blocks_that_are_trained():
         ("dev", {"train_single_block_indices": "1-38"}, "38 is out of range; the model has 2 single blocks"),
         ("dev", {"train_single_block_indices": "4-2"}, "the range .4-2. runs backwards"),
         ("dev", {"train_single_block_indices": "1;2"}, "is no number and no range; give e.g. 0,1,4-7, all or none"),
+        ("dev", {"train_blocks": "middle"}, "train_blocks=.middle.: must be all, double or single"),
+        (
+            "dev",
+            {"train_blocks": "single", "train_double_block_indices": "0"},
+            "train_blocks=single and train_double_block_indices exclude each other",
+        ),
         ("dev", {"in_dims": "[1,2]"}, "must have 5 comma-separated values, has 2"),
         ("schnell", {"in_dims": "[1,1,1,1,1]"}, "in_dims: the model has no guidance_in; give 0 in its place"),
         ("chroma", {"in_dims": "[1,1,0,0,1]"}, "in_dims: the model has no time_in"),

@@ -53,6 +53,6 @@ def weights_identity(sources: Sequence[ModelSource], tokenizer_folders: Sequence
         return f"sha256:{digest.hexdigest()}"
 
     files = about.copy()
-    for source in sources:
-        files.update(json.dumps(file_identity(source.file.path)).encode())
+    for path in (path for source in sources for path in sorted(source.file.files)):
+        files.update(json.dumps(file_identity(path)).encode())
     return WeightsIdentity(f"sha256:{files.hexdigest()}", read)

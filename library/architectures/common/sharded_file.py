@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.common.diffusers_folder import read_json, weight_file
-from library.architectures.common.tensor_files import PICKLE_SUFFIXES, Shapes, WeightFile
+from library.architectures.common.tensor_files import PICKLE_SUFFIXES, Shapes, TensorFile, WeightFile
 from library.errors import UserError
 from library.files.safetensors_io import TensorReader, read_header, torch_dtype
 
@@ -23,6 +23,11 @@ _INDEX_ENDING = ".safetensors.index.json"
 def is_shard(path: Path) -> bool:
     """Whether a file's name is that of one of several, ``...-00001-of-00003.safetensors``."""
     return _SHARD.fullmatch(path.name) is not None
+
+
+def open_weights(path: Path) -> WeightFile:
+    """A file, a shard with the others beside it, or a component's folder. Raises UserError as their ``open`` do."""
+    return ShardedFile.open(path) if path.is_dir() or is_shard(path) else TensorFile.open(path)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,8 @@ from library.architectures.base import CaptionLength
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import recognise_tensors, refuse_scaled
-from library.architectures.common.tensor_files import Shapes, TensorFile
+from library.architectures.common.sharded_file import open_weights
+from library.architectures.common.tensor_files import Shapes
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 TOKENIZER = ("google/t5-v1_1-xxl", None)
 #: the table of embeddings; files hold it under either name or under both
 SHARED, EMBEDDINGS = "shared.weight", "encoder.embed_tokens.weight"
+#: before its names in files that hold a whole model, as ComfyUI writes them
+BUNDLED = "text_encoders.t5xxl.transformer."
 _ATTENTION = "encoder.block.0.layer.0.SelfAttention"
 _BIAS = f"{_ATTENTION}.relative_attention_bias.weight"
 
@@ -38,19 +42,22 @@ _BIAS = f"{_ATTENTION}.relative_attention_bias.weight"
 
 
 def t5_source(path: Path, *, flag: str = "--t5xxl") -> ModelSource:
-    """The encoder in a stand-alone file, with or without the rest of T5.
+    """The encoder in a stand-alone file, with or without the rest of T5, in a folder, or in a file of a whole model.
 
     Raises:
         UserError: the file holds something else, or is incomplete.
     """
-    file = TensorFile.open(path)
-    if _BIAS not in file.shapes:
+    file = open_weights(path)
+    prefix = BUNDLED if BUNDLED + _BIAS in file.shapes else ""
+    shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
+    if _BIAS not in shapes:
         other = recognise_tensors(file.shapes.keys(), "t5")
         what = f"it is {other.what}" if other else f"no {_BIAS}"
         raise UserError(f"{flag} {path}: not a T5 encoder ({what}); give t5xxl_fp16.safetensors or the like")
     try:
-        refuse_scaled(file.shapes)
-        return ModelSource("T5 encoder", file, t5_layout(file.shapes), infer_t5_config(file.shapes))
+        refuse_scaled(shapes)
+        layout = replace(t5_layout(shapes), prefix=prefix)
+        return ModelSource("T5 encoder", file, layout, infer_t5_config(shapes))
     except UserError as error:
         raise UserError(f"{flag} {path}: {error}") from None
 

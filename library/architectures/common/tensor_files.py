@@ -24,6 +24,11 @@ class WeightFile(ABC):
     shapes: Shapes
     mapped: bool  # whether tensors are views of the mapped files
 
+    @property
+    def files(self) -> set[Path]:
+        """All that the weights lie in."""
+        return {self.path}
+
     @abstractmethod
     def opened(self) -> AbstractContextManager[Callable[[str], Tensor]]:
         """A function that reads a tensor by its name, on the host; files stay open meanwhile."""

@@ -15,7 +15,7 @@ from library.architectures.common.diffusers_folder import read_json
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import recognise_pipeline, recognise_tensors, refuse_scaled
-from library.architectures.common.sharded_file import is_shard
+from library.architectures.common.sharded_file import is_shard, open_weights
 from library.architectures.common.sources import clip_prefix, in_file
 from library.architectures.common.tensor_files import Shapes, TensorFile, WeightFile
 from library.architectures.flux.chroma import Chroma
@@ -186,15 +186,21 @@ def save_transformer(
 
 # ---- CLIP-L ----
 
+#: before its names in files that hold a whole model, as ComfyUI writes them
+BUNDLED_CLIP_L = "text_encoders.clip_l.transformer."
+
 
 def clip_l_source(path: Path, *, flag: str = "--clip_l") -> ModelSource:
-    """CLIP-L in a stand-alone file with transformers' names, with or without ``text_model.``; for ``build_clip``.
+    """CLIP-L with transformers' names, with or without ``text_model.``; for ``build_clip``.
+
+    It may be in a file of its own, in a folder, or in a file of a whole model.
 
     Raises:
         UserError: the file holds something else, or is incomplete.
     """
-    file = TensorFile.open(path)
-    prefix = clip_prefix(file.shapes, "")
+    file = open_weights(path)
+    bundled = any(name.startswith(BUNDLED_CLIP_L) for name in file.shapes)
+    prefix = clip_prefix(file.shapes, BUNDLED_CLIP_L if bundled else "")
     if f"{prefix}embeddings.token_embedding.weight" not in file.shapes:
         other = recognise_tensors(file.shapes.keys(), "clip")
         what = f"it is {other.what}" if other else f"no {clip.TEXT_MODEL}embeddings.token_embedding.weight"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library.architectures.base import ModelInfo
 from library.architectures.common import t5
+from library.architectures.common.checkpoint import MODEL_FLAG
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.tokenizer_files import T5, locate_tokenizer
 from library.architectures.flux import checkpoint as files
@@ -15,7 +16,8 @@ from library.architectures.flux.checkpoint import TransformerCheckpoint
 from library.architectures.flux.controlnet import controlnet_source
 from library.architectures.flux.options import CHROMA, FluxModelOptions
 from library.architectures.flux.sizes import FluxSizes
-from library.errors import UserError, did_you_mean
+from library.errors import UserError, did_you_mean, naming
+from library.files.safetensors_io import read_header
 
 #: Hub repository (and sub-folder) of CLIP-L's tokenizer
 CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", None)
@@ -46,30 +48,37 @@ def inspect_model(
     path_or_id: str | None, options: FluxModelOptions, *, tokenizer_cache_dir: str | None
 ) -> FluxCheckpoint:
     """See ``Architecture.inspect``."""
+    options = with_own_parts(path_or_id or "", options)
     is_chroma = options.model_type == CHROMA
-    flags = ("t5xxl", "ae") if is_chroma else ("clip_l", "t5xxl", "ae")
-    missing = [name for name in flags if not getattr(options, name)]
+    missing = [name for name in _parts_of(options) if not getattr(options, name)]
     if missing:
         raise UserError("\n".join(f"--{name}: {_NEEDED[name]}" for name in missing))
-    transformer = files.inspect_transformer(path_or_id or "")
-    files.check_model_type(options.model_type, transformer)
+    with naming(MODEL_FLAG, path_or_id):
+        transformer = files.inspect_transformer(path_or_id or "")
+        files.check_model_type(options.model_type, transformer)
     encoders, folders = [], []
     if not is_chroma:
-        path = _file(options.clip_l, "--clip_l")
-        encoders.append(files.clip_l_source(path))
+        path = _part(options.clip_l, "--clip_l", "text_encoder")
+        with naming("--clip_l", options.clip_l):
+            encoders.append(files.clip_l_source(path))
         folders.append(locate_tokenizer((CLIP_TOKENIZER,), model_folder=path.parent, cache_dir=tokenizer_cache_dir))
-    path = _file(options.t5xxl, "--t5xxl")
-    encoders.append(t5.t5_source(path))
+    path = _part(options.t5xxl, "--t5xxl", _t5_folder(options))
+    with naming("--t5xxl", options.t5xxl):
+        encoders.append(t5.t5_source(path))
+    # beside the only encoder of a pipeline is "tokenizer"
+    subfolder = "tokenizer" if path.name == "text_encoder" else "tokenizer_2"
     folders.append(
         locate_tokenizer(
             (t5.TOKENIZER,),
             model_folder=path.parent,
             cache_dir=tokenizer_cache_dir,
-            subfolder="tokenizer_2",
+            subfolder=subfolder,
             kind=T5,
         )
     )
     _check_widths(transformer, encoders, options)
+    with naming("--ae", options.ae):
+        autoencoder = vae.ae_source(options.ae or "")
     given = options.controlnet_model_name_or_path
     info = ModelInfo(family="flux", version=VERSIONS[transformer.kind], description=transformer.title)
     return FluxCheckpoint(
@@ -79,7 +88,7 @@ def inspect_model(
         sizes=transformer.sizes,
         transformer=transformer.source,
         text_encoders=tuple(encoders),
-        vae=vae.ae_source(options.ae or ""),
+        vae=autoencoder,
         tokenizer_folders=tuple(folders),
         controlnet=controlnet_source(given, transformer.sizes) if given else None,
     )
@@ -92,13 +101,39 @@ _NEEDED = {
 }
 
 
-def _file(given: str | None, flag: str) -> Path:
-    """The file that an option names. Raises UserError where there is none."""
+def _parts_of(options: FluxModelOptions) -> tuple[str, ...]:
+    """The options that name what belongs to the transformer."""
+    return ("t5xxl", "ae") if options.model_type == CHROMA else ("clip_l", "t5xxl", "ae")
+
+
+def _t5_folder(options: FluxModelOptions) -> str:
+    """Of a pipeline."""
+    return "text_encoder" if options.model_type == CHROMA else "text_encoder_2"
+
+
+def with_own_parts(path_or_id: str, options: FluxModelOptions) -> FluxModelOptions:
+    """Parts that are not named are those of the transformer's own pipeline folder, or of its file, if it has them."""
+    wanted = [name for name in _parts_of(options) if not getattr(options, name)]
+    path = Path(path_or_id).expanduser()
+    own: list[str] = []
+    if (path / "model_index.json").is_file():
+        subfolders = {"clip_l": "text_encoder", "t5xxl": _t5_folder(options), "ae": "vae"}
+        own = [name for name in wanted if (path / subfolders[name]).is_dir()]
+    elif wanted and path.suffix in (".safetensors", ".sft") and path.is_file():
+        prefixes = {"clip_l": files.BUNDLED_CLIP_L, "t5xxl": t5.BUNDLED, "ae": "vae."}
+        with naming(MODEL_FLAG, path_or_id):
+            names = read_header(path).tensors
+        own = [part for part in wanted if any(name.startswith(prefixes[part]) for name in names)]
+    return replace(options, **dict.fromkeys(own, str(path)))
+
+
+def _part(given: str | None, flag: str, subfolder: str) -> Path:
+    """The file or folder of an encoder that an option names; of a pipeline's folder its own. Raises UserError."""
     path = Path(given or "").expanduser()
     if path.is_file():
         return path
     if path.is_dir():
-        raise UserError(f"{flag} {given}: a folder; give a .safetensors file")
+        return path / subfolder if (path / subfolder).is_dir() else path
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(f"{flag} {given}: no such file{did_you_mean(path.name, siblings)}")
 

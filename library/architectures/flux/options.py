@@ -19,8 +19,10 @@ class FluxModelOptions:
     """FLUX.1 and Chroma."""
 
     model_type: str = option(FLUX, "kind of the model: FLUX.1, or Chroma", choices=[FLUX, CHROMA])
-    clip_l: str | None = option(None, "CLIP-L text encoder, a .safetensors file; not for Chroma", weights=True)
-    t5xxl: str | None = option(None, "T5-XXL text encoder, a .safetensors file", weights=True)
+    clip_l: str | None = option(
+        None, "CLIP-L text encoder: a .safetensors file, or a Diffusers folder; not for Chroma", weights=True
+    )
+    t5xxl: str | None = option(None, "T5-XXL text encoder: a .safetensors file, or a Diffusers folder", weights=True)
     ae: str | None = option(None, "autoencoder: a .safetensors file, a Diffusers folder, or a Hub id", weights=True)
     controlnet_model_name_or_path: str | None = option(
         None,
@@ -44,9 +46,6 @@ class FluxModelOptions:
 @idle("clip_l", reason="with --model_type chroma, which has no CLIP-L")
 def no_clip(o: Any) -> bool:
     return o.flux.model_type == CHROMA
-
-
-IDLE_RULES = (no_clip,)
 
 
 def caption_length(o: Any) -> Iterator[Finding]:
@@ -76,6 +75,14 @@ def trains_t5(network: Any) -> bool:
         return bool(given) and read_bool(given[-1])
     except ValueError:
         return False
+
+
+@idle("text_encoder_lr", reason="with Chroma, whose T5-XXL is trained with train_t5xxl=True in --network_args only")
+def t5_is_frozen(o: Any) -> bool:
+    return o.flux.model_type == CHROMA and not trains_t5(o.network) and not o.network.network_train_unet_only
+
+
+IDLE_RULES = (no_clip, t5_is_frozen)
 
 
 def what_is_trained(o: Any) -> Iterator[Finding]:

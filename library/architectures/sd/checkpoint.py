@@ -7,6 +7,7 @@ from pathlib import Path
 
 from library.architectures.base import ModelInfo
 from library.architectures.common.checkpoint import (
+    MODEL_FLAG,
     check_folder,
     check_prediction,
     check_unet_channels,
@@ -27,7 +28,7 @@ from library.architectures.common.sources import (
 from library.architectures.common.tensor_files import TensorFile
 from library.architectures.common.tokenizer_files import locate_tokenizer
 from library.architectures.sd import weights
-from library.errors import UserError
+from library.errors import UserError, naming
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 #: Hub repositories (and sub-folder) of the tokenizers; SD 2.x's differs from CLIP's in its padding only
@@ -56,7 +57,8 @@ def inspect_checkpoint(
 ) -> SDCheckpoint:
     """See ``Architecture.inspect``."""
     path = locate_model(path_or_id, COMPONENTS)
-    parts = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
+    with naming(MODEL_FLAG, path_or_id):
+        parts = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
     title = Path(path_or_id).name or path_or_id  # a Hub id's snapshot has an unspeakable name
     _check_version(title, parts, v2=v2)
     check_prediction(

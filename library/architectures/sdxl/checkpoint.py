@@ -7,6 +7,7 @@ from pathlib import Path
 
 from library.architectures.base import ModelInfo
 from library.architectures.common.checkpoint import (
+    MODEL_FLAG,
     check_folder,
     check_prediction,
     check_unet_channels,
@@ -28,7 +29,7 @@ from library.architectures.common.sources import (
 from library.architectures.common.tensor_files import TensorFile
 from library.architectures.common.tokenizer_files import locate_tokenizer
 from library.architectures.sdxl import weights
-from library.errors import UserError
+from library.errors import UserError, naming
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 NUM_SIZES = 6  # (H, W) of the picture, (top, left) of the crop, (H, W) of the target
@@ -56,8 +57,9 @@ def inspect_checkpoint(
 ) -> SDXLCheckpoint:
     """See ``Architecture.inspect``."""
     path = locate_model(path_or_id, COMPONENTS)
-    parts = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
-    _check_widths(path, parts)
+    with naming(MODEL_FLAG, path_or_id):
+        parts = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
+        _check_widths(path, parts)
     title = Path(path_or_id).name or path_or_id  # a Hub id's snapshot has an unspeakable name
     check_prediction(title, parts.prediction_type, parts.prediction_from, v_parameterization=v_parameterization)
     own_vae = choose_vae(path, vae, parts.vae, "Stable Diffusion XL")
