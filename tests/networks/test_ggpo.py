@@ -151,7 +151,7 @@ def test_a_resumed_run_is_the_run(tmp_path, args):
 
     again_models, again, again_optimizer = start()
     load_model(again, str(tmp_path / "state.safetensors"))
-    again_optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    again_optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     # recomputed blocks meet the same perturbation
     train(again_models, again, again_optimizer, range(2, 4), checkpointing=True)
     for name, tensor in network.state_dict().items():
