@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,12 @@ from torch import Tensor, nn
 
 from library.architectures.base import LoraTarget
 from library.errors import UserError
+from networks.adapter_module import AdapterModule, Dropouts
 from networks.file_names import published_names
 from networks.targets import FoundModule, RankAlpha, RankRule, find_modules
 from networks.weights import read_weights, select_weights, write_weights
 
 logger = logging.getLogger(__name__)
-
-_MERGE_STATE = "_adapter_merge"  # attribute of a module whose weight holds merged adapters
-
-
-@dataclass(frozen=True)
-class Dropouts:
-    """Probabilities in [0, 1); 0 is off. All act in training mode only."""
-
-    neuron: float = 0.0  # each element of the rank-r activation (``--network_dropout``)
-    rank: float = 0.0  # whole ranks, for each sample of the batch
-    module: float = 0.0  # the whole adapter, for one forward
 
 
 @dataclass
@@ -59,212 +49,6 @@ class RateGroup:
     factor: float
     adapters: Sequence[AdapterModule]
     rate: float | None = None  # whatever the part's is
-
-
-@dataclass
-class _MergeState:
-    """The weight a module had before adapters were merged into it, and those adapters."""
-
-    original_weight: Tensor
-    adapters: list[AdapterModule]
-
-
-class AdapterModule(nn.Module, ABC):
-    """The adapter of one module. Subclasses own the parameters and the algebra.
-
-    Attributes:
-        scale: alpha / rank, a plain float so that a step never waits for the device.
-        multiplier: strength; 1 as trained.
-        enabled: whether the forward applies the adapter.
-        trained: whether its parameters are to get gradients.
-    """
-
-    alpha: Tensor  # () float; saved with the weights
-
-    def __init__(
-        self, found: FoundModule, size: RankAlpha, *, multiplier: float = 1.0, dropouts: Dropouts = Dropouts()
-    ) -> None:
-        super().__init__()
-        self.lora_name = found.lora_name
-        self.rank = size.rank
-        self.multiplier = multiplier
-        self.dropouts = dropouts
-        self.enabled = True
-        self.trained = True
-        self.register_buffer("alpha", torch.tensor(float(size.alpha), dtype=torch.float32))
-        self.scale = float(size.alpha) / size.rank
-        self._original_forward: Callable[..., Tensor] | None = None
-        self.bind(found.module)
-
-    # ---- the adapted module ----
-
-    @property
-    def original(self) -> nn.Module:
-        return self._original[0]
-
-    def bind(self, module: nn.Module) -> None:
-        """Adapt ``module`` from now on; for use before ``apply``."""
-        self._original = (module,)  # in a tuple, or nn.Module would register it as our submodule
-
-    @property
-    def is_applied(self) -> bool:
-        return self._original_forward is not None
-
-    def apply_to_original(self) -> None:
-        if self.is_applied:
-            raise RuntimeError(f"{self.lora_name} is applied already")
-        self._original_forward = self.original.forward
-        self.original.forward = self.forward
-
-    def remove_from_original(self) -> None:
-        """Take the hook out again. Networks stacked on one model come off in reverse order."""
-        if self.original.__dict__.get("forward") != self.forward:
-            raise RuntimeError(f"{self.lora_name} is not the outermost adapter of its module")
-        previous = self._original_forward
-        if getattr(previous, "__self__", None) is self.original:
-            del self.original.forward  # back to the class's method
-        else:
-            self.original.forward = previous
-        self._original_forward = None
-
-    # ---- forward ----
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.enabled or self.is_merged:
-            return self._original_forward(x, *args, **kwargs)
-        if self.training and self.dropouts.module and self.is_left_out():
-            return self._original_forward(x, *args, **kwargs)
-        return self.changed_output(x, *args, **kwargs)
-
-    def is_left_out(self) -> bool:
-        """Draw whether the module dropout leaves this forward as the module's own."""
-        # a draw on the CPU needs no wait for the device; checkpointed blocks replay it
-        return torch.rand((), device="cpu").item() < self.dropouts.module
-
-    def changed_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of the adapted module for input ``x``."""
-        return self.add_change(self._original_forward(x, *args, **kwargs), x)
-
-    @abstractmethod
-    def add_change(self, out: Tensor, x: Tensor) -> Tensor:
-        """The module's output ``out`` for input ``x``, changed by the adapter; same shape and dtype."""
-
-    # ---- merging ----
-
-    @abstractmethod
-    def get_weight(self, multiplier: float | None = None) -> Tensor:
-        """The change of the module's weight, float32, in the weight's shape. Default: own multiplier."""
-
-    @property
-    def base_weight(self) -> Tensor:
-        """The module's weight as it was before adapters were merged into it."""
-        state = self.original.__dict__.get(_MERGE_STATE)
-        return self.original.weight if state is None else state.original_weight
-
-    def _own_weight(self) -> nn.Parameter:
-        """The module's weight, to be changed. Raises UserError where it is only computed from a smaller form."""
-        weight = self.original.weight
-        if not isinstance(weight, nn.Parameter):
-            raise UserError(
-                f"{self.lora_name}: its module's weight is kept in fp8, into which nothing can be merged; merge into "
-                "the model as it is in its file"
-            )
-        return weight
-
-    @property
-    def has_merged_weight(self) -> bool:
-        """Whether any adapter is merged into the module's weight."""
-        return _MERGE_STATE in self.original.__dict__
-
-    @property
-    def is_merged(self) -> bool:
-        state = self.original.__dict__.get(_MERGE_STATE)
-        return state is not None and any(adapter is self for adapter in state.adapters)
-
-    @torch.no_grad()
-    def merge_forever(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
-        """Add the change to the module's weight, keeping no copy of it.
-
-        Args:
-            dtype: of the resulting weight; default: as it is. The sum is made in float32.
-            device: where the sum is made; the weight stays where it is.
-        """
-        weight = self._own_weight()
-        weight.data = _merged(weight.data, [self], dtype or weight.dtype, device or weight.device)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Add the change to the module's weight and keep the weight as it was for ``unmerge``."""
-        if self.is_merged:
-            raise RuntimeError(f"{self.lora_name} is merged already")
-        weight = self._own_weight()
-        state = self.original.__dict__.setdefault(_MERGE_STATE, _MergeState(weight.data, []))
-        state.adapters.append(self)
-        weight.data = _merged(state.original_weight, state.adapters, weight.dtype, weight.device)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Undo ``merge``: with the last merged adapter gone the weight is bit for bit as before."""
-        if not self.is_merged:
-            raise RuntimeError(f"{self.lora_name} is not merged")
-        weight = self.original.weight
-        state: _MergeState = self.original.__dict__[_MERGE_STATE]
-        state.adapters[:] = [adapter for adapter in state.adapters if adapter is not self]
-        if state.adapters:
-            weight.data = _merged(state.original_weight, state.adapters, weight.dtype, weight.device)
-        else:
-            weight.data = state.original_weight.to(weight.device)
-            del self.original.__dict__[_MERGE_STATE]
-
-    # ---- state ----
-
-    def set_alpha(self, alpha: float) -> None:
-        self.alpha.fill_(alpha)
-        self.scale = alpha / self.rank
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        alpha = state_dict.get(f"{prefix}alpha")
-        if alpha is not None and not alpha.is_meta:
-            self.scale = float(alpha) / self.rank
-
-    # ---- norms ----
-
-    @abstractmethod
-    def change_norm(self) -> Tensor:
-        """Frobenius norm of the weight change at multiplier 1, a float32 scalar on the parameters' device."""
-
-    @abstractmethod
-    def scale_change(self, ratio: Tensor) -> None:
-        """Multiply the weight change by ``ratio``, a scalar, in place."""
-
-
-@torch.no_grad()
-def merge_all_forever(adapters: Iterable[AdapterModule], device: torch.device | str | None = None) -> None:
-    """Add the changes of many adapters to their modules' weights, keeping no copy of these.
-
-    Each change is that of the weight as it is now, so that the order of several adapters of one module does not
-    matter, and the result is what they do when they are applied together.
-
-    Args:
-        device: where sums are made; weights stay where they are.
-    """
-    by_module: dict[int, list[AdapterModule]] = {}
-    for adapter in adapters:
-        by_module.setdefault(id(adapter.original), []).append(adapter)
-    for stacked in by_module.values():
-        weight = stacked[0]._own_weight()
-        weight.data = _merged(weight.data, stacked, weight.dtype, device or weight.device)
-
-
-def _merged(
-    weight: Tensor, adapters: Iterable[AdapterModule], dtype: torch.dtype, device: torch.device | str
-) -> Tensor:
-    """``weight`` plus the adapters' changes, summed in float32 on ``device``, on the device of ``weight``."""
-    total = weight.to(device=device, dtype=torch.float32)
-    for adapter in adapters:
-        total = total + adapter.get_weight().to(device)
-    return total.to(device=weight.device, dtype=dtype)
 
 
 class AdapterNetwork(nn.Module, ABC):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.base import Dropouts
+from networks.adapter_module import Dropouts
 from networks.lora_module import LoraModule
 from networks.own_product import is_alone, own_product, product
 from networks.targets import FoundModule, RankAlpha

@@ -35,7 +35,8 @@ from torch import Tensor
 from library.architectures.base import LoraTarget
 from library.errors import UserError
 from library.randomness import python_rng
-from networks.base import Dropouts, NetworkPart
+from networks.adapter_module import Dropouts
+from networks.base import NetworkPart
 from networks.lora import UNET, LoraNetwork
 from networks.lora_args import LoraArgs
 from networks.lora_in_pieces import LoraInPieces

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from library.architectures.base import LoraTarget
 from library.architectures.sd import SD
 from library.errors import UserError
-from networks.base import AdapterModule, AdapterNetwork, Dropouts, NetworkPart, RateGroup, as_list
+from networks.adapter_module import AdapterModule, Dropouts
+from networks.base import AdapterNetwork, NetworkPart, RateGroup, as_list
 from networks.dora import DoraModule
 from networks.lora_args import DEFAULT_ALPHA, MODULE_NAME, LoraArgs
 from networks.lora_module import LoraModule

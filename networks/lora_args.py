@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from library.architectures.base import BlockNumbering
 from library.errors import UserError
-from networks.base import Dropouts
+from networks.adapter_module import Dropouts
 from networks.network_args import (
     PatternValues,
     Reader,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.base import LoraTarget
-from networks.base import Dropouts
+from networks.adapter_module import Dropouts
 from networks.lora import UNET, LoraNetwork
 from networks.lora_args import LoraArgs
 from networks.lora_module import LoraModule

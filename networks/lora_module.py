@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.base import AdapterModule, Dropouts
+from networks.adapter_module import AdapterModule, Dropouts
 from networks.targets import FoundModule, RankAlpha
 
 

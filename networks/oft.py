@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from library.architectures.base import LoraTarget
 from library.errors import UserError
-from networks.base import AdapterModule, Dropouts, NetworkPart, as_list
+from networks.adapter_module import AdapterModule, Dropouts
+from networks.base import NetworkPart, as_list
 from networks.lora import UNET, LoraNetwork
 from networks.lora_args import LoraArgs
 from networks.network_args import Reader, read_bool

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from library.architectures.base import LoraTarget
 from library.architectures.flux.targets import DENOISER
 from library.errors import UserError
-from networks.base import AdapterModule, Dropouts
+from networks.adapter_module import AdapterModule, Dropouts
 from networks.flux_args import LoraFluxArgs
 from networks.network_args import Reader, read_bool
 from networks.oft import OftArgs, OftNetwork, generator_of, moved_by

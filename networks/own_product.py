@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.base import AdapterModule
+from networks.adapter_module import AdapterModule
 
 
 def is_alone(adapter: AdapterModule) -> bool:

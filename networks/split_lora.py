@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from networks.base import Dropouts
+from networks.adapter_module import Dropouts
 from networks.lora_in_pieces import LoraInPieces
 from networks.targets import FoundModule, RankAlpha
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import LORA_TARGET, LoraTarget
 from library.errors import UserError, did_you_mean
-from networks.base import AdapterModule, merge_all_forever
+from networks.adapter_module import AdapterModule, merge_all_forever
 from networks.third_party import text_argument
 from networks.weights import read_weights
 

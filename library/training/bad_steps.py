@@ -11,7 +11,7 @@ from library.training.nonfinite import MOST_IN_A_ROW, BadStep, BatchNote, NonFin
 from library.training.replay import Recording, write_recording
 
 if TYPE_CHECKING:
-    from library.training.trainer import Run
+    from library.training.run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from library.training.precision import trained_dtype
 from library.training.resume import check_resumed
 
 if TYPE_CHECKING:
-    from library.training.trainer import Run, Trainer
+    from library.training.run import Run
+    from library.training.trainer import Trainer
 
 #: lines shown at each end of a long list of files
 _SHOWN = 6

@@ -21,7 +21,7 @@ from library.files.hashes import model_hash
 from library.training.text_caching import text_cache_row
 
 if TYPE_CHECKING:
-    from library.training.trainer import Run
+    from library.training.run import Run
 
 #: groups of options that change what is written, shown or kept, but no weight
 HARMLESS_GROUPS = frozenset({"output", "sample", "resume", "validation", "logging", "modelspec", "console", "config"})

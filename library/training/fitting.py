@@ -20,7 +20,8 @@ from library.training.nonfinite import BadStep
 from library.training.previews import PreviewPolicy, draw_previews, of_all_processes, preview_path
 
 if TYPE_CHECKING:
-    from library.training.trainer import Run, Trainer
+    from library.training.run import Run
+    from library.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from library.data.dataset import Batch
 from library.randomness import torch_generator
 
 if TYPE_CHECKING:
-    from library.training.trainer import Run
+    from library.training.run import Run
 
 
 def with_pictures(architecture: Architecture, run: Run, batch: Batch, conditioning: Conditioning) -> Conditioning:

@@ -15,7 +15,7 @@ from library.errors import NoEffect, UserError
 from library.training.text_caching import caches_texts
 
 if TYPE_CHECKING:
-    from library.training.trainer import Run
+    from library.training.run import Run
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from library.inference.generate import DrawOptions
-    from library.training.trainer import Run, Trainer
+    from library.training.run import Run
+    from library.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from library.config.arguments import TrainNetworkOptions
     from library.data.batch import Batch
     from library.training.nonfinite import BadStep, BatchNote
-    from library.training.trainer import Run, Trainer
+    from library.training.run import Run
+    from library.training.trainer import Trainer
 
 _ENTRY, _VERSION = "replay", 1
 #: groups of options that have no part in a step

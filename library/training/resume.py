@@ -22,7 +22,7 @@ from library.training.fingerprint import is_digest
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.training.trainer import Run
+    from library.training.run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from library.architectures.base import Architecture
-    from library.training.trainer import Run
+    from library.training.run import Run
 
 
 def sharding_for(accelerator: Accelerator, *, strict: bool) -> Sharding | None:

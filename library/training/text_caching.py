@@ -32,7 +32,7 @@ from library.training.processes import peers_of
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.training.trainer import Run
+    from library.training.run import Run
 
 logger = logging.getLogger(__name__)
 

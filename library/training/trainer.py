@@ -15,8 +15,8 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,32 +35,30 @@ from library.config.rules import check as check_rules
 from library.data import describe
 from library.data.conditioning import Role, check_roles
 from library.data.dataset import Batch, TrainingData
-from library.data.dataset_config import DatasetConfig, load_dataset_config
+from library.data.dataset_config import load_dataset_config
 from library.diffusion.objective import Objective
 from library.errors import exits_on_user_error
 from library.files.atomic import recover_directory
-from library.files.hub import HubTarget, Uploads, check_target
+from library.files.hub import Uploads, check_target
 from library.inference.prompt_line import SamplePrompt
 from library.launched import is_first_process
 from library.memory.attention import attention_backend
-from library.optim.optimizers import OptimizerChoice, resolve_optimizer
-from library.optim.schedulers import ScheduleSettings, check_scheduler
+from library.optim.optimizers import resolve_optimizer
+from library.optim.schedulers import check_scheduler
 from library.training import precision
 from library.training.caching import CacheJob, cache_latents, inspect_model
-from library.training.checkpoints import OutputNames, SavePolicy, ema_path
+from library.training.checkpoints import OutputNames, ema_path
 from library.training.debug_dataset import show_dataset
 from library.training.dry_run import dry_run
-from library.training.fingerprint import fingerprint
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
-from library.training.logs import TrackerSettings
 from library.training.loop import Trained, run_loop
 from library.training.pictures import with_pictures
-from library.training.plan import RunPlan
 from library.training.previews import draw_image, encode_prompts
 from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
 from library.training.replay import replay
-from library.training.resume import TrainState, go_on, read_state, save_state, standing
+from library.training.resume import go_on, read_state, save_state, standing
+from library.training.run import Checked, Run
 from library.training.settings import (
     hub_target,
     loss_settings,
@@ -73,78 +71,15 @@ from library.training.settings import (
     state_folder,
     tracker_settings,
 )
-from library.training.sharding import Sharding, load_denoiser, sharding_for, share_denoiser, shares_rows
+from library.training.sharding import load_denoiser, sharding_for, share_denoiser, shares_rows
 from library.training.step import NoiseSettings, batch_losses
 from library.training.text_caching import Tokenize, cache_texts, cached_encoders, caches_texts, text_cache_row
 from library.training.validation import Validation, check_validation
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """All that could be found out and refused before anything heavy is loaded."""
-
-    options: TrainNetworkOptions
-    dataset_config: DatasetConfig
-    checkpoint: Any  # the family's own, for its loaders
-    info: ModelInfo
-    optimizer: OptimizerChoice
-    learning_rate_schedule: ScheduleSettings
-    prompts: tuple[SamplePrompt, ...]
-    state_folder: Path | None  # to go on from, and what its record says
-    resumed: TrainState | None
-    trackers: TrackerSettings
-    hub: HubTarget | None
-    seed: int
-
-
-@dataclass
-class Run:
-    """A run in progress."""
-
-    checked: Checked
-    accelerator: Accelerator
-    data: TrainingData
-    plan: RunPlan
-    names: OutputNames
-    policy: SavePolicy
-    objective: Objective
-    weight_dtype: torch.dtype
-    started_at: float
-    start_step: int  # steps done before
-    uploads: Uploads
-    sharding: Sharding | None = None  # of the denoiser over the processes
-    tokenizers: list[Any] = field(default_factory=list)
-    text_encoders: list[nn.Module] = field(default_factory=list)  # on the meta device beside a cache of their outputs
-    prompts: dict[str, Conditioning] = field(default_factory=dict)  # of sample images, by text, where texts are cached
-    denoiser: nn.Module | None = None
-    vae: nn.Module | None = None
-    trained: Trained | None = None
-    record: Any = None  # metadata of what is saved
-    done_steps: int = 0  # when training has ended
-    validation: Validation | None = None
-
-    @cached_property
-    def fingerprint(self) -> dict[str, object]:
-        """What a resumed run must share; read from files and records once, not at every state."""
-        return fingerprint(self)
-
-    @property
-    def options(self) -> TrainNetworkOptions:
-        return self.checked.options
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def caches_latents(self) -> bool:
-        return self.options.dataset.cache_latents or self.options.dataset.cache_latents_to_disk
 
 
 class Trainer(ABC):

@@ -28,7 +28,8 @@ from library.training.settings import noise_settings
 from library.training.work_progress import WorkProgress
 
 if TYPE_CHECKING:
-    from library.training.trainer import Run, Trainer
+    from library.training.run import Run
+    from library.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

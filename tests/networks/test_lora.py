@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
-from networks.base import Dropouts
+from networks.adapter_module import Dropouts
 from networks.lora import LoraModule, create_network
 from networks.targets import FoundModule, RankAlpha
 

@@ -382,7 +382,7 @@ def test_projections_that_are_not_apart_are_refused(tmp_path):
 
 
 def make_split(**dropouts):
-    from networks.base import Dropouts
+    from networks.adapter_module import Dropouts
 
     layer = torch.nn.Linear(8, 12, bias=False)
     found = FoundModule("lora_unet_x_qkv", "x.qkv", layer, widths=(4, 4, 4))

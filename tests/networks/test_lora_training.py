@@ -207,7 +207,7 @@ def test_the_network_may_be_prepared_by_accelerate(tiny_unet, unet_inputs, mixed
 
 
 def test_hooked_modules_compile_without_a_graph_break():
-    from networks.base import Dropouts
+    from networks.adapter_module import Dropouts
     from networks.lora import LoraModule
     from networks.targets import FoundModule, RankAlpha
 
