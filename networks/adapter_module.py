@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from library.errors import UserError
 from networks.targets import FoundModule, RankAlpha
 
-
 _MERGE_STATE = "_adapter_merge"  # attribute of a module whose weight holds merged adapters
 
 
