@@ -59,6 +59,7 @@ def test_nothing_is_learned_where_the_mask_is_black(tmp_path: Path, tiny_sd: Mad
     assert ups and all(not tensor.any() for tensor in ups)  # as they were made
 
 
+@pytest.mark.slow
 def test_all_is_learned_where_the_mask_is_white(tmp_path: Path, tiny_sd: MadeCheckpoint, folder: Path) -> None:
     white = f"conditioning_data_dir = '{draw_masks(tmp_path / 'masks', 255)}'\nflip_aug = true"
     for name, subset in (("plain", "flip_aug = true"), ("white", white)):

@@ -66,7 +66,7 @@ def newest_state(output: Path) -> Path | None:
     return states[-1] if states else None
 
 
-@pytest.mark.parametrize("attempt", range(2))
+@pytest.mark.parametrize("attempt", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_an_arbitrary_moment(
     tmp_path: Path, tiny: Tiny, dataset: Path, uninterrupted: Path, attempt: int
 ) -> None:
@@ -87,7 +87,7 @@ def test_killed_at_an_arbitrary_moment(
     assert_same_weights(tmp_path / "tiny.safetensors", uninterrupted)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal(
     tmp_path: Path, tiny: Tiny, dataset: Path, uninterrupted: Path, number: int, code: int
 ) -> None:

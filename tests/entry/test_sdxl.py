@@ -104,7 +104,7 @@ def crops(size: tuple[int, int], target: tuple[int, int]) -> set[tuple[int, int]
     return {(top, left), (top, over[1] - left)}
 
 
-@pytest.mark.parametrize("no_upscale", [False, True])
+@pytest.mark.parametrize("no_upscale", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_unet_is_told_real_sizes_from_caches_too(
     tmp_path: Path, tiny_sdxl: MadeCheckpoint, told: list[tuple[int, ...]], no_upscale: bool
 ) -> None:
@@ -213,6 +213,7 @@ def test_v_prediction_with_zero_terminal_snr_from_a_folder(
     assert torch.equal(seen[0][0], seen[1][0])
 
 
+@pytest.mark.slow
 def test_the_vae_stays_in_float32(
     tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def assert_compiled_is_the_same(backend: str, *, fp8: bool = False, device: str 
     assert counters["stats"]["unique_graphs"] == made
 
 
+@pytest.mark.slow
 def test_eager_backend_is_bit_for_bit_the_same() -> None:
     assert_compiled_is_the_same("eager", exact=True)
 

@@ -112,8 +112,9 @@ def test_published_names_with_diffusers_modules_load(tmp_path, models):
     save_file(renamed, tmp_path / "diffusers.safetensors")
     again, _ = create_network_from_weights(1.0, str(tmp_path / "diffusers.safetensors"), None, *models)
     again.load_weights(tmp_path / "diffusers.safetensors")
-    assert again.state_dict().keys() == ours.keys()
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in ours.items())
+    loaded = again.state_dict()
+    assert loaded.keys() == ours.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in ours.items())
 
 
 def test_files_of_another_family_are_named(tmp_path, models):
