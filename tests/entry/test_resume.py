@@ -87,7 +87,9 @@ def test_killed_at_an_arbitrary_moment(
     assert_same_weights(tmp_path / "tiny.safetensors", uninterrupted)
 
 
-@pytest.mark.parametrize(("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_stopped_by_a_signal(
     tmp_path: Path, tiny: Tiny, dataset: Path, uninterrupted: Path, number: int, code: int
 ) -> None:
