@@ -189,6 +189,19 @@ def _leftovers(folder: Path) -> tuple[str, ...]:
         return tuple(e.name for e in entries if e.name.startswith(".") and e.name.endswith(".tmp"))
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if they are missing.
+
+    Raises:
+        UserError: the disk is full, or it cannot be made there.
+    """
+    try:
+        with _clear_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: the folder cannot be made: {error.strerror}") from None
+
+
 def _clear(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import UserError
 from library.files import atomic
 
 if TYPE_CHECKING:
@@ -34,10 +33,7 @@ def save_png(image: Image, path: Path | str, settings: Mapping[str, str]) -> Non
     data = io.BytesIO()
     image.save(data, format="PNG", pnginfo=info)
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent}: the folder cannot be made: {error.strerror}") from None
+    atomic.make_folder(path.parent)
     atomic.write_bytes(path, data.getvalue())
 
 

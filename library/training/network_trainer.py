@@ -21,6 +21,7 @@ from library.config.arguments import TrainNetworkOptions
 from library.data import describe
 from library.data.dataset import Batch
 from library.errors import UserError, did_you_mean
+from library.files.atomic import make_folder
 from library.optim.fused_backward import fuse_into_backward
 from library.optim.param_groups import default_descriptions, lr_log_entries
 from library.optim.schedulers import create_scheduler, scheduler_name
@@ -384,7 +385,7 @@ class NetworkTrainer(Trainer):
         )
 
     def write_weights(self, run: Run, path: Path, *, step: int, epoch: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         dtype = SAVE_DTYPES.get(run.options.output.save_precision or "")
         network = run.accelerator.unwrap_model(self._network)
         metadata = run.record.at_save(step=step, epoch=epoch)

@@ -15,6 +15,7 @@ from library.files.atomic import (
     MANIFEST_NAME,
     atomic_directory,
     atomic_path,
+    make_folder,
     read_manifest,
     recover_directory,
     remove_tree,
@@ -209,3 +210,15 @@ def test_a_removed_folder_never_comes_back(tmp_path: Path, monkeypatch: pytest.M
         remove_tree(folder)
     recover_directory(folder)
     assert not folder.exists()
+
+
+def test_a_folder_that_a_full_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(UserError, match="sample: the disk is full"):
+        make_folder(tmp_path / "sample")
