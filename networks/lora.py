@@ -82,7 +82,17 @@ class LoraNetwork(AdapterNetwork):
         neuron_dropout: float | None = None,
         **kwargs: object,
     ) -> Self:
-        """See ``create_network``."""
+        """A new network that changes nothing yet: ``create_network`` of the module protocol.
+
+        Args:
+            network_dim: rank, default 4.
+            network_alpha: default 1; 0 stands for the rank.
+            vae: part of the protocol; VAEs carry no adapters.
+            kwargs: the network args, as text.
+
+        Raises:
+            UserError: wrong network args or rank.
+        """
         args = cls.args_of(kwargs, target_of(unet, cls.default_denoiser))
         rank = DEFAULT_RANK if network_dim is None else network_dim
         alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha
@@ -112,7 +122,16 @@ class LoraNetwork(AdapterNetwork):
         neuron_dropout: float | None = None,
         **kwargs: object,
     ) -> tuple[Self, Mapping[str, Tensor]]:
-        """See ``create_network_from_weights``."""
+        """A network with the modules, ranks and alphas of a file, and the file's tensors, which are not loaded yet.
+
+        Args:
+            file: read unless ``weights_sd`` holds its tensors already.
+            for_inference: without gradients and in eval mode.
+            kwargs: network args that do not give ranks (dropouts, rates), as text.
+
+        Raises:
+            UserError: unreadable file, tensors that fit no module of the models, or wrong network args.
+        """
         if idle := [key for key in cls.args_class.rank_keys if kwargs.get(key) is not None]:
             raise UserError(f"--network_args {', '.join(idle)}: no effect where ranks and alphas come from a file")
         args = cls.args_of(kwargs, target_of(unet, cls.default_denoiser))
@@ -231,51 +250,5 @@ def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget 
     LoraNetwork.args_of(network_args, denoiser)
 
 
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: nn.Module | None,
-    text_encoder: nn.Module | Sequence[nn.Module] | None,
-    unet: nn.Module,
-    neuron_dropout: float | None = None,
-    **kwargs: object,
-) -> LoraNetwork:
-    """A new network that changes nothing yet.
-
-    Args:
-        network_dim: rank, default 4.
-        network_alpha: default 1; 0 stands for the rank.
-        vae: part of the protocol; VAEs carry no adapters.
-        kwargs: the network args, as text.
-
-    Raises:
-        UserError: wrong network args or rank.
-    """
-    return LoraNetwork.create(multiplier, network_dim, network_alpha, vae, text_encoder, unet, neuron_dropout, **kwargs)
-
-
-def create_network_from_weights(
-    multiplier: float,
-    file: str | None,
-    vae: nn.Module | None,
-    text_encoder: nn.Module | Sequence[nn.Module] | None,
-    unet: nn.Module,
-    weights_sd: Mapping[str, Tensor] | None = None,
-    for_inference: bool = False,
-    neuron_dropout: float | None = None,
-    **kwargs: object,
-) -> tuple[LoraNetwork, Mapping[str, Tensor]]:
-    """A network with the modules, ranks and alphas of a file, and the file's tensors, which are not loaded yet.
-
-    Args:
-        file: read unless ``weights_sd`` holds its tensors already.
-        for_inference: without gradients and in eval mode.
-        kwargs: network args that do not give ranks (dropouts, rates), as text.
-
-    Raises:
-        UserError: unreadable file, tensors that fit no module of the models, or wrong network args.
-    """
-    return LoraNetwork.create_from_weights(
-        multiplier, file, vae, text_encoder, unet, weights_sd, for_inference, neuron_dropout, **kwargs
-    )
+create_network = LoraNetwork.create
+create_network_from_weights = LoraNetwork.create_from_weights

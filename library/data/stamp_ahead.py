@@ -48,7 +48,9 @@ def deliver_stamps(folder: str, to: int) -> None:
             except OSError:
                 continue
         block = marshal.dumps(found)
-        os.write(to, len(block).to_bytes(_LENGTH, "little") + block)
+        block = len(block).to_bytes(_LENGTH, "little") + block
+        if os.write(to, block) < len(block):
+            return  # the disk is full: after half a block nothing would be read right
 
 
 class StampsAhead:

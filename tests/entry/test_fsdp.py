@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.entry.test_processes import DESCENT
 from tests.entry.test_resume import GENERAL, assert_same_weights, hard
 from tests.fixtures.families import FLUX, Tiny
 from tests.fixtures.runs import (
@@ -66,13 +67,8 @@ def test_two_that_share_the_model_are_one_with_all_of_it(tmp_path: Path, tiny: T
     pictures = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 5)
     (tmp_path / "prompts.txt").write_text("".join(f"a cat --w 64 --h 64 --s {n} --d {n}\n" for n in (1, 2, 3)))
     settings = {
-        "optimizer_type": "SGD",
-        "learning_rate": 1.0,
-        "max_grad_norm": 0,
-        "max_train_steps": 3,
-        "save_every_n_steps": 1,
+        **DESCENT,
         "validate_every_n_steps": 2,
-        "cache_latents": True,
         "sample_prompts": tmp_path / "prompts.txt",
         "sample_at_first": True,
     }

@@ -13,24 +13,26 @@ from tests.entry.test_resume import GENERAL, assert_same_weights, hard
 from tests.fixtures.families import Tiny
 from tests.fixtures.runs import launch_script, make_pictures, write_dataset
 
+#: gradient descent at rate 1: what a step changes is the gradient
+DESCENT = {
+    "optimizer_type": "SGD",
+    "learning_rate": 1.0,
+    "max_grad_norm": 0,
+    "max_train_steps": 3,
+    "save_every_n_steps": 1,
+    "cache_latents": True,
+}
+
 
 def test_two_at_batch_1_are_one_at_batch_2(tmp_path: Path, tiny: Tiny) -> None:
     """Plain gradient descent at rate 1, so that what a step changes is the gradient, to 1e-6."""
     pictures = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 2)
     (tmp_path / "prompts.txt").write_text("".join(f"a cat --w 64 --h 64 --s 1 --d {seed}\n" for seed in (1, 2, 3)))
-    settings = {
-        "optimizer_type": "SGD",
-        "learning_rate": 1.0,
-        "max_grad_norm": 0,
-        "max_train_steps": 3,
-        "save_every_n_steps": 1,
-        "cache_latents": True,
-    }
     drawn = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 3, "save_state_on_train_end": True}
     one = write_dataset(tmp_path / "one.toml", pictures, dataset="batch_size = 2")
-    tiny.train(one, tmp_path / "one", **settings)
+    tiny.train(one, tmp_path / "one", **DESCENT)
     two = write_dataset(tmp_path / "two.toml", pictures, dataset="batch_size = 1")
-    done = tiny.launch(2, two, tmp_path / "two", **settings, **drawn)
+    done = tiny.launch(2, two, tmp_path / "two", **DESCENT, **drawn)
     assert [process.code for process in done] == [0, 0], done[0].text + done[1].text
 
     before: dict[str, torch.Tensor] = {}

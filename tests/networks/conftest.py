@@ -57,12 +57,12 @@ def make_tiny_unet():
     return unet.requires_grad_(False).eval()
 
 
-def make_tiny_text_encoder():
+def make_tiny_text_encoder(width: int = 16, inner: int = 24):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(1)
     config = CLIPTextConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=50, hidden_size=width, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     return CLIPTextModel(config).requires_grad_(False).eval()
