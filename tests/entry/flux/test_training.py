@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import re
 import shlex
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from library.architectures.flux import FLUX, Flux
@@ -24,9 +22,7 @@ from library.architectures.flux.options import FluxModelOptions
 from library.config.config_file import read_args
 from tests.fixtures.runs import (
     ROOT,
-    Made,
     logged,
-    lora_arguments,
     make_pictures,
     metadata_of,
     train_here,
@@ -34,48 +30,11 @@ from tests.fixtures.runs import (
 )
 from tests.fixtures.tiny_flux import MadeFlux, make_tiny_controlnet, make_tiny_flux
 from tests.fixtures.tiny_flux_files import write_bundle, write_diffusers_folder, write_pipeline
-from tests.fixtures.tiny_sd import make_tiny_sd
-from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
 PAGE = ROOT / "docs" / "flux_train_network.md"
 Train = Callable[..., dict[str, Tensor]]
-
-
-@pytest.fixture(scope="module")
-def dev(tmp_path_factory: pytest.TempPathFactory) -> MadeFlux:
-    return make_tiny_flux(tmp_path_factory.mktemp("dev"))
-
-
-@pytest.fixture(scope="module")
-def schnell(tmp_path_factory: pytest.TempPathFactory) -> MadeFlux:
-    return make_tiny_flux(tmp_path_factory.mktemp("schnell"), model="schnell")
-
-
-@pytest.fixture(scope="module")
-def chroma(tmp_path_factory: pytest.TempPathFactory) -> MadeFlux:
-    return make_tiny_flux(tmp_path_factory.mktemp("chroma"), model="chroma")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_pictures(tmp_path / "pictures", ((64, 64), (100, 44), (64, 66)))
-
-
-@pytest.fixture
-def train(tmp_path: Path, folder: Path, dev: MadeFlux) -> Train:
-    """A run of three steps in this process; returns the weights it saves as ``<name>/tiny.safetensors``."""
-
-    def run(
-        name: str, *, model: MadeFlux = dev, dataset: str = "", subset: str = "", **more: object
-    ) -> dict[str, Tensor]:
-        data = write_dataset(tmp_path / f"{name}.toml", folder, dataset=f"batch_size = 2\n{dataset}", subset=subset)
-        settings = {"network_module": "networks.lora_flux", "max_train_steps": 3, **more}
-        train_here(*lora_arguments(model, data, tmp_path / name, **settings), script="flux_train_network")
-        return load_file(tmp_path / name / "tiny.safetensors")
-
-    return run
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], atol: float = 0.0) -> None:
@@ -493,105 +452,6 @@ def test_beside_a_controlnet(
         assert words in capsys.readouterr().err
 
 
-# ---- mistakes ----
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"clip_l": None}, ["--clip_l: name the CLIP-L", "--model_type chroma"]),
-        ({"t5xxl": None}, ["--t5xxl: name the T5-XXL"]),
-        ({"ae": None}, ["--ae: name the autoencoder"]),
-        ({"ae": "no/such.safetensors"}, ["--ae no/such.safetensors: no such file"]),
-        ({"t5xxl": "no/such.safetensors"}, ["--t5xxl no/such.safetensors: no such file"]),
-        (
-            {"model_type": "chroma", "guidance_scale": 0, "apply_t5_attn_mask": True, "clip_l": None},
-            ["FLUX.1 dev", "use --model_type flux"],
-        ),
-        (
-            {"model_type": "chroma", "guidance_scale": 0, "clip_l": None},
-            ["Chroma is made for masked captions; add --apply_t5_attn_mask"],
-        ),
-        (
-            {"model_type": "chroma", "apply_t5_attn_mask": True, "clip_l": None},
-            ["--guidance_scale 3.5: Chroma is made for 0"],
-        ),
-        ({"guidance_scale": -1}, ["--guidance_scale -1: must be at least 0"]),
-        ({"t5xxl_max_token_length": 0}, ["--t5xxl_max_token_length 0: must be at least 1"]),
-        ({"network_train_unet_only": True, **T5}, ["train_t5xxl=True: not with --network_train_unet_only"]),
-        ({"blocks_to_swap": 2}, ["--blocks_to_swap: "]),
-        ({"split_mode": True}, ["--split_mode: "]),
-        ({"sample_sampler": "euler_a", "sample_prompts": "p.txt", "sample_at_first": True}, ['"euler_a"']),
-        ({"network_module": "networks.lora"}, ["networks.lora:", "networks.lora_flux"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
-)
-def test_mistakes_are_one_line(
-    train: Train,
-    tmp_path: Path,
-    settings: dict[str, object],
-    words: list[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("p.txt").write_text("a cat\n")
-    monkeypatch.setattr(Flux, "load_denoiser", lambda *_, **__: pytest.fail("weights were loaded"))
-    with pytest.raises(SystemExit) as ended:
-        train("out", **settings)
-    said = capsys.readouterr().err
-    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert ended.value.code == 2 and all(word in error for word in words), error
-
-
-def test_files_that_are_swapped_are_named(
-    train: Train, dev: MadeFlux, chroma: MadeFlux, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """One line each: the option, the file, and what that is."""
-    assert dev.clip_l is not None
-    pointer = tmp_path / "pointer.safetensors"
-    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
-    kinds = {
-        "pretrained_model_name_or_path": (dev.path, "a FLUX.1 model"),
-        "clip_l": (dev.clip_l, "a bare CLIP text encoder"),
-        "t5xxl": (dev.t5xxl, "a T5 text encoder"),
-        "ae": (dev.ae, "a VAE"),
-        "chroma": (chroma.path, "Chroma"),
-        "pointer": (pointer, "a git-lfs pointer"),
-        "folder": (tmp_path, "no weight file"),
-    }
-    flags = ("pretrained_model_name_or_path", "clip_l", "t5xxl", "ae")
-    for flag, (own, (path, what)) in itertools.product(flags, kinds.items()):
-        if flag == own:
-            continue
-        with pytest.raises(SystemExit):
-            train("out", **{flag: path})
-        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert error.startswith(f"error: --{flag} {path}") and what in error, error
-
-
-@pytest.mark.parametrize(("script", "make"), [("train_network", make_tiny_sd), ("sdxl_train_network", make_tiny_sdxl)])
-def test_scripts_of_other_families_name_a_file_of_flux(
-    script: str,
-    make: Callable[..., Made],
-    tmp_path: Path,
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    dev: MadeFlux,
-) -> None:
-    data, own = write_dataset(tmp_path / "d.toml", folder), make(tmp_path / "own.safetensors")
-    for path, what in ((dev.path, "a FLUX.1 model; use flux_train_network.py"), (dev.t5xxl, "a T5 text encoder")):
-        with pytest.raises(SystemExit):
-            flags = lora_arguments(own, data, tmp_path / "out", pretrained_model_name_or_path=path)
-            train_here(*flags, script=script)
-        assert f"error: --pretrained_model_name_or_path {path} is {what}" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        given = {"pretrained_model_name_or_path": own.path, "network_module": "networks.lora_flux"}
-        train_here(*lora_arguments(dev, data, tmp_path / "out", **given), script="flux_train_network")
-    said = capsys.readouterr().err
-    assert f"error: --pretrained_model_name_or_path {own.path} is a Stable" in said and f"use {script}.py" in said
-
-
 COMMANDS = [
     shlex.split(line)
     for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
@@ -626,22 +486,3 @@ def test_commands_of_the_page(tmp_path: Path, folder: Path, dev: MadeFlux, chrom
         getattr(module, tool[Path(script).stem])().run(read_args(module.setup_parser(), given))
     assert {path.stem for path in (tmp_path / "out").glob("*.safetensors")} == {"my_lora", "my_chroma_lora"}
     assert len(list(folder.glob("*_flux.npz"))) == len(list(folder.glob("?_flux_te.npz"))) == 3
-
-
-def test_what_has_no_effect_is_said(train: Train, dev: MadeFlux, capsys: pytest.CaptureFixture[str]) -> None:
-    train("out", max_train_steps=1, clip_skip=2, weighted_captions=True, max_token_length=150, vae=dev.ae, v2=True)
-    said = capsys.readouterr().err
-    for name in ("clip_skip", "weighted_captions", "max_token_length", "vae", "v2"):
-        assert f"--{name} has no effect with FLUX.1" in said
-
-
-def test_what_chroma_has_no_use_for_is_said(
-    train: Train, dev: MadeFlux, chroma: MadeFlux, capsys: pytest.CaptureFixture[str]
-) -> None:
-    useless = {"clip_l": dev.clip_l, "text_encoder_lr": 1e-3, "max_train_steps": 1, "model": chroma}
-    train("out", **useless)
-    said = capsys.readouterr().err
-    assert "--clip_l has no effect with --model_type chroma" in said
-    assert "--text_encoder_lr has no effect with Chroma" in said
-    train("t5", **useless, **T5)
-    assert "--text_encoder_lr" not in capsys.readouterr().err
