@@ -19,6 +19,9 @@ from torch.nn import functional
 #: elements of a matrix of probabilities that are kept at most: 64 MB in half precision
 MOST_KEPT = 32 * 2**20
 
+#: scores in float32 that are worked on at a time: 8 MB, which stay in the processor's cache
+SCORES_AT_A_TIME = 2 * 2**20
+
 
 class _KeptProbabilities(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v. Scores and softmax are float32, as in torch's kernel; products are half precision."""
@@ -28,8 +31,7 @@ class _KeptProbabilities(torch.autograd.Function):
         ctx.scale = query.shape[-1] ** -0.5
         # autocast would compute the scores in half precision: steps of 1/16 where they lie above 16
         with torch.autocast(query.device.type, enabled=False):
-            scores = torch.bmm(query.float() * ctx.scale, key.float().transpose(1, 2))  # (B*H, T, S)
-            probabilities = torch.softmax(scores, dim=-1).to(query.dtype)
+            probabilities = _probabilities(query.float() * ctx.scale, key.float().transpose(1, 2), query.dtype)
             ctx.save_for_backward(query, key, value, probabilities)
             return torch.bmm(probabilities, value)
 
@@ -45,6 +47,21 @@ class _KeptProbabilities(torch.autograd.Function):
             of_query = torch.bmm(of_scores, key).mul_(ctx.scale)
             of_key = torch.bmm(of_scores.transpose(1, 2), query).mul_(ctx.scale)
         return of_query, of_key, of_value
+
+
+def _probabilities(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """softmax of (B*H, T, D) times (B*H, D, S), some heads at a time: (B*H, T, S) of ``dtype``."""
+    heads, tokens, keys = query.shape[0], query.shape[1], key.shape[2]
+    at_a_time = max(1, SCORES_AT_A_TIME // (tokens * keys))
+    if at_a_time >= heads:
+        return torch.softmax(torch.bmm(query, key), dim=-1).to(dtype)
+    probabilities = torch.empty((heads, tokens, keys), dtype=dtype)
+    scratch = torch.empty((at_a_time, tokens, keys), dtype=query.dtype)
+    for start in range(0, heads, at_a_time):
+        part = slice(start, min(start + at_a_time, heads))
+        scores = torch.bmm(query[part], key[part], out=scratch[: part.stop - start])
+        probabilities[part] = torch.softmax(scores, dim=-1, out=scores)
+    return probabilities
 
 
 def is_quicker(query: Tensor, key: Tensor) -> bool:

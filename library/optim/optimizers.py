@@ -80,6 +80,11 @@ _UNFIT = {
 
 _ADAFACTOR = "transformers.optimization.Adafactor"
 
+#: on the CPU their fused form takes a third of the time; benchmarks/RESULTS.md. torch never takes it by itself
+_QUICKER_FUSED = ("torch.optim.AdamW", "torch.optim.Adam")
+#: arguments with which one chooses a form oneself
+_OTHER_FORMS = {"fused", "foreach", "capturable", "differentiable"}
+
 #: of schedule-free optimizers whose weights for use are in place
 _TRAINED_WEIGHTS: WeakKeyDictionary[torch.optim.Optimizer, list[torch.Tensor]] = WeakKeyDictionary()
 
@@ -150,8 +155,11 @@ class OptimizerChoice:
                     "--text_encoder_lr, and no LoRA+ ratios and block rates"
                 )
         kind = _import_class(self.path)
+        args = dict(self.args)
+        if self.path in _QUICKER_FUSED and not _OTHER_FORMS & args.keys() and _are_float32_on_host(groups):
+            args["fused"] = True
         try:
-            return kind(groups, lr=rate, **self.args)
+            return kind(groups, lr=rate, **args)
         except Exception as error:  # anyone's class: whatever it raises is about what it was given
             raise UserError(f"--optimizer_type {self.name}: {_one_line(error)}; see --optimizer_args") from error
 
@@ -172,6 +180,11 @@ class OptimizerChoice:
         elif inner not in _TRAINED_WEIGHTS:
             _TRAINED_WEIGHTS[inner] = [p.detach().clone() for p in parameters]
             inner.eval()
+
+
+def _are_float32_on_host(groups: Sequence[Mapping[str, Any]]) -> bool:
+    parameters = [p for group in groups for p in group["params"]]
+    return all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)
 
 
 def resolve_optimizer(

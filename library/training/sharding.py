@@ -13,6 +13,7 @@ from torch import nn
 
 from library.config.no_effect import report
 from library.errors import NoEffect, UserError
+from library.memory.host_convolution import convolve_as_products
 from library.memory.sharding import Sharding, share_out, shares_of
 from library.training.launch import asked_sharding
 from library.training.precision import InFp8
@@ -52,8 +53,11 @@ def load_denoiser(run: Run, architecture: Architecture) -> nn.Module:
         # FSDP takes contiguous weights only. And where it hands on a batch of one with channels last, strides change:
         # layers would work in another layout than when a checkpointed block runs again, and dropout draw otherwise
         return denoiser
-    # convolutions are faster so; benchmarks/RESULTS.md has the figure. Linear layers stay as they are
-    return denoiser.to(memory_format=torch.channels_last)
+    # convolutions are faster so; benchmarks/RESULTS.md has the figures. Linear layers stay as they are
+    denoiser = denoiser.to(memory_format=torch.channels_last)
+    if run.device.type == "cpu":
+        convolve_as_products(denoiser)
+    return denoiser
 
 
 def share_denoiser(run: Run, architecture: Architecture) -> None:
