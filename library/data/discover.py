@@ -17,6 +17,7 @@ from library.data.metadata_cache import Entry, MetadataCache, no_collection, rem
 from library.data.metadata_file import read_metadata
 from library.data.picture_folder import PictureFolder
 from library.data.records import ImageRecord
+from library.data.stamp_ahead import has_caption
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,8 @@ def _in_folder(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None
             problems.append(f"{subset.where}: image_dir: {folder}: none of its {len(bad)} pictures can be read")
         if problems:
             raise UserError("\n".join(problems))
+    if not others:
+        return found  # type: ignore[return-value]
     shared: dict[object, object] = {}
     return [
         ImageRecord(folder, f.name, _shared(f.size, shared), f.caption, index)  # type: ignore[arg-type]
@@ -235,25 +238,26 @@ class _Look:
 
     def __call__(self, pictures: Sequence[str]) -> list[_Found | ImageRecord]:
         if self._cache is None:
-            return [self._read(picture, file, None) for picture, file in self._files.captioned(pictures)]
+            return [self._read(picture, None) for picture in pictures if not self._files.is_folder(picture)]
         found: list[_Found | ImageRecord] = []
         folder, index, shared, look_up = self._folder, self._index, self._shared, self._cache.look_up
         # stamped before the contents are read: what changes in between is out of date next time
-        for picture, file, read_from in self._files.stamped(pictures):
-            entry = look_up(picture, read_from)
+        for picture, stamp in self._files.stamped(pictures):
+            entry = look_up(picture, stamp)
             if entry is None:
-                found.append(self._read(picture, file, read_from))
+                if not self._files.is_folder(picture):
+                    found.append(self._read(picture, stamp))
                 continue
             size = tuple(entry["resolution"])
-            caption = self._class_tokens if file is None else entry["caption"]
+            caption = entry["caption"] if has_caption(stamp) else self._class_tokens
             if caption is None:
                 found.append(_Found(picture, size, None, entry, is_new=False))
             else:
                 found.append(ImageRecord(folder, picture, shared.get(size) or _shared(size, shared), caption, index))
         return found
 
-    def _read(self, picture: str, file: str | None, read_from: str | None) -> _Found:
-        path = self._files.path
+    def _read(self, picture: str, read_from: str | None) -> _Found:
+        path, file = self._files.path, self._files.caption(picture)
         size = self._known.get(picture) or _or_error(read_size, path(picture))
         text = self._class_tokens if file is None else _or_error(read_caption, path(file))
         if read_from is None or isinstance(size, UserError) or isinstance(text, UserError):

@@ -1,6 +1,6 @@
-"""Stamps of a folder's files, taken by a second process from the end while the first one works from the beginning.
+"""Stamps of a folder's pictures, taken by a second process from the end while the first one works from the beginning.
 
-Asking the system for a file's size and time is most of the work of a start where everything is remembered, and threads
+Asking the system for files' sizes and times is most of the work of a start where everything is remembered, and threads
 of one process would only wait for each other's lock. Neither process waits for the other: what the second one has found
 by the time the first one gets there is used, and where there is no free core the first one does it all. This file is
 also the program that the second process runs, so it imports nothing of the suite's, and starts in 10 ms.
@@ -14,37 +14,98 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-#: files between two deliveries, a few ms of work
-_BLOCK = 2048
+#: pictures between two deliveries, a few ms of work
+_BLOCK = 1024
 
 #: bytes before each delivery that say how long it is
 _LENGTH = 8
 
+#: names that differ in case only are one file there
+_IGNORES_CASE = sys.platform in ("win32", "darwin")
 
-def file_stamp(name: str, folder: int | None = None) -> str:
-    """Size in bytes and time of the last change in ns.
+
+def pictures_and_others(names: Sequence[str], endings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names of a folder's pictures, and its other names; hidden files are no pictures.
 
     Args:
-        folder: descriptor of the folder that ``name`` is in; a path otherwise.
+        endings: of pictures' names, in small letters.
+    """
+    pictures: list[str] = []
+    others: list[str] = []
+    kinds: dict[str, bool] = {}  # by the part after the last dot
+    for name in names:
+        ending = name.rpartition(".")[2]
+        is_picture = kinds.get(ending)
+        if is_picture is None:
+            is_picture = kinds[ending] = f".{ending}".lower() in endings
+        (pictures if is_picture and name[0] != "." else others).append(name)
+    return pictures, others
+
+
+def by_name(names: Sequence[str]) -> dict[str, str]:
+    """Names of files as the system tells them apart -> as they are written."""
+    return {name.lower(): name for name in names} if _IGNORES_CASE else dict(zip(names, names, strict=True))
+
+
+def caption_of(picture: str, others: Mapping[str, str], extension: str) -> str | None:
+    """The caption file of a picture, ``<stem><extension>``, or that of the picture it was cut from.
+
+    The latter is the stem without its last four parts (``name_x0_y0_x1_y1``).
+
+    Args:
+        others: the folder's files that are no pictures, from ``by_name``.
+    """
+    stem = picture.rpartition(".")[0]
+    wanted = stem + extension
+    caption = others.get(wanted.lower() if _IGNORES_CASE else wanted)
+    if caption is None and stem.count("_") >= 4:
+        wanted = stem.rsplit("_", 4)[0] + extension
+        caption = others.get(wanted.lower() if _IGNORES_CASE else wanted)
+    return caption
+
+
+def stamp_of(picture: str, caption: str | None, folder: int | None = None) -> str:
+    """What tells a picture and its caption from later ones: sizes in bytes, times of the last change, caption's name.
+
+    Args:
+        picture: its path, or its name in ``folder``; as ``caption`` is.
+        folder: descriptor of the folder that both are in.
 
     Raises:
-        OSError: it is gone, or a link that leads nowhere.
+        OSError: one is gone, or a link that leads nowhere.
     """
-    found = os.stat(name, dir_fd=folder)
-    return f"{found.st_size} {found.st_mtime_ns}"
+    found = os.stat(picture, dir_fd=folder)
+    if caption is None:
+        return f"{found.st_size} {found.st_mtime_ns}"
+    beside = os.stat(caption, dir_fd=folder)
+    name = caption if folder is not None else os.path.basename(caption)
+    return f"{found.st_size} {found.st_mtime_ns} {beside.st_size} {beside.st_mtime_ns} {name}"
 
 
-def deliver_stamps(folder: str, to: int) -> None:
-    """Write the stamps of all files to a file, block by block, the last names first; nothing of files that are gone."""
-    names = sorted(os.listdir(folder), reverse=True)
+def has_caption(stamp: str) -> bool:
+    """Whether a stamp is of a picture with a caption file."""
+    return stamp.count(" ") > 1
+
+
+def deliver_stamps(folder: str, extension: str, endings: Sequence[str], to: int) -> None:
+    """Write the stamps of all pictures to a file, block by block, the last names first; nothing of what is gone.
+
+    Args:
+        extension: of caption files.
+        endings: see ``pictures_and_others``.
+    """
+    pictures, others = pictures_and_others(os.listdir(folder), endings)
+    pictures.sort(reverse=True)
+    captions = by_name(others)
     opened = os.open(folder, os.O_RDONLY)
-    for start in range(0, len(names), _BLOCK):
+    for start in range(0, len(pictures), _BLOCK):
         found = {}
-        for name in names[start : start + _BLOCK]:
+        for picture in pictures[start : start + _BLOCK]:
             try:
-                found[name] = file_stamp(name, opened)
+                found[picture] = stamp_of(picture, caption_of(picture, captions, extension), opened)
             except OSError:
                 continue
         block = marshal.dumps(found)
@@ -56,7 +117,7 @@ def deliver_stamps(folder: str, to: int) -> None:
 class StampsAhead:
     """What ``deliver_stamps`` has found so far in a second process; nothing where there cannot be one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, extension: str, endings: Sequence[str]) -> None:
         self._found: dict[str, str] = {}
         self._lock = threading.Lock()
         self._read = 0  # bytes of the delivered
@@ -64,7 +125,7 @@ class StampsAhead:
         if not sys.executable or sys.platform == "win32" or (os.cpu_count() or 1) < 2:
             return
         # neither site-packages nor the environment's settings: it needs nothing of either
-        command = [sys.executable, "-I", "-S", __file__, str(folder)]
+        command = [sys.executable, "-I", "-S", __file__, str(folder), extension, *endings]
         try:
             self._delivered = tempfile.TemporaryFile(buffering=0)
             self._process = subprocess.Popen(
@@ -74,7 +135,7 @@ class StampsAhead:
             return
 
     def stamps(self) -> dict[str, str]:
-        """By name, those that are here by now; the same object each time."""
+        """By picture, those that are here by now; the same object each time."""
         if self._process is not None:
             with self._lock:
                 self._take()
@@ -101,4 +162,4 @@ class StampsAhead:
 
 
 if __name__ == "__main__":
-    deliver_stamps(sys.argv[1], sys.stdout.fileno())
+    deliver_stamps(sys.argv[1], sys.argv[2], sys.argv[3:], sys.stdout.fileno())

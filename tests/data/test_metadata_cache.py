@@ -18,9 +18,10 @@ from PIL import Image
 from library.data import discover as module
 from library.data import stamp_ahead
 from library.data.dataset import TrainingData
-from library.data.image_io import read_size
+from library.data.image_io import EXTENSIONS, read_size
 from library.data.metadata_cache import NAME
-from library.data.stamp_ahead import StampsAhead
+from library.data.picture_folder import PictureFolder
+from library.data.stamp_ahead import StampsAhead, has_caption
 from tests.data.samples import SIZES
 
 Make = Callable[..., TrainingData]
@@ -249,12 +250,20 @@ def test_with_a_second_process_what_changed_is_read_again_all_the_same(
 
 
 def test_the_second_process_stamps_as_the_first_would(folder: Path) -> None:
-    files = {path.name: path.stat() for path in folder.iterdir()}
-    stamps = {name: f"{found.st_size} {found.st_mtime_ns}" for name, found in files.items()}
-    ahead = StampsAhead(folder)
+    (folder / "more.d").mkdir()
+    (folder / ".hidden.png").write_bytes(b"no picture")
+    (folder / "alone.WEBP").write_bytes(b"without a caption")
+    (folder / "cut_0_0_8_8.jpg").write_bytes(b"its caption is that of the whole")
+    (folder / "cut.txt").write_text("a whole", encoding="utf-8")
+    with PictureFolder(folder, ".txt") as files:
+        assert {"alone.WEBP", "cut_0_0_8_8.jpg"} < set(files.pictures)
+        stamps = dict(files.stamped(files.pictures))
+    assert stamps["alone.WEBP"].split()[0] == "17" and not has_caption(stamps["alone.WEBP"])
+    assert stamps["cut_0_0_8_8.jpg"].endswith(" cut.txt") and has_caption(stamps["cut_0_0_8_8.jpg"])
+    ahead = StampsAhead(folder, ".txt", EXTENSIONS)
     try:
         deadline = time.monotonic() + 30
-        while len(ahead.stamps()) < len(files) and time.monotonic() < deadline:
+        while len(ahead.stamps()) < len(stamps) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert ahead.stamps() == stamps
     finally:
@@ -267,17 +276,25 @@ def test_it_delivers_the_last_names_first_and_each_block_by_itself(
     monkeypatch.setattr(stamp_ahead, "_BLOCK", 1)
     file = tmp_path / "delivered"
     with open(file, "wb", buffering=0) as to:
-        stamp_ahead.deliver_stamps(str(folder), to.fileno())
+        stamp_ahead.deliver_stamps(str(folder), ".txt", EXTENSIONS, to.fileno())
     names, content = [], file.read_bytes()
     while content:
         length = int.from_bytes(content[:8], "little")
         names += marshal.loads(content[8 : 8 + length])
         content = content[8 + length :]
-    assert names == sorted((path.name for path in folder.iterdir()), reverse=True)
+    assert names == sorted(SIZES, reverse=True)
+
+
+@pytest.mark.parametrize("subset", [ON, "cache_info = false"])
+def test_a_folder_that_is_named_like_a_picture_is_none(make_data: Make, folder: Path, subset: str) -> None:
+    (folder / "folder.png").mkdir()
+    for _ in range(2):
+        records = make_data(subset=subset).datasets[0].records
+        assert sorted(r.name for r in records) == sorted(SIZES)
 
 
 def test_a_block_that_is_still_being_written_is_waited_for(folder: Path) -> None:
-    ahead = StampsAhead(folder)
+    ahead = StampsAhead(folder, ".txt", EXTENSIONS)
     with tempfile.TemporaryFile(buffering=0) as delivered:
         ahead._process.wait()
         ahead._delivered = delivered
