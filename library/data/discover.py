@@ -238,15 +238,16 @@ class _Look:
 
     def __call__(self, pictures: Sequence[str]) -> list[_Found | ImageRecord]:
         if self._cache is None:
-            return [self._read(picture, None) for picture in pictures if not self._files.is_folder(picture)]
+            looked_at = (self._read(picture, None) for picture in pictures)
+            return [found for found in looked_at if found is not None]
         found: list[_Found | ImageRecord] = []
         folder, index, shared, look_up = self._folder, self._index, self._shared, self._cache.look_up
         # stamped before the contents are read: what changes in between is out of date next time
         for picture, stamp in self._files.stamped(pictures):
             entry = look_up(picture, stamp)
             if entry is None:
-                if not self._files.is_folder(picture):
-                    found.append(self._read(picture, stamp))
+                if (read := self._read(picture, stamp)) is not None:
+                    found.append(read)
                 continue
             size = tuple(entry["resolution"])
             caption = entry["caption"] if has_caption(stamp) else self._class_tokens
@@ -256,9 +257,12 @@ class _Look:
                 found.append(ImageRecord(folder, picture, shared.get(size) or _shared(size, shared), caption, index))
         return found
 
-    def _read(self, picture: str, read_from: str | None) -> _Found:
+    def _read(self, picture: str, read_from: str | None) -> _Found | None:
+        """``None`` for a folder that is named like a picture."""
         path, file = self._files.path, self._files.caption(picture)
         size = self._known.get(picture) or _or_error(read_size, path(picture))
+        if isinstance(size, UserError) and self._files.is_folder(picture):
+            return None
         text = self._class_tokens if file is None else _or_error(read_caption, path(file))
         if read_from is None or isinstance(size, UserError) or isinstance(text, UserError):
             return _Found(picture, size, text, None, is_new=False)
