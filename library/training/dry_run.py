@@ -19,10 +19,10 @@ from torch import nn
 from library.files.safetensors_io import read_header
 from library.memory.attention import attention_backend
 from library.training.checkpoints import OutputNames, SavePolicy, ema_path
-from library.training.loop import Trained
 from library.training.plan import RunPlan
 from library.training.precision import trained_dtype
 from library.training.resume import check_resumed
+from library.training.trained import Trained
 
 if TYPE_CHECKING:
     from library.training.run import Run

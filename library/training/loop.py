@@ -6,12 +6,11 @@ Figures are read one step late (``library.training.figures``), so no step waits 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.data.dataset import Batch
 from library.randomness import key
@@ -20,11 +19,10 @@ from library.training.gradient_exchange import GradientExchange
 from library.training.interrupt import Interrupt
 from library.training.nonfinite import BadStep, OnNan, StepGuard
 from library.training.plan import RunPlan
+from library.training.trained import Trained
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from library.training.ema import WeightAverage
 
 
 class LoopHooks(Protocol):
@@ -70,20 +68,6 @@ class LoopHooks(Protocol):
         ...
 
     def interrupted(self, step: int, epoch: int) -> None: ...
-
-
-@dataclass
-class Trained:
-    """The parameters of a run and what moves them."""
-
-    parameters: Sequence[nn.Parameter]
-    optimizer: Any
-    scheduler: Any
-    max_grad_norm: float
-    #: of the parameters, with ``state_dict`` and ``load_state_dict``
-    average: WeightAverage | None = None
-    #: see ``library.training.gradient_exchange``
-    gradients_as_views: bool = False
 
 
 def run_loop(

@@ -29,12 +29,12 @@ from library.optim.stochastic_rounding import train_in_half
 from library.randomness import key
 from library.training.checkpoints import ema_path
 from library.training.ema import WeightAverage
-from library.training.loop import Trained
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.precision import InFp8, cast_trained, trained_dtype
 from library.training.run import Run
 from library.training.text_caching import uncached
 from library.training.text_memo import TextMemo
+from library.training.trained import Trained
 from library.training.trainer import Trainer
 from networks.third_party import refuse_wrong_merge, text_argument
 

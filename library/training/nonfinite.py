@@ -33,11 +33,11 @@ from torch import Tensor
 from library.data.batch import Batch
 from library.errors import UserError
 from library.training.figures import StepFigures
+from library.training.trained import Trained
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.training.loop import Trained
 
 OnNan = Literal["stop", "skip", "rollback"]
 

@@ -22,10 +22,10 @@ from library.optim.schedulers import ScheduleSettings
 from library.training.checkpoints import OutputNames, SavePolicy
 from library.training.fingerprint import fingerprint
 from library.training.logs import TrackerSettings
-from library.training.loop import Trained
 from library.training.plan import RunPlan
 from library.training.resume import TrainState
 from library.training.sharding import Sharding
+from library.training.trained import Trained
 from library.training.validation import Validation
 
 if TYPE_CHECKING:

@@ -52,7 +52,7 @@ from library.training.debug_dataset import show_dataset
 from library.training.dry_run import dry_run
 from library.training.fitting import Fitting
 from library.training.interrupt import Interrupt
-from library.training.loop import Trained, run_loop
+from library.training.loop import run_loop
 from library.training.pictures import with_pictures
 from library.training.previews import draw_image, encode_prompts
 from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
@@ -74,6 +74,7 @@ from library.training.settings import (
 from library.training.sharding import load_denoiser, sharding_for, share_denoiser, shares_rows
 from library.training.step import NoiseSettings, batch_losses
 from library.training.text_caching import Tokenize, cache_texts, cached_encoders, caches_texts, text_cache_row
+from library.training.trained import Trained
 from library.training.validation import Validation, check_validation
 
 if TYPE_CHECKING:
