@@ -8,10 +8,11 @@ equal on all processes, keeps its part of it, updates that, and gathers the new 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,6 +202,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return found
 
 
+@contextlib.contextmanager
+def _local_rank() -> Iterator[None]:
+    """DeepSpeed asks for the variable, which only launchers set."""
+    if "LOCAL_RANK" in os.environ:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+
+
 def _start(weights: _Weights, optimizer: torch.optim.Optimizer, zero: Zero, device: torch.device) -> Any:
     """DeepSpeed's engine, with what this program does by itself left out."""
     if device.type == "cpu":
@@ -218,6 +232,7 @@ def _start(weights: _Weights, optimizer: torch.optim.Optimizer, zero: Zero, devi
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # the loop has clipped; left out, it is 1
         "zero_optimization": shared_out,
         "zero_allow_untested_optimizer": True,  # see ``check_optimizer``
         "zero_force_ds_cpu_optimizer": False,  # the run's optimizer stays what it is on the host too
@@ -228,7 +243,8 @@ def _start(weights: _Weights, optimizer: torch.optim.Optimizer, zero: Zero, devi
         if device.type == "cpu":
             # an exchange of its own that it would compile for a minute, and that is for inference
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        made = deepspeed.initialize(model=weights, optimizer=optimizer, config=config, dist_init_required=False)
+        with _local_rank():
+            made = deepspeed.initialize(model=weights, optimizer=optimizer, config=config, dist_init_required=False)
     except Exception as error:  # it builds and probes much while it starts, and raises what that raises
         what = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
