@@ -172,10 +172,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """The state of this process's part, of those of whole parameters."""
         found: dict[str, Any] = {}
         for name, first in states[0].items():
-            values = [state[name] for state in states]
-            if isinstance(first, Tensor) and first.dim() > 0:
+            values = [state.get(name) for state in states]
+            if isinstance(first, Tensor) and first.dim() > 0 and all(isinstance(value, Tensor) for value in values):
                 found[name] = self._piece(values, like)
-            elif any(value != first for value in values):
+            elif not all(_is_same(value, first) for value in values):
                 raise UserError(
                     f"--resume: the state's parameters differ in {name}, and DeepSpeed has one for all; resume it "
                     "without DeepSpeed"
@@ -200,6 +200,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for one, whole in zip(found, values, strict=True):
                 one[name] = whole
         return found
+
+
+def _is_same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return one == other
 
 
 @contextlib.contextmanager

@@ -75,6 +75,7 @@ from library.training.sharding import load_denoiser, sharding_for, share_denoise
 from library.training.step import NoiseSettings, batch_losses
 from library.training.text_caching import Tokenize, cache_texts, cached_encoders, caches_texts, text_cache_row
 from library.training.validation import Validation, check_validation
+from library.training.zero import check_zero
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -153,6 +154,7 @@ class Trainer(ABC):
             options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
         )
         report(precision.check_device(options.training, accelerator.device), strict=options.config.strict)
+        report(check_zero(options, checked.optimizer, accelerator), strict=options.config.strict)
         checked = replace(checked, seed=of_main_process(checked.seed))
         data = TrainingData(
             checked.dataset_config,

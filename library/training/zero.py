@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from library.config.arguments import TrainingOptions
+import torch
+
+from library.config.arguments import TrainingOptions, TrainNetworkOptions
 from library.config.availability import NO_NVME, NO_STAGE_3
-from library.config.no_effect import report
 from library.errors import NoEffect, UserError
 from library.launched import USE_DEEPSPEED, is_on
-from library.optim.zero import Zero, ZeroOptimizer
+from library.optim.optimizers import OptimizerChoice
+from library.optim.zero import Zero, ZeroOptimizer, check_optimizer
 
 if TYPE_CHECKING:
-    import torch
+    from accelerate import Accelerator
 
     from library.training.run import Run
-
-logger = logging.getLogger(__name__)
 
 #: of ``zero_optimization``: handed to DeepSpeed
 _HANDED_ON = (
@@ -27,18 +26,11 @@ _HANDED_ON = (
     "reduce_scatter",
 )  # fmt: skip
 
-#: of a DeepSpeed file: what has an option of this program, which decides
-_DECIDED = {
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clipping": "max_grad_norm",
-    "train_micro_batch_size_per_gpu": None,
-    "train_batch_size": None,
-    "bf16": None,
-    "fp16": None,
-    "steps_per_print": None,
-    "zero_allow_untested_optimizer": None,
-    "zero_force_ds_cpu_optimizer": None,
-}
+#: of a DeepSpeed file: what options of this program decide, and what it sets by itself
+_DECIDED = (
+    "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
 
 
 def problems_of_deepspeed(options: TrainingOptions, *, with_fsdp: bool) -> list[str]:
@@ -49,7 +41,7 @@ def problems_of_deepspeed(options: TrainingOptions, *, with_fsdp: bool) -> list[
     """
     if not (options.deepspeed or is_on(USE_DEEPSPEED)):
         return []
-    if importlib.util.find_spec("deepspeed") is None:
+    if find_spec("deepspeed") is None:
         return ["DeepSpeed is asked for, and the package deepspeed is not installed; run: pip install deepspeed"]
     problems = []
     if with_fsdp:
@@ -119,18 +111,37 @@ def _problems_of_file(config: Mapping[str, Any]) -> list[str]:
                        for name in others]  # fmt: skip
 
 
-def differences(options: TrainingOptions, max_grad_norm: float) -> list[str]:
-    """Warnings on what accelerate's configuration of DeepSpeed says otherwise than the options, which win."""
+def check_zero(options: TrainNetworkOptions, optimizer: OptimizerChoice, accelerator: Accelerator) -> list[str]:
+    """Before anything is loaded; returns warnings.
+
+    Raises:
+        UserError: an optimizer that does not work on pieces of weights.
+    """
+    zero = asked_zero(options.training)
+    if zero is None:
+        return []
+    check_optimizer(optimizer.create([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]))
+    found = _differences(options)
+    if accelerator.num_processes == 1 and not zero.on_host:
+        found.append(NoEffect("DeepSpeed has no effect with one process: there is nothing to share out"))
+    if zero.on_host and accelerator.device.type == "cpu":
+        found.append(NoEffect("DeepSpeed: offloading has no effect on a CPU, where states are in host memory anyway"))
+    return found
+
+
+def _differences(options: TrainNetworkOptions) -> list[str]:
+    """What accelerate's configuration says otherwise than options, which win."""
     if not is_on(USE_DEEPSPEED):
         return []
     config, found = _configuration(), []
-    ours = {"gradient_accumulation_steps": options.gradient_accumulation_steps, "gradient_clipping": max_grad_norm}
-    for name, value in ours.items():
-        theirs = config.get(name, "auto")
-        if theirs not in ("auto", value):
-            flag = _DECIDED[name]
+    steps, norm = options.training.gradient_accumulation_steps, options.optimizer.max_grad_norm
+    for name, flag, ours in (
+        ("gradient_accumulation_steps", "gradient_accumulation_steps", steps),
+        ("gradient_clipping", "max_grad_norm", norm),
+    ):
+        if (theirs := config.get(name, "auto")) not in ("auto", ours):
             found.append(
-                f"accelerate's {name} {theirs} is not used, as --{flag} {value:g} decides; give --{flag} {theirs}"
+                f"accelerate's {name} {theirs} is not used, as --{flag} {ours:g} decides; give --{flag} {theirs}"
             )
     return found
 
@@ -145,16 +156,8 @@ def with_zero(run: Run, optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
         UserError: see ``ZeroOptimizer``.
     """
     zero = asked_zero(run.options.training)
-    if zero is None:
+    if zero is None or (run.accelerator.num_processes == 1 and not zero.on_host):
         return optimizer
-    strict = run.options.config.strict
-    if zero.on_host and run.device.type == "cpu":
-        report([NoEffect("DeepSpeed: on a CPU, optimizer states are in host memory anyway")], strict=strict)
-    if run.accelerator.num_processes == 1 and not zero.on_host:
-        report([NoEffect("DeepSpeed has no effect with one process: there is nothing to share out")], strict=strict)
-        return optimizer
-    for text in differences(run.options.training, run.options.optimizer.max_grad_norm):
-        logger.warning(text)
     return ZeroOptimizer(optimizer, zero, run.device)
 
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from library.config.arguments import TrainingOptions
-from library.errors import UserError
+from library.config.arguments import TrainingOptions, TrainNetworkOptions
+from library.errors import NoEffect, UserError
 from library.memory.sharding import Sharding
+from library.optim.optimizers import OptimizerChoice
 from library.optim.zero import Zero
 from library.training.launch import asked_sharding, check_launch
 from library.training.processes import make_accelerator
 from library.training.sharding import sharding_for
-from library.training.zero import asked_zero, differences
+from library.training.zero import asked_zero, check_zero
+
+
+def processes(count: int, device: str = "cuda") -> SimpleNamespace:
+    """What is asked of an accelerator."""
+    return SimpleNamespace(num_processes=count, device=SimpleNamespace(type=device))
 
 
 @pytest.fixture(autouse=True)
@@ -116,18 +123,15 @@ def test_options_that_fsdp_excludes(fsdp: pytest.MonkeyPatch, name: str) -> None
 
 
 def test_one_process_shares_nothing_out(fsdp: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def accelerator(processes: int, device: str) -> SimpleNamespace:
-        return SimpleNamespace(num_processes=processes, device=SimpleNamespace(type=device))
-
-    assert sharding_for(accelerator(1, "cuda"), strict=False) is None
+    assert sharding_for(processes(1), strict=False) is None
     assert "has no effect with one process" in caplog.text
     with pytest.raises(UserError, match="FSDP"):
-        sharding_for(accelerator(1, "cuda"), strict=True)
-    assert sharding_for(accelerator(2, "cpu"), strict=True) == Sharding()
+        sharding_for(processes(1), strict=True)
+    assert sharding_for(processes(2, "cpu"), strict=True) == Sharding()
     fsdp.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    assert sharding_for(accelerator(2, "cuda"), strict=True) == Sharding(on_host=True)
+    assert sharding_for(processes(2), strict=True) == Sharding(on_host=True)
     with pytest.raises(UserError, match="fsdp_offload_params: .*set it to false"):
-        sharding_for(accelerator(2, "cpu"), strict=False)
+        sharding_for(processes(2, "cpu"), strict=False)
 
 
 def test_accelerates_object_is_that_of_plain_data_parallelism(fsdp: pytest.MonkeyPatch) -> None:
@@ -165,10 +169,14 @@ def test_accumulation_of_the_environment_does_not_scale_the_loss(monkeypatch: py
         reset()
 
 
+ADAMW = OptimizerChoice("AdamW", "torch.optim.AdamW", 1e-3, {})
+OPTIONS = TrainNetworkOptions.from_args(Namespace())
+
+
 @pytest.fixture
 def deepspeed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The environment that accelerate launch makes for DeepSpeed, with the package seemingly there."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("library.training.zero.find_spec", lambda name: name)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     return monkeypatch
@@ -176,7 +184,7 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize("options", [TrainingOptions(deepspeed=True), TrainingOptions()])
 def test_deepspeed_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, options: TrainingOptions) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("library.training.zero.find_spec", lambda name: None)
     if not options.deepspeed:
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="deepspeed is not installed; run: pip install deepspeed") as caught:
@@ -204,7 +212,7 @@ def test_settings_of_deepspeed_are_those_of_accelerate(deepspeed: pytest.MonkeyP
     file.write_text(json.dumps({"zero_optimization": asked, "bf16": {"enabled": "auto"}, "gradient_clipping": 0.5}))
     check_launch(TrainingOptions())
     assert asked_zero(TrainingOptions()) == Zero(1, settings={"reduce_bucket_size": 1000})
-    (difference,) = differences(TrainingOptions(), max_grad_norm=1.0)
+    (difference,) = check_zero(OPTIONS, ADAMW, processes(2))
     assert difference.endswith(
         "gradient_clipping 0.5 is not used, as --max_grad_norm 1 decides; give --max_grad_norm 0.5"
     )
@@ -230,6 +238,18 @@ def test_settings_of_deepspeed_that_cannot_be(
     with pytest.raises(UserError, match=words) as caught:
         check_launch(TrainingOptions())
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_deepspeed_says_before_anything_is_loaded(deepspeed: pytest.MonkeyPatch) -> None:
+    assert check_zero(OPTIONS, ADAMW, processes(2)) == []
+    (text,) = check_zero(OPTIONS, ADAMW, processes(1))
+    assert isinstance(text, NoEffect) and "no effect with one process" in text
+    deepspeed.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    assert check_zero(OPTIONS, ADAMW, processes(1)) == []
+    (text,) = check_zero(OPTIONS, ADAMW, processes(2, "cpu"))
+    assert isinstance(text, NoEffect) and "on a CPU" in text
+    with pytest.raises(UserError, match="--optimizer_type Adafactor: DeepSpeed gives it pieces"):
+        check_zero(OPTIONS, OptimizerChoice("Adafactor", "torch.optim.Adafactor", 1e-3, {}), processes(2))
 
 
 def test_deepspeed_and_fsdp(deepspeed: pytest.MonkeyPatch) -> None:
