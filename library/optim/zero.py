@@ -234,7 +234,7 @@ def _start(weights: _Weights, optimizer: torch.optim.Optimizer, zero: Zero, devi
     shared_out: dict[str, Any] = {"reduce_bucket_size": min(total, _MOST_AT_ONCE), **zero.settings}
     shared_out["stage"] = zero.stage
     if zero.on_host:
-        shared_out["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type != "cpu"}
+        shared_out.setdefault("offload_optimizer", {"device": "cpu", "pin_memory": device.type != "cpu"})
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

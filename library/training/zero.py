@@ -89,7 +89,11 @@ def _zero_of(config: Mapping[str, Any]) -> Zero:
     asked = config["zero_optimization"]
     stage = int(asked.get("stage", 0))
     settings = {name: asked[name] for name in _HANDED_ON if asked.get(name, "auto") != "auto"}
-    return Zero(stage, on_host=stage > 0 and _device(config, "offload_optimizer") == "cpu", settings=settings)
+    on_host = stage > 0 and _device(config, "offload_optimizer") == "cpu"
+    if on_host:
+        offload = {n: v for n, v in asked["offload_optimizer"].items() if n not in ("device", "nvme_path")}
+        settings |= {"offload_optimizer": {"device": "cpu", **offload}} if offload else {}
+    return Zero(stage, on_host=on_host, settings=settings)
 
 
 def _problems_of_file(config: Mapping[str, Any]) -> list[str]:
@@ -100,6 +104,8 @@ def _problems_of_file(config: Mapping[str, Any]) -> list[str]:
     problems = []
     if _device(config, "offload_optimizer") == "nvme":
         problems.append(f"{start} offload_optimizer to nvme: {NO_NVME}")
+    elif _device(config, "offload_optimizer") != "none" and not asked.get("stage"):
+        problems.append(f"{start} offload_optimizer with ZeRO stage 0, which shares nothing out; set it to none")
     if _device(config, "offload_param") != "none":
         problems.append(f"{start} offload_param: only ZeRO stage 3 has it; set it to none")
     known = {"stage", "offload_optimizer", "offload_param", *_HANDED_ON}
@@ -143,6 +149,12 @@ def _differences(options: TrainNetworkOptions) -> list[str]:
             found.append(
                 f"accelerate's {name} {theirs} is not used, as --{flag} {ours:g} decides; give --{flag} {theirs}"
             )
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        if (theirs := config.get(name, "auto")) != "auto":
+            found.append(f"accelerate's {name} {theirs} is not used, as the dataset's batch_size decides")
+    for name in ("bf16", "fp16"):
+        if config.get(name, {}).get("enabled") is True and (ours := options.training.mixed_precision) != name:
+            found.append(f"DeepSpeed's {name} is not used, as --mixed_precision {ours} decides")
     return found
 
 

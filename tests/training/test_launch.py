@@ -209,13 +209,18 @@ def test_settings_of_deepspeed_are_those_of_accelerate(deepspeed: pytest.MonkeyP
     file = tmp_path / "zero.json"
     deepspeed.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
     asked = {"stage": 1, "reduce_bucket_size": 1000, "overlap_comm": "auto", "stage3_max_live_parameters": 5}
-    file.write_text(json.dumps({"zero_optimization": asked, "bf16": {"enabled": "auto"}, "gradient_clipping": 0.5}))
+    others = {"bf16": {"enabled": True}, "gradient_clipping": 0.5, "train_batch_size": 8}
+    file.write_text(json.dumps({"zero_optimization": asked, **others}))
     check_launch(TrainingOptions())
     assert asked_zero(TrainingOptions()) == Zero(1, settings={"reduce_bucket_size": 1000})
-    (difference,) = check_zero(OPTIONS, ADAMW, processes(2))
-    assert difference.endswith(
-        "gradient_clipping 0.5 is not used, as --max_grad_norm 1 decides; give --max_grad_norm 0.5"
-    )
+    assert check_zero(OPTIONS, ADAMW, processes(2)) == [
+        "accelerate's gradient_clipping 0.5 is not used, as --max_grad_norm 1 decides; give --max_grad_norm 0.5",
+        "accelerate's train_batch_size 8 is not used, as the dataset's batch_size decides",
+        "DeepSpeed's bf16 is not used, as --mixed_precision no decides",
+    ]
+    pinned = {"device": "cpu", "pin_memory": True}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": pinned}}))
+    assert asked_zero(TrainingOptions()) == Zero(2, on_host=True, settings={"offload_optimizer": pinned})
 
 
 @pytest.mark.parametrize(
@@ -224,6 +229,7 @@ def test_settings_of_deepspeed_are_those_of_accelerate(deepspeed: pytest.MonkeyP
         ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3: .*choose FSDP version 2"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "to nvme: .*use cpu"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param: .*set it to none"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "with ZeRO stage 0.*to none"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "zero_optimization.round_robin_gradients"),
         ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "DeepSpeed's optimizer: .*remove it"),
         ({"train_batch_size": 4}, "accelerate's configuration of DeepSpeed: .*run accelerate config again"),
