@@ -81,12 +81,12 @@ def _work(rank: int, folder: str) -> None:
                 _step(both, schedules, step)
             _assert_same(ours, plain)
             # whole states go from one kind to the other
-            swapped = [kind(copy.deepcopy(_fresh(ours)), **settings), None]
-            swapped[1] = ZeroOptimizer(kind(copy.deepcopy(_fresh(plain)), **settings), way, device)
-            swapped[0].load_state_dict(ours.state_dict())
-            swapped[1].load_state_dict(plain.state_dict())
-            _step([*both, *swapped], [], 2)
-            for other in (ours, *swapped):
+            without = kind(_fresh(ours), **settings)
+            without.load_state_dict(ours.state_dict())
+            after = ZeroOptimizer(kind(_fresh(plain), **settings), way, device)
+            after.load_state_dict(copy.deepcopy(plain.state_dict()))
+            _step([*both, without, after], [], 2)
+            for other in (ours, without, after):
                 _assert_same(other, plain)
     # DyLoRA
     _parameters(ours)[1].requires_grad_(False)
