@@ -134,7 +134,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             numbers = list(range(first, first + len(group["params"])))
             first += len(numbers)
             groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
-            if self._is_split and index in inner["state"]:
+            if self._is_split and inner["state"].get(index):
                 wholes = self._whole(inner["state"][index], group["params"])
                 state |= dict(zip(numbers, wholes, strict=True))
         return {"state": state, "param_groups": groups}
@@ -225,7 +225,6 @@ def _start(weights: _Weights, optimizer: torch.optim.Optimizer, zero: Zero, devi
     """DeepSpeed's engine, with what this program does by itself left out."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     if not torch.distributed.is_initialized():  # one process, started without a launcher
         store, backend = torch.distributed.HashStore(), "gloo" if device.type == "cpu" else "nccl"
@@ -246,6 +245,7 @@ def _start(weights: _Weights, optimizer: torch.optim.Optimizer, zero: Zero, devi
     try:
         import deepspeed
 
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
         if device.type == "cpu":
             # an exchange of its own that it would compile for a minute, and that is for inference
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -82,7 +82,7 @@ def _work(rank: int, folder: str) -> None:
             _assert_same(ours, plain)
             # whole states go from one kind to the other
             without = kind(_fresh(ours), **settings)
-            without.load_state_dict(ours.state_dict())
+            without.load_state_dict(copy.deepcopy(ours.state_dict()))
             after = ZeroOptimizer(kind(_fresh(plain), **settings), way, device)
             after.load_state_dict(copy.deepcopy(plain.state_dict()))
             _step([*both, without, after], [], 2)
