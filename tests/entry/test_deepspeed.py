@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.training import nonfinite
 from tests.entry.test_fsdp import assert_close_weights
 from tests.entry.test_resume import GENERAL, assert_same_weights, hard
 from tests.fixtures.families import Tiny
@@ -91,14 +92,23 @@ def test_resumes_exactly_and_is_the_run_without(tmp_path: Path, sd: Tiny) -> Non
 
 
 @pytest.mark.slow
-def test_one_process_with_its_states_on_the_host(tmp_path: Path, sd: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a launcher; an optimizer that cannot work so is one line."""
-    dataset = write_dataset(tmp_path / "data.toml", make_pictures(tmp_path / "pictures", [(64, 64)] * 2))
-    shared = {"deepspeed": True, "zero_stage": 1, "offload_optimizer_device": "cpu", "max_train_steps": 3}
-    sd.train(dataset, tmp_path / "host", **shared)
-    sd.train(dataset, tmp_path / "plain", max_train_steps=3)
+def test_one_process_with_its_states_on_the_host(
+    tmp_path: Path, sd: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a launcher, and going back after steps that are not finite; a wrong optimizer is one line."""
+    monkeypatch.setattr(nonfinite, "KEPT_EVERY", 2)
+    dataset = write_dataset(tmp_path / "data.toml", make_pictures(tmp_path / "pictures", [(64, 64)] * 4))
+    bad = make_pictures(tmp_path / "bad", [(64, 64)])
+    overflows = "[[datasets]]\nresolution = 64\nnetwork_multiplier = 3e38\n[[datasets.subsets]]\n"
+    dataset.write_text(dataset.read_text() + f"{overflows}image_dir = '{bad}'\ncaption_extension = '.txt'\n")
+    settings = {"max_train_steps": 9, "on_nan": "rollback", "network_train_unet_only": True}
+    shared = {**settings, "deepspeed": True, "zero_stage": 1, "offload_optimizer_device": "cpu"}
+    said = {}
+    for name, own in (("host", shared), ("plain", settings)):
+        sd.train(dataset, tmp_path / name, **own)
+        said[name] = re.findall(r"step \d+ .* went back to those after step \d+", capsys.readouterr().err)
+    assert said["host"] == said["plain"] != []
     assert_close_weights(tmp_path / "host" / "tiny.safetensors", tmp_path / "plain" / "tiny.safetensors")
-    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         sd.train(dataset, tmp_path / "out", **shared, optimizer_type="Adafactor")
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
