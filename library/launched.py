@@ -12,3 +12,12 @@ def is_first_process() -> bool:
 
 def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+#: set by ``accelerate launch``
+USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+
+
+def is_on(variable: str) -> bool:
+    """Whether a switch of a launcher's is set."""
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")

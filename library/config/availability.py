@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-_DEEPSPEED = (
-    "adapters are too small for ZeRO 1 and 2, and what ZeRO 3 does for the frozen model, FSDP does: choose FSDP "
-    "version 2 in accelerate config (docs/multi_gpu.md)"
+_ZERO_3 = (
+    "only ZeRO stage 3 has it, which cannot be, as files, averages and the checks of each step must find whole "
+    "weights; to share the frozen model out, choose FSDP version 2 in accelerate config (docs/multi_gpu.md)"
+)
+
+NO_STAGE_3 = (
+    "between passes it leaves empty tensors in place of all weights, the trained ones too, which files, averages and "
+    "the checks of each step must find whole; choose FSDP version 2 in accelerate config, which shares the frozen "
+    "model out (docs/multi_gpu.md), or stage 0, 1 or 2"
+)
+NO_NVME = "DeepSpeed keeps states on a disk with ZeRO stage 3 only, which cannot be; use cpu, or leave it out"
+
+#: option -> why DeepSpeed excludes it
+NOT_WITH_DEEPSPEED = MappingProxyType(
+    {
+        "full_bf16": "not with DeepSpeed, which keeps trained weights in float32; remove one of them",
+        "full_fp16": "not with DeepSpeed, which keeps trained weights in float32; remove one of them",
+        "fused_backward_pass": "not with DeepSpeed, which updates all weights at once; remove one of them",
+    }
 )
 
 #: option -> why it is refused, and what to use
@@ -17,14 +33,14 @@ REFUSED = MappingProxyType(
             "and random draws are made apart; describe the data with --dataset_config or --in_json"
         ),
         "ddp_static_graph": "has no effect: gradients are exchanged once a step, after all of them are made; remove it",
-        "deepspeed": _DEEPSPEED,
-        "zero_stage": _DEEPSPEED,
-        "offload_optimizer_device": _DEEPSPEED,
-        "offload_optimizer_nvme_path": _DEEPSPEED,
-        "offload_param_device": _DEEPSPEED,
-        "offload_param_nvme_path": _DEEPSPEED,
-        "zero3_init_flag": _DEEPSPEED,
-        "zero3_save_16bit_model": _DEEPSPEED,
-        "fp16_master_weights_and_gradients": _DEEPSPEED,
+        "offload_optimizer_nvme_path": _ZERO_3,
+        "offload_param_device": _ZERO_3,
+        "offload_param_nvme_path": _ZERO_3,
+        "zero3_init_flag": _ZERO_3,
+        "zero3_save_16bit_model": _ZERO_3,
+        "fp16_master_weights_and_gradients": (
+            "it is for weights that DeepSpeed casts to fp16 by itself; trained weights stay float32 here, as in every "
+            "run; remove it"
+        ),
     }
 )

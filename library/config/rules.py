@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.arguments import TrainNetworkOptions, flat
-from library.config.availability import REFUSED
+from library.config.availability import NO_NVME, NO_STAGE_3, NOT_WITH_DEEPSPEED, REFUSED
 from library.config.no_effect import as_errors, without_effect
 from library.data.dataset_keys import NOT_WITH_CACHED_LATENTS
 from library.errors import UserError
 from library.files.hub import REPO_TYPES
-from library.launched import process_count
+from library.launched import USE_DEEPSPEED, is_on, process_count
 
 if TYPE_CHECKING:
     from library.architectures.base import Architecture
@@ -219,6 +219,19 @@ def fused_backward(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield error("--fused_backward_pass: not with several processes, which average whole gradients; remove it")
 
 
+def deepspeed(o: TrainNetworkOptions) -> Iterator[Finding]:
+    """What accelerate's configuration says of it is checked by ``library.training.zero``."""
+    if o.training.deepspeed and o.training.zero_stage == 3:
+        yield error(f"--zero_stage 3: {NO_STAGE_3}")
+    if o.training.deepspeed and o.training.offload_optimizer_device == "nvme":
+        yield error(f"--offload_optimizer_device nvme: {NO_NVME}")
+    if not (o.training.deepspeed or is_on(USE_DEEPSPEED)):
+        return
+    for name in ("full_bf16", "full_fp16", "fused_backward_pass"):
+        if getattr(o.optimizer if name == "fused_backward_pass" else o.training, name):
+            yield error(f"--{name}: {NOT_WITH_DEEPSPEED[name]}")
+
+
 def cached_latents(o: TrainNetworkOptions) -> Iterator[Finding]:
     d = o.dataset
     if d.cache_latents or d.cache_latents_to_disk:
@@ -374,6 +387,7 @@ RULES: tuple[Rule, ...] = (
     attention,
     half_precision,
     fused_backward,
+    deepspeed,
     cached_latents,
     finite_numbers,
     positive_numbers,

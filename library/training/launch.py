@@ -10,7 +10,9 @@ from types import MappingProxyType
 
 from library.config.arguments import TrainingOptions
 from library.errors import UserError
+from library.launched import USE_DEEPSPEED, is_on
 from library.memory.sharding import Sharding
+from library.training.zero import problems_of_deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +22,6 @@ _USE_FSDP = "ACCELERATE_USE_FSDP"
 #: variable -> what it stands for, why it cannot be had, and what to do
 UNSUPPORTED = MappingProxyType(
     {
-        "ACCELERATE_USE_DEEPSPEED": (
-            "DeepSpeed",
-            "FSDP shares the frozen model out as ZeRO 3 would, and adapters are too small for ZeRO 1 and 2; choose "
-            "FSDP version 2 in accelerate config, or remove it; see docs/multi_gpu.md",
-        ),
         "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", f"it has models of its own; {_INSTEAD}"),
         "ACCELERATE_USE_PARALLELISM_CONFIG": (
             "a parallelism_config",
@@ -57,10 +54,6 @@ _UNSUPPORTED_POLICIES = MappingProxyType(
 )
 
 
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
-
-
 def check_launch(options: TrainingOptions) -> None:
     """Refuse what this run cannot do, and say what it decides by itself.
 
@@ -70,10 +63,11 @@ def check_launch(options: TrainingOptions) -> None:
     problems = [
         f"accelerate's configuration asks for {name}: {why}"
         for variable, (name, why) in UNSUPPORTED.items()
-        if _is_on(variable)
+        if is_on(variable)
     ]
-    if _is_on(_USE_FSDP):
+    if is_on(_USE_FSDP):
         problems += _problems_of_sharding(options)
+    problems += problems_of_deepspeed(options, with_fsdp=is_on(_USE_FSDP))
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         problems.append(
@@ -99,7 +93,7 @@ def _problems_of_sharding(options: TrainingOptions) -> list[str]:
     problems = [
         f"accelerate's configuration asks for {name}: {instead}"
         for variable, (name, instead) in _UNSUPPORTED_SWITCHES.items()
-        if _is_on(variable)
+        if is_on(variable)
     ]
     policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP").upper()
     if policy in _UNSUPPORTED_POLICIES:
@@ -121,7 +115,7 @@ def asked_sharding() -> Sharding | None:
     Raises:
         UserError: accelerate cannot read its own configuration.
     """
-    if not _is_on(_USE_FSDP):
+    if not is_on(_USE_FSDP):
         return None
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy
@@ -142,12 +136,9 @@ def asked_sharding() -> Sharding | None:
 @contextlib.contextmanager
 def without_their_sharding() -> Iterator[None]:
     """accelerate's object is made as for plain data parallelism, as which trained weights are handled and saved."""
-    given = os.environ.get(_USE_FSDP)
-    if given is None:
-        yield
-        return
-    os.environ[_USE_FSDP] = "false"
+    given = {name: os.environ[name] for name in (_USE_FSDP, USE_DEEPSPEED) if name in os.environ}
+    os.environ.update(dict.fromkeys(given, "false"))
     try:
         yield
     finally:
-        os.environ[_USE_FSDP] = given
+        os.environ.update(given)

@@ -36,6 +36,7 @@ from library.training.text_caching import uncached
 from library.training.text_memo import TextMemo
 from library.training.trained import Trained
 from library.training.trainer import Trainer
+from library.training.zero import with_zero, zero_rows
 from networks.third_party import refuse_wrong_merge, text_argument
 
 logger = logging.getLogger(__name__)
@@ -122,14 +123,14 @@ class NetworkTrainer(Trainer):
         if half != torch.float32:
             train_in_half(optimizer, run.checked.seed)
         network.prepare_grad_etc(text_argument(run.text_encoders), run.denoiser)
-        if hasattr(network, "before_update"):
-            optimizer.register_step_pre_hook(lambda *_: network.before_update())
-
         accelerator = run.accelerator
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism;
         # the adapters work inside the frozen model's forward, see gradient_exchange.py
         self._network = accelerator.prepare_model(network, evaluation_mode=True)
         self._network.train()
+        optimizer = with_zero(run, optimizer)
+        if hasattr(network, "before_update"):
+            optimizer.register_step_pre_hook(lambda *_: network.before_update())
         if options.optimizer.fused_backward_pass:
             fuse_into_backward(optimizer)
         optimizer = accelerator.prepare_optimizer(optimizer)
@@ -410,4 +411,4 @@ class NetworkTrainer(Trainer):
         ]
         if (decay := run.options.optimizer.ema_decay) is not None:
             rows.append(("average", f"decay {decay:g}, saved as {ema_path(run.names.final()).name}"))
-        return rows
+        return rows + zero_rows(run)

@@ -232,7 +232,7 @@ class _Copy:
 
     step: int
     parameters: list[Tensor]
-    state: list[dict[str, Any]]  # of the optimizer, in the parameters' order
+    state: dict[Tensor, dict[str, Any]]  # of the optimizer, by what it moves
     groups: list[dict[str, Any]]
     averages: dict[str, Tensor] | None
     finite: Tensor
@@ -267,14 +267,15 @@ class KeptState:
 
     def _copy(self, step: int) -> _Copy:
         optimizer = _optimizer(self._trained)
-        states = [optimizer.state.get(p, {}) for p in self._trained.parameters]
         parameters = [p.detach() for p in self._trained.parameters]
         average = self._trained.average
-        tensors = [*parameters, *(v for s in states for v in s.values() if isinstance(v, Tensor))]
+        # some keep other things there, too
+        states = {p: state for p, state in optimizer.state.items() if isinstance(p, Tensor) and state}
+        tensors = [*parameters, *(v for s in states.values() for v in s.values() if isinstance(v, Tensor))]
         return _Copy(
             step,
             parameters=[_to_host(p) for p in parameters],
-            state=[{name: _to_host(value) for name, value in state.items()} for state in states],
+            state={p: {name: _to_host(value) for name, value in state.items()} for p, state in states.items()},
             groups=[
                 {name: _to_host(value) for name, value in group.items() if name not in ("params", "lr")}
                 for group in optimizer.param_groups
@@ -290,10 +291,9 @@ class KeptState:
         self._candidate = None  # it comes after the step that went wrong
         for parameter, value in zip(self._trained.parameters, kept.parameters, strict=True):
             parameter.copy_(value)
-        for parameter, values in zip(self._trained.parameters, kept.state, strict=True):
-            if not values:
-                optimizer.state.pop(parameter, None)
-                continue
+        for parameter in [p for p in optimizer.state if isinstance(p, Tensor) and p not in kept.state]:
+            del optimizer.state[parameter]
+        for parameter, values in kept.state.items():
             state = optimizer.state[parameter]
             for name in [name for name in state if name not in values]:
                 del state[name]

@@ -76,6 +76,7 @@ from library.training.step import NoiseSettings, batch_losses
 from library.training.text_caching import Tokenize, cache_texts, cached_encoders, caches_texts, text_cache_row
 from library.training.trained import Trained
 from library.training.validation import Validation, check_validation
+from library.training.zero import check_zero
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -154,6 +155,7 @@ class Trainer(ABC):
             options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
         )
         report(precision.check_device(options.training, accelerator.device), strict=options.config.strict)
+        report(check_zero(options, checked.optimizer, accelerator), strict=options.config.strict)
         checked = replace(checked, seed=of_main_process(checked.seed))
         data = TrainingData(
             checked.dataset_config,

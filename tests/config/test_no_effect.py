@@ -88,6 +88,11 @@ CASES = [
     Case("cpu_offload_checkpointing", {"cpu_offload_checkpointing": True}, {"gradient_checkpointing": True}),
     Case("zero_stage", {"zero_stage": 3}, {"deepspeed": True}),
     Case("offload_optimizer_device", {"offload_optimizer_device": "cpu"}, {"deepspeed": True}),
+    Case(
+        "offload_optimizer_device",
+        {"offload_optimizer_device": "cpu", "deepspeed": True, "zero_stage": 0},
+        {"zero_stage": 1},
+    ),
     Case("fp16_master_weights_and_gradients", {"fp16_master_weights_and_gradients": True}, {"deepspeed": True}),
     Case(
         "offload_optimizer_nvme_path",

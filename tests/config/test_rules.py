@@ -16,8 +16,8 @@ from library.errors import UserError
 #: the option names of the features that this version leaves out; one that is dropped here must be implemented
 LEFT_OUT = (
     "dataset_class "
-    "ddp_static_graph deepspeed "
-    "zero_stage offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path "
+    "ddp_static_graph "
+    "offload_optimizer_nvme_path offload_param_device offload_param_nvme_path "
     "zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients"
 ).split()
 
@@ -92,6 +92,11 @@ ERRORS = [
     ({"fused_backward_pass": True, "max_grad_norm": 0.0, "gradient_accumulation_steps": 2}, "accumulation"),
     ({"fused_backward_pass": True, "max_grad_norm": 0.0, "mixed_precision": "fp16"}, "use bf16"),
     ({"fused_backward_pass": True, "max_grad_norm": 0.0, "on_nan": "skip"}, "not with --on_nan skip"),
+    ({"deepspeed": True, "zero_stage": 3}, "--zero_stage 3: between passes it leaves empty tensors"),
+    ({"deepspeed": True, "offload_optimizer_device": "nvme"}, "--offload_optimizer_device nvme: "),
+    ({"deepspeed": True, "full_bf16": True, "mixed_precision": "bf16"}, "--full_bf16: not with DeepSpeed"),
+    ({"deepspeed": True, "full_fp16": True, "mixed_precision": "fp16"}, "--full_fp16: not with DeepSpeed"),
+    ({"deepspeed": True, "fused_backward_pass": True, "max_grad_norm": 0.0}, "--fused_backward_pass: not with DeepS"),
     ({"cache_latents": True, "random_crop": True}, "--random_crop"),
     ({"cache_latents": True, "color_aug": True}, "--color_aug"),
     ({"cache_latents_to_disk": True, "face_crop_aug_range": "1,2"}, "--face_crop_aug_range"),

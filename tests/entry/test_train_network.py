@@ -221,7 +221,7 @@ BAD = [
         id="fp16 on a cpu",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
     ),
-    pytest.param({"deepspeed": True}, ["deepspeed"], id="not yet"),
+    pytest.param({"zero3_init_flag": True}, ["zero3_init_flag", "FSDP version 2"], id="what cannot be"),
 ]
 
 

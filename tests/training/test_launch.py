@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from library.config.arguments import TrainingOptions
-from library.errors import UserError
+from library.config.arguments import TrainingOptions, TrainNetworkOptions
+from library.errors import NoEffect, UserError
 from library.memory.sharding import Sharding
+from library.optim.optimizers import OptimizerChoice
+from library.optim.zero import Zero
 from library.training.launch import asked_sharding, check_launch
 from library.training.processes import make_accelerator
 from library.training.sharding import sharding_for
+from library.training.zero import asked_zero, check_zero
+
+
+def processes(count: int, device: str = "cuda") -> SimpleNamespace:
+    """What is asked of an accelerator."""
+    return SimpleNamespace(num_processes=count, device=SimpleNamespace(type=device))
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +38,6 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     ("variable", "value", "words"),
     [
         ("ACCELERATE_USE_FSDP", "true", "FSDP version 1: .*choose version 2 in accelerate config"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed: .*choose FSDP version 2 in accelerate config"),
         ("ACCELERATE_USE_MEGATRON_LM", "1", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism_config"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "INDUCTOR"),
@@ -113,18 +123,15 @@ def test_options_that_fsdp_excludes(fsdp: pytest.MonkeyPatch, name: str) -> None
 
 
 def test_one_process_shares_nothing_out(fsdp: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def accelerator(processes: int, device: str) -> SimpleNamespace:
-        return SimpleNamespace(num_processes=processes, device=SimpleNamespace(type=device))
-
-    assert sharding_for(accelerator(1, "cuda"), strict=False) is None
+    assert sharding_for(processes(1), strict=False) is None
     assert "has no effect with one process" in caplog.text
     with pytest.raises(UserError, match="FSDP"):
-        sharding_for(accelerator(1, "cuda"), strict=True)
-    assert sharding_for(accelerator(2, "cpu"), strict=True) == Sharding()
+        sharding_for(processes(1), strict=True)
+    assert sharding_for(processes(2, "cpu"), strict=True) == Sharding()
     fsdp.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    assert sharding_for(accelerator(2, "cuda"), strict=True) == Sharding(on_host=True)
+    assert sharding_for(processes(2), strict=True) == Sharding(on_host=True)
     with pytest.raises(UserError, match="fsdp_offload_params: .*set it to false"):
-        sharding_for(accelerator(2, "cpu"), strict=False)
+        sharding_for(processes(2, "cpu"), strict=False)
 
 
 def test_accelerates_object_is_that_of_plain_data_parallelism(fsdp: pytest.MonkeyPatch) -> None:
@@ -160,3 +167,100 @@ def test_accumulation_of_the_environment_does_not_scale_the_loss(monkeypatch: py
         assert make_accelerator(TrainingOptions()).gradient_accumulation_steps == 1
     finally:
         reset()
+
+
+ADAMW = OptimizerChoice("AdamW", "torch.optim.AdamW", 1e-3, {})
+OPTIONS = TrainNetworkOptions.from_args(Namespace())
+
+
+@pytest.fixture
+def deepspeed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment that accelerate launch makes for DeepSpeed, with the package seemingly there."""
+    monkeypatch.setattr("library.training.zero.find_spec", lambda name: name)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    return monkeypatch
+
+
+@pytest.mark.parametrize("options", [TrainingOptions(deepspeed=True), TrainingOptions()])
+def test_deepspeed_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, options: TrainingOptions) -> None:
+    monkeypatch.setattr("library.training.zero.find_spec", lambda name: None)
+    if not options.deepspeed:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="deepspeed is not installed; run: pip install deepspeed") as caught:
+        make_accelerator(options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_settings_of_deepspeed_are_those_of_accelerate(deepspeed: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check_launch(TrainingOptions())
+    assert asked_zero(TrainingOptions()) == Zero(2)
+    deepspeed.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
+    deepspeed.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    assert asked_zero(TrainingOptions()) == Zero(1, on_host=True)
+    agreeing = TrainingOptions(deepspeed=True, zero_stage=1, offload_optimizer_device="cpu")
+    check_launch(agreeing)
+    with pytest.raises(UserError, match="--deepspeed: .*different things"):
+        check_launch(TrainingOptions(deepspeed=True))
+    deepspeed.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    assert asked_zero(agreeing) == Zero(1, on_host=True) and asked_zero(TrainingOptions()) is None
+    # a file of DeepSpeed's
+    deepspeed.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    file = tmp_path / "zero.json"
+    deepspeed.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    asked = {"stage": 1, "reduce_bucket_size": 1000, "overlap_comm": "auto", "stage3_max_live_parameters": 5}
+    others = {"bf16": {"enabled": True}, "gradient_clipping": 0.5, "train_batch_size": 8}
+    file.write_text(json.dumps({"zero_optimization": asked, **others}))
+    check_launch(TrainingOptions())
+    assert asked_zero(TrainingOptions()) == Zero(1, settings={"reduce_bucket_size": 1000})
+    assert check_zero(OPTIONS, ADAMW, processes(2)) == [
+        "accelerate's gradient_clipping 0.5 is not used, as --max_grad_norm 1 decides; give --max_grad_norm 0.5",
+        "accelerate's train_batch_size 8 is not used, as the dataset's batch_size decides",
+        "DeepSpeed's bf16 is not used, as --mixed_precision no decides",
+    ]
+    pinned = {"device": "cpu", "pin_memory": True}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": pinned}}))
+    assert asked_zero(TrainingOptions()) == Zero(2, on_host=True, settings={"offload_optimizer": pinned})
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3: .*choose FSDP version 2"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "to nvme: .*use cpu"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param: .*set it to none"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "with ZeRO stage 0.*to none"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "zero_optimization.round_robin_gradients"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "DeepSpeed's optimizer: .*remove it"),
+        ({"train_batch_size": 4}, "accelerate's configuration of DeepSpeed: .*run accelerate config again"),
+    ],
+    ids=lambda value: "",
+)
+def test_settings_of_deepspeed_that_cannot_be(
+    deepspeed: pytest.MonkeyPatch, tmp_path: Path, config: dict[str, object], words: str
+) -> None:
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    deepspeed.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
+    with pytest.raises(UserError, match=words) as caught:
+        check_launch(TrainingOptions())
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_deepspeed_says_before_anything_is_loaded(deepspeed: pytest.MonkeyPatch) -> None:
+    assert check_zero(OPTIONS, ADAMW, processes(2)) == []
+    (text,) = check_zero(OPTIONS, ADAMW, processes(1))
+    assert isinstance(text, NoEffect) and "no effect with one process" in text
+    deepspeed.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    assert check_zero(OPTIONS, ADAMW, processes(1)) == []
+    (text,) = check_zero(OPTIONS, ADAMW, processes(2, "cpu"))
+    assert isinstance(text, NoEffect) and "on a CPU" in text
+    with pytest.raises(UserError, match="--optimizer_type Adafactor: DeepSpeed gives it pieces"):
+        check_zero(OPTIONS, OptimizerChoice("Adafactor", "torch.optim.Adafactor", 1e-3, {}), processes(2))
+
+
+def test_deepspeed_and_fsdp(deepspeed: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--deepspeed: not with FSDP.*remove one of them"):
+        deepspeed.delenv("ACCELERATE_USE_DEEPSPEED")
+        deepspeed.setenv("ACCELERATE_USE_FSDP", "true")
+        deepspeed.setenv("FSDP_VERSION", "2")
+        check_launch(TrainingOptions(deepspeed=True))

@@ -62,6 +62,11 @@ def parameters_are_not_split(o: TrainNetworkOptions) -> bool:
     return o.training.deepspeed and o.training.zero_stage != 3
 
 
+@idle("offload_optimizer_device", reason="with --zero_stage 0, which shares nothing out")
+def nothing_is_shared_out(o: TrainNetworkOptions) -> bool:
+    return o.training.deepspeed and o.training.zero_stage == 0
+
+
 @idle("offload_optimizer_nvme_path", reason="without --offload_optimizer_device nvme")
 def optimizer_stays_off_the_disk(o: TrainNetworkOptions) -> bool:
     return o.training.deepspeed and o.training.offload_optimizer_device != "nvme"

@@ -1,0 +1,259 @@
+"""The optimizer's states and update shared out over processes by DeepSpeed's ZeRO (Rajbhandari et al. 2020).
+
+DeepSpeed wants a module whose forward pass makes the loss. Adapters work inside the frozen model's layers, so there is
+none; and gradients are averaged, clipped and judged by the loop, as in every run. DeepSpeed is therefore given a module
+of the trained weights alone, and the step's gradients by way of a loss that is linear in them. It averages what is
+equal on all processes, keeps its part of it, updates that, and gathers the new weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+
+#: of torch.optim; each number is moved by its own gradient and states alone, so a row of them may be cut anywhere
+_OF_TORCH = ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
+
+#: numbers that DeepSpeed reduces at once, for which it holds memory; its own default would be 2 GB
+_MOST_AT_ONCE = 50_000_000
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What is shared out."""
+
+    stage: int  # 0 nothing; 1 the optimizer's states; 2 the averaged gradients too
+    on_host: bool = False  # states and update in host memory
+    #: further settings of DeepSpeed's ``zero_optimization``
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise UserError for an optimizer that does not work on pieces of weights."""
+    kind = type(optimizer)
+    if kind in [getattr(torch.optim, name) for name in _OF_TORCH] or kind.__module__.startswith("lion_pytorch."):
+        return
+    raise UserError(
+        f"--optimizer_type {kind.__name__}: DeepSpeed gives it pieces of all weights in a row, and it looks at whole "
+        f"weights or is not known not to; use Lion or one of {', '.join(_OF_TORCH)}, or leave DeepSpeed out"
+    )
+
+
+class _Weights(nn.Module):
+    """The trained weights, whose ``forward`` makes a loss that has the given gradients."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        # copies: DeepSpeed lays them into one block of memory, and accelerate's states leave out what shares memory
+        self.weights = nn.ParameterList([nn.Parameter(p.detach().clone()) for p in parameters])
+
+    def forward(self, gradients: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(w * g).sum() for w, g in zip(self.weights, gradients, strict=True)]).sum()
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """An optimizer as any other to its users: groups of whole parameters, whole states; its work is shared out.
+
+    All processes must make, step, save and load it together, with equal gradients.
+
+    Args:
+        optimizer: new, over float32 parameters on their device, which all processes have in the same order.
+
+    Raises:
+        UserError: see ``check_optimizer``; DeepSpeed cannot be used on this machine.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, zero: Zero, device: torch.device) -> None:
+        check_optimizer(optimizer)
+        groups = [dict(group) for group in optimizer.param_groups if group["params"]]
+        super().__init__(groups, dict(optimizer.defaults))
+        self._device, self._is_split = device, zero.stage > 0
+        self._inner = optimizer
+        parameters = self._parameters()
+        self._weights = _Weights(parameters)
+        taken = iter(self._weights.weights)
+        # in place: schedulers and hooks of its own would be lost with a new one
+        optimizer.param_groups[:] = [{**g, "params": [next(taken) for _ in g["params"]]} for g in self.param_groups]
+        self._engine = _start(self._weights, optimizer, zero, device)
+        self.state = optimizer.state
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @property
+    def numbers_here(self) -> int:
+        """How many trained numbers this process updates and keeps states of; the last one's may be padded."""
+        return sum(p.numel() for group in self._inner.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the weights by their gradients, which must be the same on all processes.
+
+        Raises:
+            UserError: a network that leaves some of its weights out of a step.
+        """
+        parameters = self._parameters()
+        if not all(p.requires_grad for p in parameters):
+            raise UserError(
+                "DeepSpeed: this network leaves some of its weights out of a step (as networks.dylora does), and "
+                "DeepSpeed would move them all; leave DeepSpeed out"
+            )
+        for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
+            own.update((name, value) for name, value in group.items() if name != "params")
+        # something else may have changed weights: a state, a limit of norms, a step that was taken back
+        if self._is_split:
+            for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
+                own["params"][0].copy_(self._piece(group["params"], own["params"][0]))
+        else:
+            torch._foreach_copy_([w.detach() for w in self._weights.weights], parameters)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        with torch.enable_grad():
+            self._engine.backward(self._engine(gradients))
+        self._engine.step()
+        torch._foreach_copy_(parameters, [w.detach() for w in self._weights.weights])
+
+    # ---- whole states ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the same optimizer without DeepSpeed; all processes must call it."""
+        groups, state, first = [], {}, 0
+        inner = self._inner.state_dict()
+        if not self._is_split:
+            state = inner["state"]
+        for index, group in enumerate(self.param_groups):
+            numbers = list(range(first, first + len(group["params"])))
+            first += len(numbers)
+            groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
+            if self._is_split and inner["state"].get(index):
+                wholes = self._whole(inner["state"][index], group["params"])
+                state |= dict(zip(numbers, wholes, strict=True))
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, here or of an optimizer without DeepSpeed.
+
+        Raises:
+            UserError: the state is of other parameters.
+        """
+        saved = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in self.param_groups]:
+            raise UserError("--resume: the state's optimizer has other parameters; resume with that run's options")
+        for group, values in zip(self.param_groups, saved, strict=True):
+            group.update((name, value) for name, value in values.items() if name != "params")
+        if self._is_split:
+            state = {}
+            for index, (group, values) in enumerate(zip(self.param_groups, saved, strict=True)):
+                states = [state_dict["state"].get(number, {}) for number in values["params"]]
+                if any(states):
+                    state[index] = self._pieces(states, self._inner.param_groups[index]["params"][0])
+            groups = [{**g, "params": [index]} for index, g in enumerate(saved)]
+            state_dict = {"state": state, "param_groups": groups}
+        self._inner.load_state_dict(dict(state_dict))
+        self.state = self._inner.state
+
+    def _piece(self, wholes: Sequence[Tensor], like: Tensor) -> Tensor:
+        """This process's part of tensors in a row, filled up with zeros."""
+        row = torch.cat([t.detach().reshape(-1) for t in wholes])
+        size, rank = like.numel(), torch.distributed.get_rank()
+        part = row[rank * size : (rank + 1) * size]
+        return torch.cat([part, part.new_zeros(size - part.numel())])
+
+    def _pieces(self, states: Sequence[Mapping[str, Any]], like: Tensor) -> dict[str, Any]:
+        """The state of this process's part, of those of whole parameters."""
+        found: dict[str, Any] = {}
+        for name, first in states[0].items():
+            values = [state.get(name) for state in states]
+            if isinstance(first, Tensor) and first.dim() > 0 and all(isinstance(value, Tensor) for value in values):
+                found[name] = self._piece(values, like)
+            elif not all(_is_same(value, first) for value in values):
+                raise UserError(
+                    f"--resume: the state's parameters differ in {name}, and DeepSpeed has one for all; resume it "
+                    "without DeepSpeed"
+                )
+            else:
+                found[name] = first
+        return found
+
+    def _whole(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """The states of parameters, of this process's and all others' parts of them."""
+        found: list[dict[str, Any]] = [{} for _ in parameters]
+        for name, value in state.items():
+            if not (isinstance(value, Tensor) and value.dim() > 0):
+                values: Sequence[Any] = [value.clone() if isinstance(value, Tensor) else value for _ in parameters]
+            else:
+                here = value.to(self._device)  # where processes can exchange it
+                parts = [torch.empty_like(here) for _ in range(torch.distributed.get_world_size())]
+                torch.distributed.all_gather(parts, here)
+                sizes = [p.numel() for p in parameters]
+                cut = torch.cat(parts)[: sum(sizes)].split(sizes)
+                values = [part.view(p.shape).clone() for part, p in zip(cut, parameters, strict=True)]
+            for one, whole in zip(found, values, strict=True):
+                one[name] = whole
+        return found
+
+
+def _is_same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return one == other
+
+
+@contextlib.contextmanager
+def _local_rank() -> Iterator[None]:
+    """DeepSpeed asks for the variable, which only launchers set."""
+    if "LOCAL_RANK" in os.environ:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+
+
+def _start(weights: _Weights, optimizer: torch.optim.Optimizer, zero: Zero, device: torch.device) -> Any:
+    """DeepSpeed's engine, with what this program does by itself left out."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    if not torch.distributed.is_initialized():  # one process, started without a launcher
+        store, backend = torch.distributed.HashStore(), "gloo" if device.type == "cpu" else "nccl"
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    total = sum(p.numel() for p in weights.parameters())
+    shared_out: dict[str, Any] = {"reduce_bucket_size": min(total, _MOST_AT_ONCE), **zero.settings}
+    shared_out["stage"] = zero.stage
+    if zero.on_host:
+        shared_out.setdefault("offload_optimizer", {"device": "cpu", "pin_memory": device.type != "cpu"})
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # the loop has clipped; left out, it is 1
+        "zero_optimization": shared_out,
+        "zero_allow_untested_optimizer": True,  # see ``check_optimizer``
+        "zero_force_ds_cpu_optimizer": False,  # the run's optimizer stays what it is on the host too
+    }
+    try:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
+        if device.type == "cpu":
+            # an exchange of its own that it would compile for a minute, and that is for inference
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with _local_rank():
+            made = deepspeed.initialize(model=weights, optimizer=optimizer, config=config, dist_init_required=False)
+    except Exception as error:  # it builds and probes much while it starts, and raises what that raises
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"DeepSpeed cannot be used here: {what}; see its installation notes, or train without it"
+        ) from error
+    return made[0]

@@ -1,0 +1,185 @@
+"""What is asked of DeepSpeed, by options or by accelerate's configuration, and what of it can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.config.arguments import TrainingOptions, TrainNetworkOptions
+from library.config.availability import NO_NVME, NO_STAGE_3
+from library.errors import NoEffect, UserError
+from library.launched import USE_DEEPSPEED, is_on
+from library.optim.optimizers import OptimizerChoice
+from library.optim.zero import Zero, ZeroOptimizer, check_optimizer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from library.training.run import Run
+
+#: of ``zero_optimization``: handed to DeepSpeed
+_HANDED_ON = (
+    "allgather_partitions", "allgather_bucket_size", "contiguous_gradients", "overlap_comm", "reduce_bucket_size",
+    "reduce_scatter",
+)  # fmt: skip
+
+#: of a DeepSpeed file: what options of this program decide, and what it sets by itself
+_DECIDED = (
+    "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+
+
+def problems_of_deepspeed(options: TrainingOptions, *, with_fsdp: bool) -> list[str]:
+    """One line for each thing that cannot be had; none if nothing is asked for.
+
+    Raises:
+        UserError: accelerate cannot read its own configuration.
+    """
+    if not (options.deepspeed or is_on(USE_DEEPSPEED)):
+        return []
+    if find_spec("deepspeed") is None:
+        return ["DeepSpeed is asked for, and the package deepspeed is not installed; run: pip install deepspeed"]
+    problems = []
+    if with_fsdp:
+        problems.append("--deepspeed: not with FSDP, which accelerate's configuration asks for; remove one of them")
+    if not is_on(USE_DEEPSPEED):
+        return problems
+    config = _configuration()
+    problems += _problems_of_file(config)
+    if not problems and options.deepspeed and _zero_of(config) != _zero_of_options(options):
+        problems.append(
+            "--deepspeed: its options and accelerate's configuration ask DeepSpeed for different things; remove "
+            "--deepspeed, or make them agree"
+        )
+    return problems
+
+
+def asked_zero(options: TrainingOptions) -> Zero | None:
+    """What is shared out, by a configuration that ``problems_of_deepspeed`` has passed; ``None`` without DeepSpeed."""
+    if is_on(USE_DEEPSPEED):
+        return _zero_of(_configuration())
+    return _zero_of_options(options) if options.deepspeed else None
+
+
+def _zero_of_options(options: TrainingOptions) -> Zero:
+    return Zero(options.zero_stage, on_host=options.offload_optimizer_device == "cpu" and options.zero_stage > 0)
+
+
+def _configuration() -> dict[str, Any]:
+    """DeepSpeed's configuration as accelerate makes it, of its own questions or of a DeepSpeed file."""
+    from accelerate import DeepSpeedPlugin
+
+    try:
+        plugin = DeepSpeedPlugin()
+    except (ValueError, KeyError, OSError) as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"accelerate's configuration of DeepSpeed: {what}; run accelerate config again") from None
+    return plugin.deepspeed_config
+
+
+def _device(config: Mapping[str, Any], name: str) -> str:
+    return (config["zero_optimization"].get(name) or {}).get("device") or "none"
+
+
+def _zero_of(config: Mapping[str, Any]) -> Zero:
+    asked = config["zero_optimization"]
+    stage = int(asked.get("stage", 0))
+    settings = {name: asked[name] for name in _HANDED_ON if asked.get(name, "auto") != "auto"}
+    on_host = stage > 0 and _device(config, "offload_optimizer") == "cpu"
+    if on_host:
+        offload = {n: v for n, v in asked["offload_optimizer"].items() if n not in ("device", "nvme_path")}
+        settings |= {"offload_optimizer": {"device": "cpu", **offload}} if offload else {}
+    return Zero(stage, on_host=on_host, settings=settings)
+
+
+def _problems_of_file(config: Mapping[str, Any]) -> list[str]:
+    asked = config["zero_optimization"]
+    start = "accelerate's configuration asks for DeepSpeed's"
+    if asked.get("stage") == 3:
+        return [f"{start} ZeRO stage 3: {NO_STAGE_3}"]
+    problems = []
+    if _device(config, "offload_optimizer") == "nvme":
+        problems.append(f"{start} offload_optimizer to nvme: {NO_NVME}")
+    elif _device(config, "offload_optimizer") != "none" and not asked.get("stage"):
+        problems.append(f"{start} offload_optimizer with ZeRO stage 0, which shares nothing out; set it to none")
+    if _device(config, "offload_param") != "none":
+        problems.append(f"{start} offload_param: only ZeRO stage 3 has it; set it to none")
+    known = {"stage", "offload_optimizer", "offload_param", *_HANDED_ON}
+    others = [
+        f"zero_optimization.{n}" for n, v in asked.items() if n not in known and not n.startswith("stage3_") and v
+    ]
+    others += [name for name in config if name not in {"zero_optimization", *_DECIDED}]
+    return problems + [f"{start} {name}: options of this program decide that, or it does not have it; remove it"
+                       for name in others]  # fmt: skip
+
+
+def check_zero(options: TrainNetworkOptions, optimizer: OptimizerChoice, accelerator: Accelerator) -> list[str]:
+    """Before anything is loaded; returns warnings.
+
+    Raises:
+        UserError: an optimizer that does not work on pieces of weights.
+    """
+    zero = asked_zero(options.training)
+    if zero is None:
+        return []
+    check_optimizer(optimizer.create([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]))
+    found = _differences(options)
+    if accelerator.num_processes == 1 and not zero.on_host:
+        found.append(NoEffect("DeepSpeed has no effect with one process: there is nothing to share out"))
+    if zero.on_host and accelerator.device.type == "cpu":
+        found.append(NoEffect("DeepSpeed: offloading has no effect on a CPU, where states are in host memory anyway"))
+    return found
+
+
+def _differences(options: TrainNetworkOptions) -> list[str]:
+    """What accelerate's configuration says otherwise than options, which win."""
+    if not is_on(USE_DEEPSPEED):
+        return []
+    config, found = _configuration(), []
+    steps, norm = options.training.gradient_accumulation_steps, options.optimizer.max_grad_norm
+    for name, flag, ours in (
+        ("gradient_accumulation_steps", "gradient_accumulation_steps", steps),
+        ("gradient_clipping", "max_grad_norm", norm),
+    ):
+        if (theirs := config.get(name, "auto")) not in ("auto", ours):
+            found.append(
+                f"accelerate's {name} {theirs} is not used, as --{flag} {ours:g} decides; give --{flag} {theirs}"
+            )
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        if (theirs := config.get(name, "auto")) != "auto":
+            found.append(f"accelerate's {name} {theirs} is not used, as the dataset's batch_size decides")
+    for name in ("bf16", "fp16"):
+        if config.get(name, {}).get("enabled") is True and (ours := options.training.mixed_precision) != name:
+            found.append(f"DeepSpeed's {name} is not used, as --mixed_precision {ours} decides")
+    return found
+
+
+def with_zero(run: Run, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer, its work shared out over the processes if that is asked for.
+
+    Args:
+        optimizer: over parameters on their device.
+
+    Raises:
+        UserError: see ``ZeroOptimizer``.
+    """
+    zero = asked_zero(run.options.training)
+    if zero is None or (run.accelerator.num_processes == 1 and not zero.on_host):
+        return optimizer
+    return ZeroOptimizer(optimizer, zero, run.device)
+
+
+def zero_rows(run: Run) -> list[tuple[str, str]]:
+    """For the table before the first step."""
+    inner = getattr(run.trained.optimizer, "optimizer", None)
+    if not isinstance(inner, ZeroOptimizer):
+        return []
+    zero = asked_zero(run.options.training)
+    total = sum(p.numel() for p in run.trained.parameters)
+    where = "host memory" if zero.on_host else "device memory"
+    states = f"states of {min(inner.numbers_here, total):,} of {total:,} trained numbers in each process's {where}"
+    return [("DeepSpeed", f"ZeRO stage {zero.stage}, {states}")]
