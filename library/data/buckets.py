@@ -70,14 +70,19 @@ def make_sizes(rules: BucketRules) -> list[Size]:
 def own_size(size: Size, rules: BucketRules) -> Size:
     """Without enlarging: the picture's size, shrunk to the resolution's area, cut to multiples of ``step``.
 
-    Only a side shorter than ``step`` is enlarged, as nothing smaller can be trained on.
+    Only a side shorter than ``step`` is enlarged, as nothing smaller can be trained on; the other is then cut where
+    the area would be exceeded.
     """
     width, height = size
     area = rules.resolution[0] * rules.resolution[1]
     if width * height > area:
         scale = (area / (width * height)) ** 0.5
         width, height = int(width * scale + 1e-6), int(height * scale + 1e-6)
-    return max(rules.step, width // rules.step * rules.step), max(rules.step, height // rules.step * rules.step)
+    step = rules.step
+    longest = max(step, area // step // step * step)  # beside a side of ``step``
+    if min(width, height) < step:
+        width, height = min(width, longest), min(height, longest)
+    return max(step, width // step * step), max(step, height // step * step)
 
 
 def _up(value: int, step: int) -> int:

@@ -452,19 +452,26 @@ class _Reader:
                 self._problem(where, "metadata_file", f"{metadata}: no such file")
             if folder and not Path(folder).is_dir():
                 self._problem(where, "image_dir", f"{folder}: no such folder")
-        elif folder is None:
-            if isinstance(table, Mapping) and not {"image_dir", "metadata_file"} & set(table):
+        elif not folder:
+            if folder == "" or isinstance(table, Mapping) and not {"image_dir", "metadata_file"} & set(table):
                 self._problem(where, "image_dir", "is missing: name the folder with the pictures")
             return False
         elif not Path(folder).is_dir():
             self._problem(where, "image_dir", f"{folder}: no such folder")
         elif not any(_has_pictures(Path(folder))):
-            self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)})")
+            self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}){_inside(folder)}")
         return len(self._problems) == before
 
 
 def _has_pictures(folder: Path) -> Iterator[bool]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if is_picture_name(entry.name):
+            if is_picture_name(entry.name) and not entry.is_dir():
                 yield True
+
+
+def _inside(folder: str) -> str:
+    """A hint if the pictures lie one level deeper, where they are not looked for."""
+    inner = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and os.access(p, os.R_OK))
+    found = next((name for name in inner if any(_has_pictures(Path(folder, name)))), None)
+    return f"; folders inside are not searched: name each in a subset of its own, such as {found}" if found else ""

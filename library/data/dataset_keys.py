@@ -92,7 +92,7 @@ def parse_size(value: Any) -> tuple[int, int] | None:
     """(W, H) of a number, a list, or the command line's "n" or "w,h"; ``None`` if it is none of them."""
     if isinstance(value, str):
         parts = value.replace(" ", "").split(",")
-        if not all(part.isdigit() for part in parts):
+        if not all(part.isdecimal() for part in parts):
             return None
         value = [int(part) for part in parts]
     if _is_int(value):

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from library.data.dataset_config import SubsetSpec, load_json
@@ -167,11 +167,14 @@ class _Pictures:
                     raise _Mistake(f"may be {' or '.join(sorted(matches))} in {folder}; write the ending")
                 if matches:
                     return Path(os.path.join(folder, matches[0]))
-        if Path(name).is_absolute():
+        if self._image_dir is not None:
+            bare = name.replace("\\", "/").rpartition("/")[2]
+            moved = bare != name and bare in self._names_in(str(self._image_dir))
+            hint = f"; there is {bare}: write the name without its old folder" if moved else ""
+            raise _Mistake(f"no picture {name} in {self._image_dir}{hint}")
+        if Path(name).is_absolute() or PureWindowsPath(name).is_absolute():
             raise _Mistake(f"no such picture: {name}")
-        if self._image_dir is None:
-            raise _Mistake(f"no picture {name} in the working folder; give image_dir, the folder of the pictures")
-        raise _Mistake(f"no picture {name} in {self._image_dir}")
+        raise _Mistake(f"no picture {name} in the working folder; give image_dir, the folder of the pictures")
 
     def _names_in(self, folder: str) -> dict[str, list[str]]:
         """Names of pictures by how they may be written: whole, which leaves no doubt, or without ending."""

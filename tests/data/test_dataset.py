@@ -233,6 +233,12 @@ def test_as_many_regularisation_as_training_pictures(
     assert len(set(visits)) == len(visits)
 
 
+def test_an_epoch_that_no_memory_holds_is_refused(make_data: Make) -> None:
+    with pytest.raises(UserError, match=r"subsets\]\] 1: num_repeats 1000000000: an epoch would have 7,000,000,000 pi"):
+        make_data(subset="num_repeats = 1_000_000_000")
+    assert make_data(subset="num_repeats = 1000").batch_count() == 3500
+
+
 def test_regularisation_pictures_have_the_prior_loss_weight(make_data: Make, tmp_path: Path) -> None:
     for batch in load(regularised(make_data, tmp_path, 7)):
         expected = [0.5 if Path(path).name.startswith("r") else 1.0 for path in batch.paths]

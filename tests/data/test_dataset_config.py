@@ -189,6 +189,7 @@ def test_the_tag_warm_up_comes_from_anywhere(tmp_path: Path, pictures: Path, cap
         ({"caption_dropout_rate": 2.0}, "--caption_dropout_rate 2.0: write a number from 0 to 1"),
         ({"train_batch_size": 0}, "--train_batch_size 0: write a whole number, 1 or more"),
         ({"resolution": "big"}, "--resolution big: write a number of pixels, or [width, height]"),
+        ({"resolution": "51²"}, "--resolution 51²: write a number of pixels, or [width, height]"),
     ],
 )
 def test_values_of_the_command_line_are_checked_too(
@@ -271,8 +272,13 @@ def test_missing_and_empty_tables(tmp_path: Path, pictures: Path) -> None:
         "data.toml: [[datasets]] 1: subsets: there must be at least one [[datasets.subsets]] table"
     ]
     assert "image_dir: is missing" in problems(tmp_path, "[[datasets]]\nresolution=64\n[[datasets.subsets]]\n")[0]
-    (tmp_path / "empty").mkdir()
-    assert "holds no pictures" in problems(tmp_path, minimal(tmp_path / "empty"))[0]
+    (tmp_path / "empty" / "folder.png").mkdir(parents=True)
+    assert problems(tmp_path, minimal(tmp_path / "empty"))[0].endswith("(.png, .jpg, .jpeg, .webp, .bmp, .avif, .jxl)")
+    draw(tmp_path / "empty" / "in ner", {"a.png": (8, 8)})
+    assert problems(tmp_path, minimal(tmp_path / "empty"))[0].endswith(
+        "name each in a subset of its own, such as in ner"
+    )
+    assert "image_dir: is missing" in problems(tmp_path, minimal(Path("x")).replace("'x'", "''"))[0]
     (line,) = problems(tmp_path, minimal(pictures, subset="is_reg = true"))
     assert "nothing to train on" in line
 

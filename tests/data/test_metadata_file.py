@@ -196,6 +196,15 @@ def test_files_that_are_wrong(tmp_path: Path, folder: Path, name: str, text: str
     assert expected in line and name in line
 
 
+@pytest.mark.parametrize("old", ["C:\\data\\pictures\\a.png", "D:/a.png", "/home/me/a.png", "other/a.png"])
+def test_pictures_that_were_moved(tmp_path: Path, folder: Path, old: str) -> None:
+    file = write(tmp_path / "meta.json", {old: {"tags": "x"}})
+    (line,) = problems(file, folder)
+    assert line.endswith(f"no picture {old} in pictures; there is a.png: write the name without its old folder")
+    (line,) = problems(file)
+    assert f"no such picture: {old}" in line or f"no picture {old} in the working folder" in line
+
+
 def test_places_that_are_wrong(tmp_path: Path, folder: Path) -> None:
     file = write(tmp_path / "meta.json", {"a.png": {"tags": "x"}, "/no/b.png": {"tags": "x"}})
     assert problems(file) == [
