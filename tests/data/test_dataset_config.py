@@ -283,6 +283,15 @@ def test_missing_and_empty_tables(tmp_path: Path, pictures: Path) -> None:
     assert "nothing to train on" in line
 
 
+def test_folders_that_may_not_be_read(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the tests may run as root, whom no folder refuses
+    monkeypatch.setattr("library.data.dataset_config.os.access", lambda path, mode: False)
+    (line,) = problems(tmp_path, minimal(pictures, subset=f"conditioning_data_dir = '{pictures}'"))
+    assert line.endswith(f"1: image_dir: {pictures.name}: may not be read (permission denied)")
+    with pytest.raises(UserError, match=r"^--train_data_dir .*: may not be read \(permission denied\)$"):
+        load_dataset_config(None, DatasetOptions(train_data_dir=str(pictures), resolution="64"))
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "must end with .toml or .json" in problems(tmp_path, "", "data.yaml")[0]
     with pytest.raises(UserError, match="x.toml: no such file"):
