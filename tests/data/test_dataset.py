@@ -233,6 +233,19 @@ def test_as_many_regularisation_as_training_pictures(
     assert len(set(visits)) == len(visits)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_attributes_of_ones_own_reach_the_batch(make_data: Make, folder: Path, workers: int) -> None:
+    other = draw(folder.parent / "other", {"x.png": (64, 64)})
+    data = make_data(
+        subset="custom_attributes = {kind = 'photo'}",
+        more=f"[[datasets.subsets]]\nimage_dir = '{other}'\ncustom_attributes = {{kind = 'drawing', level = 2}}",
+    )
+    for batch in load(data, workers=workers):
+        drawn = [Path(path).name == "x.png" for path in batch.paths]
+        kinds = [{"kind": "drawing", "level": 2} if of_other else {"kind": "photo"} for of_other in drawn]
+        assert batch.to("cpu").custom_attributes == kinds
+
+
 def test_an_epoch_that_no_memory_holds_is_refused(make_data: Make) -> None:
     with pytest.raises(UserError, match=r"subsets\]\] 1: num_repeats 1000000000: an epoch would have 7,000,000,000 pi"):
         make_data(subset="num_repeats = 1_000_000_000")
