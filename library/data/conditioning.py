@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Literal
 from library.data.dataset_config import DatasetConfig, SubsetSpec
 from library.data.image_io import is_picture_name, read_size
 from library.data.records import ImageRecord
+from library.data.same_file import same_file
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -141,24 +142,23 @@ def check_none_is_extra(subsets: Iterable[tuple[SubsetSpec, Sequence[ImageRecord
     Raises:
         UserError: one line for each folder.
     """
-    used: dict[Path, set[Path]] = {}
-    left_out: dict[Path, set[str]] = {}
+    spelt: dict[Hashable, Path] = {}
+    known: dict[Hashable, set[str]] = defaultdict(set)  # names without ending
     for subset, records in subsets:
-        if subset.conditioning_dir is not None:
-            of_folder = used.setdefault(subset.conditioning_dir, set())
-            of_folder |= {record.conditioning for record in records if record.conditioning is not None}
-            if subset.on_bad_image == "skip":
-                folders = {record.folder for record in records} | ({subset.image_dir} if subset.image_dir else set())
-                left_out.setdefault(subset.conditioning_dir, set()).update(
-                    path.stem for folder in folders for path in _pictures_in(folder)
-                )
+        if subset.conditioning_dir is None:
+            continue
+        folder = same_file(subset.conditioning_dir)  # which subsets may name differently
+        spelt.setdefault(folder, subset.conditioning_dir)
+        known[folder] |= {record.path.stem for record in records}
+        if subset.on_bad_image == "skip":  # what was left out has a mask all the same
+            of_pictures = {record.folder for record in records} | ({subset.image_dir} if subset.image_dir else set())
+            known[folder] |= {path.stem for place in of_pictures for path in _pictures_in(place)}
     problems = []
-    for folder, known in used.items():
-        names = left_out.get(folder, set())
-        extra = [path.name for path in _pictures_in(folder) if path not in known and path.stem not in names]
+    for folder, place in spelt.items():
+        extra = [path.name for path in _pictures_in(place) if path.stem not in known[folder]]
         if extra:
             problems.append(
-                f"conditioning_data_dir {folder}: no picture has the name of {_some(extra)}; rename or remove what "
+                f"conditioning_data_dir {place}: no picture has the name of {_some(extra)}; rename or remove what "
                 "belongs to no picture"
             )
     if problems:

@@ -237,7 +237,7 @@ def test_subsets_may_share_a_folder_of_masks(make_data: Make, folder: Path, mask
             make_data(
                 dataset=SIZE,
                 subset=f"{masks}\n{MANY}",
-                more=f"[[datasets.subsets]]\nimage_dir = '{other}'\n{masks}\n{MANY}",
+                more=f"[[datasets.subsets]]\nimage_dir = '{other}'\n{masks.replace('masks', 'masks/../masks')}\n{MANY}",
             )
         )
     )
