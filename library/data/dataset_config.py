@@ -178,6 +178,8 @@ def _from_folders(options: DatasetOptions) -> dict[str, Any]:
                 logger.warning("%s %s: left out, as it is not named <repeats>_<class tokens>", flag, inner)
                 continue
             repeats, tokens = int(named.group(1)), named.group(2).strip()
+            if tokens != os.fsencode(tokens).decode("utf-8", "replace"):
+                raise UserError(f"{flag} {inner}: the name is a caption, but not in UTF-8; rename the folder")
             found.append({"image_dir": str(inner), "num_repeats": repeats, "class_tokens": tokens, "is_reg": is_reg})
         if not found:
             raise UserError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -327,6 +329,14 @@ def test_a_folder_of_pictures_with_a_folder_of_masks(tmp_path: Path, pictures: P
     config = load_dataset_config(None, DatasetOptions(conditioning_data_dir=str(pictures), **options))
     found = [(s.image_dir, s.num_repeats, s.is_reg, s.conditioning_dir) for s in config.datasets[0].subsets]
     assert found == [(pictures, 1, False, pictures), (tmp_path / "reg" / "2_cat", 2, True, None)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_a_folders_name_must_be_a_caption(tmp_path: Path) -> None:
+    draw(tmp_path / "train" / os.fsdecode(b"3_caf\xe9"), {"a.png": (8, 8)})
+    draw(tmp_path / "train" / "2_café {x|y}", {"a.png": (8, 8)})
+    with pytest.raises(UserError, match="3_caf.*: the name is a caption, but not in UTF-8; rename the folder"):
+        load_dataset_config(None, DatasetOptions(train_data_dir=str(tmp_path / "train"), resolution="64"))
 
 
 def test_folders_that_are_wrong(tmp_path: Path, pictures: Path) -> None:
