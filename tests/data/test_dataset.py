@@ -80,6 +80,15 @@ def test_order_and_samples_differ_by_epoch_and_seed(make_data: Make) -> None:
     assert 0 < sum(flips) < len(flips)
 
 
+def test_other_pictures_meet_in_a_batch_in_another_epoch(make_data: Make) -> None:
+    data = make_data(dataset="enable_bucket = false\nbatch_size = 3")
+
+    def met(epoch: int) -> set[frozenset[int]]:
+        return {frozenset(use.record for use in ref.uses) for ref in data.batches(epoch)}
+
+    assert len({frozenset(met(epoch)) for epoch in range(4)}) > 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_is_entered_at_any_batch(make_data: Make, workers: int) -> None:
     whole = load(make_data(subset=RANDOM), 1)
