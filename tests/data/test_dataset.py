@@ -80,6 +80,12 @@ def test_order_and_samples_differ_by_epoch_and_seed(make_data: Make) -> None:
     assert 0 < sum(flips) < len(flips)
 
 
+def test_buckets_take_turns(make_data: Make) -> None:
+    data = make_data(subset="num_repeats = 3")
+    orders = {tuple(data.datasets[0].bucket_of[ref.uses[0].record] for ref in data.batches(e)) for e in range(3)}
+    assert len(orders) == 3 and not any(order == tuple(sorted(order)) for order in orders)
+
+
 def test_other_pictures_meet_in_a_batch_in_another_epoch(make_data: Make) -> None:
     data = make_data(dataset="enable_bucket = false\nbatch_size = 3")
 
