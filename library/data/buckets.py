@@ -58,9 +58,10 @@ def make_sizes(rules: BucketRules) -> list[Size]:
         # the square too, which is not the tallest of its width where the resolution is no multiple of the step
         if width * width <= area:
             sizes.add((width, width))
-        fitting = [height for height in rules.sides if width * height <= area]
-        if fitting:
-            sizes |= {(width, fitting[-1]), (fitting[-1], width)}
+        # not by trying all, as bounds far apart with a small step make tens of thousands of sides
+        height = min(rules.sides[-1], area // width // rules.step * rules.step)
+        if height >= rules.sides[0]:
+            sizes |= {(width, height), (height, width)}
     by_ratio: dict[float, Size] = {}
     for size in sorted(sizes, key=lambda s: s[0] * s[1]):
         by_ratio[size[0] / size[1]] = size  # the larger of one ratio stays

@@ -51,6 +51,12 @@ def test_published_sizes_of_512() -> None:
     assert buckets.assign((5000, 100)) == (1024, 256)
 
 
+def test_bounds_may_lie_far_apart() -> None:
+    sizes = make_sizes(BucketRules((512, 512), True, min_side=8, max_side=100_000, step=8))
+    assert (8, 32768) in sizes and (32768, 8) in sizes and (512, 512) in sizes
+    assert all(width * height <= 512 * 512 for width, height in sizes)
+
+
 def test_without_buckets_all_are_of_the_resolution() -> None:
     assert Buckets(BucketRules((512, 768))).assign((30, 4000)) == (512, 768)
 

@@ -169,6 +169,13 @@ def test_a_boolean_is_no_number(tmp_path: Path, pictures: Path, key: str) -> Non
     assert line.startswith(f"data.toml: [general]: {key}: True: write a")
 
 
+@pytest.mark.parametrize("key", ["network_multiplier", "token_warmup_step", "caption_dropout_rate"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_is_finite(tmp_path: Path, pictures: Path, key: str, value: str) -> None:
+    (line,) = problems(tmp_path, minimal(pictures, dataset=f"{key} = {value}"))
+    assert line.startswith(f"data.toml: [[datasets]] 1: {key}: {value}: write a number")
+
+
 def test_the_tag_warm_up_comes_from_anywhere(tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     def warm_up(text: str, **options: object) -> tuple[float, int]:
         captions = load(tmp_path, text, **options).datasets[0].subsets[0].captions
