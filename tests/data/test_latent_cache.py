@@ -205,6 +205,16 @@ def test_an_old_file_name_is_read_and_written(make_data: Make, folder: Path) -> 
     assert not (folder / "a_0064x0064_sd.npz").exists()
 
 
+def test_an_old_file_of_a_picture_of_another_size_is_not_used(make_data: Make, folder: Path) -> None:
+    """Its name does not tell the size, and its content has no stamp: only its record of the size does."""
+    fill(make_data())
+    os.rename(folder / "a_0064x0064_sd.npz", folder / "a.npz")
+    rewrite(folder / "a.npz", stamp=None)
+    assert fill(make_data()) == 0
+    draw(folder, {"a.png": (72, 72)})  # of the same bucket
+    assert fill(make_data()) == 1
+
+
 def test_skip_check_looks_for_the_file_only(make_data: Make, folder: Path) -> None:
     fill(make_data())
     assert fill(make_data(), vae="another", trust=True) == 0
