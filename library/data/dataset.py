@@ -112,11 +112,14 @@ class BucketedDataset:
 
     def _check_repeats(self) -> None:
         """Refuse an epoch that no memory holds; a longer run needs more epochs, and not longer ones."""
-        if self.num_train + self.num_reg > _MOST_USES:
-            most = max(self.spec.subsets, key=lambda subset: subset.num_repeats)
+        most = max(self.spec.subsets, key=lambda subset: subset.num_repeats)
+        if len(self.records) * most.num_repeats <= _MOST_USES:
+            return  # as nearly always, without counting
+        count = self.num_train + self.num_reg
+        if count > _MOST_USES:
             raise UserError(
-                f"{most.where}: num_repeats {most.num_repeats}: an epoch would have "
-                f"{self.num_train + self.num_reg:,} pictures; lower it, and raise --max_train_epochs"
+                f"{most.where}: num_repeats {most.num_repeats}: an epoch would have {count:,} pictures; lower it, and "
+                "raise --max_train_epochs"
             )
 
     def _uses(self) -> list[Use]:
