@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from library.data.records import ImageRecord
+
+_FOLDER = operator.attrgetter("folder")
 
 
 def same_file(path: Path) -> Hashable:
@@ -26,8 +29,10 @@ def with_one_spelling(found: Sequence[list[ImageRecord]]) -> list[list[ImageReco
     Caches are files beside pictures. Known by two paths, a picture's file would be written twice at once, and one
     writer would lose what the other added.
     """
-    first: dict[Hashable, Path] = {}
     # told apart as objects first, as all records of a folder share one
+    if len({one for records in found for one in set(map(id, map(_FOLDER, records)))}) < 2:
+        return list(found)
+    first: dict[Hashable, Path] = {}
     folders = {id(record.folder): record.folder for records in found for record in records}
     spelt = {folder: first.setdefault(same_file(folder), folder) for folder in folders.values()}
     if all(folder == kept for folder, kept in spelt.items()):
