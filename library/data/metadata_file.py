@@ -78,7 +78,11 @@ def _entries(file: Path, mistakes: list[str]) -> Iterator[_Entry]:
     if file.suffix.lower() == ".jsonl":
         yield from _of_lines(file, mistakes)
         return
-    content = load_json(file)
+    try:
+        content = load_json(file)
+    except UserError as error:
+        hint = "; name a file with one entry a line .jsonl" if "Extra data: line 2" in str(error) else ""
+        raise UserError(f"{error}{hint}") from None
     if not isinstance(content, Mapping):
         hint = "; name a file with one entry a line .jsonl" if isinstance(content, list) else ""
         raise UserError(f'{file}: must be {{"picture": {{"caption": "..."}}, ...}}{hint}')
@@ -121,6 +125,8 @@ def _caption(fields: Mapping[str, Any], separator: str) -> str:
         value = fields.get(name)
         if value is not None and not isinstance(value, str):
             raise _Mistake(f"{name}: {value!r}: write text in quotes")
+        if value is not None and not _is_text(value):
+            raise _Mistake(f"{name}: holds half a character, {ascii(value)[:60]}; write it again")
         texts[name] = value
     caption, tags = texts["caption"], texts["tags"]
     if caption is None and tags is None:
@@ -130,6 +136,15 @@ def _caption(fields: Mapping[str, Any], separator: str) -> str:
         return caption or tags
     tags = f"{separator} ".join(_lines(tags, separator))
     return "\n".join(f"{line}{separator} {tags}" for line in _lines(caption, separator))
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written; JSON may hold halves of characters, left where a program cut a text off."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _misspelt(fields: Mapping[str, Any], wanted: list[str]) -> str:

@@ -182,6 +182,13 @@ def test_many_mistakes_are_counted(tmp_path: Path, folder: Path) -> None:
     [
         ("meta.json", "{", "not valid JSON"),
         ("meta.json", "[]", "name a file with one entry a line .jsonl"),
+        ("meta.json", '{"image_path": "a.png"}\n{"image_path": "b"}', "name a file with one entry a line .jsonl"),
+        (
+            "meta.json",
+            '{"a.png": {"caption": "half \\ud83d"}}',
+            "caption: holds half a character, 'half \\ud83d'; write",
+        ),
+        pytest.param("meta.json", "[" * 100_000, "not valid JSON", id="deep"),
         ("meta.json", "{}", "has no entries"),
         ("meta.json", '{"a.png": "a cat"}', '"a.png": must be {"caption": "...", "tags": "..."}'),
         ("meta.json", '{"a\\u0000/b": {"tags": "x"}}', "no picture"),
