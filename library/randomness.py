@@ -28,7 +28,8 @@ def key(*parts: int | str) -> int:
         if isinstance(part, bool) or not isinstance(part, (int, str)):
             raise TypeError(f"a key is made of int and str, not {type(part).__name__}: {part!r}")
         tag = b"i" if isinstance(part, int) else b"s"
-        text = str(part).encode("utf-8")
+        # file names that are no UTF-8 keep their bytes as lone surrogates
+        text = str(part).encode("utf-8", "surrogateescape")
         # the length goes in too, so that ("ab", "c") and ("a", "bc") differ
         digest.update(tag + len(text).to_bytes(4, "little") + text)
     return int.from_bytes(digest.digest(), "little") >> (64 - _KEY_BITS)

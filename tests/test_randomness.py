@@ -19,6 +19,11 @@ def test_keys_are_stable_over_releases() -> None:
     assert key(42, "visit", 0) == 2089275949620722253
 
 
+def test_names_of_files_that_are_no_utf_8_are_parts_too() -> None:
+    # how Python hands out names in another encoding, such as those of old archives
+    assert len({key("caf\udce9.png"), key("caf\udcea.png"), key("café.png")}) == 3
+
+
 def test_only_int_and_str() -> None:
     for part in (1.0, True, None):
         with pytest.raises(TypeError):

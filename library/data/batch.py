@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ class Batch:
     network_multiplier: float = 1.0
     #: conditioning from a cache, batch first; tokens are there then only if some encoders are trained
     text: dict[str, Tensor] | None = None
+    #: of each sample's subset, for scripts and network modules of one's own; nothing here looks into them
+    custom_attributes: list[Mapping[str, Any]] = field(default_factory=list)
 
     @property
     def target_sizes(self) -> Tensor:

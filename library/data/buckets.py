@@ -58,9 +58,10 @@ def make_sizes(rules: BucketRules) -> list[Size]:
         # the square too, which is not the tallest of its width where the resolution is no multiple of the step
         if width * width <= area:
             sizes.add((width, width))
-        fitting = [height for height in rules.sides if width * height <= area]
-        if fitting:
-            sizes |= {(width, fitting[-1]), (fitting[-1], width)}
+        # not by trying all, as bounds far apart with a small step make tens of thousands of sides
+        height = min(rules.sides[-1], area // width // rules.step * rules.step)
+        if height >= rules.sides[0]:
+            sizes |= {(width, height), (height, width)}
     by_ratio: dict[float, Size] = {}
     for size in sorted(sizes, key=lambda s: s[0] * s[1]):
         by_ratio[size[0] / size[1]] = size  # the larger of one ratio stays
@@ -70,14 +71,19 @@ def make_sizes(rules: BucketRules) -> list[Size]:
 def own_size(size: Size, rules: BucketRules) -> Size:
     """Without enlarging: the picture's size, shrunk to the resolution's area, cut to multiples of ``step``.
 
-    Only a side shorter than ``step`` is enlarged, as nothing smaller can be trained on.
+    Only a side shorter than ``step`` is enlarged, as nothing smaller can be trained on; the other is then cut where
+    the area would be exceeded.
     """
     width, height = size
     area = rules.resolution[0] * rules.resolution[1]
     if width * height > area:
         scale = (area / (width * height)) ** 0.5
         width, height = int(width * scale + 1e-6), int(height * scale + 1e-6)
-    return max(rules.step, width // rules.step * rules.step), max(rules.step, height // rules.step * rules.step)
+    step = rules.step
+    longest = max(step, area // step // step * step)  # beside a side of ``step``
+    if min(width, height) < step:
+        width, height = min(width, longest), min(height, longest)
+    return max(step, width // step * step), max(step, height // step * step)
 
 
 def _up(value: int, step: int) -> int:

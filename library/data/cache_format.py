@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import numpy as np
 
 from library.architectures.base import LatentFormat
 from library.data.array_file import open_arrays
-from library.files.atomic import atomic_path
+from library.errors import UserError
+from library.files.atomic import MAX_NAME, atomic_path
 from library.files.hashes import file_identity
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,33 @@ def cache_path(image: Path, size: tuple[int, int], format: LatentFormat) -> Path
     if not format.multi_resolution and old.exists():
         return old
     return image.with_name(f"{image.stem}_{size[0]:04d}x{size[1]:04d}{format.cache_suffix}")
+
+
+def check_places(paths: Iterable[Path], flag: str) -> None:
+    """Refuse cache files that could not be written, before anything is encoded for them.
+
+    Args:
+        flag: asks for files; without it the cache is in memory.
+
+    Raises:
+        UserError: one line for each folder that is read-only, and for names that are too long.
+    """
+    paths = list(paths)
+    folders = dict.fromkeys(path.parent for path in paths)
+    problems = [
+        f"{folder}: may not be written, where files are to be cached beside the pictures; allow it, or train without "
+        f"{flag}"
+        for folder in folders
+        if not os.access(folder, os.W_OK)
+    ]
+    long = [path for path in paths if len(os.fsencode(path.name)) > MAX_NAME]
+    if long:
+        more = f", and {len(long) - 1} more" if len(long) > 1 else ""
+        problems.append(
+            f"{long[0]}{more}: the name is too long for a file; shorten the picture's, or train without {flag}"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def array_suffix(bucket: tuple[int, int], format: LatentFormat) -> str:

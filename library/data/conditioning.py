@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Literal
 from library.data.dataset_config import DatasetConfig, SubsetSpec
 from library.data.image_io import is_picture_name, read_size
 from library.data.records import ImageRecord
+from library.data.same_file import same_file
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -88,17 +89,18 @@ def pair(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageRecord
             )
     if problems:
         raise UserError("\n".join(problems))
-    paired = [replace(record, conditioning=by_stem[record.path.stem][0]) for record in records]
-    _check_sizes(subset, paired)
-    return paired
+    return _readable(subset, [replace(record, conditioning=by_stem[record.path.stem][0]) for record in records])
 
 
 def _pictures_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_picture_name(path.name) and path.is_file())
 
 
-def _check_sizes(subset: SubsetSpec, records: Sequence[ImageRecord]) -> None:
-    """Read every header, so that a damaged picture is found now and not in the middle of a run."""
+def _readable(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """Read every header, so that a damaged picture is found now and not in the middle of a run.
+
+    With ``on_bad_image`` "skip", what has a damaged one is left out.
+    """
 
     def aspect(path: Path) -> float | UserError:
         try:
@@ -111,12 +113,16 @@ def _check_sizes(subset: SubsetSpec, records: Sequence[ImageRecord]) -> None:
     with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) * 2)) as pool:
         aspects = list(pool.map(aspect, paths))
     damaged = [str(found) for found in aspects if isinstance(found, UserError)]
-    if damaged:
+    if damaged and subset.on_bad_image == "skip" and len(damaged) < len(records):
+        for line in damaged:
+            logger.warning("%s; left out with its picture (--on_bad_image skip)", line)
+    elif damaged:
         more = [f"{subset.conditioning_dir}: and {len(damaged) - _SHOWN} more files like these"]
         raise UserError("\n".join(damaged[:_SHOWN] + (more if len(damaged) > _SHOWN else [])))
+    whole = [(record, a) for record, a in zip(records, aspects, strict=True) if not isinstance(a, UserError)]
     stretched = [
         record.path.name
-        for record, found in zip(records, aspects, strict=True)
+        for record, found in whole
         if abs(found * record.size[1] / record.size[0] - 1) > _ASPECT_TOLERANCE
     ]
     if stretched:
@@ -124,6 +130,7 @@ def _check_sizes(subset: SubsetSpec, records: Sequence[ImageRecord]) -> None:
             "%s: conditioning_data_dir: other aspect ratios than their pictures, to which they are stretched: %s",
             *(subset.where, _some(stretched)),
         )
+    return [record for record, _ in whole]
 
 
 def check_none_is_extra(subsets: Iterable[tuple[SubsetSpec, Sequence[ImageRecord]]]) -> None:
@@ -135,17 +142,23 @@ def check_none_is_extra(subsets: Iterable[tuple[SubsetSpec, Sequence[ImageRecord
     Raises:
         UserError: one line for each folder.
     """
-    used: dict[Path, set[Path]] = {}
+    spelt: dict[Hashable, Path] = {}
+    known: dict[Hashable, set[str]] = defaultdict(set)  # names without ending
     for subset, records in subsets:
-        if subset.conditioning_dir is not None:
-            of_folder = used.setdefault(subset.conditioning_dir, set())
-            of_folder |= {record.conditioning for record in records if record.conditioning is not None}
+        if subset.conditioning_dir is None:
+            continue
+        folder = same_file(subset.conditioning_dir)  # which subsets may name differently
+        spelt.setdefault(folder, subset.conditioning_dir)
+        known[folder] |= {record.path.stem for record in records}
+        if subset.on_bad_image == "skip":  # what was left out has a mask all the same
+            of_pictures = {record.folder for record in records} | ({subset.image_dir} if subset.image_dir else set())
+            known[folder] |= {path.stem for place in of_pictures for path in _pictures_in(place)}
     problems = []
-    for folder, known in used.items():
-        extra = [path.name for path in _pictures_in(folder) if path not in known]
+    for folder, place in spelt.items():
+        extra = [path.name for path in _pictures_in(place) if path.stem not in known[folder]]
         if extra:
             problems.append(
-                f"conditioning_data_dir {folder}: no picture has the name of {_some(extra)}; rename or remove what "
+                f"conditioning_data_dir {place}: no picture has the name of {_some(extra)}; rename or remove what "
                 "belongs to no picture"
             )
     if problems:

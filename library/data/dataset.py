@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from library.architectures.base import LatentFormat
 from library.data.augment import face_in_name
@@ -23,7 +23,9 @@ from library.data.discover import Seen, discover
 from library.data.effects import warn_of_no_effect
 from library.data.latent_cache import Encode, Peers, Wanted, fill
 from library.data.loader import BatchMaker, Loader, Tokenize
+from library.data.metadata_cache import no_collection
 from library.data.records import ImageRecord
+from library.data.same_file import with_one_spelling
 from library.data.validation_split import for_validation, split_records
 from library.errors import UserError
 from library.randomness import permutation
@@ -38,9 +40,12 @@ logger = logging.getLogger(__name__)
 __all__ = ["Batch", "BatchRef", "BucketedDataset", "TrainingData", "Use"]
 
 
-@dataclass(frozen=True)
-class Use:
-    """One use of a record in an epoch."""
+#: pictures in an epoch, by their repeats, from where on their order alone would take gigabytes
+_MOST_USES = 20_000_000
+
+
+class Use(NamedTuple):
+    """One use of a record in an epoch; a tuple, as there may be millions."""
 
     record: int
     repeat: int
@@ -94,14 +99,28 @@ class BucketedDataset:
         self.records = records
         buckets = Buckets(spec.buckets)
         self.bucket_of = [buckets.assign(record.size) for record in self.records]
-        self.uses = self._uses()
-        self.max_repeats = 1 + max((use.repeat for use in self.uses), default=0)
-        self.uses_by_bucket: dict[Size, list[Use]] = {}
-        for use in self.uses:
-            self.uses_by_bucket.setdefault(self.bucket_of[use.record], []).append(use)
+        self._check_repeats()
+        with no_collection():
+            self.uses = self._uses()
+            self.max_repeats = 1 + max((use.repeat for use in self.uses), default=0)
+            self.uses_by_bucket: dict[Size, list[Use]] = {}
+            for use in self.uses:
+                self.uses_by_bucket.setdefault(self.bucket_of[use.record], []).append(use)
 
     def subset(self, record: int) -> SubsetSpec:
         return self.spec.subsets[self.records[record].subset]
+
+    def _check_repeats(self) -> None:
+        """Refuse an epoch that no memory holds; a longer run needs more epochs, and not longer ones."""
+        most = max(self.spec.subsets, key=lambda subset: subset.num_repeats)
+        if len(self.records) * most.num_repeats <= _MOST_USES:
+            return  # as nearly always, without counting
+        count = self.num_train + self.num_reg
+        if count > _MOST_USES:
+            raise UserError(
+                f"{most.where}: num_repeats {most.num_repeats}: an epoch would have {count:,} pictures; lower it, and "
+                "raise --max_train_epochs"
+            )
 
     def _uses(self) -> list[Use]:
         """What an epoch is made of: training pictures by their repeats, as many regularisation pictures."""
@@ -251,7 +270,7 @@ class TrainingData:
         check_none_is_extra(
             s for spec, records in zip(config.datasets, found, strict=True) for s in by_subset(spec, records)
         )
-        split = split_records(config.datasets, found, seed=seed)
+        split = split_records(config.datasets, with_one_spelling(found), seed=seed)
         self.datasets, self.validation_datasets = (
             tuple(BucketedDataset(spec, records) for spec, records in zip(specs, parts, strict=True) if records)
             for specs, parts in (

@@ -144,7 +144,7 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
@@ -166,8 +166,8 @@ def _from_folders(options: DatasetOptions) -> dict[str, Any]:
     ):
         if not folder:
             continue
-        if not Path(folder).is_dir():
-            raise UserError(f"{flag} {folder}: no such folder")
+        if problem := _folder_problem(folder):
+            raise UserError(f"{flag} {folder}: {problem}")
         if options.conditioning_data_dir and not is_reg and any(_has_pictures(Path(folder))):
             subsets.append({"image_dir": folder, "num_repeats": 1})
             continue
@@ -178,6 +178,8 @@ def _from_folders(options: DatasetOptions) -> dict[str, Any]:
                 logger.warning("%s %s: left out, as it is not named <repeats>_<class tokens>", flag, inner)
                 continue
             repeats, tokens = int(named.group(1)), named.group(2).strip()
+            if tokens != os.fsencode(tokens).decode("utf-8", "replace"):
+                raise UserError(f"{flag} {inner}: the name is a caption, but not in UTF-8; rename the folder")
             found.append({"image_dir": str(inner), "num_repeats": repeats, "class_tokens": tokens, "is_reg": is_reg})
         if not found:
             raise UserError(
@@ -367,8 +369,8 @@ class _Reader:
         conditioning = values["conditioning_data_dir"] or None
         if values["is_reg"] and "conditioning_data_dir" not in own:
             conditioning = None  # the command line's folder is that of the training pictures
-        if conditioning and not Path(conditioning).is_dir():
-            self._problem(where, "conditioning_data_dir", f"{conditioning}: no such folder")
+        if conditioning and (problem := _folder_problem(conditioning)):
+            self._problem(where, "conditioning_data_dir", f"{conditioning}: {problem}")
             return None
         if values["num_repeats"] < 1:
             logger.warning("%s: %s: left out, as num_repeats is %d", self._source, where, values["num_repeats"])
@@ -450,21 +452,36 @@ class _Reader:
                 self._problem(where, "metadata_file", f"{metadata}: must end with .json or .jsonl")
             elif not Path(metadata).is_file():
                 self._problem(where, "metadata_file", f"{metadata}: no such file")
-            if folder and not Path(folder).is_dir():
-                self._problem(where, "image_dir", f"{folder}: no such folder")
-        elif folder is None:
-            if isinstance(table, Mapping) and not {"image_dir", "metadata_file"} & set(table):
+            if folder and (problem := _folder_problem(folder)):
+                self._problem(where, "image_dir", f"{folder}: {problem}")
+        elif not folder:
+            if folder == "" or isinstance(table, Mapping) and not {"image_dir", "metadata_file"} & set(table):
                 self._problem(where, "image_dir", "is missing: name the folder with the pictures")
             return False
-        elif not Path(folder).is_dir():
-            self._problem(where, "image_dir", f"{folder}: no such folder")
+        elif problem := _folder_problem(folder):
+            self._problem(where, "image_dir", f"{folder}: {problem}")
         elif not any(_has_pictures(Path(folder))):
-            self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)})")
+            self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}){_inside(folder)}")
         return len(self._problems) == before
+
+
+def _folder_problem(folder: str) -> str | None:
+    """Why pictures cannot be looked for there; ``None`` if they can."""
+    if not os.path.isdir(folder):
+        return "no such folder"
+    # a folder that may be listed but not entered gives names alone
+    return None if os.access(folder, os.R_OK | os.X_OK) else "may not be read (permission denied)"
 
 
 def _has_pictures(folder: Path) -> Iterator[bool]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if is_picture_name(entry.name):
+            if is_picture_name(entry.name) and not entry.is_dir():
                 yield True
+
+
+def _inside(folder: str) -> str:
+    """A hint if the pictures lie one level deeper, where they are not looked for."""
+    inner = sorted(path for path in Path(folder).iterdir() if path.is_dir() and os.access(path, os.R_OK | os.X_OK))
+    found = next((path.name for path in inner if any(_has_pictures(path))), None)
+    return f"; folders inside are not searched: name each in a subset of its own, such as {found}" if found else ""

@@ -85,14 +85,14 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def parse_size(value: Any) -> tuple[int, int] | None:
     """(W, H) of a number, a list, or the command line's "n" or "w,h"; ``None`` if it is none of them."""
     if isinstance(value, str):
         parts = value.replace(" ", "").split(",")
-        if not all(part.isdigit() for part in parts):
+        if not all(part.isdecimal() for part in parts):
             return None
         value = [int(part) for part in parts]
     if _is_int(value):

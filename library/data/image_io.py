@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,9 @@ _EXIF_ORIENTATION = 0x0112
 
 #: from here on Pillow is asked, which warns of so many and refuses twice as many
 _MANY_PIXELS = 89_000_000
+
+#: pixels around one that may have a part in it when a picture is enlarged; of the kernels, lanczos reaches farthest
+_KERNEL = 4
 
 #: what Pillow raises for damaged files, beside OSError
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, RuntimeError, struct.error)
@@ -113,6 +118,7 @@ def _open(path: Path | str) -> Image:
             raise UserError(f"{path}: a HEIC picture, which is not supported; convert it to PNG or JPEG")
         if kind is not None and not _can_read(kind):
             raise UserError(f"{path}: {kind} pictures need a package: pip install {PLUGINS[kind]}")
+        _expect_large_pictures()
         return Image.open(path, formats=_formats())
     except UnidentifiedImageError:
         raise UserError(f"{path}: not a picture; remove or replace it") from None
@@ -153,6 +159,14 @@ def _can_read(kind: str) -> bool:
             importlib.import_module(module)
             return True
     return False
+
+
+@functools.cache
+def _expect_large_pictures() -> None:
+    """Pillow warns of an attack from 89 million pixels on; they are the user's own, and refused from twice as many."""
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def _formats() -> tuple[str, ...]:
@@ -256,10 +270,31 @@ def cut(
     pixels: np.ndarray, resized: tuple[int, int], box: tuple[int, int, int, int], interpolation: str | None
 ) -> np.ndarray:
     """Resize uint8 (H, W) or (H, W, 3) to ``resized`` (W, H), then crop the ``box`` (left, top, right, bottom)."""
+    if resized[0] * resized[1] > _MANY_PIXELS:
+        pixels, resized, box = _surroundings(pixels, resized, box)
     if resized != (pixels.shape[1], pixels.shape[0]):
         pixels = resize(pixels, resized, interpolation)
     left, top, right, bottom = box
     return np.ascontiguousarray(pixels[top:bottom, left:right])
+
+
+def _surroundings(
+    pixels: np.ndarray, resized: tuple[int, int], box: tuple[int, int, int, int]
+) -> tuple[np.ndarray, tuple[int, int], tuple[int, int, int, int]]:
+    """The part of a picture that the box is made from, its resized size, and the box in that.
+
+    For pictures so narrow that the whole, made as wide as a bucket, would not fit into memory.
+    """
+    starts, ends, offsets, sides = [0, 0], [0, 0], [0, 0], [0, 0]
+    for axis, length in enumerate((pixels.shape[1], pixels.shape[0])):
+        scale = resized[axis] / length
+        starts[axis] = max(0, math.floor(box[axis] / scale) - _KERNEL)
+        ends[axis] = min(length, math.ceil(box[axis + 2] / scale) + _KERNEL)
+        offsets[axis] = round(starts[axis] * scale)
+        sides[axis] = round(ends[axis] * scale) - offsets[axis]
+    (x, y), (left, top, right, bottom) = offsets, box
+    part = pixels[starts[1] : ends[1], starts[0] : ends[0]]
+    return np.ascontiguousarray(part), (sides[0], sides[1]), (left - x, top - y, right - x, bottom - y)
 
 
 def cut_mask(mask: np.ndarray, resized: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:

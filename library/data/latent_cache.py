@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from library.architectures.base import LatentFormat
-from library.data.cache_format import CachedLatents, array_suffix, cache_path, is_current, read_cache, read_sample
+from library.data.cache_format import (
+    CachedLatents,
+    array_suffix,
+    cache_path,
+    check_places,
+    is_current,
+    read_cache,
+    read_sample,
+)
 from library.data.latent_encoding import THREADS, Encode, Wanted, encode_all, to_pixels, to_weights
 from library.errors import USER_ERROR_EXIT_CODE, UserError
 
@@ -274,6 +282,7 @@ def fill(
     missing = sorted(peers.gather([i for i in mine if not usable[wanted[i]]]))
     share = [wanted[i] for i in _share(wanted, missing, format, peers)]
     with together(peers):
+        check_places((cache_path(w.path, w.size, format) for w in share), "--cache_latents_to_disk")
         encoded(share, None)
     return DiskLatents(format), len(missing)
 

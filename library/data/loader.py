@@ -94,6 +94,7 @@ class BatchMaker:
             flipped=[s.flipped for s in samples],
             network_multiplier=spec.network_multiplier,
             text=stack_rows(texts, [s.record.path for s in samples]) if texts else None,
+            custom_attributes=[self._datasets[ref.dataset].subset(use.record).custom_attributes for use in ref.uses],
         )
 
     def visit(self, ref: BatchRef, use: Use) -> int:

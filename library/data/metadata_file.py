@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from library.data.dataset_config import SubsetSpec, load_json
@@ -78,7 +78,11 @@ def _entries(file: Path, mistakes: list[str]) -> Iterator[_Entry]:
     if file.suffix.lower() == ".jsonl":
         yield from _of_lines(file, mistakes)
         return
-    content = load_json(file)
+    try:
+        content = load_json(file)
+    except UserError as error:
+        hint = "; name a file with one entry a line .jsonl" if "Extra data: line 2" in str(error) else ""
+        raise UserError(f"{error}{hint}") from None
     if not isinstance(content, Mapping):
         hint = "; name a file with one entry a line .jsonl" if isinstance(content, list) else ""
         raise UserError(f'{file}: must be {{"picture": {{"caption": "..."}}, ...}}{hint}')
@@ -121,6 +125,8 @@ def _caption(fields: Mapping[str, Any], separator: str) -> str:
         value = fields.get(name)
         if value is not None and not isinstance(value, str):
             raise _Mistake(f"{name}: {value!r}: write text in quotes")
+        if value is not None and not _is_text(value):
+            raise _Mistake(f"{name}: holds half a character, {ascii(value)[:60]}; write it again")
         texts[name] = value
     caption, tags = texts["caption"], texts["tags"]
     if caption is None and tags is None:
@@ -130,6 +136,15 @@ def _caption(fields: Mapping[str, Any], separator: str) -> str:
         return caption or tags
     tags = f"{separator} ".join(_lines(tags, separator))
     return "\n".join(f"{line}{separator} {tags}" for line in _lines(caption, separator))
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written; JSON may hold halves of characters, left where a program cut a text off."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _misspelt(fields: Mapping[str, Any], wanted: list[str]) -> str:
@@ -167,11 +182,14 @@ class _Pictures:
                     raise _Mistake(f"may be {' or '.join(sorted(matches))} in {folder}; write the ending")
                 if matches:
                     return Path(os.path.join(folder, matches[0]))
-        if Path(name).is_absolute():
+        if self._image_dir is not None:
+            bare = name.replace("\\", "/").rpartition("/")[2]
+            moved = bare != name and bare in self._names_in(str(self._image_dir))
+            hint = f"; there is {bare}: write the name without its old folder" if moved else ""
+            raise _Mistake(f"no picture {name} in {self._image_dir}{hint}")
+        if Path(name).is_absolute() or PureWindowsPath(name).is_absolute():
             raise _Mistake(f"no such picture: {name}")
-        if self._image_dir is None:
-            raise _Mistake(f"no picture {name} in the working folder; give image_dir, the folder of the pictures")
-        raise _Mistake(f"no picture {name} in {self._image_dir}")
+        raise _Mistake(f"no picture {name} in the working folder; give image_dir, the folder of the pictures")
 
     def _names_in(self, folder: str) -> dict[str, list[str]]:
         """Names of pictures by how they may be written: whole, which leaves no doubt, or without ending."""

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from library.data.captions import CaptionRules
 from library.data.dataset_config import DatasetSpec, SubsetSpec
 from library.data.records import ImageRecord
+from library.data.same_file import same_file
 from library.errors import UserError
 from library.randomness import key
 
@@ -45,7 +44,7 @@ def split_records(specs: Sequence[DatasetSpec], found: Sequence[list[ImageRecord
     """
     if not any(subset.validation_split > 0 for spec in specs for subset in spec.subsets):
         return Split(tuple(found), tuple([] for _ in found))
-    files = [[_file_of(record.path) for record in records] for records in found]
+    files = [[same_file(record.path) for record in records] for records in found]
     chosen = [
         _chosen(spec, records, of_dataset, seed_of(spec, seed))
         for spec, records, of_dataset in zip(specs, found, files, strict=True)
@@ -110,16 +109,6 @@ def _plain(subset: SubsetSpec) -> SubsetSpec:
         face_crop_range=None,
         color_aug=False,
     )
-
-
-def _file_of(path: Path) -> Hashable:
-    """What two names of one file have in common: links and other spellings of a path are seen through."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return os.path.realpath(path)
-    # some network drives number no files
-    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
 def _share(spec: DatasetSpec, record: ImageRecord) -> float:

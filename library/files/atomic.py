@@ -28,6 +28,9 @@ from library.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 _CHUNK = 1 << 20  # bytes read at a time
+#: bytes of a file's name, on nearly all file systems
+MAX_NAME = 255
+_LONGEST_ENDING = len("..0123456789ab.tmp")
 _DAY = 86400  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -48,7 +51,7 @@ def atomic_path(path: Path | str, *, by_many: bool = False) -> Iterator[Path]:
     if by_many:
         with _clear_errors(path):
             _clear_old(path)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        temporary = path.with_name(f".{_short(path.name)}.{uuid.uuid4().hex[:12]}.tmp")
     _clear(temporary)
     try:
         with _clear_errors(path):
@@ -153,7 +156,7 @@ def remove_tree(path: Path | str) -> None:
     """Remove a folder so that a reader never finds a part of it under its name."""
     path = Path(path)
     # not the name under which a folder waits to be replaced: what is removed never comes back
-    aside = path.with_name(f".{path.name}.removed.tmp")
+    aside = path.with_name(f".{_short(path.name)}.removed.tmp")
     _clear(aside)
     os.replace(path, aside)
     shutil.rmtree(aside)
@@ -162,18 +165,24 @@ def remove_tree(path: Path | str) -> None:
 # ---- pieces ----
 
 
+def _short(name: str) -> str:
+    """A name with room for what makes it a temporary one."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= MAX_NAME - _LONGEST_ENDING else hashlib.sha256(encoded).hexdigest()[:32]
+
+
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+    return path.with_name(f".{_short(path.name)}.tmp")
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old.tmp")
+    return path.with_name(f".{_short(path.name)}.old.tmp")
 
 
 def _clear_old(path: Path) -> None:
     for name in _leftovers(path.parent):
         left = path.with_name(name)
-        if fnmatch.fnmatchcase(name, f".{glob.escape(path.name)}.*.tmp"):
+        if fnmatch.fnmatchcase(name, f".{glob.escape(_short(path.name))}.*.tmp"):
             with contextlib.suppress(OSError):
                 if time.time() - left.stat().st_mtime > _DAY:
                     left.unlink()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import Architecture
 from library.config.arguments import DatasetOptions, TrainNetworkOptions
+from library.data.cache_format import check_places
 from library.data.latent_cache import together
 from library.data.text_cache import (
     CachedTexts,
@@ -170,6 +171,7 @@ def _write(job: CacheJob, files: Sequence[TextFile], encoding: Callable[[], Text
     missing = sorted(peers.gather([i for i, file in enumerate(files) if file in outdated]))
     share = [files[i] for i in missing[peers.rank :: peers.count]]
     with together(peers):
+        check_places((file.path for file in share), "--cache_text_encoder_outputs_to_disk")
         if share:
             encode_to_disk(share, encoding(), format, settings, report)
     return len(missing)

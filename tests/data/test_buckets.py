@@ -51,6 +51,12 @@ def test_published_sizes_of_512() -> None:
     assert buckets.assign((5000, 100)) == (1024, 256)
 
 
+def test_bounds_may_lie_far_apart() -> None:
+    sizes = make_sizes(BucketRules((512, 512), True, min_side=8, max_side=100_000, step=8))
+    assert (8, 32768) in sizes and (32768, 8) in sizes and (512, 512) in sizes
+    assert all(width * height <= 512 * 512 for width, height in sizes)
+
+
 def test_without_buckets_all_are_of_the_resolution() -> None:
     assert Buckets(BucketRules((512, 768))).assign((30, 4000)) == (512, 768)
 
@@ -61,12 +67,15 @@ def test_without_upscaling() -> None:
     assert own_size((1024, 1024), rules) == (512, 512)
     assert own_size((700, 300), rules) == (640, 256)  # within the area, so not shrunk
     assert own_size((10, 300), rules) == (64, 256)  # nothing smaller than a step can be trained on
+    assert own_size((20_000, 100), rules) == (4096, 64)  # nor more than the area
+    assert own_size((1, 20_000), rules) == (64, 4096)
+    assert own_size((1, 1), rules) == (64, 64)
     rng = random.Random(0)
     for _ in range(300):
-        size = rng.randint(64, 3000), rng.randint(64, 3000)
+        size = rng.randint(1, 3000), rng.randint(1, 3000)
         width, height = Buckets(rules).assign(size)
         assert width % 64 == height % 64 == 0
-        assert width * height <= 512 * 512 or min(width, height) == 64
+        assert width * height <= 512 * 512
 
 
 def test_mean_aspect_error() -> None:

@@ -135,6 +135,10 @@ def test_published_example_of_a_dataset_file() -> None:
         ("a, b, c", {"tag_dropout_rate": 1.0}, ""),
         ("a, b, c", {"tag_dropout_rate": 1.0, "keep_tokens": 2}, "a, b"),
         ("a ||| b, c ||| d", {"tag_dropout_rate": 1.0, "keep_tokens_separator": "|||"}, "a, d"),
+        # marks at the ends, and more than two: what follows the second is the end
+        ("||| a, b", {"tag_dropout_rate": 1.0, "keep_tokens_separator": "|||"}, ""),
+        ("a, b |||", {"tag_dropout_rate": 1.0, "keep_tokens_separator": "|||"}, "a, b"),
+        ("a ||| b ||| c ||| d", {"tag_dropout_rate": 1.0, "keep_tokens_separator": "|||"}, "a, c, d"),
         # the mark wins over the number, and an absent mark leaves the number
         ("a, b ||| c", {"tag_dropout_rate": 1.0, "keep_tokens_separator": "|||", "keep_tokens": 1}, "a, b"),
         ("a, b, c", {"tag_dropout_rate": 1.0, "keep_tokens_separator": "|||", "keep_tokens": 1}, "a"),

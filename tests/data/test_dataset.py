@@ -80,6 +80,21 @@ def test_order_and_samples_differ_by_epoch_and_seed(make_data: Make) -> None:
     assert 0 < sum(flips) < len(flips)
 
 
+def test_buckets_take_turns(make_data: Make) -> None:
+    data = make_data(subset="num_repeats = 3")
+    orders = {tuple(data.datasets[0].bucket_of[ref.uses[0].record] for ref in data.batches(e)) for e in range(3)}
+    assert len(orders) == 3 and not any(order == tuple(sorted(order)) for order in orders)
+
+
+def test_other_pictures_meet_in_a_batch_in_another_epoch(make_data: Make) -> None:
+    data = make_data(dataset="enable_bucket = false\nbatch_size = 3")
+
+    def met(epoch: int) -> set[frozenset[int]]:
+        return {frozenset(use.record for use in ref.uses) for ref in data.batches(epoch)}
+
+    assert len({frozenset(met(epoch)) for epoch in range(4)}) > 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_is_entered_at_any_batch(make_data: Make, workers: int) -> None:
     whole = load(make_data(subset=RANDOM), 1)
@@ -231,6 +246,25 @@ def test_as_many_regularisation_as_training_pictures(
     assert (data.datasets[0].num_train, data.datasets[0].num_reg) == (7 * train_repeats, count * repeats)
     visits = [visit for batch in batches for visit in batch.visits]
     assert len(set(visits)) == len(visits)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_attributes_of_ones_own_reach_the_batch(make_data: Make, folder: Path, workers: int) -> None:
+    other = draw(folder.parent / "other", {"x.png": (64, 64)})
+    data = make_data(
+        subset="custom_attributes = {kind = 'photo'}",
+        more=f"[[datasets.subsets]]\nimage_dir = '{other}'\ncustom_attributes = {{kind = 'drawing', level = 2}}",
+    )
+    for batch in load(data, workers=workers):
+        drawn = [Path(path).name == "x.png" for path in batch.paths]
+        kinds = [{"kind": "drawing", "level": 2} if of_other else {"kind": "photo"} for of_other in drawn]
+        assert batch.to("cpu").custom_attributes == kinds
+
+
+def test_an_epoch_that_no_memory_holds_is_refused(make_data: Make) -> None:
+    with pytest.raises(UserError, match=r"subsets\]\] 1: num_repeats 1000000000: an epoch would have 7,000,000,000 pi"):
+        make_data(subset="num_repeats = 1_000_000_000")
+    assert make_data(subset="num_repeats = 1000").batch_count() == 3500
 
 
 def test_regularisation_pictures_have_the_prior_loss_weight(make_data: Make, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,6 +169,13 @@ def test_a_boolean_is_no_number(tmp_path: Path, pictures: Path, key: str) -> Non
     assert line.startswith(f"data.toml: [general]: {key}: True: write a")
 
 
+@pytest.mark.parametrize("key", ["network_multiplier", "token_warmup_step", "caption_dropout_rate"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_is_finite(tmp_path: Path, pictures: Path, key: str, value: str) -> None:
+    (line,) = problems(tmp_path, minimal(pictures, dataset=f"{key} = {value}"))
+    assert line.startswith(f"data.toml: [[datasets]] 1: {key}: {value}: write a number")
+
+
 def test_the_tag_warm_up_comes_from_anywhere(tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     def warm_up(text: str, **options: object) -> tuple[float, int]:
         captions = load(tmp_path, text, **options).datasets[0].subsets[0].captions
@@ -189,6 +198,7 @@ def test_the_tag_warm_up_comes_from_anywhere(tmp_path: Path, pictures: Path, cap
         ({"caption_dropout_rate": 2.0}, "--caption_dropout_rate 2.0: write a number from 0 to 1"),
         ({"train_batch_size": 0}, "--train_batch_size 0: write a whole number, 1 or more"),
         ({"resolution": "big"}, "--resolution big: write a number of pixels, or [width, height]"),
+        ({"resolution": "51²"}, "--resolution 51²: write a number of pixels, or [width, height]"),
     ],
 )
 def test_values_of_the_command_line_are_checked_too(
@@ -271,10 +281,24 @@ def test_missing_and_empty_tables(tmp_path: Path, pictures: Path) -> None:
         "data.toml: [[datasets]] 1: subsets: there must be at least one [[datasets.subsets]] table"
     ]
     assert "image_dir: is missing" in problems(tmp_path, "[[datasets]]\nresolution=64\n[[datasets.subsets]]\n")[0]
-    (tmp_path / "empty").mkdir()
-    assert "holds no pictures" in problems(tmp_path, minimal(tmp_path / "empty"))[0]
+    (tmp_path / "empty" / "folder.png").mkdir(parents=True)
+    assert problems(tmp_path, minimal(tmp_path / "empty"))[0].endswith("(.png, .jpg, .jpeg, .webp, .bmp, .avif, .jxl)")
+    draw(tmp_path / "empty" / "in ner", {"a.png": (8, 8)})
+    assert problems(tmp_path, minimal(tmp_path / "empty"))[0].endswith(
+        "name each in a subset of its own, such as in ner"
+    )
+    assert "image_dir: is missing" in problems(tmp_path, minimal(Path("x")).replace("'x'", "''"))[0]
     (line,) = problems(tmp_path, minimal(pictures, subset="is_reg = true"))
     assert "nothing to train on" in line
+
+
+def test_folders_that_may_not_be_read(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the tests may run as root, whom no folder refuses
+    monkeypatch.setattr("library.data.dataset_config.os.access", lambda path, mode: False)
+    (line,) = problems(tmp_path, minimal(pictures, subset=f"conditioning_data_dir = '{pictures}'"))
+    assert line.endswith(f"1: image_dir: {pictures.name}: may not be read (permission denied)")
+    with pytest.raises(UserError, match=r"^--train_data_dir .*: may not be read \(permission denied\)$"):
+        load_dataset_config(None, DatasetOptions(train_data_dir=str(pictures), resolution="64"))
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -312,6 +336,14 @@ def test_a_folder_of_pictures_with_a_folder_of_masks(tmp_path: Path, pictures: P
     config = load_dataset_config(None, DatasetOptions(conditioning_data_dir=str(pictures), **options))
     found = [(s.image_dir, s.num_repeats, s.is_reg, s.conditioning_dir) for s in config.datasets[0].subsets]
     assert found == [(pictures, 1, False, pictures), (tmp_path / "reg" / "2_cat", 2, True, None)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_a_folders_name_must_be_a_caption(tmp_path: Path) -> None:
+    draw(tmp_path / "train" / os.fsdecode(b"3_caf\xe9"), {"a.png": (8, 8)})
+    draw(tmp_path / "train" / "2_café {x|y}", {"a.png": (8, 8)})
+    with pytest.raises(UserError, match="3_caf.*: the name is a caption, but not in UTF-8; rename the folder"):
+        load_dataset_config(None, DatasetOptions(train_data_dir=str(tmp_path / "train"), resolution="64"))
 
 
 def test_folders_that_are_wrong(tmp_path: Path, pictures: Path) -> None:

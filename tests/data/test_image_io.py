@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from library.data import image_io
 from library.data.image_io import (
     _can_read,
     covering_size,
+    cut,
     cut_mask,
     fit,
     has_alpha,
@@ -250,6 +253,16 @@ def test_too_many_pixels_are_refused(tmp_path: Path, read: Callable[[Path], obje
         read(tmp_path / "a.png")
 
 
+def test_large_pictures_are_no_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # so that a hundred are what 100 million are
+    image_io._expect_large_pictures.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert read_image(tmp_path / "a.png").shape == (10, 10, 3)
+    assert not said
+
+
 # ---- kinds that need a package ----
 
 JXL = [b"\xff\x0a" + b"\0" * 40, b"\0\0\0\x0cJXL \r\n\x87\n" + b"\0" * 40]
@@ -407,3 +420,27 @@ def test_the_alpha_channel_of_what_is_no_picture(tmp_path: Path) -> None:
     for name in ("a.png", "gone.png"):
         with pytest.raises(UserError, match=name):
             has_alpha(tmp_path / name)
+
+
+# ---- pictures of no picture's shape ----
+
+
+@pytest.mark.parametrize("size", [(400, 3), (3, 401)])
+def test_of_a_narrow_picture_only_the_crop_is_resized(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes out as if all had been, to within a pixel's fraction."""
+    ramp = np.add.outer(np.arange(size[1]), np.arange(size[0]))  # (H, W)
+    pixels = np.repeat((ramp % 256).astype(np.uint8)[:, :, None] // 2, 3, axis=2)
+    bucket = (64, 96)
+    resized = covering_size(size, bucket)
+    for box in ((0, 0, *bucket), (resized[0] - 64, resized[1] - 96, *resized)):
+        whole = cut(pixels, resized, box, "bilinear")
+        with monkeypatch.context() as patch:
+            patch.setattr(image_io, "_MANY_PIXELS", 1000)
+            part = cut(pixels, resized, box, "bilinear")
+        assert part.shape == whole.shape == (96, 64, 3)
+        assert np.abs(part.astype(int) - whole).max() <= 2
+
+
+def test_a_line_of_20_000_pixels_takes_little_memory() -> None:
+    fitted = fit(np.full((1, 20_000, 3), 9, np.uint8), (1024, 256), interpolation=None)  # the whole: 4 GB
+    assert fitted.pixels.shape == (256, 1024, 3) and (fitted.pixels == 9).all()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from library.data.dataset import TrainingData
@@ -95,6 +96,19 @@ def test_mirrored_latents_are_of_the_mirrored_picture(make_data: Make, folder: P
     with np.load(folder / "a_0064x0064_sd.npz") as file:
         assert np.abs(file["latents_flipped"] - file["latents"][:, :, ::-1]).max() < 0.1  # but for the draw
         assert np.abs(file["latents_flipped"] - file["latents"]).max() > 0.1
+
+
+def test_every_draw_from_the_posterior_is_its_own(make_data: Make, folder: Path) -> None:
+    """Of equal pictures of one colour, which differ in nothing but the draw: by name, and mirrored or not."""
+    for name in ("y", "z"):
+        Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("cat", encoding="utf-8")
+    fill(make_data(subset="flip_aug = true"))
+    draws = []
+    for name in ("y", "z"):
+        with np.load(folder / f"{name}_0064x0064_sd.npz") as file:
+            draws += [file["latents"], file["latents_flipped"]]
+    assert len({values.tobytes() for values in draws}) == 4
 
 
 def test_an_edited_picture_is_encoded_again(make_data: Make, folder: Path) -> None:
@@ -203,6 +217,16 @@ def test_an_old_file_name_is_read_and_written(make_data: Make, folder: Path) -> 
     assert fill(make_data()) == 0
     assert fill(make_data(), vae="another") == 7
     assert not (folder / "a_0064x0064_sd.npz").exists()
+
+
+def test_an_old_file_of_a_picture_of_another_size_is_not_used(make_data: Make, folder: Path) -> None:
+    """Its name does not tell the size, and its content has no stamp: only its record of the size does."""
+    fill(make_data())
+    os.rename(folder / "a_0064x0064_sd.npz", folder / "a.npz")
+    rewrite(folder / "a.npz", stamp=None)
+    assert fill(make_data()) == 0
+    draw(folder, {"a.png": (72, 72)})  # of the same bucket
+    assert fill(make_data()) == 1
 
 
 def test_skip_check_looks_for_the_file_only(make_data: Make, folder: Path) -> None:

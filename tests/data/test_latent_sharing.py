@@ -206,6 +206,31 @@ def test_a_full_disk_ends_the_run(make_data: Make, monkeypatch: pytest.MonkeyPat
         fill(make_data())
 
 
+def test_a_folder_that_may_not_be_written_is_named_before_anything_is_encoded(
+    make_data: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_data()
+    # the tests may run as root, whom no folder refuses
+    monkeypatch.setattr("library.data.cache_format.os.access", lambda path, mode: False)
+    with pytest.raises(UserError) as error:
+        fill(data)
+    assert str(error.value) == (
+        f"{folder}: may not be written, where files are to be cached beside the pictures; allow it, or train without "
+        "--cache_latents_to_disk"
+    )
+    assert not list(folder.glob("*.npz"))
+
+
+def test_names_may_be_as_long_as_names_of_files_are(make_data: Make, folder: Path) -> None:
+    draw(folder, {f"{'x' * 238}.png": (64, 64), f"{'あ' * 79}.png": (64, 64)})
+    assert fill(make_data()) == len(SIZES) + 2
+    assert max(len(os.fsencode(path.name)) for path in folder.glob("*_sd.npz")) == 255
+    assert fill(make_data()) == 0
+    draw(folder, {f"{'x' * 239}.png": (64, 64)})
+    with pytest.raises(UserError, match="_sd.npz: the name is too long for a file; shorten the picture's, or train"):
+        fill(make_data())
+
+
 # ---- files ----
 
 

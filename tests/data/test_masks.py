@@ -237,7 +237,7 @@ def test_subsets_may_share_a_folder_of_masks(make_data: Make, folder: Path, mask
             make_data(
                 dataset=SIZE,
                 subset=f"{masks}\n{MANY}",
-                more=f"[[datasets.subsets]]\nimage_dir = '{other}'\n{masks}\n{MANY}",
+                more=f"[[datasets.subsets]]\nimage_dir = '{other}'\n{masks.replace('masks', 'masks/../masks')}\n{MANY}",
             )
         )
     )
@@ -247,6 +247,31 @@ def test_an_unreadable_mask_is_named_before_the_run(make_data: Make, folder: Pat
     path = folder.parent / "masks" / "a.png"
     path.write_text("<html>")
     assert lines(lambda: make_data(dataset=SIZE, subset=masks)) == [f"{path}: not a picture; remove or replace it"]
+
+
+def test_what_is_left_out_is_left_out_with_its_mask(
+    make_data: Make, folder: Path, masks: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A picture that cannot be read leaves no extra mask behind, and a mask that cannot be read takes its picture."""
+    place = folder.parent / "masks"
+    (folder / "a.png").write_bytes(b"no picture")
+    (place / "b.png").write_text("<html>")
+    with caplog.at_level(logging.WARNING):
+        data = make_data(dataset=SIZE, subset=masks, on_bad_image="skip")
+    kept = {record.name for record in data.datasets[0].records}
+    assert kept == {path.name for path in folder.glob("*.png")} - {"a.png", "b.png"} != set()
+    assert f"{place / 'b.png'}: not a picture; remove or replace it; left out with its picture" in caplog.text
+    Image.new("RGB", (8, 8)).save(place / "x.png")
+    (line,) = lines(lambda: make_data(dataset=SIZE, subset=masks, on_bad_image="skip"))
+    assert "no picture has the name of x.png;" in line
+
+
+def test_without_any_readable_mask_nothing_is_left(make_data: Make, folder: Path, masks: str) -> None:
+    broken = sorted((folder.parent / "masks").iterdir())
+    for path in broken:
+        path.write_text("<html>")
+    found = lines(lambda: make_data(dataset=SIZE, subset=masks, on_bad_image="skip"))
+    assert found[0] == f"{broken[0]}: not a picture; remove or replace it"
 
 
 def test_masks_of_another_shape_are_told(

@@ -182,6 +182,13 @@ def test_many_mistakes_are_counted(tmp_path: Path, folder: Path) -> None:
     [
         ("meta.json", "{", "not valid JSON"),
         ("meta.json", "[]", "name a file with one entry a line .jsonl"),
+        ("meta.json", '{"image_path": "a.png"}\n{"image_path": "b"}', "name a file with one entry a line .jsonl"),
+        (
+            "meta.json",
+            '{"a.png": {"caption": "half \\ud83d"}}',
+            "caption: holds half a character, 'half \\ud83d'; write",
+        ),
+        pytest.param("meta.json", "[" * 100_000, "not valid JSON", id="deep"),
         ("meta.json", "{}", "has no entries"),
         ("meta.json", '{"a.png": "a cat"}', '"a.png": must be {"caption": "...", "tags": "..."}'),
         ("meta.json", '{"a\\u0000/b": {"tags": "x"}}', "no picture"),
@@ -194,6 +201,15 @@ def test_many_mistakes_are_counted(tmp_path: Path, folder: Path) -> None:
 def test_files_that_are_wrong(tmp_path: Path, folder: Path, name: str, text: str, expected: str) -> None:
     (line,) = problems(write(tmp_path / name, [text]), folder)
     assert expected in line and name in line
+
+
+@pytest.mark.parametrize("old", ["C:\\data\\pictures\\a.png", "D:/a.png", "/home/me/a.png", "other/a.png"])
+def test_pictures_that_were_moved(tmp_path: Path, folder: Path, old: str) -> None:
+    file = write(tmp_path / "meta.json", {old: {"tags": "x"}})
+    (line,) = problems(file, folder)
+    assert line.endswith(f"no picture {old} in pictures; there is a.png: write the name without its old folder")
+    (line,) = problems(file)
+    assert f"no such picture: {old}" in line or f"no picture {old} in the working folder" in line
 
 
 def test_places_that_are_wrong(tmp_path: Path, folder: Path) -> None:

@@ -123,3 +123,16 @@ def test_a_signal_keeps_what_is_encoded(make_data: Make, folder: Path) -> None:
     made = len(list(folder.glob("*_te.npz")))
     assert 0 < made < len(SIZES)
     assert fill(make_data()) == len(SIZES) - made
+
+
+def test_a_folder_that_may_not_be_written_is_named_before_anything_is_encoded(
+    make_data: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_data()
+    # the tests may run as root, whom no folder refuses
+    monkeypatch.setattr("library.data.cache_format.os.access", lambda path, mode: False)
+    with pytest.raises(
+        UserError, match=f"^{folder}: may not be written.* without --cache_text_encoder_outputs_to_disk$"
+    ):
+        fill(data)
+    assert not list(folder.glob("*_te.npz"))

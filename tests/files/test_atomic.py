@@ -61,6 +61,20 @@ def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
     assert only(tmp_path) == ["a.bin"]
 
 
+@pytest.mark.parametrize("by_many", [False, True])
+def test_names_may_be_as_long_as_they_can_be(tmp_path: Path, by_many: bool) -> None:
+    path = tmp_path / ("あ" * 85)  # 255 bytes
+    for text in ("old", "new"):
+        write_text(path, text, by_many=by_many)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(path.name, "new")]
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / ("x" * 255)):
+        raise RuntimeError
+    with atomic_directory(tmp_path / ("x" * 255)) as folder:
+        (folder / "a").touch()
+    remove_tree(tmp_path / ("x" * 255))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 def test_several_may_write_one_file_at_once(tmp_path: Path) -> None:
     target = tmp_path / "a.bin"
     with atomic_path(target, by_many=True) as one, atomic_path(target, by_many=True) as other:
