@@ -17,6 +17,7 @@ from typing import Any
 
 from library.config.arguments import DatasetOptions, ValidationOptions
 from library.config.config_file import load_toml
+from library.config.mistakes import home_hint
 from library.data.buckets import BucketRules, make_sizes
 from library.data.captions import CaptionRules
 from library.data.dataset_keys import (
@@ -118,18 +119,8 @@ def load_dataset_config(
     path = Path(path)
     if path.suffix.lower() not in (".toml", ".json"):
         raise UserError(f"--dataset_config {path}: must end with .toml or .json")
-    content = load_json(path) if path.suffix.lower() == ".json" else _load_toml(path)
+    content = load_json(path) if path.suffix.lower() == ".json" else load_toml(path)
     return _Reader(str(path), options, validation).read(content)
-
-
-def _load_toml(path: Path) -> dict[str, Any]:
-    try:
-        return load_toml(path)
-    except UserError as error:
-        if "escape" in str(error).lower() or "hex" in str(error).lower():
-            # the usual cause: image_dir = "C:\\pictures"
-            raise UserError(f"{error}; write paths with \\ in single quotes: 'C:\\pictures'") from None
-        raise
 
 
 def load_json(path: Path) -> Any:
@@ -215,7 +206,8 @@ class _Reader:
             if is_good:
                 found[name] = value
             else:
-                self._problems.append(f"--{flag} {value}: write {CHECKS[key.kind][1].replace('in quotes, ', '')}")
+                wanted = CHECKS[key.kind][1].replace("in quotes, ", "").replace("[width, height]", "width,height")
+                self._problems.append(f"--{flag} {value}: write {wanted}")
         return found
 
     def read(self, content: Any) -> DatasetConfig:
@@ -368,7 +360,7 @@ class _Reader:
         if values["is_reg"] and "conditioning_data_dir" not in own:
             conditioning = None  # the command line's folder is that of the training pictures
         if conditioning and not Path(conditioning).is_dir():
-            self._problem(where, "conditioning_data_dir", f"{conditioning}: no such folder")
+            self._problem(where, "conditioning_data_dir", f"{conditioning}: no such folder{home_hint(conditioning)}")
             return None
         if values["num_repeats"] < 1:
             logger.warning("%s: %s: left out, as num_repeats is %d", self._source, where, values["num_repeats"])
@@ -449,17 +441,21 @@ class _Reader:
             if Path(metadata).suffix.lower() not in (".json", ".jsonl"):
                 self._problem(where, "metadata_file", f"{metadata}: must end with .json or .jsonl")
             elif not Path(metadata).is_file():
-                self._problem(where, "metadata_file", f"{metadata}: no such file")
+                self._problem(where, "metadata_file", f"{metadata}: no such file{home_hint(metadata)}")
             if folder and not Path(folder).is_dir():
-                self._problem(where, "image_dir", f"{folder}: no such folder")
+                self._problem(where, "image_dir", f"{folder}: no such folder{home_hint(folder)}")
         elif folder is None:
             if isinstance(table, Mapping) and not {"image_dir", "metadata_file"} & set(table):
                 self._problem(where, "image_dir", "is missing: name the folder with the pictures")
             return False
         elif not Path(folder).is_dir():
-            self._problem(where, "image_dir", f"{folder}: no such folder")
+            self._problem(where, "image_dir", f"{folder}: no such folder{home_hint(folder)}")
         elif not any(_has_pictures(Path(folder))):
-            self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)})")
+            inner = next(
+                (sub for sub in sorted(Path(folder).iterdir()) if sub.is_dir() and any(_has_pictures(sub))), None
+            )
+            hint = f"; {inner} does, and has to be named itself" if inner else ""
+            self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}){hint}")
         return len(self._problems) == before
 
 
