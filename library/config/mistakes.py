@@ -51,7 +51,7 @@ def _unrecognized(words: Sequence[str], flags: Mapping[str, argparse.Action]) ->
     if word[0] in _LONG_DASHES:
         return [f"{word!r} begins with a long dash; write two plain hyphens: --{word.lstrip(_LONG_DASHES + '-')}"]
     if word.lower() in ("true", "false"):
-        return [f"{word!r} belongs to no option; switches take no value: leave them out for false"]
+        return [f"{word!r} belongs to no option; switches take no value; leave a switch out for false"]
     return [f"{word!r} belongs to no option; quote values with spaces"]
 
 
