@@ -115,6 +115,8 @@ def needs_output(o: TrainNetworkOptions) -> Iterator[Finding]:
     name = o.output.output_name
     if name and Path(name).name != name:
         yield error(f"--output_name {name}: a name without folders; put the folder into --output_dir")
+    elif name and Path(name).suffix in (".safetensors", ".ckpt", ".pt"):
+        yield warning(f"--output_name {name}: files get their ending by themselves; leave {Path(name).suffix} out")
 
 
 def needs_data(o: TrainNetworkOptions) -> Iterator[Finding]:

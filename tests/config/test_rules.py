@@ -139,6 +139,7 @@ WARNINGS = [
     ({"zero_terminal_snr": True}, "--zero_terminal_snr"),
     ({"v2": True, "clip_skip": 2}, "--clip_skip"),
     ({"huggingface_repo_id": "a/b", "huggingface_repo_visibility": "pubic"}, "taken as private"),
+    ({"output_name": "my_lora.safetensors"}, "leave .safetensors out"),
 ]
 
 #: looks like a finding above, and is none
