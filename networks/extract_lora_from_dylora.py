@@ -62,14 +62,14 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
     # only now, as torch takes seconds to load
     import torch
 
-    from library.files.safetensors_io import read_header
+    from library.files.safetensors_io import PICKLE_SUFFIXES, is_pickle, read_header
     from library.files.streamed import check_target
     from networks.dylora import MODULE_NAME
-    from networks.weights import PICKLE_SUFFIXES, read_weights, sizes_of, write_weights
+    from networks.weights import read_weights, sizes_of, write_weights
 
     check_target(save_to, "--save_to", suffixes=(".safetensors", *PICKLE_SUFFIXES))
     weights = read_weights(model)
-    metadata = {} if model.suffix in PICKLE_SUFFIXES else read_header(model).metadata
+    metadata = {} if is_pickle(model) else read_header(model).metadata
     made_by = metadata.get("ss_network_module", MODULE_NAME)
     if made_by != MODULE_NAME:
         raise UserError(f"--model {model}: it was trained as {made_by}; only the ranks of a DyLoRA stand by themselves")

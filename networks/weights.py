@@ -10,16 +10,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.architectures.common.recognise import recognise_tensors
 from library.errors import UserError
 from library.files.hashes import with_hashes
-from library.files.safetensors_io import load_pickle, load_tensors, read_header, save_pickle, save_tensors
+from library.files.safetensors_io import (
+    PICKLE_SUFFIXES,
+    is_pickle,
+    load_pickle,
+    load_tensors,
+    read_header,
+    save_pickle,
+    save_tensors,
+)
 from networks.file_names import with_alphas
 from networks.targets import DoraAxis, RankAlpha
 
 if TYPE_CHECKING:
     from networks.base import AdapterNetwork
-
-PICKLE_SUFFIXES = (".pt", ".ckpt", ".bin")
 
 #: a piece of a tensor's name -> what the file then is; looked for only when a file does not fit
 _OTHER_KINDS = {
@@ -39,6 +46,20 @@ _OTHER_KINDS = {
 }
 
 
+def check_adapter_file(path: Path) -> None:
+    """Refuse what is plainly no adapter, by the header alone; pickled files have none, and are left for later.
+
+    Raises:
+        UserError: missing or damaged, or the weights of a model.
+    """
+    if path.is_file() and is_pickle(path):
+        return
+    names = read_header(path).tensors
+    found = recognise_tensors(names, "")
+    if found is not None and not any(word in name for name in names for word in ("lora", "lycoris", "hada_", "lokr_")):
+        raise UserError(f"{path} is {found.what}, not an adapter; give the file of a LoRA or another adapter")
+
+
 def read_weights(file: str | Path) -> dict[str, Tensor]:
     """All tensors of a ``.safetensors`` file, or of a pickled one, which is opened without running its code.
 
@@ -48,7 +69,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix in PICKLE_SUFFIXES:
+    if is_pickle(path):
         return load_pickle(path)
     return with_alphas(load_tensors(path), read_header(path).metadata, str(path))
 

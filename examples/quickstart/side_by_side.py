@@ -1,4 +1,4 @@
-"""One picture of two folders of drawings: each row a prompt, left without the LoRA, right with it.
+"""One picture of two folders of drawings: a pair for each prompt, left without the LoRA, right with it.
 
 python examples/quickstart/side_by_side.py BEFORE AFTER prompts.txt before_after.png
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -17,34 +17,31 @@ from library.files.atomic import atomic_path
 from library.inference.prompt_line import read_prompt_file
 
 CELL = 192  # pixels of a drawing in the picture; drawings are enlarged to it
-MARGIN = 12
-TEXT = 20
+GAP = 6  # between the drawings of a pair
+MARGIN = 20
+LINE = 22  # of text
+COLUMNS = 3  # pairs beside each other, so that six prompts fit on a screen
 
 
 def side_by_side(before: list[Path], after: list[Path], prompts: list[str]) -> Image.Image:
-    """Rows of a prompt's two drawings.
+    """A pair for each prompt, with the prompt below it.
 
     Raises:
         ValueError: the folders do not hold one drawing for each prompt.
     """
     if not len(before) == len(after) == len(prompts) > 0:
         raise ValueError(f"{len(prompts)} prompts, {len(before)} drawings before and {len(after)} after")
-    row = CELL + TEXT + MARGIN
-    sheet = Image.new("RGB", (2 * CELL + 3 * MARGIN, TEXT + MARGIN + row * len(prompts)), "white")
-    write = ImageDraw.Draw(sheet)
-    write.text((MARGIN, MARGIN), "without the LoRA", fill="black")
-    write.text((2 * MARGIN + CELL, MARGIN), "with the LoRA", fill="black")
+    columns, rows = min(COLUMNS, len(prompts)), -(-len(prompts) // COLUMNS)
+    width, height = 2 * CELL + GAP + MARGIN, CELL + 2 * LINE + MARGIN
+    sheet = Image.new("RGB", (MARGIN + columns * width, MARGIN + rows * height), "white")
+    write, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for index, prompt in enumerate(prompts):
-        top = TEXT + MARGIN + index * row
-        for column, path in enumerate((before[index], after[index])):
-            with Image.open(path) as drawing:
-                drawing.thumbnail((CELL, CELL))
-                factor = CELL / max(drawing.size)
-                enlarged = drawing.resize(
-                    (round(drawing.width * factor), round(drawing.height * factor)), Image.NEAREST
-                )
-            sheet.paste(enlarged, (MARGIN + column * (CELL + MARGIN), top))
-        write.text((MARGIN, top + CELL + 2), prompt, fill="black")
+        left, top = MARGIN + index % COLUMNS * width, MARGIN + index // COLUMNS * height
+        for path, title, x in ((before, "without the LoRA", left), (after, "with the LoRA", left + CELL + GAP)):
+            write.text((x, top), title, fill="gray", font=font)
+            with Image.open(path[index]) as drawing:
+                sheet.paste(drawing.resize((CELL, CELL), Image.Resampling.NEAREST), (x, top + LINE))
+        write.text((left, top + LINE + CELL + 2), prompt, fill="black", font=font)
     return sheet
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from library.config.mistakes import WINDOWS_ENDS, explain, has_windows_ends, refuse_escaped_paths, toml_remedy
 from library.errors import USER_ERROR_EXIT_CODE, UserError, did_you_mean, exits_on_user_error
 
 #: about this one start of the script, so that they have no place in a file
@@ -38,17 +39,13 @@ def origins_of(args: argparse.Namespace) -> dict[str, str]:
 class SuggestingParser(argparse.ArgumentParser):
     """argparse with one clear line for a mistake, and the flag that was probably meant."""
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        if has_windows_ends(sys.argv[1:] if args is None else args):
+            self.error(WINDOWS_ENDS)
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        lines = [message]
-        found = re.match(r"unrecognized arguments: (.+)", message, re.DOTALL)
-        if found:
-            words = found.group(1).split()
-            # what follows an unknown flag is most likely its value, so flags are named alone if there are any
-            unknown = [word.partition("=")[0] for word in words if re.match("--?[A-Za-z]", word)]
-            lines = [f"unknown option {flag}{did_you_mean(flag, flags)}" for flag in unknown] or [
-                f"{words[0]!r} belongs to no option; quote values with spaces"
-            ]
+        lines = explain(message, self._actions)
         self.exit(USER_ERROR_EXIT_CODE, "".join(f"error: {line}\n" for line in lines))
 
 
@@ -102,15 +99,21 @@ def load_toml(path: Path | str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     try:
-        if sys.version_info >= (3, 11):
-            import tomllib
-
-            return tomllib.loads(text)
-        import toml
-
-        return toml.loads(text)
+        content = _parsed(text)
     except ValueError as error:  # both packages' errors are ValueErrors that name the line
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+        raise UserError(f"{path}: not valid TOML: {error}{toml_remedy(text, str(error))}") from None
+    refuse_escaped_paths(content, path)
+    return content
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        return tomllib.loads(text)
+    import toml
+
+    return toml.loads(text)
 
 
 def _text_of(path: Path) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from library.config.arguments import TrainNetworkOptions, flat
 from library.config.availability import NO_NVME, NO_STAGE_3, NOT_WITH_DEEPSPEED, REFUSED
+from library.config.mistakes import home_hint
 from library.config.no_effect import as_errors, without_effect
 from library.data.dataset_keys import NOT_WITH_CACHED_LATENTS
 from library.errors import UserError
@@ -108,9 +109,14 @@ def needs_output(o: TrainNetworkOptions) -> Iterator[Finding]:
             yield error(f"--output_dir {folder}: {standing} is a file, not a folder")
         elif not os.access(standing, os.W_OK):
             yield error(f"--output_dir {folder}: {standing} may not be written to; name another folder")
+    for option, place in (("output_dir", o.output.output_dir), ("logging_dir", o.logging.logging_dir)):
+        if place and (hint := home_hint(place)):
+            yield error(f"--{option} {place}{hint}")
     name = o.output.output_name
     if name and Path(name).name != name:
         yield error(f"--output_name {name}: a name without folders; put the folder into --output_dir")
+    elif name and Path(name).suffix in (".safetensors", ".ckpt", ".pt"):
+        yield warning(f"--output_name {name}: files get their ending by themselves; leave {Path(name).suffix} out")
 
 
 def needs_data(o: TrainNetworkOptions) -> Iterator[Finding]:
@@ -145,10 +151,12 @@ def files_exist(o: TrainNetworkOptions) -> Iterator[Finding]:
         folders.append(("resume", o.resume.resume))
     for name, path in files:
         if path and not Path(path).is_file():
-            yield error(f"--{name} {path}: {'a folder, not a file' if Path(path).is_dir() else 'no such file'}")
+            what = "a folder, not a file" if Path(path).is_dir() else f"no such file{home_hint(path)}"
+            yield error(f"--{name} {path}: {what}")
     for name, path in folders:
         if path and not Path(path).is_dir():
-            yield error(f"--{name} {path}: {'a file, not a folder' if Path(path).is_file() else 'no such folder'}")
+            what = "a file, not a folder" if Path(path).is_file() else f"no such folder{home_hint(path)}"
+            yield error(f"--{name} {path}: {what}")
 
 
 # ---- what excludes each other ----

@@ -17,6 +17,7 @@ from typing import Any
 
 from library.config.arguments import DatasetOptions, ValidationOptions
 from library.config.config_file import load_toml
+from library.config.mistakes import home_hint
 from library.data.buckets import BucketRules, make_sizes
 from library.data.captions import CaptionRules
 from library.data.dataset_keys import (
@@ -118,18 +119,8 @@ def load_dataset_config(
     path = Path(path)
     if path.suffix.lower() not in (".toml", ".json"):
         raise UserError(f"--dataset_config {path}: must end with .toml or .json")
-    content = load_json(path) if path.suffix.lower() == ".json" else _load_toml(path)
+    content = load_json(path) if path.suffix.lower() == ".json" else load_toml(path)
     return _Reader(str(path), options, validation).read(content)
-
-
-def _load_toml(path: Path) -> dict[str, Any]:
-    try:
-        return load_toml(path)
-    except UserError as error:
-        if "escape" in str(error).lower() or "hex" in str(error).lower():
-            # the usual cause: image_dir = "C:\\pictures"
-            raise UserError(f"{error}; write paths with \\ in single quotes: 'C:\\pictures'") from None
-        raise
 
 
 def load_json(path: Path) -> Any:
@@ -217,7 +208,8 @@ class _Reader:
             if is_good:
                 found[name] = value
             else:
-                self._problems.append(f"--{flag} {value}: write {CHECKS[key.kind][1].replace('in quotes, ', '')}")
+                wanted = CHECKS[key.kind][1].replace("in quotes, ", "").replace("[width, height]", "width,height")
+                self._problems.append(f"--{flag} {value}: write {wanted}")
         return found
 
     def read(self, content: Any) -> DatasetConfig:
@@ -451,7 +443,7 @@ class _Reader:
             if Path(metadata).suffix.lower() not in (".json", ".jsonl"):
                 self._problem(where, "metadata_file", f"{metadata}: must end with .json or .jsonl")
             elif not Path(metadata).is_file():
-                self._problem(where, "metadata_file", f"{metadata}: no such file")
+                self._problem(where, "metadata_file", f"{metadata}: no such file{home_hint(metadata)}")
             if folder and (problem := _folder_problem(folder)):
                 self._problem(where, "image_dir", f"{folder}: {problem}")
         elif not folder:
@@ -468,7 +460,7 @@ class _Reader:
 def _folder_problem(folder: str) -> str | None:
     """Why pictures cannot be looked for there; ``None`` if they can."""
     if not os.path.isdir(folder):
-        return "no such folder"
+        return f"no such folder{home_hint(folder)}"
     # a folder that may be listed but not entered gives names alone
     return None if os.access(folder, os.R_OK | os.X_OK) else "may not be read (permission denied)"
 

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ _CHUNK = 1 << 20  # bytes read at a time
 MAX_NAME = 255
 _LONGEST_ENDING = len("..0123456789ab.tmp")
 _DAY = 86400  # seconds
+_UMASK = os.umask(0o077)  # it can only be read by setting it
+os.umask(_UMASK)
+_NEW_FILE = 0o666 & ~_UMASK  # what others may do with a new file
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -277,8 +281,13 @@ def _sha256(file: Path) -> str:
 
 
 def _flush(file: Path) -> None:
+    """To the disk, and with the rights of any new file: safetensors makes its own for their owner alone."""
     # opened for writing, because Windows flushes only such handles
     with file.open("rb+") as stream:
+        mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
+        if os.name == "posix" and mode | _NEW_FILE != mode:
+            with contextlib.suppress(OSError):  # some network drives know no rights
+                os.fchmod(stream.fileno(), mode | _NEW_FILE)
         os.fsync(stream.fileno())
 
 

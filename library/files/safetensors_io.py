@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,22 @@ if TYPE_CHECKING:
 #: a header longer than this is not one (the format's own limit is 100 MB)
 _MAX_HEADER = 100_000_000
 
+#: names of files that ``torch.save`` wrote, where nobody renamed them
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+
+#: what published checkpoints of PyTorch Lightning's time hold beside their tensors, none of which is needed
+_IGNORED_GLOBALS = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.dtypes.{kind}{bits}DType" for kind in ("Float", "Int") for bits in (32, 64)),
+)
+
 
 #: the format's names of dtypes -> torch's
 _DTYPES = {
@@ -30,6 +47,8 @@ _DTYPES = {
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
 }
+#: bytes of an element
+_WIDTHS = {name: 1 if name == "BOOL" else int(name.lstrip("BFIU").partition("_")[0]) // 8 for name in _DTYPES}
 _NAMES = {ours: name for name, ours in _DTYPES.items()}
 
 
@@ -69,29 +88,68 @@ def read_header(path: Path | str) -> Header:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise UserError(f"{path}: not a safetensors file{_seems(path)}") from None
-    metadata = header.pop("__metadata__", {})
-    needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        metadata = header.pop("__metadata__", {})
+        needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        tensors = {
+            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+        fits = all(_fits(tensors[name], *entry["data_offsets"]) for name, entry in header.items())
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: not a safetensors file: its header is damaged; copy or download it again")
     if size < needed:
         raise UserError(f"{path}: the file is cut short: {size} of {needed} bytes; copy or download it again")
-    tensors = {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
     return Header(metadata, tensors)
 
 
+def _fits(info: TensorInfo, begin: int, end: int) -> bool:
+    """Whether a tensor takes the bytes that its type and shape need."""
+    width = _WIDTHS.get(info.dtype)
+    return 0 <= begin <= end if width is None else begin >= 0 and end - begin == math.prod(info.shape) * width
+
+
+def is_pickle(path: Path | str) -> bool:
+    """Whether a weight file is one of ``torch.save``: by its first bytes, as files are renamed, else by its name."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        start = b""
+    if _begins_safetensors(start):
+        return False
+    return _begins_pickle(start) or path.suffix.lower() in PICKLE_SUFFIXES
+
+
+def _begins_safetensors(start: bytes) -> bool:
+    """A length below 4 GB, and an opening brace."""
+    return start[4:9] == b"\0\0\0\0{"
+
+
+def _begins_pickle(start: bytes) -> bool:
+    """A zip archive, or a pickle by itself, as torch before 1.6 wrote."""
+    return start.startswith((b"PK\3\4", b"\x80"))
+
+
 def _seems(path: Path) -> str:
-    """What a file that is no safetensors file appears to be."""
+    """What a file that is no safetensors file, or no pickle, appears to be."""
     with path.open("rb") as file:
         start = file.read(200)
     if not start:
         return ": it is empty"
+    if _begins_safetensors(start):
+        return ": it is cut short or damaged; copy or download it again"
     if start.lstrip()[:1] == b"<":
         return ": it seems to be a web page; the download went wrong"
     if start.startswith(b"version https://git-lfs"):
         return ": it is a git-lfs pointer; fetch the real file with git lfs pull"
-    if start.startswith((b"PK", b"\x80")):
+    if _begins_pickle(start):
         return ": it seems to be a pickled checkpoint; name it .ckpt"
+    if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")):
+        return ": it is a picture"
     return ""
 
 
@@ -227,28 +285,51 @@ def load_pickle(path: Path | str) -> dict[str, Tensor]:
     """Tensors of a ``.ckpt``, ``.pt`` or ``.bin`` file; nothing in it is executed.
 
     Raises:
-        UserError: no such file, damaged, or holding more than tensors and plain values.
+        UserError: no such file, damaged, or holding more than tensors, plain values and what Lightning left in
+            published checkpoints, which is passed over.
     """
     import torch
+    from torch.serialization import safe_globals
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not _begins_pickle(start):
+        raise UserError(f"{path}: not a pickled checkpoint{_seems(path)}")
+    # files of torch before 1.6 are no zip archives and cannot be mapped; and by its name torch knows .safetensors
+    mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
     try:
-        # files of torch before 1.6 are no zip archives and cannot be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
+        with path.open("rb") as file, safe_globals([(_Ignored, name) for name in _IGNORED_GLOBALS]):
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        named = f" ({found[1]})" if found else ""
         raise UserError(
-            f"{path}: holds objects other than tensors, which could run code, and is not opened; "
-            "convert it to .safetensors where you trust it"
+            f"{path}: holds objects other than tensors{named}, which could run code, and is not opened; "
+            "use a .safetensors file of the model"
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, EOFError, ValueError, OSError):
+        raise UserError(f"{path}: cut short or damaged; copy or download it again") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not named tensors")
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+class _Ignored:
+    """Stands where a pickled file names one of ``_IGNORED_GLOBALS``: made of anything, it does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> _Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
 
 
 def save_pickle(path: Path | str, tensors: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from library.architectures.common.recognise import recognise_pipeline, recognise
 from library.architectures.sd import SD
 from library.architectures.sdxl import SDXL
 from library.errors import UserError
-from library.files.safetensors_io import read_header
+from library.files.safetensors_io import PICKLE_SUFFIXES, is_pickle, read_header
 from library.inference.options import ImageModelOptions
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def _found(path_or_id: str) -> str:
     path = Path(path_or_id).expanduser()
     if (path / "model_index.json").is_file():
         found = recognise_pipeline(str(read_json(path / "model_index.json").get("_class_name", "")), "")
-    elif path.is_file() and path.suffix == ".safetensors":
+    elif path.is_file() and path.suffix in (".safetensors", *PICKLE_SUFFIXES) and not is_pickle(path):
         found = recognise_tensors(read_header(path).tensors.keys(), "")
     else:
         found = None

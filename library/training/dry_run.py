@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 import torch
 from torch import nn
 
-from library.files.safetensors_io import read_header
+from library.files.safetensors_io import is_pickle, read_header
 from library.memory.attention import attention_backend
 from library.training.checkpoints import OutputNames, SavePolicy, ema_path
 from library.training.plan import RunPlan
@@ -97,7 +97,7 @@ def _stored(path: Path) -> str:
     if path.is_dir():
         return f"{path}, {_bytes(sum(file.stat().st_size for file in path.rglob('*') if file.is_file()))} in all"
     size = _bytes(path.stat().st_size)
-    if path.suffix != ".safetensors":
+    if is_pickle(path):
         return f"{path}, {size}"
     numbers = Counter(info.dtype for info in read_header(path).tensors.values())
     dtypes = ", ".join(f"{count} tensors in {dtype}" for dtype, count in numbers.most_common())

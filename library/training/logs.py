@@ -5,9 +5,10 @@ Keys of trackers are the published ones (``loss/current``, ``loss/average``, ``l
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from library.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
@@ -78,39 +80,63 @@ class Trackers:
             wandb.login(key=settings.wandb_api_key)
         # TensorBoard's hyper-parameter table takes plain values only
         plain = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in config.items()}
-        accelerator.init_trackers(
-            settings.tracker_name, config=plain, init_kwargs={k: dict(v) for k, v in settings.init_kwargs.items()}
-        )
+        self._directory = settings.directory
+        try:
+            accelerator.init_trackers(
+                settings.tracker_name, config=plain, init_kwargs={k: dict(v) for k, v in settings.init_kwargs.items()}
+            )
+        except OSError as error:
+            raise UserError(
+                f"{self._directory}: the log cannot be written ({error.strerror or error}); name another folder with "
+                "--logging_dir"
+            ) from None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._accelerator.log(dict(values), step=step)
+        for tracker in self._accelerator.trackers:
+            with self._or_without(tracker):
+                tracker.log(dict(values), step=step)
 
     def log_by_epoch(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
         """Figures of an epoch, over the epochs (counted from 1) where a tracker has more than one axis."""
         for tracker in self._accelerator.trackers:
-            if tracker.name == "wandb":  # its steps never go back, so the epoch is a figure of its own
-                tracker.log({**values, "global_step": step, "epoch": epoch}, step=step)
-            else:
-                tracker.log(dict(values), step=epoch)
+            with self._or_without(tracker):
+                if tracker.name == "wandb":  # its steps never go back, so the epoch is a figure of its own
+                    tracker.log({**values, "global_step": step, "epoch": epoch}, step=step)
+                else:
+                    tracker.log(dict(values), step=epoch)
 
     def images(self, images: Mapping[str, Image], step: int) -> None:
         """Sample pictures, under ``sample_<index>``."""
         import numpy as np
 
         for tracker in self._accelerator.trackers:
-            if tracker.name == "tensorboard":
-                for name, image in images.items():
-                    tracker.tracker.add_image(name, np.asarray(image), global_step=step, dataformats="HWC")
-            elif tracker.name == "wandb":
-                import wandb
+            with self._or_without(tracker):
+                if tracker.name == "tensorboard":
+                    for name, image in images.items():
+                        tracker.tracker.add_image(name, np.asarray(image), global_step=step, dataformats="HWC")
+                elif tracker.name == "wandb":
+                    import wandb
 
-                tracker.log({name: wandb.Image(image) for name, image in images.items()}, step=step)
+                    tracker.log({name: wandb.Image(image) for name, image in images.items()}, step=step)
 
     def close(self) -> None:
         # not end_training, which would part the processes; they still save the last state together
         for tracker in self._accelerator.trackers:
-            tracker.finish()
+            with self._or_without(tracker):
+                tracker.finish()
         self._accelerator.trackers = []
+
+    @contextlib.contextmanager
+    def _or_without(self, tracker: GeneralTracker) -> Iterator[None]:
+        """A full disk ends what a tracker records, and not the run, of which the weights are what matters."""
+        try:
+            yield
+        except OSError as error:
+            logger.warning(
+                "%s: %s has ended, as it cannot be written (%s); training goes on without it",
+                *(self._directory, tracker.name, error.strerror or error),
+            )
+            self._accelerator.trackers = [other for other in self._accelerator.trackers if other is not tracker]
 
 
 def print_summary(rows: Sequence[tuple[str, str]], *, simple: bool) -> None:

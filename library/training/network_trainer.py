@@ -20,7 +20,7 @@ from library.architectures.base import Conditioning
 from library.config.arguments import TrainNetworkOptions
 from library.data import describe
 from library.data.dataset import Batch
-from library.errors import UserError, did_you_mean
+from library.errors import UserError, did_you_mean, naming
 from library.files.atomic import make_folder
 from library.optim.fused_backward import fuse_into_backward
 from library.optim.param_groups import default_descriptions, lr_log_entries
@@ -38,6 +38,7 @@ from library.training.trained import Trained
 from library.training.trainer import Trainer
 from library.training.zero import with_zero, zero_rows
 from networks.third_party import refuse_wrong_merge, text_argument
+from networks.weights import check_adapter_file
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +102,10 @@ class NetworkTrainer(Trainer):
         )
         if needs_file and not hasattr(module, "create_network_from_weights"):
             raise UserError(f"{needs_file}: {network.network_module} has no create_network_from_weights; leave it out")
-        for path in [network.network_weights, *(network.base_weights or [])]:
-            if path is not None and not Path(path).is_file():
-                raise UserError(f"network weights {path}: no such file")
+        for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights)):
+            for path in filter(None, paths or []):
+                with naming(f"--{flag}", path):
+                    check_adapter_file(Path(path))
 
     # ---- setting up ----
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from library.errors import UserError, did_you_mean
-from library.files.safetensors_io import load_pickle, load_tensors, read_header
+from library.files.safetensors_io import is_pickle, load_pickle, load_tensors, read_header
 from networks.conversion.families import (
     SDXL_FAMILY,
     Family,
@@ -24,7 +24,6 @@ from networks.conversion.families import (
 )
 from networks.conversion.modules import Place
 from networks.file_names import ADAPTER_METADATA, PEFT_ROOT, TENSOR_NAMES, with_alphas
-from networks.weights import PICKLE_SUFFIXES
 
 DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
 #: changes of a whole weight and of its bias, as ComfyUI and LyCORIS extract them from models
@@ -111,7 +110,7 @@ def check_readable(path: Path) -> None:
         names: list[str] = [f"{root}.{name}" for root, file in _peft_files(path) for name in read_header(file).tensors]
     elif not path.exists():
         raise UserError(f"{path}: no such file")
-    elif path.suffix in PICKLE_SUFFIXES:
+    elif is_pickle(path):
         return  # its names cannot be read alone
     else:
         names = list(read_header(path).tensors)
@@ -194,7 +193,7 @@ def _peft_files(folder: Path) -> list[tuple[str, Path]]:
 
 def _load(path: Path) -> tuple[Naming, dict[str, Tensor], dict[str, str]]:
     """Naming, tensors with alphas, and metadata; PEFT's tensors get diffusers' names."""
-    if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
+    if not path.is_dir() and is_pickle(path):
         weights = load_pickle(path)
         return detect_naming(weights, str(path)), weights, {}
     files = _peft_files(path) if path.is_dir() else [("", path)]

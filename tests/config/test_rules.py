@@ -60,6 +60,9 @@ ERRORS = [
     ({"ema_decay": 0.9, "optimizer_type": "prodigyplus.ProdigyPlusScheduleFree"}, "averages the weights by itself"),
     ({"base_weights": ["w.safetensors"], "base_weights_multiplier": [1.0, 2.0]}, "--base_weights_multiplier"),
     ({"output_dir": "p.txt"}, "--output_dir p.txt"),
+    ({"output_dir": "~/out"}, "--output_dir ~/out; only shells replace ~, so write"),
+    ({"logging_dir": "~/logs"}, "--logging_dir ~/logs; only shells replace ~, so write"),
+    ({"train_data_dir": "~/pictures", "dataset_config": None}, "no such folder; only shells replace ~, so write"),
     ({"output_dir": "p.txt/out"}, "p.txt is a file, not a folder"),
     ({"dataset_config": Path("gone.toml")}, "--dataset_config gone.toml: no such file"),
     ({"dataset_config": None, "train_data_dir": "gone"}, "--train_data_dir gone: no such folder"),
@@ -141,6 +144,7 @@ WARNINGS = [
     ({"zero_terminal_snr": True}, "--zero_terminal_snr"),
     ({"v2": True, "clip_skip": 2}, "--clip_skip"),
     ({"huggingface_repo_id": "a/b", "huggingface_repo_visibility": "pubic"}, "taken as private"),
+    ({"output_name": "my_lora.safetensors"}, "leave .safetensors out"),
 ]
 
 #: looks like a finding above, and is none

@@ -197,8 +197,8 @@ def test_the_tag_warm_up_comes_from_anywhere(tmp_path: Path, pictures: Path, cap
     [
         ({"caption_dropout_rate": 2.0}, "--caption_dropout_rate 2.0: write a number from 0 to 1"),
         ({"train_batch_size": 0}, "--train_batch_size 0: write a whole number, 1 or more"),
-        ({"resolution": "big"}, "--resolution big: write a number of pixels, or [width, height]"),
-        ({"resolution": "51²"}, "--resolution 51²: write a number of pixels, or [width, height]"),
+        ({"resolution": "big"}, "--resolution big: write a number of pixels, or width,height"),
+        ({"resolution": "51²"}, "--resolution 51²: write a number of pixels, or width,height"),
     ],
 )
 def test_values_of_the_command_line_are_checked_too(
@@ -309,6 +309,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (line,) = problems(tmp_path, '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "C:\\pictures"\n')
     assert "line 3" in line
     assert "single quotes" in line
+    (line,) = problems(tmp_path, '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "C:\\new"\n')
+    assert r'"C:\new"' in line and "single quotes" in line
+
+
+def test_places_that_are_nearly_right(tmp_path: Path, pictures: Path) -> None:
+    (line,) = problems(tmp_path, minimal(Path("~/no such pictures")))
+    assert f"only shells replace ~, so write {Path.home() / 'no such pictures'}" in line
+    (line,) = problems(tmp_path, minimal(pictures.parent))
+    assert "holds no pictures" in line and line.endswith(f"in a subset of its own, such as {pictures.name}")
 
 
 # ---- folders instead of a file ----

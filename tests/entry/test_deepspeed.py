@@ -62,7 +62,8 @@ def test_two_with_pieces_of_states_are_one_with_all(tmp_path: Path, sd: Tiny, co
         assert_close_weights(tmp_path / "two" / file, tmp_path / "one" / file)
     assert logged(tmp_path / "two", "norm/grad_norm") == pytest.approx(norms, abs=1e-5)
     # the state is that of any run
-    together, alone = (torch.load(tmp_path / folder / "tiny-state" / "optimizer.bin") for folder in ("two", "one"))
+    states = [tmp_path / folder / "tiny-state" / "optimizer.bin" for folder in ("two", "one")]
+    together, alone = (torch.load(state, weights_only=True) for state in states)
     assert together["param_groups"] == alone["param_groups"] and together["state"].keys() == alone["state"].keys()
     for number, values in alone["state"].items():
         torch.testing.assert_close(together["state"][number], values, rtol=0, atol=1e-6)

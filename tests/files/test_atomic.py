@@ -37,6 +37,23 @@ def test_a_new_file_and_its_replacement(tmp_path: Path) -> None:
     assert only(tmp_path) == ["a.bin"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="rights of files")
+def test_files_have_the_rights_of_new_ones(tmp_path: Path) -> None:
+    """A web UI that runs as another user must be able to read a LoRA; safetensors makes files for their owner alone."""
+    import torch
+
+    from library.files.safetensors_io import save_tensors
+
+    (tmp_path / "plain").touch()
+    usual = (tmp_path / "plain").stat().st_mode
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+    with atomic_directory(tmp_path / "state") as folder:
+        save_tensors(folder / "b.safetensors", {"b": torch.zeros(1)})
+        (folder / "c").touch(mode=0o600)
+    for name in ("a.safetensors", "state/b.safetensors", "state/c", f"state/{MANIFEST_NAME}"):
+        assert (tmp_path / name).stat().st_mode == usual, name
+
+
 def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.bin"
     write_bytes(target, b"old")

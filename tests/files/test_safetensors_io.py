@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from library.errors import UserError
 from library.files.safetensors_io import (
     TensorInfo,
+    is_pickle,
     iterate_tensors,
     load_pickle,
     load_tensors,
@@ -119,7 +123,7 @@ class Evil:
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {"a": Evil()}}, path)
-    with pytest.raises(UserError, match="could run code"):
+    with pytest.raises(UserError, match=r"system\), which could run code"):
         load_pickle(path)
     assert not Path("/tmp/should_not_exist_suite_test").exists()
 
@@ -133,3 +137,72 @@ def test_damaged_pickles(tmp_path: Path) -> None:
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="holds a list"):
         load_pickle(path)
+
+
+def test_the_content_tells_a_pickle(saved: Path, tmp_path: Path) -> None:
+    """Files are renamed: neither kind is taken for the other."""
+    renamed = saved.rename(tmp_path / "x.ckpt")
+    assert not is_pickle(renamed) and read_header(renamed).tensors
+    for zipped in (True, False):
+        pickled = tmp_path / "y.safetensors"
+        torch.save(TENSORS, pickled, _use_new_zipfile_serialization=zipped)
+        assert is_pickle(pickled) and load_pickle(pickled).keys() == TENSORS.keys()
+    (tmp_path / "z.pt").write_bytes(b"?")
+    assert is_pickle(tmp_path / "z.pt") and not is_pickle(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [1],
+        {"a": {"dtype": "F32", "shape": [1]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
+        {"a": {"dtype": "F32", "shape": [100], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": None, "data_offsets": [0, 4]}},
+    ],
+    ids=["a list", "no offsets", "backwards", "too large", "no shape"],
+)
+def test_a_damaged_header(tmp_path: Path, header: object) -> None:
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"1234")
+    with pytest.raises(UserError, match="header is damaged"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "it is empty"), (b"<!DOCTYPE html><html>no</html>", "web page"), (b"\x89PNG\r\n", "a picture")],
+)
+def test_what_is_no_pickle(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        load_pickle(path)
+
+
+def test_a_header_that_is_cut_is_no_pickle(saved: Path) -> None:
+    """Its length may begin with the byte that pickles begin with."""
+    saved.write_bytes(struct.pack("<Q", 0x180) + b'{"a": ')
+    with pytest.raises(UserError, match="cut short"):
+        read_header(saved)
+
+
+def test_what_lightning_left_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first published checkpoints hold callbacks and NumPy's numbers."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})  # type: ignore[attr-defined]
+    for part in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setitem(sys.modules, name, module)
+    content = {
+        "state_dict": TENSORS,
+        "callbacks": {module.ModelCheckpoint: {"best": np.float64(0.5), "seen": np.zeros(3)}},
+        "object": module.ModelCheckpoint(),
+    }
+    torch.save(content, tmp_path / "x.ckpt")
+    for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
+        monkeypatch.delitem(sys.modules, part)
+    loaded = load_pickle(tmp_path / "x.ckpt")
+    assert loaded.keys() == TENSORS.keys() and torch.equal(loaded["a"], TENSORS["a"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from networks.conversion.convert import convert
 from networks.lora import create_network, create_network_from_weights
-from networks.weights import read_weights
+from networks.weights import check_adapter_file, read_weights
 
 DORA_ARGS = {"dora": "True", "dora_on_output": "True"}
 CONV_ARGS = {"conv_dim": "3", "conv_alpha": "2"}
@@ -206,3 +206,18 @@ def test_diffusers_gives_the_same_output(tmp_path, tiny_unet, tiny_text_encoder,
 
     assert not torch.allclose(ours, before, atol=1e-2)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_models_are_no_adapters(tmp_path, tiny_unet):
+    """Told by the header, before anything is loaded."""
+    make_network(None, tiny_unet).save_weights(tmp_path / "lora.safetensors", None, {})
+    check_adapter_file(tmp_path / "lora.safetensors")
+    for name in ("transformer.single_transformer_blocks.0.attn.to_q.lora.down.weight", "lycoris_a.lokr_w1"):
+        save_file({name: torch.zeros(1)}, tmp_path / "other.safetensors")
+        check_adapter_file(tmp_path / "other.safetensors")
+    names = ("cond_stage_model.transformer.x", "model.diffusion_model.input_blocks.0.0.weight")
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match="model.safetensors is a Stable Diffusion 1.x or 2.x checkpoint, not an adapter"
+    ):
+        check_adapter_file(tmp_path / "model.safetensors")

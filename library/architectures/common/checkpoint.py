@@ -14,9 +14,9 @@ from library.architectures.common.identity import add_weights
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.recognise import recognise_pipeline
 from library.architectures.common.sources import diffusers_vae_source, in_file, vae_source
-from library.architectures.common.tensor_files import PICKLE_SUFFIXES, TensorFile
-from library.errors import UserError, did_you_mean
-from library.files.safetensors_io import save_pickle, save_tensors
+from library.architectures.common.tensor_files import TensorFile
+from library.errors import UserError, did_you_mean, naming
+from library.files.safetensors_io import PICKLE_SUFFIXES, save_pickle, save_tensors
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
 LATENT_CHANNELS = 4
@@ -34,8 +34,17 @@ def locate(path_or_id: str, *, flag: str, components: tuple[str, ...]) -> Path:
     suffixes = (".safetensors", *PICKLE_SUFFIXES)
     if is_hub_id(path_or_id) and not path_or_id.endswith(suffixes) and not path.parent.is_dir():
         return download_components(path_or_id, components, flag=flag)
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise UserError(f"{flag} {path_or_id}: no such file or folder{did_you_mean(path.name, siblings)}")
+    raise UserError(f"{flag} {path_or_id}: no such file or folder{_path_hint(path_or_id)}")
+
+
+def _path_hint(given: str) -> str:
+    """What may have gone wrong with a path that leads nowhere, to be put behind the message."""
+    if given.startswith(("http://", "https://")):
+        return "; addresses are not fetched: download the file first, or give a Hub id, owner/name"
+    if len(given) > 2 and given[0] in "\"'" and given[0] == given[-1]:
+        return "; leave out the quotes around it"
+    path = Path(given)
+    return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
 def locate_model(path_or_id: str, components: tuple[str, ...]) -> Path:
@@ -46,7 +55,10 @@ def locate_model(path_or_id: str, components: tuple[str, ...]) -> Path:
     """
     if not path_or_id:
         raise UserError(f"{MODEL_FLAG} is required: a checkpoint file, a Diffusers folder or a Hub id")
-    return locate(path_or_id, flag=MODEL_FLAG, components=components)
+    path = locate(path_or_id, flag=MODEL_FLAG, components=components)
+    if path.suffix == ".json" and path.is_file():
+        raise UserError(f"{MODEL_FLAG} {path_or_id}: describes a model; give the folder that it lies in, {path.parent}")
+    return path
 
 
 def check_folder(folder: Path, *, family: str, title: str, needed: tuple[str, ...]) -> None:
@@ -65,6 +77,8 @@ def check_folder(folder: Path, *, family: str, title: str, needed: tuple[str, ..
     if missing:
         files = sorted(p.name for p in folder.glob("*.safetensors")) + sorted(p.name for p in folder.glob("*.ckpt"))
         hint = f'; did you mean the file "{folder / files[0]}"?' if files else ""
+        if (folder / "config.json").is_file() and (folder.parent / "model_index.json").is_file():
+            hint = f'; it is a part of a model; did you mean "{folder.parent}"?'
         raise UserError(f"{folder} is not a {title} folder: {missing[0]}/config.json is missing{hint}")
 
 
@@ -93,12 +107,13 @@ def vae_at(path_or_id: str) -> ModelSource:
         UserError: nothing there, or no autoencoder in it.
     """
     path = locate(path_or_id, flag="--vae", components=("vae", ""))
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        return diffusers_vae_source(folder)
-    source = in_file(path, vae_source, TensorFile.open(path))
-    if source is None:
-        raise UserError(f"--vae {path}: the file holds no VAE (no encoder.conv_in.weight)")
+    with naming("--vae", path):
+        if path.is_dir():
+            folder = path / "vae" if (path / "vae").is_dir() else path
+            return diffusers_vae_source(folder)
+        source = in_file(path, vae_source, TensorFile.open(path))
+        if source is None:
+            raise UserError(f"{path}: the file holds no VAE (no encoder.conv_in.weight)")
     return source
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from library.architectures.common.diffusers_folder import read_json, weight_file
-from library.architectures.common.tensor_files import PICKLE_SUFFIXES, Shapes, TensorFile, WeightFile
+from library.architectures.common.tensor_files import Shapes, TensorFile, WeightFile
 from library.errors import UserError
-from library.files.safetensors_io import TensorReader, read_header, torch_dtype
+from library.files.safetensors_io import TensorReader, is_pickle, read_header, torch_dtype
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _INDEX_ENDING = ".safetensors.index.json"
@@ -101,7 +101,7 @@ def _files(path: Path) -> tuple[list[Path], Iterable[str]]:
             return _present(path, set(listed.values())), listed
         first = min(path.glob("*-00001-of-*.safetensors"), key=lambda found: len(found.name), default=None)
         path = first if first is not None else weight_file(path)
-    if path.suffix in PICKLE_SUFFIXES:
+    if is_pickle(path):
         raise UserError(f"{path}: a pickled file; convert it to .safetensors first")
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.files.safetensors_io import TensorReader, load_pickle, read_header
+from library.files.safetensors_io import TensorReader, is_pickle, load_pickle, read_header
 
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -56,12 +55,12 @@ class TensorFile(WeightFile):
 
     @staticmethod
     def open(path: Path) -> TensorFile:
-        """Read names and shapes.
+        """Read names and shapes; what counts is the content, not the ending.
 
         Raises:
             UserError: the file is torn, not a weight file, or a pickle that holds more than tensors.
         """
-        if path.suffix.lower() in PICKLE_SUFFIXES:
+        if is_pickle(path):
             tensors = load_pickle(path)
             return TensorFile(path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors)
         header = read_header(path)

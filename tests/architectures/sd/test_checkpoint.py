@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.architectures.common.checkpoint import locate
 from library.architectures.sd import SD
 from library.architectures.sd.checkpoint import SDCheckpoint
 from library.errors import UserError
@@ -115,6 +116,37 @@ def test_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     make_tiny_sd(tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r'no such file or folder \(did you mean "model.safetensors"\?\)'):
         inspect(tmp_path / "modle.safetensors")
+
+
+def test_paths_that_are_nearly_right(tmp_path: Path) -> None:
+    folder = make_tiny_sd(tmp_path / "folder", layout="diffusers").path
+    with pytest.raises(UserError, match=f'it is a part of a model; did you mean "{folder}"'):
+        inspect(folder / "unet")
+    with pytest.raises(UserError, match=f"give the folder that it lies in, {folder}$"):
+        inspect(folder / "model_index.json")
+    for given, remedy in ((f'"{folder}"', "leave out the quotes"), ("https://huggingface.co/a/b.ckpt", "owner/name")):
+        with pytest.raises(UserError, match=f"no such file or folder; .*{remedy}"):
+            locate(given, flag="--vae", components=())
+
+
+def test_the_content_counts_not_the_ending(tmp_path: Path) -> None:
+    """Files are renamed: a .ckpt that is no pickle, and a .safetensors that is one."""
+    made = make_tiny_sd(tmp_path / "model.safetensors")
+    state = load_file(made.path)
+    renamed = made.path.rename(tmp_path / "model.ckpt")
+    torch.save({"state_dict": state}, tmp_path / "pickled.safetensors")
+    for path in (renamed, tmp_path / "pickled.safetensors"):
+        unet = SD.load_denoiser(inspect(path, cache=made.tokenizer_cache_dir), dtype=torch.float32, device="cpu")
+        assert torch.equal(unet.conv_out.bias, state["model.diffusion_model.out.2.bias"])
+
+
+def test_mistakes_with_a_vae_name_the_option(tmp_path: Path) -> None:
+    made = make_tiny_sd(tmp_path / "model.safetensors")
+    (tmp_path / "vae.pt").write_bytes(b"")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name, words in (("vae.pt", "it is empty"), ("other.safetensors", "holds no VAE"), ("no.pt", "no such file")):
+        with pytest.raises(UserError, match=f"^--vae .*{name}: .*{words}"):
+            inspect(made, vae=str(tmp_path / name))
 
 
 def without(made: MadeCheckpoint, prefix: str) -> None:
