@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from library.config.fields import add_flags, int_or_float, option
+from library.config.fields import add_flags, int_or_float, meant, option
 
 T = TypeVar("T")
 
@@ -37,7 +37,11 @@ class ModelOptions:
     no_half_vae: bool = option(False, "keep the VAE in float32 under fp16 or bf16")
     clip_skip: int | None = option(None, "take the text encoder's n-th layer from the end (1 is the last)", type=int)
     max_token_length: int | None = option(
-        None, "tokens of a caption: 150 or 225 (75 if not given)", type=int, choices=[None, 150, 225]
+        None,
+        "tokens of a caption: 150 or 225 (75 if not given)",
+        type=int,
+        choices=[None, 150, 225],
+        written_default=75,
     )
     weighted_captions: bool = option(False, "read (word:1.2) and [word] in captions as emphasis")
     disable_mmap_load_safetensors: bool = option(
@@ -131,7 +135,9 @@ class OutputOptions:
     output_name: str | None = option(None, "name of the files, without ending (last, if not given)")
     save_model_as: str = option("safetensors", "format of the weights", choices=[None, "ckpt", "pt", "safetensors"])
     save_precision: str | None = option(
-        None, "precision of saved weights (float, if not given)", choices=[None, "float", "fp16", "bf16"]
+        None,
+        "precision of saved weights (float, or that of --full_fp16 or --full_bf16, if not given)",
+        choices=[None, "float", "fp16", "bf16"],
     )
     save_every_n_epochs: int | None = option(None, "save after every n-th epoch", type=int)
     save_every_n_steps: int | None = option(None, "save after every n-th step", type=int)
@@ -475,8 +481,9 @@ class TrainNetworkOptions:
 
 
 def _group_from_args(group: type[T], args: argparse.Namespace) -> T:
-    known = {field.name for field in dataclasses.fields(group)}  # type: ignore[arg-type]
-    return group(**{name: value for name, value in vars(args).items() if name in known})
+    given = vars(args)
+    known = [field for field in dataclasses.fields(group) if field.name in given]  # type: ignore[arg-type]
+    return group(**{field.name: meant(field, given[field.name]) for field in known})
 
 
 def with_groups(kind: type[T], groups: Mapping[str, type]) -> type[T]:

@@ -40,14 +40,17 @@ class SuggestingParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
-        lines = [message]
+        # None stands among the published choices for "not given", which cannot be written
+        lines = [message.replace("(choose from None, ", "(choose from ")]
+        if switch := re.match(r"argument (--\w+)(?:/\S+)?: ignored explicit argument", message):
+            lines = [f"{switch.group(1)}: a switch takes no value; write it alone, or leave it out"]
         found = re.match(r"unrecognized arguments: (.+)", message, re.DOTALL)
         if found:
             words = found.group(1).split()
             # what follows an unknown flag is most likely its value, so flags are named alone if there are any
             unknown = [word.partition("=")[0] for word in words if re.match("--?[A-Za-z]", word)]
             lines = [f"unknown option {flag}{did_you_mean(flag, flags)}" for flag in unknown] or [
-                f"{words[0]!r} belongs to no option; quote values with spaces"
+                f"{words[0]!r} belongs to no option; switches take no value, and values with spaces need quotes"
             ]
         self.exit(USER_ERROR_EXIT_CODE, "".join(f"error: {line}\n" for line in lines))
 
@@ -180,11 +183,13 @@ def _lines_of(text: str, key: str) -> list[int]:
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:
-    """A TOML value as the flag's own type.
+    """A TOML value as the flag's own type; an empty text for a number without a default is none.
 
     Raises:
         ValueError: of another type, or not among the choices.
     """
+    if value == "" and action.default is None and action.type in (int, float):
+        return None
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"expects true or false, not {value!r}")

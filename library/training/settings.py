@@ -127,6 +127,7 @@ def tracker_settings(options: TrainNetworkOptions) -> TrackerSettings:
         tracker_name=wanted.log_tracker_name,
         wandb_run_name=wanted.wandb_run_name,
         wandb_api_key=wanted.wandb_api_key,
+        config_file=wanted.log_tracker_config,
         tracker_config=config,
     )
 

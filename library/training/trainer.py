@@ -213,7 +213,7 @@ class Trainer(ABC):
         folder = state_folder(options)
         resumed = read_state(folder) if folder else None
         trackers = tracker_settings(options)
-        trackers.check()
+        report(trackers.check(), strict=strict)
         checkpoint = inspect_model(self.architecture, options.model)
         self.architecture = self.architecture.for_model(checkpoint)
         self.architecture.check_options(options, checkpoint.info)

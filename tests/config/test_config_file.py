@@ -105,6 +105,7 @@ def test_all_mistakes_at_once(
         (["--network_di", "4"], 'unknown option --network_di (did you mean "--network_dim"?)'),
         (["--netwrok_dim=4", "--unett_lr", "1"], 'error: unknown option --unett_lr (did you mean "--unet_lr"?)'),
         (["stray"], "'stray' belongs to no option"),
+        (["--sdpa=true"], "--sdpa: a switch takes no value"),
     ],
 )
 def test_command_line_mistakes(
