@@ -55,7 +55,13 @@ def run_plan(
         )
 
     if resumed is not None:
-        return make(Origin(resumed.origin_step, resumed.origin_epoch)), resumed.current_step
+        plan = make(Origin(resumed.origin_step, resumed.origin_epoch))
+        if resumed.current_step >= plan.total_steps:
+            raise UserError(
+                f"--resume {start.resume}: the state stands at step {resumed.current_step} and the run ends at step "
+                f"{plan.total_steps}; raise --max_train_steps or --max_train_epochs"
+            )
+        return plan, resumed.current_step
     whole = make(Origin())
     first = whole.steps_until((start.initial_epoch or 1) - 1)
     if start.initial_step is not None:
