@@ -8,7 +8,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +20,9 @@ from library.architectures.base import Conditioning
 from library.config.arguments import TrainNetworkOptions
 from library.data import describe
 from library.data.dataset import Batch
-from library.errors import UserError, did_you_mean
+from library.errors import UserError, did_you_mean, naming
 from library.files.atomic import make_folder
+from library.files.safetensors_io import read_header
 from library.optim.fused_backward import fuse_into_backward
 from library.optim.param_groups import default_descriptions, lr_log_entries
 from library.optim.schedulers import create_scheduler, scheduler_name
@@ -100,9 +101,11 @@ class NetworkTrainer(Trainer):
         )
         if needs_file and not hasattr(module, "create_network_from_weights"):
             raise UserError(f"{needs_file}: {network.network_module} has no create_network_from_weights; leave it out")
-        for path in [network.network_weights, *(network.base_weights or [])]:
-            if path is not None and not Path(path).is_file():
-                raise UserError(f"network weights {path}: no such file")
+        files = [("--network_weights", network.network_weights)] if network.network_weights else []
+        for flag, path in [*files, *(("--base_weights", path) for path in network.base_weights or [])]:
+            if Path(path).suffix == ".safetensors":
+                with naming(flag, path):
+                    read_header(path)
 
     # ---- setting up ----
 
@@ -159,6 +162,9 @@ class NetworkTrainer(Trainer):
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
             try:
                 with torch.device("meta"):
+                    if module.__name__.startswith("networks."):  # others may need the weights that are not there
+                        for _ in self._base_networks(run, module):
+                            pass  # a file that does not fit is an error
                     network = self._applied_network(run, module)
             except RuntimeError:  # NotImplementedError is one
                 network = self._applied_off_meta(run, module)
@@ -244,6 +250,14 @@ class NetworkTrainer(Trainer):
         return network
 
     def _merge_base_weights(self, run: Run, module: ModuleType) -> None:
+        text = text_argument(run.text_encoders)
+        for path, multiplier, network, weights in self._base_networks(run, module):
+            refuse_wrong_merge(run.options.network.network_module, network, weights, multiplier)
+            network.merge_to(text, run.denoiser, weights, run.weight_dtype, str(run.device))
+            logger.info("merged %s into the base model with multiplier %s", path, multiplier)
+
+    def _base_networks(self, run: Run, module: ModuleType) -> Iterator[tuple[str, float, Any, Mapping[str, Tensor]]]:
+        """For each file of ``--base_weights``: file, strength, network of it, its tensors."""
         options = run.options.network
         multipliers = list(options.base_weights_multiplier or [])
         for index, path in enumerate(options.base_weights or []):
@@ -252,9 +266,7 @@ class NetworkTrainer(Trainer):
             network, weights = module.create_network_from_weights(
                 multiplier, path, run.vae, text, run.denoiser, for_inference=True
             )
-            refuse_wrong_merge(run.options.network.network_module, network, weights, multiplier)
-            network.merge_to(text, run.denoiser, weights, run.weight_dtype, str(run.device))
-            logger.info("merged %s into the base model with multiplier %s", path, multiplier)
+            yield path, multiplier, network, weights
 
     def _parameter_groups(self, network: Any, options: TrainNetworkOptions) -> tuple[list[Any], list[str | None]]:
         """Ask the network for its groups in the newest form of the protocol that it speaks."""
