@@ -13,8 +13,10 @@ import torch
 
 from library.architectures.sd import SD
 from library.config.arguments import TrainNetworkOptions
-from library.training import caching, validation
+from library.inference.prompt_line import SamplePrompt
+from library.training import caching, network_trainer, previews, validation
 from library.training.caching import CacheJob, cache_latents, inspect_model
+from library.training.network_trainer import NetworkTrainer
 from library.training.plan import RunPlan
 from library.training.previews import _draw_options
 from library.training.processes import make_accelerator
@@ -170,3 +172,58 @@ def test_how_often_and_how_long_is_validated(monkeypatch: pytest.MonkeyPatch) ->
     assert told["max_batches"] == 5
     assert (made._policy.every_n_steps, made._policy.every_n_epochs) == (3, 2)
     assert (made._noise.ip_gamma, made._noise.offset) == (None, 0.2)
+
+
+def test_zero_terminal_snr_changes_the_schedule() -> None:
+    info = SimpleNamespace(v_prediction=True)
+    for given, ends_in_noise in (({}, False), ({"zero_terminal_snr": True}, True)):
+        schedule = OfSD().objective(options(**given), info).schedule  # type: ignore[arg-type]
+        assert (schedule.alphas_cumprod[-1] == 0) == ends_in_noise
+
+
+def test_captions_are_encoded_by_the_layer_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_trainer, "uncached", lambda architecture, run: [])
+    trainer = SimpleNamespace(architecture=Listener(), _trains_text=False)
+    NetworkTrainer._encode(trainer, run_of(clip_skip=2), {})  # type: ignore[arg-type]
+    assert trainer.architecture.told["encode_text"] == {"clip_skip": 2}
+
+
+def ours(multiplier: float, dim: int, alpha: float, vae: Any, text: Any, unet: Any, neuron_dropout: Any, **more: Any):
+    return SimpleNamespace(dim=dim, alpha=alpha, neuron_dropout=neuron_dropout, **more)
+
+
+def others(multiplier: float, dim: int, alpha: float, vae: Any, text: Any, unet: Any, **more: Any):
+    return SimpleNamespace(dim=dim, alpha=alpha, **more)
+
+
+@pytest.mark.parametrize(("create", "dropout"), [(ours, "neuron_dropout"), (others, "dropout")])
+def test_what_a_network_is_made_with(create: Any, dropout: str) -> None:
+    run = run_of(network_dim=8, network_alpha=4.0, network_dropout=0.2, network_module="some.module")
+    run.text_encoders, run.vae, run.denoiser = [None], None, None
+    trainer = SimpleNamespace(_network_args={"conv_dim": "2"})
+    module = SimpleNamespace(create_network=create, __name__="some.module")
+    network = NetworkTrainer._create_network(trainer, run, module)  # type: ignore[arg-type]
+    assert vars(network) == {"dim": 8, "alpha": 4.0, dropout: 0.2, "conv_dim": "2"}
+
+
+def test_the_sampler_of_sample_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    from library.inference import generate
+
+    asked: list[tuple[Any, ...]] = []
+    run = run_of(sample_sampler="euler_a", pretrained_model_name_or_path="m")
+    run.objective = SimpleNamespace(sampler=lambda *names: asked.append(names))
+    run.prompts, run.denoiser, run.vae = {}, None, None
+    run.checked = SimpleNamespace(info=SimpleNamespace(v_prediction=False))
+    monkeypatch.setattr(previews, "uncached", lambda architecture, run: [])
+    monkeypatch.setattr(generate, "generate_image", lambda models, settings, how: settings)
+    trainer = SimpleNamespace(architecture=SD, trained_modules=lambda run: [])
+    previews.draw_image(trainer, run, SamplePrompt("a cat", sample_sampler="lms"), None)  # type: ignore[arg-type]
+    assert asked == [("lms", "euler_a")]
+
+
+def test_the_strength_of_what_is_merged_first() -> None:
+    run = run_of(base_weights=["a", "b"], base_weights_multiplier=[0.5])
+    run.text_encoders, run.vae, run.denoiser = [None], None, None
+    made = SimpleNamespace(create_network_from_weights=lambda multiplier, path, *_, for_inference: (multiplier, path))
+    found = NetworkTrainer._base_networks(None, run, made)  # type: ignore[arg-type]
+    assert list(found) == [("a", 0.5, 0.5, "a"), ("b", 1.0, 1.0, "b")]
