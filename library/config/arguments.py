@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,6 +369,24 @@ class SampleOptions:
         ],
     )  # fmt: skip
 
+    @property
+    def steps_between(self) -> int | None:
+        """``None`` where it is off, as at 0 and below, which programs write for it."""
+        return _if_positive(self.sample_every_n_steps)
+
+    @property
+    def epochs_between(self) -> int | None:
+        return _if_positive(self.sample_every_n_epochs)
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether there is a time to draw; if there are prompts is another question."""
+        return bool(self.steps_between or self.epochs_between or self.sample_at_first)
+
+
+def _if_positive(number: int | None) -> int | None:
+    return number if number is not None and number > 0 else None
+
 
 @dataclass(frozen=True)
 class ValidationOptions:
@@ -405,7 +424,7 @@ class LoggingOptions:
     wandb_run_name: str | None = option(None, "name of the run in wandb")
     log_tracker_config: str | None = option(None, "TOML file of settings for the trackers, a table for each")
     wandb_api_key: str | None = option(None, "wandb key; never recorded", secret=True)
-    log_config: bool = option(False, "record the run's options in the trackers")
+    log_config: bool = option(False, "record the run's options in the trackers, without secrets and folders")
 
 
 @dataclass(frozen=True)
@@ -527,6 +546,19 @@ def flat(options: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
 def without_secrets(options: Any) -> dict[str, Any]:
     """Option values by name, without tokens and keys; for logs and trackers."""
     return {field.name: value for field, value in flat(options) if not field.metadata["secret"]}
+
+
+def for_others(options: Any) -> dict[str, Any]:
+    """Option values by name, for trackers that others may see: no secrets, no folders, of files only their names."""
+    known = without_secrets(options)
+    return {name: _without_folder(value) for name, value in known.items() if not name.endswith(("_dir", "_nvme_path"))}
+
+
+def _without_folder(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_folder(entry) for entry in value]
+    is_place = isinstance(value, (str, Path)) and (os.path.isabs(value) or os.path.exists(value))
+    return os.path.basename(os.path.normpath(value)) if is_place and value else value
 
 
 def hide_secrets(options: Any, words: list[str]) -> None:

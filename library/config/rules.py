@@ -296,8 +296,6 @@ def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
         "save_last_n_steps": o.output.save_last_n_steps,
         "save_last_n_epochs_state": o.output.save_last_n_epochs_state,
         "save_last_n_steps_state": o.output.save_last_n_steps_state,
-        "sample_every_n_steps": o.sample.sample_every_n_steps,
-        "sample_every_n_epochs": o.sample.sample_every_n_epochs,
         "clip_skip": o.model.clip_skip,
         "lr_scheduler_num_cycles": o.scheduler.lr_scheduler_num_cycles,
         "ddp_timeout": o.training.ddp_timeout,

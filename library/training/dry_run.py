@@ -190,10 +190,10 @@ def _other_files(run: Run) -> list[str]:
     if run.checked.prompts:
         sample = options.sample
         count = int(sample.sample_at_first)
-        if sample.sample_every_n_epochs:
-            count += run.plan.total_steps // run.plan.steps_per_epoch // sample.sample_every_n_epochs
-        elif sample.sample_every_n_steps:
-            count += run.plan.total_steps // sample.sample_every_n_steps
+        if epochs := sample.epochs_between:
+            count += run.plan.total_steps // run.plan.steps_per_epoch // epochs
+        elif steps := sample.steps_between:
+            count += run.plan.total_steps // steps
         lines.append(f"{run.names.directory / 'sample'}: {count} times {len(run.checked.prompts)} sample images")
     return lines
 

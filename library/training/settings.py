@@ -28,8 +28,7 @@ def sample_prompts(options: TrainNetworkOptions, architecture: Architecture) -> 
         UserError: the file cannot be read, or holds none.
     """
     wanted = options.sample
-    is_due = wanted.sample_every_n_steps or wanted.sample_every_n_epochs or wanted.sample_at_first
-    if not wanted.sample_prompts or not is_due:
+    if not wanted.sample_prompts or not wanted.is_asked_for:
         return ()
     step, used = architecture.sample_size_step, architecture.sample_fields
     return tuple(read_prompt_file(Path(wanted.sample_prompts), size_multiple=step, used=used))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.architectures.sd import SD
-from library.config.arguments import TrainNetworkOptions, flat, without_secrets
+from library.config.arguments import TrainNetworkOptions, flat, for_others, without_secrets
 from library.config.availability import REFUSED
 from library.config.rules import RULES, check
 from library.errors import UserError
@@ -222,3 +222,24 @@ def test_secrets_stay_out() -> None:
     shown = without_secrets(options(wandb_api_key="k", huggingface_token="t"))
     assert "wandb_api_key" not in shown and "huggingface_token" not in shown
     assert shown["output_dir"] == "output"
+
+
+def test_trackers_see_no_folders(tmp_path: Path) -> None:
+    place = tmp_path / "gone" / "model.safetensors"
+    shown = for_others(
+        options(
+            pretrained_model_name_or_path=str(place),
+            vae="state/../w.safetensors",
+            base_weights=[str(tmp_path / "w.safetensors"), "user/model"],
+            dataset_config=tmp_path / "data.toml",
+            train_data_dir="pictures",
+            logging_dir="/logs",
+            wandb_api_key="k",
+            caption_separator=";",
+        )
+    )
+    assert not {"output_dir", "train_data_dir", "logging_dir", "wandb_api_key"} & set(shown)
+    assert shown["pretrained_model_name_or_path"] == "model.safetensors"
+    assert (shown["vae"], shown["base_weights"]) == ("w.safetensors", ["w.safetensors", "user/model"])
+    assert (shown["dataset_config"], shown["caption_separator"], shown["resume"]) == ("data.toml", ";", None)
+    assert str(tmp_path) not in str(shown)
