@@ -7,6 +7,7 @@ rules of their own in ``library/config/no_effect/``.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ def check(
     for rule in (*RULES, *architecture.option_rules) if rules is None else rules:
         findings += rule(effective)
     if rules is None:
-        for family_rule in (cached_texts, text_rates):
+        for family_rule in (cached_texts, text_rates, attention_package):
             findings += family_rule(effective, architecture)
     idle = without_effect(options, architecture)
     errors = [finding.text for finding in findings if finding.fatal]
@@ -101,14 +102,14 @@ def needs_network(o: TrainNetworkOptions) -> Iterator[Finding]:
 def needs_output(o: TrainNetworkOptions) -> Iterator[Finding]:
     if not o.output.output_dir:
         yield error("--output_dir: name the folder for the results")
-    else:
-        folder = Path(o.output.output_dir)
+    folders = {"output_dir": o.output.output_dir, "logging_dir": o.logging.logging_dir}
+    for flag, folder in ((flag, Path(given)) for flag, given in folders.items() if given):
         # the folder itself, or the nearest that exists of those it will be made in
         standing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not standing.is_dir():
-            yield error(f"--output_dir {folder}: {standing} is a file, not a folder")
+            yield error(f"--{flag} {folder}: {standing} is a file, not a folder")
         elif not os.access(standing, os.W_OK):
-            yield error(f"--output_dir {folder}: {standing} may not be written to; name another folder")
+            yield error(f"--{flag} {folder}: {standing} may not be written to; name another folder")
     name = o.output.output_name
     if name and Path(name).name != name:
         yield error(f"--output_name {name}: a name without folders; put the folder into --output_dir")
@@ -267,6 +268,14 @@ def text_rates(o: TrainNetworkOptions, architecture: Architecture) -> Iterator[F
     given = len(o.optimizer.text_encoder_lr or [])
     if given > 1 and given > (there := len(architecture.text_encoder_targets)):
         yield error(f"--text_encoder_lr: {given} values, but this model has {there} text encoder(s); give one for each")
+
+
+def attention_package(o: TrainNetworkOptions, architecture: Architecture) -> Iterator[Finding]:
+    t = o.training
+    if "xformers" in architecture.refused_options or t.sdpa or t.mem_eff_attn:
+        return  # then it is an error anyway
+    if t.xformers and importlib.util.find_spec("xformers") is None:
+        yield error("--xformers: the package xformers is not installed; pip install xformers, or use --sdpa")
 
 
 # ---- numbers ----

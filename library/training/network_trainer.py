@@ -37,7 +37,7 @@ from library.training.run import Run
 from library.training.text_caching import uncached
 from library.training.text_memo import TextMemo
 from library.training.trainer import Trainer
-from networks.third_party import refuse_wrong_merge, text_argument
+from networks.third_party import refuse_wrong_merge, remedy, text_argument
 
 logger = logging.getLogger(__name__)
 
@@ -233,8 +233,8 @@ class NetworkTrainer(Trainer):
                 raise  # ours say what they cannot do by themselves
             what = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"--network_module {options.network_module}: it could not make a network: {what}; see its own "
-                "documentation on --network_args"
+                f"--network_module {options.network_module}: it could not make a network: {what}; "
+                + remedy(module.__name__, what)
             ) from error
         if network is None:
             raise UserError(f"--network_module {options.network_module}: it created no network for these options")

@@ -65,6 +65,7 @@ ERRORS = [
     ({"base_weights": ["w.safetensors"], "base_weights_multiplier": [1.0, 2.0]}, "--base_weights_multiplier"),
     ({"output_dir": "p.txt"}, "--output_dir p.txt"),
     ({"output_dir": "p.txt/out"}, "p.txt is a file, not a folder"),
+    ({"logging_dir": "p.txt/logs"}, "--logging_dir p.txt/logs: "),
     ({"dataset_config": Path("gone.toml")}, "--dataset_config gone.toml: no such file"),
     ({"dataset_config": None, "train_data_dir": "gone"}, "--train_data_dir gone: no such folder"),
     ({"dataset_config": None, "train_data_dir": "state", "reg_data_dir": "p.txt"}, "--reg_data_dir p.txt: a file"),
@@ -222,6 +223,14 @@ def test_secrets_stay_out() -> None:
     shown = without_secrets(options(wandb_api_key="k", huggingface_token="t"))
     assert "wandb_api_key" not in shown and "huggingface_token" not in shown
     assert shown["output_dir"] == "output"
+
+
+def test_a_missing_package_is_told_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--xformers: the package xformers is not installed"):
+        check(options(xformers=True), SD)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert check(options(xformers=True), SD) == []
 
 
 def test_trackers_see_no_folders(tmp_path: Path) -> None:
