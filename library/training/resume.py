@@ -127,7 +127,8 @@ def check_fits(state: TrainState, options: TrainNetworkOptions, optimizer: Optim
     """
     pairs = [("the optimizer", _class_of(state.fingerprint.get("optimizer")), _class_of(optimizer.metadata_name))]
     now = {field.name: value for field, value in flat(options)}
-    pairs += [(f"--{name}", state.fingerprint.get(f"--{name}"), now[name]) for name in _SHAPING]
+    shaping = [name for name in _SHAPING if name != "network_dim" or not options.network.dim_from_weights]
+    pairs += [(f"--{name}", state.fingerprint.get(f"--{name}"), now[name]) for name in shaping]
     problems = [
         f"--resume {options.resume.resume}: it was saved with {name} {before}, not {after}; give what that run had, or "
         "begin a new one with its weights (--network_weights)"

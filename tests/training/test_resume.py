@@ -111,6 +111,7 @@ def test_a_state_of_another_network(tmp_path: Path, accelerator: Accelerator, mo
         ),
         ({"--network_dim": 4}, {"network_dim": 8}, "--network_dim 4, not 8"),
         ({"--network_dim": 4}, {}, None),
+        ({"--network_dim": 4}, {"network_dim": 8, "dim_from_weights": True}, None),
         (
             {"--network_module": "networks.oft"},
             {"network_module": "networks.lora"},
