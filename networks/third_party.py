@@ -42,6 +42,16 @@ def text_argument(text_encoders: Sequence[nn.Module]) -> nn.Module | list[nn.Mod
     return views[0] if len(views) == 1 else views
 
 
+def remedy(module_name: str, what: str) -> str:
+    """What to do about an error of a network that is made, as far as it is known."""
+    if module_name.startswith("lycoris.") and "duplicated lora name" in what:
+        return (
+            'its default preset, "full", fails with U-Nets; give --network_args preset=attn-mlp, or '
+            "preset=examples/lycoris/full.toml"
+        )
+    return "see its own documentation on --network_args"
+
+
 def refuse_wrong_merge(module_name: str, network: Any, weights: Mapping[str, Tensor], multiplier: float) -> None:
     """Raise UserError where LyCORIS (up to 4.1, at least) is known to merge something else than what was trained.
 

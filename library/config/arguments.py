@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from library.config.fields import add_flags, int_or_float, option
+from library.config.fields import add_flags, int_or_float, meant, option
 
 T = TypeVar("T")
 
@@ -37,7 +38,11 @@ class ModelOptions:
     no_half_vae: bool = option(False, "keep the VAE in float32 under fp16 or bf16")
     clip_skip: int | None = option(None, "take the text encoder's n-th layer from the end (1 is the last)", type=int)
     max_token_length: int | None = option(
-        None, "tokens of a caption: 150 or 225 (75 if not given)", type=int, choices=[None, 150, 225]
+        None,
+        "tokens of a caption: 150 or 225 (75 if not given)",
+        type=int,
+        choices=[None, 150, 225],
+        written_default=75,
     )
     weighted_captions: bool = option(False, "read (word:1.2) and [word] in captions as emphasis")
     disable_mmap_load_safetensors: bool = option(
@@ -131,7 +136,9 @@ class OutputOptions:
     output_name: str | None = option(None, "name of the files, without ending (last, if not given)")
     save_model_as: str = option("safetensors", "format of the weights", choices=[None, "ckpt", "pt", "safetensors"])
     save_precision: str | None = option(
-        None, "precision of saved weights (float, if not given)", choices=[None, "float", "fp16", "bf16"]
+        None,
+        "precision of saved weights (float, or that of --full_fp16 or --full_bf16, if not given)",
+        choices=[None, "float", "fp16", "bf16"],
     )
     save_every_n_epochs: int | None = option(None, "save after every n-th epoch", type=int)
     save_every_n_steps: int | None = option(None, "save after every n-th step", type=int)
@@ -362,6 +369,24 @@ class SampleOptions:
         ],
     )  # fmt: skip
 
+    @property
+    def steps_between(self) -> int | None:
+        """``None`` where it is off, as at 0 and below, which programs write for it."""
+        return _if_positive(self.sample_every_n_steps)
+
+    @property
+    def epochs_between(self) -> int | None:
+        return _if_positive(self.sample_every_n_epochs)
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether there is a time to draw; if there are prompts is another question."""
+        return bool(self.steps_between or self.epochs_between or self.sample_at_first)
+
+
+def _if_positive(number: int | None) -> int | None:
+    return number if number is not None and number > 0 else None
+
 
 @dataclass(frozen=True)
 class ValidationOptions:
@@ -399,7 +424,7 @@ class LoggingOptions:
     wandb_run_name: str | None = option(None, "name of the run in wandb")
     log_tracker_config: str | None = option(None, "TOML file of settings for the trackers, a table for each")
     wandb_api_key: str | None = option(None, "wandb key; never recorded", secret=True)
-    log_config: bool = option(False, "record the run's options in the trackers")
+    log_config: bool = option(False, "record the run's options in the trackers, without secrets and folders")
 
 
 @dataclass(frozen=True)
@@ -475,8 +500,9 @@ class TrainNetworkOptions:
 
 
 def _group_from_args(group: type[T], args: argparse.Namespace) -> T:
-    known = {field.name for field in dataclasses.fields(group)}  # type: ignore[arg-type]
-    return group(**{name: value for name, value in vars(args).items() if name in known})
+    given = vars(args)
+    known = [field for field in dataclasses.fields(group) if field.name in given]  # type: ignore[arg-type]
+    return group(**{field.name: meant(field, given[field.name]) for field in known})
 
 
 def with_groups(kind: type[T], groups: Mapping[str, type]) -> type[T]:
@@ -520,6 +546,19 @@ def flat(options: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
 def without_secrets(options: Any) -> dict[str, Any]:
     """Option values by name, without tokens and keys; for logs and trackers."""
     return {field.name: value for field, value in flat(options) if not field.metadata["secret"]}
+
+
+def for_others(options: Any) -> dict[str, Any]:
+    """Option values by name, for trackers that others may see: no secrets, no folders, of files only their names."""
+    known = without_secrets(options)
+    return {name: _without_folder(value) for name, value in known.items() if not name.endswith(("_dir", "_nvme_path"))}
+
+
+def _without_folder(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_folder(entry) for entry in value]
+    is_place = isinstance(value, (str, Path)) and (os.path.isabs(value) or os.path.exists(value))
+    return os.path.basename(os.path.normpath(value)) if is_place and value else value
 
 
 def hide_secrets(options: Any, words: list[str]) -> None:

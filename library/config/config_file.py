@@ -183,11 +183,13 @@ def _lines_of(text: str, key: str) -> list[int]:
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:
-    """A TOML value as the flag's own type.
+    """A TOML value as the flag's own type; an empty text for a number without a default is none.
 
     Raises:
         ValueError: of another type, or not among the choices.
     """
+    if value == "" and action.default is None and action.type in (int, float):
+        return None
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"expects true or false, not {value!r}")

@@ -43,6 +43,8 @@ A page for each group. Every option is a flag of the command line and, without i
   trained parameters, files. No weights are loaded.
 - An option that changes nothing in a run is named in a warning; with `--strict` it is an error. The column *has no
   effect* says when that is.
+- An empty text (`--vae ""`) leaves an option without a default out, as programs that start the scripts write all of
+  their fields; so does an empty text for a number in a file.
 
 """
 

@@ -22,6 +22,7 @@ def option(
     weights: bool = False,
     harmless: bool = False,
     required: bool = False,
+    written_default: Any = None,
 ) -> Any:
     """A field that is a flag of the same name.
 
@@ -35,6 +36,7 @@ def option(
         weights: whether it names a file or folder of weights; a resumed run must share its content, not its place.
         harmless: whether a resumed run may have another value and still go on exactly.
         required: whether the parser refuses to go on without it.
+        written_default: a value beside the choices that says what leaving the option out says.
     """
     metadata = {
         "help": help,
@@ -47,8 +49,32 @@ def option(
         "weights": weights,
         "harmless": harmless,
         "required": required,
+        "written_default": written_default,
     }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def meant(field: dataclasses.Field[Any], value: Any) -> Any:
+    """The value that an option has in a run, of the one that was parsed.
+
+    An empty text is none where nothing is the default, as programs that start the scripts write all their fields.
+    """
+    if isinstance(value, list) and "" in value:
+        return [word for word in value if word != ""] or field.default
+    if field.default is None and value in ("", Path(), field.metadata["written_default"]):
+        return None
+    return value
+
+
+class _Choices(list[Any]):
+    """The published choices, which alone are shown; an empty text and the written default leave the option out."""
+
+    def __init__(self, field: dataclasses.Field[Any]) -> None:
+        super().__init__(field.metadata["choices"])
+        self._field = field
+
+    def __contains__(self, value: object) -> bool:
+        return super().__contains__(value) or meant(self._field, value) == self._field.default
 
 
 def int_or_float(text: str) -> int | float:
@@ -92,7 +118,7 @@ def add_flag(section: Any, field: dataclasses.Field[Any]) -> None:
         *given["aliases"],
         type=given["type"] or str,
         default=field.default,
-        choices=given["choices"],
+        choices=_Choices(field) if given["choices"] else None,
         nargs=given["nargs"],
         required=given["required"],
         help=help_text + shown,

@@ -56,6 +56,13 @@ def _steps(o: TrainNetworkOptions) -> Implied | None:
     return Implied(f"(steps of {epochs} epochs)", "follows from --max_train_epochs") if epochs is not None else None
 
 
+def _saved_precision(o: TrainNetworkOptions) -> Implied:
+    for name, precision in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+        if getattr(o.training, name):
+            return Implied(precision, f"follows from --{name}")
+    return Implied("float", "default")
+
+
 def _epochs_between_saves(o: TrainNetworkOptions) -> Implied | None:
     ratio = o.output.save_n_epoch_ratio
     return Implied(f"(epochs / {ratio})", "follows from --save_n_epoch_ratio") if ratio is not None else None
@@ -113,7 +120,7 @@ _FOLLOWS: dict[str, Follow] = {
     "caption_extension": _caption_extension,
     "cache_latents": _cache,
     "output_name": _constant("last"),
-    "save_precision": _constant("float"),
+    "save_precision": _saved_precision,
     "save_every_n_epochs": _epochs_between_saves,
     "save_last_n_epochs_state": _kept_states("epochs"),
     "save_last_n_steps_state": _kept_states("steps"),

@@ -7,6 +7,7 @@ rules of their own in ``library/config/no_effect/``.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -59,7 +60,8 @@ def check(
     for rule in (*RULES, *architecture.option_rules) if rules is None else rules:
         findings += rule(effective)
     if rules is None:
-        findings += cached_texts(effective, architecture)
+        for family_rule in (cached_texts, text_rates, attention_package):
+            findings += family_rule(effective, architecture)
     idle = without_effect(options, architecture)
     errors = [finding.text for finding in findings if finding.fatal]
     errors += as_errors(idle) if options.config.strict else []
@@ -101,17 +103,16 @@ def needs_network(o: TrainNetworkOptions) -> Iterator[Finding]:
 def needs_output(o: TrainNetworkOptions) -> Iterator[Finding]:
     if not o.output.output_dir:
         yield error("--output_dir: name the folder for the results")
-    else:
-        folder = Path(o.output.output_dir)
+    folders = {"output_dir": o.output.output_dir, "logging_dir": o.logging.logging_dir}
+    for flag, folder in ((flag, Path(given)) for flag, given in folders.items() if given):
         # the folder itself, or the nearest that exists of those it will be made in
         standing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not standing.is_dir():
-            yield error(f"--output_dir {folder}: {standing} is a file, not a folder")
+            yield error(f"--{flag} {folder}: {standing} is a file, not a folder")
         elif not os.access(standing, os.W_OK):
-            yield error(f"--output_dir {folder}: {standing} may not be written to; name another folder")
-    for option, place in (("output_dir", o.output.output_dir), ("logging_dir", o.logging.logging_dir)):
-        if place and (hint := home_hint(place)):
-            yield error(f"--{option} {place}{hint}")
+            yield error(f"--{flag} {folder}: {standing} may not be written to; name another folder")
+        if hint := home_hint(folder):
+            yield error(f"--{flag} {folder}{hint}")
     name = o.output.output_name
     if name and Path(name).name != name:
         yield error(f"--output_name {name}: a name without folders; put the folder into --output_dir")
@@ -140,6 +141,9 @@ def files_exist(o: TrainNetworkOptions) -> Iterator[Finding]:
         ("sample_prompts", o.sample.sample_prompts),
         ("log_tracker_config", o.logging.log_tracker_config),
     ]
+    thumbnail = o.modelspec.metadata_thumbnail
+    if thumbnail and not thumbnail.startswith("data:"):
+        files.append(("metadata_thumbnail", thumbnail))
     # beside a dataset file these have no effect
     folders: list[tuple[str, str | None]] = []
     if not o.dataset.dataset_config:
@@ -174,6 +178,19 @@ def network_files(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield error("--dim_from_weights: needs --network_weights, the file to take ranks from")
     if n.base_weights_multiplier and len(n.base_weights_multiplier) > len(n.base_weights or []):
         yield error("--base_weights_multiplier: more values than --base_weights files")
+
+
+def rates(o: TrainNetworkOptions) -> Iterator[Finding]:
+    """Rates of 0 leave a part as it is; without any other, a run would end when its models are loaded."""
+    n, chosen = o.network, o.optimizer
+    if n.network_train_unet_only and n.network_train_text_encoder_only:
+        return  # which is an error of its own
+    if any(word.partition("=")[0].strip() == "network_reg_lrs" for word in n.network_args or []):
+        return  # rates that replace those of the parts
+    denoiser = chosen.learning_rate if chosen.unet_lr is None else chosen.unet_lr
+    text = max(chosen.text_encoder_lr or [chosen.learning_rate])
+    if (n.network_train_text_encoder_only or denoiser == 0) and (n.network_train_unet_only or text == 0):
+        yield error("nothing to train: --learning_rate, --unet_lr and --text_encoder_lr leave every rate at 0")
 
 
 def optimizer_names(o: TrainNetworkOptions) -> Iterator[Finding]:
@@ -266,6 +283,21 @@ def cached_texts(o: TrainNetworkOptions, architecture: Architecture) -> Iterator
         )
 
 
+def text_rates(o: TrainNetworkOptions, architecture: Architecture) -> Iterator[Finding]:
+    """What the network says too, once the model is loaded."""
+    given = len(o.optimizer.text_encoder_lr or [])
+    if given > 1 and given > (there := len(architecture.text_encoder_targets)):
+        yield error(f"--text_encoder_lr: {given} values, but this model has {there} text encoder(s); give one for each")
+
+
+def attention_package(o: TrainNetworkOptions, architecture: Architecture) -> Iterator[Finding]:
+    t = o.training
+    if "xformers" in architecture.refused_options or t.sdpa or t.mem_eff_attn:
+        return  # then it is an error anyway
+    if t.xformers and importlib.util.find_spec("xformers") is None:
+        yield error("--xformers: the package xformers is not installed; pip install xformers, or use --sdpa")
+
+
 # ---- numbers ----
 
 
@@ -293,8 +325,6 @@ def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
         "save_last_n_steps": o.output.save_last_n_steps,
         "save_last_n_epochs_state": o.output.save_last_n_epochs_state,
         "save_last_n_steps_state": o.output.save_last_n_steps_state,
-        "sample_every_n_steps": o.sample.sample_every_n_steps,
-        "sample_every_n_epochs": o.sample.sample_every_n_epochs,
         "clip_skip": o.model.clip_skip,
         "lr_scheduler_num_cycles": o.scheduler.lr_scheduler_num_cycles,
         "ddp_timeout": o.training.ddp_timeout,
@@ -320,10 +350,11 @@ def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
         "dataset_repeats": o.dataset.dataset_repeats,
         "initial_step": o.resume.initial_step,
     }
+    optional = {field.name for field, _ in flat(o) if field.default is None}
     for least, options in ((1, at_least_one), (0, at_least_zero)):
         for name, value in options.items():
             if value is not None and value < least:
-                yield error(f"--{name} {value}: must be at least {least}")
+                yield error(f"--{name} {value}: must be at least {least}" + ", or left out" * (name in optional))
     for rate in o.optimizer.text_encoder_lr or []:
         if rate < 0:
             yield error(f"--text_encoder_lr {rate}: must be at least 0")
@@ -390,6 +421,7 @@ RULES: tuple[Rule, ...] = (
     files_exist,
     network_parts,
     network_files,
+    rates,
     optimizer_names,
     averaging,
     attention,

@@ -123,7 +123,7 @@ def _check_relative_step(choice: OptimizerChoice, settings: ScheduleSettings) ->
             "--lr_warmup_steps: not with Adafactor's relative_step, which brings its own schedule; give "
             '--optimizer_args "warmup_init=True" instead'
         )
-    named = settings.name == scheduler_name(choice, settings)
+    named = settings.name in (_ADAFACTOR.rstrip(":"), scheduler_name(choice, settings))
     return _unused(settings, (), "Adafactor with relative_step", with_name=not named)
 
 

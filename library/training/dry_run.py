@@ -21,7 +21,7 @@ from library.memory.attention import attention_backend
 from library.training.checkpoints import OutputNames, SavePolicy, ema_path
 from library.training.plan import RunPlan
 from library.training.precision import trained_dtype
-from library.training.resume import check_resumed
+from library.training.resume import name_changes
 from library.training.trained import Trained
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def dry_run(trainer: Trainer, run: Run) -> None:
     """Check what ``setup`` could not, and print the plan on the main process.
 
     Raises:
-        UserError: headers that lack tensors or do not fit, network arguments or weights that do not fit the model, a
-            state that the run has ended with.
+        UserError: headers that lack tensors or do not fit, network arguments or weights that do not fit the model.
     """
     models = _models_on_meta(trainer, run)
     parts = trainer.trained_on_meta(run)
@@ -49,7 +48,7 @@ def dry_run(trainer: Trainer, run: Run) -> None:
     run.trained = Trained([p for _, found in parts for p in found], None, None, 0.0)
     resumed = run.checked.resumed
     if resumed is not None:
-        check_resumed(run)
+        name_changes(run)
     done = resumed.current_step if resumed is not None else run.start_step
     if not run.accelerator.is_main_process:
         return
@@ -191,10 +190,10 @@ def _other_files(run: Run) -> list[str]:
     if run.checked.prompts:
         sample = options.sample
         count = int(sample.sample_at_first)
-        if sample.sample_every_n_epochs:
-            count += run.plan.total_steps // run.plan.steps_per_epoch // sample.sample_every_n_epochs
-        elif sample.sample_every_n_steps:
-            count += run.plan.total_steps // sample.sample_every_n_steps
+        if epochs := sample.epochs_between:
+            count += run.plan.total_steps // run.plan.steps_per_epoch // epochs
+        elif steps := sample.steps_between:
+            count += run.plan.total_steps // steps
         lines.append(f"{run.names.directory / 'sample'}: {count} times {len(run.checked.prompts)} sample images")
     return lines
 

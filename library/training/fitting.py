@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.config.arguments import without_secrets
+from library.config.arguments import for_others
 from library.data.dataset import Batch
 from library.training.bad_steps import BadStepReport
 from library.training.checkpoints import ema_path, remove_outdated
@@ -34,8 +34,8 @@ class Fitting:
         self._run = run
         self._average = LossAverage(run.plan.steps_per_epoch)
         self._previews = PreviewPolicy(
-            every_n_steps=run.options.sample.sample_every_n_steps,
-            every_n_epochs=run.options.sample.sample_every_n_epochs,
+            every_n_steps=run.options.sample.steps_between,
+            every_n_epochs=run.options.sample.epochs_between,
             at_first=run.options.sample.sample_at_first,
             prompts=run.checked.prompts,
         )
@@ -53,7 +53,7 @@ class Fitting:
         simple = run.options.console.console_log_simple
         if run.checked.resumed is not None:
             self._average.restore(run.checked.resumed.losses)
-        config = without_secrets(run.options) if run.options.logging.log_config else {}
+        config = for_others(run.options) if run.options.logging.log_config else {}
         self._trackers = Trackers(run.accelerator, run.checked.trackers, config)
         if main:
             print_summary(self._trainer.summary(run), simple=simple)

@@ -6,15 +6,17 @@ Keys of trackers are the published ones (``loss/current``, ``loss/average``, ``l
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import inspect
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.config.console import is_rich, make_bar, stderr_console
-from library.errors import UserError
+from library.errors import NoEffect, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,6 +38,9 @@ class TrackerSettings:
     tracker_name: str
     init_kwargs: Mapping[str, Mapping[str, Any]]
     wandb_api_key: str | None = field(default=None, repr=False)
+    #: ``--log_tracker_config`` and what stands in it
+    config_file: str | None = None
+    tables: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def make(
@@ -47,26 +52,73 @@ class TrackerSettings:
         tracker_name: str | None,
         wandb_run_name: str | None,
         wandb_api_key: str | None = None,
-        tracker_config: Mapping[str, Mapping[str, Any]],
+        config_file: str | None = None,
+        tracker_config: Mapping[str, Any],
     ) -> TrackerSettings:
         stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())
         base = Path(logging_dir) if logging_dir else output_dir / "logs"
         backends = {"wandb": ("tensorboard", "wandb"), "all": ("tensorboard", "wandb")}.get(
             log_with or "", ("tensorboard",)
         )
-        kwargs = {name: dict(values) for name, values in tracker_config.items()}
+        kwargs = {name: dict(values) for name, values in tracker_config.items() if isinstance(values, Mapping)}
         if wandb_run_name:
             kwargs.setdefault("wandb", {})["name"] = wandb_run_name
         return TrackerSettings(
-            base / f"{log_prefix or ''}{stamp}", backends, tracker_name or "network_train", kwargs, wandb_api_key
+            base / f"{log_prefix or ''}{stamp}",
+            backends,
+            tracker_name or "network_train",
+            kwargs,
+            wandb_api_key,
+            config_file,
+            tracker_config,
         )
 
-    def check(self) -> None:
-        """Raises UserError for a tracker whose package is missing, before anything is loaded."""
-        import importlib.util
+    def check(self) -> list[NoEffect]:
+        """What can be known of the trackers before anything is loaded; returns warnings of tables without effect.
 
+        Raises:
+            UserError: a tracker whose package is missing, or a table of ``--log_tracker_config`` that it cannot take.
+        """
         if "wandb" in self.backends and importlib.util.find_spec("wandb") is None:
             raise UserError("--log_with wandb: the package wandb is not installed; run: pip install wandb")
+        idle = []
+        for name, table in self.tables.items():
+            where = f"--log_tracker_config {self.config_file}: [{name}]"
+            if name not in _TRACKERS:
+                known = " and ".join(_TRACKERS)
+                raise UserError(f"{where}: no such tracker{did_you_mean(name, _TRACKERS)}; there are {known}")
+            if not isinstance(table, Mapping):
+                raise UserError(f"{where}: must be a table of settings, [{name}]")
+            if name not in self.backends:
+                idle.append(NoEffect(f"{where} has no effect without --log_with {name}"))
+                continue
+            for key in table:
+                if key in _TRACKERS[name]:
+                    raise UserError(f"{where} {key}: {_TRACKERS[name][key]}")
+                if (taken := _settings_of(name)) is not None and key not in taken:
+                    raise UserError(f"{where} {key}: {name} has no such setting{did_you_mean(key, taken)}")
+        return idle
+
+
+#: tracker -> settings that have an option of their own
+_TRACKERS: Mapping[str, Mapping[str, str]] = {
+    "tensorboard": {"log_dir": "give it as --logging_dir"},
+    "wandb": {"project": "give it as --log_tracker_name", "config": "give --log_config"},
+}
+
+
+def _settings_of(tracker: str) -> list[str] | None:
+    """Arguments of what opens a tracker, which a table of ``--log_tracker_config`` may hold; ``None`` where any may."""
+    if tracker == "wandb":
+        import wandb
+
+        opens: Callable[..., Any] = wandb.init
+    else:
+        from torch.utils.tensorboard import SummaryWriter as opens
+    parameters = inspect.signature(opens).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return list(parameters)
 
 
 class Trackers:

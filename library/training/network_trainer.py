@@ -8,7 +8,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,7 +37,7 @@ from library.training.text_memo import TextMemo
 from library.training.trained import Trained
 from library.training.trainer import Trainer
 from library.training.zero import with_zero, zero_rows
-from networks.third_party import refuse_wrong_merge, text_argument
+from networks.third_party import refuse_wrong_merge, remedy, text_argument
 from networks.weights import check_adapter_file
 
 logger = logging.getLogger(__name__)
@@ -162,6 +162,9 @@ class NetworkTrainer(Trainer):
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
             try:
                 with torch.device("meta"):
+                    if module.__name__.startswith("networks."):  # others may need the weights that are not there
+                        for _ in self._base_networks(run, module):
+                            pass  # a file that does not fit is an error
                     network = self._applied_network(run, module)
             except RuntimeError:  # NotImplementedError is one
                 network = self._applied_off_meta(run, module)
@@ -230,8 +233,8 @@ class NetworkTrainer(Trainer):
                 raise  # ours say what they cannot do by themselves
             what = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"--network_module {options.network_module}: it could not make a network: {what}; see its own "
-                "documentation on --network_args"
+                f"--network_module {options.network_module}: it could not make a network: {what}; "
+                + remedy(module.__name__, what)
             ) from error
         if network is None:
             raise UserError(f"--network_module {options.network_module}: it created no network for these options")
@@ -247,6 +250,14 @@ class NetworkTrainer(Trainer):
         return network
 
     def _merge_base_weights(self, run: Run, module: ModuleType) -> None:
+        text = text_argument(run.text_encoders)
+        for path, multiplier, network, weights in self._base_networks(run, module):
+            refuse_wrong_merge(run.options.network.network_module, network, weights, multiplier)
+            network.merge_to(text, run.denoiser, weights, run.weight_dtype, str(run.device))
+            logger.info("merged %s into the base model with multiplier %s", path, multiplier)
+
+    def _base_networks(self, run: Run, module: ModuleType) -> Iterator[tuple[str, float, Any, Mapping[str, Tensor]]]:
+        """For each file of ``--base_weights``: file, strength, network of it, its tensors."""
         options = run.options.network
         multipliers = list(options.base_weights_multiplier or [])
         for index, path in enumerate(options.base_weights or []):
@@ -255,9 +266,7 @@ class NetworkTrainer(Trainer):
             network, weights = module.create_network_from_weights(
                 multiplier, path, run.vae, text, run.denoiser, for_inference=True
             )
-            refuse_wrong_merge(run.options.network.network_module, network, weights, multiplier)
-            network.merge_to(text, run.denoiser, weights, run.weight_dtype, str(run.device))
-            logger.info("merged %s into the base model with multiplier %s", path, multiplier)
+            yield path, multiplier, network, weights
 
     def _parameter_groups(self, network: Any, options: TrainNetworkOptions) -> tuple[list[Any], list[str | None]]:
         """Ask the network for its groups in the newest form of the protocol that it speaks."""

@@ -10,11 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from library.config.arguments import TrainNetworkOptions, flat
 from library.errors import UserError
 from library.files.atomic import MANIFEST_NAME, atomic_directory, verify_directory
 from library.training.fingerprint import is_digest
@@ -22,6 +26,7 @@ from library.training.fingerprint import is_digest
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from library.optim.optimizers import OptimizerChoice
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -110,6 +115,34 @@ def _shared_directory(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
 
 # ---- states of a run ----
 
+#: options that decide which tensors a state holds, as far as the options alone tell
+_SHAPING = ("network_module", "network_dim", "network_train_unet_only", "network_train_text_encoder_only")
+
+
+def check_fits(state: TrainState, options: TrainNetworkOptions, optimizer: OptimizerChoice) -> None:
+    """Refuse options that the state's tensors cannot go on with; ``name_changes`` warns of the others.
+
+    Raises:
+        UserError: one line for each.
+    """
+    pairs = [("the optimizer", _class_of(state.fingerprint.get("optimizer")), _class_of(optimizer.metadata_name))]
+    now = {field.name: value for field, value in flat(options)}
+    shaping = [name for name in _SHAPING if name != "network_dim" or not options.network.dim_from_weights]
+    pairs += [(f"--{name}", state.fingerprint.get(f"--{name}"), now[name]) for name in shaping]
+    problems = [
+        f"--resume {options.resume.resume}: it was saved with {name} {before}, not {after}; give what that run had, or "
+        "begin a new one with its weights (--network_weights)"
+        for name, before, after in pairs
+        # a rank that is not given is the module's, or the file's
+        if before is not None and after is not None and before != after
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _class_of(optimizer: object) -> str | None:
+    return optimizer.partition("(")[0] if isinstance(optimizer, str) else None
+
 
 def standing(run: Run, *, step: int, epoch: int, losses: list[float]) -> TrainState:
     """Where a run stands after ``step`` of ``epoch``, both counted from 1."""
@@ -125,26 +158,35 @@ def standing(run: Run, *, step: int, epoch: int, losses: list[float]) -> TrainSt
     )
 
 
-def check_resumed(run: Run) -> None:
-    """Name what was changed since the state was saved. Raises UserError if the run has ended with it."""
-    state = run.checked.resumed
-    for change in state.changes(run.fingerprint):
+def name_changes(run: Run) -> None:
+    """Warn of what was changed since the state was saved."""
+    for change in run.checked.resumed.changes(run.fingerprint):
         logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
-    if state.current_step >= run.plan.total_steps:
-        raise UserError(
-            f"--resume {run.options.resume.resume}: the state stands at step {state.current_step} and the run ends "
-            f"at step {run.plan.total_steps}; raise --max_train_steps or --max_train_epochs"
-        )
 
 
 def go_on(run: Run) -> None:
     """Bring back weights, optimizer, scheduler, random states of this process, and the best validation.
 
     Raises:
-        UserError: the run has ended with the state.
+        UserError: the state's tensors are not those of this run, or a file of it holds code.
     """
-    check_resumed(run)
-    run.accelerator.load_state(str(run.checked.state_folder))
+    name_changes(run)
+    folder = run.checked.state_folder
+    try:
+        run.accelerator.load_state(str(folder))
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # torch's, for other names, shapes or numbers of tensors
+        what = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--resume {folder}: it was saved with another network or optimizer ({what}); give that run's options, "
+            "or begin a new one with its weights (--network_weights)"
+        ) from error
+    except pickle.UnpicklingError:  # accelerate reads tensors and plain values only
+        raise UserError(
+            f"--resume {folder}: a file of it holds more than tensors and numbers, which is not read, as it may run "
+            "any code; use another state"
+        ) from None
     if run.validation:
-        run.validation.restore(run.checked.resumed.validation)
+        run.validation.restore(run.checked.resumed)
     logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)

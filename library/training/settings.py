@@ -28,8 +28,7 @@ def sample_prompts(options: TrainNetworkOptions, architecture: Architecture) -> 
         UserError: the file cannot be read, or holds none.
     """
     wanted = options.sample
-    is_due = wanted.sample_every_n_steps or wanted.sample_every_n_epochs or wanted.sample_at_first
-    if not wanted.sample_prompts or not is_due:
+    if not wanted.sample_prompts or not wanted.is_asked_for:
         return ()
     step, used = architecture.sample_size_step, architecture.sample_fields
     return tuple(read_prompt_file(Path(wanted.sample_prompts), size_multiple=step, used=used))
@@ -55,7 +54,13 @@ def run_plan(
         )
 
     if resumed is not None:
-        return make(Origin(resumed.origin_step, resumed.origin_epoch)), resumed.current_step
+        plan = make(Origin(resumed.origin_step, resumed.origin_epoch))
+        if resumed.current_step >= plan.total_steps:
+            raise UserError(
+                f"--resume {start.resume}: the state stands at step {resumed.current_step} and the run ends at step "
+                f"{plan.total_steps}; raise --max_train_steps or --max_train_epochs"
+            )
+        return plan, resumed.current_step
     whole = make(Origin())
     first = whole.steps_until((start.initial_epoch or 1) - 1)
     if start.initial_step is not None:
@@ -127,6 +132,7 @@ def tracker_settings(options: TrainNetworkOptions) -> TrackerSettings:
         tracker_name=wanted.log_tracker_name,
         wandb_run_name=wanted.wandb_run_name,
         wandb_api_key=wanted.wandb_api_key,
+        config_file=wanted.log_tracker_config,
         tracker_config=config,
     )
 

@@ -57,7 +57,7 @@ from library.training.pictures import with_pictures
 from library.training.previews import draw_image, encode_prompts
 from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
 from library.training.replay import replay
-from library.training.resume import go_on, read_state, save_state, standing
+from library.training.resume import check_fits, go_on, read_state, save_state, standing
 from library.training.run import Checked, Run
 from library.training.settings import (
     hub_target,
@@ -198,7 +198,6 @@ class Trainer(ABC):
             recover_directory(options.resume.resume)
         report(check_rules(options, self.architecture), strict=strict)
         dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
-        check_validation(dataset_config, options.validation)
         report(without_effect_on_data(options, dataset_config), strict=strict)
         check_roles(dataset_config, self.conditioning_as, masked_loss=options.loss.masked_loss)
         optimizer = resolve_optimizer(
@@ -215,8 +214,11 @@ class Trainer(ABC):
         prompts = sample_prompts(options, self.architecture)
         folder = state_folder(options)
         resumed = read_state(folder) if folder else None
+        if resumed is not None:
+            check_fits(resumed, options, optimizer)
+        check_validation(dataset_config, options.validation, resumed)
         trackers = tracker_settings(options)
-        trackers.check()
+        report(trackers.check(), strict=strict)
         checkpoint = inspect_model(self.architecture, options.model)
         self.architecture = self.architecture.for_model(checkpoint)
         self.architecture.check_options(options, checkpoint.info)

@@ -28,6 +28,7 @@ from library.training.settings import noise_settings
 from library.training.work_progress import WorkProgress
 
 if TYPE_CHECKING:
+    from library.training.resume import TrainState
     from library.training.run import Run
     from library.training.trainer import Trainer
 
@@ -37,13 +38,19 @@ logger = logging.getLogger(__name__)
 TIMESTEPS = 4
 
 
-def check_validation(config: DatasetConfig, options: ValidationOptions) -> None:
+def check_validation(config: DatasetConfig, options: ValidationOptions, resumed: TrainState | None = None) -> None:
     """Refuse what the end of the run or its files depend on, where no pictures are kept for validation.
 
     Raises:
-        UserError: one line for each option.
+        UserError: one line for each option; the run of the state was ended there by early stopping.
     """
     if config.validates:
+        patience, misses = options.early_stopping_patience, BestSoFar.of(resumed).misses
+        if patience is not None and misses >= patience:
+            raise UserError(
+                f"--early_stopping_patience {patience}: the state of --resume has seen {misses} validations without a "
+                "new lowest loss already; raise it, or remove it to go on"
+            )
         return
     needing = [
         f"--{name}: cannot work {NO_VALIDATION}"
@@ -88,6 +95,12 @@ class BestSoFar:
         self.misses += 1
         return False
 
+    @staticmethod
+    def of(resumed: TrainState | None) -> BestSoFar:
+        """That of a state, which ``state`` gave."""
+        state = resumed.validation if resumed is not None else {}
+        return BestSoFar(state.get("loss", math.inf), int(state.get("step", 0)), int(state.get("misses", 0)))
+
     def state(self) -> dict[str, float]:
         """What JSON can hold: no loss before the first validation."""
         found: dict[str, float] = {"step": self.step, "misses": self.misses}
@@ -122,18 +135,9 @@ class Validation:
         #: whether patience is used up
         self.ends_run = False
 
-    def restore(self, state: dict[str, float]) -> None:
-        """Go on from what ``BestSoFar.state`` gave.
-
-        Raises:
-            UserError: the run was ended there by early stopping.
-        """
-        self.best = BestSoFar(state.get("loss", math.inf), int(state.get("step", 0)), int(state.get("misses", 0)))
-        if self._is_out_of_patience():
-            raise UserError(
-                f"--early_stopping_patience {self._patience}: the state of --resume has seen {self.best.misses} "
-                "validations without a new lowest loss already; raise it, or remove it to go on"
-            )
+    def restore(self, resumed: TrainState) -> None:
+        """Go on from a state, which ``check_validation`` has passed."""
+        self.best = BestSoFar.of(resumed)
         best = self._run.names.best()
         if self.best.step and self._run.options.validation.save_best and not best.exists():
             logger.warning(

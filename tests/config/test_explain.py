@@ -115,6 +115,7 @@ IMPLIED = [
     ("max_token_length", {}, 75, "default"),
     ("output_name", {}, "last", "default"),
     ("save_precision", {}, "float", "default"),
+    ("save_precision", {"full_bf16": True}, "bf16", "follows from --full_bf16"),
     ("min_timestep", {}, 0, "default"),
     ("max_timestep", {}, 1000, "default"),
     ("log_with", {}, "tensorboard", "default"),

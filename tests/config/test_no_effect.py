@@ -210,6 +210,16 @@ CASES = [
     Case("sample_prompts", {"sample_prompts": "p.txt"}, {"sample_at_first": True}),
     Case("sample_every_n_steps", {"sample_every_n_steps": 5}, {"sample_prompts": "p.txt"}, "--sample_prompts"),
     Case("sample_every_n_epochs", {"sample_every_n_epochs": 5}, {"sample_prompts": "p.txt"}),
+    *(
+        Case(name, {name: off, "sample_prompts": "p.txt"}, {name: 1}, "off")
+        for name in ("sample_every_n_steps", "sample_every_n_epochs")
+        for off in (0, -1)
+    ),
+    Case(
+        "sample_prompts",
+        {"sample_prompts": "p.txt", "sample_every_n_steps": 0, "sample_every_n_epochs": -1},
+        {"sample_every_n_steps": 1},
+    ),
     Case("sample_at_first", {"sample_at_first": True}, {"sample_prompts": "p.txt"}),
     Case(
         "sample_every_n_steps",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.architectures.sd import SD
-from library.config.arguments import TrainNetworkOptions, flat, without_secrets
+from library.config.arguments import TrainNetworkOptions, flat, for_others, without_secrets
 from library.config.availability import REFUSED
 from library.config.rules import RULES, check
 from library.errors import UserError
@@ -56,6 +56,10 @@ ERRORS = [
     ({"dataset_config": None}, "no data"),
     ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "exclude each other"),
     ({"dim_from_weights": True}, "--network_weights"),
+    ({"learning_rate": 0.0}, "nothing to train"),
+    ({"unet_lr": 0.0, "text_encoder_lr": [0.0]}, "nothing to train"),
+    ({"unet_lr": 0.0, **UNET_ONLY}, "nothing to train"),
+    ({"text_encoder_lr": [1e-4, 1e-5]}, "--text_encoder_lr: 2 values, but this model has 1 text encoder"),
     ({"ema_decay": 1.0}, "--ema_decay 1.0: must be above 0 and below 1"),
     ({"ema_decay": 0.9, "optimizer_type": "prodigyplus.ProdigyPlusScheduleFree"}, "averages the weights by itself"),
     ({"base_weights": ["w.safetensors"], "base_weights_multiplier": [1.0, 2.0]}, "--base_weights_multiplier"),
@@ -64,6 +68,7 @@ ERRORS = [
     ({"logging_dir": "~/logs"}, "--logging_dir ~/logs; only shells replace ~, so write"),
     ({"train_data_dir": "~/pictures", "dataset_config": None}, "no such folder; only shells replace ~, so write"),
     ({"output_dir": "p.txt/out"}, "p.txt is a file, not a folder"),
+    ({"logging_dir": "p.txt/logs"}, "--logging_dir p.txt/logs: "),
     ({"dataset_config": Path("gone.toml")}, "--dataset_config gone.toml: no such file"),
     ({"dataset_config": None, "train_data_dir": "gone"}, "--train_data_dir gone: no such folder"),
     ({"dataset_config": None, "train_data_dir": "state", "reg_data_dir": "p.txt"}, "--reg_data_dir p.txt: a file"),
@@ -72,6 +77,7 @@ ERRORS = [
     ({"base_weights": ["w.safetensors", "gone.safetensors"]}, "--base_weights gone.safetensors"),
     ({"sample_prompts": "gone.txt", "sample_at_first": True}, "--sample_prompts gone.txt"),
     ({"log_tracker_config": "gone.toml"}, "--log_tracker_config gone.toml"),
+    ({"metadata_thumbnail": "gone.png"}, "--metadata_thumbnail gone.png: no such file"),
     ({"resume": "gone-state"}, "--resume gone-state: no such folder"),
     ({"resume": "p.txt"}, "--resume p.txt: a file, not a folder"),
     ({"dataset_config": None, "in_json": "gone.json"}, "--in_json gone.json: no such file"),
@@ -79,7 +85,7 @@ ERRORS = [
     ({"optimizer_type": "Lion", "use_8bit_adam": True}, "exclude each other"),
     ({"use_8bit_adam": True, "use_lion_optimizer": True}, "exclude each other"),
     ({"learning_rate": float("nan")}, "--learning_rate nan: must be a finite number"),
-    ({"text_encoder_lr": [1e-5, float("inf")]}, "--text_encoder_lr inf: must be a finite number"),
+    ({"text_encoder_lr": [float("inf")]}, "--text_encoder_lr inf: must be a finite number"),
     ({"text_encoder_lr": [-1e-5]}, "--text_encoder_lr -1e-05"),
     ({"scale_weight_norms": 0.0}, "--scale_weight_norms 0.0"),
     ({"ddp_timeout": 0}, "--ddp_timeout 0"),
@@ -112,6 +118,7 @@ ERRORS = [
     ({"text_encoder_cache_variants": 0}, "--text_encoder_cache_variants 0: must be at least 1"),
     ({"conditioning_data_dir": "no/such"}, "--conditioning_data_dir no/such: no such folder"),
     ({"max_train_steps": 0}, "--max_train_steps 0: must be at least 1"),
+    ({"save_every_n_steps": 0}, "--save_every_n_steps 0: must be at least 1, or left out"),
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
     ({"network_dim": 0}, "--network_dim"),
     ({"clip_skip": 0}, "--clip_skip"),
@@ -225,3 +232,32 @@ def test_secrets_stay_out() -> None:
     shown = without_secrets(options(wandb_api_key="k", huggingface_token="t"))
     assert "wandb_api_key" not in shown and "huggingface_token" not in shown
     assert shown["output_dir"] == "output"
+
+
+def test_a_missing_package_is_told_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--xformers: the package xformers is not installed"):
+        check(options(xformers=True), SD)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert check(options(xformers=True), SD) == []
+
+
+def test_trackers_see_no_folders(tmp_path: Path) -> None:
+    place = tmp_path / "gone" / "model.safetensors"
+    shown = for_others(
+        options(
+            pretrained_model_name_or_path=str(place),
+            vae="state/../w.safetensors",
+            base_weights=[str(tmp_path / "w.safetensors"), "user/model"],
+            dataset_config=tmp_path / "data.toml",
+            train_data_dir="pictures",
+            logging_dir="/logs",
+            wandb_api_key="k",
+            caption_separator=";",
+        )
+    )
+    assert not {"output_dir", "train_data_dir", "logging_dir", "wandb_api_key"} & set(shown)
+    assert shown["pretrained_model_name_or_path"] == "model.safetensors"
+    assert (shown["vae"], shown["base_weights"]) == ("w.safetensors", ["w.safetensors", "user/model"])
+    assert (shown["dataset_config"], shown["caption_separator"], shown["resume"]) == ("data.toml", ";", None)
+    assert str(tmp_path) not in str(shown)

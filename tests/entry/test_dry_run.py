@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -74,3 +75,26 @@ def test_dry_run(tmp_path: Path, tiny: Tiny, pictures: Path) -> None:
     assert done.code == 2, done.text
     assert "error: " in done.err and "torn.safetensors" in done.err and "missing" in done.err
     assert "all checks passed" not in done.text
+
+
+@pytest.mark.usefixtures("own_root_logger")
+def test_files_of_weights_are_checked(
+    tmp_path: Path, sd: Tiny, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their headers in every run; what of them fits the model in a dry run too, be it to be merged or to start from."""
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    other, cut = tmp_path / "other.safetensors", tmp_path / "cut.safetensors"
+    save_file({"foo.weight": torch.ones(100)}, other)
+    cut.write_bytes(other.read_bytes()[:-1])
+
+    def error(**given: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            sd.train(dataset, tmp_path / "out", **given)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    for name, value in (("network_weights", lambda path: path), ("base_weights", lambda path: [path])):
+        said = error(**{name: value(cut)})
+        assert f"error: --{name} {cut}: the file is cut short" in said and "adapters on" not in said
+        assert "holds no tensors of networks.lora" in error(**{name: value(other)}, dry_run=True)

@@ -16,7 +16,7 @@ from library.config.arguments import TrainNetworkOptions, with_groups
 from library.errors import UserError
 from library.inference.networks import apply_networks, choose_networks
 from library.training.caching import inspect_model
-from networks.third_party import refuse_wrong_merge, text_argument
+from networks.third_party import refuse_wrong_merge, remedy, text_argument
 from tests.fixtures.families import Tiny
 from tests.fixtures.runs import ROOT, metadata_of, write_dataset
 
@@ -230,3 +230,8 @@ def test_a_merge_at_another_strength_is_refused(tmp_path: Path, tiny: Tiny) -> N
     with pytest.raises(UserError, match="at strength 1 only, not at 0.5"):
         refuse_wrong_merge("lycoris.kohya", None, {}, 0.5)
     refuse_wrong_merge("networks.lora", None, {}, 0.5)
+
+
+def test_its_default_preset_is_known_to_fail() -> None:
+    assert "preset=examples/lycoris/full.toml" in remedy("lycoris.kohya", "duplicated lora name: lora_unet_x")
+    assert remedy("lycoris.kohya", "no preset") == remedy("other.module", "duplicated lora name")

@@ -183,6 +183,18 @@ def test_the_old_folder_form(tmp_path: Path, tiny: Tiny) -> None:
     assert json.loads(entries["ss_dataset_dirs"]) == {"3_sks cat": {"n_repeats": 3, "img_count": 2}}
 
 
+@pytest.mark.usefixtures("own_root_logger")
+def test_regularisation_pictures_weigh_as_much_as_is_said(tmp_path: Path, sd: Tiny) -> None:
+    make_pictures(tmp_path / "train" / "1_sks cat", sizes=[(64, 64)])
+    make_pictures(tmp_path / "reg" / "1_cat", sizes=[(64, 64)])
+    folders = {"train_data_dir": tmp_path / "train", "reg_data_dir": tmp_path / "reg", "resolution": 64}
+    weights = []
+    for name, weight in (("one", 1.0), ("none", 0.0)):
+        sd.train(None, tmp_path / name, dataset_config=None, prior_loss_weight=weight, train_batch_size=2, **folders)
+        weights.append(load_file(tmp_path / name / "tiny.safetensors"))
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_config_file_and_command_line(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
     config = tmp_path / "lora.toml"
     config.write_text(

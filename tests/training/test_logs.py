@@ -1,7 +1,8 @@
-"""Where figures of an epoch go: over epochs, but in wandb, whose steps must not go back."""
+"""What trackers are told: names and settings when they open, figures of an epoch over epochs (but in wandb)."""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from library.errors import UserError
+from library.config.arguments import TrainNetworkOptions
+from library.errors import NoEffect, UserError
 from library.training.logs import Trackers, TrackerSettings
+from library.training.settings import tracker_settings
 
 
 class Told:
@@ -60,3 +63,44 @@ def test_figures_of_an_epoch() -> None:
     trackers.log_by_epoch({"loss/epoch_average": 0.5}, step=40, epoch=2)
     assert board.entries == [({"loss/epoch_average": 0.5}, 2)]
     assert wandb.entries == [({"loss/epoch_average": 0.5, "global_step": 40, "epoch": 2}, 40)]
+
+
+def with_config(tmp_path: Path, text: str, **given: object) -> TrackerSettings:
+    file = tmp_path / "trackers.toml"
+    file.write_text(text)
+    return tracker_settings(
+        TrainNetworkOptions.from_args(
+            argparse.Namespace(output_dir="out", log_tracker_config=str(file), log_tracker_name="cats", **given)
+        )
+    )
+
+
+def test_trackers_get_their_tables(tmp_path: Path) -> None:
+    settings = with_config(tmp_path, "[tensorboard]\nflush_secs = 5\n[wandb]\nnotes = 'x'\n", wandb_run_name="first")
+    assert settings.check() == [
+        f"--log_tracker_config {tmp_path}/trackers.toml: [wandb] has no effect without --log_with wandb"
+    ]
+    assert all(isinstance(warning, NoEffect) for warning in settings.check())
+    opened: list[Any] = []
+    accelerator = SimpleNamespace(trackers=[], init_trackers=lambda *args, **more: opened.append((args, more)))
+    Trackers(accelerator, settings, {"seed": 1, "text_encoder_lr": [1e-4]})
+    tables = {"tensorboard": {"flush_secs": 5}, "wandb": {"notes": "x", "name": "first"}}
+    assert opened == [(("cats",), {"config": {"seed": 1, "text_encoder_lr": "[0.0001]"}, "init_kwargs": tables})]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[tensorbord]\nflush_secs = 5\n", '[tensorbord]: no such tracker (did you mean "tensorboard"?)'),
+        ("tensorboard = 1\n", "[tensorboard]: must be a table"),
+        (
+            "[tensorboard]\nflush_sec = 5\n",
+            '[tensorboard] flush_sec: tensorboard has no such setting (did you mean "fl',
+        ),
+        ("[tensorboard]\nlog_dir = 'x'\n", "[tensorboard] log_dir: give it as --logging_dir"),
+    ],
+)
+def test_mistakes_in_their_file(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError) as raised:
+        with_config(tmp_path, text).check()
+    assert f"{tmp_path}/trackers.toml: {words}" in str(raised.value)

@@ -68,13 +68,14 @@ def test_random_strength_of_the_offset_is_each_samples_own() -> None:
         torch.testing.assert_close(added[row], expected.expand(1, 4, 4))
 
 
-def test_multires_noise_has_unit_spread_and_is_what_is_learned() -> None:
-    found = made(0, multires_iterations=3, multires_discount=0.3)
+@pytest.mark.parametrize(("iterations", "discount"), [(1, 0.3), (3, 0.5)])
+def test_multires_noise_has_unit_spread_and_is_what_is_learned(iterations: int, discount: float) -> None:
+    found = made(0, multires_iterations=iterations, multires_discount=discount)
     torch.testing.assert_close(found.noisy, 8.0 + 0.6 * found.target)
     torch.testing.assert_close(found.target.std(dim=(1, 2, 3)), torch.ones(2))
     generators = [torch_generator(visit, "multires noise") for visit in VISITS]
     torch.testing.assert_close(
-        found.target, noises.pyramid_noise(noise_of("noise"), generators, iterations=3, discount=0.3)
+        found.target, noises.pyramid_noise(noise_of("noise"), generators, iterations=iterations, discount=discount)
     )
 
 

@@ -6,8 +6,14 @@ from library.config.arguments import TrainNetworkOptions
 from library.config.no_effect.declare import idle
 
 
-def _are_drawn(o: TrainNetworkOptions) -> bool:
-    return bool(o.sample.sample_every_n_steps or o.sample.sample_every_n_epochs or o.sample.sample_at_first)
+@idle("sample_every_n_steps", reason="at 0 or below, which is off; leave it out")
+def samples_by_steps_are_off(o: TrainNetworkOptions) -> bool:
+    return o.sample.steps_between is None
+
+
+@idle("sample_every_n_epochs", reason="at 0 or below, which is off; leave it out")
+def samples_by_epochs_are_off(o: TrainNetworkOptions) -> bool:
+    return o.sample.epochs_between is None
 
 
 @idle("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first", reason="without --sample_prompts, a file")
@@ -20,17 +26,17 @@ def no_prompts(o: TrainNetworkOptions) -> bool:
     reason="without --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first",
 )
 def prompts_are_never_drawn(o: TrainNetworkOptions) -> bool:
-    return not _are_drawn(o)
+    return not o.sample.is_asked_for
 
 
 @idle("sample_every_n_steps", reason="beside --sample_every_n_epochs, which wins")
 def epochs_of_samples_win(o: TrainNetworkOptions) -> bool:
-    return bool(o.sample.sample_every_n_epochs)
+    return o.sample.epochs_between is not None
 
 
 @idle("sample_sampler", reason="where no sample images are drawn")
 def nothing_is_drawn(o: TrainNetworkOptions) -> bool:
-    return not (o.sample.sample_prompts and _are_drawn(o))
+    return not (o.sample.sample_prompts and o.sample.is_asked_for)
 
 
 @idle("wandb_run_name", "wandb_api_key", reason="without --log_with wandb")

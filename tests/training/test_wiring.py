@@ -1,0 +1,229 @@
+"""Options that a run on a CPU would not miss, or of which its result tells nothing: who is told of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from library.architectures.sd import SD
+from library.config.arguments import TrainNetworkOptions
+from library.inference.prompt_line import SamplePrompt
+from library.training import caching, network_trainer, previews, validation
+from library.training.caching import CacheJob, cache_latents, inspect_model
+from library.training.network_trainer import NetworkTrainer
+from library.training.plan import RunPlan
+from library.training.previews import _draw_options
+from library.training.processes import make_accelerator
+from library.training.trainer import Trainer
+
+
+def options(**given: object) -> TrainNetworkOptions:
+    return TrainNetworkOptions.from_args(argparse.Namespace(output_dir="out", **given))
+
+
+class Listener:
+    """An object whose methods keep the keyword arguments they are called with."""
+
+    def __init__(self, **answers: Any) -> None:
+        self._answers = answers
+        self.told: dict[str, Mapping[str, Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        def method(*_: Any, **given: Any) -> Any:
+            self.told[name] = given
+            return self._answers.get(name)
+
+        return method
+
+
+def test_the_model_is_looked_for_as_the_options_say() -> None:
+    given = {
+        "v2": True, "v_parameterization": True, "vae": "v", "tokenizer_cache_dir": "t",
+        "disable_mmap_load_safetensors": True,
+    }  # fmt: skip
+    family = Listener()
+    inspect_model(family, options(pretrained_model_name_or_path="m", **given).model)  # type: ignore[arg-type]
+    told = dict(family.told["inspect"])
+    assert told.pop("disable_mmap") is given.pop("disable_mmap_load_safetensors")
+    assert told == given
+
+
+def job(device: str = "cpu", **given: object) -> CacheJob:
+    return CacheJob(
+        architecture=Listener(vae_identity="identity"),  # type: ignore[arg-type]
+        checkpoint=None,
+        data=Listener(cache_latents=0, picture_count=0),  # type: ignore[arg-type]
+        options=options(console_log_simple=True, **given),
+        accelerator=SimpleNamespace(
+            device=torch.device(device), num_processes=1, process_index=0, is_main_process=False
+        ),  # type: ignore[arg-type]
+        weight_dtype=torch.bfloat16,
+        interrupt=SimpleNamespace(requested=False),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(("given", "dtype"), [({}, torch.bfloat16), ({"no_half_vae": True}, torch.float32)])
+def test_the_precision_of_the_vae(given: dict[str, object], dtype: torch.dtype) -> None:
+    made = job(**given)
+    made.load_vae()
+    assert made.architecture.told["load_vae"]["dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, {"batch_size": 1, "to_disk": False, "trust": False}),
+        ({"vae_batch_size": 4}, {"batch_size": 4, "to_disk": False, "trust": False}),
+        ({"cache_latents_to_disk": True}, {"batch_size": 1, "to_disk": True, "trust": False}),
+        ({"skip_cache_check": True}, {"batch_size": 1, "to_disk": False, "trust": True}),
+    ],
+)
+def test_how_latents_are_cached(given: dict[str, object], told: dict[str, object]) -> None:
+    made = job(**given)
+    cache_latents(made)
+    assert made.data.told["cache_latents"].items() >= told.items()
+
+
+def test_highvram_keeps_memory_between_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = []
+    monkeypatch.setattr(caching.torch.cuda, "empty_cache", lambda: released.append(True))
+    job("cuda", highvram=True).release_memory()
+    assert not released
+    job("cuda").release_memory()
+    assert released
+
+
+def test_the_time_that_processes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate
+
+    made = Listener()
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **given: made.Accelerator(**given) or made)
+    made.device = torch.device("cuda")
+    make_accelerator(options().training)
+    assert made.told["Accelerator"]["kwargs_handlers"] == []
+    make_accelerator(options(ddp_timeout=7).training)
+    (handler,) = made.told["Accelerator"]["kwargs_handlers"]
+    assert handler.timeout == timedelta(minutes=7)
+
+
+class OfSD(Trainer):
+    """Enough of a trainer to ask it for settings."""
+
+    architecture = SD
+
+
+for _name in OfSD.__abstractmethods__:
+    setattr(OfSD, _name, None)
+OfSD.__abstractmethods__ = frozenset()
+
+
+def run_of(device: str = "cpu", **given: object) -> Any:
+    return SimpleNamespace(
+        options=options(**given), device=torch.device(device), weight_dtype=torch.float16, tokenizers=[]
+    )
+
+
+def test_how_batches_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    trainer = OfSD()
+    plain = trainer.loading(run_of())
+    assert (plain["num_workers"], plain["pin_memory"], plain["persistent"]) == (4, False, False)
+    assert trainer.loading(run_of(max_data_loader_n_workers=2))["num_workers"] == 2
+    assert trainer.loading(run_of(persistent_data_loader_workers=True))["persistent"] is True
+    assert trainer.loading(run_of("cuda"))["pin_memory"] is True
+    assert (plain["tokenize"].max_token_length, plain["tokenize"].weighted) == (None, False)
+    assert trainer.loading(run_of(max_token_length=225))["tokenize"].max_token_length == 225
+    assert trainer.loading(run_of(weighted_captions=True))["tokenize"].weighted is True
+
+
+def test_sample_images_are_drawn_as_is_trained() -> None:
+    drawn = _draw_options(run_of(zero_terminal_snr=True, clip_skip=2, max_token_length=150))
+    assert (drawn.dtype, drawn.zero_terminal_snr, drawn.clip_skip, drawn.max_token_length) == (
+        *(torch.float16, True, 2, 150),
+    )
+    plain = _draw_options(run_of())
+    assert (plain.zero_terminal_snr, plain.clip_skip, plain.max_token_length) == (False, None, None)
+
+
+def test_how_often_and_how_long_is_validated(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(validation, "ValidationData", lambda data, **given: told.update(given))
+    run = SimpleNamespace(
+        options=options(
+            validate_every_n_steps=3,
+            validate_every_n_epochs=2,
+            max_validation_steps=5,
+            ip_noise_gamma=0.1,
+            noise_offset=0.2,
+        ),
+        plan=RunPlan(4, 1, 10),
+        data=None,
+        sharding=None,
+        objective=SimpleNamespace(levels=lambda *_: [1]),
+        accelerator=SimpleNamespace(process_index=0, num_processes=1),
+    )
+    made = validation.Validation(None, run)  # type: ignore[arg-type]
+    assert told["max_batches"] == 5
+    assert (made._policy.every_n_steps, made._policy.every_n_epochs) == (3, 2)
+    assert (made._noise.ip_gamma, made._noise.offset) == (None, 0.2)
+
+
+def test_zero_terminal_snr_changes_the_schedule() -> None:
+    info = SimpleNamespace(v_prediction=True)
+    for given, ends_in_noise in (({}, False), ({"zero_terminal_snr": True}, True)):
+        schedule = OfSD().objective(options(**given), info).schedule  # type: ignore[arg-type]
+        assert (schedule.alphas_cumprod[-1] == 0) == ends_in_noise
+
+
+def test_captions_are_encoded_by_the_layer_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_trainer, "uncached", lambda architecture, run: [])
+    trainer = SimpleNamespace(architecture=Listener(), _trains_text=False)
+    NetworkTrainer._encode(trainer, run_of(clip_skip=2), {})  # type: ignore[arg-type]
+    assert trainer.architecture.told["encode_text"] == {"clip_skip": 2}
+
+
+def ours(multiplier: float, dim: int, alpha: float, vae: Any, text: Any, unet: Any, neuron_dropout: Any, **more: Any):
+    return SimpleNamespace(dim=dim, alpha=alpha, neuron_dropout=neuron_dropout, **more)
+
+
+def others(multiplier: float, dim: int, alpha: float, vae: Any, text: Any, unet: Any, **more: Any):
+    return SimpleNamespace(dim=dim, alpha=alpha, **more)
+
+
+@pytest.mark.parametrize(("create", "dropout"), [(ours, "neuron_dropout"), (others, "dropout")])
+def test_what_a_network_is_made_with(create: Any, dropout: str) -> None:
+    run = run_of(network_dim=8, network_alpha=4.0, network_dropout=0.2, network_module="some.module")
+    run.text_encoders, run.vae, run.denoiser = [None], None, None
+    trainer = SimpleNamespace(_network_args={"conv_dim": "2"})
+    module = SimpleNamespace(create_network=create, __name__="some.module")
+    network = NetworkTrainer._create_network(trainer, run, module)  # type: ignore[arg-type]
+    assert vars(network) == {"dim": 8, "alpha": 4.0, dropout: 0.2, "conv_dim": "2"}
+
+
+def test_the_sampler_of_sample_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    from library.inference import generate
+
+    asked: list[tuple[Any, ...]] = []
+    run = run_of(sample_sampler="euler_a", pretrained_model_name_or_path="m")
+    run.objective = SimpleNamespace(sampler=lambda *names: asked.append(names))
+    run.prompts, run.denoiser, run.vae = {}, None, None
+    run.checked = SimpleNamespace(info=SimpleNamespace(v_prediction=False))
+    monkeypatch.setattr(previews, "uncached", lambda architecture, run: [])
+    monkeypatch.setattr(generate, "generate_image", lambda models, settings, how: settings)
+    trainer = SimpleNamespace(architecture=SD, trained_modules=lambda run: [])
+    previews.draw_image(trainer, run, SamplePrompt("a cat", sample_sampler="lms"), None)  # type: ignore[arg-type]
+    assert asked == [("lms", "euler_a")]
+
+
+def test_the_strength_of_what_is_merged_first() -> None:
+    run = run_of(base_weights=["a", "b"], base_weights_multiplier=[0.5])
+    run.text_encoders, run.vae, run.denoiser = [None], None, None
+    made = SimpleNamespace(create_network_from_weights=lambda multiplier, path, *_, for_inference: (multiplier, path))
+    found = NetworkTrainer._base_networks(None, run, made)  # type: ignore[arg-type]
+    assert list(found) == [("a", 0.5, 0.5, "a"), ("b", 1.0, 1.0, "b")]
