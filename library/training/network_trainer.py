@@ -258,14 +258,16 @@ class NetworkTrainer(Trainer):
 
     def _parameter_groups(self, network: Any, options: TrainNetworkOptions) -> tuple[list[Any], list[str | None]]:
         """Ask the network for its groups in the newest form of the protocol that it speaks."""
-        text_lrs = options.optimizer.text_encoder_lr
+        text_lrs = options.optimizer.text_encoder_rates
         unet_lr, default = options.optimizer.unet_lr, options.optimizer.learning_rate
         if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
             groups = network.prepare_optimizer_params_with_multiple_te_lrs(text_lrs, unet_lr, default)
         else:
             if text_lrs and len(text_lrs) > 1:
                 module = options.network.network_module
-                raise UserError(f"--text_encoder_lr: networks of {module} take one rate for all text encoders")
+                raise UserError(
+                    f"networks of {module} take one rate for all text encoders; give --text_encoder_lr with one value"
+                )
             text_lr = text_lrs[0] if text_lrs else None
             takes_default = len(inspect.signature(network.prepare_optimizer_params).parameters) >= 3
             groups = network.prepare_optimizer_params(text_lr, unet_lr, *([default] if takes_default else []))

@@ -58,13 +58,20 @@ def test_rates_and_long_captions_of_both_encoders(
     assert logged(tmp_path / "out", "lr/textencoder 1")[-1] == pytest.approx(1e-3)
     assert logged(tmp_path / "out", "lr/textencoder 2")[-1] == pytest.approx(2e-3)
 
-    more = {"text_encoder_lr": [0, 1e-3], "network_args": [f"block_dims={','.join(['2'] * 23)}"], "clip_skip": 2}
+    more = {
+        "text_encoder_lr1": 0,
+        "learning_rate": 3e-3,
+        "network_args": [f"block_dims={','.join(['2'] * 23)}"],
+        "clip_skip": 2,
+    }
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "second", **more), script=SCRIPT)
     assert "--clip_skip has no effect as SDXL always takes the last but one layer" in capsys.readouterr().err
     trained = load_file(tmp_path / "second" / "tiny.safetensors")
     assert any("lora_unet_input_blocks_4_1" in name for name in trained)
     moved = {name.split("_")[1] for name, tensor in trained.items() if "lora_up" in name and tensor.any()}
     assert moved == {"te2", "unet"}
+    assert metadata_of(tmp_path / "second" / "tiny.safetensors")["ss_text_encoder_lr"] == "[0.0, 0.003]"
+    assert logged(tmp_path / "second", "lr/textencoder 2")[-1] == pytest.approx(3e-3)
 
 
 @pytest.fixture
