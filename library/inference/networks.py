@@ -14,6 +14,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.inference.generate import ImageModels
+from networks.merge_together import merge_together
 from networks.third_party import refuse_wrong_merge, text_argument
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ def apply_networks(
         UserError: module missing or without the protocol, weights that fit nothing.
     """
     text = text_argument(models.text_encoders)
-    applied = []
+    applied: list[nn.Module] = []
+    to_merge = []
     for choice in choices:
         module = _import(choice.module)
         network, weights = module.create_network_from_weights(
@@ -91,8 +93,8 @@ def apply_networks(
         )
         if merge:
             refuse_wrong_merge(choice.module, network, weights, choice.multiplier)
-            network.merge_to(text, models.denoiser, weights, dtype, device)
-            logger.info("merged %s with multiplier %g", choice.weights, choice.multiplier)
+            to_merge.append((network, weights))
+            logger.info("merging %s with multiplier %g", choice.weights, choice.multiplier)
             continue
         network.apply_to(text, models.denoiser, True, True)
         loaded = network.load_state_dict(weights, strict=False)
@@ -106,6 +108,7 @@ def apply_networks(
         network.to(device=device, dtype=dtype).eval()
         logger.info("applied %s with multiplier %g", choice.weights, choice.multiplier)
         applied.append(network)
+    merge_together(to_merge, text, models.denoiser, dtype=dtype, device=device)
     return applied
 
 

@@ -36,6 +36,7 @@ from library.training.run import Run
 from library.training.text_caching import uncached
 from library.training.text_memo import TextMemo
 from library.training.trainer import Trainer
+from networks.merge_together import merge_together
 from networks.third_party import refuse_wrong_merge, text_argument
 
 logger = logging.getLogger(__name__)
@@ -246,15 +247,17 @@ class NetworkTrainer(Trainer):
     def _merge_base_weights(self, run: Run, module: ModuleType) -> None:
         options = run.options.network
         multipliers = list(options.base_weights_multiplier or [])
+        text = text_argument(run.text_encoders)
+        to_merge = []
         for index, path in enumerate(options.base_weights or []):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
-            text = text_argument(run.text_encoders)
             network, weights = module.create_network_from_weights(
                 multiplier, path, run.vae, text, run.denoiser, for_inference=True
             )
             refuse_wrong_merge(run.options.network.network_module, network, weights, multiplier)
-            network.merge_to(text, run.denoiser, weights, run.weight_dtype, str(run.device))
-            logger.info("merged %s into the base model with multiplier %s", path, multiplier)
+            to_merge.append((network, weights))
+            logger.info("merging %s into the base model with multiplier %s", path, multiplier)
+        merge_together(to_merge, text, run.denoiser, dtype=run.weight_dtype, device=str(run.device))
 
     def _parameter_groups(self, network: Any, options: TrainNetworkOptions) -> tuple[list[Any], list[str | None]]:
         """Ask the network for its groups in the newest form of the protocol that it speaks."""
