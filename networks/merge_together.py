@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,18 @@ from networks.adapter_module import AdapterModule, merge_all_forever
 from networks.base import AdapterNetwork
 
 
+@dataclass(frozen=True)
+class Merged:
+    """One network, the weights of its file, and the denoiser as ``networks.third_party.denoiser_argument`` gives it."""
+
+    network: Any
+    weights: Mapping[str, Tensor]
+    denoiser: nn.Module
+
+
 def merge_together(
-    networks: Sequence[tuple[Any, Mapping[str, Tensor]]],
+    networks: Sequence[Merged],
     text_encoder: nn.Module | list[nn.Module],
-    denoiser: nn.Module,
     *,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -27,16 +36,15 @@ def merge_together(
     than theirs, and follow in their order.
 
     Args:
-        networks: with the weights of their files.
         text_encoder: as ``networks.third_party.text_argument`` gives it.
         dtype: of the changed weights.
         device: where sums are made.
     """
     ours: list[AdapterModule] = []
-    for network, weights in networks:
-        if isinstance(network, AdapterNetwork):
-            ours += network.adapters_to_merge(text_encoder, denoiser, weights)
+    for merged in networks:
+        if isinstance(merged.network, AdapterNetwork):
+            ours += merged.network.adapters_to_merge(text_encoder, merged.denoiser, merged.weights)
     merge_all_forever(ours, device, dtype)
-    for network, weights in networks:
-        if not isinstance(network, AdapterNetwork):
-            network.merge_to(text_encoder, denoiser, weights, dtype, device)
+    for merged in networks:
+        if not isinstance(merged.network, AdapterNetwork):
+            merged.network.merge_to(text_encoder, merged.denoiser, merged.weights, dtype, device)

@@ -36,8 +36,8 @@ from library.training.run import Run
 from library.training.text_caching import uncached
 from library.training.text_memo import TextMemo
 from library.training.trainer import Trainer
-from networks.merge_together import merge_together
-from networks.third_party import refuse_wrong_merge, text_argument
+from networks.merge_together import Merged, merge_together
+from networks.third_party import denoiser_argument, refuse_wrong_merge, text_argument
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,8 @@ class NetworkTrainer(Trainer):
         optimizer = run.checked.optimizer.create(groups)
         if half != torch.float32:
             train_in_half(optimizer, run.checked.seed)
-        network.prepare_grad_etc(text_argument(run.text_encoders), run.denoiser)
+        denoiser = denoiser_argument(options.network.network_module, run.denoiser)
+        network.prepare_grad_etc(text_argument(run.text_encoders), denoiser)
         if hasattr(network, "before_update"):
             optimizer.register_step_pre_hook(lambda *_: network.before_update())
 
@@ -185,8 +186,8 @@ class NetworkTrainer(Trainer):
         network = self._create_network(run, module)
         self._trains_text = not options.network_train_unet_only and getattr(network, "adapts_text_encoders", True)
         self._trains_denoiser = not options.network_train_text_encoder_only
-        text = text_argument(run.text_encoders)
-        network.apply_to(text, run.denoiser, self._trains_text, self._trains_denoiser)
+        text, denoiser = text_argument(run.text_encoders), denoiser_argument(options.network_module, run.denoiser)
+        network.apply_to(text, denoiser, self._trains_text, self._trains_denoiser)
         self._refuse_adapted_but_cached(run)
         self._begin_step = getattr(network, "begin_step", None)
         self._steps_done = run.start_step
@@ -208,7 +209,7 @@ class NetworkTrainer(Trainer):
 
     def _create_network(self, run: Run, module: ModuleType) -> Any:
         options = run.options.network
-        text = text_argument(run.text_encoders)
+        text, denoiser = text_argument(run.text_encoders), denoiser_argument(options.network_module, run.denoiser)
         create = module.create_network_from_weights if options.dim_from_weights else module.create_network
         arguments: dict[str, Any] = dict(self._network_args)
         # the published protocol names the dropout twice: our modules take neuron_dropout, others read "dropout"
@@ -218,11 +219,9 @@ class NetworkTrainer(Trainer):
             arguments.setdefault("dropout", options.network_dropout)
         try:
             if options.dim_from_weights:
-                network, _ = create(1.0, options.network_weights, run.vae, text, run.denoiser, **arguments)
+                network, _ = create(1.0, options.network_weights, run.vae, text, denoiser, **arguments)
             else:
-                network = create(
-                    1.0, options.network_dim, options.network_alpha, run.vae, text, run.denoiser, **arguments
-                )
+                network = create(1.0, options.network_dim, options.network_alpha, run.vae, text, denoiser, **arguments)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             if module.__name__.startswith("networks."):
                 raise  # ours say what they cannot do by themselves
@@ -247,17 +246,17 @@ class NetworkTrainer(Trainer):
     def _merge_base_weights(self, run: Run, module: ModuleType) -> None:
         options = run.options.network
         multipliers = list(options.base_weights_multiplier or [])
-        text = text_argument(run.text_encoders)
+        text, denoiser = text_argument(run.text_encoders), denoiser_argument(options.network_module, run.denoiser)
         to_merge = []
         for index, path in enumerate(options.base_weights or []):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
             network, weights = module.create_network_from_weights(
-                multiplier, path, run.vae, text, run.denoiser, for_inference=True
+                multiplier, path, run.vae, text, denoiser, for_inference=True
             )
             refuse_wrong_merge(run.options.network.network_module, network, weights, multiplier)
-            to_merge.append((network, weights))
+            to_merge.append(Merged(network, weights, denoiser))
             logger.info("merging %s into the base model with multiplier %s", path, multiplier)
-        merge_together(to_merge, text, run.denoiser, dtype=run.weight_dtype, device=str(run.device))
+        merge_together(to_merge, text, dtype=run.weight_dtype, device=str(run.device))
 
     def _parameter_groups(self, network: Any, options: TrainNetworkOptions) -> tuple[list[Any], list[str | None]]:
         """Ask the network for its groups in the newest form of the protocol that it speaks."""
@@ -308,7 +307,8 @@ class NetworkTrainer(Trainer):
             return self.architecture.encode_text(encoders, tokens, clip_skip=run.options.model.clip_skip)
 
     def epoch_started(self, run: Run, epoch: int) -> None:
-        self._network.on_epoch_start(text_argument(run.text_encoders), run.denoiser)
+        denoiser = denoiser_argument(run.options.network.network_module, run.denoiser)
+        self._network.on_epoch_start(text_argument(run.text_encoders), denoiser)
 
     def batch_started(self, run: Run, batch: Batch) -> None:
         if self._on_step_start is not None:

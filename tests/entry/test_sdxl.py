@@ -355,7 +355,7 @@ def test_lycoris_trains_both_encoders(tmp_path: Path, tiny_sdxl: MadeCheckpoint,
     more = {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "preset=attn-mlp"]}
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
     names = load_file(tmp_path / "out" / "tiny.safetensors")
-    for start in ("lora_te1_text_model_encoder", "lora_te2_text_model_encoder", "lora_unet_down_blocks_1"):
+    for start in ("lora_te1_text_model_encoder", "lora_te2_text_model_encoder", "lora_unet_input_blocks_4_1"):
         assert any(name.startswith(start) for name in names)
 
 
