@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from library.config.fields import add_flags, int_or_float, option
+from library.config.fields import add_flags, caption_tokens, int_or_float, option
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class ModelOptions:
     no_half_vae: bool = option(False, "keep the VAE in float32 under fp16 or bf16")
     clip_skip: int | None = option(None, "take the text encoder's n-th layer from the end (1 is the last)", type=int)
     max_token_length: int | None = option(
-        None, "tokens of a caption: 150 or 225 (75 if not given)", type=int, choices=[None, 150, 225]
+        None, "tokens of a caption: 150 or 225 (75 if not given)", type=caption_tokens, choices=[None, 150, 225]
     )
     weighted_captions: bool = option(False, "read (word:1.2) and [word] in captions as emphasis")
     disable_mmap_load_safetensors: bool = option(

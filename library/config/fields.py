@@ -71,6 +71,21 @@ def int_or_float(text: str) -> int | float:
     return value
 
 
+def caption_tokens(text: str) -> int | None:
+    """Tokens of a caption, of which 75 are those without the option: so they are taken.
+
+    Raises:
+        argparse.ArgumentTypeError: no whole number.
+    """
+    try:
+        return None if int(text) == 75 else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expects 75, 150 or 225, not {text!r}") from None
+
+
+caption_tokens.__name__ = "int"  # what it is published as
+
+
 def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
     """One section of flags, titled by the dataclass's docstring."""
     section = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0].rstrip("."))

@@ -24,6 +24,21 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+def test_75_tokens_are_those_without_the_option(
+    parser: argparse.ArgumentParser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guides name them among the choices; the published flag has the others alone."""
+    file = write(tmp_path / "run.toml", "max_token_length = 75")
+    assert read_args(parser, ["--config_file", file]).max_token_length is None
+    file = write(tmp_path / "run.toml", "max_token_length = 225")
+    assert read_args(parser, ["--config_file", file]).max_token_length == 225
+    assert read_args(parser, ["--config_file", file, "--max_token_length", "75"]).max_token_length is None
+    write(tmp_path / "run.toml", "max_token_length = 'long'")
+    with pytest.raises(SystemExit, match="2"):
+        read_args(parser, ["--config_file", file])
+    assert "max_token_length: expects 75, 150 or 225, not 'long'" in capsys.readouterr().err
+
+
 def test_values_of_every_kind(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
     file = write(
         tmp_path / "run.toml",
