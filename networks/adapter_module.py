@@ -152,17 +152,6 @@ class AdapterModule(nn.Module, ABC):
         return state is not None and any(adapter is self for adapter in state.adapters)
 
     @torch.no_grad()
-    def merge_forever(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
-        """Add the change to the module's weight, keeping no copy of it.
-
-        Args:
-            dtype: of the resulting weight; default: as it is. The sum is made in float32.
-            device: where the sum is made; the weight stays where it is.
-        """
-        weight = self._own_weight()
-        weight.data = _merged(weight.data, [self], dtype or weight.dtype, device or weight.device)
-
-    @torch.no_grad()
     def merge(self) -> None:
         """Add the change to the module's weight and keep the weight as it was for ``unmerge``."""
         if self.is_merged:
@@ -210,21 +199,26 @@ class AdapterModule(nn.Module, ABC):
 
 
 @torch.no_grad()
-def merge_all_forever(adapters: Iterable[AdapterModule], device: torch.device | str | None = None) -> None:
+def merge_all_forever(
+    adapters: Iterable[AdapterModule],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Add the changes of many adapters to their modules' weights, keeping no copy of these.
 
     Each change is that of the weight as it is now, so that the order of several adapters of one module does not
     matter, and the result is what they do when they are applied together.
 
     Args:
-        device: where sums are made; weights stay where they are.
+        device: where sums are made, in float32; weights stay where they are.
+        dtype: of the resulting weights; default: as they are.
     """
     by_module: dict[int, list[AdapterModule]] = {}
     for adapter in adapters:
         by_module.setdefault(id(adapter.original), []).append(adapter)
     for stacked in by_module.values():
         weight = stacked[0]._own_weight()
-        weight.data = _merged(weight.data, stacked, weight.dtype, device or weight.device)
+        weight.data = _merged(weight.data, stacked, dtype or weight.dtype, device or weight.device)
 
 
 def _merged(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import LoraTarget
 from library.errors import UserError
-from networks.adapter_module import AdapterModule, Dropouts
+from networks.adapter_module import AdapterModule, Dropouts, merge_all_forever
 from networks.file_names import published_names
 from networks.targets import FoundModule, RankAlpha, RankRule, find_modules
 from networks.weights import read_weights, select_weights, write_weights
@@ -177,15 +177,22 @@ class AdapterNetwork(nn.Module, ABC):
             weights_sd: weights to load first; parts it does not hold are not merged. ``None``: as they are.
             dtype: of the changed weights; default: unchanged. Sums are made in float32 on ``device``.
         """
+        merge_all_forever(self.adapters_to_merge(text_encoder, unet, weights_sd), device, dtype)
+
+    def adapters_to_merge(
+        self,
+        text_encoder: nn.Module | Sequence[nn.Module] | None,
+        unet: nn.Module,
+        weights_sd: Mapping[str, Tensor] | None,
+    ) -> list[AdapterModule]:
+        """What ``merge_to`` merges: adapters of these models, with these weights."""
         self._bind(text_encoder, unet)
-        adapters = self.adapters
-        if weights_sd is not None:
-            weights_sd = self.published_names(weights_sd)
-            self.load_weights_from(weights_sd, "the weights to merge")
-            present = {key.split(".", 1)[0] for key in weights_sd}
-            adapters = [adapter for adapter in adapters if adapter.lora_name in present]
-        for adapter in adapters:
-            adapter.merge_forever(dtype, device)
+        if weights_sd is None:
+            return self.adapters
+        weights_sd = self.published_names(weights_sd)
+        self.load_weights_from(weights_sd, "the weights to merge")
+        present = {key.split(".", 1)[0] for key in weights_sd}
+        return [adapter for adapter in self.adapters if adapter.lora_name in present]
 
     def merge(self) -> None:
         """Add the adapters to the models' weights, reversibly; hooked forwards then add nothing."""

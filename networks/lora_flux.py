@@ -144,7 +144,7 @@ class LoraFluxNetwork(LoraNetwork):
         rates = text_encoder_lr if isinstance(text_encoder_lr, (list, tuple)) else ()
         encoders = [part for part in self.parts if part.is_text_encoder]
         for part, rate in zip(encoders, rates if len(rates) > 1 else (), strict=False):
-            if rate and not part.adapters:
+            if rate and rate != default_lr and not part.adapters:
                 logger.warning(
                     "--text_encoder_lr: the rate %g of the %s has no effect, it is not trained", rate, part.label
                 )

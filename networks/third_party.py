@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from typing import Any
 
 from torch import Tensor, nn
 
+from library.architectures.base import LORA_TARGET, LoraTarget
 from library.errors import UserError
 
 
@@ -50,6 +52,69 @@ def remedy(module_name: str, what: str) -> str:
             "preset=examples/lycoris/full.toml"
         )
     return "see its own documentation on --network_args"
+
+
+class PublishedDenoiser(nn.Module):
+    """A denoiser with the module paths of published files, where these are others: SDXL's ``input_blocks.4.1...``.
+
+    Its modules are the denoiser's own. Containers that are no module there (of ResNet blocks, whose layers have other
+    names) are empty ones with the class names that networks look for.
+    """
+
+    def __init__(self, denoiser: nn.Module, target: LoraTarget) -> None:
+        super().__init__()
+        self._denoiser = (denoiser,)  # in a tuple, so that its own paths are not among ours
+        places: dict[str, str] = {}
+        above = ""
+        for path, _ in denoiser.named_modules():
+            # what lies within a module that is placed as a whole has its path already
+            if not path or (above and path.startswith(above)):
+                continue
+            place = target.file_path(path) if target.file_path is not None else None
+            if place is not None:
+                places[path], above = place, f"{path}."
+        classes = {}
+        for path, module in denoiser.named_modules():
+            if type(module).__name__ not in target.conv_classes or path in places:
+                continue
+            inner = [places[at].split(".") for at, _ in module.named_modules(prefix=path) if at in places]
+            classes[".".join(commonprefix(inner if len(inner) > 1 else [inner[0][:-1]]))] = type(module).__name__
+        for path, place in places.items():
+            self._put(place, denoiser.get_submodule(path), classes)
+
+    def _put(self, place: str, module: nn.Module, classes: Mapping[str, str]) -> None:
+        *above, name = place.split(".")
+        owner: nn.Module = self
+        for depth, step in enumerate(above, start=1):
+            if step not in owner._modules:
+                container = classes.get(".".join(above[:depth]), "Module")
+                owner.add_module(step, type(container, (nn.Module,), {})())
+            owner = owner._modules[step]
+        owner.add_module(name, module)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_denoiser"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._denoiser[0](*args, **kwargs)
+
+
+def denoiser_argument(module_name: str, denoiser: nn.Module) -> nn.Module:
+    """The denoiser as a network module takes it.
+
+    Modules of other projects name their tensors by the paths that they find, so they get those of published files;
+    ours know both.
+
+    Args:
+        module_name: as ``--network_module`` has it.
+    """
+    target: LoraTarget | None = getattr(denoiser, LORA_TARGET, None)
+    if module_name.startswith("networks.") or target is None or target.file_path is None:
+        return denoiser
+    return PublishedDenoiser(denoiser, target)
 
 
 def refuse_wrong_merge(module_name: str, network: Any, weights: Mapping[str, Tensor], multiplier: float) -> None:

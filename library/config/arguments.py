@@ -227,6 +227,20 @@ class OptimizerOptions:
     ema_decay: float | None = option(
         None, "also save a moving average of the weights, as <name>-ema; 0.999 is common", type=float
     )
+    text_encoder_lr1: float | None = option(
+        None, "rate of the first text encoder's adapters (CLIP-L), instead of --text_encoder_lr", type=float
+    )
+    text_encoder_lr2: float | None = option(
+        None, "the same of the second (OpenCLIP ViT-bigG of SDXL, T5-XXL of FLUX.1)", type=float
+    )
+
+    @property
+    def text_encoder_rates(self) -> list[float] | None:
+        """One rate for all text encoders, or one for each; ``None`` where ``learning_rate`` is theirs."""
+        numbered = (self.text_encoder_lr1, self.text_encoder_lr2)
+        if any(rate is not None for rate in numbered):
+            return [self.learning_rate if rate is None else rate for rate in numbered]
+        return self.text_encoder_lr or None
 
 
 @dataclass(frozen=True)

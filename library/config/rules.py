@@ -60,7 +60,7 @@ def check(
     for rule in (*RULES, *architecture.option_rules) if rules is None else rules:
         findings += rule(effective)
     if rules is None:
-        for family_rule in (cached_texts, text_rates, attention_package):
+        for family_rule in (cached_texts, text_rates, numbered_rates, attention_package):
             findings += family_rule(effective, architecture)
     idle = without_effect(options, architecture)
     errors = [finding.text for finding in findings if finding.fatal]
@@ -298,6 +298,18 @@ def attention_package(o: TrainNetworkOptions, architecture: Architecture) -> Ite
         yield error("--xformers: the package xformers is not installed; pip install xformers, or use --sdpa")
 
 
+def numbered_rates(o: TrainNetworkOptions, architecture: Architecture) -> Iterator[Finding]:
+    """A rule that depends on the family: ``--text_encoder_lr1`` and ``2`` are for models with two encoders."""
+    names = ("text_encoder_lr1", "text_encoder_lr2")
+    given = ", ".join(f"--{name}" for name in names if getattr(o.optimizer, name) is not None)
+    if not given:
+        return
+    if (count := len(architecture.text_encoder_targets)) != len(names):
+        yield error(f"{given}: for models with two text encoders, this one has {count}; use --text_encoder_lr")
+    elif o.optimizer.text_encoder_lr:
+        yield error(f"{given}: not with --text_encoder_lr, which sets the same rates; remove one of them")
+
+
 # ---- numbers ----
 
 
@@ -339,6 +351,8 @@ def positive_numbers(o: TrainNetworkOptions) -> Iterator[Finding]:
         "keep_tokens": o.dataset.keep_tokens,
         "learning_rate": o.optimizer.learning_rate,
         "unet_lr": o.optimizer.unet_lr,
+        "text_encoder_lr1": o.optimizer.text_encoder_lr1,
+        "text_encoder_lr2": o.optimizer.text_encoder_lr2,
         "max_grad_norm": o.optimizer.max_grad_norm,
         "network_alpha": o.network.network_alpha,
         "prior_loss_weight": o.loss.prior_loss_weight,

@@ -53,7 +53,7 @@ _BY_UNIT = {
     ),
     "rank": ("network_dim",),
     "timestep, 0 to 1000": ("min_timestep", "max_timestep"),
-    "rate": ("learning_rate", "unet_lr", "text_encoder_lr"),
+    "rate": ("learning_rate", "unet_lr", "text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2"),
     "norm": ("max_grad_norm", "scale_weight_norms"),
     "standard deviations of the noise": ("noise_offset", "ip_noise_gamma"),
     "SNR": ("min_snr_gamma",),

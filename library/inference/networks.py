@@ -14,7 +14,8 @@ from torch import nn
 
 from library.errors import UserError
 from library.inference.generate import ImageModels
-from networks.third_party import refuse_wrong_merge, text_argument
+from networks.merge_together import Merged, merge_together
+from networks.third_party import denoiser_argument, refuse_wrong_merge, text_argument
 
 logger = logging.getLogger(__name__)
 
@@ -83,18 +84,20 @@ def apply_networks(
         UserError: module missing or without the protocol, weights that fit nothing.
     """
     text = text_argument(models.text_encoders)
-    applied = []
+    applied: list[nn.Module] = []
+    to_merge = []
     for choice in choices:
         module = _import(choice.module)
+        denoiser = denoiser_argument(choice.module, models.denoiser)
         network, weights = module.create_network_from_weights(
-            choice.multiplier, choice.weights, models.vae, text, models.denoiser, for_inference=True, **choice.arguments
+            choice.multiplier, choice.weights, models.vae, text, denoiser, for_inference=True, **choice.arguments
         )
         if merge:
             refuse_wrong_merge(choice.module, network, weights, choice.multiplier)
-            network.merge_to(text, models.denoiser, weights, dtype, device)
-            logger.info("merged %s with multiplier %g", choice.weights, choice.multiplier)
+            to_merge.append(Merged(network, weights, denoiser))
+            logger.info("merging %s with multiplier %g", choice.weights, choice.multiplier)
             continue
-        network.apply_to(text, models.denoiser, True, True)
+        network.apply_to(text, denoiser, True, True)
         loaded = network.load_state_dict(weights, strict=False)
         if loaded.unexpected_keys:
             logger.warning(
@@ -106,6 +109,7 @@ def apply_networks(
         network.to(device=device, dtype=dtype).eval()
         logger.info("applied %s with multiplier %g", choice.weights, choice.multiplier)
         applied.append(network)
+    merge_together(to_merge, text, dtype=dtype, device=device)
     return applied
 
 

@@ -25,7 +25,7 @@ from library.errors import UserError, exits_on_user_error
 from library.training.caching import CacheJob, inspect_model
 from library.training.debug_dataset import show_dataset
 from library.training.interrupt import Interrupt
-from library.training.processes import make_accelerator, weight_dtype
+from library.training.processes import make_accelerator, parting, weight_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,9 @@ class CacheTool(ABC):
             options = self.enabled(options)
             if options.tool.skip_existing:
                 options = replace(options, dataset=replace(options.dataset, skip_cache_check=True))
-            self.make(self._job(architecture, options, interrupt))
+            job = self._job(architecture, options, interrupt)
+            with parting(job.accelerator):
+                self.make(job)
 
     def _job(self, architecture: Architecture, options: CacheToolOptions, interrupt: Interrupt) -> CacheJob:
         for warning in check_rules(options, architecture, rules=_RULES):

@@ -37,7 +37,8 @@ from library.training.text_memo import TextMemo
 from library.training.trained import Trained
 from library.training.trainer import Trainer
 from library.training.zero import with_zero, zero_rows
-from networks.third_party import refuse_wrong_merge, remedy, text_argument
+from networks.merge_together import Merged, merge_together
+from networks.third_party import denoiser_argument, refuse_wrong_merge, remedy, text_argument
 from networks.weights import check_adapter_file
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,8 @@ class NetworkTrainer(Trainer):
         optimizer = run.checked.optimizer.create(groups)
         if half != torch.float32:
             train_in_half(optimizer, run.checked.seed)
-        network.prepare_grad_etc(text_argument(run.text_encoders), run.denoiser)
+        denoiser = denoiser_argument(options.network.network_module, run.denoiser)
+        network.prepare_grad_etc(text_argument(run.text_encoders), denoiser)
         accelerator = run.accelerator
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism;
         # the adapters work inside the frozen model's forward, see gradient_exchange.py
@@ -190,8 +192,8 @@ class NetworkTrainer(Trainer):
         network = self._create_network(run, module)
         self._trains_text = not options.network_train_unet_only and getattr(network, "adapts_text_encoders", True)
         self._trains_denoiser = not options.network_train_text_encoder_only
-        text = text_argument(run.text_encoders)
-        network.apply_to(text, run.denoiser, self._trains_text, self._trains_denoiser)
+        text, denoiser = text_argument(run.text_encoders), denoiser_argument(options.network_module, run.denoiser)
+        network.apply_to(text, denoiser, self._trains_text, self._trains_denoiser)
         self._refuse_adapted_but_cached(run)
         self._begin_step = getattr(network, "begin_step", None)
         self._steps_done = run.start_step
@@ -213,7 +215,7 @@ class NetworkTrainer(Trainer):
 
     def _create_network(self, run: Run, module: ModuleType) -> Any:
         options = run.options.network
-        text = text_argument(run.text_encoders)
+        text, denoiser = text_argument(run.text_encoders), denoiser_argument(options.network_module, run.denoiser)
         create = module.create_network_from_weights if options.dim_from_weights else module.create_network
         arguments: dict[str, Any] = dict(self._network_args)
         # the published protocol names the dropout twice: our modules take neuron_dropout, others read "dropout"
@@ -223,11 +225,9 @@ class NetworkTrainer(Trainer):
             arguments.setdefault("dropout", options.network_dropout)
         try:
             if options.dim_from_weights:
-                network, _ = create(1.0, options.network_weights, run.vae, text, run.denoiser, **arguments)
+                network, _ = create(1.0, options.network_weights, run.vae, text, denoiser, **arguments)
             else:
-                network = create(
-                    1.0, options.network_dim, options.network_alpha, run.vae, text, run.denoiser, **arguments
-                )
+                network = create(1.0, options.network_dim, options.network_alpha, run.vae, text, denoiser, **arguments)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             if module.__name__.startswith("networks."):
                 raise  # ours say what they cannot do by themselves
@@ -250,34 +250,38 @@ class NetworkTrainer(Trainer):
         return network
 
     def _merge_base_weights(self, run: Run, module: ModuleType) -> None:
+        to_merge = []
+        for path, multiplier, merged in self._base_networks(run, module):
+            refuse_wrong_merge(run.options.network.network_module, merged.network, merged.weights, multiplier)
+            to_merge.append(merged)
+            logger.info("merging %s into the base model with multiplier %s", path, multiplier)
         text = text_argument(run.text_encoders)
-        for path, multiplier, network, weights in self._base_networks(run, module):
-            refuse_wrong_merge(run.options.network.network_module, network, weights, multiplier)
-            network.merge_to(text, run.denoiser, weights, run.weight_dtype, str(run.device))
-            logger.info("merged %s into the base model with multiplier %s", path, multiplier)
+        merge_together(to_merge, text, dtype=run.weight_dtype, device=str(run.device))
 
-    def _base_networks(self, run: Run, module: ModuleType) -> Iterator[tuple[str, float, Any, Mapping[str, Tensor]]]:
-        """For each file of ``--base_weights``: file, strength, network of it, its tensors."""
+    def _base_networks(self, run: Run, module: ModuleType) -> Iterator[tuple[str, float, Merged]]:
+        """For each file of ``--base_weights``: file, strength, network of it."""
         options = run.options.network
         multipliers = list(options.base_weights_multiplier or [])
+        text, denoiser = text_argument(run.text_encoders), denoiser_argument(options.network_module, run.denoiser)
         for index, path in enumerate(options.base_weights or []):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
-            text = text_argument(run.text_encoders)
             network, weights = module.create_network_from_weights(
-                multiplier, path, run.vae, text, run.denoiser, for_inference=True
+                multiplier, path, run.vae, text, denoiser, for_inference=True
             )
-            yield path, multiplier, network, weights
+            yield path, multiplier, Merged(network, weights, denoiser)
 
     def _parameter_groups(self, network: Any, options: TrainNetworkOptions) -> tuple[list[Any], list[str | None]]:
         """Ask the network for its groups in the newest form of the protocol that it speaks."""
-        text_lrs = options.optimizer.text_encoder_lr
+        text_lrs = options.optimizer.text_encoder_rates
         unet_lr, default = options.optimizer.unet_lr, options.optimizer.learning_rate
         if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
             groups = network.prepare_optimizer_params_with_multiple_te_lrs(text_lrs, unet_lr, default)
         else:
             if text_lrs and len(text_lrs) > 1:
                 module = options.network.network_module
-                raise UserError(f"--text_encoder_lr: networks of {module} take one rate for all text encoders")
+                raise UserError(
+                    f"networks of {module} take one rate for all text encoders; give --text_encoder_lr with one value"
+                )
             text_lr = text_lrs[0] if text_lrs else None
             takes_default = len(inspect.signature(network.prepare_optimizer_params).parameters) >= 3
             groups = network.prepare_optimizer_params(text_lr, unet_lr, *([default] if takes_default else []))
@@ -315,7 +319,8 @@ class NetworkTrainer(Trainer):
             return self.architecture.encode_text(encoders, tokens, clip_skip=run.options.model.clip_skip)
 
     def epoch_started(self, run: Run, epoch: int) -> None:
-        self._network.on_epoch_start(text_argument(run.text_encoders), run.denoiser)
+        denoiser = denoiser_argument(run.options.network.network_module, run.denoiser)
+        self._network.on_epoch_start(text_argument(run.text_encoders), denoiser)
 
     def batch_started(self, run: Run, batch: Batch) -> None:
         if self._on_step_start is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,21 @@ def make_accelerator(
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+@contextlib.contextmanager
+def parting(accelerator: Accelerator) -> Iterator[None]:
+    """The processes part at the end, or where all of them stop, before any of them is gone.
+
+    Without it the first that ends may take another with it, which still holds its connection. After an error of one
+    process nothing is waited for.
+    """
+    try:
+        yield
+    except SystemExit:
+        accelerator.end_training()
+        raise
+    accelerator.end_training()
 
 
 def choose_seed(given: int | None, resumed: int | None = None) -> int:

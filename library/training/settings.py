@@ -162,8 +162,9 @@ _RATE_ARGS = (
 def rates_of_parts(options: TrainNetworkOptions) -> list[str]:
     """The options given that set learning rates of parts of the model, as the user wrote them."""
     given = [word.partition("=")[0].strip() for word in options.network.network_args or []]
-    flags = {"--unet_lr": options.optimizer.unet_lr is not None, "--text_encoder_lr": options.optimizer.text_encoder_lr}
-    return [flag for flag, is_given in flags.items() if is_given] + [name for name in _RATE_ARGS if name in given]
+    rates = ("unet_lr", "text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2")
+    flags = [f"--{name}" for name in rates if getattr(options.optimizer, name) not in (None, [])]
+    return flags + [name for name in _RATE_ARGS if name in given]
 
 
 def noise_settings(options: TrainNetworkOptions) -> NoiseSettings:

@@ -55,7 +55,7 @@ from library.training.interrupt import Interrupt
 from library.training.loop import run_loop
 from library.training.pictures import with_pictures
 from library.training.previews import draw_image, encode_prompts
-from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
+from library.training.processes import choose_seed, make_accelerator, of_main_process, parting, weight_dtype
 from library.training.replay import replay
 from library.training.resume import check_fits, go_on, read_state, save_state, standing
 from library.training.run import Checked, Run
@@ -137,14 +137,14 @@ class Trainer(ABC):
             return show_dataset(options, self.architecture, self.conditioning_as)
         with Interrupt() as interrupt:
             run = self.setup(options)
-            if options.config.dry_run:
-                return dry_run(self, run)
-            with contextlib.closing(run.uploads):
-                self.cache(run, interrupt)
-                self.load(run)
-                self.fit(run, interrupt)
-                self.finish(run, interrupt)
-            run.accelerator.end_training()
+            with parting(run.accelerator):
+                if options.config.dry_run:
+                    return dry_run(self, run)
+                with contextlib.closing(run.uploads):
+                    self.cache(run, interrupt)
+                    self.load(run)
+                    self.fit(run, interrupt)
+                    self.finish(run, interrupt)
 
     def setup(self, options: TrainNetworkOptions) -> Run:
         """Check everything, scan the data, and lay out the run; no weights are loaded yet."""
@@ -307,7 +307,6 @@ class Trainer(ABC):
         finally:
             fitting.close()
         if run.done_steps < run.plan.total_steps and not fitting.is_over():
-            run.accelerator.end_training()
             raise SystemExit(interrupt.exit_code)
 
     def finish(self, run: Run, interrupt: Interrupt) -> None:

@@ -24,6 +24,8 @@ OURS = {
     "strict",
     "on_bad_image",
     "ema_decay",
+    "text_encoder_lr1",
+    "text_encoder_lr2",
     "early_stopping_patience",
     "save_best",
     # published for other scripts

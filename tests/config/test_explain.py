@@ -96,6 +96,7 @@ IMPLIED = [
     ("unet_lr", {"network_train_text_encoder_only": True}, None, ""),
     ("text_encoder_lr", {"learning_rate": 0.5}, [0.5], "follows from --learning_rate"),
     ("text_encoder_lr", {"network_train_unet_only": True}, None, ""),
+    ("text_encoder_lr", {"learning_rate": 0.5, "text_encoder_lr2": 0.1}, [0.5, 0.1], "follows from --text_encoder_lr2"),
     ("max_train_steps", {"max_train_epochs": 3}, "(steps of 3 epochs)", "follows from --max_train_epochs"),
     ("save_every_n_epochs", {"save_n_epoch_ratio": 4}, "(epochs / 4)", "follows from --save_n_epoch_ratio"),
     ("save_last_n_epochs_state", {"save_last_n_epochs": 2, "save_state": True}, 2, "follows from --save_last_n_epochs"),

@@ -69,12 +69,21 @@ CASES = [
         {"text_encoder_lr": [1e-5], "network_train_unet_only": True},
         {"network_train_unet_only": False},
     ),
+    *(
+        Case(name, {name: 1e-5, "network_train_unet_only": True}, {"network_train_unet_only": False})
+        for name in ("text_encoder_lr1", "text_encoder_lr2")
+    ),
     Case(
         "unet_lr",
         {"unet_lr": 1e-5, "network_train_text_encoder_only": True},
         {"network_train_text_encoder_only": False},
     ),
     Case("learning_rate", {"learning_rate": 1e-4, "unet_lr": 1e-4, "text_encoder_lr": [1e-5]}, {"unet_lr": None}),
+    Case(
+        "learning_rate",
+        {"learning_rate": 1e-4, "unet_lr": 1e-4, "text_encoder_lr1": 1e-5, "text_encoder_lr2": 1e-5},
+        {"text_encoder_lr2": None},
+    ),
     Case("learning_rate", {"learning_rate": 1e-4, "unet_lr": 1e-4, "network_train_unet_only": True}, {"unet_lr": None}),
     Case("network_dim", {"network_dim": 8, "dim_from_weights": True}, {"dim_from_weights": False}),
     Case("network_alpha", {"network_alpha": 8.0, "dim_from_weights": True}, {"dim_from_weights": False}),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.architectures.sd import SD
+from library.architectures.sdxl import SDXL
 from library.config.arguments import TrainNetworkOptions, flat, for_others, without_secrets
 from library.config.availability import REFUSED
 from library.config.rules import RULES, check
@@ -184,6 +185,22 @@ def test_warnings(given: dict[str, object], words: str) -> None:
 @pytest.mark.parametrize("given", FINE, ids=lambda given: "-".join(given))
 def test_no_finding(given: dict[str, object]) -> None:
     assert check(options(**given), SD) == []
+
+
+def test_numbered_rates_are_for_two_text_encoders() -> None:
+    assert check(options(text_encoder_lr1=0.0), SDXL) == []
+    for architecture, given, words in (
+        (SD, {"text_encoder_lr1": 1e-5}, "--text_encoder_lr1: for models with two text encoders, this one has 1; use"),
+        (SDXL, {"text_encoder_lr2": -1e-5}, "--text_encoder_lr2 -1e-05: must be at least 0"),
+        (
+            SDXL,
+            {"text_encoder_lr": [1e-5, 2e-5], "text_encoder_lr1": 1e-5, "text_encoder_lr2": 2e-5},
+            "--text_encoder_lr1, --text_encoder_lr2: not with --text_encoder_lr",
+        ),
+    ):
+        with pytest.raises(UserError) as found:
+            check(options(**given), architecture)
+        assert words in str(found.value) and len(str(found.value).splitlines()) == 1
 
 
 def test_every_rule_has_a_case() -> None:

@@ -12,6 +12,7 @@ import pytest
 from library.config.config_file import read_args
 from tests.fixtures.families import Tiny
 from tests.fixtures.runs import (
+    PATIENCE,
     launch_script,
     make_pictures,
     run_script,
@@ -84,7 +85,7 @@ def test_ctrl_c_keeps_what_is_made(tmp_path: Path, tiny: Tiny) -> None:
     while process.poll() is None and not list(pictures.glob("*.npz")):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, text
     assert "what is being encoded is finished" in text and "the same command goes on" in text
     kept = len(list(pictures.glob("*.npz")))

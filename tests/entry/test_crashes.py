@@ -135,6 +135,7 @@ def check_kill(case: Case, whole: Whole, at: int) -> None:
 
 def check_full_disk(case: Case, whole: Whole, at: int) -> None:
     full = case.train("full", at=at, what="full disk")
+    assert len(full.points) > at, f"ended with {full.code} before write point {at}\n{full.text}"
     where = f"full at {at}: {full.points[at]}"
     assert "Traceback" not in full.text, f"{where}\n{full.text}"
     lines = [line for line in full.text.splitlines() if line.startswith("error:")]

@@ -17,6 +17,7 @@ from tests.entry.test_processes import DESCENT
 from tests.entry.test_resume import GENERAL, assert_same_weights, hard
 from tests.fixtures.families import FLUX, Tiny
 from tests.fixtures.runs import (
+    PATIENCE,
     ROOT,
     Finished,
     launch_script,
@@ -196,7 +197,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path: Path, sd: Tiny,
             if "first step" in line:
                 break
         first.send_signal(signal.SIGTERM)
-        texts = [process.communicate(timeout=120) for process in (first, second)]
+        texts = [process.communicate(timeout=PATIENCE) for process in (first, second)]
     finally:
         first.kill()
         second.kill()

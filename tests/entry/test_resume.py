@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fixtures.families import Tiny
-from tests.fixtures.runs import run_script, write_dataset
+from tests.fixtures.runs import PATIENCE, run_script, write_dataset
 
 #: everything that varies at once: buckets, flip, captions shuffled, dropped and warmed up, LoRA dropout, schedule
 GENERAL = (
@@ -100,7 +100,7 @@ def test_stopped_by_a_signal(
         if "first step" in line:
             break
     process.send_signal(number)
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=PATIENCE)
     text = "".join(seen) + rest
     assert process.returncode == code, text
     assert "Traceback" not in text

@@ -58,13 +58,20 @@ def test_rates_and_long_captions_of_both_encoders(
     assert logged(tmp_path / "out", "lr/textencoder 1")[-1] == pytest.approx(1e-3)
     assert logged(tmp_path / "out", "lr/textencoder 2")[-1] == pytest.approx(2e-3)
 
-    more = {"text_encoder_lr": [0, 1e-3], "network_args": [f"block_dims={','.join(['2'] * 23)}"], "clip_skip": 2}
+    more = {
+        "text_encoder_lr1": 0,
+        "learning_rate": 3e-3,
+        "network_args": [f"block_dims={','.join(['2'] * 23)}"],
+        "clip_skip": 2,
+    }
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "second", **more), script=SCRIPT)
     assert "--clip_skip has no effect as SDXL always takes the last but one layer" in capsys.readouterr().err
     trained = load_file(tmp_path / "second" / "tiny.safetensors")
     assert any("lora_unet_input_blocks_4_1" in name for name in trained)
     moved = {name.split("_")[1] for name, tensor in trained.items() if "lora_up" in name and tensor.any()}
     assert moved == {"te2", "unet"}
+    assert metadata_of(tmp_path / "second" / "tiny.safetensors")["ss_text_encoder_lr"] == "[0.0, 0.003]"
+    assert logged(tmp_path / "second", "lr/textencoder 2")[-1] == pytest.approx(3e-3)
 
 
 @pytest.fixture
@@ -235,6 +242,45 @@ def test_the_vae_stays_in_float32(
         assert set(dtypes) == {torch.float32 if settings else torch.bfloat16}
 
 
+def test_base_weights_are_merged_together(
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two DoRAs, each of which changes the weights as they are in the file; all models have them before training."""
+    from library.architectures.sdxl import SDXL, StableDiffusionXL
+    from networks.lora import create_network
+    from tests.fixtures.adapted import randomize
+
+    cache = str(tiny_sdxl.tokenizer_cache_dir)
+    checkpoint = SDXL.inspect(str(tiny_sdxl.path), v_parameterization=False, vae=None, tokenizer_cache_dir=cache)
+    encoders = SDXL.load_text_encoders(checkpoint, dtype=torch.float32, device="cpu")
+    unet = SDXL.load_denoiser(checkpoint, dtype=torch.float32, device="cpu")
+    names, changes, files = ("proj_in", "to_q", "q_proj"), {}, [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for file, strength, std in zip(files, (0.5, 1.0), (0.05, 0.1), strict=True):
+        network = randomize(create_network(1.0, 4, 4.0, None, encoders, unet, dora="True"), std)
+        network.save_weights(file, None, {})
+        for adapter in network.adapters:
+            if adapter.lora_name.endswith(names):
+                change = adapter.get_weight(strength)
+                changes[adapter.original] = changes.get(adapter.original, adapter.original.weight) + change
+
+    seen: list[torch.nn.Module] = []
+    encode, predict = StableDiffusionXL.encode_text, StableDiffusionXL.predict
+    monkeypatch.setattr(
+        StableDiffusionXL, "encode_text", lambda self, e, *a, **k: seen.extend(e) or encode(self, e, *a, **k)
+    )
+    monkeypatch.setattr(StableDiffusionXL, "predict", lambda self, d, *a: seen.append(d) or predict(self, d, *a))
+    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    more = {"base_weights": files, "base_weights_multiplier": 0.5, "max_train_steps": 1}
+    train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
+    count = 0
+    for before, after in zip((*encoders, unet), seen[:3], strict=True):
+        for (name, module), (_, trained) in zip(before.named_modules(), after.named_modules(), strict=True):
+            if module in changes:
+                torch.testing.assert_close(trained.weight, changes[module], rtol=1e-5, atol=1e-5, msg=name)
+                count += 1
+    assert count == len(changes) > 10
+
+
 @pytest.mark.slow
 def test_a_lora_of_diffusers_trains_on_and_draws(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path) -> None:
     """With the names, ranks and alphas that PEFT writes; what is saved then draws the same picture."""
@@ -309,7 +355,7 @@ def test_lycoris_trains_both_encoders(tmp_path: Path, tiny_sdxl: MadeCheckpoint,
     more = {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "preset=attn-mlp"]}
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
     names = load_file(tmp_path / "out" / "tiny.safetensors")
-    for start in ("lora_te1_text_model_encoder", "lora_te2_text_model_encoder", "lora_unet_down_blocks_1"):
+    for start in ("lora_te1_text_model_encoder", "lora_te2_text_model_encoder", "lora_unet_input_blocks_4_1"):
         assert any(name.startswith(start) for name in names)
 
 

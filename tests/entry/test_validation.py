@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fixtures.families import SD, Family, Tiny
-from tests.fixtures.runs import ROOT, environment, make_pictures, metadata_of, run_script
+from tests.fixtures.runs import PATIENCE, ROOT, environment, make_pictures, metadata_of, run_script
 
 #: changes weights by less than any loss can show
 STILL = 1e-30
@@ -247,7 +247,8 @@ def test_processes_agree(folder: Path, tiny: Tiny, tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count),
              str(ROOT / tiny.file), *map(str, words)],
-            capture_output=True, text=True, cwd=ROOT, timeout=300, env={**environment(), "ACCELERATE_USE_CPU": "true"},
+            capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE,
+            env={**environment(), "ACCELERATE_USE_CPU": "true"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         losses[count] = Ended(0, done.stderr, output).curve("loss/validation/step_average")

@@ -129,6 +129,26 @@ def test_two_on_one_model_add_up_as_merged_ones_do(kind, models):
     assert_close(outputs(models), hooked)
 
 
+def test_files_merged_together_change_what_they_change_applied_together(tmp_path, models):
+    """DoRA and OFT change each weight as it was, not as the file before left it; strengths and order do not matter."""
+    names, files = ("networks.lora", "networks.oft", "networks.lora"), []
+    for number, name in enumerate(names):
+        args = {"dora": "True"} if name == "networks.lora" else {"enable_all_linear": "True"}
+        network = importlib.import_module(name).create_network(1.0, 4, 4.0 + 96 * number, None, *models, **args)
+        files.append(str(tmp_path / f"{number}.safetensors"))
+        randomize(network, 0.05).save_weights(files[-1], None, {})
+    encoders = models[0] if isinstance(models[0], list) else [models[0]]
+    drawing = SimpleNamespace(text_encoders=encoders, denoiser=models[1], vae=None)
+    settings = {"dtype": torch.float32, "device": torch.device("cpu")}
+    choices = choose_networks(names, files, [1.0, 0.7, 0.4], None)
+    applied = apply_networks(choices, drawing, merge=False, **settings)
+    expected = outputs(models)
+    for network in reversed(applied):
+        network.remove()
+    assert apply_networks(choices, drawing, merge=True, **settings) == []
+    assert_close(outputs(models), expected)
+
+
 def test_the_module_may_be_left_out_in_training(kind, tiny_unet, tiny_text_encoder):
     module = importlib.import_module(f"networks.{kind}")
     models = tiny_text_encoder, tiny_unet

@@ -226,4 +226,5 @@ def test_the_strength_of_what_is_merged_first() -> None:
     run.text_encoders, run.vae, run.denoiser = [None], None, None
     made = SimpleNamespace(create_network_from_weights=lambda multiplier, path, *_, for_inference: (multiplier, path))
     found = NetworkTrainer._base_networks(None, run, made)  # type: ignore[arg-type]
-    assert list(found) == [("a", 0.5, 0.5, "a"), ("b", 1.0, 1.0, "b")]
+    told = [(path, strength, merged.network, merged.weights) for path, strength, merged in found]
+    assert told == [("a", 0.5, 0.5, "a"), ("b", 1.0, 1.0, "b")]

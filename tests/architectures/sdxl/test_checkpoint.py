@@ -81,6 +81,9 @@ def test_incomplete_files_say_what_is_missing(tmp_path: Path) -> None:
     whole = made.path.read_bytes()
     with pytest.raises(UserError, match="has no VAE; give one with --vae"):
         inspect(without(made, "first_stage_model."))
+    other = make_tiny_sdxl(tmp_path / "other.safetensors", seed=5)
+    loaded = SDXL.load_vae(inspect(made, vae=str(other.path)), dtype=torch.float32, device="cpu")
+    assert torch.equal(loaded.quant_conv.weight, load_file(other.path)["first_stage_model.quant_conv.weight"])
     with pytest.raises(UserError, match="has no first text encoder and no second text encoder; give a whole"):
         inspect(without(made, "conditioner."))
     made.path.write_bytes(whole)

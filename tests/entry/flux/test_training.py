@@ -130,7 +130,7 @@ def test_rates_of_both_encoders(train: Train, tmp_path: Path) -> None:
     assert metadata_of(tmp_path / "two" / "tiny.safetensors")["ss_text_encoder_lr"] == "[0.001, 0.002]"
     rates = [logged(tmp_path / "two", f"lr/textencoder {number}")[-1] for number in (1, 2)]
     assert rates == pytest.approx([1e-3, 2e-3])
-    assert moved(train("first", text_encoder_lr=[1e-3, 0], **T5)) == {"unet", "te1"}
+    assert moved(train("first", text_encoder_lr2=0, **T5)) == {"unet", "te1"}
 
 
 @pytest.mark.slow
