@@ -311,7 +311,9 @@ def _inspect(options: FluxInferenceOptions) -> tuple[FluxCheckpoint, Flux]:
         logger.warning("--clip_l has no effect with %s", checkpoint.info.description)
     family = family.for_model(checkpoint)
     # that of the command line comes with each image, where the model takes one
-    return checkpoint, family.changed(FluxModelOptions, guidance_scale=family.sample_defaults["guidance_scale"])
+    return checkpoint, family.changed(
+        FluxModelOptions, guidance_scale=family.sample_defaults.get("guidance_scale", 0.0)
+    )
 
 
 def _common_settings(options: FluxInferenceOptions, family: Flux, model: str) -> ImageSettings:

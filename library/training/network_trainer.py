@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -9,6 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import Conditioning
 from library.config.arguments import TrainNetworkOptions
+from library.config.console import quiet
 from library.data import describe
 from library.data.dataset import Batch
 from library.errors import UserError, did_you_mean
@@ -30,10 +33,11 @@ from library.randomness import key
 from library.training.checkpoints import ema_path
 from library.training.ema import WeightAverage
 from library.training.loop import Trained
+from library.training.meta_models import load_on_meta
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.precision import InFp8, cast_trained, trained_dtype
 from library.training.run import Run
-from library.training.text_caching import uncached
+from library.training.text_caching import cached_encoders, uncached
 from library.training.text_memo import TextMemo
 from library.training.trainer import Trainer
 from networks.third_party import refuse_wrong_merge, text_argument
@@ -104,6 +108,19 @@ class NetworkTrainer(Trainer):
             if path is not None and not Path(path).is_file():
                 raise UserError(f"network weights {path}: no such file")
 
+    def check_before_caching(self, run: Run) -> None:
+        """Whether the network adapts encoders whose outputs are to be cached, where its options do not tell."""
+        options, cached = run.options.network, cached_encoders(self.architecture, run.options)
+        told_by_options = options.network_module.startswith("networks.") and not options.dim_from_weights
+        if told_by_options or all(cached) or not any(cached):
+            return
+        module, probe = import_network_module(options.network_module), replace(run)
+        load_on_meta(self.architecture, probe)
+        # what modules say of a network is said when the run's own is made, and what they cannot make without weights
+        # is looked at then, too
+        with quiet(logging.WARNING), contextlib.suppress(RuntimeError):
+            self._applied_on_meta(probe, module)
+
     # ---- setting up ----
 
     def build_trained(self, run: Run) -> Trained:
@@ -154,17 +171,19 @@ class NetworkTrainer(Trainer):
 
     def trained_on_meta(self, run: Run) -> list[tuple[str, list[nn.Parameter]]]:
         module = import_network_module(run.options.network.network_module)
-        with warnings.catch_warnings():
-            # weights to start from are checked against the network, but there is nothing to copy them to
-            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
-            try:
-                with torch.device("meta"):
-                    network = self._applied_network(run, module)
-            except RuntimeError:  # NotImplementedError is one
-                network = self._applied_off_meta(run, module)
+        try:
+            network = self._applied_on_meta(run, module)
+        except RuntimeError:  # NotImplementedError is one
+            network = self._applied_off_meta(run, module)
         groups, descriptions = self._parameter_groups(network, run.options)
         named = zip(groups, descriptions, strict=False)
         return [(name or "network", list(group["params"])) for group, name in named]
+
+    def _applied_on_meta(self, run: Run, module: ModuleType) -> Any:
+        with warnings.catch_warnings(), torch.device("meta"):
+            # weights to start from are checked against the network, but there is nothing to copy them to
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
+            return self._applied_network(run, module)
 
     def _applied_off_meta(self, run: Run, module: ModuleType) -> Any:
         """For third-party modules that compute with tensors while they are made, with those of the models last."""

@@ -84,16 +84,36 @@ def test_what_is_trained_and_which_outputs_may_be_cached(
 
 
 @pytest.mark.slow
-def test_a_file_that_adapts_t5_is_refused_beside_its_cache(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_network_that_adapts_t5_is_refused_before_its_outputs_are_cached(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a dry run, too."""
+    """Neither a file's contents nor what a third-party module adapts is told by the options; by a dry run, too."""
     train("t5", max_train_steps=1, **T5)
-    weights = {"network_weights": tmp_path / "t5" / "tiny.safetensors", "dim_from_weights": True}
-    for more in ({"dry_run": True}, {}):
-        with pytest.raises(SystemExit):
-            train("cached", cache_text_encoder_outputs=True, **weights, **more)
-        assert "it adapts a text encoder whose outputs are cached" in capsys.readouterr().err
+    train("clip", max_train_steps=1)
+    of_files = {
+        name: {"network_weights": tmp_path / name / "tiny.safetensors", "dim_from_weights": True}
+        for name in ("t5", "clip")
+    }
+    (tmp_path / "their_network.py").write_text(
+        "from networks import lora_flux\n\n"
+        "def create_network(*args, **options):\n"
+        "    return lora_flux.create_network(*args, **options, train_t5xxl='True')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    capsys.readouterr()
+    encode = Flux.encode_text
+    monkeypatch.setattr(Flux, "encode_text", lambda *_, **__: pytest.fail("captions were encoded"))
+    cached = {"cache_latents": True, "cache_text_encoder_outputs": True}
+    for network in (of_files["t5"], {"network_module": "their_network"}):
+        for more in ({"dry_run": True}, {}):
+            with pytest.raises(SystemExit):
+                train("cached", **cached, **network, **more)
+            said = capsys.readouterr().err
+            assert "it adapts a text encoder whose outputs are cached" in said and "latents:" not in said
+    monkeypatch.setattr(Flux, "encode_text", encode)
+    assert moved(train("cached", **cached, **of_files["clip"], network_args=["verbose=True"])) == {"unet", "te1"}
+    # what a module says of its network is said once
+    assert capsys.readouterr().err.count("double_blocks_0_img_attn_proj: rank 2, alpha 1") == 1
 
 
 def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +217,9 @@ def test_schnell(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat --w 64 --h 64 --s 4 --d 5\n")
+    prompts.write_text(
+        "a cat --w 64 --h 64 --s 4 --d 5 --g 3 --n dog\n# a dog\na dog --g 4 --w 64 --h 64 --s 1 --g 0\n"
+    )
     weights = train(
         "out",
         model=schnell,
@@ -207,10 +229,15 @@ def test_schnell(
         sample_every_n_steps=3,
         network_args=["in_dims=[2,2,2,0,2]"],
     )
-    assert "--guidance_scale has no effect with FLUX.1 schnell" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--guidance_scale has no effect with FLUX.1 schnell" in said
+    assert "--g of a sample prompt has no effect with FLUX.1 schnell" in said
+    assert "--n of a sample prompt has no effect at a guidance scale of 1; add --l 4" in said
+    with Image.open(next((tmp_path / "out" / "sample").glob("*_00_*.png"))) as picture:
+        assert "guidance_scale" not in picture.text
     assert "lora_unet_img_in.lora_up.weight" in weights and not any("guidance_in" in name for name in weights)
     assert {call["tokens"] for call in told} == {256}
-    assert [call["times"] for call in told[3:]] == [[1.0], [0.75], [0.5], [0.25]]
+    assert [call["times"] for call in told[3:]] == [[1.0], [0.75], [0.5], [0.25], [1.0]]
     entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
     assert entries["modelspec.architecture"] == "flux-1-schnell/lora" and entries["ss_base_model_version"] == "flux1"
 
