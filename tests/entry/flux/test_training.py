@@ -20,6 +20,7 @@ from torch import Tensor
 from library.architectures.flux import FLUX, Flux
 from library.architectures.flux.options import FluxModelOptions
 from library.config.config_file import read_args
+from library.memory import fp8
 from tests.fixtures.runs import (
     ROOT,
     logged,
@@ -142,6 +143,37 @@ def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monk
     assert one.read_bytes()[:16] == other.read_bytes()[:16]
     difference = np.abs(np.asarray(Image.open(one), dtype=int) - np.asarray(Image.open(other), dtype=int))
     assert difference.max() <= 1
+
+
+@pytest.mark.slow
+def test_runs_beside_outputs_that_are_cached_in_part_validate_draw_and_resume_exactly(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """T5's outputs, several for each caption, beside the tokens of CLIP-L, which is trained."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 5 --l 2 --n dog\n")
+    settings = {
+        "dataset": "validation_split = 0.4\nshuffle_caption = true\ncaption_dropout_rate = 0.1",
+        "subset": "num_repeats = 3",
+        "cache_text_encoder_outputs_to_disk": True,
+        "text_encoder_cache_variants": 2,
+        "cache_latents": True,
+        "validate_every_n_steps": 1,
+        "sample_prompts": prompts,
+        "sample_every_n_steps": 2,
+        "max_train_steps": 4,
+        "save_every_n_steps": 2,
+        "save_state": True,
+        "mixed_precision": "bf16",
+        "gradient_checkpointing": True,
+    }
+    whole = train("whole", **settings)
+    losses = re.findall(r"validation after step (\d): loss ([\d.]+)", capsys.readouterr().err)
+    assert [step for step, _ in losses] == list("1234") and moved(whole) == {"unet", "te1"}
+    assert_same(train("rest", **settings, resume=tmp_path / "whole" / "tiny-step00000002-state"), whole)
+    said = capsys.readouterr().err
+    assert "text encoder outputs: 0 files made" in said
+    assert re.findall(r"validation after step (\d): loss ([\d.]+)", said) == losses[2:]
 
 
 @pytest.mark.slow
@@ -394,10 +426,20 @@ def test_parts_that_are_not_named_are_the_models_own(
 
 
 @pytest.mark.slow
-def test_files_in_fp8(train: Train, tmp_path: Path, dev: MadeFlux) -> None:
+def test_files_in_fp8(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_tiny_flux(tmp_path / "fp8", dtype=torch.float8_e4m3fn)
     settings = {"mixed_precision": "bf16", "fp8_base": True, "gradient_checkpointing": True, "model": made}
+    kept: list[str] = []
+    store = fp8.store_in_fp8
+    monkeypatch.setattr(
+        fp8, "store_in_fp8", lambda model, device: kept.append(type(model).__name__) or store(model, device)
+    )
+    # the transformer alone, then the encoders, too
+    train("alone", fp8_base_unet=True, max_train_steps=1, **settings)
+    assert kept == ["Flux"]
+    kept.clear()
     weights = train("out", **settings)
+    assert sorted(kept) == ["CLIPTextModel", "Flux", "T5EncoderModel"]
     assert moved(weights) == {"unet", "te1"} and all(tensor.isfinite().all() for tensor in weights.values())
     assert moved(train("t5", full_bf16=True, **settings, **T5)) == {"unet", "te1", "te3"}
 
