@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -37,7 +36,7 @@ from library.training.meta_models import load_on_meta
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.precision import InFp8, cast_trained, trained_dtype
 from library.training.run import Run
-from library.training.text_caching import cached_encoders, uncached
+from library.training.text_caching import caches_texts, uncached
 from library.training.text_memo import TextMemo
 from library.training.trainer import Trainer
 from networks.third_party import refuse_wrong_merge, text_argument
@@ -104,22 +103,33 @@ class NetworkTrainer(Trainer):
         )
         if needs_file and not hasattr(module, "create_network_from_weights"):
             raise UserError(f"{needs_file}: {network.network_module} has no create_network_from_weights; leave it out")
+        rates, encoders = options.optimizer.text_encoder_lr or [], len(self.architecture.text_encoder_targets)
+        if len(rates) > 1 and len(rates) != encoders and not network.network_train_unet_only:
+            each = "give one" if encoders == 1 else f"give one for all, or {encoders}"
+            raise UserError(f"--text_encoder_lr has {len(rates)} values, and text encoders are {encoders}; {each}")
         for path in [network.network_weights, *(network.base_weights or [])]:
             if path is not None and not Path(path).is_file():
                 raise UserError(f"network weights {path}: no such file")
 
     def check_before_caching(self, run: Run) -> None:
-        """Whether the network adapts encoders whose outputs are to be cached, where its options do not tell."""
-        options, cached = run.options.network, cached_encoders(self.architecture, run.options)
-        told_by_options = options.network_module.startswith("networks.") and not options.dim_from_weights
-        if told_by_options or all(cached) or not any(cached):
+        """Make the network over models without weights: what does not fit the model is wrong before caches are made."""
+        dataset = run.options.dataset
+        if not (run.caches_latents or caches_texts(dataset)):
             return
-        module, probe = import_network_module(options.network_module), replace(run)
+        module, probe = import_network_module(run.options.network.network_module), replace(run)
+        is_ours = module.__name__.startswith("networks.")
         load_on_meta(self.architecture, probe)
-        # what modules say of a network is said when the run's own is made, and what they cannot make without weights
-        # is looked at then, too
-        with quiet(logging.WARNING), contextlib.suppress(RuntimeError):
-            self._applied_on_meta(probe, module)
+        # what is said of a network is said when the run's own is made; where a network cannot be made without weights,
+        # or a third-party one may only lack them, it is left to that, too
+        try:
+            with quiet(logging.WARNING):
+                self._parameter_groups(self._applied_on_meta(probe, module), run.options)
+        except UserError as error:
+            if is_ours or error.__cause__ is None:
+                raise
+        except Exception as error:
+            if is_ours and not isinstance(error, RuntimeError):
+                raise
 
     # ---- setting up ----
 
