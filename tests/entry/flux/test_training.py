@@ -548,7 +548,7 @@ def test_commands_of_the_page(tmp_path: Path, folder: Path, dev: MadeFlux, chrom
         given = [str(values.get(word, word)) for word in words]
         given += ["--tokenizer_cache_dir", str(model.tokenizer_cache_dir), "--max_data_loader_n_workers", "0"]
         if script == "flux_train_network.py":
-            train_here(*given, script="flux_train_network")
+            train_here(*given, "--strict", script="flux_train_network")
             continue
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         tool = {"cache_latents": "CacheLatents", "cache_text_encoder_outputs": "CacheTextEncoderOutputs"}
