@@ -274,8 +274,8 @@ class AdapterNetwork(nn.Module, ABC):
         if len(text_rates) <= 1:
             text_rates = (text_rates or [None]) * len(text_parts)
         elif len(text_rates) != len(text_parts):
-            counts = f"{len(text_rates)} values, the model has {len(text_parts)} text encoder(s)"
-            raise UserError(f"--text_encoder_lr has {counts}")
+            counts = f"{len(text_rates)} values, and text encoders are {len(text_parts)}"
+            raise UserError(f"--text_encoder_lr has {counts}; give one for all, or one for each")
         text_rates = iter(text_rates)
         groups: list[dict[str, Any]] = []
         descriptions: list[str] = []

@@ -180,6 +180,8 @@ class Architecture(ABC):
     sample_defaults: Mapping[str, Any] = MappingProxyType({})  # width, height, steps, scale of previews
     #: settings of a sample prompt that are used; the others are warned of
     sample_fields: frozenset[str] = DDPM_FIELDS
+    #: those that this model of the family has no use for: field -> why, completing "--g has no effect ..."
+    idle_sample_fields: Mapping[str, str] = MappingProxyType({})
     #: whether it has a model that reads the pictures of ``conditioning_data_dir``; they are ``picture`` (B, C, h, w) of
     #: the conditioning, scaled latents
     takes_pictures: bool = False

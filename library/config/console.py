@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from library.config.arguments import ConsoleOptions
@@ -47,6 +49,17 @@ def setup_console(options: ConsoleOptions) -> None:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
     # it warns at each import of a 4-bit kernel that nothing here uses
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def quiet(level: int) -> Iterator[None]:
+    """Log lines of this level and below are left out meanwhile, whoever writes them."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, level))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def is_rich(*, simple: bool) -> bool:

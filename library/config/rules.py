@@ -286,8 +286,12 @@ def cached_texts(o: TrainNetworkOptions, architecture: Architecture) -> Iterator
 def text_rates(o: TrainNetworkOptions, architecture: Architecture) -> Iterator[Finding]:
     """What the network says too, once the model is loaded."""
     given = len(o.optimizer.text_encoder_lr or [])
-    if given > 1 and given > (there := len(architecture.text_encoder_targets)):
-        yield error(f"--text_encoder_lr: {given} values, but this model has {there} text encoder(s); give one for each")
+    if given <= 1 or o.network.network_train_unet_only:
+        return
+    there = len(architecture.text_encoder_targets)
+    if given != there:
+        each = "give one" if there == 1 else f"give one for all, or {there}"
+        yield error(f"--text_encoder_lr has {given} values, and text encoders are {there}; {each}")
 
 
 def attention_package(o: TrainNetworkOptions, architecture: Architecture) -> Iterator[Finding]:

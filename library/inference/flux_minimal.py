@@ -70,6 +70,8 @@ def draw_images(options: FluxInferenceOptions, lines: TextIO | None = None) -> l
         if re.search(r"\s--[a-z]", options.picture.prompt):
             logger.warning("--prompt is taken as it is; options within a prompt are read with --interactive only")
         return [studio.draw(ImagePrompt(options.picture.prompt))]
+    if options.picture.prompt != FluxPictureOptions.prompt:
+        logger.warning("--prompt has no effect with --interactive, which reads prompts from the keyboard")
     return _session(studio, lines or sys.stdin)
 
 
@@ -307,11 +309,15 @@ def _inspect(options: FluxInferenceOptions) -> tuple[FluxCheckpoint, Flux]:
         text = str(error).replace(MODEL_FLAG, "--ckpt_path")
         text = re.sub(r"use \w*train_network\.py", "only FLUX.1 and Chroma are drawn with here", text)
         raise UserError(text.replace("with --network_weights", "with --lora_weights")) from None
-    if given.clip_l and len(checkpoint.text_encoders) == 1:
-        logger.warning("--clip_l has no effect with %s", checkpoint.info.description)
+    if len(checkpoint.text_encoders) == 1:
+        for name, value in (("clip_l", given.clip_l), ("clip_l_dtype", options.precision.clip_l_dtype)):
+            if value:
+                logger.warning("--%s has no effect with %s", name, checkpoint.info.description)
     family = family.for_model(checkpoint)
     # that of the command line comes with each image, where the model takes one
-    return checkpoint, family.changed(FluxModelOptions, guidance_scale=family.sample_defaults["guidance_scale"])
+    return checkpoint, family.changed(
+        FluxModelOptions, guidance_scale=family.sample_defaults.get("guidance_scale", 0.0)
+    )
 
 
 def _common_settings(options: FluxInferenceOptions, family: Flux, model: str) -> ImageSettings:

@@ -269,6 +269,30 @@ def read_prompt_file(path: Path, *, size_multiple: int = 8, used: Collection[str
     return _not_empty(prompts, path)
 
 
+def without_idle_settings(
+    prompts: Sequence[SamplePrompt], idle: Mapping[str, str], *, scale: float
+) -> tuple[SamplePrompt, ...]:
+    """Sample prompts as the model uses them; what it has no use for is named once, however many prompts have it.
+
+    Args:
+        idle: settings that this model has no use for, and why, completing "--g has no effect ..."; they are left out.
+            Of 0, which switches a thing off that is not there, nothing is said.
+        scale: of classifier-free guidance, where a prompt gives none.
+    """
+    letters = {option.field: option.name for option in TRAINING_OPTIONS}
+    for name, why in idle.items():
+        if count := sum(bool(getattr(prompt, name)) for prompt in prompts):
+            logger.warning("--%s of %s has no effect %s", letters[name], _counted(count), why)
+    unguided = [p for p in prompts if p.negative_prompt and (scale if p.scale is None else p.scale) == 1.0]
+    if unguided:
+        logger.warning("--n of %s has no effect at a guidance scale of 1; add --l 4, say", _counted(len(unguided)))
+    return tuple(replace(prompt, **dict.fromkeys(idle)) for prompt in prompts)
+
+
+def _counted(count: int) -> str:
+    return "a sample prompt" if count == 1 else f"{count} sample prompts"
+
+
 # ---- lines ----
 
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import torch
 from torch import nn
 
 from library.files.safetensors_io import is_pickle, read_header
-from library.memory.attention import attention_backend
 from library.training.checkpoints import OutputNames, SavePolicy, ema_path
+from library.training.meta_models import load_on_meta
 from library.training.plan import RunPlan
 from library.training.precision import trained_dtype
 from library.training.resume import name_changes
@@ -42,7 +41,7 @@ def dry_run(trainer: Trainer, run: Run) -> None:
     Raises:
         UserError: headers that lack tensors or do not fit, network arguments or weights that do not fit the model.
     """
-    models = _models_on_meta(trainer, run)
+    models = load_on_meta(trainer.architecture, run)
     parts = trainer.trained_on_meta(run)
     # the summary before the first step counts these; nothing else of it is there yet
     run.trained = Trained([p for _, found in parts for p in found], None, None, 0.0)
@@ -68,20 +67,6 @@ def dry_run(trainer: Trainer, run: Run) -> None:
 
 
 # ---- models ----
-
-
-def _models_on_meta(trainer: Trainer, run: Run) -> list[tuple[str, nn.Module]]:
-    """The run's models without weights; tokenizers are loaded for good."""
-    architecture, checkpoint, training = trainer.architecture, run.checked.checkpoint, run.options.training
-    run.tokenizers = architecture.load_tokenizers(checkpoint)
-    run.text_encoders = architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device="meta")
-    run.denoiser = architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device="meta")
-    architecture.set_attention(run.denoiser, attention_backend(training))
-    vae_dtype = torch.float32 if run.options.model.no_half_vae else run.weight_dtype
-    run.vae = architecture.load_vae(checkpoint, dtype=vae_dtype, device="meta")
-    several = len(run.text_encoders) > 1
-    named = [(f"text encoder {n}" if several else "text encoder", m) for n, m in enumerate(run.text_encoders, start=1)]
-    return [*named, ("denoiser", run.denoiser), ("VAE", run.vae)]
 
 
 def _size_of(parameters: Iterable[nn.Parameter]) -> str:

@@ -9,6 +9,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import Conditioning
 from library.config.arguments import TrainNetworkOptions
+from library.config.console import quiet
 from library.data import describe
 from library.data.dataset import Batch
 from library.errors import UserError, did_you_mean, naming
@@ -29,10 +31,11 @@ from library.optim.stochastic_rounding import train_in_half
 from library.randomness import key
 from library.training.checkpoints import ema_path
 from library.training.ema import WeightAverage
+from library.training.meta_models import load_on_meta
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.precision import InFp8, cast_trained, trained_dtype
 from library.training.run import Run
-from library.training.text_caching import uncached
+from library.training.text_caching import caches_texts, uncached
 from library.training.text_memo import TextMemo
 from library.training.trained import Trained
 from library.training.trainer import Trainer
@@ -108,6 +111,26 @@ class NetworkTrainer(Trainer):
                 with naming(f"--{flag}", path):
                     check_adapter_file(Path(path))
 
+    def check_before_caching(self, run: Run) -> None:
+        """Make the network over models without weights: what does not fit the model is wrong before caches are made."""
+        dataset = run.options.dataset
+        if not (run.caches_latents or caches_texts(dataset)):
+            return
+        module, probe = import_network_module(run.options.network.network_module), replace(run)
+        is_ours = module.__name__.startswith("networks.")
+        load_on_meta(self.architecture, probe)
+        # what is said of a network is said when the run's own is made; where a network cannot be made without weights,
+        # or a third-party one may only lack them, it is left to that, too
+        try:
+            with quiet(logging.WARNING):
+                self._parameter_groups(self._applied_on_meta(probe, module), run.options)
+        except UserError as error:
+            if is_ours or error.__cause__ is None:
+                raise
+        except Exception as error:
+            if is_ours and not isinstance(error, RuntimeError):
+                raise
+
     # ---- setting up ----
 
     def build_trained(self, run: Run) -> Trained:
@@ -159,20 +182,22 @@ class NetworkTrainer(Trainer):
 
     def trained_on_meta(self, run: Run) -> list[tuple[str, list[nn.Parameter]]]:
         module = import_network_module(run.options.network.network_module)
-        with warnings.catch_warnings():
-            # weights to start from are checked against the network, but there is nothing to copy them to
-            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
-            try:
-                with torch.device("meta"):
-                    if module.__name__.startswith("networks."):  # others may need the weights that are not there
-                        for _ in self._base_networks(run, module):
-                            pass  # a file that does not fit is an error
-                    network = self._applied_network(run, module)
-            except RuntimeError:  # NotImplementedError is one
-                network = self._applied_off_meta(run, module)
+        try:
+            network = self._applied_on_meta(run, module)
+        except RuntimeError:  # NotImplementedError is one
+            network = self._applied_off_meta(run, module)
         groups, descriptions = self._parameter_groups(network, run.options)
         named = zip(groups, descriptions, strict=False)
         return [(name or "network", list(group["params"])) for group, name in named]
+
+    def _applied_on_meta(self, run: Run, module: ModuleType) -> Any:
+        with warnings.catch_warnings(), torch.device("meta"):
+            # weights to start from are checked against the network, but there is nothing to copy them to
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
+            if module.__name__.startswith("networks."):  # others may need the weights that are not there
+                for _ in self._base_networks(run, module):
+                    pass  # a file that does not fit is an error
+            return self._applied_network(run, module)
 
     def _applied_off_meta(self, run: Run, module: ModuleType) -> Any:
         """For third-party modules that compute with tensors while they are made, with those of the models last."""

@@ -12,7 +12,7 @@ from library.config.config_file import load_toml
 from library.diffusion.objective import LossSettings
 from library.errors import UserError
 from library.files.hub import HubTarget, RemoteFolder, download_folder
-from library.inference.prompt_line import SamplePrompt, read_prompt_file
+from library.inference.prompt_line import SamplePrompt, read_prompt_file, without_idle_settings
 from library.optim.schedulers import ScheduleSettings
 from library.training.checkpoints import SavePolicy
 from library.training.logs import TrackerSettings
@@ -32,6 +32,12 @@ def sample_prompts(options: TrainNetworkOptions, architecture: Architecture) -> 
         return ()
     step, used = architecture.sample_size_step, architecture.sample_fields
     return tuple(read_prompt_file(Path(wanted.sample_prompts), size_multiple=step, used=used))
+
+
+def for_model(prompts: tuple[SamplePrompt, ...], architecture: Architecture) -> tuple[SamplePrompt, ...]:
+    """The prompts as the family draws them with the model that it has found; says what is of no use there."""
+    scale = architecture.sample_defaults["scale"]
+    return without_idle_settings(prompts, architecture.idle_sample_fields, scale=scale)
 
 
 def run_plan(

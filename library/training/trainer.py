@@ -60,6 +60,7 @@ from library.training.replay import replay
 from library.training.resume import check_fits, go_on, read_state, save_state, standing
 from library.training.run import Checked, Run
 from library.training.settings import (
+    for_model,
     hub_target,
     loss_settings,
     noise_settings,
@@ -222,6 +223,7 @@ class Trainer(ABC):
         checkpoint = inspect_model(self.architecture, options.model)
         self.architecture = self.architecture.for_model(checkpoint)
         self.architecture.check_options(options, checkpoint.info)
+        prompts = for_model(prompts, self.architecture)
         objective = self.objective(options, checkpoint.info)
         objective.check(noise_settings(options).timesteps)
         for prompt in prompts:
@@ -246,6 +248,7 @@ class Trainer(ABC):
 
     def cache(self, run: Run, interrupt: Interrupt) -> None:
         """Make or read the caches; afterwards the VAE is only kept where it is still needed."""
+        self.check_before_caching(run)
         job = CacheJob(
             architecture=self.architecture,
             checkpoint=run.checked.checkpoint,
@@ -323,6 +326,13 @@ class Trainer(ABC):
     @abstractmethod
     def check_trained(self, options: TrainNetworkOptions) -> None:
         """Refuse options of what is trained that cannot work. Raises UserError."""
+
+    def check_before_caching(self, run: Run) -> None:
+        """Refuse what can be found out of the models without their weights, before hours go into caches.
+
+        Raises:
+            UserError: what is trained cannot work beside a cache.
+        """
 
     @abstractmethod
     def build_trained(self, run: Run) -> Trained:

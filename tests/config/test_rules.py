@@ -60,7 +60,7 @@ ERRORS = [
     ({"learning_rate": 0.0}, "nothing to train"),
     ({"unet_lr": 0.0, "text_encoder_lr": [0.0]}, "nothing to train"),
     ({"unet_lr": 0.0, **UNET_ONLY}, "nothing to train"),
-    ({"text_encoder_lr": [1e-4, 1e-5]}, "--text_encoder_lr: 2 values, but this model has 1 text encoder"),
+    ({"text_encoder_lr": [1e-4, 1e-5]}, "--text_encoder_lr has 2 values, and text encoders are 1; give one"),
     ({"ema_decay": 1.0}, "--ema_decay 1.0: must be above 0 and below 1"),
     ({"ema_decay": 0.9, "optimizer_type": "prodigyplus.ProdigyPlusScheduleFree"}, "averages the weights by itself"),
     ({"base_weights": ["w.safetensors"], "base_weights_multiplier": [1.0, 2.0]}, "--base_weights_multiplier"),

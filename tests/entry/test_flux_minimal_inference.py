@@ -437,13 +437,15 @@ def test_what_has_no_effect_is_said(
     models: Mapping[str, MadeFlux], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = models["chroma"]
-    more = ("--interactive", "--guidance", 2, "--clip_l", models["dev"].clip_l)
+    more = ("--interactive", "--guidance", 2, "--clip_l", models["dev"].clip_l, "--clip_l_dtype", "fp16")
     first, guided = draw(made, tmp_path, *more, lines=f"{PROMPT}\n{PROMPT} --g 4\n")
     draw(models["schnell"], tmp_path, "--negative_prompt", "dog", prompt="cat --w 512")
     assert difference(first, guided) == 0
     assert said(capsys.readouterr().err, "WARNING") == [
         "--clip_l has no effect with Chroma",
+        "--clip_l_dtype has no effect with Chroma",
         "--guidance 2 has no effect with Chroma",
+        "--prompt has no effect with --interactive, which reads prompts from the keyboard",
         "--g has no effect with Chroma",
         "--prompt is taken as it is; options within a prompt are read with --interactive only",
         "the negative prompt has no effect at CFG scale 1; set --cfg_scale (--c in a prompt)",

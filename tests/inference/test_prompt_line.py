@@ -20,6 +20,7 @@ from library.inference.prompt_line import (
     parse_prompt_line,
     read_image_prompts,
     read_prompt_file,
+    without_idle_settings,
 )
 
 EVERYTHING = frozenset(option.field for option in TRAINING_OPTIONS) | {"prompt"}
@@ -124,6 +125,22 @@ def test_settings_the_family_lacks_are_warned_of(caplog: pytest.LogCaptureFixtur
     assert caplog.messages == ["f.txt:1: guidance_scale (--g) has no effect with this model"]
     caplog.clear()
     parse_prompt_line("p --g 3.5", used=DDPM_FIELDS | {"guidance_scale"})
+    assert not caplog.messages
+
+
+def test_what_a_model_has_no_use_for_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    prompts = [
+        parse_prompt_line(line, used=EVERYTHING) for line in ("p --g 3.5 --n q", "p --g 0 --n q --l 4", "p --g 2")
+    ]
+    told = without_idle_settings(prompts, {"guidance_scale": "with this model"}, scale=1.0)
+    assert [prompt.guidance_scale for prompt in told] == [None] * 3 and told[1].scale == 4.0
+    assert caplog.messages == [
+        "--g of 2 sample prompts has no effect with this model",
+        "--n of a sample prompt has no effect at a guidance scale of 1; add --l 4, say",
+    ]
+    caplog.clear()
+    assert without_idle_settings(prompts, {}, scale=7.5) == tuple(prompts) and not caplog.messages
+    without_idle_settings(prompts[1:2], {"guidance_scale": "with this model"}, scale=1.0)
     assert not caplog.messages
 
 

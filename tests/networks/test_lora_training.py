@@ -52,7 +52,7 @@ def test_wrong_rates_are_refused(tiny_unet, tiny_text_encoder):
     network = applied(tiny_text_encoder, tiny_unet)
     with pytest.raises(UserError, match="nothing to train"):
         network.prepare_optimizer_params(0, 0, 1e-3)
-    with pytest.raises(UserError, match="has 2 values, the model has 1 text encoder"):
+    with pytest.raises(UserError, match="has 2 values, and text encoders are 1; give one"):
         network.prepare_optimizer_params_with_multiple_te_lrs([1e-5, 1e-5], 1e-4, 1e-3)
 
 

@@ -222,7 +222,7 @@ def test_the_sampler_of_sample_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_strength_of_what_is_merged_first() -> None:
-    run = run_of(base_weights=["a", "b"], base_weights_multiplier=[0.5])
+    run = run_of(network_module="networks.lora", base_weights=["a", "b"], base_weights_multiplier=[0.5])
     run.text_encoders, run.vae, run.denoiser = [None], None, None
     made = SimpleNamespace(create_network_from_weights=lambda multiplier, path, *_, for_inference: (multiplier, path))
     found = NetworkTrainer._base_networks(None, run, made)  # type: ignore[arg-type]

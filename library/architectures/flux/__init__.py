@@ -55,6 +55,8 @@ T5_LENGTH, T5_LENGTH_SCHNELL = 512, 256
 
 _T5_ARRAYS = {"t5_out": ("T", "D"), "t5_attn_mask": ("T",)}
 
+_SCHNELL_IS_TOLD_NONE = "with FLUX.1 schnell, which is told no guidance scale"
+
 
 class Flux(FlowMatching, Architecture):
     """Black Forest Labs 2024, "FLUX.1", and Rock 2025, "Chroma1", which ``--model_type`` chooses."""
@@ -140,8 +142,14 @@ class Flux(FlowMatching, Architecture):
 
     @property
     def sample_defaults(self) -> Mapping[str, Any]:  # type: ignore[override]
-        guidance = 0.0 if self.is_chroma else 3.5
-        return {"width": 512, "height": 512, "sample_steps": 20, "scale": 1.0, "guidance_scale": guidance}
+        guidance = {"guidance_scale": 3.5} if self.takes_guidance else {}
+        return {"width": 512, "height": 512, "sample_steps": 20, "scale": 1.0, **guidance}
+
+    @property
+    def idle_sample_fields(self) -> Mapping[str, str]:  # type: ignore[override]
+        if self.takes_guidance:
+            return {}
+        return {"guidance_scale": "with Chroma, which is made for 0" if self.is_chroma else _SCHNELL_IS_TOLD_NONE}
 
     def for_model(self, checkpoint: FluxCheckpoint) -> Self:
         made = copy.copy(self)
@@ -269,7 +277,7 @@ class Flux(FlowMatching, Architecture):
     def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
         scale = self.chosen(FluxModelOptions).guidance_scale
         if self._kind == SCHNELL and scale != FluxModelOptions.guidance_scale:
-            said = NoEffect(message(["guidance_scale"], "with FLUX.1 schnell, which is told no guidance scale"))
+            said = NoEffect(message(["guidance_scale"], _SCHNELL_IS_TOLD_NONE))
             report([said], strict=options.config.strict)
 
     # ---- memory and speed ----

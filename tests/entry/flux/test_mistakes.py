@@ -77,6 +77,29 @@ def test_mistakes_are_one_line(
     assert ended.value.code == 2 and all(word in error for word in words), error
 
 
+def test_what_does_not_fit_the_model_is_found_before_anything_is_cached(
+    train: Train, chroma: MadeFlux, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("chroma", model=chroma, max_train_steps=1)
+    oft = {"network_module": "networks.oft_flux", "network_dim": 5}
+    mistakes: list[tuple[dict[str, object], str]] = [
+        ({"network_args": ["train_double_block_indices=7"]}, "the model has 2 double blocks"),
+        ({"network_args": ["network_reg_lrs=middle=1e-4"]}, '"middle" is in none of the'),
+        ({**oft, "network_train_unet_only": True}, "--network_dim 5: must divide the 32 output features"),
+        ({"network_weights": tmp_path / "chroma" / "tiny.safetensors", "model": chroma, "network_dim": 4}, "is [2, "),
+        ({"text_encoder_lr": [1e-4, 1e-5, 1e-6]}, "has 3 values, and text encoders are 2; give one for all, or 2"),
+        ({"text_encoder_lr": [1e-4, 1e-5], "model": chroma, **T5}, "has 2 values, and text encoders are 1; give one"),
+    ]
+    for work in ("encode_images", "encode_text"):
+        monkeypatch.setattr(Flux, work, lambda *_, **__: pytest.fail("something was encoded"))
+    for settings, words in mistakes:
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            train("cached", cache_latents=True, **settings)
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert words in error, error
+
+
 def test_files_that_are_swapped_are_named(
     train: Train, dev: MadeFlux, chroma: MadeFlux, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from library.architectures.flux import FLUX, Flux
 from library.architectures.flux.options import FluxModelOptions
 from library.config.config_file import read_args
+from library.memory import fp8
 from tests.fixtures.runs import (
     ROOT,
     logged,
@@ -84,16 +85,36 @@ def test_what_is_trained_and_which_outputs_may_be_cached(
 
 
 @pytest.mark.slow
-def test_a_file_that_adapts_t5_is_refused_beside_its_cache(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_network_that_adapts_t5_is_refused_before_its_outputs_are_cached(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a dry run, too."""
+    """Neither a file's contents nor what a third-party module adapts is told by the options; by a dry run, too."""
     train("t5", max_train_steps=1, **T5)
-    weights = {"network_weights": tmp_path / "t5" / "tiny.safetensors", "dim_from_weights": True}
-    for more in ({"dry_run": True}, {}):
-        with pytest.raises(SystemExit):
-            train("cached", cache_text_encoder_outputs=True, **weights, **more)
-        assert "it adapts a text encoder whose outputs are cached" in capsys.readouterr().err
+    train("clip", max_train_steps=1)
+    of_files = {
+        name: {"network_weights": tmp_path / name / "tiny.safetensors", "dim_from_weights": True}
+        for name in ("t5", "clip")
+    }
+    (tmp_path / "their_network.py").write_text(
+        "from networks import lora_flux\n\n"
+        "def create_network(*args, **options):\n"
+        "    return lora_flux.create_network(*args, **options, train_t5xxl='True')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    capsys.readouterr()
+    encode = Flux.encode_text
+    monkeypatch.setattr(Flux, "encode_text", lambda *_, **__: pytest.fail("captions were encoded"))
+    cached = {"cache_latents": True, "cache_text_encoder_outputs": True}
+    for network in (of_files["t5"], {"network_module": "their_network"}):
+        for more in ({"dry_run": True}, {}):
+            with pytest.raises(SystemExit):
+                train("cached", **cached, **network, **more)
+            said = capsys.readouterr().err
+            assert "it adapts a text encoder whose outputs are cached" in said and "latents:" not in said
+    monkeypatch.setattr(Flux, "encode_text", encode)
+    assert moved(train("cached", **cached, **of_files["clip"], network_args=["verbose=True"])) == {"unet", "te1"}
+    # what a module says of its network is said once
+    assert capsys.readouterr().err.count("double_blocks_0_img_attn_proj: rank 2, alpha 1") == 1
 
 
 def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,14 +135,46 @@ def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monk
     plain = train("plain", **draws)
     loads.clear()
     assert_same(train("cached", **draws, **cached), plain, 1e-6)
-    assert loads == [["cpu", "cpu"], ["cpu", "meta"]]
+    # the network is made without weights first, to look at before anything is encoded
+    assert loads == [["meta", "meta"], ["cpu", "cpu"], ["cpu", "meta"]]
     train("alone", network_train_unet_only=True, **cached)
-    assert loads[2:] == [["meta", "meta"]]
+    assert loads[3:] == [["meta", "meta"], ["meta", "meta"]]
     # CLIP-L's part of the prompt is encoded with its adapters: the pictures are those of a run without a cache
     one, other = (next((tmp_path / name / "sample").glob("*.png")) for name in ("plain", "cached"))
     assert one.read_bytes()[:16] == other.read_bytes()[:16]
     difference = np.abs(np.asarray(Image.open(one), dtype=int) - np.asarray(Image.open(other), dtype=int))
     assert difference.max() <= 1
+
+
+@pytest.mark.slow
+def test_runs_beside_outputs_that_are_cached_in_part_validate_draw_and_resume_exactly(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """T5's outputs, several for each caption, beside the tokens of CLIP-L, which is trained."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 5 --l 2 --n dog\n")
+    settings = {
+        "dataset": "validation_split = 0.4\nshuffle_caption = true\ncaption_dropout_rate = 0.1",
+        "subset": "num_repeats = 3",
+        "cache_text_encoder_outputs_to_disk": True,
+        "text_encoder_cache_variants": 2,
+        "cache_latents": True,
+        "validate_every_n_steps": 1,
+        "sample_prompts": prompts,
+        "sample_every_n_steps": 2,
+        "max_train_steps": 4,
+        "save_every_n_steps": 2,
+        "save_state": True,
+        "mixed_precision": "bf16",
+        "gradient_checkpointing": True,
+    }
+    whole = train("whole", **settings)
+    losses = re.findall(r"validation after step (\d): loss ([\d.]+)", capsys.readouterr().err)
+    assert [step for step, _ in losses] == list("1234") and moved(whole) == {"unet", "te1"}
+    assert_same(train("rest", **settings, resume=tmp_path / "whole" / "tiny-step00000002-state"), whole)
+    said = capsys.readouterr().err
+    assert "text encoder outputs: 0 files made" in said
+    assert re.findall(r"validation after step (\d): loss ([\d.]+)", said) == losses[2:]
 
 
 @pytest.mark.slow
@@ -197,7 +250,9 @@ def test_schnell(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat --w 64 --h 64 --s 4 --d 5\n")
+    prompts.write_text(
+        "a cat --w 64 --h 64 --s 4 --d 5 --g 3 --n dog\n# a dog\na dog --g 4 --w 64 --h 64 --s 1 --g 0\n"
+    )
     weights = train(
         "out",
         model=schnell,
@@ -207,10 +262,15 @@ def test_schnell(
         sample_every_n_steps=3,
         network_args=["in_dims=[2,2,2,0,2]"],
     )
-    assert "--guidance_scale has no effect with FLUX.1 schnell" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--guidance_scale has no effect with FLUX.1 schnell" in said
+    assert "--g of a sample prompt has no effect with FLUX.1 schnell" in said
+    assert "--n of a sample prompt has no effect at a guidance scale of 1; add --l 4" in said
+    with Image.open(next((tmp_path / "out" / "sample").glob("*_00_*.png"))) as picture:
+        assert "guidance_scale" not in picture.text
     assert "lora_unet_img_in.lora_up.weight" in weights and not any("guidance_in" in name for name in weights)
     assert {call["tokens"] for call in told} == {256}
-    assert [call["times"] for call in told[3:]] == [[1.0], [0.75], [0.5], [0.25]]
+    assert [call["times"] for call in told[3:]] == [[1.0], [0.75], [0.5], [0.25], [1.0]]
     entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
     assert entries["modelspec.architecture"] == "flux-1-schnell/lora" and entries["ss_base_model_version"] == "flux1"
 
@@ -367,10 +427,20 @@ def test_parts_that_are_not_named_are_the_models_own(
 
 
 @pytest.mark.slow
-def test_files_in_fp8(train: Train, tmp_path: Path, dev: MadeFlux) -> None:
+def test_files_in_fp8(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_tiny_flux(tmp_path / "fp8", dtype=torch.float8_e4m3fn)
     settings = {"mixed_precision": "bf16", "fp8_base": True, "gradient_checkpointing": True, "model": made}
+    kept: list[str] = []
+    store = fp8.store_in_fp8
+    monkeypatch.setattr(
+        fp8, "store_in_fp8", lambda model, device: kept.append(type(model).__name__) or store(model, device)
+    )
+    # the transformer alone, then the encoders, too
+    train("alone", fp8_base_unet=True, max_train_steps=1, **settings)
+    assert kept == ["Flux"]
+    kept.clear()
     weights = train("out", **settings)
+    assert sorted(kept) == ["CLIPTextModel", "Flux", "T5EncoderModel"]
     assert moved(weights) == {"unet", "te1"} and all(tensor.isfinite().all() for tensor in weights.values())
     assert moved(train("t5", full_bf16=True, **settings, **T5)) == {"unet", "te1", "te3"}
 
@@ -479,7 +549,7 @@ def test_commands_of_the_page(tmp_path: Path, folder: Path, dev: MadeFlux, chrom
         given = [str(values.get(word, word)) for word in words]
         given += ["--tokenizer_cache_dir", str(model.tokenizer_cache_dir), "--max_data_loader_n_workers", "0"]
         if script == "flux_train_network.py":
-            train_here(*given, script="flux_train_network")
+            train_here(*given, "--strict", script="flux_train_network")
             continue
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         tool = {"cache_latents": "CacheLatents", "cache_text_encoder_outputs": "CacheTextEncoderOutputs"}
