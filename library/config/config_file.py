@@ -10,6 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from library.config.mistakes import WINDOWS_ENDS, explain, has_windows_ends, refuse_escaped_paths, toml_remedy
 from library.errors import USER_ERROR_EXIT_CODE, UserError, did_you_mean, exits_on_user_error
 
@@ -99,21 +104,11 @@ def load_toml(path: Path | str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     try:
-        content = _parsed(text)
-    except ValueError as error:  # both packages' errors are ValueErrors that name the line
+        content = tomllib.loads(text)
+    except ValueError as error:  # it names the line
         raise UserError(f"{path}: not valid TOML: {error}{toml_remedy(text, str(error))}") from None
     refuse_escaped_paths(content, path)
     return content
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-
-        return tomllib.loads(text)
-    import toml
-
-    return toml.loads(text)
 
 
 def _text_of(path: Path) -> str:
