@@ -244,12 +244,12 @@ def test_a_removed_folder_never_comes_back(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_folder_that_a_full_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
+    def full(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
-    monkeypatch.setattr(os, "mkdir", full)
+    monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(UserError, match="sample: the disk is full"):
         make_folder(tmp_path / "sample")
