@@ -210,7 +210,7 @@ def test_json_file(tmp_path: Path) -> None:
         ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidth = true', ["width = true", "number"]),
         ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidth = 64.5', ["width = 64.5", "whole number"]),
         ("a.toml", "[[prompt.subset]]\nprompt = 5", ["prompt = 5", "text"]),
-        ("a.json", '["a",\n]', ["a.json:2", "not valid JSON"]),
+        ("a.json", '["a",\nb]', ["a.json:2", "not valid JSON"]),
         ("a.json", '{"prompt": "a"}', ["list"]),
         ("a.json", "[5]", ["item 1"]),
         ("a.json", '["a", "b --w x"]', ["item 2", "--w x"]),
