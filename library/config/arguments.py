@@ -115,7 +115,10 @@ class DatasetOptions:
         False, "show what would be trained on, in windows or on sheets in <output_dir>/debug_dataset, and end"
     )
     max_data_loader_n_workers: int = option(
-        8, "processes that prepare batches; 0 prepares them in the main one", type=int
+        8,
+        "processes that prepare batches, at most as many as the processor has threads (by default one less); 0 "
+        "prepares them in the main one",
+        type=int,
     )
     persistent_data_loader_workers: bool = option(False, "keep these processes between epochs")
     cache_text_encoder_outputs: bool = option(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning, ModelInfo
-from library.config.arguments import TrainNetworkOptions, build_parser, hide_secrets, with_groups
+from library.config.arguments import DatasetOptions, TrainNetworkOptions, build_parser, hide_secrets, with_groups
 from library.config.config_file import origins_of
 from library.config.console import setup_console
 from library.config.explain import print_explanation
@@ -458,7 +458,7 @@ class Trainer(ABC):
         model, dataset = run.options.model, run.options.dataset
         return {
             "tokenize": Tokenize(self.architecture, run.tokenizers, model.max_token_length, model.weighted_captions),
-            "num_workers": min(dataset.max_data_loader_n_workers, os.cpu_count() or 1),
+            "num_workers": _loader_processes(dataset.max_data_loader_n_workers),
             "pin_memory": run.device.type == "cuda",
             "persistent": dataset.persistent_data_loader_workers,
         }
@@ -491,3 +491,9 @@ class Trainer(ABC):
         save_state(run.accelerator, path, standing(run, step=step, epoch=epoch, losses=losses))
         if run.options.output.save_state_to_huggingface:
             run.uploads.add(path)
+
+
+def _loader_processes(given: int) -> int:
+    """How many processes prepare batches: no more than threads of the processor, of which the default leaves one."""
+    threads = os.cpu_count() or 1
+    return min(given, max(1, threads - 1) if given == DatasetOptions.max_data_loader_n_workers else threads)

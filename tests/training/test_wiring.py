@@ -133,8 +133,11 @@ def test_how_batches_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     trainer = OfSD()
     plain = trainer.loading(run_of())
-    assert (plain["num_workers"], plain["pin_memory"], plain["persistent"]) == (4, False, False)
-    assert trainer.loading(run_of(max_data_loader_n_workers=2))["num_workers"] == 2
+    assert (plain["num_workers"], plain["pin_memory"], plain["persistent"]) == (3, False, False)
+    for given, used in ((2, 2), (4, 4), (7, 4), (8, 3), (0, 0)):  # 8 is the default
+        assert trainer.loading(run_of(max_data_loader_n_workers=given))["num_workers"] == used
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert trainer.loading(run_of())["num_workers"] == 1
     assert trainer.loading(run_of(persistent_data_loader_workers=True))["persistent"] is True
     assert trainer.loading(run_of("cuda"))["pin_memory"] is True
     assert (plain["tokenize"].max_token_length, plain["tokenize"].weighted) == (None, False)
