@@ -41,6 +41,7 @@ def dry_run(trainer: Trainer, run: Run) -> None:
     Raises:
         UserError: headers that lack tensors or do not fit, network arguments or weights that do not fit the model.
     """
+    run.tokenizers = trainer.architecture.load_tokenizers(run.checked.checkpoint)
     models = load_on_meta(trainer.architecture, run)
     parts = trainer.trained_on_meta(run)
     # the summary before the first step counts these; nothing else of it is there yet

@@ -15,13 +15,12 @@ if TYPE_CHECKING:
 
 
 def load_on_meta(architecture: Architecture, run: Run) -> list[tuple[str, nn.Module]]:
-    """Give a run its models without weights, and tokenizers for good; returns the models with names for people.
+    """Give a run its models without weights; returns them with names for people.
 
     Raises:
         UserError: headers that lack tensors, or whose shapes do not fit.
     """
     checkpoint, training = run.checked.checkpoint, run.options.training
-    run.tokenizers = architecture.load_tokenizers(checkpoint)
     run.text_encoders = architecture.load_text_encoders(checkpoint, dtype=run.weight_dtype, device="meta")
     run.denoiser = architecture.load_denoiser(checkpoint, dtype=run.weight_dtype, device="meta")
     architecture.set_attention(run.denoiser, attention_backend(training))

@@ -89,6 +89,12 @@ def import_network_module(name: str) -> ModuleType:
     return module
 
 
+def _models_for_network(run: Run) -> tuple[nn.Module | list[nn.Module], nn.Module]:
+    """Text encoders and denoiser as functions of network modules take them."""
+    denoiser = denoiser_argument(run.options.network.network_module, run.denoiser)
+    return text_argument(run.text_encoders), denoiser
+
+
 class NetworkTrainer(Trainer):
     """Train an adapter (such as LoRA) for the model's denoiser and text encoders."""
 
@@ -148,8 +154,7 @@ class NetworkTrainer(Trainer):
         optimizer = run.checked.optimizer.create(groups)
         if half != torch.float32:
             train_in_half(optimizer, run.checked.seed)
-        denoiser = denoiser_argument(options.network.network_module, run.denoiser)
-        network.prepare_grad_etc(text_argument(run.text_encoders), denoiser)
+        network.prepare_grad_etc(*_models_for_network(run))
         accelerator = run.accelerator
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism;
         # the adapters work inside the frozen model's forward, see gradient_exchange.py
@@ -217,7 +222,7 @@ class NetworkTrainer(Trainer):
         network = self._create_network(run, module)
         self._trains_text = not options.network_train_unet_only and getattr(network, "adapts_text_encoders", True)
         self._trains_denoiser = not options.network_train_text_encoder_only
-        text, denoiser = text_argument(run.text_encoders), denoiser_argument(options.network_module, run.denoiser)
+        text, denoiser = _models_for_network(run)
         network.apply_to(text, denoiser, self._trains_text, self._trains_denoiser)
         self._refuse_adapted_but_cached(run)
         self._begin_step = getattr(network, "begin_step", None)
@@ -240,7 +245,7 @@ class NetworkTrainer(Trainer):
 
     def _create_network(self, run: Run, module: ModuleType) -> Any:
         options = run.options.network
-        text, denoiser = text_argument(run.text_encoders), denoiser_argument(options.network_module, run.denoiser)
+        text, denoiser = _models_for_network(run)
         create = module.create_network_from_weights if options.dim_from_weights else module.create_network
         arguments: dict[str, Any] = dict(self._network_args)
         # the published protocol names the dropout twice: our modules take neuron_dropout, others read "dropout"
@@ -280,14 +285,13 @@ class NetworkTrainer(Trainer):
             refuse_wrong_merge(run.options.network.network_module, merged.network, merged.weights, multiplier)
             to_merge.append(merged)
             logger.info("merging %s into the base model with multiplier %s", path, multiplier)
-        text = text_argument(run.text_encoders)
-        merge_together(to_merge, text, dtype=run.weight_dtype, device=str(run.device))
+        merge_together(to_merge, text_argument(run.text_encoders), dtype=run.weight_dtype, device=str(run.device))
 
     def _base_networks(self, run: Run, module: ModuleType) -> Iterator[tuple[str, float, Merged]]:
         """For each file of ``--base_weights``: file, strength, network of it."""
         options = run.options.network
         multipliers = list(options.base_weights_multiplier or [])
-        text, denoiser = text_argument(run.text_encoders), denoiser_argument(options.network_module, run.denoiser)
+        text, denoiser = _models_for_network(run)
         for index, path in enumerate(options.base_weights or []):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
             network, weights = module.create_network_from_weights(
@@ -344,8 +348,7 @@ class NetworkTrainer(Trainer):
             return self.architecture.encode_text(encoders, tokens, clip_skip=run.options.model.clip_skip)
 
     def epoch_started(self, run: Run, epoch: int) -> None:
-        denoiser = denoiser_argument(run.options.network.network_module, run.denoiser)
-        self._network.on_epoch_start(text_argument(run.text_encoders), denoiser)
+        self._network.on_epoch_start(*_models_for_network(run))
 
     def batch_started(self, run: Run, batch: Batch) -> None:
         if self._on_step_start is not None:
