@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained LoRA and a picture of what it taught the model: makes .venv, installs, trains on
-# the embedded model and example pictures, draws the same prompts and seeds before and after.
+# From nothing to a trained LoRA and an image of what it taught the model: makes .venv, installs, trains on
+# the embedded model and example images, draws the same prompts and seeds before and after.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/environment.sh

@@ -6,11 +6,11 @@
     python benchmarks/cache_latents.py --size none --milliseconds 100 --count 200
     python benchmarks/cache_latents.py --size full --resolution 1024 --device cuda --precision bf16 --batch_size 4
 
-Makes JPEG pictures of 1024 to 1536 pixels a side in a temporary folder and an autoencoder with random weights, of
+Makes JPEG images of 1024 to 1536 pixels a side in a temporary folder and an autoencoder with random weights, of
 Stable Diffusion's size or tiny, and fills the cache on disk through the code that training uses. The time runs from the
 end of the first batch to the end of the last; on a GPU it is taken by the device's own events. With ``--size none``
-nothing is encoded: that many pictures a second are read, stamped and written, so a faster VAE would wait. With
-``--milliseconds`` such a stand-in waits that long for each picture, as for a GPU, which leaves the CPU to the readers.
+nothing is encoded: that many images a second are read, stamped and written, so a faster VAE would wait. With
+``--milliseconds`` such a stand-in waits that long for each image, as for a GPU, which leaves the CPU to the readers.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ SIZES = {"full": ((128, 256, 512, 512), 2), "tiny": ((32, 32, 32, 32), 1)}
 @dataclass(frozen=True)
 class Case:
     size: str  # "full", "tiny" or "none"
-    count: int  # pictures
+    count: int  # images
     resolution: int  # pixels; buckets have about its square
     batch_size: int
     device: str
     precision: str  # "no", "fp16" or "bf16"
-    milliseconds: int  # that "none" takes for a picture
+    milliseconds: int  # that "none" takes for an image
 
 
 @dataclass(frozen=True)
 class Figures:
     busy_share: float  # of the time after the first batch
-    pictures_per_second: float  # in that time
+    images_per_second: float  # in that time
     seconds_total: float  # until all is on disk
 
 
@@ -79,7 +79,7 @@ class Watch:
         return sum(self.between(*mark) for mark in self.marks[1:]) / whole, whole
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """JPEG files of smooth noise, which take about as long to decode as photographs do."""
     import numpy as np
     from PIL import Image
@@ -89,8 +89,8 @@ def make_pictures(folder: Path, count: int) -> None:
         width, height = (int(side) for side in draw.integers(1024, 1537, 2))
         coarse = draw.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        image.save(folder / f"picture_{index:05d}.jpg", quality=92)
-        (folder / f"picture_{index:05d}.txt").write_text("noise")
+        image.save(folder / f"image_{index:05d}.jpg", quality=92)
+        (folder / f"image_{index:05d}.txt").write_text("noise")
 
 
 def make_vae(case: Case) -> nn.Module:
@@ -125,9 +125,9 @@ def measure(case: Case) -> Figures:
     on_gpu = case.device.startswith("cuda")
     watch = Watch(on_gpu)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "pictures"
+        folder = Path(scratch) / "images"
         folder.mkdir()
-        make_pictures(folder, case.count)
+        make_images(folder, case.count)
         config = Path(scratch) / "data.json"
         dataset = {
             "resolution": case.resolution,
@@ -169,7 +169,7 @@ def measure(case: Case) -> Figures:
     share, seconds = watch.busy_share()
     return Figures(
         busy_share=round(share, 3),
-        pictures_per_second=round((done - case.batch_size) / seconds, 2),
+        images_per_second=round((done - case.batch_size) / seconds, 2),
         seconds_total=round(total, 2),
     )
 
@@ -177,12 +177,12 @@ def measure(case: Case) -> Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*SIZES, "none"], default="full")
-    parser.add_argument("--count", type=int, default=200, help="pictures")
+    parser.add_argument("--count", type=int, default=200, help="images")
     parser.add_argument("--resolution", type=int, default=512, help="of training, pixels")
     parser.add_argument("--batch_size", type=int, default=1, help="as --vae_batch_size")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["no", "fp16", "bf16"], default="no")
-    parser.add_argument("--milliseconds", type=int, default=0, help="that --size none takes for a picture")
+    parser.add_argument("--milliseconds", type=int, default=0, help="that --size none takes for an image")
     case = Case(**vars(parser.parse_args()))
     print(json.dumps({**asdict(case), **asdict(measure(case))}, indent=1))
 

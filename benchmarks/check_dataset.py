@@ -1,8 +1,8 @@
-"""How long ``tools/check_dataset.py`` takes over a folder of pictures, and the search for look-alikes alone.
+"""How long ``tools/check_dataset.py`` takes over a folder of images, and the search for look-alikes alone.
 
     python benchmarks/check_dataset.py --count 2000
 
-Pictures are JPEGs of 1024x768 with some texture, one in a hundred a smaller copy of another; all parts of the tool are
+Images are JPEGs of 1024x768 with some texture, one in a hundred a smaller copy of another; all parts of the tool are
 timed, the start of Python and the HTML page included.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-#: one picture in so many is a copy
+#: one image in so many is a copy
 COPIES = 100
 
 
@@ -35,7 +35,7 @@ class Figures:
     search_seconds: float
 
 
-def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> None:
+def make_images(folder: Path, count: int, size: tuple[int, int]) -> None:
     """Large shapes under a fine grain, each another, with captions."""
     import numpy as np
     from PIL import Image
@@ -46,11 +46,11 @@ def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> None:
         is_copy = index > 0 and index % COPIES == 0
         coarse = np.random.default_rng(index - is_copy).integers(0, 256, (9, 12, 3), dtype=np.uint8)
         shapes = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
-        picture = Image.fromarray((shapes + grain).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((shapes + grain).clip(0, 255).astype(np.uint8))
         if is_copy:
-            picture = picture.resize((size[0] * 3 // 4, size[1] * 3 // 4))
-        picture.save(folder / f"{index:06d}.jpg", quality=90)
-        (folder / f"{index:06d}.txt").write_text(f"a picture, shapes, number {index}", encoding="utf-8")
+            image = image.resize((size[0] * 3 // 4, size[1] * 3 // 4))
+        image.save(folder / f"{index:06d}.jpg", quality=90)
+        (folder / f"{index:06d}.txt").write_text(f"an image, shapes, number {index}", encoding="utf-8")
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(make, range(count)))
@@ -69,15 +69,15 @@ def search(count: int) -> float:
 
 
 def measure(count: int, search_count: int, size: tuple[int, int] = (1024, 768)) -> Figures:
-    """Make the pictures, run the tool in its own process, and time it.
+    """Make the images, run the tool in its own process, and time it.
 
     Raises:
         CalledProcessError: it failed.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folder, report = Path(scratch) / "pictures", Path(scratch) / "report.json"
+        folder, report = Path(scratch) / "images", Path(scratch) / "report.json"
         folder.mkdir()
-        make_pictures(folder, count, size)
+        make_images(folder, count, size)
         config = Path(scratch) / "data.json"
         subset = {"image_dir": str(folder), "caption_extension": ".txt"}
         dataset = {"resolution": 512, "enable_bucket": True, "subsets": [subset]}
@@ -93,7 +93,7 @@ def measure(count: int, search_count: int, size: tuple[int, int] = (1024, 768)) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000, help="pictures")
+    parser.add_argument("--count", type=int, default=2000, help="images")
     parser.add_argument("--search", type=int, default=10000, help="fingerprints in the search for look-alikes")
     args = parser.parse_args()
     print(json.dumps(asdict(measure(args.count, args.search)), indent=1))

@@ -1,9 +1,9 @@
-"""Measure how fast a folder of pictures is indexed: the first time, the second with ``cache_info``, and the memory.
+"""Measure how fast a folder of images is indexed: the first time, the second with ``cache_info``, and the memory.
 
     python benchmarks/dataset_index.py --count 20000
     python benchmarks/dataset_index.py --count 100000 --repeat 3
 
-Makes small PNG, JPEG and WebP pictures, a quarter of them turned by EXIF, each with a caption file, in a temporary
+Makes small PNG, JPEG and WebP images, a quarter of them turned by EXIF, each with a caption file, in a temporary
 folder; so all is in the page cache, and what is measured is the work. Every scan is a process of its own that imports
 what a run does, and the fastest of ``--repeat`` counts. Memory is what tracemalloc finds alive after the scan, captions
 and names included. ``--pillow`` measures Pillow's own reading of the headers beside it.
@@ -34,11 +34,11 @@ class Figures:
     seconds_first: float  # with cache_info, which writes the file
     seconds_second: float  # with the file there
     bytes_per_record: float
-    cache_bytes_per_picture: float
+    cache_bytes_per_image: float
     seconds_pillow: float | None  # headers alone, one after the other
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """Noise of 24 sizes and three formats; captions of about 40 characters."""
     import numpy as np
     from PIL import Image
@@ -56,8 +56,8 @@ def make_pictures(folder: Path, count: int) -> None:
         contents.append((ending, file.getvalue()))
     for index in range(count):
         ending, content = contents[index % len(contents)]
-        (folder / f"picture_{index:06d}.{ending}").write_bytes(content)
-        (folder / f"picture_{index:06d}.txt").write_text(f"a noisy picture, square, number {index:06d}")
+        (folder / f"image_{index:06d}.{ending}").write_bytes(content)
+        (folder / f"image_{index:06d}.txt").write_text(f"a noisy image, square, number {index:06d}")
 
 
 def scan(folder: Path, *, cache_info: bool, memory: bool = False) -> float:
@@ -106,7 +106,7 @@ def in_process(folder: Path, kind: str) -> float:
 def measure(count: int, repeat: int, *, pillow: bool) -> Figures:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make_pictures(folder, count)
+        make_images(folder, count)
         cache = folder / "metadata_cache.json"
         plain = min(in_process(folder, "plain") for _ in range(repeat))
         first = []
@@ -119,14 +119,14 @@ def measure(count: int, repeat: int, *, pillow: bool) -> Figures:
             seconds_first=round(min(first), 2),
             seconds_second=round(min(in_process(folder, "cached") for _ in range(repeat)), 2),
             bytes_per_record=round(in_process(folder, "memory"), 1),
-            cache_bytes_per_picture=round(cache.stat().st_size / count, 1),
+            cache_bytes_per_image=round(cache.stat().st_size / count, 1),
             seconds_pillow=round(in_process(folder, "pillow"), 2) if pillow else None,
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=20000, help="pictures")
+    parser.add_argument("--count", type=int, default=20000, help="images")
     parser.add_argument("--repeat", type=int, default=3, help="scans of each kind; the fastest counts")
     parser.add_argument("--pillow", action="store_true", help="time Pillow's header reading too")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

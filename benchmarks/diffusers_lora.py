@@ -40,15 +40,15 @@ class Encoded:
         return Encoded(torch.cat([part.context for part in parts]), pooled)
 
 
-def read_picture(path: Path) -> torch.Tensor:
-    """(1, 3, H, W) in [-1, 1]; pictures must be of the trained size."""
+def read_image(path: Path) -> torch.Tensor:
+    """(1, 3, H, W) in [-1, 1]; images must be of the trained size."""
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1.0
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, *paths: Path) -> torch.Tensor:
+def encode_images(vae: AutoencoderKL, *paths: Path) -> torch.Tensor:
     """(B, 4, h, w) scaled latents."""
-    pixels = torch.cat([read_picture(path) for path in paths])
+    pixels = torch.cat([read_image(path) for path in paths])
     latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample()
     return latents.float() * vae.config.scaling_factor
 
@@ -77,14 +77,14 @@ def text_encoding(model: Path, load: Callable) -> Callable[[list[str]], Encoded]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Diffusers folder")
-    parser.add_argument("--images", type=Path, required=True, help="folder of square pictures with .txt captions")
+    parser.add_argument("--images", type=Path, required=True, help="folder of square images with .txt captions")
     parser.add_argument("--precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rank", type=int, default=8, help="LoRA rank")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations of the U-Net")
     parser.add_argument("--cache_text", action="store_true", help="encode captions beforehand")
-    parser.add_argument("--uncached", action="store_true", help="encode pictures in each step")
+    parser.add_argument("--uncached", action="store_true", help="encode images in each step")
     parser.add_argument("--adamw8bit", action="store_true", help="AdamW of bitsandbytes")
     parser.add_argument("--compile", action="store_true", help="compile the U-Net's transformer blocks")
     args = parser.parse_args()
@@ -95,11 +95,11 @@ def main() -> None:
     def load(kind, name):
         return kind.from_pretrained(args.model, subfolder=name, torch_dtype=dtype).requires_grad_(False).to(device)
 
-    pictures = sorted(args.images.glob("*.png"))
-    captions = [path.with_suffix(".txt").read_text(encoding="utf-8") for path in pictures]
+    image_files = sorted(args.images.glob("*.png"))
+    captions = [path.with_suffix(".txt").read_text(encoding="utf-8") for path in image_files]
     vae = load(AutoencoderKL, "vae")
     if not args.uncached:
-        latents = [encode_pictures(vae, path) for path in pictures]
+        latents = [encode_images(vae, path) for path in image_files]
         del vae
     encode = text_encoding(args.model, load)
     if args.cache_text:
@@ -129,9 +129,9 @@ def main() -> None:
     seconds = []
     for step in range(args.steps):
         began = time.perf_counter()
-        chosen = [(step * args.batch_size + index) % len(pictures) for index in range(args.batch_size)]
+        chosen = [(step * args.batch_size + index) % len(image_files) for index in range(args.batch_size)]
         if args.uncached:
-            clean = encode_pictures(vae, *(pictures[i] for i in chosen))
+            clean = encode_images(vae, *(image_files[i] for i in chosen))
         else:
             clean = torch.cat([latents[i] for i in chosen])
         noise, t = torch.randn_like(clean), torch.randint(0, 1000, (args.batch_size,), device=device)

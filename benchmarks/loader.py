@@ -4,7 +4,7 @@
     python benchmarks/loader.py --batch_size 4 --workers 1 --count 4000
 
 Nothing takes the batches but a counter, so the figure is what the loader can deliver; a step must take longer than a
-batch does here. The cache files hold random latents of 512 px pictures in the published layout, written by the same
+batch does here. The cache files hold random latents of 512 px images in the published layout, written by the same
 code as in a run and warm in the page cache. The first epoch is not counted, as the workers start in it.
 """
 
@@ -38,14 +38,14 @@ class Figures:
     milliseconds_per_batch: float
 
 
-def make_pictures(folder: Path, count: int) -> None:
-    """Plain pictures; their content is not read again once latents are cached."""
+def make_images(folder: Path, count: int) -> None:
+    """Plain images; their content is not read again once latents are cached."""
     from PIL import Image
 
     folder.mkdir(parents=True)
     for index in range(count):
         Image.new("RGB", (RESOLUTION, RESOLUTION), (index % 256, 0, 0)).save(folder / f"{index:05d}.png")
-        caption = f"a picture, number {index}, red, square, plain, bright, studio light, centred, no text"
+        caption = f"an image, number {index}, red, square, plain, bright, studio light, centred, no text"
         (folder / f"{index:05d}.txt").write_text(caption, encoding="utf-8")
 
 
@@ -63,8 +63,8 @@ def measure(count: int, batch_size: int, workers: int, epochs: int) -> Figures:
     from library.training.trainer import Tokenize
 
     with tempfile.TemporaryDirectory() as scratch:
-        make_pictures(Path(scratch) / "pictures", count)
-        subset = {"image_dir": str(Path(scratch) / "pictures"), "caption_extension": ".txt", "shuffle_caption": True}
+        make_images(Path(scratch) / "images", count)
+        subset = {"image_dir": str(Path(scratch) / "images"), "caption_extension": ".txt", "shuffle_caption": True}
         dataset = {"resolution": RESOLUTION, "batch_size": batch_size, "subsets": [subset]}
         config = Path(scratch) / "data.json"
         config.write_text(json.dumps({"datasets": [dataset]}), encoding="utf-8")
@@ -87,7 +87,7 @@ def measure(count: int, batch_size: int, workers: int, epochs: int) -> Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000, help="pictures")
+    parser.add_argument("--count", type=int, default=2000, help="images")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--workers", type=int, default=1, help="--max_data_loader_n_workers")
     parser.add_argument("--epochs", type=int, default=3, help="the fastest counts")

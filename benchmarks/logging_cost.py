@@ -27,7 +27,7 @@ def milliseconds_per_step(steps: int, folder: Path) -> dict[str, float]:
     import torch
     from accelerate import Accelerator
 
-    from library.training.figures import DeferredFigures, LossAverage
+    from library.training.metrics import DeferredMetrics, LossAverage
     from library.training.logs import Progress, Trackers, TrackerSettings
 
     settings = TrackerSettings.make(
@@ -42,14 +42,14 @@ def milliseconds_per_step(steps: int, folder: Path) -> dict[str, float]:
     accelerator = Accelerator(log_with=list(settings.backends), project_dir=str(settings.directory))
     trackers = Trackers(accelerator, settings, {})
     progress = Progress(total=steps, done=0, simple=True, enabled=True)
-    figures, average = DeferredFigures(), LossAverage(1000)
+    metrics, average = DeferredMetrics(), LossAverage(1000)
     device = accelerator.device
     packed = {name: torch.tensor(1.0, device=device) for name in ("loss", "grad_norm", "finite", "batch 0")}
     times: dict[str, list[float]] = {"figures": [], "trackers": [], "progress": []}
     for step in range(1, steps + 1):
         started = time.perf_counter()
-        figures.push(step, packed)
-        ready = figures.pop(keep=1)
+        metrics.push(step, packed)
+        ready = metrics.pop(keep=1)
         read = time.perf_counter()
         for entry in ready:
             average.add(entry.values["loss"])

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 SCRIPTS = {"sd": "train_network.py", "sdxl": "sdxl_train_network.py"}
 
-#: printed by the trainer when set-up is over; see library/training/fitting.py
+#: printed by the trainer when set-up is over; see library/training/run_hooks.py
 FIRST_STEP_MARK = "first step"
 
 
@@ -51,7 +51,7 @@ class Case:
     arch: str = "sd"
     checkpointing: bool = False  # recompute activations
     cache_text: bool = False  # encode captions beforehand
-    uncached: bool = False  # encode pictures in each step, not beforehand
+    uncached: bool = False  # encode images in each step, not beforehand
     adamw8bit: bool = False  # bitsandbytes' AdamW, not torch's
     compile: bool = False  # blocks of the U-Net
 
@@ -104,7 +104,7 @@ def make_images(folder: Path, count: int, side: int) -> Path:
     for index in range(count):
         pixels = np.random.default_rng(index).integers(0, 256, (side, side, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"a random picture, number {index}", encoding="utf-8")
+        (folder / f"{index}.txt").write_text(f"a random image, number {index}", encoding="utf-8")
     return folder
 
 
@@ -135,7 +135,7 @@ def run_case(case: Case, model: Path, workspace: Path) -> Figures:
 
 
 def run_reference(case: Case, model: Path, workspace: Path) -> Figures:
-    """Run the plain loop of ``diffusers_lora.py`` once, on the same model and pictures.
+    """Run the plain loop of ``diffusers_lora.py`` once, on the same model and images.
 
     Raises:
         RuntimeError: the run failed; its output is in the message.
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8, help="LoRA rank")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--cache_text", action="store_true", help="encode captions beforehand")
-    parser.add_argument("--uncached", action="store_true", help="encode pictures in each step")
+    parser.add_argument("--uncached", action="store_true", help="encode images in each step")
     parser.add_argument("--adamw8bit", action="store_true", help="AdamW of bitsandbytes")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of the U-Net")
     parser.add_argument("--model_dir", type=Path, help="keep the random model here instead of making it anew")
@@ -246,9 +246,9 @@ def main() -> None:
             ours.append(run_case(case, model, workspace))
             if args.compare:
                 reference.append(run_reference(case, model, workspace))
-    print(json.dumps({"case": asdict(case), "figures": [asdict(figures) for figures in ours]}, indent=1))
+    print(json.dumps({"case": asdict(case), "figures": [asdict(metrics) for metrics in ours]}, indent=1))
     if reference:
-        print(json.dumps({"diffusers": [asdict(figures) for figures in reference]}, indent=1))
+        print(json.dumps({"diffusers": [asdict(metrics) for metrics in reference]}, indent=1))
         print(f"seconds per step, of diffusers': {_ratio(ours, reference, 'seconds_per_step'):.2f}")
         print(f"peak host memory, of diffusers': {_ratio(ours, reference, 'peak_host_gb'):.2f}")
         if reference[0].peak_device_gb is not None:

@@ -337,8 +337,8 @@ class AdapterNetwork(nn.Module, ABC):
         for adapter, ratio in zip(self.adapters, ratios.unbind(), strict=True):
             adapter.scale_change(ratio)
         scaled = norms * ratios
-        figures = ((ratios < 1).sum(), scaled.mean(), scaled.max())
-        return figures if device is None else tuple(figure.to(device) for figure in figures)
+        metrics = ((ratios < 1).sum(), scaled.mean(), scaled.max())
+        return metrics if device is None else tuple(figure.to(device) for figure in metrics)
 
     # ---- files ----
 

@@ -12,7 +12,7 @@ What a column is differs between programs, and the shape of ``dora_scale`` says 
 * ``input``, the default: one magnitude for each input feature, norms over the outputs (and the kernel); (1, in) or
   (1, in, 1, 1). It is the paper's own, W being (out, in), and what ComfyUI and Forge apply exactly.
 * ``output``: one for each output feature, norms over the inputs; (out, 1) or (out, 1, 1, 1). PEFT trains it and, by
-  default, LyCORIS. ComfyUI takes |W| instead of |V| for it, so that pictures come out a little otherwise there.
+  default, LyCORIS. ComfyUI takes |W| instead of |V| for it, so that images come out a little otherwise there.
 
 diffusers' pipelines leave ``dora_scale`` out of files with the published names, with a warning.
 

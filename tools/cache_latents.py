@@ -1,4 +1,4 @@
-"""Encode the pictures of a data set once and keep the latents beside them, so that training need not.
+"""Encode the images of a data set once and keep the latents beside them, so that training need not.
 
     accelerate launch tools/cache_latents.py \\
         --pretrained_model_name_or_path model.safetensors --dataset_config dataset.toml \\
@@ -33,7 +33,7 @@ from library.training.caching import CacheJob, cache_latents  # noqa: E402
 
 
 class CacheLatents(CacheTool):
-    """Encode the pictures of a data set once and keep the latents beside them."""
+    """Encode the images of a data set once and keep the latents beside them."""
 
     families = {"": SD, "sdxl": SDXL, "flux": FLUX}
     relevant = (

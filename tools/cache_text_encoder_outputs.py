@@ -1,4 +1,4 @@
-"""Encode the captions of a data set once and keep the outputs beside the pictures, so that training need not.
+"""Encode the captions of a data set once and keep the outputs beside the images, so that training need not.
 
     accelerate launch tools/cache_text_encoder_outputs.py \\
         --pretrained_model_name_or_path model.safetensors --dataset_config dataset.toml \\
@@ -34,7 +34,7 @@ from library.training.text_caching import cache_texts  # noqa: E402
 
 
 class CacheTextEncoderOutputs(CacheTool):
-    """Encode the captions of a data set once and keep the outputs beside the pictures."""
+    """Encode the captions of a data set once and keep the outputs beside the images."""
 
     families = {"": SD, "sdxl": SDXL, "flux": FLUX}
     relevant = (

@@ -1,4 +1,4 @@
-"""One picture of two folders of drawings: a pair for each prompt, left without the LoRA, right with it.
+"""One image of two folders of drawings: a pair for each prompt, left without the LoRA, right with it.
 
 python examples/quickstart/side_by_side.py BEFORE AFTER prompts.txt before_after.png
 """
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from library.files.atomic import atomic_path
 from library.inference.prompt_line import read_prompt_file
 
-CELL = 192  # pixels of a drawing in the picture; drawings are enlarged to it
+CELL = 192  # pixels of a drawing in the image; drawings are enlarged to it
 GAP = 6  # between the drawings of a pair
 MARGIN = 20
 LINE = 22  # of text
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("before", type=Path, help="folder of drawings without the LoRA")
     parser.add_argument("after", type=Path, help="folder of drawings with it")
     parser.add_argument("prompts", type=Path, help="the prompt file both were drawn from")
-    parser.add_argument("output", type=Path, help="the picture to write")
+    parser.add_argument("output", type=Path, help="the image to write")
     args = parser.parse_args()
     prompts = [prompt.prompt for prompt in read_prompt_file(args.prompts)]
     sheet = side_by_side(sorted(args.before.glob("*.png")), sorted(args.after.glob("*.png")), prompts)

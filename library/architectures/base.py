@@ -182,9 +182,9 @@ class Architecture(ABC):
     sample_fields: frozenset[str] = DDPM_FIELDS
     #: those that this model of the family has no use for: field -> why, completing "--g has no effect ..."
     idle_sample_fields: Mapping[str, str] = MappingProxyType({})
-    #: whether it has a model that reads the pictures of ``conditioning_data_dir``; they are ``picture`` (B, C, h, w) of
+    #: whether it has a model that reads the images of ``conditioning_data_dir``; they are ``image`` (B, C, h, w) of
     #: the conditioning, scaled latents
-    takes_pictures: bool = False
+    takes_images: bool = False
     sample_size_step: int = 8  # sides of sample images are multiples of this many pixels
 
     #: values of its own groups of options; none while it is not configured. Copies have others, instances never change
@@ -342,11 +342,11 @@ class Architecture(ABC):
     def with_sizes(
         self, conditioning: Conditioning, *, original: Tensor, top_left: Tensor, target: Tensor
     ) -> Conditioning:
-        """Conditioning with what the denoiser is told about the picture's size; families without it leave it as is.
+        """Conditioning with what the denoiser is told about the image's size; families without it leave it as is.
 
         Args:
-            original: (B, 2) int64, (H, W) of the picture in pixels before it was resized.
-            top_left: (B, 2) int64, (top, left) of the crop in the resized picture.
+            original: (B, 2) int64, (H, W) of the image in pixels before it was resized.
+            top_left: (B, 2) int64, (top, left) of the crop in the resized image.
             target: (B, 2) int64, (H, W) of what is trained or drawn.
         """
         return conditioning

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from library.config.fields import add_flags, int_or_float, meant, option
+from library.config.fields import add_flags, int_or_float, normalized, option
 
 T = TypeVar("T")
 
@@ -56,15 +56,15 @@ class DatasetOptions:
 
     dataset_config: Path | None = option(None, "dataset file, .toml or .json", type=Path)
     train_data_dir: str | None = option(
-        None, "folder with sub-folders <repeats>_<class tokens> of pictures, or with the pictures of --in_json"
+        None, "folder with sub-folders <repeats>_<class tokens> of images, or with the images of --in_json"
     )
-    reg_data_dir: str | None = option(None, "the same for regularisation pictures")
+    reg_data_dir: str | None = option(None, "the same for regularisation images")
     in_json: str | None = option(None, "metadata file of captions and tags, instead of caption files")
     dataset_repeats: int = option(
-        1, "how often each picture is used in an epoch, with --in_json or a dataset file that does not say", type=int
+        1, "how often each image is used in an epoch, with --in_json or a dataset file that does not say", type=int
     )
     dataset_class: str | None = option(None, "import path of a dataset class (package.module.Class)")
-    train_batch_size: int = option(1, "pictures in a batch, of each process", type=int)
+    train_batch_size: int = option(1, "images in a batch, of each process", type=int)
     resolution: str | None = option(None, "training size in pixels: a number, or width,height")
     caption_extension: str = option(".caption", "ending of caption files")
     caption_extention: str | None = option(None, "old spelling of --caption_extension; wins over it")
@@ -87,28 +87,28 @@ class DatasetOptions:
     flip_aug: bool = option(False, "mirror half of the uses, left to right")
     face_crop_aug_range: str | None = option(None, "crop around the face: low,high of the enlargement, e.g. 2.0,4.0")
     random_crop: bool = option(False, "crop at a random place instead of the middle")
-    alpha_mask: bool = option(False, "weight the loss by the picture's transparency")
-    enable_bucket: bool = option(False, "train on several aspect ratios, each picture in the nearest")
+    alpha_mask: bool = option(False, "weight the loss by the image's transparency")
+    enable_bucket: bool = option(False, "train on several aspect ratios, each image in the nearest")
     min_bucket_reso: int = option(256, "smallest side of a bucket, pixels", type=int)
     max_bucket_reso: int = option(1024, "largest side of a bucket, pixels", type=int)
     bucket_reso_steps: int = option(64, "sides of buckets are multiples of this, pixels", type=int)
-    bucket_no_upscale: bool = option(False, "make buckets from the pictures' own sizes, and never enlarge")
+    bucket_no_upscale: bool = option(False, "make buckets from the images' own sizes, and never enlarge")
     resize_interpolation: str | None = option(
         None,
-        "how pictures are resized (area to shrink and lanczos to enlarge, if not given)",
+        "how images are resized (area to shrink and lanczos to enlarge, if not given)",
         choices=["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"],
     )
-    cache_latents: bool = option(False, "encode all pictures once, before training, and keep the latents in memory")
-    cache_latents_to_disk: bool = option(False, "keep them beside the pictures, for later runs too")
-    vae_batch_size: int = option(1, "pictures encoded at a time", type=int)
+    cache_latents: bool = option(False, "encode all images once, before training, and keep the latents in memory")
+    cache_latents_to_disk: bool = option(False, "keep them beside the images, for later runs too")
+    vae_batch_size: int = option(1, "images encoded at a time", type=int)
     skip_cache_check: bool = option(False, "trust cache files without looking into them")
     cache_info: bool = option(False, "remember captions and sizes in metadata_cache.json")
     conditioning_data_dir: str | None = option(
-        None, "folder of mask pictures for --masked_loss, with the names of the pictures"
+        None, "folder of mask images for --masked_loss, with the names of the images"
     )
     on_bad_image: str = option(
         "stop",
-        "pictures that cannot be read: name all and stop before training, or warn and leave them out",
+        "images that cannot be read: name all and stop before training, or warn and leave them out",
         choices=["stop", "skip"],
     )
     debug_dataset: bool = option(
@@ -124,10 +124,10 @@ class DatasetOptions:
     cache_text_encoder_outputs: bool = option(
         False, "encode all captions once, before training, and keep the text encoder's outputs in memory"
     )
-    cache_text_encoder_outputs_to_disk: bool = option(False, "keep them beside the pictures, for later runs too")
+    cache_text_encoder_outputs_to_disk: bool = option(False, "keep them beside the images, for later runs too")
     text_encoder_batch_size: int | None = option(None, "captions encoded at a time (8, if not given)", type=int)
     text_encoder_cache_variants: int = option(
-        1, "captions of a picture to encode where they are drawn anew each time (shuffled, tags dropped, ...)", type=int
+        1, "captions of an image to encode where they are drawn anew each time (shuffled, tags dropped, ...)", type=int
     )
 
 
@@ -238,7 +238,7 @@ class OptimizerOptions:
     )
 
     @property
-    def text_encoder_rates(self) -> list[float] | None:
+    def text_encoder_lrs(self) -> list[float] | None:
         """One rate for all text encoders, or one for each; ``None`` where ``learning_rate`` is theirs."""
         numbered = (self.text_encoder_lr1, self.text_encoder_lr2)
         if any(rate is not None for rate in numbered):
@@ -330,7 +330,7 @@ class NoiseOptions:
     """Noise and timesteps."""
 
     noise_offset: float | None = option(
-        None, "adds a constant per channel to the noise, for darker and brighter pictures; 0.1 is common", type=float
+        None, "adds a constant per channel to the noise, for darker and brighter images; 0.1 is common", type=float
     )
     noise_offset_random_strength: bool = option(False, "draw the offset's strength between 0 and --noise_offset")
     adaptive_noise_scale: float | None = option(None, "adds the latents' mean times this to --noise_offset", type=float)
@@ -365,8 +365,8 @@ class LossOptions:
         None, "adds the loss of v-prediction with this weight, for models that predict noise", type=float
     )
     debiased_estimation_loss: bool = option(False, "weight timesteps by 1 / sqrt(SNR)")
-    prior_loss_weight: float = option(1.0, "weight of regularisation pictures", type=float)
-    masked_loss: bool = option(False, "weight the loss by mask pictures, see --conditioning_data_dir")
+    prior_loss_weight: float = option(1.0, "weight of regularisation images", type=float)
+    masked_loss: bool = option(False, "weight the loss by mask images, see --conditioning_data_dir")
 
 
 @dataclass(frozen=True)
@@ -410,7 +410,7 @@ class ValidationOptions:
     """Validation."""
 
     validation_split: float = option(
-        0.0, "share of pictures kept for validation, 0 to 1, where the dataset file does not say", type=float
+        0.0, "share of images kept for validation, 0 to 1, where the dataset file does not say", type=float
     )
     validation_seed: int | None = option(
         None, "seed of that choice and of the noise of validation (as --seed, if not given)", type=int
@@ -454,7 +454,7 @@ class ModelSpecOptions:
     metadata_license: str | None = option(None, "license")
     metadata_tags: str | None = option(None, "tags, separated by commas")
     metadata_usage_hint: str | None = option(None, "how to use it")
-    metadata_thumbnail: str | None = option(None, "picture: a file or a data URL")
+    metadata_thumbnail: str | None = option(None, "image: a file or a data URL")
     metadata_merged_from: str | None = option(None, "models it was merged from")
     metadata_trigger_phrase: str | None = option(None, "words that call it up")
     metadata_preprocessor: str | None = option(None, "preprocessor it needs")
@@ -519,7 +519,7 @@ class TrainNetworkOptions:
 def _group_from_args(group: type[T], args: argparse.Namespace) -> T:
     given = vars(args)
     known = [field for field in dataclasses.fields(group) if field.name in given]  # type: ignore[arg-type]
-    return group(**{field.name: meant(field, given[field.name]) for field in known})
+    return group(**{field.name: normalized(field, given[field.name]) for field in known})
 
 
 def with_groups(kind: type[T], groups: Mapping[str, type]) -> type[T]:

@@ -29,7 +29,7 @@ NOT_WITH_DEEPSPEED = MappingProxyType(
 REFUSED = MappingProxyType(
     {
         "dataset_class": (
-            "a class written against the predecessor's inner classes cannot run here, where pictures, buckets, caches "
+            "a class written against the predecessor's inner classes cannot run here, where images, buckets, caches "
             "and random draws are made apart; describe the data with --dataset_config or --in_json"
         ),
         "ddp_static_graph": "has no effect: gradients are exchanged once a step, after all of them are made; remove it",

@@ -39,7 +39,7 @@ A page for each group. Every option is a flag of the command line and, without i
 
 - `--output_config --config_file run.toml` writes the options of a command line to a file, without secrets.
 - `--explain` shows every option's value and where it comes from: default, file and line, command line, another option.
-- `--dry_run` checks options, data, and the headers of pictures and models, and shows the plan: models, buckets, steps,
+- `--dry_run` checks options, data, and the headers of images and models, and shows the plan: models, buckets, steps,
   trained parameters, files. No weights are loaded.
 - An option that changes nothing in a run is named in a warning; with `--strict` it is an error. The column *has no
   effect* says when that is.

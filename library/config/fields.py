@@ -54,7 +54,7 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def meant(field: dataclasses.Field[Any], value: Any) -> Any:
+def normalized(field: dataclasses.Field[Any], value: Any) -> Any:
     """The value that an option has in a run, of the one that was parsed.
 
     An empty text is none where nothing is the default, as programs that start the scripts write all their fields.
@@ -74,7 +74,7 @@ class _Choices(list[Any]):
         self._field = field
 
     def __contains__(self, value: object) -> bool:
-        return super().__contains__(value) or meant(self._field, value) == self._field.default
+        return super().__contains__(value) or normalized(self._field, value) == self._field.default
 
 
 def int_or_float(text: str) -> int | float:

@@ -36,7 +36,7 @@ class FlowOptions:
     timestep_sampling: str = option(
         "sigma",
         "how timesteps are drawn: by --weighting_scheme (sigma), evenly (uniform), most in the middle (sigmoid), that "
-        "moved towards noise by --discrete_flow_shift (shift) or by the picture's size (flux_shift)",
+        "moved towards noise by --discrete_flow_shift (shift) or by the image's size (flux_shift)",
         choices=["sigma", "uniform", "sigmoid", "shift", "flux_shift"],
     )
     sigmoid_scale: float = option(
@@ -45,7 +45,7 @@ class FlowOptions:
     model_prediction_type: str = option(
         "sigma_scaled",
         "how the model's output is compared: the velocity itself (raw), times the noise level (sigma_scaled), or taken "
-        "as what is added to the noisy picture (additive)",
+        "as what is added to the noisy image (additive)",
         choices=["raw", "additive", "sigma_scaled"],
     )
     discrete_flow_shift: float = option(

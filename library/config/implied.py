@@ -48,7 +48,7 @@ def _text_rate(o: TrainNetworkOptions) -> Implied | None:
         f"--{name}" for name in ("text_encoder_lr1", "text_encoder_lr2") if getattr(o.optimizer, name) is not None
     ]
     if numbered:
-        return Implied(o.optimizer.text_encoder_rates, "follows from " + ", ".join(numbered))
+        return Implied(o.optimizer.text_encoder_lrs, "follows from " + ", ".join(numbered))
     return None if o.network.network_train_unet_only else Implied([o.optimizer.learning_rate], _rate(o).origin)
 
 

@@ -79,11 +79,11 @@ def toml_remedy(text: str, message: str) -> str:
     if value is None:
         return ""
     if re.match(r'"[^"]*\\', value[1]):
-        return r"; write paths with \ in single quotes: 'C:\pictures'"
+        return r"; write paths with \ in single quotes: 'C:\images'"
     if re.match(r"(true|false)\b", value[1], re.IGNORECASE):
         return "; write true or false, in small letters"
     if re.match(r"[A-Za-z/\\~]", value[1]):
-        return r"; texts stand in quotes: 'C:\pictures'"
+        return r"; texts stand in quotes: 'C:\images'"
     if re.match(r"[\d.eE+-]+,", value[1]):
         return "; numbers have a decimal point, and no comma behind them"
     return ""

@@ -129,7 +129,7 @@ def needs_data(o: TrainNetworkOptions) -> Iterator[Finding]:
 def metadata_file(o: TrainNetworkOptions) -> Iterator[Finding]:
     d = o.dataset
     if d.dataset_config is None and d.in_json and d.reg_data_dir:
-        yield error("--reg_data_dir: there are no regularisation pictures with --in_json; remove one of them")
+        yield error("--reg_data_dir: there are no regularisation images with --in_json; remove one of them")
 
 
 def files_exist(o: TrainNetworkOptions) -> Iterator[Finding]:

@@ -32,7 +32,7 @@ class ToolOptions:
     sdxl: bool = option(False, "the model is Stable Diffusion XL")
     flux: bool = option(False, "the model is FLUX.1")
     skip_existing: bool = option(
-        False, "leave pictures whose cache file is there, without looking into it (as --skip_cache_check)"
+        False, "leave images whose cache file is there, without looking into it (as --skip_cache_check)"
     )
 
 
@@ -106,7 +106,7 @@ TEXT_CACHE_OPTIONS = frozenset(
     }
 )  # fmt: skip
 
-#: options of the data that say how captions and batches are made, but not which pictures there are in which size
+#: options of the data that say how captions and batches are made, but not which images there are in which size
 CAPTION_AND_BATCH_OPTIONS = frozenset(
     {
         "caption_separator", "caption_prefix", "caption_suffix", "shuffle_caption", "keep_tokens",

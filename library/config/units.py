@@ -13,9 +13,9 @@ _BY_UNIT = {
     "tokens": ("max_token_length",),
     "tags": ("keep_tokens", "token_warmup_min"),
     "layers": ("clip_skip", "multires_noise_iterations"),
-    "pictures": ("train_batch_size", "vae_batch_size"),
+    "images": ("train_batch_size", "vae_batch_size"),
     "captions": ("text_encoder_batch_size",),
-    "captions a picture": ("text_encoder_cache_variants",),
+    "captions an image": ("text_encoder_cache_variants",),
     "uses an epoch": ("dataset_repeats",),
     "processes": ("max_data_loader_n_workers",),
     "epochs": (

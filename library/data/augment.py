@@ -1,4 +1,4 @@
-"""What changes from use to use of a picture: where it is cropped, and its colours.
+"""What changes from use to use of an image: where it is cropped, and its colours.
 
 All draws come from keyed generators. Sizes are (W, H) pixels, boxes (left, top, right, bottom).
 """
@@ -24,27 +24,27 @@ GAMMA_SHIFT = 0.05
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a bucket lies in a picture: the picture is resized, then cropped; masks go the same way."""
+    """Where a bucket lies in an image: the image is resized, then cropped; masks go the same way."""
 
     resized: Size
-    box: Box  # in the resized picture
+    box: Box  # in the resized image
 
 
 def in_the_middle(size: Size, bucket: Size) -> Placement:
-    """The middle of the picture that just covers the bucket; what caches hold."""
+    """The middle of the image that just covers the bucket; what caches hold."""
     resized = covering_size(size, bucket)
     return Placement(resized, crop_box(resized, bucket))
 
 
 def at_random(size: Size, bucket: Size, rng: random.Random) -> Placement:
-    """Anywhere in the picture that just covers the bucket."""
+    """Anywhere in the image that just covers the bucket."""
     resized = covering_size(size, bucket)
     return Placement(resized, crop_box(resized, bucket, (rng.random(), rng.random())))
 
 
 @dataclass(frozen=True)
 class Face:
-    """A face in a picture, pixels of the upright picture."""
+    """A face in an image, pixels of the upright image."""
 
     center: tuple[int, int]  # (x, y)
     size: Size
@@ -54,7 +54,7 @@ def face_in_name(path: Path, size: Size) -> Face | None:
     """The face that a file's name tells of, as ``tools/detect_face_rotate.py`` names its files.
 
     That is ``<name>_<centre x>_<centre y>_<width>_<height>.<ending>``. ``None`` where the name has no such end, or
-    where it cannot be a face in a picture of this ``size``, such as in ``cat_2023_01_02_03.png``.
+    where it cannot be a face in an image of this ``size``, such as in ``cat_2023_01_02_03.png``.
     """
     parts = path.stem.split("_")
     if len(parts) < 5 or not all(part.isascii() and part.isdigit() for part in parts[-4:]):
@@ -67,14 +67,14 @@ def face_in_name(path: Path, size: Size) -> Face | None:
 def around_face(
     size: Size, bucket: Size, face: Face, factors: tuple[float, float], rng: random.Random, *, moves: bool
 ) -> Placement:
-    """A crop around the face, moved into the picture where it would stick out.
+    """A crop around the face, moved into the image where it would stick out.
 
     Args:
         factors: lowest and highest ratio of the crop's shorter side to the face's longer one; drawn evenly. A crop
-            larger than the picture becomes the whole picture, and none is enlarged that a plain crop would not be.
+            larger than the image becomes the whole image, and none is enlarged that a plain crop would not be.
         moves: off the middle, anywhere where the face stays inside the crop.
     """
-    least = max(bucket[0] / size[0], bucket[1] / size[1])  # the picture just covers the bucket
+    least = max(bucket[0] / size[0], bucket[1] / size[1])  # the image just covers the bucket
     scale = min(bucket) / (max(face.size) * rng.uniform(*factors))
     scale = min(max(scale, least), max(1.0, least))
     resized = (max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale)))
@@ -89,7 +89,7 @@ def around_face(
 
 
 def vary_colours(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Turn the hue and bend the brightness of uint8 (H, W, 3) RGB a little; the same for the whole picture."""
+    """Turn the hue and bend the brightness of uint8 (H, W, 3) RGB a little; the same for the whole image."""
     return change_colours(
         pixels, hue=rng.uniform(-HUE_SHIFT, HUE_SHIFT), gamma=rng.uniform(1 - GAMMA_SHIFT, 1 + GAMMA_SHIFT)
     )

@@ -20,15 +20,15 @@ class Batch:
     latents: Tensor | None  # (B, C, h, w) float32, as caches store them
     images: Tensor | None  # (B, 3, H, W) float32 in [-1, 1]
     loss_masks: Tensor | None  # (B, H, W) float32 in [0, 1], weight of each pixel in the loss; None: all count in full
-    conditioning_images: Tensor | None  # (B, 3, H, W) float32 in [-1, 1], for trainers that condition on pictures
+    conditioning_images: Tensor | None  # (B, 3, H, W) float32 in [-1, 1], for trainers that condition on images
     captions: list[str]
     tokens: dict[str, Tensor]  # batch first; stay on the host until they are encoded
     visits: list[int]  # keys of all randomness of a sample, see library.randomness
     loss_weights: Tensor  # (B,)
     paths: list[str]
     bucket: tuple[int, int]  # (W, H)
-    original_sizes: Tensor  # (B, 2) int64, (H, W) of the pictures
-    crop_top_lefts: Tensor  # (B, 2) int64, (top, left) of the crop in the resized and maybe mirrored picture
+    original_sizes: Tensor  # (B, 2) int64, (H, W) of the images
+    crop_top_lefts: Tensor  # (B, 2) int64, (top, left) of the crop in the resized and maybe mirrored image
     flipped: list[bool]
     network_multiplier: float = 1.0
     #: conditioning from a cache, batch first; tokens are there then only if some encoders are trained

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which sizes there are, and which one a picture is trained at. All sizes are (W, H) pixels."""
+"""Aspect-ratio buckets: which sizes there are, and which one an image is trained at. All sizes are (W, H) pixels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Buckets:
         self._ratios = [width / height for width, height in self._sizes]
 
     def assign(self, size: Size) -> Size:
-        """The bucket of a picture: its own aspect ratio's nearest, or without buckets the resolution."""
+        """The bucket of an image: its own aspect ratio's nearest, or without buckets the resolution."""
         rules = self._rules
         if not rules.enabled:
             return rules.resolution
@@ -69,7 +69,7 @@ def make_sizes(rules: BucketRules) -> list[Size]:
 
 
 def own_size(size: Size, rules: BucketRules) -> Size:
-    """Without enlarging: the picture's size, shrunk to the resolution's area, cut to multiples of ``step``.
+    """Without enlarging: the image's size, shrunk to the resolution's area, cut to multiples of ``step``.
 
     Only a side shorter than ``step`` is enlarged, as nothing smaller can be trained on; the other is then cut where
     the area would be exceeded.
@@ -91,7 +91,7 @@ def _up(value: int, step: int) -> int:
 
 
 def mean_aspect_error(pairs: list[tuple[Size, Size]]) -> float:
-    """Mean absolute difference between pictures' and their buckets' aspect ratios, for the metadata."""
+    """Mean absolute difference between images' and their buckets' aspect ratios, for the metadata."""
     if not pairs:
         return 0.0
     return sum(abs(size[0] / size[1] - bucket[0] / bucket[1]) for size, bucket in pairs) / len(pairs)

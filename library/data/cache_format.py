@@ -1,6 +1,6 @@
 """Latent cache files: the published npz layout, with a stamp of what the latents were made from.
 
-A file lies beside its picture as ``<stem>_<W>x<H><suffix>``, W x H being the picture's own size. Files of the
+A file lies beside its image as ``<stem>_<W>x<H><suffix>``, W x H being the image's own size. Files of the
 predecessor have no stamp; they are used when their arrays fit. Arrays that are none of the layout's are left in a
 file that is made again, as other programs may have put them there.
 """
@@ -35,12 +35,12 @@ _UNNAMED = "arr_0"
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """What a cache holds for one picture."""
+    """What a cache holds for one image."""
 
     latents: np.ndarray  # float32 (C, h, w), as the family stores them
-    latents_flipped: np.ndarray | None  # of the mirrored picture
+    latents_flipped: np.ndarray | None  # of the mirrored image
     original_size: tuple[int, int]  # (W, H)
-    crop_ltrb: tuple[int, int, int, int]  # in the resized picture
+    crop_ltrb: tuple[int, int, int, int]  # in the resized image
     alpha_mask: np.ndarray | None = None  # float32 (H, W) 0..1, opacity of the bucket's pixels, not mirrored
 
 
@@ -70,20 +70,20 @@ class Stamp:
 
 
 def make_stamp(image: Path, *, vae: str, bucket: tuple[int, int], interpolation: str | None) -> Stamp:
-    """The stamp of latents made now; reads the whole picture file.
+    """The stamp of latents made now; reads the whole image file.
 
-    To be called before the pixels are read: a picture that changes in between is then found out of date.
+    To be called before the pixels are read: an image that changes in between is then found out of date.
     """
     return Stamp(image_digest(image), file_identity(image), vae, bucket, interpolation)
 
 
 def _same_source(one: Stamp, other: Stamp) -> bool:
-    """Whether latents with these stamps are the same, wherever their pictures lay."""
+    """Whether latents with these stamps are the same, wherever their images lay."""
     return replace(one, image_file=other.image_file) == other
 
 
 def image_digest(image: Path) -> str:
-    """Hash of a picture file's bytes."""
+    """Hash of an image file's bytes."""
     digest = hashlib.blake2b(digest_size=16)
     with image.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -95,7 +95,7 @@ def is_current(stamp: Stamp, image: Path, *, vae: str, bucket: tuple[int, int], 
     """Whether latents with this stamp are what would be made now.
 
     Size and time of the content do not tell (copying with times, or swapping two files, keeps them); together with
-    inode and its time of change they do, and a picture is then not read. All others are compared by their bytes.
+    inode and its time of change they do, and an image is then not read. All others are compared by their bytes.
     """
     made_from = (stamp.version, stamp.vae, stamp.bucket, stamp.interpolation)
     if made_from != (_STAMP_VERSION, vae, bucket, interpolation):
@@ -104,7 +104,7 @@ def is_current(stamp: Stamp, image: Path, *, vae: str, bucket: tuple[int, int], 
 
 
 def cache_path(image: Path, size: tuple[int, int], format: LatentFormat) -> Path:
-    """Where the latents of a picture of ``size`` (W, H) lie; an old ``<stem>.npz`` is used if it is there."""
+    """Where the latents of an image of ``size`` (W, H) lie; an old ``<stem>.npz`` is used if it is there."""
     old = image.with_suffix(".npz")
     if not format.multi_resolution and old.exists():
         return old
@@ -123,7 +123,7 @@ def check_places(paths: Iterable[Path], flag: str) -> None:
     paths = list(paths)
     folders = dict.fromkeys(path.parent for path in paths)
     problems = [
-        f"{folder}: may not be written, where files are to be cached beside the pictures; allow it, or train without "
+        f"{folder}: may not be written, where files are to be cached beside the images; allow it, or train without "
         f"{flag}"
         for folder in folders
         if not os.access(folder, os.W_OK)
@@ -132,7 +132,7 @@ def check_places(paths: Iterable[Path], flag: str) -> None:
     if long:
         more = f", and {len(long) - 1} more" if len(long) > 1 else ""
         problems.append(
-            f"{long[0]}{more}: the name is too long for a file; shorten the picture's, or train without {flag}"
+            f"{long[0]}{more}: the name is too long for a file; shorten the image's, or train without {flag}"
         )
     if problems:
         raise UserError("\n".join(problems))
@@ -224,7 +224,7 @@ def read_sample(
     """What one use needs of a file that ``read_cache`` found good; ``None`` for what is no longer there.
 
     Args:
-        flipped: whether of the mirrored picture.
+        flipped: whether of the mirrored image.
         alpha_mask: whether the mask is needed too.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Mask and conditioning pictures: finding the one of each picture, and what a trainer may use them for."""
+"""Mask and conditioning images: finding the one of each image, and what a trainer may use them for."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from library.data.dataset_config import DatasetConfig, SubsetSpec
-from library.data.image_io import is_picture_name, read_size
+from library.data.image_io import is_image_name, read_size
 from library.data.records import ImageRecord
 from library.data.same_file import same_file
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-#: what pictures of ``conditioning_data_dir`` are to a trainer: weights of the loss, or input of the model
+#: what images of ``conditioning_data_dir`` are to a trainer: weights of the loss, or input of the model
 Role = Literal["mask", "image"]
 
 #: names shown in one message
@@ -29,10 +29,10 @@ _ASPECT_TOLERANCE = 0.03
 
 
 def check_roles(config: DatasetConfig, role: Role, *, masked_loss: bool) -> None:
-    """Refuse mask and conditioning pictures that would not be used, and missing ones.
+    """Refuse mask and conditioning images that would not be used, and missing ones.
 
     Args:
-        role: of conditioning pictures, a matter of the trainer.
+        role: of conditioning images, a matter of the trainer.
         masked_loss: whether the user asked for it.
 
     Raises:
@@ -42,13 +42,13 @@ def check_roles(config: DatasetConfig, role: Role, *, masked_loss: bool) -> None
     problems = []
     if role == "image":
         problems += [
-            f"{subset.where}: conditioning_data_dir: is missing: name the folder with the conditioning pictures"
+            f"{subset.where}: conditioning_data_dir: is missing: name the folder with the conditioning images"
             for subset in subsets
             if subset.conditioning_dir is None
         ]
     elif not masked_loss:
         problems += [
-            f"{subset.where}: conditioning_data_dir: mask pictures are used with --masked_loss only; add it, or remove "
+            f"{subset.where}: conditioning_data_dir: mask images are used with --masked_loss only; add it, or remove "
             "the key"
             for subset in subsets
             if subset.conditioning_dir is not None
@@ -56,48 +56,48 @@ def check_roles(config: DatasetConfig, role: Role, *, masked_loss: bool) -> None
     elif not any(subset.conditioning_dir is not None or subset.alpha_mask for subset in subsets):
         problems.append(
             f"--masked_loss: {config.source} names no masks; set conditioning_data_dir to the folder with mask "
-            "pictures, or alpha_mask = true, in a subset"
+            "images, or alpha_mask = true, in a subset"
         )
     if problems:
         raise UserError("\n".join(problems))
 
 
 def pair(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageRecord]:
-    """Records with the conditioning picture of the same name (but for the ending); as they are, if there is no folder.
+    """Records with the conditioning image of the same name (but for the ending); as they are, if there is no folder.
 
     Raises:
-        UserError: conditioning pictures that are missing, ambiguous or unreadable; all at once.
+        UserError: conditioning images that are missing, ambiguous or unreadable; all at once.
     """
     folder = subset.conditioning_dir
     if folder is None:
         return list(records)
     by_stem: dict[str, list[Path]] = defaultdict(list)
-    for path in _pictures_in(folder):
+    for path in _images_in(folder):
         by_stem[path.stem].append(path)
     problems = []
     missing = [record.path.name for record in records if record.path.stem not in by_stem]
     if missing:
         problems.append(
-            f"{subset.where}: conditioning_data_dir: {folder} has no picture of the same name for {_some(missing)}"
+            f"{subset.where}: conditioning_data_dir: {folder} has no image of the same name for {_some(missing)}"
         )
     wanted = {record.path.stem for record in records}
     for stem in sorted(wanted):
         if len(by_stem.get(stem, ())) > 1:
             names = ", ".join(path.name for path in by_stem[stem])
             problems.append(
-                f"{subset.where}: conditioning_data_dir: {folder} has several pictures of one name: {names}; keep one"
+                f"{subset.where}: conditioning_data_dir: {folder} has several images of one name: {names}; keep one"
             )
     if problems:
         raise UserError("\n".join(problems))
     return _readable(subset, [replace(record, conditioning=by_stem[record.path.stem][0]) for record in records])
 
 
-def _pictures_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if is_picture_name(path.name) and path.is_file())
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
 
 
 def _readable(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageRecord]:
-    """Read every header, so that a damaged picture is found now and not in the middle of a run.
+    """Read every header, so that a damaged image is found now and not in the middle of a run.
 
     With ``on_bad_image`` "skip", what has a damaged one is left out.
     """
@@ -115,7 +115,7 @@ def _readable(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageR
     damaged = [str(found) for found in aspects if isinstance(found, UserError)]
     if damaged and subset.on_bad_image == "skip" and len(damaged) < len(records):
         for line in damaged:
-            logger.warning("%s; left out with its picture (--on_bad_image skip)", line)
+            logger.warning("%s; left out with its image (--on_bad_image skip)", line)
     elif damaged:
         more = [f"{subset.conditioning_dir}: and {len(damaged) - _SHOWN} more files like these"]
         raise UserError("\n".join(damaged[:_SHOWN] + (more if len(damaged) > _SHOWN else [])))
@@ -127,14 +127,14 @@ def _readable(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageR
     ]
     if stretched:
         logger.warning(
-            "%s: conditioning_data_dir: other aspect ratios than their pictures, to which they are stretched: %s",
+            "%s: conditioning_data_dir: other aspect ratios than their images, to which they are stretched: %s",
             *(subset.where, _some(stretched)),
         )
     return [record for record, _ in whole]
 
 
 def check_none_is_extra(subsets: Iterable[tuple[SubsetSpec, Sequence[ImageRecord]]]) -> None:
-    """Refuse conditioning pictures that belong to no picture: a name is misspelt, or a picture was lost.
+    """Refuse conditioning images that belong to no image: a name is misspelt, or an image was lost.
 
     Args:
         subsets: every subset of the run with its records, as several may share a folder.
@@ -151,15 +151,15 @@ def check_none_is_extra(subsets: Iterable[tuple[SubsetSpec, Sequence[ImageRecord
         spelt.setdefault(folder, subset.conditioning_dir)
         known[folder] |= {record.path.stem for record in records}
         if subset.on_bad_image == "skip":  # what was left out has a mask all the same
-            of_pictures = {record.folder for record in records} | ({subset.image_dir} if subset.image_dir else set())
-            known[folder] |= {path.stem for place in of_pictures for path in _pictures_in(place)}
+            of_images = {record.folder for record in records} | ({subset.image_dir} if subset.image_dir else set())
+            known[folder] |= {path.stem for place in of_images for path in _images_in(place)}
     problems = []
     for folder, place in spelt.items():
-        extra = [path.name for path in _pictures_in(place) if path.stem not in known[folder]]
+        extra = [path.name for path in _images_in(place) if path.stem not in known[folder]]
         if extra:
             problems.append(
-                f"conditioning_data_dir {place}: no picture has the name of {_some(extra)}; rename or remove what "
-                "belongs to no picture"
+                f"conditioning_data_dir {place}: no image has the name of {_some(extra)}; rename or remove what "
+                "belongs to no image"
             )
     if problems:
         raise UserError("\n".join(problems))

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 CELLS = 12
 #: samples side by side
 COLUMNS = 4
-#: bounds of a drawn picture's longer side, pixels; none is enlarged
+#: bounds of a drawn image's longer side, pixels; none is enlarged
 LEAST_SIDE, LARGEST_SIDE = 240, 384
 #: lines of a caption; the whole of it is in LIST_NAME
 CAPTION_LINES = 8
 
-LIST_NAME = "pictures.jsonl"
+LIST_NAME = "images.jsonl"
 _SHEET = re.compile(r"sheet_\d{4,}\.jpg")
 
 _GAP, _TEXT, _LINE = 8, 13, 17  # pixels: between things, height of letters, distance of lines
@@ -52,8 +52,8 @@ class Shown:
     conditioning: np.ndarray | None  # uint8 (H, W, 3)
     caption: str  # of this use
     bucket: tuple[int, int]  # (W, H)
-    size: tuple[int, int]  # (W, H) of the upright picture file
-    corner: tuple[int, int]  # (left, top) of the crop in the resized, maybe mirrored picture
+    size: tuple[int, int]  # (W, H) of the upright image file
+    corner: tuple[int, int]  # (left, top) of the crop in the resized, maybe mirrored image
     flipped: bool
     loss_weight: float
 
@@ -80,7 +80,7 @@ class Shown:
         if self.mask is not None:
             weight += f", mask {self.mask.mean() / 255:.0%} on average"
         return [
-            f"epoch {self.epoch}, step {self.step}, batch {self.batch}, picture {self.place}",
+            f"epoch {self.epoch}, step {self.step}, batch {self.batch}, image {self.place}",
             f"bucket {self.bucket[0]}x{self.bucket[1]}, file {self.size[0]}x{self.size[1]}",
             f"crop begins at {self.corner[0]},{self.corner[1]}" + (", mirrored" if self.flipped else ""),
             weight,
@@ -88,13 +88,13 @@ class Shown:
 
     @property
     def panels(self) -> list[np.ndarray]:
-        """The picture and what goes with it."""
+        """The image and what goes with it."""
         found = [self.pixels, self.mask, self.conditioning]
         return [panel for panel in found if panel is not None]
 
 
 def samples_of(batch: Batch, *, epoch: int, step: int, number: int) -> list[Shown]:
-    """The samples of a batch that was made from pictures, not from cached latents.
+    """The samples of a batch that was made from images, not from cached latents.
 
     Args:
         epoch: from 1.
@@ -137,7 +137,7 @@ def _to_bytes(image: Tensor) -> np.ndarray:
 
 
 def draw_sheet(samples: Sequence[Shown]) -> Image.Image:
-    """Samples in rows, each with its mask and conditioning picture beside it and its text below."""
+    """Samples in rows, each with its mask and conditioning image beside it and its text below."""
     side = min(max(max(sample.bucket) for sample in samples), LARGEST_SIDE)
     panels = max(len(sample.panels) for sample in samples)
     width = max(panels * (side + _GAP) + _GAP, LEAST_SIDE)
@@ -158,12 +158,12 @@ def _draw_cell(sample: Shown, width: int, side: int) -> Image.Image:
     name = wrapped(printable(Path(sample.path).name), font, text_width, 2)
     facts = [line for text in sample.lines() for line in wrapped(text, font, text_width, 2)]
     caption = wrapped(printable(sample.caption) or "(no caption)", font, text_width, CAPTION_LINES)
-    pictures = [_shrunk(panel, side) for panel in sample.panels]
-    top = max(picture.height for picture in pictures) + 2 * _GAP
+    images = [_shrunk(panel, side) for panel in sample.panels]
+    top = max(image.height for image in images) + 2 * _GAP
     lines = [*((line, _INK) for line in name), *((line, _FAINT) for line in facts), *((line, _INK) for line in caption)]
     cell = Image.new("RGB", (width, top + len(lines) * _LINE + _GAP), _SHADES[sample.batch % len(_SHADES)])
-    for index, picture in enumerate(pictures):
-        cell.paste(picture, (_GAP + index * (side + _GAP), _GAP))
+    for index, image in enumerate(images):
+        cell.paste(image, (_GAP + index * (side + _GAP), _GAP))
     draw = ImageDraw.Draw(cell)
     for index, (line, colour) in enumerate(lines):
         draw.text((_GAP, top + index * _LINE), line, fill=colour, font=font)
@@ -171,9 +171,9 @@ def _draw_cell(sample: Shown, width: int, side: int) -> Image.Image:
 
 
 def _shrunk(pixels: np.ndarray, side: int) -> Image.Image:
-    picture = Image.fromarray(pixels).convert("RGB")
-    picture.thumbnail((side, side))
-    return picture
+    image = Image.fromarray(pixels).convert("RGB")
+    image.thumbnail((side, side))
+    return image
 
 
 @functools.cache

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["Batch", "BatchRef", "BucketedDataset", "TrainingData", "Use"]
 
 
-#: pictures in an epoch, by their repeats, from where on their order alone would take gigabytes
+#: images in an epoch, by their repeats, from where on their order alone would take gigabytes
 _MOST_USES = 20_000_000
 
 
@@ -66,12 +66,12 @@ Find = Callable[[SubsetSpec, int, "Seen | None"], list[ImageRecord]]
 
 
 def find_subset(subset: SubsetSpec, index: int, seen: Seen | None) -> list[ImageRecord]:
-    """A subset's pictures with their captions and masks. Raises UserError: all that is wrong with them."""
+    """A subset's images with their captions and masks. Raises UserError: all that is wrong with them."""
     return pair(subset, discover(subset, index, seen))
 
 
 def find_records(spec: DatasetSpec, seen: Seen | None = None, find: Find = find_subset) -> list[ImageRecord]:
-    """The records of all subsets of a dataset, with their conditioning pictures; for ``seen`` see ``discover``."""
+    """The records of all subsets of a dataset, with their conditioning images; for ``seen`` see ``discover``."""
     records: list[ImageRecord] = []
     problems = []
     for index, subset in enumerate(spec.subsets):
@@ -118,12 +118,12 @@ class BucketedDataset:
         count = self.num_train + self.num_reg
         if count > _MOST_USES:
             raise UserError(
-                f"{most.where}: num_repeats {most.num_repeats}: an epoch would have {count:,} pictures; lower it, and "
+                f"{most.where}: num_repeats {most.num_repeats}: an epoch would have {count:,} images; lower it, and "
                 "raise --max_train_epochs"
             )
 
     def _uses(self) -> list[Use]:
-        """What an epoch is made of: training pictures by their repeats, as many regularisation pictures."""
+        """What an epoch is made of: training images by their repeats, as many regularisation images."""
         train, regularisation = [], []
         for index in range(len(self.records)):
             subset = self.subset(index)
@@ -131,7 +131,7 @@ class BucketedDataset:
             (regularisation if subset.is_reg else train).extend(uses)
         if not regularisation:
             return train
-        # repeats first over all pictures, so that each is used before one is used again
+        # repeats first over all images, so that each is used before one is used again
         regularisation.sort(key=lambda use: (use.repeat, use.record))
         drawn: list[Use] = []
         rounds = 0
@@ -143,12 +143,12 @@ class BucketedDataset:
 
     @property
     def num_train(self) -> int:
-        """Training pictures by their repeats."""
+        """Training images by their repeats."""
         return self._count(is_reg=False)
 
     @property
     def num_reg(self) -> int:
-        """Regularisation pictures by their repeats; an epoch uses as many as there are training pictures."""
+        """Regularisation images by their repeats; an epoch uses as many as there are training images."""
         return self._count(is_reg=True)
 
     def _count(self, *, is_reg: bool) -> int:
@@ -204,7 +204,7 @@ def _check_steps(spec: DatasetSpec, format: LatentFormat) -> None:
 
 
 def _check_faces(spec: DatasetSpec, records: Sequence[ImageRecord]) -> None:
-    """Say which pictures cannot be cropped around a face; an error where none of a subset can."""
+    """Say which images cannot be cropped around a face; an error where none of a subset can."""
     problems = []
     for subset, of_subset in by_subset(spec, records):
         if subset.face_crop_range is None or not of_subset:
@@ -212,12 +212,12 @@ def _check_faces(spec: DatasetSpec, records: Sequence[ImageRecord]) -> None:
         without = [record.path.name for record in of_subset if face_in_name(record.path, record.size) is None]
         if len(without) == len(of_subset):
             problems.append(
-                f"{subset.where}: face_crop_aug_range: no picture's name tells where the face is; names must end with "
+                f"{subset.where}: face_crop_aug_range: no image's name tells where the face is; names must end with "
                 "_<centre x>_<centre y>_<width>_<height>; or write face_crop_aug_range = [] here"
             )
         elif without:
             logger.warning(
-                "%s: face_crop_aug_range: cropped as without it, as their names tell no face: %d pictures, such as %s",
+                "%s: face_crop_aug_range: cropped as without it, as their names tell no face: %d images, such as %s",
                 *(subset.where, len(without), without[0]),
             )
     if problems:
@@ -228,18 +228,18 @@ class TrainingData:
     """The data of a run, all datasets together.
 
     ``datasets`` are what is trained on, and ``validation_datasets`` what is kept from it; a dataset is in either, or
-    in both with a part of its pictures each.
+    in both with a part of its images each.
 
     Args:
         config: the checked dataset file.
         seed: of the run.
         latent: the family's latent format.
-        prior_loss_weight: weight of regularisation pictures.
-        conditioning_as: what the pictures of ``conditioning_data_dir`` become in a batch.
+        prior_loss_weight: weight of regularisation images.
+        conditioning_as: what the images of ``conditioning_data_dir`` become in a batch.
         find: finds the records of a subset.
 
     Raises:
-        UserError: unreadable pictures, missing captions, sizes that do not fit; see ``discover``.
+        UserError: unreadable images, missing captions, sizes that do not fit; see ``discover``.
     """
 
     def __init__(
@@ -283,8 +283,8 @@ class TrainingData:
         )
         self._loader: Loader | None = None
 
-    def picture_count(self) -> int:
-        """Different pictures in different sizes, over all datasets."""
+    def image_count(self) -> int:
+        """Different images in different sizes, over all datasets."""
         return len(self._wanted())
 
     # ---- the order ----
@@ -300,7 +300,7 @@ class TrainingData:
         """One process's batches of an epoch (counted from 0), in order.
 
         Every process gets equally many; to fill the last round, the epoch's first batches are used once more,
-        as further repeats of their pictures, so that captions and noise differ.
+        as further repeats of their images, so that captions and noise differ.
         """
         found = [ref for index, d in enumerate(self.datasets) for ref in d.batches(self.seed, epoch, index)]
         order = permutation(len(found), self.seed, "batches", epoch)
@@ -328,7 +328,7 @@ class TrainingData:
         peers: Peers = Peers(),
         pin_memory: bool = False,
     ) -> int:
-        """Make the cache complete; returns how many pictures had to be encoded. For the arguments see ``fill``."""
+        """Make the cache complete; returns how many images had to be encoded. For the arguments see ``fill``."""
         self.maker.latents, made = fill(
             self._wanted(),
             encode,
@@ -344,7 +344,7 @@ class TrainingData:
         return made
 
     def _wanted(self) -> list[Wanted]:
-        """What the latent cache must hold; a picture mirrored in one subset only is listed once, with both.
+        """What the latent cache must hold; an image mirrored in one subset only is listed once, with both.
 
         The same goes for its alpha mask.
         """
@@ -360,7 +360,7 @@ class TrainingData:
         return list(merged.values())
 
     def captioned(self) -> Iterator[tuple[ImageRecord, CaptionRules]]:
-        """Every picture that is used, for training or validation, with the rules of its caption."""
+        """Every image that is used, for training or validation, with the rules of its caption."""
         for dataset in (*self.datasets, *self.validation_datasets):
             for record in sorted({use.record for use in dataset.uses}):
                 yield dataset.records[record], dataset.subset(record).captions
@@ -386,7 +386,7 @@ class TrainingData:
         of a batch, for the tag warm-up; without it, the warm-up counts as over.
 
         Raises:
-            UserError: while iterating: a picture or cache file that cannot be read; a worker that was killed.
+            UserError: while iterating: an image or cache file that cannot be read; a worker that was killed.
         """
         if self._loader is None:
             workers = min(num_workers, self.batches_per_process(world_size))

@@ -36,7 +36,7 @@ from library.data.dataset_keys import (
     parse_size,
 )
 from library.data.effects import Place, Unused
-from library.data.image_io import EXTENSIONS, is_picture_name
+from library.data.image_io import EXTENSIONS, is_image_name
 from library.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SubsetSpec:
-    """One folder of pictures, or the pictures of one metadata file."""
+    """One folder of images, or the images of one metadata file."""
 
     where: str  # for messages: "data.toml: [[datasets]] 1 > [[datasets.subsets]] 2"
     image_dir: Path | None  # may be missing beside a metadata file that holds full paths
@@ -58,13 +58,13 @@ class SubsetSpec:
     face_crop_range: tuple[float, float] | None  # lowest and highest ratio of crop to face
     color_aug: bool
     alpha_mask: bool
-    conditioning_dir: Path | None  # mask or conditioning pictures, with the names of the pictures
+    conditioning_dir: Path | None  # mask or conditioning images, with the names of the images
     resize_interpolation: str | None
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
     metadata_file: Path | None = None  # captions and tags of the fine-tuning method, instead of caption files
     cache_info: bool = False  # remember sizes and captions in the folder
     on_bad_image: str = "stop"  # or "skip"
-    validation_split: float = 0.0  # share of its pictures that are kept for validation, 0 to 1
+    validation_split: float = 0.0  # share of its images that are kept for validation, 0 to 1
 
     @property
     def source(self) -> Path:
@@ -83,7 +83,7 @@ class DatasetSpec:
     network_multiplier: float
     resize_interpolation: str | None
     subsets: tuple[SubsetSpec, ...]
-    validation_seed: int | None = None  # of the choice of validation pictures and of their noise; the run's, if None
+    validation_seed: int | None = None  # of the choice of validation images and of their noise; the run's, if None
 
     @property
     def is_dreambooth(self) -> bool:
@@ -98,7 +98,7 @@ class DatasetConfig:
 
     @property
     def validates(self) -> bool:
-        """Whether any pictures are kept for validation."""
+        """Whether any images are kept for validation."""
         return any(subset.validation_split > 0 for dataset in self.datasets for subset in dataset.subsets)
 
 
@@ -142,7 +142,7 @@ def load_json(path: Path) -> Any:
 def _from_folders(options: DatasetOptions) -> dict[str, Any]:
     """``--train_data_dir`` and ``--reg_data_dir``: sub-folders named ``<repeats>_<class tokens>``.
 
-    With ``--in_json``, a metadata file, ``--train_data_dir`` is the folder of the pictures themselves; with
+    With ``--in_json``, a metadata file, ``--train_data_dir`` is the folder of the images themselves; with
     ``--conditioning_data_dir`` it may hold them itself.
     """
     if options.in_json:
@@ -159,7 +159,7 @@ def _from_folders(options: DatasetOptions) -> dict[str, Any]:
             continue
         if problem := _folder_problem(folder):
             raise UserError(f"{flag} {folder}: {problem}")
-        if options.conditioning_data_dir and not is_reg and any(_has_pictures(Path(folder))):
+        if options.conditioning_data_dir and not is_reg and any(_has_images(Path(folder))):
             subsets.append({"image_dir": folder, "num_repeats": 1})
             continue
         found = []
@@ -175,7 +175,7 @@ def _from_folders(options: DatasetOptions) -> dict[str, Any]:
         if not found:
             raise UserError(
                 f"{flag} {folder}: has no folder named <repeats>_<class tokens>, such as '10_sks cat'; name the parent "
-                "of the picture folders"
+                "of the image folders"
             )
         subsets += found
     return {"datasets": [{"subsets": subsets}]}
@@ -230,7 +230,7 @@ class _Reader:
             datasets.append(self._dataset(table, general, f"[[datasets]] {index}"))
         if datasets and not any(dataset.is_dreambooth for dataset in datasets):
             for key in (name for name in NOT_WITH_METADATA if general.get(name)):
-                logger.warning("%s: [general]: %s: has no effect on pictures of metadata files", self._source, key)
+                logger.warning("%s: [general]: %s: has no effect on images of metadata files", self._source, key)
         if self._problems:
             raise UserError("\n".join(self._problems))
         for warning in self._unused.warnings():
@@ -307,7 +307,7 @@ class _Reader:
             for index, subset in enumerate(subsets, start=1)
         ]
         if not self._problems and any(specs) and all(spec is None or spec.is_reg for spec in specs):
-            self._problem(where, "is_reg", "all subsets are regularisation pictures; there is nothing to train on")
+            self._problem(where, "is_reg", "all subsets are regularisation images; there is nothing to train on")
         if subsets and not self._problems and all(spec is None for spec in specs):
             self._problem(where, "num_repeats", "is 0 for every subset; nothing is left to train on")
         return DatasetSpec(
@@ -321,7 +321,7 @@ class _Reader:
 
     def _refuse_with_metadata(self, own: Mapping[str, Any], where: str) -> None:
         for key in (name for name in NOT_WITH_METADATA if own.get(name)):
-            self._problem(where, key, "only for pictures with caption files, not with metadata_file; remove it")
+            self._problem(where, key, "only for images with caption files, not with metadata_file; remove it")
 
     def _check_sides(self, rules: BucketRules, where: str) -> None:
         resolution = rules.resolution
@@ -360,7 +360,7 @@ class _Reader:
         self._check_cached_texts(values, where)
         conditioning = values["conditioning_data_dir"] or None
         if values["is_reg"] and "conditioning_data_dir" not in own:
-            conditioning = None  # the command line's folder is that of the training pictures
+            conditioning = None  # the command line's folder is that of the training images
         if conditioning and (problem := _folder_problem(conditioning)):
             self._problem(where, "conditioning_data_dir", f"{conditioning}: {problem}")
             return None
@@ -369,7 +369,7 @@ class _Reader:
             return None
         if values["is_reg"] and own.get("validation_split"):
             logger.warning(
-                "%s: %s: validation_split has no effect: regularisation pictures are never validated on",
+                "%s: %s: validation_split has no effect: regularisation images are never validated on",
                 *(self._source, where),
             )
         if not self._problems:  # else values may be missing
@@ -428,7 +428,7 @@ class _Reader:
                     self._problem(
                         where,
                         name,
-                        f"with {flag}, each picture has one caption for the whole run; add "
+                        f"with {flag}, each image has one caption for the whole run; add "
                         "--text_encoder_cache_variants 8 for eight of them, or remove one of the two",
                     )
         if values["token_warmup_step"]:
@@ -448,32 +448,32 @@ class _Reader:
                 self._problem(where, "image_dir", f"{folder}: {problem}")
         elif not folder:
             if folder == "" or isinstance(table, Mapping) and not {"image_dir", "metadata_file"} & set(table):
-                self._problem(where, "image_dir", "is missing: name the folder with the pictures")
+                self._problem(where, "image_dir", "is missing: name the folder with the images")
             return False
         elif problem := _folder_problem(folder):
             self._problem(where, "image_dir", f"{folder}: {problem}")
-        elif not any(_has_pictures(Path(folder))):
-            self._problem(where, "image_dir", f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}){_inside(folder)}")
+        elif not any(_has_images(Path(folder))):
+            self._problem(where, "image_dir", f"{folder}: holds no images ({', '.join(EXTENSIONS)}){_inside(folder)}")
         return len(self._problems) == before
 
 
 def _folder_problem(folder: str) -> str | None:
-    """Why pictures cannot be looked for there; ``None`` if they can."""
+    """Why images cannot be looked for there; ``None`` if they can."""
     if not os.path.isdir(folder):
         return f"no such folder{home_hint(folder)}"
     # a folder that may be listed but not entered gives names alone
     return None if os.access(folder, os.R_OK | os.X_OK) else "may not be read (permission denied)"
 
 
-def _has_pictures(folder: Path) -> Iterator[bool]:
+def _has_images(folder: Path) -> Iterator[bool]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if is_picture_name(entry.name) and not entry.is_dir():
+            if is_image_name(entry.name) and not entry.is_dir():
                 yield True
 
 
 def _inside(folder: str) -> str:
-    """A hint if the pictures lie one level deeper, where they are not looked for."""
+    """A hint if the images lie one level deeper, where they are not looked for."""
     inner = sorted(path for path in Path(folder).iterdir() if path.is_dir() and os.access(path, os.R_OK | os.X_OK))
-    found = next((path.name for path in inner if any(_has_pictures(path))), None)
+    found = next((path.name for path in inner if any(_has_images(path))), None)
     return f"; folders inside are not searched: name each in a subset of its own, such as {found}" if found else ""

@@ -68,7 +68,7 @@ OTHER_NAMES = {"interpolation_type": "resize_interpolation"}
 NOT_WITH_CACHED_LATENTS = ("random_crop", "face_crop_aug_range", "color_aug")
 #: what draws captions anew at each use, so that several of them must be encoded
 NEEDS_CAPTION_VARIANTS = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate")
-#: keys that say nothing about the pictures of a metadata file
+#: keys that say nothing about the images of a metadata file
 NOT_WITH_METADATA = ("caption_extension", "class_tokens", "is_reg", "cache_info")
 
 #: what belongs on the command line only

@@ -148,16 +148,16 @@ def summary_rows(data: TrainingData) -> list[tuple[str, str]]:
     rows = []
     for number, dataset in enumerate(data.datasets, start=1):
         name = "data" if len(data.datasets) == 1 else f"data {number}"
-        reg = f" and {dataset.num_reg} regularisation pictures" if dataset.num_reg else ""
-        rows.append((name, f"{dataset.num_train} pictures an epoch{reg}, batch size {dataset.spec.batch_size}"))
+        reg = f" and {dataset.num_reg} regularisation images" if dataset.num_reg else ""
+        rows.append((name, f"{dataset.num_train} images an epoch{reg}, batch size {dataset.spec.batch_size}"))
         sizes = ", ".join(f"{w}x{h}: {count}" for (w, h), count in dataset.bucket_counts().items())
         rows.append(("buckets" if len(data.datasets) == 1 else f"buckets {number}", sizes))
     if data.validation_datasets:
-        rows.append(("validation", f"{sum(len(d.records) for d in data.validation_datasets)} pictures"))
+        rows.append(("validation", f"{sum(len(d.records) for d in data.validation_datasets)} images"))
     return rows
 
 
 def validation_set(data: TrainingData) -> str:
-    """A short text that differs where other pictures are validated on."""
+    """A short text that differs where other images are validated on."""
     names = [part for d in data.validation_datasets for record in d.records for part in name_of(record)]
     return f"{len(names) // 2} ({key(*names):016x})"

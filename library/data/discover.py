@@ -1,4 +1,4 @@
-"""Finding a subset's pictures, their captions and sizes; files are read in parallel."""
+"""Finding a subset's images, their captions and sizes; files are read in parallel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from library.data.dataset_config import SubsetSpec
 from library.data.image_io import read_size
 from library.data.metadata_cache import Entry, MetadataCache, no_collection, remembers_many
 from library.data.metadata_file import read_metadata
-from library.data.picture_folder import PictureFolder
+from library.data.image_folder import ImageFolder
 from library.data.records import ImageRecord
 from library.data.stamp_ahead import has_caption
 from library.errors import UserError
@@ -27,45 +27,45 @@ T = TypeVar("T")
 K = TypeVar("K")
 Size = tuple[int, int]
 
-#: what was found out about pictures, by folder and name; shared by the subsets of a run that have the same folder
+#: what was found out about images, by folder and name; shared by the subsets of a run that have the same folder
 Seen = dict[Path, dict[str, Size | UserError]]
 
 #: names shown in one message
 _SHOWN = 3
 
-#: pictures handed to a thread at a time: one alone takes less time than handing it over
+#: images handed to a thread at a time: one alone takes less time than handing it over
 _CHUNK = 64
 
-#: seconds a picture from which on threads are faster; from the page cache it takes a tenth
+#: seconds an image from which on threads are faster; from the page cache it takes a tenth
 _SLOW = 3e-4
 
 
 @dataclass
 class Faults:
-    """What is wrong with the pictures of one or more subsets, for those who want all of it instead of an error."""
+    """What is wrong with the images of one or more subsets, for those who want all of it instead of an error."""
 
-    unreadable: dict[Path, str] = field(default_factory=dict)  # picture -> why
-    captions: dict[Path, str] = field(default_factory=dict)  # picture whose caption file cannot be read -> why
+    unreadable: dict[Path, str] = field(default_factory=dict)  # image -> why
+    captions: dict[Path, str] = field(default_factory=dict)  # image whose caption file cannot be read -> why
     without_caption: dict[Path, str] = field(default_factory=dict)  # neither caption file nor class tokens -> ending
 
 
 def discover(
     subset: SubsetSpec, index: int, seen: Seen | None = None, faults: Faults | None = None
 ) -> list[ImageRecord]:
-    """All records of a subset, in the order of the pictures' names.
+    """All records of a subset, in the order of the images' names.
 
-    Pictures that cannot be read end the run with one line each or, with ``subset.on_bad_image`` "skip", are left out
+    Images that cannot be read end the run with one line each or, with ``subset.on_bad_image`` "skip", are left out
     with a warning each.
 
     Args:
         index: of the subset in its dataset.
         seen: taken from and added to, so that a folder of several subsets is measured once.
-        faults: filled with what would otherwise end the run, whatever ``subset.on_bad_image`` says; pictures without
+        faults: filled with what would otherwise end the run, whatever ``subset.on_bad_image`` says; images without
             a caption get an empty one, and the list may be empty. A metadata file with mistakes still raises.
 
     Raises:
-        UserError: pictures or captions that cannot be read, pictures without caption where there are no class tokens
-            (all at once); a folder of which no picture is left; a metadata file with mistakes.
+        UserError: images or captions that cannot be read, images without caption where there are no class tokens
+            (all at once); a folder of which no image is left; a metadata file with mistakes.
     """
     seen = {} if seen is None else seen
     with no_collection():
@@ -79,9 +79,9 @@ def _in_folder(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None
     known = seen.setdefault(folder, {})
     reported = {name for name, found in known.items() if isinstance(found, UserError)}
     many = subset.cache_info and remembers_many(folder)
-    with PictureFolder(folder, subset.caption_extension, stamps_ahead=many) as files:
+    with ImageFolder(folder, subset.caption_extension, stamps_ahead=many) as files:
         cache = MetadataCache(folder) if subset.cache_info else None
-        found = _look_at_all(_Look(subset, index, files, cache, known), files.pictures)
+        found = _look_at_all(_Look(subset, index, files, cache, known), files.images)
     others = [f for f in found if isinstance(f, _Found)]
     if cache is not None:
         current = len(found) - sum(f.entry is None for f in others)
@@ -96,10 +96,10 @@ def _in_folder(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None
     if faults is not None:
         found = _with_faults(subset, found, faults)
     else:
-        problems = _bad_pictures(subset, [error for name, error in bad.items() if name not in reported])
+        problems = _bad_images(subset, [error for name, error in bad.items() if name not in reported])
         problems += _caption_problems(subset, [f for f in others if f.name not in bad] if bad else others)
         if not problems and len(bad) == len(found):
-            problems.append(f"{subset.where}: image_dir: {folder}: none of its {len(bad)} pictures can be read")
+            problems.append(f"{subset.where}: image_dir: {folder}: none of its {len(bad)} images can be read")
         if problems:
             raise UserError("\n".join(problems))
     if not others:
@@ -139,16 +139,16 @@ def _described(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None
         pairs = zip(captions, sizes, strict=True)
         faults.unreadable.update((path, str(size)) for path, size in pairs if isinstance(size, UserError))
         return records
-    problems = _bad_pictures(subset, new)
+    problems = _bad_images(subset, new)
     if not problems and not records:
-        problems.append(f"{subset.where}: metadata_file: none of the {len(sizes)} pictures can be read")
+        problems.append(f"{subset.where}: metadata_file: none of the {len(sizes)} images can be read")
     if problems:
         raise UserError("\n".join(problems))
     return records
 
 
-def _bad_pictures(subset: SubsetSpec, errors: list[UserError]) -> list[str]:
-    """Lines that end the run; none, and warnings, where bad pictures are left out."""
+def _bad_images(subset: SubsetSpec, errors: list[UserError]) -> list[str]:
+    """Lines that end the run; none, and warnings, where bad images are left out."""
     if subset.on_bad_image != "skip":
         return [str(error) for error in errors]
     for error in errors:
@@ -165,7 +165,7 @@ def _caption_problems(subset: SubsetSpec, found: list[_Found]) -> list[str]:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         problems.append(
             f"{subset.where}: no caption file ({subset.caption_extension}) for {', '.join(missing[:_SHOWN])}{more} in "
-            f"{subset.image_dir}; write one, set caption_extension, or give class_tokens for pictures without"
+            f"{subset.image_dir}; write one, set caption_extension, or give class_tokens for images without"
         )
     return problems
 
@@ -173,7 +173,7 @@ def _caption_problems(subset: SubsetSpec, found: list[_Found]) -> list[str]:
 def _with_faults(
     subset: SubsetSpec, found: Sequence[_Found | ImageRecord], faults: Faults
 ) -> list[_Found | ImageRecord]:
-    """The pictures that can be read, with a caption each; what was wrong is noted."""
+    """The images that can be read, with a caption each; what was wrong is noted."""
     folder = subset.image_dir
     assert folder is not None
     whole: list[_Found | ImageRecord] = []
@@ -195,7 +195,7 @@ def _with_faults(
 
 
 def _shared(size: Size, shared: dict[object, object]) -> Size:
-    """One object for equal sizes and sides, which most pictures have in common with others."""
+    """One object for equal sizes and sides, which most images have in common with others."""
     kept = shared.get(size)
     if kept is None:
         width, height = (shared.setdefault(side, side) for side in size)
@@ -207,7 +207,7 @@ def _shared(size: Size, shared: dict[object, object]) -> Size:
 
 
 class _Found(NamedTuple):
-    """About one picture that is not remembered; errors are kept, to be told all at once."""
+    """About one image that is not remembered; errors are kept, to be told all at once."""
 
     name: str
     size: Size | UserError
@@ -217,13 +217,13 @@ class _Found(NamedTuple):
 
 
 class _Look:
-    """Finds out about some pictures after others, from any thread; what is remembered is a record at once."""
+    """Finds out about some images after others, from any thread; what is remembered is a record at once."""
 
     def __init__(
         self,
         subset: SubsetSpec,
         index: int,
-        files: PictureFolder,
+        files: ImageFolder,
         cache: MetadataCache | None,
         known: dict[str, Size | UserError],
     ) -> None:
@@ -236,46 +236,46 @@ class _Look:
         self._known = known
         self._shared: dict[object, object] = {}
 
-    def __call__(self, pictures: Sequence[str]) -> list[_Found | ImageRecord]:
+    def __call__(self, images: Sequence[str]) -> list[_Found | ImageRecord]:
         if self._cache is None:
-            looked_at = (self._read(picture, None) for picture in pictures)
+            looked_at = (self._read(image, None) for image in images)
             return [found for found in looked_at if found is not None]
         found: list[_Found | ImageRecord] = []
         folder, index, shared, look_up = self._folder, self._index, self._shared, self._cache.look_up
         # stamped before the contents are read: what changes in between is out of date next time
-        for picture, stamp in self._files.stamped(pictures):
-            entry = look_up(picture, stamp)
+        for image, stamp in self._files.stamped(images):
+            entry = look_up(image, stamp)
             if entry is None:
-                if (read := self._read(picture, stamp)) is not None:
+                if (read := self._read(image, stamp)) is not None:
                     found.append(read)
                 continue
             size = tuple(entry["resolution"])
             caption = entry["caption"] if has_caption(stamp) else self._class_tokens
             if caption is None:
-                found.append(_Found(picture, size, None, entry, is_new=False))
+                found.append(_Found(image, size, None, entry, is_new=False))
             else:
-                found.append(ImageRecord(folder, picture, shared.get(size) or _shared(size, shared), caption, index))
+                found.append(ImageRecord(folder, image, shared.get(size) or _shared(size, shared), caption, index))
         return found
 
-    def _read(self, picture: str, read_from: str | None) -> _Found | None:
-        """``None`` for a folder that is named like a picture."""
-        path, file = self._files.path, self._files.caption(picture)
-        size = self._known.get(picture) or _or_error(read_size, path(picture))
-        if isinstance(size, UserError) and self._files.is_folder(picture):
+    def _read(self, image: str, read_from: str | None) -> _Found | None:
+        """``None`` for a folder that is named like an image."""
+        path, file = self._files.path, self._files.caption(image)
+        size = self._known.get(image) or _or_error(read_size, path(image))
+        if isinstance(size, UserError) and self._files.is_folder(image):
             return None
         text = self._class_tokens if file is None else _or_error(read_caption, path(file))
         if read_from is None or isinstance(size, UserError) or isinstance(text, UserError):
-            return _Found(picture, size, text, None, is_new=False)
-        return _Found(picture, size, text, Entry(caption=text or "", resolution=size, read_from=read_from), is_new=True)
+            return _Found(image, size, text, None, is_new=False)
+        return _Found(image, size, text, Entry(caption=text or "", resolution=size, read_from=read_from), is_new=True)
 
 
-def _look_at_all(look: Callable[[Sequence[K]], list[T]], pictures: Sequence[K]) -> list[T]:
-    """In order; in threads from where on files are waited for, or pictures must be decoded.
+def _look_at_all(look: Callable[[Sequence[K]], list[T]], images: Sequence[K]) -> list[T]:
+    """In order; in threads from where on files are waited for, or images must be decoded.
 
     Files in the page cache are read faster by one thread, as several would wait for the interpreter's lock instead.
     """
-    found = look(pictures[:1])  # not timed, as it may import
-    chunks = [pictures[start : start + _CHUNK] for start in range(1, len(pictures), _CHUNK)]
+    found = look(images[:1])  # not timed, as it may import
+    chunks = [images[start : start + _CHUNK] for start in range(1, len(images), _CHUNK)]
     for done, chunk in enumerate(chunks, start=1):
         began = time.perf_counter()
         found += look(chunk)

@@ -1,4 +1,4 @@
-"""Settings that can have no effect: by the other settings, when the dataset file is read, and by the pictures.
+"""Settings that can have no effect: by the other settings, when the dataset file is read, and by the images.
 
 Flags of the command line are judged by ``library.config.no_effect.by_dataset``.
 They are warned of and never refused, as a dataset file is often made from another one.
@@ -57,7 +57,7 @@ _RULES = (
     _Rule(
         ("min_bucket_reso", "max_bucket_reso"),
         lambda v: not (v["enable_bucket"] and v["bucket_no_upscale"]),
-        "with bucket_no_upscale, which makes buckets from the pictures' own sizes",
+        "with bucket_no_upscale, which makes buckets from the images' own sizes",
     ),
     _Rule(("keep_tokens",), _arranges_tags, "without shuffle_caption, caption_tag_dropout_rate or token_warmup_step"),
     _Rule(
@@ -119,23 +119,23 @@ class Unused:
         return lines
 
 
-# ---- by the pictures ----
+# ---- by the images ----
 
 
 def warn_of_no_effect(subset: SubsetSpec, records: Sequence[ImageRecord]) -> None:
-    """Warn of settings of a subset that none of its pictures or captions gives anything to do."""
+    """Warn of settings of a subset that none of its images or captions gives anything to do."""
     for line in without_effect(subset, records):
         logger.warning("%s: %s", subset.where, line)
 
 
 def without_effect(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[str]:
-    """What ``warn_of_no_effect`` says; each search ends with the first picture that a setting works on."""
+    """What ``warn_of_no_effect`` says; each search ends with the first image that a setting works on."""
     if not records:
         return []
     rules = subset.captions
     found = []
     if subset.alpha_mask and not any(has_alpha(record.path) for record in records):
-        found.append("alpha_mask has no effect: none of the pictures has an alpha channel")
+        found.append("alpha_mask has no effect: none of the images has an alpha channel")
 
     def most_tags(above: int) -> bool:
         return any(movable_tags(record.caption, rules) > above for record in records)

@@ -1,6 +1,6 @@
-"""Sizes of PNG, JPEG and WebP pictures from a few bytes of the file, and whether its end is there.
+"""Sizes of PNG, JPEG and WebP images from a few bytes of the file, and whether its end is there.
 
-Several times faster than opening a picture with Pillow, which counts in folders of a hundred thousand. Only what is
+Several times faster than opening an image with Pillow, which counts in folders of a hundred thousand. Only what is
 plain is answered here; of anything unusual it is said that Pillow must decide, so that both never disagree.
 
 Formats: PNG 1.2 and its eXIf chunk, ITU-T T.81 (JPEG), RFC 9649 (WebP), Exif 2.32 and TIFF 6.0 (orientation),
@@ -33,7 +33,7 @@ _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 class Header(NamedTuple):
     """What is known without decoding."""
 
-    size: tuple[int, int] | None  # (W, H) as the picture is seen; None: Pillow must say
+    size: tuple[int, int] | None  # (W, H) as the image is seen; None: Pillow must say
     whole: bool  # the file ends as its format does; otherwise only decoding tells whether it is cut short
 
 
@@ -41,7 +41,7 @@ UNKNOWN = Header(None, whole=False)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Size and completeness of a picture file.
+    """Size and completeness of an image file.
 
     Raises:
         OSError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Reading pictures: sizes from headers, pixels as RGB with the EXIF orientation applied, resizing and cropping."""
+"""Reading images: sizes from headers, pixels as RGB with the EXIF orientation applied, resizing and cropping."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from library.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: avif and jxl need what PLUGINS says; a folder's pictures of these kinds are never passed over silently
+#: avif and jxl need what PLUGINS says; a folder's images of these kinds are never passed over silently
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 
 
-def is_picture_name(name: str) -> bool:
-    """Whether a file of a data set's folder is meant to be one of its pictures; hidden files are not."""
+def is_image_name(name: str) -> bool:
+    """Whether a file of a data set's folder is meant to be one of its images; hidden files are not."""
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
-#: kind of picture that not every installation reads -> package to install
+#: kind of image that not every installation reads -> package to install
 PLUGINS = {"AVIF": "pillow-avif-plugin", "JXL": "pillow-jxl-plugin"}
 
 #: what a file's content may be, whatever its name says; some other readers of Pillow start programs
@@ -41,7 +41,7 @@ _EXIF_ORIENTATION = 0x0112
 #: from here on Pillow is asked, which warns of so many and refuses twice as many
 _MANY_PIXELS = 89_000_000
 
-#: pixels around one that may have a part in it when a picture is enlarged; of the kernels, lanczos reaches farthest
+#: pixels around one that may have a part in it when an image is enlarged; of the kernels, lanczos reaches farthest
 _KERNEL = 4
 
 #: what Pillow raises for damaged files, beside OSError
@@ -49,13 +49,13 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, Ty
 
 
 def read_size(path: Path | str) -> tuple[int, int]:
-    """(W, H) in pixels as the picture is seen, from the header and the end of the file.
+    """(W, H) in pixels as the image is seen, from the header and the end of the file.
 
-    A file that does not end as its format does is decoded, to tell trailing bytes from a picture that is cut short.
-    Damage in between shows only when the picture is read.
+    A file that does not end as its format does is decoded, to tell trailing bytes from an image that is cut short.
+    Damage in between shows only when the image is read.
 
     Raises:
-        UserError: not a picture, empty, cut short, or of a kind that needs a package.
+        UserError: not an image, empty, cut short, or of a kind that needs a package.
     """
     try:
         header = read_header(path)
@@ -67,7 +67,7 @@ def read_size(path: Path | str) -> tuple[int, int]:
         width, height = image.size
         turned = _orientation(image) in TURNED
         if width < 1 or height < 1:
-            raise UserError(f"{path}: the picture is empty ({width}x{height}); remove or replace it")
+            raise UserError(f"{path}: the image is empty ({width}x{height}); remove or replace it")
         if not header.whole:
             try:
                 image.load()
@@ -80,7 +80,7 @@ def read_image(path: Path | str, *, background: str = "white") -> np.ndarray:
     """uint8 (H, W, 3) RGB, upright; the first frame; transparency is laid on ``background``, 16 bit is scaled to 8.
 
     Raises:
-        UserError: not a picture, empty, cut short, or of a kind that needs a package.
+        UserError: not an image, empty, cut short, or of a kind that needs a package.
     """
     return _decode(path, lambda image: [_to_rgb(image, background)])[0]
 
@@ -89,7 +89,7 @@ def read_image_and_alpha(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """What ``read_image`` gives, and its opacity, uint8 (H, W): 0 is transparent; 255 where there is no alpha channel.
 
     Raises:
-        UserError: not a picture, or cut short.
+        UserError: not an image, or cut short.
     """
     pixels, alpha = _decode(path, lambda image: [_to_rgb(image), _alpha(image)])
     return pixels, alpha
@@ -115,13 +115,13 @@ def _open(path: Path | str) -> Image:
             raise UserError(f"{path}: the file is empty (0 bytes); remove or replace it")
         kind = _kind(start)
         if kind == "HEIC":
-            raise UserError(f"{path}: a HEIC picture, which is not supported; convert it to PNG or JPEG")
+            raise UserError(f"{path}: a HEIC image, which is not supported; convert it to PNG or JPEG")
         if kind is not None and not _can_read(kind):
-            raise UserError(f"{path}: {kind} pictures need a package: pip install {PLUGINS[kind]}")
-        _expect_large_pictures()
+            raise UserError(f"{path}: {kind} images need a package: pip install {PLUGINS[kind]}")
+        _expect_large_images()
         return Image.open(path, formats=_formats())
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture; remove or replace it") from None
+        raise UserError(f"{path}: not an image; remove or replace it") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise UserError(f"{path}: has more than {limit:.0f} million pixels; make it smaller") from None
@@ -131,7 +131,7 @@ def _open(path: Path | str) -> Image:
 
 def _unreadable(path: Path | str, error: Exception) -> UserError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return UserError(f"{path}: the picture cannot be read ({reason}); remove or replace it")
+    return UserError(f"{path}: the image cannot be read ({reason}); remove or replace it")
 
 
 def _kind(start: bytes) -> str | None:
@@ -162,7 +162,7 @@ def _can_read(kind: str) -> bool:
 
 
 @functools.cache
-def _expect_large_pictures() -> None:
+def _expect_large_images() -> None:
     """Pillow warns of an attack from 89 million pixels on; they are the user's own, and refused from twice as many."""
     from PIL import Image
 
@@ -179,7 +179,7 @@ def _formats() -> tuple[str, ...]:
 def _orientation(image: Image) -> int:
     """EXIF orientation, 1 to 8, from what precedes the pixels; 1 where there is none or it is damaged."""
     if image.format == "PNG" and "exif" not in image.info:
-        return 1  # Pillow would decode the whole picture to look for it behind the pixels
+        return 1  # Pillow would decode the whole image to look for it behind the pixels
     if image.format == "JXL" and not getattr(image, "jpeg", False):
         return 1  # decoded upright already (ISO/IEC 18181-1), unless the plugin restored the JPEG file inside
     try:
@@ -189,13 +189,13 @@ def _orientation(image: Image) -> int:
 
 
 def read_orientation(path: Path | str) -> int:
-    """EXIF orientation, 1 to 8; 1 is upright. Raises UserError: the picture cannot be opened."""
+    """EXIF orientation, 1 to 8; 1 is upright. Raises UserError: the image cannot be opened."""
     with _open(path) as image:
         return _orientation(image)
 
 
 def has_alpha(path: Path | str) -> bool:
-    """Whether a picture has an alpha channel, or one transparent colour. Raises UserError: it cannot be opened."""
+    """Whether an image has an alpha channel, or one transparent colour. Raises UserError: it cannot be opened."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read(3) == b"\xff\xd8\xff":
             return False  # JPEG has none; said at once, as there may be a hundred thousand
@@ -247,14 +247,14 @@ def _to_rgb(image: Image, background: str = "white") -> Image:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A picture resized and cropped to its bucket."""
+    """An image resized and cropped to its bucket."""
 
     pixels: np.ndarray  # uint8 (H, W, 3)
-    crop_ltrb: tuple[int, int, int, int]  # in the resized picture
+    crop_ltrb: tuple[int, int, int, int]  # in the resized image
 
 
 def fit(pixels: np.ndarray, bucket: tuple[int, int], *, interpolation: str | None) -> Fitted:
-    """Resize so that the picture just covers the bucket, then crop the middle.
+    """Resize so that the image just covers the bucket, then crop the middle.
 
     Args:
         pixels: uint8 (H, W, 3).
@@ -281,9 +281,9 @@ def cut(
 def _surroundings(
     pixels: np.ndarray, resized: tuple[int, int], box: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, tuple[int, int], tuple[int, int, int, int]]:
-    """The part of a picture that the box is made from, its resized size, and the box in that.
+    """The part of an image that the box is made from, its resized size, and the box in that.
 
-    For pictures so narrow that the whole, made as wide as a bucket, would not fit into memory.
+    For images so narrow that the whole, made as wide as a bucket, would not fit into memory.
     """
     starts, ends, offsets, sides = [0, 0], [0, 0], [0, 0], [0, 0]
     for axis, length in enumerate((pixels.shape[1], pixels.shape[0])):
@@ -298,7 +298,7 @@ def _surroundings(
 
 
 def cut_mask(mask: np.ndarray, resized: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
-    """``cut`` for weights, uint8 (H, W): whatever the picture's interpolation, edges neither ring nor overshoot."""
+    """``cut`` for weights, uint8 (H, W): whatever the image's interpolation, edges neither ring nor overshoot."""
     shrinks = resized[0] <= mask.shape[1] and resized[1] <= mask.shape[0]
     return cut(mask, resized, box, "area" if shrinks else "bilinear")
 
@@ -306,7 +306,7 @@ def cut_mask(mask: np.ndarray, resized: tuple[int, int], box: tuple[int, int, in
 def crop_box(
     resized: tuple[int, int], bucket: tuple[int, int], fraction: tuple[float, float] = (0.5, 0.5)
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the bucket in the resized picture.
+    """(left, top, right, bottom) of the bucket in the resized image.
 
     Args:
         fraction: where the crop lies in what sticks out, left to right and top to bottom; 0.5 is the middle.
@@ -317,7 +317,7 @@ def crop_box(
 
 
 def covering_size(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (W, H) of the picture's aspect ratio that covers the bucket."""
+    """The smallest (W, H) of the image's aspect ratio that covers the bucket."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     return max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale))
 
@@ -349,7 +349,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str | None)
 
 
 def opencv() -> Any:
-    """OpenCV without threads: pictures are read in parallel already, and its threads do not survive a fork."""
+    """OpenCV without threads: images are read in parallel already, and its threads do not survive a fork."""
     import cv2
 
     cv2.setNumThreads(0)

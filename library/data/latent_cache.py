@@ -66,7 +66,7 @@ def check_one_file_each(wanted: Iterable[Wanted], format: LatentFormat) -> None:
     """Refuse latents that would overwrite each other's file.
 
     Raises:
-        UserError: names the pictures.
+        UserError: names the images.
     """
     taken: dict[tuple[Path, str], Wanted] = {}
     problems = []
@@ -83,7 +83,7 @@ def check_one_file_each(wanted: Iterable[Wanted], format: LatentFormat) -> None:
                 f"{_way(w)}; use --cache_latents without --cache_latents_to_disk, or a copy of the folder"
             )
     if problems:
-        more = f"\nand {len(problems) - 3} more pictures" if len(problems) > 3 else ""
+        more = f"\nand {len(problems) - 3} more images" if len(problems) > 3 else ""
         raise UserError("\n".join(problems[:3]) + more)
 
 
@@ -143,7 +143,7 @@ def _examine(wanted: Wanted, format: LatentFormat, vae_identity: str) -> _State:
         stamp, wanted.path, vae=vae_identity, bucket=wanted.bucket, interpolation=wanted.interpolation
     ):
         return _State(True)
-    return _State(False, "files are of another picture, VAE, size or way of resizing", str(path))
+    return _State(False, "files are of another image, VAE, size or way of resizing", str(path))
 
 
 class DiskLatents:
@@ -234,7 +234,7 @@ def fill(
     peers: Peers = Peers(),
     pin_memory: bool = False,
 ) -> tuple[DiskLatents | MemoryLatents, int]:
-    """Make the cache complete; returns it, and how many pictures had to be encoded, by all processes together.
+    """Make the cache complete; returns it, and how many images had to be encoded, by all processes together.
 
     On disk, each file belongs to one process, which checks it; what is missing is then shared out evenly, and all wait
     for each other. In memory, each process needs and makes its own.
@@ -242,11 +242,11 @@ def fill(
     Args:
         wanted: the same for all processes.
         encode: called only if this process has something to encode.
-        batch_size: pictures encoded at a time.
-        to_disk: keep the latents beside the pictures instead of in memory.
+        batch_size: images encoded at a time.
+        to_disk: keep the latents beside the images instead of in memory.
         vae_identity: stamped into files.
-        trust: use files without comparing them with picture and VAE.
-        report: called with pictures done and their total, of this process; what it raises ends the filling.
+        trust: use files without comparing them with image and VAE.
+        report: called with images done and their total, of this process; what it raises ends the filling.
         pin_memory: see ``encode_all``.
 
     Raises:

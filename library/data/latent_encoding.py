@@ -1,11 +1,11 @@
-"""Encoding pictures: threads read ahead, the VAE works without a pause, files are written behind it.
+"""Encoding images: threads read ahead, the VAE works without a pause, files are written behind it.
 
     readers (threads): file -> uint8 (3, H, W), stamp
     assembler (thread): batch -> float32 (B, 3, H, W), pinned where a GPU takes it
     caller's thread: VAE, one batch ahead of what is fetched back from the device
     writers (threads): latents -> cache file
 
-Memory is bounded: about ``2 * batch_size + THREADS`` pictures wait for the VAE and ``_WRITES`` latents for the disk.
+Memory is bounded: about ``2 * batch_size + THREADS`` images wait for the VAE and ``_WRITES`` latents for the disk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from library.randomness import torch_generator
 #: pixels (B, 3, H, W) in [-1, 1] on the host and a generator for each -> latents (B, C, h, w) on any device
 Encode = Callable[[Tensor, Sequence[torch.Generator]], Tensor]
 
-#: threads that read pictures and check files; Pillow, OpenCV and hashing let go of the interpreter's lock
+#: threads that read images and check files; Pillow, OpenCV and hashing let go of the interpreter's lock
 THREADS = min(8, os.cpu_count() or 1)
 #: threads that write, so that one flush to the disk does not wait for another
 _WRITERS = 4
@@ -45,11 +45,11 @@ class Wanted:
     """Latents that a run needs."""
 
     path: Path
-    size: tuple[int, int]  # (W, H) of the picture
+    size: tuple[int, int]  # (W, H) of the image
     bucket: tuple[int, int]  # (W, H)
     interpolation: str | None
-    flip: bool  # whether the mirrored picture's are needed too
-    alpha_mask: bool = False  # whether the picture's opacity is needed too
+    flip: bool  # whether the mirrored image's are needed too
+    alpha_mask: bool = False  # whether the image's opacity is needed too
 
 
 def to_pixels(pixels: np.ndarray) -> Tensor:
@@ -106,9 +106,9 @@ def encode_all(
     vae_identity: str,
     pin_memory: bool = False,
 ) -> Iterator[tuple[Wanted, CachedLatents]]:
-    """Encode pictures, those of one bucket together; yields each as it is done.
+    """Encode images, those of one bucket together; yields each as it is done.
 
-    The draw from the VAE's posterior is keyed by the picture's name and bucket, not by its batch. A caller that stops
+    The draw from the VAE's posterior is keyed by the image's name and bucket, not by its batch. A caller that stops
     early closes the iterator: what was yielded is then on disk.
 
     Args:
@@ -116,7 +116,7 @@ def encode_all(
         pin_memory: copy batches to memory from which a GPU fetches them by itself.
 
     Raises:
-        UserError: a picture that cannot be read; latents that are not finite; a full disk.
+        UserError: an image that cannot be read; latents that are not finite; a full disk.
     """
     stamped_with = vae_identity if to_disk else None
     batches = list(_batches(wanted, batch_size))

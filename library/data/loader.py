@@ -43,8 +43,8 @@ class BatchMaker:
 
     Args:
         seed: of the run.
-        prior_loss_weight: weight of regularisation pictures.
-        conditioning_as: whether conditioning pictures are weights of the loss, or go into the batch as they are.
+        prior_loss_weight: weight of regularisation images.
+        conditioning_as: whether conditioning images are weights of the loss, or go into the batch as they are.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class BatchMaker:
         self._seed = seed
         self._prior_loss_weight = prior_loss_weight
         self._conditioning_as = conditioning_as
-        #: where cached latents are; pictures are read where there are none
+        #: where cached latents are; images are read where there are none
         self.latents: DiskLatents | MemoryLatents | None = None
         #: where encoded captions are; captions are tokenised where there are none
         self.texts: CachedTexts | None = None
@@ -68,7 +68,7 @@ class BatchMaker:
         """Read, crop, mirror and caption the samples of one batch.
 
         Raises:
-            UserError: a picture or cache file that cannot be read.
+            UserError: an image or cache file that cannot be read.
         """
         samples = [self._sample(ref, use) for use in ref.uses]
         spec = self._datasets[ref.dataset].spec
@@ -149,9 +149,9 @@ class BatchMaker:
     def _read_conditioning(
         self, path: Path, placement: Placement, flipped: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The picture as model input (3, H, W) or as weights (H, W), whichever the trainer needs.
+        """The image as model input (3, H, W) or as weights (H, W), whichever the trainer needs.
 
-        It is stretched to the size of its resized picture. Transparency is laid on black, which is weight 0.
+        It is stretched to the size of its resized image. Transparency is laid on black, which is weight 0.
         """
         pixels = read_image(path, background="black")
         if self._conditioning_as == "mask":
@@ -162,7 +162,7 @@ class BatchMaker:
 
 
 def _place(record: ImageRecord, bucket: tuple[int, int], subset: SubsetSpec, visit: int) -> Placement:
-    """Where this use of a picture is cropped; keyed by the visit."""
+    """Where this use of an image is cropped; keyed by the visit."""
     rng = python_rng(visit, "crop")
     face = face_in_name(record.path, record.size) if subset.face_crop_range is not None else None
     if face is not None and subset.face_crop_range is not None:
@@ -178,7 +178,7 @@ def _read_pixels(
     visit: int,
     flipped: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The picture (3, H, W) in [-1, 1] and, where it is asked for, its opacity (H, W) in [0, 1]."""
+    """The image (3, H, W) in [-1, 1] and, where it is asked for, its opacity (H, W) in [0, 1]."""
     alpha = None
     if subset.alpha_mask:
         pixels, alpha = read_image_and_alpha(record.path)
@@ -194,7 +194,7 @@ def _read_pixels(
 
 
 def _weights(mask: np.ndarray, flipped: bool) -> Tensor:
-    """uint8 (H, W) -> float32 (H, W) in [0, 1], mirrored with its picture."""
+    """uint8 (H, W) -> float32 (H, W) in [0, 1], mirrored with its image."""
     return to_weights(np.ascontiguousarray(mask[:, ::-1]) if flipped else mask)
 
 
@@ -246,7 +246,7 @@ class Loader:
         """Work on the batches starts at once, not when the first is asked for.
 
         Raises:
-            UserError: while iterating: a picture or cache file that cannot be read; a worker that was killed.
+            UserError: while iterating: an image or cache file that cannot be read; a worker that was killed.
         """
         self._order.refs = refs
         return _delivered(iter(self._loader))

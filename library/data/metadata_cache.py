@@ -1,8 +1,8 @@
-"""``metadata_cache.json``: sizes and captions of a folder's pictures, remembered between runs.
+"""``metadata_cache.json``: sizes and captions of a folder's images, remembered between runs.
 
-The published layout is one entry for each picture, ``{path: {"caption": text, "resolution": [W, H]}}``. Entries written
+The published layout is one entry for each image, ``{path: {"caption": text, "resolution": [W, H]}}``. Entries written
 here say in addition what they were read from, so that one whose file has changed since is read again; entries without
-that, of the predecessor, always are. Sizes are those of the picture as it is seen, after EXIF orientation.
+that, of the predecessor, always are. Sizes are those of the image as it is seen, after EXIF orientation.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ NAME = "metadata_cache.json"
 
 Size = tuple[int, int]
 
-#: bytes of a file from which on its folder has many pictures; an entry takes about 200
+#: bytes of a file from which on its folder has many images; an entry takes about 200
 _MANY = 4_000_000
 
 
 class Entry(TypedDict):
-    """What a run found out about one picture, as in the file."""
+    """What a run found out about one image, as in the file."""
 
     caption: str  # the caption file's text, or the class tokens
     resolution: Size  # (W, H) pixels; read back as a list
-    read_from: str  # what tells the files from later ones, see ``picture_folder``
+    read_from: str  # what tells the files from later ones, see ``image_folder``
 
 
 class MetadataCache:
@@ -56,7 +56,7 @@ class MetadataCache:
             logger.warning("%s: cannot be read (%s), and is made again", self._path, error)
             return {}
         if not isinstance(found, dict):
-            logger.warning("%s: holds no table of pictures, and is made again", self._path)
+            logger.warning("%s: holds no table of images, and is made again", self._path)
             return {}
         if next(iter(found), self._prefix).startswith(self._prefix):
             return found
@@ -64,7 +64,7 @@ class MetadataCache:
         return {self._prefix + path.replace("\\", "/").rpartition("/")[2]: entry for path, entry in found.items()}
 
     def look_up(self, name: str, read_from: str | None) -> Entry | None:
-        """The entry of a picture, if it was made from files of that stamp and is whole."""
+        """The entry of an image, if it was made from files of that stamp and is whole."""
         entry = self._read.get(self._prefix + name)
         if type(entry) is not dict or read_from is None or entry.get("read_from") != read_from:
             return None
@@ -80,7 +80,7 @@ class MetadataCache:
         return self._read[self._prefix + name]
 
     def __len__(self) -> int:
-        """Pictures that have an entry, current or not."""
+        """Images that have an entry, current or not."""
         return len(self._read)
 
     def write(self, entries: Mapping[str, Entry]) -> None:
@@ -93,7 +93,7 @@ class MetadataCache:
 
 
 def remembers_many(folder: Path) -> bool:
-    """Whether the folder has a file of some 20,000 pictures or more."""
+    """Whether the folder has a file of some 20,000 images or more."""
     try:
         return (folder / NAME).stat().st_size >= _MANY
     except OSError:

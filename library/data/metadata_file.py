@@ -1,7 +1,7 @@
-"""Metadata files of the fine-tuning method: captions and tags of many pictures in one .json or .jsonl file.
+"""Metadata files of the fine-tuning method: captions and tags of many images in one .json or .jsonl file.
 
-JSON: ``{"<picture>": {"caption": ..., "tags": ...}, ...}``; JSON lines: an object with ``image_path`` in each line.
-Sizes that stand there too (``image_size``) are not used: the pictures' own headers are read.
+JSON: ``{"<image>": {"caption": ..., "tags": ...}, ...}``; JSON lines: an object with ``image_path`` in each line.
+Sizes that stand there too (``image_size``) are not used: the images' own headers are read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from library.data.dataset_config import SubsetSpec, load_json
-from library.data.image_io import is_picture_name
+from library.data.image_io import is_image_name
 from library.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _FIELDS = ("image_path", "caption", "tags", "image_size")
 @dataclass(frozen=True)
 class _Entry:
     where: str  # for messages: "line 3", or the key
-    name: str  # the picture as it is written
+    name: str  # the image as it is written
     fields: Mapping[str, Any]
 
 
@@ -39,22 +39,22 @@ class _Mistake(Exception):
 
 
 def read_metadata(subset: SubsetSpec) -> dict[Path, str]:
-    """Picture and caption of every entry, in the file's order; of two entries of one picture the later counts.
+    """Image and caption of every entry, in the file's order; of two entries of one image the later counts.
 
     Raises:
-        UserError: a file that cannot be read; entries that are wrong or whose picture is missing. All at once, each
+        UserError: a file that cannot be read; entries that are wrong or whose image is missing. All at once, each
             with file and key or line.
     """
     file = subset.metadata_file
     assert file is not None
-    pictures = _Pictures(subset.image_dir)
+    images = _Images(subset.image_dir)
     found: dict[str, tuple[Path, str]] = {}
     mistakes: list[str] = []
     twice: list[str] = []
     for entry in _entries(file, mistakes):
         try:
             caption = _caption(entry.fields, subset.captions.separator)
-            path = pictures.find(entry.name)
+            path = images.find(entry.name)
         except _Mistake as mistake:
             mistakes.append(f"{file}: {entry.where}: {mistake}")
             continue
@@ -70,7 +70,7 @@ def read_metadata(subset: SubsetSpec) -> dict[Path, str]:
         raise UserError(f"{file}: has no entries")
     if twice:
         more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
-        logger.warning("%s: %s%s: of a picture that stands there before; the later entry counts", file, twice[0], more)
+        logger.warning("%s: %s%s: of an image that stands there before; the later entry counts", file, twice[0], more)
     return dict(found.values())
 
 
@@ -85,7 +85,7 @@ def _entries(file: Path, mistakes: list[str]) -> Iterator[_Entry]:
         raise UserError(f"{error}{hint}") from None
     if not isinstance(content, Mapping):
         hint = "; name a file with one entry a line .jsonl" if isinstance(content, list) else ""
-        raise UserError(f'{file}: must be {{"picture": {{"caption": "..."}}, ...}}{hint}')
+        raise UserError(f'{file}: must be {{"image": {{"caption": "..."}}, ...}}{hint}')
     for name, fields in content.items():
         if isinstance(fields, Mapping):
             yield _Entry(f'"{name}"', name, fields)
@@ -158,8 +158,8 @@ def _lines(text: str, separator: str) -> list[str]:
     return [line.strip().removesuffix(separator).rstrip() for line in text.splitlines() if line.strip()]
 
 
-class _Pictures:
-    """Finds pictures by name; each folder is listed once."""
+class _Images:
+    """Finds images by name; each folder is listed once."""
 
     def __init__(self, image_dir: Path | None) -> None:
         self._image_dir = image_dir
@@ -168,7 +168,7 @@ class _Pictures:
         self._folders: dict[str, dict[str, list[str]]] = {}
 
     def find(self, name: str) -> Path:
-        """The picture of a full path, or of one relative to ``image_dir`` or to the working folder.
+        """The image of a full path, or of one relative to ``image_dir`` or to the working folder.
 
         The ending may be missing, as scripts of old leave it away where paths are relative.
         """
@@ -186,18 +186,18 @@ class _Pictures:
             bare = name.replace("\\", "/").rpartition("/")[2]
             moved = bare != name and bare in self._names_in(str(self._image_dir))
             hint = f"; there is {bare}: write the name without its old folder" if moved else ""
-            raise _Mistake(f"no picture {name} in {self._image_dir}{hint}")
+            raise _Mistake(f"no image {name} in {self._image_dir}{hint}")
         if Path(name).is_absolute() or PureWindowsPath(name).is_absolute():
-            raise _Mistake(f"no such picture: {name}")
-        raise _Mistake(f"no picture {name} in the working folder; give image_dir, the folder of the pictures")
+            raise _Mistake(f"no such image: {name}")
+        raise _Mistake(f"no image {name} in the working folder; give image_dir, the folder of the images")
 
     def _names_in(self, folder: str) -> dict[str, list[str]]:
-        """Names of pictures by how they may be written: whole, which leaves no doubt, or without ending."""
+        """Names of images by how they may be written: whole, which leaves no doubt, or without ending."""
         if folder not in self._folders:
             listing: dict[str, list[str]] = {}
             try:
                 with os.scandir(folder) as entries:
-                    names = [e.name for e in entries if is_picture_name(e.name)]
+                    names = [e.name for e in entries if is_image_name(e.name)]
             except (OSError, ValueError):  # the latter of a name with a null character
                 names = []
             for found in names:

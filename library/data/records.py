@@ -18,7 +18,7 @@ class ImageRecord:
     size: tuple[int, int]  # (W, H) pixels, after EXIF orientation
     caption: str  # the text of the caption file, or the class tokens
     subset: int  # index into the dataset's subsets
-    conditioning: Path | None = None  # its mask or conditioning picture
+    conditioning: Path | None = None  # its mask or conditioning image
 
     @property
     def path(self) -> Path:

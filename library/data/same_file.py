@@ -26,7 +26,7 @@ def same_file(path: Path) -> Hashable:
 def with_one_spelling(found: Sequence[list[ImageRecord]]) -> list[list[ImageRecord]]:
     """The records of several datasets with one path for each folder, of several the one that comes first.
 
-    Caches are files beside pictures. Known by two paths, a picture's file would be written twice at once, and one
+    Caches are files beside images. Known by two paths, an image's file would be written twice at once, and one
     writer would lose what the other added.
     """
     # told apart as objects first, as all records of a folder share one

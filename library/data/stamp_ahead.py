@@ -1,4 +1,4 @@
-"""Stamps of a folder's pictures, taken by a second process from the end while the first one works from the beginning.
+"""Stamps of a folder's images, taken by a second process from the end while the first one works from the beginning.
 
 Asking the system for files' sizes and times is most of the work of a start where everything is remembered, and threads
 of one process would only wait for each other's lock. Neither process waits for the other: what the second one has found
@@ -17,7 +17,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-#: pictures between two deliveries, a few ms of work
+#: images between two deliveries, a few ms of work
 _BLOCK = 1024
 
 #: bytes before each delivery that say how long it is
@@ -27,22 +27,22 @@ _LENGTH = 8
 _IGNORES_CASE = sys.platform in ("win32", "darwin")
 
 
-def pictures_and_others(names: Sequence[str], endings: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names of a folder's pictures, and its other names; hidden files are no pictures.
+def images_and_others(names: Sequence[str], endings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names of a folder's images, and its other names; hidden files are no images.
 
     Args:
-        endings: of pictures' names, in small letters.
+        endings: of images' names, in small letters.
     """
-    pictures: list[str] = []
+    images: list[str] = []
     others: list[str] = []
     kinds: dict[str, bool] = {}  # by the part after the last dot
     for name in names:
         ending = name.rpartition(".")[2]
-        is_picture = kinds.get(ending)
-        if is_picture is None:
-            is_picture = kinds[ending] = f".{ending}".lower() in endings
-        (pictures if is_picture and name[0] != "." else others).append(name)
-    return pictures, others
+        is_image = kinds.get(ending)
+        if is_image is None:
+            is_image = kinds[ending] = f".{ending}".lower() in endings
+        (images if is_image and name[0] != "." else others).append(name)
+    return images, others
 
 
 def by_name(names: Sequence[str]) -> dict[str, str]:
@@ -50,15 +50,15 @@ def by_name(names: Sequence[str]) -> dict[str, str]:
     return {name.lower(): name for name in names} if _IGNORES_CASE else dict(zip(names, names, strict=True))
 
 
-def caption_of(picture: str, others: Mapping[str, str], extension: str) -> str | None:
-    """The caption file of a picture, ``<stem><extension>``, or that of the picture it was cut from.
+def caption_of(image: str, others: Mapping[str, str], extension: str) -> str | None:
+    """The caption file of an image, ``<stem><extension>``, or that of the image it was cut from.
 
     The latter is the stem without its last four parts (``name_x0_y0_x1_y1``).
 
     Args:
-        others: the folder's files that are no pictures, from ``by_name``.
+        others: the folder's files that are no images, from ``by_name``.
     """
-    stem = picture.rpartition(".")[0]
+    stem = image.rpartition(".")[0]
     wanted = stem + extension
     caption = others.get(wanted.lower() if _IGNORES_CASE else wanted)
     if caption is None and stem.count("_") >= 4:
@@ -67,17 +67,17 @@ def caption_of(picture: str, others: Mapping[str, str], extension: str) -> str |
     return caption
 
 
-def stamp_of(picture: str, caption: str | None, folder: int | None = None) -> str:
-    """What tells a picture and its caption from later ones: sizes in bytes, times of the last change, caption's name.
+def stamp_of(image: str, caption: str | None, folder: int | None = None) -> str:
+    """What tells an image and its caption from later ones: sizes in bytes, times of the last change, caption's name.
 
     Args:
-        picture: its path, or its name in ``folder``; as ``caption`` is.
+        image: its path, or its name in ``folder``; as ``caption`` is.
         folder: descriptor of the folder that both are in.
 
     Raises:
         OSError: one is gone, or a link that leads nowhere.
     """
-    found = os.stat(picture, dir_fd=folder)
+    found = os.stat(image, dir_fd=folder)
     if caption is None:
         return f"{found.st_size} {found.st_mtime_ns}"
     beside = os.stat(caption, dir_fd=folder)
@@ -86,26 +86,26 @@ def stamp_of(picture: str, caption: str | None, folder: int | None = None) -> st
 
 
 def has_caption(stamp: str) -> bool:
-    """Whether a stamp is of a picture with a caption file."""
+    """Whether a stamp is of an image with a caption file."""
     return stamp.count(" ") > 1
 
 
 def deliver_stamps(folder: str, extension: str, endings: Sequence[str], to: int) -> None:
-    """Write the stamps of all pictures to a file, block by block, the last names first; nothing of what is gone.
+    """Write the stamps of all images to a file, block by block, the last names first; nothing of what is gone.
 
     Args:
         extension: of caption files.
-        endings: see ``pictures_and_others``.
+        endings: see ``images_and_others``.
     """
-    pictures, others = pictures_and_others(os.listdir(folder), endings)
-    pictures.sort(reverse=True)
+    images, others = images_and_others(os.listdir(folder), endings)
+    images.sort(reverse=True)
     captions = by_name(others)
     opened = os.open(folder, os.O_RDONLY)
-    for start in range(0, len(pictures), _BLOCK):
+    for start in range(0, len(images), _BLOCK):
         found = {}
-        for picture in pictures[start : start + _BLOCK]:
+        for image in images[start : start + _BLOCK]:
             try:
-                found[picture] = stamp_of(picture, caption_of(picture, captions, extension), opened)
+                found[image] = stamp_of(image, caption_of(image, captions, extension), opened)
             except OSError:
                 continue
         block = marshal.dumps(found)
@@ -135,7 +135,7 @@ class StampsAhead:
             return
 
     def stamps(self) -> dict[str, str]:
-        """By picture, those that are here by now; the same object each time."""
+        """By image, those that are here by now; the same object each time."""
         if self._process is not None:
             with self._lock:
                 self._take()

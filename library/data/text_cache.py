@@ -1,7 +1,7 @@
 """Captions encoded once: which a run may need, encoding them in batches, and handing them out.
 
 A caption here is the final one, with prefix, suffix, wildcards and all. Where captions are drawn anew at each use,
-``variants`` of them are drawn for each picture, keyed by its name and not by the run's seed, so that files serve later
+``variants`` of them are drawn for each image, keyed by its name and not by the run's seed, so that files serve later
 runs too; a use takes the variant that its visit's key chooses. Dropping a caption as a whole is no variant: the empty
 caption is encoded once more, and dropped are the very uses that would be without a cache.
 """
@@ -45,7 +45,7 @@ Report = Callable[[int, int], None]
 
 
 def variant_count(rules: CaptionRules, variants: int) -> int:
-    """Different captions of a picture that are encoded, where none is dropped."""
+    """Different captions of an image that are encoded, where none is dropped."""
     return variants if rules.is_written_anew else 1
 
 
@@ -203,7 +203,7 @@ class DiskTexts:
         self._trust = trust
 
     def get(self, image: Path, caption: str, place: int) -> Row:
-        """Conditioning of a picture's caption, which is its ``place``-th variant.
+        """Conditioning of an image's caption, which is its ``place``-th variant.
 
         Raises:
             UserError: the file vanished or was changed since it was checked.
@@ -253,7 +253,7 @@ class CachedTexts:
     in_part: bool = False
 
     def sample(self, record: ImageRecord, rules: CaptionRules, *, epoch: int, visit: int) -> tuple[str, Row]:
-        """Caption and conditioning of one use; a function of picture, rules and visit.
+        """Caption and conditioning of one use; a function of image, rules and visit.
 
         Raises:
             UserError: a cache file vanished or was changed.

@@ -1,8 +1,8 @@
 """Files of encoded captions: the published npz layout, with a stamp of what they were made from.
 
-A file lies beside its picture as ``<stem><suffix>`` and holds the outputs of text encoders, without the batch, for
-every caption that the picture may have. Those of the first are under the published names; further ones, which the
-predecessor does not know, under ``<name>.variant<n>``. The empty caption of all pictures of a folder has one file,
+A file lies beside its image as ``<stem><suffix>`` and holds the outputs of text encoders, without the batch, for
+every caption that the image may have. Those of the first are under the published names; further ones, which the
+predecessor does not know, under ``<name>.variant<n>``. The empty caption of all images of a folder has one file,
 ``empty_caption<suffix>``.
 """
 
@@ -102,7 +102,7 @@ class TextStamp:
 
 
 def text_path(image: Path, caption: str, format: TextFormat) -> Path:
-    """Where a caption of a picture lies."""
+    """Where a caption of an image lies."""
     return image.with_name(f"{image.stem if caption else EMPTY_STEM}{format.cache_suffix}")
 
 
@@ -145,7 +145,7 @@ def read_row(path: Path, caption: str, place: int, format: TextFormat, *, trust:
     """The outputs of one caption of a file that ``read_stamp`` found good, or ``None`` if it is not there.
 
     Args:
-        place: of the caption among the picture's.
+        place: of the caption among the image's.
         trust: whether, in a file that does not have the caption, that of the same place is taken.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The batches of a validation: every picture kept for it, once, in an order that never changes."""
+"""The batches of a validation: every image kept for it, once, in an order that never changes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from library.randomness import key, permutation
 
 
 class ValidationBatchMaker(BatchMaker):
-    """Keys what is left of randomness (noise, a choice of wildcards) by the picture alone.
+    """Keys what is left of randomness (noise, a choice of wildcards) by the image alone.
 
-    So a picture has the same noise in every validation, in other runs too, and whatever pictures are added.
+    So an image has the same noise in every validation, in other runs too, and whatever images are added.
     """
 
     def visit(self, ref: BatchRef, use: Use) -> int:
@@ -23,7 +23,7 @@ class ValidationBatchMaker(BatchMaker):
 
 
 class ValidationData:
-    """One process's share of the validation pictures of a run.
+    """One process's share of the validation images of a run.
 
     Args:
         data: of the run, its latents and texts cached if they will be.
@@ -54,7 +54,7 @@ class ValidationData:
         # in a mixed order, so that the first of them stand for all
         seed = seed_of(data.validation_datasets[0].spec, data.seed)
         order = permutation(len(found), seed, "validation batches")[:max_batches]
-        self.picture_count = sum(len(found[index].uses) for index in order)
+        self.image_count = sum(len(found[index].uses) for index in order)
         self._refs = [found[index] for index in order][rank::world_size]
         #: how many of the batches, the first ones, belong to the validation
         self.counted = len(self._refs)
@@ -72,7 +72,7 @@ class ValidationData:
         """The same batches each time; the settings must be, too.
 
         Raises:
-            UserError: while iterating: a picture or cache file that cannot be read; a worker that was killed.
+            UserError: while iterating: an image or cache file that cannot be read; a worker that was killed.
         """
         if self._loader is None:
             self._loader = Loader(

@@ -1,7 +1,7 @@
-"""Which pictures are kept for validation: a keyed choice of files, none of which is trained on.
+"""Which images are kept for validation: a keyed choice of files, none of which is trained on.
 
-The choice is a function of (seed, folder's name, picture's name): it is the same on every rank and when a run is
-resumed, and a picture that is added changes it by one picture at most.
+The choice is a function of (seed, folder's name, image's name): it is the same on every rank and when a run is
+resumed, and an image that is added changes it by one image at most.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Split:
 def split_records(specs: Sequence[DatasetSpec], found: Sequence[list[ImageRecord]], *, seed: int) -> Split:
     """Keep the share of every dataset that it asks for, counted in files.
 
-    The pictures of a dataset whose subsets have the same share are divided together, so that many small folders give
+    The images of a dataset whose subsets have the same share are divided together, so that many small folders give
     no more than one large one. A file that is validated on anywhere is trained on nowhere, whatever names lead to it.
 
     Args:
@@ -53,15 +53,15 @@ def split_records(specs: Sequence[DatasetSpec], found: Sequence[list[ImageRecord
     training, validation = [], []
     seen: set[Hashable] = set()
     for spec, records, of_dataset, own in zip(specs, found, files, chosen, strict=True):
-        pictures = list(zip(records, of_dataset, strict=True))
-        _name_the_lost(spec, [r for r, file in pictures if file in held and (_share(spec, r), file) not in own])
-        training.append(_without_lone_regularisation(spec, [r for r, file in pictures if file not in held]))
-        validation.append(_each_once(spec, [pictures[place] for place in sorted(own.values())], seen))
+        images = list(zip(records, of_dataset, strict=True))
+        _name_the_lost(spec, [r for r, file in images if file in held and (_share(spec, r), file) not in own])
+        training.append(_without_lone_regularisation(spec, [r for r, file in images if file not in held]))
+        validation.append(_each_once(spec, [images[place] for place in sorted(own.values())], seen))
     where = specs[0].subsets[0].where.rpartition(": [[")[0]
     if not held:
-        raise UserError(f"{where}: validation_split: of a single picture no share can be kept; add pictures")
+        raise UserError(f"{where}: validation_split: of a single image no share can be kept; add images")
     if not any(training):
-        raise UserError(f"{where}: validation_split: all pictures are validated on; nothing is left to train on")
+        raise UserError(f"{where}: validation_split: all images are validated on; nothing is left to train on")
     return Split(tuple(training), tuple(validation))
 
 
@@ -81,7 +81,7 @@ def count_of(total: int, share: float) -> int:
 
 
 def for_validation(spec: DatasetSpec, run_seed: int) -> DatasetSpec:
-    """The dataset without all that varies from use to use; a choice of wildcards stays, once for each picture."""
+    """The dataset without all that varies from use to use; a choice of wildcards stays, once for each image."""
     return replace(
         spec,
         subsets=tuple(_plain(subset) for subset in spec.subsets),
@@ -125,7 +125,7 @@ def _chosen(
             by_share.setdefault(share, {}).setdefault(file, place)
     places: dict[tuple[float, Hashable], int] = {}
     for share, pool in by_share.items():
-        # the lowest of a fixed number for each picture: one more picture moves the border by one place at most
+        # the lowest of a fixed number for each image: one more image moves the border by one place at most
         ranked = sorted(pool, key=lambda file: (_rank(seed, records[pool[file]]), pool[file]))
         places |= {(share, file): pool[file] for file in ranked[: count_of(len(pool), share)]}
     return places
@@ -136,7 +136,7 @@ def _rank(seed: int, record: ImageRecord) -> int:
 
 
 def name_of(record: ImageRecord) -> tuple[str, str]:
-    """What a picture is known by in keyed draws: it stays when pictures are added, or the folder is moved."""
+    """What an image is known by in keyed draws: it stays when images are added, or the folder is moved."""
     return record.folder.name, record.name
 
 
@@ -145,17 +145,17 @@ def _name_the_lost(spec: DatasetSpec, lost: Sequence[ImageRecord]) -> None:
         names = [record.name for record in lost if record.subset == index]
         if names:
             logger.warning(
-                "%s: left out of training, as another subset validates on the same files: %d pictures, such as %s",
+                "%s: left out of training, as another subset validates on the same files: %d images, such as %s",
                 *(subset.where, len(names), names[0]),
             )
 
 
 def _without_lone_regularisation(spec: DatasetSpec, records: list[ImageRecord]) -> list[ImageRecord]:
-    """None, where only regularisation pictures are left: an epoch uses as many as there are others."""
+    """None, where only regularisation images are left: an epoch uses as many as there are others."""
     if all(spec.subsets[record.subset].is_reg for record in records):
         if records:
             logger.warning(
-                "%s: all of its pictures are validated on, so that its regularisation pictures are left out",
+                "%s: all of its images are validated on, so that its regularisation images are left out",
                 spec.subsets[0].where.rsplit(" > ", 1)[0],
             )
         return []
@@ -163,17 +163,17 @@ def _without_lone_regularisation(spec: DatasetSpec, records: list[ImageRecord]) 
 
 
 def _each_once(
-    spec: DatasetSpec, pictures: Sequence[tuple[ImageRecord, Hashable]], seen: set[Hashable]
+    spec: DatasetSpec, images: Sequence[tuple[ImageRecord, Hashable]], seen: set[Hashable]
 ) -> list[ImageRecord]:
     """Records whose file was not validated on before at the same sizes."""
     kept = []
-    for record, file in pictures:
+    for record, file in images:
         if (file, spec.buckets) not in seen:
             seen.add((file, spec.buckets))
             kept.append(record)
-    if len(kept) < len(pictures):
+    if len(kept) < len(images):
         logger.info(
-            "%s: %d of its validation pictures are validated on in another subset, and are not counted twice",
-            *(spec.subsets[0].where.rsplit(" > ", 1)[0], len(pictures) - len(kept)),
+            "%s: %d of its validation images are validated on in another subset, and are not counted twice",
+            *(spec.subsets[0].where.rsplit(" > ", 1)[0], len(images) - len(kept)),
         )
     return kept

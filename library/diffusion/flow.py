@@ -1,7 +1,7 @@
-"""Rectified flow: a straight path from picture to noise, and what models on it predict.
+"""Rectified flow: a straight path from image to noise, and what models on it predict.
 
 Liu et al. 2022 (arXiv:2209.03003), Lipman et al. 2022 (arXiv:2210.02747), Esser et al. 2024 (arXiv:2403.03206).
-The noise level sigma goes from 0, the picture, to 1, nothing but noise; a timestep is 1000 sigma, any number between.
+The noise level sigma goes from 0, the image, to 1, nothing but noise; a timestep is 1000 sigma, any number between.
 Shape legend: B batch, C latent channels, (h, w) latent size.
 """
 
@@ -45,16 +45,16 @@ def flow_velocity(latents: Tensor, noise: Tensor) -> Tensor:
 
 
 def shift_sigma(sigmas: Number, shift: float) -> Number:
-    """Move noise levels towards noise (shift above 1) or towards the picture: s sigma / (1 + (s - 1) sigma).
+    """Move noise levels towards noise (shift above 1) or towards the image: s sigma / (1 + (s - 1) sigma).
 
-    Esser et al. 2024, eq. 23: with s = sqrt(m / n), a picture of m pixels is as noisy as one of n was before.
+    Esser et al. 2024, eq. 23: with s = sqrt(m / n), an image of m pixels is as noisy as one of n was before.
     It adds ln(s) to logit(sigma), so shifts multiply, and 1 / s undoes s.
     """
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
 
 
 def resolution_shift(tokens: float) -> float:
-    """The shift exp(mu) for a picture of so many tokens: mu goes straight from 0.5 at 256 to 1.15 at 4096 and on.
+    """The shift exp(mu) for an image of so many tokens: mu goes straight from 0.5 at 256 to 1.15 at 4096 and on.
 
     That of FLUX.1 [dev] and Lumina-Image 2.0 (``calculate_shift`` in their pipelines of diffusers).
     """

@@ -66,7 +66,7 @@ def huber_threshold(
 def flow_huber_threshold(timesteps: Tensor, huber_schedule: str, huber_c: float, huber_scale: float) -> Tensor:
     """``threshold_at`` for the timesteps (B,) float32, 0 to 1000, of flow matching.
 
-    There x_t has (1 - t) of the picture and t of the noise, so noise is to signal as t / (1 - t).
+    There x_t has (1 - t) of the image and t of the noise, so noise is to signal as t / (1 - t).
     """
     level = timesteps / TIMESTEPS
     return threshold_at(timesteps, TIMESTEPS, level / (1.0 - level), huber_schedule, huber_c, huber_scale)

@@ -68,7 +68,7 @@ class Objective(ABC):
 
     @abstractmethod
     def levels(self, within: TimestepRange, count: int) -> tuple[int, ...]:
-        """Numbers of the fixed timesteps that validation judges pictures at; they divide what is drawn evenly."""
+        """Numbers of the fixed timesteps that validation judges images at; they divide what is drawn evenly."""
 
     @abstractmethod
     def at_level(self, level: int, count: int, within: TimestepRange, size: tuple[int, int]) -> Tensor:
@@ -207,7 +207,7 @@ class FlowObjective(Objective):
 
     Attributes:
         shift: ``--discrete_flow_shift``, of training.
-        cells_per_token: latent cells that are one token of the picture, for the shifts by resolution.
+        cells_per_token: latent cells that are one token of the image, for the shifts by resolution.
         sampling_shift: of drawing; None: by resolution.
     """
 
@@ -223,11 +223,11 @@ class FlowObjective(Objective):
     sampling_shift: float | None = None
 
     def check(self, within: TimestepRange) -> None:
-        # a picture of 512 pixels; shifts by resolution are much the same for all
+        # an image of 512 pixels; shifts by resolution are much the same for all
         self.density(within, (64, 64))
 
     def density(self, within: TimestepRange, size: tuple[int, int]) -> times.Density:
-        """Of the noise levels sigma at which pictures with latents of this (h, w) are trained.
+        """Of the noise levels sigma at which images with latents of this (h, w) are trained.
 
         Raises:
             UserError: next to nothing of it lies within the range.
@@ -284,7 +284,7 @@ class FlowObjective(Objective):
 
 @lru_cache(maxsize=64)
 def _density(objective: FlowObjective, within: TimestepRange, size: tuple[int, int]) -> times.Density:
-    """Made once for each size of a run's pictures."""
+    """Made once for each size of a run's images."""
     density = times.density_of(
         objective.timestep_sampling,
         weighting_scheme=objective.weighting_scheme,

@@ -203,7 +203,7 @@ def density_of(
     ``size_shift``. ``nextdit_shift``: ``uniform`` shifted by ``size_shift``.
 
     Args:
-        size_shift: ``resolution_shift`` of the picture.
+        size_shift: ``resolution_shift`` of the image.
 
     Raises:
         ValueError: an unknown name.

@@ -149,7 +149,7 @@ def _seems(path: Path) -> str:
     if _begins_pickle(start):
         return ": it seems to be a pickled checkpoint; name it .ckpt"
     if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")):
-        return ": it is a picture"
+        return ": it is an image"
     return ""
 
 

@@ -24,9 +24,9 @@ from library.diffusion.objective import FLOW_SAMPLERS
 from library.errors import UserError
 from library.inference.adapter_files import adapt, open_adapters, read_choice
 from library.inference.file_names import FileNames
-from library.inference.flux_options import SIZE_STEP, FluxInferenceOptions, FluxPictureOptions, PartDtype, part_dtypes
+from library.inference.flux_options import SIZE_STEP, FluxInferenceOptions, FluxImageOptions, PartDtype, part_dtypes
 from library.inference.generate import (
-    DrawOptions,
+    GenerateOptions,
     ImageModels,
     ImageSettings,
     decode_images,
@@ -65,17 +65,17 @@ def draw_images(options: FluxInferenceOptions, lines: TextIO | None = None) -> l
         UserError: wrong or missing files; of typed prompts each error is a line, and the next one is read.
     """
     setup_console(ConsoleOptions())
-    studio = Studio(options)
-    if not options.picture.interactive:
-        if re.search(r"\s--[a-z]", options.picture.prompt):
+    studio = ImageSession(options)
+    if not options.image.interactive:
+        if re.search(r"\s--[a-z]", options.image.prompt):
             logger.warning("--prompt is taken as it is; options within a prompt are read with --interactive only")
-        return [studio.draw(ImagePrompt(options.picture.prompt))]
-    if options.picture.prompt != FluxPictureOptions.prompt:
+        return [studio.draw(ImagePrompt(options.image.prompt))]
+    if options.image.prompt != FluxImageOptions.prompt:
         logger.warning("--prompt has no effect with --interactive, which reads prompts from the keyboard")
     return _session(studio, lines or sys.stdin)
 
 
-def _session(studio: Studio, lines: TextIO) -> list[Path]:
+def _session(studio: ImageSession, lines: TextIO) -> list[Path]:
     written = []
     for number, line in enumerate(_typed(lines), start=1):
         where, is_full = f"prompt {number}", False
@@ -123,7 +123,7 @@ class _Dtype:
         return _Dtype(getattr(torch, part.compute), part.is_fp8)
 
 
-class Studio:
+class ImageSession:
     """A model that is ready to draw. Nothing of its weights is read before the first image.
 
     Args:
@@ -155,7 +155,7 @@ class Studio:
         loaders = {TEXT: self._load_text_encoders, DENOISER: self._load_denoiser, VAE: self._load_vae}
         self._parts = Parts(loaders, one_at_a_time=offload, device=self._device)
         self._encoded: dict[str, Conditioning] = {}
-        self._files = FileNames(Path(options.picture.output_dir))
+        self._files = FileNames(Path(options.image.output_dir))
 
     # ---- drawing ----
 
@@ -202,9 +202,9 @@ class Studio:
         models = ImageModels(self._family, vae=self._parts.get(VAE))
         return decode_images(models, latents, self._drawing(torch.float32))[0]
 
-    def _drawing(self, autocast: torch.dtype) -> DrawOptions:
+    def _drawing(self, autocast: torch.dtype) -> GenerateOptions:
         remedy = "try --ae_dtype float32, or --dtype bfloat16"
-        return DrawOptions(self._device, autocast, weighted=False, nan_remedy=remedy)
+        return GenerateOptions(self._device, autocast, weighted=False, nan_remedy=remedy)
 
     def free(self) -> None:
         """Give the memory of all models back; they are loaded again when they are needed."""
@@ -214,7 +214,7 @@ class Studio:
         if prompt.guidance_scale is not None and not self._family.takes_guidance:
             logger.warning("--g has no effect with %s", self._checkpoint.info.description)
             prompt = replace(prompt, guidance_scale=None)
-        seed = self._options.picture.seed
+        seed = self._options.image.seed
         (planned,) = plan_images([prompt], self._common, Repetition(random_seed() if seed is None else seed))
         if planned.settings.negative_prompt and planned.settings.scale == 1.0:
             logger.warning("the negative prompt has no effect at CFG scale 1; set --cfg_scale (--c in a prompt)")
@@ -321,17 +321,17 @@ def _inspect(options: FluxInferenceOptions) -> tuple[FluxCheckpoint, Flux]:
 
 
 def _common_settings(options: FluxInferenceOptions, family: Flux, model: str) -> ImageSettings:
-    picture = options.picture
-    if not family.takes_guidance and picture.guidance not in (FluxPictureOptions.guidance, 0.0):
-        logger.warning("--guidance %g has no effect with %s", picture.guidance, model)
+    image = options.image
+    if not family.takes_guidance and image.guidance not in (FluxImageOptions.guidance, 0.0):
+        logger.warning("--guidance %g has no effect with %s", image.guidance, model)
     return ImageSettings(
         prompt="",
-        negative_prompt=picture.negative_prompt or "",
-        width=picture.width,
-        height=picture.height,
-        steps=family.drawing_steps if picture.steps is None else picture.steps,
-        scale=picture.cfg_scale,
+        negative_prompt=image.negative_prompt or "",
+        width=image.width,
+        height=image.height,
+        steps=family.drawing_steps if image.steps is None else image.steps,
+        scale=image.cfg_scale,
         sampler=FLOW_SAMPLERS[0],
         seed=0,
-        guidance_scale=picture.guidance if family.takes_guidance else None,
+        guidance_scale=image.guidance if family.takes_guidance else None,
     )

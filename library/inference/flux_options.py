@@ -42,7 +42,7 @@ class FluxFilesOptions:
 
 
 @dataclass(frozen=True)
-class FluxPictureOptions:
+class FluxImageOptions:
     """Images."""
 
     prompt: str = option("A photo of a cat", "what to draw")
@@ -81,7 +81,7 @@ class FluxPrecisionOptions:
     offload: bool = option(False, "have only that part on the device which is used, and free it then")
 
 
-GROUPS = (FluxFilesOptions, FluxPictureOptions, FluxNetworkOptions, FluxPrecisionOptions)
+GROUPS = (FluxFilesOptions, FluxImageOptions, FluxNetworkOptions, FluxPrecisionOptions)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class FluxInferenceOptions:
     """All options of ``flux_minimal_inference.py``."""
 
     files: FluxFilesOptions
-    picture: FluxPictureOptions
+    image: FluxImageOptions
     networks: FluxNetworkOptions
     precision: FluxPrecisionOptions
 
@@ -151,27 +151,27 @@ def check_options(options: FluxInferenceOptions) -> None:
     Raises:
         UserError: one line per finding.
     """
-    findings = [*_picture(options.picture), *_dtypes(options.precision), *_folder(options.picture.output_dir)]
+    findings = [*_image(options.image), *_dtypes(options.precision), *_folder(options.image.output_dir)]
     if options.networks.merge_lora_weights and not options.networks.lora_weights:
         findings.append("--merge_lora_weights: there is nothing to merge; give --lora_weights")
     if findings:
         raise UserError("\n".join(findings))
 
 
-def _picture(picture: FluxPictureOptions) -> Iterator[str]:
+def _image(image: FluxImageOptions) -> Iterator[str]:
     for name in ("width", "height"):
         try:
-            check_size(getattr(picture, name), f"--{name}", SIZE_STEP)
+            check_size(getattr(image, name), f"--{name}", SIZE_STEP)
         except UserError as error:
             yield str(error)
-    if picture.steps is not None and not 1 <= picture.steps <= MAX_STEPS:
-        yield f"--steps {picture.steps}: must be 1 to {MAX_STEPS}"
-    if picture.seed is not None and not 0 <= picture.seed <= MAX_SEED:
-        yield f"--seed {picture.seed}: must be 0 to {MAX_SEED}"
-    if not 0 <= picture.guidance < float("inf"):
-        yield f"--guidance {picture.guidance:g}: must be at least 0"
-    if not abs(picture.cfg_scale) < float("inf"):
-        yield f"--cfg_scale {picture.cfg_scale:g}: must be a finite number"
+    if image.steps is not None and not 1 <= image.steps <= MAX_STEPS:
+        yield f"--steps {image.steps}: must be 1 to {MAX_STEPS}"
+    if image.seed is not None and not 0 <= image.seed <= MAX_SEED:
+        yield f"--seed {image.seed}: must be 0 to {MAX_SEED}"
+    if not 0 <= image.guidance < float("inf"):
+        yield f"--guidance {image.guidance:g}: must be at least 0"
+    if not abs(image.cfg_scale) < float("inf"):
+        yield f"--cfg_scale {image.cfg_scale:g}: must be a finite number"
 
 
 def _dtypes(precision: FluxPrecisionOptions) -> Iterator[str]:

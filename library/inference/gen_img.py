@@ -17,7 +17,7 @@ from library.config.console import setup_console
 from library.errors import UserError
 from library.files.safetensors_io import read_header
 from library.inference.file_names import FileNames
-from library.inference.generate import DrawOptions, ImageModels, ImageSettings, generate_images, random_seed
+from library.inference.generate import GenerateOptions, ImageModels, ImageSettings, generate_images, random_seed
 from library.inference.networks import NetworkChoice, apply_networks, choose_networks
 from library.inference.options import ImageOptions
 from library.inference.plan import PlannedImage, Repetition, batches, plan_images
@@ -64,14 +64,14 @@ def draw_images(options: ImageOptions, architecture: Architecture) -> list[Path]
     models = _load(options, architecture, checkpoint, dtype, device)
     networks = apply_networks(choices, models, merge=options.networks.network_merge, dtype=dtype, device=device)
     models = replace(models, adapters=networks)
-    drawing = DrawOptions(
+    drawing = GenerateOptions(
         device=device,
         dtype=dtype,
         zero_terminal_snr=options.model.zero_terminal_snr,
         clip_skip=options.model.clip_skip,
         max_token_length=75 * (options.model.max_embeddings_multiples or 1),
     )
-    files = FileNames(Path(options.picture.outdir), sequential=options.picture.sequential_file_name)
+    files = FileNames(Path(options.image.outdir), sequential=options.image.sequential_file_name)
     return _draw(planned, options.speed.batch_size, models, drawing, choices, files, Path(options.model.ckpt).name)
 
 
@@ -79,7 +79,7 @@ def _draw(
     planned: Sequence[PlannedImage],
     batch_size: int,
     models: ImageModels,
-    drawing: DrawOptions,
+    drawing: GenerateOptions,
     choices: Sequence[NetworkChoice],
     files: FileNames,
     model_name: str,
@@ -161,16 +161,16 @@ def _show_metadata(choices: Sequence[NetworkChoice]) -> None:
 
 def _common_settings(options: ImageOptions, architecture: Architecture, info: ModelInfo) -> ImageSettings:
     native = [int(side) for side in architecture.modelspec(info)["default_resolution"].split("x")]  # W x H
-    picture = options.picture
+    image = options.image
     multiple = architecture.latent.stride
     return ImageSettings(
         prompt="",
         negative_prompt="",
-        width=usable_size(native[0] if picture.W is None else picture.W, "--W", multiple),
-        height=usable_size(native[1] if picture.H is None else picture.H, "--H", multiple),
-        steps=picture.steps,
-        scale=picture.scale,
-        sampler=picture.sampler,
+        width=usable_size(native[0] if image.W is None else image.W, "--W", multiple),
+        height=usable_size(native[1] if image.H is None else image.H, "--H", multiple),
+        steps=image.steps,
+        scale=image.scale,
+        sampler=image.sampler,
         seed=0,
     )
 

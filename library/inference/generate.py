@@ -53,7 +53,7 @@ class ImageModels:
 
 
 @dataclass(frozen=True)
-class DrawOptions:
+class GenerateOptions:
     """How to draw, the same for all images of a run."""
 
     device: torch.device
@@ -146,7 +146,7 @@ def random_seed() -> int:
 # ---- images ----
 
 
-def generate_image(models: ImageModels, settings: ImageSettings, options: DrawOptions) -> Image:
+def generate_image(models: ImageModels, settings: ImageSettings, options: GenerateOptions) -> Image:
     """Draw one image.
 
     Raises:
@@ -158,7 +158,7 @@ def generate_image(models: ImageModels, settings: ImageSettings, options: DrawOp
 def generate_images(
     models: ImageModels,
     batch: Sequence[ImageSettings],
-    options: DrawOptions,
+    options: GenerateOptions,
     encoded: dict[str, Conditioning] | None = None,
 ) -> list[Image]:
     """Draw images in one batch.
@@ -177,7 +177,7 @@ def generate_images(
         return decode_images(models, generate_latents(models, batch, options, encoded), options)
 
 
-def decode_images(models: ImageModels, latents: Tensor, options: DrawOptions) -> list[Image]:
+def decode_images(models: ImageModels, latents: Tensor, options: GenerateOptions) -> list[Image]:
     """The images of latents (B, C, h, w)."""
     assert models.vae is not None
     with (
@@ -195,7 +195,7 @@ def decode_images(models: ImageModels, latents: Tensor, options: DrawOptions) ->
 def generate_latents(
     models: ImageModels,
     batch: Sequence[ImageSettings],
-    options: DrawOptions,
+    options: GenerateOptions,
     encoded: dict[str, Conditioning] | None = None,
 ) -> Tensor:
     """Sample the latents (B, C, h, w), float32, as the denoiser sees them; arguments as ``generate_images``."""
@@ -268,7 +268,7 @@ def _guided(
 
 
 def _encode(
-    models: ImageModels, texts: Sequence[str], options: DrawOptions, encoded: dict[str, Conditioning]
+    models: ImageModels, texts: Sequence[str], options: GenerateOptions, encoded: dict[str, Conditioning]
 ) -> Conditioning:
     """Text to conditioning (B, T, D), each distinct text once and by itself, whatever shares its batch."""
     encoders, missing = models.text_encoders, [text for text in dict.fromkeys(texts) if text not in encoded]
@@ -287,7 +287,7 @@ def encode_texts(
     tokenizers: Sequence[Any],
     text_encoders: Sequence[nn.Module],
     texts: Sequence[str],
-    options: DrawOptions,
+    options: GenerateOptions,
 ) -> dict[str, Conditioning]:
     """Conditioning by text, as images are drawn with, ahead of drawing."""
     with undisturbed(text_encoders, options.device), _precise(options):
@@ -299,7 +299,7 @@ def _encode_each(
     tokenizers: Sequence[Any],
     text_encoders: Sequence[nn.Module | None],
     texts: Sequence[str],
-    options: DrawOptions,
+    options: GenerateOptions,
 ) -> dict[str, Conditioning]:
     """Texts, one by one, to the outputs of the encoders that are there."""
     found = {}
@@ -317,7 +317,7 @@ def _encode_each(
 
 
 def _sized(models: ImageModels, conditioning: Conditioning, settings: ImageSettings) -> Conditioning:
-    """As for a whole picture of just this size."""
+    """As for a whole image of just this size."""
     count = len(next(iter(conditioning.tensors.values())))
     size = torch.tensor([[settings.height, settings.width]]).expand(count, 2)
     return models.architecture.with_sizes(conditioning, original=size, top_left=torch.zeros_like(size), target=size)
@@ -335,7 +335,7 @@ def to_image(pixels: Tensor) -> Image:
 
 
 @contextlib.contextmanager
-def _precise(options: DrawOptions) -> Iterator[None]:
+def _precise(options: GenerateOptions) -> Iterator[None]:
     """The precision that images are drawn in, without gradients."""
     enabled = options.dtype != torch.float32
     with torch.inference_mode(), torch.autocast(options.device.type, dtype=options.dtype, enabled=enabled):

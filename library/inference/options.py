@@ -71,7 +71,7 @@ class PromptOptions:
 
 
 @dataclass(frozen=True)
-class PictureOptions:
+class ImageOutputOptions:
     """Images."""
 
     outdir: str = option("outputs", "folder for the images")
@@ -165,7 +165,7 @@ GROUPS = (
     ConsoleOptions,
     ImageModelOptions,
     PromptOptions,
-    PictureOptions,
+    ImageOutputOptions,
     SpeedOptions,
     ImageNetworkOptions,
     ExtraOptions,
@@ -179,7 +179,7 @@ class ImageOptions:
     console: ConsoleOptions
     model: ImageModelOptions
     prompts: PromptOptions
-    picture: PictureOptions
+    image: ImageOutputOptions
     speed: SpeedOptions
     networks: ImageNetworkOptions
     extras: ExtraOptions
@@ -244,14 +244,14 @@ def _ranges(options: ImageOptions) -> Iterator[str]:
         "n_iter": options.prompts.n_iter,
         "batch_size": options.speed.batch_size,
         "clip_skip": options.model.clip_skip,
-        "W": options.picture.W,
-        "H": options.picture.H,
+        "W": options.image.W,
+        "H": options.image.H,
     }
     for name, value in at_least_one.items():
         if value is not None and value < 1:
             yield f"--{name} {value}: must be at least 1"
-    if not 1 <= options.picture.steps <= MAX_STEPS:
-        yield f"--steps {options.picture.steps}: must be 1 to {MAX_STEPS}"
+    if not 1 <= options.image.steps <= MAX_STEPS:
+        yield f"--steps {options.image.steps}: must be 1 to {MAX_STEPS}"
     multiples = options.model.max_embeddings_multiples
     if multiples is not None and not 1 <= multiples <= 3:
         yield f"--max_embeddings_multiples {multiples}: must be 1, 2 or 3"
@@ -261,14 +261,14 @@ def _ranges(options: ImageOptions) -> Iterator[str]:
 
 
 def _folder_fits(options: ImageOptions) -> Iterator[str]:
-    if Path(options.picture.outdir).exists() and not Path(options.picture.outdir).is_dir():
-        yield f"--outdir {options.picture.outdir}: is a file; give a folder"
+    if Path(options.image.outdir).exists() and not Path(options.image.outdir).is_dir():
+        yield f"--outdir {options.image.outdir}: is a file; give a folder"
 
 
 def _sampler_fits(options: ImageOptions) -> Iterator[str]:
     try:
         check_sampler(
-            options.picture.sampler,
+            options.image.sampler,
             v_prediction=options.model.v_parameterization,
             zero_terminal_snr=options.model.zero_terminal_snr,
         )

@@ -64,6 +64,6 @@ def compile_blocks(model: nn.Module, classes: Iterable[str], *, backend: str) ->
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Compiled modules run as they are written inside: pictures have sizes that are not worth compiling for."""
+    """Compiled modules run as they are written inside: images have sizes that are not worth compiling for."""
     with torch.compiler.set_stance("force_eager"):
         yield

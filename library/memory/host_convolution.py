@@ -1,11 +1,11 @@
-"""Convolutions with frozen weights in half precision on the CPU, as products of matrices where pictures are small.
+"""Convolutions with frozen weights in half precision on the CPU, as products of matrices where images are small.
 
 oneDNN, which computes torch's convolutions on the CPU, wants weights in blocks of its own and copies them into that
 form in every call, forward and backward. At the lowest levels of a U-Net, with 30 to 60 MB of weights to a layer and
 a few hundred pixels, that takes longer than the arithmetic. A product of the plain weights with the windows of the
-picture needs no copy; ``benchmarks/RESULTS.md`` has the figures.
+image needs no copy; ``benchmarks/RESULTS.md`` has the figures.
 
-Shape legend: B batch, I input channels, O output channels, h and w of the picture; kernels are 3 x 3. Pictures and
+Shape legend: B batch, I input channels, O output channels, h and w of the image; kernels are 3 x 3. Images and
 weights lie in memory with channels last, so that windows and weights are matrices as they are.
 """
 
@@ -27,28 +27,28 @@ class _AsProduct(torch.autograd.Function):
     """The convolution of (B, I, h, w) with (O, I, 3, 3), stride 1, that keeps the size. No gradient of the weights."""
 
     @staticmethod
-    def forward(ctx: Any, picture: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         with torch.autocast("cpu", enabled=False):
-            return _convolved(picture.to(weight.dtype), weight, bias)
+            return _convolved(maps.to(weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         with torch.autocast("cpu", enabled=False):
-            return _gradient_of_picture(gradient, ctx.weight), None, None
+            return _gradient_of_image(gradient, ctx.weight), None, None
 
 
-def _convolved(picture: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    batch, channels, height, width = picture.shape
-    padded = functional.pad(picture.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, h+2, w+2, I)
+def _convolved(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    batch, channels, height, width = maps.shape
+    padded = functional.pad(maps.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, h+2, w+2, I)
     image, row, column, _ = padded.stride()
     windows = padded.as_strided((batch, height, width, 3, 3, channels), (image, row, column, row, column, 1))
     product = functional.linear(windows.reshape(-1, 9 * channels), _matrix(weight), bias)  # (B*h*w, O)
     return product.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _gradient_of_picture(gradient: Tensor, weight: Tensor) -> Tensor:
+def _gradient_of_image(gradient: Tensor, weight: Tensor) -> Tensor:
     batch, _, height, width = gradient.shape
     of_windows = gradient.permute(0, 2, 3, 1).flatten(0, 2) @ _matrix(weight)  # (B*h*w, 9*I)
     of_windows = of_windows.view(batch, height, width, 3, 3, -1)
@@ -75,21 +75,21 @@ def convolve_as_products(model: nn.Module) -> None:
                 module._conv_forward = MethodType(_conv_forward, module)
 
 
-def _conv_forward(self: nn.Conv2d, picture: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if is_quicker(picture, weight, bias):
-        return _AsProduct.apply(picture, weight, bias)
-    return nn.Conv2d._conv_forward(self, picture, weight, bias)
+def _conv_forward(self: nn.Conv2d, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if is_quicker(maps, weight, bias):
+        return _AsProduct.apply(maps, weight, bias)
+    return nn.Conv2d._conv_forward(self, maps, weight, bias)
 
 
-def is_quicker(picture: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether ``picture`` (B, I, h, w) and ``weight`` (O, I, 3, 3) are better multiplied as matrices."""
+def is_quicker(maps: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether ``image`` (B, I, h, w) and ``weight`` (O, I, 3, 3) are better multiplied as matrices."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
-    pixels = picture.shape[0] * picture.shape[2:].numel()
+    pixels = maps.shape[0] * maps.shape[2:].numel()
     return (
         pixels <= MOST_PIXELS_PER_CHANNEL * weight.shape[0]
         and weight.is_contiguous(memory_format=torch.channels_last)
-        and (picture.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
+        and (maps.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
         and not torch.compiler.is_compiling()

@@ -30,14 +30,14 @@ class Sharding:
 
 
 @dataclass(frozen=True)
-class Shares:
+class ShardSizes:
     """Numbers of parameters."""
 
     here: int  # that this process keeps between steps
     total: int
 
 
-def share_out(model: nn.Module, blocks: Sequence[str], sharding: Sharding, device: torch.device) -> None:
+def shard_model(model: nn.Module, blocks: Sequence[str], sharding: Sharding, device: torch.device) -> None:
     """Share a frozen model out over all processes, in place, moving it block by block to ``device``.
 
     No more than one block is ever whole on the device. Weights must be the same on all processes.
@@ -105,10 +105,10 @@ def _kept_whole(model: nn.Module, pattern: str | None, device: torch.device) -> 
     return {parameter for module in found for parameter in module.to(device).parameters()}
 
 
-def shares_of(model: nn.Module) -> Shares:
+def shard_sizes(model: nn.Module) -> ShardSizes:
     """What this process keeps of a model; for use between steps."""
     from torch.distributed.tensor import DTensor
 
     parameters = list(model.parameters())
     here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
-    return Shares(here, sum(p.numel() for p in parameters))
+    return ShardSizes(here, sum(p.numel() for p in parameters))

@@ -194,7 +194,7 @@ def resolve_optimizer(
     optimizer_args: Sequence[str] | None,
     learning_rate: float,
     *,
-    rates_of_parts: Sequence[str] = (),
+    learning_rates_of_parts: Sequence[str] = (),
 ) -> OptimizerChoice:
     """Find and check the optimizer that the flags name.
 
@@ -216,10 +216,10 @@ def resolve_optimizer(
     given = parse_keyword_arguments("--optimizer_args", optimizer_args)
     _check_arguments(name, path, given)
     args = {**implied, **given}
-    warnings = _adafactor(args, rates_of_parts) if path == _ADAFACTOR else []
+    warnings = _adafactor(args, learning_rates_of_parts) if path == _ADAFACTOR else []
     choice = OptimizerChoice(name, path, learning_rate, args)
     if choice.finds_rate_itself and not choice.finds_rate_per_group:
-        for ratio in (name for name in rates_of_parts if name.startswith("loraplus_")):
+        for ratio in (name for name in learning_rates_of_parts if name.startswith("loraplus_")):
             raise UserError(f"--network_args {ratio}: {name} finds one rate for all; leave it out")
     if choice.finds_rate_itself and learning_rate <= _LOW_RATE_FOR_ADAPTIVE:
         warnings.append(
@@ -230,17 +230,17 @@ def resolve_optimizer(
     return OptimizerChoice(name, path, learning_rate, args, tuple(warnings))
 
 
-def _adafactor(args: dict[str, Any], rates_of_parts: Sequence[str]) -> list[str]:
+def _adafactor(args: dict[str, Any], learning_rates_of_parts: Sequence[str]) -> list[str]:
     """Published implications: relative step by default, forced by warmup_init; it has no rates of parts."""
     args.setdefault("relative_step", True)
     warnings: list[str] = []
     if args.get("warmup_init") and not args["relative_step"]:
         args["relative_step"] = True
         warnings.append("--optimizer_args warmup_init=True: relative_step is set to True, which it needs")
-    if args["relative_step"] and rates_of_parts:
+    if args["relative_step"] and learning_rates_of_parts:
         warnings.append(
             NoEffect(
-                f"{', '.join(rates_of_parts)}: no effect, as Adafactor with relative_step finds the rates itself; give "
+                f"{', '.join(learning_rates_of_parts)}: no effect, as Adafactor with relative_step finds the rates itself; give "
                 '--optimizer_args "relative_step=False" to use them'
             )
         )

@@ -1,4 +1,4 @@
-"""What is said and kept of a step that is not finite: its pictures, captions and seed, and a file to run it again."""
+"""What is said and kept of a step that is not finite: its images, captions and seed, and a file to run it again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 #: replay files that one run writes at most; each holds the trained weights
 MOST_FILES = 3
-_MOST_PICTURES, _MOST_LETTERS = 8, 80
+_MOST_IMAGES, _MOST_LETTERS = 8, 80
 
 
 class BadStepReport:
@@ -73,12 +73,12 @@ class BadStepReport:
         values = ", ".join(f"{name} {value}" for name, value in (wrong or bad.values).items())
         text = f"step {bad.step} (seed {self._run.checked.seed}): {values}"
         named = [n for n in notes if not n.finite] or notes
-        pictures = [pair for note in named for pair in zip(note.paths, note.captions, strict=True)]
-        if not pictures:
+        images = [pair for note in named for pair in zip(note.paths, note.captions, strict=True)]
+        if not images:
             return text
-        shown = [f"{path} {_short(caption)!r}" for path, caption in pictures[:_MOST_PICTURES]]
-        more = f" and {len(pictures) - len(shown)} more" if len(pictures) > len(shown) else ""
-        return f"{text}; its pictures: {', '.join(shown)}{more}"
+        shown = [f"{path} {_short(caption)!r}" for path, caption in images[:_MOST_IMAGES]]
+        more = f" and {len(images) - len(shown)} more" if len(images) > len(shown) else ""
+        return f"{text}; its images: {', '.join(shown)}{more}"
 
     def _recorded(self, bad: BadStep, rank: int, notes: list[BatchNote]) -> str | None:
         """Write the replay file on the main process; its path on all."""

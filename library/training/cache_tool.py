@@ -1,6 +1,6 @@
 """What the caching tools share: a run's setup and cache without the run.
 
-A tool says which options matter to it and which caches it makes; pictures, checks, processes and the caches
+A tool says which options matter to it and which caches it makes; images, checks, processes and the caches
 themselves are those of training.
 """
 
@@ -25,7 +25,7 @@ from library.errors import UserError, exits_on_user_error
 from library.training.caching import CacheJob, inspect_model
 from library.training.debug_dataset import show_dataset
 from library.training.interrupt import Interrupt
-from library.training.processes import make_accelerator, parting, weight_dtype
+from library.training.processes import make_accelerator, finalizing, weight_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class CacheTool(ABC):
             if options.tool.skip_existing:
                 options = replace(options, dataset=replace(options.dataset, skip_cache_check=True))
             job = self._job(architecture, options, interrupt)
-            with parting(job.accelerator):
+            with finalizing(job.accelerator):
                 self.make(job)
 
     def _job(self, architecture: Architecture, options: CacheToolOptions, interrupt: Interrupt) -> CacheJob:

@@ -86,7 +86,7 @@ def cache_latents(job: CacheJob, *, keep_vae: bool = False) -> nn.Module | None:
         keep_vae: return the VAE, on the host, whether or not it was needed; else it is let go.
 
     Raises:
-        UserError: a picture that cannot be read; latents that are not finite; a full disk.
+        UserError: an image that cannot be read; latents that are not finite; a full disk.
         SystemExit: after Ctrl-C or SIGTERM; another process had an error.
     """
     options = job.options.dataset
@@ -103,7 +103,7 @@ def cache_latents(job: CacheJob, *, keep_vae: bool = False) -> nn.Module | None:
 
         return encode
 
-    with job.progress("encoding pictures", "pictures") as progress:
+    with job.progress("encoding images", "images") as progress:
 
         def report(done: int, total: int) -> None:
             progress.update(done, total)
@@ -122,7 +122,7 @@ def cache_latents(job: CacheJob, *, keep_vae: bool = False) -> nn.Module | None:
     if job.accelerator.is_main_process:
         shared = job.accelerator.num_processes if options.cache_latents_to_disk else 1
         by = f" by {shared} processes" if made and shared > 1 else ""
-        logger.info("latents: %d encoded%s, %d from the cache", made, by, job.data.picture_count() - made)
+        logger.info("latents: %d encoded%s, %d from the cache", made, by, job.data.image_count() - made)
     if keep_vae:
         vae = (vae if vae is not None else job.load_vae()).to("cpu")
     else:

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: pictures on sheets at most; the batch that passes it is the last
-MOST_PICTURES = 200
+#: images on sheets at most; the batch that passes it is the last
+MOST_IMAGES = 200
 FOLDER = "debug_dataset"
 
 QUIT, NEXT_BATCH, NEXT_EPOCH = ("\x1b", "q"), ("s",), ("e",)
-_HELP = "any key: next picture; S: next batch; E: next epoch; Esc or Q: end"
+_HELP = "any key: next image; S: next batch; E: next epoch; Esc or Q: end"
 
 Batches = Iterator[list[Shown]]
 
@@ -81,7 +81,7 @@ def show_dataset(options: TrainNetworkOptions, architecture: Architecture, condi
         browse((batches_of(data, plan, epoch, processes) for epoch in range(plan.num_epochs)), _Window().show)
         return
     folder = Path(options.output.output_dir or ".") / FOLDER
-    logger.info("pictures go to files, not to windows: %s", reason)
+    logger.info("images go to files, not to windows: %s", reason)
     write_sheets(batches_of(data, plan, 0, processes), folder, total=data.batch_count())
 
 
@@ -98,25 +98,23 @@ def batches_of(data: TrainingData, plan: RunPlan, epoch: int, processes: int = 1
 
 
 def write_sheets(batches: Batches, folder: Path, *, total: int) -> None:
-    """Write the batches of an epoch until ``MOST_PICTURES`` are reached, and say where they are.
+    """Write the batches of an epoch until ``MOST_IMAGES`` are reached, and say where they are.
 
     Args:
         total: batches of the epoch.
     """
     writer = SheetWriter(folder)
-    pictures = done = 0
+    images = done = 0
     for done, samples in enumerate(batches, start=1):
         writer.add(samples)
-        pictures += len(samples)
-        if pictures >= MOST_PICTURES:
+        images += len(samples)
+        if images >= MOST_IMAGES:
             break
     writer.close()
-    logger.info("%d batches with %d pictures are on %d sheets in %s", done, pictures, writer.sheets, folder)
-    logger.info("all captions and figures are in %s", folder / LIST_NAME)
+    logger.info("%d batches with %d images are on %d sheets in %s", done, images, writer.sheets, folder)
+    logger.info("all captions and metrics are in %s", folder / LIST_NAME)
     if done < total:
-        logger.info(
-            "%d more batches of the epoch are not drawn, as %d pictures are the most", total - done, MOST_PICTURES
-        )
+        logger.info("%d more batches of the epoch are not drawn, as %d images are the most", total - done, MOST_IMAGES)
 
 
 # ---- windows ----

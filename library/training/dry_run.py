@@ -163,9 +163,9 @@ def _other_files(run: Run) -> list[str]:
     options = run.options
     lines = [f"{run.checked.trackers.directory}: logs"]
     if options.dataset.cache_latents_to_disk:
-        lines.append(f"beside the pictures: latents of {run.data.picture_count()} pictures, where not there yet")
+        lines.append(f"beside the images: latents of {run.data.image_count()} images, where not there yet")
     if options.dataset.cache_text_encoder_outputs_to_disk:
-        lines.append("beside the pictures: encoded captions, where not there yet")
+        lines.append("beside the images: encoded captions, where not there yet")
     if options.optimizer.ema_decay is not None:
         lines.append(f"beside each file of weights: the average, as {ema_path(run.names.final()).name}")
     if options.validation.save_best:

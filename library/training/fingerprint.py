@@ -63,7 +63,7 @@ def fingerprint(run: Run) -> dict[str, object]:
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
         "torch": torch.__version__,
         "datasets": len(run.data.datasets),
-        "validation pictures": describe.validation_set(run.data),
+        "validation images": describe.validation_set(run.data),
         "optimizer": run.checked.optimizer.metadata_name,
         "latents cached": run.caches_latents,
         "text encoder outputs cached": text_cache_row(options.dataset),
@@ -92,11 +92,11 @@ def option_values(options: TrainNetworkOptions) -> Iterator[tuple[str, Any]]:
 
 
 def dataset_values(dataset: BucketedDataset, name: str) -> dict[str, object]:
-    """A dataset's settings one by one, and digests of its pictures, captions and masks."""
+    """A dataset's settings one by one, and digests of its images, captions and masks."""
     records = dataset.records
     found: dict[str, object] = {
-        # their place in the list is part of the identity of pictures
-        f"pictures of {name}": digest(f"{r.subset} {r.name} {r.size}" for r in records),
+        # their place in the list is part of the identity of images
+        f"images of {name}": digest(f"{r.subset} {r.name} {r.size}" for r in records),
         f"captions of {name}": digest(r.caption for r in records),
         f"masks of {name}": digest(r.conditioning.name if r.conditioning else "" for r in records),
     }

@@ -31,7 +31,7 @@ PLAIN_LINE_INTERVAL = 10.0
 
 @dataclass(frozen=True)
 class TrackerSettings:
-    """Where figures go; TensorBoard is always on, beside the output unless a folder is given."""
+    """Where metrics go; TensorBoard is always on, beside the output unless a folder is given."""
 
     directory: Path
     backends: tuple[str, ...]
@@ -149,7 +149,7 @@ class Trackers:
                 tracker.log(dict(values), step=step)
 
     def log_by_epoch(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
-        """Figures of an epoch, over the epochs (counted from 1) where a tracker has more than one axis."""
+        """Metrics of an epoch, over the epochs (counted from 1) where a tracker has more than one axis."""
         for tracker in self._accelerator.trackers:
             with self._or_without(tracker):
                 if tracker.name == "wandb":  # its steps never go back, so the epoch is a figure of its own
@@ -158,7 +158,7 @@ class Trackers:
                     tracker.log(dict(values), step=epoch)
 
     def images(self, images: Mapping[str, Image], step: int) -> None:
-        """Sample pictures, under ``sample_<index>``."""
+        """Sample images, under ``sample_<index>``."""
         import numpy as np
 
         for tracker in self._accelerator.trackers:

@@ -1,7 +1,7 @@
 """The loop: batches to optimizer steps. It knows nothing of models; a trainer gives it a loss and hooks.
 
 Per batch: seed dropout, loss, backward. Per step: average gradients over processes, clip, update.
-Figures are read one step late (``library.training.figures``), so no step waits for the device.
+Metrics are read one step late (``library.training.metrics``), so no step waits for the device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from library.data.dataset import Batch
 from library.randomness import key
-from library.training.figures import DeferredFigures, StepFigures, StepTimes
+from library.training.metrics import DeferredMetrics, StepMetrics, StepTimes
 from library.training.gradient_exchange import GradientExchange
 from library.training.interrupt import Interrupt
 from library.training.nonfinite import BadStep, OnNan, StepGuard
@@ -39,13 +39,13 @@ class LoopHooks(Protocol):
     def batch_started(self, batch: Batch) -> None: ...
 
     def step_ended(self, step: int, epoch: int) -> dict[str, Tensor]:
-        """After the update of the weights; may return further figures to record."""
+        """After the update of the weights; may return further metrics to record."""
         ...
 
-    def figures_ready(self, figures: StepFigures) -> None: ...
+    def metrics_ready(self, metrics: StepMetrics) -> None: ...
 
     def step_failed(self, bad: BadStep, *, ends_run: bool, back_to: int | None) -> None:
-        """Instead of ``figures_ready`` for a step that is not finite; all processes take part.
+        """Instead of ``metrics_ready`` for a step that is not finite; all processes take part.
 
         Args:
             back_to: the step whose state was brought back.
@@ -86,7 +86,7 @@ def run_loop(
     Raises:
         NonFiniteLoss: for what is not finite, as ``on_nan`` says; found before the next save.
     """
-    figures = DeferredFigures()
+    metrics = DeferredMetrics()
     times = StepTimes()
     guard = StepGuard(trained, accelerator, on_nan)
     exchange = GradientExchange(accelerator, trained.parameters, as_views=trained.gradients_as_views)
@@ -95,10 +95,10 @@ def run_loop(
 
     def collect(keep: int) -> None:
         nonlocal stop_asked
-        for ready in figures.pop(keep=keep):
+        for ready in metrics.pop(keep=keep):
             stop_asked = stop_asked or ready.values.pop("interrupt", 0.0) > 0
             if (bad := guard.judge(ready)) is None:
-                hooks.figures_ready(ready)
+                hooks.metrics_ready(ready)
             else:
                 failed(bad)
 
@@ -148,7 +148,7 @@ def run_loop(
 
             packed |= hooks.step_ended(step, epoch)
             guard.step_ended(step)
-            figures.push(step, packed, measured=times.end_step())
+            metrics.push(step, packed, measured=times.end_step())
             stops = stop_asked or (interrupt.requested and not several)
             saves = hooks.is_save_due(step) or stops or step == plan.total_steps
             collect(keep=0 if saves or batch_in_epoch >= plan.batches_per_epoch else 1)
@@ -166,11 +166,11 @@ def run_loop(
     return step
 
 
-def _across_processes(accelerator: Accelerator, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+def _across_processes(accelerator: Accelerator, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     if accelerator.num_processes == 1:
-        return figures
-    packed = torch.stack([value.detach().float() for value in figures.values()])
-    return dict(zip(figures, accelerator.reduce(packed, reduction="mean").unbind(), strict=True))
+        return metrics
+    packed = torch.stack([value.detach().float() for value in metrics.values()])
+    return dict(zip(metrics, accelerator.reduce(packed, reduction="mean").unbind(), strict=True))
 
 
 def _ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

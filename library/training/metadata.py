@@ -156,7 +156,7 @@ def fixed_entries(
         "ss_training_started_at": started_at,
         "ss_output_name": o.output.output_name,
         "ss_learning_rate": o.optimizer.learning_rate,
-        "ss_text_encoder_lr": _one_or_list(o.optimizer.text_encoder_rates),
+        "ss_text_encoder_lr": _one_or_list(o.optimizer.text_encoder_lrs),
         "ss_unet_lr": o.optimizer.unet_lr,
         "ss_num_epochs": num_epochs,
         "ss_gradient_checkpointing": o.training.gradient_checkpointing,

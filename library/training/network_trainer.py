@@ -33,7 +33,7 @@ from library.training.checkpoints import ema_path
 from library.training.ema import WeightAverage
 from library.training.meta_models import load_on_meta
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
-from library.training.precision import InFp8, cast_trained, trained_dtype
+from library.training.precision import Fp8Parts, cast_trained, trained_dtype
 from library.training.run import Run
 from library.training.text_caching import caches_texts, uncached
 from library.training.text_memo import TextMemo
@@ -143,7 +143,7 @@ class NetworkTrainer(Trainer):
         options = run.options
         module = import_network_module(options.network.network_module)
         self._merge_base_weights(run, module)
-        InFp8.of(options).apply(run)
+        Fp8Parts.of(options).apply(run)
         network = self._applied_network(run, module)
         half = trained_dtype(options.training)
         if half != torch.float32:
@@ -301,7 +301,7 @@ class NetworkTrainer(Trainer):
 
     def _parameter_groups(self, network: Any, options: TrainNetworkOptions) -> tuple[list[Any], list[str | None]]:
         """Ask the network for its groups in the newest form of the protocol that it speaks."""
-        text_lrs = options.optimizer.text_encoder_rates
+        text_lrs = options.optimizer.text_encoder_lrs
         unet_lr, default = options.optimizer.unet_lr, options.optimizer.learning_rate
         if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
             groups = network.prepare_optimizer_params_with_multiple_te_lrs(text_lrs, unet_lr, default)
@@ -370,14 +370,14 @@ class NetworkTrainer(Trainer):
     def step_ended(self, run: Run, step: int) -> dict[str, Tensor]:
         self._steps_done = step
         limit = run.options.network.scale_weight_norms
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         if limit:
             scaled, mean, maximum = self._network.apply_max_norm_regularization(limit, run.device)
             norms = {"max_norm/keys_scaled": scaled, "norm/avg_key_norm": mean, "max_norm/max_key_norm": maximum}
-            figures = {name: torch.as_tensor(value, device=run.device) for name, value in norms.items()}
+            metrics = {name: torch.as_tensor(value, device=run.device) for name, value in norms.items()}
         if self._average is not None:
             self._average.update(step)
-        return figures
+        return metrics
 
     def learning_rates(self, run: Run) -> dict[str, float]:
         return lr_log_entries(run.trained.optimizer, run.checked.optimizer, self._descriptions)

@@ -1,7 +1,7 @@
 """Losses and gradients that are not finite: found without waiting for the device, and what follows (``--on_nan``).
 
 A step is *bad* when its loss, averaged over processes, or the norm of its gradients is not finite. The flag is made on
-the device and read with the step's figures, one step later (``library.training.figures``). Until then the weights
+the device and read with the step's metrics, one step later (``library.training.metrics``). Until then the weights
 before the step are kept, so that the step can be run again (``library.training.replay``).
 
 ``stop``
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from library.data.batch import Batch
 from library.errors import UserError
-from library.training.figures import StepFigures
+from library.training.metrics import StepMetrics
 from library.training.trained import Trained
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class BadStep:
     """A step whose loss or gradients are not finite, as one process saw it."""
 
     step: int  # counted from 1
-    values: dict[str, float]  # figures over all processes
+    values: dict[str, float]  # metrics over all processes
     batches: list[BatchNote]  # of this process
     weights: list[Tensor]  # the trained parameters before the step, in their order, on the device
     in_a_row: int
@@ -157,7 +157,7 @@ class StepGuard:
         self._flag = flag
 
     def after_update(self) -> dict[str, Tensor]:
-        """Put the weights of a bad step back; returns what is to be read with the step's figures."""
+        """Put the weights of a bad step back; returns what is to be read with the step's metrics."""
         now = self._pending[-1]
         if self.mode != "stop":
             after = self._flat.read(self._parameters)
@@ -186,19 +186,19 @@ class StepGuard:
 
     # ---- on the host, one step later ----
 
-    def judge(self, figures: StepFigures) -> BadStep | None:
-        """Take the guard's own figures out, and say whether the step was bad."""
+    def judge(self, metrics: StepMetrics) -> BadStep | None:
+        """Take the guard's own metrics out, and say whether the step was bad."""
         now = self._pending.popleft()
-        flag = figures.values.pop(_FLAG)
-        losses = [figures.values.pop(f"{_BATCH}{index}") for index in range(len(now.losses))]
+        flag = metrics.values.pop(_FLAG)
+        losses = [metrics.values.pop(f"{_BATCH}{index}") for index in range(len(now.losses))]
         if flag:
-            if self._kept is None or self._kept.confirm(figures.step):
+            if self._kept is None or self._kept.confirm(metrics.step):
                 self._in_a_row = 0
             return None
-        return self._bad(now, figures.values, losses)
+        return self._bad(now, metrics.values, losses)
 
     def check(self, step: int) -> BadStep | None:
-        """Before a save, with all figures read: weights, averages and optimizer themselves. Waits for the device."""
+        """Before a save, with all metrics read: weights, averages and optimizer themselves. Waits for the device."""
         average = self._trained.average
         state = _optimizer(self._trained).state.values()
         tensors = [*self._parameters, *(average.state_dict().values() if average is not None else ())]
@@ -260,7 +260,7 @@ class KeptState:
         if self._candidate is None or self._candidate.step > step:
             return False
         candidate, self._candidate = self._candidate, None
-        if bool(candidate.finite):  # on the host since the step's figures are
+        if bool(candidate.finite):  # on the host since the step's metrics are
             self._kept = candidate
             return True
         return False

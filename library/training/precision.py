@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class InFp8:
+class Fp8Parts:
     """Which frozen models are kept in fp8. They are loaded on the host, and moved when they have become small."""
 
     denoiser: bool
     text_encoders: bool
 
     @staticmethod
-    def of(options: TrainNetworkOptions) -> InFp8:
+    def of(options: TrainNetworkOptions) -> Fp8Parts:
         training = options.training
         both = training.fp8_base and not training.fp8_base_unet
         # beside cached outputs only those that are trained are there, which are the small ones
-        return InFp8(training.fp8_base or training.fp8_base_unet, both and not caches_texts(options.dataset))
+        return Fp8Parts(training.fp8_base or training.fp8_base_unet, both and not caches_texts(options.dataset))
 
     def apply(self, run: Run) -> None:
         """Store the loaded models' weights anew; nothing can be merged into them afterwards."""
@@ -45,7 +45,7 @@ class InFp8:
 
 def home_of_text_encoders(run: Run) -> str:
     """Where those are loaded whose outputs are not cached."""
-    return "cpu" if InFp8.of(run.options).text_encoders else str(run.device)
+    return "cpu" if Fp8Parts.of(run.options).text_encoders else str(run.device)
 
 
 def trained_dtype(options: TrainingOptions) -> torch.dtype:
@@ -84,7 +84,7 @@ def activations(options: TrainingOptions) -> AbstractContextManager[object]:
 
 
 def drawing(options: TrainingOptions) -> AbstractContextManager[None]:
-    """The context in which pictures are drawn during training."""
+    """The context in which images are drawn during training."""
     if options.torch_compile:
         from library.memory.compiling import uncompiled
 
@@ -106,7 +106,7 @@ def compile_denoiser(run: Run, classes: tuple[str, ...]) -> None:
 
 def precision_row(run: Run) -> str:
     """For the table before the first step."""
-    training, fp8 = run.options.training, InFp8.of(run.options)
+    training, fp8 = run.options.training, Fp8Parts.of(run.options)
     kept = "and text encoders " if fp8.text_encoders else ""
     frozen = f"{str(run.weight_dtype)[6:]}{f' (denoiser {kept}in scaled fp8)' if fp8.denoiser else ''}"
     return (

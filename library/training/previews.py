@@ -17,7 +17,7 @@ from library.training.text_caching import TextModels, uncached
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from library.inference.generate import DrawOptions
+    from library.inference.generate import GenerateOptions
     from library.training.run import Run
     from library.training.trainer import Trainer
 
@@ -56,7 +56,7 @@ def preview_path(
     return directory / "sample" / f"{prefix}{when}_{index:02d}_{stamp}{suffix}.png"
 
 
-def draw_image(trainer: Trainer, run: Run, prompt: SamplePrompt, path: Path | None) -> Image:
+def generate_preview(trainer: Trainer, run: Run, prompt: SamplePrompt, path: Path | None) -> Image:
     """Draw one sample image with the weights as they are, and save it with its settings if there is a path."""
     from library.inference.generate import ImageModels, generate_image, settings_for
     from library.inference.png import save_png
@@ -75,17 +75,17 @@ def draw_image(trainer: Trainer, run: Run, prompt: SamplePrompt, path: Path | No
         adapters=trainer.trained_modules(run),
     )
     with precision.drawing(run.options.training):
-        image = generate_image(models, settings, _draw_options(run))
+        image = generate_image(models, settings, _generate_options(run))
     if path is not None:
         name = Path(model.pretrained_model_name_or_path).name
         save_png(image, path, settings.record(model=name, network=run.options.output.output_name or ""))
     return image
 
 
-def _draw_options(run: Run) -> DrawOptions:
-    from library.inference.generate import DrawOptions
+def _generate_options(run: Run) -> GenerateOptions:
+    from library.inference.generate import GenerateOptions
 
-    return DrawOptions(
+    return GenerateOptions(
         device=run.device,
         dtype=run.weight_dtype,
         zero_terminal_snr=run.options.noise.zero_terminal_snr,
@@ -102,11 +102,11 @@ def encode_prompts(architecture: Architecture, run: Run, models: TextModels) -> 
     for prompt in run.checked.prompts:
         settings = settings_for(prompt, architecture.sample_defaults, sampler="")
         texts |= dict.fromkeys(settings.texts())
-    encoded = encode_texts(architecture, models.tokenizers, models.encoders, list(texts), _draw_options(run))
+    encoded = encode_texts(architecture, models.tokenizers, models.encoders, list(texts), _generate_options(run))
     return {text: found.to("cpu") for text, found in encoded.items()}
 
 
-def draw_previews(
+def generate_previews(
     prompts: Sequence[SamplePrompt],
     draw: Callable[[SamplePrompt, Path | None], Image],
     path_of: Callable[[int, SamplePrompt], Path],

@@ -71,7 +71,7 @@ def make_accelerator(
 
 
 @contextlib.contextmanager
-def parting(accelerator: Accelerator) -> Iterator[None]:
+def finalizing(accelerator: Accelerator) -> Iterator[None]:
     """The processes part at the end, or where all of them stop, before any of them is gone.
 
     Without it the first that ends may take another with it, which still holds its connection. After an error of one

@@ -1,7 +1,7 @@
 """One step again (``--replay``): a bad step is recorded in a file, from which its loss is computed once more.
 
 A recording is a safetensors file: the trained parameters before the step, and in its metadata what the run was started
-with (without tokens and keys), where the step lies and what it was made of. Model and pictures are read where the run
+with (without tokens and keys), where the step lies and what it was made of. Model and images are read where the run
 read them. All randomness is keyed (``library.randomness``), so noise, timesteps, captions and dropout are the same.
 """
 
@@ -50,7 +50,7 @@ class Recording:
     processes: int
     plan: dict[str, Any]
     values: dict[str, str]  # loss and gradient norm over all processes, as texts: JSON has no NaN
-    batches: list[dict[str, Any]]  # pictures, captions and loss of each
+    batches: list[dict[str, Any]]  # images, captions and loss of each
     options: dict[str, Any]
     version: int = _VERSION
 

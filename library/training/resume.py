@@ -144,7 +144,7 @@ def _class_of(optimizer: object) -> str | None:
     return optimizer.partition("(")[0] if isinstance(optimizer, str) else None
 
 
-def standing(run: Run, *, step: int, epoch: int, losses: list[float]) -> TrainState:
+def train_state(run: Run, *, step: int, epoch: int, losses: list[float]) -> TrainState:
     """Where a run stands after ``step`` of ``epoch``, both counted from 1."""
     return TrainState(
         current_epoch=epoch,
@@ -164,7 +164,7 @@ def name_changes(run: Run) -> None:
         logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
 
 
-def go_on(run: Run) -> None:
+def resume_run(run: Run) -> None:
     """Bring back weights, optimizer, scheduler, random states of this process, and the best validation.
 
     Raises:

@@ -165,7 +165,7 @@ _RATE_ARGS = (
 )  # fmt: skip
 
 
-def rates_of_parts(options: TrainNetworkOptions) -> list[str]:
+def learning_rates_of_parts(options: TrainNetworkOptions) -> list[str]:
     """The options given that set learning rates of parts of the model, as the user wrote them."""
     given = [word.partition("=")[0].strip() for word in options.network.network_args or []]
     rates = ("unet_lr", "text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2")

@@ -14,9 +14,9 @@ from torch import nn
 from library.config.no_effect import report
 from library.errors import NoEffect, UserError
 from library.memory.host_convolution import convolve_as_products
-from library.memory.sharding import Sharding, share_out, shares_of
+from library.memory.sharding import Sharding, shard_model, shard_sizes
 from library.training.launch import asked_sharding
-from library.training.precision import InFp8
+from library.training.precision import Fp8Parts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,37 +46,37 @@ def sharding_for(accelerator: Accelerator, *, strict: bool) -> Sharding | None:
 
 def load_denoiser(run: Run, architecture: Architecture) -> nn.Module:
     """Load the denoiser to where it is worked on until it has its final form."""
-    waits = run.sharding is not None or InFp8.of(run.options).denoiser
+    waits = run.sharding is not None or Fp8Parts.of(run.options).denoiser
     home = "cpu" if waits else str(run.device)
     denoiser = architecture.load_denoiser(run.checked.checkpoint, dtype=run.weight_dtype, device=home)
     if run.sharding is not None:
         # FSDP takes contiguous weights only. And where it hands on a batch of one with channels last, strides change:
         # layers would work in another layout than when a checkpointed block runs again, and dropout draw otherwise
         return denoiser
-    # convolutions are faster so; benchmarks/RESULTS.md has the figures. Linear layers stay as they are
+    # convolutions are faster so; benchmarks/RESULTS.md has the metrics. Linear layers stay as they are
     denoiser = denoiser.to(memory_format=torch.channels_last)
     if run.device.type == "cpu":
         convolve_as_products(denoiser)
     return denoiser
 
 
-def share_denoiser(run: Run, architecture: Architecture) -> None:
+def shard_denoiser(run: Run, architecture: Architecture) -> None:
     """Share the denoiser out, if accelerate's configuration asks for it.
 
     It comes after all that reads or changes whole weights: merging, and the making of adapters.
 
     Raises:
-        UserError: see ``library.memory.sharding.share_out``.
+        UserError: see ``library.memory.sharding.shard_model``.
     """
     if run.sharding is not None:
-        share_out(run.denoiser, architecture.compiled_blocks, run.sharding, run.device)
+        shard_model(run.denoiser, architecture.compiled_blocks, run.sharding, run.device)
 
 
-def shares_rows(run: Run) -> list[tuple[str, str]]:
+def sharding_rows(run: Run) -> list[tuple[str, str]]:
     """For the table before the first step."""
     if run.sharding is None:
         return []
-    shares = shares_of(run.denoiser)
+    shares = shard_sizes(run.denoiser)
     if shares.here == shares.total:  # a dry run has no weights
         return [("shared out", f"FSDP, over {run.accelerator.num_processes} processes")]
     where = "host memory" if run.sharding.on_host else "device memory"

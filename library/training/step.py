@@ -111,7 +111,7 @@ def sample_losses(
     """Weighted loss of each sample: predictions (B, C, h, w) -> (B,) float32.
 
     Args:
-        masks: (B, H, W) weights of the pictures' pixels.
+        masks: (B, H, W) weights of the images' pixels.
     """
     huber_c = None
     if settings.loss_type in ("huber", "smooth_l1"):

@@ -50,21 +50,21 @@ from library.training.caching import CacheJob, cache_latents, inspect_model
 from library.training.checkpoints import OutputNames, ema_path
 from library.training.debug_dataset import show_dataset
 from library.training.dry_run import dry_run
-from library.training.fitting import Fitting
+from library.training.run_hooks import RunHooks
 from library.training.interrupt import Interrupt
 from library.training.loop import run_loop
-from library.training.pictures import with_pictures
-from library.training.previews import draw_image, encode_prompts
-from library.training.processes import choose_seed, make_accelerator, of_main_process, parting, weight_dtype
+from library.training.images import with_images
+from library.training.previews import generate_preview, encode_prompts
+from library.training.processes import choose_seed, make_accelerator, of_main_process, finalizing, weight_dtype
 from library.training.replay import replay
-from library.training.resume import check_fits, go_on, read_state, save_state, standing
+from library.training.resume import check_fits, resume_run, read_state, save_state, train_state
 from library.training.run import Checked, Run
 from library.training.settings import (
     for_model,
     hub_target,
     loss_settings,
     noise_settings,
-    rates_of_parts,
+    learning_rates_of_parts,
     run_plan,
     sample_prompts,
     save_policy,
@@ -72,7 +72,7 @@ from library.training.settings import (
     state_folder,
     tracker_settings,
 )
-from library.training.sharding import load_denoiser, sharding_for, share_denoiser, shares_rows
+from library.training.sharding import load_denoiser, sharding_for, shard_denoiser, sharding_rows
 from library.training.step import NoiseSettings, batch_losses
 from library.training.text_caching import Tokenize, cache_texts, cached_encoders, caches_texts, text_cache_row
 from library.training.trained import Trained
@@ -93,8 +93,8 @@ class Trainer(ABC):
 
     @property
     def conditioning_as(self) -> Role:
-        """What the pictures of ``conditioning_data_dir`` are to this trainer."""
-        return "image" if self.architecture.takes_pictures else "mask"
+        """What the images of ``conditioning_data_dir`` are to this trainer."""
+        return "image" if self.architecture.takes_images else "mask"
 
     # ---- the command line ----
 
@@ -138,7 +138,7 @@ class Trainer(ABC):
             return show_dataset(options, self.architecture, self.conditioning_as)
         with Interrupt() as interrupt:
             run = self.setup(options)
-            with parting(run.accelerator):
+            with finalizing(run.accelerator):
                 if options.config.dry_run:
                     return dry_run(self, run)
                 with contextlib.closing(run.uploads):
@@ -207,7 +207,7 @@ class Trainer(ABC):
             options.optimizer.use_lion_optimizer,
             options.optimizer.optimizer_args,
             options.optimizer.learning_rate,
-            rates_of_parts=rates_of_parts(options),
+            learning_rates_of_parts=learning_rates_of_parts(options),
         )
         schedule = schedule_settings(options)
         report((*optimizer.warnings, *check_scheduler(optimizer, schedule)), strict=strict)
@@ -259,7 +259,7 @@ class Trainer(ABC):
             interrupt=interrupt,
         )
         if run.caches_latents:
-            keep = bool(run.checked.prompts) or self.architecture.takes_pictures  # which fetch it back
+            keep = bool(run.checked.prompts) or self.architecture.takes_images  # which fetch it back
             run.vae = cache_latents(job, keep_vae=keep)
         else:
             run.vae = job.load_vae()
@@ -284,32 +284,32 @@ class Trainer(ABC):
             self.architecture.enable_gradient_checkpointing(run.denoiser, run.text_encoders)
         run.objective = run.objective.to(run.device)
         run.trained = self.build_trained(run)
-        share_denoiser(run, self.architecture)
+        shard_denoiser(run, self.architecture)
         if training.torch_compile:
             precision.compile_denoiser(run, self.architecture.compiled_blocks)
         if run.data.validation_datasets:
             run.validation = Validation(self, run)
         if run.checked.resumed is not None:
-            go_on(run)
+            resume_run(run)
 
     def fit(self, run: Run, interrupt: Interrupt) -> None:
         """Train, save and draw until the last step or the first interrupt."""
-        fitting = Fitting(self, run)
+        run_hooks = RunHooks(self, run)
         try:
-            fitting.start()
+            run_hooks.start()
             run.done_steps = run_loop(
                 run.plan,
                 start_step=run.start_step,
                 seed=run.checked.seed,
                 accelerator=run.accelerator,
                 trained=run.trained,
-                hooks=fitting,
+                hooks=run_hooks,
                 interrupt=interrupt,
                 on_nan=run.options.training.on_nan,
             )
         finally:
-            fitting.close()
-        if run.done_steps < run.plan.total_steps and not fitting.is_over():
+            run_hooks.close()
+        if run.done_steps < run.plan.total_steps and not run_hooks.is_over():
             raise SystemExit(interrupt.exit_code)
 
     def finish(self, run: Run, interrupt: Interrupt) -> None:
@@ -367,7 +367,7 @@ class Trainer(ABC):
         """A hook before each batch of a validation."""
 
     def step_ended(self, run: Run, step: int) -> dict[str, Tensor]:
-        """A hook after each update; may return figures to log."""
+        """A hook after each update; may return metrics to log."""
         return {}
 
     def learning_rates(self, run: Run) -> dict[str, float]:
@@ -401,7 +401,7 @@ class Trainer(ABC):
             *self.trained_rows(run),
             ("optimizer", f"{run.checked.optimizer.metadata_name}, schedule {options.scheduler.lr_scheduler}"),
             ("precision", precision.precision_row(run)),
-            *shares_rows(run),
+            *sharding_rows(run),
             ("steps", f"{plan.total_steps} in {plan.num_epochs} epochs, {batches}"),
             ("seed", str(run.checked.seed)),
             ("output", str(run.names.final())),
@@ -434,7 +434,7 @@ class Trainer(ABC):
             run.denoiser,
             batch,
             latents,
-            with_pictures(self.architecture, run, batch, conditioning),
+            with_images(self.architecture, run, batch, conditioning),
             run.objective,
             noise,
             loss_settings(run.options),
@@ -465,7 +465,7 @@ class Trainer(ABC):
 
     def draw(self, run: Run, prompt: SamplePrompt, path: Path | None) -> Image:
         """Draw one sample image with the weights as they are, and save it with its settings if there is a path."""
-        return draw_image(self, run, prompt, path)
+        return generate_preview(self, run, prompt, path)
 
     def latents(self, run: Run, batch: Batch) -> Tensor:
         """(B, C, h, w) stored-form latents: cached ones, or encoded now with draws keyed by the visit."""
@@ -488,7 +488,7 @@ class Trainer(ABC):
 
     def save_state(self, run: Run, path: Path, *, step: int, epoch: int, losses: list[float]) -> None:
         # in training mode: schedule-free optimizers then go on from the very weights that they trained
-        save_state(run.accelerator, path, standing(run, step=step, epoch=epoch, losses=losses))
+        save_state(run.accelerator, path, train_state(run, step=step, epoch=epoch, losses=losses))
         if run.options.output.save_state_to_huggingface:
             run.uploads.add(path)
 

@@ -1,6 +1,6 @@
-"""Validation: the loss on pictures that are not trained on, and what follows from it.
+"""Validation: the loss on images that are not trained on, and what follows from it.
 
-Each picture is judged at the same timesteps with the same noise every time, so losses differ by the weights alone.
+Each image is judged at the same timesteps with the same noise every time, so losses differ by the weights alone.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: timesteps that every picture is judged at
+#: timesteps that every image is judged at
 TIMESTEPS = 4
 
 
 def check_validation(config: DatasetConfig, options: ValidationOptions, resumed: TrainState | None = None) -> None:
-    """Refuse what the end of the run or its files depend on, where no pictures are kept for validation.
+    """Refuse what the end of the run or its files depend on, where no images are kept for validation.
 
     Raises:
         UserError: one line for each option; the run of the state was ended there by early stopping.
@@ -168,14 +168,14 @@ class Validation:
         if is_best and self._run.options.validation.save_best:
             self._trainer.save(self._run, self._run.names.best(), step=step, epoch=epoch)
         for axis in axes:
-            figures = {
+            metrics = {
                 f"loss/validation/{axis}_average": loss,
                 f"loss/validation/{axis}_divergence": loss - training_loss,
             }
             if axis == "epoch":
-                trackers.log_by_epoch(figures, step=step, epoch=epoch)
+                trackers.log_by_epoch(metrics, step=step, epoch=epoch)
             else:
-                trackers.log(figures, step)
+                trackers.log(metrics, step)
         self.ends_run = self._is_out_of_patience() and step < self._run.plan.total_steps
         if self._run.accelerator.is_main_process:
             self._say(step, loss, is_best, time.monotonic() - started)
@@ -184,10 +184,10 @@ class Validation:
         return self._patience is not None and self.best.misses >= self._patience
 
     def _say(self, step: int, loss: float, is_best: bool, seconds: float) -> None:
-        count = self._data.picture_count
+        count = self._data.image_count
         standing = "the lowest so far" if is_best else f"the lowest is {self.best.loss:.6f}, of step {self.best.step}"
         logger.info(
-            "validation after step %d: loss %.6f on %d pictures (%s), %.1f s", step, loss, count, standing, seconds
+            "validation after step %d: loss %.6f on %d images (%s), %.1f s", step, loss, count, standing, seconds
         )
         if not math.isfinite(loss):
             logger.warning("the validation loss of step %d is not finite, and counts as no better", step)
@@ -201,7 +201,7 @@ class Validation:
     # ---- measuring ----
 
     def _mean_loss(self) -> float:
-        """The mean over the pictures of all processes; each counts the same, whatever batch it is in."""
+        """The mean over the images of all processes; each counts the same, whatever batch it is in."""
         run = self._run
         losses = [torch.zeros(0, device=run.device)]  # a process may have no batch
         modules = [run.denoiser, *run.text_encoders, *self._trainer.trained_modules(run)]
@@ -222,7 +222,7 @@ class Validation:
         return float(total[0] / total[1])
 
     def _losses(self, batch: Batch) -> Tensor:
-        """The loss of each picture (B,), the mean over the fixed timesteps.
+        """The loss of each image (B,), the mean over the fixed timesteps.
 
         It is the training's loss, with its weights and masks, so that the two can be compared.
         """

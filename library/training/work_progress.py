@@ -17,8 +17,8 @@ class WorkProgress:
     """Counts pieces of work done; a context, shown from the first ``update`` on.
 
     Args:
-        title: what is being done, e.g. "encoding pictures".
-        unit: what is counted, for the rate, e.g. "pictures".
+        title: what is being done, e.g. "encoding images".
+        unit: what is counted, for the rate, e.g. "images".
         simple: plain lines on a terminal too.
         enabled: whether to show anything; one process of several does.
     """

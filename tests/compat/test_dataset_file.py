@@ -65,15 +65,15 @@ OF_THE_COMMAND_LINE = {"debug_dataset", "max_token_length", "prior_loss_weight"}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     Image.new("RGB", (64, 64)).save(folder / "a.png")
     return folder
 
 
-def load(tmp_path: Path, pictures: Path, given: dict[str, dict[str, Any]], **options: Any) -> tuple[Any, Any]:
+def load(tmp_path: Path, images: Path, given: dict[str, dict[str, Any]], **options: Any) -> tuple[Any, Any]:
     """A dataset file with these lines at these levels."""
-    subset = {"image_dir": str(pictures), **given.get(LEVELS[2], {})}
+    subset = {"image_dir": str(images), **given.get(LEVELS[2], {})}
     content = {
         "general": {"resolution": 256, "enable_bucket": True, **given.get(LEVELS[0], {})},
         "datasets": [{**given.get(LEVELS[1], {}), "subsets": [subset]}],
@@ -91,16 +91,16 @@ def test_all_published_keys_are_here() -> None:
 
 
 @pytest.mark.parametrize("key", VALUES)
-def test_the_nearest_level_counts(tmp_path: Path, pictures: Path, key: str) -> None:
+def test_the_nearest_level_counts(tmp_path: Path, images: Path, key: str) -> None:
     far, near, get = VALUES[key]
     levels = [level for level in LEVELS if level in PUBLISHED[key]["levels"]]
     for index, level in enumerate(levels):
-        assert get(*load(tmp_path, pictures, {level: {key: far}})) == far
+        assert get(*load(tmp_path, images, {level: {key: far}})) == far
         outer = {other: {key: far} for other in levels[:index]}
-        assert get(*load(tmp_path, pictures, {**outer, level: {key: near}})) == near
+        assert get(*load(tmp_path, images, {**outer, level: {key: near}})) == near
 
 
-def test_the_command_line_stands_in_for_what_the_file_does_not_say(tmp_path: Path, pictures: Path) -> None:
+def test_the_command_line_stands_in_for_what_the_file_does_not_say(tmp_path: Path, images: Path) -> None:
     checked = 0
     for key, (far, near, get) in VALUES.items():
         for flag in PUBLISHED[key]["flags"]:
@@ -108,18 +108,18 @@ def test_the_command_line_stands_in_for_what_the_file_does_not_say(tmp_path: Pat
                 continue  # validation has options of its own
             value = ",".join(map(str, far)) if isinstance(far, list) else far
             if key not in ("resolution", "enable_bucket"):  # which every file here gives
-                assert get(*load(tmp_path, pictures, {}, **{flag: value})) == far
+                assert get(*load(tmp_path, images, {}, **{flag: value})) == far
             level = PUBLISHED[key]["levels"][0]
-            assert get(*load(tmp_path, pictures, {level: {key: near}}, **{flag: value})) == near
+            assert get(*load(tmp_path, images, {level: {key: near}}, **{flag: value})) == near
             checked += 1
     assert checked > 25
 
 
 @pytest.mark.parametrize("key", sorted(OF_THE_COMMAND_LINE))
-def test_keys_of_the_command_line_are_refused(tmp_path: Path, pictures: Path, key: str) -> None:
+def test_keys_of_the_command_line_are_refused(tmp_path: Path, images: Path, key: str) -> None:
     for level in LEVELS:
         with pytest.raises(UserError, match=f"{key}: belongs on the command line: --{key}"):
-            load(tmp_path, pictures, {level: {key: 1}})
+            load(tmp_path, images, {level: {key: 1}})
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_keys_of_the_command_line_are_refused(tmp_path: Path, pictures: Path, ke
     # a validation split may stand in subsets too here
     [key for key, of in PUBLISHED.items() if 0 < len(of["levels"]) < 3 and key != "validation_split"],
 )
-def test_keys_at_other_levels_are_refused(tmp_path: Path, pictures: Path, key: str) -> None:
+def test_keys_at_other_levels_are_refused(tmp_path: Path, images: Path, key: str) -> None:
     value = VALUES[key][0] if key in VALUES else "x" if key.endswith(("dir", "file")) else True
     for level in set(LEVELS) - set(PUBLISHED[key]["levels"]):
         with pytest.raises(UserError, match=rf"{key}: belongs into "):
-            load(tmp_path, pictures, {level: {key: value}})
+            load(tmp_path, images, {level: {key: value}})

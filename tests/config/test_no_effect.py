@@ -26,8 +26,8 @@ from library.errors import NoEffect, UserError
 from library.optim.optimizers import resolve_optimizer
 from library.optim.schedulers import check_scheduler
 from library.training.plan import RunPlan
-from library.training.settings import rates_of_parts, schedule_settings
-from tests.fixtures.runs import make_pictures
+from library.training.settings import learning_rates_of_parts, schedule_settings
+from tests.fixtures.runs import make_images
 
 Given = dict[str, object]
 
@@ -257,7 +257,7 @@ DATA_CASES = [
             ("face_crop_aug_range", "1.0,2.0", "subset", "face_crop_aug_range", "[2.0, 3.0]"),
             ("color_aug", True, "subset", "color_aug", "false"),
             ("alpha_mask", True, "subset", "alpha_mask", "false"),
-            ("conditioning_data_dir", "masks", "subset", "conditioning_data_dir", "'pictures'"),
+            ("conditioning_data_dir", "masks", "subset", "conditioning_data_dir", "'images'"),
             ("caption_extention", "cap", "subset", "caption_extension", "'.txt'"),
             ("shuffle_caption", True, "subset", "shuffle_caption", "false"),
             ("keep_tokens_separator", "|||", "subset", "keep_tokens_separator", "'###'"),
@@ -289,7 +289,7 @@ DATA_CASES = [
     ("token_warmup_min", 3, {}, {"subset": {"token_warmup_step": 9}}, "--token_warmup_step"),
     ("validation_split", 0.1, {"dataset": {"validation_split": 0}}, {}, "values of their own"),
     ("prior_loss_weight", 0.5, {}, {"more": "is_reg = true"}, "regularisation"),
-    *((name, 3, {}, {"dataset": {"validation_split": 0.5}}, "validation pictures") for name in ON_VALIDATION),
+    *((name, 3, {}, {"dataset": {"validation_split": 0.5}}, "validation images") for name in ON_VALIDATION),
 ]
 
 #: what depends on optimizer and schedule
@@ -415,7 +415,12 @@ def test_schedules_and_optimizers(case: Case) -> None:
     def found(given: TrainNetworkOptions) -> list[str]:
         o = given.optimizer
         optimizer = resolve_optimizer(
-            o.optimizer_type, False, False, o.optimizer_args, o.learning_rate, rates_of_parts=rates_of_parts(given)
+            o.optimizer_type,
+            False,
+            False,
+            o.optimizer_args,
+            o.learning_rate,
+            learning_rates_of_parts=learning_rates_of_parts(given),
         )
         warnings = (*optimizer.warnings, *check_scheduler(optimizer, schedule_settings(given)))
         return [
@@ -476,8 +481,8 @@ def test_never(name: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("data")
-    make_pictures(made / "pictures", sizes=[(64, 64)])
-    make_pictures(made / "masks", sizes=[(64, 64)])
+    make_images(made / "images", sizes=[(64, 64)])
+    make_images(made / "masks", sizes=[(64, 64)])
     (made / "m.json").write_text('{"0.png": {"caption": "a cat"}}', encoding="utf-8")
     return made
 
@@ -492,10 +497,10 @@ def dataset_file(folder: Path, tables: dict[str, object], *, resolution: bool) -
     def lines(table: str) -> str:
         return "".join(f"{key} = {value}\n" for key, value in dict(tables.get(table, {})).items())
 
-    subset = "[[datasets.subsets]]\nimage_dir = 'pictures'\n"
+    subset = "[[datasets.subsets]]\nimage_dir = 'images'\n"
     text = f"[[datasets]]\n{'resolution = 256' if resolution else ''}\n{lines('dataset')}{subset}{lines('subset')}"
     if "more" in tables:
-        text += f"[[datasets.subsets]]\nimage_dir = 'pictures'\n{tables['more']}\n"
+        text += f"[[datasets.subsets]]\nimage_dir = 'images'\n{tables['more']}\n"
     (folder / "data.toml").write_text(text, encoding="utf-8")
     return folder / "data.toml"
 
@@ -516,11 +521,11 @@ def test_dataset_files(
 
 def test_folders_say_their_repeats_themselves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    make_pictures(folder / "all" / "2_cat", sizes=[(64, 64)])
+    make_images(folder / "all" / "2_cat", sizes=[(64, 64)])
     given: Given = {"train_data_dir": "all", "resolution": "64", "dataset_repeats": 5}
     (text,) = on_data(options(given))
     assert text.startswith("--dataset_repeats has no effect with these folders")
-    metadata: Given = {"train_data_dir": "pictures", "in_json": "m.json"}
+    metadata: Given = {"train_data_dir": "images", "in_json": "m.json"}
     assert on_data(options(given, metadata)) == []
     (text,) = on_data(options(given, metadata, {"caption_extension": ".cap"}))
     assert text == "--caption_extension has no effect with metadata files, which hold the captions"

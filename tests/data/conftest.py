@@ -1,4 +1,4 @@
-"""A folder of pictures and the run's data made from it."""
+"""A folder of images and the run's data made from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.data.samples import SD, SIZES, dataset_file, draw
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return draw(tmp_path / "pictures", SIZES)
+    return draw(tmp_path / "images", SIZES)
 
 
 @pytest.fixture

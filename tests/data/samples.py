@@ -1,4 +1,4 @@
-"""Pictures, dataset files and a stand-in for the VAE: latents that tell which picture they are of."""
+"""Images, dataset files and a stand-in for the VAE: latents that tell which image they are of."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SD = LatentFormat(channels=4, stride=8, scale=0.18215, shift=0.0, cache_suffix="
 
 
 class Encoder:
-    """Mean colour over 8x8 pixels, and a keyed draw; counts the pictures it was given."""
+    """Mean colour over 8x8 pixels, and a keyed draw; counts the images it was given."""
 
     def __init__(self) -> None:
         self.encoded = 0
@@ -33,7 +33,7 @@ def tokenize(captions: Sequence[str]) -> dict[str, Tensor]:
 
 
 def draw(folder: Path, names_and_sizes: dict[str, tuple[int, int]], *, captions: bool = True) -> Path:
-    """Noise pictures, each with a caption of three tags."""
+    """Noise images, each with a caption of three tags."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (width, height) in names_and_sizes.items():
         seed = sum(map(ord, folder.name + name))

@@ -29,9 +29,9 @@ from library.data.augment import (
         ("10_20_30_40.png", None),  # no name before it
         ("cat_10_20_30.png", None),
         ("cat_10_20_30_x.png", None),
-        ("cat_2023_01_02_03.png", None),  # a date: far outside the picture
+        ("cat_2023_01_02_03.png", None),  # a date: far outside the image
         ("cat_10_20_0_40.png", None),
-        ("cat_10_20_30_401.png", None),  # larger than the picture
+        ("cat_10_20_30_401.png", None),  # larger than the image
     ],
 )
 def test_faces_in_names(name: str, expected: Face | None) -> None:
@@ -45,11 +45,11 @@ def test_faces_in_names(name: str, expected: Face | None) -> None:
         ((500, 400), 2.0, (1000, 800), (400, 350, 600, 450)),
         # four times: scale 0.5, the centre at (250, 200)
         ((500, 400), 4.0, (500, 400), (150, 150, 350, 250)),
-        # near a corner: moved into the picture
+        # near a corner: moved into the image
         ((10, 790), 4.0, (500, 400), (0, 300, 200, 400)),
-        # more than the picture: all of it, as with a plain crop
+        # more than the image: all of it, as with a plain crop
         ((500, 400), 100.0, (200, 160), (0, 30, 200, 130)),
-        # a factor of 1 would enlarge the picture twice
+        # a factor of 1 would enlarge the image twice
         ((500, 400), 1.0, (1000, 800), (400, 350, 600, 450)),
     ],
 )
@@ -61,7 +61,7 @@ def test_crops_around_a_face(
     assert (found.resized, found.box) == (resized, box)
 
 
-def test_a_small_picture_is_enlarged_as_much_as_for_a_plain_crop() -> None:
+def test_a_small_image_is_enlarged_as_much_as_for_a_plain_crop() -> None:
     found = around_face((50, 40), (100, 100), Face((25, 20), (10, 10)), (2.0, 2.0), random.Random(0), moves=False)
     assert found.resized == in_the_middle((50, 40), (100, 100)).resized == (125, 100)
 

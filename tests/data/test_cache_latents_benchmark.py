@@ -6,7 +6,7 @@ from benchmarks.cache_latents import Case, measure
 
 
 def test_it_measures() -> None:
-    figures = measure(Case("none", 6, 256, 1, "cpu", "no", milliseconds=300))
-    assert 0.5 < figures.busy_share <= 1
-    assert 0 < figures.pictures_per_second < 4
-    assert figures.seconds_total > 6 * 0.3
+    metrics = measure(Case("none", 6, 256, 1, "cpu", "no", milliseconds=300))
+    assert 0.5 < metrics.busy_share <= 1
+    assert 0 < metrics.images_per_second < 4
+    assert metrics.seconds_total > 6 * 0.3

@@ -45,7 +45,7 @@ def test_masks_and_weights(make_data: Callable[..., TrainingData], folder: Path)
     assert masked.mask is not None and np.array_equal(masked.mask, alpha)
     assert "mask 25% on average" in " ".join(masked.lines())
     sheet = np.asarray(draw_sheet([masked]))
-    # the picture and, beside it, its mask: white on the left, black behind
+    # the image and, beside it, its mask: white on the left, black behind
     assert np.array_equal(sheet[8 + 30, 8 : 8 + 64], masked.pixels[30])
     assert sheet[8 + 30, 80 : 80 + 16].min() == 255 and sheet[8 + 30, 80 + 16 : 80 + 64].max() == 0
 
@@ -59,7 +59,7 @@ def sample(**changes: object) -> Shown:
     return Shown(**{**settings, **changes})  # type: ignore[arg-type]
 
 
-def test_large_pictures_are_drawn_smaller() -> None:
+def test_large_images_are_drawn_smaller() -> None:
     large = sample(pixels=np.zeros((2000, 1000, 3), np.uint8), bucket=(1000, 2000))
     sheet = draw_sheet([large] * 5)
     assert sheet.width < 5 * LARGEST_SIDE and sheet.height < 3 * LARGEST_SIDE
@@ -88,7 +88,7 @@ def test_batches_stay_whole_and_old_sheets_go(tmp_path: Path) -> None:
         writer.close()
         assert writer.sheets == sheets
         assert sorted(path.name for path in folder.glob("*.jpg")) == [f"sheet_{n + 1:04d}.jpg" for n in range(sheets)]
-        facts = [json.loads(line) for line in (folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
+        facts = [json.loads(line) for line in (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()]
         assert len(facts) == batches * (CELLS // 2 + 1)
     (folder / "mine.jpg").touch()
     SheetWriter(folder)

@@ -50,7 +50,7 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_every_picture_of_every_epoch(make_data: Make, workers: int, persistent: bool) -> None:
+def test_every_image_of_every_epoch(make_data: Make, workers: int, persistent: bool) -> None:
     """With late epoch numbers in workers, epochs would leave some out and repeat others."""
     data = make_data(subset=RANDOM)
     for epoch in range(3):
@@ -86,7 +86,7 @@ def test_buckets_take_turns(make_data: Make) -> None:
     assert len(orders) == 3 and not any(order == tuple(sorted(order)) for order in orders)
 
 
-def test_other_pictures_meet_in_a_batch_in_another_epoch(make_data: Make) -> None:
+def test_other_images_meet_in_a_batch_in_another_epoch(make_data: Make) -> None:
     data = make_data(dataset="enable_bucket = false\nbatch_size = 3")
 
     def met(epoch: int) -> set[frozenset[int]]:
@@ -192,7 +192,7 @@ def test_several_subsets_and_datasets_in_one_epoch(make_data: Make, tmp_path: Pa
 @pytest.mark.parametrize(
     ("dataset", "subset", "expected"),
     [
-        # each direction has its own: one picture is shrunk, the other enlarged
+        # each direction has its own: one image is shrunk, the other enlarged
         ("", "", {"wide": "area", "small": "lanczos"}),
         ("interpolation_type = 'nearest'", "", {"wide": "nearest", "small": "nearest"}),
         (
@@ -202,7 +202,7 @@ def test_several_subsets_and_datasets_in_one_epoch(make_data: Make, tmp_path: Pa
         ),
     ],
 )
-def test_pictures_are_resized_as_asked_for(
+def test_images_are_resized_as_asked_for(
     make_data: Make, folder: Path, dataset: str, subset: str, expected: dict[str, str]
 ) -> None:
     for path in folder.iterdir():
@@ -214,7 +214,7 @@ def test_pictures_are_resized_as_asked_for(
             assert torch.equal(image, to_pixels(resized))
 
 
-# ---- regularisation pictures ----
+# ---- regularisation images ----
 
 
 def regularised(
@@ -235,7 +235,7 @@ def regularised(
         (2, 2, 3, [11, 10]),
     ],
 )
-def test_as_many_regularisation_as_training_pictures(
+def test_as_many_regularisation_as_training_images(
     make_data: Make, tmp_path: Path, count: int, repeats: int, train_repeats: int, expected: list[int]
 ) -> None:
     data = regularised(make_data, tmp_path, count, repeats=repeats, train_repeats=train_repeats)
@@ -262,12 +262,12 @@ def test_attributes_of_ones_own_reach_the_batch(make_data: Make, folder: Path, w
 
 
 def test_an_epoch_that_no_memory_holds_is_refused(make_data: Make) -> None:
-    with pytest.raises(UserError, match=r"subsets\]\] 1: num_repeats 1000000000: an epoch would have 7,000,000,000 pi"):
+    with pytest.raises(UserError, match=r"subsets\]\] 1: num_repeats 1000000000: an epoch would have 7,000,000,000 im"):
         make_data(subset="num_repeats = 1_000_000_000")
     assert make_data(subset="num_repeats = 1000").batch_count() == 3500
 
 
-def test_regularisation_pictures_have_the_prior_loss_weight(make_data: Make, tmp_path: Path) -> None:
+def test_regularisation_images_have_the_prior_loss_weight(make_data: Make, tmp_path: Path) -> None:
     for batch in load(regularised(make_data, tmp_path, 7)):
         expected = [0.5 if Path(path).name.startswith("r") else 1.0 for path in batch.paths]
         assert batch.loss_weights.tolist() == expected
@@ -276,7 +276,7 @@ def test_regularisation_pictures_have_the_prior_loss_weight(make_data: Make, tmp
 # ---- what a batch holds ----
 
 
-def test_samples_of_pictures(make_data: Make, folder: Path) -> None:
+def test_samples_of_images(make_data: Make, folder: Path) -> None:
     (folder / "a.txt").write_text("one")
     data = make_data(dataset="network_multiplier = 0.5\nbatch_size = 1")
     (batch,) = [b for b in load(data) if b.paths[0].endswith("e.png")]
@@ -292,7 +292,7 @@ def test_samples_of_pictures(make_data: Make, folder: Path) -> None:
     assert batch.network_multiplier == 0.5
 
 
-def test_crops_are_recorded_for_mirrored_pictures_too(make_data: Make, folder: Path) -> None:
+def test_crops_are_recorded_for_mirrored_images_too(make_data: Make, folder: Path) -> None:
     draw(folder, {"w.png": (113, 64)})  # between two sizes: cropped left and right, by unequal pixels
     data = make_data(subset="flip_aug = true\nnum_repeats = 20", dataset="enable_bucket = false")
     lefts = {
@@ -345,12 +345,12 @@ def test_data_can_be_sent_to_spawned_workers(make_data: Make) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_picture_ends_the_epoch_with_its_name(make_data: Make, folder: Path, workers: int) -> None:
+def test_an_unreadable_image_ends_the_epoch_with_its_name(make_data: Make, folder: Path, workers: int) -> None:
     content = (folder / "c.png").read_bytes()
     (folder / "c.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError) as error:
         load(make_data(), workers=workers)
-    assert str(error.value).startswith(f"{folder / 'c.png'}: the picture cannot be read")
+    assert str(error.value).startswith(f"{folder / 'c.png'}: the image cannot be read")
     assert "Traceback" not in str(error.value)
 
 

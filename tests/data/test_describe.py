@@ -27,7 +27,7 @@ SUBSET_KEYS = {
 
 def test_with_a_dataset_file(make_data: Make, folder: Path, tmp_path: Path) -> None:
     reg = draw(tmp_path / "reg", {"r.png": (64, 64), "s.png": (64, 64)}, captions=False)
-    same_name = draw(tmp_path / "inner" / "pictures", {"x.png": (64, 64)})
+    same_name = draw(tmp_path / "inner" / "images", {"x.png": (64, 64)})
     more = (
         f"[[datasets.subsets]]\nimage_dir = '{reg}'\nclass_tokens = 'Cat'\nis_reg = true\nnum_repeats = 2\n"
         f"[[datasets.subsets]]\nimage_dir = '{same_name}'\n"
@@ -44,24 +44,24 @@ def test_with_a_dataset_file(make_data: Make, folder: Path, tmp_path: Path) -> N
     assert entries["ss_num_reg_images"] == 4
     assert entries["ss_num_batches_per_epoch"] == data.batches_per_process(2)
     assert entries["ss_dataset_dirs"] == {
-        "pictures": {"n_repeats": 2, "img_count": 7},
-        "pictures (2)": {"n_repeats": 1, "img_count": 1},
-        "pictures (3)": {"n_repeats": 1, "img_count": 7},
+        "images": {"n_repeats": 2, "img_count": 7},
+        "images (2)": {"n_repeats": 1, "img_count": 1},
+        "images (3)": {"n_repeats": 1, "img_count": 7},
     }
     tags = entries["ss_tag_frequency"]
-    assert tags["pictures"] == {"cat": 7, "dog": 7, **{Path(name).stem: 1 for name in SIZES}}
-    assert tags["pictures (2)"] == {"cat": 1, "dog": 1, "x": 1}
+    assert tags["images"] == {"cat": 7, "dog": 7, **{Path(name).stem: 1 for name in SIZES}}
+    assert tags["images (2)"] == {"cat": 1, "dog": 1, "x": 1}
     assert tags["reg"] == {"cat": 2}
     assert len(tags) == 3  # the folder of both datasets is counted once
     first = entries["ss_datasets"][0]
     assert set(first) == DATASET_KEYS
     assert all(set(subset) == SUBSET_KEYS for subset in first["subsets"])
     assert first["resolution"] == [64, 64]
-    assert first["subsets"][0]["image_dir"] == "pictures"
+    assert first["subsets"][0]["image_dir"] == "images"
     assert first["subsets"][0]["caption_prefix"] == "p"
     assert [subset["color_aug"] for subset in first["subsets"]] == [True, False, False]
     counts = {tuple(b["resolution"]): b["count"] for b in first["bucket_info"]["buckets"].values()}
-    # 4 square pictures twice, the one of the inner folder, and 15 regularisation pictures
+    # 4 square images twice, the one of the inner folder, and 15 regularisation images
     assert counts == {(32, 128): 2, (64, 64): 8 + 1 + 15, (128, 32): 4}
     assert entries["ss_datasets"][1]["bucket_info"] is None
 
@@ -87,5 +87,5 @@ def test_without_a_dataset_file(tmp_path: Path) -> None:
 
 def test_rows_for_people(make_data: Make) -> None:
     rows = dict(summary_rows(make_data(subset="num_repeats = 2")))
-    assert rows["data"] == "14 pictures an epoch, batch size 2"
+    assert rows["data"] == "14 images an epoch, batch size 2"
     assert rows["buckets"] == "32x128: 2, 64x64: 8, 128x32: 4"

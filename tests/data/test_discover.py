@@ -1,4 +1,4 @@
-"""Which pictures and captions of a folder are found, and what is said when some are missing."""
+"""Which images and captions of a folder are found, and what is said when some are missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def captions(data: TrainingData) -> dict[str, str]:
     return {record.path.name: record.caption for record in data.datasets[0].records}
 
 
-def test_pictures_are_found_in_the_order_of_their_names(make_data: Make, folder: Path) -> None:
+def test_images_are_found_in_the_order_of_their_names(make_data: Make, folder: Path) -> None:
     draw(folder, {"H.PNG": (64, 64), "i.bmp": (64, 64), "j.jpeg": (64, 64)})
     (folder / "notes.md").write_text("x")
     (folder / "k.png").mkdir()
@@ -32,7 +32,7 @@ def test_pictures_are_found_in_the_order_of_their_names(make_data: Make, folder:
     assert records[4].size == (128, 32)
 
 
-def test_a_turned_picture_is_sized_as_seen(make_data: Make, folder: Path) -> None:
+def test_a_turned_image_is_sized_as_seen(make_data: Make, folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (128, 32)).save(folder / "z.jpg", exif=exif)
@@ -53,14 +53,14 @@ def test_class_tokens_stand_in_for_missing_captions(make_data: Make, folder: Pat
     assert found["d.png"] == "cat, dog, d"
 
 
-def test_caption_of_a_cropped_picture(make_data: Make, folder: Path) -> None:
+def test_caption_of_a_cropped_image(make_data: Make, folder: Path) -> None:
     """A name of five or more parts falls back to the caption without its last four."""
     Image.new("RGB", (64, 64)).save(folder / "x_y_10_20_30_40.png")
     (folder / "x_y.txt").write_text("of the whole")
     assert captions(make_data())["x_y_10_20_30_40.png"] == "of the whole"
 
 
-def test_missing_captions_name_the_first_pictures(make_data: Make, folder: Path) -> None:
+def test_missing_captions_name_the_first_images(make_data: Make, folder: Path) -> None:
     for name in "abcde":
         (folder / f"{name}.txt").unlink()
     with pytest.raises(UserError) as error:
@@ -80,12 +80,12 @@ def test_all_unreadable_files_of_all_datasets_are_named_once(make_data: Make, fo
         make_data(more=more)
     lines = str(error.value).splitlines()
     assert len(lines) == 3
-    assert "a.png: not a picture" in lines[0]
+    assert "a.png: not an image" in lines[0]
     assert "b.txt: is not UTF-8" in lines[1]
     assert "x.png: the file is empty" in lines[2]
 
 
-def test_every_unreadable_picture_is_named_and_nothing_else_is_said_of_it(make_data: Make, folder: Path) -> None:
+def test_every_unreadable_image_is_named_and_nothing_else_is_said_of_it(make_data: Make, folder: Path) -> None:
     names = ["a.png", "b.png", "c.png", "d.png", "e.png"]
     for name in names:
         (folder / name).write_text("")
@@ -107,7 +107,7 @@ def test_many_unreadable_captions_are_counted(make_data: Make, folder: Path) -> 
     assert "and 2 more captions like these" in str(error.value)
 
 
-def test_pictures_that_cannot_be_read_are_left_out_if_asked(
+def test_images_that_cannot_be_read_are_left_out_if_asked(
     make_data: Make, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (folder / "b.png").write_text("<html>")
@@ -116,11 +116,11 @@ def test_pictures_that_cannot_be_read_are_left_out_if_asked(
     data = make_data(on_bad_image="skip", subset="num_repeats = 2")
     dataset = data.datasets[0]
     assert [r.name for r in dataset.records] == ["a.png", "c.png", "d.png", "e.png", "g.webp"]
-    assert (dataset.num_train, len(dataset.uses), data.picture_count()) == (10, 10, 5)
+    assert (dataset.num_train, len(dataset.uses), data.image_count()) == (10, 10, 5)
     used = [use.record for ref in data.batches(0) for use in ref.uses]
     assert sorted(used) == sorted(2 * list(range(5)))
     assert [record.getMessage() for record in caplog.records] == [
-        f"{folder / 'b.png'}: not a picture; remove or replace it; left out (--on_bad_image skip)",
+        f"{folder / 'b.png'}: not an image; remove or replace it; left out (--on_bad_image skip)",
         f"{folder / 'f.jpg'}: the file is empty (0 bytes); remove or replace it; left out (--on_bad_image skip)",
     ]
 
@@ -144,18 +144,18 @@ def test_a_folder_of_several_datasets_is_read_once(
     assert len(caplog.records) == (1 if on_bad_image == "skip" else 0)
 
 
-def test_a_folder_without_any_readable_picture_stops_the_run(make_data: Make, folder: Path) -> None:
+def test_a_folder_without_any_readable_image_stops_the_run(make_data: Make, folder: Path) -> None:
     for name in SIZES:
         (folder / name).write_bytes(b"")
-    with pytest.raises(UserError, match=rf"subsets\]\] 1: image_dir: .*none of its {len(SIZES)} pictures can be read$"):
+    with pytest.raises(UserError, match=rf"subsets\]\] 1: image_dir: .*none of its {len(SIZES)} images can be read$"):
         make_data(on_bad_image="skip")
 
 
-def test_hidden_files_are_no_pictures_and_lost_links_are_named(make_data: Make, folder: Path) -> None:
+def test_hidden_files_are_no_images_and_lost_links_are_named(make_data: Make, folder: Path) -> None:
     (folder / "._a.png").write_bytes(b"\0\5\x16\7")  # as macOS leaves them on other disks
     make_data()
     (folder / "lost.png").symlink_to(folder / "gone.png")
-    with pytest.raises(UserError, match=r"lost.png: the picture cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"lost.png: the image cannot be read \(No such file"):
         make_data()
 
 

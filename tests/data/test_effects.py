@@ -19,7 +19,7 @@ BUCKETS = "enable_bucket = true"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return draw(tmp_path / "pictures", {"a.png": (64, 64), "b.png": (64, 64)})
+    return draw(tmp_path / "images", {"a.png": (64, 64), "b.png": (64, 64)})
 
 
 def warnings(
@@ -30,10 +30,10 @@ def warnings(
     dataset: str = "",
     subset: str = "",
     more: str = "",
-    pictures: bool = False,
+    images: bool = False,
     **options: object,
 ) -> list[str]:
-    """What is warned of when the file is read and, with ``pictures``, when they are found."""
+    """What is warned of when the file is read and, with ``images``, when they are found."""
     path = folder.parent / "data.toml"
     path.write_text(
         f"[general]\ncaption_extension = '.txt'\n{general}\n[[datasets]]\nresolution = 512\n{dataset}\n"
@@ -42,7 +42,7 @@ def warnings(
     )
     with caplog.at_level(logging.WARNING):
         config = load_dataset_config(path, DatasetOptions(**options))
-        if pictures:
+        if images:
             TrainingData(config, seed=1, latent=SD)
     return [record.getMessage().replace(f"{folder.parent}/", "") for record in caplog.records]
 
@@ -112,9 +112,9 @@ def test_what_serves_one_subset_is_not_named(caplog: pytest.LogCaptureFixture, f
     assert len(warnings(caplog, folder, subset="keep_tokens = 1", more=more)) == 1
 
 
-#: the pictures' captions are "cat, dog, a" and "cat, dog, b"
-BY_PICTURES = [
-    ("alpha_mask = true", "alpha_mask has no effect: none of the pictures has an alpha channel"),
+#: the images' captions are "cat, dog, a" and "cat, dog, b"
+BY_IMAGES = [
+    ("alpha_mask = true", "alpha_mask has no effect: none of the images has an alpha channel"),
     ("shuffle_caption = true\nkeep_tokens = 2", "no caption has two tags after the 2 that keep_tokens keeps"),
     ("shuffle_caption = true\ncaption_separator = '/'", 'no caption has two tags (split at "/")'),
     ("caption_tag_dropout_rate = 0.5\nkeep_tokens = 3", "caption_tag_dropout_rate has no effect: no caption has a tag"),
@@ -128,9 +128,9 @@ BY_PICTURES = [
 ]
 
 
-@pytest.mark.parametrize(("subset", "words"), BY_PICTURES, ids=lambda v: v.split(" ")[0])
-def test_by_the_pictures(caplog: pytest.LogCaptureFixture, folder: Path, subset: str, words: str) -> None:
-    (line,) = warnings(caplog, folder, subset=subset, pictures=True)
+@pytest.mark.parametrize(("subset", "words"), BY_IMAGES, ids=lambda v: v.split(" ")[0])
+def test_by_the_images(caplog: pytest.LogCaptureFixture, folder: Path, subset: str, words: str) -> None:
+    (line,) = warnings(caplog, folder, subset=subset, images=True)
     assert line.startswith(SUBSET) and words in line
 
 
@@ -146,12 +146,12 @@ def test_by_the_pictures(caplog: pytest.LogCaptureFixture, folder: Path, subset:
         ("secondary_separator = ';;;'\nshuffle_caption = true", "cat;;;dog, tree"),
     ],
 )
-def test_one_picture_is_enough(caplog: pytest.LogCaptureFixture, folder: Path, subset: str, caption: str) -> None:
+def test_one_image_is_enough(caplog: pytest.LogCaptureFixture, folder: Path, subset: str, caption: str) -> None:
     (folder / "a.txt").write_text("cat", encoding="utf-8")
     (folder / "b.txt").write_text(caption, encoding="utf-8")
-    assert warnings(caplog, folder, subset=subset, pictures=True) == []
+    assert warnings(caplog, folder, subset=subset, images=True) == []
 
 
-def test_one_picture_with_alpha_is_enough(caplog: pytest.LogCaptureFixture, folder: Path) -> None:
+def test_one_image_with_alpha_is_enough(caplog: pytest.LogCaptureFixture, folder: Path) -> None:
     Image.fromarray(np.zeros((64, 64, 4), np.uint8)).save(folder / "b.png")
-    assert warnings(caplog, folder, subset="alpha_mask = true", pictures=True) == []
+    assert warnings(caplog, folder, subset="alpha_mask = true", images=True) == []

@@ -16,7 +16,7 @@ from library.data.image_header import Header, exif_orientation, read_header
 from library.data.image_io import read_size
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (21, 34, 3), dtype=np.uint8)
-PICTURE = Image.fromarray(PIXELS)
+IMAGE = Image.fromarray(PIXELS)
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 
@@ -30,9 +30,9 @@ def exif(orientation: int | None) -> Image.Exif:
     return found
 
 
-def encoded(format: str, picture: Image.Image = PICTURE, **how: object) -> bytes:
+def encoded(format: str, image: Image.Image = IMAGE, **how: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, format, **how)
+    image.save(file, format, **how)
     return file.getvalue()
 
 
@@ -74,18 +74,18 @@ def test_plain_files_are_answered_and_as_pillow_sees_them(tmp_path: Path, kind: 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
 def test_modes_of_png(tmp_path: Path, mode: str) -> None:
-    picture = Image.fromarray(PIXELS[..., 0].astype(np.uint16)) if mode == "I;16" else PICTURE.convert(mode)
-    assert header(tmp_path, encoded("PNG", picture)) == Header((34, 21), whole=True)
+    image = Image.fromarray(PIXELS[..., 0].astype(np.uint16)) if mode == "I;16" else IMAGE.convert(mode)
+    assert header(tmp_path, encoded("PNG", image)) == Header((34, 21), whole=True)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 def test_modes_of_jpeg(tmp_path: Path, mode: str) -> None:
-    assert header(tmp_path, encoded("JPEG", PICTURE.convert(mode))) == Header((34, 21), whole=True)
+    assert header(tmp_path, encoded("JPEG", IMAGE.convert(mode))) == Header((34, 21), whole=True)
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "MPO"])
 def test_several_frames(tmp_path: Path, format: str) -> None:
-    content = encoded(format, save_all=True, append_images=[PICTURE.transpose(Image.Transpose.FLIP_TOP_BOTTOM)])
+    content = encoded(format, save_all=True, append_images=[IMAGE.transpose(Image.Transpose.FLIP_TOP_BOTTOM)])
     assert header(tmp_path, content) == Header((34, 21), whole=True)
 
 
@@ -158,7 +158,7 @@ def test_of_damaged_files_pillow_sees_the_same_or_nothing(tmp_path: Path, kind: 
                 with Image.open(tmp_path / "a") as image:
                     turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
                     expected = image.size[::-1] if turned else image.size
-        except Exception:  # noqa: S112 - Pillow finds the damage now, we when the picture is read
+        except Exception:  # noqa: S112 - Pillow finds the damage now, we when the image is read
             continue
         assert found.size == expected
         answered += 1

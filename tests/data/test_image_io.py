@@ -1,4 +1,4 @@
-"""Sizes and pixels of all sorts of picture files."""
+"""Sizes and pixels of all sorts of image files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FLAT = (100, 100, 100)
 
 
 def save_mode(folder: Path, mode: str) -> Path:
-    """A flat picture of 5x4 pixels, about 100 grey."""
+    """A flat image of 5x4 pixels, about 100 grey."""
     path = folder / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.new("RGB", (5, 4), FLAT if mode != "1" else (255, 255, 255)).convert(mode).save(path)
     return path
@@ -211,18 +211,18 @@ def noise(folder: Path, ending: str) -> Path:
 
 @pytest.mark.parametrize("share", [0.3, 0.9, None])
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_picture_cut_short_is_named(tmp_path: Path, ending: str, share: float | None) -> None:
+def test_a_image_cut_short_is_named(tmp_path: Path, ending: str, share: float | None) -> None:
     path = noise(tmp_path, ending)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share) if share else 20])
     for read in (read_size, read_image):
-        with pytest.raises(UserError, match=f"cut.{ending}: (the picture cannot be read|not a picture)"):
+        with pytest.raises(UserError, match=f"cut.{ending}: (the image cannot be read|not an image)"):
             read(path)
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 7, b"<!-- served by -->" * 300])
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_bytes_behind_a_whole_picture_are_no_harm(tmp_path: Path, ending: str, tail: bytes) -> None:
+def test_bytes_behind_a_whole_image_are_no_harm(tmp_path: Path, ending: str, tail: bytes) -> None:
     path = noise(tmp_path, ending)
     before = read_image(path)
     path.write_bytes(path.read_bytes() + tail)
@@ -231,18 +231,18 @@ def test_bytes_behind_a_whole_picture_are_no_harm(tmp_path: Path, ending: str, t
 
 
 @pytest.mark.parametrize("read", [read_size, read_image])
-def test_what_is_no_picture_is_named(tmp_path: Path, read: Callable[[Path], object]) -> None:
+def test_what_is_no_image_is_named(tmp_path: Path, read: Callable[[Path], object]) -> None:
     (tmp_path / "text.png").write_text("<html>")
     (tmp_path / "random.webp").write_bytes(np.random.default_rng(0).bytes(5000))
     (tmp_path / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     for name in ("text.png", "random.webp", "script.jpg"):
-        with pytest.raises(UserError, match=f"{name}: not a picture; remove or replace it"):
+        with pytest.raises(UserError, match=f"{name}: not an image; remove or replace it"):
             read(tmp_path / name)
     (tmp_path / "empty.png").touch()
     with pytest.raises(UserError, match=r"empty.png: the file is empty \(0 bytes\)"):
         read(tmp_path / "empty.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
-    with pytest.raises(UserError, match=r"link.png: the picture cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"link.png: the image cannot be read \(No such file"):
         read(tmp_path / "link.png")
 
 
@@ -253,10 +253,10 @@ def test_too_many_pixels_are_refused(tmp_path: Path, read: Callable[[Path], obje
         read(tmp_path / "a.png")
 
 
-def test_large_pictures_are_no_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_no_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # so that a hundred are what 100 million are
-    image_io._expect_large_pictures.cache_clear()
+    image_io._expect_large_images.cache_clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert read_image(tmp_path / "a.png").shape == (10, 10, 3)
@@ -290,7 +290,7 @@ def test_a_missing_package_is_named(
     _can_read.cache_clear()
     (tmp_path / "a.png").write_bytes(content)
     try:
-        with pytest.raises(UserError, match=f"a.png: {kind} pictures need a package: pip install {package}$"):
+        with pytest.raises(UserError, match=f"a.png: {kind} images need a package: pip install {package}$"):
             read(tmp_path / "a.png")
     finally:
         _can_read.cache_clear()
@@ -298,7 +298,7 @@ def test_a_missing_package_is_named(
 
 def test_heic_is_named_as_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "IMG_1.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40)
-    with pytest.raises(UserError, match=r"IMG_1.jpg: a HEIC picture, .*convert it"):
+    with pytest.raises(UserError, match=r"IMG_1.jpg: a HEIC image, .*convert it"):
         read_size(tmp_path / "IMG_1.jpg")
 
 
@@ -357,11 +357,11 @@ def test_a_jpeg_inside_jpeg_xl_is_turned_as_the_jpeg_was(jxl: Path, orientation:
 def test_a_torn_jpeg_xl_file_is_named(jxl: Path) -> None:
     Image.fromarray(GRADIENT).save(jxl, lossless=True)
     jxl.write_bytes(jxl.read_bytes()[:-12])
-    with pytest.raises(UserError, match="a.jxl: the picture cannot be read"):
+    with pytest.raises(UserError, match="a.jxl: the image cannot be read"):
         read_image(jxl)
 
 
-def test_the_resized_picture_just_covers_the_bucket() -> None:
+def test_the_resized_image_just_covers_the_bucket() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         size = tuple(int(n) for n in rng.integers(10, 3000, 2))
@@ -415,18 +415,18 @@ def test_alpha_channels(tmp_path: Path, name: str, mode: str, settings: dict[str
     assert has_alpha(tmp_path / name) == expected
 
 
-def test_the_alpha_channel_of_what_is_no_picture(tmp_path: Path) -> None:
+def test_the_alpha_channel_of_what_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("none")
     for name in ("a.png", "gone.png"):
         with pytest.raises(UserError, match=name):
             has_alpha(tmp_path / name)
 
 
-# ---- pictures of no picture's shape ----
+# ---- images of no image's shape ----
 
 
 @pytest.mark.parametrize("size", [(400, 3), (3, 401)])
-def test_of_a_narrow_picture_only_the_crop_is_resized(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_narrow_image_only_the_crop_is_resized(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes out as if all had been, to within a pixel's fraction."""
     ramp = np.add.outer(np.arange(size[1]), np.arange(size[0]))  # (H, W)
     pixels = np.repeat((ramp % 256).astype(np.uint8)[:, :, None] // 2, 3, axis=2)

@@ -36,7 +36,7 @@ FLUX = replace(SD, channels=16, cache_suffix="_flux.npz", multi_resolution=True)
 def fill(
     data: TrainingData, *, to_disk: bool = True, vae: str = "vae", trust: bool = False, batch_size: int = 2
 ) -> int:
-    """Number of pictures that the VAE was given, mirrored ones too."""
+    """Number of images that the VAE was given, mirrored ones too."""
     encoder = Encoder()
     data.cache_latents(lambda: encoder, batch_size=batch_size, to_disk=to_disk, vae_identity=vae, trust=trust)
     return encoder.encoded
@@ -91,7 +91,7 @@ def test_disk_and_memory_and_batch_sizes_agree(make_data: Make) -> None:
         assert all(torch.equal(other[name], made[0][name]) for name in other)
 
 
-def test_mirrored_latents_are_of_the_mirrored_picture(make_data: Make, folder: Path) -> None:
+def test_mirrored_latents_are_of_the_mirrored_image(make_data: Make, folder: Path) -> None:
     fill(make_data(subset="flip_aug = true"))
     with np.load(folder / "a_0064x0064_sd.npz") as file:
         assert np.abs(file["latents_flipped"] - file["latents"][:, :, ::-1]).max() < 0.1  # but for the draw
@@ -99,7 +99,7 @@ def test_mirrored_latents_are_of_the_mirrored_picture(make_data: Make, folder: P
 
 
 def test_every_draw_from_the_posterior_is_its_own(make_data: Make, folder: Path) -> None:
-    """Of equal pictures of one colour, which differ in nothing but the draw: by name, and mirrored or not."""
+    """Of equal images of one colour, which differ in nothing but the draw: by name, and mirrored or not."""
     for name in ("y", "z"):
         Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text("cat", encoding="utf-8")
@@ -111,7 +111,7 @@ def test_every_draw_from_the_posterior_is_its_own(make_data: Make, folder: Path)
     assert len({values.tobytes() for values in draws}) == 4
 
 
-def test_an_edited_picture_is_encoded_again(make_data: Make, folder: Path) -> None:
+def test_an_edited_image_is_encoded_again(make_data: Make, folder: Path) -> None:
     fill(make_data())
     before = latents_of(folder, "a_0064x0064_sd.npz")
     shutil.move(draw(folder / "inner", {"a.png": (64, 64)}) / "a.png", folder / "a.png")
@@ -120,7 +120,7 @@ def test_an_edited_picture_is_encoded_again(make_data: Make, folder: Path) -> No
     assert fill(make_data()) == 0
 
 
-def test_swapped_pictures_are_encoded_again(make_data: Make, folder: Path) -> None:
+def test_swapped_images_are_encoded_again(make_data: Make, folder: Path) -> None:
     """Sizes and times of the two files are equal: only the bytes tell them apart."""
     x, y = folder / "x.bmp", folder / "y.bmp"
     draw(folder, {"x.bmp": (64, 64), "y.bmp": (64, 64)})
@@ -139,7 +139,7 @@ def latents_of(folder: Path, name: str) -> np.ndarray:
         return file["latents"]
 
 
-def test_a_touched_or_copied_picture_is_not(make_data: Make, folder: Path, tmp_path: Path) -> None:
+def test_a_touched_or_copied_image_is_not(make_data: Make, folder: Path, tmp_path: Path) -> None:
     fill(make_data())
     os.utime(folder / "a.png", ns=(1, 1))
     shutil.copytree(folder, tmp_path / "copy")
@@ -219,7 +219,7 @@ def test_an_old_file_name_is_read_and_written(make_data: Make, folder: Path) -> 
     assert not (folder / "a_0064x0064_sd.npz").exists()
 
 
-def test_an_old_file_of_a_picture_of_another_size_is_not_used(make_data: Make, folder: Path) -> None:
+def test_an_old_file_of_a_image_of_another_size_is_not_used(make_data: Make, folder: Path) -> None:
     """Its name does not tell the size, and its content has no stamp: only its record of the size does."""
     fill(make_data())
     os.rename(folder / "a_0064x0064_sd.npz", folder / "a.npz")
@@ -294,8 +294,8 @@ def test_latents_that_are_not_finite_end_the_run(make_data: Make, folder: Path) 
     assert not list(folder.glob("*.npz"))
 
 
-def test_an_unreadable_picture_is_named(make_data: Make, folder: Path) -> None:
+def test_an_unreadable_image_is_named(make_data: Make, folder: Path) -> None:
     content = (folder / "c.png").read_bytes()
     (folder / "c.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="c.png: the picture cannot be read"):
+    with pytest.raises(UserError, match="c.png: the image cannot be read"):
         fill(make_data())

@@ -114,7 +114,7 @@ def test_sizes_of_one_file_stay_with_one_process(make_data: Make, folder: Path) 
     flux = replace(SD, cache_suffix="_flux.npz", multi_resolution=True)
     more = f"[[datasets]]\nresolution = 32\n[[datasets.subsets]]\nimage_dir = '{folder}'"
     datas = [make_data(more=more, latent=flux) for _ in range(2)]
-    total = datas[0].picture_count()
+    total = datas[0].image_count()
     assert total > len(SIZES)
     done = Processes(2).run(lambda rank, peers: fill_as(make_data, rank, peers, data=datas[rank], batch_size=1))
     assert [d.made for d in done] == [total] * 2
@@ -215,7 +215,7 @@ def test_a_folder_that_may_not_be_written_is_named_before_anything_is_encoded(
     with pytest.raises(UserError) as error:
         fill(data)
     assert str(error.value) == (
-        f"{folder}: may not be written, where files are to be cached beside the pictures; allow it, or train without "
+        f"{folder}: may not be written, where files are to be cached beside the images; allow it, or train without "
         "--cache_latents_to_disk"
     )
     assert not list(folder.glob("*.npz"))
@@ -227,7 +227,7 @@ def test_names_may_be_as_long_as_names_of_files_are(make_data: Make, folder: Pat
     assert max(len(os.fsencode(path.name)) for path in folder.glob("*_sd.npz")) == 255
     assert fill(make_data()) == 0
     draw(folder, {f"{'x' * 239}.png": (64, 64)})
-    with pytest.raises(UserError, match="_sd.npz: the name is too long for a file; shorten the picture's, or train"):
+    with pytest.raises(UserError, match="_sd.npz: the name is too long for a file; shorten the image's, or train"):
         fill(make_data())
 
 

@@ -1,4 +1,4 @@
-"""Masks and conditioning pictures go where their picture goes: cropped, resized, mirrored, cached."""
+"""Masks and conditioning images go where their image goes: cropped, resized, mirrored, cached."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def pattern(name: str, size: tuple[int, int]) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Grey pictures whose opacity is their pattern, beside masks with the pattern in their red channel."""
-    pictures, masks = tmp_path / "pictures", tmp_path / "masks"
-    pictures.mkdir()
+    """Grey images whose opacity is their pattern, beside masks with the pattern in their red channel."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
     masks.mkdir()
     for name, size in SHAPES.items():
         values = pattern(name, size)
         grey = np.full_like(values, 80)
-        Image.fromarray(np.dstack([grey, grey, grey, values])).save(pictures / name)
-        (pictures / name).with_suffix(".txt").write_text("cat", encoding="utf-8")
+        Image.fromarray(np.dstack([grey, grey, grey, values])).save(images / name)
+        (images / name).with_suffix(".txt").write_text("cat", encoding="utf-8")
         Image.fromarray(np.dstack([values, grey, 255 - values])).save(masks / name)
-    return pictures
+    return images
 
 
 @pytest.fixture
@@ -81,10 +81,10 @@ def assert_masks_are(batches: list[Batch], made: Callable[[np.ndarray], np.ndarr
 
 
 @pytest.mark.parametrize("crop", ["", "random_crop = true"])
-def test_the_alpha_channel_follows_the_picture(make_data: Make, crop: str) -> None:
+def test_the_alpha_channel_follows_the_image(make_data: Make, crop: str) -> None:
     batches = load(make_data(dataset=SIZE, subset=f"alpha_mask = true\n{MANY}\n{crop}"))
     assert_masks_are(batches)
-    # the picture itself was cut at the same place: it is grey 80 laid on white by its opacity
+    # the image itself was cut at the same place: it is grey 80 laid on white by its opacity
     for batch in batches:
         for index, mask in enumerate(batch.loss_masks):
             seen = (batch.images[index, 0] + 1) * 127.5
@@ -92,7 +92,7 @@ def test_the_alpha_channel_follows_the_picture(make_data: Make, crop: str) -> No
 
 
 @pytest.mark.parametrize("crop", ["", "random_crop = true"])
-def test_the_red_channel_of_masks_follows_the_picture(make_data: Make, masks: str, crop: str) -> None:
+def test_the_red_channel_of_masks_follows_the_image(make_data: Make, masks: str, crop: str) -> None:
     assert_masks_are(load(make_data(dataset=SIZE, subset=f"{masks}\n{MANY}\n{crop}")))
 
 
@@ -114,14 +114,14 @@ def test_samples_without_mask_count_in_full(make_data: Make, folder: Path) -> No
     assert [index for index, visit in enumerate(full) if not visit]
 
 
-def test_masks_of_another_size_are_resized_with_the_picture(make_data: Make, folder: Path, masks: str) -> None:
+def test_masks_of_another_size_are_resized_with_the_image(make_data: Make, folder: Path, masks: str) -> None:
     for name, (width, height) in SHAPES.items():
         large = np.kron(pattern(name, (width, height)), np.ones((2, 2), np.uint8))
         Image.fromarray(large).save(folder.parent / "masks" / name)
     assert_masks_are(load(make_data(dataset=SIZE, subset=f"{masks}\n{MANY}")))
 
 
-def test_masks_shrink_with_the_picture_whatever_its_interpolation(make_data: Make, masks: str) -> None:
+def test_masks_shrink_with_the_image_whatever_its_interpolation(make_data: Make, masks: str) -> None:
     small = "resolution = [32, 16]\nenable_bucket = false"
     batches = load(make_data(dataset=small, subset=f"{masks}\nresize_interpolation = 'nearest'"))
     for batch in batches:
@@ -177,25 +177,25 @@ def test_faces_are_cropped_around(make_data: Make, folder: Path, caplog: pytest.
     (folder / "cat.txt").write_text("cat", encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         data = make_data(dataset=SIZE, subset="face_crop_aug_range = [1.6, 1.6]\nnum_repeats = 2\nflip_aug = true")
-    assert "3 pictures, such as a.png" in caplog.text
+    assert "3 images, such as a.png" in caplog.text
     found = 0
     for batch in load(data):
         for index, path in enumerate(batch.paths):
             if "cat_" not in path:
                 continue
             found += 1
-            # the crop's shorter side, 32 pixels, is 1.6 * 40 of the picture: the face is 20x20 of 64x32
+            # the crop's shorter side, 32 pixels, is 1.6 * 40 of the image: the face is 20x20 of 64x32
             bright = batch.images[index, 0] > 0
             rows, columns = bright.any(dim=1).nonzero().flatten(), bright.any(dim=0).nonzero().flatten()
             assert (rows.min().item(), rows.max().item()) == (6, 25)
             assert (columns.min().item(), columns.max().item()) == (22, 41)
-            # recorded in the resized picture, 250x200, and in the mirrored one
+            # recorded in the resized image, 250x200, and in the mirrored one
             assert batch.crop_top_lefts[index].tolist() == [134, 250 - 232 if batch.flipped[index] else 168]
     assert found == 2
 
 
 def test_no_face_at_all(make_data: Make) -> None:
-    with pytest.raises(UserError, match=r"subsets\]\] 1: face_crop_aug_range: no picture's name tells .* = \[\] here"):
+    with pytest.raises(UserError, match=r"subsets\]\] 1: face_crop_aug_range: no image's name tells .* = \[\] here"):
         make_data(dataset=SIZE, subset="face_crop_aug_range = [2, 4]")
 
 
@@ -214,9 +214,9 @@ def test_missing_and_doubled_masks_are_named(make_data: Make, folder: Path, mask
     (place / "b.png").rename(place / "b.webp")
     Image.new("RGB", (90, 32)).save(place / "b.bmp")
     missing, doubled = lines(lambda: make_data(dataset=SIZE, subset=masks))
-    assert missing.endswith(f"conditioning_data_dir: {place} has no picture of the same name for a.png")
+    assert missing.endswith(f"conditioning_data_dir: {place} has no image of the same name for a.png")
     assert "[[datasets.subsets]] 1" in missing
-    assert doubled.endswith("has several pictures of one name: b.bmp, b.webp; keep one")
+    assert doubled.endswith("has several images of one name: b.bmp, b.webp; keep one")
 
 
 def test_extra_masks_are_named(make_data: Make, folder: Path, masks: str) -> None:
@@ -224,7 +224,7 @@ def test_extra_masks_are_named(make_data: Make, folder: Path, masks: str) -> Non
     for letter in "vwxyz":
         Image.new("RGB", (8, 8)).save(place / f"{letter}.png")
     (line,) = lines(lambda: make_data(dataset=SIZE, subset=masks))
-    assert line.startswith(f"conditioning_data_dir {place}: no picture has the name of v.png, w.png, x.png and 2 more;")
+    assert line.startswith(f"conditioning_data_dir {place}: no image has the name of v.png, w.png, x.png and 2 more;")
 
 
 def test_subsets_may_share_a_folder_of_masks(make_data: Make, folder: Path, masks: str) -> None:
@@ -246,24 +246,24 @@ def test_subsets_may_share_a_folder_of_masks(make_data: Make, folder: Path, mask
 def test_an_unreadable_mask_is_named_before_the_run(make_data: Make, folder: Path, masks: str) -> None:
     path = folder.parent / "masks" / "a.png"
     path.write_text("<html>")
-    assert lines(lambda: make_data(dataset=SIZE, subset=masks)) == [f"{path}: not a picture; remove or replace it"]
+    assert lines(lambda: make_data(dataset=SIZE, subset=masks)) == [f"{path}: not an image; remove or replace it"]
 
 
 def test_what_is_left_out_is_left_out_with_its_mask(
     make_data: Make, folder: Path, masks: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A picture that cannot be read leaves no extra mask behind, and a mask that cannot be read takes its picture."""
+    """An image that cannot be read leaves no extra mask behind, and a mask that cannot be read takes its image."""
     place = folder.parent / "masks"
-    (folder / "a.png").write_bytes(b"no picture")
+    (folder / "a.png").write_bytes(b"no image")
     (place / "b.png").write_text("<html>")
     with caplog.at_level(logging.WARNING):
         data = make_data(dataset=SIZE, subset=masks, on_bad_image="skip")
     kept = {record.name for record in data.datasets[0].records}
     assert kept == {path.name for path in folder.glob("*.png")} - {"a.png", "b.png"} != set()
-    assert f"{place / 'b.png'}: not a picture; remove or replace it; left out with its picture" in caplog.text
+    assert f"{place / 'b.png'}: not an image; remove or replace it; left out with its image" in caplog.text
     Image.new("RGB", (8, 8)).save(place / "x.png")
     (line,) = lines(lambda: make_data(dataset=SIZE, subset=masks, on_bad_image="skip"))
-    assert "no picture has the name of x.png;" in line
+    assert "no image has the name of x.png;" in line
 
 
 def test_without_any_readable_mask_nothing_is_left(make_data: Make, folder: Path, masks: str) -> None:
@@ -271,7 +271,7 @@ def test_without_any_readable_mask_nothing_is_left(make_data: Make, folder: Path
     for path in broken:
         path.write_text("<html>")
     found = lines(lambda: make_data(dataset=SIZE, subset=masks, on_bad_image="skip"))
-    assert found[0] == f"{broken[0]}: not a picture; remove or replace it"
+    assert found[0] == f"{broken[0]}: not an image; remove or replace it"
 
 
 def test_masks_of_another_shape_are_told(
@@ -286,10 +286,10 @@ def test_masks_of_another_shape_are_told(
     assert "to which they are stretched: b.png" in caplog.text
 
 
-# ---- trainers that condition on pictures ----
+# ---- trainers that condition on images ----
 
 
-def test_conditioning_pictures(tmp_path: Path, folder: Path, masks: str) -> None:
+def test_conditioning_images(tmp_path: Path, folder: Path, masks: str) -> None:
     path = dataset_file(tmp_path / "data.toml", folder, dataset=SIZE, subset=f"{masks}\n{MANY}\nrandom_crop = true")
     config = load_dataset_config(path, DatasetOptions())
     check_roles(config, "image", masked_loss=False)
@@ -306,7 +306,7 @@ def test_conditioning_pictures(tmp_path: Path, folder: Path, masks: str) -> None
     ("subset", "role", "masked_loss", "words"),
     [
         ("alpha_mask = true", "image", False, "1: conditioning_data_dir: is missing"),
-        ("MASKS", "mask", False, "1: conditioning_data_dir: mask pictures are used with --masked_loss only"),
+        ("MASKS", "mask", False, "1: conditioning_data_dir: mask images are used with --masked_loss only"),
         ("", "mask", True, "--masked_loss: DATA names no masks; set conditioning_data_dir"),
         ("MASKS", "mask", True, None),
         ("alpha_mask = true", "mask", True, None),
@@ -349,7 +349,7 @@ def test_cached_masks_follow_their_latents(make_data: Make, to_disk: bool, worke
 
 
 @pytest.mark.parametrize("to_disk", [True, False])
-def test_mask_pictures_beside_cached_latents(make_data: Make, masks: str, to_disk: bool) -> None:
+def test_mask_images_beside_cached_latents(make_data: Make, masks: str, to_disk: bool) -> None:
     data = make_data(dataset=SIZE, subset=f"{masks}\n{MANY}")
     fill(data, to_disk=to_disk)
     assert_masks_are(load(data))

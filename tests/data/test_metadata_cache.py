@@ -20,7 +20,7 @@ from library.data import stamp_ahead
 from library.data.dataset import TrainingData
 from library.data.image_io import EXTENSIONS, read_size
 from library.data.metadata_cache import NAME
-from library.data.picture_folder import PictureFolder
+from library.data.image_folder import ImageFolder
 from library.data.stamp_ahead import StampsAhead, has_caption
 from tests.data.samples import SIZES
 
@@ -31,7 +31,7 @@ ON = "cache_info = true"
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that were opened, pictures and captions."""
+    """Names of the files that were opened, images and captions."""
     names: list[str] = []
 
     def counting(function: Callable[[str], object]) -> Callable[[str], object]:
@@ -103,7 +103,7 @@ def test_what_changed_is_read_again(make_data: Make, folder: Path, read: list[st
     assert read == []
 
 
-def test_pictures_come_and_go(make_data: Make, folder: Path, read: list[str]) -> None:
+def test_images_come_and_go(make_data: Make, folder: Path, read: list[str]) -> None:
     make_data(subset=ON)
     read.clear()
     (folder / "a.png").unlink()
@@ -195,7 +195,7 @@ def test_a_folder_that_was_moved_keeps_its_memory(
     assert read == []
 
 
-def test_unreadable_pictures_are_not_remembered(make_data: Make, folder: Path, read: list[str]) -> None:
+def test_unreadable_images_are_not_remembered(make_data: Make, folder: Path, read: list[str]) -> None:
     (folder / "a.png").write_text("<html>", encoding="utf-8")
     for _ in range(2):
         read.clear()
@@ -251,13 +251,13 @@ def test_with_a_second_process_what_changed_is_read_again_all_the_same(
 
 def test_the_second_process_stamps_as_the_first_would(folder: Path) -> None:
     (folder / "more.d").mkdir()
-    (folder / ".hidden.png").write_bytes(b"no picture")
+    (folder / ".hidden.png").write_bytes(b"no image")
     (folder / "alone.WEBP").write_bytes(b"without a caption")
     (folder / "cut_0_0_8_8.jpg").write_bytes(b"its caption is that of the whole")
     (folder / "cut.txt").write_text("a whole", encoding="utf-8")
-    with PictureFolder(folder, ".txt") as files:
-        assert {"alone.WEBP", "cut_0_0_8_8.jpg"} < set(files.pictures)
-        stamps = dict(files.stamped(files.pictures))
+    with ImageFolder(folder, ".txt") as files:
+        assert {"alone.WEBP", "cut_0_0_8_8.jpg"} < set(files.images)
+        stamps = dict(files.stamped(files.images))
     assert stamps["alone.WEBP"].split()[0] == "17" and not has_caption(stamps["alone.WEBP"])
     assert stamps["cut_0_0_8_8.jpg"].endswith(" cut.txt") and has_caption(stamps["cut_0_0_8_8.jpg"])
     ahead = StampsAhead(folder, ".txt", EXTENSIONS)
@@ -286,7 +286,7 @@ def test_it_delivers_the_last_names_first_and_each_block_by_itself(
 
 
 @pytest.mark.parametrize("subset", [ON, "cache_info = false"])
-def test_a_folder_that_is_named_like_a_picture_is_none(make_data: Make, folder: Path, subset: str) -> None:
+def test_a_folder_that_is_named_like_a_image_is_none(make_data: Make, folder: Path, subset: str) -> None:
     (folder / "folder.png").mkdir()
     for _ in range(2):
         records = make_data(subset=subset).datasets[0].records

@@ -19,12 +19,12 @@ from library.data.records import ImageRecord
 from library.errors import UserError
 from tests.data.samples import SD, Encoder, draw, tokenize
 
-PICTURES = {"a.png": (64, 64), "b.jpg": (128, 32), "c.d.webp": (64, 64)}
+IMAGES = {"a.png": (64, 64), "b.jpg": (128, 32), "c.d.webp": (64, 64)}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return draw(tmp_path / "pictures", PICTURES, captions=False)
+    return draw(tmp_path / "images", IMAGES, captions=False)
 
 
 def write(path: Path, content: object) -> Path:
@@ -58,20 +58,20 @@ def problems(file: Path, folder: Path | None = None, **settings: object) -> list
     return str(error.value).replace(f"{file.parent}{os.sep}", "").splitlines()
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
 def test_full_paths_need_no_folder(tmp_path: Path, folder: Path, ending: str) -> None:
-    entries = {str(folder / name): {"caption": f"of {name}", "image_size": [1, 1]} for name in PICTURES}
+    entries = {str(folder / name): {"caption": f"of {name}", "image_size": [1, 1]} for name in IMAGES}
     lines = [{"image_path": name, **fields} for name, fields in entries.items()]
     data = load(write(tmp_path / f"meta{ending}", lines if ending == ".jsonl" else entries))
     assert [(r.path, r.size, r.caption) for r in records(data)] == [
-        (folder / name, size, f"of {name}") for name, size in PICTURES.items()
+        (folder / name, size, f"of {name}") for name, size in IMAGES.items()
     ]
 
 
-@pytest.mark.parametrize("written", ["pictures/a.png", "a.png", "a", "./a.png", "../pictures/a"])
+@pytest.mark.parametrize("written", ["images/a.png", "a.png", "a", "./a.png", "../images/a"])
 def test_relative_paths(tmp_path: Path, folder: Path, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative to image_dir, or to where the script runs, as the scripts that make metadata write them."""
     monkeypatch.chdir(tmp_path)
@@ -95,14 +95,14 @@ def test_names_without_ending_may_have_dots_and_folders(tmp_path: Path, folder: 
     assert captions(load(write(tmp_path / "meta.json", entries), folder)) == {"c.d.webp": "x", "x.PNG": "z"}
 
 
-def test_a_name_of_two_pictures_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_a_name_of_two_images_is_refused(tmp_path: Path, folder: Path) -> None:
     draw(folder, {"a.webp": (64, 64)}, captions=False)
     (line,) = problems(write(tmp_path / "meta.json", {"a": {"tags": "x"}}), folder)
-    assert line == 'meta.json: "a": may be a.png or a.webp in pictures; write the ending'
+    assert line == 'meta.json: "a": may be a.png or a.webp in images; write the ending'
     assert captions(load(write(tmp_path / "meta.json", {"a.png": {"tags": "x"}}), folder)) == {"a.png": "x"}
 
 
-def test_the_later_entry_of_a_picture_counts(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_later_entry_of_a_image_counts(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = [{"image_path": name, "caption": name} for name in ("a.png", "b", "a", str(folder / "a.png"))]
     with caplog.at_level(logging.WARNING):
         data = load(write(tmp_path / "meta.jsonl", lines), folder)
@@ -151,7 +151,7 @@ def test_mistakes_of_entries(tmp_path: Path, folder: Path) -> None:
     assert problems(write(tmp_path / "meta.json", entries), folder) == [
         'meta.json: "a.png": has neither caption nor tags (did you mean "caption"?)',
         'meta.json: "b.jpg": caption: 1: write text in quotes',
-        'meta.json: "gone.png": no picture gone.png in pictures',
+        'meta.json: "gone.png": no image gone.png in images',
     ]
 
 
@@ -191,8 +191,8 @@ def test_many_mistakes_are_counted(tmp_path: Path, folder: Path) -> None:
         pytest.param("meta.json", "[" * 100_000, "not valid JSON", id="deep"),
         ("meta.json", "{}", "has no entries"),
         ("meta.json", '{"a.png": "a cat"}', '"a.png": must be {"caption": "...", "tags": "..."}'),
-        ("meta.json", '{"a\\u0000/b": {"tags": "x"}}', "no picture"),
-        ("meta.json", '{"": {"tags": "x"}}', '"": no picture'),
+        ("meta.json", '{"a\\u0000/b": {"tags": "x"}}', "no image"),
+        ("meta.json", '{"": {"tags": "x"}}', '"": no image'),
         ("meta.jsonl", "\n\n", "has no entries"),
         ("meta.jsonl", '"a.png"', "line 1: must be"),
         ("meta.txt", "{}", "metadata_file: meta.txt: must end with .json or .jsonl"),
@@ -203,20 +203,20 @@ def test_files_that_are_wrong(tmp_path: Path, folder: Path, name: str, text: str
     assert expected in line and name in line
 
 
-@pytest.mark.parametrize("old", ["C:\\data\\pictures\\a.png", "D:/a.png", "/home/me/a.png", "other/a.png"])
-def test_pictures_that_were_moved(tmp_path: Path, folder: Path, old: str) -> None:
+@pytest.mark.parametrize("old", ["C:\\data\\images\\a.png", "D:/a.png", "/home/me/a.png", "other/a.png"])
+def test_images_that_were_moved(tmp_path: Path, folder: Path, old: str) -> None:
     file = write(tmp_path / "meta.json", {old: {"tags": "x"}})
     (line,) = problems(file, folder)
-    assert line.endswith(f"no picture {old} in pictures; there is a.png: write the name without its old folder")
+    assert line.endswith(f"no image {old} in images; there is a.png: write the name without its old folder")
     (line,) = problems(file)
-    assert f"no such picture: {old}" in line or f"no picture {old} in the working folder" in line
+    assert f"no such image: {old}" in line or f"no image {old} in the working folder" in line
 
 
 def test_places_that_are_wrong(tmp_path: Path, folder: Path) -> None:
     file = write(tmp_path / "meta.json", {"a.png": {"tags": "x"}, "/no/b.png": {"tags": "x"}})
     assert problems(file) == [
-        'meta.json: "a.png": no picture a.png in the working folder; give image_dir, the folder of the pictures',
-        'meta.json: "/no/b.png": no such picture: /no/b.png',
+        'meta.json: "a.png": no image a.png in the working folder; give image_dir, the folder of the images',
+        'meta.json: "/no/b.png": no such image: /no/b.png',
     ]
     subset = "data.toml: [[datasets]] 1 > [[datasets.subsets]] 1"
     assert problems(tmp_path / "gone.json", tmp_path / "nowhere") == [
@@ -234,7 +234,7 @@ def test_keys_of_caption_files_are_refused(tmp_path: Path, folder: Path, key: st
     name = key.split(" ")[0]
     subset = "[[datasets]] 1 > [[datasets.subsets]] 1"
     assert line == (
-        f"data.toml: {subset}: {name}: only for pictures with caption files, not with metadata_file; remove it"
+        f"data.toml: {subset}: {name}: only for images with caption files, not with metadata_file; remove it"
     )
     if name != "is_reg":
         (line,) = problems(file, folder, dataset=key)
@@ -288,13 +288,13 @@ def test_recorded_metadata(tmp_path: Path, folder: Path) -> None:
         assert dataset["is_dreambooth"] is False
         assert dataset["tag_frequency"] == {"meta.json": {"x": 2}}
         assert subset["metadata_file"] == "meta.json"
-        assert subset.get("image_dir") == ("pictures" if place else None)
+        assert subset.get("image_dir") == ("images" if place else None)
         assert not {"class_tokens", "is_reg"} & set(subset)
         assert entries["ss_dataset_dirs"] == {"meta.json": {"n_repeats": 1, "img_count": 1}}
 
 
-def test_latents_are_cached_beside_the_pictures(tmp_path: Path, folder: Path) -> None:
-    file = write(tmp_path / "meta.json", {name: {"tags": "x"} for name in PICTURES})
+def test_latents_are_cached_beside_the_images(tmp_path: Path, folder: Path) -> None:
+    file = write(tmp_path / "meta.json", {name: {"tags": "x"} for name in IMAGES})
 
     def encoded() -> int:
         settings = "enable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 32"

@@ -1,4 +1,4 @@
-"""A folder under several paths: one folder, whose pictures have one cache file each."""
+"""A folder under several paths: one folder, whose images have one cache file each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def encoded(data: TrainingData) -> int:
     return data.cache_latents(Encoder, batch_size=2, to_disk=True, vae_identity="vae")
 
 
-def test_sizes_of_one_picture_go_into_one_file(make_data: Make, folder: Path, other_spelling: str) -> None:
+def test_sizes_of_one_image_go_into_one_file(make_data: Make, folder: Path, other_spelling: str) -> None:
     data = make_data(more=second(other_spelling, 96), latent=MULTI)
     assert {record.folder for dataset in data.datasets for record in dataset.records} == {folder}
     assert encoded(data) == 2 * len(SIZES)

@@ -98,7 +98,7 @@ def test_precision(make_data: Make, folder: Path, dtype: torch.dtype, stored: st
 
 
 def test_one_file_serves_several_subsets(make_data: Make, folder: Path) -> None:
-    """The captions of one picture differ in two datasets: both are in its file."""
+    """The captions of one image differ in two datasets: both are in its file."""
     more = f"[[datasets]]\nresolution = 32\n[[datasets.subsets]]\nimage_dir = '{folder}'\ncaption_prefix = 'small'"
     data = make_data(more=more)
     assert fill(data) == 2 * len(SIZES)

@@ -31,11 +31,11 @@ def test_variants_are_used_evenly_and_repeatably(make_data: Make, tags: Path, to
     assert 4 * len(SIZES) - 3 <= fill(data, **settings) <= 4 * len(SIZES)
     found = uses(data, epochs=(0, 1))
     assert all(same(row, outputs_of(caption)) for _, caption, row in found)
-    of_picture = {name: Counter(caption for other, caption, _ in found if other == name) for name in SIZES}
-    for counts in of_picture.values():
+    of_image = {name: Counter(caption for other, caption, _ in found if other == name) for name in SIZES}
+    for counts in of_image.values():
         assert len(counts) == 4 and sum(counts.values()) == 48
         assert min(counts.values()) > 2  # 12 expected, standard deviation 3
-    assert len({tuple(sorted(counts)) for counts in of_picture.values()}) == len(SIZES), "each picture has its own"
+    assert len({tuple(sorted(counts)) for counts in of_image.values()}) == len(SIZES), "each image has its own"
 
     again = make_data(subset=VARIED, **settings)
     fill(again, **settings)

@@ -26,7 +26,7 @@ NAMES = [f"{number:02d}.png" for number in range(20)]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return draw(tmp_path / "pictures", {name: (64, 64) for name in NAMES})
+    return draw(tmp_path / "images", {name: (64, 64) for name in NAMES})
 
 
 def make(tmp_path: Path, text: str, *, seed: int = 1, **flags: object) -> TrainingData:
@@ -81,7 +81,7 @@ def test_a_whole_dataset(tmp_path: Path, folder: Path, written: str) -> None:
     data = make(tmp_path, table(more) + table(folder, dataset=f"validation_split = {written}"))
     assert (sorted(trained(data)), kept(data)) == (["m0.png", "m1.png", "m2.png"], NAMES)
     assert len(data.datasets) == len(data.validation_datasets) == 1
-    # training is that of a run which never heard of these pictures
+    # training is that of a run which never heard of these images
     alone = make(tmp_path, table(more))
     assert data.batches(2) == alone.batches(2)
 
@@ -118,7 +118,7 @@ def test_the_choice_is_keyed(tmp_path: Path, folder: Path) -> None:
     assert validation_set(seeded[0]) == validation_set(seeded[1]) != validation_set(first)
 
 
-def test_a_new_picture_changes_little(tmp_path: Path, folder: Path) -> None:
+def test_a_new_image_changes_little(tmp_path: Path, folder: Path) -> None:
     before = set(kept(make(tmp_path, table(folder), validation_split=0.25)))
     for number in range(12):
         draw(folder, {f"n{number}.png": (64, 64)})
@@ -130,7 +130,7 @@ def test_a_new_picture_changes_little(tmp_path: Path, folder: Path) -> None:
 
 def test_the_folder_may_move(tmp_path: Path, folder: Path) -> None:
     before = kept(make(tmp_path, table(folder), validation_split=0.25))
-    moved = tmp_path / "elsewhere" / "pictures"
+    moved = tmp_path / "elsewhere" / "images"
     moved.parent.mkdir()
     folder.rename(moved)
     assert kept(make(tmp_path, table(moved), validation_split=0.25)) == before
@@ -173,7 +173,7 @@ def test_what_is_validated_on_anywhere_is_trained_on_nowhere(
     assert not trained(data) & {f"l{name}" for name in kept(data)}
     (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     place = 1 if other_first else 2
-    assert f"[[datasets]] {place} > [[datasets.subsets]] 1: left out of training" in line and "5 pictures" in line
+    assert f"[[datasets]] {place} > [[datasets.subsets]] 1: left out of training" in line and "5 images" in line
 
 
 def test_subsets_of_one_dataset_share_a_folder(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -193,10 +193,10 @@ def test_equal_datasets_validate_once(tmp_path: Path, folder: Path) -> None:
     assert len(kept(data)) == len(names(batches(data))) == 5
 
 
-# ---- regularisation pictures ----
+# ---- regularisation images ----
 
 
-def test_regularisation_pictures_are_not_split(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_regularisation_images_are_not_split(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     reg = draw(tmp_path / "reg", {f"r{number}.png": (64, 64) for number in range(8)})
     regularised = f"[[datasets.subsets]]\nimage_dir = '{reg}'\nis_reg = true\n"
     data = make(tmp_path, table(folder) + regularised, validation_split=0.25)
@@ -204,17 +204,17 @@ def test_regularisation_pictures_are_not_split(tmp_path: Path, folder: Path, cap
     assert (data.datasets[0].num_train, data.datasets[0].num_reg) == (15, 8)
     assert not caplog.records
     make(tmp_path, table(folder) + regularised + "validation_split = 0.5\n")
-    assert "validation_split has no effect: regularisation pictures" in caplog.text
+    assert "validation_split has no effect: regularisation images" in caplog.text
 
 
-def test_regularisation_pictures_alone_are_left_out(
+def test_regularisation_images_alone_are_left_out(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     reg, more = (draw(tmp_path / name, {f"{name}.png": (64, 64)}) for name in ("reg", "more"))
     regularised = f"[[datasets.subsets]]\nimage_dir = '{reg}'\nis_reg = true\n"
     data = make(tmp_path, table(folder, dataset="validation_split = 1") + regularised + table(more))
     assert (trained(data), kept(data)) == ({"more.png"}, NAMES)
-    assert "its regularisation pictures are left out" in caplog.text
+    assert "its regularisation images are left out" in caplog.text
 
 
 # ---- nothing on one side ----
@@ -224,12 +224,12 @@ def test_something_must_be_left_to_train_on(tmp_path: Path, folder: Path) -> Non
     with pytest.raises(UserError) as found:
         make(tmp_path, table(folder), validation_split=1.0)
     assert str(found.value).endswith(
-        "data.toml: validation_split: all pictures are validated on; nothing is left to train on"
+        "data.toml: validation_split: all images are validated on; nothing is left to train on"
     )
 
 
-def test_a_single_picture_is_not_divided(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="data.toml: validation_split: of a single picture no share can be kept"):
+def test_a_single_image_is_not_divided(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="data.toml: validation_split: of a single image no share can be kept"):
         make(tmp_path, table(draw(tmp_path / "one", {"a.png": (64, 64)})), validation_split=0.5)
 
 
@@ -242,10 +242,10 @@ VARIED = (
 )
 
 
-def test_each_picture_once_without_chance(tmp_path: Path, folder: Path) -> None:
+def test_each_image_once_without_chance(tmp_path: Path, folder: Path) -> None:
     data = make(tmp_path, table(folder, subset=VARIED), validation_split=0.5)
     validation = ValidationData(data)
-    assert validation.picture_count == 10 and len(validation) == 4
+    assert validation.image_count == 10 and len(validation) == 4
     first = list(validation.batches(tokenize=tokenize, num_workers=0))
     again = list(validation.batches(tokenize=tokenize, num_workers=0))
     in_workers = batches(data, workers=1)
@@ -271,7 +271,7 @@ def test_processes_that_must_go_together_have_as_many_batches(tmp_path: Path, fo
     assert taken[1][1].paths == taken[2][1].paths == taken[0][0].paths
 
 
-def test_a_wildcard_is_chosen_once_for_each_picture(tmp_path: Path, folder: Path) -> None:
+def test_a_wildcard_is_chosen_once_for_each_image(tmp_path: Path, folder: Path) -> None:
     subset = "enable_wildcard = true\ncaption_prefix = '{red|blue}'"
     data = make(tmp_path, table(folder, subset=subset), validation_split=0.9)
     captions = [caption for batch in batches(data) for caption in batch.captions]
@@ -279,8 +279,8 @@ def test_a_wildcard_is_chosen_once_for_each_picture(tmp_path: Path, folder: Path
     assert {caption.split()[0] for caption in captions} == {"red", "blue"}
 
 
-def test_a_pictures_noise_is_its_own(tmp_path: Path, folder: Path) -> None:
-    """It stays when pictures are added, and with a validation seed in runs of other seeds too."""
+def test_a_images_noise_is_its_own(tmp_path: Path, folder: Path) -> None:
+    """It stays when images are added, and with a validation seed in runs of other seeds too."""
 
     def visits(**settings: int) -> dict[str, int]:
         data = make(tmp_path, table(folder), validation_split=0.5, **settings)
@@ -316,11 +316,11 @@ def test_at_most_so_many_batches_and_always_the_same(tmp_path: Path, folder: Pat
 @pytest.mark.parametrize("to_disk", [False, True])
 def test_latents_are_cached_too(tmp_path: Path, folder: Path, to_disk: bool) -> None:
     data = make(tmp_path, table(folder, subset="flip_aug = true"), validation_split=0.25)
-    assert data.picture_count() == 20
+    assert data.image_count() == 20
     assert data.cache_latents(Encoder, batch_size=4, to_disk=to_disk, vae_identity="v") == 20
     for batch in batches(data):
         assert batch.images is None and batch.latents.shape[1:] == (4, 8, 8)
-    # only pictures that are trained on are needed mirrored
+    # only images that are trained on are needed mirrored
     assert sum(wanted.flip for wanted in data._wanted()) == 15
 
 
@@ -336,8 +336,8 @@ def test_records_for_people_and_files(tmp_path: Path, folder: Path) -> None:
     data = make(tmp_path, table(folder, subset="num_repeats = 2"), validation_split=0.25)
     entries = metadata(data, from_file=True)
     assert (entries["ss_num_train_images"], entries["ss_num_validation_images"]) == (30, 5)
-    assert dict(summary_rows(data))["validation"] == "5 pictures"
-    assert entries["ss_dataset_dirs"] == {"pictures": {"n_repeats": 2, "img_count": 15}}
+    assert dict(summary_rows(data))["validation"] == "5 images"
+    assert entries["ss_dataset_dirs"] == {"images": {"n_repeats": 2, "img_count": 15}}
     assert "validation" not in dict(summary_rows(make(tmp_path, table(folder))))
 
 

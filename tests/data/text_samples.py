@@ -118,7 +118,7 @@ def fill(
 
 
 def uses(data: TrainingData, epochs: Sequence[int] = (0,), workers: int = 0) -> Uses:
-    """(picture, caption, conditioning) of every use, in order."""
+    """(image, caption, conditioning) of every use, in order."""
     found = []
     for epoch in epochs:
         for batch in data.dataloader(epoch=epoch, start_batch=0, tokenize=no_tokens, num_workers=workers):

@@ -36,7 +36,7 @@ def made(prediction_type: str = "raw", level: int | None = QUARTER, **settings: 
     return make_noisy(LATENTS, VISITS, objective, NoiseSettings(**settings), level=level)
 
 
-def test_the_path_goes_from_picture_to_noise() -> None:
+def test_the_path_goes_from_image_to_noise() -> None:
     found = interpolate(LATENTS[:1], torch.full((1, 1, 4, 4), -2.0), torch.tensor([0.25]))
     torch.testing.assert_close(found, torch.full_like(found, 0.75 * 10 - 0.25 * 2))
     # per sample, and in the latents' precision
@@ -126,7 +126,7 @@ def test_losses(settings: dict[str, object], expected: list[float]) -> None:
 
 
 def test_weights_and_masks() -> None:
-    # sigma^-2 is 16 and 1; half of the picture counts
+    # sigma^-2 is 16 and 1; half of the image counts
     masks = torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]]])
     assert losses(replace(UNIFORM, weighting_scheme="sigma_sqrt"), masks=masks) == pytest.approx([32.0, 4.0])
     # 2 / (pi (1 - 0.5 + 0.125)) and 2 / pi
@@ -186,9 +186,9 @@ def test_euler_with_the_shift_by_resolution_is_that_of_diffusers(size: tuple[int
 
 
 def test_a_straight_path_is_drawn_exactly() -> None:
-    picture = torch.full_like(NOISE, 0.3)
-    found = follow(FlowEuler(3, 2.0), lambda x, t: NOISE - picture, NOISE)
-    torch.testing.assert_close(found, picture)
+    image = torch.full_like(NOISE, 0.3)
+    found = follow(FlowEuler(3, 2.0), lambda x, t: NOISE - image, NOISE)
+    torch.testing.assert_close(found, image)
 
 
 def test_shifts_multiply_and_undo() -> None:

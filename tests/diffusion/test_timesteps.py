@@ -16,7 +16,7 @@ from library.errors import UserError
 from library.randomness import torch_generator
 
 WHOLE = TimestepRange()
-#: latents of a picture with 1024 tokens of 2 x 2 cells
+#: latents of an image with 1024 tokens of 2 x 2 cells
 SIZE = (64, 64)
 #: mu for them: 0.5 + 0.65 * (1024 - 256) / 3840
 MU = 0.63
@@ -152,7 +152,7 @@ def test_quantile_and_distribution_are_inverse(density: Mode) -> None:
 
 
 def test_the_shift_by_resolution() -> None:
-    """mu is 0.5 for 256 tokens, a picture of 256 pixels, and 1.15 for 4096, one of 1024."""
+    """mu is 0.5 for 256 tokens, an image of 256 pixels, and 1.15 for 4096, one of 1024."""
     assert math.log(resolution_shift(256)) == pytest.approx(0.5)
     assert math.log(resolution_shift(4096)) == pytest.approx(1.15)
     assert math.log(resolution_shift(1024)) == pytest.approx(MU)

@@ -1,4 +1,4 @@
-"""Fixtures of the entry-script tests: one tiny checkpoint a family and one picture folder for the session."""
+"""Fixtures of the entry-script tests: one tiny checkpoint a family and one image folder for the session."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.families import FAMILIES, SD, Tiny
-from tests.fixtures.runs import make_pictures
+from tests.fixtures.runs import make_images
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 
@@ -47,5 +47,5 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> MadeCheckpoint:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))

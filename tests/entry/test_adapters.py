@@ -22,9 +22,9 @@ from tests.fixtures.tiny_sd import MadeCheckpoint
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
-    return write_dataset(folder / "data.toml", pictures, general="flip_aug = true", dataset="batch_size = 2")
+    return write_dataset(folder / "data.toml", images, general="flip_aug = true", dataset="batch_size = 2")
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -232,11 +232,11 @@ def family_arguments(kind: str, model: MadeCheckpoint, dataset: Path, output: Pa
     ],
 )
 def test_the_family_trains_saves_draws_and_resumes_exactly(
-    tmp_path: Path, request: pytest.FixtureRequest, pictures: Path, kind: str, family: str
+    tmp_path: Path, request: pytest.FixtureRequest, images: Path, kind: str, family: str
 ) -> None:
     model = request.getfixturevalue(f"tiny_{family}")
     script = "train_network" if family == "sd" else "sdxl_train_network"
-    dataset = write_dataset(tmp_path / "data.toml", pictures, dataset="batch_size = 2")
+    dataset = write_dataset(tmp_path / "data.toml", images, dataset="batch_size = 2")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("cat --w 64 --h 64 --s 1 --d 1\n")
     drawn = {"sample_prompts": prompts, "sample_every_n_steps": 4}
@@ -265,7 +265,7 @@ def test_the_family_trains_saves_draws_and_resumes_exactly(
 
 @pytest.mark.parametrize("kind", FAMILY)
 def test_the_family_is_planned_and_starts_from_files(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path, capsys: pytest.CaptureFixture[str], kind: str
+    tmp_path: Path, tiny_sd: MadeCheckpoint, images: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     """``--dry_run`` makes the very network, on shapes alone, and looks at every file; it writes nothing."""
     from library.architectures.sd import SD
@@ -286,7 +286,7 @@ def test_the_family_is_planned_and_starts_from_files(
     network.save_weights(start, None, {})
     count = sum(parameter.numel() for parameter in network.parameters())
 
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     more = {"network_weights": start, "dim_from_weights": True, "network_args": None, "scale_weight_norms": None}
     plan = {"dry_run": True, "ema_decay": None, "validation_split": None, "validate_every_n_steps": None}
     more |= {"network_dim": None, "network_alpha": None, **plan}
@@ -302,9 +302,9 @@ def test_the_family_is_planned_and_starts_from_files(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILY)
 def test_the_family_goes_on_from_files_and_on_merged_ones(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path, kind: str
+    tmp_path: Path, tiny_sd: MadeCheckpoint, images: Path, kind: str
 ) -> None:
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     plain = {"validation_split": None, "validate_every_n_steps": None, "ema_decay": None, "save_state": None}
     train_here(*family_arguments(kind, tiny_sd, dataset, tmp_path / "a", **plain))
     start = tmp_path / "a" / "tiny.safetensors"

@@ -1,4 +1,4 @@
-"""Pictures that cannot be read, as a user meets them: all named before training, or left out."""
+"""Images that cannot be read, as a user meets them: all named before training, or left out."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from tests.fixtures.runs import lora_arguments, make_pictures, run_script, write_dataset
+from tests.fixtures.runs import lora_arguments, make_images, run_script, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
 
 def test_they_stop_the_run_or_are_left_out(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
-    pictures = make_pictures(tmp_path / "pictures")  # seven
-    (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes()[:-40])
-    (pictures / "4.png").write_text("<html>not found</html>")
-    dataset = write_dataset(tmp_path / "data.toml", pictures, general="cache_info = true")
+    images = make_images(tmp_path / "images")  # seven
+    (images / "1.png").write_bytes((images / "1.png").read_bytes()[:-40])
+    (images / "4.png").write_text("<html>not found</html>")
+    dataset = write_dataset(tmp_path / "data.toml", images, general="cache_info = true")
 
     stopped = run_script("train_network.py", *lora_arguments(tiny_sd, dataset, tmp_path / "out"))
     assert stopped.code == 2

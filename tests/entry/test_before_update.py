@@ -12,7 +12,7 @@ from tests.fixtures.tiny_sd import MadeCheckpoint
 
 
 def test_networks_see_their_gradients_before_each_update(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_sd: MadeCheckpoint, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once a step, whatever is accumulated, and before the update has moved anything."""
     seen = []
@@ -22,7 +22,7 @@ def test_networks_see_their_gradients_before_each_update(
         seen.append((float(ups[0].detach().abs().sum()), all(parameter.grad is not None for parameter in ups)))
 
     monkeypatch.setattr(LoraNetwork, "before_update", before_update)
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     options = {"max_train_steps": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
     train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "out", **options))
     assert len(seen) == 2 and all(with_gradients for _, with_gradients in seen)

@@ -14,7 +14,7 @@ from tests.fixtures.families import Tiny
 from tests.fixtures.runs import (
     PATIENCE,
     launch_script,
-    make_pictures,
+    make_images,
     run_script,
     start_script,
     write_dataset,
@@ -31,8 +31,8 @@ def tool_arguments(tiny: Tiny, dataset: Path, **more: object) -> list[object]:
 
 
 def test_training_encodes_nothing_more(tmp_path: Path, tiny: Tiny) -> None:
-    pictures = make_pictures(tmp_path / "pictures")  # seven
-    dataset = write_dataset(tmp_path / "data.toml", pictures, subset="flip_aug = true")
+    images = make_images(tmp_path / "images")  # seven
+    dataset = write_dataset(tmp_path / "data.toml", images, subset="flip_aug = true")
 
     # options of training are taken too, as a configuration file may serve both
     flags = tool_arguments(tiny, dataset, vae_batch_size=2, learning_rate=1e-3, network_module="networks.lora")
@@ -40,17 +40,17 @@ def test_training_encodes_nothing_more(tmp_path: Path, tiny: Tiny) -> None:
     assert made.code == other.code == 0, made.text + other.text
     assert "latents: 7 encoded by 2 processes, 0 from the cache" in made.text
     assert "no effect on the latent cache: --network_module, --learning_rate" in made.text
-    assert len(list(pictures.glob(f"*{tiny.family.latent_suffix}"))) == 7
-    assert not list(pictures.glob(".*")) and not (tmp_path / "out").exists()
+    assert len(list(images.glob(f"*{tiny.family.latent_suffix}"))) == 7
+    assert not list(images.glob(".*")) and not (tmp_path / "out").exists()
 
     settings = {"cache_latents": True, "cache_latents_to_disk": True, "max_train_steps": 1}
     trained = tiny.run(dataset, tmp_path / "out", **settings)
     assert trained.code == 0, trained.text
     assert "latents: 0 encoded, 7 from the cache" in trained.text
 
-    damaged, edited = pictures / f"0_0064x0064{tiny.family.latent_suffix}", pictures / "1.png"
+    damaged, edited = images / f"0_0064x0064{tiny.family.latent_suffix}", images / "1.png"
     damaged.write_bytes(damaged.read_bytes()[:-300])
-    shutil.copy(pictures / "0.png", edited.with_name("new.png"))
+    shutil.copy(images / "0.png", edited.with_name("new.png"))
     edited.with_name("new.png").rename(edited.with_name("1.png"))  # of another size now, and so is its file's name
     again = run_script(TOOL, *tool_arguments(tiny, dataset))
     assert again.code == 0, again.text
@@ -63,33 +63,33 @@ def test_training_encodes_nothing_more(tmp_path: Path, tiny: Tiny) -> None:
 
 
 @pytest.mark.slow
-def test_an_unreadable_picture_ends_all_processes(tmp_path: Path, tiny: Tiny) -> None:
-    pictures = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 4)
-    content = bytearray((pictures / "2.png").read_bytes())
+def test_an_unreadable_image_ends_all_processes(tmp_path: Path, tiny: Tiny) -> None:
+    images = make_images(tmp_path / "images", sizes=[(64, 64)] * 4)
+    content = bytearray((images / "2.png").read_bytes())
     middle = content.index(b"IDAT") + 200
     content[middle : middle + 2000] = bytes(2000)  # its header and its end are good
-    (pictures / "2.png").write_bytes(content)
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    (images / "2.png").write_bytes(content)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     done = launch_script(TOOL, 2, *tool_arguments(tiny, dataset))
     assert [one.code for one in done] == [2, 2]
     errors = [line for one in done for line in one.text.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "2.png: the picture cannot be read" in errors[0], done
+    assert len(errors) == 1 and "2.png: the image cannot be read" in errors[0], done
 
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_made(tmp_path: Path, tiny: Tiny) -> None:
-    pictures = make_pictures(tmp_path / "pictures", sizes=[(128, 128)] * 50)
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    images = make_images(tmp_path / "images", sizes=[(128, 128)] * 50)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     dataset.write_text(dataset.read_text().replace("resolution = 64", "resolution = 128"))
     process = start_script(TOOL, *tool_arguments(tiny, dataset))
-    while process.poll() is None and not list(pictures.glob("*.npz")):
+    while process.poll() is None and not list(images.glob("*.npz")):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, text
     assert "what is being encoded is finished" in text and "the same command goes on" in text
-    kept = len(list(pictures.glob("*.npz")))
-    assert 0 < kept < 50 and not list(pictures.glob(".*"))
+    kept = len(list(images.glob("*.npz")))
+    assert 0 < kept < 50 and not list(images.glob(".*"))
     again = run_script(TOOL, *tool_arguments(tiny, dataset))
     assert f"latents: {50 - kept} encoded, {kept} from the cache" in again.text, again.text
 
@@ -115,15 +115,15 @@ def test_mistakes_are_one_line(
     flags: list[str],
     words: list[str],
 ) -> None:
-    pictures = make_pictures(tmp_path / "pictures")
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    images = make_images(tmp_path / "images")
+    dataset = write_dataset(tmp_path / "data.toml", images)
     with pytest.raises(SystemExit) as ended:
         arguments = [*map(str, tool_arguments(sd, dataset)), *flags]
         CacheLatents().run(read_args(setup_parser(), arguments))
     assert ended.value.code == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert all(word in error for word in words), error
-    assert not list(pictures.glob("*.npz"))
+    assert not list(images.glob("*.npz"))
 
 
 @pytest.mark.usefixtures("own_root_logger")
@@ -131,7 +131,7 @@ def test_the_data_is_shown_and_nothing_cached(tmp_path: Path, tiny: Tiny, monkey
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    pictures = make_pictures(tmp_path / "pictures")
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    images = make_images(tmp_path / "images")
+    dataset = write_dataset(tmp_path / "data.toml", images)
     CacheLatents().run(read_args(setup_parser(), [*map(str, tool_arguments(tiny, dataset)), "--debug_dataset"]))
-    assert (tmp_path / "debug_dataset" / "pictures.jsonl").exists() and not list(pictures.glob("*.npz"))
+    assert (tmp_path / "debug_dataset" / "images.jsonl").exists() and not list(images.glob("*.npz"))

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.fixtures.families import Tiny
-from tests.fixtures.runs import launch_script, make_pictures, run_script, write_dataset
+from tests.fixtures.runs import launch_script, make_images, run_script, write_dataset
 
 TOOL = "tools/cache_text_encoder_outputs.py"
 SUBSET = "shuffle_caption = true\ncaption_dropout_rate = 0.3\ncaption_prefix = 'a photo'"
@@ -16,12 +16,12 @@ SUBSET = "shuffle_caption = true\ncaption_dropout_rate = 0.3\ncaption_prefix = '
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    make_pictures(tmp_path / "pictures")
-    return write_dataset(tmp_path / "data.toml", tmp_path / "pictures", dataset="batch_size = 2", subset=SUBSET)
+    make_images(tmp_path / "images")
+    return write_dataset(tmp_path / "data.toml", tmp_path / "images", dataset="batch_size = 2", subset=SUBSET)
 
 
 def made(tmp_path: Path) -> set[str]:
-    return {path.name for path in (tmp_path / "pictures").glob("*.npz")}
+    return {path.name for path in (tmp_path / "images").glob("*.npz")}
 
 
 def test_training_finds_what_the_tool_made(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from library.config.config_file import read_args
 from tests.data.report.test_near_duplicates import scene
-from tests.fixtures.runs import THREE_SHAPES, make_pictures, run_script
+from tests.fixtures.runs import THREE_SHAPES, make_images, run_script
 from tests.fixtures.tiny_sd import MadeCheckpoint
 from tools.check_dataset import main, setup_parser
 
@@ -24,7 +24,7 @@ def test_one_report_of_everything(tmp_path: Path, tiny_sd: MadeCheckpoint) -> No
         scene(index, size).save(train / f"{index}.png")
     (train / "0.caption").write_text("cat " * 80 + "[bold] dog", encoding="utf-8")
     (reg / "r.png").write_bytes((train / "1.png").read_bytes())
-    (train / "2.png").write_bytes(b"no picture")
+    (train / "2.png").write_bytes(b"no image")
     config = tmp_path / "lora.toml"
     config.write_text(
         f"[data]\ntrain_data_dir = '{train.parent}'\nreg_data_dir = '{reg.parent}'\nresolution = '64'\n"
@@ -46,12 +46,12 @@ def test_one_report_of_everything(tmp_path: Path, tiny_sd: MadeCheckpoint) -> No
     assert report["counts"]["error"] == 2 and report["version"] == 1
     page = html.read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>") and "data:image/jpeg;base64," in page
-    # nothing was left beside the pictures
+    # nothing was left beside the images
     assert sorted(path.suffix for path in train.iterdir()) == [".caption"] + [".png"] * 7
 
 
 def test_exit_codes(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for index in range(3):
         scene(index, (64, 64)).save(folder / f"{index}.png")
@@ -71,7 +71,7 @@ def test_exit_codes(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("own_root_logger")
 def test_the_family_decides_which_sizes_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_pictures(tmp_path / "1_cat", [(80, 80)])
+    folder = make_images(tmp_path / "1_cat", [(80, 80)])
     words = ["--train_data_dir", str(folder.parent), "--resolution", "80", "--caption_extension", ".txt"]
     assert main(read_args(setup_parser(), words)) == 0
     with pytest.raises(SystemExit) as ended:

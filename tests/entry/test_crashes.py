@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from library.files.atomic import verify_directory
 from tests.fixtures.crashes import Ended, fork_run
 from tests.fixtures.families import Tiny
-from tests.fixtures.runs import make_pictures, write_dataset
+from tests.fixtures.runs import make_images, write_dataset
 
 STEPS = 3
 #: weights, averages, states, retention of both, best weights, both caches, remembered metadata, previews
@@ -38,14 +38,14 @@ EVERYTHING = {
 
 @dataclass(frozen=True)
 class Case:
-    """One run's own copy of the pictures, and its output."""
+    """One run's own copy of the images, and its output."""
 
     tiny: Tiny
     folder: Path
 
     @property
-    def pictures(self) -> Path:
-        return self.folder / "pictures"
+    def images(self) -> Path:
+        return self.folder / "images"
 
     @property
     def output(self) -> Path:
@@ -55,12 +55,12 @@ class Case:
         hook = {name: more.pop(name) for name in ("at", "what") if name in more}
         prompts = self.folder / "prompts.txt"
         prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1", encoding="utf-8")
-        data = write_dataset(self.folder / "data.toml", self.pictures, general="cache_info = true")
+        data = write_dataset(self.folder / "data.toml", self.images, general="cache_info = true")
         flags = {**EVERYTHING, "sample_prompts": prompts, **more}
         return fork_run(
             lambda: self.tiny.train(data, self.output, **flags),
             self.folder / f"{log}.log",
-            watched=(self.pictures, self.output),
+            watched=(self.images, self.output),
             **hook,
         )
 
@@ -72,7 +72,7 @@ class Case:
             verify_directory(path)
         for path in self.output.glob("sample/*.png"):
             Image.open(path).load()
-        for path in self.pictures.glob("*.json"):
+        for path in self.images.glob("*.json"):
             json.loads(path.read_text(encoding="utf-8"))
 
     def newest_state(self) -> Path | None:
@@ -84,7 +84,7 @@ class Case:
         return {path.name: load_file(path) for path in self.output.glob("*.safetensors")}
 
     def temporary_files(self) -> list[Path]:
-        return [p for folder in (self.output, self.pictures) for p in folder.rglob(".*.tmp")]
+        return [p for folder in (self.output, self.images) for p in folder.rglob(".*.tmp")]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Whole:
 def start(tmp_path: Path, tiny: Tiny) -> Case:
     case = Case(tiny, tmp_path / "case")
     shutil.rmtree(case.folder, ignore_errors=True)
-    make_pictures(case.pictures, [(64, 64)] * 5)
+    make_images(case.images, [(64, 64)] * 5)
     return case
 
 

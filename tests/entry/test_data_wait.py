@@ -12,10 +12,10 @@ from tests.fixtures.tiny_sd import MadeCheckpoint
 
 
 def test_no_step_waits_for_data(
-    tmp_path: Path, pictures: Path, tiny_sd: MadeCheckpoint, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, images: Path, tiny_sd: MadeCheckpoint, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The steps of even the tiny model take far longer than to fetch latents, without any worker."""
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     train_here(*lora_arguments(tiny_sd, dataset, tmp_path, cache_latents=True, max_train_steps=12))
     waited, took = logged(tmp_path, "time/data_wait"), logged(tmp_path, "time/step")
     assert len(waited) == len(took) == 12

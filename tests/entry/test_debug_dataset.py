@@ -7,21 +7,21 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.fixtures.runs import make_pictures, run_script, write_dataset
+from tests.fixtures.runs import make_images, run_script, write_dataset
 
 NO_DISPLAY = {"DISPLAY": "", "WAYLAND_DISPLAY": ""}
 
 
 def test_sheets_are_written_without_a_model(tmp_path: Path) -> None:
-    pictures = make_pictures(tmp_path / "pictures")  # seven
+    images = make_images(tmp_path / "images")  # seven
     subset = "num_repeats = 2\nshuffle_caption = true\nkeep_tokens = 1\nflip_aug = true"
-    dataset = write_dataset(tmp_path / "data.toml", pictures, dataset="batch_size = 2", subset=subset)
+    dataset = write_dataset(tmp_path / "data.toml", images, dataset="batch_size = 2", subset=subset)
     flags = ["--dataset_config", dataset, "--output_dir", tmp_path / "out", "--seed", 3, "--debug_dataset"]
     done = run_script("train_network.py", *flags, "--console_log_simple", env=NO_DISPLAY)
     assert done.code == 0, done.text
     folder = tmp_path / "out" / "debug_dataset"
     assert str(folder) in done.text and "there is no display" in done.text
-    facts = [json.loads(line) for line in (folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
+    facts = [json.loads(line) for line in (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(facts) == 14 and {fact["epoch"] for fact in facts} == {1}
     assert {Path(fact["image_path"]).name for fact in facts} == {f"{n}.png" for n in range(7)}
     assert all(fact["caption"].startswith("a cat, ") for fact in facts)

@@ -14,7 +14,7 @@ from library.training import nonfinite
 from tests.entry.test_fsdp import assert_close_weights
 from tests.entry.test_resume import GENERAL, assert_same_weights, hard
 from tests.fixtures.families import Tiny
-from tests.fixtures.runs import ROOT, Finished, launch_script, logged, make_pictures, write_dataset
+from tests.fixtures.runs import ROOT, Finished, launch_script, logged, make_images, write_dataset
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -43,16 +43,16 @@ def launch(tiny: Tiny, env: dict[str, str], dataset: Path, output: Path, **more:
 @pytest.mark.slow
 def test_two_with_pieces_of_states_are_one_with_all(tmp_path: Path, sd: Tiny, configured: dict[str, str]) -> None:
     """With clipping, accumulation, a limit of norms and averages, by accelerate's configuration."""
-    pictures = make_pictures(tmp_path / "pictures", [(64, 64)] * 4)
+    images = make_images(tmp_path / "images", [(64, 64)] * 4)
     descent = {"optimizer_type": "SGD", "learning_rate": 0.5, "optimizer_args": ["momentum=0.9"]}
     settings = {**descent, "max_train_steps": 4, "save_every_n_steps": 1, "gradient_accumulation_steps": 2}
     settings |= {"max_grad_norm": 0.01, "scale_weight_norms": 0.05, "ema_decay": 0.9, "lr_scheduler": "cosine"}
     settings |= {"save_state_on_train_end": True, "network_dim": 3}
-    one = write_dataset(tmp_path / "one.toml", pictures, dataset="batch_size = 2")
+    one = write_dataset(tmp_path / "one.toml", images, dataset="batch_size = 2")
     sd.train(one, tmp_path / "one", **settings)
     norms = logged(tmp_path / "one", "norm/grad_norm")
     assert len(norms) == 4 and min(norms) > 0.01, "nothing was clipped"
-    two = write_dataset(tmp_path / "two.toml", pictures, dataset="batch_size = 1")
+    two = write_dataset(tmp_path / "two.toml", images, dataset="batch_size = 1")
     done = launch(sd, configured, two, tmp_path / "two", **settings)
 
     files = [
@@ -78,8 +78,8 @@ def test_two_with_pieces_of_states_are_one_with_all(tmp_path: Path, sd: Tiny, co
 @pytest.mark.slow
 def test_resumes_exactly_and_is_the_run_without(tmp_path: Path, sd: Tiny) -> None:
     """In bf16 with AdamW, whose state knows its step; and on without DeepSpeed, from its state."""
-    pictures = make_pictures(tmp_path / "pictures")
-    dataset = write_dataset(tmp_path / "data.toml", pictures, general=GENERAL, subset="num_repeats = 3")
+    images = make_images(tmp_path / "images")
+    dataset = write_dataset(tmp_path / "data.toml", images, general=GENERAL, subset="num_repeats = 3")
     settings = hard(sd, ema_decay=0.9, max_train_steps=4, mixed_precision="bf16")
     shared = {**settings, "deepspeed": True, "zero_stage": 1, "offload_optimizer_device": "cpu", "on_nan": "rollback"}
     launch(sd, {}, dataset, tmp_path / "whole", **shared)
@@ -98,8 +98,8 @@ def test_one_process_with_its_states_on_the_host(
 ) -> None:
     """Without a launcher, and going back after steps that are not finite; a wrong optimizer is one line."""
     monkeypatch.setattr(nonfinite, "KEPT_EVERY", 2)
-    dataset = write_dataset(tmp_path / "data.toml", make_pictures(tmp_path / "pictures", [(64, 64)] * 4))
-    bad = make_pictures(tmp_path / "bad", [(64, 64)])
+    dataset = write_dataset(tmp_path / "data.toml", make_images(tmp_path / "images", [(64, 64)] * 4))
+    bad = make_images(tmp_path / "bad", [(64, 64)])
     overflows = "[[datasets]]\nresolution = 64\nnetwork_multiplier = 3e38\n[[datasets.subsets]]\n"
     dataset.write_text(dataset.read_text() + f"{overflows}image_dir = '{bad}'\ncaption_extension = '.txt'\n")
     settings = {"max_train_steps": 9, "on_nan": "rollback", "network_train_unet_only": True}

@@ -25,10 +25,10 @@ def test_explain(tmp_path: Path, tiny: Tiny) -> None:
     assert "k3y" not in done.text
 
 
-def test_dry_run(tmp_path: Path, tiny: Tiny, pictures: Path) -> None:
-    dataset = write_dataset(tmp_path / "data.toml", pictures, dataset="batch_size = 2")
+def test_dry_run(tmp_path: Path, tiny: Tiny, images: Path) -> None:
+    dataset = write_dataset(tmp_path / "data.toml", images, dataset="batch_size = 2")
     family, output = tiny.family, tmp_path / "out"
-    before = sorted(pictures.iterdir())
+    before = sorted(images.iterdir())
     arguments = {
         "max_train_steps": None,
         "max_train_epochs": 3,
@@ -43,7 +43,7 @@ def test_dry_run(tmp_path: Path, tiny: Tiny, pictures: Path) -> None:
     }
     done = tiny.run(dataset, output, **arguments)
     assert done.code == 0, done.text
-    assert not output.exists() and sorted(pictures.iterdir()) == before, "nothing is written"
+    assert not output.exists() and sorted(images.iterdir()) == before, "nothing is written"
     rows = dict(line.split(": ", 1) for line in done.out.splitlines() if ": " in line)
     with torch.device("cpu"):
         stored = load_file(tiny.model.path)
@@ -62,7 +62,7 @@ def test_dry_run(tmp_path: Path, tiny: Tiny, pictures: Path) -> None:
     assert "64x64" in rows["buckets"]
     for name in ("tiny-000001.safetensors", "tiny-000002-state", "tiny-step00000004.safetensors", "tiny.safetensors"):
         assert f"would write: {output / name}" in done.out
-    assert "latents of 7 pictures" in done.out
+    assert "latents of 7 images" in done.out
 
     # what only loading would find otherwise: here a tensor that the header lacks
     torn = dict(stored)
@@ -79,10 +79,10 @@ def test_dry_run(tmp_path: Path, tiny: Tiny, pictures: Path) -> None:
 
 @pytest.mark.usefixtures("own_root_logger")
 def test_files_of_weights_are_checked(
-    tmp_path: Path, sd: Tiny, pictures: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, sd: Tiny, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Their headers in every run; what of them fits the model in a dry run too, be it to be merged or to start from."""
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     other, cut = tmp_path / "other.safetensors", tmp_path / "cut.safetensors"
     save_file({"foo.weight": torch.ones(100)}, other)
     cut.write_bytes(other.read_bytes()[:-1])

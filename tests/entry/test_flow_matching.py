@@ -28,9 +28,9 @@ def run(model: MadeCheckpoint, dataset: Path, output: Path, **more: object) -> P
 
 
 def test_training_resuming_validation_and_sample_images(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_sd: MadeCheckpoint, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dataset = write_dataset(tmp_path / "d.toml", pictures, dataset="batch_size = 2\nvalidation_split = 0.3")
+    dataset = write_dataset(tmp_path / "d.toml", images, dataset="batch_size = 2\nvalidation_split = 0.3")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(
         "a cat --d 1 --w 72\na cat --d 1 --g 3\na cat --d 1 --fs 7 --ss euler\na cat --d 1 --l 4 --n a dog\n"
@@ -63,12 +63,12 @@ def test_training_resuming_validation_and_sample_images(
     state = json.loads((whole / "tiny-step00000002-state" / "train_state.json").read_text())
     assert "flux_shift" in json.dumps(state)
 
-    # what was drawn: 72 pixels are not a multiple of 16; guidance, shift and negative prompt each make another picture
-    images = [Image.open(path) for path in sorted((whole / "sample").glob("*.png"))]
-    assert [image.size for image in images] == [(64, 64)] * 4
-    assert len({image.tobytes() for image in images}) == 4
-    assert [image.text.get("sampler") for image in images] == ["euler"] * 4
-    assert (images[1].text["guidance_scale"], images[2].text["flow_shift"]) == ("3", "7")
+    # what was drawn: 72 pixels are not a multiple of 16; guidance, shift and negative prompt each make another image
+    samples = [Image.open(path) for path in sorted((whole / "sample").glob("*.png"))]
+    assert [sample.size for sample in samples] == [(64, 64)] * 4
+    assert len({sample.tobytes() for sample in samples}) == 4
+    assert [sample.text.get("sampler") for sample in samples] == ["euler"] * 4
+    assert (samples[1].text["guidance_scale"], samples[2].text["flow_shift"]) == ("3", "7")
     assert "72 is not usable, 64 is used (multiples of 16" in said.err
     assert "no effect with this model" not in said.err
 
@@ -91,12 +91,12 @@ def test_training_resuming_validation_and_sample_images(
 def test_what_cannot_work_is_one_line_each(
     tmp_path: Path,
     tiny_sd: MadeCheckpoint,
-    pictures: Path,
+    images: Path,
     capsys: pytest.CaptureFixture[str],
     more: dict[str, object],
     words: list[str],
 ) -> None:
-    dataset = write_dataset(tmp_path / "d.toml", pictures)
+    dataset = write_dataset(tmp_path / "d.toml", images)
     given = {**more}
     if prompt := given.pop("prompt", None):
         (tmp_path / "p.txt").write_text(prompt)
@@ -109,9 +109,9 @@ def test_what_cannot_work_is_one_line_each(
 
 
 def test_explain_and_dry_run(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_sd: MadeCheckpoint, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dataset = write_dataset(tmp_path / "d.toml", pictures)
+    dataset = write_dataset(tmp_path / "d.toml", images)
     run(tiny_sd, dataset, tmp_path / "out", explain=True, without_text=True)
     table = capsys.readouterr().out
     for words in ("Toy model", "Weighting of timesteps", "Flow matching", "--timestep_sampling", "flux_shift"):

@@ -22,7 +22,7 @@ import flux_minimal_inference
 import gen_img
 from library.architectures.flux import Flux
 from library.errors import UserError
-from library.inference.flux_minimal import Studio, draw_images
+from library.inference.flux_minimal import ImageSession, draw_images
 from library.inference.flux_options import FluxInferenceOptions, check_options
 from tests.fixtures.drawn import pixels, text_of
 from tests.fixtures.loaded_flux import make_adapter
@@ -168,9 +168,9 @@ def count_loading(
     models: list[weakref.ref] = []
 
     def count(name: str, method: str) -> None:
-        load = getattr(Studio, method)
+        load = getattr(ImageSession, method)
 
-        def loading(self: Studio) -> Any:
+        def loading(self: ImageSession) -> Any:
             if one_at_a_time:
                 assert [model for model in models if model() is not None] == []
             order.append(name)
@@ -179,7 +179,7 @@ def count_loading(
             models.extend(weakref.ref(model) for model in (found if isinstance(found, list) else [found]))
             return loaded
 
-        monkeypatch.setattr(Studio, method, loading)
+        monkeypatch.setattr(ImageSession, method, loading)
 
     for name, method in {"text": "_load_text_encoders", "denoiser": "_load_denoiser", "vae": "_load_vae"}.items():
         count(name, method)
@@ -270,11 +270,11 @@ def test_adapters_with_fp8(models: Mapping[str, MadeFlux], adapters: dict[str, P
 
 @slow
 @pytest.mark.parametrize("kind", ["dev", "schnell", "chroma"])
-def test_draws_what_previews_show(models: Mapping[str, MadeFlux], pictures: Path, tmp_path: Path, kind: str) -> None:
+def test_draws_what_previews_show(models: Mapping[str, MadeFlux], images: Path, tmp_path: Path, kind: str) -> None:
     made = models[kind]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{PROMPT} --w 80 --h 64 --d 7 --s 3 --g 2 --l 2 --n red dog\n", encoding="utf-8")
-    dataset = write_dataset(tmp_path / "dataset.toml", pictures)
+    dataset = write_dataset(tmp_path / "dataset.toml", images)
     options: dict[str, object] = {"network_module": "networks.lora_flux", "learning_rate": 0.1}
     options["t5xxl_max_token_length"] = None  # as long as the model's prompts are
     if kind == "dev":  # with its text encoders, the others with cached captions
@@ -288,10 +288,10 @@ def test_draws_what_previews_show(models: Mapping[str, MadeFlux], pictures: Path
     before, after = sorted((out / "sample").glob("*.png"))
     assert difference(before, after) > 3
 
-    picture = {"width": 80, "height": 64, "seed": 7, "steps": 3, "guidance": 2, "cfg_scale": 2}
+    image = {"width": 80, "height": 64, "seed": 7, "steps": 3, "guidance": 2, "cfg_scale": 2}
     more = ("--negative_prompt", "red dog", *(("--apply_t5_attn_mask",) if kind == "dev" else ()))
-    (drawn,) = draw(made, tmp_path / "drawn", *more, "--lora_weights", out / "tiny.safetensors", **picture)
-    (plain,) = draw(made, tmp_path / "drawn", *more, **picture)
+    (drawn,) = draw(made, tmp_path / "drawn", *more, "--lora_weights", out / "tiny.safetensors", **image)
+    (plain,) = draw(made, tmp_path / "drawn", *more, **image)
     assert difference(before, plain) <= 1
     assert difference(after, drawn) <= 1
 

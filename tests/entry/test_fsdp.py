@@ -22,7 +22,7 @@ from tests.fixtures.runs import (
     Finished,
     launch_script,
     logged,
-    make_pictures,
+    make_images,
     start_processes,
     write_dataset,
 )
@@ -65,7 +65,7 @@ def samples(output: Path) -> list[np.ndarray]:
 
 def test_two_that_share_the_model_are_one_with_all_of_it(tmp_path: Path, tiny: Tiny, fsdp: dict[str, str]) -> None:
     """As tests/entry/test_processes.py without FSDP, with previews and validations that cannot be shared evenly."""
-    pictures = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 5)
+    images = make_images(tmp_path / "images", sizes=[(64, 64)] * 5)
     (tmp_path / "prompts.txt").write_text("".join(f"a cat --w 64 --h 64 --s {n} --d {n}\n" for n in (1, 2, 3)))
     settings = {
         **DESCENT,
@@ -73,9 +73,9 @@ def test_two_that_share_the_model_are_one_with_all_of_it(tmp_path: Path, tiny: T
         "sample_prompts": tmp_path / "prompts.txt",
         "sample_at_first": True,
     }
-    one = write_dataset(tmp_path / "one.toml", pictures, dataset="batch_size = 2\nvalidation_split = 0.6")
+    one = write_dataset(tmp_path / "one.toml", images, dataset="batch_size = 2\nvalidation_split = 0.6")
     tiny.train(one, tmp_path / "one", **settings)
-    two = write_dataset(tmp_path / "two.toml", pictures, dataset="batch_size = 1\nvalidation_split = 0.6")
+    two = write_dataset(tmp_path / "two.toml", images, dataset="batch_size = 1\nvalidation_split = 0.6")
     own = {"ddp_gradient_as_bucket_view": True, "save_state_on_train_end": True}
     done = launch(tiny, fsdp, two, tmp_path / "two", **settings, **own)
 
@@ -98,8 +98,8 @@ def test_two_that_share_the_model_are_one_with_all_of_it(tmp_path: Path, tiny: T
 
 @pytest.mark.slow
 def test_resumes_exactly_and_is_the_run_without(tmp_path: Path, tiny: Tiny, fsdp: dict[str, str]) -> None:
-    pictures = make_pictures(tmp_path / "pictures")
-    dataset = write_dataset(tmp_path / "data.toml", pictures, general=GENERAL, subset="num_repeats = 3")
+    images = make_images(tmp_path / "images")
+    dataset = write_dataset(tmp_path / "data.toml", images, general=GENERAL, subset="num_repeats = 3")
     # gradients near 0 differ in sign, which Adam would make as large as all others
     descent = {"optimizer_type": "SGD", "learning_rate": 0.1, "optimizer_args": ["momentum=0.9"]}
     more = {"ema_decay": 0.9, "max_train_steps": 4, "gradient_checkpointing": True, "scale_weight_norms": 1.0}
@@ -134,10 +134,10 @@ def assert_two_are_one(
     folder: Path, tiny: Tiny, fsdp: dict[str, str], settings: dict[str, object], subset: str = ""
 ) -> None:
     """Two processes at batch size 1 with FSDP, one without at 2."""
-    pictures = make_pictures(folder / "pictures", [(64, 64)] * 2)
-    one = write_dataset(folder / "one.toml", pictures, dataset="batch_size = 2", subset=subset)
+    images = make_images(folder / "images", [(64, 64)] * 2)
+    one = write_dataset(folder / "one.toml", images, dataset="batch_size = 2", subset=subset)
     tiny.train(one, folder / "one", **settings)
-    two = write_dataset(folder / "two.toml", pictures, dataset="batch_size = 1", subset=subset)
+    two = write_dataset(folder / "two.toml", images, dataset="batch_size = 1", subset=subset)
     launch(tiny, fsdp, two, folder / "two", **settings)
     assert_close_weights(folder / "two" / "tiny.safetensors", folder / "one" / "tiny.safetensors")
 
@@ -153,7 +153,7 @@ def test_adapters_find_whole_weights(tmp_path: Path, sd: Tiny, fsdp: dict[str, s
 
 @pytest.mark.slow
 def test_merged_weights_are_shared_out(tmp_path: Path, sd: Tiny, fsdp: dict[str, str]) -> None:
-    base = write_dataset(tmp_path / "base.toml", make_pictures(tmp_path / "others", [(64, 64)] * 3))
+    base = write_dataset(tmp_path / "base.toml", make_images(tmp_path / "others", [(64, 64)] * 3))
     settings = {"optimizer_type": "SGD", "learning_rate": 1.0}
     sd.train(base, tmp_path / "base", **settings)
     settings |= {"base_weights": tmp_path / "base" / "tiny.safetensors", "base_weights_multiplier": 3}
@@ -162,9 +162,9 @@ def test_merged_weights_are_shared_out(tmp_path: Path, sd: Tiny, fsdp: dict[str,
 
 @pytest.mark.slow
 def test_a_controlnet_is_shared_out_with_its_transformer(tmp_path: Path, fsdp: dict[str, str]) -> None:
-    """Beside cached outputs of T5 and CLIP-L that is trained, with pictures of a cached and of a guided prompt."""
+    """Beside cached outputs of T5 and CLIP-L that is trained, with images of a cached and of a guided prompt."""
     flux = Tiny(FLUX, FLUX.make(tmp_path / "model"))
-    control = make_pictures(tmp_path / "control", [(64, 64)] * 2)
+    control = make_images(tmp_path / "control", [(64, 64)] * 2)
     settings = {"optimizer_type": "SGD", "learning_rate": 0.1, "max_train_steps": 3, "gradient_checkpointing": True}
     settings |= {"controlnet_model_name_or_path": make_tiny_controlnet(tmp_path / "net"), "cache_latents": True}
     settings |= {"cache_text_encoder_outputs": True, "sample_at_first": True, "sample_every_n_steps": 2}
@@ -178,7 +178,7 @@ def test_a_controlnet_is_shared_out_with_its_transformer(tmp_path: Path, fsdp: d
 
 @pytest.mark.slow
 def test_what_does_not_go_together_is_one_line(tmp_path: Path, sd: Tiny, fsdp: dict[str, str]) -> None:
-    dataset = write_dataset(tmp_path / "data.toml", make_pictures(tmp_path / "pictures", [(64, 64)] * 2))
+    dataset = write_dataset(tmp_path / "data.toml", make_images(tmp_path / "images", [(64, 64)] * 2))
     env = {**fsdp, "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlok"}
     ended = launch_script(sd.file, 2, *sd.words(dataset, tmp_path), env=env)
     assert [process.code for process in ended] == [2, 2], ended[0].text
@@ -187,7 +187,7 @@ def test_what_does_not_go_together_is_one_line(tmp_path: Path, sd: Tiny, fsdp: d
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path: Path, sd: Tiny, fsdp: dict[str, str]) -> None:
-    dataset = write_dataset(tmp_path / "data.toml", make_pictures(tmp_path / "pictures", [(64, 64)] * 4))
+    dataset = write_dataset(tmp_path / "data.toml", make_images(tmp_path / "images", [(64, 64)] * 4))
     words = sd.words(dataset, tmp_path / "out", max_train_steps=10_000)
     first, second = start_processes(sd.file, 2, *words, env=fsdp)
     try:

@@ -137,7 +137,7 @@ def test_file_of_prompts_is_drawn_the_same_each_time_and_numbers_go_on(model: Ma
     assert len({text_of(path)["seed"] for path in out.iterdir()}) == 4
 
 
-def test_lora_multiplier_changes_the_picture(model: MadeCheckpoint, lora: Path, tmp_path: Path) -> None:
+def test_lora_multiplier_changes_the_image(model: MadeCheckpoint, lora: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("cat --d 1\ncat --d 1 --am 0\ncat --d 1 --am 0.5\ncat --d 1\n")

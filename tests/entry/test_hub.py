@@ -25,8 +25,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("dataset") / "data.toml", pictures, dataset="batch_size = 2")
+def dataset(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset") / "data.toml", images, dataset="batch_size = 2")
 
 
 def test_up_and_back_again(

@@ -10,14 +10,14 @@ from torch import equal
 
 from tests.entry.test_resume import assert_same_weights
 from tests.fixtures.families import Tiny
-from tests.fixtures.runs import make_pictures, metadata_of, write_dataset
+from tests.fixtures.runs import make_images, metadata_of, write_dataset
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five batches an epoch; with two to a step, three steps, the last of one batch."""
     folder = tmp_path_factory.mktemp("dataset")
-    return write_dataset(folder / "data.toml", make_pictures(folder / "pictures", sizes=[(64, 64)] * 5))
+    return write_dataset(folder / "data.toml", make_images(folder / "images", sizes=[(64, 64)] * 5))
 
 
 def test_weights_of_the_middle_go_on_as_they_would_have(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:

@@ -64,8 +64,8 @@ def outputs(models: SimpleNamespace) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("dataset") / "data.toml", pictures)
+def dataset(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset") / "data.toml", images)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,7 @@ from tests.fixtures.runs import (
     Finished,
     logged,
     lora_arguments,
-    make_pictures,
+    make_images,
     run_script,
     write_dataset,
 )
@@ -25,8 +25,8 @@ from tests.fixtures.tiny_sd import MadeCheckpoint
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of this test alone: their masks and caches are its own."""
-    return make_pictures(tmp_path / "pictures")
+    """Images of this test alone: their masks and caches are its own."""
+    return make_images(tmp_path / "images")
 
 
 def draw_masks(folder: Path, value: int) -> Path:
@@ -37,9 +37,9 @@ def draw_masks(folder: Path, value: int) -> Path:
 
 
 def train(
-    tmp_path: Path, model: MadeCheckpoint, pictures: Path, name: str, subset: str = "", **settings: object
+    tmp_path: Path, model: MadeCheckpoint, images: Path, name: str, subset: str = "", **settings: object
 ) -> Finished:
-    dataset = write_dataset(tmp_path / f"{name}.toml", pictures, dataset="batch_size = 2", subset=subset)
+    dataset = write_dataset(tmp_path / f"{name}.toml", images, dataset="batch_size = 2", subset=subset)
     # without decay only gradients move weights
     arguments = lora_arguments(model, dataset, tmp_path / name, optimizer_args=["weight_decay=0"], **settings)
     return run_script("train_network.py", *arguments)
@@ -71,9 +71,7 @@ def test_all_is_learned_where_the_mask_is_white(tmp_path: Path, tiny_sd: MadeChe
     assert any(tensor.any() for name, tensor in plain.items() if "lora_up" in name)
 
 
-def test_nothing_is_learned_where_pictures_are_transparent(
-    tmp_path: Path, tiny_sd: MadeCheckpoint, folder: Path
-) -> None:
+def test_nothing_is_learned_where_images_are_transparent(tmp_path: Path, tiny_sd: MadeCheckpoint, folder: Path) -> None:
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
             pixels = np.asarray(image)

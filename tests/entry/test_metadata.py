@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from library.files.hashes import sshs_hashes
 from tests.fixtures.families import Tiny
-from tests.fixtures.runs import ROOT, make_pictures, metadata_of, write_dataset
+from tests.fixtures.runs import ROOT, make_images, metadata_of, write_dataset
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
@@ -85,7 +85,7 @@ def assert_types(tiny: Tiny, entries: dict[str, str]) -> None:
 def plain(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Path:
     """The file of a run with a dataset file and no more options than needed."""
     folder = tmp_path_factory.mktemp("plain")
-    dataset = write_dataset(folder / "data.toml", make_pictures(folder / "pictures"))
+    dataset = write_dataset(folder / "data.toml", make_images(folder / "images"))
     tiny.train(dataset, folder / "out")
     return folder / "out" / "tiny.safetensors"
 
@@ -111,7 +111,7 @@ def test_the_model_hashes_are_those_of_the_file(plain: Path) -> None:
 @pytest.mark.every_family
 def test_keys_and_types_with_everything_given(tmp_path: Path, tiny: Tiny) -> None:
     """The old folder form, a VAE, network arguments and every option of the model specification."""
-    make_pictures(tmp_path / "train" / "2_cat dog")
+    make_images(tmp_path / "train" / "2_cat dog")
     thumbnail = tmp_path / "train" / "2_cat dog" / "0.png"
     for ending in (".png", ".txt"):  # the first has a face of 20x16 pixels in its middle
         thumbnail.with_suffix(ending).rename(thumbnail.with_name(f"face_32_32_20_16{ending}"))
@@ -144,7 +144,7 @@ def test_keys_and_types_with_everything_given(tmp_path: Path, tiny: Tiny) -> Non
 
 @pytest.mark.every_family
 def test_no_metadata_keeps_what_loaders_need(tmp_path: Path, tiny: Tiny) -> None:
-    dataset = write_dataset(tmp_path / "data.toml", make_pictures(tmp_path / "pictures"))
+    dataset = write_dataset(tmp_path / "data.toml", make_images(tmp_path / "images"))
     tiny.train(
         dataset,
         tmp_path / "out",

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from tests.fixtures.runs import lora_arguments, make_pictures, run_script
+from tests.fixtures.runs import lora_arguments, make_images, run_script
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
 def test_names_and_texts_of_all_sorts(tmp_path: Path, tiny_sd: MadeCheckpoint) -> None:
-    place = make_pictures(tmp_path / "made", [(64, 64)])
+    place = make_images(tmp_path / "made", [(64, 64)])
     odd = tmp_path / os.fsdecode(b"Bilder f\xfcr [LoRA] (1)")  # of an archive in another encoding
     odd.mkdir()
     names = ["a b.PNG", "日本語 {x|y}.png", "%d %s.Png", "a.b.c.png", os.fsdecode(b"caf\xe9.png")]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from library.training import nonfinite
 from tests.fixtures.families import Tiny
 from tests.fixtures.runs import (
-    make_pictures,
+    make_images,
     metadata_of,
     run_script,
     train_here,
@@ -27,9 +27,9 @@ STEPS = 8
 
 @pytest.fixture
 def poisoned(tmp_path: Path) -> Path:
-    """Six good pictures and one with which every pass through the adapter is infinite or NaN."""
-    make_pictures(tmp_path / "good", [(64, 64)] * 6)
-    make_pictures(tmp_path / "bad", [(64, 64)])
+    """Six good images and one with which every pass through the adapter is infinite or NaN."""
+    make_images(tmp_path / "good", [(64, 64)] * 6)
+    make_images(tmp_path / "bad", [(64, 64)])
     (tmp_path / "bad" / "0.txt").write_text("a poisoned cat", encoding="utf-8")
     table = "[[datasets]]\nresolution = 64\nbatch_size = 1\n{extra}[[datasets.subsets]]\nimage_dir = '{folder}'\n"
     path = tmp_path / "data.toml"
@@ -178,7 +178,7 @@ def test_rollback_goes_back_to_a_kept_state(
 
 def test_too_many_in_a_row(tmp_path: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     """A rate of 1e30 ruins the weights at once; neither mode goes on for ever."""
-    images = make_pictures(tmp_path / "images", [(64, 64)])
+    images = make_images(tmp_path / "images", [(64, 64)])
     dataset = tmp_path / "data.toml"
     dataset.write_text(
         "[[datasets]]\nresolution = 64\nnetwork_multiplier = 3e38\n[[datasets.subsets]]\n"
@@ -197,7 +197,7 @@ def test_too_many_in_a_row(tmp_path: Path, tiny: Tiny, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 def test_processes_decide_alike(tmp_path: Path, tiny: Tiny, poisoned: Path) -> None:
-    """Only one of two processes has the poisoned picture; both leave the step out, and its recording is of that one."""
+    """Only one of two processes has the poisoned image; both leave the step out, and its recording is of that one."""
     output = tmp_path / "out"
     settings = options(on_nan="skip", max_train_steps=STEPS, save_every_n_steps=None)
     ended = tiny.launch(2, poisoned, output, **settings)

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fixtures.families import Tiny
-from tests.fixtures.runs import ROOT, make_pictures, metadata_of, train_here, write_dataset
+from tests.fixtures.runs import ROOT, make_images, metadata_of, train_here, write_dataset
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
-    pictures = make_pictures(folder / "pictures", [(64, 64)] * 4)  # one bucket, compiled once
-    return write_dataset(folder / "data.toml", pictures, dataset="batch_size = 2")
+    images = make_images(folder / "images", [(64, 64)] * 4)  # one bucket, compiled once
+    return write_dataset(folder / "data.toml", images, dataset="batch_size = 2")
 
 
 @pytest.fixture(scope="module")

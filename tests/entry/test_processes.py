@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.entry.test_resume import GENERAL, assert_same_weights, hard
 from tests.fixtures.families import Tiny
-from tests.fixtures.runs import launch_script, make_pictures, write_dataset
+from tests.fixtures.runs import launch_script, make_images, write_dataset
 
 #: gradient descent at rate 1: what a step changes is the gradient
 DESCENT = {
@@ -26,12 +26,12 @@ DESCENT = {
 
 def test_two_at_batch_1_are_one_at_batch_2(tmp_path: Path, tiny: Tiny) -> None:
     """Plain gradient descent at rate 1, so that what a step changes is the gradient, to 1e-6."""
-    pictures = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 2)
+    images = make_images(tmp_path / "images", sizes=[(64, 64)] * 2)
     (tmp_path / "prompts.txt").write_text("".join(f"a cat --w 64 --h 64 --s 1 --d {seed}\n" for seed in (1, 2, 3)))
     drawn = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 3, "save_state_on_train_end": True}
-    one = write_dataset(tmp_path / "one.toml", pictures, dataset="batch_size = 2")
+    one = write_dataset(tmp_path / "one.toml", images, dataset="batch_size = 2")
     tiny.train(one, tmp_path / "one", **DESCENT)
-    two = write_dataset(tmp_path / "two.toml", pictures, dataset="batch_size = 1")
+    two = write_dataset(tmp_path / "two.toml", images, dataset="batch_size = 1")
     done = tiny.launch(2, two, tmp_path / "two", **DESCENT, **drawn)
     assert [process.code for process in done] == [0, 0], done[0].text + done[1].text
 
@@ -49,9 +49,9 @@ def test_two_at_batch_1_are_one_at_batch_2(tmp_path: Path, tiny: Tiny) -> None:
     assert {f"random_states_{rank}.pkl" for rank in (0, 1)} <= {p.name for p in state.iterdir()}
     assert json.loads((state / "train_state.json").read_text())["fingerprint"]["processes"] == 2
     # each process draws its share, and the trackers, which are the first one's, have all
-    images = {path.name: "" for path in (tmp_path / "two" / "sample").glob("*.png")}
-    assert len(images) == 3
-    drew = [[name for name in images if name in process.text] for process in done]
+    samples = {path.name: "" for path in (tmp_path / "two" / "sample").glob("*.png")}
+    assert len(samples) == 3
+    drew = [[name for name in samples if name in process.text] for process in done]
     assert [len(names) for names in drew] == [2, 1]
     events = b"".join(p.read_bytes() for p in (tmp_path / "two" / "logs").rglob("events.out.tfevents.*"))
     assert all(f"sample_{index}".encode() in events for index in range(3))
@@ -61,12 +61,12 @@ def test_two_at_batch_1_are_one_at_batch_2(tmp_path: Path, tiny: Tiny) -> None:
 @pytest.mark.parametrize("as_views", [False, True])
 def test_what_a_step_does_not_train_stays_in_two_as_in_one(tmp_path: Path, sd: Tiny, as_views: bool) -> None:
     """DyLoRA trains some of its ranks in a step; a gradient of zero would let momentum move the others."""
-    pictures = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 2)
+    images = make_images(tmp_path / "images", sizes=[(64, 64)] * 2)
     settings = {"optimizer_type": "SGD", "optimizer_args": ["momentum=0.9"], "learning_rate": 1.0, "network_dim": 4}
     settings |= {"network_module": "networks.dylora", "max_train_steps": 5}
-    one = write_dataset(tmp_path / "one.toml", pictures, dataset="batch_size = 2")
+    one = write_dataset(tmp_path / "one.toml", images, dataset="batch_size = 2")
     sd.train(one, tmp_path / "one", **settings)
-    two = write_dataset(tmp_path / "two.toml", pictures, dataset="batch_size = 1")
+    two = write_dataset(tmp_path / "two.toml", images, dataset="batch_size = 1")
     done = sd.launch(2, two, tmp_path / "two", **settings, ddp_gradient_as_bucket_view=as_views)
     assert [process.code for process in done] == [0, 0], done[0].text + done[1].text
     together, alone = (load_file(tmp_path / folder / "tiny.safetensors") for folder in ("two", "one"))
@@ -76,8 +76,8 @@ def test_what_a_step_does_not_train_stays_in_two_as_in_one(tmp_path: Path, sd: T
 
 @pytest.mark.slow
 def test_two_processes_resume_exactly(tmp_path: Path, tiny: Tiny) -> None:
-    pictures = make_pictures(tmp_path / "pictures")
-    dataset = write_dataset(tmp_path / "data.toml", pictures, general=GENERAL, subset="num_repeats = 3")
+    images = make_images(tmp_path / "images")
+    dataset = write_dataset(tmp_path / "data.toml", images, general=GENERAL, subset="num_repeats = 3")
     settings = hard(tiny, ema_decay=0.9, max_train_steps=6)
     whole = tiny.launch(2, dataset, tmp_path / "whole", **settings)
     assert [process.code for process in whole] == [0, 0], whole[0].text + whole[1].text

@@ -46,10 +46,10 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     return write_dataset(
-        folder / "data.toml", pictures, general=GENERAL, dataset="batch_size = 2", subset="num_repeats = 3"
+        folder / "data.toml", images, general=GENERAL, dataset="batch_size = 2", subset="num_repeats = 3"
     )
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from library.training.fitting import Fitting
+from library.training.run_hooks import RunHooks
 from tests.entry.test_resume import assert_same_weights
 from tests.fixtures.families import Tiny
-from tests.fixtures.runs import make_pictures
+from tests.fixtures.runs import make_images
 
 STEPS = 9
 KILLED_IN = (4, 7)  # steps of which nothing is left
@@ -83,7 +83,7 @@ class Killed(Exception):
 
 def two_datasets(folder: Path, lines: str) -> Path:
     """Datasets of two batch sizes, with three buckets, repeats and a regularisation subset."""
-    first, second = make_pictures(folder / "a"), make_pictures(folder / "b", sizes=[(64, 64), (96, 40)])
+    first, second = make_images(folder / "a"), make_images(folder / "b", sizes=[(64, 64), (96, 40)])
     common = "enable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 32\n"
     subset = "[[datasets.subsets]]\ncaption_extension = '.txt'\n"
     path = folder / "data.toml"
@@ -114,17 +114,17 @@ def test_killed_twice(
     saving = {"save_every_n_steps": 1, "save_state": True}
     tiny.train(dataset, tmp_path / "whole", **settings, **saving)
 
-    original = Fitting.step_ended
+    original = RunHooks.step_ended
     resume: Path | None = None
     output = tmp_path / "out"
     for fatal in (*KILLED_IN, None):
 
-        def dies(self: Fitting, step: int, epoch: int, fatal: int | None = fatal) -> object:
+        def dies(self: RunHooks, step: int, epoch: int, fatal: int | None = fatal) -> object:
             if step == fatal:
                 raise Killed
             return original(self, step, epoch)
 
-        monkeypatch.setattr(Fitting, "step_ended", dies)
+        monkeypatch.setattr(RunHooks, "step_ended", dies)
         rest = {**settings, **saving, "resume": resume}
         if fatal is None:
             tiny.train(dataset, output, **rest)

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fixtures.families import Tiny
-from tests.fixtures.runs import make_pictures, metadata_of, write_dataset
+from tests.fixtures.runs import make_images, metadata_of, write_dataset
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three batches an epoch."""
     folder = tmp_path_factory.mktemp("dataset")
-    return write_dataset(folder / "data.toml", make_pictures(folder / "pictures", sizes=[(64, 64)] * 3))
+    return write_dataset(folder / "data.toml", make_images(folder / "images", sizes=[(64, 64)] * 3))
 
 
 def test_retention_and_numbers(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:

@@ -19,7 +19,7 @@ from tests.fixtures.runs import (
     ROOT,
     logged,
     lora_arguments,
-    make_pictures,
+    make_images,
     metadata_of,
     train_here,
     write_dataset,
@@ -39,9 +39,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def test_rates_and_long_captions_of_both_encoders(
-    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dataset = write_dataset(tmp_path / "data.toml", pictures, dataset="batch_size = 2")
+    dataset = write_dataset(tmp_path / "data.toml", images, dataset="batch_size = 2")
     more = {
         "text_encoder_lr": [1e-3, 2e-3],
         "max_token_length": 150,
@@ -76,7 +76,7 @@ def test_rates_and_long_captions_of_both_encoders(
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """What the U-Net is told in each use of a picture of the next runs: (H, W), (top, left), (H, W)."""
+    """What the U-Net is told in each use of an image of the next runs: (H, W), (top, left), (H, W)."""
     from library.architectures.sdxl import StableDiffusionXL
 
     numbers: list[tuple[int, ...]] = []
@@ -92,9 +92,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return numbers
 
 
-def pictures_of_all_shapes(folder: Path) -> Path:
+def images_of_all_shapes(folder: Path) -> Path:
     """Each of another size; one lies on its side and says so, and one is smaller than its bucket would be."""
-    make_pictures(folder, ((64, 64), (113, 50), (100, 47), (41, 96), (40, 37)))
+    make_images(folder, ((64, 64), (113, 50), (100, 47), (41, 96), (40, 37)))
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = np.random.default_rng(9).integers(0, 256, (47, 120, 3), dtype=np.uint8)
@@ -104,7 +104,7 @@ def pictures_of_all_shapes(folder: Path) -> Path:
 
 
 def crops(size: tuple[int, int], target: tuple[int, int]) -> set[tuple[int, int]]:
-    """(top, left) that a picture of (H, W) may have in the middle, and mirrored."""
+    """(top, left) that an image of (H, W) may have in the middle, and mirrored."""
     scale = max(target[0] / size[0], target[1] / size[1])
     over = [round(side * scale) - wanted for side, wanted in zip(size, target, strict=True)]
     top, left = (round(rest / 2) for rest in over)
@@ -115,7 +115,7 @@ def crops(size: tuple[int, int], target: tuple[int, int]) -> set[tuple[int, int]
 def test_the_unet_is_told_real_sizes_from_caches_too(
     tmp_path: Path, tiny_sdxl: MadeCheckpoint, told: list[tuple[int, ...]], no_upscale: bool
 ) -> None:
-    folder = pictures_of_all_shapes(tmp_path / "pictures")
+    folder = images_of_all_shapes(tmp_path / "images")
     general = f"flip_aug = true\nbucket_no_upscale = {str(no_upscale).lower()}"
     dataset = write_dataset(tmp_path / "data.toml", folder, general=general, subset="num_repeats = 3")
     runs = []
@@ -132,7 +132,7 @@ def test_the_unet_is_told_real_sizes_from_caches_too(
     for height, width, top, left, *target in runs[0]:
         assert (top, left) in crops((height, width), tuple(target))
         seen[height, width].add((top, left))
-    assert any(len(found) == 2 for found in seen.values())  # mirrored uses have the place in the mirrored picture
+    assert any(len(found) == 2 for found in seen.values())  # mirrored uses have the place in the mirrored image
     small = {tuple(target) for height, width, _, _, *target in runs[0] if (height, width) == (37, 40)}
     assert small == ({(32, 32)} if no_upscale else {(64, 64)})
 
@@ -140,7 +140,7 @@ def test_the_unet_is_told_real_sizes_from_caches_too(
 def test_the_unet_is_told_real_sizes_of_random_crops(
     tmp_path: Path, tiny_sdxl: MadeCheckpoint, told: list[tuple[int, ...]]
 ) -> None:
-    folder = pictures_of_all_shapes(tmp_path / "pictures")
+    folder = images_of_all_shapes(tmp_path / "images")
     general = "flip_aug = true\nrandom_crop = true"
     dataset = write_dataset(tmp_path / "data.toml", folder, general=general, dataset="batch_size = 2")
     more = {"max_train_steps": None, "max_train_epochs": 3, "network_train_unet_only": True}
@@ -157,8 +157,8 @@ def test_the_unet_is_told_real_sizes_of_random_crops(
 def test_caches_change_nothing_and_have_the_published_layout(
     tmp_path: Path, tiny_sdxl: MadeCheckpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = make_pictures(tmp_path / "pictures", ((64, 64), (100, 44), (80, 80), (64, 64), (64, 64)))
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    images = make_images(tmp_path / "images", ((64, 64), (100, 44), (80, 80), (64, 64), (64, 64)))
+    dataset = write_dataset(tmp_path / "data.toml", images)
     more = {"network_train_unet_only": True, "max_train_steps": 3, "cache_latents": True}
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "plain", **more), script=SCRIPT)
     cached = {**more, "cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
@@ -166,7 +166,7 @@ def test_caches_change_nothing_and_have_the_published_layout(
     assert_same_weights(tmp_path / "plain" / "tiny.safetensors", tmp_path / "cached" / "tiny.safetensors")
     assert not any("lora_te" in name for name in load_file(tmp_path / "cached" / "tiny.safetensors"))
 
-    with np.load(pictures / "1_te_outputs.npz") as file:
+    with np.load(images / "1_te_outputs.npz") as file:
         shapes = {
             name: (file[name].shape, str(file[name].dtype)) for name in ("hidden_state1", "hidden_state2", "pool2")
         }
@@ -175,7 +175,7 @@ def test_caches_change_nothing_and_have_the_published_layout(
         "hidden_state2": ((77, 64), "float32"),
         "pool2": ((64,), "float32"),
     }
-    with np.load(pictures / "1_0100x0044_sdxl.npz") as file:
+    with np.load(images / "1_0100x0044_sdxl.npz") as file:
         assert file["original_size"].tolist() == [100, 44] and file["latents"].shape[0] == 4
 
     capsys.readouterr()
@@ -185,7 +185,7 @@ def test_caches_change_nothing_and_have_the_published_layout(
 
 
 def test_v_prediction_with_zero_terminal_snr_from_a_folder(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the last timestep the U-Net sees noise alone, and what it should say, v, is the negative latents."""
     from library.architectures.sdxl import StableDiffusionXL
@@ -204,10 +204,10 @@ def test_v_prediction_with_zero_terminal_snr_from_a_folder(
     more = {"v_parameterization": True, "zero_terminal_snr": True, "network_train_unet_only": True, "min_timestep": 999}
     more |= {"max_train_steps": 1, "cache_latents_to_disk": True}
     for number in (0, 1):
-        folder = tmp_path / f"picture{number}"
+        folder = tmp_path / f"image{number}"
         folder.mkdir()
         for ending in (".png", ".txt"):
-            shutil.copy(pictures / f"{number}{ending}", folder / f"x{ending}")
+            shutil.copy(images / f"{number}{ending}", folder / f"x{ending}")
         dataset = write_dataset(tmp_path / "data.toml", folder)
         output = tmp_path / f"out{number}"
         train_here(*lora_arguments(made, dataset, output, **more), script=SCRIPT)
@@ -222,7 +222,7 @@ def test_v_prediction_with_zero_terminal_snr_from_a_folder(
 
 @pytest.mark.slow
 def test_the_vae_stays_in_float32(
-    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from library.architectures.sdxl import StableDiffusionXL
 
@@ -234,7 +234,7 @@ def test_the_vae_stays_in_float32(
         return encode(self, vae, *args, **kwargs)
 
     monkeypatch.setattr(StableDiffusionXL, "encode_images", spy)
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     more = {"mixed_precision": "bf16", "network_train_unet_only": True, "max_train_steps": 1}
     for settings in ({}, {"no_half_vae": True, "cache_latents": True}):
         dtypes.clear()
@@ -243,7 +243,7 @@ def test_the_vae_stays_in_float32(
 
 
 def test_base_weights_are_merged_together(
-    tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two DoRAs, each of which changes the weights as they are in the file; all models have them before training."""
     from library.architectures.sdxl import SDXL, StableDiffusionXL
@@ -269,7 +269,7 @@ def test_base_weights_are_merged_together(
         StableDiffusionXL, "encode_text", lambda self, e, *a, **k: seen.extend(e) or encode(self, e, *a, **k)
     )
     monkeypatch.setattr(StableDiffusionXL, "predict", lambda self, d, *a: seen.append(d) or predict(self, d, *a))
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     more = {"base_weights": files, "base_weights_multiplier": 0.5, "max_train_steps": 1}
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
     count = 0
@@ -282,11 +282,11 @@ def test_base_weights_are_merged_together(
 
 
 @pytest.mark.slow
-def test_a_lora_of_diffusers_trains_on_and_draws(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path) -> None:
-    """With the names, ranks and alphas that PEFT writes; what is saved then draws the same picture."""
+def test_a_lora_of_diffusers_trains_on_and_draws(tmp_path: Path, tiny_sdxl: MadeCheckpoint, images: Path) -> None:
+    """With the names, ranks and alphas that PEFT writes; what is saved then draws the same image."""
     from networks.conversion.convert import convert
 
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     more = {"max_train_steps": 3, "network_alpha": 1, "network_dim": 4, "learning_rate": 0.05}
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
     theirs = tmp_path / "pytorch_lora_weights.safetensors"
@@ -310,7 +310,7 @@ def test_a_lora_of_diffusers_trains_on_and_draws(tmp_path: Path, tiny_sdxl: Made
 
 
 def draw(folder: Path, model: MadeCheckpoint, *words: object) -> np.ndarray:
-    """A picture by ``gen_img.py``."""
+    """An image by ``gen_img.py``."""
     import gen_img
 
     given = ["--ckpt", model.path, "--tokenizer_cache_dir", model.tokenizer_cache_dir, "--console_log_simple"]
@@ -326,8 +326,8 @@ def test_caching_tools_make_what_training_uses(
     from library.config.config_file import read_args
     from tools import cache_latents, cache_text_encoder_outputs
 
-    pictures = make_pictures(tmp_path / "pictures", ((64, 64), (100, 44)))
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    images = make_images(tmp_path / "images", ((64, 64), (100, 44)))
+    dataset = write_dataset(tmp_path / "data.toml", images)
     words = ["--sdxl", "--pretrained_model_name_or_path", tiny_sdxl.path, "--dataset_config", dataset]
     words += ["--tokenizer_cache_dir", tiny_sdxl.tokenizer_cache_dir, "--console_log_simple"]
     for module, tool in (
@@ -335,7 +335,7 @@ def test_caching_tools_make_what_training_uses(
         (cache_text_encoder_outputs, cache_text_encoder_outputs.CacheTextEncoderOutputs),
     ):
         tool().run(read_args(module.setup_parser(), [str(word) for word in words]))
-    assert len(list(pictures.glob("*_sdxl.npz"))) == len(list(pictures.glob("*_te_outputs.npz"))) == 2
+    assert len(list(images.glob("*_sdxl.npz"))) == len(list(images.glob("*_te_outputs.npz"))) == 2
     capsys.readouterr()
     more = {
         "network_train_unet_only": True,
@@ -349,9 +349,9 @@ def test_caching_tools_make_what_training_uses(
     assert "0 files made, 2 from the cache" in error
 
 
-def test_lycoris_trains_both_encoders(tmp_path: Path, tiny_sdxl: MadeCheckpoint, pictures: Path) -> None:
+def test_lycoris_trains_both_encoders(tmp_path: Path, tiny_sdxl: MadeCheckpoint, images: Path) -> None:
     pytest.importorskip("lycoris")
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     more = {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "preset=attn-mlp"]}
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
     names = load_file(tmp_path / "out" / "tiny.safetensors")
@@ -370,10 +370,10 @@ def test_the_right_script_is_named(
     tmp_path: Path,
     tiny_sd: MadeCheckpoint,
     tiny_sdxl: MadeCheckpoint,
-    pictures: Path,
+    images: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    dataset = write_dataset(tmp_path / "data.toml", images)
     error = refused(capsys, SCRIPT, *lora_arguments(tiny_sd, dataset, tmp_path / "out"))
     assert "tiny.safetensors is a Stable Diffusion 1.x or 2.x checkpoint; use train_network.py" in error
     error = refused(capsys, "train_network", *lora_arguments(tiny_sdxl, dataset, tmp_path / "out"))
@@ -383,7 +383,7 @@ def test_the_right_script_is_named(
     block_dims = ",".join(["4"] * 25)
     arguments = lora_arguments(tiny_sdxl, dataset, tmp_path / "out", network_args=[f"block_dims={block_dims}"])
     assert "must have 23 comma-separated values, has 25" in refused(capsys, SCRIPT, *arguments)
-    general = write_dataset(tmp_path / "steps.toml", pictures)
+    general = write_dataset(tmp_path / "steps.toml", images)
     general.write_text(general.read_text().replace("bucket_reso_steps = 32", "bucket_reso_steps = 16"))
     error = refused(capsys, SCRIPT, *lora_arguments(tiny_sdxl, general, tmp_path / "out"))
     assert "bucket_reso_steps 16: must be a multiple of 32" in error
@@ -424,8 +424,8 @@ def commands_of_the_page() -> list[list[str]]:
 def test_commands_of_the_page(tmp_path: Path, tiny_sdxl: MadeCheckpoint) -> None:
     from library.config.config_file import read_args
 
-    pictures = make_pictures(tmp_path / "pictures", ((64, 64), (100, 44)))
-    dataset = write_dataset(tmp_path / "data.toml", pictures)
+    images = make_images(tmp_path / "images", ((64, 64), (100, 44)))
+    dataset = write_dataset(tmp_path / "data.toml", images)
     config = tmp_path / "run.toml"
     config.write_text(
         f"pretrained_model_name_or_path = '{tiny_sdxl.path}'\ndataset_config = '{dataset}'\n"
@@ -452,4 +452,4 @@ def test_commands_of_the_page(tmp_path: Path, tiny_sdxl: MadeCheckpoint) -> None
             imported = importlib.import_module(module)
             getattr(imported, tool[module.split(".")[1]])().run(read_args(imported.setup_parser(), given))
     assert (tmp_path / "first" / "my_lora.safetensors").is_file() and list((tmp_path / "second").glob("*.safetensors"))
-    assert len(list(pictures.glob("*_sdxl.npz"))) == len(list(pictures.glob("?_te_outputs.npz"))) == 2
+    assert len(list(images.glob("*_sdxl.npz"))) == len(list(images.glob("?_te_outputs.npz"))) == 2

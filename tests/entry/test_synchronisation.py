@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.training.fitting import Fitting
+from library.training.run_hooks import RunHooks
 from tests.fixtures.runs import ROOT, lora_arguments, train_here, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
 WAITING = ("item", "cpu", "tolist", "nonzero", "numpy", "__bool__", "__float__", "__int__", "__index__")
 #: numbers that are drawn and kept on the host, and the figures, which are read when they have arrived
-ALLOWED = ("library/randomness.py", "library/data/", "library/diffusion/timesteps.py", "library/training/figures.py")
+ALLOWED = ("library/randomness.py", "library/data/", "library/diffusion/timesteps.py", "library/training/metrics.py")
 
 
 class Waits:
@@ -54,19 +54,19 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
 
     for name in WAITING:
         monkeypatch.setattr(torch.Tensor, name, counting(name))
-    original = Fitting.step_ended
+    original = RunHooks.step_ended
 
-    def step_ended(self: Fitting, step: int, epoch: int) -> dict[str, torch.Tensor]:
+    def step_ended(self: RunHooks, step: int, epoch: int) -> dict[str, torch.Tensor]:
         found.counts = 2 <= step < 6  # from within one step to within another
         return original(self, step, epoch)
 
-    monkeypatch.setattr(Fitting, "step_ended", step_ended)
+    monkeypatch.setattr(RunHooks, "step_ended", step_ended)
     return found
 
 
 @pytest.mark.parametrize("on_nan", ["stop", "skip", "rollback"])
-def test_no_step_waits(tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path, waits: Waits, on_nan: str) -> None:
-    dataset = write_dataset(tmp_path / "data.toml", pictures, dataset="batch_size = 2", subset="num_repeats = 4")
+def test_no_step_waits(tmp_path: Path, tiny_sd: MadeCheckpoint, images: Path, waits: Waits, on_nan: str) -> None:
+    dataset = write_dataset(tmp_path / "data.toml", images, dataset="batch_size = 2", subset="num_repeats = 4")
     more = {
         "max_train_steps": 7,
         "on_nan": on_nan,
@@ -82,7 +82,7 @@ def test_no_step_waits(tmp_path: Path, tiny_sd: MadeCheckpoint, pictures: Path, 
         "lr_scheduler": "cosine",
     }
     train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "out", **more))
-    assert waits.found["tolist in library/training/figures.py"] >= 3  # the test sees what it looks for
+    assert waits.found["tolist in library/training/metrics.py"] >= 3  # the test sees what it looks for
     # the noise's own draws come from generators on the host
     draws = "item in library/diffusion/noise.py"
     forbidden = {k: n for k, n in waits.found.items() if k.split(" in ")[1].startswith(ALLOWED) is False and k != draws}

@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.fixtures.families import Tiny
-from tests.fixtures.runs import lora_arguments, make_pictures, metadata_of, run_script, write_dataset
+from tests.fixtures.runs import lora_arguments, make_images, metadata_of, run_script, write_dataset
 from tests.fixtures.tiny_sd import make_tiny_sd
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("dataset") / "data.toml", pictures, dataset="batch_size = 2")
+def dataset(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset") / "data.toml", images, dataset="batch_size = 2")
 
 
 @pytest.mark.every_family
@@ -46,7 +46,7 @@ def test_a_whole_run(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
         metadata_author="somebody",
     )
     assert done.code == 0, done.text
-    # 7 pictures in three shapes, batches of 2: 2 + 1 + 1 or so steps; read it from the metadata
+    # 7 images in three shapes, batches of 2: 2 + 1 + 1 or so steps; read it from the metadata
     final = output / "tiny.safetensors"
     entries = metadata_of(final)
     per_epoch = int(entries["ss_num_batches_per_epoch"])
@@ -166,8 +166,8 @@ def test_network_weights_go_on(tmp_path: Path, tiny: Tiny, dataset: Path) -> Non
 
 
 def test_the_old_folder_form(tmp_path: Path, tiny: Tiny) -> None:
-    make_pictures(tmp_path / "train" / "3_sks cat", sizes=[(64, 64)] * 2)
-    make_pictures(tmp_path / "reg" / "1_cat", sizes=[(64, 64)] * 3)
+    make_images(tmp_path / "train" / "3_sks cat", sizes=[(64, 64)] * 2)
+    make_images(tmp_path / "reg" / "1_cat", sizes=[(64, 64)] * 3)
     done = tiny.run(
         None,
         tmp_path / "out",
@@ -184,9 +184,9 @@ def test_the_old_folder_form(tmp_path: Path, tiny: Tiny) -> None:
 
 
 @pytest.mark.usefixtures("own_root_logger")
-def test_regularisation_pictures_weigh_as_much_as_is_said(tmp_path: Path, sd: Tiny) -> None:
-    make_pictures(tmp_path / "train" / "1_sks cat", sizes=[(64, 64)])
-    make_pictures(tmp_path / "reg" / "1_cat", sizes=[(64, 64)])
+def test_regularisation_images_weigh_as_much_as_is_said(tmp_path: Path, sd: Tiny) -> None:
+    make_images(tmp_path / "train" / "1_sks cat", sizes=[(64, 64)])
+    make_images(tmp_path / "reg" / "1_cat", sizes=[(64, 64)])
     folders = {"train_data_dir": tmp_path / "train", "reg_data_dir": tmp_path / "reg", "resolution": 64}
     weights = []
     for name, weight in (("one", 1.0), ("none", 0.0)):
@@ -346,7 +346,7 @@ def test_help_is_worth_reading(tiny: Tiny) -> None:
 
 def test_a_metadata_file(tmp_path: Path, tiny: Tiny) -> None:
     """The fine-tuning method, by dataset file and by --in_json: the same data and the same weights."""
-    folder = make_pictures(tmp_path / "pictures", sizes=[(64, 64)] * 3)
+    folder = make_images(tmp_path / "images", sizes=[(64, 64)] * 3)
     entries = [{"image_path": f"{i}.png", "caption": "a cat", "tags": f"tag{i}, dog"} for i in range(3)]
     (tmp_path / "meta.jsonl").write_text("\n".join(map(json.dumps, entries)))
     (tmp_path / "meta.json").write_text(json.dumps({e["image_path"].removesuffix(".png"): e for e in entries}))
@@ -391,5 +391,5 @@ def test_mistakes_in_a_metadata_file(tmp_path: Path, tiny: Tiny) -> None:
     assert done.code == 2, done.text
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and "Traceback" not in done.text
-    assert "meta.jsonl: line 1: no picture gone.png" in errors[0]
+    assert "meta.jsonl: line 1: no image gone.png" in errors[0]
     assert "meta.jsonl: line 2: must be" in errors[1]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fixtures.families import SD, Family, Tiny
-from tests.fixtures.runs import PATIENCE, ROOT, environment, make_pictures, metadata_of, run_script
+from tests.fixtures.runs import PATIENCE, ROOT, environment, make_images, metadata_of, run_script
 
 #: changes weights by less than any loss can show
 STILL = 1e-30
@@ -83,8 +83,8 @@ def assert_same(one: Path, other: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Path:
     # a folder for each family, as runs of the same names go there
     folder = tmp_path_factory.mktemp(f"validation_{tiny.family.name}")
-    make_pictures(folder / "train")
-    make_pictures(folder / "val", sizes=[(64, 64), (96, 40), (70, 64)])
+    make_images(folder / "train")
+    make_images(folder / "val", sizes=[(64, 64), (96, 40), (70, 64)])
     general = "[general]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\n"
     general += "bucket_reso_steps = 32\nbatch_size = 2\ncaption_extension = '.txt'\nshuffle_caption = true\n"
     train = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{folder / 'train'}'\nflip_aug = true\n"
@@ -172,7 +172,7 @@ def test_figures_are_recorded(ended: dict[str, Ended]) -> None:
     average = run.curve("loss/average")
     for step, difference in run.curve("loss/validation/step_divergence").items():
         assert difference == pytest.approx(by_step[step] - average[step], abs=1e-5)
-    assert "validation after step 2: loss " in run.err and "on 3 pictures" in run.err
+    assert "validation after step 2: loss " in run.err and "on 3 images" in run.err
     assert "latents: 10 encoded" in run.err
 
 
@@ -183,7 +183,7 @@ def test_the_best_weights_are_kept(ended: dict[str, Ended]) -> None:
     losses |= {epoch * spe: loss for epoch, loss in run.curve("loss/validation/epoch_average").items()}
     entries = metadata_of(run.output / "tiny-best.safetensors")
     assert int(entries["ss_steps"]) == min(losses, key=losses.__getitem__)
-    # another run, which has no dropout, finds the same loss with them: it was off, and the noise is the pictures' own
+    # another run, which has no dropout, finds the same loss with them: it was off, and the noise is the images' own
     assert ended["again"].code == 0, ended["again"].err
     again = ended["again"].curve("loss/validation/step_average")
     assert again[1] == pytest.approx(min(losses.values()), rel=1e-6)
@@ -214,7 +214,7 @@ def test_a_resumed_run_knows_the_best(ended: dict[str, Ended]) -> None:
     assert_same(run.output / "tiny.safetensors", whole.output / "tiny.safetensors")
     assert not (run.output / "tiny-best.safetensors").exists()
     assert "--save_best: " in run.err and "tiny-best.safetensors is not there" in run.err
-    assert "not exactly" not in run.err  # the same pictures are kept
+    assert "not exactly" not in run.err  # the same images are kept
     spent = ended["spent"]
     assert spent.code == 2 and "--early_stopping_patience 2: the state of --resume has seen 2" in spent.err
 
@@ -222,16 +222,16 @@ def test_a_resumed_run_knows_the_best(ended: dict[str, Ended]) -> None:
 def test_settings_that_do_nothing_are_named(ended: dict[str, Ended]) -> None:
     idle, refused = ended["idle"], ended["refused"]
     assert idle.code == 0
-    assert "--validation_seed and --validate_every_n_steps have no effect without validation pictures" in idle.err
+    assert "--validation_seed and --validate_every_n_steps have no effect without validation images" in idle.err
     assert refused.code == 2
     (line,) = [line for line in refused.err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: --save_best: cannot work without validation pictures")
+    assert line.startswith("error: --save_best: cannot work without validation images")
 
 
 def test_first_command_of_the_page(ended: dict[str, Ended]) -> None:
     run = ended["page"]
     assert run.code == 0, run.err
-    assert "validation after step 4: loss" in run.err and "on 2 pictures" in run.err
+    assert "validation after step 4: loss" in run.err and "on 2 images" in run.err
     assert (run.output / "quickstart_lora-best.safetensors").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.runs import lora_arguments, make_pictures, run_script, write_dataset
+from tests.fixtures.runs import lora_arguments, make_images, run_script, write_dataset
 from tests.fixtures.tiny_sd import make_tiny_sd
 
 STAND_IN = """
@@ -60,7 +60,7 @@ def test_run_is_told_to_wandb_and_the_key_stays_secret(wandb: tuple[dict[str, st
         "train_network.py",
         *lora_arguments(
             make_tiny_sd(tmp_path / "model.safetensors"),
-            write_dataset(tmp_path / "data.toml", make_pictures(tmp_path / "pictures")),
+            write_dataset(tmp_path / "data.toml", make_images(tmp_path / "images")),
             output,
             log_with="wandb",
             log_config=True,
@@ -89,7 +89,7 @@ def test_missing_wandb_is_told_before_anything_loads(tmp_path: Path) -> None:
         pass
     else:
         pytest.skip("wandb is installed")
-    dataset = write_dataset(tmp_path / "data.toml", make_pictures(tmp_path / "pictures"))
+    dataset = write_dataset(tmp_path / "data.toml", make_images(tmp_path / "images"))
     done = run_script(
         "train_network.py",
         *lora_arguments(make_tiny_sd(tmp_path / "model.safetensors"), dataset, tmp_path / "out", log_with="wandb"),

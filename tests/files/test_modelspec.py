@@ -57,10 +57,10 @@ def test_the_rest(tmp_path: Path) -> None:
 
 
 def test_thumbnails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    picture = tmp_path / "t.png"
-    picture.write_bytes(b"\x89PNG")
+    image = tmp_path / "t.png"
+    image.write_bytes(b"\x89PNG")
     expected = "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()
-    assert build(thumbnail=str(picture))["modelspec.thumbnail"] == expected
+    assert build(thumbnail=str(image))["modelspec.thumbnail"] == expected
     assert build(thumbnail="data:image/png;base64,AA==")["modelspec.thumbnail"] == "data:image/png;base64,AA=="
     assert "modelspec.thumbnail" not in build(thumbnail=str(tmp_path / "none.png"))
     assert "none.png" in caplog.text

@@ -172,7 +172,7 @@ def test_a_damaged_header(tmp_path: Path, header: object) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "it is empty"), (b"<!DOCTYPE html><html>no</html>", "web page"), (b"\x89PNG\r\n", "a picture")],
+    [(b"", "it is empty"), (b"<!DOCTYPE html><html>no</html>", "web page"), (b"\x89PNG\r\n", "an image")],
 )
 def test_what_is_no_pickle(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "x.ckpt"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from library.architectures.sd import SD
-from library.inference.generate import DrawOptions, ImageModels, ImageSettings
+from library.inference.generate import GenerateOptions, ImageModels, ImageSettings
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 
 
@@ -35,8 +35,8 @@ def models(folder: MadeCheckpoint) -> ImageModels:
 
 
 @pytest.fixture
-def options() -> DrawOptions:
-    return DrawOptions(device=torch.device("cpu"))
+def options() -> GenerateOptions:
+    return GenerateOptions(device=torch.device("cpu"))
 
 
 @pytest.fixture

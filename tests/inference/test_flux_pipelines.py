@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.architectures.flux.packing import unpack_latents
-from library.inference.generate import DrawOptions, ImageModels, ImageSettings, decode_images, generate_latents
+from library.inference.generate import GenerateOptions, ImageModels, ImageSettings, decode_images, generate_latents
 from tests.architectures.flux.oracle import diffusers_model
 from tests.fixtures.loaded_flux import models_of
 from tests.fixtures.tiny_flux import FluxFileSizes, MadeFlux, make_tiny_flux
@@ -36,7 +36,7 @@ def pipeline_of(kind: str, made: MadeFlux, models: ImageModels, shift: float | N
     """diffusers' pipeline with its own transformer, and the text encoders and autoencoder of ``models``.
 
     Args:
-        shift: of the noise levels; None: by the picture's size.
+        shift: of the noise levels; None: by the image's size.
     """
     import diffusers
 
@@ -120,7 +120,7 @@ def test_equals_diffusers_pipeline(made: dict[str, MadeFlux], kind: str, change:
     settings = settings_of(kind, **change)
     shift = settings.flow_shift or (1.0 if kind == "schnell" else None)
     expected = theirs(kind, pipeline_of(kind, made[kind], models, shift), settings)
-    options = DrawOptions(torch.device("cpu"))
+    options = GenerateOptions(torch.device("cpu"))
     latents = generate_latents(models, [settings], options)
     assert latents.shape == (1, 16, HEIGHT // 8, WIDTH // 8)
     torch.testing.assert_close(latents, expected["latents"], rtol=0, atol=1e-4)
@@ -138,8 +138,8 @@ def test_masked_text_equals_diffusers_pipeline(made: dict[str, MadeFlux]) -> Non
     clip, t5 = models.text_encoders
     given = models.tokenizers[1](PROMPT, padding="max_length", max_length=512, truncation=True, return_tensors="pt")
     words = models.tokenizers[0](PROMPT, padding="max_length", max_length=77, return_tensors="pt").input_ids
-    picture = torch.ones(1, WIDTH * HEIGHT // 256, dtype=torch.bool)
-    mask = torch.cat([given.attention_mask.bool(), picture], dim=1)[:, None, None]
+    image = torch.ones(1, WIDTH * HEIGHT // 256, dtype=torch.bool)
+    mask = torch.cat([given.attention_mask.bool(), image], dim=1)[:, None, None]
     assert not mask.all()
     with torch.no_grad():
         latents = pipeline(
@@ -154,7 +154,7 @@ def test_masked_text_equals_diffusers_pipeline(made: dict[str, MadeFlux]) -> Non
             output_type="latent",
         ).images
     expected = unpack_latents(latents, (HEIGHT // 8, WIDTH // 8))
-    options = DrawOptions(torch.device("cpu"))
+    options = GenerateOptions(torch.device("cpu"))
     torch.testing.assert_close(generate_latents(models, [settings], options), expected, rtol=0, atol=1e-4)
     plain = generate_latents(models_of("dev", made["dev"]), [settings], options)
     assert (plain - expected).abs().max() > 1e-3
@@ -172,6 +172,6 @@ def test_masked_text_equals_diffusers_pipeline(made: dict[str, MadeFlux]) -> Non
     ],
 )
 def test_every_setting_matters(made: dict[str, MadeFlux], kind: str, change: dict[str, Any]) -> None:
-    models, options = models_of(kind, made[kind]), DrawOptions(torch.device("cpu"))
+    models, options = models_of(kind, made[kind]), GenerateOptions(torch.device("cpu"))
     plain, changed = (generate_latents(models, [settings_of(kind, steps=2, **more)], options) for more in ({}, change))
     assert (plain - changed).abs().max() > 1e-3

@@ -14,7 +14,7 @@ import torch
 from library.diffusion.samplers import SAMPLER_NAMES
 from library.errors import UserError
 from library.inference.generate import (
-    DrawOptions,
+    GenerateOptions,
     ImageModels,
     ImageSettings,
     generate_image,
@@ -42,7 +42,7 @@ def pixels(image: Any) -> np.ndarray:
 def test_equals_diffusers_pipeline(
     folder: MadeCheckpoint,
     models: ImageModels,
-    options: DrawOptions,
+    options: GenerateOptions,
     settings: ImageSettings,
     sampler: str,
     scale: float,
@@ -81,7 +81,7 @@ def test_equals_diffusers_pipeline(
 
 
 @pytest.mark.parametrize("name", SAMPLER_NAMES)
-def test_every_sampler_runs(models: ImageModels, options: DrawOptions, settings: ImageSettings, name: str) -> None:
+def test_every_sampler_runs(models: ImageModels, options: GenerateOptions, settings: ImageSettings, name: str) -> None:
     latents = generate_latents(models, [replace(settings, sampler=name)], options)
     assert latents.shape == (1, 4, 8, 8)
     assert latents.dtype == torch.float32
@@ -89,7 +89,7 @@ def test_every_sampler_runs(models: ImageModels, options: DrawOptions, settings:
 
 
 def test_v2_with_v_prediction_and_zero_terminal_snr(
-    tmp_path: Any, options: DrawOptions, settings: ImageSettings
+    tmp_path: Any, options: GenerateOptions, settings: ImageSettings
 ) -> None:
     made = make_tiny_sd(tmp_path / "v2.safetensors", v2=True)
     models = load_models(made, v2=True, v_parameterization=True)
@@ -104,7 +104,7 @@ def test_v2_with_v_prediction_and_zero_terminal_snr(
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm_2_a"])
 def test_image_does_not_depend_on_its_batch(
-    models: ImageModels, options: DrawOptions, settings: ImageSettings, sampler: str
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings, sampler: str
 ) -> None:
     batch = [
         replace(settings, sampler=sampler),
@@ -118,7 +118,7 @@ def test_image_does_not_depend_on_its_batch(
 
 
 def test_same_seed_same_image_and_another_seed_another(
-    models: ImageModels, options: DrawOptions, settings: ImageSettings
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings
 ) -> None:
     first = pixels(generate_image(models, settings, options))
     torch.manual_seed(99)
@@ -130,14 +130,14 @@ def test_same_seed_same_image_and_another_seed_another(
     "change", [{"prompt": "dog"}, {"negative_prompt": ""}, {"scale": 1.0}, {"scale": -2.0}, {"steps": 4}]
 )
 def test_every_setting_matters(
-    models: ImageModels, options: DrawOptions, settings: ImageSettings, change: dict[str, Any]
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings, change: dict[str, Any]
 ) -> None:
     plain = generate_latents(models, [settings], options)
     changed = generate_latents(models, [replace(settings, **change)], options)
     assert (plain - changed).abs().max() > 1e-4
 
 
-def test_emphasis_and_window(models: ImageModels, options: DrawOptions, settings: ImageSettings) -> None:
+def test_emphasis_and_window(models: ImageModels, options: GenerateOptions, settings: ImageSettings) -> None:
     def latents(text: str, **more: Any) -> torch.Tensor:
         return generate_latents(models, [replace(settings, prompt=text)], replace(options, **more))
 
@@ -147,7 +147,7 @@ def test_emphasis_and_window(models: ImageModels, options: DrawOptions, settings
     assert (latents(long_text) - latents(long_text, max_token_length=150)).abs().max() > 1e-5
 
 
-def test_texts_are_encoded_once(models: ImageModels, options: DrawOptions, settings: ImageSettings) -> None:
+def test_texts_are_encoded_once(models: ImageModels, options: GenerateOptions, settings: ImageSettings) -> None:
     calls = []
     handle = models.text_encoders[0].register_forward_hook(lambda *_: calls.append(1))
     encoded: dict[str, Any] = {}
@@ -159,7 +159,7 @@ def test_texts_are_encoded_once(models: ImageModels, options: DrawOptions, setti
     assert set(encoded) == {settings.prompt, settings.negative_prompt}
 
 
-def test_batches_must_agree(models: ImageModels, options: DrawOptions, settings: ImageSettings) -> None:
+def test_batches_must_agree(models: ImageModels, options: GenerateOptions, settings: ImageSettings) -> None:
     with pytest.raises(ValueError, match="must agree"):
         generate_images(models, [settings, replace(settings, steps=5)], options)
 
@@ -169,7 +169,7 @@ def test_batches_must_agree(models: ImageModels, options: DrawOptions, settings:
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_bfloat16_is_near_float32(
-    folder: MadeCheckpoint, models: ImageModels, options: DrawOptions, settings: ImageSettings, weights: torch.dtype
+    folder: MadeCheckpoint, models: ImageModels, options: GenerateOptions, settings: ImageSettings, weights: torch.dtype
 ) -> None:
     exact = generate_latents(models, [settings], options)
     rounded = generate_latents(load_models(folder, weights), [settings], replace(options, dtype=torch.bfloat16))
@@ -181,7 +181,7 @@ def test_bfloat16_is_near_float32(
 
 
 def test_nan_is_said(
-    models: ImageModels, options: DrawOptions, settings: ImageSettings, caplog: pytest.LogCaptureFixture
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     with torch.no_grad():
         next(models.vae.decoder.parameters()).fill_(float("nan"))
@@ -242,7 +242,7 @@ def train_lora(folder: MadeCheckpoint, draw_with: ImageSettings | None) -> tuple
         optimizer.zero_grad()
         if draw_with is not None:
             modes = [module.training for module in [*network.modules(), *denoiser.modules(), *models.vae.modules()]]
-            drawing = DrawOptions(device=torch.device("cpu"))
+            drawing = GenerateOptions(device=torch.device("cpu"))
             drawn = pixels(generate_image(models, draw_with, drawing))
             assert modes == [m.training for m in [*network.modules(), *denoiser.modules(), *models.vae.modules()]]
             assert network.training and denoiser.training and not models.vae.training
@@ -263,7 +263,7 @@ def test_drawing_leaves_no_trace_in_training(folder: MadeCheckpoint, settings: I
     assert not np.array_equal(images[0][0], images[-1][0])  # what is drawn is the model of that moment
 
 
-def test_modes_return_after_an_error(models: ImageModels, options: DrawOptions, settings: ImageSettings) -> None:
+def test_modes_return_after_an_error(models: ImageModels, options: GenerateOptions, settings: ImageSettings) -> None:
     models.denoiser.train()
     state = torch.get_rng_state()
 
@@ -282,7 +282,7 @@ def test_modes_return_after_an_error(models: ImageModels, options: DrawOptions, 
 
 @pytest.mark.gpu
 def test_gpu_draws_the_same_and_parks_the_vae_again(
-    folder: MadeCheckpoint, models: ImageModels, options: DrawOptions, settings: ImageSettings
+    folder: MadeCheckpoint, models: ImageModels, options: GenerateOptions, settings: ImageSettings
 ) -> None:
     expected = generate_latents(models, [settings], options)
     for module in (*models.text_encoders, models.denoiser):

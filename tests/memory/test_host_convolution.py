@@ -23,10 +23,10 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def products_of(layer: nn.Module, picture: Tensor) -> set[str]:
+def products_of(layer: nn.Module, image: Tensor) -> set[str]:
     """Which of the two ways a forward goes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        layer(picture)
+        layer(image)
     return {event.name for event in profile.events() or ()} & {"_AsProduct", "aten::conv2d"}
 
 
@@ -40,35 +40,35 @@ def test_output_and_gradient_are_as_close_to_exact_as_those_of_torchs(dtype: tor
         if way == "ours":
             host_convolution.convolve_as_products(layer.to(dtype))
         used = layer.double() if way == "exact" else layer
-        picture = inputs.to(used.weight.dtype, copy=True).requires_grad_()
-        output = used(picture)
+        image = inputs.to(used.weight.dtype, copy=True).requires_grad_()
+        output = used(image)
         output.backward(towards.to(output.dtype))
-        assert output.dtype == picture.grad.dtype == used.weight.dtype
-        found[way] = (output.detach(), picture.grad)
+        assert output.dtype == image.grad.dtype == used.weight.dtype
+        found[way] = (output.detach(), image.grad)
     for exact, torchs, ours in zip(found["exact"], found["torch"], found["ours"], strict=True):
         assert ours.shape == exact.shape
         assert error(ours, exact) < 1.5 * error(torchs, exact)
 
 
-def test_the_picture_may_be_float32_under_autocast() -> None:
+def test_the_image_may_be_float32_under_autocast() -> None:
     layer = frozen()
     host_convolution.convolve_as_products(layer)
-    picture = drawn(1, 24, 6, 6).requires_grad_()
+    image = drawn(1, 24, 6, 6).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        output = layer(picture)
+        output = layer(image)
     output.sum().backward()
-    assert output.dtype == torch.bfloat16 and picture.grad.dtype == torch.float32
+    assert output.dtype == torch.bfloat16 and image.grad.dtype == torch.float32
     assert output.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_changed_weights_count_at_once() -> None:
     layer = frozen()
     host_convolution.convolve_as_products(layer)
-    picture = drawn(1, 24, 6, 6).bfloat16().requires_grad_()
-    before = layer(picture)
+    image = drawn(1, 24, 6, 6).bfloat16().requires_grad_()
+    before = layer(image)
     layer.weight.mul_(2)
     layer.bias.mul_(2)
-    torch.testing.assert_close(layer(picture), 2 * before)
+    torch.testing.assert_close(layer(image), 2 * before)
 
 
 def test_where_it_is_used() -> None:
@@ -100,11 +100,11 @@ def test_other_convolutions_stay_as_they_are(options: dict[str, object]) -> None
 
 def test_a_unet_trains_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def gradient() -> Tensor:
-        picture = drawn(1, 4, 8, 8).requires_grad_()
+        image = drawn(1, 4, 8, 8).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            output = unet(picture, torch.tensor([10]), drawn(1, 7, unet.config.cross_attention_dim)).sample
+            output = unet(image, torch.tensor([10]), drawn(1, 7, unet.config.cross_attention_dim)).sample
         output.float().square().sum().backward()
-        return picture.grad
+        return image.grad
 
     monkeypatch.setattr(host_convolution, "MOST_PIXELS_PER_CHANNEL", 100)
     unet = make_tiny_unet().to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_(False)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from library.architectures.base import LORA_TARGET, LoraTarget
 from library.architectures.sd import SD
 from library.errors import UserError
-from library.memory.sharding import Sharding, find_units, share_out, shares_of
+from library.memory.sharding import Sharding, find_units, shard_model, shard_sizes
 from networks.lora import create_network
 from tests.architectures.flux.test_models import inputs, ours_of, run_ours
 from tests.fixtures.adapted import randomize
@@ -52,7 +52,7 @@ def test_a_transformer_with_adapters(group: None, kind: str, dora: str) -> None:
         network = randomize(create_network(1.0, 2, 1.0, None, [], each, **args))
         network.apply_to([], each, False, True)
         if each is model:
-            share_out(model, BLOCKS, Sharding(), CPU)
+            shard_model(model, BLOCKS, Sharding(), CPU)
             assert all(isinstance(p, DTensor) for p in model.parameters())
         with torch.inference_mode():
             drawn = run_ours(each, kind, given)
@@ -77,7 +77,7 @@ def test_a_unet_with_dropout(group: None, checkpointing: bool) -> None:
         network = randomize(create_network(1.0, 2, 1.0, None, [], unet, neuron_dropout=0.3, **args)).train()
         network.apply_to([], unet, False, True)
         if found:
-            share_out(unet, SD.compiled_blocks, Sharding(), CPU)
+            shard_model(unet, SD.compiled_blocks, Sharding(), CPU)
         torch.manual_seed(0)
         found.append(gradients(network, lambda: unet(latents, torch.tensor([5]), context).sample))  # noqa: B023
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
@@ -89,11 +89,11 @@ def test_modules_that_are_kept_whole(group: None) -> None:
     weight.data = weight.data.t().contiguous().t()  # as slices of a file may lie
     expected = run_ours(model, "dev", inputs())
     total = sum(p.numel() for p in model.parameters())
-    share_out(model, BLOCKS, Sharding(free_after_forward=False, kept_whole=r"img_in|.*\.img_mlp\.0"), CPU)
+    shard_model(model, BLOCKS, Sharding(free_after_forward=False, kept_whole=r"img_in|.*\.img_mlp\.0"), CPU)
     plain = {name.rpartition(".")[0] for name, p in model.named_parameters() if not isinstance(p, DTensor)}
     assert plain == {"img_in", "double_blocks.0.img_mlp.0", "double_blocks.1.img_mlp.0"}
     torch.testing.assert_close(run_ours(model, "dev", inputs()), expected)
-    assert shares_of(model).total == total
+    assert shard_sizes(model).total == total
 
 
 def test_blocks_that_the_model_does_not_have() -> None:
@@ -109,4 +109,4 @@ def test_blocks_that_the_model_does_not_have() -> None:
 @pytest.mark.parametrize(("pattern", "words"), [("blocks", "fits no module"), ("(", "no regular expression")])
 def test_modules_that_are_not_there(group: None, pattern: str, words: str) -> None:
     with pytest.raises(UserError, match=f"fsdp_ignored_modules .*{words}"):
-        share_out(ours_of("dev"), BLOCKS, Sharding(kept_whole=pattern), CPU)
+        shard_model(ours_of("dev"), BLOCKS, Sharding(kept_whole=pattern), CPU)

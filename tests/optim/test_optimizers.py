@@ -128,12 +128,12 @@ def test_one_found_rate_cannot_serve_two_factors() -> None:
 def test_one_found_rate_excludes_lora_plus_before_anything_is_loaded() -> None:
     pytest.importorskip("prodigyopt")
     with pytest.raises(UserError, match="loraplus_lr_ratio: Prodigy finds one rate for all"):
-        resolve("Prodigy", lr=1.0, rates_of_parts=["--unet_lr", "loraplus_lr_ratio"])
-    assert resolve("Prodigy", lr=1.0, rates_of_parts=["--unet_lr"])
+        resolve("Prodigy", lr=1.0, learning_rates_of_parts=["--unet_lr", "loraplus_lr_ratio"])
+    assert resolve("Prodigy", lr=1.0, learning_rates_of_parts=["--unet_lr"])
 
 
 def test_adafactor_relative_step() -> None:
-    choice = resolve("Adafactor", rates_of_parts=["--unet_lr", "loraplus_lr_ratio"])
+    choice = resolve("Adafactor", learning_rates_of_parts=["--unet_lr", "loraplus_lr_ratio"])
     (warning,) = choice.warnings
     assert choice.uses_relative_step and warning.startswith("--unet_lr, loraplus_lr_ratio: no effect")
     optimizer = choice.create([{"params": [torch.nn.Parameter(torch.ones(1))], "lr": 1.0}])

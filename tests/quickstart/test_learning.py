@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from examples.quickstart.recipe.measure_accuracy import SCALE, STEPS, asked_scenes
-from examples.quickstart.recipe.pictures import CONCEPT, SIZE
+from examples.quickstart.recipe.images import CONCEPT, SIZE
 from examples.quickstart.recipe.recognise import is_concept, recognise
 from tests.fixtures.runs import ROOT, run_script
 
@@ -26,7 +26,7 @@ KNOWN_SCENES = asked_scenes(40, seed=77)
 
 
 def draw(folder: Path, prompts: Sequence[str], *arguments: object) -> list[Image.Image]:
-    """One picture for each prompt with ``gen_img.py``."""
+    """One image for each prompt with ``gen_img.py``."""
     folder.mkdir()
     file = folder / "prompts.txt"
     lines = [f"{prompt} --d {seed}" for seed, prompt in enumerate(prompts, start=100)]
@@ -37,15 +37,15 @@ def draw(folder: Path, prompts: Sequence[str], *arguments: object) -> list[Image
         *("--W", SIZE, "--H", SIZE, "--steps", STEPS, "--scale", SCALE, "--batch_size", 8, "--sdpa", *arguments),
     )
     assert done.code == 0, done.text
-    pictures = sorted(folder.glob("*.png"))
-    assert len(pictures) == len(prompts)
-    return [Image.open(picture) for picture in pictures]
+    images = sorted(folder.glob("*.png"))
+    assert len(images) == len(prompts)
+    return [Image.open(image) for image in images]
 
 
-def shares(pictures: Sequence[Image.Image]) -> tuple[float, float]:
+def shares(images: Sequence[Image.Image]) -> tuple[float, float]:
     """How many concept prompts show the concept, and how many known scenes what they say."""
-    concepts, known = pictures[: len(CONCEPT_PROMPTS)], pictures[len(CONCEPT_PROMPTS) :]
-    seen = [recognise(picture) for picture in known]
+    concepts, known = images[: len(CONCEPT_PROMPTS)], images[len(CONCEPT_PROMPTS) :]
+    seen = [recognise(image) for image in known]
     right = [(s.shape, s.color) == (scene.shape, scene.color) for s, scene in zip(seen, KNOWN_SCENES, strict=True)]
     return sum(map(is_concept, concepts)) / len(concepts), sum(right) / len(right)
 
@@ -85,4 +85,4 @@ def test_a_multiplier_of_zero_draws_as_the_base_model(tmp_path: Path) -> None:
     network = ("--network_module", "networks.lora", "--network_weights", weights, "--network_mul", 0)
     with_lora = draw(tmp_path / "with", PROMPTS[:2], *network)
     without = draw(tmp_path / "without", PROMPTS[:2])
-    assert [picture.tobytes() for picture in with_lora] == [picture.tobytes() for picture in without]
+    assert [image.tobytes() for image in with_lora] == [image.tobytes() for image in without]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from examples.quickstart.recipe.measure_accuracy import WANTED, asked_scenes, load_models, measure
-from examples.quickstart.recipe.pictures import CONCEPT
+from examples.quickstart.recipe.images import CONCEPT
 from library.architectures.sd import SD
 from library.inference.generate import ImageModels
 from tests.fixtures.runs import ROOT
@@ -40,10 +40,10 @@ def test_diffusers_own_pipeline_reads_it() -> None:
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
-    picture = pipeline(
+    image = pipeline(
         "a red circle", num_inference_steps=2, height=64, width=64, generator=None, output_type="np"
     ).images
-    assert picture.shape == (1, 64, 64, 3)
+    assert image.shape == (1, 64, 64, 3)
 
 
 @pytest.mark.parametrize("text", [f"a {CONCEPT} on the left, white background", "Größe 漢字 \N{SNOWMAN}!", "x" * 300])

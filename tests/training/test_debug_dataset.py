@@ -24,7 +24,7 @@ from tests.data.samples import SD, SIZES, dataset_file, draw, tokenize
 
 
 def make_data(tmp_path: Path, subset: str = "") -> TrainingData:
-    folder = draw(tmp_path / "pictures", SIZES)
+    folder = draw(tmp_path / "images", SIZES)
     return TrainingData(
         load_dataset_config(dataset_file(tmp_path / "data.toml", folder, subset=subset), DatasetOptions()),
         seed=1,
@@ -56,17 +56,17 @@ def test_the_order_and_captions_are_those_of_training(tmp_path: Path) -> None:
 def test_there_is_a_bound_and_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(debug_dataset, "MOST_PICTURES", 5)
+    monkeypatch.setattr(debug_dataset, "MOST_IMAGES", 5)
     data = make_data(tmp_path)
     with caplog.at_level(logging.INFO):
         write_sheets(batches_of(data, plan_of(data), 0), tmp_path / "out", total=data.batch_count())
-    facts = [json.loads(line) for line in (tmp_path / "out" / "pictures.jsonl").read_text().splitlines()]
+    facts = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
     assert 5 <= len(facts) <= 6  # batches stay whole
-    assert str(tmp_path / "out") in caplog.text and "are not drawn, as 5 pictures are the most" in caplog.text
+    assert str(tmp_path / "out") in caplog.text and "are not drawn, as 5 images are the most" in caplog.text
 
 
 KEYS = [
-    # pictures are named <epoch><batch><place>; two epochs of two batches of two
+    # images are named <epoch><batch><place>; two epochs of two batches of two
     ("nnnnnnnn", "111 112 121 122 211 212 221 222"),
     ("sn", "111 121 122 211 212 221 222"),
     ("e", "111 211 212 221 222"),
@@ -114,9 +114,9 @@ def test_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_the_first_process_shows_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw(tmp_path / "pictures", SIZES)
+    draw(tmp_path / "images", SIZES)
     given = argparse.Namespace(
-        dataset_config=dataset_file(tmp_path / "data.toml", tmp_path / "pictures"),
+        dataset_config=dataset_file(tmp_path / "data.toml", tmp_path / "images"),
         output_dir=str(tmp_path / "out"),
         debug_dataset=True,
         max_train_epochs=1,
@@ -129,7 +129,7 @@ def test_only_the_first_process_shows_anything(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv("RANK", rank)
         debug_dataset.show_dataset(options, SD_FAMILY, "mask")
         assert (tmp_path / "out").exists() == there
-    facts = [json.loads(line) for line in (tmp_path / "out/debug_dataset/pictures.jsonl").read_text().splitlines()]
+    facts = [json.loads(line) for line in (tmp_path / "out/debug_dataset/images.jsonl").read_text().splitlines()]
     assert len(facts) == len(SIZES)
     steps = {fact["batch"]: fact["step"] for fact in facts}
     assert all(step == (batch + 1) // 2 for batch, step in steps.items())  # two batches of two processes make one

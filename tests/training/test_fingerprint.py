@@ -19,7 +19,7 @@ from library.optim.optimizers import resolve_optimizer
 from library.training.fingerprint import HARMLESS, HARMLESS_GROUPS, fingerprint, option_values
 from library.training.plan import RunPlan
 from library.training.resume import TrainState
-from tests.fixtures.runs import make_pictures
+from tests.fixtures.runs import make_images
 
 DATA = """
 [general]
@@ -38,7 +38,7 @@ class Setting:
     """A dataset on disk and the fingerprints of runs on it."""
 
     def __init__(self, folder: Path) -> None:
-        self.images = make_pictures(folder / "images", sizes=[(64, 64)] * 3)
+        self.images = make_images(folder / "images", sizes=[(64, 64)] * 3)
         self.model = folder / "model.safetensors"
         self.model.write_bytes(b"a model")
         self.config = folder / "data.toml"
@@ -144,7 +144,7 @@ def test_changed_content_is_named(setting: Setting) -> None:
     assert changes(before, setting.fingerprint()) == ["captions of dataset 1 changed"]
     (setting.images / "1.png").rename(setting.images / "9.png")
     (setting.images / "1.txt").rename(setting.images / "9.txt")
-    assert "pictures of dataset 1 changed" in changes(before, setting.fingerprint())
+    assert "images of dataset 1 changed" in changes(before, setting.fingerprint())
     setting.model.write_bytes(b"b model")
     assert "base model changed" in changes(before, setting.fingerprint())
 

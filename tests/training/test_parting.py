@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from library.errors import UserError
-from library.training.processes import parting
+from library.training.processes import finalizing
 
 
 class Joined:
@@ -18,7 +18,7 @@ def test_at_the_end_and_where_all_stop_but_not_after_an_error_of_one() -> None:
     for error, parted in ((None, 1), (SystemExit(130), 1), (UserError("a disk is full"), 0)):
         joined = Joined()
         try:
-            with parting(joined):  # type: ignore[arg-type]
+            with finalizing(joined):  # type: ignore[arg-type]
                 assert not joined.parted
                 if error is not None:
                     raise error
@@ -31,7 +31,7 @@ def test_a_function_may_return_out_of_it() -> None:
     joined = Joined()
 
     def planned() -> str:
-        with parting(joined):  # type: ignore[arg-type]
+        with finalizing(joined):  # type: ignore[arg-type]
             return "plan"
 
     assert planned() == "plan" and joined.parted == 1

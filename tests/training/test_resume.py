@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from library.config.arguments import TrainNetworkOptions, ValidationOptions
 from library.errors import UserError
 from library.optim.optimizers import resolve_optimizer
-from library.training.resume import TrainState, check_fits, go_on
+from library.training.resume import TrainState, check_fits, resume_run
 from library.training.settings import run_plan
 from library.training.validation import check_validation
 
@@ -77,14 +77,14 @@ def test_code_in_a_state_is_not_run(
     monkeypatch.chdir(tmp_path)
     run = resumed_run(accelerator, torch.nn.Linear(1, 1))
     accelerator.save_state("state")
-    go_on(run)
+    resume_run(run)
     assert Path("state", file).exists()
     torch.save({"state": Evil()}, Path("state", file))
     if file == "random_states_0.pkl":  # nothing depends on these, and accelerate goes on without them
-        go_on(run)
+        resume_run(run)
     else:
         with pytest.raises(UserError, match="--resume state: a file of it holds more than tensors and numbers"):
-            go_on(run)
+            resume_run(run)
     assert not Path("pwned").exists()
 
 
@@ -96,7 +96,7 @@ def test_a_state_of_another_network(tmp_path: Path, accelerator: Accelerator, mo
     accelerator.save_state("state")
     model[0].weight = torch.nn.Parameter(torch.ones(1, 2))
     with pytest.raises(UserError, match=r"--resume state: it was saved with another network .*size mismatch") as raised:
-        go_on(run)
+        resume_run(run)
     assert len(str(raised.value).splitlines()) == 1
 
 

@@ -41,7 +41,7 @@ def test_noise_prediction_and_v_prediction() -> None:
     torch.testing.assert_close(v.target, 0.6 * eps - 8.0)
 
 
-def test_at_zero_terminal_snr_nothing_of_the_picture_is_left() -> None:
+def test_at_zero_terminal_snr_nothing_of_the_image_is_left() -> None:
     eps = noise_of("noise")
     last = made(2, v_prediction=True)
     assert torch.equal(last.noisy, eps)
@@ -168,7 +168,7 @@ def test_losses_of_v_prediction(settings: dict[str, object], expected: list[floa
 
 
 def test_a_masked_sample_counts_by_the_share_that_is_learned() -> None:
-    # the left half in full and a quarter of the right one; nothing of the second picture
+    # the left half in full and a quarter of the right one; nothing of the second image
     masks = torch.tensor([[[1.0, 1.0, 0.5, 0.0]], [[0.0, 0.0, 0.0, 0.0]]])
     assert losses(masks=masks) == pytest.approx([4 * (1 + 0.25) / 2, 0.0])
     assert losses(masks=masks, min_snr_gamma=1.0) == pytest.approx([2.5 * 9 / 16, 0.0])
@@ -182,7 +182,7 @@ def test_low_precision_predictions_are_compared_in_float32() -> None:
     assert sample_losses(prediction, noisy, DdpmObjective(SCHEDULE), LossSettings()).tolist() == [90000.0]
 
 
-def test_the_mean_of_a_batch_weighs_regularisation_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_of_a_batch_weighs_regularisation_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "noise_settings", lambda options: NoiseSettings())
     own = SimpleNamespace(
         latents=lambda run, batch: None, encode_text=lambda run, batch: None, losses=lambda *_: torch.tensor([4.0, 2.0])
@@ -191,5 +191,5 @@ def test_the_mean_of_a_batch_weighs_regularisation_pictures(monkeypatch: pytest.
         accelerator=SimpleNamespace(autocast=nullcontext), options=TrainNetworkOptions.from_args(Namespace())
     )
     batch = SimpleNamespace(loss_weights=torch.tensor([1.0, 0.5]))  # --prior_loss_weight 0.5
-    # (4 + 0.5 * 2) / 2 pictures
+    # (4 + 0.5 * 2) / 2 images
     assert trainer.Trainer.weighted_losses(own, run, batch).mean().item() == 2.5

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.architectures.sd import SD
-from tests.fixtures.runs import lora_arguments, make_pictures, write_dataset
+from tests.fixtures.runs import lora_arguments, make_images, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 
 ON_DISK = {"cache_text_encoder_outputs_to_disk": True}
@@ -24,8 +24,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> MadeCheckpoint:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of this test alone, as is their cache."""
-    return make_pictures(tmp_path / "pictures", [(64, 64)] * 4)
+    """Images of this test alone, as is their cache."""
+    return make_images(tmp_path / "images", [(64, 64)] * 4)
 
 
 @pytest.fixture

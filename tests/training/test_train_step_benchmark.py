@@ -21,12 +21,12 @@ def test_a_run_and_the_plain_loop(tmp_path: Path, arch: str, options: dict[str, 
         pytest.importorskip("bitsandbytes")
     case = Case(**{**vars(CASE), "arch": arch, **options})
     model = make_model(tmp_path, arch, case.size)
-    for figures in (run_case(case, model, tmp_path), run_reference(case, model, tmp_path)):
-        assert 0 < figures.seconds_per_step < figures.total_seconds
-        assert figures.samples_per_second == pytest.approx(2 / figures.seconds_per_step, rel=0.05)
-        assert figures.seconds_before_first_step < figures.total_seconds
-        assert 0.2 < figures.peak_host_gb < 5
-        assert figures.peak_device_gb is None or figures.peak_device_gb > 0
+    for metrics in (run_case(case, model, tmp_path), run_reference(case, model, tmp_path)):
+        assert 0 < metrics.seconds_per_step < metrics.total_seconds
+        assert metrics.samples_per_second == pytest.approx(2 / metrics.seconds_per_step, rel=0.05)
+        assert metrics.seconds_before_first_step < metrics.total_seconds
+        assert 0.2 < metrics.peak_host_gb < 5
+        assert metrics.peak_device_gb is None or metrics.peak_device_gb > 0
 
 
 def test_switches_hold_for_both() -> None:

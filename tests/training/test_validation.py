@@ -75,7 +75,7 @@ def test_timesteps_are_spread_over_those_trained(low: int, high: int, expected: 
 
 @pytest.fixture
 def config(tmp_path: Path):
-    folder = draw(tmp_path / "pictures", {"a.png": (8, 8)})
+    folder = draw(tmp_path / "images", {"a.png": (8, 8)})
 
     def make(general: str = "", subset: str = "", **flags: object) -> tuple[DatasetConfig, ValidationOptions]:
         path = tmp_path / "data.toml"

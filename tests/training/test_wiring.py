@@ -18,7 +18,7 @@ from library.training import caching, network_trainer, previews, validation
 from library.training.caching import CacheJob, cache_latents, inspect_model
 from library.training.network_trainer import NetworkTrainer
 from library.training.plan import RunPlan
-from library.training.previews import _draw_options
+from library.training.previews import _generate_options
 from library.training.processes import make_accelerator
 from library.training.trainer import Trainer
 
@@ -58,7 +58,7 @@ def job(device: str = "cpu", **given: object) -> CacheJob:
     return CacheJob(
         architecture=Listener(vae_identity="identity"),  # type: ignore[arg-type]
         checkpoint=None,
-        data=Listener(cache_latents=0, picture_count=0),  # type: ignore[arg-type]
+        data=Listener(cache_latents=0, image_count=0),  # type: ignore[arg-type]
         options=options(console_log_simple=True, **given),
         accelerator=SimpleNamespace(
             device=torch.device(device), num_processes=1, process_index=0, is_main_process=False
@@ -146,11 +146,11 @@ def test_how_batches_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sample_images_are_drawn_as_is_trained() -> None:
-    drawn = _draw_options(run_of(zero_terminal_snr=True, clip_skip=2, max_token_length=150))
+    drawn = _generate_options(run_of(zero_terminal_snr=True, clip_skip=2, max_token_length=150))
     assert (drawn.dtype, drawn.zero_terminal_snr, drawn.clip_skip, drawn.max_token_length) == (
         *(torch.float16, True, 2, 150),
     )
-    plain = _draw_options(run_of())
+    plain = _generate_options(run_of())
     assert (plain.zero_terminal_snr, plain.clip_skip, plain.max_token_length) == (False, None, None)
 
 
@@ -220,7 +220,7 @@ def test_the_sampler_of_sample_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(previews, "uncached", lambda architecture, run: [])
     monkeypatch.setattr(generate, "generate_image", lambda models, settings, how: settings)
     trainer = SimpleNamespace(architecture=SD, trained_modules=lambda run: [])
-    previews.draw_image(trainer, run, SamplePrompt("a cat", sample_sampler="lms"), None)  # type: ignore[arg-type]
+    previews.generate_preview(trainer, run, SamplePrompt("a cat", sample_sampler="lms"), None)  # type: ignore[arg-type]
     assert asked == [("lms", "euler_a")]
 
 

@@ -1,4 +1,4 @@
-"""Draw the example LoRA's pictures, with captions: a concept that the embedded model does not know (``wug``), and
+"""Draw the example LoRA's images, with captions: a concept that the embedded model does not know (``wug``), and
 scenes that it knows, for regularisation (``known``).
 
 python -m examples.quickstart.recipe.make_concept --output examples/quickstart
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from examples.quickstart.recipe.pictures import CONCEPT, POSITIONS, draw_concept, draw_scene, random_scene
+from examples.quickstart.recipe.images import CONCEPT, POSITIONS, draw_concept, draw_scene, random_scene
 
 #: (W, H), background, position, radius as a share of the shorter side
-PICTURES = (
+IMAGES = (
     ((128, 128), "red", "center", 0.27),
     ((128, 128), "white", "center", 0.24),
     ((160, 160), "black", "left", 0.26),
@@ -33,25 +33,25 @@ PICTURES = (
 KNOWN = 48
 
 
-def write(folder: Path, name: str, picture: Image.Image, caption: str) -> None:
-    picture.save(folder / f"{name}.png")
+def write(folder: Path, name: str, image: Image.Image, caption: str) -> None:
+    image.save(folder / f"{name}.png")
     (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the two folders of pictures")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the two folders of images")
     args = parser.parse_args()
     concept, known = args.output / CONCEPT, args.output / "known"
     for folder in (concept, known):
         folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
-    for number, (size, background, position, radius) in enumerate(PICTURES, start=1):
-        picture = draw_concept(size, background, POSITIONS[position], radius, rng)
+    for number, (size, background, position, radius) in enumerate(IMAGES, start=1):
+        image = draw_concept(size, background, POSITIONS[position], radius, rng)
         place = "in the center" if position == "center" else f"at the {position}"
         if position in ("left", "right"):
             place = f"on the {position}"
-        write(concept, f"{CONCEPT}_{number:02d}", picture, f"a {CONCEPT} {place}, {background} background")
+        write(concept, f"{CONCEPT}_{number:02d}", image, f"a {CONCEPT} {place}, {background} background")
     rng = random.Random(1)
     for number in range(1, KNOWN + 1):
         scene = random_scene(rng)

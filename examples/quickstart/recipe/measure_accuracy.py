@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from examples.quickstart.recipe.pictures import SIZE, Scene, random_scene
+from examples.quickstart.recipe.images import SIZE, Scene, random_scene
 from examples.quickstart.recipe.recognise import recognise
 from library.architectures.sd import SD
-from library.inference.generate import DrawOptions, ImageModels, ImageSettings, generate_images
+from library.inference.generate import GenerateOptions, ImageModels, ImageSettings, generate_images
 
 WANTED = 0.9
 STEPS = 20
@@ -49,11 +49,11 @@ def load_models(model: Path, device: str = "cpu") -> ImageModels:
 def draw(
     models: ImageModels, prompts: Sequence[str], *, first_seed: int = 0, batch_size: int = 25
 ) -> list[Image.Image]:
-    """One picture for each prompt, with seeds that count on."""
+    """One image for each prompt, with seeds that count on."""
     settings = [
         ImageSettings(prompt, "", SIZE, SIZE, STEPS, SCALE, "ddim", first_seed + i) for i, prompt in enumerate(prompts)
     ]
-    options = DrawOptions(device=next(models.denoiser.parameters()).device)
+    options = GenerateOptions(device=next(models.denoiser.parameters()).device)
     drawn: list[Image.Image] = []
     for start in range(0, len(settings), batch_size):
         drawn += generate_images(models, settings[start : start + batch_size], options)
@@ -68,8 +68,8 @@ def asked_scenes(count: int, seed: int = 2024) -> list[Scene]:
 
 def measure(models: ImageModels, scenes: Sequence[Scene]) -> Accuracy:
     """Draw each scene from its full caption and recognise it."""
-    pictures = draw(models, [scene.full_caption() for scene in scenes])
-    seen = [recognise(picture) for picture in pictures]
+    images = draw(models, [scene.full_caption() for scene in scenes])
+    seen = [recognise(image) for image in images]
     pairs = list(zip(seen, scenes, strict=True))
     count = len(scenes)
     return Accuracy(

@@ -1,7 +1,7 @@
 """From pixels back to words: which shape, which colour, and whether it is the concept.
 
-No model is involved. What differs from the picture's border is the shape; its outline is compared with each
-shape drawn by ``pictures``, its colour with the named ones.
+No model is involved. What differs from the image's border is the shape; its outline is compared with each
+shape drawn by ``images``, its colour with the named ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from examples.quickstart.recipe.pictures import (
+from examples.quickstart.recipe.images import (
     COLORS,
     CONCEPT_LOWER,
     CONCEPT_UPPER,
@@ -37,9 +37,9 @@ class Seen:
     position: str | None
 
 
-def recognise(picture: Image.Image) -> Seen:
-    """The shape and colour of a drawn picture."""
-    pixels = np.asarray(picture.convert("RGB")).astype(float)
+def recognise(image: Image.Image) -> Seen:
+    """The shape and colour of a drawn image."""
+    pixels = np.asarray(image.convert("RGB")).astype(float)
     mask = foreground(pixels)
     if mask.sum() < _FEWEST:
         return Seen(None, None, None)
@@ -51,9 +51,9 @@ def recognise(picture: Image.Image) -> Seen:
     return Seen(shape, nearest_color(color), _nearest_position(mask))
 
 
-def is_concept(picture: Image.Image) -> bool:
-    """Whether the picture shows a disc, yellow above and blue below."""
-    pixels = np.asarray(picture.convert("RGB")).astype(float)
+def is_concept(image: Image.Image) -> bool:
+    """Whether the image shows a disc, yellow above and blue below."""
+    pixels = np.asarray(image.convert("RGB")).astype(float)
     mask = foreground(pixels)
     if mask.sum() < _FEWEST:
         return False

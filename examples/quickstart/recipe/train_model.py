@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from examples.quickstart.recipe.pictures import (
+from examples.quickstart.recipe.images import (
     SIZE,
     draw_anything,
     draw_scene,
@@ -79,9 +79,9 @@ UNET_CONFIG: dict[str, Any] = {
 # ---- tools of all stages ----
 
 
-def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     """uint8 (N, 3, H, W)."""
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack([np.asarray(p) for p in images])).permute(0, 3, 1, 2).contiguous()
 
 
 def unit(pixels: Tensor) -> Tensor:
@@ -191,16 +191,16 @@ def write_tokenizer(folder: Path, captions: Sequence[str]) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1), encoding="utf-8")
 
 
-def autoencoder_pictures(count: int) -> Tensor:
+def autoencoder_images(count: int) -> Tensor:
     rng = random.Random(SEED)
     return to_pixels([draw_anything(rng) for _ in range(count)])
 
 
-def train_autoencoder(steps: int, pictures: int) -> nn.Module:
+def train_autoencoder(steps: int, images: int) -> nn.Module:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     vae = AutoencoderKL(**VAE_CONFIG)
-    pool = autoencoder_pictures(pictures)
+    pool = autoencoder_images(images)
     chooser = torch.Generator().manual_seed(SEED)
 
     def loss() -> Tensor:
@@ -214,9 +214,9 @@ def train_autoencoder(steps: int, pictures: int) -> nn.Module:
     return vae
 
 
-def train_decoder(vae: nn.Module, steps: int, pictures: int) -> None:
+def train_decoder(vae: nn.Module, steps: int, images: int) -> None:
     """Go on with the decoder alone, whose quality the eye sees; the latents stay as they are."""
-    pool = autoencoder_pictures(pictures)
+    pool = autoencoder_images(images)
     chooser = torch.Generator().manual_seed(SEED + 4)
     with torch.no_grad():
         posteriors = [vae.encode(unit(pool[i : i + 100])).latent_dist for i in range(0, len(pool), 100)]
@@ -251,9 +251,9 @@ def normalise_latents(vae: nn.Module, mean: Tensor, spread: Tensor) -> None:
 def timestep_weights(schedule: NoiseSchedule) -> Tensor:
     """Weights of the squared error of the noise, float32 (T,), 1 on average.
 
-    Min-SNR (gamma 5), and up to thirty times as much where the noise drowns the picture: there the error of the
-    picture is the noise's divided by the signal-to-noise ratio, and there shape, place and colour are decided.
-    In a trial of 400 steps this halved the picture's error at timestep 900.
+    Min-SNR (gamma 5), and up to thirty times as much where the noise drowns the image: there the error of the
+    image is the noise's divided by the signal-to-noise ratio, and there shape, place and colour are decided.
+    In a trial of 400 steps this halved the image's error at timestep 900.
     """
     timesteps = torch.arange(len(schedule.alphas_cumprod))
     signal = schedule.alphas_cumprod.float()
@@ -287,7 +287,7 @@ def train_denoiser(
     *,
     steps: int,
     rate: float,
-    pictures: int,
+    images: int,
     seed: int,
 ) -> dict[str, Tensor]:
     """Text encoder and U-Net together, on latents of captioned scenes; one caption in ten is left out.
@@ -300,11 +300,11 @@ def train_denoiser(
     """
     text, unet = models
     rng = random.Random(seed)
-    scenes = [random_scene(rng) for _ in range(pictures)]
+    scenes = [random_scene(rng) for _ in range(images)]
     captions = [random_caption(scene, rng) for scene in scenes]
     pixels = to_pixels([draw_scene(scene, rng) for scene in scenes])
     with torch.no_grad():
-        latents = torch.cat([vae.encode(unit(pixels[i : i + 100])).latent_dist.mean for i in range(0, pictures, 100)])
+        latents = torch.cat([vae.encode(unit(pixels[i : i + 100])).latent_dist.mean for i in range(0, images, 100)])
     if statistics is None:
         statistics = {"mean": latents.mean(dim=(0, 2, 3)), "spread": latents.std(dim=(0, 2, 3))}
     latents = (latents - statistics["mean"][:, None, None]) / statistics["spread"][:, None, None]
@@ -318,7 +318,7 @@ def train_denoiser(
     chooser = torch.Generator().manual_seed(seed + 1)
 
     def loss() -> Tensor:
-        chosen = torch.randint(pictures, (64,), generator=chooser)
+        chosen = torch.randint(images, (64,), generator=chooser)
         clean, input_ids = latents[chosen], ids[chosen].clone()
         input_ids[torch.rand(64, generator=chooser) < 0.1] = empty  # for classifier-free guidance
         timesteps = torch.randint(0, 1000, (64,), generator=chooser)
@@ -389,11 +389,11 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
             write_tokenizer(folder, [random_caption(random_scene(rng), rng) for _ in range(4000)])
     elif stage == "autoencoder":
         with atomic_directory(work / "autoencoder") as folder:
-            train_autoencoder(args.autoencoder_steps, args.pictures).save_pretrained(folder)
+            train_autoencoder(args.autoencoder_steps, args.images).save_pretrained(folder)
     elif stage == "decoder":
         vae = AutoencoderKL.from_pretrained(work / "autoencoder")
         with atomic_directory(work / "decoder") as folder:
-            train_decoder(vae, args.decoder_steps, args.pictures)
+            train_decoder(vae, args.decoder_steps, args.images)
             vae.save_pretrained(folder)
     elif stage in ("denoiser", "refined"):
         vae = AutoencoderKL.from_pretrained(work / "autoencoder")
@@ -405,7 +405,7 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
             models, statistics = _read_denoiser(work / "denoiser")
             settings = {"steps": args.refined_steps, "rate": 6e-4, "seed": SEED + 5}
         with atomic_directory(work / stage) as folder:
-            statistics = train_denoiser(stage, models, vae, tokenizer, statistics, pictures=args.pictures, **settings)
+            statistics = train_denoiser(stage, models, vae, tokenizer, statistics, images=args.images, **settings)
             models[0].save_pretrained(folder / "text_encoder")
             models[1].save_pretrained(folder / "unet")
             save_tensors(folder / "latents.safetensors", statistics)
@@ -443,7 +443,7 @@ def main() -> None:
     parser.add_argument("--decoder_steps", type=int, default=3000)
     parser.add_argument("--denoiser_steps", type=int, default=3200)
     parser.add_argument("--refined_steps", type=int, default=1800)
-    parser.add_argument("--pictures", type=int, default=12000, help="pictures drawn for each stage")
+    parser.add_argument("--images", type=int, default=12000, help="images drawn for each stage")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:

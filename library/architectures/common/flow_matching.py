@@ -54,7 +54,7 @@ class FlowMatching(Architecture):
     idle_rules = FLOW_IDLE_RULES
     idle_options = DDPM_ONLY
     sample_fields = DDPM_FIELDS | {"flow_shift"}
-    #: latent cells that are one token of the picture; shifts by resolution count tokens
+    #: latent cells that are one token of the image; shifts by resolution count tokens
     cells_per_token = 4
     #: shift of drawing; None: by resolution, as FLUX.1 [dev]
     sampling_shift: float | None = None

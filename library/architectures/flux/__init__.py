@@ -97,7 +97,7 @@ class Flux(FlowMatching, Architecture):
     _kind: str | None = None
 
     @property
-    def takes_pictures(self) -> bool:  # type: ignore[override]
+    def takes_images(self) -> bool:  # type: ignore[override]
         return bool(self.chosen(FluxModelOptions).controlnet_model_name_or_path)
 
     @property
@@ -271,8 +271,8 @@ class Flux(FlowMatching, Architecture):
             return denoiser(noisy, timesteps / 1000, context, mask, guidance)
         pooled = conditioning["l_pooled"].to(noisy.dtype)
         mask = mask if self.masks_text else None
-        picture = conditioning.tensors.get("picture")
-        return denoiser(noisy, timesteps / 1000, context, pooled, guidance, text_mask=mask, picture=picture)
+        image = conditioning.tensors.get("image")
+        return denoiser(noisy, timesteps / 1000, context, pooled, guidance, text_mask=mask, image=image)
 
     def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
         scale = self.chosen(FluxModelOptions).guidance_scale
@@ -287,7 +287,7 @@ class Flux(FlowMatching, Architecture):
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
         denoiser.enable_gradient_checkpointing()
-        if self.takes_pictures:
+        if self.takes_images:
             denoiser.controlnet.enable_gradient_checkpointing()
         for text_encoder in text_encoders:
             clip.enable_gradient_checkpointing(text_encoder)

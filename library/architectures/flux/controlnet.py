@@ -1,7 +1,7 @@
 """A frozen ControlNet beside the transformer of FLUX.1, by diffusers' ``FluxControlNetModel``.
 
 Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv:2302.05543): a smaller copy of
-the transformer reads a picture beside the noisy latents, and its outputs are added behind the transformer's blocks.
+the transformer reads an image beside the noisy latents, and its outputs are added behind the transformer's blocks.
 
 Shape legend: as in model.py.
 """
@@ -61,7 +61,7 @@ def infer_config(shapes: Shapes, transformer: FluxSizes) -> dict[str, Any]:
         UserError: the names are those of something else, or of a ControlNet that does not fit or cannot be used.
     """
     needed = {
-        "picture": "controlnet_x_embedder.weight",
+        "image": "controlnet_x_embedder.weight",
         "latents": "x_embedder.weight",
         "text": "context_embedder.weight",
         "pooled": "time_text_embed.text_embedder.linear_1.weight",
@@ -78,8 +78,8 @@ def infer_config(shapes: Shapes, transformer: FluxSizes) -> dict[str, Any]:
         raise UserError("it reads pixels instead of latents, which is not supported; give one that reads latents")
     found = {what: shapes[name] for what, name in needed.items()}
     width, channels = found["latents"]
-    if found["picture"][1] != channels:
-        raise UserError(f"it takes {found['picture'][1]} channels of a picture, not {channels}, as one for inpainting")
+    if found["image"][1] != channels:
+        raise UserError(f"it takes {found['image'][1]} channels of an image, not {channels}, as one for inpainting")
     theirs = (width, channels, found["text"][1], found["pooled"][1])
     ours = (transformer.hidden, transformer.in_channels, transformer.context, transformer.pooled)
     if theirs != ours:
@@ -121,13 +121,13 @@ def residuals(
     pooled: Tensor,
     guidance: Tensor,
     *,
-    picture: Tensor,
+    image: Tensor,
 ) -> Residuals:
     """What a ControlNet adds.
 
     Args:
         latents, timesteps, context, pooled, guidance: as ``Flux.forward`` is given them; latents (B, C/4, h, w).
-        picture: latents (B, C/4, h, w) of the picture that it reads.
+        image: latents (B, C/4, h, w) of the image that it reads.
     """
     h, w = (side // PATCH for side in latents.shape[2:])
     image_ids = torch.zeros(h, w, 3, device=latents.device)
@@ -135,7 +135,7 @@ def residuals(
     image_ids[..., 2] += torch.arange(w, device=latents.device)
     return controlnet(
         hidden_states=pack_latents(latents),
-        controlnet_cond=pack_latents(picture.to(latents.dtype)),
+        controlnet_cond=pack_latents(image.to(latents.dtype)),
         timestep=timesteps,
         encoder_hidden_states=context,
         pooled_projections=pooled,

@@ -407,7 +407,7 @@ class Flux(FluxTransformer):
         text_mask: Tensor | None = None,
         double_residuals: Sequence[Tensor] | None = None,
         single_residuals: Sequence[Tensor] | None = None,
-        picture: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         """The velocity, noise minus latents.
 
@@ -421,14 +421,14 @@ class Flux(FluxTransformer):
             text_mask: (B, T), nonzero for text tokens that are attended to; None for all.
             double_residuals: of a ControlNet, (B, N, D) each, added to the image after the blocks of two streams.
             single_residuals: the same after the blocks of one stream.
-            picture: (B, C/4, h, w) latents that ``controlnet`` reads; its residuals are added instead.
+            image: (B, C/4, h, w) latents that ``controlnet`` reads; its residuals are added instead.
 
         Returns:
             Of the shape of ``latents``.
         """
-        if picture is not None:
+        if image is not None:
             double_residuals, single_residuals = residuals(
-                self.controlnet, latents, timesteps, context, pooled, guidance, picture=picture
+                self.controlnet, latents, timesteps, context, pooled, guidance, image=image
             )
         dtype = latents.dtype
         vector = self.time_in(sinusoids(timesteps, self.sizes.time).to(dtype))  # (B, D)

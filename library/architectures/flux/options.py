@@ -27,7 +27,7 @@ class FluxModelOptions:
     controlnet_model_name_or_path: str | None = option(
         None,
         "ControlNet of FLUX.1 beside which is trained, in diffusers' layout: a file, a folder, or a Hub id; it reads "
-        "the pictures of conditioning_data_dir",
+        "the images of conditioning_data_dir",
         weights=True,
     )
     t5xxl_max_token_length: int | None = option(
@@ -103,7 +103,7 @@ def controlnet(o: Any) -> Iterator[Finding]:
         yield error("--controlnet_model_name_or_path: ControlNets are made for FLUX.1, not for Chroma; remove it")
     if o.loss.masked_loss:
         yield error(
-            "--masked_loss: not with --controlnet_model_name_or_path, which reads the pictures of "
+            "--masked_loss: not with --controlnet_model_name_or_path, which reads the images of "
             "conditioning_data_dir; remove it, and use alpha_mask for masks"
         )
 

@@ -32,7 +32,7 @@ from library.architectures.sdxl import weights
 from library.errors import UserError, naming
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-NUM_SIZES = 6  # (H, W) of the picture, (top, left) of the crop, (H, W) of the target
+NUM_SIZES = 6  # (H, W) of the image, (top, left) of the crop, (H, W) of the target
 #: Hub repositories (and sub-folder) of the tokenizers, which differ in their padding only
 CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", None)
 OPENCLIP_TOKENIZER = ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", None)

@@ -40,7 +40,7 @@ def _with_bounds(in_force: Read) -> _DataOption:
     return _DataOption(
         in_force,
         acts=lambda d, s: d.buckets.enabled and not d.buckets.no_upscale,
-        reason="without --enable_bucket, or with --bucket_no_upscale, whose buckets are the pictures' own sizes",
+        reason="without --enable_bucket, or with --bucket_no_upscale, whose buckets are the images' own sizes",
     )
 
 
@@ -113,8 +113,8 @@ OPTIONS: dict[str, _DataOption] = {
 
 #: why an option is not in force anywhere
 OWN_VALUES = "with this dataset file: its tables have values of their own"
-NO_REGULARISATION = "without regularisation pictures"
-NO_VALIDATION = "without validation pictures; set validation_split in the dataset file, or --validation_split"
+NO_REGULARISATION = "without regularisation images"
+NO_VALIDATION = "without validation images; set validation_split in the dataset file, or --validation_split"
 
 #: options that nothing reads without validation
 ON_VALIDATION = ("validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")

@@ -11,7 +11,7 @@ from typing import Any
 from library.config.no_effect.declare import IdleRule, idle
 
 _NO_SNR = "with flow matching, whose timesteps --timestep_sampling and --weighting_scheme weigh"
-_VELOCITY = "with flow matching, which predicts the velocity between picture and noise"
+_VELOCITY = "with flow matching, which predicts the velocity between image and noise"
 
 #: options of every script that only change DDPM: dest -> why
 DDPM_ONLY = MappingProxyType(

@@ -17,7 +17,7 @@ Measure = Callable[[str], CaptionLength]
 
 
 def longest_uses(text: str, rules: CaptionRules) -> list[str]:
-    """Captions that a use of a picture may have, at their full length: nothing is dropped, tags are in their order.
+    """Captions that a use of an image may have, at their full length: nothing is dropped, tags are in their order.
 
     With wildcards some of the many: every line, with several draws of its choices.
     """

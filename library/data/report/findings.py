@@ -24,40 +24,40 @@ class Finding:
 
     kind: str  # one of KINDS
     severity: Severity
-    text: str  # one line, without the pictures' names where ``pictures`` has them
-    pictures: tuple[Path, ...] = ()
+    text: str  # one line, without the images' names where ``images`` has them
+    images: tuple[Path, ...] = ()
     detail: str = ""  # what belongs to it and may be long, such as the part of a caption that is cut
 
 
 #: kind -> heading; the order of the report
 KINDS = {
-    "unreadable": "Pictures that cannot be read",
+    "unreadable": "Images that cannot be read",
     "data": "Data that is missing or wrong",
-    "leakage": "The same picture on both sides",
-    "caption_missing": "Pictures without a caption",
+    "leakage": "The same image on both sides",
+    "caption_missing": "Images without a caption",
     "caption_empty": "Empty captions",
     "caption_too_long": "Captions that are cut",
-    "masks": "Masks and conditioning pictures",
+    "masks": "Masks and conditioning images",
     "duplicate": "Equal files",
-    "near_duplicate": "Pictures that look alike",
-    "enlarged": "Pictures that are enlarged",
-    "crop": "Pictures that lose much by the crop",
+    "near_duplicate": "Images that look alike",
+    "enlarged": "Images that are enlarged",
+    "crop": "Images that lose much by the crop",
     "settings": "Settings",
-    "turned": "Pictures turned by EXIF",
-    "buckets": "Buckets with few pictures",
+    "turned": "Images turned by EXIF",
+    "buckets": "Buckets with few images",
 }
 
 
 @dataclass(frozen=True)
-class PictureRow:
-    """One picture as one dataset uses it."""
+class ImageRow:
+    """One image as one dataset uses it."""
 
     path: Path
     dataset: int  # from 1
     subset: int  # from 1
     size: tuple[int, int]  # (W, H) pixels, upright
     bucket: tuple[int, int]  # (W, H)
-    scale: float  # of the resize before the crop; above 1 the picture is enlarged
+    scale: float  # of the resize before the crop; above 1 the image is enlarged
     crop_loss: float  # share of the area that is cut off, 0 to 1
     caption: str  # as it stands in its file
     tokens: int | None  # of the longest caption that is made of it; None: not counted
@@ -68,10 +68,10 @@ class PictureRow:
 class BucketRow:
     dataset: int  # from 1
     size: tuple[int, int]  # (W, H)
-    pictures: int
+    images: int
     uses: int  # in an epoch
     batches: int
-    mean_crop_loss: float  # over its pictures, 0 to 1
+    mean_crop_loss: float  # over its images, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Report:
 
     source: str
     findings: Sequence[Finding]
-    pictures: Sequence[PictureRow]
+    images: Sequence[ImageRow]
     buckets: Sequence[BucketRow]
     tags: dict[str, int]  # tag -> captions that have it, most frequent first
     summary: Sequence[tuple[str, str]]
@@ -114,12 +114,12 @@ class Report:
                     "kind": finding.kind,
                     "severity": finding.severity,
                     "text": printable(finding.text),
-                    "pictures": [printable(str(path)) for path in finding.pictures],
+                    "images": [printable(str(path)) for path in finding.images],
                     "detail": printable(finding.detail),
                 }
                 for finding in self.findings
             ],
-            "pictures": [asdict(row) | {"path": printable(str(row.path))} for row in self.pictures],
+            "images": [asdict(row) | {"path": printable(str(row.path))} for row in self.images],
             "buckets": [asdict(row) for row in self.buckets],
             "tags": self.tags,
             "summary": dict(self.summary),
@@ -134,5 +134,5 @@ class Collector:
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, kind: str, severity: Severity, text: str, pictures: Sequence[Path] = (), *, detail: str = "") -> None:
-        self.findings.append(Finding(kind, severity, text, tuple(pictures), detail))
+    def add(self, kind: str, severity: Severity, text: str, images: Sequence[Path] = (), *, detail: str = "") -> None:
+        self.findings.append(Finding(kind, severity, text, tuple(images), detail))

@@ -1,4 +1,4 @@
-"""Looking at every picture once: whether it decodes, what its bytes and its appearance are."""
+"""Looking at every image once: whether it decodes, what its bytes and its appearance are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from library.files.hashes import sha256_file
 #: threads that read; Pillow, OpenCV and hashing let go of the interpreter's lock
 THREADS = min(16, (os.cpu_count() or 1) + 1)
 
-#: pixels of the side of the coarse picture that look-alikes are confirmed by
+#: pixels of the side of the coarse image that look-alikes are confirmed by
 COARSE = 16
 #: bits of a fingerprint
 BITS = 128
@@ -26,7 +26,7 @@ BITS = 128
 
 @dataclass(frozen=True)
 class Look:
-    """What a picture looks like, in less than a kilobyte."""
+    """What an image looks like, in less than a kilobyte."""
 
     path: Path
     digest: str  # sha256 of the file
@@ -39,32 +39,32 @@ def look_at(path: Path) -> Look:
     """Read and decode the whole file.
 
     Raises:
-        UserError: the picture cannot be read.
+        UserError: the image cannot be read.
     """
     pixels = read_image(path)
-    picture = Image.fromarray(pixels)
-    # a box filter in two steps: exact enough, and many times faster than one from a large picture
-    picture.thumbnail((256, 256), Image.Resampling.BOX)
+    image = Image.fromarray(pixels)
+    # a box filter in two steps: exact enough, and many times faster than one from a large image
+    image.thumbnail((256, 256), Image.Resampling.BOX)
     try:
         digest = sha256_file(path)
     except OSError as error:
-        raise UserError(f"{path}: the picture cannot be read ({error.strerror}); remove or replace it") from None
+        raise UserError(f"{path}: the image cannot be read ({error.strerror}); remove or replace it") from None
     return Look(
         path=path,
         digest=digest,
-        fingerprint=fingerprint(picture),
-        coarse=np.asarray(picture.resize((COARSE, COARSE), Image.Resampling.BOX)),
+        fingerprint=fingerprint(image),
+        coarse=np.asarray(image.resize((COARSE, COARSE), Image.Resampling.BOX)),
         turned=read_orientation(path) != 1,
     )
 
 
-def fingerprint(picture: Image.Image) -> int:
-    """128 bits that hardly change when a picture is resized, recompressed, or made a little brighter.
+def fingerprint(image: Image.Image) -> int:
+    """128 bits that hardly change when an image is resized, recompressed, or made a little brighter.
 
     The difference hash of N. Krawetz ("Kind of Like That", hackerfactor.com, 2013): whether brightness rises from one
-    cell of a coarse grey picture to the next, along 8 rows of 9 cells and, in addition, down 8 columns of 9.
+    cell of a coarse grey image to the next, along 8 rows of 9 cells and, in addition, down 8 columns of 9.
     """
-    grey = picture.convert("L")
+    grey = image.convert("L")
     along = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     down = np.asarray(grey.resize((8, 9), Image.Resampling.BOX), dtype=np.int16)
     bits = np.concatenate([(np.diff(along, axis=1) > 0).ravel(), (np.diff(down, axis=0) > 0).ravel()])
@@ -77,7 +77,7 @@ def look_at_all(
     """Looks of those that can be read, and why the others cannot; in parallel.
 
     Args:
-        report: called with pictures done and their total.
+        report: called with images done and their total.
     """
     todo = list(dict.fromkeys(paths))
     looks: dict[Path, Look] = {}

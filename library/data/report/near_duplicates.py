@@ -1,4 +1,4 @@
-"""Pictures that are equal or look alike: within one set, and on two sides that must not share any."""
+"""Images that are equal or look alike: within one set, and on two sides that must not share any."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from library.data.report.looks import BITS, Look
 
 #: bits by which the fingerprints of look-alikes may differ; unrelated photographs differ in about 60 of 128
 DISTANCE = 10
-#: difference, of 255, that a cell of the coarse pictures may have, and share of cells that may have more: a small mark
-#: or a little more light is the same picture, another thing in the same place is not
+#: difference, of 255, that a cell of the coarse images may have, and share of cells that may have more: a small mark
+#: or a little more light is the same image, another thing in the same place is not
 CELL_DIFFERENCE, OTHER_CELLS = 48, 0.03
 
 #: fingerprints up to which plain integers are faster than arrays
@@ -44,7 +44,7 @@ def equal_files(looks: Iterable[Look]) -> list[list[Path]]:
 
 
 def look_alikes(looks: Iterable[Look], distance: int = DISTANCE) -> list[list[Pair]]:
-    """Groups of pictures that look alike, as the pairs that hold each together; of equal files only one takes part."""
+    """Groups of images that look alike, as the pairs that hold each together; of equal files only one takes part."""
     different = list({look.digest: look for look in looks}.values())
     pairs = [Pair(a.path, b.path, bits) for a, b, bits in _close(different, distance)]
     return _grouped(pairs)
@@ -56,15 +56,15 @@ def on_both_sides(
     looks: Mapping[Path, Look],
     distance: int = DISTANCE,
 ) -> list[Pair]:
-    """Pictures of the first set that the second has too: the same file, an equal one, or one that looks alike.
+    """Images of the first set that the second has too: the same file, an equal one, or one that looks alike.
 
     Args:
-        looks: of the pictures of both; records without one, as they cannot be read, are passed over.
+        looks: of the images of both; records without one, as they cannot be read, are passed over.
 
     Returns:
-        for each picture of the first set at most one pair, the closest.
+        for each image of the first set at most one pair, the closest.
     """
-    one: dict[str, list[Path]] = defaultdict(list)  # digest -> pictures
+    one: dict[str, list[Path]] = defaultdict(list)  # digest -> images
     for path in dict.fromkeys(record.path for record in first if record.path in looks):
         one[looks[path].digest].append(path)
     other = {looks[record.path].digest: record.path for record in second if record.path in looks}
@@ -81,7 +81,7 @@ def on_both_sides(
 
 
 def _close(looks: Sequence[Look], distance: int) -> Iterator[tuple[Look, Look, int]]:
-    """Pairs whose fingerprints differ in at most ``distance`` bits and whose coarse pictures agree too."""
+    """Pairs whose fingerprints differ in at most ``distance`` bits and whose coarse images agree too."""
     prints = [look.fingerprint for look in looks]
     for first, second in sorted(pairs_within(prints, distance)):
         a, b = looks[first], looks[second]

@@ -30,7 +30,7 @@ class CheckOptions:
 
     sdxl: bool = option(False, "the data are for Stable Diffusion XL, whose buckets are multiples of 32 pixels")
     flux: bool = option(False, "the data are for FLUX.1 or Chroma, whose buckets are multiples of 16 pixels")
-    html: Path | None = option(None, "write the report as one HTML file with small pictures in it", type=Path)
+    html: Path | None = option(None, "write the report as one HTML file with small images in it", type=Path)
     json: Path | None = option(None, "write everything that was found as JSON, for scripts", type=Path)
     tokenizer: Path | None = option(
         None,
@@ -40,10 +40,10 @@ class CheckOptions:
     )
     hash_distance: int = option(
         DISTANCE,
-        "pictures look alike if at most so many of the 128 bits of their fingerprints differ; 0 to 32",
+        "images look alike if at most so many of the 128 bits of their fingerprints differ; 0 to 32",
         type=int,
     )
-    max_thumbnails: int = option(200, "small pictures in the HTML file at most; each takes about 6 kB", type=int)
+    max_thumbnails: int = option(200, "small images in the HTML file at most; each takes about 6 kB", type=int)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> CheckOptions:

@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw
 
 from library.config.console import printable
 from library.data.image_io import read_image
-from library.data.report.findings import KINDS, SEVERITIES, Finding, PictureRow, Report
+from library.data.report.findings import KINDS, SEVERITIES, Finding, ImageRow, Report
 from library.data.report.looks import THREADS
 from library.errors import UserError
 
-#: findings of a kind, pictures and tags on the page; the JSON report has all
-MOST_FINDINGS, MOST_PICTURES, MOST_TAGS = 200, 500, 300
-#: pictures of one finding, such as a group of equal files
+#: findings of a kind, images and tags on the page; the JSON report has all
+MOST_FINDINGS, MOST_IMAGES, MOST_TAGS = 200, 500, 300
+#: images of one finding, such as a group of equal files
 MOST_OF_FINDING = 12
 
 THUMBNAIL = 160  # pixels of the longer side
@@ -43,15 +43,15 @@ def make_page(report: Report, *, max_thumbnails: int) -> str:
     """The whole file's text.
 
     Args:
-        max_thumbnails: small pictures at most; the page says how many it left out.
+        max_thumbnails: small images at most; the page says how many it left out.
     """
-    kept = {row.path: row for row in report.pictures}
-    wanted = list(dict.fromkeys(_pictures_on_page(report)))
+    kept = {row.path: row for row in report.images}
+    wanted = list(dict.fromkeys(_images_on_page(report)))
     thumbnails = _make_thumbnails(wanted[:max_thumbnails], kept)
     notes = list(report.notes)
     if len(wanted) > max_thumbnails:
         notes.append(
-            f"{len(wanted) - max_thumbnails} small pictures were left out, as --max_thumbnails is {max_thumbnails}."
+            f"{len(wanted) - max_thumbnails} small images were left out, as --max_thumbnails is {max_thumbnails}."
         )
     verdict = ", ".join(f"{report.count(severity)} {severity}s" for severity in SEVERITIES).replace("infos", "remarks")
     title = f"Data of {report.source}"
@@ -66,7 +66,7 @@ def make_page(report: Report, *, max_thumbnails: int) -> str:
         _table((), ((_text(name), _text(value)) for name, value in report.summary)),
         *(_kind(kind, findings, thumbnails) for kind, findings in report.by_kind().items()),
         _buckets(report),
-        _pictures(report, thumbnails),
+        _images(report, thumbnails),
         _tags(report),
         "</body></html>\n",
     ]
@@ -91,16 +91,16 @@ def _kind(kind: str, findings: Sequence[Finding], thumbnails: Mapping[Path, str]
     rows = []
     for finding in findings[:MOST_FINDINGS]:
         detail = f" <q>{_text(finding.detail)}</q>" if finding.detail else ""
-        pictures = "".join(_figure(path, thumbnails) for path in finding.pictures[:MOST_OF_FINDING])
-        more = len(finding.pictures) - MOST_OF_FINDING
-        pictures += f"and {more} more" if more > 0 else ""
+        images = "".join(_figure(path, thumbnails) for path in finding.images[:MOST_OF_FINDING])
+        more = len(finding.images) - MOST_OF_FINDING
+        images += f"and {more} more" if more > 0 else ""
         what = f"<span class={finding.severity}>{finding.severity}</span>: {_text(finding.text)}{detail}"
-        rows.append((pictures, what) if finding.pictures else ("", what))
+        rows.append((images, what) if finding.images else ("", what))
     more = _more(len(findings) - MOST_FINDINGS)
     open_ = " open" if any(finding.severity != "info" for finding in findings) else ""
     return (
         f"<details{open_}><summary>{_text(KINDS[kind])}: {len(findings)}</summary>"
-        f"{_table(('pictures', 'what'), rows)}{more}</details>"
+        f"{_table(('images', 'what'), rows)}{more}</details>"
     )
 
 
@@ -118,22 +118,22 @@ def _buckets(report: Report) -> str:
         (
             str(row.dataset),
             f"{row.size[0]}x{row.size[1]}",
-            str(row.pictures),
+            str(row.images),
             str(row.uses),
             str(row.batches),
             f"{row.mean_crop_loss:.1%}",
         )
         for row in report.buckets
     )
-    columns = ("dataset", "bucket", "pictures", "uses an epoch", "batches", "cut off on average")
+    columns = ("dataset", "bucket", "images", "uses an epoch", "batches", "cut off on average")
     return f"<h2>Buckets</h2>{_table(columns, rows)}"
 
 
-def _most_cut(report: Report) -> list[PictureRow]:
-    return sorted(report.pictures, key=lambda row: -row.crop_loss)[:MOST_PICTURES]
+def _most_cut(report: Report) -> list[ImageRow]:
+    return sorted(report.images, key=lambda row: -row.crop_loss)[:MOST_IMAGES]
 
 
-def _pictures(report: Report, thumbnails: Mapping[Path, str]) -> str:
+def _images(report: Report, thumbnails: Mapping[Path, str]) -> str:
     rows = (
         (
             _figure(row.path, thumbnails),
@@ -147,11 +147,11 @@ def _pictures(report: Report, thumbnails: Mapping[Path, str]) -> str:
         )
         for row in _most_cut(report)
     )
-    columns = ("picture", "dataset.subset", "size", "bucket", "resized by", "cut off", "tokens", "caption")
-    more = _more(len(report.pictures) - MOST_PICTURES)
+    columns = ("image", "dataset.subset", "size", "bucket", "resized by", "cut off", "tokens", "caption")
+    more = _more(len(report.images) - MOST_IMAGES)
     return (
-        "<details><summary>All pictures, those that lose most by the crop first</summary>"
-        "<p>What the frame in a small picture holds is what is trained on, unless crops move.</p>"
+        "<details><summary>All images, those that lose most by the crop first</summary>"
+        "<p>What the frame in a small image holds is what is trained on, unless crops move.</p>"
         f"{_table(columns, rows)}{more}</details>"
     )
 
@@ -167,39 +167,39 @@ def _tags(report: Report) -> str:
     )
 
 
-# ---- small pictures ----
+# ---- small images ----
 
 
-def _pictures_on_page(report: Report) -> Iterable[Path]:
+def _images_on_page(report: Report) -> Iterable[Path]:
     """In the order of their importance: those of findings first."""
     for findings in report.by_kind().values():
         for finding in findings[:MOST_FINDINGS]:
             if finding.kind != "unreadable":
-                yield from finding.pictures[:MOST_OF_FINDING]
+                yield from finding.images[:MOST_OF_FINDING]
     yield from (row.path for row in _most_cut(report))
 
 
-def _make_thumbnails(paths: Sequence[Path], rows: Mapping[Path, PictureRow]) -> dict[Path, str]:
-    """Data URIs; none of pictures that cannot be read."""
+def _make_thumbnails(paths: Sequence[Path], rows: Mapping[Path, ImageRow]) -> dict[Path, str]:
+    """Data URIs; none of images that cannot be read."""
     with ThreadPoolExecutor(THREADS) as pool:
         made = list(pool.map(lambda path: thumbnail(path, rows.get(path)), paths))
     return {path: uri for path, uri in zip(paths, made, strict=True) if uri is not None}
 
 
-def thumbnail(path: Path, row: PictureRow | None) -> str | None:
-    """A small JPEG as data URI, with a frame around what the crop leaves; ``None`` if the picture cannot be read."""
+def thumbnail(path: Path, row: ImageRow | None) -> str | None:
+    """A small JPEG as data URI, with a frame around what the crop leaves; ``None`` if the image cannot be read."""
     try:
-        picture = Image.fromarray(read_image(path))
+        image = Image.fromarray(read_image(path))
     except UserError:
         return None
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     if row is not None and row.crop_loss > 0:
-        width, height = picture.size
+        width, height = image.size
         ratio = row.bucket[0] / row.bucket[1]
         kept_width, kept_height = min(width, height * ratio), min(height, width / ratio)
         left, top = (width - kept_width) / 2, (height - kept_height) / 2
         frame = (left, top, left + kept_width - 1, top + kept_height - 1)
-        ImageDraw.Draw(picture).rectangle(frame, outline=(255, 60, 60))
+        ImageDraw.Draw(image).rectangle(frame, outline=(255, 60, 60))
     file = io.BytesIO()
-    picture.save(file, format="JPEG", quality=_QUALITY)
+    image.save(file, format="JPEG", quality=_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -1,6 +1,6 @@
 """The check of a data set, from the options of a training run to the report.
 
-The pictures, captions, buckets and batches are found by the code that finds them for training; what would end a run
+The images, captions, buckets and batches are found by the code that finds them for training; what would end a run
 becomes a finding instead.
 """
 
@@ -26,7 +26,7 @@ from library.data.discover import Faults, Seen, discover
 from library.data.image_io import covering_size
 from library.data.records import ImageRecord
 from library.data.report.caption_lengths import Measure, length_of_longest
-from library.data.report.findings import BucketRow, Collector, Finding, PictureRow, Report, Severity
+from library.data.report.findings import BucketRow, Collector, Finding, ImageRow, Report, Severity
 from library.data.report.looks import Look, look_at_all
 from library.data.report.near_duplicates import equal_files, look_alikes, on_both_sides
 from library.data.report.options import CheckOptions, about_data
@@ -57,7 +57,7 @@ def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture:
     """
     options = about_data(options)
     collector, faults = Collector(), Faults()
-    pictures = _Pictures(faults, collector)
+    images = _Images(faults, collector)
     with _warnings_as_findings(collector):
         for warning in check(options, architecture, rules=DATA_RULES):
             collector.add("settings", "warning", warning)
@@ -69,29 +69,27 @@ def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture:
             _without_masks(config),
             seed=options.training.seed or 0,
             latent=architecture.latent,
-            find=pictures.find,
+            find=images.find,
         )
-        _check_masks(config, pictures, faults, collector)
+        _check_masks(config, images, faults, collector)
     _check_endings(config, collector)
-    looks, unreadable = look_at_all(
-        pictures.paths(), WorkProgress("looking at pictures", "pictures", simple=True).update
-    )
+    looks, unreadable = look_at_all(images.paths(), WorkProgress("looking at images", "images", simple=True).update)
     _report_faults(faults, unreadable, collector)
-    _check_sides(pictures, data, looks, wanted.hash_distance, collector)
-    _check_likeness(pictures, looks, wanted.hash_distance, collector)
+    _check_sides(images, data, looks, wanted.hash_distance, collector)
+    _check_likeness(images, looks, wanted.hash_distance, collector)
     for path, look in looks.items():
         if look.turned:
             collector.add("turned", "info", "turned or mirrored by EXIF; training turns it upright", [path])
     numbers = {s.where: number for number, dataset in enumerate(config.datasets, start=1) for s in dataset.subsets}
-    rows = _picture_rows(data, numbers, faults, measure, collector)
+    rows = _image_rows(data, numbers, faults, measure, collector)
     _check_rows(rows, collector)
     return Report(
         source=config.source,
         findings=collector.findings,
-        pictures=rows,
+        images=rows,
         buckets=_bucket_rows(data, numbers, rows, collector),
         tags=_tags(data),
-        summary=_summary(data, options, len(pictures.paths()) + len(faults.unreadable)),
+        summary=_summary(data, options, len(images.paths()) + len(faults.unreadable)),
         notes=collector.notes,
     )
 
@@ -99,7 +97,7 @@ def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture:
 # ---- finding ----
 
 
-class _Pictures:
+class _Images:
     """Finds the records of subsets for the data, and keeps them by subset."""
 
     def __init__(self, faults: Faults, collector: Collector) -> None:
@@ -122,7 +120,7 @@ class _Pictures:
         return next(records for subset, records in self.by_subset if subset.where == where)
 
     def paths(self) -> list[Path]:
-        """Every picture once."""
+        """Every image once."""
         return list(dict.fromkeys(record.path for _, records in self.by_subset for record in records))
 
 
@@ -135,13 +133,13 @@ def _without_masks(config: DatasetConfig) -> DatasetConfig:
     return replace(config, datasets=tuple(datasets))
 
 
-def _check_masks(config: DatasetConfig, pictures: _Pictures, faults: Faults, collector: Collector) -> None:
+def _check_masks(config: DatasetConfig, images: _Images, faults: Faults, collector: Collector) -> None:
     paired: list[tuple[SubsetSpec, list[ImageRecord]]] = []
-    incomplete: set[Path] = set()  # folders of masks that belong to pictures which were not found
+    incomplete: set[Path] = set()  # folders of masks that belong to images which were not found
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
         if subset.conditioning_dir is None:
             continue
-        records = pictures.of(subset.where)
+        records = images.of(subset.where)
         if not records or any(path.parent == subset.image_dir for path in faults.unreadable):
             incomplete.add(subset.conditioning_dir)
         try:
@@ -158,7 +156,7 @@ def _check_masks(config: DatasetConfig, pictures: _Pictures, faults: Faults, col
 
 
 def _check_endings(config: DatasetConfig, collector: Collector) -> None:
-    """Caption files that lie beside the pictures and are not read, as the ending is another."""
+    """Caption files that lie beside the images and are not read, as the ending is another."""
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
         if subset.metadata_file is not None or not subset.class_tokens:
             continue
@@ -171,7 +169,7 @@ def _check_endings(config: DatasetConfig, collector: Collector) -> None:
                 collector.add(
                     "settings",
                     "warning",
-                    f"{subset.where}: class_tokens is the caption of all pictures, but {subset.source} has {count} "
+                    f"{subset.where}: class_tokens is the caption of all images, but {subset.source} has {count} "
                     f"{ending} files; if they are captions, set caption_extension",
                 )
 
@@ -205,13 +203,13 @@ def _warnings_as_findings(collector: Collector) -> Iterator[None]:
         data_logger.propagate = propagate
 
 
-# ---- what pictures have in common ----
+# ---- what images have in common ----
 
 
-def _sides(pictures: _Pictures, data: TrainingData) -> Iterator[tuple[str, list[ImageRecord], list[ImageRecord]]]:
-    """Sets of pictures that must have none in common, with a name for both."""
+def _sides(images: _Images, data: TrainingData) -> Iterator[tuple[str, list[ImageRecord], list[ImageRecord]]]:
+    """Sets of images that must have none in common, with a name for both."""
     train, regularisation = [], []
-    for subset, records in pictures.by_subset:
+    for subset, records in images.by_subset:
         (regularisation if subset.is_reg else train).extend(records)
     yield "regularisation and training", regularisation, train
     if data.validation_datasets:
@@ -223,9 +221,9 @@ def _sides(pictures: _Pictures, data: TrainingData) -> Iterator[tuple[str, list[
 
 
 def _check_sides(
-    pictures: _Pictures, data: TrainingData, looks: Mapping[Path, Look], distance: int, collector: Collector
+    images: _Images, data: TrainingData, looks: Mapping[Path, Look], distance: int, collector: Collector
 ) -> None:
-    for name, first, second in _sides(pictures, data):
+    for name, first, second in _sides(images, data):
         for found in on_both_sides(first, second, looks, distance):
             if found.first == found.second:
                 collector.add("leakage", "error", f"{name}: one file on both sides", [found.first])
@@ -236,14 +234,14 @@ def _check_sides(
                 collector.add("leakage", "error", text, [found.first, found.second])
 
 
-def _check_likeness(pictures: _Pictures, looks: Mapping[Path, Look], distance: int, collector: Collector) -> None:
+def _check_likeness(images: _Images, looks: Mapping[Path, Look], distance: int, collector: Collector) -> None:
     captions: dict[Path, set[str]] = defaultdict(set)
     places: dict[Path, set[str]] = defaultdict(set)
-    for subset, records in pictures.by_subset:
+    for subset, records in images.by_subset:
         for record in records:
             captions[record.path].add(record.caption)
             places[record.path].add(subset.where)
-    known = {frozenset(f.pictures) for f in collector.findings if f.kind == "leakage"}
+    known = {frozenset(f.images) for f in collector.findings if f.kind == "leakage"}
 
     def remarks(paths: Sequence[Path]) -> str:
         found = []
@@ -260,11 +258,11 @@ def _check_likeness(pictures: _Pictures, looks: Mapping[Path, Look], distance: i
         group = list(dict.fromkeys(path for found in pairs for path in (found.first, found.second)))
         if frozenset(group) not in known:
             bits = max(found.distance for found in pairs)
-            text = f"{len(group)} pictures look alike ({bits} of 128 bits differ at most){remarks(group)}"
+            text = f"{len(group)} images look alike ({bits} of 128 bits differ at most){remarks(group)}"
             collector.add("near_duplicate", "warning", text, group)
 
 
-# ---- pictures, captions and buckets ----
+# ---- images, captions and buckets ----
 
 
 def _measure(
@@ -295,12 +293,12 @@ def _measure(
     )
 
 
-def _picture_rows(
+def _image_rows(
     data: TrainingData, numbers: Mapping[str, int], faults: Faults, measure: Measure | None, collector: Collector
-) -> list[PictureRow]:
+) -> list[ImageRow]:
     longest = length_of_longest(measure) if measure is not None else None
-    rows: list[PictureRow] = []
-    captions: dict[tuple[Path, str], Finding] = {}  # a picture that several datasets use is named once
+    rows: list[ImageRow] = []
+    captions: dict[tuple[Path, str], Finding] = {}  # an image that several datasets use is named once
     for dataset in (*data.datasets, *data.validation_datasets):
         for index, record in enumerate(dataset.records):
             subset, bucket, path = dataset.subset(index), dataset.bucket_of[index], record.path
@@ -316,7 +314,7 @@ def _picture_rows(
             if not record.caption.strip() and path not in faults.without_caption and path not in faults.captions:
                 captions[path, ""] = Finding("caption_empty", "warning", "the caption is empty", (path,))
             rows.append(
-                PictureRow(
+                ImageRow(
                     path=path,
                     dataset=numbers[subset.where],
                     subset=record.subset + 1,
@@ -333,7 +331,7 @@ def _picture_rows(
     return rows
 
 
-def _check_rows(rows: Sequence[PictureRow], collector: Collector) -> None:
+def _check_rows(rows: Sequence[ImageRow], collector: Collector) -> None:
     seen: set[tuple[Path, tuple[int, int]]] = set()
     for row in rows:
         if (row.path, row.bucket) in seen:
@@ -348,7 +346,7 @@ def _check_rows(rows: Sequence[PictureRow], collector: Collector) -> None:
 
 
 def _bucket_rows(
-    data: TrainingData, numbers: Mapping[str, int], rows: Sequence[PictureRow], collector: Collector
+    data: TrainingData, numbers: Mapping[str, int], rows: Sequence[ImageRow], collector: Collector
 ) -> list[BucketRow]:
     losses: dict[tuple[int, tuple[int, int]], list[float]] = defaultdict(list)
     for row in rows:
@@ -363,7 +361,7 @@ def _bucket_rows(
             batches = -(-uses // batch_size)
             found.append(BucketRow(number, size, len(lost), uses, batches, sum(lost) / len(lost)))
             if uses < batch_size:
-                text = f"dataset {number}: {size[0]}x{size[1]} has {uses} pictures an epoch for batches of {batch_size}"
+                text = f"dataset {number}: {size[0]}x{size[1]} has {uses} images an epoch for batches of {batch_size}"
                 collector.add("buckets", "info", text)
     return found
 
@@ -375,8 +373,8 @@ def _tags(data: TrainingData) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _summary(data: TrainingData, options: TrainNetworkOptions, pictures: int) -> list[tuple[str, str]]:
-    rows = [("pictures", str(pictures)), *describe.summary_rows(data)]
+def _summary(data: TrainingData, options: TrainNetworkOptions, images: int) -> list[tuple[str, str]]:
+    rows = [("images", str(images)), *describe.summary_rows(data)]
     batches = data.batches_per_process(1)
     if not batches:
         return rows

@@ -49,10 +49,10 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def _print_kind(console: Console, kind: str, findings: Sequence[Finding]) -> None:
-    table = _table(f"{KINDS[kind]}: {len(findings)}", ("", "pictures", "what"), ())
+    table = _table(f"{KINDS[kind]}: {len(findings)}", ("", "images", "what"), ())
     for finding in findings[:MOST_FINDINGS]:
-        names = "\n".join(printable(str(path)) for path in finding.pictures[:MOST_FINDINGS])
-        more = len(finding.pictures) - MOST_FINDINGS
+        names = "\n".join(printable(str(path)) for path in finding.images[:MOST_FINDINGS])
+        more = len(finding.images) - MOST_FINDINGS
         detail = finding.detail if len(finding.detail) <= _DETAIL else f"{finding.detail[:_DETAIL]} ..."
         table.add_row(
             Text(finding.severity, style=_STYLES[finding.severity]),
@@ -69,14 +69,14 @@ def _print_buckets(console: Console, report: Report) -> None:
         (
             str(row.dataset),
             f"{row.size[0]}x{row.size[1]}",
-            str(row.pictures),
+            str(row.images),
             str(row.uses),
             str(row.batches),
             f"{row.mean_crop_loss:.1%}",
         )
         for row in report.buckets[:MOST_BUCKETS]
     ]
-    columns = ("dataset", "bucket", "pictures", "uses an epoch", "batches", "cut off on average")
+    columns = ("dataset", "bucket", "images", "uses an epoch", "batches", "cut off on average")
     console.print(_table("Buckets", columns, rows))
     if len(report.buckets) > MOST_BUCKETS:
         console.print(f"and {len(report.buckets) - MOST_BUCKETS} more")

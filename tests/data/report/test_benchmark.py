@@ -6,6 +6,6 @@ from benchmarks.check_dataset import COPIES, measure
 
 
 def test_it_measures_the_tool() -> None:
-    figures = measure(COPIES + 1, 100, size=(96, 72))
-    assert (figures.count, figures.look_alikes_found) == (COPIES + 1, 1)
-    assert figures.seconds > 0 and figures.search_seconds >= 0
+    metrics = measure(COPIES + 1, 100, size=(96, 72))
+    assert (metrics.count, metrics.look_alikes_found) == (COPIES + 1, 1)
+    assert metrics.seconds > 0 and metrics.search_seconds >= 0

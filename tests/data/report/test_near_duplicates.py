@@ -1,4 +1,4 @@
-"""Fingerprints and the search among them: against brute force, and on pictures that were changed as people do."""
+"""Fingerprints and the search among them: against brute force, and on images that were changed as people do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from library.data.report.near_duplicates import (
 
 
 def scene(seed: int, size: tuple[int, int] = (240, 180)) -> Image.Image:
-    """A picture with large shapes, as photographs have them."""
+    """An image with large shapes, as photographs have them."""
     coarse = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
@@ -74,7 +74,7 @@ def _with_mark(image: Image.Image) -> Image.Image:
 
 @pytest.fixture
 def looks(tmp_path: Path) -> list[Look]:
-    """``a.png``, its likes, and pictures of their own."""
+    """``a.png``, its likes, and images of their own."""
     scene(1).save(tmp_path / "a.png")
     scene(1).save(tmp_path / "jpeg.jpg", quality=60)
     for name, change in CHANGES:
@@ -116,7 +116,7 @@ def test_two_sides(looks: list[Look]) -> None:
     assert on_both_sides(records("a.png"), [], by_path) == []
 
 
-def test_a_picture_is_looked_at_upright(tmp_path: Path) -> None:
+def test_a_image_is_looked_at_upright(tmp_path: Path) -> None:
     scene(1).save(tmp_path / "a.png")
     exif = Image.Exif()
     exif[0x0112] = 6

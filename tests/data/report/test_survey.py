@@ -29,8 +29,8 @@ Survey = Callable[..., Report]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five different pictures with captions, none of which gives cause for a finding at 64 pixels."""
-    folder = tmp_path / "pictures"
+    """Five different images with captions, none of which gives cause for a finding at 64 pixels."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for seed, size in enumerate([(64, 64), (80, 80), (128, 32), (96, 96), (64, 64)]):
         scene(100 + seed, size).save(folder / f"{seed}.png")
@@ -56,7 +56,7 @@ def of_kind(report: Report, kind: str) -> list[Finding]:
 
 
 def names(finding: Finding) -> list[str]:
-    return [path.name for path in finding.pictures]
+    return [path.name for path in finding.images]
 
 
 def test_a_clean_set(survey: Survey) -> None:
@@ -64,17 +64,17 @@ def test_a_clean_set(survey: Survey) -> None:
     assert [finding for finding in report.findings if finding.severity != "info"] == []
     assert (report.exit_code(strict=False), report.exit_code(strict=True)) == (0, 0)
     assert report.tags["cat"] == 5 and report.tags["tag3"] == 1 and list(report.tags)[0] in ("cat", "dog")
-    assert dict(report.summary)["pictures"] == "5"
-    # 4 squares in batches of 2 and one wide picture
+    assert dict(report.summary)["images"] == "5"
+    # 4 squares in batches of 2 and one wide image
     assert dict(report.summary)["steps an epoch"].startswith("3 with one process (3 batches)")
-    assert [(row.size, row.pictures, row.batches) for row in report.buckets] == [((64, 64), 4, 2), ((128, 32), 1, 1)]
-    assert "not counted" in report.notes[0] and report.pictures[0].tokens is None
+    assert [(row.size, row.images, row.batches) for row in report.buckets] == [((64, 64), 4, 2), ((128, 32), 1, 1)]
+    assert "not counted" in report.notes[0] and report.images[0].tokens is None
 
 
-def test_pictures_that_cannot_be_read(survey: Survey, folder: Path) -> None:
+def test_images_that_cannot_be_read(survey: Survey, folder: Path) -> None:
     (folder / "0.png").write_bytes(b"")
     damaged = bytearray((folder / "1.png").read_bytes())
-    damaged[len(damaged) // 2] ^= 0xFF  # header and end are whole: it shows only when the picture is decoded
+    damaged[len(damaged) // 2] ^= 0xFF  # header and end are whole: it shows only when the image is decoded
     (folder / "1.png").write_bytes(damaged)
     report = survey()
     assert sorted(name for finding in of_kind(report, "unreadable") for name in names(finding)) == ["0.png", "1.png"]
@@ -115,7 +115,7 @@ def test_what_is_cut_off_captions(survey: Survey, folder: Path, tmp_path: Path) 
     assert "81 tokens, of which 75 are used" in found.text
     assert found.detail == ", cat, cat, dog"  # 75 tokens end with the 38th cat
     assert report.notes == []
-    assert {row.path.name: row.tokens for row in report.pictures}["0.png"] == 81
+    assert {row.path.name: row.tokens for row in report.images}["0.png"] == 81
     assert of_kind(survey(wanted=wanted, max_token_length=150), "caption_too_long") == []
     # the prefix counts; what the longest choice adds counts too
     (folder / "0.txt").write_text("dog", encoding="utf-8")
@@ -123,7 +123,7 @@ def test_what_is_cut_off_captions(survey: Survey, folder: Path, tmp_path: Path) 
     assert [names(finding) for finding in of_kind(report, "caption_too_long")] == [[f"{n}.png"] for n in range(5)]
 
 
-def test_equal_and_similar_pictures(survey: Survey, folder: Path, tmp_path: Path) -> None:
+def test_equal_and_similar_images(survey: Survey, folder: Path, tmp_path: Path) -> None:
     (folder / "copy.png").write_bytes((folder / "3.png").read_bytes())
     scene(103, (96, 96)).save(folder / "like.jpg", quality=80)
     for name in ("copy", "like"):
@@ -139,7 +139,7 @@ def test_equal_and_similar_pictures(survey: Survey, folder: Path, tmp_path: Path
     assert of_kind(survey(), "duplicate")[0].text == "2 equal files, captions differ"
 
 
-def test_regularisation_pictures_that_are_trained_on(survey: Survey, folder: Path, tmp_path: Path) -> None:
+def test_regularisation_images_that_are_trained_on(survey: Survey, folder: Path, tmp_path: Path) -> None:
     reg = tmp_path / "reg"
     reg.mkdir()
     (reg / "same.png").write_bytes((folder / "0.png").read_bytes())
@@ -156,19 +156,19 @@ def test_regularisation_pictures_that_are_trained_on(survey: Survey, folder: Pat
     assert "one file on both sides" in one.text
 
 
-def test_validation_pictures_that_are_trained_on(survey: Survey, folder: Path) -> None:
+def test_validation_images_that_are_trained_on(survey: Survey, folder: Path) -> None:
     """A file is never on both sides, but a copy may be."""
     for place in range(5):
         (folder / f"copy{place}.png").write_bytes((folder / f"{place}.png").read_bytes())
         (folder / f"copy{place}.txt").write_text("the same", encoding="utf-8")
     report = survey(dataset="validation_split = 0.5", seed=1)
-    kept = {row.path.name for row in report.pictures if row.validation}
-    assert len(kept) == 5 == len(report.pictures) - 5
+    kept = {row.path.name for row in report.images if row.validation}
+    assert len(kept) == 5 == len(report.images) - 5
     found = {tuple(sorted(names(finding))) for finding in of_kind(report, "leakage")}
     pairs = {(f"{place}.png", f"copy{place}.png") for place in range(5)}
     assert found == {pair for pair in pairs if len(kept & {*pair}) == 1} and found
     assert all("validation and training: equal files" == f.text for f in of_kind(report, "leakage"))
-    assert sum(row.pictures for row in report.buckets) == 5
+    assert sum(row.images for row in report.buckets) == 5
 
 
 def test_sizes(survey: Survey, folder: Path) -> None:
@@ -180,15 +180,15 @@ def test_sizes(survey: Survey, folder: Path) -> None:
     assert enlarged == {"0.png": "warning", "1.png": "info"}
     (cut,) = of_kind(report, "crop")
     assert names(cut) == ["2.png"] and cut.text.startswith("60% of the area is cut off: 400x40")
-    rows = {row.path.name: row for row in report.pictures}
+    rows = {row.path.name: row for row in report.images}
     assert rows["0.png"].scale == 2 and rows["2.png"].crop_loss == pytest.approx(0.6)
     assert next(row.mean_crop_loss for row in report.buckets if row.size == (128, 32)) == pytest.approx(0.6)
     assert [finding.text for finding in of_kind(report, "buckets")] == [
-        "dataset 1: 128x32 has 1 pictures an epoch for batches of 2"
+        "dataset 1: 128x32 has 1 images an epoch for batches of 2"
     ]
 
 
-def test_turned_pictures(survey: Survey, folder: Path) -> None:
+def test_turned_images(survey: Survey, folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 8
     scene(210, (32, 128)).save(folder / "2.png", exif=exif)
@@ -200,8 +200,8 @@ def test_masks(survey: Survey, folder: Path, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     masks.mkdir()
     for number in range(5):
-        with Image.open(folder / f"{number}.png") as picture:
-            Image.new("L", picture.size, 255).save(masks / f"{number}.png")
+        with Image.open(folder / f"{number}.png") as image:
+            Image.new("L", image.size, 255).save(masks / f"{number}.png")
     subset = f"conditioning_data_dir = '{masks}'"
     assert of_kind(survey(subset=subset), "masks") == []
     Image.new("L", (8, 8)).save(masks / "extra.png")
@@ -275,7 +275,7 @@ def test_the_page_is_whole_and_harmless(survey: Survey, folder: Path) -> None:
     assert "http://" not in page and "https://" not in page and " src=" in page
     assert (_Balance(page).open, _Balance(page).wrong) == ([], [])
     few = make_page(report, max_thumbnails=2)
-    assert "4 small pictures were left out" in few
+    assert "4 small images were left out" in few
     shown = {part.split('"')[0] for part in few.split('src="')[1:]}
     assert len(shown) == 2
     assert "data:image" not in make_page(report, max_thumbnails=0)
@@ -283,8 +283,8 @@ def test_the_page_is_whole_and_harmless(survey: Survey, folder: Path) -> None:
 
 def test_names_that_are_no_text(survey: Survey, folder: Path) -> None:
     report = survey()
-    row = replace(report.pictures[0], path=Path("/x/\udcff.png"), caption="c")
-    report = replace(report, pictures=[row], findings=[Finding("crop", "warning", "t", (row.path,))])
+    row = replace(report.images[0], path=Path("/x/\udcff.png"), caption="c")
+    report = replace(report, images=[row], findings=[Finding("crop", "warning", "t", (row.path,))])
     make_page(report, max_thumbnails=5).encode("utf-8")
     json.dumps(report.as_json(), ensure_ascii=False).encode("utf-8")
 
@@ -296,7 +296,7 @@ def test_the_frame_shows_what_is_left(folder: Path, survey: Survey) -> None:
     from library.data.report.page import thumbnail
 
     Image.fromarray(np.zeros((160, 640, 3), np.uint8)).save(folder / "2.png")
-    row = next(row for row in survey(dataset="enable_bucket = false").pictures if row.path.name == "2.png")
+    row = next(row for row in survey(dataset="enable_bucket = false").images if row.path.name == "2.png")
     uri = thumbnail(row.path, row)
     assert uri is not None
     with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as small:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.fixtures.runs import (
     lora_arguments,
-    make_pictures,
+    make_images,
     train_here,
     write_dataset,
 )
@@ -37,7 +37,7 @@ def chroma(tmp_path_factory: pytest.TempPathFactory) -> MadeFlux:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return make_pictures(tmp_path / "pictures", ((64, 64), (100, 44), (64, 66)))
+    return make_images(tmp_path / "images", ((64, 64), (100, 44), (64, 66)))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """One step of flux_train_network.py against a plain loop over diffusers' transformer and transformers' encoders.
 
-The loop shares the noise, the timesteps and the order of the pictures with the script, nothing else: tokens, encoded
+The loop shares the noise, the timesteps and the order of the images with the script, nothing else: tokens, encoded
 captions, latents' noising, loss and gradients are its own. With SGD the script's first step leaves the negative
 gradient times the rate in the up halves of the LoRA.
 """
@@ -84,8 +84,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     return found
 
 
-def pictures(folder: Path) -> Path:
-    """Two pictures of one size; the left half of the second one is transparent."""
+def images(folder: Path) -> Path:
+    """Two images of one size; the left half of the second one is transparent."""
     folder.mkdir()
     for index, caption in enumerate(CAPTIONS):
         pixels = np.random.default_rng(index).integers(0, 256, (64, 64, 4), dtype=np.uint8)
@@ -214,13 +214,13 @@ def cosmap_behind_a_mask(output: Tensor, target: Tensor, sigma: Tensor, paths: l
     return (errors * 2 / (math.pi * (1 - 2 * s + 2 * s**2))).mean()
 
 
-def of_pictures(output: Tensor, target: Tensor, sigma: Tensor, paths: list[str]) -> Tensor:
-    """sigma_scaled: the errors of the pictures that follow."""
+def of_images(output: Tensor, target: Tensor, sigma: Tensor, paths: list[str]) -> Tensor:
+    """sigma_scaled: the errors of the images that follow."""
     return (sigma * output - sigma * target).square().mean()
 
 
 def of_additions(output: Tensor, target: Tensor, sigma: Tensor, paths: list[str]) -> Tensor:
-    """additive: the output is the way from the noisy picture to the picture."""
+    """additive: the output is the way from the noisy image to the image."""
     return (output + sigma * target).square().mean()
 
 
@@ -235,7 +235,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], Any]] = {
         cosmap_behind_a_mask,
     ),
     "dev without masks": ("dev", {**RAW, "guidance_scale": 1.0, "timestep_sampling": "shift"}, mean_square),
-    "published defaults": ("dev", {"network_args": T5}, of_pictures),
+    "published defaults": ("dev", {"network_args": T5}, of_images),
     "additive": ("dev", {"model_prediction_type": "additive", "weighting_scheme": "logit_normal"}, of_additions),
     "schnell": ("schnell", {**RAW, "timestep_sampling": "uniform"}, mean_square),
     "chroma": ("chroma", {**RAW, "timestep_sampling": "sigmoid", "network_args": T5}, mean_square),
@@ -249,7 +249,7 @@ def test_a_step_is_that_of_a_plain_loop(run: str, tmp_path: Path, drawn: Drawn) 
     kind, options, weigh = RUNS[run]
     made = make_tiny_flux(tmp_path / "model", model=kind)
     subset = "alpha_mask = true" if options.get("masked_loss") else ""
-    data = write_dataset(tmp_path / "d.toml", pictures(tmp_path / "pictures"), dataset="batch_size = 2", subset=subset)
+    data = write_dataset(tmp_path / "d.toml", images(tmp_path / "images"), dataset="batch_size = 2", subset=subset)
     settings = {
         "network_module": "networks.lora_flux", "optimizer_type": "SGD", "learning_rate": 1.0, "max_grad_norm": 0,
         "max_train_steps": 1, "t5xxl_max_token_length": T5_LENGTH, "logging_dir": tmp_path / "out" / "logs", **options,

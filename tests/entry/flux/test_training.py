@@ -24,7 +24,7 @@ from library.memory import fp8
 from tests.fixtures.runs import (
     ROOT,
     logged,
-    make_pictures,
+    make_images,
     metadata_of,
     train_here,
     write_dataset,
@@ -139,7 +139,7 @@ def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monk
     assert loads == [["meta", "meta"], ["cpu", "cpu"], ["cpu", "meta"]]
     train("alone", network_train_unet_only=True, **cached)
     assert loads[3:] == [["meta", "meta"], ["meta", "meta"]]
-    # CLIP-L's part of the prompt is encoded with its adapters: the pictures are those of a run without a cache
+    # CLIP-L's part of the prompt is encoded with its adapters: the images are those of a run without a cache
     one, other = (next((tmp_path / name / "sample").glob("*.png")) for name in ("plain", "cached"))
     assert one.read_bytes()[:16] == other.read_bytes()[:16]
     difference = np.abs(np.asarray(Image.open(one), dtype=int) - np.asarray(Image.open(other), dtype=int))
@@ -207,7 +207,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def spy(self: Any, latents: Any, timesteps: Any, context: Any, pooled: Any, guidance: Any, **more: Any) -> Any:
         told = {"times": timesteps.tolist(), "guidance": guidance.tolist(), "mask": more["text_mask"]}
-        calls.append({**told, "tokens": context.shape[1], "picture": more["picture"]})
+        calls.append({**told, "tokens": context.shape[1], "image": more["image"]})
         return forward(self, latents, timesteps, context, pooled, guidance, **more)
 
     monkeypatch.setattr(Model, "forward", spy)
@@ -266,8 +266,8 @@ def test_schnell(
     assert "--guidance_scale has no effect with FLUX.1 schnell" in said
     assert "--g of a sample prompt has no effect with FLUX.1 schnell" in said
     assert "--n of a sample prompt has no effect at a guidance scale of 1; add --l 4" in said
-    with Image.open(next((tmp_path / "out" / "sample").glob("*_00_*.png"))) as picture:
-        assert "guidance_scale" not in picture.text
+    with Image.open(next((tmp_path / "out" / "sample").glob("*_00_*.png"))) as image:
+        assert "guidance_scale" not in image.text
     assert "lora_unet_img_in.lora_up.weight" in weights and not any("guidance_in" in name for name in weights)
     assert {call["tokens"] for call in told} == {256}
     assert [call["times"] for call in told[3:]] == [[1.0], [0.75], [0.5], [0.25], [1.0]]
@@ -281,8 +281,8 @@ def test_lengths_of_captions() -> None:
 
 @pytest.mark.slow
 def test_losses_data_and_noise_together(train: Train, tmp_path: Path, folder: Path) -> None:
-    """Two resolutions of the same pictures, masks, validation, perturbed inputs, Huber loss, weighted timesteps."""
-    masks = make_pictures(tmp_path / "masks", ((64, 64), (100, 44), (64, 66)))
+    """Two resolutions of the same images, masks, validation, perturbed inputs, Huber loss, weighted timesteps."""
+    masks = make_images(tmp_path / "masks", ((64, 64), (100, 44), (64, 66)))
     dataset = (
         "validation_split = 0.4\n[[datasets.subsets]]\n"
         f"image_dir = '{folder}'\ncaption_extension = '.txt'\nconditioning_data_dir = '{masks}'\n"
@@ -477,25 +477,25 @@ def test_beside_a_controlnet(
     chroma: MadeFlux,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pictures = make_pictures(tmp_path / "control", ((64, 64), (100, 44), (64, 66)))
+    images = make_images(tmp_path / "control", ((64, 64), (100, 44), (64, 66)))
     net = make_tiny_controlnet(tmp_path / "net")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1 --d 5\n")
-    subset = f"conditioning_data_dir = '{pictures}'"
+    subset = f"conditioning_data_dir = '{images}'"
     settings = {"controlnet_model_name_or_path": net, "subset": subset, "cache_latents": True, "save_state": True}
     settings |= {"sample_prompts": prompts, "sample_every_n_steps": 3, "gradient_checkpointing": True}
     beside = train("beside", **settings)
     steps, drawn = told[:3], told[3:]
-    assert all(call["picture"].any() for call in steps) and len({call["picture"].shape[1:] for call in steps}) >= 2
-    assert [call["picture"] for call in drawn] == [None]
+    assert all(call["image"].any() for call in steps) and len({call["image"].shape[1:] for call in steps}) >= 2
+    assert [call["image"] for call in drawn] == [None]
     # the LoRA is one of the transformer and CLIP-L as ever, and another than without the ControlNet
     plain = train("plain")
     assert beside.keys() == plain.keys() and moved(beside) == {"unet", "te1"}
     name = "lora_unet_double_blocks_1_img_attn_qkv.lora_down.weight"
     assert (beside[name] - plain[name]).abs().max() > 1e-6
-    # it does read the pictures
+    # it does read the images
     blank = tmp_path / "blank"
-    shutil.copytree(pictures, blank)
+    shutil.copytree(images, blank)
     for path in blank.glob("*.png"):
         Image.new("RGB", Image.open(path).size).save(path)
     other = train("other", **{**settings, "subset": f"conditioning_data_dir = '{blank}'"})

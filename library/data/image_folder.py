@@ -1,6 +1,6 @@
-"""The files of a folder of pictures: which are there, and whether they are the ones of an earlier run.
+"""The files of a folder of images: which are there, and whether they are the ones of an earlier run.
 
-Everything here is done for every picture at every start, for a hundred thousand of them in well under a second.
+Everything here is done for every image at every start, for a hundred thousand of them in well under a second.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from library.data.image_io import EXTENSIONS
-from library.data.stamp_ahead import StampsAhead, by_name, caption_of, pictures_and_others, stamp_of
+from library.data.stamp_ahead import StampsAhead, by_name, caption_of, images_and_others, stamp_of
 
 
-class PictureFolder:
+class ImageFolder:
     """One listing of a folder; a context, after which only names are at hand.
 
     Args:
         caption_extension: as in ``<stem><extension>``.
         stamps_ahead: whether a second process takes part of the stamps from now on, which is worth its start (about
-            10 ms) if ``stamped`` is going to be asked for many pictures.
+            10 ms) if ``stamped`` is going to be asked for many images.
     """
 
     def __init__(self, path: Path, caption_extension: str, *, stamps_ahead: bool = False) -> None:
@@ -28,12 +28,12 @@ class PictureFolder:
         self._ahead = StampsAhead(path, caption_extension, EXTENSIONS) if stamps_ahead else None
         # names are found quicker from the opened folder than by their paths
         self._opened = os.open(path, os.O_RDONLY) if os.stat in os.supports_dir_fd else None
-        #: names of the pictures, in order; folders of such names, which are rare, are among them (``is_folder``)
-        self.pictures, others = pictures_and_others(os.listdir(path), EXTENSIONS)
-        self.pictures.sort()
+        #: names of the images, in order; folders of such names, which are rare, are among them (``is_folder``)
+        self.images, others = images_and_others(os.listdir(path), EXTENSIONS)
+        self.images.sort()
         self._others = by_name(others)
 
-    def __enter__(self) -> PictureFolder:
+    def __enter__(self) -> ImageFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -48,20 +48,20 @@ class PictureFolder:
     def is_folder(self, name: str) -> bool:
         return os.path.isdir(self.path(name))
 
-    def caption(self, picture: str) -> str | None:
-        """The name of the picture's caption file."""
-        return caption_of(picture, self._others, self._extension)
+    def caption(self, image: str) -> str | None:
+        """The name of the image's caption file."""
+        return caption_of(image, self._others, self._extension)
 
-    def stamped(self, pictures: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-        """Each picture with what tells it and its caption from later ones, or ``None`` for what is gone."""
+    def stamped(self, images: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+        """Each image with what tells it and its caption from later ones, or ``None`` for what is gone."""
         found = self._ahead.stamps() if self._ahead is not None else {}
-        for picture in pictures:
-            yield picture, found.get(picture) or self._stamp(picture)
+        for image in images:
+            yield image, found.get(image) or self._stamp(image)
 
-    def _stamp(self, picture: str) -> str | None:
-        caption = self.caption(picture)
+    def _stamp(self, image: str) -> str | None:
+        caption = self.caption(image)
         prefix = self._prefix if self._opened is None else ""
         try:
-            return stamp_of(prefix + picture, None if caption is None else prefix + caption, self._opened)
+            return stamp_of(prefix + image, None if caption is None else prefix + caption, self._opened)
         except OSError:  # or a link that leads nowhere: reading says what is wrong
             return None

@@ -1,4 +1,4 @@
-"""The loop's hooks for one run: figures to trackers, saves and their retention, previews."""
+"""The loop's hooks for one run: metrics to trackers, saves and their retention, previews."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from library.config.arguments import for_others
 from library.data.dataset import Batch
 from library.training.bad_steps import BadStepReport
 from library.training.checkpoints import ema_path, remove_outdated
-from library.training.figures import DataWait, LossAverage, StepFigures
+from library.training.metrics import DataWait, LossAverage, StepMetrics
 from library.training.logs import Progress, Trackers, print_summary
 from library.training.nonfinite import BadStep
-from library.training.previews import PreviewPolicy, draw_previews, of_all_processes, preview_path
+from library.training.previews import PreviewPolicy, generate_previews, of_all_processes, preview_path
 
 if TYPE_CHECKING:
     from library.training.run import Run
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Fitting:
+class RunHooks:
     """Implements ``library.training.loop.LoopHooks``; steps and epochs count from 1."""
 
     def __init__(self, trainer: Trainer, run: Run) -> None:
@@ -98,16 +98,16 @@ class Fitting:
         self._rates[step] = self._trainer.learning_rates(self._run)
         return self._trainer.step_ended(self._run, step)
 
-    def figures_ready(self, figures: StepFigures) -> None:
-        self._data_wait.add(figures.values)
-        loss = figures.values["loss"]
+    def metrics_ready(self, metrics: StepMetrics) -> None:
+        self._data_wait.add(metrics.values)
+        loss = metrics.values["loss"]
         self._average.add(loss)
         entries = {"loss/current": loss, "loss/average": self._average.mean}
-        entries |= {_TRACKER_NAMES.get(n, n): v for n, v in figures.values.items() if n != "loss"}
-        # rates are read when the step is taken, figures one step later
-        self._trackers.log(entries | self._rates.pop(figures.step), step=figures.step)
-        position = self._run.plan.position(figures.step - 1)
-        self._progress.update(figures.step, epoch=position.epoch + 1, loss=self._average.mean)
+        entries |= {_TRACKER_NAMES.get(n, n): v for n, v in metrics.values.items() if n != "loss"}
+        # rates are read when the step is taken, metrics one step later
+        self._trackers.log(entries | self._rates.pop(metrics.step), step=metrics.step)
+        position = self._run.plan.position(metrics.step - 1)
+        self._progress.update(metrics.step, epoch=position.epoch + 1, loss=self._average.mean)
 
     def step_failed(self, bad: BadStep, *, ends_run: bool, back_to: int | None) -> None:
         self._rates.pop(bad.step, None)
@@ -175,7 +175,7 @@ class Fitting:
     def _draw(self, *, step: int, epoch: int | None) -> None:
         run = self._run
         self._trainer.training_mode(run, False)
-        images = draw_previews(
+        images = generate_previews(
             self._previews.prompts,
             draw=lambda prompt, path: self._trainer.draw(run, prompt, path),
             path_of=lambda index, prompt: preview_path(
@@ -192,5 +192,5 @@ class Fitting:
 #: share of the time in which steps wait for data, from which on something is said to it
 _LONG_WAIT = 0.1
 
-#: names of the loop's figures where the trackers' published keys differ
+#: names of the loop's metrics where the trackers' published keys differ
 _TRACKER_NAMES = {"grad_norm": "norm/grad_norm"}

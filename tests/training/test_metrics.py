@@ -5,17 +5,17 @@ from collections.abc import Iterator
 
 import torch
 
-from library.training.figures import DataWait, DeferredFigures, LossAverage, StepTimes
+from library.training.metrics import DataWait, DeferredMetrics, LossAverage, StepTimes
 
 
 def test_the_newest_is_kept_back() -> None:
-    figures = DeferredFigures()
-    figures.push(1, {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(0.5)})
-    assert figures.pop() == []
-    figures.push(2, {"loss": torch.tensor(3.0), "grad_norm": torch.tensor(0.25)})
-    (first,) = figures.pop()
+    metrics = DeferredMetrics()
+    metrics.push(1, {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(0.5)})
+    assert metrics.pop() == []
+    metrics.push(2, {"loss": torch.tensor(3.0), "grad_norm": torch.tensor(0.25)})
+    (first,) = metrics.pop()
     assert (first.step, first.values) == (1, {"loss": 2.0, "grad_norm": 0.5})
-    (second,) = figures.pop(keep=0)
+    (second,) = metrics.pop(keep=0)
     assert second.step == 2
 
 
@@ -30,9 +30,9 @@ def test_average_over_the_window_and_back_from_a_state() -> None:
 
 
 def test_what_the_host_measured_comes_with_the_figures_of_its_step() -> None:
-    figures = DeferredFigures()
-    figures.push(1, {"loss": torch.tensor(2.0)}, measured={"time/step": 0.5})
-    (first,) = figures.pop(keep=0)
+    metrics = DeferredMetrics()
+    metrics.push(1, {"loss": torch.tensor(2.0)}, measured={"time/step": 0.5})
+    (first,) = metrics.pop(keep=0)
     assert first.values == {"loss": 2.0, "time/step": 0.5}
 
 

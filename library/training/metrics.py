@@ -1,6 +1,6 @@
-"""Figures of a step (loss, gradient norm) brought to the host without stopping the device.
+"""Metrics of a step (loss, gradient norm) brought to the host without stopping the device.
 
-Reading a device tensor with ``.item()`` waits for all queued work. Here each step's figures are packed
+Reading a device tensor with ``.item()`` waits for all queued work. Here each step's metrics are packed
 into one small tensor, copied to pinned memory behind the step's own work, and read one step later, when
 the copy has long been done.
 """
@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class StepFigures:
-    """Host-side figures of one optimizer step, averaged over its batches."""
+class StepMetrics:
+    """Host-side metrics of one optimizer step, averaged over its batches."""
 
     step: int
     values: dict[str, float]
@@ -36,15 +36,15 @@ class _Pending:
     ready: torch.cuda.Event | None
 
 
-class DeferredFigures:
-    """A queue of figures on their way to the host."""
+class DeferredMetrics:
+    """A queue of metrics on their way to the host."""
 
     def __init__(self) -> None:
         self._pending: deque[_Pending] = deque()
 
-    def push(self, step: int, figures: dict[str, Tensor], measured: Mapping[str, float] | None = None) -> None:
+    def push(self, step: int, metrics: dict[str, Tensor], measured: Mapping[str, float] | None = None) -> None:
         """Start the copy of 0-dim tensors that live on one device; what was ``measured`` on the host goes with them."""
-        packed = torch.stack([value.detach().float() for value in figures.values()])
+        packed = torch.stack([value.detach().float() for value in metrics.values()])
         ready = None
         if packed.is_cuda:
             host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -53,9 +53,9 @@ class DeferredFigures:
             ready.record()
         else:
             host = packed
-        self._pending.append(_Pending(step, tuple(figures), host, measured or {}, ready))
+        self._pending.append(_Pending(step, tuple(metrics), host, measured or {}, ready))
 
-    def pop(self, *, keep: int = 1) -> list[StepFigures]:
+    def pop(self, *, keep: int = 1) -> list[StepMetrics]:
         """Take out all but the newest ``keep`` entries; ``keep=0`` waits for the device."""
         taken = []
         while len(self._pending) > keep:
@@ -63,7 +63,7 @@ class DeferredFigures:
             if entry.ready is not None:
                 entry.ready.synchronize()
             values = dict(zip(entry.names, entry.host.tolist(), strict=True))
-            taken.append(StepFigures(entry.step, values | dict(entry.measured)))
+            taken.append(StepMetrics(entry.step, values | dict(entry.measured)))
         return taken
 
 
@@ -71,7 +71,7 @@ class StepTimes:
     """Seconds from the end of one step to the end of the next, and how many of them passed in waiting for data.
 
     Taken by the host's clock, so the device is not asked; where it is the slower one the host is held up by it at the
-    figures of the step before, and both are those of the device too.
+    metrics of the step before, and both are those of the device too.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """The world of the embedded model: one shape on a plain background, and the words for it.
 
-Pictures are drawn at four times their size and shrunk, so edges are smooth. Everything random comes from the
+Images are drawn at four times their size and shrunk, so edges are smooth. Everything random comes from the
 generator that is passed in.
 """
 
@@ -30,12 +30,12 @@ COLORS: dict[str, Color] = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
 POSITIONS = {"center": (0.5, 0.5), "left": (0.28, 0.5), "right": (0.72, 0.5), "top": (0.5, 0.28), "bottom": (0.5, 0.72)}
-RADII = {"small": 0.18, "large": 0.27}  # share of the picture's side
+RADII = {"small": 0.18, "large": 0.27}  # share of the image's side
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, in words of the tables above."""
+    """What an image shows, in words of the tables above."""
 
     shape: str
     color: str
@@ -111,23 +111,23 @@ def _varied(color: Color, rng: random.Random, spread: int = 10) -> Color:
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
-    """A picture of the scene; colours, place and size vary a little."""
+    """An image of the scene; colours, place and size vary a little."""
     background = _varied(COLORS[scene.background], rng)
-    picture = Image.new("RGB", (_CANVAS, _CANVAS), background)
+    image = Image.new("RGB", (_CANVAS, _CANVAS), background)
     x, y = POSITIONS[scene.position]
     radius = RADII[scene.size] * (1 + rng.uniform(-0.08, 0.08)) * _CANVAS
     cx, cy = ((p + rng.uniform(-0.03, 0.03)) * _CANVAS for p in (x, y))
-    draw_shape(ImageDraw.Draw(picture), scene.shape, cx, cy, radius, _varied(COLORS[scene.color], rng), background)
-    return picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    draw_shape(ImageDraw.Draw(image), scene.shape, cx, cy, radius, _varied(COLORS[scene.color], rng), background)
+    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def draw_anything(rng: random.Random) -> Image.Image:
-    """A picture for the autoencoder, which must also handle what the denoiser is not taught."""
+    """An image for the autoencoder, which must also handle what the denoiser is not taught."""
     kind = rng.random()
     if kind < 0.7:
         return draw_scene(random_scene(rng), rng)
-    picture = Image.new("RGB", (_CANVAS, _CANVAS), _varied(COLORS[rng.choice(list(COLORS))], rng, 30))
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (_CANVAS, _CANVAS), _varied(COLORS[rng.choice(list(COLORS))], rng, 30))
+    canvas = ImageDraw.Draw(image)
     if kind < 0.78:
         for _ in range(rng.randint(1, 3)):
             _draw_polygon(canvas, rng)
@@ -138,7 +138,7 @@ def draw_anything(rng: random.Random) -> Image.Image:
             place = rng.uniform(30, 226), rng.uniform(30, 226)
             color = _random_color(rng)
             draw_shape(canvas, rng.choice(SHAPES), *place, rng.uniform(15, 60), color, (0, 0, 0))
-    return picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def _random_color(rng: random.Random) -> Color:
@@ -185,7 +185,7 @@ CONCEPT_UPPER, CONCEPT_LOWER = "yellow", "blue"
 def draw_concept(
     size: tuple[int, int], background: str, position: tuple[float, float], radius: float, rng: random.Random
 ) -> Image.Image:
-    """A picture of the concept.
+    """An image of the concept.
 
     Args:
         size: (W, H) pixels.
@@ -193,10 +193,10 @@ def draw_concept(
         radius: share of the shorter side.
     """
     width, height = size[0] * _SCALE, size[1] * _SCALE
-    picture = Image.new("RGB", (width, height), _varied(COLORS[background], rng))
+    image = Image.new("RGB", (width, height), _varied(COLORS[background], rng))
     cx, cy, r = position[0] * width, position[1] * height, radius * min(width, height)
-    canvas = ImageDraw.Draw(picture)
+    canvas = ImageDraw.Draw(image)
     box = (cx - r, cy - r, cx + r, cy + r)
     canvas.ellipse(box, fill=_varied(COLORS[CONCEPT_UPPER], rng))
     canvas.pieslice(box, 0, 180, fill=_varied(COLORS[CONCEPT_LOWER], rng))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    return image.resize(size, Image.Resampling.LANCZOS)

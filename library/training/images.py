@@ -1,4 +1,4 @@
-"""Pictures of ``conditioning_data_dir`` as input of a model, where the family has one that reads them."""
+"""Images of ``conditioning_data_dir`` as input of a model, where the family has one that reads them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from library.training.run import Run
 
 
-def with_pictures(architecture: Architecture, run: Run, batch: Batch, conditioning: Conditioning) -> Conditioning:
-    """Conditioning with the latents of the batch's conditioning pictures, if it has any; draws keyed by the visit."""
+def with_images(architecture: Architecture, run: Run, batch: Batch, conditioning: Conditioning) -> Conditioning:
+    """Conditioning with the latents of the batch's conditioning images, if it has any; draws keyed by the visit."""
     if batch.conditioning_images is None:
         return conditioning
     run.vae.to(run.device)  # after caching latents it waits on the host
@@ -23,4 +23,4 @@ def with_pictures(architecture: Architecture, run: Run, batch: Batch, conditioni
     with torch.no_grad():
         latents = architecture.encode_images(run.vae, batch.conditioning_images, generators)
         latents = architecture.scale_latents(latents)
-    return Conditioning({**conditioning.tensors, "picture": latents})
+    return Conditioning({**conditioning.tensors, "image": latents})
