@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.base import TextFormat, WeightsIdentity
+from library.architectures.common.clean_text import is_changed_by_cleaning
 from library.data.array_file import ArrayFile, open_arrays
 from library.data.cache_format import STAMP
 from library.files.atomic import atomic_path
@@ -53,6 +54,7 @@ class TextStamp:
     clip_skip: int | None
     weighted: bool
     own: Mapping[str, object] = field(default_factory=dict)
+    cleaned: bool = False  # whether captions were cleaned as CLIP does; older files do not say so
     version: int = _STAMP_VERSION
 
     @staticmethod
@@ -67,6 +69,7 @@ class TextStamp:
             clip_skip=settings.clip_skip,
             weighted=settings.weighted,
             own=dict(settings.own),
+            cleaned=True,
         )
 
     @staticmethod
@@ -86,6 +89,8 @@ class TextStamp:
         """
         if not set(captions) <= set(self.captions):
             return "made for other captions"
+        if not self.cleaned and any(map(is_changed_by_cleaning, captions)):
+            return "made before captions were cleaned as CLIP does (curly quotes, full-width letters and the like)"
         made_with = {
             "--max_token_length": (self.max_token_length, settings.max_token_length),
             "--clip_skip": (self.clip_skip, settings.clip_skip),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import subprocess
@@ -242,6 +243,24 @@ def test_damaged_and_unknown_files_are_made_again(
     with np.load(path) as new:
         assert np.isfinite(new["context"]).all()
     assert len(path.read_bytes()) == len(good)
+    assert fill(make_data()) == 0
+
+
+def test_files_from_before_captions_were_cleaned(
+    make_data: Make, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are made again where cleaning changes a caption, and serve where it does not."""
+    (folder / "b.txt").write_text("it’s b", encoding="utf-8")
+    fill(make_data())
+    for name in ("a", "b"):
+        path = folder / f"{name}_x_te.npz"
+        with np.load(path) as file:
+            stamp = json.loads(str(file["stamp"]))
+        assert stamp.pop("cleaned") is True
+        rewrite(path, stamp=np.array(json.dumps(stamp)))
+    with caplog.at_level(logging.WARNING):
+        assert fill(make_data()) == 1
+    assert "before captions were cleaned as CLIP does" in caplog.text and "b_x_te.npz" in caplog.text
     assert fill(make_data()) == 0
 
 

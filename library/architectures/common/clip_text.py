@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from library.architectures.base import CaptionLength
+from library.architectures.common.clean_text import clean_text
 from library.inference.emphasis import parse_emphasis
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ def load_tokenizer(folder: Path, *, padding: str | None = None) -> CLIPTokenizer
 def tokenize(
     tokenizer: CLIPTokenizer, captions: Sequence[str], *, max_token_length: int | None, weighted: bool
 ) -> dict[str, Tensor]:
-    """Captions to windows of tokens; what is longer than ``max_token_length`` (75, 150 or 225) is cut off.
+    """Clean captions and split them into windows of tokens.
 
-    Every window has its own start and end token and is filled up with the tokenizer's padding: the end token for
-    CLIP-L, id 0 for OpenCLIP's encoders.
+    What is longer than ``max_token_length`` (75, 150 or 225) is cut off. Every window has its own start and end token
+    and is padded with the tokenizer's padding: the end token for CLIP-L, id 0 for OpenCLIP's encoders.
 
     Returns:
         ``input_ids`` (B, n, 77) int64 and, if ``weighted``, ``weights`` (B, n, 77) float32: 1 on start, end, padding.
@@ -57,7 +58,7 @@ def tokenize(
         token_weights: list[float] = []
         for text, weight in pieces:
             # captions go one by one: batches would start tokenizer threads, which must not exist before a fork
-            found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            found = tokenizer(clean_text(text), add_special_tokens=False, verbose=False).input_ids
             tokens += found
             token_weights += [weight] * len(found)
         rows.append([])
@@ -82,7 +83,7 @@ def caption_length(
     limit = _windows(max_token_length) * BODY
     pieces = [text for text, _ in parse_emphasis(caption)] if weighted else [caption]
     count, cut = 0, ""
-    for text in pieces:
+    for text in map(clean_text, pieces):
         # where each token begins in the text
         places = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True).offset_mapping
         room = limit - count
