@@ -22,7 +22,11 @@ class UserError(Exception):
     """
 
 
-class NoEffect(str):
+class Doubtful(str):
+    """A warning of what is hardly meant; ``--strict`` makes it an error."""
+
+
+class NoEffect(Doubtful):
     """A warning that an option changes nothing in this run; ``--strict`` makes it an error."""
 
 

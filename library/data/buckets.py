@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 Size = tuple[int, int]
 
+#: keeps a whole number that came out a little too small, pixels
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class BucketRules:
@@ -54,13 +57,15 @@ def make_sizes(rules: BucketRules) -> list[Size]:
     """
     area = rules.resolution[0] * rules.resolution[1]
     sizes = set()
-    for width in rules.sides:
+    shortest = _up(rules.min_side, rules.step)
+    # no side is longer than the area allows beside the shortest one, wherever the upper bound lies
+    for width in range(shortest, min(rules.max_side, area // shortest) + 1, rules.step):
         # the square too, which is not the tallest of its width where the resolution is no multiple of the step
         if width * width <= area:
             sizes.add((width, width))
         # not by trying all, as bounds far apart with a small step make tens of thousands of sides
         height = min(rules.sides[-1], area // width // rules.step * rules.step)
-        if height >= rules.sides[0]:
+        if height >= shortest:
             sizes |= {(width, height), (height, width)}
     by_ratio: dict[float, Size] = {}
     for size in sorted(sizes, key=lambda s: s[0] * s[1]):
@@ -75,15 +80,34 @@ def own_size(size: Size, rules: BucketRules) -> Size:
     the area would be exceeded.
     """
     width, height = size
-    area = rules.resolution[0] * rules.resolution[1]
+    area, step = rules.resolution[0] * rules.resolution[1], rules.step
     if width * height > area:
-        scale = (area / (width * height)) ** 0.5
-        width, height = int(width * scale + 1e-6), int(height * scale + 1e-6)
-    step = rules.step
+        width, height = _shrunk(size, area, step)
     longest = max(step, area // step // step * step)  # beside a side of ``step``
     if min(width, height) < step:
         width, height = min(width, longest), min(height, longest)
     return max(step, width // step * step), max(step, height // step * step)
+
+
+def _shrunk(size: Size, area: int, step: int) -> Size:
+    """The size for an image larger than ``area``: one side as long as fits, the other from the aspect ratio.
+
+    Cutting both sides to the step by themselves may cut one by almost a whole step and the other by nothing. So each
+    side in turn is cut first and the other follows from it; of the two results the nearer aspect ratio is taken.
+    """
+    ratio = size[0] / size[1]
+    width = (area * ratio) ** 0.5
+    height = width / ratio
+    wide, high = _down(width, step), _down(height, step)
+    found = [(wide, _down(wide / ratio, step)), (_down(high * ratio, step), high)]
+    found = [s for s in found if min(s) >= step]
+    if not found:
+        return int(width + _ROUNDING), int(height + _ROUNDING)
+    return min(found, key=lambda s: (abs(s[0] / s[1] - ratio), -s[0] * s[1]))
+
+
+def _down(length: float, step: int) -> int:
+    return int(length + _ROUNDING) // step * step
 
 
 def _up(value: int, step: int) -> int:

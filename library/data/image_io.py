@@ -304,15 +304,19 @@ def cut_mask(mask: np.ndarray, resized: tuple[int, int], box: tuple[int, int, in
 
 
 def crop_box(
-    resized: tuple[int, int], bucket: tuple[int, int], fraction: tuple[float, float] = (0.5, 0.5)
+    resized: tuple[int, int], bucket: tuple[int, int], fraction: tuple[float, float] | None = None
 ) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of the bucket in the resized image.
 
     Args:
-        fraction: where the crop lies in what sticks out, left to right and top to bottom; 0.5 is the middle.
+        fraction: where the crop lies in what sticks out, left to right and top to bottom; ``None``: the middle, and of
+            an odd number of pixels one more is cut off at the right and the bottom, as published.
     """
-    left = round((resized[0] - bucket[0]) * fraction[0])
-    top = round((resized[1] - bucket[1]) * fraction[1])
+    extra = (resized[0] - bucket[0], resized[1] - bucket[1])
+    if fraction is None:
+        left, top = (pixels // 2 for pixels in extra)
+    else:
+        left, top = (round(pixels * share) for pixels, share in zip(extra, fraction, strict=True))
     return left, top, left + bucket[0], top + bucket[1]
 
 

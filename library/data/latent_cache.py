@@ -25,6 +25,7 @@ from library.data.cache_format import (
     read_cache,
     read_sample,
 )
+from library.data.image_io import covering_size, crop_box
 from library.data.latent_encoding import THREADS, Encode, Wanted, encode_all, to_pixels, to_weights
 from library.errors import USER_ERROR_EXIT_CODE, UserError
 
@@ -139,7 +140,10 @@ def _examine(wanted: Wanted, format: LatentFormat, vae_identity: str) -> _State:
     arrays = (cached.latents, cached.latents_flipped, cached.alpha_mask)
     if not all(np.isfinite(values).all() for values in arrays if values is not None):
         return _State(False, "files hold values that are not finite", str(path))
-    if stamp is None or is_current(
+    if stamp is None:
+        return _State(True)
+    crop = crop_box(covering_size(wanted.size, wanted.bucket), wanted.bucket)
+    if cached.crop_ltrb == crop and is_current(
         stamp, wanted.path, vae=vae_identity, bucket=wanted.bucket, interpolation=wanted.interpolation
     ):
         return _State(True)

@@ -15,12 +15,14 @@ from typing import ClassVar
 
 from library.architectures.base import Architecture
 from library.config.console import setup_console
+from library.config.no_effect import report
 from library.config.rules import RULES, needs_network, needs_output
 from library.config.rules import check as check_rules
 from library.config.tool_arguments import CacheToolOptions, build_tool_parser, names_of
 from library.config.tool_arguments import FamilyToolOptions as _FamilyOptions
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
+from library.data.unread_captions import unread_captions
 from library.errors import UserError, exits_on_user_error
 from library.training.caching import CacheJob, inspect_model
 from library.training.debug_dataset import show_dataset
@@ -88,6 +90,7 @@ class CacheTool(ABC):
         for warning in check_rules(options, architecture, rules=_RULES):
             logger.warning(warning)
         dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
+        report(unread_captions(dataset_config), strict=options.config.strict)
         checkpoint = inspect_model(architecture, options.model)
         architecture = architecture.for_model(checkpoint)
         architecture.check_options(options, checkpoint.info)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from library.config.console import setup_console
+from library.config.no_effect import report
 from library.config.rules import DATA_RULES, check, needs_output
 from library.data import describe
 from library.data.captions import Progress
@@ -22,6 +23,7 @@ from library.data.contact_sheet import LIST_NAME, SheetWriter, Shown, draw_sheet
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
 from library.data.image_io import opencv
+from library.data.unread_captions import unread_captions
 from library.launched import is_first_process, process_count
 from library.training.plan import RunPlan
 from library.training.processes import choose_seed
@@ -57,6 +59,7 @@ def show_dataset(options: TrainNetworkOptions, architecture: Architecture, condi
     for warning in check(options, architecture, rules=rules):
         logger.warning(warning)
     config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
+    report(unread_captions(config), strict=options.config.strict)
     check_roles(config, conditioning_as, masked_loss=options.loss.masked_loss)
     seed = choose_seed(options.training.seed)
     data = TrainingData(

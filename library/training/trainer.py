@@ -36,6 +36,7 @@ from library.data import describe
 from library.data.conditioning import Role, check_roles
 from library.data.dataset import Batch, TrainingData
 from library.data.dataset_config import load_dataset_config
+from library.data.unread_captions import unread_captions
 from library.diffusion.objective import Objective
 from library.errors import exits_on_user_error
 from library.files.atomic import recover_directory
@@ -199,7 +200,7 @@ class Trainer(ABC):
             recover_directory(options.resume.resume)
         report(check_rules(options, self.architecture), strict=strict)
         dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
-        report(without_effect_on_data(options, dataset_config), strict=strict)
+        report((*without_effect_on_data(options, dataset_config), *unread_captions(dataset_config)), strict=strict)
         check_roles(dataset_config, self.conditioning_as, masked_loss=options.loss.masked_loss)
         optimizer = resolve_optimizer(
             options.optimizer.optimizer_type,

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from library.data.buckets import BucketRules, Buckets, make_sizes, mean_aspect_error, own_size
+from library.data.buckets import BucketRules, Buckets, Size, make_sizes, mean_aspect_error, own_size
 
 SETTINGS = [
     BucketRules((512, 512), True),
@@ -76,6 +76,33 @@ def test_without_upscaling() -> None:
         width, height = Buckets(rules).assign(size)
         assert width % 64 == height % 64 == 0
         assert width * height <= 512 * 512
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [((640, 480), (512, 384)), ((4000, 3000), (512, 384)), ((1000, 999), (448, 448)), ((3000, 4000), (384, 512))],
+)
+def test_without_upscaling_large_images_keep_their_shape(size: Size, bucket: Size) -> None:
+    assert own_size(size, BucketRules((512, 512), True, step=64, no_upscale=True)) == bucket
+
+
+def test_without_upscaling_little_is_cropped() -> None:
+    """3.5% on the mean of large images; 6.5% when both sides were cut to the step by themselves."""
+    rules = BucketRules((512, 512), True, step=64, no_upscale=True)
+    rng = random.Random(0)
+    lost = []
+    for _ in range(5000):
+        size = rng.randint(520, 4200), rng.randint(520, 4200)
+        bucket = own_size(size, rules)
+        assert bucket[0] * bucket[1] <= 512 * 512 and bucket[0] <= size[0] and bucket[1] <= size[1]
+        scale = max(bucket[0] / size[0], bucket[1] / size[1])
+        lost.append(1 - bucket[0] * bucket[1] / (size[0] * scale * size[1] * scale))
+    assert sum(lost) / len(lost) < 0.036
+
+
+def test_a_bound_that_no_image_reaches_takes_no_time() -> None:
+    far = make_sizes(BucketRules((512, 512), True, min_side=256, max_side=2_000_000_000, step=64))
+    assert far == make_sizes(BucketRules((512, 512), True, min_side=256, max_side=1024, step=64))
 
 
 def test_mean_aspect_error() -> None:

@@ -17,6 +17,7 @@ from library.data import image_io
 from library.data.image_io import (
     _can_read,
     covering_size,
+    crop_box,
     cut,
     cut_mask,
     fit,
@@ -377,6 +378,13 @@ def test_the_crop_is_in_the_middle() -> None:
     middle = fit(pixels, (10, 10), interpolation=None)
     assert middle.crop_ltrb == (10, 0, 20, 10)
     assert (middle.pixels == 2).all()
+
+
+def test_of_an_odd_number_of_pixels_one_more_is_cut_off_at_the_end() -> None:
+    """As published; half of it is not rounded to even, which moved every other crop by a pixel."""
+    for extra in range(12):
+        assert crop_box((64 + extra, 64), (64, 64)) == (extra // 2, 0, extra // 2 + 64, 64)
+        assert crop_box((64, 64 + extra), (64, 64)) == (0, extra // 2, 64, extra // 2 + 64)
 
 
 @pytest.mark.parametrize("name", ["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box", None])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from library.config.arguments import TrainNetworkOptions, flat
 from library.config.no_effect import data, diffusion, network, output, training, watching
 from library.config.no_effect.declare import IdleRule, message
-from library.errors import NoEffect, UserError
+from library.errors import Doubtful, NoEffect, UserError
 
 if TYPE_CHECKING:
     from library.architectures.base import Architecture
@@ -57,7 +57,7 @@ def without_effect(options: TrainNetworkOptions, architecture: Architecture) -> 
 
 
 def report(warnings: Iterable[str], *, strict: bool) -> None:
-    """Log warnings; under ``--strict`` those on options without effect are errors.
+    """Log warnings; under ``--strict`` those on options without effect, and other doubtful ones, are errors.
 
     Raises:
         UserError: one line for each.
@@ -71,4 +71,5 @@ def report(warnings: Iterable[str], *, strict: bool) -> None:
 
 def as_errors(warnings: Iterable[str]) -> list[str]:
     """The lines of ``--strict``."""
-    return [f"{warning}; remove it (an error by --strict)" for warning in warnings if isinstance(warning, NoEffect)]
+    remedies = ((w, "; remove it" if isinstance(w, NoEffect) else "") for w in warnings if isinstance(w, Doubtful))
+    return [f"{warning}{remedy} (an error by --strict)" for warning, remedy in remedies]

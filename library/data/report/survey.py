@@ -7,7 +7,6 @@ becomes a finding instead.
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from library.data.report.findings import BucketRow, Collector, Finding, ImageRow
 from library.data.report.looks import Look, look_at_all
 from library.data.report.near_duplicates import equal_files, look_alikes, on_both_sides
 from library.data.report.options import CheckOptions, about_data
+from library.data.unread_captions import unread_captions
 from library.errors import UserError
 from library.training.plan import RunPlan
 from library.training.work_progress import WorkProgress
@@ -46,7 +46,6 @@ MUCH_CUT = 0.25
 
 #: what a warning of these modules is about; of others, settings
 _KIND_OF_LOGGER = {"library.data.conditioning": "masks", "library.data.metadata_file": "data"}
-_CAPTION_ENDINGS = (".txt", ".caption")
 
 
 def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture: Architecture) -> Report:
@@ -72,7 +71,8 @@ def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture:
             find=images.find,
         )
         _check_masks(config, images, faults, collector)
-    _check_endings(config, collector)
+    for warning in unread_captions(config):
+        collector.add("settings", "warning", warning)
     looks, unreadable = look_at_all(images.paths(), WorkProgress("looking at images", "images", simple=True).update)
     _report_faults(faults, unreadable, collector)
     _check_sides(images, data, looks, wanted.hash_distance, collector)
@@ -153,25 +153,6 @@ def _check_masks(config: DatasetConfig, images: _Images, faults: Faults, collect
     except UserError as error:
         for line in str(error).splitlines():
             collector.add("masks", "error", line)
-
-
-def _check_endings(config: DatasetConfig, collector: Collector) -> None:
-    """Caption files that lie beside the images and are not read, as the ending is another."""
-    for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
-        if subset.metadata_file is not None or not subset.class_tokens:
-            continue
-        names = {name.lower() for name in os.listdir(subset.source)}
-        if any(name.endswith(subset.caption_extension.lower()) for name in names):
-            continue
-        for ending in _CAPTION_ENDINGS:
-            count = sum(name.endswith(ending) for name in names)
-            if count:
-                collector.add(
-                    "settings",
-                    "warning",
-                    f"{subset.where}: class_tokens is the caption of all images, but {subset.source} has {count} "
-                    f"{ending} files; if they are captions, set caption_extension",
-                )
 
 
 def _report_faults(faults: Faults, unreadable: Mapping[Path, str], collector: Collector) -> None:
