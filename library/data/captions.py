@@ -75,7 +75,7 @@ def is_dropped(rules: CaptionRules, *, epoch: int, rng: random.Random) -> bool:
 
 def written_caption(text: str, rules: CaptionRules, *, rng: random.Random, progress: Progress | None = None) -> str:
     """The caption of a use that is not dropped; arguments as in ``final_caption``."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    lines = _used_lines(text, rules)
     # the line first, so that every line gets prefix and suffix
     caption = rng.choice(lines) if rules.wildcards else lines[0]
     if rules.prefix:
@@ -88,7 +88,8 @@ def written_caption(text: str, rules: CaptionRules, *, rng: random.Random, progr
         caption = _arrange_tags(caption, rules, rng, progress)
     elif rules.keep_tokens_separator and rules.keep_tokens_separator in caption:
         # the mark itself is never part of the caption
-        caption = _join(_split(caption.replace(rules.keep_tokens_separator, rules.separator), rules.separator))
+        tags = _split(caption.replace(rules.keep_tokens_separator, rules.separator), rules.separator)
+        caption = _join(tags, rules.separator)
     if rules.secondary_separator:
         caption = caption.replace(rules.secondary_separator, rules.separator)
     return caption
@@ -98,8 +99,9 @@ def _split(text: str, separator: str) -> list[str]:
     return [tag.strip() for tag in text.strip().split(separator) if tag.strip()]
 
 
-def _join(tags: list[str]) -> str:
-    return ", ".join(tags)
+def _join(tags: list[str], separator: str) -> str:
+    """The tags with the separator and a space between them."""
+    return (separator if separator[-1:].isspace() else f"{separator} ").join(tags)
 
 
 def _arrange_tags(caption: str, rules: CaptionRules, rng: random.Random, progress: Progress | None) -> str:
@@ -112,7 +114,7 @@ def _arrange_tags(caption: str, rules: CaptionRules, rng: random.Random, progres
         rng.shuffle(tags)
     if rules.tag_dropout_rate > 0:
         tags = [tag for tag in tags if rng.random() >= rules.tag_dropout_rate]
-    return _join(front + tags + end)
+    return _join(front + tags + end, rules.separator)
 
 
 def _front_tags_end(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
@@ -125,11 +127,23 @@ def _front_tags_end(caption: str, rules: CaptionRules) -> tuple[list[str], list[
     return tags[: rules.keep_tokens], tags[rules.keep_tokens :], []
 
 
+def tags_of(text: str, rules: CaptionRules) -> list[str]:
+    """The tags that a use of a caption may have, split as training splits them; choices in braces stay as written."""
+    lines = _used_lines(text, rules)
+    for mark in filter(None, (rules.keep_tokens_separator, rules.secondary_separator)):
+        lines = [line.replace(mark, rules.separator) for line in lines]
+    return [tag for line in lines for tag in _split(line, rules.separator)]
+
+
+def _used_lines(text: str, rules: CaptionRules) -> list[str]:
+    """All lines that are not empty with wildcards, otherwise the first of them."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    return lines if rules.wildcards else lines[:1]
+
+
 def movable_tags(text: str, rules: CaptionRules) -> int:
     """How many tags of a caption can be shuffled, dropped or held back; of several lines, the most."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
-    lines = lines if rules.wildcards else lines[:1]
-    whole = (f"{rules.prefix or ''} {line} {rules.suffix or ''}" for line in lines)
+    whole = (f"{rules.prefix or ''} {line} {rules.suffix or ''}" for line in _used_lines(text, rules))
     return max(len(_front_tags_end(line, rules)[1]) for line in whole)
 
 

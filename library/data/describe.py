@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data.buckets import mean_aspect_error
+from library.data.captions import tags_of
 from library.data.dataset import BucketedDataset, TrainingData
 from library.data.dataset_config import SubsetSpec
 from library.data.validation_split import name_of
@@ -71,17 +72,17 @@ def _free_name(taken: dict[str, Any], name: str) -> str:
 
 
 def tags_by_source(datasets: Sequence[BucketedDataset]) -> dict[Path, dict[str, int]]:
-    """How many captions of a folder or metadata file have a tag; tags are split at commas and in lower case."""
+    """How many captions of a folder or metadata file have a tag, in lower case; tags are split as training does."""
     counts: dict[Path, Counter[str]] = {}
     counted: set[tuple[Path, Path]] = set()
     for dataset in datasets:
         for record in dataset.records:
-            source = dataset.spec.subsets[record.subset].source
+            subset = dataset.spec.subsets[record.subset]
+            source = subset.source
             of_source = counts.setdefault(source, Counter())
             if (source, record.path) not in counted:
                 counted.add((source, record.path))
-                tags = (tag.strip().lower() for tag in record.caption.replace("\n", ",").split(","))
-                of_source.update(tag for tag in tags if tag)
+                of_source.update(tag.lower() for tag in tags_of(record.caption, subset.captions))
     return {source: dict(of_source) for source, of_source in counts.items()}
 
 

@@ -63,12 +63,13 @@ def offset_noise(
 def pyramid_noise(noise: Tensor, generators: Sequence[torch.Generator], *, iterations: int, discount: float) -> Tensor:
     """Add coarser and coarser noise, each layer ``discount`` times weaker, and bring it back to unit spread.
 
-    Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training". The sides of layer i are those of the
-    layer before divided by r ** i, r drawn from [2, 4) for each layer: full size, then about a third, then a
-    ninth of that. Sizes and spread are each sample's own, so that its noise does not depend on its batch.
+    Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training". The sides of layer i are the full ones
+    divided by r ** i, r drawn from [2, 4) for each layer: full size, then about a third, then about a ninth. (The
+    article's listing divides those of the layer before and names both as variants; this one is published with the
+    option.) Sizes and spread are each sample's own, so that its noise does not depend on its batch.
 
     Args:
-        noise: (B, C, h, w), standard normal.
+        noise: (B, C, h, w), standard normal, perhaps with an offset.
         generators: one for each sample.
         iterations: layers at most; fewer when a side is down to one cell.
         discount: weight of layer i is ``discount ** i``.
@@ -82,10 +83,9 @@ def _coarse_layers(shape: torch.Size, generator: torch.Generator, iterations: in
     """The sum of one sample's coarse layers, (C, h, w) on the CPU."""
     channels, height, width = shape
     total = torch.zeros(shape)
-    h, w = height, width
     for layer in range(iterations):
         shrink = (torch.rand(1, generator=generator).item() * 2 + 2) ** layer
-        h, w = max(1, int(h / shrink)), max(1, int(w / shrink))
+        h, w = max(1, int(height / shrink)), max(1, int(width / shrink))
         coarse = torch.randn((1, channels, h, w), generator=generator)
         total += functional.interpolate(coarse, size=(height, width), mode="bilinear")[0] * discount**layer
         if h == 1 or w == 1:

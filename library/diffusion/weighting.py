@@ -16,6 +16,9 @@ from library.diffusion.ddpm import NoiseSchedule
 _MAX_DEBIASED_SNR = 1000.0
 #: keeps a division by the SNR finite at a zero terminal SNR
 _MIN_SNR = 1e-8
+#: SNRs below this are treated alike where a weight grows with 1 / SNR. The plain schedule ends at 0.0047, so only
+#: zero terminal SNR goes below, where the last weights would be 1e4 (debiased) and 1e8 (v_pred_like)
+_MIN_WEIGHT_SNR = 4e-3
 #: the lowest of the thousand noise levels of flow matching; below it sigma^-2 would grow without bound
 _MIN_SIGMA = 1e-3
 
@@ -48,23 +51,23 @@ def scale_v_pred_like_noise(timesteps: Tensor, schedule: NoiseSchedule) -> Tenso
 def v_pred_like_weight(timesteps: Tensor, schedule: NoiseSchedule, strength: float) -> Tensor:
     """1 + strength * (SNR + 1) / SNR: adds the v-prediction loss of the same error to a noise-prediction loss.
 
-    The inverse of ``scale_v_pred_like_noise``; the SNR is kept above 1e-8, below which the weight would grow
-    without bound.
+    The inverse of ``scale_v_pred_like_noise``, with the SNR at least 0.004; so at most 1 + 251 strength.
     """
-    return 1.0 + strength / scale_v_pred_like_noise(timesteps, schedule).clamp(min=_MIN_SNR)
+    snr = schedule.snr()[timesteps].clamp(min=_MIN_WEIGHT_SNR)
+    return 1.0 + strength / (snr / (snr + 1.0))
 
 
 def debiased_weight(timesteps: Tensor, schedule: NoiseSchedule, v_prediction: bool) -> Tensor:
     """1 / sqrt(SNR) for noise prediction, 1 / (SNR + 1) for v-prediction, with the SNR at most 1000.
 
     Yu et al. 2023 (arXiv:2310.08442) for noise prediction: the factor between an error of x_0 and one of eps.
-    They give none for v; 1 / (SNR + 1) is the factor between the squares of an error of x_0 and one of v, so
-    that every timestep counts alike in x_0.
+    There the SNR is at least 0.004, as in ``v_pred_like_weight``. They give none for v; 1 / (SNR + 1) is the factor
+    between the squares of an error of x_0 and one of v, so that every timestep counts alike in x_0.
     """
     snr = schedule.snr()[timesteps].clamp(max=_MAX_DEBIASED_SNR)
     if v_prediction:
         return 1.0 / (snr + 1.0)
-    return 1.0 / snr.clamp(min=_MIN_SNR).sqrt()
+    return 1.0 / snr.clamp(min=_MIN_WEIGHT_SNR).sqrt()
 
 
 #: what ``--weighting_scheme`` may be; logit_normal and mode are densities of the timesteps, not weights

@@ -66,13 +66,7 @@ def make_noisy(
     """
     device, size = latents.device, (latents.shape[-2], latents.shape[-1])
     noise = noises.draw_noise(tuple(latents.shape[1:]), _generators(visits, "noise")).to(device, non_blocking=True)
-    if settings.multires_iterations:
-        noise = noises.pyramid_noise(
-            noise,
-            _generators(visits, "multires noise"),
-            iterations=settings.multires_iterations,
-            discount=settings.multires_discount,
-        )
+    # the offset first, so that it is scaled back with the rest; the published order
     if settings.offset:
         noise = noises.offset_noise(
             noise,
@@ -81,6 +75,13 @@ def make_noisy(
             offset=settings.offset,
             random_strength=settings.offset_random_strength,
             adaptive_scale=settings.adaptive_scale,
+        )
+    if settings.multires_iterations:
+        noise = noises.pyramid_noise(
+            noise,
+            _generators(visits, "multires noise"),
+            iterations=settings.multires_iterations,
+            discount=settings.multires_discount,
         )
     if level is None:
         timesteps = objective.draw(_generators(visits, "timestep"), settings.timesteps, size)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from library.data.captions import CaptionRules, Progress, expand_wildcards, final_caption
+from library.data.captions import CaptionRules, Progress, expand_wildcards, final_caption, tags_of
 
 
 def caption(text: str, *, epoch: int = 0, seed: int = 0, progress: Progress | None = None, **rules: object) -> str:
@@ -130,7 +130,9 @@ def test_published_example_of_a_dataset_file() -> None:
         ("a, {{b}}", {"wildcards": True}, "a, {b}"),
         ("a, {{b}}", {}, "a, {{b}}"),
         ("a, {b}", {"wildcards": True}, "a, b"),
-        ("a;b", {"separator": ";", "tag_dropout_rate": 1e-9}, "a, b"),  # joined again with comma and space
+        ("a;b", {"separator": ";", "tag_dropout_rate": 1e-9}, "a; b"),  # joined with the separator that split it
+        ("a;b|||c", {"separator": ";", "keep_tokens_separator": "|||"}, "a; b; c"),
+        ("a b  c", {"separator": " ", "tag_dropout_rate": 1e-9}, "a b c"),
         ("a,, b,", {"tag_dropout_rate": 1e-9}, "a, b"),
         ("a, b, c", {"tag_dropout_rate": 1.0}, ""),
         ("a, b, c", {"tag_dropout_rate": 1.0, "keep_tokens": 2}, "a, b"),
@@ -278,3 +280,18 @@ def test_a_caption_is_a_function_of_its_generator() -> None:
 def test_what_differs_from_use_to_use(rules: dict[str, object], written_anew: bool, drops: bool) -> None:
     assert CaptionRules(**rules).is_written_anew == written_anew
     assert CaptionRules(**rules).drops == drops
+
+
+@pytest.mark.parametrize(
+    ("text", "rules", "expected"),
+    [
+        ("a, b\nc, d", {}, ["a", "b"]),  # without wildcards the first line alone is trained on
+        ("\na, b\nc, d", {"wildcards": True}, ["a", "b", "c", "d"]),
+        ("a, b; c", {"separator": ";"}, ["a, b", "c"]),
+        ("a ||| b, c ||| d", MARK, ["a", "b", "c", "d"]),
+        ("sky;;;cloud, day", JOINED, ["sky", "cloud", "day"]),
+        (", ,", {}, []),
+    ],
+)
+def test_tags_are_counted_as_training_splits_them(text: str, rules: dict[str, object], expected: list[str]) -> None:
+    assert tags_of(text, CaptionRules(**rules)) == expected

@@ -85,6 +85,15 @@ def test_without_a_dataset_file(tmp_path: Path) -> None:
     assert "ss_datasets" not in entries
 
 
+def test_tag_frequency_follows_the_rules_of_its_subset(make_data: Make, folder: Path) -> None:
+    for path in folder.glob("*.txt"):
+        path.write_text("Cat;dog ||| bird\nnever used")
+    data = make_data(subset="caption_separator = ';'\nkeep_tokens_separator = '|||'\nshuffle_caption = true")
+    count = len(list(folder.glob("*.txt")))
+    expected = {"cat": count, "dog": count, "bird": count}
+    assert metadata(data, from_file=True)["ss_tag_frequency"] == {"images": expected}
+
+
 def test_rows_for_people(make_data: Make) -> None:
     rows = dict(summary_rows(make_data(subset="num_repeats = 2")))
     assert rows["data"] == "14 images an epoch, batch size 2"

@@ -140,11 +140,17 @@ def test_zero_terminal_snr_stays_finite() -> None:
     assert min_snr_weight(last, schedule, 5.0, True).item() == 0
     assert debiased_weight(last, schedule, True).item() == 1
     assert huber_threshold(last, schedule, "snr", 0.1, 1.0).item() == pytest.approx(0.1)
-    for weight in (
-        debiased_weight(last, schedule, False),
-        v_pred_like_weight(last, schedule, 0.5),
-    ):
-        assert torch.isfinite(weight).all()
+    # no larger than where the plain schedule ends, at an SNR of 0.0047
+    for t in (last, torch.tensor([998]), torch.tensor([900])):
+        assert debiased_weight(t, schedule, False).item() <= 0.004**-0.5 + 1e-4
+        assert v_pred_like_weight(t, schedule, 0.5).item() <= 1 + 0.5 * 251 + 1e-3
+
+
+def test_caps_for_zero_terminal_snr_leave_the_plain_schedule_as_it_is() -> None:
+    schedule = NoiseSchedule.scaled_linear()
+    every, snr = torch.arange(1000), schedule.snr()
+    assert torch.equal(debiased_weight(every, schedule, False), 1 / snr.clamp(max=1000).sqrt())
+    assert torch.equal(v_pred_like_weight(every, schedule, 0.5), 1 + 0.5 / (snr / (snr + 1)))
 
 
 def test_no_value_is_read_back() -> None:

@@ -70,18 +70,18 @@ def test_random_strength_scales_the_whole_offset() -> None:
     torch.testing.assert_close(made[0], expected.expand(SHAPE))
 
 
-def test_pyramid_layers_shrink_from_one_to_the_next() -> None:
+def test_pyramid_layers_have_the_published_sizes() -> None:
+    """Those of the full size divided by r ** i, not of the layer before."""
     noise = draw_noise((1, 64, 64), generators(12))
     generator = generators(13)[0]
-    # layer 0 is of full size whatever r is; layers 1 and 2 divide the sides before by r and by r^2
+    # layer 0 is of full size whatever r is; layers 1 and 2 divide the sides by r and by r^2
     torch.rand(1, generator=generator)
     expected = noise + torch.randn(1, 1, 64, 64, generator=generator)
-    side = 64
     for layer in (1, 2):
-        side = int(side / float(torch.rand(1, generator=generator) * 2 + 2) ** layer)
+        side = int(64 / float(torch.rand(1, generator=generator) * 2 + 2) ** layer)
         coarse = torch.randn(1, 1, side, side, generator=generator)
         expected += functional.interpolate(coarse, size=(64, 64), mode="bilinear") * 0.5**layer
-    assert 1 <= side < 64 / 8
+    assert 64 / 16 <= side <= 64 / 4
     made = pyramid_noise(noise, generators(13), iterations=3, discount=0.5)
     torch.testing.assert_close(made, expected / expected.std())
 

@@ -79,6 +79,16 @@ def test_multires_noise_has_unit_spread_and_is_what_is_learned(iterations: int, 
     )
 
 
+def test_multires_noise_comes_after_the_offset() -> None:
+    """As published: the offset is scaled back to unit spread with the rest."""
+    found = made(0, multires_iterations=3, multires_discount=0.5, offset=0.5)
+    with_offset = made(0, offset=0.5).target
+    generators = [torch_generator(visit, "multires noise") for visit in VISITS]
+    expected = noises.pyramid_noise(with_offset, generators, iterations=3, discount=0.5)
+    torch.testing.assert_close(found.target, expected)
+    torch.testing.assert_close(found.target.std(dim=(1, 2, 3)), torch.ones(2))
+
+
 @pytest.mark.parametrize("v_prediction", [False, True])
 def test_input_perturbation_is_not_learned(v_prediction: bool) -> None:
     """Ning et al. 2023 (arXiv:2301.11706), algorithm 1: the network sees eps + gamma xi and answers eps."""
