@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from library.architectures.base import Architecture, Conditioning
 from library.inference.prompt_line import SamplePrompt
 from library.training import precision
-from library.training.text_caching import TextModels, uncached
+from library.training.sample_prompts import SamplePrompts
+from library.training.settings import for_model, sample_prompts
+from library.training.text_caching import TextModels, cached_encoders, uncached
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,6 +93,26 @@ def _generate_options(run: Run) -> GenerateOptions:
         zero_terminal_snr=run.options.noise.zero_terminal_snr,
         clip_skip=run.options.model.clip_skip,
         max_token_length=run.options.model.max_token_length,
+    )
+
+
+def current_prompts(trainer: Trainer, run: Run) -> SamplePrompts:
+    """The prompts of a run's sample images, as their file holds them at each sampling."""
+    from library.inference.generate import settings_for
+
+    options, architecture = run.options, trainer.architecture
+
+    def read() -> tuple[SamplePrompt, ...]:
+        prompts = for_model(sample_prompts(options, architecture), architecture)
+        for prompt in prompts:
+            run.objective.sampler(prompt.sample_sampler, options.sample.sample_sampler)
+        return prompts
+
+    return SamplePrompts(
+        run.checked.prompts,
+        read,
+        texts_of=lambda prompt: settings_for(prompt, architecture.sample_defaults, sampler="").texts(),
+        encoded=run.prompts if any(cached_encoders(architecture, options)) else None,
     )
 
 

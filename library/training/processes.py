@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from library.training.launch import check_launch, without_their_sharding
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
 
 MAX_RANDOM_SEED = 2**31 - 1
 
@@ -91,8 +92,8 @@ def choose_seed(given: int | None, resumed: int | None = None) -> int:
     return random.SystemRandom().randint(0, MAX_RANDOM_SEED) if found is None else found
 
 
-def of_main_process(value: int) -> int:
-    """The main process's value on all of them, of a seed that each has drawn for itself."""
+def of_main_process(value: T) -> T:
+    """The main process's value on all of them, such as of a seed that each has drawn for itself."""
     from accelerate.utils import broadcast_object_list
 
     shared = [value]

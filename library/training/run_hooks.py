@@ -17,7 +17,8 @@ from library.training.checkpoints import ema_path, remove_outdated
 from library.training.metrics import DataWait, LossAverage, StepMetrics
 from library.training.logs import Progress, Trackers, print_summary
 from library.training.nonfinite import BadStep
-from library.training.previews import PreviewPolicy, generate_previews, of_all_processes, preview_path
+from library.training.previews import PreviewPolicy, current_prompts, generate_previews, of_all_processes, preview_path
+from library.training.processes import of_main_process
 
 if TYPE_CHECKING:
     from library.training.run import Run
@@ -39,6 +40,7 @@ class RunHooks:
             at_first=run.options.sample.sample_at_first,
             prompts=run.checked.prompts,
         )
+        self._prompts = current_prompts(trainer, run)
         self._data_wait = DataWait()
         self._rates: dict[int, dict[str, float]] = {}
         self._progress: Progress | None = None
@@ -176,7 +178,7 @@ class RunHooks:
         run = self._run
         self._trainer.training_mode(run, False)
         images = generate_previews(
-            self._previews.prompts,
+            of_main_process(self._prompts.current() if run.accelerator.is_main_process else ()),
             draw=lambda prompt, path: self._trainer.draw(run, prompt, path),
             path_of=lambda index, prompt: preview_path(
                 run.names.directory, run.names.stem, epoch=epoch, step=step, index=index, seed=prompt.seed
