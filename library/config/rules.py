@@ -232,7 +232,10 @@ def fused_backward(o: TrainNetworkOptions) -> Iterator[Finding]:
     if o.optimizer.max_grad_norm > 0:
         yield error("--fused_backward_pass: the gradient cannot be clipped as a whole; add --max_grad_norm 0")
     if o.training.gradient_accumulation_steps > 1:
-        yield error("--fused_backward_pass: not with --gradient_accumulation_steps; remove one of them")
+        yield warning(
+            "--fused_backward_pass: saves little memory with --gradient_accumulation_steps, as the gradients of all "
+            "weights are kept between the batches of a step; remove one of them"
+        )
     if o.training.mixed_precision == "fp16":
         yield error("--fused_backward_pass: not with --mixed_precision fp16, whose steps may be left out; use bf16")
     if o.training.on_nan != "stop":

@@ -1,56 +1,97 @@
-"""The update of a parameter as soon as its gradient is there (``--fused_backward_pass``).
+"""The update of parameters as soon as their gradients are there, within the backward pass.
 
-Gradients then never exist all at once. The result is that of the usual step, bit for bit: what needs all gradients
-together (clipping, accumulation, averaging over processes, loss scaling) is refused by ``library.config.rules``, and so
-are optimizers that look at all parameters together.
+Gradients then never exist all at once: each part of the parameters is updated, and its gradients are freed, when the
+last gradient of the part has arrived. A part is a single parameter (``--fused_backward_pass``), one of N groups, or a
+block of the model. The result is that of the usual step, bit for bit. What needs all gradients together (clipping,
+averaging over processes, loss scaling, leaving a step out) excludes it.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from collections.abc import Sequence
+
+from torch import nn
 
 from library.errors import UserError
+from library.optim.pieces import Pieces
 
-#: packages whose optimizers move every parameter by itself
-BY_PARAMETER = ("torch.", "transformers.", "lion_pytorch.")
-
-
-def moves_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an update of some parameters, then of the others, is the update of all."""
-    return type(optimizer).__module__.startswith(BY_PARAMETER)
+#: parameters that are updated together
+Part = Sequence[nn.Parameter]
 
 
-def fuse_into_backward(optimizer: torch.optim.Optimizer) -> None:
-    """Make the backward pass update each parameter and drop its gradient; a step that follows finds nothing to do.
+def one_by_one(parameters: Sequence[nn.Parameter]) -> list[Part]:
+    """Every parameter by itself."""
+    return [[parameter] for parameter in parameters]
+
+
+def in_groups(parameters: Sequence[nn.Parameter], count: int) -> list[Part]:
+    """At most ``count`` parts of equally many parameters, in their order."""
+    size = max(1, math.ceil(len(parameters) / count))
+    return [parameters[start : start + size] for start in range(0, len(parameters), size)]
+
+
+def by_block(parameters: Sequence[nn.Parameter], blocks: Sequence[nn.Module]) -> list[Part]:
+    """The parameters of each block, and those that lie in no block."""
+    part_of = {p: number for number, block in enumerate(blocks) for p in block.parameters()}
+    parts: dict[int | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        parts.setdefault(part_of.get(parameter), []).append(parameter)
+    return list(parts.values())
+
+
+class FusedBackward:
+    """Hooks that update each part in the last backward pass of a step. ``Pieces.end_step`` updates what is left.
 
     Args:
-        optimizer: over parameters that are on their device already.
-
-    Raises:
-        UserError: an optimizer that needs all gradients at once.
+        parts: of parameters that are on their device already.
     """
-    if not moves_each_by_itself(optimizer):
+
+    def __init__(self, pieces: Pieces, parts: Sequence[Part]) -> None:
+        self._pieces = pieces
+        self._parts = [list(part) for part in parts]
+        self._waiting = [0] * len(self._parts)
+        self._is_last = False
+        for number, part in enumerate(self._parts):
+            for parameter in part:
+                # some networks train a part of their parameters in each step; hooks are only taken while trained
+                trained = parameter.requires_grad
+                parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._hook(number))
+                parameter.requires_grad_(trained)
+
+    def before_backward(self, *, is_last: bool) -> None:
+        """A backward pass follows.
+
+        Args:
+            is_last: no further one adds to the gradients of this step.
+        """
+        self._is_last = is_last
+        self._waiting = [sum(p.requires_grad for p in part) for part in self._parts]
+
+    def _hook(self, number: int):
+        def arrived(_: nn.Parameter) -> None:
+            if not self._is_last:
+                return
+            self._waiting[number] -= 1
+            if self._waiting[number] == 0:
+                part = [p for p in self._parts[number] if p.grad is not None]
+                self._pieces.update(part)
+                for parameter in part:
+                    parameter.grad = None
+
+        return arrived
+
+
+def check_fusible(name: str, alone: bool, flag: str) -> None:
+    """Raise UserError for an optimizer that needs all gradients at once.
+
+    Args:
+        name: of the optimizer.
+        alone: see ``library.optim.pieces.updates_alone``.
+        flag: the option that asks for it.
+    """
+    if not alone:
         raise UserError(
-            f"--fused_backward_pass: {type(optimizer).__name__} is not known to move every parameter by itself; "
-            "use Adafactor, Lion, or an optimizer of torch, or remove it"
+            f"{flag}: --optimizer_type {name} does not update every parameter by itself, so the result would be "
+            f"another; use Adafactor, Lion or an optimizer of torch or bitsandbytes, or remove {flag}"
         )
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_updates(optimizer, group))
-
-
-def _updates(optimizer: torch.optim.Optimizer, group: dict[str, object]):
-    @torch.no_grad()
-    def update(parameter: Tensor) -> None:
-        groups = optimizer.param_groups
-        # the group's settings as they are now: a scheduler changes its rate
-        optimizer.param_groups = [{**group, "params": [parameter]}]
-        try:
-            optimizer.step()
-        finally:
-            optimizer.param_groups = groups
-        parameter.grad = None
-
-    return update

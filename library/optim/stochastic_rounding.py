@@ -11,27 +11,31 @@ Precision" (arXiv:1502.02551), section 3; for bfloat16 weights Zamirai et al. 20
 (arXiv:2010.06192), section 4.1.
 
 Parameters, gradients and the optimizer's tensors of the parameters' shape are kept in half precision. For an update
-they are float32, a parameter group at a time where the optimizer allows that, which bounds the memory it takes.
+they are float32, some parameters at a time where the optimizer allows that, which bounds the memory it takes.
 Draws are keyed by the run's seed, the number of updates, which the optimizer's state holds, and the parameter's place:
 a resumed run rounds exactly as the uninterrupted one, and all processes round alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from library.optim.fused_backward import moves_each_by_itself
+from library.optim.pieces import Pieces
 from library.randomness import key
 
 #: in the optimizer's parameter groups, and so in its state: updates done
 UPDATES = "rounded_updates"
 
 _HALVES = (torch.bfloat16, torch.float16)
+
+#: numbers that are float32 at the same time, where the optimizer can step over some parameters at a time
+_MOST_AT_ONCE = 2**26
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -60,54 +64,65 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Ge
     return torch.where((uniform < chance) & (error != 0), other, nearest)
 
 
-def train_in_half(optimizer: torch.optim.Optimizer, seed: int) -> None:
+def train_in_half(optimizer: torch.optim.Optimizer, seed: int, *, alone: bool) -> None:
     """Make ``optimizer.step`` update half-precision parameters in float32 and round the results stochastically.
 
-    Parameters in float32 are stepped as ever. ``load_state_dict`` keeps every tensor's dtype as it was saved, where
-    torch casts all to the parameter's.
+    Parameters in float32 are stepped as usual. States must be loaded with their own dtypes, see
+    ``library.optim.states``.
 
     Args:
         optimizer: before its first step, and before a scheduler or the accelerator wraps it.
         seed: of the run, the same on all processes.
+        alone: see ``library.optim.pieces.updates_alone``; a step is then taken in pieces, to save memory.
     """
-    step, load = optimizer.step, optimizer.load_state_dict
-    by_group = moves_each_by_itself(optimizer)
+    step = optimizer.step
     places = {p: place for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
 
     def rounded_step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        groups = optimizer.param_groups
+        # those of the moment: a part of all, where the update is fused into the backward pass
+        groups = self.param_groups
         update = int(groups[0].get(UPDATES, 0))  # states of other runs have none
-        result = None
-        for part in [[group] for group in groups] if by_group else [groups]:
-            halves = [p for group in part for p in group["params"] if p.dtype in _HALVES and p.grad is not None]
-            dtypes = {p: p.dtype for p in halves}
-            for parameter in halves:
+        halves = [p for group in groups for p in group["params"] if p.dtype in _HALVES and p.grad is not None]
+        parts = _parts(halves) if alone else [halves]
+
+        def widened_step(part: Sequence[Tensor], step: Callable[[], Any]) -> Any:
+            dtypes = {p: p.dtype for p in part}
+            for parameter in part:
                 _widen(parameter, self.state.get(parameter, {}))
-            self.param_groups = part
             try:
-                result = step() if closure is None else step(closure)
+                return step()
             finally:
-                self.param_groups = groups
                 for parameter, dtype in dtypes.items():
                     draws = torch.Generator(device=parameter.device)
                     draws.manual_seed(key(seed, "rounding", update, places[parameter]))
                     _narrow(parameter, self.state.get(parameter, {}), dtype, draws)
+
+        if len(parts) == 1:
+            result = widened_step(halves, step if closure is None else lambda: step(closure))
+        else:
+            result, pieces = None, Pieces(self, step)
+            for part in parts:
+                widened_step(part, partial(pieces.update, part))
+            pieces.end_step()
         for group in groups:
             group[UPDATES] = update + 1
         return result
 
-    def exact_load(state: Mapping[str, Any]) -> None:
-        load(state)
-        for parameter, saved in _saved_states(optimizer, state):
-            current = optimizer.state[parameter]
-            for name, value in saved.items():
-                if isinstance(value, Tensor) and isinstance(current.get(name), Tensor):
-                    if current[name].dtype != value.dtype:
-                        current[name] = value.detach().to(device=current[name].device, copy=True)
-
     # a bound method, as torch's schedulers take it apart
     optimizer.step = MethodType(rounded_step, optimizer)  # type: ignore[method-assign]
-    optimizer.load_state_dict = exact_load  # type: ignore[method-assign, assignment]
+
+
+def _parts(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Parameters in their order, as few parts as possible that are not larger than ``_MOST_AT_ONCE``; at least one."""
+    parts: list[list[Tensor]] = [[]]
+    numbers = 0
+    for parameter in parameters:
+        numbers += parameter.numel()
+        if parts[-1] and numbers > _MOST_AT_ONCE:
+            parts.append([])
+            numbers = parameter.numel()
+        parts[-1].append(parameter)
+    return parts
 
 
 class HalfGradScaler(torch.amp.GradScaler):
@@ -138,13 +153,3 @@ def _narrow(parameter: Tensor, state: dict[str, Any], dtype: torch.dtype, genera
         # rows, columns and counters stay in float32: they are small
         if isinstance(value, Tensor) and value.dtype == torch.float32 and value.shape == parameter.shape:
             state[name] = round_stochastically(value, dtype, generator)
-
-
-def _saved_states(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
-) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        if number in state["state"]:
-            yield parameter, state["state"][number]

@@ -21,7 +21,6 @@ from library.training.meta_models import load_on_meta
 from library.training.plan import RunPlan
 from library.training.precision import trained_dtype
 from library.training.resume import name_changes
-from library.training.trained import Trained
 
 if TYPE_CHECKING:
     from library.training.run import Run
@@ -45,7 +44,7 @@ def dry_run(trainer: Trainer, run: Run) -> None:
     models = load_on_meta(trainer.architecture, run)
     parts = trainer.trained_on_meta(run)
     # the summary before the first step counts these; nothing else of it is there yet
-    run.trained = Trained([p for _, found in parts for p in found], None, None, 0.0)
+    run.parameters = [p for _, found in parts for p in found]
     resumed = run.checked.resumed
     if resumed is not None:
         name_changes(run)
@@ -59,7 +58,7 @@ def dry_run(trainer: Trainer, run: Run) -> None:
     rows.append(("steps an epoch", str(run.plan.steps_per_epoch)))
     saved = run.options.output.save_precision
     width = 2 if saved in ("fp16", "bf16") else 4 if saved else trained_dtype(run.options.training).itemsize
-    size = width * sum(p.numel() for p in run.trained.parameters)
+    size = width * sum(p.numel() for p in run.parameters)
     rows.append(("weights file", f"about {_bytes(size)} each"))
     if done:
         rows.append(("goes on", f"after step {done} of {run.plan.total_steps}"))

@@ -1,6 +1,6 @@
 """The loop: batches to optimizer steps. It knows nothing of models; a trainer gives it a loss and hooks.
 
-Per batch: seed dropout, loss, backward. Per step: average gradients over processes, clip, update.
+Per batch: seed dropout, loss, backward. Per step: update, which ``library.optim.update`` does alone.
 Metrics are read one step late (``library.training.metrics``), so no step waits for the device.
 """
 
@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from library.data.dataset import Batch
+from library.optim.update import Metrics, Update
 from library.randomness import key
-from library.training.metrics import DeferredMetrics, StepMetrics, StepTimes
-from library.training.gradient_exchange import GradientExchange
 from library.training.interrupt import Interrupt
+from library.training.metrics import DeferredMetrics, StepMetrics, StepTimes
 from library.training.nonfinite import BadStep, OnNan, StepGuard
 from library.training.plan import RunPlan
-from library.training.trained import Trained
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,8 +37,8 @@ class LoopHooks(Protocol):
 
     def batch_started(self, batch: Batch) -> None: ...
 
-    def step_ended(self, step: int, epoch: int) -> dict[str, Tensor]:
-        """After the update of the weights; may return further metrics to record."""
+    def step_ended(self, step: int, epoch: int) -> Metrics:
+        """After the update of the weights, which it may limit; may return further metrics to record."""
         ...
 
     def metrics_ready(self, metrics: StepMetrics) -> None: ...
@@ -76,7 +75,7 @@ def run_loop(
     start_step: int,
     seed: int,
     accelerator: Accelerator,
-    trained: Trained,
+    update: Update,
     hooks: LoopHooks,
     interrupt: Interrupt,
     on_nan: OnNan = "stop",
@@ -88,8 +87,7 @@ def run_loop(
     """
     metrics = DeferredMetrics()
     times = StepTimes()
-    guard = StepGuard(trained, accelerator, on_nan)
-    exchange = GradientExchange(accelerator, trained.parameters, as_views=trained.gradients_as_views)
+    guard = StepGuard(update, accelerator, on_nan)
     several = accelerator.num_processes > 1
     stop_asked = False
 
@@ -117,7 +115,7 @@ def run_loop(
         while batch_in_epoch < plan.batches_per_epoch and step < plan.total_steps:
             count = plan.batches_of_step(batch_in_epoch)
             guard.start(step + 1)
-            exchange.start()
+            update.start_step(count)
             loss_sum = None
             for index in range(count):
                 batch = times.waiting(batches)
@@ -125,28 +123,22 @@ def run_loop(
                 # dropout draws from torch's global generators: keyed by the step, not by what ran before
                 torch.manual_seed(key(seed, "batch", step, index, accelerator.process_index))
                 loss = hooks.loss(batch)
-                accelerator.backward(loss / count)
+                update.backward(loss)
                 guard.saw(batch, loss.detach())
                 loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
             batch_in_epoch += count
 
             packed = {"loss": loss_sum / count}
             if several:
-                exchange.average()
                 flag = 1.0 if interrupt.requested else 0.0
                 packed["interrupt"] = torch.tensor(flag, device=accelerator.device)
                 packed = _across_processes(accelerator, packed)
-            if trained.max_grad_norm > 0:
-                packed["grad_norm"] = accelerator.clip_grad_norm_(trained.parameters, trained.max_grad_norm)
-            guard.before_update(packed["loss"], packed.get("grad_norm"))
-            trained.optimizer.step()
-            packed |= guard.after_update()
-            if not accelerator.optimizer_step_was_skipped:
-                trained.scheduler.step()
-            trained.optimizer.zero_grad(set_to_none=True)
+            guard.saw_step(packed["loss"])
+            packed |= update.step(guard)
             step += 1
 
             packed |= hooks.step_ended(step, epoch)
+            update.end_step(step)
             guard.step_ended(step)
             metrics.push(step, packed, measured=times.end_step())
             stops = stop_asked or (interrupt.requested and not several)
@@ -166,7 +158,7 @@ def run_loop(
     return step
 
 
-def _across_processes(accelerator: Accelerator, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+def _across_processes(accelerator: Accelerator, metrics: Metrics) -> Metrics:
     if accelerator.num_processes == 1:
         return metrics
     packed = torch.stack([value.detach().float() for value in metrics.values()])

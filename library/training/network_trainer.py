@@ -24,22 +24,21 @@ from library.data import describe
 from library.data.dataset import Batch
 from library.errors import UserError, did_you_mean, naming
 from library.files.atomic import make_folder
-from library.optim.fused_backward import fuse_into_backward
-from library.optim.param_groups import default_descriptions, lr_log_entries
-from library.optim.schedulers import create_scheduler, scheduler_name
-from library.optim.stochastic_rounding import train_in_half
+from library.optim.fused_backward import one_by_one
+from library.optim.param_groups import default_descriptions
+from library.optim.schedulers import scheduler_name
+from library.optim.update import Metrics, Update
 from library.randomness import key
 from library.training.checkpoints import ema_path
-from library.training.ema import WeightAverage
 from library.training.meta_models import load_on_meta
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.precision import Fp8Parts, cast_trained, trained_dtype
 from library.training.run import Run
+from library.training.settings import update_settings
 from library.training.text_caching import caches_texts, uncached
 from library.training.text_memo import TextMemo
-from library.training.trained import Trained
 from library.training.trainer import Trainer
-from library.training.zero import with_zero, zero_rows
+from library.training.zero import zero_of, zero_rows
 from networks.merge_together import Merged, merge_together
 from networks.third_party import denoiser_argument, refuse_wrong_merge, remedy, text_argument
 from networks.weights import check_adapter_file
@@ -139,7 +138,7 @@ class NetworkTrainer(Trainer):
 
     # ---- setting up ----
 
-    def build_trained(self, run: Run) -> Trained:
+    def build_update(self, run: Run) -> Update:
         options = run.options
         module = import_network_module(options.network.network_module)
         self._merge_base_weights(run, module)
@@ -150,39 +149,34 @@ class NetworkTrainer(Trainer):
             cast_trained(network, half)
         if options.training.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
-        groups, self._descriptions = self._parameter_groups(network, options)
-        optimizer = run.checked.optimizer.create(groups)
-        if half != torch.float32:
-            train_in_half(optimizer, run.checked.seed)
+        groups, names = self._parameter_groups(network, options)
         network.prepare_grad_etc(*_models_for_network(run))
         accelerator = run.accelerator
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism;
         # the adapters work inside the frozen model's forward, see gradient_exchange.py
         self._network = accelerator.prepare_model(network, evaluation_mode=True)
         self._network.train()
-        optimizer = with_zero(run, optimizer)
-        if hasattr(network, "before_update"):
-            optimizer.register_step_pre_hook(lambda *_: network.before_update())
-        if options.optimizer.fused_backward_pass:
-            fuse_into_backward(optimizer)
-        optimizer = accelerator.prepare_optimizer(optimizer)
-        scheduler = self._create_scheduler(run, optimizer)
         self._memo = None if self._trains_text else TextMemo(lambda tokens: self._encode(run, tokens))
         self._on_step_start = getattr(network, "on_step_start", None)
         self._multiplier = 1.0
-        self._average = None
-        if options.optimizer.ema_decay is not None:
-            trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-            self._average = WeightAverage(trained, options.optimizer.ema_decay)
-            self._average.keep_with_states(accelerator)
-        run.record = self._record(run, optimizer)
-        return Trained(
-            parameters=[p for group in optimizer.param_groups for p in group["params"]],
-            optimizer=optimizer,
-            scheduler=scheduler,
-            max_grad_norm=options.optimizer.max_grad_norm,
-            average=self._average,
-            gradients_as_views=options.training.ddp_gradient_as_bucket_view,
+        run.record = self._record(run)
+        settings = update_settings(
+            options,
+            seed=run.checked.seed,
+            total_steps=run.plan.total_steps,
+            zero=zero_of(options.training, accelerator),
+        )
+        fused = options.optimizer.fused_backward_pass
+        return Update(
+            accelerator,
+            run.checked.optimizer,
+            groups,
+            run.checked.learning_rate_schedule,
+            settings,
+            names=names,
+            averaged={name: p for name, p in network.named_parameters() if p.requires_grad},
+            fused=one_by_one([p for group in groups for p in group["params"]]) if fused else None,
+            before_update=getattr(network, "before_update", None),
         )
 
     def trained_on_meta(self, run: Run) -> list[tuple[str, list[nn.Parameter]]]:
@@ -317,19 +311,13 @@ class NetworkTrainer(Trainer):
         descriptions = None
         if isinstance(groups, tuple):
             groups, descriptions = groups
-        groups = list(groups)
+        # some networks give iterators of parameters, which are used up by the first look
+        groups = [{**group, "params": list(group["params"])} for group in groups]
         if not groups:
             raise UserError("nothing would be trained: every learning rate is 0 or no module is adapted")
         if descriptions is None:
             descriptions = default_descriptions(len(groups), trains_text_encoder=self._trains_text)
         return groups, list(descriptions)
-
-    def _create_scheduler(self, run: Run, optimizer: Any) -> Any:
-        checked = run.checked
-        schedule = create_scheduler(
-            optimizer.optimizer, checked.optimizer, checked.learning_rate_schedule, total_steps=run.plan.total_steps
-        )
-        return run.accelerator.prepare_scheduler(schedule)
 
     # ---- the step ----
 
@@ -367,31 +355,27 @@ class NetworkTrainer(Trainer):
             self._multiplier = batch.network_multiplier
             self._network.set_multiplier(self._multiplier)
 
-    def step_ended(self, run: Run, step: int) -> dict[str, Tensor]:
+    def step_ended(self, run: Run, step: int) -> Metrics:
         self._steps_done = step
         limit = run.options.network.scale_weight_norms
-        metrics: dict[str, Tensor] = {}
+        metrics: Metrics = {}
         if limit:
             scaled, mean, maximum = self._network.apply_max_norm_regularization(limit, run.device)
             norms = {"max_norm/keys_scaled": scaled, "norm/avg_key_norm": mean, "max_norm/max_key_norm": maximum}
             metrics = {name: torch.as_tensor(value, device=run.device) for name, value in norms.items()}
-        if self._average is not None:
-            self._average.update(step)
         return metrics
-
-    def learning_rates(self, run: Run) -> dict[str, float]:
-        return lr_log_entries(run.trained.optimizer, run.checked.optimizer, self._descriptions)
 
     def training_mode(self, run: Run, training: bool) -> None:
         self._network.train(training)
-        run.checked.optimizer.set_training(run.trained.optimizer if run.trained else None, training)
+        if run.update is not None:
+            run.update.training_mode(training)
 
     def trained_modules(self, run: Run) -> list[nn.Module]:
         return [self._network]
 
     # ---- records ----
 
-    def _record(self, run: Run, optimizer: Any) -> RunRecord:
+    def _record(self, run: Run) -> RunRecord:
         import random
 
         options = run.options
@@ -435,13 +419,13 @@ class NetworkTrainer(Trainer):
         network = run.accelerator.unwrap_model(self._network)
         metadata = run.record.at_save(step=step, epoch=epoch)
         network.save_weights(str(path), dtype, metadata)
-        if self._average is not None:
-            with self._average.applied():
-                told = {} if run.options.output.no_metadata else {"ss_ema_decay": str(self._average.decay)}
+        if (average := run.update.average) is not None:
+            with average.applied():
+                told = {} if run.options.output.no_metadata else {"ss_ema_decay": str(average.decay)}
                 network.save_weights(str(ema_path(path)), dtype, metadata | told)
 
     def trained_rows(self, run: Run) -> list[tuple[str, str]]:
-        trained = sum(p.numel() for p in run.trained.parameters)
+        trained = sum(p.numel() for p in run.parameters)
         parts = [name for name, on in (("text encoder", self._trains_text), ("denoiser", self._trains_denoiser)) if on]
         options = run.options.network
         rank = (

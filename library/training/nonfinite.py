@@ -32,8 +32,8 @@ from torch import Tensor
 
 from library.data.batch import Batch
 from library.errors import UserError
+from library.optim.update import Update
 from library.training.metrics import StepMetrics
-from library.training.trained import Trained
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -121,16 +121,16 @@ class StepGuard:
     ``rollback`` up to two of weights, optimizer and averages in host memory.
     """
 
-    def __init__(self, trained: Trained, accelerator: Accelerator, mode: OnNan) -> None:
+    def __init__(self, update: Update, accelerator: Accelerator, mode: OnNan) -> None:
         self.mode = mode
-        self._trained = trained
-        self._parameters = [p for p in trained.parameters if p.requires_grad]
+        self._update = update
+        self._parameters = [p for p in update.parameters if p.requires_grad]
         self._scaled = accelerator.scaler is not None
         self._pending: deque[_Pending] = deque()
         self._flag: Tensor | None = None
         self._in_a_row = 0
         self._flat = _Flat(self._parameters)
-        self._kept = KeptState(trained) if mode == "rollback" else None
+        self._kept = KeptState(update) if mode == "rollback" else None
 
     # ---- on the device, in the step ----
 
@@ -147,9 +147,13 @@ class StepGuard:
         now.batches.append((batch.paths, batch.captions))
         now.losses.append(loss)
 
-    def before_update(self, loss: Tensor, grad_norm: Tensor | None) -> None:
+    def saw_step(self, loss: Tensor) -> None:
+        """The loss of the whole step, the same on all processes."""
+        self._flag = torch.isfinite(loss.detach())
+
+    def before_update(self, grad_norm: Tensor | None) -> None:
         """Judge the step by its loss and gradient norm, the same on all processes."""
-        flag = torch.isfinite(loss.detach())
+        flag = self._flag
         if not self._scaled:
             flag = flag & torch.isfinite(self._gradient_norm() if grad_norm is None else grad_norm)
             if self.mode != "stop":
@@ -199,8 +203,8 @@ class StepGuard:
 
     def check(self, step: int) -> BadStep | None:
         """Before a save, with all metrics read: weights, averages and optimizer themselves. Waits for the device."""
-        average = self._trained.average
-        state = _optimizer(self._trained).state.values()
+        average = self._update.average
+        state = self._update.optimizer.state.values()
         tensors = [*self._parameters, *(average.state_dict().values() if average is not None else ())]
         tensors += [v for values in state for v in values.values() if isinstance(v, Tensor)]
         if bool(_all_finite(tensors)):
@@ -241,8 +245,8 @@ class _Copy:
 class KeptState:
     """The last state known to be finite, and a newer one whose step is not judged yet."""
 
-    def __init__(self, trained: Trained) -> None:
-        self._trained = trained
+    def __init__(self, update: Update) -> None:
+        self._update = update
         self._kept: _Copy | None = None
         self._candidate: _Copy | None = None
 
@@ -266,9 +270,9 @@ class KeptState:
         return False
 
     def _copy(self, step: int) -> _Copy:
-        optimizer = _optimizer(self._trained)
-        parameters = [p.detach() for p in self._trained.parameters]
-        average = self._trained.average
+        optimizer = self._update.optimizer
+        parameters = [p.detach() for p in self._update.parameters]
+        average = self._update.average
         # some keep other things there, too
         states = {p: state for p, state in optimizer.state.items() if isinstance(p, Tensor) and state}
         tensors = [*parameters, *(v for s in states.values() for v in s.values() if isinstance(v, Tensor))]
@@ -287,9 +291,9 @@ class KeptState:
     @torch.no_grad()
     def restore(self) -> int:
         """Bring the kept state back, all but the learning rates, whose schedule goes on."""
-        kept, optimizer = self._kept, _optimizer(self._trained)
+        kept, optimizer = self._kept, self._update.optimizer
         self._candidate = None  # it comes after the step that went wrong
-        for parameter, value in zip(self._trained.parameters, kept.parameters, strict=True):
+        for parameter, value in zip(self._update.parameters, kept.parameters, strict=True):
             parameter.copy_(value)
         for parameter in [p for p in optimizer.state if isinstance(p, Tensor) and p not in kept.state]:
             del optimizer.state[parameter]
@@ -303,13 +307,8 @@ class KeptState:
             for name, value in values.items():
                 _put(group, name, value)
         if kept.averages is not None:
-            self._trained.average.load_state_dict(kept.averages)
+            self._update.average.load_state_dict(kept.averages)
         return kept.step
-
-
-def _optimizer(trained: Trained) -> Any:
-    """The optimizer within accelerate's."""
-    return getattr(trained.optimizer, "optimizer", trained.optimizer)
 
 
 def _to_host(value: Any) -> Any:

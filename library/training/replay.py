@@ -136,7 +136,7 @@ def _options(kind: type[TrainNetworkOptions], recording: Recording, given: Train
 
 
 def _put_back(run: Run, weights: Sequence[Tensor], path: Path) -> None:
-    parameters = [p for p in run.trained.parameters if p.requires_grad]
+    parameters = [p for p in run.parameters if p.requires_grad]
     if [tuple(p.shape) for p in parameters] != [tuple(w.shape) for w in weights]:
         raise UserError(f"--replay {path}: its weights are of another network; give no options of the network with it")
     with torch.no_grad():
@@ -191,7 +191,7 @@ def _gradients(trainer: Trainer, run: Run) -> bool:
     """Print the norm of the gradients, and whose are not finite; whether they are finite."""
     names = {id(p): name for module in trainer.trained_modules(run) for name, p in module.named_parameters()}
     # float64, so that the sum of squares does not overflow
-    norms = {names.get(id(p), "?"): p.grad.double().norm().item() for p in run.trained.parameters if p.grad is not None}
+    norms = {names.get(id(p), "?"): p.grad.double().norm().item() for p in run.parameters if p.grad is not None}
     total = sum(norm**2 for norm in norms.values()) ** 0.5
     wrong = [name for name, norm in norms.items() if not norm < float("inf")]
     print(f"gradient norm {total}")

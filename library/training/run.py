@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +20,13 @@ from library.files.hub import HubTarget, Uploads
 from library.inference.prompt_line import SamplePrompt
 from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import ScheduleSettings
+from library.optim.update import Update
 from library.training.checkpoints import OutputNames, SavePolicy
 from library.training.fingerprint import fingerprint
 from library.training.logs import TrackerSettings
 from library.training.plan import RunPlan
 from library.training.resume import TrainState
 from library.training.sharding import Sharding
-from library.training.trained import Trained
 from library.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class Run:
     prompts: dict[str, Conditioning] = field(default_factory=dict)  # of sample images, by text, where texts are cached
     denoiser: nn.Module | None = None
     vae: nn.Module | None = None
-    trained: Trained | None = None
+    parameters: Sequence[nn.Parameter] = ()  # that are trained
+    update: Update | None = None
     record: Any = None  # metadata of what is saved
     done_steps: int = 0  # when training has ended
     validation: Validation | None = None

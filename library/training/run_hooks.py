@@ -14,8 +14,8 @@ from library.config.arguments import for_others
 from library.data.dataset import Batch
 from library.training.bad_steps import BadStepReport
 from library.training.checkpoints import ema_path, remove_outdated
-from library.training.metrics import DataWait, LossAverage, StepMetrics
 from library.training.logs import Progress, Trackers, print_summary
+from library.training.metrics import DataWait, LossAverage, StepMetrics
 from library.training.nonfinite import BadStep
 from library.training.previews import PreviewPolicy, current_prompts, generate_previews, of_all_processes, preview_path
 from library.training.processes import of_main_process
@@ -97,7 +97,7 @@ class RunHooks:
         self._trainer.batch_started(self._run, batch)
 
     def step_ended(self, step: int, epoch: int) -> dict[str, Tensor]:
-        self._rates[step] = self._trainer.learning_rates(self._run)
+        self._rates[step] = self._run.update.learning_rates()
         return self._trainer.step_ended(self._run, step)
 
     def metrics_ready(self, metrics: StepMetrics) -> None:

@@ -14,6 +14,8 @@ from library.errors import UserError
 from library.files.hub import HubTarget, RemoteFolder, download_folder
 from library.inference.prompt_line import SamplePrompt, read_prompt_file, without_idle_settings
 from library.optim.schedulers import ScheduleSettings
+from library.optim.update import UpdateSettings
+from library.optim.zero import Zero
 from library.training.checkpoints import SavePolicy
 from library.training.logs import TrackerSettings
 from library.training.plan import Origin, RunPlan
@@ -155,6 +157,18 @@ def schedule_settings(options: TrainNetworkOptions) -> ScheduleSettings:
         power=s.lr_scheduler_power,
         timescale=s.lr_scheduler_timescale,
         min_lr_ratio=s.lr_scheduler_min_lr_ratio,
+    )
+
+
+def update_settings(options: TrainNetworkOptions, *, seed: int, total_steps: int, zero: Zero | None) -> UpdateSettings:
+    """Args: ``zero`` is what is sharded in this run, see ``library.training.zero``."""
+    return UpdateSettings(
+        seed=seed,
+        total_steps=total_steps,
+        max_grad_norm=options.optimizer.max_grad_norm,
+        ema_decay=options.optimizer.ema_decay,
+        zero=zero,
+        gradients_as_views=options.training.ddp_gradient_as_bucket_view,
     )
 
 

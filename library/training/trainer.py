@@ -46,26 +46,27 @@ from library.launched import is_first_process
 from library.memory.attention import attention_backend
 from library.optim.optimizers import resolve_optimizer
 from library.optim.schedulers import check_scheduler
+from library.optim.update import Metrics, Update
 from library.training import precision
 from library.training.caching import CacheJob, cache_latents, inspect_model
 from library.training.checkpoints import OutputNames, ema_path
 from library.training.debug_dataset import show_dataset
 from library.training.dry_run import dry_run
-from library.training.run_hooks import RunHooks
+from library.training.images import with_images
 from library.training.interrupt import Interrupt
 from library.training.loop import run_loop
-from library.training.images import with_images
-from library.training.previews import generate_preview, encode_prompts
-from library.training.processes import choose_seed, make_accelerator, of_main_process, finalizing, weight_dtype
+from library.training.previews import encode_prompts, generate_preview
+from library.training.processes import choose_seed, finalizing, make_accelerator, of_main_process, weight_dtype
 from library.training.replay import replay
-from library.training.resume import check_fits, resume_run, read_state, save_state, train_state
+from library.training.resume import check_fits, read_state, resume_run, save_state, train_state
 from library.training.run import Checked, Run
+from library.training.run_hooks import RunHooks
 from library.training.settings import (
     for_model,
     hub_target,
+    learning_rates_of_parts,
     loss_settings,
     noise_settings,
-    learning_rates_of_parts,
     run_plan,
     sample_prompts,
     save_policy,
@@ -73,10 +74,9 @@ from library.training.settings import (
     state_folder,
     tracker_settings,
 )
-from library.training.sharding import load_denoiser, sharding_for, shard_denoiser, sharding_rows
+from library.training.sharding import load_denoiser, shard_denoiser, sharding_for, sharding_rows
 from library.training.step import NoiseSettings, batch_losses
 from library.training.text_caching import Tokenize, cache_texts, cached_encoders, caches_texts, text_cache_row
-from library.training.trained import Trained
 from library.training.validation import Validation, check_validation
 from library.training.zero import check_zero
 
@@ -284,7 +284,8 @@ class Trainer(ABC):
         if training.gradient_checkpointing:
             self.architecture.enable_gradient_checkpointing(run.denoiser, run.text_encoders)
         run.objective = run.objective.to(run.device)
-        run.trained = self.build_trained(run)
+        run.update = self.build_update(run)
+        run.parameters = run.update.parameters
         shard_denoiser(run, self.architecture)
         if training.torch_compile:
             precision.compile_denoiser(run, self.architecture.compiled_blocks)
@@ -303,7 +304,7 @@ class Trainer(ABC):
                 start_step=run.start_step,
                 seed=run.checked.seed,
                 accelerator=run.accelerator,
-                trained=run.trained,
+                update=run.update,
                 hooks=run_hooks,
                 interrupt=interrupt,
                 on_nan=run.options.training.on_nan,
@@ -336,8 +337,8 @@ class Trainer(ABC):
         """
 
     @abstractmethod
-    def build_trained(self, run: Run) -> Trained:
-        """Create the trained modules with optimizer and scheduler, prepared by the accelerator."""
+    def build_update(self, run: Run) -> Update:
+        """Create the trained modules, and what updates them."""
 
     @abstractmethod
     def trained_on_meta(self, run: Run) -> list[tuple[str, list[nn.Parameter]]]:
@@ -367,12 +368,8 @@ class Trainer(ABC):
     def validation_batch_started(self, run: Run, batch: Batch) -> None:
         """A hook before each batch of a validation."""
 
-    def step_ended(self, run: Run, step: int) -> dict[str, Tensor]:
+    def step_ended(self, run: Run, step: int) -> Metrics:
         """A hook after each update; may return metrics to log."""
-        return {}
-
-    def learning_rates(self, run: Run) -> dict[str, float]:
-        """The trackers' ``lr/...`` entries."""
         return {}
 
     def trained_rows(self, run: Run) -> list[tuple[str, str]]:

@@ -158,28 +158,19 @@ def _differences(options: TrainNetworkOptions) -> list[str]:
     return found
 
 
-def with_zero(run: Run, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer, its work shared out over the processes if that is asked for.
-
-    Args:
-        optimizer: over parameters on their device.
-
-    Raises:
-        UserError: see ``ZeroOptimizer``.
-    """
-    zero = asked_zero(run.options.training)
-    if zero is None or (run.accelerator.num_processes == 1 and not zero.on_host):
-        return optimizer
-    return ZeroOptimizer(optimizer, zero, run.device)
+def zero_of(options: TrainingOptions, accelerator: Accelerator) -> Zero | None:
+    """What is sharded in this run; ``None`` where there is nothing to shard."""
+    zero = asked_zero(options)
+    return None if zero is None or (accelerator.num_processes == 1 and not zero.on_host) else zero
 
 
 def zero_rows(run: Run) -> list[tuple[str, str]]:
     """For the table before the first step."""
-    inner = getattr(run.trained.optimizer, "optimizer", None)
+    inner = run.update.optimizer if run.update else None
     if not isinstance(inner, ZeroOptimizer):
         return []
     zero = asked_zero(run.options.training)
-    total = sum(p.numel() for p in run.trained.parameters)
+    total = sum(p.numel() for p in run.parameters)
     where = "host memory" if zero.on_host else "device memory"
     states = f"states of {min(inner.numbers_here, total):,} of {total:,} trained numbers in each process's {where}"
     return [("DeepSpeed", f"ZeRO stage {zero.stage}, {states}")]

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from library.errors import UserError
+from library.optim.ema import STATE_FILE, WeightAverage
 from library.training.checkpoints import ema_path, remove_outdated
-from library.training.ema import STATE_FILE, WeightAverage
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Parameter]:

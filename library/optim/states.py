@@ -1,0 +1,46 @@
+"""Optimizer states loaded as they were saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def keep_state_dtypes(optimizer: torch.optim.Optimizer) -> None:
+    """Make ``load_state_dict`` keep the dtype that every tensor was saved in; torch casts all to the parameter's."""
+    load = optimizer.load_state_dict
+
+    def load_state_dict(state: Mapping[str, Any]) -> None:
+        load(dict(state))
+        for parameter, saved in _saved_states(optimizer, state):
+            current = optimizer.state[parameter]
+            for name, value in saved.items():
+                if name in current:
+                    current[name] = _as_saved(current[name], value)
+
+    optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
+
+
+def _as_saved(current: Any, saved: Any) -> Any:
+    """What was loaded, with the tensors whose dtype changed taken from what was saved."""
+    if isinstance(saved, Tensor) and isinstance(current, Tensor):
+        same = current.dtype == saved.dtype
+        return current if same else saved.detach().to(device=current.device, copy=True)
+    if isinstance(saved, dict) and isinstance(current, dict):
+        return {name: _as_saved(value, saved.get(name)) for name, value in current.items()}
+    if type(saved) is type(current) and type(saved) in (list, tuple) and len(saved) == len(current):
+        return type(saved)(_as_saved(one, other) for one, other in zip(current, saved, strict=True))
+    return current
+
+
+def _saved_states(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        if isinstance(saved := state["state"].get(number), Mapping):
+            yield parameter, saved

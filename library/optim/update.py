@@ -1,0 +1,179 @@
+"""Everything around the optimizer of a run, in one place.
+
+A step is ``start_step``, ``backward`` for each of its batches, ``step``, and ``end_step`` when nothing else changes the
+weights any more. In it gradients are averaged over processes and clipped, weights are updated (in float32 or with
+stochastic rounding, whole or sharded by ZeRO, after or within the backward pass), the schedule advances, and the moving
+average follows. States are saved and loaded by the accelerator, which this object tells what belongs to them.
+
+Parameter groups are looked up in the optimizer whenever they are used: the accelerator and every loaded state replace
+the dicts, so that whoever keeps one reads an outdated learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.optim.ema import WeightAverage
+from library.optim.fused_backward import FusedBackward, Part, check_fusible
+from library.optim.gradient_exchange import GradientExchange
+from library.optim.optimizers import OptimizerChoice
+from library.optim.param_groups import lr_log_entries
+from library.optim.pieces import Pieces, updates_alone
+from library.optim.schedulers import ScheduleSettings, create_scheduler
+from library.optim.states import keep_state_dtypes
+from library.optim.stochastic_rounding import train_in_half
+from library.optim.zero import Zero, ZeroOptimizer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+#: 0-dim tensors on the device, by name; read when the device has computed them
+Metrics = dict[str, Tensor]
+
+
+class Watch(Protocol):
+    """Looks at a step before and after its update, such as the guard against losses that are not finite."""
+
+    def before_update(self, grad_norm: Tensor | None) -> None: ...
+
+    def after_update(self) -> Metrics: ...
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """What is asked of the updates of a run."""
+
+    seed: int  # of the run, for rounding
+    total_steps: int  # optimizer steps of the whole run, for the schedule
+    max_grad_norm: float = 0.0  # of all gradients together; 0 for no limit
+    ema_decay: float | None = None  # of the moving average, if there is one
+    zero: Zero | None = None
+    #: see ``library.optim.gradient_exchange``
+    gradients_as_views: bool = False
+
+
+class Update:
+    """The optimizer of a run with all that belongs to it.
+
+    Args:
+        choice: which optimizer.
+        groups: dicts with ``params``, on their device, and optionally ``lr``.
+        schedule: of the learning rates.
+        names: of the groups, for logs; ``None`` for a group without one.
+        averaged: parameters of the moving average, by the names in its file.
+        fused: parameters that are updated together within the backward pass; ``None`` for the usual step.
+        fused_flag: the option that asks for ``fused``, for messages.
+        before_update: called whenever the optimizer is about to use gradients.
+
+    Raises:
+        UserError: the optimizer cannot be used so.
+        ValueError: ``fused`` or half precision beside what it excludes; rules of the options refuse these before.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        choice: OptimizerChoice,
+        groups: Sequence[Mapping[str, Any]],
+        schedule: ScheduleSettings,
+        settings: UpdateSettings,
+        *,
+        names: Sequence[str | None] = (),
+        averaged: Mapping[str, nn.Parameter] | None = None,
+        fused: Sequence[Part] | None = None,
+        fused_flag: str = "--fused_backward_pass",
+        before_update: Callable[[], None] | None = None,
+    ) -> None:
+        self._accelerator, self._choice, self._settings, self._names = accelerator, choice, settings, names
+        optimizer = choice.create(groups)
+        self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        half = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)
+        if settings.zero is not None and (half or fused is not None):
+            raise ValueError("ZeRO shards whole updates of float32 weights")
+        if fused is not None and (settings.max_grad_norm > 0 or accelerator.num_processes > 1 or accelerator.scaler):
+            raise ValueError("a fused update never sees all gradients: it cannot clip, average or scale them")
+        alone = (half or fused is not None) and updates_alone(choice, self.parameters[0].device)
+        keep_state_dtypes(optimizer)
+        if half:
+            train_in_half(optimizer, settings.seed, alone=alone)
+        if settings.zero is not None:
+            optimizer = ZeroOptimizer(optimizer, settings.zero, accelerator.device)
+        if before_update is not None:
+            optimizer.register_step_pre_hook(lambda *_: before_update())
+        self._fused: FusedBackward | None = None
+        if fused is not None:
+            check_fusible(choice.name, alone, fused_flag)
+            self._pieces = Pieces(optimizer)
+            self._fused = FusedBackward(self._pieces, fused)
+        self._prepared = accelerator.prepare_optimizer(optimizer)
+        self._schedule = accelerator.prepare_scheduler(
+            create_scheduler(optimizer, choice, schedule, total_steps=settings.total_steps)
+        )
+        self._exchange = GradientExchange(accelerator, self.parameters, as_views=settings.gradients_as_views)
+        self.average: WeightAverage | None = None
+        if settings.ema_decay is not None:
+            self.average = WeightAverage(averaged or {}, settings.ema_decay)
+            self.average.keep_with_states(accelerator)
+        self._batches = self._batches_left = 1
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer within accelerate's; its groups and states are those of whole parameters."""
+        return self._prepared.optimizer
+
+    # ---- a step ----
+
+    def start_step(self, batches: int = 1) -> None:
+        """A step of so many batches begins."""
+        self._batches = self._batches_left = batches
+        self._exchange.start()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a batch, whose mean over the batches of the step is the step's gradient.
+
+        Args:
+            loss: of the batch, with a graph.
+        """
+        self._batches_left -= 1
+        if self._fused is not None:
+            self._fused.before_backward(is_last=self._batches_left == 0)
+        self._accelerator.backward(loss / self._batches)
+
+    def step(self, watch: Watch | None = None) -> Metrics:
+        """Update the weights; returns the norm of the gradients, if it is limited, and what ``watch`` found."""
+        metrics: Metrics = {}
+        self._exchange.average()
+        if self._settings.max_grad_norm > 0:
+            metrics["grad_norm"] = self._accelerator.clip_grad_norm_(self.parameters, self._settings.max_grad_norm)
+        if watch is not None:
+            watch.before_update(metrics.get("grad_norm"))
+        if self._fused is None:
+            self._prepared.step()
+        else:
+            self._pieces.end_step()
+        if watch is not None:
+            metrics |= watch.after_update()
+        if not self._prepared.step_was_skipped:
+            self._schedule.step()
+        self._prepared.zero_grad(set_to_none=True)
+        return metrics
+
+    def end_step(self, step: int) -> None:
+        """After all that changes the weights in ``step``, counted from 1."""
+        if self.average is not None:
+            self.average.update(step)
+
+    # ---- between steps ----
+
+    def training_mode(self, training: bool) -> None:
+        """Switch optimizers that keep two sets of weights to those for training, or for use."""
+        self._choice.set_training(self.optimizer, training)
+
+    def learning_rates(self) -> dict[str, float]:
+        """The trackers' ``lr/...`` entries."""
+        return lr_log_entries(self.optimizer, self._choice, self._names)
