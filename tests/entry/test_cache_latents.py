@@ -52,7 +52,7 @@ def test_training_encodes_nothing_more(tmp_path: Path, tiny: Tiny) -> None:
     damaged.write_bytes(damaged.read_bytes()[:-300])
     shutil.copy(images / "0.png", edited.with_name("new.png"))
     edited.with_name("new.png").rename(edited.with_name("1.png"))  # of another size now, and so is its file's name
-    again = run_script(TOOL, *tool_arguments(tiny, dataset))
+    again = run_script(TOOL, *tool_arguments(tiny, dataset), fresh=True)
     assert again.code == 0, again.text
     assert "latents: 2 encoded, 5 from the cache" in again.text
     warning, *more = [line for line in again.text.splitlines() if line.startswith("WARNING")]

@@ -35,7 +35,7 @@ def test_training_finds_what_the_tool_made(tmp_path: Path, tiny: Tiny, dataset: 
         cache_latents=True,
         clip_skip=2,
     )
-    tool = run_script(TOOL, *words, *tiny.family.tool_flags)
+    tool = run_script(TOOL, *words, *tiny.family.tool_flags, fresh=True)
     assert tool.code == 0, tool.text
     assert "text encoder outputs: 8 files made, 0 from the cache" in tool.text
     assert "no effect on the cache of text encoder outputs: --" in tool.text and "--network_module" in tool.text

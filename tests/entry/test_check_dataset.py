@@ -34,7 +34,9 @@ def test_one_report_of_everything(tmp_path: Path, tiny_sd: MadeCheckpoint) -> No
         encoding="utf-8",
     )
     html, report_file = tmp_path / "report.html", tmp_path / "report.json"
-    done = run_script(TOOL, "--config_file", config, "--html", html, "--json", report_file, "--console_log_simple")
+    done = run_script(
+        TOOL, "--config_file", config, "--html", html, "--json", report_file, "--console_log_simple", fresh=True
+    )
     assert done.code == 1, done.text
     assert "Traceback" not in done.text
     for words in ("2.png", "r.png", "64x64", "steps an epoch", "2 errors", "[bold] dog", "not looked at"):

@@ -131,6 +131,7 @@ def test_published_command_in_a_process_of_its_own(
         *("--tokenizer_cache_dir", made.tokenizer_cache_dir, "--width", 80, "--height", 64),
         *("--prompt", "a cat holding a sign that says hello world"),
         *published.split(),
+        fresh=True,
     )
     assert finished.code == 0, finished.text
     (image,) = out.iterdir()

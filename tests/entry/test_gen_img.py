@@ -226,7 +226,7 @@ def test_first_command_of_the_page(tmp_path: Path) -> None:
     command = re.search(r"```bash\npython (.*?)```", page, re.DOTALL)[1].replace("\\\n", "")
     script, *arguments = shlex.split(command)
     arguments[arguments.index("--outdir") + 1] = str(tmp_path / "out")
-    files = drawn(run_script(script, *arguments), tmp_path / "out")
+    files = drawn(run_script(script, *arguments, fresh=True), tmp_path / "out")
     assert len(files) == 4
     assert {text_of(path)["seed"] for path in files} == {"1", "2", "3", "4"}
     assert len({pixels(path).tobytes() for path in files}) == 4

@@ -30,6 +30,7 @@ def test_a_whole_run(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
     done = tiny.run(
         dataset,
         output,
+        fresh=True,
         max_train_steps=None,
         max_train_epochs=3,
         save_every_n_epochs=1,
