@@ -16,12 +16,14 @@ from library.files.hashes import with_hashes
 from library.files.safetensors_io import (
     PICKLE_SUFFIXES,
     is_pickle,
+    iterate_tensors,
     load_pickle,
     load_tensors,
     read_header,
     save_pickle,
     save_tensors,
 )
+from networks.damaged import refuse_damaged
 from networks.file_names import with_alphas
 from networks.targets import DoraAxis, RankAlpha
 
@@ -47,7 +49,7 @@ _OTHER_KINDS = {
 
 
 def check_adapter_file(path: Path) -> None:
-    """Refuse what is plainly no adapter, by the header alone; pickled files have none, and are left for later.
+    """Refuse what is no adapter, or a damaged one; pickled files are left for later.
 
     Raises:
         UserError: missing or damaged, or the weights of a model.
@@ -58,20 +60,24 @@ def check_adapter_file(path: Path) -> None:
     found = recognise_tensors(names, "")
     if found is not None and not any(word in name for name in names for word in ("lora", "lycoris", "hada_", "lokr_")):
         raise UserError(f"{path} is {found.what}, not an adapter; give the file of a LoRA or another adapter")
+    refuse_damaged(iterate_tensors(path), str(path))
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
     """All tensors of a ``.safetensors`` file, or of a pickled one, which is opened without running its code.
 
     Raises:
-        UserError: missing or unreadable file.
+        UserError: missing, unreadable or damaged file.
     """
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if is_pickle(path):
-        return load_pickle(path)
-    return with_alphas(load_tensors(path), read_header(path).metadata, str(path))
+        weights = load_pickle(path)
+    else:
+        weights = with_alphas(load_tensors(path), read_header(path).metadata, str(path))
+    refuse_damaged(weights, str(path))
+    return weights
 
 
 def write_weights(

@@ -7,9 +7,10 @@ import math
 import mmap
 import pickle
 import re
+import stat
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -73,7 +74,7 @@ def read_header(path: Path | str) -> Header:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         with path.open("rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -86,7 +87,7 @@ def read_header(path: Path | str) -> Header:
         raise UserError(f"{path}: a folder, not a safetensors file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not a safetensors file{_seems(path)}") from None
     try:
         metadata = header.pop("__metadata__", {})
@@ -96,13 +97,42 @@ def read_header(path: Path | str) -> Header:
             for name, entry in header.items()
         }
         fits = all(_fits(tensors[name], *entry["data_offsets"]) for name, entry in header.items())
+        spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
     except (TypeError, ValueError, KeyError, AttributeError, IndexError):
         fits = False
     if not fits:
         raise UserError(f"{path}: not a safetensors file: its header is damaged; copy or download it again")
     if size < needed:
         raise UserError(f"{path}: the file is cut short: {size} of {needed} bytes; copy or download it again")
+    _refuse_overlaps(path, spans)
     return Header(metadata, tensors)
+
+
+def _refuse_overlaps(path: Path, spans: Sequence[tuple[int, int, str]]) -> None:
+    """Tensors that share bytes, or bytes between tensors that belong to none, mean a damaged header.
+
+    Args:
+        spans: (begin, end, name) of every tensor, sorted.
+    """
+    end, before = 0, "the header"
+    for begin, stop, name in spans:
+        if begin != end:
+            what = "overlap" if begin < end else f"have {begin - end} bytes between them"
+            raise UserError(f"{path}: damaged: {before} and {name} {what}; copy or download it again")
+        end, before = stop, name
+
+
+def regular_size(path: Path) -> int:
+    """Size of a file in bytes.
+
+    Raises:
+        OSError: there is none.
+        UserError: a pipe, socket or device, which would be waited for or never end.
+    """
+    found = path.stat()
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise UserError(f"{path}: a pipe, socket or device, not a file; give a file")
+    return found.st_size
 
 
 def _fits(info: TensorInfo, begin: int, end: int) -> bool:
@@ -112,9 +142,14 @@ def _fits(info: TensorInfo, begin: int, end: int) -> bool:
 
 
 def is_pickle(path: Path | str) -> bool:
-    """Whether a weight file is one of ``torch.save``: by its first bytes, as files are renamed, else by its name."""
+    """Whether a weight file is one of ``torch.save``: by its first bytes, as files are renamed, else by its name.
+
+    Raises:
+        UserError: a pipe, socket or device.
+    """
     path = Path(path)
     try:
+        regular_size(path)
         with path.open("rb") as file:
             start = file.read(9)
     except OSError:
@@ -216,12 +251,17 @@ def torch_dtype(info: TensorInfo, title: str) -> torch.dtype:
     Raises:
         UserError: torch has no such dtype.
     """
-    import torch
-
-    dtype = getattr(torch, _DTYPES.get(info.dtype, ""), None)
+    dtype = known_dtype(info)
     if dtype is None:
         raise UserError(f"{title}: tensors of type {info.dtype} are not supported")
     return dtype
+
+
+def known_dtype(info: TensorInfo) -> torch.dtype | None:
+    """The dtype of a tensor of a file, or None where torch has no such."""
+    import torch
+
+    return getattr(torch, _DTYPES.get(info.dtype, ""), None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -292,6 +332,8 @@ def load_pickle(path: Path | str) -> dict[str, Tensor]:
     from torch.serialization import safe_globals
 
     path = Path(path)
+    if path.exists():
+        regular_size(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     with path.open("rb") as file:

@@ -21,7 +21,9 @@ import torch
 from library.config.arguments import TrainNetworkOptions, flat
 from library.errors import UserError
 from library.files.atomic import MANIFEST_NAME, atomic_directory, verify_directory
+from library.launched import is_first_process
 from library.training.fingerprint import is_digest
+from library.training.state_checks import problem_of_record, refuse_bad_optimizer, refuse_bad_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,14 +74,31 @@ def read_state(folder: Path) -> TrainState:
         inside = sorted(p.name for p in folder.glob("*-state") if p.is_dir())
         hint = f"; it holds {inside[-1]!r}: give that one" if inside else ""
         raise UserError(f"--resume {folder}: not a state folder ({STATE_FILE} is missing){hint}")
-    if (folder / MANIFEST_NAME).exists():  # folders of the predecessor have none
+    has_manifest = (folder / MANIFEST_NAME).exists()
+    if has_manifest:
         verify_directory(folder)
+    state = _read_record(folder, record)
+    if not has_manifest:
+        if state.fingerprint:  # one of this program's; those of others have neither
+            raise UserError(
+                f"--resume {folder}: {MANIFEST_NAME} is missing, so nobody knows whether the state is whole; copy the "
+                "whole folder again, or use another state"
+            )
+        if is_first_process():
+            logger.warning("--resume %s: written by another program, without a manifest: not checked", folder)
+    return state
+
+
+def _read_record(folder: Path, record: Path) -> TrainState:
     try:
         values = json.loads(record.read_text(encoding="utf-8"))
         known = {name: values[name] for name in TrainState.__dataclass_fields__ if name in values}
-        return TrainState(**known)
-    except (ValueError, TypeError) as error:
+        state, problem = TrainState(**known), problem_of_record(known)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--resume {folder}: {STATE_FILE} cannot be read ({error}); use an older state") from None
+    if problem:
+        raise UserError(f"--resume {folder}: {STATE_FILE}: {problem}; use an older state")
+    return state
 
 
 def save_state(accelerator: Accelerator, folder: Path, state: TrainState) -> None:
@@ -168,10 +187,11 @@ def resume_run(run: Run) -> None:
     """Bring back weights, optimizer, scheduler, random states of this process, and the best validation.
 
     Raises:
-        UserError: the state's tensors are not those of this run, or a file of it holds code.
+        UserError: the state's tensors are not those of this run or not finite, or a file of it holds code.
     """
     name_changes(run)
     folder = run.checked.state_folder
+    refuse_bad_weights(folder)
     try:
         run.accelerator.load_state(str(folder))
     except torch.cuda.OutOfMemoryError:
@@ -187,6 +207,8 @@ def resume_run(run: Run) -> None:
             f"--resume {folder}: a file of it holds more than tensors and numbers, which is not read, as it may run "
             "any code; use another state"
         ) from None
+    for optimizer in run.accelerator._optimizers:
+        refuse_bad_optimizer(folder, optimizer)
     if run.validation:
         run.validation.restore(run.checked.resumed)
     logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)

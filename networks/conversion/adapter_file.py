@@ -23,6 +23,7 @@ from networks.conversion.families import (
     detect_naming,
 )
 from networks.conversion.modules import Place
+from networks.damaged import refuse_damaged
 from networks.file_names import ADAPTER_METADATA, PEFT_ROOT, TENSOR_NAMES, with_alphas
 
 DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
@@ -131,6 +132,7 @@ def read_adapter(path: Path, family: Family | None = None) -> AdapterFile:
     """
     check_readable(path)
     naming, weights, metadata = _load(path)
+    refuse_damaged(weights, str(path))
     if family is None:
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         family = detect_family(shapes, metadata, str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 import types
@@ -90,6 +91,36 @@ def test_a_cut_file_and_missing_ones(saved: Path, tmp_path: Path) -> None:
         read_header(tmp_path / "none.safetensors")
     with pytest.raises(UserError, match="folder"):
         read_header(tmp_path)
+
+
+def write_file(path: Path, header: object, data: bytes) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(("begin", "words"), [(4, "a and b overlap"), (12, "a and b have 4 bytes between them")])
+def test_tensors_share_no_bytes_and_leave_none_out(tmp_path: Path, begin: int, words: str) -> None:
+    entry = {"dtype": "F32", "shape": [2]}
+    header = {"a": {**entry, "data_offsets": [0, 8]}, "b": {**entry, "data_offsets": [begin, begin + 8]}}
+    path = write_file(tmp_path / "x.safetensors", header, b"\0" * 20)
+    with pytest.raises(UserError, match=f"damaged: {words}"):
+        read_header(path)
+
+
+def test_a_header_nested_too_deeply(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "x.safetensors", b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", b"")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        read_header(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX's")
+def test_what_would_be_waited_for_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for read in (read_header, is_pickle, load_pickle, load_tensors):
+        for path in (tmp_path / "pipe.safetensors", Path("/dev/zero")):
+            with pytest.raises(UserError, match="a pipe, socket or device, not a file"):
+                read(path)
 
 
 def test_the_header_alone_is_read(tmp_path: Path) -> None:

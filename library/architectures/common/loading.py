@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.tensor_files import WeightFile
 from library.errors import UserError
+from library.files.finite import FiniteCheck, not_finite, some_of
 
 Checkpoint = TypeVar("Checkpoint")
 
@@ -52,7 +53,8 @@ def load_frozen(source: ModelSource, build: Callable[[], nn.Module], *, dtype: t
         The model in eval mode, without gradients.
 
     Raises:
-        UserError: the file lacks tensors of the model or holds them in other shapes.
+        UserError: the file lacks tensors of the model, holds them in other shapes or as integers, or holds NaN or
+            infinity.
     """
     with torch.device("meta"):
         model = build()
@@ -65,6 +67,7 @@ def _fill(
     model: nn.Module, tensors: Iterable[tuple[str, Tensor]], source: ModelSource, *, dtype: torch.dtype, device: str
 ) -> None:
     expected = dict(model.named_parameters())
+    check = FiniteCheck()
     for name, tensor in tensors:
         parameter = expected.pop(name, None)
         if parameter is None:
@@ -74,9 +77,16 @@ def _fill(
                 f"{source.file.path}: {source.title} tensor {name} has shape {list(tensor.shape)} "
                 f"where {list(parameter.shape)} is expected; the file or its config.json is damaged or of another model"
             )
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{source.file.path}: the {source.title}'s tensor {_in_file(source, name)} holds "
+                f"{str(tensor.dtype).removeprefix('torch.')} numbers, which are no weights; the file is damaged or "
+                "quantised: give one in float32, float16, bfloat16 or plain fp8"
+            )
         owner, _, leaf = name.rpartition(".")
         # moved first and cast there: accelerators cast faster than the host
         moved = tensor.to(device).to(dtype)
+        check.add(name, moved)
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
     if expected:
         first = next(iter(expected))
@@ -84,6 +94,8 @@ def _fill(
             f"{source.file.path}: {len(expected)} of the {source.title}'s tensors are missing, the first is {first}; "
             "the file is incomplete, download it again"
         )
+    if bad := check.bad():
+        raise UserError(_not_finite(source, bad, dtype))
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
         if leaf == "position_ids":  # CLIP's, computed and never stored
@@ -91,3 +103,22 @@ def _fill(
             model.get_submodule(owner)._buffers[leaf] = positions
         else:
             raise AssertionError(f"{type(model).__name__} has a buffer that loading does not fill: {name}")
+
+
+def _in_file(source: ModelSource, name: str) -> str:
+    """How the file calls one of the model's tensors."""
+    return next((n for n in source.file.shapes if name in source.layout.model_names(n)), name)
+
+
+def _not_finite(source: ModelSource, bad: list[str], dtype: torch.dtype) -> str:
+    """The message on weights that are not finite once they are loaded."""
+    names = list(dict.fromkeys(_in_file(source, name) for name in bad))
+    if not_finite(source.file.read(names[:1])):
+        return (
+            f"{source.file.path}: {some_of(names)} of the {source.title} holds NaN or infinity; the file is damaged, "
+            "or comes from a run that failed: download it again, or use another"
+        )
+    return (
+        f"{source.file.path}: {some_of(names)} of the {source.title} does not fit in {str(dtype)[6:]}, whose largest "
+        f"number is {torch.finfo(dtype).max:.0f}; use --mixed_precision bf16 or no"
+    )

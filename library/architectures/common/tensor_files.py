@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.files.safetensors_io import TensorReader, is_pickle, load_pickle, read_header
+from library.files.safetensors_io import TensorReader, is_pickle, known_dtype, load_pickle, read_header
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -21,6 +21,7 @@ class WeightFile(ABC):
 
     path: Path
     shapes: Shapes
+    dtypes: Mapping[str, torch.dtype]
     mapped: bool  # whether tensors are views of the mapped files
 
     @property
@@ -39,9 +40,9 @@ class WeightFile(ABC):
                 yield name, read(name)
 
     def on_meta(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The same without data: tensors of their shapes on the meta device; the files are not touched."""
+        """The same without data: tensors of their shapes and dtypes on the meta device; the files are not touched."""
         for name in names:
-            yield name, torch.empty(self.shapes[name], device="meta")
+            yield name, torch.empty(self.shapes[name], dtype=self.dtypes.get(name), device="meta")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class TensorFile(WeightFile):
     shapes: Shapes
     _unpickled: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     mapped: bool = True  # whether tensors are views of the mapped file
+    #: of the tensors whose dtype torch has
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def open(path: Path) -> TensorFile:
@@ -62,9 +65,12 @@ class TensorFile(WeightFile):
         """
         if is_pickle(path):
             tensors = load_pickle(path)
-            return TensorFile(path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors)
-        header = read_header(path)
-        return TensorFile(path, {name: tuple(info.shape) for name, info in header.tensors.items()})
+            dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            return TensorFile(path, shapes, tensors, dtypes=dtypes)
+        infos = read_header(path).tensors
+        dtypes = {name: dtype for name, info in infos.items() if (dtype := known_dtype(info)) is not None}
+        return TensorFile(path, {name: tuple(info.shape) for name, info in infos.items()}, dtypes=dtypes)
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
