@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
+from library.plain_text import visible
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -67,8 +69,8 @@ def exits_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+            for line in str(error).replace("\r\n", "\n").split("\n"):
+                print(f"error: {visible(line)}", file=sys.stderr)
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
 
     return wrapper

@@ -105,9 +105,11 @@ def load_toml(path: Path | str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     try:
         content = tomllib.loads(text)
+        refuse_escaped_paths(content, path)
     except ValueError as error:  # it names the line
         raise UserError(f"{path}: not valid TOML: {error}{toml_remedy(text, str(error))}") from None
-    refuse_escaped_paths(content, path)
+    except RecursionError:
+        raise UserError(f"{path}: tables or lists are nested too deeply") from None
     return content
 
 

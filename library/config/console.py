@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from library.config.arguments import ConsoleOptions
 from library.errors import UserError
+from library.plain_text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 
 #: lines of these are for their developers
 _NOISY = ("accelerate", "PIL", "httpx", "httpx2", "urllib3", "matplotlib", "filelock", "fsspec", "diffusers")
+
+
+class _Formatter(logging.Formatter):
+    """Writes control characters out, as names of files may hold them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def setup_console(options: ConsoleOptions) -> None:
@@ -35,15 +43,15 @@ def setup_console(options: ConsoleOptions) -> None:
             raise UserError(
                 f"--console_log_file {options.console_log_file}: cannot be written ({error.strerror})"
             ) from None
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     elif is_rich(simple=options.console_log_simple):
         from rich.logging import RichHandler
 
         handler = RichHandler(console=stderr_console(), show_path=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        handler.setFormatter(_Formatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
@@ -95,8 +103,3 @@ def make_bar(title: str) -> Progress:
         TextColumn("{task.description}"),
         console=stderr_console(),
     )
-
-
-def printable(text: str) -> str:
-    """Text that every encoding of the console and of files can hold: what stands for damaged file names is replaced."""
-    return text.encode("utf-8", "replace").decode("utf-8")

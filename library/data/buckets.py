@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 Size = tuple[int, int]
 
+#: longest side of a resolution, pixels
+MAX_SIDE = 65_536
+#: most sizes that are worth trying; more are made of bounds far apart with a tiny step
+MAX_SIZES = 50_000
+
 #: keeps a whole number that came out a little too small, pixels
 _ROUNDING = 1e-6
 
@@ -57,9 +62,8 @@ def make_sizes(rules: BucketRules) -> list[Size]:
     """
     area = rules.resolution[0] * rules.resolution[1]
     sizes = set()
-    shortest = _up(rules.min_side, rules.step)
-    # no side is longer than the area allows beside the shortest one, wherever the upper bound lies
-    for width in range(shortest, min(rules.max_side, area // shortest) + 1, rules.step):
+    shortest = rules.sides[0] if rules.sides else 0
+    for width in _widths(rules):
         # the square too, which is not the tallest of its width where the resolution is no multiple of the step
         if width * width <= area:
             sizes.add((width, width))
@@ -71,6 +75,18 @@ def make_sizes(rules: BucketRules) -> list[Size]:
     for size in sorted(sizes, key=lambda s: s[0] * s[1]):
         by_ratio[size[0] / size[1]] = size  # the larger of one ratio stays
     return [by_ratio[ratio] for ratio in sorted(by_ratio)]
+
+
+def _widths(rules: BucketRules) -> range:
+    """The sides that have a place in the area beside the shortest one, wherever the upper bound lies."""
+    shortest = _up(rules.min_side, rules.step)
+    longest = min(rules.max_side, rules.resolution[0] * rules.resolution[1] // shortest)
+    return range(shortest, longest + 1, rules.step)
+
+
+def size_count(rules: BucketRules) -> int:
+    """About how many sizes ``make_sizes`` makes, without making them: two for every width."""
+    return 2 * len(_widths(rules))
 
 
 def own_size(size: Size, rules: BucketRules) -> Size:

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from library.config.console import printable
 from library.files.atomic import atomic_path, write_text
+from library.plain_text import printable, visible
 
 if TYPE_CHECKING:
     from library.data.batch import Batch
@@ -155,9 +155,9 @@ def draw_sheet(samples: Sequence[Shown]) -> Image.Image:
 def _draw_cell(sample: Shown, width: int, side: int) -> Image.Image:
     font = _font()
     text_width = width - 2 * _GAP
-    name = wrapped(printable(Path(sample.path).name), font, text_width, 2)
+    name = wrapped(visible(Path(sample.path).name), font, text_width, 2)
     facts = [line for text in sample.lines() for line in wrapped(text, font, text_width, 2)]
-    caption = wrapped(printable(sample.caption) or "(no caption)", font, text_width, CAPTION_LINES)
+    caption = wrapped(visible(sample.caption) or "(no caption)", font, text_width, CAPTION_LINES)
     images = [_shrunk(panel, side) for panel in sample.panels]
     top = max(image.height for image in images) + 2 * _GAP
     lines = [*((line, _INK) for line in name), *((line, _FAINT) for line in facts), *((line, _INK) for line in caption)]

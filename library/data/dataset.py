@@ -88,7 +88,10 @@ def find_records(spec: DatasetSpec, seen: Seen | None = None, find: Find = find_
 
 def by_subset(spec: DatasetSpec, records: Sequence[ImageRecord]) -> list[tuple[SubsetSpec, list[ImageRecord]]]:
     """Every subset of a dataset with its own of the records."""
-    return [(s, [record for record in records if record.subset == index]) for index, s in enumerate(spec.subsets)]
+    own: dict[int, list[ImageRecord]] = {}
+    for record in records:
+        own.setdefault(record.subset, []).append(record)
+    return [(subset, own.get(index, [])) for index, subset in enumerate(spec.subsets)]
 
 
 class BucketedDataset:

@@ -18,7 +18,7 @@ from typing import Any
 from library.config.arguments import DatasetOptions, ValidationOptions
 from library.config.config_file import load_toml
 from library.config.mistakes import home_hint
-from library.data.buckets import BucketRules, make_sizes
+from library.data.buckets import MAX_SIDE, MAX_SIZES, BucketRules, make_sizes, size_count
 from library.data.captions import CaptionRules
 from library.data.dataset_keys import (
     CHECKS,
@@ -287,7 +287,9 @@ class _Reader:
             step=values["bucket_reso_steps"],
             no_upscale=values["bucket_no_upscale"],
         )
-        if resolution and rules.enabled and not rules.no_upscale:
+        if resolution and max(resolution) > MAX_SIDE:
+            self._problem(where, "resolution", f"{max(resolution)}: at most {MAX_SIDE} pixels")
+        elif resolution and rules.enabled and not rules.no_upscale:
             self._check_sides(rules, where)
         subsets = table.get("subsets", []) if isinstance(table, Mapping) else []
         if not isinstance(subsets, list) or not subsets:
@@ -330,6 +332,12 @@ class _Reader:
                 where,
                 "min_bucket_reso, max_bucket_reso",
                 f"{rules.min_side} to {rules.max_side}: must hold the resolution {resolution[0]}x{resolution[1]}",
+            )
+        elif (count := size_count(rules)) > MAX_SIZES:
+            self._problem(
+                where,
+                "bucket_reso_steps",
+                f"{rules.step}: would make about {count:,} bucket sizes; raise it, or min_bucket_reso",
             )
         elif not make_sizes(rules):
             self._problem(
@@ -468,8 +476,15 @@ def _folder_problem(folder: str) -> str | None:
 def _has_images(folder: Path) -> Iterator[bool]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if is_image_name(entry.name) and not entry.is_dir():
+            if is_image_name(entry.name) and not _is_folder(entry):
                 yield True
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself; reading it says what is wrong
+        return False
 
 
 def _inside(folder: str) -> str:

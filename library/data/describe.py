@@ -27,18 +27,16 @@ def metadata(
     }
     dirs: dict[str, dict[str, int]] = {}
     reg_dirs: dict[str, dict[str, int]] = {}
-    tags: dict[str, dict[str, int]] = {}
+    dir_names, reg_names = _FreeNames(), _FreeNames()
     for dataset in data.datasets:
+        counts = Counter(record.subset for record in dataset.records)
         for index, subset in enumerate(dataset.spec.subsets):
-            count = sum(record.subset == index for record in dataset.records)
-            target = reg_dirs if subset.is_reg else dirs
+            target, names = (reg_dirs, reg_names) if subset.is_reg else (dirs, dir_names)
             if subset.is_reg and from_file:
                 continue
-            target[_free_name(target, subset.source.name)] = {"n_repeats": subset.num_repeats, "img_count": count}
+            target[names.take(subset.source.name)] = {"n_repeats": subset.num_repeats, "img_count": counts[index]}
     # a folder that several datasets train on, at different sizes, is counted once
-    for source, counts in tags_by_source(data.datasets).items():
-        tags[_free_name(tags, source.name)] = counts
-    entries |= {"ss_dataset_dirs": dirs, "ss_tag_frequency": tags}
+    entries |= {"ss_dataset_dirs": dirs, "ss_tag_frequency": _tags_by_name(data.datasets)}
     if from_file:
         entries["ss_datasets"] = [_dataset_entry(dataset) for dataset in data.datasets]
         return entries
@@ -62,13 +60,20 @@ def metadata(
     }
 
 
-def _free_name(taken: dict[str, Any], name: str) -> str:
-    """Equal folder names get " (2)", " (3)", ..."""
-    number, free = 2, name
-    while free in taken:
-        free = f"{name} ({number})"
-        number += 1
-    return free
+class _FreeNames:
+    """Names of folders for a table; equal ones get " (2)", " (3)", ..."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._counts: Counter[str] = Counter()
+
+    def take(self, name: str) -> str:
+        while True:
+            self._counts[name] += 1
+            free = name if self._counts[name] == 1 else f"{name} ({self._counts[name]})"
+            if free not in self._taken:
+                self._taken.add(free)
+                return free
 
 
 def tags_by_source(datasets: Sequence[BucketedDataset]) -> dict[Path, dict[str, int]]:
@@ -86,6 +91,11 @@ def tags_by_source(datasets: Sequence[BucketedDataset]) -> dict[Path, dict[str, 
     return {source: dict(of_source) for source, of_source in counts.items()}
 
 
+def _tags_by_name(datasets: Sequence[BucketedDataset]) -> dict[str, dict[str, int]]:
+    names = _FreeNames()
+    return {names.take(source.name): tags for source, tags in tags_by_source(datasets).items()}
+
+
 def _bucket_info(dataset: BucketedDataset) -> dict[str, Any] | None:
     if not dataset.spec.buckets.enabled:
         return None
@@ -101,9 +111,7 @@ def _bucket_info(dataset: BucketedDataset) -> dict[str, Any] | None:
 
 def _dataset_entry(dataset: BucketedDataset) -> dict[str, Any]:
     rules = dataset.spec.buckets
-    tags: dict[str, dict[str, int]] = {}
-    for source, counts in tags_by_source([dataset]).items():
-        tags[_free_name(tags, source.name)] = counts
+    counts = Counter(record.subset for record in dataset.records)
     return {
         "is_dreambooth": dataset.spec.is_dreambooth,
         "batch_size_per_device": dataset.spec.batch_size,
@@ -113,17 +121,17 @@ def _dataset_entry(dataset: BucketedDataset) -> dict[str, Any]:
         "enable_bucket": rules.enabled,
         "min_bucket_reso": rules.min_side if rules.enabled else None,
         "max_bucket_reso": rules.max_side if rules.enabled else None,
-        "tag_frequency": tags,
+        "tag_frequency": _tags_by_name([dataset]),
         "bucket_info": _bucket_info(dataset),
         "resize_interpolation": dataset.spec.resize_interpolation,
-        "subsets": [_subset_entry(dataset, index, subset) for index, subset in enumerate(dataset.spec.subsets)],
+        "subsets": [_subset_entry(subset, counts[index]) for index, subset in enumerate(dataset.spec.subsets)],
     }
 
 
-def _subset_entry(dataset: BucketedDataset, index: int, subset: SubsetSpec) -> dict[str, Any]:
+def _subset_entry(subset: SubsetSpec, count: int) -> dict[str, Any]:
     captions = subset.captions
     entry = {
-        "img_count": sum(record.subset == index for record in dataset.records),
+        "img_count": count,
         "num_repeats": subset.num_repeats,
         "color_aug": subset.color_aug,
         "flip_aug": subset.flip_aug,

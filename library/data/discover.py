@@ -19,6 +19,7 @@ from library.data.image_folder import ImageFolder
 from library.data.records import ImageRecord
 from library.data.stamp_ahead import has_caption
 from library.errors import UserError
+from library.files.regular import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +302,7 @@ def read_caption(path: Path | str) -> str:
         UserError: it is not UTF-8, or cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             return file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").strip()
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None

@@ -14,6 +14,8 @@ import struct
 import zlib
 from typing import NamedTuple
 
+from library.files.regular import open_regular
+
 #: orientations that swap width and height
 TURNED = (5, 6, 7, 8)
 
@@ -46,7 +48,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises:
         OSError: the file cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    descriptor = open_regular(path)
     try:
         file = _File(descriptor)
         head = file.head

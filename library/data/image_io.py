@@ -17,6 +17,7 @@ import numpy as np
 
 from library.data.image_header import TURNED, read_header
 from library.errors import UserError
+from library.files.regular import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +41,9 @@ _EXIF_ORIENTATION = 0x0112
 
 #: from here on Pillow is asked, which warns of so many and refuses twice as many
 _MANY_PIXELS = 89_000_000
+
+#: bytes of text in one PNG
+_MOST_TEXT = 1 << 30
 
 #: pixels around one that may have a part in it when an image is enlarged; of the kernels, lanczos reaches farthest
 _KERNEL = 4
@@ -109,7 +113,7 @@ def _open(path: Path | str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             start = file.read(32)
         if not start:
             raise UserError(f"{path}: the file is empty (0 bytes); remove or replace it")
@@ -163,10 +167,14 @@ def _can_read(kind: str) -> bool:
 
 @functools.cache
 def _expect_large_images() -> None:
-    """Pillow warns of an attack from 89 million pixels on; they are the user's own, and refused from twice as many."""
-    from PIL import Image
+    """Pillow warns of an attack from 89 million pixels on, and refuses twice as many, and PNGs with much text.
+
+    They are the user's own: warnings are left out, and text, such as a workflow with images in it, may be long.
+    """
+    from PIL import Image, PngImagePlugin
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _MOST_TEXT
 
 
 def _formats() -> tuple[str, ...]:
@@ -196,7 +204,7 @@ def read_orientation(path: Path | str) -> int:
 
 def has_alpha(path: Path | str) -> bool:
     """Whether an image has an alpha channel, or one transparent colour. Raises UserError: it cannot be opened."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    with contextlib.suppress(OSError), open(open_regular(path), "rb") as file:
         if file.read(3) == b"\xff\xd8\xff":
             return False  # JPEG has none; said at once, as there may be a hundred thousand
     with _open(path) as image:

@@ -23,6 +23,7 @@ from library.errors import UserError, did_you_mean
 logger = logging.getLogger(__name__)
 
 MIN_SIZE = 64  # pixels
+MAX_SIZE = 16_384  # pixels; no memory holds more, and checking what it holds takes minutes
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 
@@ -441,7 +442,8 @@ def _within_limits(values: Mapping[str, Any], where: str, size_multiple: int) ->
 
 
 def check_size(pixels: int, what: str, size_step: int) -> None:
-    """Raise UserError where a side is no multiple of ``size_step`` pixels, or too small."""
+    """Raise UserError where a side is no multiple of ``size_step`` pixels, too small or too large."""
+    _refuse_huge(pixels, what)
     if pixels < MIN_SIZE:
         raise UserError(f"{what} {pixels}: must be at least {MIN_SIZE} pixels")
     if below := pixels % size_step:
@@ -450,9 +452,19 @@ def check_size(pixels: int, what: str, size_step: int) -> None:
 
 
 def usable_size(pixels: int, what: str, size_multiple: int) -> int:
-    """Round a side down to a multiple of ``size_multiple`` pixels, at least 64, and warn if that changed it."""
+    """Round a side down to a multiple of ``size_multiple`` pixels, at least 64, and warn if that changed it.
+
+    Raises:
+        UserError: it is larger than any image can be.
+    """
+    _refuse_huge(pixels, what)
     usable = max(pixels // size_multiple * size_multiple, MIN_SIZE)
     if usable != pixels:
         limits = f"multiples of {size_multiple}, at least {MIN_SIZE}"
         logger.warning("%s %d is not usable, %d is used (%s)", what, pixels, usable, limits)
     return usable
+
+
+def _refuse_huge(pixels: int, what: str) -> None:
+    if pixels > MAX_SIZE:
+        raise UserError(f"{what} {pixels}: must be at most {MAX_SIZE} pixels")

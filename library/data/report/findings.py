@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from library.config.console import printable
+from library.plain_text import printable
 
 #: training would stop or mislead | probably not what is wanted | good to know
 Severity = Literal["error", "warning", "info"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from library.config.console import printable
+from library.plain_text import printable
 from library.data.image_io import read_image
 from library.data.report.findings import KINDS, SEVERITIES, Finding, ImageRow, Report
 from library.data.report.looks import THREADS

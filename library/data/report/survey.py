@@ -341,8 +341,9 @@ def _bucket_rows(
             lost = losses[number, size]
             batches = -(-uses // batch_size)
             found.append(BucketRow(number, size, len(lost), uses, batches, sum(lost) / len(lost)))
-            if uses < batch_size:
-                text = f"dataset {number}: {size[0]}x{size[1]} has {uses} images an epoch for batches of {batch_size}"
+            if len(lost) < batch_size:
+                images = "1 image" if len(lost) == 1 else f"{len(lost)} images"
+                text = f"dataset {number}: {size[0]}x{size[1]} has {images} for batches of {batch_size}"
                 collector.add("buckets", "info", text)
     return found
 

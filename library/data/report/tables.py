@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from library.config.console import printable
+from library.plain_text import visible
 from library.data.report.findings import KINDS, SEVERITIES, Finding, Report
 
 #: findings of a kind, tags and buckets that are shown; the rest is counted
@@ -32,7 +32,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     _print_buckets(console, report)
     _print_tags(console, report)
     for note in report.notes:
-        console.print(Text(f"note: {printable(note)}", style="bold"))
+        console.print(Text(f"note: {visible(note)}", style="bold"))
     verdict = ", ".join(f"{report.count(severity)} {severity}s".replace("infos", "remarks") for severity in SEVERITIES)
     worst = next((severity for severity in SEVERITIES if report.count(severity)), "info")
     console.print(Text(verdict, style=_STYLES[worst]))
@@ -40,24 +40,24 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     # titles and cells as Text: captions and names may hold what looks like rich's markup
-    table = Table(title=Text(printable(title), style="bold"), title_justify="left", show_header=any(columns))
+    table = Table(title=Text(visible(title), style="bold"), title_justify="left", show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     return table
 
 
 def _print_kind(console: Console, kind: str, findings: Sequence[Finding]) -> None:
     table = _table(f"{KINDS[kind]}: {len(findings)}", ("", "images", "what"), ())
     for finding in findings[:MOST_FINDINGS]:
-        names = "\n".join(printable(str(path)) for path in finding.images[:MOST_FINDINGS])
+        names = "\n".join(visible(str(path)) for path in finding.images[:MOST_FINDINGS])
         more = len(finding.images) - MOST_FINDINGS
         detail = finding.detail if len(finding.detail) <= _DETAIL else f"{finding.detail[:_DETAIL]} ..."
         table.add_row(
             Text(finding.severity, style=_STYLES[finding.severity]),
             Text(names + (f"\nand {more} more" if more > 0 else "")),
-            Text(printable(f"{finding.text} {detail}".strip())),
+            Text(visible(f"{finding.text} {detail}".strip())),
         )
     console.print(table)
     if len(findings) > MOST_FINDINGS:

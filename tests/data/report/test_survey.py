@@ -184,7 +184,7 @@ def test_sizes(survey: Survey, folder: Path) -> None:
     assert rows["0.png"].scale == 2 and rows["2.png"].crop_loss == pytest.approx(0.6)
     assert next(row.mean_crop_loss for row in report.buckets if row.size == (128, 32)) == pytest.approx(0.6)
     assert [finding.text for finding in of_kind(report, "buckets")] == [
-        "dataset 1: 128x32 has 1 images an epoch for batches of 2"
+        "dataset 1: 128x32 has 1 image for batches of 2"
     ]
 
 
