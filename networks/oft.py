@@ -227,10 +227,10 @@ class OftNetwork(LoraNetwork):
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """As in the base class. Raises UserError for a rate of text encoders."""
+        """As in the base class; learning rates of text encoders are passed over with a warning."""
         given = text_encoder_lr if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
         if any(given):
-            raise UserError(f"--text_encoder_lr: {self.module_name} adapts no text encoder; leave it out")
+            logger.warning("--text_encoder_lr has no effect: %s adapts no text encoder", self.module_name)
         return super().prepare_optimizer_params_with_multiple_te_lrs(None, unet_lr, default_lr)
 
 

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from typing_extensions import Self
+
 from library.config.fields import add_flags, int_or_float, normalized, option
+from library.config.parser import SuggestingParser
 
 T = TypeVar("T")
 
@@ -36,13 +39,15 @@ class ModelOptions:
         None, "use this VAE instead of the model's: checkpoint, VAE file, Diffusers folder, or Hub id"
     )
     no_half_vae: bool = option(False, "keep the VAE in float32 under fp16 or bf16")
-    clip_skip: int | None = option(None, "take the text encoder's n-th layer from the end (1 is the last)", type=int)
+    clip_skip: int | None = option(
+        None, "take the text encoder's n-th layer from the end (1 is the last)", type=int, neutral=(1,)
+    )
     max_token_length: int | None = option(
         None,
         "tokens of a caption: 150 or 225 (75 if not given)",
         type=int,
         choices=[None, 150, 225],
-        written_default=75,
+        neutral=(75,),
     )
     weighted_captions: bool = option(False, "read (word:1.2) and [word] in captions as emphasis")
     disable_mmap_load_safetensors: bool = option(
@@ -100,7 +105,7 @@ class DatasetOptions:
     )
     cache_latents: bool = option(False, "encode all images once, before training, and keep the latents in memory")
     cache_latents_to_disk: bool = option(False, "keep them beside the images, for later runs too")
-    vae_batch_size: int = option(1, "images encoded at a time", type=int)
+    vae_batch_size: int = option(1, "images encoded at a time", type=int, neutral=(0,))
     skip_cache_check: bool = option(False, "trust cache files without looking into them")
     cache_info: bool = option(False, "remember captions and sizes in metadata_cache.json")
     conditioning_data_dir: str | None = option(
@@ -125,7 +130,9 @@ class DatasetOptions:
         False, "encode all captions once, before training, and keep the text encoder's outputs in memory"
     )
     cache_text_encoder_outputs_to_disk: bool = option(False, "keep them beside the images, for later runs too")
-    text_encoder_batch_size: int | None = option(None, "captions encoded at a time (8, if not given)", type=int)
+    text_encoder_batch_size: int | None = option(
+        None, "captions encoded at a time (8, if not given)", type=int, neutral=(0,)
+    )
     text_encoder_cache_variants: int = option(
         1, "captions of an image to encode where they are drawn anew each time (shuffled, tags dropped, ...)", type=int
     )
@@ -143,16 +150,24 @@ class OutputOptions:
         "precision of saved weights (float, or that of --full_fp16 or --full_bf16, if not given)",
         choices=[None, "float", "fp16", "bf16"],
     )
-    save_every_n_epochs: int | None = option(None, "save after every n-th epoch", type=int)
-    save_every_n_steps: int | None = option(None, "save after every n-th step", type=int)
-    save_n_epoch_ratio: int | None = option(None, "save so that there are at least n saves over the run", type=int)
-    save_last_n_epochs: int | None = option(None, "keep only the last n of the epochs' saves", type=int)
-    save_last_n_epochs_state: int | None = option(
-        None, "the same for states (as --save_last_n_epochs, if not given)", type=int
+    save_every_n_epochs: int | None = option(None, "save after every n-th epoch", type=int, neutral=(0,))
+    save_every_n_steps: int | None = option(None, "save after every n-th step", type=int, neutral=(0,))
+    save_n_epoch_ratio: int | None = option(
+        None, "save so that there are at least n saves over the run", type=int, neutral=(0,)
     )
-    save_last_n_steps: int | None = option(None, "keep only saves of the last n steps", type=int)
+    save_last_n_epochs: int | None = option(None, "keep only the last n of the epochs' saves", type=int, neutral=(0,))
+    save_last_n_epochs_state: int | None = option(
+        None,
+        "the same for states (as --save_last_n_epochs, if not given)",
+        type=int,
+        neutral=(0,),
+    )
+    save_last_n_steps: int | None = option(None, "keep only saves of the last n steps", type=int, neutral=(0,))
     save_last_n_steps_state: int | None = option(
-        None, "the same for states (as --save_last_n_steps, if not given)", type=int
+        None,
+        "the same for states (as --save_last_n_steps, if not given)",
+        type=int,
+        neutral=(0,),
     )
     save_state: bool = option(False, "save the training state with the weights, to go on from with --resume")
     save_state_on_train_end: bool = option(False, "save the state at the end only")
@@ -174,8 +189,10 @@ class ResumeOptions:
     resume: str | None = option(None, "state folder to go on from, exactly where it stood")
     resume_from_huggingface: bool = option(False, "take the state from the Hub: repo/path:revision:type")
     skip_until_initial_step: bool = option(False, "pass over the data before the initial step")
-    initial_epoch: int | None = option(None, "epoch to start at, counted from 1", type=int)
-    initial_step: int | None = option(None, "step to start at, counted from 0; wins over --initial_epoch", type=int)
+    initial_epoch: int | None = option(None, "epoch to start at, counted from 1", type=int, neutral=(0, 1))
+    initial_step: int | None = option(
+        None, "step to start at, counted from 0; wins over --initial_epoch", type=int, neutral=(0,)
+    )
 
 
 @dataclass(frozen=True)
@@ -188,7 +205,10 @@ class NetworkOptions:
     network_dim: int | None = option(None, "rank; 4 to 128 are common (the module's default, if not given)", type=int)
     network_alpha: float = option(1, "strength is alpha / rank; half the rank is common", type=float)
     network_dropout: float | None = option(
-        None, "share of the adapter's inner values dropped in training, 0 to 1", type=float
+        None,
+        "share of the adapter's inner values dropped in training, 0 to 1",
+        type=float,
+        neutral=(0,),
     )
     network_args: list[str] | None = option(
         None, "more options of the module, key=value, e.g. conv_dim=4 conv_alpha=1", nargs="*"
@@ -198,7 +218,10 @@ class NetworkOptions:
     network_weights: str | None = option(None, "start from these adapter weights")
     dim_from_weights: bool = option(False, "take ranks from --network_weights")
     scale_weight_norms: float | None = option(
-        None, "scale adapters down to this norm after each step; 1 is a start", type=float
+        None,
+        "scale adapters down to this norm after each step; 1 is a start",
+        type=float,
+        neutral=(0,),
     )
     base_weights: list[str] | None = option(None, "adapter files to merge into the base model first", nargs="*")
     base_weights_multiplier: list[float] | None = option(
@@ -260,7 +283,10 @@ class SchedulerOptions:
     lr_scheduler_num_cycles: int = option(1, "restarts of cosine_with_restarts", type=int)
     lr_scheduler_power: float = option(1, "power of polynomial", type=float)
     lr_scheduler_timescale: int | None = option(
-        None, "timescale of inverse_sqrt, steps (the warm-up's, if not given)", type=int
+        None,
+        "timescale of inverse_sqrt, steps (the warm-up's, if not given)",
+        type=int,
+        neutral=(0,),
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         None, "lowest rate, as a share of the highest, of schedules that take one", type=float
@@ -274,7 +300,9 @@ class TrainingOptions:
     """Training."""
 
     max_train_steps: int = option(1600, "optimizer steps of the run", type=int)
-    max_train_epochs: int | None = option(None, "epochs of the run; wins over --max_train_steps", type=int)
+    max_train_epochs: int | None = option(
+        None, "epochs of the run; wins over --max_train_steps", type=int, neutral=(0,)
+    )
     seed: int | None = option(None, "makes the run repeatable (drawn and recorded, if not given)", type=int)
     gradient_accumulation_steps: int = option(1, "batches that make one step", type=int)
     gradient_checkpointing: bool = option(False, "save memory by computing activations twice")
@@ -292,6 +320,7 @@ class TrainingOptions:
             "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt",
             "onnxrt", "tensort", "ipex", "tvm",
         ],
+        neutral=("no", "NO"),
     )  # fmt: skip
     full_fp16: bool = option(
         False, "trained weights, gradients and optimizer state in fp16; needs --mixed_precision fp16"
@@ -304,7 +333,7 @@ class TrainingOptions:
     cpu_offload_checkpointing: bool = option(False, "keep checkpointed activations in host memory")
     lowram: bool = option(False, "for machines with little host memory; loading goes to the device at once in any case")
     highvram: bool = option(False, "for devices with much memory; keep the device's cache between stages")
-    ddp_timeout: int | None = option(None, "minutes to wait for other processes", type=int)
+    ddp_timeout: int | None = option(None, "minutes to wait for other processes", type=int, neutral=(0,))
     ddp_gradient_as_bucket_view: bool = option(False, "keep gradients in the tensors that processes exchange")
     ddp_static_graph: bool = option(False, "a setting of torch's DistributedDataParallel")
     deepspeed: bool = option(False, "train with DeepSpeed")
@@ -330,19 +359,29 @@ class NoiseOptions:
     """Noise and timesteps."""
 
     noise_offset: float | None = option(
-        None, "adds a constant per channel to the noise, for darker and brighter images; 0.1 is common", type=float
+        None,
+        "adds a constant per channel to the noise, for darker and brighter images; 0.1 is common",
+        type=float,
+        neutral=(0,),
     )
     noise_offset_random_strength: bool = option(False, "draw the offset's strength between 0 and --noise_offset")
-    adaptive_noise_scale: float | None = option(None, "adds the latents' mean times this to --noise_offset", type=float)
+    adaptive_noise_scale: float | None = option(
+        None, "adds the latents' mean times this to --noise_offset", type=float, neutral=(0,)
+    )
     multires_noise_iterations: int | None = option(
-        None, "adds coarser noise in this many layers; 6 to 10 are common", type=int
+        None,
+        "adds coarser noise in this many layers; 6 to 10 are common",
+        type=int,
+        neutral=(0,),
     )
     multires_noise_discount: float = option(0.3, "weight of each coarser layer to the one before", type=float)
-    ip_noise_gamma: float | None = option(None, "perturbs the model's input only; 0.1 is common", type=float)
+    ip_noise_gamma: float | None = option(
+        None, "perturbs the model's input only; 0.1 is common", type=float, neutral=(0,)
+    )
     ip_noise_gamma_random_strength: bool = option(False, "draw its strength between 0 and --ip_noise_gamma")
     zero_terminal_snr: bool = option(False, "change the noise schedule so that it ends in pure noise")
-    min_timestep: int | None = option(None, "lowest timestep trained, 0 to 999", type=int)
-    max_timestep: int | None = option(None, "timesteps trained stay below this, 1 to 1000", type=int)
+    min_timestep: int | None = option(None, "lowest timestep trained, 0 to 999", type=int, neutral=(0,))
+    max_timestep: int | None = option(None, "timesteps trained stay below this, 1 to 1000", type=int, neutral=(1000,))
 
 
 @dataclass(frozen=True)
@@ -357,12 +396,15 @@ class LossOptions:
     )
     huber_c: float = option(0.1, "that threshold", type=float)
     huber_scale: float = option(1.0, "a factor of it", type=float)
-    min_snr_gamma: float | None = option(None, "weights timesteps by min-SNR; 5 in the paper", type=float)
+    min_snr_gamma: float | None = option(None, "weights timesteps by min-SNR; 5 in the paper", type=float, neutral=(0,))
     scale_v_pred_loss_like_noise_pred: bool = option(
         False, "scale the loss of v-prediction to that of noise prediction"
     )
     v_pred_like_loss: float | None = option(
-        None, "adds the loss of v-prediction with this weight, for models that predict noise", type=float
+        None,
+        "adds the loss of v-prediction with this weight, for models that predict noise",
+        type=float,
+        neutral=(0,),
     )
     debiased_estimation_loss: bool = option(False, "weight timesteps by 1 / sqrt(SNR)")
     prior_loss_weight: float = option(1.0, "weight of regularisation images", type=float)
@@ -374,8 +416,10 @@ class SampleOptions:
     """Sample images while training."""
 
     sample_prompts: str | None = option(None, "file of prompts: .txt with one a line, .toml or .json")
-    sample_every_n_steps: int | None = option(None, "draw them after every n-th step", type=int)
-    sample_every_n_epochs: int | None = option(None, "draw them after every n-th epoch; wins over steps", type=int)
+    sample_every_n_steps: int | None = option(None, "draw them after every n-th step", type=int, neutral=(0,))
+    sample_every_n_epochs: int | None = option(
+        None, "draw them after every n-th epoch; wins over steps", type=int, neutral=(0,)
+    )
     sample_at_first: bool = option(False, "draw them before the first step too")
     sample_sampler: str = option(
         "ddim",
@@ -415,9 +459,11 @@ class ValidationOptions:
     validation_seed: int | None = option(
         None, "seed of that choice and of the noise of validation (as --seed, if not given)", type=int
     )
-    validate_every_n_steps: int | None = option(None, "validate after every n-th step too", type=int)
+    validate_every_n_steps: int | None = option(None, "validate after every n-th step too", type=int, neutral=(0,))
     validate_every_n_epochs: int | None = option(
-        None, "validate after every n-th epoch (after each, if not given)", type=int
+        None,
+        "validate after every n-th epoch (after each, if not given)",
+        type=int,
     )
     max_validation_steps: int | None = option(
         None, "batches of a validation at most, of all processes together; always the same ones", type=int
@@ -434,7 +480,10 @@ class LoggingOptions:
 
     logging_dir: str | None = option(None, "folder of TensorBoard logs (<output_dir>/logs, if not given)")
     log_with: str | None = option(
-        None, "where figures go; TensorBoard is always on", choices=["tensorboard", "wandb", "all"]
+        None,
+        "where figures go; TensorBoard is always on",
+        choices=["tensorboard", "wandb", "all"],
+        neutral=("tensorboard",),
     )
     log_prefix: str | None = option(None, "text before the name of the run's folder")
     log_tracker_name: str | None = option(None, "name of the project in the tracker (network_train, if not given)")
@@ -511,7 +560,7 @@ class TrainNetworkOptions:
         return {name: globals()[str(field.type)] for name, field in cls.__dataclass_fields__.items()}
 
     @classmethod
-    def from_args(cls: type[T], args: argparse.Namespace) -> T:
+    def from_args(cls, args: argparse.Namespace) -> Self:
         """Options from a namespace; attributes that are missing take their defaults."""
         return cls(**{name: _group_from_args(group, args) for name, group in cls.groups().items()})  # type: ignore[attr-defined]
 
@@ -527,7 +576,7 @@ def with_groups(kind: type[T], groups: Mapping[str, type]) -> type[T]:
     return _with_groups(kind, tuple(groups.items())) if groups else kind
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _with_groups(kind: type[Any], groups: tuple[tuple[str, type], ...]) -> type[Any]:
     (first, *rest) = kind.groups().items()
     joined = dict([first, *groups, *rest])
@@ -538,8 +587,6 @@ def _with_groups(kind: type[Any], groups: tuple[tuple[str, type], ...]) -> type[
 
 def build_parser(groups: Sequence[type], *, description: str | None, epilog: str | None) -> argparse.ArgumentParser:
     """A parser with one section for each group; flags may not be shortened."""
-    from library.config.config_file import SuggestingParser
-
     parser = SuggestingParser(
         usage="%(prog)s [options]",  # argparse's own would name every flag, some 150 lines before the first help
         description=description,

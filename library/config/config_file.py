@@ -1,22 +1,20 @@
-"""``--config_file``: the command line's options from TOML, checked as strictly as the command line."""
+"""``--config_file``: the options of the command line from TOML; kind to programs, strict with typing mistakes."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-from library.config.mistakes import WINDOWS_ENDS, explain, has_windows_ends, refuse_escaped_paths, toml_remedy
-from library.errors import USER_ERROR_EXIT_CODE, UserError, did_you_mean, exits_on_user_error
+from library.config.foreign_keys import is_known, options_meant, typing_mistake_of
+from library.config.toml_file import flattened, lines_of, load_toml, read_text, without_long_strings
+from library.config.toml_values import UNSET, converted
+from library.errors import UserError, did_you_mean, exits_on_user_error
+from library.launched import is_first_process
 
 #: about this one start of the script, so that they have no place in a file
 _OWN_FLAGS = ("config_file", "output_config", "explain", "dry_run", "replay")
@@ -41,19 +39,6 @@ def origins_of(args: argparse.Namespace) -> dict[str, str]:
     return args.origins if isinstance(args, ReadArgs) else {}
 
 
-class SuggestingParser(argparse.ArgumentParser):
-    """argparse with one clear line for a mistake, and the flag that was probably meant."""
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        if has_windows_ends(sys.argv[1:] if args is None else args):
-            self.error(WINDOWS_ENDS)
-        return super().parse_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        lines = explain(message, self._actions)
-        self.exit(USER_ERROR_EXIT_CODE, "".join(f"error: {line}\n" for line in lines))
-
-
 @exits_on_user_error
 def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> ReadArgs:
     """Parse the command line over the configuration file it names.
@@ -76,12 +61,32 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         raise SystemExit(0)
     if not path.is_file():
         raise UserError(f"--config_file {path}: no such file")
-    values, places = _values_from_file(path, parser)
+    file = _values_from_file(path, parser)
     # argparse fills only what a namespace lacks, so that whatever the command line says wins; the parser itself
     # stays as it was, for callers that parse more than once
-    merged = parser.parse_args(words, ReadArgs(**values))
-    merged.origins = places | args.origins
+    merged = parser.parse_args(words, ReadArgs(**file.values))
+    merged.origins = file.places | args.origins
+    if file.unknown and getattr(merged, "strict", False):
+        raise UserError("\n".join(f"{line} (an error by --strict)" for line in file.unknown))
+    if is_first_process():
+        for note in file.notes(path):
+            print(note, file=sys.stderr)
     return merged
+
+
+@dataclass(frozen=True)
+class FileValues:
+    """What a configuration file says."""
+
+    values: Mapping[str, Any]  # by option
+    places: Mapping[str, str]  # by option: "run.toml:3"
+    foreign: Sequence[str]  # keys of other programs and scripts
+    unknown: Sequence[str]  # a message for each key that no one knows
+
+    def notes(self, path: Path) -> list[str]:
+        """One short line for all keys of other programs, and a warning for each unknown key."""
+        passed_over = [f"{path}: passed over, as they are for other programs or scripts: {', '.join(self.foreign)}"]
+        return [*passed_over[: len(self.foreign)], *(f"warning: {line}; it is ignored" for line in self.unknown)]
 
 
 def _given_names(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
@@ -90,143 +95,83 @@ def _given_names(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[
     return [name for name, value in vars(parser.parse_args(words, unset)).items() if value is not _UNSET]
 
 
-def load_toml(path: Path | str) -> dict[str, Any]:
-    """A TOML file's content.
-
-    Raises:
-        UserError: no such file, or a mistake in its syntax, with the line.
-    """
-    path = Path(path)
-    try:
-        text = _text_of(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    try:
-        content = tomllib.loads(text)
-        refuse_escaped_paths(content, path)
-    except ValueError as error:  # it names the line
-        raise UserError(f"{path}: not valid TOML: {error}{toml_remedy(text, str(error))}") from None
-    except RecursionError:
-        raise UserError(f"{path}: tables or lists are nested too deeply") from None
-    return content
+def _values_from_file(path: Path, parser: argparse.ArgumentParser) -> FileValues:
+    """Raises UserError for every mistake of the file, one line each."""
+    read = _Reading(path, {a.dest: a for a in parser._actions if a.option_strings and a.dest != "help"})
+    for key, found in _by_key(load_toml(path)).items():
+        read.take(key, found)
+    for key, found in read.foreign.items():
+        read.take_meaning(key, found)
+    if read.problems:
+        raise UserError("\n".join(read.problems))
+    return FileValues(read.values, read.places, list(read.foreign), read.unknown)
 
 
-def _text_of(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig")  # some Windows editors put a byte order mark first
-
-
-def _values_from_file(path: Path, parser: argparse.ArgumentParser) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values by option, and the place of each.
-
-    Raises:
-        UserError: every mistake of the file, one line each.
-    """
-    actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+def _by_key(content: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The values of each key, which several tables may have."""
     given: dict[str, list[Any]] = {}
-    for key, value in _flattened(load_toml(path)):
+    for key, value in flattened(content):
         given.setdefault(key, []).append(value)
-    text = _without_long_strings(_text_of(path))
-    problems: list[str] = []
-    values: dict[str, Any] = {}
-    places: dict[str, str] = {}
-    for key, found in given.items():
-        lines = _lines_of(text, key)
-        places[key] = f"{path}{f':{lines[0]}' if lines else ''}"
-        where = f"{places[key]}: {key}"
-        action = actions.get(key)
+    return given
+
+
+class _Reading:
+    """A configuration file on its way to options."""
+
+    def __init__(self, path: Path, actions: Mapping[str, argparse.Action]) -> None:
+        self.path, self.actions = path, actions
+        self.names = [name for name in actions if name not in _OWN_FLAGS]
+        self.text = without_long_strings(read_text(path))
+        self.values: dict[str, Any] = {}
+        self.places: dict[str, str] = {}
+        self.foreign: dict[str, Any] = {}
+        self.unknown: list[str] = []
+        self.problems: list[str] = []
+
+    def take(self, key: str, found: list[Any]) -> None:
+        """One key with what the file's tables say of it."""
+        lines = lines_of(self.text, key)
+        place = f"{self.path}{f':{lines[0]}' if lines else ''}"
+        where = f"{place}: {key}"
+        action = self.actions.get(key)
         if key in _OWN_FLAGS:
-            problems.append(f"{where}: belongs on the command line only: --{key}")
-        elif action is None:
-            problems.append(f"{where}: unknown option{did_you_mean(key, [a for a in actions if a not in _OWN_FLAGS])}")
-        elif len(found) > 1:
-            again = f" (lines {', '.join(map(str, lines))})" if len(lines) > 1 else ""
-            problems.append(f"{where}: given {len(found)} times{again}, as tables are only headings; give it once")
+            self.problems.append(f"{where}: belongs on the command line only: --{key}")
+        elif action is not None:
+            self._take_option(action, found, where, place, lines)
+        elif is_known(key):
+            self.foreign[key] = found[-1]
+        elif (option := typing_mistake_of(key, self.names)) is not None:
+            self.problems.append(f'{where}: unknown option (did you mean "{option}"?)')
         else:
-            try:
-                values[key] = _converted(action, found[0])
-            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-                problems.append(f"{where}: {error}")
-    if problems:
-        raise UserError("\n".join(problems))
-    return values, places
+            self.unknown.append(f"{where}: unknown option{did_you_mean(key, self.names)}")
 
+    def _take_option(
+        self, action: argparse.Action, found: list[Any], where: str, place: str, lines: Sequence[int]
+    ) -> None:
+        try:
+            values = [value for v in found if (value := converted(action, v)) is not UNSET]
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            self.problems.append(f"{where}: {error}")
+            return
+        if not values:
+            return
+        if action.nargs in ("*", "+"):
+            values = [[word for words in values for word in words]]
+        elif any(value != values[0] for value in values):
+            again = f" (lines {', '.join(map(str, lines))})" if len(lines) > 1 else ""
+            shown = " and ".join(map(str, values))
+            self.problems.append(
+                f"{where}: given {len(values)} times{again}, as {shown}; tables are only headings, give it once"
+            )
+            return
+        self.values[action.dest] = values[0]
+        self.places[action.dest] = place
 
-def _flattened(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Keys and values; tables are headings only."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in content.items():
-        pairs.extend(_flattened(value) if isinstance(value, Mapping) else [(key, value)])
-    return pairs
-
-
-def _without_long_strings(text: str) -> str:
-    """The same lines without what stands in strings of several lines, which may look like keys."""
-    long_string = r'"""(?:\\.|[^\\])*?"""' + r"|'''.*?'''"
-    return re.sub(long_string, lambda found: "\n" * found.group().count("\n"), text, flags=re.DOTALL)
-
-
-def _lines_of(text: str, key: str) -> list[int]:
-    """Lines (from 1) that give ``key``: alone, as the end of ``table.key``, in an inline or an array table."""
-    name = rf"[\"']?{re.escape(key)}[\"']?"
-    dotted = rf"(?:[^\s=#]+\s*\.\s*)?{name}\s*="
-    lines = list(enumerate(text.splitlines(), start=1))
-    given = re.compile(rf"\s*{dotted}|\s*\[\[\s*{name}\s*\]\]")
-    inline = re.compile(rf"[{{,]\s*{dotted}")
-    return [number for number, line in lines if given.match(line)] or [
-        number for number, line in lines if inline.search(line)
-    ]
-
-
-def _converted(action: argparse.Action, value: Any) -> Any:
-    """A TOML value as the flag's own type; an empty text for a number without a default is none.
-
-    Raises:
-        ValueError: of another type, or not among the choices.
-    """
-    if value == "" and action.default is None and action.type in (int, float):
-        return None
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise ValueError(f"expects true or false, not {value!r}")
-        return value
-    if action.nargs in ("*", "+"):
-        values = value if isinstance(value, list) else [value]
-        return [_one(action, v) for v in values]
-    if isinstance(value, list):
-        if action.type is None or action.type is str:
-            return ",".join(str(v) for v in value)  # resolution = [512, 768]
-        raise ValueError(f"expects one value, not {value!r}")
-    return _one(action, value)
-
-
-def _one(action: argparse.Action, value: Any) -> Any:
-    kind = action.type
-    if isinstance(value, (list, Mapping)):
-        raise ValueError(f"expects {_type_name(kind)}, not {value!r}")
-    if isinstance(value, bool):
-        raise ValueError(f"expects {_type_name(kind)}, not {str(value).lower()}")
-    if kind is int:
-        if not isinstance(value, int):
-            raise ValueError(f"expects a whole number, not {value!r}")
-        converted: Any = value
-    elif kind is float:
-        if not isinstance(value, (int, float)):
-            raise ValueError(f"expects a number, not {value!r}")
-        converted = float(value)
-    else:
-        converted = kind(str(value)) if kind is not None else str(value)  # type: ignore[operator]
-    if action.choices is not None and converted not in action.choices:
-        shown = ", ".join(str(c) for c in action.choices if c is not None)
-        raise ValueError(
-            f"{converted!r} is not one of: {shown}{did_you_mean(str(converted), map(str, action.choices))}"
-        )
-    return converted
-
-
-def _type_name(kind: Any) -> str:
-    return {int: "a whole number", float: "a number"}.get(kind, "text")
+    def take_meaning(self, key: str, value: Any) -> None:
+        """The options that a key of another program stands for."""
+        for name, option_value in options_meant(key, value, self.values).items():
+            if name in self.actions:
+                self._take_option(self.actions[name], [option_value], f"{self.path}: {key}", f"{self.path}: {key}", ())
 
 
 def _write_config(path: Path, args: argparse.Namespace, *, leave_out: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ def option(
     weights: bool = False,
     harmless: bool = False,
     required: bool = False,
-    written_default: Any = None,
+    neutral: Sequence[Any] = (),
 ) -> Any:
     """A field that is a flag of the same name.
 
@@ -36,7 +36,8 @@ def option(
         weights: whether it names a file or folder of weights; a resumed run must share its content, not its place.
         harmless: whether a resumed run may have another value and still go on exactly.
         required: whether the parser refuses to go on without it.
-        written_default: a value beside the choices that says what leaving the option out says.
+        neutral: values that say what leaving the option out says, such as 0 where that is off; programs write them for
+            options that are not set. They are accepted beside the choices.
     """
     metadata = {
         "help": help,
@@ -49,7 +50,7 @@ def option(
         "weights": weights,
         "harmless": harmless,
         "required": required,
-        "written_default": written_default,
+        "neutral": tuple(neutral),
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -57,17 +58,18 @@ def option(
 def normalized(field: dataclasses.Field[Any], value: Any) -> Any:
     """The value that an option has in a run, of the one that was parsed.
 
-    An empty text is none where nothing is the default, as programs that start the scripts write all their fields.
+    Programs that start the scripts write all of their fields. So an empty text or list leaves an option without a
+    default out, and so do the option's neutral values.
     """
-    if isinstance(value, list) and "" in value:
+    if isinstance(value, list):
         return [word for word in value if word != ""] or field.default
-    if field.default is None and value in ("", Path(), field.metadata["written_default"]):
-        return None
+    if value in field.metadata["neutral"] or (field.default is None and value in ("", Path())):
+        return field.default
     return value
 
 
 class _Choices(list[Any]):
-    """The published choices, which alone are shown; an empty text and the written default leave the option out."""
+    """The published choices, which alone are shown; an empty text and neutral values leave the option out."""
 
     def __init__(self, field: dataclasses.Field[Any]) -> None:
         super().__init__(field.metadata["choices"])

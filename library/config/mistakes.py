@@ -25,6 +25,12 @@ WINDOWS_ENDS = (
 )
 
 
+STRAY_SPACE = (
+    "the command line has a word of nothing but spaces: most likely one of its lines ends in a backslash and a space; "
+    "let nothing follow the backslash"
+)
+
+
 def has_windows_ends(words: Sequence[str]) -> bool:
     """Whether the script that makes the command line has Windows line ends, which a shell hands on."""
     return any(word.endswith("\r") for word in words)
@@ -33,7 +39,7 @@ def has_windows_ends(words: Sequence[str]) -> bool:
 def explain(message: str, actions: Iterable[argparse.Action]) -> list[str]:
     """What argparse's ``message`` means to a user: one line or more, without ``error:``."""
     flags = {flag: action for action in actions for flag in action.option_strings}
-    if found := re.match(r"unrecognized arguments: (.+)", message, re.DOTALL):
+    if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
         return _unrecognized(found[1].split(), flags)
     found = re.match(r"argument ([^\s:]+): (.+)", message, re.DOTALL)
     if found is None:
@@ -43,6 +49,8 @@ def explain(message: str, actions: Iterable[argparse.Action]) -> list[str]:
 
 
 def _unrecognized(words: Sequence[str], flags: Mapping[str, argparse.Action]) -> list[str]:
+    if not words:
+        return [STRAY_SPACE]
     # what follows an unknown flag is most likely its value, so flags are named alone if there are any
     unknown = [word.partition("=")[0] for word in words if re.match("--?[A-Za-z]", word)]
     if unknown:

@@ -126,19 +126,13 @@ def needs_data(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield error("no data: name a dataset file with --dataset_config, or a folder with --train_data_dir")
 
 
-def metadata_file(o: TrainNetworkOptions) -> Iterator[Finding]:
-    d = o.dataset
-    if d.dataset_config is None and d.in_json and d.reg_data_dir:
-        yield error("--reg_data_dir: there are no regularisation images with --in_json; remove one of them")
-
-
 def files_exist(o: TrainNetworkOptions) -> Iterator[Finding]:
     """The model and its VAE are left to the architecture, which also takes Hub ids."""
     files = [
         ("dataset_config", o.dataset.dataset_config),
         ("network_weights", o.network.network_weights),
         *(("base_weights", path) for path in o.network.base_weights or []),
-        ("sample_prompts", o.sample.sample_prompts),
+        ("sample_prompts", o.sample.sample_prompts if o.sample.is_asked_for else None),
         ("log_tracker_config", o.logging.log_tracker_config),
     ]
     thumbnail = o.modelspec.metadata_thumbnail
@@ -148,7 +142,9 @@ def files_exist(o: TrainNetworkOptions) -> Iterator[Finding]:
     folders: list[tuple[str, str | None]] = []
     if not o.dataset.dataset_config:
         files.append(("in_json", o.dataset.in_json))
-        folders += [("train_data_dir", o.dataset.train_data_dir), ("reg_data_dir", o.dataset.reg_data_dir)]
+        folders.append(("train_data_dir", o.dataset.train_data_dir))
+        if not o.dataset.in_json:
+            folders.append(("reg_data_dir", o.dataset.reg_data_dir))
     if o.dataset.conditioning_data_dir:
         folders.append(("conditioning_data_dir", o.dataset.conditioning_data_dir))
     if not o.resume.resume_from_huggingface:  # then it is no path
@@ -207,12 +203,6 @@ def averaging(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield error(f"--ema_decay {decay}: must be above 0 and below 1; 0.999 is common")
     if o.optimizer.optimizer_type.lower().endswith("schedulefree"):
         yield error(f"--ema_decay: {o.optimizer.optimizer_type} averages the weights by itself; remove one of them")
-
-
-def attention(o: TrainNetworkOptions) -> Iterator[Finding]:
-    given = [f"--{name}" for name in ("sdpa", "xformers", "mem_eff_attn") if getattr(o.training, name)]
-    if len(given) > 1:
-        yield error(f"{' and '.join(given)} exclude each other: give one")
 
 
 def half_precision(o: TrainNetworkOptions) -> Iterator[Finding]:
@@ -287,14 +277,16 @@ def cached_texts(o: TrainNetworkOptions, architecture: Architecture) -> Iterator
 
 
 def text_rates(o: TrainNetworkOptions, architecture: Architecture) -> Iterator[Finding]:
-    """What the network says too, once the model is loaded."""
-    given = len(o.optimizer.text_encoder_lr or [])
-    if given <= 1 or o.network.network_train_unet_only:
+    """Programs write two learning rates for every model: those beyond the last text encoder are not used."""
+    given = o.optimizer.text_encoder_lr or []
+    if o.network.network_train_unet_only or len(given) <= 1:
         return
     there = len(architecture.text_encoder_targets)
-    if given != there:
-        each = "give one" if there == 1 else f"give one for all, or {there}"
-        yield error(f"--text_encoder_lr has {given} values, and text encoders are {there}; {each}")
+    numbers = f"--text_encoder_lr has {len(given)} values, and the model has {there} text encoder{'s'[: there != 1]}"
+    if len(given) < there:
+        yield error(f"{numbers}; give one for all, or {there}")
+    elif set(given[there:]) - set(given[:there]):  # the same value written twice loses nothing
+        yield warning(f"{numbers}: {' '.join(f'{lr:g}' for lr in given[:there])} is used")
 
 
 def attention_package(o: TrainNetworkOptions, architecture: Architecture) -> Iterator[Finding]:
@@ -410,11 +402,6 @@ def v_prediction(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield warning("--zero_terminal_snr is meant for models that predict v (--v_parameterization)")
 
 
-def noise(o: TrainNetworkOptions) -> Iterator[Finding]:
-    if o.noise.noise_offset is None and o.noise.adaptive_noise_scale is not None:
-        yield error("--adaptive_noise_scale: needs --noise_offset, which it changes")
-
-
 def huber(o: TrainNetworkOptions) -> Iterator[Finding]:
     if o.loss.huber_c <= 0 or o.loss.huber_scale <= 0:
         yield error("--huber_c and --huber_scale: must be greater than 0")
@@ -438,14 +425,12 @@ RULES: tuple[Rule, ...] = (
     needs_network,
     needs_output,
     needs_data,
-    metadata_file,
     files_exist,
     network_parts,
     network_files,
     rates,
     optimizer_names,
     averaging,
-    attention,
     half_precision,
     fused_backward,
     deepspeed,
@@ -454,7 +439,6 @@ RULES: tuple[Rule, ...] = (
     positive_numbers,
     timestep_range,
     v_prediction,
-    noise,
     huber,
     clip_skip,
     hub,
@@ -463,7 +447,6 @@ RULES: tuple[Rule, ...] = (
 #: what must hold to look at the data alone, without a model and without training
 DATA_RULES: tuple[Rule, ...] = (
     needs_data,
-    metadata_file,
     files_exist,
     cached_latents,
     finite_numbers,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from library.config.arguments import DatasetOptions, ValidationOptions
-from library.config.config_file import load_toml
 from library.config.mistakes import home_hint
+from library.config.toml_file import load_toml
 from library.data.buckets import MAX_SIDE, MAX_SIZES, BucketRules, make_sizes, size_count
 from library.data.captions import CaptionRules
 from library.data.dataset_keys import (

@@ -195,8 +195,6 @@ class DdpmObjective(Objective):
 
 #: samplers of flow matching
 FLOW_SAMPLERS = ("euler",)
-#: what ``--sample_sampler`` is where it is not given
-_NO_SAMPLER_NAMED = "ddim"
 #: fixed levels are numbered by the share of the density below them, in these parts
 _LEVEL_PARTS = 10_000
 
@@ -262,16 +260,9 @@ class FlowObjective(Objective):
     # ---- drawing ----
 
     def sampler(self, named: str | None, default: str) -> str:
-        chosen = named or (default if default != _NO_SAMPLER_NAMED else FLOW_SAMPLERS[0])
-        if chosen not in FLOW_SAMPLERS:
-            raise UserError(
-                f'the sampler "{chosen}" is for diffusion models; flow-matching models are drawn with '
-                f"{' or '.join(FLOW_SAMPLERS)}: remove it (--sample_sampler, or --ss in a prompt)"
-            )
-        return chosen
+        return FLOW_SAMPLERS[0]
 
     def scheduler(self, sampler: str, steps: int, size: tuple[int, int], device: torch.device) -> Any:
-        self.sampler(sampler, _NO_SAMPLER_NAMED)
         shift = self.sampling_shift if self.sampling_shift is not None else self._resolution_shift(size)
         return flow.FlowEuler(steps, shift, device)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from library.config.config_file import load_toml
+from library.config.toml_file import load_toml
 from library.diffusion.samplers import SAMPLER_NAMES
 from library.errors import UserError, did_you_mean
 

@@ -57,9 +57,12 @@ class TrackerSettings:
     ) -> TrackerSettings:
         stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())
         base = Path(logging_dir) if logging_dir else output_dir / "logs"
-        backends = {"wandb": ("tensorboard", "wandb"), "all": ("tensorboard", "wandb")}.get(
-            log_with or "", ("tensorboard",)
-        )
+        backends: tuple[str, ...] = ("tensorboard",)
+        # all: those that are installed
+        if log_with == "wandb" or (log_with == "all" and importlib.util.find_spec("wandb") is not None):
+            backends = ("tensorboard", "wandb")
+        elif log_with == "all":
+            logger.warning("--log_with all: the package wandb is not installed; TensorBoard alone is used")
         kwargs = {name: dict(values) for name, values in tracker_config.items() if isinstance(values, Mapping)}
         if wandb_run_name:
             kwargs.setdefault("wandb", {})["name"] = wandb_run_name

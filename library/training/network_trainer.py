@@ -295,15 +295,16 @@ class NetworkTrainer(Trainer):
 
     def _parameter_groups(self, network: Any, options: TrainNetworkOptions) -> tuple[list[Any], list[str | None]]:
         """Ask the network for its groups in the newest form of the protocol that it speaks."""
-        text_lrs = options.optimizer.text_encoder_lrs
+        # of more learning rates than text encoders, the first ones are used: config/rules.py warns
+        text_lrs = (options.optimizer.text_encoder_lrs or [])[: len(self.architecture.text_encoder_targets)] or None
         unet_lr, default = options.optimizer.unet_lr, options.optimizer.learning_rate
         if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
             groups = network.prepare_optimizer_params_with_multiple_te_lrs(text_lrs, unet_lr, default)
         else:
-            if text_lrs and len(text_lrs) > 1:
+            if text_lrs and len(set(text_lrs)) > 1:
                 module = options.network.network_module
-                raise UserError(
-                    f"networks of {module} take one rate for all text encoders; give --text_encoder_lr with one value"
+                logger.warning(
+                    "networks of %s take one learning rate for all text encoders: %g is used", module, text_lrs[0]
                 )
             text_lr = text_lrs[0] if text_lrs else None
             takes_default = len(inspect.signature(network.prepare_optimizer_params).parameters) >= 3

@@ -8,7 +8,7 @@ from typing import Any
 
 from library.architectures.base import Architecture
 from library.config.arguments import TrainNetworkOptions
-from library.config.config_file import load_toml
+from library.config.toml_file import load_toml
 from library.diffusion.objective import LossSettings
 from library.errors import UserError
 from library.files.hub import HubTarget, RemoteFolder, download_folder

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from library.config.arguments import TrainNetworkOptions, build_parser
-from library.config.config_file import load_toml, read_args
+from library.config.config_file import read_args
 from library.config.fields import int_or_float
+from library.config.foreign_keys import is_known, typing_mistake_of
+from library.config.toml_file import load_toml
 from library.errors import UserError
 
 
@@ -57,16 +60,17 @@ def test_the_ending_may_be_left_out(parser: argparse.ArgumentParser, tmp_path: P
         ("seed = 1\nnetwork_dmi = 4\n", [":2:", "network_dmi", 'did you mean "network_dim"']),
         ("network_dim = 4.5\n", [":1:", "network_dim", "whole number"]),
         ("network_dim = true\n", ["network_dim", "whole number"]),
-        ("sdpa = 1\n", ["sdpa", "true or false"]),
+        ("sdpa = 2\n", ["sdpa", "true or false"]),
+        ("sdpa = 'yes'\n", ["sdpa", "true or false"]),
         ("mixed_precision = 'bf61'\n", ["mixed_precision", "bf16"]),
         ("lr_warmup_steps = 1.5\n", ["lr_warmup_steps", "between 0 and 1"]),
         ("seed = = 2\n", ["not valid TOML", "line 1"]),
         ("a.network_dmi = 4\n", [":1:", "network_dmi"]),
-        ("[a]\nseed = 1\n[b]\nseed = 2\n", [":2:", "seed: given 2 times (lines 2, 4)"]),
+        ("[a]\nseed = 1\n[b]\nseed = 2\n", [":2:", "seed: given 2 times (lines 2, 4), as 1 and 2; "]),
         ("network_args = [['conv_dim=4']]\n", [":1:", "network_args: expects text"]),
         ("[[network_args]]\nconv_dim = 4\n", [":1:", "network_args: expects text"]),
         ("config_file = 'other.toml'\n", [":1:", "belongs on the command line only"]),
-        ("learning_rate = '1e-4'\n", [":1:", "expects a number, not '1e-4'"]),
+        ("learning_rate = 'fast'\n", [":1:", "expects a number, not 'fast'"]),
         ("lr_warmup_steps = nan\n", [":1:", "a share of the run"]),
         ("dry_run = true\n", [":1:", "belongs on the command line only"]),
         ("a = {seed = 1, network_dmi = 4}\n", [":1:", "network_dmi"]),
@@ -94,7 +98,7 @@ def test_mistakes(
 def test_all_mistakes_at_once(
     parser: argparse.ArgumentParser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write(tmp_path / "run.toml", "aa = 1\nbb = 2\n")
+    file = write(tmp_path / "run.toml", "sedd = 1\nnetwork_dom = 2\n")
     with pytest.raises(SystemExit):
         read_args(parser, ["--config_file", file])
     assert len(capsys.readouterr().err.splitlines()) == 2
@@ -120,6 +124,10 @@ def test_all_mistakes_at_once(
         (["--network_di", "4"], 'unknown option --network_di (did you mean "--network_dim"?)'),
         (["--netwrok_dim=4", "--unett_lr", "1"], 'error: unknown option --unett_lr (did you mean "--unet_lr"?)'),
         (["stray"], "'stray' belongs to no option"),
+        (["--sdpa", " "], "one of its lines ends in a backslash and a space"),
+        (["--network_args", "conv_dim=4", " "], "one of its lines ends in a backslash and a space"),
+        (["--seed", "3", "--seed", "4"], "error: --seed: given twice, as 3 and as 4; give it once"),
+        (["--config_file", "a.toml", "--config_file", "b.toml"], "--config_file: given twice, as a.toml and as b.toml"),
     ],
 )
 def test_command_line_mistakes(
@@ -210,7 +218,9 @@ def test_output_config_keeps_every_text(parser: argparse.ArgumentParser, tmp_pat
         read_args(parser, ["--output_config", "--config_file", str(file), *words])
     assert stopped.value.code == 0
     args = read_args(parser, ["--config_file", str(file)])
-    assert (args.output_dir, args.network_args, args.lr_warmup_steps) == (text, [text, "x=1"], 0.1)
+    # an empty text leaves an option out
+    kept = [text, "x=1"] if text else ["x=1"]
+    assert (args.output_dir or "", args.network_args, args.lr_warmup_steps) == (text, kept, 0.1)
     assert args.dataset_config == Path("d.toml")
 
 
@@ -248,3 +258,92 @@ def test_another_encoding_is_named(
 def test_load_toml_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.toml: no such file"):
         load_toml(tmp_path / "no.toml")
+
+
+def test_lists_that_are_given_twice_are_joined(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    words = ["--network_args", "a=1", "--seed", "3", "--network_args", "b=2", "c=3", "--seed", "3"]
+    args = read_args(parser, words)
+    assert (args.network_args, args.seed) == (["a=1", "b=2", "c=3"], 3)
+    # tables are only headings; the command line wins over the file, as a whole
+    file = write(
+        tmp_path / "run.toml", "[a]\nnetwork_args = ['x=1']\nseed = 1\n[b]\nnetwork_args = ['y=2']\nseed = 1\n"
+    )
+    assert read_args(parser, ["--config_file", file]).network_args == ["x=1", "y=2"]
+    assert read_args(parser, ["--config_file", file, *words]).network_args == ["a=1", "b=2", "c=3"]
+    assert read_args(parser, []).network_args is None
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("sdpa = 1", "sdpa", True),
+        ("sdpa = 0", "sdpa", False),
+        ("bucket_reso_steps = 32.0", "bucket_reso_steps", 32),
+        ("learning_rate = '1e-4'", "learning_rate", 1e-4),
+        ("seed = '7'", "seed", 7),
+        ("vae = 'None'", "vae", None),
+        ("vae = ''", "vae", None),
+        ("caption_separator = ''", "caption_separator", ","),
+        ("save_precision = 'None'", "save_precision", None),
+        ("network_args = []", "network_args", None),
+        ("network_args = ['', 'None', 'conv_dim=4']", "network_args", ["conv_dim=4"]),
+        ("dynamo_backend = 'no'", "dynamo_backend", "no"),
+        ("max_token_length = 75", "max_token_length", 75),
+        ("resolution = '512,512'\n[dataset]\nresolution = '512,512'", "resolution", "512,512"),
+        ("lr_restart_cycles = 3", "lr_scheduler_num_cycles", 3),
+        ("lr_restart_cycles = 3\nlr_scheduler_num_cycles = 2", "lr_scheduler_num_cycles", 2),
+        ("loraplus_lr_ratio = 4", "network_args", ["loraplus_lr_ratio=4"]),
+        ("loraplus_lr_ratio = 4\nnetwork_args = ['conv_dim=4']", "network_args", ["conv_dim=4", "loraplus_lr_ratio=4"]),
+        ("loraplus_lr_ratio = 4\nnetwork_args = ['loraplus_lr_ratio=8']", "network_args", ["loraplus_lr_ratio=8"]),
+        ("loraplus_lr_ratio = 0", "network_args", None),
+    ],
+)
+def test_what_programs_write(
+    parser: argparse.ArgumentParser, tmp_path: Path, text: str, name: str, value: object
+) -> None:
+    args = read_args(parser, ["--config_file", write(tmp_path / "run.toml", text + "\n")])
+    assert getattr(args, name) == value
+
+
+def test_keys_of_other_programs_are_accepted_in_one_line(
+    parser: argparse.ArgumentParser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["epoch", "noise_offset_type", "mem_eff_save", "gemma2", "lowvram", "tag_occurrence", "save_toml"]
+    file = write(tmp_path / "run.toml", "".join(f"{key} = 1\n" for key in keys) + "seed = 3\n")
+    assert read_args(parser, ["--config_file", file, "--strict"]).seed == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{file}: passed over, as they are for other programs or scripts: {', '.join(keys)}"
+
+
+def test_unknown_keys_warn_and_are_errors_under_strict(
+    parser: argparse.ArgumentParser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "run.toml", "seed = 3\nmy_own_note = 'x'\ntrain_steps_max = 3\n")
+    assert read_args(parser, ["--config_file", file]).seed == 3
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {file}:2: my_own_note: unknown option; it is ignored",
+        f'warning: {file}:3: train_steps_max: unknown option (did you mean "max_train_steps"?); it is ignored',
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        read_args(parser, ["--config_file", file, "--strict"])
+    assert stopped.value.code == 2
+    assert "my_own_note: unknown option (an error by --strict)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "option"),
+    [("network_dmi", "network_dim"), ("sede", "seed"), ("learning_rates", "learning_rate"), ("unet_lrr", "unet_lr"),
+     ("train_unet_only", None), ("lr", None), ("vaee", "vae"), ("ema_dcay", "ema_decay"), ("caption", None)],
+)  # fmt: skip
+def test_a_typing_mistake_is_a_letter_or_two_away(
+    parser: argparse.ArgumentParser, key: str, option: str | None
+) -> None:
+    assert typing_mistake_of(key, [action.dest for action in parser._actions]) == option
+
+
+def test_no_option_is_taken_for_a_typing_mistake_of_another_script(parser: argparse.ArgumentParser) -> None:
+    """A key that some script has is known to all, however near it is to another option."""
+    for path in sorted((Path(__file__).parents[1] / "compat" / "data" / "cli").glob("*train*.json")):
+        for option in json.loads(path.read_text())["options"]:
+            names = {action.dest for action in parser._actions}
+            assert option["dest"] in names or is_known(option["dest"]), option["dest"]

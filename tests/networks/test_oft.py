@@ -193,8 +193,6 @@ def test_what_cannot_be_is_said(tmp_path, tiny_unet, tiny_text_encoder, caplog):
     with pytest.raises(UserError, match="--network_dropout: networks.oft cannot do it"):
         create(dropout=0.1)
     network = create()
-    with pytest.raises(UserError, match="--text_encoder_lr: networks.oft adapts no text encoder"):
-        network.prepare_optimizer_params_with_multiple_te_lrs([1e-4], 1e-4, 1e-3)
     with pytest.raises(UserError, match="--network_train_text_encoder_only: networks.oft"):
         network.apply_to(tiny_text_encoder, tiny_unet, True, False)
     with pytest.raises(UserError, match="--scale_weight_norms: networks.oft"):
@@ -209,3 +207,11 @@ def test_what_cannot_be_is_said(tmp_path, tiny_unet, tiny_text_encoder, caplog):
     with caplog.at_level(logging.WARNING):
         create(alpha=1.0)
     assert "--network_alpha 1: hardly bounds" in caplog.text
+
+
+def test_a_learning_rate_of_text_encoders_is_passed_over(tiny_text_encoder, tiny_unet, caplog):
+    """Programs write one for every network."""
+    network = create_network(1.0, 4, 1e-3, None, tiny_text_encoder, tiny_unet)
+    groups, _ = network.prepare_optimizer_params_with_multiple_te_lrs([1e-4], 1e-4, 1e-3)
+    assert {group["lr"] for group in groups} == {1e-4}
+    assert caplog.messages == ["--text_encoder_lr has no effect: networks.oft adapts no text encoder"]

@@ -157,8 +157,6 @@ def test_what_cannot_be_is_said(tmp_path):
     with pytest.raises(UserError, match="networks.oft: it is not made for this model family; use .* networks.oft_flux"):
         oft.check_network_args({}, DENOISER)
     network = create_network(1.0, 4, 1e-3, None, *models)
-    with pytest.raises(UserError, match="--text_encoder_lr: networks.oft_flux adapts no text encoder"):
-        network.prepare_optimizer_params_with_multiple_te_lrs([1e-4, 1e-4], 1e-4, 1e-3)
     with pytest.raises(UserError, match="--network_train_text_encoder_only: networks.oft_flux"):
         network.apply_to(*models, True, False)
     assert "networks.oft_flux" in network.no_max_norm
@@ -173,3 +171,11 @@ def test_what_cannot_be_is_said(tmp_path):
         lora_flux.create_network_from_weights(1.0, str(tmp_path / "oft.safetensors"), None, *models)
     with pytest.raises(UserError, match=r"oft_blocks.0 is \[4, 8, 8\] in the file and \[2, 16, 16\].*dim_from_weights"):
         create_network(1.0, 2, 1e-3, None, *models).load_weights(tmp_path / "oft.safetensors")
+
+
+def test_a_learning_rate_of_text_encoders_is_passed_over(caplog):
+    """Programs write one for every network."""
+    network = create_network(1.0, 4, 1e-3, None, *flux_models("dev"))
+    groups, _ = network.prepare_optimizer_params_with_multiple_te_lrs([1e-4, 1e-4], 1e-4, 1e-3)
+    assert {group["lr"] for group in groups} == {1e-4}
+    assert caplog.messages == ["--text_encoder_lr has no effect: networks.oft_flux adapts no text encoder"]

@@ -78,7 +78,7 @@ HUB: Table = {
     "async_upload": (True, "in_background", True),
 }
 TRACKERS: Table = {
-    "log_with": ("all", "backends", ("tensorboard", "wandb")),
+    "log_with": ("wandb", "backends", ("tensorboard", "wandb")),
     "log_tracker_name": ("cats", "tracker_name", "cats"),
     "wandb_run_name": ("first", "init_kwargs", {"wandb": {"name": "first"}}),
     "wandb_api_key": ("k3y", "wandb_api_key", "k3y"),

@@ -53,7 +53,7 @@ class FlowMatching(Architecture):
     option_rules = (weighting_numbers, flow_numbers)
     idle_rules = FLOW_IDLE_RULES
     idle_options = DDPM_ONLY
-    sample_fields = DDPM_FIELDS | {"flow_shift"}
+    sample_fields = (DDPM_FIELDS - {"sample_sampler"}) | {"flow_shift"}
     #: latent cells that are one token of the image; shifts by resolution count tokens
     cells_per_token = 4
     #: shift of drawing; None: by resolution, as FLUX.1 [dev]

@@ -40,7 +40,6 @@ from library.architectures.flux.targets import CLIP_L, DENOISER, T5XXL
 from library.config.no_effect import report
 from library.config.no_effect.declare import message
 from library.errors import NoEffect
-from library.inference.prompt_line import DDPM_FIELDS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -90,7 +89,7 @@ class Flux(FlowMatching, Architecture):
         "--gradient_checkpointing, with --cpu_offload_checkpointing if that is not enough",
         "split_mode": "is not supported, as it was replaced long ago; use --fp8_base and --gradient_checkpointing",
     }
-    sample_fields = FlowMatching.sample_fields | DDPM_FIELDS | {"guidance_scale"}
+    sample_fields = FlowMatching.sample_fields | {"guidance_scale"}
     sample_size_step = 16
 
     #: which model it is, as its file tells; none while no file was looked into

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.config.arguments import TrainNetworkOptions, flat
 from library.config.no_effect import data, diffusion, network, output, training, watching
@@ -33,8 +34,22 @@ RULES: tuple[IdleRule, ...] = tuple(
 
 
 def given(options: TrainNetworkOptions) -> set[str]:
-    """Names of the options that are not at their default."""
-    return {field.name for field, value in flat(options) if value != field.default}
+    """Names of the options that say something: neither at their default, nor as programs write them anyway."""
+    anyway = written_anyway(options)
+    return {f.name for f, value in flat(options) if value != f.default and value not in anyway.get(f.name, ())}
+
+
+def written_anyway(options: TrainNetworkOptions) -> dict[str, tuple[Any, ...]]:
+    """Values that graphical programs write for options that their users left alone: no one asked for them."""
+    prompts = (Path(options.output.output_dir or "") / "sample" / "prompt.txt",)
+    return {
+        "sample_sampler": ("euler_a", "euler"),
+        "sample_prompts": (*map(str, prompts), *(path.as_posix() for path in prompts)),
+        "wandb_run_name": (options.output.output_name or "last",),
+        "max_bucket_reso": (2048,),
+        "save_every_n_epochs": (1,),
+        "learning_rate": (options.optimizer.unet_lr,),
+    }
 
 
 def reasons(options: TrainNetworkOptions, architecture: Architecture) -> list[tuple[list[str], str]]:

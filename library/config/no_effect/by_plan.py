@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from library.config.arguments import TrainNetworkOptions
+from library.config.no_effect import given
 from library.config.no_effect.declare import message
 from library.errors import NoEffect
 
@@ -28,7 +29,12 @@ def without_effect_in_plan(options: TrainNetworkOptions, plan: RunPlan) -> list[
         *((name, plan.num_epochs - 1, last) for name in EPOCHS_BEFORE_THE_LAST),
     ]
     values = {**vars(options.output), **vars(options.sample)}
-    found = [NoEffect(message([name], reason)) for name, most, reason in limits if (values[name] or 0) > most]
+    said = given(options)
+    found = [
+        NoEffect(message([name], reason))
+        for name, most, reason in limits
+        if name in said and (values[name] or 0) > most
+    ]
     if options.output.save_n_epoch_ratio is not None and plan.num_epochs < 2:
         found.append(NoEffect(message(["save_n_epoch_ratio"], last)))
     first = options.resume.initial_step

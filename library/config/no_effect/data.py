@@ -16,6 +16,11 @@ def folders_beside_a_dataset_file(o: TrainNetworkOptions) -> bool:
     return o.dataset.dataset_config is not None
 
 
+@idle("reg_data_dir", reason="with --in_json: metadata files have no regularisation images")
+def metadata_files_have_no_regularisation(o: TrainNetworkOptions) -> bool:
+    return bool(o.dataset.in_json) and o.dataset.dataset_config is None
+
+
 @idle("caption_extension", reason="beside its old spelling --caption_extention, which wins")
 def old_spelling_wins(o: TrainNetworkOptions) -> bool:
     return bool(o.dataset.caption_extention)

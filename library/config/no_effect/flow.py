@@ -21,6 +21,7 @@ DDPM_ONLY = MappingProxyType(
         "v_parameterization": _VELOCITY,
         "scale_v_pred_loss_like_noise_pred": _VELOCITY,
         "v_pred_like_loss": _VELOCITY,
+        "sample_sampler": "with flow matching, whose images are always generated with euler",
         "zero_terminal_snr": "with flow matching, whose path ends in pure noise anyway",
     }
 )

@@ -32,8 +32,3 @@ def ranks_come_from_the_file(o: TrainNetworkOptions) -> bool:
 @idle("network_weights", reason="with --resume, whose state holds the weights")
 def weights_come_from_the_state(o: TrainNetworkOptions) -> bool:
     return bool(o.resume.resume) and not o.network.dim_from_weights
-
-
-@idle("network_dropout", reason="at 0, which is off; leave it out")
-def no_dropout(o: TrainNetworkOptions) -> bool:
-    return o.network.network_dropout == 0

@@ -100,16 +100,6 @@ def initial_step_wins(o: TrainNetworkOptions) -> bool:
     return o.resume.initial_step is not None
 
 
-@idle("initial_epoch", reason="when it is 1, the first")
-def starts_with_the_first_epoch(o: TrainNetworkOptions) -> bool:
-    return o.resume.initial_epoch == 1
-
-
-@idle("initial_step", reason="when it is 0, the first")
-def starts_with_the_first_step(o: TrainNetworkOptions) -> bool:
-    return o.resume.initial_step == 0
-
-
 @idle("skip_until_initial_step", reason="without --initial_step; --initial_epoch starts where an epoch's data do")
 def starts_with_an_epoch(o: TrainNetworkOptions) -> bool:
     return not o.resume.initial_step

@@ -17,6 +17,16 @@ def nothing_is_compiled(o: TrainNetworkOptions) -> bool:
     return not o.training.torch_compile
 
 
+@idle("xformers", "sdpa", reason="beside --mem_eff_attn, which wins")
+def memory_efficient_attention_wins(o: TrainNetworkOptions) -> bool:
+    return o.training.mem_eff_attn
+
+
+@idle("sdpa", reason="beside --xformers, which wins")
+def xformers_wins(o: TrainNetworkOptions) -> bool:
+    return o.training.xformers
+
+
 @idle("cpu_offload_checkpointing", reason="without --gradient_checkpointing")
 def no_checkpointing(o: TrainNetworkOptions) -> bool:
     return not o.training.gradient_checkpointing

@@ -1,0 +1,107 @@
+"""Configuration files that a graphical program writes start and train, without a word that its users cannot help."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from library.config.config_file import _toml_value, read_args
+from tests.fixtures.families import FLUX, SD, SDXL
+from tests.fixtures.runs import Made, make_images, metadata_of, train_here
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FILES = tomllib.loads((Path(__file__).parent / "data" / "gui_files.toml").read_text("utf-8"))
+COMMON = FILES.pop("common")
+FAMILIES = {family.script: family for family in (SD, SDXL, FLUX)}
+#: what this machine has not, and its replacement
+ON_CPU = {"fp16": "bf16", "xformers": "sdpa"}
+#: so that a tiny model needs seconds: the command line wins over the file
+SMALL = {"resolution": "64,64", "min_bucket_reso": 32, "bucket_reso_steps": 32, "max_train_steps": 2, "network_dim": 2}
+SLOW = ("full_flux", "full_sdxl_standard", "SDXL_LoRA_adafactor_v1.0")
+MARKS = {name: pytest.mark.slow for name in SLOW} | {
+    "loha_sd15": pytest.mark.xfail(strict=True, reason="LyCORIS 4.1 cannot make its own preset full for SD 1.x")
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+    return {name: family.make(tmp_path_factory.mktemp(family.name)) for name, family in FAMILIES.items()}
+
+
+def file_of(name: str, model: Made, folder: Path) -> tuple[str, Path]:
+    """The script, and the file as the program would write it for these places."""
+    keys = {**COMMON, **FILES[name]}
+    script = keys.pop("script")
+    for flag in ("ae", "clip_l", "t5xxl", "pretrained_model_name_or_path"):
+        if flag in keys:
+            keys[flag] = str(model.flags[flag])
+    places = {"@OUT@": folder / "out", "@IMAGES@": folder / "images", "@REG@": folder / "reg"}
+    lines = []
+    for key, value in keys.items():
+        if isinstance(value, str):
+            for placeholder, place in places.items():
+                value = value.replace(placeholder, place.as_posix())
+            value = ON_CPU.get(value, value)
+        lines.append(f"{ON_CPU.get(key, key)} = {_toml_value(value)}\n")
+    prompts = folder / "out" / "sample" / "prompt.txt"  # which the program always makes
+    prompts.parent.mkdir(parents=True)
+    prompts.write_text("a cat --w 64 --h 64 --s 2 --d 1 --l 3 --ss euler_a\n")
+    make_images(folder / "images" / "2_cat", sizes=[(64, 64), (96, 64)])
+    make_images(folder / "reg" / "1_animal", sizes=[(64, 64)])
+    path = folder / "run.toml"
+    path.write_text("".join(lines), encoding="utf-8")
+    return script, path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_key_is_understood(name: str, models: dict[str, Made], tmp_path: Path) -> None:
+    script, path = file_of(name, models[FILES[name]["script"]], tmp_path)
+    args = read_args(importlib.import_module(script).setup_parser(), ["--config_file", str(path), "--strict"])
+    assert args.network_module == FILES[name]["network_module"]
+    assert args.learning_rate == FILES[name]["learning_rate"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, ())) for n in FILES])
+def test_it_trains(
+    name: str,
+    models: dict[str, Made],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # as its launcher sets it: accelerate launch --dynamo_backend no --dynamo_mode default
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
+    script, path = file_of(name, models[FILES[name]["script"]], tmp_path)
+    model = models[script]
+    small = {**SMALL, "tokenizer_cache_dir": model.flags["tokenizer_cache_dir"]}
+    if "max_train_epochs" in FILES[name]:
+        small["max_train_epochs"] = 1
+    words = [word for key, value in small.items() for word in (f"--{key}", value)]
+    train_here("--config_file", path, "--console_log_simple", *words, script=script)
+    said = capsys.readouterr().err
+    saved = load_file(tmp_path / "out" / "last.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert any(tensor.any() for key, tensor in saved.items() if "lora_up" in key or "hada_w2_a" in key)
+    passed_over = [line for line in said.splitlines() if "passed over" in line]
+    assert len(passed_over) == 1 and "epoch" in passed_over[0] and "noise_offset_type" in passed_over[0]
+
+
+def test_defaults_written_out_are_no_news(
+    models: dict[str, Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever uses the program sees no warnings but those of his own settings."""
+    script, path = file_of("defaults", models["train_network"], tmp_path)
+    folder = models[script].flags["tokenizer_cache_dir"]
+    train_here(
+        "--config_file", path, "--console_log_simple", "--dry_run", "--tokenizer_cache_dir", folder, script=script
+    )
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING")] == []
