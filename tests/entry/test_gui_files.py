@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from library.config.config_file import _toml_value, read_args
 from tests.fixtures.families import FLUX, SD, SDXL
-from tests.fixtures.runs import Made, make_images, metadata_of, train_here
+from tests.fixtures.runs import Made, make_images, train_here
 
 if sys.version_info >= (3, 11):
     import tomllib
