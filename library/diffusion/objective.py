@@ -20,7 +20,6 @@ from library.diffusion import loss as losses
 from library.diffusion import timesteps as times
 from library.diffusion.ddpm import NoiseSchedule, add_noise, velocity
 from library.diffusion.samplers import check_sampler, create_scheduler_for, set_timesteps
-from library.errors import UserError
 
 
 @dataclass(frozen=True)

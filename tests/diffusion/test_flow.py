@@ -16,7 +16,6 @@ from torch import Tensor
 from library.diffusion.flow import FlowEuler, interpolate, resolution_shift, shift_sigma
 from library.diffusion.objective import FlowObjective, LossSettings
 from library.diffusion.weighting import WEIGHTING_SCHEMES, flow_weight
-from library.errors import UserError
 from library.randomness import torch_generator
 from library.training.step import NoiseSettings, NoisyBatch, make_noisy, sample_losses
 
