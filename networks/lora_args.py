@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from networks.network_args import (
 )
 from networks.targets import DoraAxis, FoundModule, RankAlpha
 from networks.unet_blocks import SD_BLOCKS, unet_block_index
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,6 +70,8 @@ RANK_KEYS = (
     "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "network_reg_dims",
     "rs_lora", "dora", "dora_on_output",
 )  # fmt: skip
+#: alpha / rank below which a warning says that training is slow
+_WEAK = 0.1
 _BLOCK_RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 
 
@@ -146,6 +151,12 @@ class LoraArgs:
         """Refuse ``--network_dim`` and ``--network_alpha`` that cannot be. Raises UserError."""
         if rank < 1:
             raise UserError(f"--network_dim {rank}: the rank must be at least 1")
+        if 0 < alpha < _WEAK * rank and not self.rs_lora:  # 0 stands for the rank
+            logger.warning(
+                "--network_alpha %g with --network_dim %d: acts at %.3g of the learned strength, so training is slow; "
+                "half the rank is common (docs/first_lora.md)",
+                *(alpha, rank, alpha / rank),
+            )
 
     def dropouts(self, neuron_dropout: float | None) -> Dropouts:
         neuron = self.dropout if neuron_dropout is None else neuron_dropout

@@ -189,6 +189,37 @@ def rates(o: TrainNetworkOptions) -> Iterator[Finding]:
         yield error("nothing to train: --learning_rate, --unet_lr and --text_encoder_lr leave every rate at 0")
 
 
+#: below it an adapter changes next to nothing in a usual run; the published default, 2e-6, is for whole models
+_LOW_LEARNING_RATE = 5e-6
+
+
+def low_learning_rate(o: TrainNetworkOptions) -> Iterator[Finding]:
+    """A default that no one should train with; optimizers that find the learning rate warn by themselves."""
+    n, chosen = o.network, o.optimizer
+    name, words = chosen.optimizer_type.lower().rpartition(".")[2], chosen.optimizer_args or []
+    finds_it = name.startswith(("dadapt", "prodigy")) or (
+        name == "adafactor" and not any(word.replace(" ", "") == "relative_step=False" for word in words)
+    )
+    if (
+        not n.network_module
+        or finds_it
+        or any(word.partition("=")[0].strip() == "network_reg_lrs" for word in n.network_args or [])
+    ):
+        return
+    highest: dict[str, float] = {}
+    if not n.network_train_text_encoder_only:
+        highest |= {"learning_rate": chosen.learning_rate} if chosen.unet_lr is None else {"unet_lr": chosen.unet_lr}
+    if not n.network_train_unet_only:
+        given = chosen.text_encoder_lrs
+        highest |= {"text_encoder_lr": max(given)} if given else {"learning_rate": chosen.learning_rate}
+    option, value = max(highest.items(), key=lambda item: item[1], default=("", 0.0))
+    if 0 < value < _LOW_LEARNING_RATE:
+        default = " (the default)" if value == type(chosen).learning_rate else ""
+        yield warning(
+            f"--{option} {value:g}{default}: teaches an adapter next to nothing; 1e-4 is usual (docs/first_lora.md)"
+        )
+
+
 def optimizer_names(o: TrainNetworkOptions) -> Iterator[Finding]:
     chosen = o.optimizer
     if sum((bool(chosen.optimizer_type), chosen.use_8bit_adam, chosen.use_lion_optimizer)) > 1:
@@ -429,6 +460,7 @@ RULES: tuple[Rule, ...] = (
     network_parts,
     network_files,
     rates,
+    low_learning_rate,
     optimizer_names,
     averaging,
     half_precision,

@@ -27,6 +27,7 @@ GOOD = {
     "dataset_config": Path("data.toml"),
     "output_dir": "output",
     "network_module": "networks.lora",
+    "learning_rate": 1e-4,
 }
 
 
@@ -158,6 +159,8 @@ WARNINGS = [
     ({"v2": True, "clip_skip": 2}, "--clip_skip"),
     ({"huggingface_repo_id": "a/b", "huggingface_repo_visibility": "pubic"}, "taken as private"),
     ({"output_name": "my_lora.safetensors"}, "leave .safetensors out"),
+    ({"learning_rate": 2e-6}, "--learning_rate 2e-06 (the default): teaches an adapter next to nothing; 1e-4 is usual"),
+    ({"learning_rate": 2e-6, "unet_lr": 1e-6, "network_train_unet_only": True}, "--unet_lr 1e-06: teaches an adapter"),
 ]
 
 #: looks like a finding above, and is none
@@ -181,6 +184,9 @@ FINE = [
     {"network_weights": "w.safetensors", "dim_from_weights": True, "resume": "state"},
     {"base_weights": ["w.safetensors", "v.safetensors"], "base_weights_multiplier": [0.5]},
     {"output_dir": "state/deeper/out"},
+    {"learning_rate": 2e-6, "unet_lr": 1e-4},
+    {"learning_rate": 2e-6, "optimizer_type": "Adafactor"},
+    {"learning_rate": 2e-6, "network_args": ["network_reg_lrs=attn2=1e-4"]},
     {"dataset_config": None, "train_data_dir": "state"},
     {"cache_text_encoder_outputs_to_disk": True, **UNET_ONLY, "skip_cache_check": True, "text_encoder_batch_size": 2},
     {"dataset_config": None, "in_json": "m.json"},

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from library.errors import UserError
 from networks.adapter_module import Dropouts
 from networks.lora import LoraModule, create_network
+from networks.lora_args import LoraArgs
 from networks.targets import FoundModule, RankAlpha
 
 CONV_ARGS = {"conv_dim": "3", "conv_alpha": "2"}
@@ -278,3 +279,18 @@ def test_wrong_rank_and_wrong_dropout_are_refused(tiny_unet):
 def test_a_model_without_targets_is_refused():
     with pytest.raises(UserError, match="found nothing to adapt in Sequential"):
         create_network(1.0, 4, 1.0, None, None, nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "warned"), [(64, 1, True), (16, 1, True), (8, 1, False), (64, 32, False), (64, 0, False)]
+)
+def test_an_alpha_that_leaves_little_is_warned_of(
+    rank: int, alpha: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    LoraArgs().check_size(rank, alpha)
+    assert ("of the learned strength" in caplog.text) == warned
+
+
+def test_rank_stabilized_lora_needs_no_large_alpha(caplog: pytest.LogCaptureFixture) -> None:
+    LoraArgs(rs_lora=True).check_size(64, 1)
+    assert not caplog.text
