@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 Size = tuple[int, int]
@@ -38,8 +39,19 @@ class Buckets:
 
     def __init__(self, rules: BucketRules) -> None:
         self._rules = rules
-        self._sizes = make_sizes(rules) if rules.enabled and not rules.no_upscale else []
-        self._ratios = [width / height for width, height in self._sizes]
+        self._use(make_sizes(rules) if rules.enabled and not rules.no_upscale else [])
+
+    @classmethod
+    def of_sizes(cls, sizes: Iterable[Size]) -> Buckets:
+        """Those of a given list."""
+        made = cls(BucketRules((1, 1)))
+        made._rules = BucketRules((1, 1), enabled=True)
+        made._use(sorted(set(sizes), key=lambda s: (s[0] / s[1], s[0])))
+        return made
+
+    def _use(self, sizes: list[Size]) -> None:
+        self._sizes = sizes
+        self._ratios = [width / height for width, height in sizes]
 
     def assign(self, size: Size) -> Size:
         """The bucket of an image: its own aspect ratio's nearest, or without buckets the resolution."""
