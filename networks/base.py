@@ -24,8 +24,8 @@ from library.architectures.base import LoraTarget
 from library.errors import UserError
 from networks.adapter_module import AdapterModule, Dropouts, merge_all_forever
 from networks.file_names import published_names
-from networks.targets import FoundModule, RankAlpha, RankRule, find_modules
-from networks.weights import read_weights, select_weights, write_weights
+from networks.targets import FoundModule, RankAlpha, RankRule, check_rank, find_modules
+from networks.weights import read_weights, refuse_other_model, select_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class AdapterNetwork(nn.Module, ABC):
                 size = rank_rule(found)
                 if size is None:
                     continue
+                check_rank(found, size.rank)
                 if found.lora_name in self._modules:
                     raise ValueError(f"two modules are named {found.lora_name}; text encoders need their own prefixes")
                 adapter = self.make_adapter(found, size, multiplier=multiplier, dropouts=dropouts)
@@ -348,6 +349,8 @@ class AdapterNetwork(nn.Module, ABC):
         Raises:
             UserError: unreadable, or its tensors are not those of this network.
         """
+        for part in self.parts:
+            refuse_other_model(file, part.target)
         return self.load_weights_from(read_weights(file), str(file))
 
     def load_weights_from(self, weights: Mapping[str, Tensor], source: str) -> str:

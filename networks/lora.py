@@ -15,7 +15,7 @@ trained (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", s
 Network args: ``conv_dim``, ``conv_alpha`` (default 1); ``rank_dropout``, ``module_dropout`` (probabilities);
 ``loraplus_lr_ratio``, ``loraplus_unet_lr_ratio``, ``loraplus_text_encoder_lr_ratio`` (rate of U over rate of D: Hayou
 et al. 2024, "LoRA+"); ``rs_lora``, ``dora``, ``dora_on_output``; for all modules by name, ``pattern=value,...``, the
-last that fits wins: ``network_reg_dims`` and ``network_reg_lrs``, which replace the network's rank and rate; for the
+first that fits wins: ``network_reg_dims`` and ``network_reg_lrs``, which replace the network's rank and rate; for the
 U-Net's blocks, counted as in ``networks/unet_blocks.py``: ``block_dims``, ``block_alphas``, ``conv_block_dims``,
 ``conv_block_alphas`` (25 values; SDXL 23), ``down_lr_weight`` and ``up_lr_weight`` (12; SDXL 9; or a curve such as
 ``cosine+0.25``), ``mid_lr_weight`` (1; SDXL 3), ``block_lr_zero_threshold``.
@@ -39,7 +39,14 @@ from networks.lora_args import DEFAULT_ALPHA, MODULE_NAME, LoraArgs
 from networks.lora_module import LoraModule
 from networks.targets import FoundModule, RankAlpha, RankRule, find_modules, target_of
 from networks.unet_blocks import unet_block_index
-from networks.weights import read_weights, refuse_misfits, select_weights, sizes_of
+from networks.weights import (
+    read_weights,
+    refuse_misfits,
+    refuse_other_model,
+    select_weights,
+    sizes_of,
+    warn_of_missing_layers,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -134,13 +141,16 @@ class LoraNetwork(AdapterNetwork):
         """
         if idle := [key for key in cls.args_class.rank_keys if kwargs.get(key) is not None]:
             raise UserError(f"--network_args {', '.join(idle)}: no effect where ranks and alphas come from a file")
-        args = cls.args_of(kwargs, target_of(unet, cls.default_denoiser))
+        denoiser = target_of(unet, cls.default_denoiser)
+        args = cls.args_of(kwargs, denoiser)
+        refuse_other_model(file, denoiser)
         parts = cls.make_parts(text_encoder, unet)
         weights_sd = cls.names_in(parts, read_weights(file) if weights_sd is None else weights_sd)
         source = str(file) if file else "the given weights"
         sizes = cls.sizes_in(weights_sd, source)
         available = {found.lora_name for part in parts for found in find_modules(part.model, part.target)}
         refuse_misfits(sizes.keys(), available, weights_sd, source, cls.module_name)
+        warn_of_missing_layers(file, sizes.keys(), {found.lora_name for found in find_modules(unet, denoiser)})
         dropouts = args.dropouts(neuron_dropout)
 
         def rank_rule(found: FoundModule) -> RankAlpha | None:

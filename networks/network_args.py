@@ -82,7 +82,8 @@ def list_reader(item: Reader, count: int) -> Reader:
 _CURVES: Mapping[str, Callable[[float], float]] = MappingProxyType(
     {
         "sine": lambda x: math.sin(math.pi / 2 * x),
-        "cosine": lambda x: math.cos(math.pi / 2 * x),
+        # by the sine, whose 0 is exactly 0: cos(pi / 2) is 6e-17
+        "cosine": lambda x: math.sin(math.pi / 2 * (1.0 - x)),
         "linear": lambda x: x,
         "reverse_linear": lambda x: 1.0 - x,
         "zeros": lambda x: 0.0,
@@ -118,14 +119,13 @@ def rates_reader(count: int) -> Reader:
 
 @dataclass(frozen=True)
 class PatternValues:
-    """Values for modules by regular expressions that are looked for in their names; the last that is found wins."""
+    """Values for modules by regular expressions that are searched in their names; the first that is found wins."""
 
     entries: tuple[tuple[re.Pattern[str], Any], ...] = ()
 
     def place_of(self, name: str) -> int | None:
         """Index of the entry that holds for a module's name, or ``None``."""
-        found = [index for index, (pattern, _) in enumerate(self.entries) if pattern.search(name)]
-        return found[-1] if found else None
+        return next((index for index, (pattern, _) in enumerate(self.entries) if pattern.search(name)), None)
 
     def value_of(self, name: str) -> Any:
         """The value that holds for a module's name, or ``None``."""

@@ -12,7 +12,8 @@ and B starts at zero. The bias is not rotated. ``--network_dim`` is the number o
 the smaller is the file. The constrained form of the paper (COFT) bounds how far R goes from I; here ``--network_alpha``
 does by |Q| <= alpha * out, the Frobenius norm of all blocks of a module; 1e-4 to 1e-2 are usual.
 
-Files hold ``oft_unet_<module>.oft_blocks`` (n, out / n, out / n) and ``.alpha``. A strength other than 1 goes part of
+Files hold ``oft_unet_<module>.oft_blocks`` (n, out / n, out / n) and ``.alpha``, a layout that ComfyUI, Forge and
+diffusers do not read: ``networks/convert_lora.py`` writes the one of LyCORIS' Diag-OFT, which ComfyUI reads. A strength other than 1 goes part of
 the way from W to R^T W, W + multiplier (R^T W - W), as in other programs; only 1 and 0 are rotations.
 
 The text encoders are left as they are. Network args: ``enable_all_linear`` (all linear layers and 1x1 convolutions of
@@ -88,6 +89,11 @@ class OftArgs(LoraArgs):
             raise UserError(f"--network_alpha {alpha:g}: must be greater than 0, as it bounds what is learned")
         if alpha >= _LOOSE_ALPHA:
             logger.warning("--network_alpha %g: hardly bounds the rotations of an OFT; 1e-4 to 1e-2 are usual", alpha)
+        logger.info(
+            "files of %s are read by this project alone, not by ComfyUI, Forge or diffusers; networks/convert_lora.py "
+            "--to comfyui writes one for ComfyUI",
+            self.module_name,
+        )
 
     def dropouts(self, neuron_dropout: float | None) -> Dropouts:
         if neuron_dropout:
@@ -108,7 +114,7 @@ def generator_of(blocks: Tensor, bound: float) -> Tensor:
 
 def moved_by(generator: Tensor) -> Tensor:
     """R - I (n, k, k) of Q."""
-    unit = torch.eye(generator.shape[-1], device=generator.device)
+    unit = torch.eye(generator.shape[-1], device=generator.device, dtype=generator.dtype)
     # Q and (I - Q)^-1 commute; I - Q is never singular, so nothing waits for the device to look at errors
     return torch.linalg.solve_ex(unit - generator, 2.0 * generator).result
 

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from library.architectures.base import LORA_TARGET, LoraTarget
+from library.errors import UserError
 
 #: the features that have a magnitude each in a DoRA
 DoraAxis = Literal["input", "output"]
@@ -38,6 +39,20 @@ class FoundModule:
     def is_spatial_conv(self) -> bool:
         """A convolution with a kernel larger than 1x1; those have their own rank."""
         return isinstance(self.module, nn.Conv2d) and self.module.kernel_size != (1, 1)
+
+
+#: a rank this many times the features of a module is a slip; any matrix is of a rank no larger than its smaller side
+_RANK_LIMIT = 100
+
+
+def check_rank(found: FoundModule, rank: int) -> None:
+    """Raise UserError for a rank that no memory has room for."""
+    features = max(found.module.weight.shape[:2])
+    if rank > _RANK_LIMIT * features:
+        raise UserError(
+            f"{found.lora_name}: rank {rank:,} for a layer of {features:,} features; --network_dim and the ranks in "
+            "--network_args are usually 4 to 128, and more than the features of a layer is of no use"
+        )
 
 
 RankRule = Callable[[FoundModule], RankAlpha | None]

@@ -44,14 +44,23 @@ def text_argument(text_encoders: Sequence[nn.Module]) -> nn.Module | list[nn.Mod
     return views[0] if len(views) == 1 else views
 
 
-def remedy(module_name: str, what: str) -> str:
-    """What to do about an error of a network that is made, as far as it is known."""
-    if module_name.startswith("lycoris.") and "duplicated lora name" in what:
-        return (
-            'its default preset, "full", fails with U-Nets; give --network_args preset=attn-mlp, or '
-            "preset=examples/lycoris/full.toml"
-        )
-    return "see its own documentation on --network_args"
+#: a preset of LyCORIS that adapts every part of a U-Net
+FULL_PRESET = "examples/lycoris/full.toml"
+
+
+def is_ours(module_name: str) -> bool:
+    """Whether a network module is one of this project, as ``--network_module`` names it."""
+    return module_name.startswith("networks.")
+
+
+def other_arguments(module_name: str, what: str, given: Mapping[str, object]) -> dict[str, str] | None:
+    """Network args with which a network can be made that failed with the message ``what``; None where none are known.
+
+    Files among them are relative to the root of this project. LyCORIS 4.1's default preset, "full", names the time embedding of Stable Diffusion 1.x and 2.x twice.
+    """
+    if module_name.startswith("lycoris.") and "duplicated lora name" in what and given.get("preset") is None:
+        return {"preset": FULL_PRESET}
+    return None
 
 
 class PublishedDenoiser(nn.Module):
@@ -112,7 +121,7 @@ def denoiser_argument(module_name: str, denoiser: nn.Module) -> nn.Module:
         module_name: as ``--network_module`` has it.
     """
     target: LoraTarget | None = getattr(denoiser, LORA_TARGET, None)
-    if module_name.startswith("networks.") or target is None or target.file_path is None:
+    if is_ours(module_name) or target is None or target.file_path is None:
         return denoiser
     return PublishedDenoiser(denoiser, target)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.architectures.base import LoraTarget
 from library.architectures.common.recognise import recognise_tensors
 from library.errors import UserError
 from library.files.hashes import with_hashes
@@ -29,6 +32,8 @@ from networks.targets import DoraAxis, RankAlpha
 
 if TYPE_CHECKING:
     from networks.base import AdapterNetwork
+
+logger = logging.getLogger(__name__)
 
 #: a piece of a tensor's name -> what the file then is; looked for only when a file does not fit
 _OTHER_KINDS = {
@@ -113,6 +118,50 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, RankAlpha]:
                 axis = "output" if up is not None and magnitudes.shape[0] == up.shape[0] else "input"
             found[lora_name] = RankAlpha(rank, float(rank if alpha is None else alpha), axis)
     return found
+
+
+def _metadata(file: str | Path | None) -> Mapping[str, str]:
+    path = Path(file or "")
+    return {} if not path.is_file() or is_pickle(path) else read_header(path).metadata
+
+
+def refuse_other_model(file: str | Path | None, target: LoraTarget) -> None:
+    """Refuse the file of an adapter that says it was made for another model, whose modules have the same names.
+
+    Args:
+        target: of the denoiser that it is to adapt.
+
+    Raises:
+        UserError: it says so.
+    """
+    version = _metadata(file).get("ss_base_model_version", "") if target.namesakes else ""
+    if (title := dict(target.namesakes).get(version)) is not None:
+        raise UserError(
+            f"{file}: it was made for {title} (ss_base_model_version is {version}), which this model is not"
+        )
+
+
+def warn_of_missing_layers(file: str | Path | None, in_file: Collection[str], usual: Collection[str]) -> None:
+    """Warn of kinds of layers that a file has no adapters for, where its metadata do not say what it was made for.
+
+    Args:
+        in_file: the file's modules.
+        usual: the denoiser's modules that adapters usually change.
+    """
+    if "ss_base_model_version" in _metadata(file) or not set(in_file) & set(usual):
+        return
+    missing = sorted({_kind(name) for name in usual} - {_kind(name) for name in in_file})
+    if missing:
+        logger.warning(
+            "%s: has no adapters for %d kinds of layers that adapters of this model usually change (%s): it was made "
+            "for another model, or for these layers only",
+            *(file or "the given weights", len(missing), _some(missing)),
+        )
+
+
+def _kind(name: str) -> str:
+    """A module's name without the numbers of its blocks."""
+    return re.sub(r"\d+", "#", name)
 
 
 def select_weights(

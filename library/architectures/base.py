@@ -116,6 +116,8 @@ class LoraTarget:
     stacked_widths: Callable[[str, nn.Module], tuple[int, ...]] | None = None
     #: our network modules for the family, that for LoRA first, where those for U-Nets do not adapt it
     network_modules: tuple[str, ...] = ()
+    #: other models whose modules have the same names: (``ss_base_model_version`` of their adapters, what people call it)
+    namesakes: tuple[tuple[str, str], ...] = ()
 
     def with_convs(self) -> LoraTarget:
         return replace(self, module_classes=self.module_classes + self.conv_classes)

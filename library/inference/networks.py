@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch import nn
 from library.errors import UserError
 from library.inference.generate import ImageModels
 from networks.merge_together import Merged, merge_together
+from networks.module_names import import_network_module
 from networks.third_party import denoiser_argument, refuse_wrong_merge, text_argument
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,9 @@ def choose_networks(
     for flag, values in (("--network_mul", multipliers), ("--network_args", arguments)):
         if len(values) > len(modules):
             raise UserError(f"{flag}: {len(values)} values for {len(modules)} networks of --network_module")
+    for multiplier in multipliers:
+        if not math.isfinite(multiplier):
+            raise UserError(f"--network_mul {multiplier}: a strength must be a finite number")
     for path in weights:
         if not Path(path).is_file():
             raise UserError(f"--network_weights: {path}: no such file")
@@ -87,7 +90,7 @@ def apply_networks(
     applied: list[nn.Module] = []
     to_merge = []
     for choice in choices:
-        module = _import(choice.module)
+        module = import_network_module(choice.module, "create_network_from_weights")
         denoiser = denoiser_argument(choice.module, models.denoiser)
         network, weights = module.create_network_from_weights(
             choice.multiplier, choice.weights, models.vae, text, denoiser, for_inference=True, **choice.arguments
@@ -111,16 +114,3 @@ def apply_networks(
         applied.append(network)
     merge_together(to_merge, text, dtype=dtype, device=device)
     return applied
-
-
-def _import(name: str) -> Any:
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or name
-        if name == missing or name.startswith(f"{missing}."):
-            raise UserError(f"--network_module {name}: no such module; LoRA is networks.lora") from None
-        raise UserError(f"--network_module {name}: it needs the package {missing}, which is not installed") from None
-    if not hasattr(module, "create_network_from_weights"):
-        raise UserError(f"--network_module {name}: not a network module (it has no create_network_from_weights)")
-    return module

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import contextlib
 import inspect
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,7 +20,7 @@ from library.config.arguments import TrainNetworkOptions
 from library.config.console import quiet
 from library.data import describe
 from library.data.dataset import Batch
-from library.errors import UserError, did_you_mean, naming
+from library.errors import UserError, naming
 from library.files.atomic import make_folder
 from library.optim.fused_backward import one_by_one
 from library.optim.param_groups import default_descriptions
@@ -40,13 +38,17 @@ from library.training.text_memo import TextMemo
 from library.training.trainer import Trainer
 from library.training.zero import zero_of, zero_rows
 from networks.merge_together import Merged, merge_together
-from networks.third_party import denoiser_argument, refuse_wrong_merge, remedy, text_argument
+from networks.module_names import import_network_module
+from networks.third_party import (
+    denoiser_argument,
+    is_ours,
+    refuse_wrong_merge,
+    text_argument,
+)
+from networks.third_party_trial import check_states, keep_states_plain, make_network, naming_module, try_saving
 from networks.weights import check_adapter_file
 
 logger = logging.getLogger(__name__)
-
-#: in the source of a network module
-_MAKES_NETWORKS = re.compile(r"^(def create_network\(|create_network = )", re.MULTILINE)
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -64,28 +66,6 @@ def parse_network_args(arguments: list[str] | None) -> dict[str, str]:
             raise UserError(f"--network_args {word!r}: write it as key=value")
         parsed[name.strip()] = value.strip()
     return parsed
-
-
-def import_network_module(name: str) -> ModuleType:
-    """Import ``networks.lora`` or a third-party module such as ``lycoris.kohya``.
-
-    Raises:
-        UserError: no such module, or one that is no network module.
-    """
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and not name.startswith(error.name):
-            raise UserError(f"--network_module {name}: it needs the package {error.name}; pip install it") from None
-        folder = Path(__file__).parents[2] / "networks"
-        known = [f"networks.{p.stem}" for p in folder.glob("*.py") if _MAKES_NETWORKS.search(p.read_text("utf-8"))]
-        raise UserError(
-            f"--network_module {name}: no such module{did_you_mean(name, known)}; a third-party module must be "
-            "installed in this environment"
-        ) from None
-    if not hasattr(module, "create_network"):
-        raise UserError(f"--network_module {name}: not a network module (it has no create_network)")
-    return module
 
 
 def _models_for_network(run: Run) -> tuple[nn.Module | list[nn.Module], nn.Module]:
@@ -122,19 +102,22 @@ class NetworkTrainer(Trainer):
         if not (run.caches_latents or caches_texts(dataset)):
             return
         module, probe = import_network_module(run.options.network.network_module), replace(run)
-        is_ours = module.__name__.startswith("networks.")
+        ours = is_ours(module.__name__)
         load_on_meta(self.architecture, probe)
         # what is said of a network is said when the run's own is made; where a network cannot be made without weights,
         # or a third-party one may only lack them, it is left to that, too
         try:
             with quiet(logging.WARNING):
-                self._parameter_groups(self._applied_on_meta(probe, module), run.options)
+                network = self._applied_on_meta(probe, module)
+                self._parameter_groups(network, run.options)
         except UserError as error:
-            if is_ours or error.__cause__ is None:
+            if ours or error.__cause__ is None:
                 raise
         except Exception as error:
-            if is_ours and not isinstance(error, RuntimeError):
+            if ours and not isinstance(error, RuntimeError):
                 raise
+        else:
+            self._check_states(probe, network)
 
     # ---- setting up ----
 
@@ -144,13 +127,16 @@ class NetworkTrainer(Trainer):
         self._merge_base_weights(run, module)
         Fp8Parts.of(options).apply(run)
         network = self._applied_network(run, module)
+        self._check_states(run, network)
         half = trained_dtype(options.training)
         if half != torch.float32:
             cast_trained(network, half)
         if options.training.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
         groups, names = self._parameter_groups(network, options)
-        network.prepare_grad_etc(*_models_for_network(run))
+        with self._naming(run, "to prepare its gradients"):
+            network.prepare_grad_etc(*_models_for_network(run))
+        self._try_saving(run, network)
         accelerator = run.accelerator
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism;
         # the adapters work inside the frozen model's forward, see gradient_exchange.py
@@ -185,6 +171,7 @@ class NetworkTrainer(Trainer):
             network = self._applied_on_meta(run, module)
         except RuntimeError:  # NotImplementedError is one
             network = self._applied_off_meta(run, module)
+        self._check_states(run, network)
         groups, descriptions = self._parameter_groups(network, run.options)
         named = zip(groups, descriptions, strict=False)
         return [(name or "network", list(group["params"])) for group, name in named]
@@ -193,7 +180,7 @@ class NetworkTrainer(Trainer):
         with warnings.catch_warnings(), torch.device("meta"):
             # weights to start from are checked against the network, but there is nothing to copy them to
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
-            if module.__name__.startswith("networks."):  # others may need the weights that are not there
+            if is_ours(module.__name__):  # others may need the weights that are not there
                 for _ in self._base_networks(run, module):
                     pass  # a file that does not fit is an error
             return self._applied_network(run, module)
@@ -217,15 +204,42 @@ class NetworkTrainer(Trainer):
         self._trains_text = not options.network_train_unet_only and getattr(network, "adapts_text_encoders", True)
         self._trains_denoiser = not options.network_train_text_encoder_only
         text, denoiser = _models_for_network(run)
-        network.apply_to(text, denoiser, self._trains_text, self._trains_denoiser)
+        with self._naming(run, "to adapt the models"):
+            network.apply_to(text, denoiser, self._trains_text, self._trains_denoiser)
+        if not is_ours(module.__name__):
+            keep_states_plain(network)
         self._refuse_adapted_but_cached(run)
         self._begin_step = getattr(network, "begin_step", None)
         self._steps_done = run.start_step
         if options.network_weights is not None:
-            logger.info(
-                "network weights %s: %s", options.network_weights, network.load_weights(options.network_weights)
-            )
+            with self._naming(run, f"to load {options.network_weights}"):
+                loaded = network.load_weights(options.network_weights)
+            logger.info("network weights %s: %s", options.network_weights, loaded)
         return network
+
+    @contextlib.contextmanager
+    def _naming(self, run: Run, doing: str) -> Iterator[None]:
+        """Name the module of a third-party network in what it raises; ours say themselves what is wrong."""
+        module = run.options.network.network_module
+        with contextlib.nullcontext() if is_ours(module) else naming_module(module, doing):
+            yield
+
+    def _check_states(self, run: Run, network: Any) -> None:
+        options = run.options
+        if not is_ours(options.network.network_module):
+            output = options.output
+            saves = output.save_state or output.save_state_on_train_end
+            module = options.network.network_module
+            check_states(network, module, resumes=bool(options.resume.resume), saves_states=saves)
+
+    def _try_saving(self, run: Run, network: Any) -> None:
+        module, output = run.options.network.network_module, run.options.output
+        if is_ours(module) or not run.accelerator.is_main_process:
+            return
+        final = run.names.final()
+        make_folder(final.parent)
+        dtype = SAVE_DTYPES.get(output.save_precision or "")
+        try_saving(network, module, final.parent, suffix=final.suffix, dtype=dtype)
 
     def _refuse_adapted_but_cached(self, run: Run) -> None:
         """What an adapter makes of a text encoder whose outputs are cached would never be seen."""
@@ -247,24 +261,19 @@ class NetworkTrainer(Trainer):
             arguments["neuron_dropout"] = options.network_dropout
         elif options.network_dropout is not None:
             arguments.setdefault("dropout", options.network_dropout)
-        try:
-            if options.dim_from_weights:
-                network, _ = create(1.0, options.network_weights, run.vae, text, denoiser, **arguments)
-            else:
-                network = create(1.0, options.network_dim, options.network_alpha, run.vae, text, denoiser, **arguments)
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            if module.__name__.startswith("networks."):
-                raise  # ours say what they cannot do by themselves
-            what = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"--network_module {options.network_module}: it could not make a network: {what}; "
-                + remedy(module.__name__, what)
-            ) from error
+        sizes = (options.network_weights,) if options.dim_from_weights else (options.network_dim, options.network_alpha)
+
+        def make(more: Mapping[str, str]) -> Any:
+            made = create(1.0, *sizes, run.vae, text, denoiser, **{**arguments, **more})
+            return made[0] if options.dim_from_weights else made
+
+        network, more = make_network(module.__name__, make, self._network_args)
+        self._network_args |= more
         if network is None:
             raise UserError(f"--network_module {options.network_module}: it created no network for these options")
         if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
             raise UserError(f"--scale_weight_norms: networks of {options.network_module} cannot do it; leave it out")
-        if options.scale_weight_norms and run.sharding is not None and not module.__name__.startswith("networks."):
+        if options.scale_weight_norms and run.sharding is not None and not is_ours(module.__name__):
             raise UserError(
                 f"--scale_weight_norms: not with FSDP and {options.network_module}, which may read weights that are "
                 "shared out; remove one of them"
@@ -337,7 +346,8 @@ class NetworkTrainer(Trainer):
             return self.architecture.encode_text(encoders, tokens, clip_skip=run.options.model.clip_skip)
 
     def epoch_started(self, run: Run, epoch: int) -> None:
-        self._network.on_epoch_start(*_models_for_network(run))
+        with self._naming(run, "to begin an epoch"):
+            self._network.on_epoch_start(*_models_for_network(run))
 
     def batch_started(self, run: Run, batch: Batch) -> None:
         if self._on_step_start is not None:
@@ -419,7 +429,8 @@ class NetworkTrainer(Trainer):
         dtype = SAVE_DTYPES.get(run.options.output.save_precision or "")
         network = run.accelerator.unwrap_model(self._network)
         metadata = run.record.at_save(step=step, epoch=epoch)
-        network.save_weights(str(path), dtype, metadata)
+        with self._naming(run, f"to save {path}"):
+            network.save_weights(str(path), dtype, metadata)
         if (average := run.update.average) is not None:
             with average.applied():
                 told = {} if run.options.output.no_metadata else {"ss_ema_decay": str(average.decay)}

@@ -23,6 +23,7 @@ from networks.conversion.families import (
     detect_naming,
 )
 from networks.conversion.modules import Place
+from networks.conversion.oft import as_diag_oft, is_own_layout
 from networks.damaged import refuse_damaged
 from networks.file_names import ADAPTER_METADATA, PEFT_ROOT, TENSOR_NAMES, with_alphas
 
@@ -99,6 +100,7 @@ class AdapterFile:
     family: Family
     metadata: dict[str, str]
     modules: list[Module]
+    is_own_oft: bool = False  # read from this project's own layout of OFT
 
 
 def check_readable(path: Path) -> None:
@@ -115,6 +117,8 @@ def check_readable(path: Path) -> None:
         return  # its names cannot be read alone
     else:
         names = list(read_header(path).tensors)
+    if is_own_layout(dict.fromkeys(names)):
+        return
     if not any(_KEY.fullmatch(_modern(name)) for name in names):
         some = ", ".join(names[:2])
         found = f"({some}{', ...' if len(names) > 2 else ''})" if names else "or any others"
@@ -133,6 +137,9 @@ def read_adapter(path: Path, family: Family | None = None) -> AdapterFile:
     check_readable(path)
     naming, weights, metadata = _load(path)
     refuse_damaged(weights, str(path))
+    is_own_oft = is_own_layout(weights)
+    if is_own_oft:
+        weights = as_diag_oft(weights, str(path))
     if family is None:
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         family = detect_family(shapes, metadata, str(path))
@@ -149,7 +156,7 @@ def read_adapter(path: Path, family: Family | None = None) -> AdapterFile:
         grouped[found[1]][kind] = _column(tensor) if found[2] in _MAGNITUDES else tensor
     modules = [_module(family, naming, name, tensors, str(path)) for name, tensors in grouped.items()]
     _refuse_twice(modules, str(path))
-    return AdapterFile(path, naming, family, metadata, modules)
+    return AdapterFile(path, naming, family, metadata, modules, is_own_oft)
 
 
 def _refuse_twice(modules: list[Module], title: str) -> None:

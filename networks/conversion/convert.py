@@ -134,12 +134,20 @@ def convert(
     file = read_adapter(source, FAMILIES[family] if family else None)
     if expected is not None and file.naming != expected:
         raise UserError(f"{source}: has {_TITLES[file.naming]}, not {_TITLES[expected]}")
-    if file.naming == to and all(module.space == module.part.space(to) for module in file.modules):
+    if (
+        file.naming == to
+        and not file.is_own_oft
+        and all(module.space == module.part.space(to) for module in file.modules)
+    ):
         raise AlreadyConverted(f"{source}: already has {_TITLES[to]}; nothing to do")
+    if file.is_own_oft and dtype not in (None, torch.float32):
+        raise UserError("--save_precision: rotations of an OFT are kept in float; leave it out")
     modules, records, widened = _converted(file, to)
 
     metadata = {k: v for k, v in file.metadata.items() if k not in (ADAPTER_METADATA, RECORD, *SSHS_KEYS)}
     hashed = to == "kohya" or any(name in file.metadata for name in SSHS_KEYS)
+    if file.is_own_oft:  # it is one of theirs now
+        metadata |= {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "diag-oft"})}
     if records:
         metadata[RECORD] = write_record(records)
     if to == "peft":

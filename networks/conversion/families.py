@@ -119,7 +119,7 @@ def detect_naming(names: Mapping[str, object], title: str) -> Naming:
         {f"{path.partition('.')[0]}." for path in paths} for paths in (LINEARS, chain.from_iterable(LINEARS.values()))
     )
     starts: dict[Naming, tuple[str, ...]] = {
-        "kohya": ("lora_unet_", "lora_te", "lora_transformer_"),
+        "kohya": ("lora_unet_", "lora_te", "lora_transformer_", "oft_unet_"),
         "peft": (PEFT_ROOT,),
         "comfyui": ("diffusion_model.", "text_encoders.", *bare_original),
         "diffusers": ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", *bare_diffusers),
@@ -128,10 +128,8 @@ def detect_naming(names: Mapping[str, object], title: str) -> Naming:
     for name in names:
         naming = next((naming for naming, begin in starts.items() if name.startswith(begin)), None)
         if naming is None:
-            kinds = {"oft_unet_": "an OFT of its own layout", "lllite_unet_": "a ControlNet-LLLite"}
-            kind = next((kind for begin, kind in kinds.items() if name.startswith(begin)), None)
-            if kind is not None:
-                raise UserError(f"{title}: {name}: {kind}, which no other program has a name for")
+            if name.startswith("lllite_unet_"):
+                raise UserError(f"{title}: {name}: a ControlNet-LLLite, which no other program has a name for")
             raise UserError(f"{title}: {name} is no name of an adapter's tensor: is the file a LoRA?")
         found.setdefault(naming, name)
     if not found:

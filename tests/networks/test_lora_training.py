@@ -109,9 +109,16 @@ def test_block_rates_as_curves(tiny_unet):
     assert [group["lr"] for group in groups] == pytest.approx([1.0, 1.5 - 3 / 11, 1.5 - 4 / 11])
 
 
+def test_a_curve_that_ends_at_0_leaves_no_adapter_there(tiny_unet):
+    """The last of twelve output blocks is where the cosine is 0."""
+    rates = {"down_lr_weight": "zeros", "mid_lr_weight": "0", "up_lr_weight": "cosine"}
+    network = create_network(1.0, 4, 1.0, None, None, tiny_unet, **rates)
+    assert network.args.block_lr_weights[-1] == 0.0 and network.args.block_lr_weights[13] == 1.0
+
+
 def test_ranks_by_pattern(tiny_unet, tiny_text_encoder):
     network = create_network(
-        1.0, 4, 2.0, None, tiny_text_encoder, tiny_unet, network_reg_dims="attn[12]=6,to_q=8,mid_block=0,mlp=3"
+        1.0, 4, 2.0, None, tiny_text_encoder, tiny_unet, network_reg_dims="mid_block=0,to_q=8,attn[12]=6,mlp=3"
     )
     ranks = {adapter.lora_name: adapter.rank for adapter in network.adapters}
     assert ranks["lora_unet_down_blocks_0_attentions_0_proj_in"] == 4
@@ -124,11 +131,19 @@ def test_ranks_by_pattern(tiny_unet, tiny_text_encoder):
         create_network(1.0, 4, 2.0, None, None, tiny_unet, network_reg_dims="atn=6")
 
 
+@pytest.mark.parametrize(
+    ("dim", "args"), [(10**9, {}), (4, {"conv_dim": "1000000000"}), (4, {"network_reg_dims": "to_q=1000000000"})]
+)
+def test_a_rank_that_no_memory_has_room_for_is_refused(tiny_unet, dim, args):
+    with pytest.raises(UserError, match="rank 1,000,000,000 for a layer of"):
+        create_network(1.0, dim, 2.0, None, None, tiny_unet, **args)
+
+
 def test_rates_by_pattern(tiny_unet, tiny_text_encoder):
     network = applied(
         tiny_text_encoder,
         tiny_unet,
-        network_reg_lrs="attn=5e-3,to_q=0,mlp=7e-3",
+        network_reg_lrs="to_q=0,attn=5e-3,mlp=7e-3",
         mid_lr_weight="0.5",
         loraplus_unet_lr_ratio="2",
     )
@@ -137,15 +152,15 @@ def test_rates_by_pattern(tiny_unet, tiny_text_encoder):
     rates = {name: group["lr"] for name, group in zip(descriptions, groups, strict=True)}
     # self_attn of the text encoder holds "attn" too
     assert "textencoder" not in rates
-    assert rates["textencoder_reg0"] == 5e-3 and rates["textencoder_reg2"] == 7e-3
-    assert rates["unet_reg0"] == 5e-3 and rates["unet_reg0 plus"] == 1e-2
+    assert rates["textencoder_reg1"] == 5e-3 and rates["textencoder_reg2"] == 7e-3
+    assert rates["unet_reg1"] == 5e-3 and rates["unet_reg1 plus"] == 1e-2
     assert rates["unet_block12"] == 0.5e-4
-    assert "unet_reg1" not in rates
+    assert "unet_reg0" not in rates
     trained = {adapter.lora_name for adapter in network.adapters if adapter.lora_down.weight.requires_grad}
     assert trained and not any(name.endswith("to_q") for name in trained)
     # a rate by pattern holds even where the part's is 0
     _, descriptions = network.prepare_optimizer_params(0, 0, 1e-3)
-    assert descriptions == ["textencoder_reg0", "textencoder_reg2", "unet_reg0", "unet_reg0 plus"]
+    assert descriptions == ["textencoder_reg1", "textencoder_reg2", "unet_reg1", "unet_reg1 plus"]
     with pytest.raises(UserError, match='network_reg_lrs: "resnets" is in none'):
         create_network(1.0, 4, 2.0, None, None, tiny_unet, network_reg_lrs="resnets=1")
 

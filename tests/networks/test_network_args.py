@@ -83,9 +83,17 @@ def test_block_rates_are_lists_or_curves(text, first, middle, last):
     assert rates_reader(3)(text) == pytest.approx((first, middle, last), abs=1e-12)
 
 
-def test_the_last_pattern_found_in_a_name_wins():
-    values = patterns_reader(read_rank)(r"attn=4, attn_to_(q|k)$=8,x{1,2}_=2,(?=mlp)m=0")
+@pytest.mark.parametrize(("text", "zero", "one"), [("cosine", -1, 0), ("reverse_linear", -1, 0), ("sine", 0, -1)])
+@pytest.mark.parametrize("count", [2, 9, 12])
+def test_curves_end_at_exactly_0_and_1(text, zero, one, count):
+    rates = rates_reader(count)(text)
+    assert rates[zero] == 0.0 and rates[one] == 1.0
+
+
+def test_the_first_pattern_found_in_a_name_wins():
+    values = patterns_reader(read_rank)(r"attn_to_(q|k)$=8,attn=4, x{1,2}_=2,(?=mlp)m=0")
     assert values.value_of("lora_unet_attn_to_q") == 8
+    assert patterns_reader(read_rank)("attn=4,attn_to_q=8").value_of("lora_unet_attn_to_q") == 4
     assert values.value_of("lora_unet_attn_to_out_0") == 4
     assert values.value_of("lora_unet_xx_") == 2
     assert values.value_of("lora_te_mlp_fc1") == 0

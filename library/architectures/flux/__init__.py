@@ -36,7 +36,7 @@ from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
 from library.architectures.flux.names import DEV, SCHNELL
 from library.architectures.flux.options import CHROMA, IDLE_RULES, OPTION_RULES, FluxModelOptions, trains_t5
 from library.architectures.flux.published_file import IDS
-from library.architectures.flux.targets import CLIP_L, DENOISER, T5XXL
+from library.architectures.flux.targets import CHROMA_DENOISER, CLIP_L, DENOISER, T5XXL
 from library.config.no_effect import report
 from library.config.no_effect.declare import message
 from library.errors import NoEffect
@@ -226,7 +226,7 @@ class Flux(FlowMatching, Architecture):
         denoiser = load_transformer(checkpoint.found, dtype=dtype, device=device)
         if checkpoint.controlnet is not None:
             denoiser.controlnet = load_controlnet(checkpoint.controlnet, dtype=dtype, device=device)
-        setattr(denoiser, LORA_TARGET, self.denoiser_target)
+        setattr(denoiser, LORA_TARGET, CHROMA_DENOISER if self.is_chroma else DENOISER)
         return denoiser
 
     # ---- text ----

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from library.architectures.base import LoraTarget
@@ -37,7 +39,9 @@ DENOISER = LoraTarget(
     attention_classes=("SelfAttention",),
     stacked_widths=stacked_widths,
     network_modules=("networks.lora_flux", "networks.oft_flux"),
+    namesakes=(("chroma", "Chroma"),),
 )
+CHROMA_DENOISER = replace(DENOISER, namesakes=(("flux1", "FLUX.1"),))
 
 
 def text_encoder_target(encoder: nn.Module) -> LoraTarget:
