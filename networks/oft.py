@@ -13,8 +13,9 @@ the smaller is the file. The constrained form of the paper (COFT) bounds how far
 does by |Q| <= alpha * out, the Frobenius norm of all blocks of a module; 1e-4 to 1e-2 are usual.
 
 Files hold ``oft_unet_<module>.oft_blocks`` (n, out / n, out / n) and ``.alpha``, a layout that ComfyUI, Forge and
-diffusers do not read: ``networks/convert_lora.py`` writes the one of LyCORIS' Diag-OFT, which ComfyUI reads. A strength other than 1 goes part of
-the way from W to R^T W, W + multiplier (R^T W - W), as in other programs; only 1 and 0 are rotations.
+diffusers do not read: ``networks/convert_lora.py`` writes the one of LyCORIS' Diag-OFT, which ComfyUI reads. A strength
+other than 1 goes part of the way from W to R^T W, W + multiplier (R^T W - W), as in other programs; only 1 and 0 are
+rotations.
 
 The text encoders are left as they are. Network args: ``enable_all_linear`` (all linear layers and 1x1 convolutions of
 the attention blocks, not only those of the attentions), ``enable_conv`` (ResNet blocks, downsamplers, upsamplers too);

@@ -488,14 +488,16 @@ def test_paths_are_checked_first(tmp_path):
 def test_the_commands_of_the_documentation_work(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^python networks/(convert_\w+)\.py (.*)$", text, re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 9
     monkeypatch.chdir(tmp_path)
     saved(Path("lora.safetensors"), some_modules("lora_sdxl_conv"))
+    rotations = {"oft_blocks": random(2, 4, 4), "alpha": torch.tensor(1e-2)}
+    saved(Path("my_oft.safetensors"), named("oft_unet_down_blocks_0_attentions_0_proj_in", rotations))
     saved(Path("flux_lora.safetensors"), some_modules("lora_flux_split_qkv"))
     for script, arguments in commands:
         module = {"convert_lora": convert_lora, "convert_flux_lora": convert_flux_lora}[script]
         assert module.main(module.setup_parser().parse_args(arguments.split())) == 0, arguments
-    assert capsys.readouterr().out.count("written: ") == 7
+    assert capsys.readouterr().out.count("written: ") == 9
     assert_same(Path("lora_kohya.safetensors"), load_file("lora.safetensors"))
 
 
