@@ -355,7 +355,7 @@ def test_errors_are_one_line_before_anything_is_written(tmp_path, pair, capsys):
     wide = {key: t.repeat(1, 2) if key.endswith("down.weight") else t for key, t in loras[0].items()}
     assert "made for another model" in refusal(models=lora("wide", wide), flux_model=flux, save_to=out)
     sick = {**loras[0], f"{MODULE}.lora_up.weight": torch.full((96, 4), float("nan"))}
-    assert "not finite" in refusal(models=lora("sick", sick), flux_model=flux, save_to=out)
+    assert "holds NaN or infinity" in refusal(models=lora("sick", sick), flux_model=flux, save_to=out)
     half = {key: t for key, t in loras[0].items() if key != f"{MODULE}.lora_up.weight"}
     assert f"{MODULE}.lora_up.weight is missing" in refusal(models=lora("half", half), flux_model=flux, save_to=out)
     loha = {f"{MODULE}.hada_w1_a": torch.zeros(2, 2)}
