@@ -26,7 +26,7 @@ from library.data.unread_captions import unread_captions
 from library.errors import UserError, exits_on_user_error
 from library.training.caching import CacheJob, inspect_model
 from library.training.debug_dataset import show_dataset
-from library.training.interrupt import Interrupt
+from library.interrupt import Interrupt
 from library.training.processes import make_accelerator, finalizing, weight_dtype
 
 logger = logging.getLogger(__name__)

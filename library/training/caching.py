@@ -14,7 +14,7 @@ from library.architectures.base import Architecture
 from library.config.arguments import ModelOptions, TrainNetworkOptions
 from library.data.dataset import TrainingData
 from library.data.latent_cache import Encode
-from library.training.interrupt import Interrupt
+from library.interrupt import Interrupt
 from library.training.processes import peers_of
 from library.training.work_progress import WorkProgress
 

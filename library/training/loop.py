@@ -15,7 +15,7 @@ from torch import Tensor
 from library.data.dataset import Batch
 from library.optim.update import Metrics, Update
 from library.randomness import key
-from library.training.interrupt import Interrupt
+from library.interrupt import Interrupt
 from library.training.metrics import DeferredMetrics, StepMetrics, StepTimes
 from library.training.nonfinite import BadStep, OnNan, StepGuard
 from library.training.plan import RunPlan
@@ -151,8 +151,14 @@ def run_loop(
                 hooks.save_after_epoch(step, epoch)
             if hooks.is_over():
                 return step
+            if not several and not stops and interrupt.requested:  # while sample images were generated
+                stops = True
+                collect(keep=0)
+                if (bad := guard.check(step)) is not None:
+                    failed(bad)
             if stops and step < plan.total_steps:
-                hooks.interrupted(step, epoch)
+                with interrupt.finishing():
+                    hooks.interrupted(step, epoch)
                 return step
     collect(keep=0)
     return step

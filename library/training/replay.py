@@ -23,7 +23,7 @@ from library.errors import UserError
 from library.files.safetensors_io import save_tensors
 from library.randomness import key
 from library.training.first_nonfinite import FirstNonFinite
-from library.training.interrupt import Interrupt
+from library.interrupt import Interrupt
 from library.training.plan import Origin, RunPlan
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ from library.training.checkpoints import OutputNames, ema_path
 from library.training.debug_dataset import show_dataset
 from library.training.dry_run import dry_run
 from library.training.images import with_images
-from library.training.interrupt import Interrupt
+from library.interrupt import Interrupt
 from library.training.loop import run_loop
 from library.training.previews import encode_prompts, generate_preview
 from library.training.processes import choose_seed, finalizing, make_accelerator, of_main_process, weight_dtype

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.training.interrupt import Interrupt
+from library.interrupt import Interrupt
 from tests.data.samples import SIZES
 from tests.data.text_samples import Encoders, Make, OneProcess, fill, options_for, outputs_of, uses
 

@@ -17,7 +17,7 @@ from library.architectures.base import Conditioning, TextFormat, WeightsIdentity
 from library.config.arguments import ConsoleOptions, DatasetOptions, ModelOptions
 from library.data.dataset import TrainingData
 from library.training.caching import CacheJob
-from library.training.interrupt import Interrupt
+from library.interrupt import Interrupt
 from library.training.text_caching import cache_texts
 
 Make = Callable[..., TrainingData]
