@@ -232,8 +232,6 @@ def averaging(o: TrainNetworkOptions) -> Iterator[Finding]:
         return
     if not 0 < decay < 1:
         yield error(f"--ema_decay {decay}: must be above 0 and below 1; 0.999 is common")
-    if o.optimizer.optimizer_type.lower().endswith("schedulefree"):
-        yield error(f"--ema_decay: {o.optimizer.optimizer_type} averages the weights by itself; remove one of them")
 
 
 def half_precision(o: TrainNetworkOptions) -> Iterator[Finding]:

@@ -87,7 +87,7 @@ def check_fusible(name: str, alone: bool, flag: str) -> None:
 
     Args:
         name: of the optimizer.
-        alone: see ``library.optim.pieces.updates_alone``.
+        alone: see ``library.optim.trial.updates_alone``.
         flag: the option that asks for it.
     """
     if not alone:

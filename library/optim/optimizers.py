@@ -11,10 +11,9 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -85,9 +84,6 @@ _QUICKER_FUSED = ("torch.optim.AdamW", "torch.optim.Adam")
 #: arguments with which one chooses a form oneself
 _OTHER_FORMS = {"fused", "foreach", "capturable", "differentiable"}
 
-#: of schedule-free optimizers whose weights for use are in place
-_TRAINED_WEIGHTS: WeakKeyDictionary[torch.optim.Optimizer, list[torch.Tensor]] = WeakKeyDictionary()
-
 
 @dataclass(frozen=True)
 class OptimizerChoice:
@@ -112,11 +108,6 @@ class OptimizerChoice:
     def finds_rate_per_group(self) -> bool:
         """ProdigyPlus finds a rate for each group; the others find one for all."""
         return self._class_name.startswith("ProdigyPlus")
-
-    @property
-    def is_schedule_free(self) -> bool:
-        """Defazio et al. 2024 (arXiv:2405.15682): no schedule, and other weights for use than for training."""
-        return self._class_name.lower().endswith("schedulefree")
 
     @property
     def uses_relative_step(self) -> bool:
@@ -163,24 +154,6 @@ class OptimizerChoice:
         except Exception as error:  # anyone's class: whatever it raises is about what it was given
             raise UserError(f"--optimizer_type {self.name}: {_one_line(error)}; see --optimizer_args") from error
 
-    def set_training(self, optimizer: Any, training: bool) -> None:
-        """Schedule-free optimizers keep two sets of weights: switch to those for training, or for use.
-
-        They compute one from the other, which rounds: the trained weights are kept aside meanwhile and put back, so
-        that training does not depend on how often something is saved, drawn or validated.
-        """
-        if optimizer is None or not self.is_schedule_free:
-            return
-        inner = getattr(optimizer, "optimizer", optimizer)
-        parameters = [p for group in inner.param_groups for p in group["params"]]
-        if training:
-            inner.train()
-            for parameter, trained in zip(parameters, _TRAINED_WEIGHTS.pop(inner, ()), strict=False):
-                parameter.data.copy_(trained)
-        elif inner not in _TRAINED_WEIGHTS:
-            _TRAINED_WEIGHTS[inner] = [p.detach().clone() for p in parameters]
-            inner.eval()
-
 
 def _are_float32_on_host(groups: Sequence[Mapping[str, Any]]) -> bool:
     parameters = [p for group in groups for p in group["params"]]
@@ -195,10 +168,12 @@ def resolve_optimizer(
     learning_rate: float,
     *,
     learning_rates_of_parts: Sequence[str] = (),
+    learning_rate_given: bool = False,
 ) -> OptimizerChoice:
     """Find and check the optimizer that the flags name.
 
     Args:
+        learning_rate_given: the user gave ``learning_rate``; if not, it is a default.
         rates_of_parts: the options given that set learning rates of parts of the model.
 
     Raises:
@@ -216,7 +191,8 @@ def resolve_optimizer(
     given = parse_keyword_arguments("--optimizer_args", optimizer_args)
     _check_arguments(name, path, given)
     args = {**implied, **given}
-    warnings = _adafactor(args, learning_rates_of_parts) if path == _ADAFACTOR else []
+    given_rates = [*(["--learning_rate"] if learning_rate_given else []), *learning_rates_of_parts]
+    warnings = _adafactor(args, given_rates) if path == _ADAFACTOR else []
     choice = OptimizerChoice(name, path, learning_rate, args)
     if choice.finds_rate_itself and not choice.finds_rate_per_group:
         for ratio in (name for name in learning_rates_of_parts if name.startswith("loraplus_")):
@@ -230,21 +206,33 @@ def resolve_optimizer(
     return OptimizerChoice(name, path, learning_rate, args, tuple(warnings))
 
 
-def _adafactor(args: dict[str, Any], learning_rates_of_parts: Sequence[str]) -> list[str]:
-    """Published implications: relative step by default, forced by warmup_init; it has no rates of parts."""
+def _adafactor(args: dict[str, Any], learning_rates: Sequence[str]) -> list[str]:
+    """Published implications: relative step by default, forced by warmup_init; no given learning rate is used then."""
     args.setdefault("relative_step", True)
     warnings: list[str] = []
     if args.get("warmup_init") and not args["relative_step"]:
         args["relative_step"] = True
         warnings.append("--optimizer_args warmup_init=True: relative_step is set to True, which it needs")
-    if args["relative_step"] and learning_rates_of_parts:
+    if args["relative_step"] and learning_rates:
         warnings.append(
             NoEffect(
-                f"{', '.join(learning_rates_of_parts)}: no effect, as Adafactor with relative_step finds the rates itself; give "
-                '--optimizer_args "relative_step=False" to use them'
+                f"{', '.join(learning_rates)}: no effect, as Adafactor with relative_step finds the learning rates "
+                'itself; give --optimizer_args "relative_step=False" to use them'
             )
         )
     return warnings
+
+
+def recorded_choice(record: str, now: OptimizerChoice) -> OptimizerChoice | None:
+    """The choice whose ``metadata_name`` is ``record``, of the class of ``now``; ``None`` if it cannot be read."""
+    try:
+        call = ast.parse(record, mode="eval").body
+        words = call.keywords if isinstance(call, ast.Call) else []
+        # texts are recorded without quotes
+        args = {w.arg: w.value.id if isinstance(w.value, ast.Name) else ast.literal_eval(w.value) for w in words}
+    except (ValueError, SyntaxError, TypeError):
+        return None
+    return replace(now, args=args)
 
 
 def parse_keyword_arguments(flag: str, words: Sequence[str] | None) -> dict[str, Any]:

@@ -2,21 +2,16 @@
 
 The result is that of one step over all parameters, bit for bit, for an optimizer that updates each parameter by that
 parameter's gradient and state, and by values of its group that every parameter finds alike (learning rate, counts of
-steps, sums of weights). ``updates_alone`` finds out by trial whether an optimizer is of this kind.
+steps, sums of weights). ``library.optim.trial`` finds out whether an optimizer is of this kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from library.errors import UserError
-
-if TYPE_CHECKING:
-    from library.optim.optimizers import OptimizerChoice
+from torch import nn
 
 Group = dict[str, Any]
 
@@ -71,54 +66,3 @@ class Pieces:
             self._optimizer.param_groups = groups
         for index, piece in zip(sorted(chosen), pieces, strict=True):
             self._after[index] = {name: value for name, value in piece.items() if name != "params"}
-
-
-# ---- whether an optimizer can be used so ----
-
-#: matrices alone, as some optimizers take nothing else; 8-bit states are used from 4096 values on
-_TRIAL_SHAPES = ((64, 80), (3, 5), (4, 4))
-_TRIAL_STEPS = 3
-
-
-def updates_alone(choice: OptimizerChoice, device: torch.device) -> bool:
-    """Whether steps in pieces equal whole steps, by trial on small tensors. Optimizers that fail at it do not."""
-    try:
-        with torch.random.fork_rng(devices=[]):
-            whole, pieces = (_trial(choice, device, in_pieces=in_pieces) for in_pieces in (False, True))
-        return len(whole) == len(pieces) and all(map(_is_same, whole, pieces))
-    except (UserError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError):
-        return False
-
-
-def _trial(choice: OptimizerChoice, device: torch.device, *, in_pieces: bool) -> list[object]:
-    """The weights and the groups' values after some steps, in the second of which one parameter has no gradient."""
-    parameters = [nn.Parameter(_numbers(n, shape, device)) for n, shape in enumerate(_TRIAL_SHAPES)]
-    optimizer = choice.create([{"params": parameters[:2]}, {"params": parameters[2:]}])
-    choice.set_training(optimizer, True)
-    pieces = Pieces(optimizer)
-    torch.manual_seed(0)
-    for step in range(_TRIAL_STEPS):
-        for number, parameter in enumerate(parameters):
-            # along one direction, by which those that find a learning rate raise it
-            gradient = _numbers(number, tuple(parameter.shape), device) * (1 + 0.1 * step) * 10.0**-number
-            parameter.grad = None if (step, number) == (1, 1) else gradient
-        if not in_pieces:
-            optimizer.step()
-            continue
-        for parameter in reversed(parameters):
-            if parameter.grad is not None:
-                pieces.update([parameter])
-                parameter.grad = None
-        pieces.end_step()
-    values = [value for group in optimizer.param_groups for name, value in group.items() if name != "params"]
-    return [*(p.detach() for p in parameters), *values]
-
-
-def _is_same(one: object, other: object) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    return type(one) is type(other) and one == other
-
-
-def _numbers(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)

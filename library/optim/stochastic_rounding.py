@@ -73,7 +73,7 @@ def train_in_half(optimizer: torch.optim.Optimizer, seed: int, *, alone: bool) -
     Args:
         optimizer: before its first step, and before a scheduler or the accelerator wraps it.
         seed: of the run, the same on all processes.
-        alone: see ``library.optim.pieces.updates_alone``; a step is then taken in pieces, to save memory.
+        alone: see ``library.optim.trial.updates_alone``; a step is then taken in pieces, to save memory.
     """
     step = optimizer.step
     places = {p: place for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}

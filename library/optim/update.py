@@ -11,6 +11,7 @@ the dicts, so that whoever keeps one reads an outdated learning rate.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,10 +24,12 @@ from library.optim.fused_backward import FusedBackward, Part, check_fusible
 from library.optim.gradient_exchange import GradientExchange
 from library.optim.optimizers import OptimizerChoice
 from library.optim.param_groups import lr_log_entries
-from library.optim.pieces import Pieces, updates_alone
-from library.optim.schedulers import ScheduleSettings, create_scheduler
+from library.optim.pieces import Pieces
+from library.optim.schedulers import ScheduleSettings, create_scheduler, follow_learning_rates
 from library.optim.states import keep_state_dtypes
 from library.optim.stochastic_rounding import train_in_half
+from library.optim.trial import changed_values, updates_alone
+from library.optim.two_weights import use_weights
 from library.optim.zero import Zero, ZeroOptimizer
 
 if TYPE_CHECKING:
@@ -114,6 +117,8 @@ class Update:
         self._schedule = accelerator.prepare_scheduler(
             create_scheduler(optimizer, choice, schedule, total_steps=settings.total_steps)
         )
+        # as this run's options have them, before any factor of the schedule
+        self._learning_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
         self._exchange = GradientExchange(accelerator, self.parameters, as_views=settings.gradients_as_views)
         self.average: WeightAverage | None = None
         if settings.ema_decay is not None:
@@ -172,7 +177,21 @@ class Update:
 
     def training_mode(self, training: bool) -> None:
         """Switch optimizers that keep two sets of weights to those for training, or for use."""
-        self._choice.set_training(self.optimizer, training)
+        use_weights(self.optimizer, for_training=training)
+
+    def follow_options(self, before: OptimizerChoice) -> None:
+        """After a state was loaded: learning rates and arguments of this run's options take effect.
+
+        Args:
+            before: the choice that the state was saved with.
+
+        Raises:
+            UserError: the schedule does not allow another learning rate.
+        """
+        for group in self.optimizer.param_groups:
+            group.update(copy.deepcopy(changed_values(before, self._choice)))
+        if not self._choice.uses_relative_step:
+            follow_learning_rates(self._schedule.scheduler, self._learning_rates)
 
     def learning_rates(self) -> dict[str, float]:
         """The trackers' ``lr/...`` entries."""

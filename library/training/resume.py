@@ -22,13 +22,13 @@ from library.config.arguments import TrainNetworkOptions, flat
 from library.errors import UserError
 from library.files.atomic import MANIFEST_NAME, atomic_directory, verify_directory
 from library.launched import is_first_process
+from library.optim.optimizers import OptimizerChoice, recorded_choice
 from library.training.fingerprint import is_digest
 from library.training.state_checks import problem_of_record, refuse_bad_optimizer, refuse_bad_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.optim.optimizers import OptimizerChoice
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -155,8 +155,28 @@ def check_fits(state: TrainState, options: TrainNetworkOptions, optimizer: Optim
         # a rank that is not given is the module's, or the file's
         if before is not None and after is not None and before != after
     ]
+    problems += _schedule_problems(state, options)
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _schedule_problems(state: TrainState, options: TrainNetworkOptions) -> Iterator[str]:
+    """A schedule of someone's class goes on from its own state, which other arguments would not change."""
+    for name, now in (("type", options.scheduler.lr_scheduler_type), ("args", options.scheduler.lr_scheduler_args)):
+        before = state.fingerprint.get(f"--lr_scheduler_{name}", now)
+        was_custom = bool(state.fingerprint.get("--lr_scheduler_type"))
+        if (was_custom or options.scheduler.lr_scheduler_type) and (before or None) != (now or None):
+            yield (
+                f"--resume {options.resume.resume}: it was saved with --lr_scheduler_{name} {before or 'not given'}, not "
+                f"{now or 'without it'}; a schedule of --lr_scheduler_type goes on from its own state: give what that "
+                "run had, or begin a new one with its weights (--network_weights)"
+            )
+
+
+def choice_of(state: TrainState, now: OptimizerChoice) -> OptimizerChoice | None:
+    """The optimizer that a state was saved with; ``None`` if it does not say, or in a form that cannot be read."""
+    record = state.fingerprint.get("optimizer")
+    return recorded_choice(record, now) if isinstance(record, str) else None
 
 
 def _class_of(optimizer: object) -> str | None:
@@ -209,6 +229,7 @@ def resume_run(run: Run) -> None:
         ) from None
     for optimizer in run.accelerator._optimizers:
         refuse_bad_optimizer(folder, optimizer)
+    run.update.follow_options(choice_of(run.checked.resumed, run.checked.optimizer) or run.checked.optimizer)
     if run.validation:
         run.validation.restore(run.checked.resumed)
     logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)

@@ -24,7 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning, ModelInfo
-from library.config.arguments import DatasetOptions, TrainNetworkOptions, build_parser, hide_secrets, with_groups
+from library.config.arguments import (
+    DatasetOptions,
+    OptimizerOptions,
+    TrainNetworkOptions,
+    build_parser,
+    hide_secrets,
+    with_groups,
+)
 from library.config.config_file import origins_of
 from library.config.console import setup_console
 from library.config.explain import print_explanation
@@ -45,7 +52,7 @@ from library.inference.prompt_line import SamplePrompt
 from library.launched import is_first_process
 from library.memory.attention import attention_backend
 from library.optim.optimizers import resolve_optimizer
-from library.optim.schedulers import check_scheduler
+from library.optim.schedule_checks import check_scheduler
 from library.optim.update import Metrics, Update
 from library.training import precision
 from library.training.caching import CacheJob, cache_latents, inspect_model
@@ -77,6 +84,7 @@ from library.training.settings import (
 from library.training.sharding import load_denoiser, shard_denoiser, sharding_for, sharding_rows
 from library.training.step import NoiseSettings, batch_losses
 from library.training.text_caching import Tokenize, cache_texts, cached_encoders, caches_texts, text_cache_row
+from library.training.update_checks import check_update
 from library.training.validation import Validation, check_validation
 from library.training.zero import check_zero
 
@@ -157,6 +165,9 @@ class Trainer(ABC):
             options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
         )
         report(precision.check_device(options.training, accelerator.device), strict=options.config.strict)
+        report(
+            check_update(options, checked.optimizer, checked.resumed, accelerator.device), strict=options.config.strict
+        )
         report(check_zero(options, checked.optimizer, accelerator), strict=options.config.strict)
         checked = replace(checked, seed=of_main_process(checked.seed))
         data = TrainingData(
@@ -209,6 +220,7 @@ class Trainer(ABC):
             options.optimizer.optimizer_args,
             options.optimizer.learning_rate,
             learning_rates_of_parts=learning_rates_of_parts(options),
+            learning_rate_given=options.optimizer.learning_rate != OptimizerOptions.learning_rate,
         )
         schedule = schedule_settings(options)
         report((*optimizer.warnings, *check_scheduler(optimizer, schedule)), strict=strict)

@@ -24,7 +24,7 @@ from library.config.rules import check
 from library.data.dataset_config import load_dataset_config
 from library.errors import NoEffect, UserError
 from library.optim.optimizers import resolve_optimizer
-from library.optim.schedulers import check_scheduler
+from library.optim.schedule_checks import check_scheduler
 from library.training.plan import RunPlan
 from library.training.settings import learning_rates_of_parts, schedule_settings
 from tests.fixtures.runs import make_images

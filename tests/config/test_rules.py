@@ -62,7 +62,6 @@ ERRORS = [
     ({"unet_lr": 0.0, "text_encoder_lr": [0.0]}, "nothing to train"),
     ({"unet_lr": 0.0, **UNET_ONLY}, "nothing to train"),
     ({"ema_decay": 1.0}, "--ema_decay 1.0: must be above 0 and below 1"),
-    ({"ema_decay": 0.9, "optimizer_type": "prodigyplus.ProdigyPlusScheduleFree"}, "averages the weights by itself"),
     ({"base_weights": ["w.safetensors"], "base_weights_multiplier": [1.0, 2.0]}, "--base_weights_multiplier"),
     ({"output_dir": "p.txt"}, "--output_dir p.txt"),
     ({"output_dir": "~/out"}, "--output_dir ~/out; only shells replace ~, so write"),

@@ -9,8 +9,10 @@ from torch import nn
 from library.errors import UserError
 from library.optim.fused_backward import FusedBackward, by_block, check_fusible, in_groups, one_by_one
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
-from library.optim.pieces import Pieces, updates_alone
+from library.optim.pieces import Pieces
 from library.optim.stochastic_rounding import train_in_half
+from library.optim.trial import updates_alone
+from library.optim.two_weights import use_weights
 
 CPU = torch.device("cpu")
 
@@ -81,7 +83,7 @@ def test_it_is_the_usual_step(name: str, dtype: torch.dtype, way: str) -> None:
             {"params": [*model[3].parameters()], "lr": 3e-3},
         ]
         optimizer = choice.create(groups)
-        choice.set_training(optimizer, True)
+        use_weights(optimizer, for_training=True)
         train_in_half(optimizer, seed=5, alone=True)
         pieces = Pieces(optimizer)
         hooks = FusedBackward(pieces, WAYS[way](model, [p for g in groups for p in g["params"]])) if fused else None

@@ -12,6 +12,8 @@ from library.errors import UserError
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.param_groups import default_descriptions, lr_log_entries
 from library.optim.schedulers import ScheduleSettings, create_scheduler
+from library.optim.trial import is_schedule_free
+from library.optim.two_weights import use_weights
 
 
 def resolve(name: str = "", *args: str, lr: float = 1e-3, **more: object) -> OptimizerChoice:
@@ -175,7 +177,7 @@ def resume_exactly(choice: OptimizerChoice) -> None:
 
     def make(parameter: torch.nn.Parameter) -> tuple:
         optimizer = choice.create([{"params": [parameter], "lr": choice.learning_rate}])
-        choice.set_training(optimizer, True)
+        use_weights(optimizer, for_training=True)
         return parameter, optimizer, create_scheduler(optimizer, choice, ScheduleSettings(), total_steps=6)
 
     def step(seed: int, parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, schedule: object) -> None:
@@ -206,17 +208,17 @@ def resume_exactly(choice: OptimizerChoice) -> None:
 def test_schedule_free_weights_are_switched() -> None:
     pytest.importorskip("schedulefree")
     choice = resolve("AdamWScheduleFree", lr=0.1)
-    assert choice.is_schedule_free and not resolve("AdamW").is_schedule_free
+    assert is_schedule_free(choice) and not is_schedule_free(resolve("AdamW"))
     weights = parameter(3)
     optimizer = choice.create([{"params": [weights]}])
-    choice.set_training(optimizer, True)
+    use_weights(optimizer, for_training=True)
     for _ in range(3):
         weights.grad = torch.ones(3)
         optimizer.step()
     trained = weights.detach().clone()
-    choice.set_training(optimizer, False)
+    use_weights(optimizer, for_training=False)
     assert not torch.equal(weights, trained)
-    choice.set_training(optimizer, True)
+    use_weights(optimizer, for_training=True)
     torch.testing.assert_close(weights.detach(), trained)
 
 
@@ -225,23 +227,23 @@ def test_a_look_at_schedule_free_weights_leaves_training_as_it_was(name: str, pa
     """Saving, drawing and validating must not change what is trained by as much as rounding."""
     pytest.importorskip(package)
     choice = resolve(name, lr=1.0 if "Prodigy" in name else 0.1)
-    assert choice.is_schedule_free
+    assert is_schedule_free(choice)
     ways = []
     for looks in (False, True):
         weights = torch.nn.Parameter(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
         optimizer = choice.create([{"params": [weights], "lr": choice.learning_rate}])
-        choice.set_training(optimizer, True)
+        use_weights(optimizer, for_training=True)
         for step in range(8):
             weights.grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
             optimizer.step()
             if looks:
                 trained = weights.detach().clone()
-                choice.set_training(optimizer, False)
-                choice.set_training(optimizer, False)
+                use_weights(optimizer, for_training=False)
+                use_weights(optimizer, for_training=False)
                 assert step < 7 or not torch.equal(weights, trained)
-                choice.set_training(optimizer, True)
+                use_weights(optimizer, for_training=True)
                 assert torch.equal(weights, trained)
-        choice.set_training(optimizer, False)
+        use_weights(optimizer, for_training=False)
         ways.append(weights.detach().clone())
     assert torch.equal(*ways)
 

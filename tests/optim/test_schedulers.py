@@ -7,10 +7,10 @@ import torch
 
 from library.errors import NoEffect, UserError
 from library.optim.optimizers import resolve_optimizer
+from library.optim.schedule_checks import check_scheduler
 from library.optim.schedulers import (
     NAMES,
     ScheduleSettings,
-    check_scheduler,
     create_scheduler,
     scheduler_name,
     steps_of,
@@ -57,6 +57,10 @@ def rates(settings: ScheduleSettings, total: int = 100) -> list[float]:
         ({"name": "warmup_stable_decay", "warmup": 10, "decay": 20}, {5: 0.5, 10: 1.0, 79: 1.0, 90: 0.5}),
         ({"name": "warmup_stable_decay", "decay": 0.2, "min_lr_ratio": 0.5}, {0: 1.0, 80: 1.0, 90: 0.75, 99: 0.5}),
         ({"name": "piecewise_constant", "args": ["step_rules='1:10,0.1:20,0.01'"]}, {0: 1.0, 15: 0.1, 30: 0.01}),
+        # cosine waves: half of one is the usual fall, and three halves end at 0 too
+        ({"name": "cosine", "args": ["num_cycles=1.5"]}, {0: 1.0, 100 // 3: 0.0, 200 // 3: 1.0}),
+        ({"name": "polynomial", "args": ["lr_end=0.25", "power=1.0"]}, {0: 1.0, 50: 0.625, 99: 0.25}),
+        ({"name": "cosine_with_min_lr", "args": ["min_lr=0.5"]}, {0: 1.0, 50: 0.75, 99: 0.5}),
         ({"type": "CosineAnnealingLR", "args": ["T_max=100"]}, {0: 1.0, 50: 0.5}),
         ({"type": "torch.optim.lr_scheduler.StepLR", "args": ["step_size=10", "gamma=0.5"]}, {5: 1.0, 15: 0.5}),
     ],
@@ -76,7 +80,13 @@ def test_landmarks(settings: dict, landmarks: dict[int, float]) -> None:
         ({"name": "cosine_warmup_with_min_lr"}, "--lr_scheduler_min_lr_ratio"),
         ({"name": "reduce_lr_on_plateau"}, "use cosine"),
         ({"name": "adafactor:0.001"}, "Adafactor"),
-        ({"name": "cosine", "args": ["a=1"]}, "--lr_scheduler_args"),
+        ({"name": "cosine", "args": ["a=1"]}, "--lr_scheduler_args a: --lr_scheduler cosine has no such argument"),
+        ({"name": "cosine", "args": ["num_cycle=1"]}, 'did you mean "num_cycles"'),
+        ({"name": "constant", "args": ["power=1"]}, "it takes none"),
+        ({"name": "cosine", "args": ["num_warmup_steps=1"]}, "give it as --lr_warmup_steps"),
+        ({"name": "polynomial", "args": ["power=2"], "power": 3.0}, "--lr_scheduler_power is given too"),
+        ({"name": "polynomial", "args": ["lr_end=5.0"]}, "--learning_rate must be above it"),
+        ({"name": "warmup_stable_decay", "decay": 5, "args": ["decay_type='x'"]}, "--lr_scheduler_args: "),
         ({"type": "NoSuchLR"}, "NoSuchLR"),
         ({"type": "nopackage.LR"}, "nopackage is not installed"),
         ({"type": "StepLR", "warmup": 3}, "--lr_warmup_steps"),

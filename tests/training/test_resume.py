@@ -58,10 +58,13 @@ def resumed_run(accelerator: Accelerator, module: torch.nn.Module) -> SimpleName
     """A run that trains the module, with a state of its own beside."""
     optimizer = torch.optim.AdamW(accelerator.prepare_model(module).parameters())
     accelerator.prepare_scheduler(torch.optim.lr_scheduler.ConstantLR(accelerator.prepare_optimizer(optimizer)))
-    checked = SimpleNamespace(resumed=TrainState(current_epoch=1, current_step=1), state_folder=Path("state"))
+    checked = SimpleNamespace(
+        resumed=TrainState(current_epoch=1, current_step=1), state_folder=Path("state"), optimizer=None
+    )
     return SimpleNamespace(
         checked=checked,
         fingerprint={},
+        update=SimpleNamespace(follow_options=lambda before: None),
         accelerator=accelerator,
         validation=None,
         start_step=1,
@@ -123,6 +126,13 @@ def test_a_state_of_another_network(tmp_path: Path, accelerator: Accelerator, mo
             "--network_train_unet_only False, not",
         ),
         ({"--learning_rate": 1.0}, {"learning_rate": 2.0}, None),
+        ({"--lr_scheduler": "cosine"}, {"lr_scheduler": "linear", "lr_scheduler_args": ["power=1"]}, None),
+        (
+            {"--lr_scheduler_args": ["gamma=1"]},
+            {"lr_scheduler_type": "StepLR"},
+            r"--lr_scheduler_args .'gamma=1'., not",
+        ),
+        ({"--lr_scheduler_type": "StepLR"}, {}, "--lr_scheduler_type StepLR, not without it; a schedule of"),
         ({}, {"network_dim": 8}, None),
     ],
 )
