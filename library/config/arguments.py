@@ -292,7 +292,9 @@ class SchedulerOptions:
         None, "lowest rate, as a share of the highest, of schedules that take one", type=float
     )
     lr_scheduler_type: str = option("", "a scheduler class instead: of torch.optim.lr_scheduler, or module.Class")
-    lr_scheduler_args: list[str] | None = option(None, "arguments of the schedule, key=value, e.g. num_cycles=1.5", nargs="*")
+    lr_scheduler_args: list[str] | None = option(
+        None, "arguments of the schedule, key=value, e.g. num_cycles=1.5", nargs="*"
+    )
 
 
 @dataclass(frozen=True)
