@@ -6,8 +6,12 @@ be neither late nor out of step, and lives as long as one likes.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +38,9 @@ from library.randomness import python_rng, visit_key
 
 if TYPE_CHECKING:
     from library.data.dataset import BatchRef, BucketedDataset, Use
+
+#: seconds between two looks of a worker whether the main process is still there
+_PARENT_CHECK = 1.0
 
 Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
 
@@ -304,6 +311,23 @@ class _Failure:
 
 def _start_worker(index: int) -> None:
     """Signals are the main process's affair: after Ctrl-C it still needs its workers to finish the step."""
+    threading.Thread(target=_end_with_main, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # out of reach of signals that are sent to the main process's whole group
+
+
+def _end_with_main() -> None:
+    """End this worker with the main process, however that ends.
+
+    A process that is killed cannot end its workers, and each of them holds the pipes open that the others wait for.
+    """
+    main = multiprocessing.parent_process()
+    if main is None:
+        return
+    if sys.platform == "win32" or os.getppid() != main.pid:  # there a parent's number stays; or a server forked it
+        main.join()
+    else:
+        while os.getppid() == main.pid:
+            time.sleep(_PARENT_CHECK)
+    os._exit(1)

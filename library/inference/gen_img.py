@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from library.architectures.base import Architecture, Conditioning, ModelInfo
+from library.architectures.base import Architecture, Conditioning
 from library.config.console import setup_console
 from library.errors import UserError
 from library.files.safetensors_io import read_header
 from library.inference.file_names import FileNames
 from library.inference.generate import GenerateOptions, ImageModels, ImageSettings, generate_images, random_seed
+from library.inference.native_size import native_size
 from library.inference.networks import NetworkChoice, apply_networks, choose_networks
 from library.inference.options import ImageOptions
 from library.inference.plan import PlannedImage, Repetition, batches, plan_images
@@ -54,7 +55,7 @@ def draw_images(options: ImageOptions, architecture: Architecture) -> list[Path]
     logger.info("model: %s, %s", checkpoint.path, checkpoint.info.description)
     if options.networks.network_show_meta:
         _show_metadata(choices)
-    common = _common_settings(options, architecture, checkpoint.info)
+    common = _common_settings(options, architecture, checkpoint)
     planned = plan_images(prompts, common, _repetition(options))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,8 +160,8 @@ def _show_metadata(choices: Sequence[NetworkChoice]) -> None:
         logger.info("metadata of %s: %s", choice.weights, json.dumps(metadata, indent=2, ensure_ascii=False))
 
 
-def _common_settings(options: ImageOptions, architecture: Architecture, info: ModelInfo) -> ImageSettings:
-    native = [int(side) for side in architecture.modelspec(info)["default_resolution"].split("x")]  # W x H
+def _common_settings(options: ImageOptions, architecture: Architecture, checkpoint: Any) -> ImageSettings:
+    native = native_size(Path(checkpoint.path), architecture.modelspec(checkpoint.info)["default_resolution"])
     image = options.image
     multiple = architecture.latent.stride
     return ImageSettings(

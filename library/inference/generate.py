@@ -9,6 +9,7 @@ Shape legend: B images, C latent channels, (h, w) latent size, (H, W) pixels, T 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import random
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Architecture, Conditioning
+from library.architectures.base import Architecture, CaptionLength, Conditioning
+from library.data.caption_lengths import shortened
 from library.inference.prompt_line import SamplePrompt
 
 if TYPE_CHECKING:
@@ -308,12 +310,26 @@ def _encode_each(
             if encoder is not None:
                 fetched.enter_context(_on_device(encoder, options.device))
         for text in texts:
+            length = architecture.caption_length(
+                tokenizers, text, max_token_length=options.max_token_length, weighted=options.weighted
+            )
+            if length.cut:
+                _warn_of_cut(text, length)
             tokens = architecture.tokenize(
                 tokenizers, [text], max_token_length=options.max_token_length, weighted=options.weighted
             )
             tokens = {name: tensor.to(options.device) for name, tensor in tokens.items()}
             found[text] = architecture.encode_text(text_encoders, tokens, clip_skip=options.clip_skip)
     return found
+
+
+@functools.cache
+def _warn_of_cut(text: str, length: CaptionLength) -> None:
+    """Once for each prompt, as sample images have the same ones again and again."""
+    logger.warning(
+        'prompt "%s" is cut: it has %d tokens, of which the text encoder reads %d; it loses "%s"',
+        *(shortened(text), length.tokens, length.limit, shortened(length.cut)),
+    )
 
 
 def _sized(models: ImageModels, conditioning: Conditioning, settings: ImageSettings) -> Conditioning:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture
-from library.config.arguments import DatasetOptions, TrainNetworkOptions
+from library.config.arguments import DatasetOptions, ModelOptions, TrainNetworkOptions
 from library.data.cache_format import check_places
+from library.data.caption_lengths import measure_of, warn_of_cut_captions
+from library.data.dataset import TrainingData
 from library.data.latent_cache import together
 from library.data.text_cache import (
     CachedTexts,
@@ -41,6 +43,16 @@ T = TypeVar("T")
 
 #: captions encoded at a time, if not given; an encoder takes little memory beside what is trained later
 BATCH_SIZE = 8
+
+
+def warn_of_cut(
+    data: TrainingData, architecture: Architecture, tokenizers: Sequence[Any], options: ModelOptions
+) -> None:
+    """Warn once of captions of a run that are cut; on the main process alone."""
+    measure = measure_of(
+        architecture, tokenizers, max_token_length=options.max_token_length, weighted=options.weighted_captions
+    )
+    warn_of_cut_captions(data.captioned(), measure)
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,8 @@ def cache_texts(job: CacheJob, use: Callable[[TextModels], T] | None = None, *, 
     options, architecture = job.options.dataset, job.architecture
     load = cache(lambda: TextModels.load(job))
     files = wanted_files(job.data.captioned(), architecture.text, options.text_encoder_cache_variants)
+    if job.accelerator.is_main_process:
+        warn_of_cut(job.data, architecture, architecture.load_tokenizers(job.checkpoint), job.options.model)
     with job.progress("encoding captions", "files" if options.cache_text_encoder_outputs_to_disk else "captions") as p:
 
         def report(done: int, total: int) -> None:

@@ -83,7 +83,14 @@ from library.training.settings import (
 )
 from library.training.sharding import load_denoiser, shard_denoiser, sharding_for, sharding_rows
 from library.training.step import NoiseSettings, batch_losses
-from library.training.text_caching import Tokenize, cache_texts, cached_encoders, caches_texts, text_cache_row
+from library.training.text_caching import (
+    Tokenize,
+    cache_texts,
+    cached_encoders,
+    caches_texts,
+    text_cache_row,
+    warn_of_cut,
+)
 from library.training.update_checks import check_update
 from library.training.validation import Validation, check_validation
 from library.training.zero import check_zero
@@ -286,6 +293,8 @@ class Trainer(ABC):
         training = run.options.training
         checkpoint = run.checked.checkpoint
         run.tokenizers = self.architecture.load_tokenizers(checkpoint)
+        if run.accelerator.is_main_process and not caches_texts(run.options.dataset):
+            warn_of_cut(run.data, self.architecture, run.tokenizers, run.options.model)
         cached = cached_encoders(self.architecture, run.options)
         home = precision.home_of_text_encoders(run)
         run.text_encoders = self.architecture.load_uncached_text_encoders(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -389,6 +391,49 @@ class _Killed:
 def test_a_killed_worker_is_said_so(make_data: Make) -> None:
     with pytest.raises(UserError, match="DataLoader worker .*: lower --max_data_loader_n_workers"):
         list(make_data().dataloader(epoch=0, start_batch=0, tokenize=_Killed(), num_workers=1))
+
+
+class _Large:
+    """Batches that a pipe does not hold, so that workers wait for the main process when it is gone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        (self.folder / str(os.getpid())).touch()
+        return {"input_ids": torch.zeros(len(captions), 30_000)}  # below what is shared instead of sent
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_end_with_a_main_process_that_is_killed(make_data: Make, tmp_path: Path) -> None:
+    """Also those that are busy, or wait for each other's pipes."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    main = os.fork()
+    if main == 0:
+        data = make_data(subset="num_repeats = 20")
+        batches = iter(data.dataloader(epoch=0, start_batch=0, tokenize=_Large(pids), num_workers=3))
+        next(batches)
+        time.sleep(0.5)  # until pipes are full
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(main, 0)[1] == signal.SIGKILL
+    workers = [int(path.name) for path in pids.iterdir()]
+    deadline = time.monotonic() + 30
+    while workers and time.monotonic() < deadline:
+        workers = [pid for pid in workers if is_running(pid)]
+        time.sleep(0.1)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    assert not workers, "they outlived the main process"
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there that no longer is a child of this one; one that nobody waits for has ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 # ---- sizes ----

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.architectures.base import Conditioning, TextFormat, WeightsIdentity
+from library.architectures.base import CaptionLength, Conditioning, TextFormat, WeightsIdentity
 from library.config.arguments import ConsoleOptions, DatasetOptions, ModelOptions
 from library.data.dataset import TrainingData
 from library.training.caching import CacheJob
@@ -52,6 +52,11 @@ class Encoders:
     def load_text_encoders(self, checkpoint: object, *, dtype: torch.dtype, device: str) -> list[str]:
         self.loaded += 1
         return ["encoder"]
+
+    def caption_length(
+        self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
+    ) -> CaptionLength:
+        return CaptionLength(len(caption.split()), 75, "")
 
     def tokenize(
         self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool

@@ -17,6 +17,7 @@ from library.inference.generate import (
     GenerateOptions,
     ImageModels,
     ImageSettings,
+    encode_texts,
     generate_image,
     generate_images,
     generate_latents,
@@ -300,3 +301,13 @@ def test_gpu_draws_the_same_and_parks_the_vae_again(
     assert torch.equal(torch.cuda.get_rng_state(), state)
     for dtype in (torch.float16, torch.bfloat16):
         assert generate_latents(models, [settings], replace(on_gpu, dtype=dtype)).isfinite().all()
+
+
+def test_prompts_that_are_cut_are_told_of_once(
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = replace(settings, prompt="cat " * 76 + "photo of the dog", negative_prompt="dog")
+    for _ in range(2):
+        encode_texts(models.architecture, models.tokenizers, models.text_encoders, long.texts(), options)
+    assert caplog.text.count("is cut: it has 80 tokens, of which the text encoder reads 75") == 1
+    assert 'it loses "cat photo of the dog"' in caplog.text and '"dog" is cut' not in caplog.text

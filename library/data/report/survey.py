@@ -24,7 +24,7 @@ from library.data.dataset_config import DatasetConfig, SubsetSpec, load_dataset_
 from library.data.discover import Faults, Seen, discover
 from library.data.image_io import covering_size
 from library.data.records import ImageRecord
-from library.data.report.caption_lengths import Measure, length_of_longest
+from library.data.caption_lengths import Measure, length_of_longest, measure_of
 from library.data.report.findings import BucketRow, Collector, Finding, ImageRow, Report, Severity
 from library.data.report.looks import Look, look_at_all
 from library.data.report.near_duplicates import equal_files, look_alikes, on_both_sides
@@ -269,8 +269,8 @@ def _measure(
             "or --tokenizer and the folder of one."
         )
         return None
-    return lambda caption: architecture.caption_length(
-        tokenizers, caption, max_token_length=model.max_token_length, weighted=model.weighted_captions
+    return measure_of(
+        architecture, tokenizers, max_token_length=model.max_token_length, weighted=model.weighted_captions
     )
 
 

@@ -1,0 +1,107 @@
+"""How many tokens the captions of a run have, and what the text encoder never sees of them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from library.architectures.base import Architecture, CaptionLength
+from library.data.captions import CaptionRules, final_caption
+from library.data.records import ImageRecord
+from library.randomness import python_rng
+
+logger = logging.getLogger(__name__)
+
+#: draws of the choices in a caption with wildcards, to find a long one
+DRAWS = 8
+
+#: captions whose tokens are counted, the longest ones; cleaning and counting take up to 0.5 ms each
+_MOST_COUNTED = 2000
+#: characters of a text that is cut off which are shown
+_SHOWN = 80
+
+#: for captions without choices, which draw nothing
+_UNUSED = random.Random(0)
+
+Measure = Callable[[str], CaptionLength]
+
+
+def measure_of(
+    architecture: Architecture, tokenizers: Sequence[Any], *, max_token_length: int | None, weighted: bool
+) -> Measure:
+    """A function that counts a caption's tokens as a run's text encoders do."""
+    return lambda caption: architecture.caption_length(
+        tokenizers, caption, max_token_length=max_token_length, weighted=weighted
+    )
+
+
+def longest_uses(text: str, rules: CaptionRules) -> list[str]:
+    """Captions that a use of an image may have, at their full length: nothing is dropped, tags are in their order.
+
+    With wildcards some of the many: every line, with several draws of its choices.
+    """
+    whole = replace(
+        rules, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0, warmup_step=0, shuffle=False
+    )
+    if not rules.wildcards:
+        return [final_caption(text, whole, epoch=0, rng=_UNUSED)]
+    uses = (
+        final_caption(line, whole, epoch=0, rng=python_rng("longest caption", draw))
+        for line in [line for line in text.splitlines() if line.strip()] or [text]
+        for draw in range(DRAWS)
+    )
+    return list(dict.fromkeys(uses))
+
+
+def length_of_longest(measure: Measure) -> Callable[[str, CaptionRules], CaptionLength]:
+    """A function of text and rules; texts and rules that come again, such as class tokens, are measured once."""
+
+    @cache
+    def longest(text: str, rules: CaptionRules) -> CaptionLength:
+        return max((measure(use) for use in longest_uses(text, rules)), key=lambda length: length.tokens)
+
+    return longest
+
+
+def warn_of_cut_captions(captioned: Iterable[tuple[ImageRecord, CaptionRules]], measure: Measure) -> None:
+    """Warn once of captions that are cut, with their number and the longest.
+
+    Args:
+        captioned: every image of a run with the rules of its caption.
+        measure: counts the tokens of a caption.
+    """
+    limit = measure("").limit
+    # a token is at least one byte of the text, so that short captions need not be tokenized
+    uses = ((record, use) for record, rules in captioned for use in longest_uses(record.caption, rules))
+    long = [(record, use) for record, use in uses if len(use.encode("utf-8", "replace")) >= limit]
+    long.sort(key=lambda pair: -len(pair[1]))
+    cut: dict[str, int] = {}  # image -> tokens
+    longest = None
+    for record, use in long[:_MOST_COUNTED]:
+        length = measure(use)
+        if not length.cut:
+            continue
+        cut[str(record.path)] = length.tokens
+        if longest is None or length.tokens > longest[1].tokens:
+            longest = (record, length)
+    if longest is None:
+        return
+    record, length = longest
+    at_least = "at least " if len(long) > _MOST_COUNTED else ""
+    images = "1 image" if len(cut) == 1 else f"{len(cut)} images"
+    logger.warning(
+        "the captions of %s%s are cut, as the text encoder reads %d tokens; the longest is that of %s with %d, which "
+        'loses "%s": shorten them, or let the encoder read more where it can (--max_token_length, '
+        "--t5xxl_max_token_length)",
+        *(at_least, images, limit, record.path, length.tokens, shortened(length.cut)),
+    )
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text for a message."""
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
