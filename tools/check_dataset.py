@@ -5,7 +5,7 @@
     python tools/check_dataset.py --config_file lora.toml --json report.json
 
 It finds images that cannot be read, equal and similar images, images that are both in training and in
-regularisation (or validation) data, captions that are missing, empty or cut, missing masks, images that are enlarged
+regularization (or validation) data, captions that are missing, empty or cut, missing masks, images that are enlarged
 or lose much by the crop, and settings without effect; it shows buckets, steps and tags.
 
 Every other option of train_network.py is taken too, so that a training command or its --config_file can be checked as

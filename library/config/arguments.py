@@ -63,7 +63,7 @@ class DatasetOptions:
     train_data_dir: str | None = option(
         None, "folder with sub-folders <repeats>_<class tokens> of images, or with the images of --in_json"
     )
-    reg_data_dir: str | None = option(None, "the same for regularisation images")
+    reg_data_dir: str | None = option(None, "the same for regularization images")
     in_json: str | None = option(None, "metadata file of captions and tags, instead of caption files")
     dataset_repeats: int = option(
         1, "how often each image is used in an epoch, with --in_json or a dataset file that does not say", type=int
@@ -409,7 +409,7 @@ class LossOptions:
         neutral=(0,),
     )
     debiased_estimation_loss: bool = option(False, "weight timesteps by 1 / sqrt(SNR)")
-    prior_loss_weight: float = option(1.0, "weight of regularisation images", type=float)
+    prior_loss_weight: float = option(1.0, "weight of regularization images", type=float)
     masked_loss: bool = option(False, "weight the loss by mask images, see --conditioning_data_dir")
 
 

@@ -126,21 +126,21 @@ class BucketedDataset:
             )
 
     def _uses(self) -> list[Use]:
-        """What an epoch is made of: training images by their repeats, as many regularisation images."""
-        train, regularisation = [], []
+        """What an epoch is made of: training images by their repeats, as many regularization images."""
+        train, regularization = [], []
         for index in range(len(self.records)):
             subset = self.subset(index)
             uses = [Use(index, repeat) for repeat in range(subset.num_repeats)]
-            (regularisation if subset.is_reg else train).extend(uses)
-        if not regularisation:
+            (regularization if subset.is_reg else train).extend(uses)
+        if not regularization:
             return train
         # repeats first over all images, so that each is used before one is used again
-        regularisation.sort(key=lambda use: (use.repeat, use.record))
+        regularization.sort(key=lambda use: (use.repeat, use.record))
         drawn: list[Use] = []
         rounds = 0
-        repeats = max(use.repeat for use in regularisation) + 1
+        repeats = max(use.repeat for use in regularization) + 1
         while len(drawn) < len(train):
-            drawn += [Use(use.record, use.repeat + rounds * repeats) for use in regularisation]
+            drawn += [Use(use.record, use.repeat + rounds * repeats) for use in regularization]
             rounds += 1
         return train + drawn[: len(train)]
 
@@ -151,7 +151,7 @@ class BucketedDataset:
 
     @property
     def num_reg(self) -> int:
-        """Regularisation images by their repeats; an epoch uses as many as there are training images."""
+        """Regularization images by their repeats; an epoch uses as many as there are training images."""
         return self._count(is_reg=True)
 
     def _count(self, *, is_reg: bool) -> int:
@@ -237,7 +237,7 @@ class TrainingData:
         config: the checked dataset file.
         seed: of the run.
         latent: the family's latent format.
-        prior_loss_weight: weight of regularisation images.
+        prior_loss_weight: weight of regularization images.
         conditioning_as: what the images of ``conditioning_data_dir`` become in a batch.
         find: finds the records of a subset.
 

@@ -309,7 +309,7 @@ class _Reader:
             for index, subset in enumerate(subsets, start=1)
         ]
         if not self._problems and any(specs) and all(spec is None or spec.is_reg for spec in specs):
-            self._problem(where, "is_reg", "all subsets are regularisation images; there is nothing to train on")
+            self._problem(where, "is_reg", "all subsets are regularization images; there is nothing to train on")
         if subsets and not self._problems and all(spec is None for spec in specs):
             self._problem(where, "num_repeats", "is 0 for every subset; nothing is left to train on")
         return DatasetSpec(
@@ -377,7 +377,7 @@ class _Reader:
             return None
         if values["is_reg"] and own.get("validation_split"):
             logger.warning(
-                "%s: %s: validation_split has no effect: regularisation images are never validated on",
+                "%s: %s: validation_split has no effect: regularization images are never validated on",
                 *(self._source, where),
             )
         if not self._problems:  # else values may be missing

@@ -157,7 +157,7 @@ def summary_rows(data: TrainingData) -> list[tuple[str, str]]:
     rows = []
     for number, dataset in enumerate(data.datasets, start=1):
         name = "data" if len(data.datasets) == 1 else f"data {number}"
-        reg = f" and {dataset.num_reg} regularisation images" if dataset.num_reg else ""
+        reg = f" and {dataset.num_reg} regularization images" if dataset.num_reg else ""
         rows.append((name, f"{dataset.num_train} images an epoch{reg}, batch size {dataset.spec.batch_size}"))
         sizes = ", ".join(f"{w}x{h}: {count}" for (w, h), count in dataset.bucket_counts().items())
         rows.append(("buckets" if len(data.datasets) == 1 else f"buckets {number}", sizes))

@@ -50,7 +50,7 @@ class BatchMaker:
 
     Args:
         seed: of the run.
-        prior_loss_weight: weight of regularisation images.
+        prior_loss_weight: weight of regularization images.
         conditioning_as: whether conditioning images are weights of the loss, or go into the batch as they are.
     """
 

@@ -55,7 +55,7 @@ def split_records(specs: Sequence[DatasetSpec], found: Sequence[list[ImageRecord
     for spec, records, of_dataset, own in zip(specs, found, files, chosen, strict=True):
         images = list(zip(records, of_dataset, strict=True))
         _name_the_lost(spec, [r for r, file in images if file in held and (_share(spec, r), file) not in own])
-        training.append(_without_lone_regularisation(spec, [r for r, file in images if file not in held]))
+        training.append(_without_lone_regularization(spec, [r for r, file in images if file not in held]))
         validation.append(_each_once(spec, [images[place] for place in sorted(own.values())], seen))
     where = specs[0].subsets[0].where.rpartition(": [[")[0]
     if not held:
@@ -150,12 +150,12 @@ def _name_the_lost(spec: DatasetSpec, lost: Sequence[ImageRecord]) -> None:
             )
 
 
-def _without_lone_regularisation(spec: DatasetSpec, records: list[ImageRecord]) -> list[ImageRecord]:
-    """None, where only regularisation images are left: an epoch uses as many as there are others."""
+def _without_lone_regularization(spec: DatasetSpec, records: list[ImageRecord]) -> list[ImageRecord]:
+    """None, where only regularization images are left: an epoch uses as many as there are others."""
     if all(spec.subsets[record.subset].is_reg for record in records):
         if records:
             logger.warning(
-                "%s: all of its images are validated on, so that its regularisation images are left out",
+                "%s: all of its images are validated on, so that its regularization images are left out",
                 spec.subsets[0].where.rsplit(" > ", 1)[0],
             )
         return []

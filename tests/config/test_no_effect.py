@@ -284,7 +284,7 @@ DATA_CASES = [
     ("caption_separator", ";", {}, {"subset": {"secondary_separator": "'+'"}}, "tags"),
     ("token_warmup_min", 3, {}, {"subset": {"token_warmup_step": 9}}, "--token_warmup_step"),
     ("validation_split", 0.1, {"dataset": {"validation_split": 0}}, {}, "values of their own"),
-    ("prior_loss_weight", 0.5, {}, {"more": "is_reg = true"}, "regularisation"),
+    ("prior_loss_weight", 0.5, {}, {"more": "is_reg = true"}, "regularization"),
     *((name, 3, {}, {"dataset": {"validation_split": 0.5}}, "validation images") for name in ON_VALIDATION),
 ]
 

@@ -216,7 +216,7 @@ def test_images_are_resized_as_asked_for(
             assert torch.equal(image, to_pixels(resized))
 
 
-# ---- regularisation images ----
+# ---- regularization images ----
 
 
 def regularised(
@@ -237,7 +237,7 @@ def regularised(
         (2, 2, 3, [11, 10]),
     ],
 )
-def test_as_many_regularisation_as_training_images(
+def test_as_many_regularization_as_training_images(
     make_data: Make, tmp_path: Path, count: int, repeats: int, train_repeats: int, expected: list[int]
 ) -> None:
     data = regularised(make_data, tmp_path, count, repeats=repeats, train_repeats=train_repeats)
@@ -269,7 +269,7 @@ def test_an_epoch_that_no_memory_holds_is_refused(make_data: Make) -> None:
     assert make_data(subset="num_repeats = 1000").batch_count() == 3500
 
 
-def test_regularisation_images_have_the_prior_loss_weight(make_data: Make, tmp_path: Path) -> None:
+def test_regularization_images_have_the_prior_loss_weight(make_data: Make, tmp_path: Path) -> None:
     for batch in load(regularised(make_data, tmp_path, 7)):
         expected = [0.5 if Path(path).name.startswith("r") else 1.0 for path in batch.paths]
         assert batch.loss_weights.tolist() == expected

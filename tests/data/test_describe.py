@@ -61,7 +61,7 @@ def test_with_a_dataset_file(make_data: Make, folder: Path, tmp_path: Path) -> N
     assert first["subsets"][0]["caption_prefix"] == "p"
     assert [subset["color_aug"] for subset in first["subsets"]] == [True, False, False]
     counts = {tuple(b["resolution"]): b["count"] for b in first["bucket_info"]["buckets"].values()}
-    # 4 square images twice, the one of the inner folder, and 15 regularisation images
+    # 4 square images twice, the one of the inner folder, and 15 regularization images
     assert counts == {(32, 128): 2, (64, 64): 8 + 1 + 15, (128, 32): 4}
     assert entries["ss_datasets"][1]["bucket_info"] is None
 

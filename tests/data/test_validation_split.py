@@ -193,10 +193,10 @@ def test_equal_datasets_validate_once(tmp_path: Path, folder: Path) -> None:
     assert len(kept(data)) == len(names(batches(data))) == 5
 
 
-# ---- regularisation images ----
+# ---- regularization images ----
 
 
-def test_regularisation_images_are_not_split(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_regularization_images_are_not_split(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     reg = draw(tmp_path / "reg", {f"r{number}.png": (64, 64) for number in range(8)})
     regularised = f"[[datasets.subsets]]\nimage_dir = '{reg}'\nis_reg = true\n"
     data = make(tmp_path, table(folder) + regularised, validation_split=0.25)
@@ -204,17 +204,17 @@ def test_regularisation_images_are_not_split(tmp_path: Path, folder: Path, caplo
     assert (data.datasets[0].num_train, data.datasets[0].num_reg) == (15, 8)
     assert not caplog.records
     make(tmp_path, table(folder) + regularised + "validation_split = 0.5\n")
-    assert "validation_split has no effect: regularisation images" in caplog.text
+    assert "validation_split has no effect: regularization images" in caplog.text
 
 
-def test_regularisation_images_alone_are_left_out(
+def test_regularization_images_alone_are_left_out(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     reg, more = (draw(tmp_path / name, {f"{name}.png": (64, 64)}) for name in ("reg", "more"))
     regularised = f"[[datasets.subsets]]\nimage_dir = '{reg}'\nis_reg = true\n"
     data = make(tmp_path, table(folder, dataset="validation_split = 1") + regularised + table(more))
     assert (trained(data), kept(data)) == ({"more.png"}, NAMES)
-    assert "its regularisation images are left out" in caplog.text
+    assert "its regularization images are left out" in caplog.text
 
 
 # ---- nothing on one side ----

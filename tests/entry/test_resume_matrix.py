@@ -82,7 +82,7 @@ class Killed(Exception):
 
 
 def two_datasets(folder: Path, lines: str) -> Path:
-    """Datasets of two batch sizes, with three buckets, repeats and a regularisation subset."""
+    """Datasets of two batch sizes, with three buckets, repeats and a regularization subset."""
     first, second = make_images(folder / "a"), make_images(folder / "b", sizes=[(64, 64), (96, 40)])
     common = "enable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 32\n"
     subset = "[[datasets.subsets]]\ncaption_extension = '.txt'\n"

@@ -185,7 +185,7 @@ def test_the_old_folder_form(tmp_path: Path, tiny: Tiny) -> None:
 
 
 @pytest.mark.usefixtures("own_root_logger")
-def test_regularisation_images_weigh_as_much_as_is_said(tmp_path: Path, sd: Tiny) -> None:
+def test_regularization_images_weigh_as_much_as_is_said(tmp_path: Path, sd: Tiny) -> None:
     make_images(tmp_path / "train" / "1_sks cat", sizes=[(64, 64)])
     make_images(tmp_path / "reg" / "1_cat", sizes=[(64, 64)])
     folders = {"train_data_dir": tmp_path / "train", "reg_data_dir": tmp_path / "reg", "resolution": 64}

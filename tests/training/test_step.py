@@ -192,7 +192,7 @@ def test_low_precision_predictions_are_compared_in_float32() -> None:
     assert sample_losses(prediction, noisy, DdpmObjective(SCHEDULE), LossSettings()).tolist() == [90000.0]
 
 
-def test_the_mean_of_a_batch_weighs_regularisation_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_of_a_batch_weighs_regularization_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "noise_settings", lambda options: NoiseSettings())
     own = SimpleNamespace(
         latents=lambda run, batch: None, encode_text=lambda run, batch: None, losses=lambda *_: torch.tensor([4.0, 2.0])

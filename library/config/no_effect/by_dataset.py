@@ -113,7 +113,7 @@ OPTIONS: dict[str, _DataOption] = {
 
 #: why an option is not in force anywhere
 OWN_VALUES = "with this dataset file: its tables have values of their own"
-NO_REGULARISATION = "without regularisation images"
+NO_REGULARISATION = "without regularization images"
 NO_VALIDATION = "without validation images; set validation_split in the dataset file, or --validation_split"
 
 #: options that nothing reads without validation

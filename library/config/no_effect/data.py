@@ -16,8 +16,8 @@ def folders_beside_a_dataset_file(o: TrainNetworkOptions) -> bool:
     return o.dataset.dataset_config is not None
 
 
-@idle("reg_data_dir", reason="with --in_json: metadata files have no regularisation images")
-def metadata_files_have_no_regularisation(o: TrainNetworkOptions) -> bool:
+@idle("reg_data_dir", reason="with --in_json: metadata files have no regularization images")
+def metadata_files_have_no_regularization(o: TrainNetworkOptions) -> bool:
     return bool(o.dataset.in_json) and o.dataset.dataset_config is None
 
 

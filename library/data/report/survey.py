@@ -189,10 +189,10 @@ def _warnings_as_findings(collector: Collector) -> Iterator[None]:
 
 def _sides(images: _Images, data: TrainingData) -> Iterator[tuple[str, list[ImageRecord], list[ImageRecord]]]:
     """Sets of images that must have none in common, with a name for both."""
-    train, regularisation = [], []
+    train, regularization = [], []
     for subset, records in images.by_subset:
-        (regularisation if subset.is_reg else train).extend(records)
-    yield "regularisation and training", regularisation, train
+        (regularization if subset.is_reg else train).extend(records)
+    yield "regularization and training", regularization, train
     if data.validation_datasets:
         validation, training = (
             [record for dataset in side for record in dataset.records]

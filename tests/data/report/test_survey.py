@@ -139,7 +139,7 @@ def test_equal_and_similar_images(survey: Survey, folder: Path, tmp_path: Path) 
     assert of_kind(survey(), "duplicate")[0].text == "2 equal files, captions differ"
 
 
-def test_regularisation_images_that_are_trained_on(survey: Survey, folder: Path, tmp_path: Path) -> None:
+def test_regularization_images_that_are_trained_on(survey: Survey, folder: Path, tmp_path: Path) -> None:
     reg = tmp_path / "reg"
     reg.mkdir()
     (reg / "same.png").write_bytes((folder / "0.png").read_bytes())
@@ -150,7 +150,7 @@ def test_regularisation_images_that_are_trained_on(survey: Survey, folder: Path,
     found = {tuple(names(finding)): finding for finding in of_kind(report, "leakage")}
     assert found.keys() == {("same.png", "0.png"), ("like.png", "3.png")}
     assert all(finding.severity == "error" for finding in found.values())
-    assert "regularisation and training" in found["same.png", "0.png"].text
+    assert "regularization and training" in found["same.png", "0.png"].text
     assert of_kind(report, "duplicate") == of_kind(report, "near_duplicate") == []  # each is named once
     (one,) = of_kind(survey(more=more.replace(str(reg), str(folder)), subset="num_repeats = 1"), "leakage")[:1]
     assert "one file on both sides" in one.text
