@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -45,6 +47,17 @@ def torch_generator(*parts: int | str) -> torch.Generator:
     generator = torch.Generator(device="cpu")
     generator.manual_seed(key(*parts))
     return generator
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers of a batch's samples, each keyed by the sample's visit."""
+
+    visits: Sequence[int]
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """A CPU generator for each sample."""
+        return [torch_generator(visit, purpose) for visit in self.visits]
 
 
 def python_rng(*parts: int | str) -> random.Random:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from library.inference.prompt_line import DDPM_FIELDS
+from library.randomness import Draw
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from library.diffusion.objective import Objective
     from library.inference.generate import ImageSettings
 
-O = TypeVar("O")  # noqa: E741
+O = TypeVar("O")
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,25 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class SampleFacts:
+    """What the denoiser may be told of the images of a batch, beside their captions."""
+
+    original: Tensor  # (B, 2) int64, (H, W) of the image in pixels before it was resized
+    top_left: Tensor  # (B, 2) int64, (top, left) of the crop in the resized image
+    target: Tensor  # (B, 2) int64, (H, W) of what is trained or generated
+
+    @staticmethod
+    def of_whole_images(width: int, height: int, count: int) -> SampleFacts:
+        """Of images of just this size in pixels."""
+        size = torch.tensor([[height, width]]).expand(count, 2)
+        return SampleFacts(size, torch.zeros_like(size), size)
+
+
+#: what a ControlNet adds to a prediction: named tensors, or lists of them, as the family's ``predict`` reads them
+Control = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class CaptionLength:
     """How long a caption is to a text encoder."""
 
@@ -184,8 +204,7 @@ class Architecture(ABC):
     sample_fields: frozenset[str] = DDPM_FIELDS
     #: those that this model of the family has no use for: field -> why, completing "--g has no effect ..."
     idle_sample_fields: Mapping[str, str] = MappingProxyType({})
-    #: whether it has a model that reads the images of ``conditioning_data_dir``; they are ``image`` (B, C, h, w) of
-    #: the conditioning, scaled latents
+    #: whether it has a model that reads the images of ``conditioning_data_dir``, which ``encode_control`` prepares
     takes_images: bool = False
     sample_size_step: int = 8  # sides of sample images are multiples of this many pixels
 
@@ -341,17 +360,13 @@ class Architecture(ABC):
         and leaves out what they would give.
         """
 
-    def with_sizes(
-        self, conditioning: Conditioning, *, original: Tensor, top_left: Tensor, target: Tensor
-    ) -> Conditioning:
-        """Conditioning with what the denoiser is told about the image's size; families without it leave it as is.
+    def condition(self, encoded: Conditioning, facts: SampleFacts, draw: Draw | None) -> Conditioning:
+        """Complete encoded captions to all that the denoiser is told.
 
         Args:
-            original: (B, 2) int64, (H, W) of the image in pixels before it was resized.
-            top_left: (B, 2) int64, (top, left) of the crop in the resized image.
-            target: (B, 2) int64, (H, W) of what is trained or drawn.
+            draw: of what training varies at random, such as leaving an encoder out; ``None`` varies nothing.
         """
-        return conditioning
+        return encoded
 
     # ---- latents ----
 
@@ -381,12 +396,24 @@ class Architecture(ABC):
         """
 
     @abstractmethod
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
         """(B, C, h, w) noisy latents at timesteps (B,) -> the model's raw prediction (B, C, h, w).
 
         Args:
             timesteps: as the objective has them: int64, 0 to 999, or with flow matching float32, 0 to 1000.
+            control: what a ControlNet adds.
         """
+
+    def encode_control(self, vae: nn.Module, images: Tensor, generators: Sequence[torch.Generator]) -> Control:
+        """Control images (B, 3, H, W) in [-1, 1] to what ``predict`` takes, for families with ``takes_images``."""
+        raise NotImplementedError(f"{self.name} reads no images")
 
     # ---- memory and speed ----
 

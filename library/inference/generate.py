@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Architecture, CaptionLength, Conditioning
+from library.architectures.base import Architecture, CaptionLength, Conditioning, SampleFacts
 from library.data.caption_lengths import shortened
 from library.inference.prompt_line import SamplePrompt
 
@@ -335,8 +335,8 @@ def _warn_of_cut(text: str, length: CaptionLength) -> None:
 def _sized(models: ImageModels, conditioning: Conditioning, settings: ImageSettings) -> Conditioning:
     """As for a whole image of just this size."""
     count = len(next(iter(conditioning.tensors.values())))
-    size = torch.tensor([[settings.height, settings.width]]).expand(count, 2)
-    return models.architecture.with_sizes(conditioning, original=size, top_left=torch.zeros_like(size), target=size)
+    facts = SampleFacts.of_whole_images(settings.width, settings.height, count)
+    return models.architecture.condition(conditioning, facts, None)
 
 
 def to_image(pixels: Tensor) -> Image:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.training.nonfinite import MOST_IN_A_ROW, BadStep, BatchNote, NonFiniteLoss
 from library.training.replay import Recording, write_recording
-
-if TYPE_CHECKING:
-    from library.training.run import Run
+from library.training.run import Run
 
 logger = logging.getLogger(__name__)
 

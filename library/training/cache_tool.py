@@ -24,10 +24,10 @@ from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
 from library.data.unread_captions import unread_captions
 from library.errors import UserError, exits_on_user_error
+from library.interrupt import Interrupt
 from library.training.caching import CacheJob, inspect_model
 from library.training.debug_dataset import show_dataset
-from library.interrupt import Interrupt
-from library.training.processes import make_accelerator, finalizing, weight_dtype
+from library.training.processes import finalizing, make_accelerator, weight_dtype
 
 logger = logging.getLogger(__name__)
 

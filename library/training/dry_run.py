@@ -11,20 +11,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from torch import nn
 
 from library.files.safetensors_io import is_pickle, read_header
 from library.training.checkpoints import OutputNames, SavePolicy, ema_path
-from library.training.meta_models import load_on_meta
+from library.training.loading import make_kind, models_on_meta
 from library.training.plan import RunPlan
 from library.training.precision import trained_dtype
 from library.training.resume import name_changes
-
-if TYPE_CHECKING:
-    from library.training.run import Run
-    from library.training.trainer import Trainer
+from library.training.run import Run
+from library.training.summary import summary
 
 #: lines shown at each end of a long list of files
 _SHOWN = 6
@@ -34,31 +32,33 @@ _CLOSING = "dry run: all checks passed; no weights were loaded"
 Rows = list[tuple[str, str]]
 
 
-def dry_run(trainer: Trainer, run: Run) -> None:
-    """Check what ``setup`` could not, and print the plan on the main process.
+def dry_run(run: Run) -> None:
+    """Check what the setup could not, and print the plan on the main process.
 
     Raises:
         UserError: headers that lack tensors or do not fit, network arguments or weights that do not fit the model.
     """
-    run.tokenizers = trainer.architecture.load_tokenizers(run.checked.checkpoint)
-    models = load_on_meta(trainer.architecture, run)
-    parts = trainer.trained_on_meta(run)
-    # the summary before the first step counts these; nothing else of it is there yet
-    run.parameters = [p for _, found in parts for p in found]
+    models = models_on_meta(run)
+    kind = make_kind(run)
+    groups = kind.attach_on_meta(models)
+    parameters = [p for group in groups for p in group.parameters]
     resumed = run.checked.resumed
     if resumed is not None:
-        name_changes(run)
+        name_changes(resumed, run.fingerprint)
     done = resumed.current_step if resumed is not None else run.start_step
     if not run.accelerator.is_main_process:
         return
     rows: Rows = [("file", _stored(Path(run.checked.checkpoint.path)))]
-    rows += [(title, _size_of(model.parameters())) for title, model in models]
-    rows += [(f"trained, {name}", f"{sum(p.numel() for p in found):,} parameters") for name, found in parts]
-    rows += trainer.summary(run)
+    rows += [(title, _size_of(model.parameters())) for title, model in models.named()]
+    rows += [
+        (f"trained, {group.name or 'network'}", f"{sum(p.numel() for p in group.parameters):,} parameters")
+        for group in groups
+    ]
+    rows += summary(run, kind, models.denoiser, parameters)
     rows.append(("steps an epoch", str(run.plan.steps_per_epoch)))
     saved = run.options.output.save_precision
     width = 2 if saved in ("fp16", "bf16") else 4 if saved else trained_dtype(run.options.training).itemsize
-    size = width * sum(p.numel() for p in run.parameters)
+    size = width * sum(p.numel() for p in parameters)
     rows.append(("weights file", f"about {_bytes(size)} each"))
     if done:
         rows.append(("goes on", f"after step {done} of {run.plan.total_steps}"))

@@ -10,18 +10,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from library.config.arguments import TrainNetworkOptions
 from library.data import describe
-from library.data.dataset import BucketedDataset
+from library.data.dataset import BucketedDataset, TrainingData
 from library.files.hashes import model_hash
 from library.training.text_caching import text_cache_row
-
-if TYPE_CHECKING:
-    from library.training.run import Run
 
 #: groups of options that change what is written, shown or kept, but no weight
 HARMLESS_GROUPS = frozenset({"output", "sample", "resume", "validation", "logging", "modelspec", "console", "config"})
@@ -52,27 +49,43 @@ _HARMLESS_KEYS = frozenset(
 _DIGEST = "sha256:"
 
 
-def fingerprint(run: Run) -> dict[str, object]:
-    """Name -> value, both for people; JSON values only."""
-    options = run.options
+def fingerprint(
+    options: TrainNetworkOptions,
+    data: TrainingData,
+    *,
+    seed: int,
+    batches_per_epoch: int,
+    total_steps: int,
+    processes: int,
+    device: torch.device,
+    optimizer: str,
+    kind: Mapping[str, object],
+) -> dict[str, object]:
+    """Name -> value, both for people; JSON values only.
+
+    Args:
+        optimizer: name and arguments.
+        kind: what the kind of training adds.
+    """
+    caches_latents = options.dataset.cache_latents or options.dataset.cache_latents_to_disk
     found: dict[str, object] = {
-        "seed": run.checked.seed,
-        "batches per epoch": run.plan.batches_per_epoch,
-        "total steps": run.plan.total_steps,
-        "processes": run.accelerator.num_processes,
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+        "seed": seed,
+        "batches per epoch": batches_per_epoch,
+        "total steps": total_steps,
+        "processes": processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
-        "datasets": len(run.data.datasets),
-        "validation images": describe.validation_set(run.data),
-        "optimizer": run.checked.optimizer.metadata_name,
-        "latents cached": run.caches_latents,
+        "datasets": len(data.datasets),
+        "validation images": describe.validation_set(data),
+        "optimizer": optimizer,
+        "latents cached": caches_latents,
         "text encoder outputs cached": text_cache_row(options.dataset),
         "base model": content_of(options.model.pretrained_model_name_or_path),
         "--vae": content_of(options.model.vae),
-        "--base_weights": [content_of(path) for path in options.network.base_weights or []],
         **dict(option_values(options)),
+        **kind,
     }
-    for number, dataset in enumerate(run.data.datasets, start=1):
+    for number, dataset in enumerate(data.datasets, start=1):
         found |= dataset_values(dataset, f"dataset {number}")
     return json.loads(json.dumps(found, default=str))  # as it comes back from the state
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from library.data.dataset import Batch
+from library.interrupt import Interrupt
 from library.optim.update import Metrics, Update
 from library.randomness import key
-from library.interrupt import Interrupt
 from library.training.metrics import DeferredMetrics, StepMetrics, StepTimes
 from library.training.nonfinite import BadStep, OnNan, StepGuard
 from library.training.plan import RunPlan
@@ -35,7 +35,9 @@ class LoopHooks(Protocol):
 
     def epoch_started(self, epoch: int) -> None: ...
 
-    def batch_started(self, batch: Batch) -> None: ...
+    def batch_started(self, batch: Batch, step: int) -> None:
+        """Before a forward pass; ``step`` steps are done."""
+        ...
 
     def step_ended(self, step: int, epoch: int) -> Metrics:
         """After the update of the weights, which it may limit; may return further metrics to record."""
@@ -119,7 +121,7 @@ def run_loop(
             loss_sum = None
             for index in range(count):
                 batch = times.waiting(batches)
-                hooks.batch_started(batch)
+                hooks.batch_started(batch, step)
                 # dropout draws from torch's global generators: keyed by the step, not by what ran before
                 torch.manual_seed(key(seed, "batch", step, index, accelerator.process_index))
                 loss = hooks.loss(batch)

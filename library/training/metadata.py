@@ -1,4 +1,4 @@
-"""What a saved adapter records of its making: the published ``ss_*`` keys (``modelspec.*`` is beside).
+"""What a saved file records of its making: the published ``ss_*`` keys (``modelspec.*`` is beside).
 
 Every value is text, as Python's ``str`` writes it: ``None`` is "None", booleans "True" and "False".
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,16 +20,6 @@ from library.files.hashes import HashInBackground, model_hash
 from library.files.modelspec import build_modelspec
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-
-#: kept under ``--no_metadata``, so that other programs still know how to apply the file
-MINIMUM_KEYS = (
-    "ss_v2",
-    "ss_base_model_version",
-    "ss_network_module",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "ss_network_args",
-)
 
 
 @lru_cache(maxsize=1)
@@ -79,22 +69,25 @@ class RunRecord:
     options: TrainNetworkOptions
     architecture: Architecture
     info: ModelInfo
-    model_file: HashedFile
-    vae_file: HashedFile | None
-    fixed: Mapping[str, str]
-    network_args: Mapping[str, object]
+    modelspec_suffix: str  # of the kind of training
+    minimum: Sequence[str] = ()  # entries that --no_metadata keeps
+    #: the ``ss_*`` keys; without ``fixed`` there are none
+    fixed: Mapping[str, str] | None = None
+    model_file: HashedFile | None = None
+    vae_file: HashedFile | None = None
 
     def at_save(self, *, step: int, epoch: int) -> dict[str, str]:
         """Metadata of a file saved after ``step`` steps in ``epoch``, both counted from 1."""
+        if self.fixed is None:
+            return self._modelspec()
         entries: dict[str, object] = dict(self.fixed)
-        entries |= self.model_file.entries("sd_model")
-        if self.vae_file is not None:
-            entries |= self.vae_file.entries("vae")
+        for kind, file in (("sd_model", self.model_file), ("vae", self.vae_file)):
+            entries |= file.entries(kind) if file is not None else {}
         entries["ss_training_finished_at"] = time.time()
         entries["ss_steps"] = step
         entries["ss_epoch"] = epoch
         if self.options.output.no_metadata:
-            entries = {name: value for name, value in entries.items() if name in MINIMUM_KEYS}
+            entries = {name: value for name, value in entries.items() if name in self.minimum}
         text = {name: value if isinstance(value, str) else str(value) for name, value in entries.items()}
         return text | self._modelspec()
 
@@ -108,7 +101,7 @@ class RunRecord:
             timestep_range = (low, high)
         given = options.modelspec
         return build_modelspec(
-            architecture_id=f"{spec['architecture']}/lora",
+            architecture_id=spec["architecture"] + self.modelspec_suffix,
             implementation=spec["implementation"],
             title=given.metadata_title or options.output.output_name,
             resolution=options.dataset.resolution,
@@ -142,12 +135,13 @@ def fixed_entries(
     total_steps: int,
     optimizer_name: str,
     scheduler_name: str,
-    network_args: Mapping[str, object],
+    kind: Mapping[str, object],
     data: Mapping[str, object],
 ) -> dict[str, str]:
     """The ``ss_*`` keys that hold for the whole run.
 
     Args:
+        kind: what the kind of training adds.
         data: the data layer's keys (``ss_datasets``, ``ss_tag_frequency``, counts ...); tables become JSON.
     """
     o = options
@@ -156,18 +150,12 @@ def fixed_entries(
         "ss_training_started_at": started_at,
         "ss_output_name": o.output.output_name,
         "ss_learning_rate": o.optimizer.learning_rate,
-        "ss_text_encoder_lr": _one_or_list(o.optimizer.text_encoder_lrs),
-        "ss_unet_lr": o.optimizer.unet_lr,
         "ss_num_epochs": num_epochs,
         "ss_gradient_checkpointing": o.training.gradient_checkpointing,
         "ss_gradient_accumulation_steps": o.training.gradient_accumulation_steps,
         "ss_max_train_steps": total_steps,
         "ss_lr_warmup_steps": o.scheduler.lr_warmup_steps,
         "ss_lr_scheduler": scheduler_name,
-        "ss_network_module": o.network.network_module,
-        "ss_network_dim": o.network.network_dim,
-        "ss_network_alpha": float(o.network.network_alpha),
-        "ss_network_dropout": o.network.network_dropout,
         "ss_mixed_precision": o.training.mixed_precision,
         "ss_full_fp16": o.training.full_fp16,
         "ss_clip_skip": o.model.clip_skip,
@@ -190,7 +178,6 @@ def fixed_entries(
         "ss_face_crop_aug_range": number_range(o.dataset.face_crop_aug_range),
         "ss_prior_loss_weight": o.loss.prior_loss_weight,
         "ss_min_snr_gamma": o.loss.min_snr_gamma,
-        "ss_scale_weight_norms": o.network.scale_weight_norms,
         "ss_ip_noise_gamma": o.noise.ip_noise_gamma,
         "ss_debiased_estimation": o.loss.debiased_estimation_loss,
         "ss_noise_offset_random_strength": o.noise.noise_offset_random_strength,
@@ -208,16 +195,8 @@ def fixed_entries(
         "ss_validate_every_n_steps": o.validation.validate_every_n_steps,
         "ss_resize_interpolation": o.dataset.resize_interpolation,
     }
-    if network_args:
-        entries["ss_network_args"] = json.dumps(dict(network_args))
+    entries |= kind
     entries |= architecture.metadata(info)
     tables = {name for name, value in data.items() if isinstance(value, (dict, list))} | {"ss_bucket_info"}
     entries |= {name: json.dumps(value) if name in tables else value for name, value in data.items()}
     return {name: value if isinstance(value, str) else str(value) for name, value in entries.items()}
-
-
-def _one_or_list(values: object) -> object:
-    """``--text_encoder_lr`` takes several; a single one is recorded as a number, as published."""
-    if isinstance(values, (list, tuple)):
-        return values[0] if len(values) == 1 else list(values)
-    return values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,10 +11,8 @@ from torch import nn
 from library.config.arguments import TrainingOptions, TrainNetworkOptions
 from library.config.no_effect.declare import message
 from library.errors import NoEffect, UserError
+from library.training.models import Models
 from library.training.text_caching import caches_texts
-
-if TYPE_CHECKING:
-    from library.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -32,20 +29,15 @@ class Fp8Parts:
         # beside cached outputs only those that are trained are there, which are the small ones
         return Fp8Parts(training.fp8_base or training.fp8_base_unet, both and not caches_texts(options.dataset))
 
-    def apply(self, run: Run) -> None:
+    def apply(self, models: Models, device: torch.device) -> None:
         """Store the loaded models' weights anew; nothing can be merged into them afterwards."""
         from library.memory.fp8 import store_in_fp8
 
         if self.denoiser:
-            store_in_fp8(run.denoiser, run.device)
+            store_in_fp8(models.denoiser, device)
         if self.text_encoders:
-            for encoder in run.text_encoders:
-                store_in_fp8(encoder, run.device)
-
-
-def home_of_text_encoders(run: Run) -> str:
-    """Where those are loaded whose outputs are not cached."""
-    return "cpu" if Fp8Parts.of(run.options).text_encoders else str(run.device)
+            for encoder in models.text_encoders:
+                store_in_fp8(encoder, device)
 
 
 def trained_dtype(options: TrainingOptions) -> torch.dtype:
@@ -92,7 +84,7 @@ def drawing(options: TrainingOptions) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def compile_denoiser(run: Run, classes: tuple[str, ...]) -> None:
+def compile_denoiser(denoiser: nn.Module, classes: tuple[str, ...], *, backend: str) -> None:
     """``--torch_compile``.
 
     Raises:
@@ -100,15 +92,13 @@ def compile_denoiser(run: Run, classes: tuple[str, ...]) -> None:
     """
     from library.memory.compiling import compile_blocks
 
-    if not compile_blocks(run.denoiser, classes, backend=run.options.training.dynamo_backend):
+    if not compile_blocks(denoiser, classes, backend=backend):
         raise UserError("--torch_compile: this model has no blocks that can be compiled by themselves; remove it")
 
 
-def precision_row(run: Run) -> str:
+def precision_row(options: TrainNetworkOptions, weight_dtype: torch.dtype, device: torch.device) -> str:
     """For the table before the first step."""
-    training, fp8 = run.options.training, Fp8Parts.of(run.options)
+    training, fp8 = options.training, Fp8Parts.of(options)
     kept = "and text encoders " if fp8.text_encoders else ""
-    frozen = f"{str(run.weight_dtype)[6:]}{f' (denoiser {kept}in scaled fp8)' if fp8.denoiser else ''}"
-    return (
-        f"{training.mixed_precision}, frozen weights {frozen}, trained {str(trained_dtype(training))[6:]}, {run.device}"
-    )
+    frozen = f"{str(weight_dtype)[6:]}{f' (denoiser {kept}in scaled fp8)' if fp8.denoiser else ''}"
+    return f"{training.mixed_precision}, frozen weights {frozen}, trained {str(trained_dtype(training))[6:]}, {device}"

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.architectures.base import Architecture, Conditioning
+import torch
+from torch import nn
+
+from library.architectures.base import Architecture, Conditioning, ModelInfo
+from library.config.arguments import TrainNetworkOptions
+from library.diffusion.objective import Objective
 from library.inference.prompt_line import SamplePrompt
 from library.training import precision
+from library.training.models import Models
+from library.training.run import Run
 from library.training.sample_prompts import SamplePrompts
 from library.training.settings import for_model, sample_prompts
-from library.training.text_caching import TextModels, cached_encoders, uncached
+from library.training.text_caching import TextModels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from library.inference.generate import GenerateOptions
-    from library.training.run import Run
-    from library.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -58,49 +63,82 @@ def preview_path(
     return directory / "sample" / f"{prefix}{when}_{index:02d}_{stamp}{suffix}.png"
 
 
-def generate_preview(trainer: Trainer, run: Run, prompt: SamplePrompt, path: Path | None) -> Image:
-    """Draw one sample image with the weights as they are, and save it with its settings if there is a path."""
-    from library.inference.generate import ImageModels, generate_image, settings_for
-    from library.inference.png import save_png
+class PreviewGenerator:
+    """Generates the sample images of one run with the weights as they are.
 
-    model, architecture = run.options.model, trainer.architecture
-    sampler = run.objective.sampler(prompt.sample_sampler, run.options.sample.sample_sampler)
-    settings = settings_for(prompt, architecture.sample_defaults, sampler=sampler)
-    models = ImageModels(
-        architecture=architecture,
-        tokenizers=run.tokenizers,
-        text_encoders=uncached(architecture, run),
-        cached_texts=run.prompts,
-        denoiser=run.denoiser,
-        vae=run.vae,
-        v_prediction=run.checked.info.v_prediction,
-        adapters=trainer.trained_modules(run),
-    )
-    with precision.drawing(run.options.training):
-        image = generate_image(models, settings, _generate_options(run))
-    if path is not None:
-        name = Path(model.pretrained_model_name_or_path).name
-        save_png(image, path, settings.record(model=name, network=run.options.output.output_name or ""))
-    return image
+    Args:
+        modules: what is trained beside the models; in eval mode meanwhile.
+        prompts: conditioning by text, where texts are cached.
+        options: of the run.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        models: Models,
+        modules: Sequence[nn.Module],
+        objective: Objective,
+        info: ModelInfo,
+        options: TrainNetworkOptions,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        prompts: Mapping[str, Conditioning],
+    ) -> None:
+        from library.inference.generate import ImageModels
+
+        self._architecture = architecture
+        self._objective = objective
+        self._options = options
+        self._how = generate_options(options, device=device, dtype=dtype)
+        self._models = ImageModels(
+            architecture=architecture,
+            tokenizers=models.tokenizers,
+            text_encoders=models.encoding,
+            cached_texts=prompts,
+            denoiser=models.denoiser,
+            vae=models.vae,
+            v_prediction=info.v_prediction,
+            adapters=modules,
+        )
+
+    def __call__(self, prompt: SamplePrompt, path: Path | None) -> Image:
+        """Generate one image, and save it with its settings if there is a path."""
+        from library.inference.generate import generate_image, settings_for
+        from library.inference.png import save_png
+
+        sampler = self._objective.sampler(prompt.sample_sampler, self._options.sample.sample_sampler)
+        settings = settings_for(prompt, self._architecture.sample_defaults, sampler=sampler)
+        with precision.drawing(self._options.training):
+            image = generate_image(self._models, settings, self._how)
+        if path is not None:
+            name = Path(self._options.model.pretrained_model_name_or_path).name
+            save_png(image, path, settings.record(model=name, network=self._options.output.output_name or ""))
+        return image
 
 
-def _generate_options(run: Run) -> GenerateOptions:
+def generate_options(options: TrainNetworkOptions, *, device: torch.device, dtype: torch.dtype) -> GenerateOptions:
+    """How the sample images of a run are generated."""
     from library.inference.generate import GenerateOptions
 
     return GenerateOptions(
-        device=run.device,
-        dtype=run.weight_dtype,
-        zero_terminal_snr=run.options.noise.zero_terminal_snr,
-        clip_skip=run.options.model.clip_skip,
-        max_token_length=run.options.model.max_token_length,
+        device=device,
+        dtype=dtype,
+        zero_terminal_snr=options.noise.zero_terminal_snr,
+        clip_skip=options.model.clip_skip,
+        max_token_length=options.model.max_token_length,
     )
 
 
-def current_prompts(trainer: Trainer, run: Run) -> SamplePrompts:
-    """The prompts of a run's sample images, as their file holds them at each sampling."""
+def current_prompts(run: Run, encoded: Mapping[str, Conditioning]) -> SamplePrompts:
+    """The prompts of a run's sample images, as their file holds them at each sampling.
+
+    Args:
+        encoded: texts that were encoded before training, where encoders are not loaded for it.
+    """
     from library.inference.generate import settings_for
 
-    options, architecture = run.options, trainer.architecture
+    options, architecture = run.options, run.architecture
 
     def read() -> tuple[SamplePrompt, ...]:
         prompts = for_model(sample_prompts(options, architecture), architecture)
@@ -112,19 +150,21 @@ def current_prompts(trainer: Trainer, run: Run) -> SamplePrompts:
         run.checked.prompts,
         read,
         texts_of=lambda prompt: settings_for(prompt, architecture.sample_defaults, sampler="").texts(),
-        encoded=run.prompts if any(cached_encoders(architecture, options)) else None,
+        encoded=encoded if any(run.cached_encoders) else None,
     )
 
 
-def encode_prompts(architecture: Architecture, run: Run, models: TextModels) -> dict[str, Conditioning]:
-    """What a run's sample images need of the encoders, by text and on the host, so that these can be let go."""
+def encode_prompts(
+    architecture: Architecture, prompts: Sequence[SamplePrompt], options: GenerateOptions, models: TextModels
+) -> dict[str, Conditioning]:
+    """What sample images need of the encoders, by text and on the host, so that these can be let go."""
     from library.inference.generate import encode_texts, settings_for
 
     texts: dict[str, None] = {}
-    for prompt in run.checked.prompts:
+    for prompt in prompts:
         settings = settings_for(prompt, architecture.sample_defaults, sampler="")
         texts |= dict.fromkeys(settings.texts())
-    encoded = encode_texts(architecture, models.tokenizers, models.encoders, list(texts), _generate_options(run))
+    encoded = encode_texts(architecture, models.tokenizers, models.encoders, list(texts), options)
     return {text: found.to("cpu") for text, found in encoded.items()}
 
 

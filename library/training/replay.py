@@ -9,29 +9,26 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from library.config.arguments import flat, without_secrets
+from library.config.arguments import TrainNetworkOptions, flat, without_secrets
+from library.data.batch import Batch
 from library.errors import UserError
 from library.files.safetensors_io import save_tensors
+from library.interrupt import Interrupt
 from library.randomness import key
 from library.training.first_nonfinite import FirstNonFinite
-from library.interrupt import Interrupt
+from library.training.loaded import LoadedRun
+from library.training.nonfinite import BadStep, BatchNote
 from library.training.plan import Origin, RunPlan
-
-if TYPE_CHECKING:
-    from library.config.arguments import TrainNetworkOptions
-    from library.data.batch import Batch
-    from library.training.nonfinite import BadStep, BatchNote
-    from library.training.run import Run
-    from library.training.trainer import Trainer
+from library.training.run import Run
 
 _ENTRY, _VERSION = "replay", 1
 #: groups of options that have no part in a step
@@ -98,11 +95,17 @@ def read_recording(path: Path) -> tuple[Recording, list[Tensor]]:
         raise UserError(f"--replay {path}: no replay file of a run, or a damaged one ({error})") from None
 
 
-def replay(trainer: Trainer, given: TrainNetworkOptions) -> None:
+def replay(
+    given: TrainNetworkOptions,
+    setup: Callable[[TrainNetworkOptions], Run],
+    load: Callable[[Run, Interrupt], LoadedRun],
+) -> None:
     """Run the recorded step again, print what became of it, and change nothing.
 
     Args:
         given: options of this start; those that are not at their defaults win over the recorded ones.
+        setup: checks options and lays out a run.
+        load: makes its caches and loads its models.
 
     Raises:
         UserError: the file, or what it refers to, cannot be used.
@@ -110,7 +113,7 @@ def replay(trainer: Trainer, given: TrainNetworkOptions) -> None:
     path = Path(str(given.config.replay))
     recording, weights = read_recording(path)
     with Interrupt() as interrupt:
-        run = trainer.setup(_options(type(given), recording, given))
+        run = setup(_options(type(given), recording, given))
         if run.accelerator.num_processes > 1:
             raise UserError("--replay: runs in one process; start it without a launcher")
         plan = RunPlan(**{**recording.plan, "origin": Origin(**recording.plan["origin"])})
@@ -119,11 +122,9 @@ def replay(trainer: Trainer, given: TrainNetworkOptions) -> None:
             raise UserError(
                 f"--replay {path}: the data has changed: {batches} batches an epoch now, {plan.batches_per_epoch} then"
             )
-        run.plan, run.start_step = plan, recording.step - 1
-        trainer.cache(run, interrupt)
-        trainer.load(run)
-        _put_back(run, weights, path)
-        _run_again(trainer, run, recording)
+        loaded = load(replace(run, plan=plan, start_step=recording.step - 1), interrupt)
+        _put_back(loaded.update.parameters, weights, path)
+        _run_again(loaded, recording)
 
 
 def _options(kind: type[TrainNetworkOptions], recording: Recording, given: TrainNetworkOptions) -> TrainNetworkOptions:
@@ -135,8 +136,8 @@ def _options(kind: type[TrainNetworkOptions], recording: Recording, given: Train
     return replace(options, **{name: groups[name]() for name in _LEFT_OUT if name in groups}, console=given.console)
 
 
-def _put_back(run: Run, weights: Sequence[Tensor], path: Path) -> None:
-    parameters = [p for p in run.parameters if p.requires_grad]
+def _put_back(trained: Sequence[nn.Parameter], weights: Sequence[Tensor], path: Path) -> None:
+    parameters = [p for p in trained if p.requires_grad]
     if [tuple(p.shape) for p in parameters] != [tuple(w.shape) for w in weights]:
         raise UserError(f"--replay {path}: its weights are of another network; give no options of the network with it")
     with torch.no_grad():
@@ -144,38 +145,41 @@ def _put_back(run: Run, weights: Sequence[Tensor], path: Path) -> None:
             parameter.copy_(value)
 
 
-def _run_again(trainer: Trainer, run: Run, recording: Recording) -> None:
+def _run_again(loaded: LoadedRun, recording: Recording) -> None:
+    run, kind = loaded.run, loaded.kind
     position = run.plan.position(recording.step - 1)
-    trainer.training_mode(run, True)
-    trainer.epoch_started(run, position.epoch + 1)
+    loaded.saver.set_training(True)
+    kind.begin_epoch(position.epoch + 1)
     batches = run.data.dataloader(
         epoch=position.epoch,
         start_batch=position.batch_in_epoch,
         rank=recording.rank,
         world_size=recording.processes,
         plan=run.plan,
-        **trainer.loading(run),
+        **loaded.loading,
     )
     print(f"step {recording.step}, seed {recording.seed}, process {recording.rank + 1} of {recording.processes}")
     finite = True
     for index in range(run.plan.batches_of_step(position.batch_in_epoch)):
         batch = next(batches).to(run.device)
-        trainer.batch_started(run, batch)
+        kind.begin_batch(batch, recording.step - 1)
         torch.manual_seed(key(recording.seed, "batch", recording.step - 1, index, recording.rank))
-        finite &= _batch_again(trainer, run, batch)
-    finite &= _gradients(trainer, run)
+        finite &= _batch_again(loaded, batch)
+    finite &= _gradients(kind.modules(), loaded.update.parameters)
     print("this time all is finite" if finite else "the step is not finite again")
 
 
-def _batch_again(trainer: Trainer, run: Run, batch: Batch) -> bool:
+def _batch_again(loaded: LoadedRun, batch: Batch) -> bool:
     """Print loss and losses of a batch, and where they stop being finite; whether they are finite."""
-    roots = {"denoiser": run.denoiser, "vae": run.vae}
-    roots |= {f"text encoder {number}": encoder for number, encoder in enumerate(run.text_encoders, start=1)}
-    roots |= {"network": module for module in trainer.trained_modules(run)}
+    models = loaded.models
+    roots = {"denoiser": models.denoiser, "vae": models.vae}
+    roots |= {f"text encoder {number}": encoder for number, encoder in enumerate(models.text_encoders, start=1)}
+    known = {id(module) for module in roots.values()}
+    roots |= {"network": module for module in loaded.kind.modules() if id(module) not in known}
     with FirstNonFinite({name: module for name, module in roots.items() if module is not None}) as first:
-        losses = trainer.weighted_losses(run, batch)
+        losses = loaded.losses(batch)
     loss = losses.mean()
-    run.accelerator.backward(loss)
+    loaded.run.accelerator.backward(loss)
     print(f"loss {loss.item()}")
     rows = zip(batch.paths, batch.captions, losses.tolist(), batch.loss_weights.tolist(), strict=True)
     for path, caption, one, weight in rows:
@@ -187,11 +191,11 @@ def _batch_again(trainer: Trainer, run: Run, batch: Batch) -> bool:
     return bool(losses.isfinite().all())
 
 
-def _gradients(trainer: Trainer, run: Run) -> bool:
+def _gradients(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> bool:
     """Print the norm of the gradients, and whose are not finite; whether they are finite."""
-    names = {id(p): name for module in trainer.trained_modules(run) for name, p in module.named_parameters()}
+    names = {id(p): name for module in modules for name, p in module.named_parameters()}
     # float64, so that the sum of squares does not overflow
-    norms = {names.get(id(p), "?"): p.grad.double().norm().item() for p in run.parameters if p.grad is not None}
+    norms = {names.get(id(p), "?"): p.grad.double().norm().item() for p in parameters if p.grad is not None}
     total = sum(norm**2 for norm in norms.values()) ** 0.5
     wrong = [name for name, norm in norms.items() if not norm < float("inf")]
     print(f"gradient norm {total}")

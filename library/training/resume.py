@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,6 @@ from library.training.state_checks import problem_of_record, refuse_bad_optimize
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -134,23 +133,30 @@ def _shared_directory(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
 
 # ---- states of a run ----
 
-#: options that decide which tensors a state holds, as far as the options alone tell
-_SHAPING = ("network_module", "network_dim", "network_train_unet_only", "network_train_text_encoder_only")
 
+def check_fits(
+    state: TrainState,
+    options: TrainNetworkOptions,
+    optimizer: OptimizerChoice,
+    *,
+    shaping: Sequence[str],
+    starts_from: str,
+) -> None:
+    """Refuse options that the state's tensors do not fit; ``name_changes`` warns of the others.
 
-def check_fits(state: TrainState, options: TrainNetworkOptions, optimizer: OptimizerChoice) -> None:
-    """Refuse options that the state's tensors cannot go on with; ``name_changes`` warns of the others.
+    Args:
+        shaping: options that decide which tensors a state holds.
+        starts_from: the option that begins a new run with the weights of another.
 
     Raises:
         UserError: one line for each.
     """
     pairs = [("the optimizer", _class_of(state.fingerprint.get("optimizer")), _class_of(optimizer.metadata_name))]
     now = {field.name: value for field, value in flat(options)}
-    shaping = [name for name in _SHAPING if name != "network_dim" or not options.network.dim_from_weights]
-    pairs += [(f"--{name}", state.fingerprint.get(f"--{name}"), now[name]) for name in shaping]
+    pairs += [(f"--{n}", state.fingerprint.get(f"--{n}"), now[n]) for n in shaping]
     problems = [
         f"--resume {options.resume.resume}: it was saved with {name} {before}, not {after}; give what that run had, or "
-        "begin a new one with its weights (--network_weights)"
+        f"begin a new one with its weights ({starts_from})"
         for name, before, after in pairs
         # a rank that is not given is the module's, or the file's
         if before is not None and after is not None and before != after
@@ -183,53 +189,33 @@ def _class_of(optimizer: object) -> str | None:
     return optimizer.partition("(")[0] if isinstance(optimizer, str) else None
 
 
-def train_state(run: Run, *, step: int, epoch: int, losses: list[float]) -> TrainState:
-    """Where a run stands after ``step`` of ``epoch``, both counted from 1."""
-    return TrainState(
-        current_epoch=epoch,
-        current_step=step,
-        seed=run.checked.seed,
-        fingerprint=run.fingerprint,
-        losses=losses,
-        validation=run.validation.best.state() if run.validation else {},
-        origin_step=run.plan.origin.step,
-        origin_epoch=run.plan.origin.epoch,
-    )
-
-
-def name_changes(run: Run) -> None:
+def name_changes(resumed: TrainState, fingerprint: dict[str, object]) -> None:
     """Warn of what was changed since the state was saved."""
-    for change in run.checked.resumed.changes(run.fingerprint):
+    for change in resumed.changes(fingerprint):
         logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
 
 
-def resume_run(run: Run) -> None:
-    """Bring back weights, optimizer, scheduler, random states of this process, and the best validation.
+def load_state(accelerator: Accelerator, folder: Path, *, starts_from: str) -> None:
+    """Bring back weights, optimizer, scheduler and the random states of this process.
 
     Raises:
         UserError: the state's tensors are not those of this run or not finite, or a file of it holds code.
     """
-    name_changes(run)
-    folder = run.checked.state_folder
     refuse_bad_weights(folder)
     try:
-        run.accelerator.load_state(str(folder))
+        accelerator.load_state(str(folder))
     except torch.cuda.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:  # torch's, for other names, shapes or numbers of tensors
         what = " ".join(str(error).split())[:200]
         raise UserError(
             f"--resume {folder}: it was saved with another network or optimizer ({what}); give that run's options, "
-            "or begin a new one with its weights (--network_weights)"
+            f"or begin a new one with its weights ({starts_from})"
         ) from error
     except pickle.UnpicklingError:  # accelerate reads tensors and plain values only
         raise UserError(
             f"--resume {folder}: a file of it holds more than tensors and numbers, which is not read, as it may run "
             "any code; use another state"
         ) from None
-    for optimizer in run.accelerator._optimizers:
+    for optimizer in accelerator._optimizers:
         refuse_bad_optimizer(folder, optimizer)
-    run.update.follow_options(choice_of(run.checked.resumed, run.checked.optimizer) or run.checked.optimizer)
-    if run.validation:
-        run.validation.restore(run.checked.resumed)
-    logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)

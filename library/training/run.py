@@ -1,8 +1,8 @@
-"""A training run: what was found out before it began, and what it consists of while it goes on."""
+"""A training run, stage by stage: what was checked, how it is set up, and what is cached."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from library.architectures.base import Conditioning, ModelInfo
+from library.architectures.base import Architecture, Conditioning, ModelInfo
 from library.config.arguments import TrainNetworkOptions
 from library.data.dataset import TrainingData
 from library.data.dataset_config import DatasetConfig
@@ -20,14 +20,13 @@ from library.files.hub import HubTarget, Uploads
 from library.inference.prompt_line import SamplePrompt
 from library.optim.optimizers import OptimizerChoice
 from library.optim.schedulers import ScheduleSettings
-from library.optim.update import Update
 from library.training.checkpoints import OutputNames, SavePolicy
 from library.training.fingerprint import fingerprint
+from library.training.kinds.base import Kind
 from library.training.logs import TrackerSettings
 from library.training.plan import RunPlan
 from library.training.resume import TrainState
 from library.training.sharding import Sharding
-from library.training.validation import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,6 +37,7 @@ class Checked:
     """All that could be found out and refused before anything heavy is loaded."""
 
     options: TrainNetworkOptions
+    architecture: Architecture  # configured, and made for the checkpoint
     dataset_config: DatasetConfig
     checkpoint: Any  # the family's own, for its loaders
     info: ModelInfo
@@ -51,41 +51,47 @@ class Checked:
     seed: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """A run in progress."""
+    """A run that is set up: everything checked and counted, nothing loaded."""
 
     checked: Checked
+    kind: type[Kind]
     accelerator: Accelerator
     data: TrainingData
     plan: RunPlan
     names: OutputNames
     policy: SavePolicy
     objective: Objective
-    weight_dtype: torch.dtype
+    weight_dtype: torch.dtype  # of frozen weights
     started_at: float
     start_step: int  # steps done before
     uploads: Uploads
+    cached_encoders: tuple[bool, ...]  # for each text encoder, whether its outputs come from a cache
     sharding: Sharding | None = None  # of the denoiser over the processes
-    tokenizers: list[Any] = field(default_factory=list)
-    text_encoders: list[nn.Module] = field(default_factory=list)  # on the meta device beside a cache of their outputs
-    prompts: dict[str, Conditioning] = field(default_factory=dict)  # of sample images, by text, where texts are cached
-    denoiser: nn.Module | None = None
-    vae: nn.Module | None = None
-    parameters: Sequence[nn.Parameter] = ()  # that are trained
-    update: Update | None = None
-    record: Any = None  # metadata of what is saved
-    done_steps: int = 0  # when training has ended
-    validation: Validation | None = None
 
     @cached_property
     def fingerprint(self) -> dict[str, object]:
         """What a resumed run must share; read from files and records once, not at every state."""
-        return fingerprint(self)
+        return fingerprint(
+            self.options,
+            self.data,
+            seed=self.checked.seed,
+            batches_per_epoch=self.plan.batches_per_epoch,
+            total_steps=self.plan.total_steps,
+            processes=self.accelerator.num_processes,
+            device=self.device,
+            optimizer=self.checked.optimizer.metadata_name,
+            kind=self.kind.fingerprint(self.options),
+        )
 
     @property
     def options(self) -> TrainNetworkOptions:
         return self.checked.options
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.checked.architecture
 
     @property
     def device(self) -> torch.device:
@@ -94,3 +100,11 @@ class Run:
     @property
     def caches_latents(self) -> bool:
         return self.options.dataset.cache_latents or self.options.dataset.cache_latents_to_disk
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What is left of the caching stage."""
+
+    vae: nn.Module | None  # where it is still needed
+    prompts: Mapping[str, Conditioning] = field(default_factory=dict)  # of sample images, by text, if texts are cached

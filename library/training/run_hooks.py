@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from library.config.arguments import for_others
 from library.data.dataset import Batch
+from library.optim.update import Metrics
 from library.training.bad_steps import BadStepReport
-from library.training.checkpoints import ema_path, remove_outdated
+from library.training.loaded import LoadedRun
 from library.training.logs import Progress, Trackers, print_summary
 from library.training.metrics import DataWait, LossAverage, StepMetrics
 from library.training.nonfinite import BadStep
-from library.training.previews import PreviewPolicy, current_prompts, generate_previews, of_all_processes, preview_path
+from library.training.previews import PreviewPolicy, generate_previews, of_all_processes, preview_path
 from library.training.processes import of_main_process
-
-if TYPE_CHECKING:
-    from library.training.run import Run
-    from library.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +26,12 @@ logger = logging.getLogger(__name__)
 class RunHooks:
     """Implements ``library.training.loop.LoopHooks``; steps and epochs count from 1."""
 
-    def __init__(self, trainer: Trainer, run: Run) -> None:
-        self._trainer = trainer
+    def __init__(self, loaded: LoadedRun, summary: Sequence[tuple[str, str]]) -> None:
+        run = loaded.run
+        self._loaded = loaded
         self._run = run
+        self._saver = loaded.saver
+        self._summary = summary
         self._average = LossAverage(run.plan.steps_per_epoch)
         self._previews = PreviewPolicy(
             every_n_steps=run.options.sample.steps_between,
@@ -40,7 +39,6 @@ class RunHooks:
             at_first=run.options.sample.sample_at_first,
             prompts=run.checked.prompts,
         )
-        self._prompts = current_prompts(trainer, run)
         self._data_wait = DataWait()
         self._rates: dict[int, dict[str, float]] = {}
         self._progress: Progress | None = None
@@ -58,8 +56,8 @@ class RunHooks:
         config = for_others(run.options) if run.options.logging.log_config else {}
         self._trackers = Trackers(run.accelerator, run.checked.trackers, config)
         if main:
-            print_summary(self._trainer.summary(run), simple=simple)
-        self._trainer.training_mode(run, True)
+            print_summary(self._summary, simple=simple)
+        self._saver.set_training(True)
         if run.checked.resumed is None and self._previews.due_at_start():
             self._draw(step=run.start_step, epoch=None)
         if main:
@@ -77,28 +75,32 @@ class RunHooks:
         if self._trackers is not None:
             self._trackers.close()
 
-    @property
-    def losses(self) -> list[float]:
-        """The window of the running average, for the state folder."""
-        return self._average.state()
-
     # ---- hooks ----
 
     def batches(self, epoch: int, start_batch: int) -> Iterable[Batch]:
-        return self._trainer.batches(self._run, epoch, start_batch)
+        """The rest of an epoch, counted from 0, tokenised in the loader's workers."""
+        return self._run.data.dataloader(
+            epoch=epoch,
+            start_batch=start_batch,
+            rank=self._run.accelerator.process_index,
+            world_size=self._run.accelerator.num_processes,
+            plan=self._run.plan,
+            **self._loaded.loading,
+        )
 
     def loss(self, batch: Batch) -> Tensor:
-        return self._trainer.loss(self._run, batch)
+        """The mean loss of a batch."""
+        return self._loaded.losses(batch).mean()
 
     def epoch_started(self, epoch: int) -> None:
-        self._trainer.epoch_started(self._run, epoch)
+        self._loaded.kind.begin_epoch(epoch)
 
-    def batch_started(self, batch: Batch) -> None:
-        self._trainer.batch_started(self._run, batch)
+    def batch_started(self, batch: Batch, step: int) -> None:
+        self._loaded.kind.begin_batch(batch, step)
 
-    def step_ended(self, step: int, epoch: int) -> dict[str, Tensor]:
-        self._rates[step] = self._run.update.learning_rates()
-        return self._trainer.step_ended(self._run, step)
+    def step_ended(self, step: int, epoch: int) -> Metrics:
+        self._rates[step] = self._loaded.update.learning_rates()
+        return self._loaded.kind.after_step(step, self._run.device)
 
     def metrics_ready(self, metrics: StepMetrics) -> None:
         self._data_wait.add(metrics.values)
@@ -116,29 +118,29 @@ class RunHooks:
         self._bad_steps(bad, ends_run=ends_run, back_to=back_to)
 
     def is_save_due(self, step: int) -> bool:
-        validation, plan = self._run.validation, self._run.plan
+        validation, plan = self._loaded.validation, self._run.plan
         after = plan.position(step)
         ends_epoch = after.step_in_epoch == 0 and self._run.policy.saves_after_epoch(after.epoch, plan.num_epochs)
         by_step = self._run.policy.saves_after_step(step) or ends_epoch
         return by_step or (validation is not None and validation.is_due(step))
 
     def is_over(self) -> bool:
-        return self._run.validation is not None and self._run.validation.ends_run
+        return self._loaded.validation is not None and self._loaded.validation.ends_run
 
     def save_after_step(self, step: int, epoch: int) -> None:
         run, policy = self._run, self._run.policy
         # first, so that what is saved at this step knows of it
-        if run.validation is not None:
-            run.validation.after_step(step, epoch, training_loss=self._average.mean, trackers=self._trackers)
+        if (validation := self._loaded.validation) is not None:
+            validation.after_step(step, epoch, training_loss=self._average.mean, trackers=self._trackers)
         if policy.saves_after_step(step):
-            self._trainer.save(run, run.names.step(step), step=step, epoch=epoch)
+            self._saver.save_weights(run.names.step(step), step=step, epoch=epoch)
             if policy.save_state:
-                self._trainer.save_state(run, run.names.step_state(step), step=step, epoch=epoch, losses=self.losses)
+                self._save_state(run.names.step_state(step), step, epoch)
             if run.accelerator.is_main_process:
                 if (old := policy.step_to_remove(step)) is not None:
-                    self._remove(run.names.step(old))
+                    self._saver.remove(run.names.step(old))
                 if policy.save_state and (old := policy.step_state_to_remove(step)) is not None:
-                    self._remove(run.names.step_state(old))
+                    self._saver.remove(run.names.step_state(old))
         if self._previews.due_after_step(step):
             self._draw(step=step, epoch=None)
 
@@ -146,14 +148,14 @@ class RunHooks:
         run, policy = self._run, self._run.policy
         self._trackers.log_by_epoch({"loss/epoch_average": self._average.mean}, step=step, epoch=epoch)
         if policy.saves_after_epoch(epoch, run.plan.num_epochs):
-            self._trainer.save(run, run.names.epoch(epoch), step=step, epoch=epoch)
+            self._saver.save_weights(run.names.epoch(epoch), step=step, epoch=epoch)
             if policy.save_state:
-                self._trainer.save_state(run, run.names.epoch_state(epoch), step=step, epoch=epoch, losses=self.losses)
+                self._save_state(run.names.epoch_state(epoch), step, epoch)
             if run.accelerator.is_main_process:
                 if (old := policy.epoch_to_remove(epoch)) is not None:
-                    self._remove(run.names.epoch(old))
+                    self._saver.remove(run.names.epoch(old))
                 if policy.save_state and (old := policy.epoch_state_to_remove(epoch)) is not None:
-                    self._remove(run.names.epoch_state(old))
+                    self._saver.remove(run.names.epoch_state(old))
         if self._previews.due_after_epoch(epoch):
             self._draw(step=step, epoch=epoch)
 
@@ -161,25 +163,23 @@ class RunHooks:
         """Save weights and state so that nothing is lost, and say how to go on."""
         run = self._run
         weights, state = run.names.step(step), run.names.step_state(step)
-        self._trainer.save(run, weights, step=step, epoch=epoch)
-        self._trainer.save_state(run, state, step=step, epoch=epoch, losses=self.losses)
+        self._saver.save_weights(weights, step=step, epoch=epoch)
+        self._save_state(state, step, epoch)
         if run.accelerator.is_main_process:
             logger.warning("stopped after step %d; go on with: --resume %s", step, state)
 
-    def _remove(self, path: Path) -> None:
-        """What is still on its way to the Hub is removed when it has arrived."""
-        uploads = self._run.uploads
-        # averages go with their weights, so both must have arrived
-        uploads.when_free(ema_path(path), lambda _: uploads.when_free(path, remove_outdated))
+    def _save_state(self, path: Path, step: int, epoch: int) -> None:
+        losses, best = self._average.state(), self._loaded.best
+        self._saver.save_state(path, step=step, epoch=epoch, losses=losses, validation=best)
 
     # ---- previews ----
 
     def _draw(self, *, step: int, epoch: int | None) -> None:
         run = self._run
-        self._trainer.training_mode(run, False)
+        self._saver.set_training(False)
         images = generate_previews(
-            of_main_process(self._prompts.current() if run.accelerator.is_main_process else ()),
-            draw=lambda prompt, path: self._trainer.draw(run, prompt, path),
+            of_main_process(self._loaded.prompts.current() if run.accelerator.is_main_process else ()),
+            draw=self._loaded.previews,
             path_of=lambda index, prompt: preview_path(
                 run.names.directory, run.names.stem, epoch=epoch, step=step, index=index, seed=prompt.seed
             ),
@@ -188,7 +188,7 @@ class RunHooks:
             together=run.sharding is not None,
         )
         self._trackers.images(of_all_processes(images), step)
-        self._trainer.training_mode(run, True)
+        self._saver.set_training(True)
 
 
 #: share of the time in which steps wait for data, from which on something is said to it

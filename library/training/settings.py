@@ -172,21 +172,6 @@ def update_settings(options: TrainNetworkOptions, *, seed: int, total_steps: int
     )
 
 
-#: network args of our own and of third-party modules that give parameters other rates than their part's
-_RATE_ARGS = (
-    "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "down_lr_weight", "mid_lr_weight",
-    "up_lr_weight", "network_reg_lrs",
-)  # fmt: skip
-
-
-def learning_rates_of_parts(options: TrainNetworkOptions) -> list[str]:
-    """The options given that set learning rates of parts of the model, as the user wrote them."""
-    given = [word.partition("=")[0].strip() for word in options.network.network_args or []]
-    rates = ("unet_lr", "text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2")
-    flags = [f"--{name}" for name in rates if getattr(options.optimizer, name) not in (None, [])]
-    return flags + [name for name in _RATE_ARGS if name in given]
-
-
 def noise_settings(options: TrainNetworkOptions) -> NoiseSettings:
     noise = options.noise
     return NoiseSettings(

@@ -1,32 +1,29 @@
-"""The frozen model of a run, placed as the run has it: whole on the device, or shared out over the processes.
+"""The frozen denoiser of a run: whole on the device, or sharded over the processes.
 
-What is shared out is the denoiser. Text encoders stay whole: a cache of their outputs leaves none of them, and without
+Only the denoiser is sharded. Text encoders stay whole: a cache of their outputs leaves none of them, and without
 one, processes may encode different numbers of captions, where gatherings must meet.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from library.architectures.base import Architecture
 from library.config.no_effect import report
 from library.errors import NoEffect, UserError
 from library.memory.host_convolution import convolve_as_products
-from library.memory.sharding import Sharding, shard_model, shard_sizes
+from library.memory.sharding import Sharding, shard_sizes
 from library.training.launch import asked_sharding
-from library.training.precision import Fp8Parts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.architectures.base import Architecture
-    from library.training.run import Run
-
 
 def sharding_for(accelerator: Accelerator, *, strict: bool) -> Sharding | None:
-    """What can be had on this machine of the sharing out that accelerate's configuration asks for.
+    """The sharding that accelerate's configuration asks for, as far as this machine can do it.
 
     Raises:
         UserError: a setting that needs a GPU; one process, under ``--strict``.
@@ -44,40 +41,39 @@ def sharding_for(accelerator: Accelerator, *, strict: bool) -> Sharding | None:
     return sharding
 
 
-def load_denoiser(run: Run, architecture: Architecture) -> nn.Module:
-    """Load the denoiser to where it is worked on until it has its final form."""
-    waits = run.sharding is not None or Fp8Parts.of(run.options).denoiser
-    home = "cpu" if waits else str(run.device)
-    denoiser = architecture.load_denoiser(run.checked.checkpoint, dtype=run.weight_dtype, device=home)
-    if run.sharding is not None:
+def load_denoiser(
+    architecture: Architecture,
+    checkpoint: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    waits: bool,
+    sharding: Sharding | None,
+) -> nn.Module:
+    """Load the denoiser to where it is worked on until it has its final form.
+
+    Args:
+        waits: whether it is stored otherwise before it is moved to ``device``.
+    """
+    home = "cpu" if waits or sharding is not None else str(device)
+    denoiser = architecture.load_denoiser(checkpoint, dtype=dtype, device=home)
+    if sharding is not None:
         # FSDP takes contiguous weights only. And where it hands on a batch of one with channels last, strides change:
         # layers would work in another layout than when a checkpointed block runs again, and dropout draw otherwise
         return denoiser
     # convolutions are faster so; benchmarks/RESULTS.md has the metrics. Linear layers stay as they are
     denoiser = denoiser.to(memory_format=torch.channels_last)
-    if run.device.type == "cpu":
+    if device.type == "cpu":
         convolve_as_products(denoiser)
     return denoiser
 
 
-def shard_denoiser(run: Run, architecture: Architecture) -> None:
-    """Share the denoiser out, if accelerate's configuration asks for it.
-
-    It comes after all that reads or changes whole weights: merging, and the making of adapters.
-
-    Raises:
-        UserError: see ``library.memory.sharding.shard_model``.
-    """
-    if run.sharding is not None:
-        shard_model(run.denoiser, architecture.compiled_blocks, run.sharding, run.device)
-
-
-def sharding_rows(run: Run) -> list[tuple[str, str]]:
-    """For the table before the first step."""
-    if run.sharding is None:
+def sharding_rows(sharding: Sharding | None, denoiser: nn.Module, processes: int) -> list[tuple[str, str]]:
+    """Rows for the table before the first step."""
+    if sharding is None:
         return []
-    shares = shard_sizes(run.denoiser)
-    if shares.here == shares.total:  # a dry run has no weights
-        return [("shared out", f"FSDP, over {run.accelerator.num_processes} processes")]
-    where = "host memory" if run.sharding.on_host else "device memory"
-    return [("shared out", f"FSDP, {shares.here:,} of {shares.total:,} frozen parameters in each process's {where}")]
+    sizes = shard_sizes(denoiser)
+    if sizes.here == sizes.total:  # a dry run has no weights
+        return [("sharding", f"FSDP, over {processes} processes")]
+    where = "host memory" if sharding.on_host else "device memory"
+    return [("sharding", f"FSDP, {sizes.here:,} of {sizes.total:,} frozen parameters in each process's {where}")]

@@ -1,4 +1,4 @@
-"""One batch to one loss: what every trainer and every family shares, on one screen.
+"""Latents to noisy input and target, and predictions to losses: pure functions, the same for all families.
 
 Shape legend: B batch, C latent channels, (h, w) latent size.
 """
@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from library.architectures.base import Architecture, Conditioning
-from library.data.dataset import Batch
 from library.diffusion import loss as losses
 from library.diffusion import noise as noises
 from library.diffusion.objective import LossSettings, Objective, TimestepRange
@@ -121,33 +119,3 @@ def sample_losses(
     loss = losses.conditional_loss(found, noisy.target.float(), settings.loss_type, huber_c=huber_c)
     loss = losses.masked(loss, masks).mean(dim=(1, 2, 3))  # (B, C, h, w) -> (B,)
     return objective.weighted(loss, noisy.timesteps, settings)
-
-
-def batch_losses(
-    architecture: Architecture,
-    denoiser: nn.Module,
-    batch: Batch,
-    latents: Tensor,
-    conditioning: Conditioning,
-    objective: Objective,
-    noise: NoiseSettings,
-    loss: LossSettings,
-    *,
-    dtype: torch.dtype,
-    level: int | None = None,
-) -> Tensor:
-    """The loss of each sample (B,), with a graph back to whatever is trained.
-
-    Args:
-        latents: (B, C, h, w) as the cache stores them, on the denoiser's device.
-        conditioning: encoded inside the caller's autocast, so that trained encoders get gradients.
-        dtype: of the frozen denoiser's weights, which its inputs are cast to.
-        level: one of the objective's fixed levels, for all samples; a timestep is drawn for each, if not given.
-    """
-    conditioning = architecture.with_sizes(
-        conditioning, original=batch.original_sizes, top_left=batch.crop_top_lefts, target=batch.target_sizes
-    )
-    scaled = architecture.scale_latents(latents)
-    noisy = make_noisy(scaled, batch.visits, objective, noise, level=level)
-    prediction = architecture.predict(denoiser, noisy.noisy.to(dtype), noisy.timesteps, conditioning)
-    return sample_losses(prediction, noisy, objective, loss, masks=batch.loss_masks)

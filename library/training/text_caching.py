@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture
-from library.config.arguments import DatasetOptions, ModelOptions, TrainNetworkOptions
+from library.config.arguments import DatasetOptions, ModelOptions
 from library.data.cache_format import check_places
 from library.data.caption_lengths import measure_of, warn_of_cut_captions
 from library.data.dataset import TrainingData
@@ -35,7 +35,6 @@ from library.training.processes import peers_of
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -82,18 +81,6 @@ def text_cache_row(options: DatasetOptions) -> str:
     return ("on disk" if options.cache_text_encoder_outputs_to_disk else "in memory") + (
         f", {variants} variants of captions that vary" if variants > 1 else ""
     )
-
-
-def cached_encoders(architecture: Architecture, options: TrainNetworkOptions) -> tuple[bool, ...]:
-    """Of which text encoders the run takes the outputs from a cache."""
-    caches = caches_texts(options.dataset)
-    return tuple(caches and not adapted for adapted in architecture.adapted_encoders(options.network))
-
-
-def uncached(architecture: Architecture, run: Run) -> list[nn.Module | None]:
-    """A run's text encoders; ``None`` for those whose outputs are cached."""
-    cached = cached_encoders(architecture, run.options)
-    return [None if is_cached else encoder for encoder, is_cached in zip(run.text_encoders, cached, strict=True)]
 
 
 def cache_texts(job: CacheJob, use: Callable[[TextModels], T] | None = None, *, in_part: bool = False) -> T | None:

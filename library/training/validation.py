@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +23,16 @@ from library.data.validation_data import ValidationData
 from library.errors import UserError
 from library.inference.generate import undisturbed
 from library.randomness import key
+from library.training.batch_losses import BatchLosses
+from library.training.kinds.base import Kind
 from library.training.logs import Trackers
+from library.training.models import Models
 from library.training.plan import RunPlan
+from library.training.resume import TrainState
+from library.training.run import Run
+from library.training.saving import Saver
 from library.training.settings import noise_settings
 from library.training.work_progress import WorkProgress
-
-if TYPE_CHECKING:
-    from library.training.resume import TrainState
-    from library.training.run import Run
-    from library.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -111,14 +113,29 @@ class Validation:
     """The validations of one run.
 
     Args:
-        trainer: that can tell losses and save.
-        run: with everything loaded, its latents cached if they will be.
+        run: whose latents are cached, if they will be.
+        models: in eval mode meanwhile.
+        losses: of training.
+        loading: how batches are prepared, as for training.
     """
 
-    def __init__(self, trainer: Trainer, run: Run) -> None:
+    def __init__(
+        self,
+        run: Run,
+        models: Models,
+        kind: Kind,
+        losses: BatchLosses,
+        saver: Saver,
+        *,
+        loading: Mapping[str, Any],
+    ) -> None:
         options = run.options.validation
-        self._trainer = trainer
         self._run = run
+        self._models = models
+        self._kind = kind
+        self._losses = losses
+        self._loading = loading
+        self._saver = saver
         self._policy = ValidationPolicy(run.plan, options.validate_every_n_steps, options.validate_every_n_epochs)
         self._patience = options.early_stopping_patience
         # perturbed inputs are a means of training, as dropout is
@@ -161,12 +178,12 @@ class Validation:
         if not axes:
             return
         started = time.monotonic()
-        self._trainer.training_mode(self._run, False)
+        self._saver.set_training(False)
         loss = self._mean_loss()
-        self._trainer.training_mode(self._run, True)
+        self._saver.set_training(True)
         is_best = self.best.add(loss, step)
         if is_best and self._run.options.validation.save_best:
-            self._trainer.save(self._run, self._run.names.best(), step=step, epoch=epoch)
+            self._saver.save_weights(self._run.names.best(), step=step, epoch=epoch)
         for axis in axes:
             metrics = {
                 f"loss/validation/{axis}_average": loss,
@@ -204,14 +221,12 @@ class Validation:
         """The mean over the images of all processes; each counts the same, whatever batch it is in."""
         run = self._run
         losses = [torch.zeros(0, device=run.device)]  # a process may have no batch
-        modules = [run.denoiser, *run.text_encoders, *self._trainer.trained_modules(run)]
-        if run.vae is not None:
-            modules.append(run.vae)
+        modules = [*self._models.modules(), *self._kind.modules()]
         # lines, as the steps have the bar
         report = WorkProgress("validating", "batches", simple=True, enabled=run.accelerator.is_main_process)
         with torch.no_grad(), undisturbed(modules, run.device):
-            for done, batch in enumerate(self._data.batches(**self._trainer.loading(run)), start=1):
-                measured = self._losses(batch.to(run.device, non_blocking=True))
+            for done, batch in enumerate(self._data.batches(**self._loading), start=1):
+                measured = self._of_batch(batch.to(run.device, non_blocking=True))
                 if done <= self._data.counted:
                     losses.append(measured)
                 report.update(done, len(self._data))
@@ -221,24 +236,22 @@ class Validation:
             total = run.accelerator.reduce(total.to(run.device), reduction="sum")
         return float(total[0] / total[1])
 
-    def _losses(self, batch: Batch) -> Tensor:
+    def _of_batch(self, batch: Batch) -> Tensor:
         """The loss of each image (B,), the mean over the fixed timesteps.
 
         It is the training's loss, with its weights and masks, so that the two can be compared.
         """
-        run, trainer = self._run, self._trainer
-        trainer.validation_batch_started(run, batch)
-        with run.accelerator.autocast():
-            latents = trainer.latents(run, batch)
-            conditioning = trainer.encode_text(run, batch)
+        self._kind.begin_validation_batch(batch)
+        with self._losses.autocast():
+            latents, encoded = self._losses.encode(batch)
             at_each = [
-                trainer.losses(
-                    run,
+                self._losses.at(
                     replace(batch, visits=[key(visit, "timestep", level) for visit in batch.visits]),
                     latents,
-                    conditioning,
-                    self._noise,
-                    level,
+                    encoded,
+                    noise=self._noise,
+                    draw=None,
+                    level=level,
                 )
                 for level in self._levels
             ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from library.optim.zero import Zero, ZeroOptimizer, check_optimizer
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.training.run import Run
 
 #: of ``zero_optimization``: handed to DeepSpeed
 _HANDED_ON = (
@@ -164,13 +163,14 @@ def zero_of(options: TrainingOptions, accelerator: Accelerator) -> Zero | None:
     return None if zero is None or (accelerator.num_processes == 1 and not zero.on_host) else zero
 
 
-def zero_rows(run: Run) -> list[tuple[str, str]]:
-    """For the table before the first step."""
-    inner = run.update.optimizer if run.update else None
-    if not isinstance(inner, ZeroOptimizer):
+def zero_rows(
+    optimizer: torch.optim.Optimizer | None, parameters: Sequence[torch.nn.Parameter], options: TrainingOptions
+) -> list[tuple[str, str]]:
+    """For the table before the first step; a dry run has no optimizer."""
+    if not isinstance(optimizer, ZeroOptimizer):
         return []
-    zero = asked_zero(run.options.training)
-    total = sum(p.numel() for p in run.parameters)
+    zero = asked_zero(options)
+    total = sum(p.numel() for p in parameters)
     where = "host memory" if zero.on_host else "device memory"
-    states = f"states of {min(inner.numbers_here, total):,} of {total:,} trained numbers in each process's {where}"
+    states = f"states of {min(optimizer.numbers_here, total):,} of {total:,} trained numbers in each process's {where}"
     return [("DeepSpeed", f"ZeRO stage {zero.stage}, {states}")]

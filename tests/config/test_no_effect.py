@@ -25,8 +25,9 @@ from library.data.dataset_config import load_dataset_config
 from library.errors import NoEffect, UserError
 from library.optim.optimizers import resolve_optimizer
 from library.optim.schedule_checks import check_scheduler
+from library.training.kinds.adapter import Adapter
 from library.training.plan import RunPlan
-from library.training.settings import learning_rates_of_parts, schedule_settings
+from library.training.settings import schedule_settings
 from tests.fixtures.runs import make_images
 
 Given = dict[str, object]
@@ -417,7 +418,7 @@ def test_schedules_and_optimizers(case: Case) -> None:
             False,
             o.optimizer_args,
             o.learning_rate,
-            learning_rates_of_parts=learning_rates_of_parts(given),
+            learning_rates_of_parts=Adapter.learning_rate_flags(given),
         )
         warnings = (*optimizer.warnings, *check_scheduler(optimizer, schedule_settings(given)))
         return [

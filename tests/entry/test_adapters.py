@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.training.network_trainer import parse_network_args
+from library.training.network_module import parse_network_args
 from tests.fixtures.families import Tiny
 from tests.fixtures.runs import ROOT, logged, lora_arguments, metadata_of, run_script, train_here, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint

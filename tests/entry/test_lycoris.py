@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.architectures.base import SampleFacts
 from library.config.arguments import TrainNetworkOptions, with_groups
 from library.errors import UserError
 from library.inference.networks import apply_networks, choose_networks
@@ -60,7 +61,7 @@ def outputs(models: SimpleNamespace) -> torch.Tensor:
     size = torch.tensor([[64, 64]])
     with torch.no_grad():
         conditioning = architecture.encode_text(models.text_encoders, tokens, clip_skip=None)
-        conditioning = architecture.with_sizes(conditioning, original=size, top_left=0 * size, target=size)
+        conditioning = architecture.condition(conditioning, SampleFacts(size, 0 * size, size), None)
         return architecture.predict(models.denoiser, noise, torch.tensor([300.0]), conditioning)
 
 

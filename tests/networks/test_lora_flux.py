@@ -16,7 +16,7 @@ from library.architectures.flux.targets import DENOISER
 from library.architectures.sd import SD
 from library.errors import UserError
 from library.inference.networks import apply_networks, choose_networks
-from library.training.network_trainer import parse_network_args
+from library.training.network_module import parse_network_args
 from networks import lora
 from networks.flux_args import LoraFluxArgs
 from networks.lora_flux import check_network_args, create_network, create_network_from_weights

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
 from library.optim.optimizers import resolve_optimizer
 from library.training.fingerprint import HARMLESS, HARMLESS_GROUPS, fingerprint, option_values
-from library.training.plan import RunPlan
+from library.training.kinds.adapter import Adapter
 from library.training.resume import TrainState
 from tests.fixtures.runs import make_images
 
@@ -57,16 +56,17 @@ class Setting:
         optimizer = resolve_optimizer(
             chosen.optimizer_type, chosen.use_8bit_adam, chosen.use_lion_optimizer, chosen.optimizer_args, 1e-3
         )
-        run = SimpleNamespace(
-            options=options,
-            data=data,
-            checked=SimpleNamespace(seed=seed, optimizer=optimizer),
-            plan=RunPlan(data.batches_per_process(processes), 1, steps),
-            accelerator=SimpleNamespace(num_processes=processes),
+        return fingerprint(
+            options,
+            data,
+            seed=seed,
+            batches_per_epoch=data.batches_per_process(processes),
+            total_steps=steps,
+            processes=processes,
             device=torch.device("cpu"),
-            caches_latents=options.dataset.cache_latents,
+            optimizer=optimizer.metadata_name,
+            kind=Adapter.fingerprint(options),
         )
-        return fingerprint(run)  # type: ignore[arg-type]
 
 
 @pytest.fixture

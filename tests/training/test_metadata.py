@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from library.config.arguments import TrainNetworkOptions
+from library.training.kinds.adapter import Adapter
 from library.training.metadata import fixed_entries
 
 #: option -> (its value, its key without ss_, the text)
@@ -63,8 +64,10 @@ RECORDED: dict[str, tuple[object, str, str]] = {
 
 
 def entries(**given: object) -> dict[str, str]:
+    options = TrainNetworkOptions.from_args(argparse.Namespace(**given))
+    kind = SimpleNamespace(options=options, _args={})
     return fixed_entries(
-        TrainNetworkOptions.from_args(argparse.Namespace(**given)),
+        options,
         SimpleNamespace(metadata=lambda info: {}),  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
         session_id=1,
@@ -74,7 +77,7 @@ def entries(**given: object) -> dict[str, str]:
         total_steps=5,
         optimizer_name="optimizer",
         scheduler_name="scheduler",
-        network_args={},
+        kind=Adapter.metadata(kind),  # type: ignore[arg-type]
         data={},
     )
 

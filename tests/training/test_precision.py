@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from library.config.arguments import TrainNetworkOptions
-from library.training.precision import home_of_text_encoders
+from library.training.precision import Fp8Parts
 
 
 @pytest.mark.parametrize(
-    ("given", "home"),
+    ("given", "waits"),
     [
-        ({}, "cuda:0"),
+        ({}, False),
         # an encoder that is trained beside the cached outputs of another is fed on the device
-        ({"cache_text_encoder_outputs": True}, "cuda:0"),
-        ({"cache_text_encoder_outputs_to_disk": True, "fp8_base": True}, "cuda:0"),
+        ({"cache_text_encoder_outputs": True}, False),
+        ({"cache_text_encoder_outputs_to_disk": True, "fp8_base": True}, False),
         # until they have become small
-        ({"fp8_base": True}, "cpu"),
-        ({"fp8_base": True, "fp8_base_unet": True}, "cuda:0"),
+        ({"fp8_base": True}, True),
+        ({"fp8_base": True, "fp8_base_unet": True}, False),
     ],
 )
-def test_text_encoders_are_loaded_where_they_are_used(given: dict[str, object], home: str) -> None:
+def test_text_encoders_wait_on_the_host_for_their_fp8_form(given: dict[str, object], waits: bool) -> None:
     options = TrainNetworkOptions.from_args(argparse.Namespace(**given))
-    assert home_of_text_encoders(SimpleNamespace(options=options, device=torch.device("cuda:0"))) == home
+    assert Fp8Parts.of(options).text_encoders is waits

@@ -16,7 +16,8 @@ from accelerate.state import AcceleratorState
 from library.config.arguments import TrainNetworkOptions, ValidationOptions
 from library.errors import UserError
 from library.optim.optimizers import resolve_optimizer
-from library.training.resume import TrainState, check_fits, resume_run
+from library.training.kinds.adapter import Adapter
+from library.training.resume import TrainState, check_fits, load_state
 from library.training.settings import run_plan
 from library.training.validation import check_validation
 
@@ -54,22 +55,14 @@ def accelerator() -> Iterator[Accelerator]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def resumed_run(accelerator: Accelerator, module: torch.nn.Module) -> SimpleNamespace:
-    """A run that trains the module, with a state of its own beside."""
+def prepare(accelerator: Accelerator, module: torch.nn.Module) -> None:
+    """Let the accelerator's states hold the module, with an optimizer and a schedule."""
     optimizer = torch.optim.AdamW(accelerator.prepare_model(module).parameters())
     accelerator.prepare_scheduler(torch.optim.lr_scheduler.ConstantLR(accelerator.prepare_optimizer(optimizer)))
-    checked = SimpleNamespace(
-        resumed=TrainState(current_epoch=1, current_step=1), state_folder=Path("state"), optimizer=None
-    )
-    return SimpleNamespace(
-        checked=checked,
-        fingerprint={},
-        update=SimpleNamespace(follow_options=lambda before: None),
-        accelerator=accelerator,
-        validation=None,
-        start_step=1,
-        plan=SimpleNamespace(total_steps=2),
-    )
+
+
+def load(accelerator: Accelerator) -> None:
+    load_state(accelerator, Path("state"), starts_from="--network_weights")
 
 
 @pytest.mark.parametrize("file", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
@@ -78,16 +71,16 @@ def test_code_in_a_state_is_not_run(
 ) -> None:
     """States come from the Hub too."""
     monkeypatch.chdir(tmp_path)
-    run = resumed_run(accelerator, torch.nn.Linear(1, 1))
+    prepare(accelerator, torch.nn.Linear(1, 1))
     accelerator.save_state("state")
-    resume_run(run)
+    load(accelerator)
     assert Path("state", file).exists()
     torch.save({"state": Evil()}, Path("state", file))
     if file == "random_states_0.pkl":  # nothing depends on these, and accelerate goes on without them
-        resume_run(run)
+        load(accelerator)
     else:
         with pytest.raises(UserError, match="--resume state: a file of it holds more than tensors and numbers"):
-            resume_run(run)
+            load(accelerator)
     assert not Path("pwned").exists()
 
 
@@ -95,11 +88,11 @@ def test_a_state_of_another_network(tmp_path: Path, accelerator: Accelerator, mo
     """What the options alone do not tell, such as ``--network_args conv_dim=8``."""
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Sequential(torch.nn.Linear(1, 1))
-    run = resumed_run(accelerator, model)
+    prepare(accelerator, model)
     accelerator.save_state("state")
     model[0].weight = torch.nn.Parameter(torch.ones(1, 2))
     with pytest.raises(UserError, match=r"--resume state: it was saved with another network .*size mismatch") as raised:
-        resume_run(run)
+        load(accelerator)
     assert len(str(raised.value).splitlines()) == 1
 
 
@@ -141,7 +134,7 @@ def test_what_the_options_tell(before: dict[str, object], given: dict[str, objec
     options = TrainNetworkOptions.from_args(argparse.Namespace(resume="s", **given))
     optimizer = resolve_optimizer("", False, False, None, 1e-3)
     if words is None:
-        check_fits(state, options, optimizer)
+        check_fits(state, options, optimizer, shaping=Adapter.shaping_options(options), starts_from="--network_weights")
         return
     with pytest.raises(UserError, match=f"--resume s: it was saved with {words}"):
-        check_fits(state, options, optimizer)
+        check_fits(state, options, optimizer, shaping=Adapter.shaping_options(options), starts_from="--network_weights")

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from library.config.arguments import LossOptions, NoiseOptions, SchedulerOptions, TrainNetworkOptions
+from library.training.kinds.adapter import Adapter
 from library.training.plan import RunPlan
 from library.training.settings import (
     hub_target,
     loss_settings,
     noise_settings,
-    learning_rates_of_parts,
     save_policy,
     schedule_settings,
     tracker_settings,
@@ -135,7 +135,7 @@ def test_no_upload_without_a_repository() -> None:
 
 def test_every_option_that_gives_a_part_its_own_rate_is_named() -> None:
     def found(**given: object) -> list[str]:
-        return learning_rates_of_parts(TrainNetworkOptions.from_args(argparse.Namespace(**given)))
+        return Adapter.learning_rate_flags(TrainNetworkOptions.from_args(argparse.Namespace(**given)))
 
     assert found(network_args=["conv_dim=4", "dora=True"]) == []
     assert found(unet_lr=0.0, text_encoder_lr=[1e-4]) == ["--unet_lr", "--text_encoder_lr"]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from library.config.arguments import TrainNetworkOptions
 from library.diffusion import noise as noises
 from library.diffusion.ddpm import NoiseSchedule
 from library.diffusion.objective import DdpmObjective, LossSettings
 from library.randomness import torch_generator
-from library.training import trainer
+from library.training.batch_losses import BatchLosses
 from library.training.step import NoiseSettings, NoisyBatch, make_noisy, sample_losses
 
 #: alpha_bar 0.64, 0.36 and 0: signal 0.8, 0.6 and 0, noise 0.6, 0.8 and 1, SNR 16/9, 9/16 and 0
@@ -193,13 +191,17 @@ def test_low_precision_predictions_are_compared_in_float32() -> None:
 
 
 def test_the_mean_of_a_batch_weighs_regularization_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "noise_settings", lambda options: NoiseSettings())
-    own = SimpleNamespace(
-        latents=lambda run, batch: None, encode_text=lambda run, batch: None, losses=lambda *_: torch.tensor([4.0, 2.0])
+    losses = BatchLosses(
+        *(None,) * 5,  # type: ignore[arg-type]
+        noise=NoiseSettings(),
+        loss=LossSettings(),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        autocast=nullcontext,
+        activations=nullcontext,
     )
-    run = SimpleNamespace(
-        accelerator=SimpleNamespace(autocast=nullcontext), options=TrainNetworkOptions.from_args(Namespace())
-    )
-    batch = SimpleNamespace(loss_weights=torch.tensor([1.0, 0.5]))  # --prior_loss_weight 0.5
+    monkeypatch.setattr(losses, "encode", lambda batch: (None, None))
+    monkeypatch.setattr(losses, "at", lambda *_, **more: torch.tensor([4.0, 2.0]))
+    batch = SimpleNamespace(loss_weights=torch.tensor([1.0, 0.5]), visits=[1, 2])  # --prior_loss_weight 0.5
     # (4 + 0.5 * 2) / 2 images
-    assert trainer.Trainer.weighted_losses(own, run, batch).mean().item() == 2.5
+    assert losses(batch).mean().item() == 2.5  # type: ignore[arg-type]

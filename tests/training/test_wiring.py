@@ -14,17 +14,23 @@ import torch
 from library.architectures.sd import SD
 from library.config.arguments import TrainNetworkOptions
 from library.inference.prompt_line import SamplePrompt
-from library.training import caching, network_trainer, previews, validation
+from library.training import caching, validation
 from library.training.caching import CacheJob, cache_latents, inspect_model
-from library.training.network_trainer import NetworkTrainer
+from library.training.caption_encoder import CaptionEncoder
+from library.training.loading import batch_preparation
+from library.training.models import Models
+from library.training.network_module import NetworkModule
 from library.training.plan import RunPlan
-from library.training.previews import _generate_options
+from library.training.previews import PreviewGenerator, generate_options
 from library.training.processes import make_accelerator
-from library.training.trainer import Trainer
+from library.training.setup import objective_of
 
 
 def options(**given: object) -> TrainNetworkOptions:
     return TrainNetworkOptions.from_args(argparse.Namespace(output_dir="out", **given))
+
+
+MODELS = Models([], [None], None, None)  # type: ignore[list-item, arg-type]
 
 
 class Listener:
@@ -112,45 +118,37 @@ def test_the_time_that_processes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert handler.timeout == timedelta(minutes=7)
 
 
-class OfSD(Trainer):
-    """Enough of a trainer to ask it for settings."""
-
-    architecture = SD
-
-
-for _name in OfSD.__abstractmethods__:
-    setattr(OfSD, _name, None)
-OfSD.__abstractmethods__ = frozenset()
-
-
 def run_of(device: str = "cpu", **given: object) -> Any:
-    return SimpleNamespace(
-        options=options(**given), device=torch.device(device), weight_dtype=torch.float16, tokenizers=[]
-    )
+    return SimpleNamespace(architecture=SD, options=options(**given), device=torch.device(device))
 
 
 def test_how_batches_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    trainer = OfSD()
-    plain = trainer.loading(run_of())
+    models = Models([], [], None, None)  # type: ignore[arg-type]
+
+    def prepared(device: str = "cpu", **given: object) -> dict[str, Any]:
+        return batch_preparation(run_of(device, **given), models)
+
+    plain = prepared()
     assert (plain["num_workers"], plain["pin_memory"], plain["persistent"]) == (3, False, False)
     for given, used in ((2, 2), (4, 4), (7, 4), (8, 3), (0, 0)):  # 8 is the default
-        assert trainer.loading(run_of(max_data_loader_n_workers=given))["num_workers"] == used
+        assert prepared(max_data_loader_n_workers=given)["num_workers"] == used
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    assert trainer.loading(run_of())["num_workers"] == 1
-    assert trainer.loading(run_of(persistent_data_loader_workers=True))["persistent"] is True
-    assert trainer.loading(run_of("cuda"))["pin_memory"] is True
+    assert prepared()["num_workers"] == 1
+    assert prepared(persistent_data_loader_workers=True)["persistent"] is True
+    assert prepared("cuda")["pin_memory"] is True
     assert (plain["tokenize"].max_token_length, plain["tokenize"].weighted) == (None, False)
-    assert trainer.loading(run_of(max_token_length=225))["tokenize"].max_token_length == 225
-    assert trainer.loading(run_of(weighted_captions=True))["tokenize"].weighted is True
+    assert prepared(max_token_length=225)["tokenize"].max_token_length == 225
+    assert prepared(weighted_captions=True)["tokenize"].weighted is True
 
 
 def test_sample_images_are_drawn_as_is_trained() -> None:
-    drawn = _generate_options(run_of(zero_terminal_snr=True, clip_skip=2, max_token_length=150))
+    how = {"device": torch.device("cpu"), "dtype": torch.float16}
+    drawn = generate_options(options(zero_terminal_snr=True, clip_skip=2, max_token_length=150), **how)
     assert (drawn.dtype, drawn.zero_terminal_snr, drawn.clip_skip, drawn.max_token_length) == (
         *(torch.float16, True, 2, 150),
     )
-    plain = _generate_options(run_of())
+    plain = generate_options(options(), **how)
     assert (plain.zero_terminal_snr, plain.clip_skip, plain.max_token_length) == (False, None, None)
 
 
@@ -171,24 +169,23 @@ def test_how_often_and_how_long_is_validated(monkeypatch: pytest.MonkeyPatch) ->
         objective=SimpleNamespace(levels=lambda *_: [1]),
         accelerator=SimpleNamespace(process_index=0, num_processes=1),
     )
-    made = validation.Validation(None, run)  # type: ignore[arg-type]
+    made = validation.Validation(run, *(None,) * 4, loading={})  # type: ignore[arg-type]
     assert told["max_batches"] == 5
     assert (made._policy.every_n_steps, made._policy.every_n_epochs) == (3, 2)
     assert (made._noise.ip_gamma, made._noise.offset) == (None, 0.2)
 
 
 def test_zero_terminal_snr_changes_the_schedule() -> None:
-    info = SimpleNamespace(v_prediction=True)
+    info: Any = SimpleNamespace(v_prediction=True)
     for given, ends_in_noise in (({}, False), ({"zero_terminal_snr": True}, True)):
-        schedule = OfSD().objective(options(**given), info).schedule  # type: ignore[arg-type]
+        schedule = objective_of(SD, options(**given), info).schedule  # type: ignore[attr-defined]
         assert (schedule.alphas_cumprod[-1] == 0) == ends_in_noise
 
 
-def test_captions_are_encoded_by_the_layer_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network_trainer, "uncached", lambda architecture, run: [])
-    trainer = SimpleNamespace(architecture=Listener(), _trains_text=False)
-    NetworkTrainer._encode(trainer, run_of(clip_skip=2), {})  # type: ignore[arg-type]
-    assert trainer.architecture.told["encode_text"] == {"clip_skip": 2}
+def test_captions_are_encoded_by_the_layer_asked_for() -> None:
+    family: Any = Listener()
+    CaptionEncoder(family, [], device=torch.device("cpu"), clip_skip=2, trains=lambda: True).encode({})
+    assert family.told["encode_text"] == {"clip_skip": 2}
 
 
 def ours(multiplier: float, dim: int, alpha: float, vae: Any, text: Any, unet: Any, neuron_dropout: Any, **more: Any):
@@ -201,11 +198,9 @@ def others(multiplier: float, dim: int, alpha: float, vae: Any, text: Any, unet:
 
 @pytest.mark.parametrize(("create", "dropout"), [(ours, "neuron_dropout"), (others, "dropout")])
 def test_what_a_network_is_made_with(create: Any, dropout: str) -> None:
-    run = run_of(network_dim=8, network_alpha=4.0, network_dropout=0.2, network_module="some.module")
-    run.text_encoders, run.vae, run.denoiser = [None], None, None
-    trainer = SimpleNamespace(_network_args={"conv_dim": "2"})
-    module = SimpleNamespace(create_network=create, __name__="some.module")
-    network = NetworkTrainer._create_network(trainer, run, module)  # type: ignore[arg-type]
+    given = options(network_dim=8, network_alpha=4.0, network_dropout=0.2, network_module="some.module")
+    module: Any = SimpleNamespace(create_network=create, __name__="some.module")
+    network, _ = NetworkModule(module, given.network, {"conv_dim": "2"}).create(MODELS, sharded=False)
     assert vars(network) == {"dim": 8, "alpha": 4.0, dropout: 0.2, "conv_dim": "2"}
 
 
@@ -213,21 +208,27 @@ def test_the_sampler_of_sample_images(monkeypatch: pytest.MonkeyPatch) -> None:
     from library.inference import generate
 
     asked: list[tuple[Any, ...]] = []
-    run = run_of(sample_sampler="euler_a", pretrained_model_name_or_path="m")
-    run.objective = SimpleNamespace(sampler=lambda *names: asked.append(names))
-    run.prompts, run.denoiser, run.vae = {}, None, None
-    run.checked = SimpleNamespace(info=SimpleNamespace(v_prediction=False))
-    monkeypatch.setattr(previews, "uncached", lambda architecture, run: [])
     monkeypatch.setattr(generate, "generate_image", lambda models, settings, how: settings)
-    trainer = SimpleNamespace(architecture=SD, trained_modules=lambda run: [])
-    previews.generate_preview(trainer, run, SamplePrompt("a cat", sample_sampler="lms"), None)  # type: ignore[arg-type]
+    preview = PreviewGenerator(
+        SD,
+        MODELS,
+        [],
+        SimpleNamespace(sampler=lambda *names: asked.append(names)),  # type: ignore[arg-type]
+        SimpleNamespace(v_prediction=False),  # type: ignore[arg-type]
+        options(sample_sampler="euler_a", pretrained_model_name_or_path="m"),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        prompts={},
+    )
+    preview(SamplePrompt("a cat", sample_sampler="lms"), None)
     assert asked == [("lms", "euler_a")]
 
 
 def test_the_strength_of_what_is_merged_first() -> None:
-    run = run_of(network_module="networks.lora", base_weights=["a", "b"], base_weights_multiplier=[0.5])
-    run.text_encoders, run.vae, run.denoiser = [None], None, None
-    made = SimpleNamespace(create_network_from_weights=lambda multiplier, path, *_, for_inference: (multiplier, path))
-    found = NetworkTrainer._base_networks(None, run, made)  # type: ignore[arg-type]
+    given = options(network_module="networks.lora", base_weights=["a", "b"], base_weights_multiplier=[0.5])
+    made: Any = SimpleNamespace(
+        create_network_from_weights=lambda multiplier, path, *_, for_inference: (multiplier, path)
+    )
+    found = NetworkModule(made, given.network, {}).base_networks(MODELS)
     told = [(path, strength, merged.network, merged.weights) for path, strength, merged in found]
     assert told == [("a", 0.5, 0.5, "a"), ("b", 1.0, 1.0, "b")]

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import LORA_TARGET, Architecture, BlockNumbering, CaptionLength, LoraTarget, ModelInfo
+from library.architectures.base import (
+    LORA_TARGET,
+    Architecture,
+    BlockNumbering,
+    CaptionLength,
+    Control,
+    LoraTarget,
+    ModelInfo,
+)
 from library.architectures.common import clip, clip_text, kl_vae, ldm_unet
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.loading import ModelSource, load_frozen
@@ -33,6 +41,16 @@ def unet_target(blocks: BlockNumbering) -> LoraTarget:
         diffusers_root="unet",
         attention_classes=("Attention",),
     )
+
+
+def unet_control(control: Control | None) -> dict[str, Any]:
+    """Residuals of a ControlNet as a diffusers U-Net takes them: ``down``, a list, and ``mid``, of (B, D, h, w)."""
+    if control is None:
+        return {}
+    return {
+        "down_block_additional_residuals": tuple(control["down"]),
+        "mid_block_additional_residual": control["mid"],
+    }
 
 
 class HasUnetAndVae(Protocol):

@@ -16,6 +16,7 @@ from library.architectures.base import (
     Architecture,
     CaptionLength,
     Conditioning,
+    Control,
     LatentFormat,
     LoraTarget,
     ModelInfo,
@@ -261,7 +262,14 @@ class Flux(FlowMatching, Architecture):
 
     # ---- diffusion ----
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
         own = self.chosen(FluxModelOptions)
         guidance = torch.full_like(timesteps, own.guidance_scale)  # (B,)
         context = conditioning["t5_out"].to(noisy.dtype)
@@ -270,8 +278,11 @@ class Flux(FlowMatching, Architecture):
             return denoiser(noisy, timesteps / 1000, context, mask, guidance)
         pooled = conditioning["l_pooled"].to(noisy.dtype)
         mask = mask if self.masks_text else None
-        image = conditioning.tensors.get("image")
+        image = None if control is None else control["image"]
         return denoiser(noisy, timesteps / 1000, context, pooled, guidance, text_mask=mask, image=image)
+
+    def encode_control(self, vae: nn.Module, images: Tensor, generators: Sequence[torch.Generator]) -> Control:
+        return {"image": self.scale_latents(self.encode_images(vae, images, generators))}
 
     def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
         scale = self.chosen(FluxModelOptions).guidance_scale

@@ -14,6 +14,7 @@ from library.architectures.base import (
     LORA_TARGET,
     BlockNumbering,
     Conditioning,
+    Control,
     LatentFormat,
     LoraTarget,
     ModelInfo,
@@ -22,7 +23,7 @@ from library.architectures.base import (
 )
 from library.architectures.common import clip, clip_text
 from library.architectures.common.identity import weights_identity
-from library.architectures.common.latent_diffusion import CLIP_MODULES, LatentDiffusion, unet_target
+from library.architectures.common.latent_diffusion import CLIP_MODULES, LatentDiffusion, unet_control, unet_target
 from library.architectures.common.loading import load_frozen, without_mapping
 from library.architectures.common.tokenizer_files import find_tokenizer
 from library.architectures.sd import text as sd_text
@@ -90,8 +91,16 @@ class StableDiffusion(LatentDiffusion):
 
     # ---- diffusion ----
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        return denoiser(noisy, timesteps, encoder_hidden_states=conditioning["context"], return_dict=False)[0]
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
+        context, added = conditioning["context"], unet_control(control)
+        return denoiser(noisy, timesteps, encoder_hidden_states=context, return_dict=False, **added)[0]
 
     # ---- records ----
 

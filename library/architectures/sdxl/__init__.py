@@ -15,20 +15,23 @@ from library.architectures.base import (
     LORA_TARGET,
     BlockNumbering,
     Conditioning,
+    Control,
     LatentFormat,
     LoraTarget,
     ModelInfo,
+    SampleFacts,
     TextFormat,
     WeightsIdentity,
 )
 from library.architectures.common import clip
 from library.architectures.common.identity import weights_identity
-from library.architectures.common.latent_diffusion import CLIP_MODULES, LatentDiffusion, unet_target
+from library.architectures.common.latent_diffusion import CLIP_MODULES, LatentDiffusion, unet_control, unet_target
 from library.architectures.common.ldm_unet import ldm_unet_layout
 from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
 from library.architectures.common.tokenizer_files import find_tokenizer
 from library.architectures.sdxl import text as sdxl_text
 from library.architectures.sdxl.checkpoint import SDXLCheckpoint, inspect_checkpoint
+from library.randomness import Draw
 
 
 class StableDiffusionXL(LatentDiffusion):
@@ -107,20 +110,26 @@ class StableDiffusionXL(LatentDiffusion):
     ) -> Conditioning:
         return sdxl_text.encode_text(text_encoders, tokens)
 
-    def with_sizes(
-        self, conditioning: Conditioning, *, original: Tensor, top_left: Tensor, target: Tensor
-    ) -> Conditioning:
+    def condition(self, encoded: Conditioning, facts: SampleFacts, draw: Draw | None) -> Conditioning:
         """Adds ``sizes`` (B, 6): Podell et al. 2023, section 2.2."""
-        device = conditioning["pool2"].device
-        parts = [part.to(device, non_blocking=True) for part in (original, top_left, target)]
-        return Conditioning({**conditioning.tensors, "sizes": torch.cat(parts, dim=1)})
+        device = encoded["pool2"].device
+        parts = [part.to(device, non_blocking=True) for part in (facts.original, facts.top_left, facts.target)]
+        return Conditioning({**encoded.tensors, "sizes": torch.cat(parts, dim=1)})
 
     # ---- diffusion ----
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
         context = torch.cat([conditioning["hidden_state1"], conditioning["hidden_state2"]], dim=-1)  # (B, T, D1 + D2)
         added = {"text_embeds": conditioning["pool2"], "time_ids": conditioning["sizes"]}
-        return denoiser(noisy, timesteps, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)[0]
+        given = {"added_cond_kwargs": added, **unet_control(control)}
+        return denoiser(noisy, timesteps, encoder_hidden_states=context, return_dict=False, **given)[0]
 
     # ---- records ----
 

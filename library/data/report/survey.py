@@ -18,13 +18,13 @@ from library.config.arguments import TrainNetworkOptions
 from library.config.no_effect.by_dataset import without_effect_on_data
 from library.config.rules import DATA_RULES, check
 from library.data import describe
+from library.data.caption_lengths import Measure, length_of_longest, measure_of
 from library.data.conditioning import check_none_is_extra, pair
 from library.data.dataset import TrainingData
 from library.data.dataset_config import DatasetConfig, SubsetSpec, load_dataset_config
 from library.data.discover import Faults, Seen, discover
 from library.data.image_io import covering_size
 from library.data.records import ImageRecord
-from library.data.caption_lengths import Measure, length_of_longest, measure_of
 from library.data.report.findings import BucketRow, Collector, Finding, ImageRow, Report, Severity
 from library.data.report.looks import Look, look_at_all
 from library.data.report.near_duplicates import equal_files, look_alikes, on_both_sides

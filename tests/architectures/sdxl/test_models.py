@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.architectures.base import Conditioning
+from library.architectures.base import Conditioning, SampleFacts
 from library.architectures.sdxl import SDXL
 from tests.fixtures.tiny_sdxl import SdxlSizes, make_tiny_sdxl, sdxl_configs
 
@@ -112,7 +112,7 @@ def sized(conditioning: Conditioning) -> Conditioning:
     count = len(conditioning["pool2"])
     sizes = ([[640, 480]], [[0, 96]], [[512, 384]])
     original, top_left, target = (torch.tensor(size).expand(count, 2) for size in sizes)
-    return SDXL.with_sizes(conditioning, original=original, top_left=top_left, target=target)
+    return SDXL.condition(conditioning, SampleFacts(original, top_left, target), None)
 
 
 def test_unet_computes_what_diffusers_conversion_computes(loaded) -> None:

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from library.diffusion import noise as noises
-from library.training import step, trainer
+from library.training import batch_losses
+from library.training.batch_losses import BatchLosses
 from tests.architectures.flux.oracle import diffusers_model
 from tests.fixtures.runs import logged, lora_arguments, train_here, write_dataset
 from tests.fixtures.tiny_flux import CLIP_TOKENIZER, T5_TOKENIZER, FluxFileSizes, MadeFlux, make_tiny_flux
@@ -62,11 +63,11 @@ class Drawn:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     found = Drawn()
-    losses, noisy, noise = step.batch_losses, step.make_noisy, noises.draw_noise
+    losses, noisy, noise = BatchLosses.at, batch_losses.make_noisy, noises.draw_noise
 
-    def batch_losses(architecture: Any, denoiser: Any, batch: Any, *args: Any, **more: Any) -> Tensor:
+    def at(self: BatchLosses, batch: Any, *args: Any, **more: Any) -> Tensor:
         found.paths += batch.paths
-        return losses(architecture, denoiser, batch, *args, **more)
+        return losses(self, batch, *args, **more)
 
     def make_noisy(latents: Tensor, *args: Any, **more: Any) -> Any:
         found.latents.append(latents.clone())
@@ -78,8 +79,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
         found.noise.append(noise(*args))
         return found.noise[-1]
 
-    monkeypatch.setattr(trainer, "batch_losses", batch_losses)
-    monkeypatch.setattr(step, "make_noisy", make_noisy)
+    monkeypatch.setattr(BatchLosses, "at", at)
+    monkeypatch.setattr(batch_losses, "make_noisy", make_noisy)
     monkeypatch.setattr(noises, "draw_noise", draw_noise)
     return found
 

@@ -1,0 +1,178 @@
+"""What a kind of training declares: which parts it trains, how a step uses them, and what is saved.
+
+``Trainer(architecture, kind)`` makes a fresh object of the kind for each run, dry run and probe. A kind holds the
+modules that it trains, and nothing of the optimizer, the data or the files' names.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import Architecture, Conditioning, Control
+from library.config.arguments import TrainNetworkOptions
+from library.data.batch import Batch
+from library.optim.update import Metrics
+from library.training.models import Models
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share their settings."""
+
+    settings: dict[str, Any]  # as optimizers take them: "params", "lr", ...
+    name: str | None = None  # in trackers: "unet"
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.settings["params"])
+
+
+class Kind(ABC):
+    """One kind of training.
+
+    Args:
+        architecture: configured, and made for the model at hand.
+        options: of the run.
+        seed: of the run, the same on all processes.
+        sharded: whether the denoiser is sharded over the processes.
+    """
+
+    #: the class of all options that its scripts have, but for those of the families
+    options_class: ClassVar[type[TrainNetworkOptions]] = TrainNetworkOptions
+    #: what follows the model's id in ``modelspec.architecture``
+    modelspec_suffix: ClassVar[str] = ""
+    #: whether saved files say how they were made (``ss_*``)
+    records_run: ClassVar[bool] = True
+    #: entries that ``--no_metadata`` keeps, so that other programs know how to use the file
+    minimum_metadata: ClassVar[tuple[str, ...]] = ()
+    #: how to begin a new run with the weights of another one
+    starts_from: ClassVar[str] = "--pretrained_model_name_or_path"
+
+    def __init__(
+        self, architecture: Architecture, options: TrainNetworkOptions, *, seed: int, sharded: bool = False
+    ) -> None:
+        self.architecture = architecture
+        self.options = options
+        self.seed = seed
+        self.sharded = sharded
+
+    # ---- before anything is loaded ----
+
+    @classmethod
+    def check_options(cls, architecture: Architecture, options: TrainNetworkOptions) -> None:
+        """Refuse options of what is trained that cannot work. Raises UserError."""
+
+    @classmethod
+    @abstractmethod
+    def trained_encoders(cls, architecture: Architecture, options: TrainNetworkOptions) -> tuple[bool, ...]:
+        """For each text encoder, whether it may be trained; outputs of the others may be cached."""
+
+    @classmethod
+    def learning_rate_flags(cls, options: TrainNetworkOptions) -> list[str]:
+        """The options given that set learning rates of parts of the model, as the user wrote them."""
+        return []
+
+    @classmethod
+    def fingerprint(cls, options: TrainNetworkOptions) -> dict[str, object]:
+        """What a resumed run must share beyond its options."""
+        return {}
+
+    @classmethod
+    def shaping_options(cls, options: TrainNetworkOptions) -> list[str]:
+        """Options that decide which tensors a state folder holds."""
+        return []
+
+    def check_models(self, models: Models) -> None:
+        """Refuse what models on the meta device tell, before hours go into caches. Raises UserError."""
+
+    # ---- setting up ----
+
+    def change_models(self, models: Models, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Change the loaded weights before they get the form that they are kept in, such as fp8."""
+
+    @abstractmethod
+    def attach(self, models: Models) -> list[ParameterGroup]:
+        """Make what is trained, and connect it to the models.
+
+        Raises:
+            UserError: it does not fit the models, or nothing would be trained.
+        """
+
+    def attach_on_meta(self, models: Models) -> list[ParameterGroup]:
+        """The same over models without weights, to count parameters and to check that all fits."""
+        return self.attach(models)
+
+    def try_saving(self, path: Path, dtype: torch.dtype | None) -> None:
+        """Find out at the start whether what is trained can be saved; called on the main process only.
+
+        Args:
+            path: of the final file, which is not written.
+        """
+
+    @abstractmethod
+    def modules(self) -> Sequence[nn.Module]:
+        """The modules that hold all trained parameters; state folders hold their tensors."""
+
+    def before_update(self) -> None:
+        """Called when the gradients of a step are there, before the optimizer uses them."""
+
+    # ---- the step ----
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before each epoch, counted from 1."""
+
+    def begin_batch(self, batch: Batch, step: int) -> None:
+        """Called before each forward pass of training; ``step`` steps are done."""
+
+    def begin_validation_batch(self, batch: Batch) -> None:
+        """Called before each batch of a validation."""
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether encoding captions needs a graph."""
+        return any(self.trained_encoders(self.architecture, self.options))
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
+        """The model's raw prediction; see ``Architecture.predict``."""
+        return self.architecture.predict(denoiser, noisy, timesteps, conditioning, control)
+
+    def after_step(self, step: int, device: torch.device) -> Metrics:
+        """Called after each update; may return metrics to record."""
+        return {}
+
+    def set_training(self, training: bool) -> None:
+        """Switch the trained modules between training, and sampling or saving."""
+        for module in self.modules():
+            module.train(training)
+
+    # ---- files and records ----
+
+    @abstractmethod
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """Write the trained weights, whole or not at all; called on the main process only.
+
+        Args:
+            dtype: cast floating-point tensors; ``None`` keeps their own.
+        """
+
+    def metadata(self) -> dict[str, object]:
+        """Its own ``ss_*`` entries."""
+        return {}
+
+    @abstractmethod
+    def rows(self, count: int) -> list[tuple[str, str]]:
+        """Rows on what is trained, ``count`` numbers, for the table before the first step."""

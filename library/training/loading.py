@@ -1,0 +1,298 @@
+"""A run's stages after its setup: caches made, models loaded, and everything built that trains them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from library.config.arguments import DatasetOptions
+from library.data import describe
+from library.interrupt import Interrupt
+from library.memory.attention import attention_backend
+from library.memory.sharding import shard_model
+from library.optim.fused_backward import one_by_one
+from library.optim.schedulers import scheduler_name
+from library.optim.update import Update
+from library.training import precision
+from library.training.batch_losses import BatchLosses
+from library.training.caching import CacheJob, cache_latents
+from library.training.caption_encoder import CaptionEncoder
+from library.training.kinds.base import Kind, ParameterGroup
+from library.training.loaded import LoadedRun
+from library.training.metadata import HashedFile, RunRecord, fixed_entries
+from library.training.models import Models, load_on_meta
+from library.training.previews import PreviewGenerator, current_prompts, encode_prompts, generate_options
+from library.training.resume import choice_of, load_state, name_changes
+from library.training.run import Cached, Run
+from library.training.saving import Saver, save_dtype
+from library.training.settings import loss_settings, noise_settings, update_settings
+from library.training.sharding import load_denoiser
+from library.training.text_caching import Tokenize, cache_texts, caches_texts, warn_of_cut
+from library.training.validation import Validation
+from library.training.zero import zero_of
+
+logger = logging.getLogger(__name__)
+
+
+def make_kind(run: Run) -> Kind:
+    """A fresh object of the run's kind."""
+    return run.kind(run.architecture, run.options, seed=run.checked.seed, sharded=run.sharding is not None)
+
+
+def models_on_meta(run: Run) -> Models:
+    """The run's models without weights.
+
+    Raises:
+        UserError: headers that lack tensors, or whose shapes do not fit.
+    """
+    return load_on_meta(
+        run.architecture,
+        run.checked.checkpoint,
+        dtype=run.weight_dtype,
+        vae_dtype=torch.float32 if run.options.model.no_half_vae else run.weight_dtype,
+        attention=attention_backend(run.options.training),
+        cached=run.cached_encoders,
+    )
+
+
+def make_caches(run: Run, interrupt: Interrupt) -> Cached:
+    """Make or read the caches of latents and texts; afterwards the VAE is only kept where it is still needed.
+
+    What does not fit the model is found before.
+
+    Raises:
+        UserError: see ``Kind.check_models``, ``cache_latents`` and ``cache_texts``.
+    """
+    architecture, options, prompts = run.architecture, run.options, run.checked.prompts
+    if run.caches_latents or caches_texts(options.dataset):
+        make_kind(run).check_models(models_on_meta(run))
+    job = CacheJob(
+        architecture=architecture,
+        checkpoint=run.checked.checkpoint,
+        data=run.data,
+        options=options,
+        accelerator=run.accelerator,
+        weight_dtype=run.weight_dtype,
+        interrupt=interrupt,
+    )
+    if run.caches_latents:
+        keep = bool(prompts) or architecture.takes_images  # which fetch it back
+        vae = cache_latents(job, keep_vae=keep)
+    else:
+        vae = job.load_vae()
+    if not caches_texts(options.dataset):
+        return Cached(vae)
+    encode = None
+    if prompts:
+        how = generate_options(options, device=run.device, dtype=run.weight_dtype)
+        encode = partial(encode_prompts, architecture, prompts, how)
+    return Cached(vae, cache_texts(job, encode, in_part=not all(run.cached_encoders)) or {})
+
+
+def load_run(run: Run, cached: Cached) -> LoadedRun:
+    """Load the models, build what is trained, and resume.
+
+    Raises:
+        UserError: what is trained does not fit the models; a state that does not fit the run.
+    """
+    kind = make_kind(run)
+    models = _load_models(run, cached, kind)
+    options = run.options
+    update = _update(run, kind, kind.attach(models))
+    record = _record(run, kind)
+    # after all that reads or changes whole weights: merging, and the making of adapters
+    blocks = run.architecture.compiled_blocks
+    if run.sharding is not None:
+        shard_model(models.denoiser, blocks, run.sharding, run.device)
+    if options.training.torch_compile:
+        precision.compile_denoiser(models.denoiser, blocks, backend=options.training.dynamo_backend)
+    losses = _losses(run, models, kind)
+    saver = Saver(run, kind, update, record)
+    loading = batch_preparation(run, models)
+    loaded = LoadedRun(
+        run=run,
+        models=models,
+        kind=kind,
+        update=update,
+        losses=losses,
+        saver=saver,
+        previews=_previews(run, models, kind, cached),
+        prompts=current_prompts(run, cached.prompts),
+        loading=loading,
+        validation=Validation(run, models, kind, losses, saver, loading=loading)
+        if run.data.validation_datasets
+        else None,
+    )
+    _resume(loaded)
+    return loaded
+
+
+def _load_models(run: Run, cached: Cached, kind: Kind) -> Models:
+    """The models in the form that they keep: changed by the kind, in fp8 if asked for."""
+    architecture, checkpoint, training = run.architecture, run.checked.checkpoint, run.options.training
+    fp8 = precision.Fp8Parts.of(run.options)
+    tokenizers = architecture.load_tokenizers(checkpoint)
+    if run.accelerator.is_main_process and not caches_texts(run.options.dataset):
+        warn_of_cut(run.data, architecture, tokenizers, run.options.model)
+    text_encoders = architecture.load_uncached_text_encoders(
+        checkpoint,
+        run.cached_encoders,
+        dtype=run.weight_dtype,
+        device="cpu" if fp8.text_encoders else str(run.device),
+    )
+    denoiser = load_denoiser(
+        architecture,
+        checkpoint,
+        dtype=run.weight_dtype,
+        device=run.device,
+        waits=fp8.denoiser,
+        sharding=run.sharding,
+    )
+    architecture.set_attention(denoiser, attention_backend(training))
+    if training.gradient_checkpointing:
+        architecture.enable_gradient_checkpointing(denoiser, text_encoders)
+    models = Models(tokenizers, text_encoders, denoiser, cached.vae, run.cached_encoders)
+    kind.change_models(models, dtype=run.weight_dtype, device=run.device)
+    fp8.apply(models, run.device)
+    return models
+
+
+def _update(run: Run, kind: Kind, groups: Sequence[ParameterGroup]) -> Update:
+    options, accelerator, checked = run.options, run.accelerator, run.checked
+    if accelerator.is_main_process:
+        kind.try_saving(run.names.final(), save_dtype(options.output))
+    for module in kind.modules():
+        # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism: adapters work
+        # inside the frozen model's forward, see gradient_exchange.py
+        accelerator.prepare_model(module, evaluation_mode=True)
+    kind.set_training(True)
+    fused = options.optimizer.fused_backward_pass
+    return Update(
+        accelerator,
+        checked.optimizer,
+        [group.settings for group in groups],
+        checked.learning_rate_schedule,
+        update_settings(
+            options,
+            seed=checked.seed,
+            total_steps=run.plan.total_steps,
+            zero=zero_of(options.training, accelerator),
+        ),
+        names=[group.name for group in groups],
+        averaged={name: p for module in kind.modules() for name, p in module.named_parameters() if p.requires_grad},
+        fused=one_by_one([p for group in groups for p in group.parameters]) if fused else None,
+        before_update=kind.before_update,
+    )
+
+
+def _losses(run: Run, models: Models, kind: Kind) -> BatchLosses:
+    captions = CaptionEncoder(
+        run.architecture,
+        models.encoding,
+        device=run.device,
+        clip_skip=run.options.model.clip_skip,
+        trains=lambda: kind.trains_text,
+    )
+    return BatchLosses(
+        run.architecture,
+        kind,
+        models,
+        captions,
+        run.objective.to(run.device),
+        noise=noise_settings(run.options),
+        loss=loss_settings(run.options),
+        dtype=run.weight_dtype,
+        device=run.device,
+        autocast=run.accelerator.autocast,
+        activations=partial(precision.activations, run.options.training),
+    )
+
+
+def _previews(run: Run, models: Models, kind: Kind, cached: Cached) -> PreviewGenerator:
+    return PreviewGenerator(
+        run.architecture,
+        models,
+        kind.modules(),
+        run.objective,
+        run.checked.info,
+        run.options,
+        device=run.device,
+        dtype=run.weight_dtype,
+        prompts=cached.prompts,
+    )
+
+
+def batch_preparation(run: Run, models: Models) -> dict[str, Any]:
+    """How batches are prepared, those of training and those of validation."""
+    model, dataset = run.options.model, run.options.dataset
+    return {
+        "tokenize": Tokenize(run.architecture, models.tokenizers, model.max_token_length, model.weighted_captions),
+        "num_workers": _loader_processes(dataset.max_data_loader_n_workers),
+        "pin_memory": run.device.type == "cuda",
+        "persistent": dataset.persistent_data_loader_workers,
+    }
+
+
+def _loader_processes(given: int) -> int:
+    """How many processes prepare batches: no more than threads of the processor, of which the default leaves one."""
+    threads = os.cpu_count() or 1
+    return min(given, max(1, threads - 1) if given == DatasetOptions.max_data_loader_n_workers else threads)
+
+
+def _record(run: Run, kind: Kind) -> RunRecord:
+    options, checked = run.options, run.checked
+    common: dict[str, Any] = {
+        "options": options,
+        "architecture": run.architecture,
+        "info": checked.info,
+        "modelspec_suffix": kind.modelspec_suffix,
+        "minimum": kind.minimum_metadata,
+    }
+    if not kind.records_run:
+        return RunRecord(**common)
+    fixed = fixed_entries(
+        options,
+        run.architecture,
+        checked.info,
+        # identifies the session only; not part of the run's reproducible randomness
+        session_id=random.SystemRandom().randint(0, 2**32),
+        started_at=run.started_at,
+        seed=checked.seed,
+        num_epochs=run.plan.num_epochs,
+        total_steps=run.plan.total_steps,
+        optimizer_name=checked.optimizer.metadata_name,
+        scheduler_name=scheduler_name(checked.optimizer, checked.learning_rate_schedule),
+        kind=kind.metadata(),
+        data=describe.metadata(
+            run.data,
+            from_file=options.dataset.dataset_config is not None,
+            world_size=run.accelerator.num_processes,
+            gradient_accumulation_steps=options.training.gradient_accumulation_steps,
+        ),
+    )
+    vae = options.model.vae
+    return RunRecord(
+        **common,
+        fixed=fixed,
+        model_file=HashedFile.of(options.model.pretrained_model_name_or_path),
+        vae_file=HashedFile.of(vae) if vae else None,
+    )
+
+
+def _resume(loaded: LoadedRun) -> None:
+    run = loaded.run
+    resumed, folder = run.checked.resumed, run.checked.state_folder
+    if resumed is None or folder is None:
+        return
+    name_changes(resumed, run.fingerprint)
+    load_state(run.accelerator, folder, starts_from=loaded.kind.starts_from)
+    loaded.update.follow_options(choice_of(resumed, run.checked.optimizer) or run.checked.optimizer)
+    if loaded.validation is not None:
+        loaded.validation.restore(resumed)
+    logger.info("resumed at step %d of %d", run.start_step, run.plan.total_steps)

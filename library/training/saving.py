@@ -1,0 +1,94 @@
+"""What a run writes at its saves: weights, averages of them, and states."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from library.config.arguments import OutputOptions
+from library.files.atomic import make_folder
+from library.optim.update import Update
+from library.training.checkpoints import ema_path, remove_outdated
+from library.training.kinds.base import Kind
+from library.training.metadata import RunRecord
+from library.training.resume import TrainState, save_state
+from library.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def save_dtype(options: OutputOptions) -> torch.dtype | None:
+    """What ``--save_precision`` says; ``None``: each tensor's own."""
+    known = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return known.get(options.save_precision or "")
+
+
+class Saver:
+    """Writes the files of one run; all processes call it, the main one writes."""
+
+    def __init__(self, run: Run, kind: Kind, update: Update, record: RunRecord) -> None:
+        self._run = run
+        self._kind = kind
+        self._update = update
+        self._record = record
+
+    def set_training(self, training: bool) -> None:
+        """Switch trained modules and schedule-free optimizers between training, and sampling or saving."""
+        self._kind.set_training(training)
+        self._update.training_mode(training)
+
+    def save_weights(self, path: Path, *, step: int, epoch: int) -> None:
+        """Write the weights, and their averages beside them."""
+        self.set_training(False)
+        if self._run.accelerator.is_main_process:
+            self._write(path, self._record.at_save(step=step, epoch=epoch))
+            logger.info("saved weights: %s", path)
+            for written in (path, ema_path(path)) if self._update.average is not None else (path,):
+                self._run.uploads.add(written)
+        self.set_training(True)
+
+    def _write(self, path: Path, metadata: Mapping[str, str]) -> None:
+        output = self._run.options.output
+        dtype = save_dtype(output)
+        make_folder(path.parent)
+        self._kind.save(path, dtype, metadata)
+        average = self._update.average
+        if average is None:
+            return
+        with average.applied():
+            added = {} if output.no_metadata else {"ss_ema_decay": str(average.decay)}
+            self._kind.save(ema_path(path), dtype, {**metadata, **added})
+
+    def save_state(
+        self, path: Path, *, step: int, epoch: int, losses: list[float], validation: Mapping[str, float]
+    ) -> None:
+        """Write a state folder.
+
+        Args:
+            losses: the window of the running average.
+            validation: the best one so far.
+        """
+        run = self._run
+        state = TrainState(
+            current_epoch=epoch,
+            current_step=step,
+            seed=run.checked.seed,
+            fingerprint=run.fingerprint,
+            losses=losses,
+            validation=dict(validation),
+            origin_step=run.plan.origin.step,
+            origin_epoch=run.plan.origin.epoch,
+        )
+        # in training mode: schedule-free optimizers then go on from the very weights that they trained
+        save_state(run.accelerator, path, state)
+        if run.options.output.save_state_to_huggingface:
+            run.uploads.add(path)
+
+    def remove(self, path: Path) -> None:
+        """Remove outdated weights or a state. What is still on its way to the Hub is removed when it has arrived."""
+        uploads = self._run.uploads
+        # averages go with their weights, so both must have arrived
+        uploads.when_free(ema_path(path), lambda _: uploads.when_free(path, remove_outdated))

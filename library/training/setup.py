@@ -1,0 +1,183 @@
+"""The setup of a run: everything checked, cheapest first, the data scanned, the lengths counted."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from library.architectures.base import Architecture, ModelInfo
+from library.config.arguments import OptimizerOptions, TrainNetworkOptions
+from library.config.console import setup_console
+from library.config.no_effect import report
+from library.config.no_effect.by_dataset import without_effect_on_data
+from library.config.no_effect.by_plan import without_effect_in_plan
+from library.config.rules import check as check_rules
+from library.data.conditioning import Role, check_roles
+from library.data.dataset import TrainingData
+from library.data.dataset_config import load_dataset_config
+from library.data.unread_captions import unread_captions
+from library.diffusion.objective import Objective
+from library.files.atomic import recover_directory
+from library.files.hub import Uploads, check_target
+from library.launched import is_first_process
+from library.optim.optimizers import OptimizerChoice, resolve_optimizer
+from library.optim.schedule_checks import check_scheduler
+from library.training import precision
+from library.training.caching import inspect_model
+from library.training.checkpoints import OutputNames
+from library.training.kinds.base import Kind
+from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
+from library.training.resume import check_fits, read_state
+from library.training.run import Checked, Run
+from library.training.settings import (
+    for_model,
+    hub_target,
+    noise_settings,
+    run_plan,
+    sample_prompts,
+    save_policy,
+    schedule_settings,
+    state_folder,
+    tracker_settings,
+)
+from library.training.sharding import sharding_for
+from library.training.text_caching import caches_texts
+from library.training.update_checks import check_update
+from library.training.validation import check_validation
+from library.training.zero import check_zero
+
+
+def images_as(architecture: Architecture) -> Role:
+    """What the images of ``conditioning_data_dir`` are."""
+    return "image" if architecture.takes_images else "mask"
+
+
+def objective_of(architecture: Architecture, options: TrainNetworkOptions, info: ModelInfo) -> Objective:
+    """The objective of a run."""
+    return architecture.objective(v_prediction=info.v_prediction, zero_terminal_snr=options.noise.zero_terminal_snr)
+
+
+def cached_encoders(architecture: Architecture, kind: type[Kind], options: TrainNetworkOptions) -> tuple[bool, ...]:
+    """For each text encoder, whether its outputs come from a cache."""
+    caches = caches_texts(options.dataset)
+    return tuple(caches and not trained for trained in kind.trained_encoders(architecture, options))
+
+
+def set_up(architecture: Architecture, kind: type[Kind], options: TrainNetworkOptions) -> Run:
+    """Check everything, scan the data, and lay out the run; no weights are loaded.
+
+    Args:
+        architecture: configured with the options.
+
+    Raises:
+        UserError: one line for each finding.
+    """
+    setup_console(options.console)
+    strict = options.config.strict
+    checked = check(architecture, kind, options)
+    architecture = checked.architecture
+    accelerator = make_accelerator(
+        options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
+    )
+    report(precision.check_device(options.training, accelerator.device), strict=strict)
+    report(check_update(options, checked.optimizer, checked.resumed, accelerator.device), strict=strict)
+    report(check_zero(options, checked.optimizer, accelerator), strict=strict)
+    checked = replace(checked, seed=of_main_process(checked.seed))
+    data = TrainingData(
+        checked.dataset_config,
+        seed=checked.seed,
+        latent=architecture.latent,
+        prior_loss_weight=options.loss.prior_loss_weight,
+        conditioning_as=images_as(architecture),
+    )
+    plan, start_step = run_plan(
+        options,
+        batches_per_epoch=data.batches_per_process(accelerator.num_processes),
+        resumed=checked.resumed,
+    )
+    report(without_effect_in_plan(options, plan), strict=strict)
+    output = options.output
+    return Run(
+        checked=checked,
+        kind=kind,
+        accelerator=accelerator,
+        data=data,
+        plan=plan,
+        names=OutputNames(Path(output.output_dir), output.output_name, output.save_model_as),
+        policy=save_policy(options, plan),
+        objective=objective_of(architecture, options, checked.info),
+        weight_dtype=weight_dtype(options.training),
+        started_at=time.time(),
+        start_step=start_step,
+        uploads=Uploads(checked.hub if accelerator.is_main_process else None),
+        cached_encoders=cached_encoders(architecture, kind, options),
+        sharding=sharding_for(accelerator, strict=strict),
+    )
+
+
+def check(architecture: Architecture, kind: type[Kind], options: TrainNetworkOptions) -> Checked:
+    """Refuse what cannot work, cheapest checks first.
+
+    Raises:
+        UserError: one line for each finding.
+    """
+    strict = options.config.strict
+    if options.resume.resume:
+        recover_directory(options.resume.resume)
+    report(check_rules(options, architecture), strict=strict)
+    dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
+    report((*without_effect_on_data(options, dataset_config), *unread_captions(dataset_config)), strict=strict)
+    check_roles(dataset_config, images_as(architecture), masked_loss=options.loss.masked_loss)
+    optimizer = _optimizer(kind, options)
+    schedule = schedule_settings(options)
+    report((*optimizer.warnings, *check_scheduler(optimizer, schedule)), strict=strict)
+    kind.check_options(architecture, options)
+    prompts = sample_prompts(options, architecture)
+    folder = state_folder(options)
+    resumed = read_state(folder) if folder else None
+    if resumed is not None:
+        shaping = kind.shaping_options(options)
+        check_fits(resumed, options, optimizer, shaping=shaping, starts_from=kind.starts_from)
+    check_validation(dataset_config, options.validation, resumed)
+    trackers = tracker_settings(options)
+    report(trackers.check(), strict=strict)
+    checkpoint = inspect_model(architecture, options.model)
+    architecture = architecture.for_model(checkpoint)
+    architecture.check_options(options, checkpoint.info)
+    prompts = for_model(prompts, architecture)
+    objective = objective_of(architecture, options, checkpoint.info)
+    objective.check(noise_settings(options).timesteps)
+    for prompt in prompts:
+        objective.sampler(prompt.sample_sampler, options.sample.sample_sampler)
+    hub = hub_target(options)
+    if hub is not None and is_first_process():
+        hub = check_target(hub, create=not options.config.dry_run)
+    return Checked(
+        options=options,
+        architecture=architecture,
+        dataset_config=dataset_config,
+        checkpoint=checkpoint,
+        info=checkpoint.info,
+        optimizer=optimizer,
+        learning_rate_schedule=schedule,
+        prompts=prompts,
+        state_folder=folder,
+        resumed=resumed,
+        trackers=trackers,
+        hub=hub,
+        seed=choose_seed(options.training.seed, resumed.seed if resumed else None),
+    )
+
+
+def _optimizer(kind: type[Kind], options: TrainNetworkOptions) -> OptimizerChoice:
+    chosen = options.optimizer
+    return resolve_optimizer(
+        chosen.optimizer_type,
+        chosen.use_8bit_adam,
+        chosen.use_lion_optimizer,
+        chosen.optimizer_args,
+        chosen.learning_rate,
+        learning_rates_of_parts=kind.learning_rate_flags(options),
+        learning_rate_given=chosen.learning_rate != OptimizerOptions.learning_rate,
+    )
