@@ -56,9 +56,11 @@ def is_ours(module_name: str) -> bool:
 def other_arguments(module_name: str, what: str, given: Mapping[str, object]) -> dict[str, str] | None:
     """Network args with which a network can be made that failed with the message ``what``; None where none are known.
 
-    Files among them are relative to the root of this project. LyCORIS 4.1's default preset, "full", names the time embedding of Stable Diffusion 1.x and 2.x twice.
+    Files among them are relative to the root of this project. LyCORIS 4.1's default preset, "full", names the time
+    embedding of Stable Diffusion 1.x and 2.x twice; programs write it out.
     """
-    if module_name.startswith("lycoris.") and "duplicated lora name" in what and given.get("preset") is None:
+    is_default = given.get("preset") in (None, "full")
+    if module_name.startswith("lycoris.") and "duplicated lora name" in what and is_default:
         return {"preset": FULL_PRESET}
     return None
 

@@ -26,9 +26,6 @@ ON_CPU = {"fp16": "bf16", "xformers": "sdpa"}
 #: so that a tiny model needs seconds: the command line wins over the file
 SMALL = {"resolution": "64,64", "min_bucket_reso": 32, "bucket_reso_steps": 32, "max_train_steps": 2, "network_dim": 2}
 SLOW = ("full_flux", "full_sdxl_standard", "SDXL_LoRA_adafactor_v1.0")
-MARKS = {name: pytest.mark.slow for name in SLOW} | {
-    "loha_sd15": pytest.mark.xfail(strict=True, reason="LyCORIS 4.1 cannot make its own preset full for SD 1.x")
-}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +66,7 @@ def test_every_key_is_understood(name: str, models: dict[str, Made], tmp_path: P
     assert args.learning_rate == FILES[name]["learning_rate"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, ())) for n in FILES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in FILES])
 def test_it_trains(
     name: str,
     models: dict[str, Made],
