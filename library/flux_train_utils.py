@@ -7,7 +7,7 @@ import dataclasses
 
 from library.architectures.flux.options import FluxModelOptions
 from library.config.fields import add_flag
-from library.config.flow_arguments import FlowOptions
+from library.config.flow import FlowOptions
 
 
 def add_flux_train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from library.config.declaration import Declaration, Facts
 from library.inference.prompt_line import DDPM_FIELDS
 from library.randomness import Draw
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from library.config.arguments import NetworkOptions, TrainNetworkOptions
-    from library.config.no_effect.declare import IdleRule
-    from library.config.rules import Rule
     from library.diffusion.objective import Objective
     from library.inference.generate import ImageSettings
 
@@ -189,16 +188,9 @@ class Architecture(ABC):
     denoiser_target: LoraTarget
     #: class names of the denoiser's blocks: ``--torch_compile`` compiles each by itself, FSDP shares each out by itself
     compiled_blocks: tuple[str, ...] = ()
-    #: published options that cannot work with this family: dest -> why, and what to use instead
-    refused_options: Mapping[str, str] = MappingProxyType({})
-    #: published options that change nothing with this family: dest -> why, completing "--dest has no effect ..."
-    idle_options: Mapping[str, str] = MappingProxyType({})
-    #: groups of options that only this family has, by their name among the groups of all options; they join the command
-    #: line, the configuration file, ``--explain``, ``docs/options/`` and what a resumed run must share
-    option_groups: Mapping[str, type] = MappingProxyType({})
-    #: what makes own options wrong, or leaves them without effect; as in ``library/config/rules.py`` and ``no_effect/``
-    option_rules: tuple[Rule, ...] = ()
-    idle_rules: tuple[IdleRule, ...] = ()
+    #: its own groups of options with their rules, and what becomes of those of all families: they join the command line,
+    #: the configuration file, ``--explain``, ``docs/options/`` and what a resumed run must share
+    declaration: Declaration = Declaration()
     sample_defaults: Mapping[str, Any] = MappingProxyType({})  # width, height, steps, scale of previews
     #: settings of a sample prompt that are used; the others are warned of
     sample_fields: frozenset[str] = DDPM_FIELDS
@@ -213,18 +205,22 @@ class Architecture(ABC):
 
     # ---- own options ----
 
+    def facts(self, options: Any) -> Facts:
+        """What rules ask about the family."""
+        return Facts(trained_encoders=tuple(self.adapted_encoders(options.network)))
+
     def configured(self, options: Any) -> Self:
         """This family with the values of its own options; the same instance if it has none.
 
         Args:
             options: groups of options with all of its own ones among them, whatever the groups are called.
         """
-        if not self.option_groups:
+        if not self.declaration.groups:
             return self
         groups = [getattr(options, f.name) for f in dataclasses.fields(options)]
         values = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
         found = {}
-        for name, kind in self.option_groups.items():
+        for name, kind in self.declaration.groups.items():
             found[name] = kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
         return self._with_chosen(found)
 
@@ -232,19 +228,19 @@ class Architecture(ABC):
         """The values of one of its own groups; the defaults, if it is not configured.
 
         Args:
-            kind: the class in ``option_groups``, or one that it is derived from.
+            kind: the class in the declaration, or one that it is derived from.
 
         Raises:
             LookupError: it has no such group.
         """
-        for name, group in self.option_groups.items():
+        for name, group in self.declaration.groups.items():
             if issubclass(group, kind):
                 return self._chosen[name] if name in self._chosen else group()
         raise LookupError(f"{self.name} has no options {kind.__name__}")
 
     def changed(self, kind: type[Any], **values: Any) -> Self:
         """The same with other values of some of the options of ``chosen(kind)``."""
-        name = next(name for name, group in self.option_groups.items() if issubclass(group, kind))
+        name = next(name for name, group in self.declaration.groups.items() if issubclass(group, kind))
         group = dataclasses.replace(self.chosen(kind), **values)
         return self._with_chosen({**self._chosen, name: group})
 

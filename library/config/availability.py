@@ -1,4 +1,4 @@
-"""Published options that this version refuses: what a run would silently not do otherwise."""
+"""What DeepSpeed cannot do here, and why: what a run would silently not do otherwise."""
 
 from __future__ import annotations
 
@@ -25,14 +25,9 @@ NOT_WITH_DEEPSPEED = MappingProxyType(
     }
 )
 
-#: option -> why it is refused, and what to use
-REFUSED = MappingProxyType(
+#: options of ZeRO stage 3: option -> why it is refused, and what to use
+OF_STAGE_3 = MappingProxyType(
     {
-        "dataset_class": (
-            "a class written against the predecessor's inner classes cannot run here, where images, buckets, caches "
-            "and random draws are made apart; describe the data with --dataset_config or --in_json"
-        ),
-        "ddp_static_graph": "has no effect: gradients are exchanged once a step, after all of them are made; remove it",
         "offload_optimizer_nvme_path": _ZERO_3,
         "offload_param_device": _ZERO_3,
         "offload_param_nvme_path": _ZERO_3,

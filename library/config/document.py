@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.config.arguments import TrainNetworkOptions
-from library.config.availability import REFUSED
+from library.config.core import CORE
+from library.config.declaration import IdleRule
 from library.config.fields import int_or_float
 from library.config.implied import implied
-from library.config.no_effect import RULES
 from library.config.no_effect.by_dataset import NO_REGULARISATION, OPTIONS
 from library.config.no_effect.by_plan import EPOCHS, EPOCHS_BEFORE_THE_LAST, STEPS
-from library.config.no_effect.declare import IdleRule
-from library.config.units import UNITS
 from library.optim.schedulers import schedules_that_read
 
 if TYPE_CHECKING:
@@ -76,7 +74,7 @@ def pages(families: Mapping[str, Architecture] | None = None) -> dict[str, str]:
     own = {
         script: architecture
         for script, architecture in (scripts() if families is None else families).items()
-        if architecture.option_groups
+        if architecture.declaration.groups
     }
     if own:
         counts = ([f"[`{script}.py`]({script}.md)", str(_count(family))] for script, family in own.items())
@@ -89,7 +87,7 @@ def pages(families: Mapping[str, Architecture] | None = None) -> dict[str, str]:
 
 
 def _count(architecture: Architecture) -> int:
-    return sum(len(dataclasses.fields(group)) for group in architecture.option_groups.values())
+    return sum(len(dataclasses.fields(group)) for group in architecture.declaration.groups.values())
 
 
 def _title(group: type) -> str:
@@ -97,16 +95,16 @@ def _title(group: type) -> str:
 
 
 def _page(group: type) -> str:
-    return f"{_MADE}# {_title(group)}\n\n{_options(group, RULES)}\n[All options](README.md)\n"
+    return f"{_MADE}# {_title(group)}\n\n{_options(group, CORE.idle)}\n[All options](README.md)\n"
 
 
 def _script_page(script: str, architecture: Architecture) -> str:
     """The family's own options, and what becomes of those of all families."""
     text = f"{_MADE}# Options of `{script}.py` alone\n\n"
-    for group in architecture.option_groups.values():
-        text += f"## {_title(group)}\n\n{_options(group, architecture.idle_rules)}\n"
-    others = [[f"`--{name}`", f"refused: {why}"] for name, why in architecture.refused_options.items()]
-    others += [[f"`--{name}`", f"no effect {why}"] for name, why in architecture.idle_options.items()]
+    for group in architecture.declaration.groups.values():
+        text += f"## {_title(group)}\n\n{_options(group, architecture.declaration.idle)}\n"
+    others = [[f"`--{name}`", f"refused: {why}"] for name, why in architecture.declaration.refused.items()]
+    others += [[f"`--{name}`", f"no effect {why}"] for name, why in architecture.declaration.unused.items()]
     if others:
         text += f"## Options that are not for this script\n\n{_table(('option', 'why'), others)}\n"
     return f"{text}[All options](README.md)\n"
@@ -123,8 +121,7 @@ def _options(group: type, rules: Sequence[IdleRule]) -> str:
 
 def unit_of(field: dataclasses.Field[Any]) -> str | None:
     """What its number counts or measures; None where nothing says so."""
-    own = field.metadata["unit"]
-    return own if own is not None else UNITS.get(field.name)
+    return field.metadata["unit"]
 
 
 def is_number(field: dataclasses.Field[Any]) -> bool:
@@ -156,7 +153,7 @@ _NOTHING_GIVEN = TrainNetworkOptions(**{name: group() for name, group in TrainNe
 
 def _help(field: dataclasses.Field[Any]) -> str:
     text = field.metadata["help"]
-    return f"{text}. **Refused**: {REFUSED[field.name]}" if field.name in REFUSED else text
+    return f"{text}. **Refused**: {CORE.refused[field.name]}" if field.name in CORE.refused else text
 
 
 def _idle(name: str, rules: Sequence[IdleRule]) -> list[str]:

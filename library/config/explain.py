@@ -7,16 +7,14 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from library.config.arguments import TrainNetworkOptions
-from library.config.availability import REFUSED
+from library.config.core import CORE
+from library.config.declaration import Declaration
 from library.config.implied import implied
 from library.config.no_effect import reasons
 from library.launched import is_first_process
-
-if TYPE_CHECKING:
-    from library.architectures.base import Architecture
 
 #: columns where the output is no terminal
 _PLAIN_WIDTH = 160
@@ -33,7 +31,7 @@ class Row:
     note: str = ""
 
 
-def explanation(options: TrainNetworkOptions, origins: Mapping[str, str], architecture: Architecture) -> list[Row]:
+def explanation(options: TrainNetworkOptions, origins: Mapping[str, str], own: Declaration) -> list[Row]:
     """A row for every option, in the order of ``--help``; secrets are masked.
 
     Args:
@@ -41,8 +39,8 @@ def explanation(options: TrainNetworkOptions, origins: Mapping[str, str], archit
             set by a program.
     """
     following = implied(options)
-    notes = {name: f"no effect {reason}" for names, reason in reasons(options, architecture) for name in names}
-    refused = {**REFUSED, **architecture.refused_options}
+    notes = {name: f"no effect {reason}" for names, reason in reasons(options, own) for name in names}
+    refused = {**CORE.refused, **own.refused}
     rows = []
     for group_name, group in options.groups().items():
         title = (group.__doc__ or group_name).splitlines()[0].rstrip(".")
@@ -74,7 +72,7 @@ def _shown(value: Any) -> str:
 def print_explanation(
     options: TrainNetworkOptions,
     origins: Mapping[str, str],
-    architecture: Architecture,
+    own: Declaration,
     *,
     file: TextIO | None = None,
 ) -> None:
@@ -92,7 +90,7 @@ def print_explanation(
     for title in ("value", "from", "note"):
         table.add_column(title, overflow="fold")
     group = ""
-    for row in explanation(options, origins, architecture):
+    for row in explanation(options, origins, own):
         if row.group != group:
             group = row.group
             table.add_section()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ def option(
     aliases: Sequence[str] = (),
     secret: bool = False,
     unit: str | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
     weights: bool = False,
     harmless: bool = False,
     required: bool = False,
@@ -31,8 +36,11 @@ def option(
         help: what it does, with units; the default is added to it.
         type: converter of the text; left out for switches and texts.
         secret: whether the value must never be logged or recorded.
-        unit: what its number counts or measures, "" for a plain factor; ``library/config/units.py`` has those of the
-            options that all families have.
+        unit: what its number counts or measures, "" for a plain factor; every option of a run that is a number has one.
+        minimum: least value.
+        maximum: largest value.
+        above: a value that it must be greater than.
+        below: a value that it must be less than.
         weights: whether it names a file or folder of weights; a resumed run must share its content, not its place.
         harmless: whether a resumed run may have another value and still go on exactly.
         required: whether the parser refuses to go on without it.
@@ -47,12 +55,46 @@ def option(
         "aliases": tuple(aliases),
         "secret": secret,
         "unit": unit,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "below": below,
         "weights": weights,
         "harmless": harmless,
         "required": required,
         "neutral": tuple(neutral),
     }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def out_of_range(field: dataclasses.Field[Any], value: Any) -> str | None:
+    """What is wrong with a number, or with one of a list, by the option's limits; None if nothing is."""
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            wrong = _out_of_range(field, number)
+            if wrong is not None:
+                return f"--{field.name} {number}: {wrong}"
+    return None
+
+
+def _out_of_range(field: dataclasses.Field[Any], number: float) -> str | None:
+    limits = field.metadata
+    low, high, above, below = (limits[name] for name in ("minimum", "maximum", "above", "below"))
+    if not math.isfinite(number):
+        return "must be a finite number"
+    if (low is None or number >= low) and (high is None or number <= high):
+        if (above is None or number > above) and (below is None or number < below):
+            return None
+    if low is not None and high is not None:
+        return f"must lie between {low:g} and {high:g}"
+    if above is not None and below is not None:
+        return f"must be above {above:g} and below {below:g}"
+    or_left_out = ", or left out" if field.default is None else ""
+    if low is not None:
+        return f"must be at least {low:g}{or_left_out}"
+    if high is not None:
+        return f"must be at most {high:g}{or_left_out}"
+    return f"must be greater than {above:g}" if above is not None else f"must be less than {below:g}"
 
 
 def normalized(field: dataclasses.Field[Any], value: Any) -> Any:

@@ -20,7 +20,7 @@ from library.config.arguments import (
     build_parser,
 )
 from library.config.fields import option
-from library.config.flow_arguments import FlowOptions, WeightingOptions
+from library.config.flow import FlowOptions, WeightingOptions
 
 O = TypeVar("O", bound="CacheToolOptions")  # noqa: E741
 

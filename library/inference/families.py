@@ -28,10 +28,10 @@ def family_of(options: ImageModelOptions) -> Architecture:
         UserError: options that the family refuses.
     """
     family = SDXL if options.sdxl else FAMILIES.get(_found(options.ckpt or ""), SD)
-    for name, why in family.refused_options.items():
+    for name, why in family.declaration.refused.items():
         if getattr(options, name, None):
             raise UserError(f"--{name}: {why}")
-    for name, why in family.idle_options.items():
+    for name, why in family.declaration.unused.items():
         if getattr(options, name, None) is not None:
             logger.warning("--%s has no effect %s", name, why)
     return family

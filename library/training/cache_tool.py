@@ -15,8 +15,10 @@ from typing import ClassVar
 
 from library.architectures.base import Architecture
 from library.config.console import setup_console
+from library.config.core import CORE
+from library.config.core.network import DECLARATION as NETWORK
+from library.config.core.output import needs_output
 from library.config.no_effect import report
-from library.config.rules import RULES, needs_network, needs_output
 from library.config.rules import check as check_rules
 from library.config.tool_arguments import CacheToolOptions, build_tool_parser, names_of
 from library.config.tool_arguments import FamilyToolOptions as _FamilyOptions
@@ -31,8 +33,8 @@ from library.training.processes import finalizing, make_accelerator, weight_dtyp
 
 logger = logging.getLogger(__name__)
 
-#: no network is trained here, the text encoder neither
-_RULES = tuple(rule for rule in RULES if rule not in (needs_network, needs_output))
+#: nothing is trained and saved here
+_RULES = tuple(rule for rule in CORE.rules if rule not in (*NETWORK.rules, needs_output))
 _FAMILY_FLAGS = ("sdxl", "flux")
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from library.config.console import setup_console
+from library.config.core.output import needs_output
 from library.config.no_effect import report
-from library.config.rules import DATA_RULES, check, needs_output
+from library.config.rules import DATA_RULES, check
 from library.data import describe
 from library.data.captions import Progress
 from library.data.conditioning import Role, check_roles

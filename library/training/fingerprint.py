@@ -1,6 +1,6 @@
 """What a resumed run must share with the run that saved the state, to go on exactly.
 
-Every option counts unless it is listed here as harmless, so a new one cannot be forgotten.
+Every option counts unless its declaration says that it is harmless, so a new one cannot be forgotten.
 """
 
 from __future__ import annotations
@@ -19,26 +19,6 @@ from library.data import describe
 from library.data.dataset import BucketedDataset, TrainingData
 from library.files.hashes import model_hash
 from library.training.text_caching import text_cache_row
-
-#: groups of options that change what is written, shown or kept, but no weight
-HARMLESS_GROUPS = frozenset({"output", "sample", "resume", "validation", "logging", "modelspec", "console", "config"})
-
-#: the same for single options
-HARMLESS = frozenset(
-    {
-        # where things are; their contents are compared below
-        "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "base_weights",
-        # the state holds the weights
-        "network_weights", "dim_from_weights",
-        # compared below as what they come to
-        "seed", "max_train_steps", "max_train_epochs", "optimizer_type", "use_8bit_adam", "use_lion_optimizer",
-        # nothing happens by it while all is finite
-        "on_nan",
-        # memory, speed and processes
-        "gradient_checkpointing", "cpu_offload_checkpointing", "lowram", "highvram", "ddp_timeout",
-        "ddp_gradient_as_bucket_view", "ddp_static_graph",
-    }
-)  # fmt: skip
 
 #: keys of a subset that say where things are or how they are read, not what they are
 _HARMLESS_KEYS = frozenset(
@@ -93,12 +73,12 @@ def fingerprint(
 def option_values(options: TrainNetworkOptions) -> Iterator[tuple[str, Any]]:
     """The options that matter. Those on data are in the datasets, where a dataset file may have changed them."""
     for group_field in dataclasses.fields(options):
-        if group_field.name in HARMLESS_GROUPS or group_field.name == "dataset":
-            continue
         group = getattr(options, group_field.name)
+        if getattr(type(group), "harmless", False):
+            continue
         for field in dataclasses.fields(group):
             told = field.metadata
-            if field.name in HARMLESS or told["secret"] or told["harmless"]:
+            if told["secret"] or told["harmless"]:
                 continue
             value = getattr(group, field.name)
             yield f"--{field.name}", content_of(value) if told["weights"] else value

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from library.config.arguments import TrainingOptions, TrainNetworkOptions
-from library.config.no_effect.declare import message
+from library.config.declaration import message
 from library.errors import NoEffect, UserError
 from library.training.models import Models
 from library.training.text_caching import caches_texts

@@ -59,7 +59,7 @@ class Trainer:
     @classmethod
     def joined_options(cls) -> type[TrainNetworkOptions]:
         """The class of all options of the script: the kind's, and those that only the family has."""
-        return with_groups(cls.kind.options_class, cls.architecture.option_groups)
+        return with_groups(cls.kind.options_class, cls.architecture.declaration.groups)
 
     @classmethod
     def usage(cls) -> str | None:
@@ -75,13 +75,13 @@ class Trainer:
         Raises:
             SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when all is saved.
         """
-        options_class = with_groups(self._kind.options_class, self.architecture.option_groups)
+        options_class = with_groups(self._kind.options_class, self.architecture.declaration.groups)
         options = options_class.from_args(args)
         hide_secrets(options, sys.argv)
         if options.config.replay:
             return replay(options, self.setup, lambda run, interrupt: self.load(run, self.cache(run, interrupt)))
         if options.config.explain:
-            return print_explanation(options, origins_of(args), self.architecture.configured(options))
+            return print_explanation(options, origins_of(args), self.architecture.declaration)
         if options.dataset.debug_dataset:
             return show_dataset(options, self.architecture.configured(options), self._images_as(options))
         with Interrupt() as interrupt:

@@ -26,7 +26,7 @@ def options(**given: object) -> TrainNetworkOptions:
 
 
 def rows_of(args: argparse.Namespace) -> dict[str, Row]:
-    return {row.name: row for row in explanation(TrainNetworkOptions.from_args(args), origins_of(args), SD)}
+    return {row.name: row for row in explanation(TrainNetworkOptions.from_args(args), origins_of(args), SD.declaration)}
 
 
 def test_every_option_has_its_origin(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
@@ -63,13 +63,13 @@ def test_secrets_are_masked(parser: argparse.ArgumentParser) -> None:
     assert (rows["wandb_api_key"].value, rows["wandb_api_key"].origin) == ("(hidden)", "command line")
     assert rows_of(read_args(parser, []))["wandb_api_key"].value == "-"
     printed = io.StringIO()
-    print_explanation(TrainNetworkOptions.from_args(args), origins_of(args), SD, file=printed)
+    print_explanation(TrainNetworkOptions.from_args(args), origins_of(args), SD.declaration, file=printed)
     assert "k3y" not in printed.getvalue() and "t0ken" not in printed.getvalue()
 
 
 def test_what_has_no_effect_and_what_is_refused_is_noted() -> None:
     given = options(huber_c=0.2, deepspeed=True, zero3_init_flag=True)
-    rows = {row.name: row for row in explanation(given, {}, SD)}
+    rows = {row.name: row for row in explanation(given, {}, SD.declaration)}
     assert rows["huber_c"].note == "no effect without --loss_type huber or smooth_l1"
     assert rows["zero3_init_flag"].note.startswith("refused: ") and rows["deepspeed"].note == ""
     assert rows["huber_schedule"].note == ""
@@ -78,7 +78,7 @@ def test_what_has_no_effect_and_what_is_refused_is_noted() -> None:
 def test_the_table_shows_brackets_and_every_flag() -> None:
     printed = io.StringIO()
     given = options(caption_prefix="[red]a [cat]", output_dir="a/" + "long/" * 30, dataset_config=Path("d.toml"))
-    print_explanation(given, {"caption_prefix": "command line"}, SD, file=printed)
+    print_explanation(given, {"caption_prefix": "command line"}, SD.declaration, file=printed)
     text = printed.getvalue()
     assert "[red]a [cat]" in text
     assert all(f"--{field.name} " in text for field, _ in flat(given))
@@ -138,7 +138,7 @@ def test_every_implication_has_a_case_and_an_option() -> None:
 
 def test_what_is_given_follows_from_nothing() -> None:
     assert "unet_lr" not in implied(options(unet_lr=0.1))
-    rows = {row.name: row for row in explanation(options(unet_lr=0.1), {"unet_lr": "command line"}, SD)}
+    rows = {row.name: row for row in explanation(options(unet_lr=0.1), {"unet_lr": "command line"}, SD.declaration)}
     assert (rows["unet_lr"].value, rows["unet_lr"].origin) == ("0.1", "command line")
 
 

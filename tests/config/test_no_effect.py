@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import pytest
 
-from library.architectures.base import Architecture
 from library.architectures.sd import SD
 from library.config.arguments import TrainNetworkOptions, flat
-from library.config.availability import REFUSED
-from library.config.no_effect import RULES, reasons, report, without_effect
+from library.config.core import CORE
+from library.config.declaration import Declaration, Facts
+from library.config.no_effect import reasons, report, without_effect
 from library.config.no_effect.by_dataset import ON_VALIDATION, without_effect_on_data
 from library.config.no_effect.by_dataset import OPTIONS as DATA_OPTIONS
 from library.config.no_effect.by_plan import without_effect_in_plan
@@ -363,7 +363,7 @@ def options(*given: Given) -> TrainNetworkOptions:
 
 def idle_names(given: TrainNetworkOptions) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for names, reason in reasons(given, SD):
+    for names, reason in reasons(given, SD.declaration):
         for name in names:
             found.setdefault(name, []).append(reason)
     return found
@@ -378,17 +378,17 @@ def test_no_option_is_forgotten() -> None:
     covered |= NEVER | OTHERS
     assert not covered & ALWAYS, "an option in ALWAYS has a case"
     names = {field.name for field, _ in flat(options())}
-    for name in sorted(names - covered - ALWAYS - set(REFUSED)):
+    for name in sorted(names - covered - ALWAYS - set(CORE.refused)):
         pytest.fail(
-            f"--{name}: decide when it has no effect. If there is such a run, declare a rule with @idle in "
-            "library/config/no_effect/ and add a Case to tests/config/test_no_effect.py; else add it to ALWAYS there"
+            f"--{name}: decide when it has no effect. If there is such a run, declare a rule with @idle beside it, in "
+            "library/config/core/, and add a Case to tests/config/test_no_effect.py; else add it to ALWAYS there"
         )
     assert covered | ALWAYS <= names, "a case or a line of ALWAYS names no option"
 
 
 def test_every_rule_names_options_and_has_a_case() -> None:
     names = {field.name for field, _ in flat(options())}
-    for rule in RULES:
+    for rule in CORE.idle:
         assert set(rule.names) <= names, rule
         for name in rule.names:
             if name in NEVER | OTHERS:
@@ -552,13 +552,13 @@ def test_one_subset_that_reads_it_is_enough(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_options_at_their_default_are_never_reported() -> None:
-    assert reasons(options(), SD) == []
-    assert without_effect(options({"huber_c": 0.1, "dynamo_backend": "inductor"}), SD) == []
+    assert reasons(options(), SD.declaration) == []
+    assert without_effect(options({"huber_c": 0.1, "dynamo_backend": "inductor"}), SD.declaration) == []
 
 
 def test_one_line_for_each_reason() -> None:
     given = options({"huber_c": 0.2, "huber_scale": 2.0, "huber_schedule": "constant", "sample_at_first": True})
-    assert without_effect(given, SD) == [
+    assert without_effect(given, SD.declaration) == [
         "--huber_schedule, --huber_c and --huber_scale have no effect without --loss_type huber or smooth_l1",
         "--sample_at_first has no effect without --sample_prompts, a file",
     ]
@@ -570,6 +570,7 @@ def test_strict_makes_them_errors_beside_the_others(tmp_path: Path) -> None:
         "network_module": "networks.lora",
         "output_dir": str(tmp_path / "out"),
         "train_data_dir": str(tmp_path),
+        "learning_rate": 1e-4,
     }
     assert len(check(options(good, {"huber_c": 0.2, "lowram": True}), SD)) == 2
     strict: Given = {**good, "strict": True}
@@ -598,11 +599,13 @@ def test_later_findings_are_reported_alike(caplog: pytest.LogCaptureFixture) -> 
 class FlowFamily:
     """A family declares what cannot work with it, and what changes nothing."""
 
-    refused_options = {"v_parameterization": "flow models predict the velocity between noise and image; remove it"}
-    idle_options = {"min_snr_gamma": "with flow matching, which has no SNR weighting"}
-    option_groups = {}
-    idle_rules = ()
-    option_rules = ()
+    declaration = Declaration(
+        refused={"v_parameterization": "flow models predict the velocity between noise and image; remove it"},
+        unused={"min_snr_gamma": "with flow matching, which has no SNR weighting"},
+    )
+
+    def facts(self, options: TrainNetworkOptions) -> Facts:
+        return Facts(trained_encoders=(True,))
 
 
 def test_a_familys_declarations(tmp_path: Path) -> None:
@@ -611,8 +614,9 @@ def test_a_familys_declarations(tmp_path: Path) -> None:
         "network_module": "networks.lora",
         "output_dir": str(tmp_path / "out"),
         "train_data_dir": str(tmp_path),
+        "learning_rate": 1e-4,
     }
-    family: Architecture = FlowFamily()  # type: ignore[assignment]
+    family = FlowFamily()
     assert check(options(good, {"min_snr_gamma": 5.0}), family) == [
         "--min_snr_gamma has no effect with flow matching, which has no SNR weighting"
     ]
@@ -625,4 +629,4 @@ def test_a_familys_declarations(tmp_path: Path) -> None:
 
 def test_families_declare_options_that_exist() -> None:
     names = {field.name for field, _ in flat(options())}
-    assert set(SD.refused_options) | set(SD.idle_options) <= names
+    assert set(SD.declaration.refused) | set(SD.declaration.unused) <= names

@@ -19,6 +19,7 @@ NEEDED = {
     "train_data_dir": ".",
     "output_dir": "out",
     "network_module": "networks.lora",
+    "learning_rate": "1e-4",
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from library.config.arguments import TrainNetworkOptions, flat, with_groups
-from library.config.no_effect.flow import DDPM_ONLY
+from library.config.flow import DDPM_ONLY
 from library.diffusion.flow import resolution_shift
 from library.diffusion.objective import FlowObjective, LossSettings, TimestepRange
 from library.diffusion.weighting import flow_weight
@@ -61,10 +61,10 @@ def test_numbers_in_the_text() -> None:
 
 
 def test_options_on_the_page_exist() -> None:
-    kind = with_groups(TrainNetworkOptions, ToyFlow.option_groups)
+    kind = with_groups(TrainNetworkOptions, ToyFlow.declaration.groups)
     known = {field.name for field, _ in flat(kind.from_args(argparse.Namespace()))}
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_]*)", PAGE))
     assert named - known <= {option.name for option in TRAINING_OPTIONS}
     assert set(DDPM_ONLY) <= named
-    own = {name for group in ("weighting", "flow") for name in vars(ToyFlow.option_groups[group]()).keys()}
+    own = {name for group in ("weighting", "flow") for name in vars(ToyFlow.declaration.groups[group]()).keys()}
     assert own <= named

@@ -102,7 +102,7 @@ def test_ctrl_c_keeps_what_is_made(tmp_path: Path, tiny: Tiny) -> None:
         (["--ae", "ae.safetensors", "--clip_l", "l.safetensors"], ["--ae, --clip_l", "only for FLUX.1"]),
         (["--sdxl", "--flux"], ["--sdxl and --flux exclude each other"]),
         (["--vae_batch_siez", "2"], ["--vae_batch_siez", 'did you mean "--vae_batch_size"']),
-        (["--vae_batch_size", "0"], ["--vae_batch_size 0", "at least 1"]),
+        (["--vae_batch_size", "-1"], ["--vae_batch_size -1", "at least 1"]),
         (["--dataset_config", "no/such.toml"], ["--dataset_config no/such.toml", "no such file"]),
         (["--random_crop"], ["--random_crop", "not with cached latents"]),
         (["--pretrained_model_name_or_path", "no/such.safetensors"], ["no/such.safetensors"]),

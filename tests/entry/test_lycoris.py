@@ -38,7 +38,7 @@ KINDS = {
 
 def models_of(tiny: Tiny) -> SimpleNamespace:
     """The bare models of a checkpoint, as ``gen_img.py`` holds them."""
-    kind = with_groups(TrainNetworkOptions, tiny.family.architecture.option_groups)
+    kind = with_groups(TrainNetworkOptions, tiny.family.architecture.declaration.groups)
     options = kind.from_args(Namespace(**tiny.model.flags))
     architecture = tiny.family.architecture.configured(options)
     checkpoint = inspect_model(architecture, options.model)

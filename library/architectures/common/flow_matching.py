@@ -1,58 +1,27 @@
 """What the families trained by flow matching share: options, their rules and records, and the objective.
 
-A family puts ``FlowMatching`` before its other bases and adds its own group of options to ``option_groups``. One whose
+A family puts ``FlowMatching`` before its other bases and joins its own declaration to ``FLOW``. One whose
 published options are fewer takes the groups and rules that it has, and overrides ``objective``.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.architectures.base import Architecture
-from library.config.flow_arguments import FlowOptions, WeightingOptions
-from library.config.no_effect.flow import DDPM_ONLY, FLOW_IDLE_RULES
+from library.config.flow import FLOW, FlowOptions, WeightingOptions
 from library.inference.prompt_line import DDPM_FIELDS
 
 if TYPE_CHECKING:
-    from library.config.rules import Finding
     from library.diffusion.objective import FlowObjective
     from library.inference.generate import ImageSettings
 
 
-def weighting_numbers(o: Any) -> Iterator[Finding]:
-    """What makes a density of ``WeightingOptions``."""
-    from library.config.rules import error
-    from library.diffusion.timesteps import MODE_SCALES
-
-    yield from _not_positive(logit_std=o.weighting.logit_std)
-    low, high = MODE_SCALES
-    if not low <= o.weighting.mode_scale <= high:
-        yield error(f"--mode_scale {o.weighting.mode_scale:g}: must lie between {low:g} and {high:.2f}")
-
-
-def flow_numbers(o: Any) -> Iterator[Finding]:
-    """The same of ``FlowOptions``."""
-    yield from _not_positive(sigmoid_scale=o.flow.sigmoid_scale, discrete_flow_shift=o.flow.discrete_flow_shift)
-
-
-def _not_positive(**values: float) -> Iterator[Finding]:
-    from library.config.rules import error
-
-    for name, value in values.items():
-        if value <= 0:
-            yield error(f"--{name} {value:g}: must be greater than 0")
-
-
 class FlowMatching(Architecture):
-    """Rectified flow, as Esser et al. 2024 (arXiv:2403.03206), with the options of ``config/flow_arguments.py``."""
+    """Rectified flow, as Esser et al. 2024 (arXiv:2403.03206), with the options of ``config/flow.py``."""
 
-    option_groups = MappingProxyType({"weighting": WeightingOptions, "flow": FlowOptions})
-    option_rules = (weighting_numbers, flow_numbers)
-    idle_rules = FLOW_IDLE_RULES
-    idle_options = DDPM_ONLY
+    declaration = FLOW
     sample_fields = (DDPM_FIELDS - {"sample_sampler"}) | {"flow_shift"}
     #: latent cells that are one token of the image; shifts by resolution count tokens
     cells_per_token = 4

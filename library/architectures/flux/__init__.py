@@ -35,11 +35,11 @@ from library.architectures.flux.checkpoint import load_transformer
 from library.architectures.flux.controlnet import load_controlnet
 from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
 from library.architectures.flux.names import DEV, SCHNELL
-from library.architectures.flux.options import CHROMA, IDLE_RULES, OPTION_RULES, FluxModelOptions, trains_t5
+from library.architectures.flux.options import CHROMA, DECLARATION, FluxModelOptions, trains_t5
 from library.architectures.flux.published_file import IDS
 from library.architectures.flux.targets import CHROMA_DENOISER, CLIP_L, DENOISER, T5XXL
+from library.config.declaration import message
 from library.config.no_effect import report
-from library.config.no_effect.declare import message
 from library.errors import NoEffect
 
 if TYPE_CHECKING:
@@ -74,22 +74,7 @@ class Flux(FlowMatching, Architecture):
     )
     denoiser_target = DENOISER
     compiled_blocks = ("DoubleStreamBlock", "SingleStreamBlock")
-    option_groups = {"flux": FluxModelOptions, **FlowMatching.option_groups}
-    idle_rules = (*IDLE_RULES, *FlowMatching.idle_rules)
-    option_rules = (*OPTION_RULES, *FlowMatching.option_rules)
-    idle_options = {
-        **FlowMatching.idle_options,
-        "v2": "with FLUX.1, which is no Stable Diffusion 2.x",
-        "vae": "with FLUX.1, whose autoencoder --ae names",
-        "clip_skip": "with FLUX.1, which takes the last layer of both text encoders",
-        "max_token_length": "with FLUX.1, whose captions are as long as --t5xxl_max_token_length",
-        "weighted_captions": "with FLUX.1, whose T5 reads plain text",
-    }
-    refused_options = {
-        "blocks_to_swap": "moving blocks to host memory is not supported yet; use --fp8_base and "
-        "--gradient_checkpointing, with --cpu_offload_checkpointing if that is not enough",
-        "split_mode": "is not supported, as it was replaced long ago; use --fp8_base and --gradient_checkpointing",
-    }
+    declaration = DECLARATION
     sample_fields = FlowMatching.sample_fields | {"guidance_scale"}
     sample_size_step = 16
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from library.config.declaration import Declaration, Facts, Finding, error, idle, joined
 from library.config.fields import option
-from library.config.no_effect.declare import idle
-from library.config.rules import Finding, error
+from library.config.flow import FLOW
 from networks.network_args import read_bool
 
 FLUX, CHROMA = "flux", "chroma"
@@ -31,13 +31,17 @@ class FluxModelOptions:
         weights=True,
     )
     t5xxl_max_token_length: int | None = option(
-        None, "tokens of a caption for T5-XXL (512 if not given, 256 with FLUX.1 schnell)", type=int, unit="tokens"
+        None,
+        "tokens of a caption for T5-XXL (512 if not given, 256 with FLUX.1 schnell)",
+        type=int,
+        unit="tokens",
+        minimum=1,
     )
     apply_t5_attn_mask: bool = option(
         False, "neither T5-XXL nor the transformer sees what captions are filled up with; needed for Chroma"
     )
     guidance_scale: float = option(
-        3.5, "guidance scale that FLUX.1 dev is trained at, 1 is common; Chroma needs 0", type=float, unit=""
+        3.5, "guidance scale that FLUX.1 dev is trained at, 1 is common; Chroma needs 0", type=float, unit="", minimum=0
     )
     blocks_to_swap: int | None = option(None, "blocks kept in host memory", type=int, unit="blocks", harmless=True)
     split_mode: bool = option(False, "an old way of saving memory")
@@ -48,21 +52,13 @@ def no_clip(o: Any) -> bool:
     return o.flux.model_type == CHROMA
 
 
-def caption_length(o: Any) -> Iterator[Finding]:
-    length = o.flux.t5xxl_max_token_length
-    if length is not None and length < 1:
-        yield error(f"--t5xxl_max_token_length {length}: must be at least 1")
-
-
-def guidance(o: Any) -> Iterator[Finding]:
+def guidance(o: Any, facts: Facts) -> Iterator[Finding]:
     scale = o.flux.guidance_scale
     if o.flux.model_type == CHROMA and scale != 0:
         yield error(f"--guidance_scale {scale:g}: Chroma is made for 0; add --guidance_scale 0")
-    elif scale < 0:
-        yield error(f"--guidance_scale {scale:g}: must be at least 0")
 
 
-def chroma_mask(o: Any) -> Iterator[Finding]:
+def chroma_mask(o: Any, facts: Facts) -> Iterator[Finding]:
     if o.flux.model_type == CHROMA and not o.flux.apply_t5_attn_mask:
         yield error("--model_type chroma: Chroma is made for masked captions; add --apply_t5_attn_mask")
 
@@ -82,10 +78,7 @@ def t5_is_frozen(o: Any) -> bool:
     return o.flux.model_type == CHROMA and not trains_t5(o.network) and not o.network.network_train_unet_only
 
 
-IDLE_RULES = (no_clip, t5_is_frozen)
-
-
-def what_is_trained(o: Any) -> Iterator[Finding]:
+def what_is_trained(o: Any, facts: Facts) -> Iterator[Finding]:
     network = o.network
     if network.network_train_unet_only and trains_t5(network):
         yield error("--network_args train_t5xxl=True: not with --network_train_unet_only; remove one of them")
@@ -96,7 +89,7 @@ def what_is_trained(o: Any) -> Iterator[Finding]:
         )
 
 
-def controlnet(o: Any) -> Iterator[Finding]:
+def controlnet(o: Any, facts: Facts) -> Iterator[Finding]:
     if not o.flux.controlnet_model_name_or_path:
         return
     if o.flux.model_type == CHROMA:
@@ -108,4 +101,23 @@ def controlnet(o: Any) -> Iterator[Finding]:
         )
 
 
-OPTION_RULES = (caption_length, guidance, chroma_mask, controlnet, what_is_trained)
+DECLARATION = joined(
+    Declaration(groups={"flux": FluxModelOptions}),
+    FLOW,
+    Declaration(
+        rules=(guidance, chroma_mask, controlnet, what_is_trained),
+        idle=(no_clip, t5_is_frozen),
+        unused={
+            "v2": "with FLUX.1, which is no Stable Diffusion 2.x",
+            "vae": "with FLUX.1, whose autoencoder --ae names",
+            "clip_skip": "with FLUX.1, which takes the last layer of both text encoders",
+            "max_token_length": "with FLUX.1, whose captions are as long as --t5xxl_max_token_length",
+            "weighted_captions": "with FLUX.1, whose T5 reads plain text",
+        },
+        refused={
+            "blocks_to_swap": "moving blocks to host memory is not supported yet; use --fp8_base and "
+            "--gradient_checkpointing, with --cpu_offload_checkpointing if that is not enough",
+            "split_mode": "is not supported, as it was replaced long ago; use --fp8_base and --gradient_checkpointing",
+        },
+    ),
+)

@@ -31,6 +31,7 @@ from library.architectures.common.loading import ModelSource, load_frozen, witho
 from library.architectures.common.tokenizer_files import find_tokenizer
 from library.architectures.sdxl import text as sdxl_text
 from library.architectures.sdxl.checkpoint import SDXLCheckpoint, inspect_checkpoint
+from library.config.declaration import Declaration
 from library.randomness import Draw
 
 
@@ -55,8 +56,10 @@ class StableDiffusionXL(LatentDiffusion):
     )
     denoiser_target = unet_target(BlockNumbering(down=9, mid=3, up=9, ends=1))
     sample_defaults = {"width": 1024, "height": 1024, "sample_steps": 30, "scale": 7.5}
-    refused_options = {"v2": "that is for Stable Diffusion 2.x, whose script is train_network.py; remove it"}
-    idle_options = {"clip_skip": "as SDXL always takes the last but one layer of both text encoders"}
+    declaration = Declaration(
+        refused={"v2": "that is for Stable Diffusion 2.x, whose script is train_network.py; remove it"},
+        unused={"clip_skip": "as SDXL always takes the last but one layer of both text encoders"},
+    )
 
     # ---- files ----
 

@@ -1,36 +1,23 @@
 """Options that have no effect in a run: found before anything is loaded, and named with the reason.
 
-A rule is a function of the options, declared with ``idle`` in the module of its topic; what depends on the dataset file
-or on the length of the run is in ``by_dataset`` and ``by_plan``, what depends on optimizer and schedule in
+A rule is a function of the options, declared with ``idle`` beside the options that it is about; what depends on the
+dataset file or on the length of the run is in ``by_dataset`` and ``by_plan``, what depends on optimizer and schedule in
 ``library/optim/``. They warn, and ``--strict`` makes the warnings errors.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from library.config.arguments import TrainNetworkOptions, flat
-from library.config.no_effect import data, diffusion, network, output, training, watching
-from library.config.no_effect.declare import IdleRule, message
+from library.config.core import CORE
+from library.config.declaration import Declaration, IdleRule, message
 from library.errors import Doubtful, NoEffect, UserError
 
-if TYPE_CHECKING:
-    from library.architectures.base import Architecture
-
 logger = logging.getLogger(__name__)
-
-
-def _rules_of(module: ModuleType) -> list[IdleRule]:
-    return [rule for rule in vars(module).values() if isinstance(rule, IdleRule)]
-
-
-RULES: tuple[IdleRule, ...] = tuple(
-    rule for module in (data, network, training, diffusion, output, watching) for rule in _rules_of(module)
-)
 
 
 def given(options: TrainNetworkOptions) -> set[str]:
@@ -52,23 +39,32 @@ def written_anyway(options: TrainNetworkOptions) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def reasons(options: TrainNetworkOptions, architecture: Architecture) -> list[tuple[list[str], str]]:
-    """Given options without effect and why, as far as the options alone tell."""
-    changed = given(options)
-    found = []
+def _applying(options: TrainNetworkOptions, own: Declaration) -> Iterator[IdleRule]:
     # the caching tools have own options of families in another group, and name by themselves what matters not
-    own = architecture.idle_rules if set(architecture.option_groups) <= set(options.groups()) else ()
-    for rule in (*RULES, *own):
-        names = [name for name in rule.names if name in changed]
-        if names and rule.applies(options):
-            found.append((names, rule.reason))
-    found += [([name], why) for name, why in architecture.idle_options.items() if name in changed]
-    return found
+    rules = own.idle if set(own.groups) <= set(options.groups()) else ()
+    yield from (rule for rule in (*CORE.idle, *rules) if rule.applies(options))
+    yield from (IdleRule((name,), why, lambda o: True) for name, why in own.unused.items())
 
 
-def without_effect(options: TrainNetworkOptions, architecture: Architecture) -> list[NoEffect]:
+def idle_names(options: TrainNetworkOptions, own: Declaration) -> set[str]:
+    """Names of all options that change nothing in this run, given or not."""
+    return {name for rule in _applying(options, own) for name in rule.names}
+
+
+def reasons(options: TrainNetworkOptions, own: Declaration) -> list[tuple[list[str], str]]:
+    """Given options without effect and why, as far as the options alone tell.
+
+    Args:
+        own: what the family and the kind declare.
+    """
+    changed = given(options)
+    found = (([n for n in rule.names if n in changed], rule.reason) for rule in _applying(options, own))
+    return [(names, reason) for names, reason in found if names]
+
+
+def without_effect(options: TrainNetworkOptions, own: Declaration) -> list[NoEffect]:
     """One warning for each rule that applies."""
-    return [NoEffect(message(names, reason)) for names, reason in reasons(options, architecture)]
+    return [NoEffect(message(names, reason)) for names, reason in reasons(options, own)]
 
 
 def report(warnings: Iterable[str], *, strict: bool) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from library.config.arguments import TrainNetworkOptions, flat
+from library.config.declaration import message
 from library.config.no_effect import given
-from library.config.no_effect.declare import message
 from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec, number_range, parse_size
 from library.errors import NoEffect
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from library.config.arguments import TrainNetworkOptions
+from library.config.declaration import message
 from library.config.no_effect import given
-from library.config.no_effect.declare import message
 from library.errors import NoEffect
 
 if TYPE_CHECKING:

@@ -1,0 +1,237 @@
+"""Options of the run: length, precision, memory, several processes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from library.config.availability import NO_NVME, NO_STAGE_3, NOT_WITH_DEEPSPEED, OF_STAGE_3
+from library.config.declaration import Declaration, Facts, Finding, error, idle
+from library.config.fields import option
+from library.launched import USE_DEEPSPEED, is_on, process_count
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Training."""
+
+    max_train_steps: int = option(1600, "optimizer steps of the run", type=int, unit="steps", minimum=1, harmless=True)
+    max_train_epochs: int | None = option(
+        None,
+        "epochs of the run; wins over --max_train_steps",
+        type=int,
+        neutral=(0,),
+        unit="epochs",
+        minimum=1,
+        harmless=True,
+    )
+    seed: int | None = option(
+        None, "makes the run repeatable (drawn and recorded, if not given)", type=int, unit="", harmless=True
+    )
+    gradient_accumulation_steps: int = option(1, "batches that make one step", type=int, unit="batches", minimum=1)
+    gradient_checkpointing: bool = option(False, "save memory by computing activations twice", harmless=True)
+    mixed_precision: str = option(
+        "no", "compute in half precision: bf16, or fp16 on a GPU", choices=["no", "fp16", "bf16"]
+    )
+    sdpa: bool = option(False, "use torch's scaled dot product attention")
+    xformers: bool = option(False, "use xformers' attention")
+    mem_eff_attn: bool = option(False, "use torch's attention with the kernel that takes the least memory")
+    torch_compile: bool = option(False, "compile the model's blocks")
+    dynamo_backend: str = option(
+        "inductor",
+        "compiler of --torch_compile",
+        choices=[
+            "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt",
+            "onnxrt", "tensort", "ipex", "tvm",
+        ],
+        neutral=("no", "NO"),
+    )  # fmt: skip
+    full_fp16: bool = option(
+        False, "trained weights, gradients and optimizer state in fp16; needs --mixed_precision fp16"
+    )
+    full_bf16: bool = option(
+        False, "trained weights, gradients and optimizer state in bf16; needs --mixed_precision bf16"
+    )
+    fp8_base: bool = option(False, "keep frozen U-Net and text encoders in scaled fp8")
+    fp8_base_unet: bool = option(False, "keep the frozen U-Net in scaled fp8, and not the text encoders")
+    cpu_offload_checkpointing: bool = option(False, "keep checkpointed activations in host memory", harmless=True)
+    lowram: bool = option(
+        False, "for machines with little host memory; loading goes to the device at once in any case", harmless=True
+    )
+    highvram: bool = option(
+        False, "for devices with much memory; keep the device's cache between stages", harmless=True
+    )
+    ddp_timeout: int | None = option(
+        None, "minutes to wait for other processes", type=int, neutral=(0,), unit="minutes", minimum=1, harmless=True
+    )
+    ddp_gradient_as_bucket_view: bool = option(
+        False, "keep gradients in the tensors that processes exchange", harmless=True
+    )
+    ddp_static_graph: bool = option(False, "a setting of torch's DistributedDataParallel", harmless=True)
+    deepspeed: bool = option(False, "train with DeepSpeed")
+    zero_stage: int = option(2, "DeepSpeed: ZeRO stage", type=int, choices=[0, 1, 2, 3], unit="")
+    offload_optimizer_device: str | None = option(
+        None, "DeepSpeed: where optimizer states go", choices=[None, "cpu", "nvme"]
+    )
+    offload_optimizer_nvme_path: str | None = option(None, "DeepSpeed: folder on the NVMe disk for them")
+    offload_param_device: str | None = option(None, "DeepSpeed: where parameters go", choices=[None, "cpu", "nvme"])
+    offload_param_nvme_path: str | None = option(None, "DeepSpeed: folder on the NVMe disk for them")
+    zero3_init_flag: bool = option(False, "DeepSpeed: split large models while they are made")
+    zero3_save_16bit_model: bool = option(False, "DeepSpeed: save 16-bit weights under ZeRO stage 3")
+    fp16_master_weights_and_gradients: bool = option(False, "DeepSpeed: fp16 master weights")
+    on_nan: str = option(
+        "stop",
+        "a loss or gradient that is not finite: stop, skip the update, or rollback to the last state kept in memory",
+        choices=["stop", "skip", "rollback"],
+        harmless=True,
+    )
+
+
+# ---- what cannot work ----
+
+
+def half_precision(o: Any, facts: Facts) -> Iterator[Finding]:
+    t = o.training
+    if t.full_fp16 and t.full_bf16:
+        yield error("--full_fp16 and --full_bf16 exclude each other: give one")
+        return
+    for name, precision in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+        if getattr(t, name) and t.mixed_precision != precision:
+            yield error(f"--{name}: needs --mixed_precision {precision}; add it, or remove --{name}")
+
+
+def deepspeed(o: Any, facts: Facts) -> Iterator[Finding]:
+    """What accelerate's configuration says of it is checked by ``library.training.zero``."""
+    if o.training.deepspeed and o.training.zero_stage == 3:
+        yield error(f"--zero_stage 3: {NO_STAGE_3}")
+    if o.training.deepspeed and o.training.offload_optimizer_device == "nvme":
+        yield error(f"--offload_optimizer_device nvme: {NO_NVME}")
+    if not (o.training.deepspeed or is_on(USE_DEEPSPEED)):
+        return
+    for name in ("full_bf16", "full_fp16", "fused_backward_pass"):
+        if getattr(o.optimizer if name == "fused_backward_pass" else o.training, name):
+            yield error(f"--{name}: {NOT_WITH_DEEPSPEED[name]}")
+
+
+def attention_package(o: Any, facts: Facts) -> Iterator[Finding]:
+    if o.training.xformers and importlib.util.find_spec("xformers") is None:
+        yield error("--xformers: the package xformers is not installed; pip install xformers, or use --sdpa")
+
+
+# ---- what has no effect ----
+
+
+@idle("max_train_steps", reason="beside --max_train_epochs, which wins")
+def epochs_win(o: Any) -> bool:
+    return o.training.max_train_epochs is not None
+
+
+@idle("dynamo_backend", reason="without --torch_compile")
+def nothing_is_compiled(o: Any) -> bool:
+    return not o.training.torch_compile
+
+
+@idle("xformers", "sdpa", reason="beside --mem_eff_attn, which wins")
+def memory_efficient_attention_wins(o: Any) -> bool:
+    return o.training.mem_eff_attn
+
+
+@idle("sdpa", reason="beside --xformers, which wins")
+def xformers_wins(o: Any) -> bool:
+    return o.training.xformers
+
+
+@idle("cpu_offload_checkpointing", reason="without --gradient_checkpointing")
+def no_checkpointing(o: Any) -> bool:
+    return not o.training.gradient_checkpointing
+
+
+@idle("fp8_base", reason="beside --fp8_base_unet, which leaves the text encoders as they are")
+def only_the_denoiser(o: Any) -> bool:
+    return o.training.fp8_base_unet
+
+
+@idle(
+    "ddp_timeout",
+    "ddp_gradient_as_bucket_view",
+    reason="with one process; several are started by: accelerate launch --multi_gpu",
+)
+def one_process(o: Any) -> bool:
+    return process_count() == 1
+
+
+@idle(
+    "zero_stage",
+    "offload_optimizer_device",
+    "offload_optimizer_nvme_path",
+    "offload_param_device",
+    "offload_param_nvme_path",
+    "zero3_init_flag",
+    "zero3_save_16bit_model",
+    "fp16_master_weights_and_gradients",
+    reason="without --deepspeed",
+)
+def no_deepspeed(o: Any) -> bool:
+    return not o.training.deepspeed
+
+
+@idle(
+    "offload_param_device",
+    "offload_param_nvme_path",
+    "zero3_init_flag",
+    "zero3_save_16bit_model",
+    reason="without --zero_stage 3",
+)
+def parameters_are_not_split(o: Any) -> bool:
+    return o.training.deepspeed and o.training.zero_stage != 3
+
+
+@idle("offload_optimizer_device", reason="with --zero_stage 0, which shares nothing out")
+def nothing_is_shared_out(o: Any) -> bool:
+    return o.training.deepspeed and o.training.zero_stage == 0
+
+
+@idle("offload_optimizer_nvme_path", reason="without --offload_optimizer_device nvme")
+def optimizer_stays_off_the_disk(o: Any) -> bool:
+    return o.training.deepspeed and o.training.offload_optimizer_device != "nvme"
+
+
+@idle("offload_param_nvme_path", reason="without --offload_param_device nvme")
+def parameters_stay_off_the_disk(o: Any) -> bool:
+    return o.training.deepspeed and o.training.zero_stage == 3 and o.training.offload_param_device != "nvme"
+
+
+@idle("lowram", reason="in this version: weights are streamed to the device in any case")
+def loading_is_streamed(o: Any) -> bool:
+    return True
+
+
+DECLARATION = Declaration(
+    groups={"training": TrainingOptions},
+    rules=(
+        half_precision,
+        deepspeed,
+        attention_package,
+    ),
+    idle=(
+        epochs_win,
+        nothing_is_compiled,
+        memory_efficient_attention_wins,
+        xformers_wins,
+        no_checkpointing,
+        only_the_denoiser,
+        one_process,
+        no_deepspeed,
+        parameters_are_not_split,
+        nothing_is_shared_out,
+        optimizer_stays_off_the_disk,
+        parameters_stay_off_the_disk,
+        loading_is_streamed,
+    ),
+    refused={
+        **OF_STAGE_3,
+        "ddp_static_graph": "has no effect: gradients are exchanged once a step, after all of them are made; remove it",
+    },
+)

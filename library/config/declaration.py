@@ -1,0 +1,100 @@
+"""What an owner of options declares: the core, a model family, a kind of training, a tool.
+
+Options, their ranges, the rules between them, and when they have no effect stand beside what they are for. Here is only
+how they are declared and joined; nothing here knows an owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule finds."""
+
+    text: str
+    fatal: bool
+
+
+def error(text: str) -> Finding:
+    """A finding for what cannot work."""
+    return Finding(text, fatal=True)
+
+
+def warning(text: str) -> Finding:
+    """A finding for what is unusual."""
+    return Finding(text, fatal=False)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What rules may ask about the model family and the kind of training."""
+
+    #: for each text encoder of the model, whether it may be trained with these options
+    trained_encoders: tuple[bool, ...] = ()
+
+    @property
+    def text_encoders(self) -> int:
+        """How many text encoders the model has."""
+        return len(self.trained_encoders)
+
+
+#: options by group, facts -> findings; options without effect in the run are at their defaults there
+Rule = Callable[[Any, Facts], Iterator[Finding]]
+
+
+@dataclass(frozen=True)
+class IdleRule:
+    """Options that change nothing in runs for which ``applies`` holds."""
+
+    names: tuple[str, ...]
+    reason: str  # completes "--dynamo_backend has no effect ..."; shown in messages and in docs/options/
+    applies: Callable[[Any], object]  # its truth counts
+
+
+def idle(*names: str, reason: str) -> Callable[[Callable[[Any], object]], IdleRule]:
+    """Make a function of the options the condition under which ``names`` have no effect.
+
+    An option at its default is never reported, so the condition need not look at the options themselves.
+    """
+    return lambda applies: IdleRule(names, reason, applies)
+
+
+def message(names: Iterable[str], reason: str) -> str:
+    """``--a, --b and --c have no effect <reason>``."""
+    flags = [f"--{name}" for name in names]
+    shown = " and ".join([", ".join(flags[:-1]), flags[-1]] if len(flags) > 1 else flags)
+    return f"{shown} {'have' if len(flags) > 1 else 'has'} no effect {reason}"
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """All that one owner says about options.
+
+    Attributes:
+        groups: dataclasses of ``option(...)`` fields, by their name among the groups of all options.
+        rules: what makes options wrong together.
+        idle: when options have no effect.
+        refused: options, its own or those of others, that cannot work with it: name -> why, and what to use instead.
+        unused: options of others that change nothing with it: name -> why, completing "--x has no effect ...".
+    """
+
+    groups: Mapping[str, type] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    idle: tuple[IdleRule, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, str] = field(default_factory=dict)
+
+
+def joined(*declarations: Declaration) -> Declaration:
+    """All of them as one; of two reasons to refuse an option, or not to use it, the later counts."""
+    return Declaration(
+        groups={name: group for d in declarations for name, group in d.groups.items()},
+        rules=tuple(rule for d in declarations for rule in d.rules),
+        idle=tuple(rule for d in declarations for rule in d.idle),
+        refused={name: why for d in declarations for name, why in d.refused.items()},
+        unused={name: why for d in declarations for name, why in d.unused.items()},
+    )
