@@ -1,10 +1,10 @@
 """Files and folders that appear whole or not at all.
 
-Everything is written beside its place under a name that begins with "." and ends with ".tmp", flushed to
-the disk, and renamed into place. A process that dies leaves the previous file whole and at most a temporary
+Files are written beside their place under a name that begins with "." and ends with ".tmp", flushed to the disk, and
+renamed into place. A process that dies leaves the previous file whole and at most a temporary
 one, which the next write of the same target removes. A folder ends with a manifest of its files' sizes and
-hashes, written last. A folder cannot replace another in one go: killed between the two renames, the new one is whole
-under its temporary name, and ``recover_directory`` puts it in place.
+hashes, written last. One folder cannot replace another in a single step. If the process is killed between the two
+renames, the new folder is complete under its temporary name, and ``recover_directory`` puts it in place.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _CHUNK = 1 << 20  # bytes read at a time
 MAX_NAME = 255
 _LONGEST_ENDING = len("..0123456789ab.tmp")
 _DAY = 86400  # seconds
-_UMASK = os.umask(0o077)  # it can only be read by setting it
+_UMASK = os.umask(0o077)  # the umask can only be read by setting it
 os.umask(_UMASK)
-_NEW_FILE = 0o666 & ~_UMASK  # what others may do with a new file
+_NEW_FILE = 0o666 & ~_UMASK  # permissions of a new file
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,8 +44,8 @@ def atomic_path(path: Path | str, *, by_many: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it becomes ``path``, on an error it is removed.
 
     Args:
-        by_many: several processes may write the file at once, each under a temporary name of its own; the last wins,
-            and temporary files that a killed process left are removed once they are a day old.
+        by_many: several processes may write the file at once, each under its own temporary name. The last one wins.
+            Temporary files that a killed process left are removed once they are a day old.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -113,7 +113,7 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
 
 
 def recover_directory(path: Path | str) -> None:
-    """Put a folder in place whose replacement a killed process did not finish; to be called before it is read."""
+    """Finish the replacement of a folder that a killed process began. Call it before reading the folder."""
     path = Path(path)
     if path.exists():
         return
@@ -126,7 +126,7 @@ def recover_directory(path: Path | str) -> None:
 
 
 def read_manifest(path: Path | str) -> dict[str, dict[str, object]]:
-    """``{relative file name: {"size": bytes, "sha256": hex}}`` of a folder.
+    """Return ``{relative file name: {"size": bytes, "sha256": hex}}`` of a folder.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -157,9 +157,9 @@ def verify_directory(path: Path | str) -> None:
 
 
 def remove_tree(path: Path | str) -> None:
-    """Remove a folder so that a reader never finds a part of it under its name."""
+    """Remove a folder so that no reader finds a part of it under its name."""
     path = Path(path)
-    # not the name under which a folder waits to be replaced: what is removed never comes back
+    # not the name of a folder that waits to be replaced, so that a removed folder never comes back
     aside = path.with_name(f".{_short(path.name)}.removed.tmp")
     _clear(aside)
     os.replace(path, aside)
@@ -170,7 +170,7 @@ def remove_tree(path: Path | str) -> None:
 
 
 def _short(name: str) -> str:
-    """A name with room for what makes it a temporary one."""
+    """Return a name that is short enough to become a temporary name."""
     encoded = os.fsencode(name)
     return name if len(encoded) <= MAX_NAME - _LONGEST_ENDING else hashlib.sha256(encoded).hexdigest()[:32]
 
@@ -194,19 +194,19 @@ def _clear_old(path: Path) -> None:
 
 @functools.cache
 def _leftovers(folder: Path) -> tuple[str, ...]:
-    """Temporary files that lay in a folder when this process first wrote there.
+    """Return the temporary files that were in a folder when this process first wrote there.
 
-    Listed once, as a folder may hold a hundred thousand files, each written in turn.
+    The folder is listed once, because it may hold a hundred thousand files, which are written one by one.
     """
     with os.scandir(folder) as entries:
         return tuple(e.name for e in entries if e.name.startswith(".") and e.name.endswith(".tmp"))
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, if they are missing.
+    """Create a folder and its parents, if they are missing.
 
     Raises:
-        UserError: the disk is full, or it cannot be made there.
+        UserError: the disk is full, or the folder cannot be created there.
     """
     try:
         with _clear_errors(path):
@@ -225,7 +225,7 @@ def _clear(path: Path) -> None:
 
 @contextlib.contextmanager
 def _clear_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into one clear line."""
+    """Turn errors of the disk into one clear line."""
     try:
         yield
     except UserError:
@@ -241,14 +241,14 @@ def _clear_errors(path: Path) -> Iterator[None]:
 
 
 def _is_full_disk(error: Exception) -> bool:
-    """Whether writing failed for want of space, as Python, safetensors or torch say it."""
+    """Whether writing failed because the disk is full, as Python, safetensors or torch report it."""
     if isinstance(error, OSError):
         return error.errno in _FULL
     text = str(error)
     if type(error).__name__ == "SafetensorError":
         number = re.search(r"(?:os error|code:) (\d+)", text)
         return number is not None and int(number[1]) in _FULL
-    # torch's writer has no number for it; what else could end a write there, such as a lost mount, is as rare as clear
+    # torch's writer gives no error number; other causes, such as a lost mount, are rare and obvious
     return isinstance(error, RuntimeError) and any(
         words in text for words in ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
     )
@@ -281,19 +281,20 @@ def _sha256(file: Path) -> str:
 
 
 def _flush(file: Path) -> None:
-    """To the disk, and with the rights of any new file: safetensors makes its own for their owner alone."""
+    """Flush a file to the disk and give it the permissions of a new file; safetensors makes files that only their owner
+    can read."""
     # opened for writing, because Windows flushes only such handles
     with file.open("rb+") as stream:
         mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
         if os.name == "posix" and mode | _NEW_FILE != mode:
-            with contextlib.suppress(OSError):  # some network drives know no rights
+            with contextlib.suppress(OSError):  # some network drives have no permissions
                 os.fchmod(stream.fileno(), mode | _NEW_FILE)
         os.fsync(stream.fileno())
 
 
 def _flush_folder(folder: Path) -> None:
     if os.name != "posix":
-        return  # Windows has no handle to flush a folder by
+        return  # Windows cannot flush a folder
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
-"""NaN and infinity in weights are found where the weights are read, with one pass over each tensor.
+"""Find NaN and infinity in weights while the weights are read, with one pass over each tensor.
 
-A sum is the cheapest pass that there is, and NaN and infinity survive in it. The sum of finite numbers may leave the
-range of its type, so a tensor whose sum is suspicious is looked at exactly. On an accelerator sums wait on the device,
+A sum is the cheapest pass, and NaN and infinity survive in it. The sum of finite numbers may overflow, so a tensor
+whose sum is not finite is checked exactly. On an accelerator sums wait on the device,
 and are read together.
 """
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class FiniteCheck:
-    """Takes tensors one by one, and tells in the end which of them are not finite."""
+    """Collects tensors one by one and reports at the end which of them are not finite."""
 
     def __init__(self) -> None:
         self._bad: list[str] = []
         self._waiting: list[tuple[str, Tensor, Tensor]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Look at one tensor; integers and tensors without data are finite."""
+        """Add one tensor; integers and tensors without data are finite."""
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             return
-        if tensor.element_size() == 1:  # fp8, in which torch does not compute
+        if tensor.element_size() == 1:  # fp8, which torch cannot sum
             tensor = tensor.bfloat16()
         total = tensor.sum()
         if tensor.device.type != "cpu":
@@ -35,11 +35,11 @@ class FiniteCheck:
             self._bad.append(name)
 
     def bad(self) -> list[str]:
-        """The names of the tensors that hold NaN or infinity, in the order in which they came."""
+        """Return the names of the tensors that hold NaN or infinity, in the order of ``add``."""
         import torch
 
         if self._waiting:
-            # one answer of the device for all
+            # one transfer from the device for all
             fine = torch.stack([total.float() for _, _, total in self._waiting]).isfinite().tolist()
             suspicious = [entry for entry, is_fine in zip(self._waiting, fine, strict=True) if not is_fine]
             self._bad += [name for name, tensor, _ in suspicious if not is_finite(tensor)]
@@ -64,5 +64,5 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def some_of(names: list[str]) -> str:
-    """``"3 tensors, the first is a.weight,"`` or ``"the tensor a.weight"``, for messages."""
+    """Return ``"3 tensors, the first is a.weight,"`` or ``"the tensor a.weight"``, for messages."""
     return f"the tensor {names[0]}" if len(names) == 1 else f"{len(names)} tensors, the first is {names[0]},"

@@ -29,7 +29,8 @@ _CHUNK = 1 << 22  # bytes
 
 
 def model_hash(path: Path | str) -> str:
-    """The old short hash: sha256[:8] of 64 KiB at 1 MiB; ``NOFILE`` or ``IsADirectory`` where there is none."""
+    """Return the old short hash: sha256[:8] of 64 KiB at offset 1 MiB; ``NOFILE`` or ``IsADirectory`` without a
+    file."""
     try:
         with open(path, "rb") as file:
             file.seek(_SHORT_START)
@@ -39,20 +40,21 @@ def model_hash(path: Path | str) -> str:
     except IsADirectoryError:
         return IS_DIRECTORY
     except PermissionError:
-        return IS_DIRECTORY if Path(path).is_dir() else NO_FILE  # Windows opens no folders
+        return IS_DIRECTORY if Path(path).is_dir() else NO_FILE  # Windows cannot open folders
 
 
 def file_identity(path: Path) -> tuple[int, int, int, int]:
-    """A file's inode, size in bytes, and times of change of content and of inode, ns: equal means not touched.
+    """Return a file's inode, size in bytes, and change times of content and inode in ns; equal values mean an unchanged
+    file.
 
-    Size and time of the content do not tell: copying with times, or swapping two files, keeps them.
+    Size and modification time are not enough: copying with times, or swapping two files, keeps them.
     """
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def sha256_file(path: Path | str) -> str:
-    """sha256 of a whole file, as hex."""
+    """Return the sha256 of a whole file, as hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -61,16 +63,16 @@ def sha256_file(path: Path | str) -> str:
 
 
 def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """The metadata of an adapter's file, with the hashes of these tensors instead of any others."""
+    """Return an adapter's metadata with the hashes of these tensors."""
     entries = dict(metadata or {})
     return {**entries, **dict(zip(SSHS_KEYS, sshs_hashes(tensors, entries), strict=True))}
 
 
 def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """``sshs_model_hash`` and ``sshs_legacy_hash`` of an adapter about to be saved.
+    """Return ``sshs_model_hash`` and ``sshs_legacy_hash`` of an adapter that will be saved.
 
     The first is the sha256 of a safetensors file's bytes after its header; the second, sha256[:8] of 64 KiB
-    at 1 MiB of such a file. Only ``ss_*`` metadata goes into that file, so that descriptions may change.
+    at 1 MiB of such a file. Only ``ss_*`` metadata is part of that file, so descriptions may change.
     """
     import safetensors.torch
 
@@ -83,9 +85,10 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> t
 
 
 class HashInBackground:
-    """sha256 of a file, made in a thread while other work goes on, and remembered between runs.
+    """The sha256 of a file, computed in a thread and remembered between runs.
 
-    The memory is keyed by path, size and modification time, so a checkpoint is read once, not at each start.
+    The remembered hashes are keyed by path, size and modification time, so a checkpoint is read once, not at each
+    start.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -105,14 +108,14 @@ class HashInBackground:
         _remember(self._path, self._result)
 
     def result(self) -> str:
-        """The hash; waits for it if it is not ready."""
+        """Wait for the hash and return it."""
         if self._thread is not None:
             self._thread.join()
         return self._result or NO_FILE
 
 
 def memory_file() -> Path:
-    """Where hashes are remembered; ``SUITE_CACHE_DIR`` names another folder."""
+    """Return the file in which hashes are remembered; ``SUITE_CACHE_DIR`` names another folder."""
     if folder := os.environ.get("SUITE_CACHE_DIR"):
         return Path(folder) / "hashes.json"
     if sys.platform == "win32":

@@ -1,7 +1,7 @@
-"""The Hugging Face Hub: uploads of what a run saves, and states to go on from. All of it by ``huggingface_hub``.
+"""The Hugging Face Hub: upload what a run saves, and download states to resume from, with ``huggingface_hub``.
 
-A failed upload never ends a run. It is named in one line with the command that does it by hand, and tried again after
-the next upload that works, and at the end. Tokens stay out of every message.
+A failed upload never ends a run. One line reports it, with the command that does it by hand. It is retried after the
+next successful upload and at the end. No message contains a token.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-#: kinds of repository that hold files; a Space is a program
+#: types of repositories that hold files; a Space is a program
 REPO_TYPES = ("model", "dataset")
-#: how often one upload is tried
+#: attempts for one upload
 ATTEMPTS = 3
 #: seconds that the end of a run waits for uploads
 WAIT_AT_END = 1800.0
@@ -43,11 +43,11 @@ class HubTarget:
     in_background: bool = False
 
     def place(self, path: Path) -> str:
-        """Where a file or folder goes in the repository."""
+        """Return the path of a file or folder in the repository."""
         return f"{self.folder}/{path.name}" if self.folder else path.name
 
     def command(self, path: Path) -> str:
-        """The command that uploads by hand."""
+        """Return the command that uploads by hand."""
         words = ["hf", "upload", self.repo_id, str(path), self.place(path), "--repo-type", self.repo_type]
         return shlex.join(words)
 
@@ -56,13 +56,13 @@ class HubTarget:
 
 
 def check_target(target: HubTarget, *, create: bool) -> HubTarget:
-    """Make sure that uploads will be let in, before anything heavy is done; returns the target with its full name.
+    """Check before any heavy work that uploads will be accepted, and return the target with its full name.
 
     Args:
-        create: make the repository if there is none.
+        create: create the repository if it does not exist.
 
     Raises:
-        UserError: no token or a wrong one; a token that may only read; a repository that cannot be made or is of
+        UserError: no token, a wrong one, or one without write access; a repository that cannot be created or has
             another visibility; no connection.
     """
     from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
@@ -84,12 +84,12 @@ def check_target(target: HubTarget, *, create: bool) -> HubTarget:
         except RepositoryNotFoundError:
             if create:
                 raise
-            return target  # the run itself would make it
+            return target  # the run itself would create it
     except LocalTokenNotFoundError:
         raise UserError(f"{where}: no token; give --huggingface_token, or log in with: hf auth login") from None
     except UserError:
         raise
-    except Exception as error:  # the client has some ten classes of errors, of its own and of its transport
+    except Exception as error:  # the client has about ten error classes, its own and its transport's
         why = reason(error, target.token)
         raise UserError(
             f"{where}: cannot be uploaded to ({why}); check name, --huggingface_token and connection"
@@ -104,18 +104,18 @@ def check_target(target: HubTarget, *, create: bool) -> HubTarget:
 
 
 def reason(error: BaseException, token: str | None) -> str:
-    """What went wrong, in one line without the token."""
+    """Return what went wrong, in one line without the token."""
     text = " ".join(str(error).split()) or type(error).__name__
     if error.__cause__ is not None and type(error) is RuntimeError:  # "Error while uploading": its cause says why
         text = f"{text} {reason(error.__cause__, token)}"
-    text = _QUERY.sub(r"\1", text)  # of upload addresses: they are signed, and so as good as a token
+    text = _QUERY.sub(r"\1", text)  # upload URLs are signed, which makes them as secret as a token
     if token:
         text = text.replace(token, "***")
     return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + " ..."
 
 
 def _api(token: str | None) -> Any:
-    """The client, of the server that ``HF_ENDPOINT`` names now."""
+    """Return the client of the server that ``HF_ENDPOINT`` names."""
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
@@ -135,7 +135,7 @@ class RemoteFolder:
 
     @staticmethod
     def parse(text: str) -> RemoteFolder:
-        """Raises UserError for what is not of this form."""
+        """Parse the text; raises UserError if it has another form."""
         name, *more = text.split(":")
         parts = [part for part in name.split("/") if part]
         revision, repo_type = [*more, "", ""][:2]
@@ -150,7 +150,7 @@ class RemoteFolder:
 
 
 def download_folder(remote: RemoteFolder, token: str | None) -> Path:
-    """The folder in the local Hub cache; what is there already is not loaded again.
+    """Download the folder into the local Hub cache, except files that are there, and return its path.
 
     Raises:
         UserError: no such repository, revision or folder; no access or connection.
@@ -186,7 +186,7 @@ class _Upload:
 
 
 class Uploads:
-    """The uploads of a run, in one thread; without a target, nothing is done.
+    """The uploads of a run, in one thread; without a target it does nothing.
 
     Args:
         patience: seconds that ``close`` waits.
@@ -195,19 +195,19 @@ class Uploads:
     def __init__(self, target: HubTarget | None, *, patience: float = WAIT_AT_END) -> None:
         self._target = target
         self._patience = patience
-        self._pending: dict[Path, _Upload] = {}  # in the order they came
+        self._pending: dict[Path, _Upload] = {}  # in the order of ``add``
         self._changed = threading.Condition()
         self._added = 0
-        self._worked = 0  # value of ``_added`` that the thread has caught up with
+        self._worked = 0  # the value of ``_added`` up to which the thread is done
         self._closing = False
         self._thread: threading.Thread | None = None
 
     def add(self, path: Path) -> None:
-        """Upload a file or a folder: now, or in the background if the target says so."""
+        """Upload a file or a folder, in the background if the target says so."""
         if self._target is None:
             return
         with self._changed:
-            self._pending.pop(path, None)  # an earlier file of this name is no longer there
+            self._pending.pop(path, None)  # an earlier file of this name no longer exists
             self._pending[path] = _Upload(path)
             self._added += 1
             self._changed.notify_all()
@@ -220,7 +220,7 @@ class Uploads:
                 self._changed.wait_for(lambda: self._worked >= mine)
 
     def when_free(self, path: Path, action: Callable[[Path], None]) -> None:
-        """Do something to a file, such as removing it: at once, or when its upload is done."""
+        """Call ``action`` on a file, such as removing it, now or when its upload is done."""
         with self._changed:
             if (upload := self._pending.get(path)) is not None:
                 upload.afterwards = action
@@ -228,7 +228,7 @@ class Uploads:
         action(path)
 
     def close(self) -> None:
-        """Try what has failed once more and wait for the rest, both within ``patience``."""
+        """Retry failed uploads once and wait for the others, within ``patience`` in all."""
         if self._thread is None:
             return
         with self._changed:
@@ -252,7 +252,7 @@ class Uploads:
         from huggingface_hub.utils import logging as hub_logging
 
         disable_progress_bars()  # the run has one of its own
-        hub_logging.set_verbosity_error()  # it names signed addresses; failures are told here
+        hub_logging.set_verbosity_error()  # its messages contain signed URLs; failures are reported here
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._added > self._worked or self._closing)
@@ -260,7 +260,7 @@ class Uploads:
                 last = self._closing and seen == self._worked
                 due = list(reversed(self._pending.values()))
             for upload in due:
-                # the newest first; where it fails, the Hub is not asked for the older ones
+                # the newest first; if it fails, the older ones are not tried
                 if not self._attempt(upload, last=last) and not last:
                     break
             with self._changed:
@@ -276,7 +276,7 @@ class Uploads:
             if not path.exists():
                 raise FileNotFoundError("it is no longer there")
             self._send(path)
-        except Exception as error:  # whatever it is, the run goes on
+        except Exception as error:  # whatever the error is, the run continues
             gone = not path.exists()
             gives_up = last or gone or upload.attempts >= ATTEMPTS
             logger.warning(
@@ -291,7 +291,7 @@ class Uploads:
                 else f"it is tried again later; by hand: {target.command(path)}",
             )
             if gives_up:
-                self._forget(upload)  # retention then leaves the file where it is
+                self._forget(upload)  # retention then keeps the file
             return False
         logger.info("uploaded %s to %s as %s", path, target.repo_id, target.place(path))
         if self._forget(upload) and upload.afterwards is not None:
@@ -299,7 +299,7 @@ class Uploads:
         return True
 
     def _forget(self, upload: _Upload) -> bool:
-        """False if the file was saved anew meanwhile."""
+        """Forget an upload; returns False if the file was saved again in the meantime."""
         with self._changed:
             is_newest = self._pending.get(upload.path) is upload
             if is_newest:

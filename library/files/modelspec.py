@@ -37,7 +37,7 @@ def build_modelspec(
     is_negative_embedding: str | None = None,
     now: float | None = None,
 ) -> dict[str, str]:
-    """All entries as text.
+    """Return all entries as text.
 
     Args:
         architecture_id: such as ``stable-diffusion-v1/lora``.

@@ -17,7 +17,7 @@ SAVED = {**COMPUTE, "fp8": "float8_e4m3fn", "fp8_e4m3fn": "float8_e4m3fn", "fp8_
 
 
 def parse_precision(flag: str, text: str, known: dict[str, str]) -> torch.dtype:
-    """The dtype that an option's text names.
+    """Return the dtype that an option's text names.
 
     Raises:
         UserError: an unknown name.
@@ -30,14 +30,15 @@ def parse_precision(flag: str, text: str, known: dict[str, str]) -> torch.dtype:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``; integers stay, and what fp8 cannot hold becomes its largest number instead of NaN."""
+    """Cast ``tensor`` to ``dtype``; integers stay, and numbers too large for fp8 become its largest number instead of
+    NaN."""
     import torch
 
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     if dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         largest = torch.finfo(dtype).max
-        # fp8 cannot be clamped itself
+        # fp8 tensors cannot be clamped
         wide = tensor.float() if tensor.element_size() == 1 else tensor
         return wide.clamp(-largest, largest).to(dtype)
     return tensor.to(dtype)

@@ -8,7 +8,7 @@ import stat
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """A descriptor of a file, for reading.
+    """Return a file descriptor for reading.
 
     Opening a named pipe would wait for a writer, and reading from a device may never end.
 

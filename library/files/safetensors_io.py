@@ -1,4 +1,4 @@
-"""Reading and writing tensor files: safetensors headers without torch, tensors one at a time, safe pickles."""
+"""Read and write tensor files: safetensors headers without torch, tensors one at a time, safe pickles."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 #: a header longer than this is not one (the format's own limit is 100 MB)
 _MAX_HEADER = 100_000_000
 
-#: names of files that ``torch.save`` wrote, where nobody renamed them
+#: extensions of files that ``torch.save`` writes
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
-#: what published checkpoints of PyTorch Lightning's time hold beside their tensors, none of which is needed
+#: objects of PyTorch Lightning in early published checkpoints, none of which is needed
 _IGNORED_GLOBALS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
@@ -67,7 +67,7 @@ class Header:
 
 
 def read_header(path: Path | str) -> Header:
-    """Names, shapes and metadata of a safetensors file, without reading tensors.
+    """Return names, shapes and metadata of a safetensors file, without reading tensors.
 
     Raises:
         UserError: no such file, not a safetensors file (the message says what it seems to be), or cut short.
@@ -109,7 +109,7 @@ def read_header(path: Path | str) -> Header:
 
 
 def _refuse_overlaps(path: Path, spans: Sequence[tuple[int, int, str]]) -> None:
-    """Tensors that share bytes, or bytes between tensors that belong to none, mean a damaged header.
+    """Refuse a damaged header: tensors that share bytes, or gaps between tensors.
 
     Args:
         spans: (begin, end, name) of every tensor, sorted.
@@ -123,11 +123,11 @@ def _refuse_overlaps(path: Path, spans: Sequence[tuple[int, int, str]]) -> None:
 
 
 def regular_size(path: Path) -> int:
-    """Size of a file in bytes.
+    """Return the size of a file in bytes.
 
     Raises:
         OSError: there is none.
-        UserError: a pipe, socket or device, which would be waited for or never end.
+        UserError: a pipe, socket or device, which could block or never end.
     """
     found = path.stat()
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
@@ -136,13 +136,13 @@ def regular_size(path: Path) -> int:
 
 
 def _fits(info: TensorInfo, begin: int, end: int) -> bool:
-    """Whether a tensor takes the bytes that its type and shape need."""
+    """Whether a tensor has as many bytes as its dtype and shape need."""
     width = _WIDTHS.get(info.dtype)
     return 0 <= begin <= end if width is None else begin >= 0 and end - begin == math.prod(info.shape) * width
 
 
 def is_pickle(path: Path | str) -> bool:
-    """Whether a weight file is one of ``torch.save``: by its first bytes, as files are renamed, else by its name.
+    """Whether ``torch.save`` wrote a weights file: by its first bytes, because files are renamed, else by its name.
 
     Raises:
         UserError: a pipe, socket or device.
@@ -160,17 +160,17 @@ def is_pickle(path: Path | str) -> bool:
 
 
 def _begins_safetensors(start: bytes) -> bool:
-    """A length below 4 GB, and an opening brace."""
+    """Whether the file begins with a length below 4 GB and an opening brace."""
     return start[4:9] == b"\0\0\0\0{"
 
 
 def _begins_pickle(start: bytes) -> bool:
-    """A zip archive, or a pickle by itself, as torch before 1.6 wrote."""
+    """Whether the file begins as a zip archive, or as a plain pickle of torch before 1.6."""
     return start.startswith((b"PK\3\4", b"\x80"))
 
 
 def _seems(path: Path) -> str:
-    """What a file that is no safetensors file, or no pickle, appears to be."""
+    """Describe what a file that is not a safetensors file, or not a pickle, seems to be."""
     with path.open("rb") as file:
         start = file.read(200)
     if not start:
@@ -197,7 +197,7 @@ def iterate_tensors(
     own reader copies every tensor, which for a U-Net costs a second and as much memory again.
 
     Args:
-        mapped: if not, every tensor is read into memory of its own, which some file systems are faster at.
+        mapped: if False, every tensor is read into its own memory, which is faster on some file systems.
 
     Raises:
         UserError: as ``read_header``; a tensor of a dtype that torch lacks.
@@ -209,7 +209,7 @@ def iterate_tensors(
 
 
 class TensorReader:
-    """Tensors of a safetensors file in any order, one at a time; a context, for which the file stays open.
+    """Reads tensors of a safetensors file in any order, one at a time; a context that keeps the file open.
 
     Args:
         mapped: as for ``iterate_tensors``.
@@ -222,11 +222,11 @@ class TensorReader:
         self.path = Path(path)
         self.tensors = read_header(path).tensors
         self._file = self.path.open("rb")
-        # never closed: views may outlive the reader, and the last of them ends the mapping
+        # never closed: views may outlive the reader, and the last view ends the mapping
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else None
 
     def read(self, name: str) -> Tensor:
-        """Raises: KeyError for an unknown name, UserError for a dtype that torch lacks."""
+        """Return one tensor. Raises KeyError for an unknown name, UserError for a dtype that torch lacks."""
         info, title = self.tensors[name], f"{self.path}: {name}"
         return _read(self._file, info, title) if self._map is None else _view(self._map, info, title)
 
@@ -246,7 +246,7 @@ def _read(file: BinaryIO, info: TensorInfo, title: str) -> Tensor:
 
 
 def torch_dtype(info: TensorInfo, title: str) -> torch.dtype:
-    """The dtype of a tensor of a file; ``title`` names both in the error.
+    """Return the dtype of a tensor in a file; ``title`` names both in the error.
 
     Raises:
         UserError: torch has no such dtype.
@@ -258,14 +258,14 @@ def torch_dtype(info: TensorInfo, title: str) -> torch.dtype:
 
 
 def known_dtype(info: TensorInfo) -> torch.dtype | None:
-    """The dtype of a tensor of a file, or None where torch has no such."""
+    """Return the dtype of a tensor in a file, or None if torch does not have it."""
     import torch
 
     return getattr(torch, _DTYPES.get(info.dtype, ""), None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """How the format spells a dtype of torch: ``"BF16"``."""
+    """Return the format's name of a dtype, such as ``"BF16"``."""
     return _NAMES[str(dtype).removeprefix("torch.")]
 
 
@@ -277,7 +277,7 @@ def _view(mapped: mmap.mmap | bytearray, info: TensorInfo, title: str) -> Tensor
     if count == 0:
         return torch.empty(info.shape, dtype=dtype)
     tensor = torch.frombuffer(mapped, dtype=dtype, count=count, offset=info.offset).view(info.shape)
-    # headers of old writers are not padded, and vector instructions want whole elements
+    # old writers do not pad headers, and vector instructions need aligned elements
     return tensor if info.offset % tensor.element_size() == 0 else tensor.clone()
 
 
@@ -287,7 +287,7 @@ def load_tensors(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Tensors by name; ``dtype`` casts floating-point tensors only.
+    """Load tensors by name; ``dtype`` casts floating-point tensors only.
 
     Raises:
         UserError: as ``read_header``.
@@ -308,7 +308,7 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the host, contiguous and each in memory of its own, as safetensors wants them."""
+    """Return the tensors on the host, contiguous and without shared memory, as safetensors needs them."""
     plain = {}
     storages = set()
     for name, tensor in tensors.items():
@@ -322,11 +322,11 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_pickle(path: Path | str) -> dict[str, Tensor]:
-    """Tensors of a ``.ckpt``, ``.pt`` or ``.bin`` file; nothing in it is executed.
+    """Load the tensors of a ``.ckpt``, ``.pt`` or ``.bin`` file; nothing in it is executed.
 
     Raises:
-        UserError: no such file, damaged, or holding more than tensors, plain values and what Lightning left in
-            published checkpoints, which is passed over.
+        UserError: no such file, a damaged one, or one with objects other than tensors, plain values and Lightning's
+            leftovers, which are skipped.
     """
     import torch
     from torch.serialization import safe_globals
@@ -340,7 +340,7 @@ def load_pickle(path: Path | str) -> dict[str, Tensor]:
         start = file.read(9)
     if not _begins_pickle(start):
         raise UserError(f"{path}: not a pickled checkpoint{_seems(path)}")
-    # files of torch before 1.6 are no zip archives and cannot be mapped; and by its name torch knows .safetensors
+    # files of torch before 1.6 are no zip archives and cannot be mapped; torch recognizes .safetensors by its name
     mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
     try:
         with path.open("rb") as file, safe_globals([(_Ignored, name) for name in _IGNORED_GLOBALS]):
@@ -362,7 +362,7 @@ def load_pickle(path: Path | str) -> dict[str, Tensor]:
 
 
 class _Ignored:
-    """Stands where a pickled file names one of ``_IGNORED_GLOBALS``: made of anything, it does nothing."""
+    """Replaces objects of ``_IGNORED_GLOBALS`` in a pickled file; accepts any arguments and does nothing."""
 
     def __new__(cls, *_: object, **__: object) -> _Ignored:
         return super().__new__(cls)

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, so that a model never lies in memory as a whole."""
+"""Write safetensors files tensor by tensor, so that a model is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: the data begins at a multiple of it, as safetensors' own writer has it
+#: alignment of the data in bytes, as in safetensors' own writer
 _ALIGNMENT = 8
 
 
 def tensor_info(dtype: torch.dtype, shape: tuple[int, ...]) -> TensorInfo:
-    """What ``write_streamed`` must know of a tensor beforehand."""
+    """Return what ``write_streamed`` must know about a tensor beforehand."""
     return TensorInfo(dtype_name(dtype), tuple(shape))
 
 
 def data_bytes(info: TensorInfo) -> int:
-    """Size of a tensor in a file, bytes."""
+    """Return the size of a tensor in a file, in bytes."""
     return math.prod(info.shape) * torch_dtype(info, "tensor").itemsize
 
 
@@ -43,12 +43,12 @@ def check_target(
     needed: int = 0,
     suffixes: Collection[str] = (".safetensors",),
 ) -> None:
-    """Find out before the work whether a file can be written.
+    """Check before the work whether a file can be written.
 
     Args:
         flag: the option that named it, for messages.
-        sources: files that are read, which are not written over.
-        needed: bytes; what lies there now stays until the new file is whole, so its space does not count.
+        sources: input files, which must not be overwritten.
+        needed: bytes. An existing file stays until the new one is complete, so its space does not count as free.
 
     Raises:
         UserError: one of the sources, a name of another kind, a folder, no such parent folder, or too little space.
@@ -69,7 +69,7 @@ def check_target(
 
 
 def check_folder_of(path: Path, flag: str) -> None:
-    """Raise UserError where the folder is missing that ``path``, named by the option ``flag``, lies in."""
+    """Raise UserError if the folder of ``path`` does not exist; ``flag`` is the option that named it."""
     if not path.absolute().parent.is_dir():
         raise UserError(f"{flag} {path}: the folder {path.absolute().parent} does not exist; make it first")
 
@@ -86,7 +86,7 @@ def write_streamed(
 
     Args:
         infos: dtype and shape of every tensor.
-        produce: gives the tensor of a name; called once for each, in the order of the file: wide dtypes first, so
+        produce: returns the tensor of a name; called once for each, in the order of the file: wide dtypes first, so
             that all are aligned, then by name.
         progress: called with the tensors written and their number.
 
@@ -104,7 +104,7 @@ def write_streamed(
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for done, name in enumerate(order, start=1):
-            # no name is bound to the tensor, so that it is gone before the next one is made
+            # the tensor has no name here, so that it is freed before the next one is made
             stream.write(_bytes(produce(name), infos[name], name))
             if progress is not None:
                 progress(done, len(order))
@@ -149,7 +149,7 @@ def write_model(
         dtype: of all tensors that are not integers.
 
     Raises:
-        UserError: the disk has no room for it, which is found before anything is made, or may not be written.
+        UserError: the disk has no room, which is found before anything is written, or is not writable.
     """
     infos = {}
     for name, shape in source.shapes.items():
