@@ -1,4 +1,4 @@
-"""Errors that the user can mend: one clear line each, no traceback."""
+"""Errors that the user can fix: one clear line each, no traceback."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ USER_ERROR_EXIT_CODE = 2
 
 
 class UserError(Exception):
-    """Something the user gave is wrong: the message names the file, key or flag, and the remedy.
+    """A mistake in what the user gave: the message names the file, key or flag, and what to do.
 
     Several findings may be reported at once, one per line.
     """
 
 
 class Doubtful(str):
-    """A warning of what is hardly meant; ``--strict`` makes it an error."""
+    """A warning about something that is probably a mistake; ``--strict`` makes it an error."""
 
 
 class NoEffect(Doubtful):
@@ -34,14 +34,14 @@ class NoEffect(Doubtful):
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Return ``' (did you mean "x"?)'`` for the nearest candidate, or an empty string."""
-    # 0.6 is difflib's own default: nearer words only, so that no far-fetched hint is given
+    # 0.6 is difflib's own default: only close words, so that no hint is far-fetched
     nearest = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
     return f' (did you mean "{nearest[0]}"?)' if nearest else ""
 
 
 @contextmanager
 def naming(flag: str, given: object) -> Iterator[None]:
-    """Errors raised within tell the option that named the file, where they do not yet.
+    """Add the option that named a file to errors raised within the context, unless they name it already.
 
     Args:
         given: the option's value; messages that begin with it read "--flag value is ...".

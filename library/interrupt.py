@@ -1,7 +1,7 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the first signal asks the work to end, the second stops it at once.
+"""Handle Ctrl-C, SIGTERM and a closed terminal: the first signal asks the work to end, the second stops it at once.
 
-Long work asks ``requested`` between its pieces, or calls ``check``, which raises ``Stopped``. Work that must not be
-lost, such as the last save, runs within ``finishing``: a second signal then waits for it.
+Long work reads ``requested`` between its pieces, or calls ``check``, which raises ``Stopped``. Work that must not be
+lost, such as the last save, runs within ``finishing``, where a second signal waits for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-#: where the system has them: a terminal that closes, and its like on Windows
+#: a terminal that closes, and the same on Windows, where the system has these signals
 _HANGUP = getattr(signal, "SIGHUP", None)
 _SIGNALS = [
     number
@@ -25,17 +25,17 @@ _SIGNALS = [
 
 
 class Stopped(Exception):  # noqa: N818
-    """Raised by ``Interrupt.check``; whoever began the work says what that means."""
+    """Raised by ``Interrupt.check``; the caller that began the work decides what it means."""
 
 
 class Interrupt:
     """A context in which SIGINT, SIGTERM and SIGHUP set a flag instead of ending the program.
 
-    A SIGHUP that was ignored before, as ``nohup`` has it, stays ignored. ``exit_code`` is 128 + the signal's number, as
-    shells report it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+    A SIGHUP that was ignored before, by ``nohup``, stays ignored. ``exit_code`` is 128 + the signal's number, as in
+    shells: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
 
     Args:
-        promise: said at the first signal: what is still done.
+        promise: printed at the first signal: what is still done.
     """
 
     def __init__(self, promise: str = "stopping: this step is finished, then weights and state are saved") -> None:
@@ -54,13 +54,13 @@ class Interrupt:
         return 128 + (self.signal_number or signal.SIGINT)
 
     def check(self) -> None:
-        """Raises Stopped if the work shall end."""
+        """Raise Stopped if the work should end."""
         if self.requested:
             raise Stopped
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
-        """What is begun within is finished: the next signal only says so, the one after it stops at once."""
+        """Finish what begins within the context: the next signal only prints a line, the one after it stops at once."""
         self._finishing = True
         try:
             yield
@@ -74,7 +74,7 @@ class Interrupt:
             try:
                 self._previous[number] = signal.signal(number, self._handle)
             except ValueError:
-                # not the main thread (a wrapper runs the trainer in a thread): it handles signals itself
+                # not in the main thread: a wrapper runs the trainer in a thread and handles signals itself
                 break
         return self
 
@@ -110,7 +110,7 @@ def _say(text: str) -> None:
 
 
 def _print_to_nowhere() -> None:
-    """Let printing go on without error where the terminal, or the reader of a pipe, has gone with it."""
+    """Make printing safe after the terminal, or the reader of a pipe, is gone."""
     for stream, handle in ((sys.stdout, 1), (sys.stderr, 2)):
         with contextlib.suppress(OSError):
             mode = os.fstat(handle).st_mode
@@ -124,7 +124,7 @@ def _print_to_nowhere() -> None:
 
 
 class _WithoutErrors(io.TextIOBase):
-    """A text stream whose failures are nobody's concern."""
+    """A text stream that ignores write errors."""
 
     def __init__(self, stream: io.TextIOBase) -> None:
         self._stream = stream

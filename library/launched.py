@@ -1,4 +1,4 @@
-"""What launchers (accelerate launch, torchrun) tell a process in its environment, before the processes join."""
+"""Read what launchers (accelerate launch, torchrun) put into a process's environment."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 
 
 def is_on(variable: str) -> bool:
-    """Whether a switch of a launcher's is set."""
+    """Whether a launcher's switch is set."""
     return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")

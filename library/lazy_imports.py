@@ -1,4 +1,4 @@
-"""Importing costly packages only when something of them is used."""
+"""Import costly packages only when something of them is used."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 class _Deferred(ModuleType):
-    """A module that is executed when an attribute is read that it lacks, which are all but ``__spec__`` and the like.
+    """A module that is executed when an attribute other than ``__spec__`` and the like is read.
 
-    ``importlib.util.LazyLoader`` does not serve: its modules are executed when ``find_spec`` asks whether there is one.
+    ``importlib.util.LazyLoader`` does not work here: its modules are executed by ``find_spec``.
     """
 
     def __getattr__(self, name: str) -> Any:
         spec = self.__spec__
         assert spec is not None and spec.loader is not None
-        # the module's own code and everyone after it sees a plain module
+        # from here on the module's own code and everyone else sees a plain module
         self.__class__ = ModuleType
         if spec.submodule_search_locations is not None:
             self.__path__ = spec.submodule_search_locations
@@ -32,7 +32,7 @@ class _Deferred(ModuleType):
 def defer_import(name: str) -> None:
     """Make ``import name`` cost nothing until something of the module is used.
 
-    For packages that others import without need: diffusers imports bitsandbytes with every model, and that imports
+    It is for packages that others import without need: diffusers imports bitsandbytes with every model, which imports
     torch's compiler. Nothing happens where the package is missing or already imported.
 
     Args:

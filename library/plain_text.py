@@ -1,15 +1,15 @@
-"""Text that may come from names of files, as consoles and files can show it."""
+"""Make text that may come from file names safe to show and to write."""
 
 from __future__ import annotations
 
 import re
 
-#: what moves the cursor, colours or deletes on a terminal, or turns the direction of writing; not tab and new line
+#: characters that move the cursor, colour or delete on a terminal, or turn the writing direction; not tab and new line
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """Text that every encoding of the console and of files can hold: what stands for damaged file names is replaced."""
+    """Return text that every encoding can hold: the stand-ins for damaged file names are replaced."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -1,6 +1,6 @@
-"""Randomness as a function: every draw is keyed by what it is for, so nothing depends on history.
+"""Randomness as a function: every draw is keyed by its purpose, so nothing depends on history.
 
-A *visit* is one use of one image in one epoch. All that is random about a sample (its caption, flip,
+A *visit* is one use of one image in one epoch. Everything random about a sample (its caption, flip,
 crop, noise, timestep) comes from generators keyed by the visit, so a run does not depend on the
 number of workers, on ranks, or on where it was resumed.
 """
@@ -30,20 +30,20 @@ def key(*parts: int | str) -> int:
         if isinstance(part, bool) or not isinstance(part, (int, str)):
             raise TypeError(f"a key is made of int and str, not {type(part).__name__}: {part!r}")
         tag = b"i" if isinstance(part, int) else b"s"
-        # file names that are no UTF-8 keep their bytes as lone surrogates
+        # file names that are not UTF-8 keep their bytes as lone surrogates
         text = str(part).encode("utf-8", "surrogateescape")
-        # the length goes in too, so that ("ab", "c") and ("a", "bc") differ
+        # the length is included, so that ("ab", "c") and ("a", "bc") differ
         digest.update(tag + len(text).to_bytes(4, "little") + text)
     return int.from_bytes(digest.digest(), "little") >> (64 - _KEY_BITS)
 
 
 def visit_key(seed: int, epoch: int, dataset: int, record: int, repeat: int) -> int:
-    """Key of one use of one image: the root of everything random about that sample."""
+    """Return the key of one use of one image: the root of everything random about that sample."""
     return key(seed, "visit", epoch, dataset, record, repeat)
 
 
 def torch_generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator for one purpose; CPU so that every device draws the same numbers."""
+    """Return a CPU generator for one purpose; on the CPU, so that every device draws the same numbers."""
     generator = torch.Generator(device="cpu")
     generator.manual_seed(key(*parts))
     return generator
@@ -61,10 +61,10 @@ class Draw:
 
 
 def python_rng(*parts: int | str) -> random.Random:
-    """A ``random.Random`` for one purpose."""
+    """Return a ``random.Random`` for one purpose."""
     return random.Random(key(*parts))
 
 
 def permutation(n: int, *parts: int | str) -> list[int]:
-    """A keyed order of ``range(n)``."""
+    """Return a keyed order of ``range(n)``."""
     return torch.randperm(n, generator=torch_generator(*parts)).tolist()

@@ -1,8 +1,8 @@
-"""Attention that never holds a matrix of all tokens by all tokens (``--mem_eff_attn``), and which attention a run uses.
+"""The attention backend of a run, and attention without a matrix of all tokens by all tokens (``--mem_eff_attn``).
 
 torch's ``scaled_dot_product_attention`` chooses among kernels, one of which is the plain formula with that matrix. Here
-it may only use those of Rabe & Staats 2021 ("Self-attention Does Not Need O(n^2) Memory", arXiv:2112.05682) and their
-like; on a GPU the memory-efficient one, which takes every dtype and every GPU.
+it may only use kernels like that of Rabe & Staats 2021 ("Self-attention Does Not Need O(n^2) Memory",
+arXiv:2112.05682): on a GPU the memory-efficient one, which supports every dtype and every GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from library.config.arguments import TrainingOptions
 
 
 def attention_backend(options: TrainingOptions) -> str:
-    """The name that ``Architecture.set_attention`` takes."""
+    """Return the backend's name for ``Architecture.set_attention``."""
     if options.mem_eff_attn:
         return "efficient"
     return "xformers" if options.xformers else "torch" if options.sdpa else "math"
@@ -26,7 +26,7 @@ def attention_backend(options: TrainingOptions) -> str:
 
 @contextmanager
 def memory_efficient(device_type: str) -> Iterator[None]:
-    """Attention inside is computed piece by piece, or fails. On a CPU torch calls its kernel of that kind "flash"."""
+    """Allow only attention kernels that work piece by piece. On a CPU torch calls this kernel "flash"."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION if device_type == "cpu" else SDPBackend.EFFICIENT_ATTENTION):
         yield
 

@@ -1,8 +1,8 @@
 """Compiling a model's blocks (``--torch_compile``, ``--dynamo_backend``).
 
-A family names the classes of its blocks. Each is compiled by itself, adapters included: they are alike, so that the
-compiler works once for all of a kind and not on a graph of the whole model. Sizes are static: each bucket gets code of
-its own. Modules stay what they are and keep their names, so no ``_orig_mod`` gets into files.
+A family names the classes of its blocks. Each block is compiled by itself, adapters included. Blocks of a class are
+alike, so the compiler works once for all of them and not on a graph of the whole model. Shapes are static: each bucket
+gets its own code. Modules keep their classes and names, so no ``_orig_mod`` appears in files.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import nn
 
 from library.errors import UserError, did_you_mean
 
-#: versions of one function that the compiler may make: buckets, times training, validation and drawing, times the
-#: sizes that blocks of one class have
+#: limit of compiled versions of one function: buckets, times training, validation and sampling, times the sizes of
+#: blocks of one class
 _LIMIT = 1024
 
 
 def check_backend(backend: str, device: torch.device | str) -> None:
-    """Refuse a compiler that is not there.
+    """Refuse a compiler that is not installed.
 
     Raises:
         UserError: with what to install or to choose.
@@ -50,7 +50,8 @@ def check_backend(backend: str, device: torch.device | str) -> None:
 
 
 def compile_blocks(model: nn.Module, classes: Iterable[str], *, backend: str) -> int:
-    """Compile the modules of these class names, in place; returns how many. They are compiled when they first run."""
+    """Mark the modules of these classes for compilation, in place, and return how many. They are compiled when they
+    first run."""
     from torch._dynamo import config
 
     config.recompile_limit = max(config.recompile_limit, _LIMIT)
@@ -64,6 +65,6 @@ def compile_blocks(model: nn.Module, classes: Iterable[str], *, backend: str) ->
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Compiled modules run as they are written inside: images have sizes that are not worth compiling for."""
+    """Run compiled modules uncompiled within the context: sample images have sizes that are not worth compiling."""
     with torch.compiler.set_stance("force_eager"):
         yield

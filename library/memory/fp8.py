@@ -1,12 +1,13 @@
-"""Frozen weights in 8 bits (``--fp8_base``, ``--fp8_base_unet``): e4m3 numbers with a scale for each output channel.
+"""Store frozen weights in 8 bits (``--fp8_base``, ``--fp8_base_unet``): e4m3 numbers with a scale for each output
+channel.
 
 The format (Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433) has 3 bits of mantissa and
-reaches from 2^-9 to 448. Weights of a few hundredths would fall where it has few numbers left, so each row of a weight
-is divided by s = max|row| / 448 first: its relative error is then that of the mantissa, 2^-4 at most, for all but the
-row's smallest numbers.
+reaches from 2^-9 to 448. Weights of a few hundredths would fall into the range where it has few numbers, so each row of
+a weight is first divided by s = max|row| / 448. The relative error is then that of the mantissa, at most 2^-4, for all
+but the row's smallest numbers.
 
-Weights are dequantised for each product and let go at once. The backward pass dequantises them again, where autograd
-would keep a copy of every layer's weight at full size until then.
+Weights are dequantized for each product and freed at once. The backward pass dequantizes them again; autograd would
+keep a full-size copy of every layer's weight until then.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _LARGEST = torch.finfo(FORMAT).max
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (out, ...) as e4m3 numbers of its shape, and float32 scales (out, 1, ...).
+    """Return a weight (out, ...) as e4m3 numbers of its shape, and float32 scales (out, 1, ...).
 
-    Weights that are e4m3 numbers already, as files in fp8 hold them, come out as they are.
+    Weights that are e4m3 numbers already, from fp8 files, are unchanged.
     """
     exact = weight.float()
     plain = exact.to(FORMAT)
@@ -37,12 +38,12 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight that ``quantise`` took apart; multiplied in float32, as scales may be too small for float16."""
+    """Return the weight of numbers and scales; multiplied in float32, because scales may be too small for float16."""
     return (numbers.float() * scale).to(dtype)
 
 
 class _Frozen(nn.Module):
-    """What the layers share: ``weight`` is computed when it is read, and cannot be written."""
+    """The common part of fp8 layers: ``weight`` is computed when it is read, and cannot be written."""
 
     numbers: Tensor  # (out, ...) e4m3
     scale: Tensor  # (out, 1, ...) float32
@@ -61,7 +62,7 @@ class _Frozen(nn.Module):
         return dequantise(self.numbers, self.scale, self.weight_dtype)
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Input and bias in the dtype of the product: autocast's within it, else the input's."""
+        """Return input and bias in the dtype of the product: autocast's within autocast, else the input's."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         return x.to(dtype), None if self.bias is None else self.bias.to(dtype)
@@ -106,10 +107,10 @@ class _Conv2d(torch.autograd.Function):
 
 
 def store_in_fp8(model: nn.Module, device: torch.device) -> nn.Module:
-    """Keep the weights of a frozen model's blocks in fp8, in place, and move the model to ``device``.
+    """Store the weights of a frozen model's blocks in fp8, in place, and move the model to ``device``.
 
-    Layers are changed one by one, so that no more than the largest one is ever on the device at full size. Those
-    outside of the repeated blocks (the first and last ones, embeddings of time) are few and sensitive: they stay.
+    Layers are converted one by one, so at most the largest one is on the device at full size. Layers outside the
+    repeated blocks (the first and last layers, time embeddings) are few and sensitive, and stay as they are.
     """
     for path, module in model.named_modules():
         kind = {nn.Linear: ScaledFp8Linear, nn.Conv2d: ScaledFp8Conv2d}.get(type(module))
@@ -118,12 +119,12 @@ def store_in_fp8(model: nn.Module, device: torch.device) -> nn.Module:
             getattr(module, "padding", 0), str
         )
         if kind is not None and repeated and plain:
-            # the instance stays itself: other modules refer to it
+            # the instance stays the same object, because other modules refer to it
             module.__class__ = kind
             module.take(device)
     return model.to(device)
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
+    """Return the bytes of all parameters and buffers."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))

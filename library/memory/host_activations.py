@@ -1,8 +1,8 @@
-"""What checkpointed blocks keep for the backward pass, in host memory (``--cpu_offload_checkpointing``).
+"""Keep the activations of checkpointed blocks in host memory (``--cpu_offload_checkpointing``).
 
-With gradient checkpointing (Chen et al. 2016, arXiv:1604.06174) the input of each block is all that stays until the
-backward pass. These go to pinned memory on the host and come back when their block is computed anew. Copies run on the
-device's own stream, in order with its work: nothing waits for them.
+With gradient checkpointing (Chen et al. 2016, arXiv:1604.06174) only the input of each block is kept until the backward
+pass. These inputs are moved to pinned host memory and come back when their block is recomputed. Copies run on the
+device's own stream, in order with its work, so nothing waits for them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: smaller ones are not worth a transfer
+#: smaller tensors are not worth a transfer
 _LEAST_BYTES = 64 * 1024
 
 
@@ -21,7 +21,7 @@ class HostActivations(torch.autograd.graph.saved_tensors_hooks):
 
     Args:
         least_bytes: of tensors that are moved.
-        from_host: also copy tensors that are on the host already, for tests on machines without a GPU.
+        from_host: also copy tensors that are already on the host, for tests on machines without a GPU.
     """
 
     def __init__(self, *, least_bytes: int = _LEAST_BYTES, from_host: bool = False) -> None:
@@ -31,7 +31,7 @@ class HostActivations(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> tuple[torch.device | None, Tensor]:
-        # weights are on the device anyway, and so is all that is a view of one
+        # weights and views of them are on the device anyway
         root = tensor if tensor._base is None else tensor._base
         if isinstance(root, nn.Parameter) or tensor.nbytes < self._least:
             return None, tensor

@@ -1,8 +1,7 @@
-"""Attention for training in half precision on the CPU, at the sizes where keeping its probabilities is quicker.
+"""Attention for half-precision training on the CPU, at sizes where it is faster to keep the probabilities.
 
-torch's kernel for the CPU never holds the matrix of tokens by tokens, and computes it again in the backward. While
-that matrix is small it is quicker to keep it: a third less time for 1,024 tokens, half of it for 256
-(``benchmarks/RESULTS.md``).
+torch's CPU kernel never holds the matrix of tokens by tokens, and recomputes it in the backward pass. While that matrix
+is small it is faster to keep it: a third less time for 1,024 tokens, half for 256 (``benchmarks/RESULTS.md``).
 
 Shape legend: B batch, H heads, T query tokens, S key tokens, D features of a head.
 """
@@ -16,10 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-#: elements of a matrix of probabilities that are kept at most: 64 MB in half precision
+#: most elements of a kept matrix of probabilities: 64 MB in half precision
 MOST_KEPT = 32 * 2**20
 
-#: scores in float32 that are worked on at a time: 8 MB, which stay in the processor's cache
+#: float32 scores that are computed at a time: 8 MB, which stay in the processor's cache
 SCORES_AT_A_TIME = 2 * 2**20
 
 
@@ -29,7 +28,7 @@ class _KeptProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         ctx.scale = query.shape[-1] ** -0.5
-        # autocast would compute the scores in half precision: steps of 1/16 where they lie above 16
+        # autocast would compute the scores in half precision, with steps of 1/16 above 16
         with torch.autocast(query.device.type, enabled=False):
             probabilities = _probabilities(query.float() * ctx.scale, key.float().transpose(1, 2), query.dtype)
             ctx.save_for_backward(query, key, value, probabilities)
@@ -50,7 +49,7 @@ class _KeptProbabilities(torch.autograd.Function):
 
 
 def _probabilities(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-    """softmax of (B*H, T, D) times (B*H, D, S), some heads at a time: (B*H, T, S) of ``dtype``."""
+    """Return the softmax of (B*H, T, D) times (B*H, D, S), some heads at a time: (B*H, T, S) of ``dtype``."""
     heads, tokens, keys = query.shape[0], query.shape[1], key.shape[2]
     at_a_time = max(1, SCORES_AT_A_TIME // (tokens * keys))
     if at_a_time >= heads:
@@ -65,7 +64,7 @@ def _probabilities(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_quicker(query: Tensor, key: Tensor) -> bool:
-    """Whether ``attend`` is the quicker way for queries (B, H, T, D) and keys (B, H, S, D)."""
+    """Whether ``attend`` is faster for queries (B, H, T, D) and keys (B, H, S, D)."""
     return (
         query.device.type == "cpu"
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -83,9 +82,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class HostAttention:
-    """A diffusers attention processor: ``attend`` where that is quicker, the given processor elsewhere.
+    """A diffusers attention processor: ``attend`` where that is faster, the given processor elsewhere.
 
-    For the attention of a U-Net's transformers, which has no norms and no residual of its own.
+    It is for the attention of a U-Net's transformers, which has no norms and no residual connection inside.
     """
 
     def __init__(self, inner: Any) -> None:

@@ -1,12 +1,12 @@
-"""Convolutions with frozen weights in half precision on the CPU, as products of matrices where images are small.
+"""Convolutions with frozen half-precision weights on the CPU, as matrix products where images are small.
 
-oneDNN, which computes torch's convolutions on the CPU, wants weights in blocks of its own and copies them into that
-form in every call, forward and backward. At the lowest levels of a U-Net, with 30 to 60 MB of weights to a layer and
-a few hundred pixels, that takes longer than the arithmetic. A product of the plain weights with the windows of the
-image needs no copy; ``benchmarks/RESULTS.md`` has the figures.
+oneDNN, which computes torch's convolutions on the CPU, needs weights in a blocked layout and copies them into it in
+every call, forward and backward. At the lowest levels of a U-Net, with 30 to 60 MB of weights per layer and a few
+hundred pixels, that takes longer than the arithmetic. A matrix product of the plain weights with the windows of the
+image needs no copy; ``benchmarks/RESULTS.md`` has measurements.
 
-Shape legend: B batch, I input channels, O output channels, h and w of the image; kernels are 3 x 3. Images and
-weights lie in memory with channels last, so that windows and weights are matrices as they are.
+Shape legend: B batch, I input channels, O output channels, h and w of the image; kernels are 3 x 3. Images and weights
+are in channels-last memory format, so windows and weights are matrices without a copy.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-#: with up to so many pixels (B*h*w) for each output channel a product is quicker than a convolution
+#: up to this many pixels (B*h*w) per output channel a matrix product is faster than a convolution
 MOST_PIXELS_PER_CHANNEL = 0.25
 
 
 class _AsProduct(torch.autograd.Function):
-    """The convolution of (B, I, h, w) with (O, I, 3, 3), stride 1, that keeps the size. No gradient of the weights."""
+    """The convolution of (B, I, h, w) with (O, I, 3, 3), stride 1, same size, without a gradient of the weights."""
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,7 +52,7 @@ def _gradient_of_image(gradient: Tensor, weight: Tensor) -> Tensor:
     batch, _, height, width = gradient.shape
     of_windows = gradient.permute(0, 2, 3, 1).flatten(0, 2) @ _matrix(weight)  # (B*h*w, 9*I)
     of_windows = of_windows.view(batch, height, width, 3, 3, -1)
-    # a pixel is in nine windows: summed in float32, and rounded once
+    # a pixel is in nine windows, which are summed in float32 and rounded once
     padded = gradient.new_zeros((batch, height + 2, width + 2, weight.shape[1]), dtype=torch.float32)
     for row in range(3):
         for column in range(3):
@@ -61,17 +61,17 @@ def _gradient_of_image(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """(O, I, 3, 3) -> (O, 9*I), a view where channels are last."""
+    """Return (O, I, 3, 3) as (O, 9*I), a view in channels-last format."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def convolve_as_products(model: nn.Module) -> None:
-    """Let the 3 x 3 convolutions of ``model`` be computed in this way wherever ``is_quicker`` says so."""
+    """Replace the 3 x 3 convolutions of ``model`` by matrix products where ``is_quicker`` says so."""
     for module in model.modules():
         if type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros":
             of_its_kernel = (module.kernel_size, module.padding, module.stride, module.dilation)
             if of_its_kernel == ((3, 3), (1, 1), (1, 1), (1, 1)):
-                # below ``forward``, which adapters replace and call
+                # not ``forward`` itself, which adapters replace and call
                 module._conv_forward = MethodType(_conv_forward, module)
 
 
@@ -82,7 +82,7 @@ def _conv_forward(self: nn.Conv2d, maps: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def is_quicker(maps: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether ``image`` (B, I, h, w) and ``weight`` (O, I, 3, 3) are better multiplied as matrices."""
+    """Whether a matrix product is faster for ``image`` (B, I, h, w) and ``weight`` (O, I, 3, 3)."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
     pixels = maps.shape[0] * maps.shape[2:].numel()

@@ -1,4 +1,4 @@
-"""The C library's heap, set for tensors that come and go by the hundred in each step."""
+"""Tune the C library's heap for tensors that are allocated and freed by the hundred in each step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ _M_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:
-    """Let freed host memory be used again instead of handing it back to the system; returns whether that took effect.
+    """Keep freed host memory for reuse instead of returning it to the system; returns whether that took effect.
 
-    glibc gives every block above a few hundred kilobytes a mapping of its own, and unmaps it when it is freed: each
-    activation of a model on the CPU is then paid for by page faults over zeroed pages, a fifth of a step's time
-    (``benchmarks/RESULTS.md``). Kept in the heap, the memory of one step serves the next; the peak stays the same.
-    For computing on the CPU only: a GPU's tensors do not live here. Elsewhere than on glibc nothing is changed.
+    glibc maps every block above a few hundred kilobytes separately, and unmaps it when it is freed. Each activation of
+    a model on the CPU then costs page faults over zeroed pages, a fifth of a step's time
+    (``benchmarks/RESULTS.md``). In the heap, the memory of one step serves the next; the peak stays the same. This
+    matters only for computing on the CPU, because a GPU's tensors are not in this heap. Without glibc nothing is
+    changed.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # mallopt returns 1 on success; -1 as a threshold is the largest there is: never trim
+    # mallopt returns 1 on success; the threshold -1 is the largest value: never trim
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))

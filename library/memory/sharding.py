@@ -1,10 +1,10 @@
-"""A frozen model shared out over processes: each keeps its part of every weight and fetches the rest block by block.
+"""Shard a frozen model over processes: each keeps its part of every weight and gathers the rest block by block.
 
-The means is torch's FSDP2 (``torch.distributed.fsdp.fully_shard``): before a block runs, forward or backward, its
-weights are gathered from all processes, and let go afterwards. Adapters replace the ``forward`` of single layers within
-the blocks, so they find whole weights whenever they run; their own parameters are no part of the model and stay whole.
+It uses torch's FSDP2 (``torch.distributed.fsdp.fully_shard``): before a block runs, forward or backward, its weights
+are gathered from all processes, and freed afterwards. Adapters replace the ``forward`` of single layers within
+the blocks, so they find whole weights whenever they run. Their own parameters are not part of the model and stay whole.
 
-All processes must run the same blocks in the same order, as each gathering is a collective call.
+All processes must run the same blocks in the same order, because each gather is a collective call.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from library.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the weights are shared out; the names of accelerate's configuration are in the messages."""
+    """How the weights are sharded; messages use the names of accelerate's configuration."""
 
-    free_after_forward: bool = True  # let a block's weights go between its forward and its backward pass
-    on_host: bool = False  # keep the parts in host memory
+    free_after_forward: bool = True  # free a block's weights between its forward and its backward pass
+    on_host: bool = False  # keep the shards in host memory
     classes: tuple[str, ...] = ()  # class names of the blocks; the family's own ones, if none
-    kept_whole: str | None = None  # regular expression of module paths that are not shared out
+    kept_whole: str | None = None  # regular expression of module paths that are not sharded
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class ShardSizes:
 
 
 def shard_model(model: nn.Module, blocks: Sequence[str], sharding: Sharding, device: torch.device) -> None:
-    """Share a frozen model out over all processes, in place, moving it block by block to ``device``.
+    """Shard a frozen model over all processes, in place, moving it block by block to ``device``.
 
-    No more than one block is ever whole on the device. Weights must be the same on all processes.
+    At most one block is whole on the device. Weights must be the same on all processes.
 
     Args:
         model: on the host; its modules' classes become subclasses of theirs.
@@ -55,7 +55,7 @@ def shard_model(model: nn.Module, blocks: Sequence[str], sharding: Sharding, dev
 
     units = find_units(model, sharding.classes or blocks, blocks)
     kept = _kept_whole(model, sharding.kept_whole, device)
-    # without a policy of precisions: weights are in the run's already, and autocast does the rest, as without sharing
+    # without a mixed precision policy: weights have the run's dtype already, and autocast does the rest
     settings = {
         "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
         "offload_policy": CPUOffloadPolicy() if sharding.on_host else OffloadPolicy(),
@@ -65,16 +65,16 @@ def shard_model(model: nn.Module, blocks: Sequence[str], sharding: Sharding, dev
         parameter.data = parameter.data.contiguous()  # FSDP takes no others
     for unit in reversed(units):  # inner ones first
         fully_shard(unit, reshard_after_forward=sharding.free_after_forward, **settings)
-    # what is in no block is needed at the start and the end: torch keeps it from the forward to the backward pass
+    # modules in no block are needed at the start and the end: torch keeps them from the forward to the backward pass
     fully_shard(model, **settings)
     for unit in (*units, model):
-        # torch makes the tensors that it gathers to once; made by a preview in inference mode, no step could use them
+        # torch allocates its gather buffers once; buffers from a preview in inference mode would be unusable in a step
         unit.unshard()
         unit.reshard()
 
 
 def find_units(model: nn.Module, classes: Sequence[str], blocks: Sequence[str]) -> list[nn.Module]:
-    """The modules of these class names, outer ones before those within.
+    """Return the modules of these classes, outer modules before inner ones.
 
     Args:
         blocks: class names to advise.
@@ -106,7 +106,7 @@ def _kept_whole(model: nn.Module, pattern: str | None, device: torch.device) -> 
 
 
 def shard_sizes(model: nn.Module) -> ShardSizes:
-    """What this process keeps of a model; for use between steps."""
+    """Return the sizes of what this process keeps of a model; call it between steps."""
     from torch.distributed.tensor import DTensor
 
     parameters = list(model.parameters())
