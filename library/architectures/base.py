@@ -1,7 +1,7 @@
 """What a model family declares: the one interface between trainers and models.
 
 A family's folder holds a subclass of ``Architecture`` and one instance of it (``SD``, ``SDXL``, ...).
-Nothing outside the folder compares a family's name or class: what differs is asked for here.
+Nothing outside the folder compares a family's name or class: this interface covers what differs.
 
 Shape legend: B batch, C latent channels, (h, w) latent size, (H, W) pixels, T tokens, D features.
 """
@@ -37,7 +37,7 @@ O = TypeVar("O")
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """How a family's latents are shaped, scaled and stored."""
+    """The shape, scale and file format of a family's latents."""
 
     channels: int
     stride: int  # pixels per latent cell, the same in both directions
@@ -51,22 +51,22 @@ class LatentFormat:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How a family's encoded captions are stored."""
+    """The file format of a family's encoded captions."""
 
     cache_suffix: str  # "_te_outputs.npz"; see facts on cache files
     arrays: Mapping[str, tuple[str, ...]]  # tensors of the conditioning and their axes without the batch
-    #: own options that they depend on, by name
+    #: names of the family's own options that they depend on
     settings: Mapping[str, Any] = field(default_factory=dict)
-    #: from the tensors of one caption, further arrays that other programs look for
+    #: makes further arrays, which other programs read, from the tensors of one caption
     extras: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
 class WeightsIdentity:
-    """Which weights something was made with. Either text tells; the first costs nothing."""
+    """Identifies the weights that something was made with. Either text is enough; the first is cheap."""
 
-    files: str  # equal: the files were not touched since
-    read: Callable[[], str]  # equal: the weights are the same, wherever they lie; reads all of them
+    files: str  # equal: the files have not changed
+    read: Callable[[], str]  # equal: the weights are the same, wherever they are; reads all of them
 
     @cached_property
     def weights(self) -> str:
@@ -75,7 +75,7 @@ class WeightsIdentity:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What was found out about a checkpoint from its keys, shapes or configuration."""
+    """What a checkpoint's keys, shapes or configuration say about it."""
 
     family: str
     version: str  # as recorded in ss_base_model_version, e.g. "sd_v1", "sd_v2_v"
@@ -86,7 +86,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class BlockNumbering:
-    """How many values lists by U-Net block have: down, middle and up blocks in this order, between ``ends`` each."""
+    """The lengths of lists by U-Net block: down, middle and up blocks in this order, with ``ends`` before and after."""
 
     down: int
     mid: int  # 1: the middle block as a whole; 3: ResNet, attention, ResNet
@@ -100,30 +100,30 @@ class BlockNumbering:
 
 @dataclass(frozen=True)
 class LoraTarget:
-    """Which modules of one network part carry adapters, and how they are named in files."""
+    """The modules of one model that carry adapters, and their names in files."""
 
     prefix: str  # "lora_unet", "lora_te", "lora_te1"
     module_classes: tuple[str, ...]  # class names whose Linear and Conv2d children are adapted
-    conv_classes: tuple[str, ...] = ()  # further ones, for networks that adapt 3x3 convolutions too
+    conv_classes: tuple[str, ...] = ()  # further classes, for networks that adapt 3x3 convolutions too
     blocks: BlockNumbering | None = None  # of a U-Net
-    #: module path -> path by which files name it, where that is another one
+    #: module path -> path in files, where they differ
     file_path: Callable[[str], str | None] | None = None
-    diffusers_root: str = ""  # what precedes the module path in files of diffusers and PEFT: "unet"
-    attention_classes: tuple[str, ...] = ()  # class names of the attentions alone, within ``module_classes``
+    diffusers_root: str = ""  # prefix of module paths in files of diffusers and PEFT: "unet"
+    attention_classes: tuple[str, ...] = ()  # class names of the attention layers within ``module_classes``
     #: paths of further modules whose ``Linear`` layers are adapted
     module_paths: tuple[str, ...] = ()
-    #: (path, layer) -> output widths of the projections that are stacked in a layer; () where it is one
+    #: (path, layer) -> output widths of the projections stacked in a layer; () for a single projection
     stacked_widths: Callable[[str, nn.Module], tuple[int, ...]] | None = None
-    #: our network modules for the family, that for LoRA first, where those for U-Nets do not adapt it
+    #: the family's own network modules, LoRA first, where the modules for U-Nets do not adapt it
     network_modules: tuple[str, ...] = ()
-    #: other models whose modules have the same names: (``ss_base_model_version`` of their adapters, what people call it)
+    #: other models whose modules have the same names: (``ss_base_model_version`` of their adapters, name for people)
     namesakes: tuple[tuple[str, str], ...] = ()
 
     def with_convs(self) -> LoraTarget:
         return replace(self, module_classes=self.module_classes + self.conv_classes)
 
 
-#: attribute of a loaded model that carries adapters: its ``LoraTarget``, by which network modules name its modules
+#: attribute of a loaded model that holds its ``LoraTarget``
 LORA_TARGET = "lora_target"
 
 
@@ -145,14 +145,14 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Join along the batch; token axes must be equal."""
+        """Concatenate along the batch; token axes must be equal."""
         names = parts[0].tensors.keys()
         return Conditioning({name: torch.cat([p.tensors[name] for p in parts]) for name in names})
 
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """What the denoiser may be told of the images of a batch, beside their captions."""
+    """Facts about the images of a batch that may condition the denoiser, beside their captions."""
 
     original: Tensor  # (B, 2) int64, (H, W) of the image in pixels before it was resized
     top_left: Tensor  # (B, 2) int64, (top, left) of the crop in the resized image
@@ -160,26 +160,26 @@ class SampleFacts:
 
     @staticmethod
     def of_whole_images(width: int, height: int, count: int) -> SampleFacts:
-        """Of images of just this size in pixels."""
+        """Return the facts of uncropped images of this size in pixels."""
         size = torch.tensor([[height, width]]).expand(count, 2)
         return SampleFacts(size, torch.zeros_like(size), size)
 
 
-#: what a ControlNet adds to a prediction: named tensors, or lists of them, as the family's ``predict`` reads them
+#: the residuals that a ControlNet adds to a prediction: named tensors, or lists of them, for the family's ``predict``
 Control = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class CaptionLength:
-    """How long a caption is to a text encoder."""
+    """The length of a caption for a text encoder."""
 
     tokens: int  # without start, end and padding
     limit: int  # tokens that are used
-    cut: str  # the end of the caption, which is not used; empty where all fits
+    cut: str  # the end of the caption that is cut off; empty if everything fits
 
 
 class Architecture(ABC):
-    """One model family. Instances hold no weights and no run state."""
+    """A model family. Instances hold no weights and no state of a run."""
 
     name: str
     latent: LatentFormat
@@ -191,29 +191,29 @@ class Architecture(ABC):
     #: its own groups of options with their rules, and what becomes of those of all families: they join the command line,
     #: the configuration file, ``--explain``, ``docs/options/`` and what a resumed run must share
     declaration: Declaration = Declaration()
-    sample_defaults: Mapping[str, Any] = MappingProxyType({})  # width, height, steps, scale of previews
-    #: settings of a sample prompt that are used; the others are warned of
+    sample_defaults: Mapping[str, Any] = MappingProxyType({})  # width, height, steps, guidance scale of sample images
+    #: settings of a sample prompt that are used; a warning names others
     sample_fields: frozenset[str] = DDPM_FIELDS
-    #: those that this model of the family has no use for: field -> why, completing "--g has no effect ..."
+    #: settings that this model of the family does not use: field -> reason, completing "--g has no effect ..."
     idle_sample_fields: Mapping[str, str] = MappingProxyType({})
-    #: whether it has a model that reads the images of ``conditioning_data_dir``, which ``encode_control`` prepares
+    #: whether a model of it reads the images of ``conditioning_data_dir``, which ``encode_control`` prepares
     takes_images: bool = False
     sample_size_step: int = 8  # sides of sample images are multiples of this many pixels
 
-    #: values of its own groups of options; none while it is not configured. Copies have others, instances never change
+    #: values of the family's own option groups; empty until it is configured. Instances never change, copies do
     _chosen: Mapping[str, Any] = MappingProxyType({})
 
     # ---- own options ----
 
     def facts(self, options: Any) -> Facts:
-        """What rules ask about the family."""
+        """Return what rules ask about the family."""
         return Facts(trained_encoders=tuple(self.adapted_encoders(options.network)))
 
     def configured(self, options: Any) -> Self:
-        """This family with the values of its own options; the same instance if it has none.
+        """Return this family with the values of its own options; the same instance if it has none.
 
         Args:
-            options: groups of options with all of its own ones among them, whatever the groups are called.
+            options: option groups that contain all of its own, whatever the groups are called.
         """
         if not self.declaration.groups:
             return self
@@ -225,10 +225,10 @@ class Architecture(ABC):
         return self._with_chosen(found)
 
     def chosen(self, kind: type[O]) -> O:
-        """The values of one of its own groups; the defaults, if it is not configured.
+        """Return the values of one of its own groups; the defaults, if it is not configured.
 
         Args:
-            kind: the class in the declaration, or one that it is derived from.
+            kind: the class in the declaration, or a base class of it.
 
         Raises:
             LookupError: it has no such group.
@@ -239,7 +239,7 @@ class Architecture(ABC):
         raise LookupError(f"{self.name} has no options {kind.__name__}")
 
     def changed(self, kind: type[Any], **values: Any) -> Self:
-        """The same with other values of some of the options of ``chosen(kind)``."""
+        """Return a copy with other values for some options of ``chosen(kind)``."""
         name = next(name for name, group in self.declaration.groups.items() if issubclass(group, kind))
         group = dataclasses.replace(self.chosen(kind), **values)
         return self._with_chosen({**self._chosen, name: group})
@@ -250,7 +250,7 @@ class Architecture(ABC):
         return made
 
     def for_image(self, settings: ImageSettings) -> Self:
-        """This family as it draws an image of these settings, such as with the guidance that its prompt asks for."""
+        """Return this family with the settings of one image, such as the guidance of its prompt."""
         return self
 
     # ---- files ----
@@ -266,9 +266,9 @@ class Architecture(ABC):
         tokenizer_cache_dir: str | None,
         disable_mmap: bool = False,
     ) -> Any:
-        """Find and recognise a checkpoint from headers and configurations alone, in well under a second.
+        """Find and recognize a checkpoint from headers and configurations alone, in well under a second.
 
-        Returns the family's checkpoint object, which has ``info: ModelInfo``, ``path: str`` (the local file
+        Return the family's checkpoint object, which has ``info: ModelInfo``, ``path: str`` (the local file
         or folder, or the Hub id's local snapshot), and is passed back to the loaders below.
 
         Args:
@@ -279,7 +279,7 @@ class Architecture(ABC):
         """
 
     def for_model(self, checkpoint: Any) -> Self:
-        """This family as it works with a model that ``inspect`` found; families whose models are alike stay as is."""
+        """Return this family for a model that ``inspect`` found; families with one kind of model return themselves."""
         return self
 
     # the loaders below also take the device "meta": they check the header's names and shapes and read no weights
@@ -294,32 +294,32 @@ class Architecture(ABC):
     def load_uncached_text_encoders(
         self, checkpoint: Any, cached: Sequence[bool], *, dtype: torch.dtype, device: str
     ) -> list[nn.Module]:
-        """The text encoders; those of ``cached`` outputs on the meta device, without weights.
+        """Load the text encoders; those with ``cached`` outputs on the meta device, without weights.
 
-        Families of whose encoders only some can be ``cached`` override this.
+        Families in which only some encoders can be ``cached`` override this.
         """
         assert all(cached) or not any(cached)
         return self.load_text_encoders(checkpoint, dtype=dtype, device="meta" if all(cached) else device)
 
     def adapted_encoders(self, network: NetworkOptions) -> tuple[bool, ...]:
-        """Which of the text encoders a network with these options may train, in their order."""
+        """For each text encoder, return whether a network with these options may train it."""
         return (not network.network_train_unet_only,) * len(self.text_encoder_targets)
 
     @abstractmethod
     def load_vae(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
-        """Frozen, in eval mode; ``--vae`` wins over the checkpoint's own."""
+        """Load the VAE, frozen, in eval mode; ``--vae`` wins over the checkpoint's own."""
 
     @abstractmethod
     def vae_identity(self, checkpoint: Any) -> str:
-        """Text that changes when the VAE's weights do; latent caches are stamped with it. Reads little."""
+        """Return a text that changes with the VAE's weights, for the stamp of latent caches. Reads little."""
 
     @abstractmethod
     def text_identity(self, checkpoint: Any) -> WeightsIdentity:
-        """Text encoders and tokenizers; caches of encoded captions are stamped with it."""
+        """Return the identity of text encoders and tokenizers, for the stamp of caches of encoded captions."""
 
     @abstractmethod
     def load_denoiser(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
-        """Frozen, in eval mode; streamed, so that peak memory is about one copy."""
+        """Load the denoiser, frozen, in eval mode; streamed, so that peak memory is about one copy."""
 
     # ---- text ----
 
@@ -327,14 +327,14 @@ class Architecture(ABC):
     def tokenize(
         self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
     ) -> dict[str, Tensor]:
-        """Captions to token tensors, batch first; called in data-loader workers.
+        """Turn captions into token tensors, batch first; called in data-loader workers.
 
         SD: ``{"input_ids": (B, n, 77) int64}`` and, when weighted, ``"weights": (B, n, 77) float32``.
         """
 
     @abstractmethod
     def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
-        """Tokenizers as ``load_tokenizers`` gives them, from a folder of tokenizer files, without a checkpoint.
+        """Load the tokenizers from a folder of tokenizer files, without a checkpoint.
 
         Raises:
             UserError: the folder holds none.
@@ -344,23 +344,23 @@ class Architecture(ABC):
     def caption_length(
         self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
     ) -> CaptionLength:
-        """How much of a caption ``tokenize`` keeps; of several tokenizers, the one that keeps least."""
+        """Return how much of a caption ``tokenize`` keeps; of several tokenizers, the shortest."""
 
     @abstractmethod
     def encode_text(
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
     ) -> Conditioning:
-        """Token tensors (on the encoders' device) to conditioning; gradients flow if they are enabled.
+        """Encode token tensors (on the encoders' device); gradients flow if they are enabled.
 
-        A family that trains some of its encoders beside the cached outputs of the others is given ``None`` for those,
-        and leaves out what they would give.
+        A family that trains some encoders beside cached outputs of others gets ``None`` for the cached ones, and leaves
+        out their outputs.
         """
 
     def condition(self, encoded: Conditioning, facts: SampleFacts, draw: Draw | None) -> Conditioning:
-        """Complete encoded captions to all that the denoiser is told.
+        """Complete encoded captions to the denoiser's whole conditioning.
 
         Args:
-            draw: of what training varies at random, such as leaving an encoder out; ``None`` varies nothing.
+            draw: source of random variation in training, such as dropping an encoder; ``None`` varies nothing.
         """
         return encoded
 
@@ -371,7 +371,7 @@ class Architecture(ABC):
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) latents as cache files store them, one draw per generator."""
 
     def scale_latents(self, latents: Tensor) -> Tensor:
-        """Stored latents -> what the denoiser sees."""
+        """Scale stored latents for the denoiser."""
         if self.latent.stored_scaled:
             return latents
         return (latents - self.latent.shift) * self.latent.scale
@@ -384,11 +384,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def objective(self, *, v_prediction: bool, zero_terminal_snr: bool) -> Objective:
-        """How timesteps are drawn, latents made noisy, outputs compared, and images drawn.
+        """Return the objective: how timesteps are drawn, noise is added, outputs are compared and images are sampled.
 
         Args:
             v_prediction: what ``ModelInfo`` says.
-            zero_terminal_snr: end the schedule in pure noise; families without one pass over it.
+            zero_terminal_snr: end the schedule in pure noise; families without a schedule ignore it.
         """
 
     @abstractmethod
@@ -403,12 +403,12 @@ class Architecture(ABC):
         """(B, C, h, w) noisy latents at timesteps (B,) -> the model's raw prediction (B, C, h, w).
 
         Args:
-            timesteps: as the objective has them: int64, 0 to 999, or with flow matching float32, 0 to 1000.
-            control: what a ControlNet adds.
+            timesteps: of the objective: int64, 0 to 999, or with flow matching float32, 0 to 1000.
+            control: the residuals of a ControlNet.
         """
 
     def encode_control(self, vae: nn.Module, images: Tensor, generators: Sequence[torch.Generator]) -> Control:
-        """Control images (B, 3, H, W) in [-1, 1] to what ``predict`` takes, for families with ``takes_images``."""
+        """Prepare control images (B, 3, H, W) in [-1, 1] for ``predict``, in families with ``takes_images``."""
         raise NotImplementedError(f"{self.name} reads no images")
 
     # ---- memory and speed ----
@@ -428,11 +428,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def metadata(self, info: ModelInfo) -> dict[str, str]:
-        """The family's ss_* keys: ss_v2, ss_base_model_version, ..."""
+        """Return the family's ss_* keys: ss_v2, ss_base_model_version, ..."""
 
     @abstractmethod
     def modelspec(self, info: ModelInfo) -> dict[str, str]:
         """``architecture`` (no adapter suffix), ``implementation``, ``default_resolution``, ``prediction_type``."""
 
     def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
-        """Family rules that need the checkpoint. Raises UserError."""
+        """Check the family's rules that need the checkpoint. Raises UserError."""

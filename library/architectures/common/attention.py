@@ -22,8 +22,8 @@ from library.memory.attention import memory_efficient
 
 #: implementation -> the package that it needs beside torch
 BACKENDS: dict[str, str | None] = {
-    "torch": None,  # whichever kernel of torch's fits best
-    "efficient": None,  # torch's kernels that hold no matrix of all tokens by all tokens
+    "torch": None,  # torch chooses the kernel
+    "efficient": None,  # torch's kernels without a matrix of all tokens by all tokens
     "math": None,  # the plain formula
     "flex": None,  # torch's compiled FlexAttention
     "xformers": "xformers",
@@ -58,7 +58,7 @@ def attend(
     Args:
         query: (B, Q, H, d).
         key: (B, K, H, d); ``value`` too.
-        key_mask: (B, K) bool, False for keys that nobody looks at. Each row must have a key.
+        key_mask: (B, K) bool, False for masked keys. Each row must have a key.
         backend: one of ``BACKENDS``, checked beforehand by ``check_backend``.
 
     Returns:
@@ -98,7 +98,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) ->
 
 @cache
 def _flex_function(compiled: bool) -> Callable[..., Tensor]:
-    """Only compiled it does without the matrix of all tokens by all tokens; not compiled it runs on a CPU."""
+    """Return FlexAttention: compiled, it needs no matrix of all tokens by all tokens; uncompiled, it runs on a CPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
@@ -110,7 +110,7 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
     bias = None
     if key_mask is not None:
         keys = key_mask.shape[1]
-        padded = -(-keys // 8) * 8  # its kernels want rows of the bias to begin at multiples of 8
+        padded = -(-keys // 8) * 8  # its kernels need rows of the bias that begin at multiples of 8
         bias = query.new_zeros(len(query), 1, 1, padded)
         bias[..., :keys].masked_fill_(~key_mask[:, None, None], -math.inf)
         bias = bias.expand(-1, query.shape[2], query.shape[1], -1)[..., :keys]  # (B, H, Q, K)
@@ -122,7 +122,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -
 
     if key_mask is None:
         return flash_attn_func(query, key, value)
-    # rows of different lengths, one after the other: queries all, keys only those that are looked at
+    # rows of different lengths, one after the other: all queries, and the keys that are not masked
     batch, queries = query.shape[:2]
     counts = key_mask.sum(dim=1, dtype=torch.int32)
     starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
@@ -142,7 +142,7 @@ def _sageattn(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
 
     if _needs_gradients(query, key, value):
         raise UserError('attention "sageattn" has no backward pass and is for drawing only; train with --sdpa')
-    if key_mask is not None:  # its kernels take none: each row goes by itself, with the keys that it looks at
+    if key_mask is not None:  # its kernels take no mask: each row is computed by itself, with its unmasked keys
         rows = [x.split(1) for x in (query, key, value)]
         parts = [(q, k[:, seen], v[:, seen]) for q, k, v, seen in zip(*rows, key_mask, strict=True)]
     else:

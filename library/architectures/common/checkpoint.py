@@ -1,4 +1,4 @@
-"""Finding checkpoints and VAEs with an LDM U-Net, and what families check of them alike."""
+"""Find checkpoints and VAEs of families with an LDM U-Net, and check what they have in common."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LATENT_CHANNELS = 4
 
 
 def locate(path_or_id: str, *, flag: str, components: tuple[str, ...]) -> Path:
-    """The local file or folder that an option names; what is on the Hub is fetched.
+    """Return the local file or folder that an option names; a Hub repository is downloaded.
 
     Raises:
         UserError: there is none.
@@ -38,7 +38,7 @@ def locate(path_or_id: str, *, flag: str, components: tuple[str, ...]) -> Path:
 
 
 def _path_hint(given: str) -> str:
-    """What may have gone wrong with a path that leads nowhere, to be put behind the message."""
+    """Return a hint on why a path does not exist, to append to the message."""
     if given.startswith(("http://", "https://")):
         return "; addresses are not fetched: download the file first, or give a Hub id, owner/name"
     if len(given) > 2 and given[0] in "\"'" and given[0] == given[-1]:
@@ -48,7 +48,7 @@ def _path_hint(given: str) -> str:
 
 
 def locate_model(path_or_id: str, components: tuple[str, ...]) -> Path:
-    """The file or folder of the base model, as ``locate`` finds it.
+    """Return the file or folder of the base model, see ``locate``.
 
     Raises:
         UserError: none is named, or there is none.
@@ -62,7 +62,7 @@ def locate_model(path_or_id: str, components: tuple[str, ...]) -> Path:
 
 
 def check_folder(folder: Path, *, family: str, title: str, needed: tuple[str, ...]) -> None:
-    """Refuse Diffusers folders of other families, and those that lack a part.
+    """Refuse Diffusers folders of other families, and incomplete ones.
 
     Args:
         family: as ``recognise_pipeline`` knows it; ``title`` is its name for people.
@@ -83,7 +83,7 @@ def check_folder(folder: Path, *, family: str, title: str, needed: tuple[str, ..
 
 
 def choose_vae(path: Path, given: str | None, own: ModelSource | None, title: str) -> ModelSource:
-    """The autoencoder of ``--vae``, else the checkpoint's own.
+    """Return the autoencoder of ``--vae``, else the checkpoint's own.
 
     Raises:
         UserError: neither is there, or it is of another family.
@@ -101,7 +101,7 @@ def choose_vae(path: Path, given: str | None, own: ModelSource | None, title: st
 
 
 def vae_at(path_or_id: str) -> ModelSource:
-    """The autoencoder that ``--vae`` names: in a checkpoint, in a file or folder of its own, or on the Hub.
+    """Return the autoencoder that ``--vae`` names: in a checkpoint, in its own file or folder, or on the Hub.
 
     Raises:
         UserError: nothing there, or no autoencoder in it.
@@ -118,9 +118,10 @@ def vae_at(path_or_id: str) -> ModelSource:
 
 
 def vae_identity(source: ModelSource) -> str:
-    """A digest of what latents depend on: the names, dtypes and bytes of the autoencoder's encoder.
+    """Return a digest of what latents depend on: the names, dtypes and bytes of the autoencoder's encoder.
 
-    The same VAE in a checkpoint and in a file of its own has the same identity; so have two that differ in the decoder.
+    The same VAE in a checkpoint and in its own file has the same identity, and so do two VAEs that differ in the
+    decoder only.
     """
     digest = hashlib.sha256()
     add_weights(digest, source, only=("encoder.", "quant_conv."))
@@ -128,7 +129,7 @@ def vae_identity(source: ModelSource) -> str:
 
 
 def folder_prediction(folder: Path) -> str | None:
-    """What the scheduler's configuration in a Diffusers folder says the model predicts, if it is there."""
+    """Return the prediction type in the scheduler's configuration of a Diffusers folder, if there is one."""
     path = folder / "scheduler" / "scheduler_config.json"
     # configurations from before the setting existed mean epsilon
     return read_json(path).get("prediction_type", "epsilon") if path.is_file() else None
@@ -143,7 +144,7 @@ def check_prediction(title: str, told: str | None, where: str, *, v_parameteriza
 
 
 def check_unet_channels(path: Path, unet: ModelSource, family: str) -> None:
-    """Refuse U-Nets that training cannot drive."""
+    """Refuse U-Nets that cannot be trained here."""
     channels = unet.config.get("in_channels", LATENT_CHANNELS)
     if channels != LATENT_CHANNELS:
         raise UserError(

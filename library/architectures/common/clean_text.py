@@ -1,6 +1,6 @@
-"""Cleaning captions as CLIP was trained on them.
+"""Clean captions as CLIP was trained on them.
 
-OpenAI's tokenizer (and OpenCLIP's) mends text with ftfy and resolves HTML entities before it looks at words; see
+OpenAI's tokenizer (and OpenCLIP's) fixes text with ftfy and resolves HTML entities before it splits words; see
 ``basic_clean`` in https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py. Curly quotes, ligatures,
 full-width letters and ``&amp;`` so become the plain characters that the vocabulary has words for. The rest of that
 function, lower case and white space, is done by the tokenizers themselves.

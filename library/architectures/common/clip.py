@@ -1,4 +1,5 @@
-"""CLIP text encoders: names in files (transformers' and OpenCLIP's) and the configuration, from names and shapes."""
+"""CLIP text encoders: their names in files (transformers' and OpenCLIP's), and their configuration from names and
+shapes."""
 
 from __future__ import annotations
 
@@ -44,14 +45,15 @@ PROJECTION = "text_projection"
 
 
 def clip_layout(*, prefix: str, projection: bool = False) -> TensorLayout:
-    """transformers' names below ``prefix``; those of ``CLIPTextModelWithProjection``, if ``projection``."""
+    """Return the layout of transformers' names below ``prefix``; with ``projection`` of
+    ``CLIPTextModelWithProjection``."""
     if projection:
         return TensorLayout(KeyMap([(name, name) for name in ("text_model", PROJECTION)]), prefix)
     return TensorLayout(KeyMap(CLIP), prefix)
 
 
 def openclip_layout(layers: int, *, prefix: str, projection: bool = False) -> TensorLayout:
-    """OpenCLIP's names of the first ``layers`` blocks; q, k and v are stacked in one tensor.
+    """Return the layout of OpenCLIP's names of the first ``layers`` blocks; q, k and v are stacked in one tensor.
 
     Args:
         projection: for ``CLIPTextModelWithProjection``.
@@ -68,7 +70,7 @@ def openclip_layout(layers: int, *, prefix: str, projection: bool = False) -> Te
 
 
 def infer_clip_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str, activation: str) -> dict[str, Any]:
-    """Settings of transformers' CLIPTextConfig for a file with transformers' names.
+    """Return settings of transformers' CLIPTextConfig for a file with transformers' names.
 
     Raises:
         UserError: the names do not add up to a text encoder.
@@ -84,7 +86,7 @@ def infer_clip_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str, act
 
 
 def infer_openclip_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str, unused_layers: int) -> dict[str, Any]:
-    """The same for OpenCLIP's names, without the last ``unused_layers`` blocks."""
+    """Return the same for OpenCLIP's names, without the last ``unused_layers`` blocks."""
     shapes = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
     return _config(
         tokens=shapes.get("token_embedding.weight"),
@@ -142,7 +144,7 @@ def enable_gradient_checkpointing(text_encoder: CLIPTextModel) -> None:
 
     transformers checkpoints layers in training mode only. CLIP has no dropout, so the mode changes nothing else.
     """
-    # the newer name of the same method; older releases of transformers 5 lack it
+    # the newer name of the same method, which older releases of transformers 5 lack
     enable = (
         getattr(text_encoder, "activation_checkpointing_enable", None) or text_encoder.gradient_checkpointing_enable
     )

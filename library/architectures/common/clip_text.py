@@ -1,4 +1,4 @@
-"""Captions to CLIP tokens; states of several windows of tokens; emphasis.
+"""Turn captions into CLIP tokens, join states of several windows of tokens, apply emphasis.
 
 Shape legend: B captions, n windows of 77 tokens (start, 75 of the caption, end), T = 75n + 2 tokens, D features.
 """
@@ -27,7 +27,7 @@ OPENCLIP_PADDING = "!"  # id 0, as OpenCLIP pads
 
 
 def load_tokenizer(folder: Path, *, padding: str | None = None) -> CLIPTokenizer:
-    """Args: ``padding`` is the token that fills up windows; the tokenizer's own, if not given."""
+    """Load a tokenizer; ``padding`` is the padding token, the tokenizer's own if not given."""
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(str(folder))
@@ -48,7 +48,7 @@ def tokenize(
         ``input_ids`` (B, n, 77) int64 and, if ``weighted``, ``weights`` (B, n, 77) float32: 1 on start, end, padding.
     """
     windows = _windows(max_token_length)
-    # asked for once: each of these looks its token up anew
+    # read once, because each of these properties looks its token up again
     start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     rows: list[list[list[int]]] = []
     weights = torch.ones(len(captions), windows, WINDOW) if weighted else None
@@ -57,7 +57,7 @@ def tokenize(
         tokens: list[int] = []
         token_weights: list[float] = []
         for text, weight in pieces:
-            # captions go one by one: batches would start tokenizer threads, which must not exist before a fork
+            # captions are tokenized one by one: batches would start threads, which must not exist before a fork
             found = tokenizer(clean_text(text), add_special_tokens=False, verbose=False).input_ids
             tokens += found
             token_weights += [weight] * len(found)
@@ -79,7 +79,7 @@ def _windows(max_token_length: int | None) -> int:
 def caption_length(
     tokenizer: CLIPTokenizer, caption: str, *, max_token_length: int | None, weighted: bool
 ) -> CaptionLength:
-    """Tokens of a caption, and the text of those that ``tokenize`` cuts off."""
+    """Return the number of tokens of a caption, and the text that ``tokenize`` cuts off."""
     limit = _windows(max_token_length) * BODY
     pieces = [text for text, _ in parse_emphasis(caption)] if weighted else [caption]
     count, cut = 0, ""

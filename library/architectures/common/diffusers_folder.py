@@ -1,4 +1,4 @@
-"""Diffusers folders and Hub repositories: which files make up a component, and fetching them."""
+"""Diffusers folders and Hub repositories: find and download the files of a component."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from library.errors import UserError
 
-#: weight file names of a component in order of preference; half-precision variants only if nothing else is there
+#: weight file names of a component in order of preference; half-precision variants come last
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 WEIGHT_NAMES = tuple(
     f"{stem}{variant}{suffix}" for variant in ("", ".fp16") for suffix in (".safetensors", ".bin") for stem in _STEMS
@@ -24,7 +24,7 @@ HUB_TIMEOUT = 10.0  # seconds to wait for the Hub's answer before the cache is u
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -41,12 +41,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def choose_weights(names: Collection[str]) -> str | None:
-    """The preferred weight file among the names in one component's folder."""
+    """Return the preferred weight file among the names in one component's folder."""
     return next((name for name in WEIGHT_NAMES if name in names), None)
 
 
 def weight_file(folder: Path) -> Path:
-    """The weight file of a component.
+    """Return the weight file of a component.
 
     Raises:
         UserError: there is none.
@@ -63,7 +63,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def download_components(repository: str, components: Iterable[str], *, flag: str) -> Path:
-    """Fetch the needed files of a Hub repository, or take them from the local cache when offline.
+    """Download the needed files of a Hub repository, or use the local cache when offline.
 
     Args:
         components: sub-folders; ``""`` stands for weight files at the root.

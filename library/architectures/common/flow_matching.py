@@ -1,7 +1,7 @@
-"""What the families trained by flow matching share: options, their rules and records, and the objective.
+"""The common part of families trained by flow matching: options, rules, records and the objective.
 
-A family puts ``FlowMatching`` before its other bases and joins its own declaration to ``FLOW``. One whose
-published options are fewer takes the groups and rules that it has, and overrides ``objective``.
+A family puts ``FlowMatching`` before its other bases and joins its own declaration to ``FLOW``. A family with fewer
+published options declares the groups and rules that it has, and overrides ``objective``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class FlowMatching(Architecture):
 
     declaration = FLOW
     sample_fields = (DDPM_FIELDS - {"sample_sampler"}) | {"flow_shift"}
-    #: latent cells that are one token of the image; shifts by resolution count tokens
+    #: latent cells per image token; shifts by resolution count tokens
     cells_per_token = 4
-    #: shift of drawing; None: by resolution, as FLUX.1 [dev]
+    #: shift of sampling; None: by resolution, as FLUX.1 [dev]
     sampling_shift: float | None = None
 
     def objective(self, *, v_prediction: bool, zero_terminal_snr: bool) -> FlowObjective:
@@ -46,7 +46,7 @@ class FlowMatching(Architecture):
         )
 
     def for_image(self, settings: ImageSettings) -> FlowMatching:
-        """With the prompt's ``--fs``."""
+        """Return this family with the prompt's ``--fs``."""
         if settings.flow_shift is None:
             return self
         made = copy.copy(self)
@@ -54,6 +54,6 @@ class FlowMatching(Architecture):
         return made
 
     def flow_metadata(self) -> dict[str, str]:
-        """The ss_* keys of these options, for ``metadata``."""
+        """Return the ss_* keys of these options, for ``metadata``."""
         weighting, flow = self.chosen(WeightingOptions), self.chosen(FlowOptions)
         return {f"ss_{name}": str(value) for name, value in {**vars(weighting), **vars(flow)}.items()}

@@ -1,4 +1,4 @@
-"""Which weights something was made with, for the stamps of caches."""
+"""Identify the weights that something was made with, for the stamps of caches."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def add_weights(digest: _Hash, source: ModelSource, *, only: tuple[str, ...] = (
 
 
 def weights_identity(sources: Sequence[ModelSource], tokenizer_folders: Sequence[Path]) -> WeightsIdentity:
-    """Models with their configurations, and the tokenizers that go with them.
+    """Return the identity of models with their configurations and tokenizers.
 
-    The files of the tokenizers are small, and count by their content in both texts.
+    Tokenizer files are small, so both texts contain their content.
     """
     about = hashlib.sha256()
     for source in sources:

@@ -1,4 +1,4 @@
-"""Two-way maps between a file's tensor names and layouts and a model's.
+"""Two-way maps between the tensor names and layouts of a file and of a model.
 
 A map is a table of (file prefix, model prefix) pairs, read in both directions, so that what is loaded and what is
 saved cannot drift apart.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class KeyMap:
-    """Renames by whole dotted components; the longest prefix of the table wins."""
+    """Renames whole dotted components; the longest matching prefix of the table wins."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         pairs = list(pairs)
@@ -23,11 +23,11 @@ class KeyMap:
         assert len(self._to_model) == len(self._to_file) == len(pairs), "each name must stand once on each side"
 
     def to_model(self, file_name: str) -> str | None:
-        """The model's name, or None if the table does not know the file's."""
+        """Return the model's name, or None if the table does not have the file's."""
         return _rename(file_name, self._to_model)
 
     def to_file(self, model_name: str) -> str | None:
-        """The file's name, or None if the table does not know the model's."""
+        """Return the file's name, or None if the table does not have the model's."""
         return _rename(model_name, self._to_file)
 
 
@@ -43,7 +43,7 @@ def _rename(name: str, table: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """How one model's tensors lie in a file.
+    """The layout of one model's tensors in a file.
 
     Attributes:
         keys: names below ``prefix``.
@@ -61,7 +61,7 @@ class TensorLayout:
     transposed: tuple[str, ...] = ()
 
     def model_names(self, file_name: str) -> tuple[str, ...]:
-        """The tensors that come out of one of the file's; empty if the model has no use for it."""
+        """Return the model's tensors that one tensor of the file holds; empty if the model does not use it."""
         if not file_name.startswith(self.prefix):
             return ()
         name = self.keys.to_model(file_name[len(self.prefix) :])
@@ -74,7 +74,7 @@ class TensorLayout:
         return (name,)
 
     def read(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The file's (name, tensor) pairs as the model's; no data is copied."""
+        """Convert the file's (name, tensor) pairs to the model's; no data is copied."""
         for file_name, tensor in tensors:
             names = self.model_names(file_name)
             if len(names) > 1:
@@ -86,7 +86,7 @@ class TensorLayout:
                 yield name, tensor.reshape(tensor.shape[:2]) if is_conv else tensor
 
     def write(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The model's tensors as the file's (name, tensor) pairs: the inverse of ``read``.
+        """Convert the model's tensors to the file's (name, tensor) pairs: the inverse of ``read``.
 
         Raises:
             KeyError: the model holds a tensor that the layout has no name for.

@@ -112,7 +112,7 @@ def encode_images(vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Gen
 
     Args:
         pixels: (B, 3, H, W) in [-1, 1].
-        generators: one per image; the draw does not depend on the batch.
+        generators: one per image; the noise does not depend on the batch.
 
     Returns:
         (B, C, h, w) unscaled latents, float32.
@@ -123,7 +123,7 @@ def encode_images(vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Gen
     std = torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE))
     noise = torch.stack([torch.randn(mean.shape[1:], generator=g, device=g.device) for g in generators])
     if mean.is_cuda and noise.device.type == "cpu":
-        noise = noise.pin_memory()  # a copy from there waits for nothing, so that the next batch can be queued
+        noise = noise.pin_memory()  # a copy from pinned memory does not wait, so the next batch can be queued
     return mean + std * noise.to(mean.device, non_blocking=True)
 
 

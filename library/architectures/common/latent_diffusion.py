@@ -1,4 +1,4 @@
-"""What the families with an LDM U-Net, CLIP text encoders and a KL autoencoder share: SD 1.x, 2.x and SDXL."""
+"""The common part of families with an LDM U-Net, CLIP text encoders and a KL autoencoder: SD 1.x, 2.x and SDXL."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLIP_MODULES = ("CLIPAttention", "CLIPMLP")
 
 
 def unet_target(blocks: BlockNumbering) -> LoraTarget:
-    """Adapters of a diffusers U-Net: in its attention blocks, and with 3x3 convolutions in its ResNet blocks too."""
+    """Return the target of a diffusers U-Net: its attention blocks, and with 3x3 convolutions its ResNet blocks too."""
     convs = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
     return LoraTarget(
         "lora_unet",
@@ -44,7 +44,7 @@ def unet_target(blocks: BlockNumbering) -> LoraTarget:
 
 
 def unet_control(control: Control | None) -> dict[str, Any]:
-    """Residuals of a ControlNet as a diffusers U-Net takes them: ``down``, a list, and ``mid``, of (B, D, h, w)."""
+    """Return ControlNet residuals as arguments of a diffusers U-Net: ``down``, a list, and ``mid``, of (B, D, h, w)."""
     if control is None:
         return {}
     return {
@@ -82,7 +82,7 @@ class LatentDiffusion(Architecture):
         return unet
 
     def denoiser_target_of(self, source: ModelSource) -> LoraTarget:
-        """The adapters of this U-Net; file names may depend on its sizes."""
+        """Return the adapter target of this U-Net; file names may depend on its sizes."""
         return self.denoiser_target
 
     # ---- text ----
@@ -90,7 +90,7 @@ class LatentDiffusion(Architecture):
     def caption_length(
         self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
     ) -> CaptionLength:
-        # the tokenizers of a family differ in nothing but their padding
+        # the tokenizers of a family differ only in their padding
         return clip_text.caption_length(tokenizers[0], caption, max_token_length=max_token_length, weighted=weighted)
 
     # ---- latents ----

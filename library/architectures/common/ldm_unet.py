@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LDM_PREFIX = "model.diffusion_model."
 HEADS_V1 = 8  # SD 1.x: eight heads at every level
 HEAD_WIDTH_V2 = 64  # SD 2.x and SDXL: heads of 64 channels
-SIZE_WIDTH = 256  # SDXL: sines and cosines of each number of its size conditioning
+SIZE_WIDTH = 256  # SDXL: width of the sinusoidal embedding of each number of its size conditioning
 
 #: (LDM, diffusers) names inside a residual block
 RESNET = (
@@ -42,7 +42,7 @@ ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_emb
 def ldm_unet_layout(config: Mapping[str, Any], *, prefix: str = LDM_PREFIX) -> TensorLayout:
     """The LDM layout of a U-Net with this diffusers configuration.
 
-    LDM numbers blocks through all levels; diffusers counts them within a level. Transformers keep their inner names.
+    LDM numbers blocks across levels, diffusers within a level. Transformers keep their inner names.
     """
     attention = ["CrossAttn" in kind for kind in config["down_block_types"]]
     levels, layers = len(attention), int(config["layers_per_block"])

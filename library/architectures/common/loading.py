@@ -1,4 +1,4 @@
-"""Models built without memory and filled from a stream of tensors: one copy of the weights at most."""
+"""Build models without memory and fill them from a stream of tensors: at most one copy of the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Checkpoint = TypeVar("Checkpoint")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where one model's weights lie and which configuration they were made for."""
+    """The file of one model's weights and the configuration that they fit."""
 
     title: str  # for messages: "U-Net"
     file: WeightFile
@@ -27,12 +27,12 @@ class ModelSource:
     config: dict[str, Any]
 
     def file_names(self) -> list[str]:
-        """The file's tensors that the model takes, in the file's order."""
+        """Return the file's tensors that the model uses, in the file's order."""
         return [name for name in self.file.shapes if self.layout.model_names(name)]
 
 
 def without_mapping(checkpoint: Checkpoint) -> Checkpoint:
-    """A family's checkpoint, a dataclass, whose models are read into memory and not mapped (--disable_mmap...)."""
+    """Return a family's checkpoint whose models are read into memory instead of mapped (--disable_mmap...)."""
 
     def unmapped(value: Any) -> Any:
         if isinstance(value, ModelSource):
@@ -84,7 +84,7 @@ def _fill(
                 "quantised: give one in float32, float16, bfloat16 or plain fp8"
             )
         owner, _, leaf = name.rpartition(".")
-        # moved first and cast there: accelerators cast faster than the host
+        # moved first and cast there, because accelerators cast faster than the host
         moved = tensor.to(device).to(dtype)
         check.add(name, moved)
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
@@ -106,12 +106,12 @@ def _fill(
 
 
 def _in_file(source: ModelSource, name: str) -> str:
-    """How the file calls one of the model's tensors."""
+    """Return the file's name of one of the model's tensors."""
     return next((n for n in source.file.shapes if name in source.layout.model_names(n)), name)
 
 
 def _not_finite(source: ModelSource, bad: list[str], dtype: torch.dtype) -> str:
-    """The message on weights that are not finite once they are loaded."""
+    """Return the message on weights that are not finite after loading."""
     names = list(dict.fromkeys(_in_file(source, name) for name in bad))
     if not_finite(source.file.read(names[:1])):
         return (

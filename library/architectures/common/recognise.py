@@ -1,4 +1,4 @@
-"""What a weight file is, told from its tensor names: for messages that name the right script or option."""
+"""Recognize a weights file from its tensor names, for messages that name the right script or option."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Recognised:
     family: str = ""  # whose plain checkpoint it is
 
 
-#: (fragments that must all occur in some tensor name, what the file is); the first match wins
+#: (fragments that must all occur in tensor names, what the file is); the first match wins
 _SIGNS: tuple[tuple[tuple[str, ...], Recognised], ...] = (
     (
         ("lora_",),
@@ -78,7 +78,7 @@ _PIPELINES: tuple[tuple[str, Recognised], ...] = (
 
 
 def recognise_tensors(names: Collection[str], family: str) -> Recognised | None:
-    """What a single file is; None if nothing known, or of the ``family`` itself."""
+    """Return what a single file is; None if it is unknown, or of the ``family`` itself."""
     for fragments, found in _SIGNS:
         if all(any(fragment in name for name in names) for fragment in fragments):
             return found if found.family != family else None
@@ -86,19 +86,19 @@ def recognise_tensors(names: Collection[str], family: str) -> Recognised | None:
 
 
 def recognise_pipeline(class_name: str, family: str) -> Recognised | None:
-    """What a Diffusers folder is, by the pipeline that its model_index.json names; None as above."""
+    """Return what a Diffusers folder is, by the pipeline in its model_index.json; None as above."""
     found = next((found for prefix, found in _PIPELINES if class_name.startswith(prefix)), None)
     return found if found is not None and found.family != family else None
 
 
-#: endings of tensors beside weights whose numbers alone do not tell what they are
+#: suffixes of the scales that some quantized formats store beside weights
 _SCALES = (
     "scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant", ".absmax",
 )  # fmt: skip
 
 
 def refuse_scaled(names: Iterable[str]) -> None:
-    """Raise UserError, without the file's name, for names of weights in fp8 or 4 bits with scales of their own."""
+    """Raise UserError, without the file's name, for weights in fp8 or 4 bits with scales."""
     for name in names:
         if name.endswith(_SCALES):
             raise UserError(

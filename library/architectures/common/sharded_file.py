@@ -1,4 +1,4 @@
-"""Safetensors weights in one file or in several shards, seen as one."""
+"""Read safetensors weights in one file or in several shards as one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _INDEX_ENDING = ".safetensors.index.json"
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file's name is that of one of several, ``...-00001-of-00003.safetensors``."""
+    """Whether a file name is that of a shard, ``...-00001-of-00003.safetensors``."""
     return _SHARD.fullmatch(path.name) is not None
 
 
 def open_weights(path: Path) -> WeightFile:
-    """A file, a shard with the others beside it, or a component's folder. Raises UserError as their ``open`` do."""
+    """Open a file, a shard with the others beside it, or a component's folder. Raises UserError as their ``open``."""
     return ShardedFile.open(path) if path.is_dir() or is_shard(path) else TensorFile.open(path)
 
 
@@ -35,7 +35,7 @@ class ShardedFile(WeightFile):
     """Weights whose names, shapes and dtypes are known; tensors are read when asked for.
 
     Attributes:
-        path: what was named: a file or a folder.
+        path: the given file or folder.
         where: the file of each tensor.
         mapped: whether tensors are views of the mapped files.
     """
@@ -89,10 +89,10 @@ class ShardedFile(WeightFile):
 
 
 def _files(path: Path) -> tuple[list[Path], Iterable[str]]:
-    """The files that make up the weights, and the tensors that an index lists."""
+    """Return the files of the weights, and the tensors that an index lists."""
     if path.is_dir():
         indices = sorted(path.glob(f"*{_INDEX_ENDING}"))
-        # a half-precision variant has an index of its own, "...fp16.safetensors.index.json"
+        # a half-precision variant has its own index, "...fp16.safetensors.index.json"
         index = min(indices, key=lambda found: len(found.name), default=None)
         if index is not None:
             listed = read_json(index).get("weight_map")

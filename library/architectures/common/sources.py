@@ -1,4 +1,4 @@
-"""Where the models of a checkpoint with an LDM U-Net lie: in one original file, or in a Diffusers folder.
+"""Find the models of a checkpoint with an LDM U-Net: in one original file, or in a Diffusers folder.
 
 Key maps: ``ldm_unet.py``, ``kl_vae.py``, ``clip.py``.
 """
@@ -25,7 +25,7 @@ _UNET_NAMES = (
 
 
 def in_file(path: Path, find: Callable[[AnyFile], Found], file: AnyFile) -> Found:
-    """Call ``find(file)``; its errors get the file's name."""
+    """Call ``find(file)`` and add the file's name to its errors."""
     try:
         return find(file)
     except UserError as error:
@@ -41,7 +41,7 @@ def ldm_unet_source(file: TensorFile) -> ModelSource:
 
 
 def vae_source(file: TensorFile) -> ModelSource | None:
-    """The autoencoder in a checkpoint or in a file of its own, with LDM or diffusers names; None without one."""
+    """Return the autoencoder in a checkpoint or in its own file, with LDM or diffusers names; None if there is none."""
     for prefix in (kl_vae.LDM_PREFIX, "", "vae."):
         if f"{prefix}encoder.conv_in.weight" not in file.shapes:
             continue
@@ -53,7 +53,7 @@ def vae_source(file: TensorFile) -> ModelSource | None:
 
 
 def clip_prefix(shapes: Shapes, root: str) -> str:
-    """Most files name tensors below ``text_model.``, some directly below ``root``."""
+    """Return the prefix of CLIP's tensors: most files have ``text_model.``, some have nothing below ``root``."""
     return root + (clip.TEXT_MODEL if any(name.startswith(root + clip.TEXT_MODEL) for name in shapes) else "")
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 #: Hub repository (and sub-folder) of the tokenizer
 TOKENIZER = ("google/t5-v1_1-xxl", None)
-#: the table of embeddings; files hold it under either name or under both
+#: the embedding table; files hold it under one of these names or under both
 SHARED, EMBEDDINGS = "shared.weight", "encoder.embed_tokens.weight"
 #: before its names in files that hold a whole model, as ComfyUI writes them
 BUNDLED = "text_encoders.t5xxl.transformer."
@@ -42,7 +42,8 @@ _BIAS = f"{_ATTENTION}.relative_attention_bias.weight"
 
 
 def t5_source(path: Path, *, flag: str = "--t5xxl") -> ModelSource:
-    """The encoder in a stand-alone file, with or without the rest of T5, in a folder, or in a file of a whole model.
+    """Return the encoder in a stand-alone file, with or without the rest of T5, in a folder, or in a whole model's
+    file.
 
     Raises:
         UserError: the file holds something else, or is incomplete.
@@ -63,14 +64,14 @@ def t5_source(path: Path, *, flag: str = "--t5xxl") -> ModelSource:
 
 
 def t5_layout(names: Mapping[str, object]) -> TensorLayout:
-    """transformers' names; the table is the first of its names that is there, as both hold the same."""
+    """Return the layout of transformers' names; the embedding table has the first of its names that exists."""
     table = SHARED if SHARED in names else EMBEDDINGS
     same = ("encoder.block", "encoder.final_layer_norm")
     return TensorLayout(KeyMap([(table, SHARED), *((name, name) for name in same)]))
 
 
 def infer_t5_config(shapes: Shapes) -> dict[str, Any]:
-    """Settings of transformers' T5Config, from names and shapes alone.
+    """Return settings of transformers' T5Config, from names and shapes alone.
 
     Raises:
         UserError: the names do not add up to a T5 v1.1 encoder.
@@ -105,9 +106,9 @@ def build_t5(config: Mapping[str, Any]) -> T5EncoderModel:
 
 
 def load_t5(source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Module:
-    """The encoder, frozen, in eval mode.
+    """Load the encoder, frozen, in eval mode.
 
-    In float16 the last layer of each MLP stays in float32, as transformers has it: its sums leave float16's range.
+    In float16 the last layer of each MLP stays in float32, as in transformers: its sums overflow float16.
     """
     model = load_frozen(source, partial(build_t5, source.config), dtype=dtype, device=device)
     model.encoder.embed_tokens.weight = model.shared.weight  # one table under two names
@@ -119,7 +120,7 @@ def load_t5(source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Modul
 
 
 def t5_tensors(model: nn.Module, names: Mapping[str, object]) -> dict[str, Tensor]:
-    """The encoder's tensors under the names that a file has, or should have."""
+    """Return the encoder's tensors under the names of a file."""
     state = dict(model.state_dict())
     table = state.pop(EMBEDDINGS)
     tensors = dict(t5_layout(names).write({**state, SHARED: table}))
@@ -130,7 +131,7 @@ def t5_tensors(model: nn.Module, names: Mapping[str, object]) -> dict[str, Tenso
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """T5's tokenizer from its tokenizer.json, or from the spiece.model that it was published as.
+    """Load T5's tokenizer from its tokenizer.json, or from the published spiece.model.
 
     Raises:
         UserError: the file is damaged, or spiece.model cannot be read here.
@@ -144,12 +145,12 @@ def load_tokenizer(folder: Path) -> Any:
         )
     try:
         return T5Tokenizer.from_pretrained(str(folder))
-    except Exception as error:  # damage shows in many ways
+    except Exception as error:  # damaged files raise many kinds of errors
         raise UserError(f"{folder}: T5's tokenizer cannot be read ({error!r}); download it again") from None
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int) -> tuple[Tensor, Tensor]:
-    """Captions, cut off and filled up to ``length`` tokens with the end token among them.
+    """Tokenize captions, truncated and padded to ``length`` tokens, the end token included.
 
     Returns:
         ids (B, T) int64 and mask (B, T) int64, 1 for the caption's tokens and its end, 0 for padding.
@@ -157,7 +158,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int) -> tuple[T
     ids = torch.full((len(captions), length), tokenizer.pad_token_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, caption in enumerate(captions):
-        # captions go one by one: batches would start tokenizer threads, which must not exist before a fork
+        # captions are tokenized one by one: batches would start threads, which must not exist before a fork
         found = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids[: length - 1]
         found = [*found, tokenizer.eos_token_id]
         ids[row, : len(found)] = torch.tensor(found)
@@ -166,7 +167,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int) -> tuple[T
 
 
 def caption_length(tokenizer: Any, caption: str, *, length: int) -> CaptionLength:
-    """Tokens of a caption, and the text of those that ``tokenize`` cuts off."""
+    """Return the number of tokens of a caption, and the text that ``tokenize`` cuts off."""
     found = tokenizer(caption, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     count, limit = len(found.input_ids), length - 1
     cut = caption[found.offset_mapping[limit][0] :].strip() if count > limit else ""
@@ -174,9 +175,9 @@ def caption_length(tokenizer: Any, caption: str, *, length: int) -> CaptionLengt
 
 
 def encode(encoder: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Ids (B, T) to the last layer's states (B, T, D); padding is attended to without a ``mask`` (B, T).
+    """Encode ids (B, T) to the last layer's states (B, T, D); without a ``mask`` (B, T) padding is attended to.
 
-    Without autocast to float16, which would take it even for the layers that ``load_t5`` keeps in float32.
+    Autocast to float16 is off, because it would also cast the layers that ``load_t5`` keeps in float32.
     """
     kind = ids.device.type
     to_half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16

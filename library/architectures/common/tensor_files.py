@@ -1,4 +1,4 @@
-"""One way to look into and stream from weight files, whether safetensors or pickled."""
+"""Inspect and stream weight files in one way, whether safetensors or pickled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class WeightFile(ABC):
-    """Weights of known names and shapes, in one file or in several, maybe under other names there; a dataclass."""
+    """Weights with known names and shapes, in one file or in several, possibly under other names there; a dataclass."""
 
     path: Path
     shapes: Shapes
@@ -26,12 +26,12 @@ class WeightFile(ABC):
 
     @property
     def files(self) -> set[Path]:
-        """All that the weights lie in."""
+        """Return all files of the weights."""
         return {self.path}
 
     @abstractmethod
     def opened(self) -> AbstractContextManager[Callable[[str], Tensor]]:
-        """A function that reads a tensor by its name, on the host; files stay open meanwhile."""
+        """Yield a function that reads a tensor by its name, on the host; files stay open within the context."""
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Stream the named tensors in order, on the host, one at a time."""
@@ -40,7 +40,8 @@ class WeightFile(ABC):
                 yield name, read(name)
 
     def on_meta(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The same without data: tensors of their shapes and dtypes on the meta device; the files are not touched."""
+        """Return the same names with tensors on the meta device, of the same shapes and dtypes; the files are not
+        read."""
         for name in names:
             yield name, torch.empty(self.shapes[name], dtype=self.dtypes.get(name), device="meta")
 
@@ -53,12 +54,12 @@ class TensorFile(WeightFile):
     shapes: Shapes
     _unpickled: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     mapped: bool = True  # whether tensors are views of the mapped file
-    #: of the tensors whose dtype torch has
+    #: only tensors with a dtype that torch has
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def open(path: Path) -> TensorFile:
-        """Read names and shapes; what counts is the content, not the ending.
+        """Read names and shapes; the format is recognized by content, not by name.
 
         Raises:
             UserError: the file is torn, not a weight file, or a pickle that holds more than tensors.

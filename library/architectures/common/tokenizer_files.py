@@ -1,4 +1,4 @@
-"""Finding a tokenizer's files: beside the model, in a folder the user names, or on the Hub."""
+"""Find a tokenizer's files: beside the model, in a folder that the user names, or on the Hub."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from library.files.atomic import atomic_path
 
 @dataclass(frozen=True)
 class TokenizerKind:
-    """Which files make up a tokenizer."""
+    """The files of a tokenizer."""
 
     files: tuple[str, ...]
-    enough: tuple[tuple[str, ...], ...]  # any of these sets of files will do
+    enough: tuple[tuple[str, ...], ...]  # any one of these sets of files
     hint: str  # for messages
-    model: str  # what tokenizer.json calls its kind
+    model: str  # the type in tokenizer.json
 
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -43,18 +43,18 @@ def has_tokenizer(folder: Path, kind: TokenizerKind = CLIP) -> bool:
 
 
 def _is_kind(folder: Path, kind: TokenizerKind) -> bool:
-    """Whether the folder's tokenizer.json, if it has one, is of this kind: folders may hold that of another encoder."""
+    """Whether the folder's tokenizer.json, if any, is of this kind: folders may hold another encoder's."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return True
     try:
         return json.loads(path.read_text(encoding="utf-8"))["model"].get("type", kind.model) == kind.model
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return True  # whoever reads it says what is wrong with it
+        return True  # the reader of the file reports what is wrong with it
 
 
 def find_tokenizer(folder: Path, kind: TokenizerKind = CLIP, *, subfolder: str = "tokenizer") -> Path:
-    """The folder itself, or its ``subfolder``, as in a model's; whichever holds the files.
+    """Return the folder itself, or its ``subfolder``, whichever holds the files.
 
     Raises:
         UserError: neither does.
@@ -74,9 +74,9 @@ def locate_tokenizer(
     subfolder: str = "tokenizer",
     kind: TokenizerKind = CLIP,
 ) -> Path:
-    """A local folder with the tokenizer's files.
+    """Return a local folder with the tokenizer's files.
 
-    Looked for in the model's own ``subfolder``, in ``cache_dir`` (a sub-folder named after a repository with
+    It looks in the model's own ``subfolder``, in ``cache_dir`` (a sub-folder named after a repository with
     ``/`` as ``_``, or ``cache_dir`` itself), then on the Hub, from where it is copied into ``cache_dir`` if given.
 
     Args:
@@ -103,14 +103,14 @@ def _from_hub(
     from huggingface_hub import snapshot_download
 
     reason = ""
-    # the tokenizers never change, so the cache is asked first and no time is lost on the network
+    # tokenizers never change, so the cache is tried first
     for local_only in (True, False):
         for repository, subfolder in repositories:
             prefix = f"{subfolder}/" if subfolder else ""
             patterns = [prefix + name for name in kind.files]
             try:
                 snapshot = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=local_only))
-            except Exception as error:  # not cached; or offline, which shows in many ways
+            except Exception as error:  # not cached, or offline, which raises many kinds of errors
                 reason = type(error).__name__
                 continue
             if has_tokenizer(snapshot / prefix, kind):

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from library.config.arguments import NetworkOptions, TrainNetworkOptions
     from library.inference.generate import ImageSettings
 
-#: sampling steps, if not given; previews have their own
+#: sampling steps, if not given; sample images have their own
 DRAWING_STEPS, DRAWING_STEPS_SCHNELL = 50, 4
 #: tokens of a caption for T5, if not given
 T5_LENGTH, T5_LENGTH_SCHNELL = 512, 256
@@ -59,7 +59,7 @@ _SCHNELL_IS_TOLD_NONE = "with FLUX.1 schnell, which is told no guidance scale"
 
 
 class Flux(FlowMatching, Architecture):
-    """Black Forest Labs 2024, "FLUX.1", and Rock 2025, "Chroma1", which ``--model_type`` chooses."""
+    """FLUX.1 (Black Forest Labs 2024) and Chroma1 (Rock 2025), which ``--model_type`` chooses."""
 
     name = "flux"
     latent = LatentFormat(
@@ -78,7 +78,7 @@ class Flux(FlowMatching, Architecture):
     sample_fields = FlowMatching.sample_fields | {"guidance_scale"}
     sample_size_step = 16
 
-    #: which model it is, as its file tells; none while no file was looked into
+    #: which model it is, from its file; None before ``inspect``
     _kind: str | None = None
 
     @property
@@ -91,23 +91,23 @@ class Flux(FlowMatching, Architecture):
 
     @property
     def masks_text(self) -> bool:
-        """Whether neither T5 nor the transformer sees padding: Chroma is made so."""
+        """Whether padding is masked in T5 and the transformer; always with Chroma."""
         return self.is_chroma or self.chosen(FluxModelOptions).apply_t5_attn_mask
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether the guidance scale may be chosen: schnell is told none, and Chroma is made for 0."""
+        """Whether the guidance scale may be chosen: schnell has none, and Chroma is made for 0."""
         return not self.is_chroma and self._kind != SCHNELL
 
     @property
     def t5_length(self) -> int:
-        """Tokens of a caption for T5."""
+        """Return the tokens of a caption for T5."""
         given = self.chosen(FluxModelOptions).t5xxl_max_token_length
         return given or (T5_LENGTH_SCHNELL if self._kind == SCHNELL else T5_LENGTH)
 
     @property
     def drawing_steps(self) -> int:
-        """What the published script draws with, if not told."""
+        """Return the published script's default steps."""
         return DRAWING_STEPS_SCHNELL if self._kind == SCHNELL else DRAWING_STEPS
 
     # ---- what depends on the kind of model ----
@@ -139,7 +139,7 @@ class Flux(FlowMatching, Architecture):
     def for_model(self, checkpoint: FluxCheckpoint) -> Self:
         made = copy.copy(self)
         made._kind = checkpoint.kind
-        # schnell is distilled for few steps that are not shifted
+        # schnell is distilled for few steps without a shift
         made.sampling_shift = 1.0 if checkpoint.kind == SCHNELL else self.sampling_shift
         return made
 
@@ -227,7 +227,7 @@ class Flux(FlowMatching, Architecture):
     def caption_length(
         self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
     ) -> CaptionLength:
-        # CLIP-L, which reads 75 tokens, gives no more than the overall vector; what is asked for is what T5 reads
+        # CLIP-L, which reads 75 tokens, gives only the pooled vector; T5's length is what matters
         return t5.caption_length(tokenizers[-1], caption, length=self.t5_length)
 
     def encode_text(

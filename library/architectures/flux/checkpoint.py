@@ -1,4 +1,4 @@
-"""Recognising, loading and writing the transformers of FLUX.1 and Chroma; CLIP-L in a file of its own."""
+"""Recognize, load and write the transformers of FLUX.1 and Chroma, and find CLIP-L in its own file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _TOP = (
 
 @dataclass(frozen=True)
 class TransformerCheckpoint:
-    """A recognised transformer: what it is and where it lies."""
+    """A recognized transformer: what it is and where it is."""
 
     kind: str  # DEV, SCHNELL or CHROMA
     sizes: FluxSizes
@@ -60,7 +60,7 @@ class TransformerCheckpoint:
 
 
 def inspect_transformer(path_or_id: str) -> TransformerCheckpoint:
-    """Find and recognise the transformer that --pretrained_model_name_or_path names, from its headers alone.
+    """Find and recognize the transformer that --pretrained_model_name_or_path names, from its headers alone.
 
     It may be a file in the published or in diffusers' layout, one of several shards, the folder of a pipeline or of its
     transformer, or a Hub id.
@@ -91,7 +91,7 @@ def check_pipeline(folder: Path) -> None:
 
 
 def transformer_in(file: WeightFile) -> TransformerCheckpoint:
-    """The transformer of a file, or of several, in the published layout, with or without prefix.
+    """Return the transformer of one or several files in the published layout, with or without prefix.
 
     Raises:
         UserError: the file is something else or incomplete.
@@ -108,7 +108,7 @@ def transformer_in(file: WeightFile) -> TransformerCheckpoint:
 
 
 def described(file: WeightFile, layout: TensorLayout, shapes: Shapes) -> TransformerCheckpoint:
-    """A transformer whose tensors lie in ``file`` as ``layout`` says.
+    """Return a transformer whose tensors are in ``file`` in the given ``layout``.
 
     Args:
         shapes: of its tensors by their published names, without prefix.
@@ -129,7 +129,7 @@ def described(file: WeightFile, layout: TensorLayout, shapes: Shapes) -> Transfo
 
 
 def published_layout(prefix: str = "") -> TensorLayout:
-    """The models' own names are the published ones."""
+    """Return the published layout; the models' own names are the published ones."""
     return TensorLayout(KeyMap((name, name) for name in _TOP), prefix)
 
 
@@ -147,7 +147,7 @@ def build_transformer(sizes: FluxSizes) -> FluxTransformer:
 
 
 def load_transformer(checkpoint: TransformerCheckpoint, *, dtype: torch.dtype, device: str) -> FluxTransformer:
-    """``Flux`` or ``Chroma``, frozen, in eval mode; streamed. A file in fp8 comes out in ``dtype``, without loss.
+    """Load ``Flux`` or ``Chroma``, frozen, in eval mode; streamed. An fp8 file is loaded in ``dtype``, without loss.
 
     Raises:
         UserError: tensors are missing or of other shapes.
@@ -168,8 +168,8 @@ def save_transformer(
     """Write a transformer in the published layout.
 
     Args:
-        like: a file whose prefix and dtypes are taken over, tensor by tensor; loading that file and saving it like
-            itself gives the same tensors bit for bit, if they were loaded in a dtype that holds them all.
+        like: a file whose prefix and dtypes are used, tensor by tensor. Loading that file and saving it like itself
+            gives the same tensors bit for bit, if the dtype of loading holds them all.
         dtype: cast to it; None keeps the model's own. Not used with ``like``.
 
     Raises:
@@ -191,7 +191,7 @@ BUNDLED_CLIP_L = "text_encoders.clip_l.transformer."
 
 
 def clip_l_source(path: Path, *, flag: str = "--clip_l") -> ModelSource:
-    """CLIP-L with transformers' names, with or without ``text_model.``; for ``build_clip``.
+    """Return CLIP-L with transformers' names, with or without ``text_model.``; for ``build_clip``.
 
     It may be in a file of its own, in a folder, or in a file of a whole model.
 

@@ -55,7 +55,7 @@ class Table(Conditions):
 
 
 def extend_mask(mask: Tensor, tokens: int) -> Tensor:
-    """Let the first ``tokens`` padding tokens of each row be seen too: (B, T) -> (B, T) bool.
+    """Unmask the first ``tokens`` padding tokens of each row: (B, T) -> (B, T) bool.
 
     The mask must hold all of a caption's tokens first and its padding after them.
     """

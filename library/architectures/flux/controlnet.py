@@ -36,7 +36,7 @@ Residuals = tuple[list[Tensor] | None, list[Tensor] | None]
 
 
 def controlnet_source(path_or_id: str, transformer: FluxSizes) -> ModelSource:
-    """The ControlNet in a file, a folder or a Hub repository of diffusers', told from its names and shapes.
+    """Return the ControlNet in a file, a folder or a Hub repository in diffusers' layout, from its names and shapes.
 
     Args:
         transformer: that it must fit.
@@ -55,7 +55,7 @@ def controlnet_source(path_or_id: str, transformer: FluxSizes) -> ModelSource:
 
 
 def infer_config(shapes: Shapes, transformer: FluxSizes) -> dict[str, Any]:
-    """Settings of ``FluxControlNetModel``.
+    """Return settings of ``FluxControlNetModel``.
 
     Raises:
         UserError: the names are those of something else, or of a ControlNet that does not fit or cannot be used.
@@ -123,7 +123,7 @@ def residuals(
     *,
     image: Tensor,
 ) -> Residuals:
-    """What a ControlNet adds.
+    """Return the residuals of a ControlNet.
 
     Args:
         latents, timesteps, context, pooled, guidance: as ``Flux.forward`` is given them; latents (B, C/4, h, w).

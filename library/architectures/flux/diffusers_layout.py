@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     stop: int
 
 
-#: tensor -> what it is put together from, joined along the first axis
+#: tensor -> its pieces, joined along the first axis
 Plan = Mapping[str, tuple[Rows, ...]]
 
 
@@ -37,7 +37,7 @@ Plan = Mapping[str, tuple[Rows, ...]]
 
 
 def published_plan(shapes: Shapes) -> Plan:
-    """Every tensor of the published layout as rows of those of a transformer in diffusers'.
+    """Return every tensor of the published layout as rows of tensors in diffusers' layout.
 
     Args:
         shapes: names and shapes in diffusers' layout.
@@ -50,7 +50,7 @@ def published_plan(shapes: Shapes) -> Plan:
 
 
 def diffusers_plan(shapes: Shapes) -> Plan:
-    """Every tensor of diffusers' layout as rows of those of a transformer in the published one.
+    """Return every tensor of diffusers' layout as rows of tensors in the published layout.
 
     Args:
         shapes: names, without prefix, and shapes in the published layout.
@@ -89,7 +89,7 @@ def _rows_of_parts(pair: Pair, shapes: Shapes) -> Iterator[Rows]:
 
 
 def _checked(shapes: Shapes, layout: str, needed: Callable[[Pair], tuple[str, ...]]) -> list[Pair]:
-    """The pairs of a transformer all of whose tensors are there, and no others."""
+    """Return the pairs of a transformer, after checking that no tensor is missing or unknown."""
     variant = Variant.of(shapes)
     if not variant.double_blocks and not variant.single_blocks:
         example = next(iter(shapes), "nothing")
@@ -110,11 +110,11 @@ def _checked(shapes: Shapes, layout: str, needed: Callable[[Pair], tuple[str, ..
 
 
 def join(plan: Plan, name: str, read: Callable[[str], Tensor]) -> Tensor:
-    """One tensor of a plan; a view of the source where it is one piece of it, else put together in new memory."""
+    """Return one tensor of a plan: a view of the source if it is one piece, else joined in new memory."""
     pieces = [read(rows.name)[rows.start : rows.stop] for rows in plan[name]]
     if len(pieces) == 1:
         return pieces[0]
-    if pieces[0].element_size() == 1:  # fp8, for which torch lacks joining
+    if pieces[0].element_size() == 1:  # fp8, which torch cannot concatenate
         return torch.cat([piece.contiguous().view(torch.uint8) for piece in pieces]).view(pieces[0].dtype)
     return torch.cat(pieces)
 
@@ -124,10 +124,10 @@ def join(plan: Plan, name: str, read: Callable[[str], Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class DiffusersTransformer(WeightFile):
-    """A transformer in diffusers' layout, read by its published names; in use like a ``ShardedFile``.
+    """A transformer in diffusers' layout, read by its published names; used like a ``ShardedFile``.
 
     Attributes:
-        path: what was named.
+        path: the given file or folder.
         shapes, dtypes: by published names.
         mapped: whether tensors that need no joining are views of the mapped files.
     """
@@ -145,7 +145,8 @@ class DiffusersTransformer(WeightFile):
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
-        """A function that gives the tensor of a published name, on the host; the files stay open meanwhile."""
+        """Yield a function that returns the tensor of a published name, on the host; the files stay open within the
+        context."""
         with replace(self.file, mapped=self.mapped).opened() as read:
             yield lambda name: join(self.plan, name, read)
 
@@ -156,7 +157,7 @@ def in_diffusers_layout(names: Iterable[str]) -> bool:
 
 
 def open_diffusers_transformer(path: Path) -> DiffusersTransformer:
-    """A transformer in diffusers' layout as a source of published names.
+    """Open a transformer in diffusers' layout as a source of published names.
 
     Args:
         path: the pipeline's folder, its ``transformer`` folder, a shard of it, or a single file.
@@ -171,10 +172,10 @@ def open_diffusers_transformer(path: Path) -> DiffusersTransformer:
 
 
 def open_transformer(path: Path) -> ShardedFile | DiffusersTransformer:
-    """A transformer in either layout, by the names of the published one; a prefix of a single file stays.
+    """Open a transformer in either layout, by published names; the prefix of a single file stays.
 
     Args:
-        path: a single file, or what ``open_diffusers_transformer`` takes.
+        path: a single file, or anything that ``open_diffusers_transformer`` takes.
 
     Raises:
         UserError: as ``open_diffusers_transformer``.
@@ -200,7 +201,7 @@ def _in_published_layout(names: Iterable[str]) -> bool:
 
 
 def variant_of(source: ShardedFile | DiffusersTransformer) -> Variant:
-    """Which transformer an opened one is."""
+    """Return the variant of an opened transformer."""
     prefix = file_prefix(source.shapes)
     return Variant.of(name[len(prefix) :] for name in source.shapes if name.startswith(prefix))
 

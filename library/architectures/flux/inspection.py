@@ -1,4 +1,4 @@
-"""Finding all files of a FLUX.1 or Chroma model, from their headers, before any weight is read."""
+"""Find all files of a FLUX.1 or Chroma model, from their headers, before any weight is read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERSIONS = {files.DEV: "flux1", files.SCHNELL: "flux1", files.CHROMA: "chroma"}
 
 @dataclass(frozen=True)
 class FluxCheckpoint:
-    """A recognised model: what it is and where its parts lie."""
+    """A recognized model: what it is and where its parts are."""
 
     info: ModelInfo
     path: str
@@ -65,7 +65,7 @@ def inspect_model(
     path = _part(options.t5xxl, "--t5xxl", _t5_folder(options))
     with naming("--t5xxl", options.t5xxl):
         encoders.append(t5.t5_source(path))
-    # beside the only encoder of a pipeline is "tokenizer"
+    # a pipeline with one encoder has its tokenizer in "tokenizer"
     subfolder = "tokenizer" if path.name == "text_encoder" else "tokenizer_2"
     folders.append(
         locate_tokenizer(
@@ -102,7 +102,7 @@ _NEEDED = {
 
 
 def _parts_of(options: FluxModelOptions) -> tuple[str, ...]:
-    """The options that name what belongs to the transformer."""
+    """Return the options that name the parts beside the transformer."""
     return ("t5xxl", "ae") if options.model_type == CHROMA else ("clip_l", "t5xxl", "ae")
 
 
@@ -112,7 +112,7 @@ def _t5_folder(options: FluxModelOptions) -> str:
 
 
 def with_own_parts(path_or_id: str, options: FluxModelOptions) -> FluxModelOptions:
-    """Parts that are not named are those of the transformer's own pipeline folder, or of its file, if it has them."""
+    """Fill in parts that are not named from the transformer's own pipeline folder or file, if it has them."""
     wanted = [name for name in _parts_of(options) if not getattr(options, name)]
     path = Path(path_or_id).expanduser()
     own: list[str] = []
@@ -128,7 +128,8 @@ def with_own_parts(path_or_id: str, options: FluxModelOptions) -> FluxModelOptio
 
 
 def _part(given: str | None, flag: str, subfolder: str) -> Path:
-    """The file or folder of an encoder that an option names; of a pipeline's folder its own. Raises UserError."""
+    """Return the file or folder of an encoder that an option names, also within a pipeline's folder. Raises
+    UserError."""
     path = Path(given or "").expanduser()
     if path.is_file():
         return path
@@ -139,7 +140,7 @@ def _part(given: str | None, flag: str, subfolder: str) -> Path:
 
 
 def _check_widths(transformer: TransformerCheckpoint, encoders: list[ModelSource], options: FluxModelOptions) -> None:
-    """Refuse text encoders of other sizes than the transformer takes."""
+    """Refuse text encoders whose sizes do not fit the transformer."""
     width = encoders[-1].config["d_model"]
     if width != transformer.sizes.context:
         raise UserError(

@@ -1,7 +1,7 @@
-"""The FLUX.1 transformer, with the tensor names of the published files; what Chroma shares of it.
+"""The FLUX.1 transformer, with the tensor names of the published files, and the part that Chroma shares.
 
-Black Forest Labs 2024, "FLUX.1"; the blocks with one stream for each kind of token are those of Esser et al. 2024,
-"Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv:2403.03206), those with one for both
+Black Forest Labs 2024, "FLUX.1"; the double-stream blocks are those of Esser et al. 2024,
+"Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv:2403.03206), the single-stream blocks
 follow Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters" (arXiv:2302.05442), section 2.
 
 Shape legend:
@@ -130,7 +130,7 @@ def parts_of(modulation: Tensor) -> tuple[Tensor, ...]:
 
 
 def within_half(x: Tensor) -> Tensor:
-    """Streams outgrow float16 in some layers."""
+    """Clamp to float16's range, which streams leave in some layers."""
     limit = torch.finfo(torch.float16).max
     return x.clamp(-limit, limit) if x.dtype == torch.float16 else x
 
@@ -165,10 +165,10 @@ def _mlp(sizes: FluxSizes) -> nn.Sequential:
 
 
 class DoubleStreamBlock(nn.Module):
-    """Image and text with weights of their own, attending to each other.
+    """Image and text streams with separate weights and joint attention.
 
     Args:
-        modulation: whether the block makes its shifts, scales and gates; if not, they are given (Chroma).
+        modulation: whether the block computes its shifts, scales and gates; if not, they are given (Chroma).
     """
 
     attention = "torch"  # see common/attention.py
@@ -191,7 +191,7 @@ class DoubleStreamBlock(nn.Module):
             image: (B, N, D).
             text: (B, T, D).
             condition: (B, D), or (B, 12, D) without modulation layers: six for the image, six for the text.
-            mask: (B, L) bool of tokens that are attended to, or None.
+            mask: (B, L) bool, True for attended tokens, or None.
         """
         if self.img_mod is not None and self.txt_mod is not None:
             for_image, for_text = self.img_mod(condition), self.txt_mod(condition)
@@ -284,9 +284,9 @@ def part(x: Tensor, image_tokens: int, text_first: bool) -> tuple[Tensor, Tensor
 
 
 class FluxTransformer(nn.Module):
-    """What FLUX.1 and Chroma share: they differ in where the modulations come from."""
+    """The common part of FLUX.1 and Chroma, which differ in the source of the modulations."""
 
-    text_first: bool  # how tokens are ordered where they form one sequence
+    text_first: bool  # order of the tokens in a joint sequence
     #: recompute each block in the backward pass
     gradient_checkpointing = False
 
@@ -376,7 +376,7 @@ class Conditions:
 
 
 def _add_residual(image: Tensor, residuals: Sequence[Tensor] | None, index: int, blocks: int) -> Tensor:
-    """A ControlNet with fewer blocks than the transformer serves several in a row with each of its outputs."""
+    """Add a ControlNet's residual; each of its outputs serves several consecutive blocks of the transformer."""
     if not residuals:
         return image
     return image + residuals[index // math.ceil(blocks / len(residuals))]
@@ -392,7 +392,7 @@ class Flux(FluxTransformer):
         self.time_in = MLPEmbedder(sizes.time, sizes.hidden)
         self.vector_in = MLPEmbedder(sizes.pooled, sizes.hidden)
         self.guidance_in = MLPEmbedder(sizes.time, sizes.hidden) if sizes.guidance else None
-        #: beside it in the forward pass: FSDP gathers weights only while the model that it shares out runs
+        #: runs within the forward pass, because FSDP gathers weights only while the sharded model runs
         self.controlnet: nn.Module | None = None
 
     def forward(
@@ -416,11 +416,11 @@ class Flux(FluxTransformer):
             timesteps: (B,) in [0, 1]; 1 is pure noise.
             context: (B, T, T5's width).
             pooled: (B, CLIP's width).
-            guidance: (B,) scale, e.g. 3.5. Models without an embedding of it (schnell) take none and leave it unused.
+            guidance: (B,) scale, e.g. 3.5. Models without its embedding (schnell) ignore it.
             size: (h, w) in latent cells, for packed latents.
-            text_mask: (B, T), nonzero for text tokens that are attended to; None for all.
-            double_residuals: of a ControlNet, (B, N, D) each, added to the image after the blocks of two streams.
-            single_residuals: the same after the blocks of one stream.
+            text_mask: (B, T), nonzero for attended text tokens; None for all.
+            double_residuals: of a ControlNet, (B, N, D) each, added to the image after the double-stream blocks.
+            single_residuals: the same after the single-stream blocks.
             image: (B, C/4, h, w) latents that ``controlnet`` reads; its residuals are added instead.
 
         Returns:

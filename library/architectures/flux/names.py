@@ -1,7 +1,7 @@
 """Names in files of FLUX.1 and Chroma: the one table of their layers, published and in diffusers.
 
 Names: Black Forest Labs' published files, and diffusers' ``FluxTransformer2DModel`` and ``ChromaTransformer2DModel``.
-The two differ in names, in what is joined (``qkv`` of the attentions; ``linear1`` of the single blocks: q, k, v and the
+The two differ in names, in joined layers (``qkv`` of the attentions; ``linear1`` of the single blocks: q, k, v and the
 first half of the MLP), and in the order of shift and scale in the last layer's modulation. In paths of the table ``{}``
 is the number of a block.
 """
@@ -37,7 +37,7 @@ _COMMON: Table = {
     ),
     "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
 }
-#: what Chroma's approximator stands for
+#: layers that Chroma's approximator replaces
 _FLUX: Table = {
     "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
     "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
@@ -74,7 +74,7 @@ _NORMS: Table = {
 }
 _CHROMA_NORMS: Table = {f"{_APPROXIMATOR}.norms.{{}}": (f"{_APPROXIMATOR}.norms.{{}}",)}
 
-#: what every transformer has in the published layout
+#: tensors that every transformer has in the published layout
 SIGN = "double_blocks.0.img_attn.norm.query_norm.scale"
 #: outputs of the MLP's first layer for each input
 MLP_RATIO = 4
@@ -82,7 +82,7 @@ MLP_RATIO = 4
 
 @dataclass(frozen=True)
 class Variant:
-    """What decides which tensors a transformer has.
+    """The properties that decide which tensors a transformer has.
 
     Attributes:
         kind: ``DEV`` (with guidance), ``SCHNELL``, or ``CHROMA`` (one approximator instead of modulation layers).
@@ -96,7 +96,7 @@ class Variant:
 
     @staticmethod
     def of(names: Iterable[str]) -> Variant:
-        """By the names of either layout, without prefix."""
+        """Recognize a variant by the names of either layout, without prefix."""
         names = list(names)
         if any(name.startswith(f"{_APPROXIMATOR}.") for name in names):
             kind = CHROMA
@@ -120,7 +120,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 
 class Pair(NamedTuple):
-    """One published tensor and those of diffusers whose rows it holds."""
+    """One published tensor and diffusers' tensors whose rows it holds."""
 
     published: str
     parts: tuple[str, ...]
@@ -128,7 +128,7 @@ class Pair(NamedTuple):
 
 
 def tensor_pairs(variant: Variant) -> Iterator[Pair]:
-    """Every tensor of a transformer."""
+    """Yield every tensor of a transformer."""
     is_chroma = variant.kind == CHROMA
     linears = {**_COMMON, **(_CHROMA if is_chroma else _FLUX), **(_GUIDANCE if variant.kind == DEV else {})}
     for template, published, parts in _numbered(linears, variant):
@@ -153,7 +153,7 @@ def _numbered(table: Table, variant: Variant) -> Iterator[tuple[str, str, tuple[
 
 
 def part_rows(parts: int, *, inputs: int, outputs: int | None = None) -> list[int]:
-    """Rows of each of a joint layer's ``parts``: q, k, v are as wide as the input, what remains is the MLP's.
+    """Return the rows of each of a joint layer's ``parts``: q, k, v are as wide as the input, the rest is the MLP's.
 
     Args:
         outputs: of the joint layer; None where not all parts are known, for the ratio of the published models.
@@ -163,7 +163,7 @@ def part_rows(parts: int, *, inputs: int, outputs: int | None = None) -> list[in
 
 
 def file_prefix(names: Iterable[str]) -> str:
-    """What precedes every name of the transformer's in a file of the published layout.
+    """Return the prefix of the transformer's names in a file of the published layout.
 
     User interfaces write ``model.diffusion_model.``, alone or with the other models in one file.
     """

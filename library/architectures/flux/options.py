@@ -1,4 +1,4 @@
-"""Options that only FLUX.1 and Chroma have, and what makes them wrong."""
+"""Options that only FLUX.1 and Chroma have, and their rules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FluxModelOptions:
     ae: str | None = option(None, "autoencoder: a .safetensors file, a Diffusers folder, or a Hub id", weights=True)
     controlnet_model_name_or_path: str | None = option(
         None,
-        "ControlNet of FLUX.1 beside which is trained, in diffusers' layout: a file, a folder, or a Hub id; it reads "
+        "ControlNet of FLUX.1 to train beside, in diffusers' layout: a file, a folder, or a Hub id; it reads "
         "the images of conditioning_data_dir",
         weights=True,
     )
@@ -38,10 +38,14 @@ class FluxModelOptions:
         minimum=1,
     )
     apply_t5_attn_mask: bool = option(
-        False, "neither T5-XXL nor the transformer sees what captions are filled up with; needed for Chroma"
+        False, "mask the padding tokens of captions in T5-XXL and in the transformer; needed for Chroma"
     )
     guidance_scale: float = option(
-        3.5, "guidance scale that FLUX.1 dev is trained at, 1 is common; Chroma needs 0", type=float, unit="", minimum=0
+        3.5,
+        "embedded guidance scale of FLUX.1 dev in training, 1 is common; Chroma needs 0",
+        type=float,
+        unit="",
+        minimum=0,
     )
     blocks_to_swap: int | None = option(None, "blocks kept in host memory", type=int, unit="blocks", harmless=True)
     split_mode: bool = option(False, "an old way of saving memory")
@@ -64,7 +68,7 @@ def chroma_mask(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def trains_t5(network: Any) -> bool:
-    """Whether ``--network_args`` has ``train_t5xxl=True``; values that are none are left to the network module."""
+    """Whether ``--network_args`` has ``train_t5xxl=True``; the network module refuses wrong values."""
     words = (word.partition("=") for word in network.network_args or [])
     given = [value for name, _, value in words if name.strip() == "train_t5xxl"]
     try:

@@ -1,4 +1,4 @@
-"""The metadata that says what a published file is: a FLUX.1 or Chroma transformer, or an adapter for one."""
+"""The metadata of published files: a FLUX.1 or Chroma transformer, or an adapter for one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ IDS = {
 
 
 def model_metadata(kind: str, *, title: str, merged_from: str | None = None) -> dict[str, str]:
-    """``modelspec.*`` entries of a transformer's file.
+    """Return the ``modelspec.*`` entries of a transformer's file.
 
     Args:
         kind: ``DEV``, ``SCHNELL`` or ``CHROMA``.
-        merged_from: the files it was made of, for a merged one.
+        merged_from: the source files of a merged one.
     """
     return _modelspec(kind, "", title, merged_from)
 
@@ -26,11 +26,11 @@ def model_metadata(kind: str, *, title: str, merged_from: str | None = None) -> 
 def adapter_metadata(
     kind: str, *, rank: int | None, alpha: float | None, title: str, merged_from: str | None, modelspec: bool
 ) -> dict[str, str]:
-    """Entries of a LoRA's file that no training made: what loaders need, and ``modelspec.*``.
+    """Return the metadata of a LoRA file that was not trained: what loaders need, and ``modelspec.*``.
 
     Args:
         rank, alpha: ``None`` where modules differ.
-        modelspec: whether those entries are wanted.
+        modelspec: whether to include those entries.
     """
     entries = {
         "ss_v2": "False",

@@ -1,4 +1,4 @@
-"""Every size of a FLUX.1 or Chroma transformer, from the names and shapes of its file."""
+"""Infer every size of a FLUX.1 or Chroma transformer from the names and shapes of its file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PATCH = 2  # latent cells per token, in both directions
 
 @dataclass(frozen=True)
 class ApproximatorSizes:
-    """Chroma's network that stands for all modulation layers."""
+    """Sizes of Chroma's network that replaces all modulation layers."""
 
     inputs: int = 64
     hidden: int = 5120
@@ -47,7 +47,7 @@ class FluxSizes:
 
     @property
     def rope_axes(self) -> tuple[int, int, int]:
-        """Widths of a head that turn with the axes (text, row, column); they are not in the file.
+        """Return the rotated widths of a head per axis (text, row, column), which are not in the file.
 
         Published models have (16, 56, 56) of 128: an eighth, in multiples of 4, and two halves of the rest.
         """
@@ -61,7 +61,7 @@ class FluxSizes:
 
 
 def infer_sizes(shapes: Shapes) -> FluxSizes:
-    """Sizes from names and shapes without prefix.
+    """Infer sizes from names and shapes without prefix.
 
     Raises:
         UserError: the names do not add up to a FLUX.1 or Chroma transformer.

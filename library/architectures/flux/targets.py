@@ -1,4 +1,4 @@
-"""Which modules of FLUX.1, Chroma and their text encoders carry adapters, and what files call them."""
+"""The modules of FLUX.1, Chroma and their text encoders that carry adapters, and their names in files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from library.architectures.common.latent_diffusion import CLIP_MODULES
 
 T5_MODULES = ("T5Attention", "T5DenseGatedActDense")
 
-#: the layers that take in what the transformer is given, in the order of the network arg ``in_dims``
+#: the transformer's input layers, in the order of the network arg ``in_dims``
 INPUT_LAYERS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
 
 
 def stacked_widths(path: str, layer: nn.Module) -> tuple[int, ...]:
-    """Output features of the projections that one layer of the published files holds one above the other.
+    """Return the output features of the projections that are stacked in one layer of the published files.
 
-    ``qkv``: query, key, value; ``linear1`` of blocks with one stream: these three and the MLP's first half.
+    ``qkv``: query, key, value; ``linear1`` of single-stream blocks: these three and the MLP's first half.
     """
     name = path.rpartition(".")[2]
     rows, columns = layer.weight.shape[:2]
@@ -45,5 +45,5 @@ CHROMA_DENOISER = replace(DENOISER, namesakes=(("flux1", "FLUX.1"),))
 
 
 def text_encoder_target(encoder: nn.Module) -> LoraTarget:
-    """The target of a text encoder that no family has loaded."""
+    """Return the target of a text encoder that no family has loaded."""
     return T5XXL if type(encoder).__name__.startswith("T5") else CLIP_L

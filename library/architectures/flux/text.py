@@ -1,4 +1,4 @@
-"""Captions to what FLUX.1 and Chroma are conditioned on: CLIP-L's pooled output (not Chroma) and T5's states.
+"""Encode captions for FLUX.1 and Chroma: CLIP-L's pooled output (not Chroma) and T5's states.
 
 Shape legend: B captions, T tokens of T5, D features of T5, P of CLIP-L's pooled output.
 """
@@ -37,7 +37,7 @@ def tokenize(
 
 
 def pooled_clip(encoder: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
-    """The normed last state of the end token, (B, P)."""
+    """Return the normed last state of the end token, (B, P)."""
     states = encoder(tokens["clip_ids"]).last_hidden_state  # (B, 77, P)
     return states[torch.arange(len(states), device=states.device), tokens["clip_end"]]
 
@@ -45,9 +45,9 @@ def pooled_clip(encoder: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
 def encode_text(
     clip_encoder: nn.Module | None, t5_encoder: nn.Module | None, tokens: Mapping[str, Tensor], *, apply_t5_mask: bool
 ) -> Conditioning:
-    """Tokens on the encoders' devices to ``t5_out`` (B, T, D) and ``t5_attn_mask`` (B, T), and ``l_pooled`` (B, P).
+    """Encode tokens on the encoders' devices to ``t5_out`` (B, T, D), ``t5_attn_mask`` (B, T) and ``l_pooled`` (B, P).
 
-    What an encoder gives that is not there is left out.
+    The outputs of missing encoders are left out.
 
     Args:
         apply_t5_mask: keep T5 from attending to padding (--apply_t5_attn_mask).
@@ -63,7 +63,7 @@ def encode_text(
 
 
 def published_extras(row: Mapping[str, Tensor], *, apply_t5_attn_mask: bool) -> dict[str, Tensor]:
-    """What published cache files hold beside the conditioning of a caption.
+    """Return what published cache files hold beside the conditioning of a caption.
 
     Returns:
         ``txt_ids`` (T, 3) float32, zeros; ``apply_t5_attn_mask`` () bool; and for Chroma, which has no CLIP-L,

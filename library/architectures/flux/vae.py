@@ -1,4 +1,4 @@
-"""The autoencoder of FLUX.1 and Chroma: 16 latent channels, from a file of its own."""
+"""The autoencoder of FLUX.1 and Chroma: 16 latent channels, in its own file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCALE, SHIFT = 0.3611, 0.1159
 
 
 def ae_source(path_or_id: str, *, flag: str = "--ae") -> ModelSource:
-    """The autoencoder in a file of its own, in a checkpoint, or in a Diffusers folder.
+    """Return the autoencoder in its own file, in a checkpoint, or in a Diffusers folder.
 
     Raises:
         UserError: nothing there, no autoencoder in it, or one of another family.
@@ -48,10 +48,10 @@ def ae_source(path_or_id: str, *, flag: str = "--ae") -> ModelSource:
 
 
 def load_ae(source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Module:
-    """diffusers' ``AutoencoderKL``, frozen, in eval mode."""
+    """Load diffusers' ``AutoencoderKL``, frozen, in eval mode."""
     return load_frozen(source, partial(kl_vae.build_vae, source.config), dtype=dtype, device=device)
 
 
 def ae_tensors(vae: nn.Module) -> Mapping[str, Tensor]:
-    """The model's tensors under the published names, without prefix."""
+    """Return the model's tensors under the published names, without prefix."""
     return dict(kl_vae.ldm_vae_layout(vae.config, prefix="").write(vae.state_dict()))

@@ -1,4 +1,4 @@
-"""Recognising a Stable Diffusion 1.x/2.x checkpoint from headers and configurations, before any weight is read."""
+"""Recognize a Stable Diffusion 1.x/2.x checkpoint from headers and configurations, before any weight is read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TOKENIZERS = {False: (CLIP_TOKENIZER,), True: (("stabilityai/stable-diffusion-2"
 
 @dataclass(frozen=True)
 class SDCheckpoint:
-    """A recognised checkpoint: what it is and where its parts lie."""
+    """A recognized checkpoint: what it is and where its parts are."""
 
     info: ModelInfo
     path: str
@@ -59,7 +59,7 @@ def inspect_checkpoint(
     path = locate_model(path_or_id, COMPONENTS)
     with naming(MODEL_FLAG, path_or_id):
         parts = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
-    title = Path(path_or_id).name or path_or_id  # a Hub id's snapshot has an unspeakable name
+    title = Path(path_or_id).name or path_or_id  # the snapshot folder of a Hub id has a cryptic name
     _check_version(title, parts, v2=v2)
     check_prediction(
         title, parts.prediction_type, "scheduler/scheduler_config.json", v_parameterization=v_parameterization
@@ -92,7 +92,7 @@ class _Parts:
     text_encoder: ModelSource
     vae: ModelSource | None
     v2: bool
-    prediction_type: str | None  # what the file says, if it says it
+    prediction_type: str | None  # from the file, if it has it
 
 
 def _inspect_file(path: Path) -> _Parts:
@@ -132,7 +132,7 @@ def _inspect_folder(folder: Path) -> _Parts:
 
 
 def _checked(path: Path, parts: _Parts) -> _Parts:
-    """Refuse U-Nets and text encoders that training here cannot drive."""
+    """Refuse U-Nets and text encoders that cannot be trained here."""
     config = parts.unet.config
     check_unet_channels(path, parts.unet, "Stable Diffusion")
     width = parts.text_encoder.config.get("hidden_size")

@@ -1,4 +1,4 @@
-"""Captions to the conditioning of Stable Diffusion 1.x/2.x.
+"""Encode captions for Stable Diffusion 1.x/2.x.
 
 Shape legend: B captions, n windows of 77 tokens (start, 75 of the caption, end), T = 75n + 2 tokens, D features.
 """
@@ -24,7 +24,7 @@ def load_tokenizer(folder: Path, *, v2: bool) -> CLIPTokenizer:
 
 
 def encode_text(text_encoder: nn.Module, tokens: Mapping[str, Tensor], *, clip_skip: int | None) -> Conditioning:
-    """Tokens on the encoder's device to ``context`` (B, T, D), in the encoder's dtype.
+    """Encode tokens on the encoder's device to ``context`` (B, T, D), in the encoder's dtype.
 
     Args:
         clip_skip: None or 1 takes the last layer, 2 the one before it, and so on; the encoder's final norm is applied

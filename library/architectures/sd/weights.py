@@ -1,6 +1,6 @@
-"""The text encoder of a single-file Stable Diffusion 1.x/2.x checkpoint; and writing such files.
+"""Read the text encoder of a single-file Stable Diffusion 1.x/2.x checkpoint, and write such files.
 
-The other parts lie as ``common/sources.py`` says.
+``common/sources.py`` finds the other parts.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def save_checkpoint(
 
     Args:
         source: the single file the models came from: SD 2.x's tensors that the models do not hold (the unused last
-            block, ``text_projection``, ``logit_scale``) are taken from there. Without one they get stand-ins, which no
+            block, ``text_projection``, ``logit_scale``) are copied from it. Without it they are placeholders, which no
             reader of SD 2.x uses.
         dtype: cast floating-point tensors; None keeps the models' own.
 
@@ -73,7 +73,7 @@ def save_checkpoint(
 
 
 def _unused_text_tensors(written: Mapping[str, Tensor], layers: int, source: TensorFile | None) -> dict[str, Tensor]:
-    """SD 2.x's tensors that a file has and the models do not."""
+    """Return SD 2.x's tensors that a file has and the models do not."""
     if source is not None:
         names = [name for name in source.shapes if name.startswith(V2_TEXT) and name not in written]
         if names:

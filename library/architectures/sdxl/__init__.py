@@ -58,7 +58,7 @@ class StableDiffusionXL(LatentDiffusion):
     sample_defaults = {"width": 1024, "height": 1024, "sample_steps": 30, "scale": 7.5}
     declaration = Declaration(
         refused={"v2": "that is for Stable Diffusion 2.x, whose script is train_network.py; remove it"},
-        unused={"clip_skip": "as SDXL always takes the last but one layer of both text encoders"},
+        unused={"clip_skip": "as SDXL always uses the last but one layer of both text encoders"},
     )
 
     # ---- files ----
@@ -114,7 +114,7 @@ class StableDiffusionXL(LatentDiffusion):
         return sdxl_text.encode_text(text_encoders, tokens)
 
     def condition(self, encoded: Conditioning, facts: SampleFacts, draw: Draw | None) -> Conditioning:
-        """Adds ``sizes`` (B, 6): Podell et al. 2023, section 2.2."""
+        """Add ``sizes`` (B, 6): Podell et al. 2023, section 2.2."""
         device = encoded["pool2"].device
         parts = [part.to(device, non_blocking=True) for part in (facts.original, facts.top_left, facts.target)]
         return Conditioning({**encoded.tensors, "sizes": torch.cat(parts, dim=1)})

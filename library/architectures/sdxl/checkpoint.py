@@ -1,4 +1,4 @@
-"""Recognising a Stable Diffusion XL checkpoint from headers and configurations, before any weight is read."""
+"""Recognize a Stable Diffusion XL checkpoint from headers and configurations, before any weight is read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ V_MARK = "v_pred"
 
 @dataclass(frozen=True)
 class SDXLCheckpoint:
-    """A recognised checkpoint: what it is and where its parts lie."""
+    """A recognized checkpoint: what it is and where its parts are."""
 
     info: ModelInfo
     path: str
@@ -60,7 +60,7 @@ def inspect_checkpoint(
     with naming(MODEL_FLAG, path_or_id):
         parts = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
         _check_widths(path, parts)
-    title = Path(path_or_id).name or path_or_id  # a Hub id's snapshot has an unspeakable name
+    title = Path(path_or_id).name or path_or_id  # the snapshot folder of a Hub id has a cryptic name
     check_prediction(title, parts.prediction_type, parts.prediction_from, v_parameterization=v_parameterization)
     own_vae = choose_vae(path, vae, parts.vae, "Stable Diffusion XL")
     info = ModelInfo(
@@ -78,8 +78,8 @@ class _Parts:
     unet: ModelSource
     text_encoders: tuple[ModelSource, ModelSource]
     vae: ModelSource | None
-    prediction_type: str | None  # what the file says, if it says it
-    prediction_from: str  # where it says it
+    prediction_type: str | None  # from the file, if it has it
+    prediction_from: str  # the place in the file
 
 
 def _inspect_file(path: Path) -> _Parts:
@@ -125,7 +125,7 @@ def _inspect_folder(folder: Path) -> _Parts:
 
 
 def _check_widths(path: Path, parts: _Parts) -> None:
-    """Refuse U-Nets and text encoders that do not go together, or that training here cannot drive."""
+    """Refuse U-Nets and text encoders that do not match, or cannot be trained here."""
     check_unet_channels(path, parts.unet, "Stable Diffusion XL")
     config, (first, second) = parts.unet.config, parts.text_encoders
     text = first.config["hidden_size"] + second.config["hidden_size"]

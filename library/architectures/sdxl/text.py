@@ -1,4 +1,4 @@
-"""Captions to the conditioning of SDXL.
+"""Encode captions for SDXL.
 
 Podell et al. 2023, "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis" (arXiv:2307.01952),
 section 2.1: the outputs of the last but one layer of both text encoders, side by side, and the pooled output of the
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 def load_tokenizers(first: Path, second: Path) -> list[CLIPTokenizer]:
-    """Of both encoders, from the folders of their files; they differ in what windows are filled up with."""
+    """Load the tokenizers of both encoders, from the folders of their files; they differ in their padding."""
     return [clip_text.load_tokenizer(first), clip_text.load_tokenizer(second, padding=clip_text.OPENCLIP_PADDING)]
 
 
 def tokenize(
     tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
 ) -> dict[str, Tensor]:
-    """Captions to tokens of both encoders, each with its own padding.
+    """Tokenize captions for both encoders, each with its own padding.
 
     Returns:
         ``input_ids1``, ``input_ids2`` (B, n, 77) int64; ``end`` (B,) int64, the place of the end token in the first
@@ -50,9 +50,9 @@ def tokenize(
 
 
 def encode_text(text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor]) -> Conditioning:
-    """Tokens on the encoders' device to ``hidden_state1`` (B, T, D1), ``hidden_state2`` (B, T, D2), ``pool2`` (B, P).
+    """Encode tokens to ``hidden_state1`` (B, T, D1), ``hidden_state2`` (B, T, D2), ``pool2`` (B, P).
 
-    The last but one layers' states go without the final norm. The pooled output is the first window's.
+    The penultimate layers' states have no final norm. The pooled output is the first window's.
     """
     first, second = text_encoders
     states1, _ = _encode(first, tokens["input_ids1"])
@@ -61,8 +61,8 @@ def encode_text(text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor]
     if "weights1" in tokens:
         states1 = emphasise(states1, join_windows(tokens["weights1"].unsqueeze(-1)))
         states2 = emphasise(states2, join_windows(tokens["weights2"].unsqueeze(-1)))
-    # row by row: a product of few rows is rounded otherwise for each number of them, so that caches, and steps with
-    # and without them, would differ in the last bit
+    # row by row: the rounding of a product with few rows depends on their number, so caches, and steps with and without
+    # them, would differ in the last bit
     pooled = torch.cat([second.text_projection(row) for row in end.split(1)])
     return Conditioning({"hidden_state1": states1, "hidden_state2": states2, "pool2": pooled})
 

@@ -1,6 +1,6 @@
-"""The text encoders of a single-file SDXL checkpoint; and writing such files.
+"""Read the text encoders of a single-file SDXL checkpoint, and write such files.
 
-The other parts lie as ``common/sources.py`` says.
+``common/sources.py`` finds the other parts.
 """
 
 from __future__ import annotations
