@@ -24,6 +24,7 @@ from library.data.effects import warn_of_no_effect
 from library.data.latent_cache import Encode, Peers, Wanted, fill
 from library.data.loader import BatchMaker, Loader, Tokenize
 from library.data.metadata_cache import no_collection
+from library.data.order import steps_of_epoch
 from library.data.records import ImageRecord
 from library.data.same_file import with_one_spelling
 from library.data.validation_split import for_validation, split_records
@@ -59,6 +60,7 @@ class BatchRef:
     epoch: int
     uses: tuple[Use, ...]
     progress: Progress | None = None  # of the run; ``None`` where it does not matter
+    weight: float = 1.0  # of its loss among the batches of its step
 
 
 #: (subset, its index in the dataset, seen) -> its records; for ``seen`` see ``discover``
@@ -105,7 +107,6 @@ class BucketedDataset:
         self._check_repeats()
         with no_collection():
             self.uses = self._uses()
-            self.max_repeats = 1 + max((use.repeat for use in self.uses), default=0)
             self.uses_by_bucket: dict[Size, list[Use]] = {}
             for use in self.uses:
                 self.uses_by_bucket.setdefault(self.bucket_of[use.record], []).append(use)
@@ -164,14 +165,17 @@ class BucketedDataset:
 
     def batches(self, seed: int, epoch: int, index: int) -> list[BatchRef]:
         """Batches of an epoch, bucket by bucket; only a bucket's last may be short."""
-        found = []
+        return [ref for refs, _ in self.batches_by_bucket(seed, epoch, index) for ref in refs]
+
+    def batches_by_bucket(self, seed: int, epoch: int, index: int) -> Iterator[tuple[list[BatchRef], bool]]:
+        """For each bucket, its batches of an epoch, and whether the last of them is short."""
         for bucket in sorted(self.uses_by_bucket):
             uses = self.uses_by_bucket[bucket]
             order = permutation(len(uses), seed, "order", epoch, index, bucket[0], bucket[1])
-            for start in range(0, len(uses), self.spec.batch_size):
-                chosen = tuple(uses[i] for i in order[start : start + self.spec.batch_size])
-                found.append(BatchRef(index, epoch, chosen))
-        return found
+            size = self.spec.batch_size
+            chosen = (order[start : start + size] for start in range(0, len(uses), size))
+            found = [BatchRef(index, epoch, tuple(uses[i] for i in places)) for places in chosen]
+            yield found, len(uses) % size > 0
 
     def wanted(self, record: int) -> Wanted:
         """The latents that this record needs."""
@@ -299,23 +303,22 @@ class TrainingData:
     def batches_per_process(self, world_size: int) -> int:
         return -(-self.batch_count() // world_size)
 
-    def batches(self, epoch: int, *, world_size: int = 1, rank: int = 0) -> list[BatchRef]:
-        """One process's batches of an epoch (counted from 0), in order.
+    def batches(self, epoch: int, *, world_size: int = 1, rank: int = 0, accumulation: int = 1) -> list[BatchRef]:
+        """One process's batches of an epoch (counted from 0), in order; see ``library.data.order``.
 
-        Every process gets equally many; to fill the last round, the epoch's first batches are used once more,
-        as further repeats of their images, so that captions and noise differ.
+        Every process gets equally many. What fills the last step is a batch without weight, so that the step is that of
+        the images it has.
+
+        Args:
+            accumulation: batches of a step in each process.
         """
-        found = [ref for index, d in enumerate(self.datasets) for ref in d.batches(self.seed, epoch, index)]
-        order = permutation(len(found), self.seed, "batches", epoch)
-        shuffled = [found[i] for i in order]
-        for place in range(-len(shuffled) % world_size):
-            turn, index = divmod(place, len(found))
-            shuffled.append(self._used_again(shuffled[index], turn + 1))
-        return shuffled[rank::world_size]
-
-    def _used_again(self, ref: BatchRef, turn: int) -> BatchRef:
-        repeats = self.datasets[ref.dataset].max_repeats
-        return replace(ref, uses=tuple(Use(use.record, use.repeat + turn * repeats) for use in ref.uses))
+        by_bucket = (b for index, d in enumerate(self.datasets) for b in d.batches_by_bucket(self.seed, epoch, index))
+        steps = steps_of_epoch(by_bucket, world_size * accumulation, seed=self.seed, epoch=epoch)
+        if steps and (missing := -len(steps[-1]) % world_size):
+            last = steps[-1]
+            weight = (len(last) + missing) / len(last)
+            steps[-1] = [replace(ref, weight=weight) for ref in last] + [replace(last[0], weight=0.0)] * missing
+        return [ref for step in steps for ref in step[rank::world_size]]
 
     # ---- latents ----
 
@@ -396,7 +399,8 @@ class TrainingData:
             self._loader = Loader(
                 self.maker, tokenize, num_workers=workers, pin_memory=pin_memory, persistent=persistent
             )
-        refs = self.batches(epoch, world_size=world_size, rank=rank)
+        accumulation = 1 if plan is None else plan.gradient_accumulation_steps
+        refs = self.batches(epoch, world_size=world_size, rank=rank, accumulation=accumulation)
         if plan is not None:
             refs = [
                 replace(ref, progress=Progress(plan.step_of(epoch, index), plan.total_steps))

@@ -93,7 +93,7 @@ class BatchMaker:
             captions=captions,
             tokens=tokenize(captions) if self.texts is None or self.texts.in_part else {},
             visits=[s.visit for s in samples],
-            loss_weights=torch.tensor([s.weight for s in samples]),
+            loss_weights=torch.tensor([s.weight * ref.weight for s in samples]),
             paths=[str(s.record.path) for s in samples],
             bucket=bucket,
             original_sizes=torch.tensor([s.record.size[::-1] for s in samples]),

@@ -91,7 +91,12 @@ def show_dataset(options: TrainNetworkOptions, architecture: Architecture, condi
 
 def batches_of(data: TrainingData, plan: RunPlan, epoch: int, processes: int = 1) -> Batches:
     """The samples of an epoch (from 0), batch by batch; those of several processes in turn, as they are trained on."""
-    for index, ref in enumerate(data.batches(epoch)):
+    shares = [
+        data.batches(epoch, world_size=processes, rank=rank, accumulation=plan.gradient_accumulation_steps)
+        for rank in range(processes)
+    ]
+    in_turn = [ref for refs in zip(*shares, strict=True) for ref in refs if ref.weight > 0]
+    for index, ref in enumerate(in_turn):
         step = plan.step_of(epoch, index // processes)
         ref = replace(ref, progress=Progress(step, plan.total_steps))
         batch = data.maker.make(ref, lambda captions: {})  # nothing is tokenised

@@ -65,6 +65,8 @@ def fingerprint(
         **dict(option_values(options)),
         **kind,
     }
+    if processes * options.training.gradient_accumulation_steps > 1:
+        found["order of images"] = "by step"  # see library.data.order
     for number, dataset in enumerate(data.datasets, start=1):
         found |= dataset_values(dataset, f"dataset {number}")
     return json.loads(json.dumps(found, default=str))  # as it comes back from the state

@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "train_state.json"
 
 
+#: what states of older versions were saved with and do not say
+_BEFORE_THERE_WAS = {"order of images": "by batch"}
+
+
 @dataclass(frozen=True)
 class TrainState:
     """Where a run stands; the first two fields are the published ones."""
@@ -53,9 +57,10 @@ class TrainState:
 
     def changes(self, now: dict[str, object]) -> list[str]:
         """Lines on every difference that breaks exactness."""
+        saved = {**_BEFORE_THERE_WAS, **self.fingerprint} if self.fingerprint else {}
         return [
             f"{name} changed" if is_digest(before) else f"{name} was {before!r} and is now {now[name]!r}"
-            for name, before in self.fingerprint.items()
+            for name, before in saved.items()
             if name in now and now[name] != before
         ]
 

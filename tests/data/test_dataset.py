@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.config.arguments import DatasetOptions
 from library.data.batch import Batch
 from library.data.dataset import TrainingData
+from library.data.dataset_config import load_dataset_config
 from library.data.image_io import read_image, resize
 from library.data.latent_cache import to_pixels
 from library.errors import UserError
 from library.training.plan import RunPlan
-from tests.data.samples import SIZES, Encoder, draw, tokenize
+from tests.data.samples import SD, SIZES, Encoder, dataset_file, draw, tokenize
 
 Make = Callable[..., TrainingData]
 RANDOM = "num_repeats = 3\nflip_aug = true\nshuffle_caption = true\ncaption_dropout_rate = 0.2"
@@ -118,10 +120,47 @@ def test_processes_share_an_epoch(make_data: Make) -> None:
         dealt = [data.batches(2, world_size=world_size, rank=rank) for rank in range(world_size)]
         assert {len(refs) for refs in dealt} == {data.batches_per_process(world_size)}
         in_order = [ref for turn in zip(*dealt, strict=True) for ref in turn]
-        whole = data.batches(2)
-        assert in_order[: len(whole)] == whole
-        every_use = [(ref.dataset, use) for ref in in_order for use in ref.uses]
-        assert len(set(every_use)) == len(every_use)  # what fills the last round has noise of its own
+        trained = [ref for ref in in_order if ref.weight > 0]
+        alone = data.batches(2, accumulation=world_size)  # one process that takes as many batches to a step
+        assert [ref.uses for ref in trained] == [ref.uses for ref in alone]
+        every_use = [(ref.dataset, use) for ref in trained for use in ref.uses]
+        assert sorted(every_use) == sorted((ref.dataset, use) for ref in data.batches(2) for use in ref.uses)
+        # what fills the last step has no weight, and the others have more, so that their mean is that of these alone
+        last = in_order[-world_size:]
+        assert sum(ref.weight for ref in last) == pytest.approx(world_size)
+        assert len({ref.weight for ref in last if ref.weight}) == 1
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_images_of_a_step_follow_from_their_number(tmp_path: Path, size: int) -> None:
+    """Buckets of 8 and 4 images, over several epochs: however 4 (2) images are shared by processes and batches."""
+    draw(tmp_path / "more", {f"{n}.png": ((64, 64) if n < 8 else (140, 36)) for n in range(12)})
+
+    def steps(epoch: int, processes: int, batch: int, accumulation: int) -> list[set[tuple[int, int]]]:
+        path = dataset_file(tmp_path / "more.toml", tmp_path / "more", dataset=f"batch_size = {batch}")
+        config = load_dataset_config(path, DatasetOptions())
+        data = TrainingData(config, seed=1, latent=SD, prior_loss_weight=1.0)
+        shares = [
+            data.batches(epoch, world_size=processes, rank=rank, accumulation=accumulation) for rank in range(processes)
+        ]
+        refs = [ref for turn in zip(*shares, strict=True) for ref in turn]
+        together = processes * accumulation
+        return [
+            {use for ref in refs[start : start + together] for use in ref.uses}
+            for start in range(0, len(refs), together)
+        ]
+
+    ways = [
+        (processes, batch, size // processes // batch)
+        for processes in (1, 2, 4)
+        for batch in (1, 2, 4)
+        if size % (processes * batch) == 0
+    ]
+    for epoch in range(3):
+        found = [steps(epoch, *way) for way in ways]
+        assert len(ways) >= 3 and all(other == found[0] for other in found)
+        assert [len(step) for step in found[0]] == [size] * (12 // size)
+    assert steps(0, *ways[0]) != steps(1, *ways[0])
 
 
 def test_length_does_not_depend_on_the_epoch(make_data: Make) -> None:
