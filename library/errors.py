@@ -33,9 +33,9 @@ class NoEffect(Doubtful):
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Return ``' (did you mean "x"?)'`` for the nearest candidate, or an empty string."""
+    """Return ``' (did you mean "x"?)'`` for the nearest candidate other than the word, or an empty string."""
     # 0.6 is difflib's own default: only close words, so that no hint is far-fetched
-    nearest = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(word, [name for name in candidates if name != word], n=1, cutoff=0.6)
     return f' (did you mean "{nearest[0]}"?)' if nearest else ""
 
 

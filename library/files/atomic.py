@@ -36,7 +36,7 @@ _DAY = 86400  # seconds
 _UMASK = os.umask(0o077)  # the umask can only be read by setting it
 os.umask(_UMASK)
 _NEW_FILE = 0o666 & ~_UMASK  # permissions of a new file
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def atomic_path(path: Path | str, *, by_many: bool = False) -> Iterator[Path]:
         with _clear_errors(path):
             _clear_old(path)
         temporary = path.with_name(f".{_short(path.name)}.{uuid.uuid4().hex[:12]}.tmp")
-    _clear(temporary)
+    clear(temporary)
     try:
         with _clear_errors(path):
             yield temporary
@@ -64,7 +64,7 @@ def atomic_path(path: Path | str, *, by_many: bool = False) -> Iterator[Path]:
             os.replace(temporary, path)
             _flush_folder(path.parent)
     finally:
-        _clear(temporary)
+        clear(temporary)
 
 
 def write_bytes(path: Path | str, data: bytes, *, by_many: bool = False) -> None:
@@ -90,14 +90,14 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary, aside = _temporary(path), _aside(path)
     recover_directory(path)
-    _clear(temporary)
+    clear(temporary)
     try:
         with _clear_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             yield temporary
             _write_manifest(temporary)
-            _clear(aside)
+            clear(aside)
             if path.exists():
                 os.replace(path, aside)
             try:
@@ -107,9 +107,9 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
                     os.replace(aside, path)
                 raise
             _flush_folder(path.parent)
-            _clear(aside)
+            clear(aside)
     finally:
-        _clear(temporary)
+        clear(temporary)
 
 
 def recover_directory(path: Path | str) -> None:
@@ -161,7 +161,7 @@ def remove_tree(path: Path | str) -> None:
     path = Path(path)
     # not the name of a folder that waits to be replaced, so that a removed folder never comes back
     aside = path.with_name(f".{_short(path.name)}.removed.tmp")
-    _clear(aside)
+    clear(aside)
     os.replace(path, aside)
     shutil.rmtree(aside)
 
@@ -215,7 +215,8 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path}: the folder cannot be made: {error.strerror}") from None
 
 
-def _clear(path: Path) -> None:
+def clear(path: Path) -> None:
+    """Remove a file, a link or a folder, as far as that can be."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -231,27 +232,45 @@ def _clear_errors(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if _is_full_disk(error):
-            raise UserError(f"{path}: the disk is full{_free_space(path)}; what was there before is whole") from error
-        if not isinstance(error, OSError):
+        reason = _reason(error, path)
+        if reason is None:
             raise
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{path}: may not be written ({error.strerror})") from error
-        raise
+        raise UserError(f"{path}: {reason}") from error
 
 
-def _is_full_disk(error: Exception) -> bool:
-    """Whether writing failed because the disk is full, as Python, safetensors or torch report it."""
+def _reason(error: Exception, path: Path) -> str | None:
+    """The reason why writing failed, as Python, safetensors or torch report it; ``None`` for other errors."""
+    number = _error_number(error)
+    if number in _FULL:
+        return f"the disk is full{_free_space(path)}; what was there before is whole"
+    if number == errno.EFBIG:
+        return "larger than a file may be here; raise the limit (ulimit -f), or write to another file system"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"may not be written ({os.strerror(number)})"
+    return f"cannot be written ({os.strerror(number)})" if number is not None else None
+
+
+def _error_number(error: Exception) -> int | None:
     if isinstance(error, OSError):
-        return error.errno in _FULL
+        return error.errno
     text = str(error)
     if type(error).__name__ == "SafetensorError":
         number = re.search(r"(?:os error|code:) (\d+)", text)
-        return number is not None and int(number[1]) in _FULL
+        return int(number[1]) if number else None
     # torch's writer gives no error number; other causes, such as a lost mount, are rare and obvious
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
-    )
+    refused = any(words in text for words in ("PytorchStreamWriter failed", "unexpected pos", "iostream error"))
+    if not (isinstance(error, RuntimeError) and refused):
+        return None
+    return errno.EFBIG if _sizes_are_limited() else errno.ENOSPC
+
+
+def _sizes_are_limited() -> bool:
+    """Whether this process may not write files of any size (``ulimit -f``)."""
+    if os.name != "posix":
+        return False
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
 
 
 def _free_space(path: Path) -> str:

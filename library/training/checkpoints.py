@@ -10,6 +10,9 @@ from library.files.atomic import remove_tree
 
 logger = logging.getLogger(__name__)
 
+#: the record in each state folder
+STATE_FILE = "train_state.json"
+
 
 @dataclass(frozen=True)
 class OutputNames:
@@ -105,14 +108,22 @@ def ema_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}-ema{path.suffix}")
 
 
-def remove_outdated(path: Path) -> None:
-    """Remove a file or folder that retention has replaced; failing to is a warning, never the run's end.
+def is_state(path: Path) -> bool:
+    """Whether a folder is a state of training."""
+    return path.is_dir() and (path / STATE_FILE).is_file()
 
-    A file's averaged weights go with it.
+
+def remove_outdated(path: Path) -> None:
+    """Remove weights or a state that retention has replaced; failing to is a warning, never the run's end.
+
+    Averages go with their weights. What is neither weights nor a state stays.
     """
     if path.suffix and (averaged := ema_path(path)).is_file():
         remove_outdated(averaged)
     try:
+        if path.is_dir() and not is_state(path):
+            logger.warning("%s: kept, as this folder holds no state of training", path)
+            return
         if path.is_dir():
             remove_tree(path)
         elif path.exists():

@@ -9,16 +9,15 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from torch import nn
 
 from library.files.safetensors_io import is_pickle, read_header
-from library.training.checkpoints import OutputNames, SavePolicy, ema_path
+from library.training.checkpoints import ema_path
 from library.training.loading import make_kind, models_on_meta
-from library.training.plan import RunPlan
+from library.training.planned_files import PlannedFile, planned_files
 from library.training.precision import trained_dtype
 from library.training.resume import name_changes
 from library.training.run import Run
@@ -96,54 +95,6 @@ def _bytes(count: int) -> str:
 
 
 # ---- files ----
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """Weights or a state folder that the run will write."""
-
-    path: Path
-    step: int  # after which it is written, counted from 1
-    removed_after: int | None = None  # step with whose save retention removes it
-
-
-def planned_files(plan: RunPlan, policy: SavePolicy, names: OutputNames, *, after_step: int = 0) -> list[PlannedFile]:
-    """What the saves of a run write after ``after_step``, in order, and what retention removes again."""
-    written: dict[Path, int] = {}
-    removed: dict[Path, int] = {}
-    for step, epoch in _save_moments(plan, policy):
-        if step <= after_step:
-            continue
-        if epoch is None:
-            weights, state = names.step(step), names.step_state(step)
-            old = policy.step_to_remove(step), policy.step_state_to_remove(step)
-            outdated = names.step, names.step_state
-        else:
-            weights, state = names.epoch(epoch), names.epoch_state(epoch)
-            old = policy.epoch_to_remove(epoch), policy.epoch_state_to_remove(epoch)
-            outdated = names.epoch, names.epoch_state
-        written[weights] = step
-        if policy.save_state:
-            written[state] = step
-        for number, name in zip(old, outdated, strict=True):
-            if number is not None and name(number) in written:
-                removed.setdefault(name(number), step)
-    written[names.final()] = plan.total_steps
-    if policy.save_state or policy.save_state_on_train_end:
-        written[names.final_state()] = plan.total_steps
-    return [PlannedFile(path, step, removed.get(path)) for path, step in written.items()]
-
-
-def _save_moments(plan: RunPlan, policy: SavePolicy) -> list[tuple[int, int | None]]:
-    """(step, epoch or ``None`` for a save of steps), both from 1, in the order of the run."""
-    moments: list[tuple[int, int | None]] = []
-    if policy.every_n_steps:
-        moments += [(step, None) for step in range(policy.every_n_steps, plan.total_steps + 1, policy.every_n_steps)]
-    if policy.every_n_epochs:
-        for epoch in range(policy.every_n_epochs, plan.num_epochs, policy.every_n_epochs):
-            if policy.saves_after_epoch(epoch, plan.num_epochs):
-                moments.append((plan.steps_until(epoch), epoch))
-    return sorted(moments, key=lambda moment: (moment[0], moment[1] is not None))
 
 
 def _lines(files: Sequence[PlannedFile], *, last_step: int) -> list[str]:

@@ -8,8 +8,10 @@ manifest, so a folder under its final name is whole.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +25,7 @@ from library.errors import UserError
 from library.files.atomic import MANIFEST_NAME, atomic_directory, verify_directory
 from library.launched import is_first_process
 from library.optim.optimizers import OptimizerChoice, recorded_choice
+from library.training.checkpoints import STATE_FILE, is_state
 from library.training.fingerprint import is_digest
 from library.training.state_checks import problem_of_record, refuse_bad_optimizer, refuse_bad_weights
 
@@ -31,8 +34,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "train_state.json"
 
 
 #: what states of older versions were saved with and do not say
@@ -54,6 +55,8 @@ class TrainState:
     #: where the run's data began, see ``library.training.plan.Origin``
     origin_step: int = 0
     origin_epoch: int = 0
+    #: names of the files and states that the run wrote to the folder of this state; None if that is not known
+    written: list[str] | None = None
 
     def changes(self, now: dict[str, object]) -> list[str]:
         """Lines on every difference that breaks exactness."""
@@ -107,12 +110,26 @@ def _read_record(folder: Path, record: Path) -> TrainState:
 
 def save_state(accelerator: Accelerator, folder: Path, state: TrainState) -> None:
     """Write a state folder; every process takes part, and it appears under its name when all are done."""
+    if accelerator.is_main_process:
+        _keep_others(folder)
     with _shared_directory(accelerator, folder) as target:
         accelerator.save_state(str(target), safe_serialization=True)
         if accelerator.is_main_process:
             (target / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
     if accelerator.is_main_process:
         logger.info("saved state: %s", folder)
+
+
+def _keep_others(folder: Path) -> None:
+    """Move what came to lie in a state's place since the start, and is none, out of the way."""
+    if is_state(folder) or not os.path.lexists(folder):
+        return
+    aside = next(p for n in itertools.count(1) if not os.path.lexists(p := folder.with_name(f"{folder.name}.{n}")))
+    try:
+        os.replace(folder, aside)
+    except OSError as error:
+        raise UserError(f"{folder}: this is no state of training, and cannot be moved ({error.strerror})") from None
+    logger.warning("%s was no state of training: it is kept as %s", folder, aside)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,9 @@ def problem_of_record(values: Mapping[str, Any]) -> str:
     losses = values.get("losses", [])
     if not isinstance(losses, list) or not all(_is_number(loss) for loss in losses):
         return "losses must be a list of finite numbers"
+    written = values.get("written")
+    if written is not None and not (isinstance(written, list) and all(isinstance(name, str) for name in written)):
+        return "written must be a list of names"
     for name in ("fingerprint", "validation"):
         if not isinstance(values.get(name, {}), dict):
             return f"{name} must be an object"

@@ -112,7 +112,7 @@ def test_leftovers_of_one_of_many_are_cleared_when_they_are_old(tmp_path: Path) 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of file size are POSIX")
-def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_limit_of_file_sizes_is_one_clear_line(tmp_path: Path) -> None:
     target = tmp_path / "a.bin"
     write_bytes(target, b"old")
     program = (
@@ -122,14 +122,25 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
         f"try:\n    write_bytes({str(target)!r}, b'x' * 5000)\nexcept UserError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "a.bin: the disk is full" in done.stdout
+    assert "a.bin: larger than a file may be here; raise the limit (ulimit -f)" in done.stdout
     assert target.read_bytes() == b"old"
     assert only(tmp_path) == ["a.bin"]
 
 
-def test_other_errors_of_the_disk_pass_through(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="odd"), atomic_path(tmp_path / "a"):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_or_quota_is_one_clear_line(tmp_path: Path, number: int) -> None:
+    with pytest.raises(UserError, match=r"a: the disk is full \(\d+ MB free\); what was there"):
+        with atomic_path(tmp_path / "a"):
+            raise OSError(number, "full")
+    with pytest.raises(UserError, match="a: the disk is full"), atomic_path(tmp_path / "a"):
+        raise RuntimeError("[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed writing file")
+
+
+def test_other_errors_of_the_disk_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a: cannot be written \(Input/output error\)"), atomic_path(tmp_path / "a"):
         raise OSError(errno.EIO, "odd")
+    with pytest.raises(ValueError, match="odd"), atomic_path(tmp_path / "a"):
+        raise ValueError("odd")
 
 
 def make(folder: Path, content: bytes = b"weights") -> Path:
@@ -186,7 +197,7 @@ def test_remove_tree(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of file size are POSIX")
-def test_a_full_disk_whoever_writes(tmp_path: Path) -> None:
+def test_a_limit_of_file_sizes_whoever_writes(tmp_path: Path) -> None:
     """Python, safetensors and torch each say it in their own way."""
     target = tmp_path / "a.safetensors"
     program = f"""
@@ -216,7 +227,7 @@ for writing in (
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.count("a.safetensors: the disk is full") == 5, done.stdout
+    assert done.stdout.count("a.safetensors: larger than a file may be here") == 5, done.stdout
     assert only(tmp_path) == []
 
 
@@ -253,3 +264,11 @@ def test_a_folder_that_a_full_disk_refuses(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(UserError, match="sample: the disk is full"):
         make_folder(tmp_path / "sample")
+
+
+def test_whatever_the_system_refuses_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "folder", tmp_path / "file" / "x", tmp_path / "none" / "x", tmp_path / ("n" * 300)):
+        with pytest.raises(UserError, match=r": cannot be written \("):
+            write_bytes(path, b"1")

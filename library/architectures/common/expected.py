@@ -1,0 +1,73 @@
+"""What a model's file holds, compared with what models of its kind have: both ways.
+
+Sizes are inferred from names and shapes, so that a file without its last layers would load as a smaller model. What
+published models have, by their width, tells the difference.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+#: layers of published text encoders, by width; OpenCLIP's ViT-H is used without its last one
+CLIP_LAYERS = {768: {12}, 1024: {23, 24}, 1280: {32}}
+T5_LAYERS = {4096: {24}}
+
+#: endings of tensors that files hold and nobody needs
+_HARMLESS = (".position_ids", ".attn_mask", ".num_batches_tracked")
+
+
+def check_layers(title: str, layers: int, width: int, published: Mapping[int, Collection[int]]) -> None:
+    """Refuse a model of a published width with another number of layers; the message does not name the file.
+
+    Raises:
+        UserError: layers are missing, or there are more than such models have.
+    """
+    expected = published.get(width)
+    if expected and layers not in expected:
+        what = "incomplete: download it again" if layers < max(expected) else "of another model, or damaged"
+        raise UserError(
+            f"the {title} has {layers} layers, and those of its width ({width}) have {max(expected)}; the file is {what}"
+        )
+
+
+def check_count(title: str, what: str, found: int, expected: int) -> None:
+    """Refuse a model whose halves do not match; the message does not name the file."""
+    if found != expected:
+        remedy = "incomplete: download it again" if found < expected else "of another model, or damaged"
+        raise UserError(f"the {title} has {found} {what} where {expected} are expected; the file is {remedy}")
+
+
+def warn_of_unused(path: Path, title: str, names: Iterable[str], used: Collection[str], prefix: str) -> None:
+    """Warn once of tensors that lie among those of a model, and that it does not have.
+
+    Args:
+        names: of the file.
+        used: of them, those that the model took.
+        prefix: what precedes the model's names in the file; other models may lie beside.
+    """
+    tops = {name[len(prefix) :].partition(".")[0] for name in used}
+    unused = [
+        name
+        for name in names
+        if name.startswith(prefix)
+        and name not in used
+        and name[len(prefix) :].partition(".")[0] in tops
+        and not name.endswith(_HARMLESS)
+    ]
+    if unused:
+        _warn(path, title, len(unused), unused[0])
+
+
+@functools.cache
+def _warn(path: Path, title: str, count: int, first: str) -> None:
+    logger.warning(
+        "%s: %d tensors among those of the %s are not used, the first is %s; is the file of another kind of model?",
+        *(path, count, title, first),
+    )

@@ -1,0 +1,150 @@
+"""The output folder of a run: every place that it will write is tried before training, and its name is locked.
+
+Nothing that the run did not make is removed from there, except what its files replace, which is said at the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from library.errors import UserError
+from library.files.atomic import clear, make_folder, recover_directory, write_bytes
+from library.files.lock import Held, lock_path, locked
+from library.training.checkpoints import OutputNames, ema_path, is_state
+from library.training.planned_files import PlannedFile
+
+logger = logging.getLogger(__name__)
+
+#: bytes written to try a folder: more than what file systems keep beside a file's name
+_TRIED = 1 << 16
+#: temporary files of the safetensors package, which it leaves where it is killed
+_OTHERS_LEFT = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+#: seconds after which such a file is no longer being written
+_OLD = 600
+#: files that a message names
+_SHOWN = 3
+
+
+def refuse_bad_targets(files: Sequence[PlannedFile], *, averaged: bool, folders: Iterable[Path], tried: bool) -> None:
+    """Find out before the work whether all that a run will write can be written.
+
+    Args:
+        averaged: moving averages are written beside weights.
+        folders: those that are written to, ``sample`` and such.
+        tried: make the folders and write to them; else, as in a dry run, only look.
+
+    Raises:
+        UserError: one line for each file that cannot be written, or the first folder.
+    """
+    problems = []
+    for file in files:
+        paths = [file.path, ema_path(file.path)] if averaged and not file.is_state else [file.path]
+        problems += [problem for path in paths if (problem := _problem_of(path, is_state=file.is_state))]
+    if problems:
+        more = len(problems) - _SHOWN
+        raise UserError("\n".join(problems[:_SHOWN] + ([f"and {more} more of the kind"] if more > 0 else [])))
+    for folder in dict.fromkeys(folders):
+        _try_folder(folder, tried=tried)
+
+
+def _problem_of(path: Path, *, is_state: bool) -> str:
+    """Why a file or a state cannot be written there; empty if it can."""
+    remedy = "move it, or give another --output_name or --output_dir"
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:  # a name that is too long; a file among the folders above
+        return f"{path}: cannot be written ({error.strerror}); give another --output_name or --output_dir"
+    if not is_state:
+        return f"{path}: a folder lies where weights are to be written; {remedy}" if path.is_dir() else ""
+    if not path.is_dir():
+        return f"{path}: a file lies where a state folder is to be written; {remedy}"
+    if not is_state_or_empty(path):
+        return f"{path}: this folder holds no state of training, and a state would replace it; {remedy}"
+    return ""
+
+
+def is_state_or_empty(folder: Path) -> bool:
+    """Whether a state may replace a folder without loss of anything else."""
+    return is_state(folder) or not any(folder.iterdir())
+
+
+def _try_folder(folder: Path, *, tried: bool) -> None:
+    if tried:
+        make_folder(folder)
+        probe = folder / f".writable-{os.getpid()}"
+        write_bytes(probe, bytes(_TRIED))
+        with contextlib.suppress(OSError):
+            probe.unlink()
+        return
+    above = folder.absolute()
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir():
+        raise UserError(f"{folder}: cannot be made, as {above} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: may not be written (permission denied)")
+
+
+def say_what_is_replaced(files: Sequence[PlannedFile], *, own: Collection[str]) -> None:
+    """Warn of files of earlier runs that will be lost.
+
+    Args:
+        own: names of files that the run wrote before it was resumed.
+    """
+    found = [file.path.name for file in files if file.path.exists() and file.path.name not in own]
+    if found:
+        some = ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+        logger.warning(
+            "%s: this run will replace %s, which %s there; give another --output_name to keep %s",
+            *(files[0].path.parent, some, *(("is", "it") if len(found) == 1 else ("are", "them"))),
+        )
+
+
+@contextlib.contextmanager
+def only_run(names: OutputNames) -> Iterator[None]:
+    """Hold the output name in its folder while a run writes there, and clear what killed runs left.
+
+    Raises:
+        UserError: another run writes files of this name.
+    """
+    name = names.stem or "last"
+    make_folder(names.directory)
+    held = contextlib.ExitStack()
+    try:
+        held.enter_context(locked(lock_path(names.directory, name)))
+    except Held as error:
+        raise UserError(
+            f"{names.directory}: another run ({error.owner}) is writing {name!r} there; give another --output_name or "
+            "--output_dir, or wait for it to end"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{names.directory}: may not be written ({error.strerror})") from None
+    with held:
+        clear_leftovers(names)
+        yield
+
+
+def clear_leftovers(names: OutputNames) -> None:
+    """Finish or remove what a killed run of this name was writing, and old temporary files of safetensors."""
+    stem = re.escape(names.stem) if names.stem else "(last|at|epoch)"
+    ours = re.compile(
+        rf"\.(?P<target>{stem}(-\d{{6}}|-step\d{{8}})?(-best)?(-ema)?(-state|\.[a-z]+))"
+        r"(\.old|\.removed|\.[0-9a-f]{12})?\.tmp"
+    )
+    for entry in sorted(names.directory.iterdir()):
+        if found := ours.fullmatch(entry.name):
+            if entry.is_dir():
+                recover_directory(names.directory / found["target"])
+            clear(entry)
+        elif _OTHERS_LEFT.fullmatch(entry.name):
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat().st_mtime > _OLD:
+                    entry.unlink()
