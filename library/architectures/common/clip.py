@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.architectures.common.key_map import KeyMap, TensorLayout
+from library.architectures.common.expected import CLIP_LAYERS, check_layers
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def _config(
     if tokens is None or positions is None or inner is None or layers < 1:
         raise UserError("the text encoder's tensors are incomplete; download the file again")
     vocabulary, width = tokens
+    check_layers("text encoder", layers, width, CLIP_LAYERS)
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,

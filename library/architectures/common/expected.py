@@ -68,6 +68,6 @@ def warn_of_unused(path: Path, title: str, names: Iterable[str], used: Collectio
 @functools.cache
 def _warn(path: Path, title: str, count: int, first: str) -> None:
     logger.warning(
-        "%s: %d tensors among those of the %s are not used, the first is %s; is the file of another kind of model?",
-        *(path, count, title, first),
+        "%s: among the tensors of the %s are %d that it does not use, the first is %s; is the file of another kind of model?",
+        *(path, title, count, first),
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.architectures.common.expected import check_count
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.errors import UserError
 
@@ -71,6 +72,9 @@ def diffusers_vae_layout(names: Mapping[str, object], *, prefix: str = "") -> Te
     return TensorLayout(KeyMap(pairs), prefix, conv_linears=CONV_LINEARS)
 
 
+_UP_LEVEL = re.compile(r"decoder\.(?:up\.(\d+)|up_blocks\.(\d+))\.")
+
+
 def infer_vae_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str = LDM_PREFIX) -> dict[str, Any]:
     """The diffusers configuration of an autoencoder file with LDM or diffusers names, from names and shapes alone.
 
@@ -88,6 +92,8 @@ def infer_vae_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str = LDM
     latent = shapes.get("decoder.conv_in.weight")
     if not widths or sorted(widths) != list(range(len(widths))) or latent is None:
         raise UserError("the VAE's tensors are incomplete; download the file again")
+    ups = {found[1] or found[2] for name in shapes if (found := _UP_LEVEL.match(name))}
+    check_count("VAE", "levels in its decoder", len(ups), len(widths))
     return {
         "in_channels": 3,
         "out_channels": 3,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from library.architectures.common.expected import check_count
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.errors import UserError
 
@@ -101,6 +102,8 @@ def infer_unet_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str = LD
     ends = shapes.get("input_blocks.0.0.weight"), shapes.get("out.2.weight")
     if not channels or len(set(layers)) != 1 or context is None or None in ends:
         raise UserError("the U-Net's tensors are incomplete; download the file again")
+    blocks = 1 + _count(r"output_blocks\.(\d+)\.", shapes)
+    check_count("U-Net", "output blocks", blocks, len(channels) * (layers[0] + 1))
     linear = len(shapes.get("middle_block.1.proj_in.weight", ())) == 2
     added = shapes.get("label_emb.0.0.weight")
     sized: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from library.architectures.common.expected import warn_of_unused
 from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.tensor_files import WeightFile
 from library.errors import UserError
@@ -25,6 +26,8 @@ class ModelSource:
     file: WeightFile
     layout: TensorLayout
     config: dict[str, Any]
+    #: what names begin with that published files hold among the model's, and that the model does not need
+    spare: tuple[str, ...] = ()
 
     def file_names(self) -> list[str]:
         """Return the file's tensors that the model uses, in the file's order."""
@@ -59,7 +62,12 @@ def load_frozen(source: ModelSource, build: Callable[[], nn.Module], *, dtype: t
     with torch.device("meta"):
         model = build()
     read = source.file.on_meta if device == "meta" else source.file.read
-    _fill(model, source.layout.read(read(source.file_names())), source, dtype=dtype, device=device)
+    names = source.file_names()
+    own = model.state_dict().keys()
+    used = {name for name in names if own & set(source.layout.model_names(name))}
+    _fill(model, source.layout.read(read(names)), source, dtype=dtype, device=device)
+    kept = (name for name in source.file.shapes if not name.startswith(source.spare))
+    warn_of_unused(source.file.path, source.title, kept, used, source.layout.prefix)
     return model.eval()
 
 

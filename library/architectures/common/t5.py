@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import CaptionLength
+from library.architectures.common.expected import T5_LAYERS, check_layers
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import recognise_tensors, refuse_scaled
@@ -82,13 +83,15 @@ def infer_t5_config(shapes: Shapes) -> dict[str, Any]:
     if table is None or query is None or bias is None or inner is None:
         raise UserError("the T5 encoder's tensors are incomplete; download the file again")
     buckets, heads = bias
-    layers = (int(found[1]) for name in shapes if (found := re.match(r"encoder\.block\.(\d+)\.", name)))
+    numbers = (int(found[1]) for name in shapes if (found := re.match(r"encoder\.block\.(\d+)\.", name)))
+    layers = max(numbers) + 1
+    check_layers("T5 encoder", layers, table[1], T5_LAYERS)
     return {
         "vocab_size": table[0],
         "d_model": table[1],
         "d_kv": query[0] // heads,
         "d_ff": inner[0],
-        "num_layers": max(layers) + 1,
+        "num_layers": layers,
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",

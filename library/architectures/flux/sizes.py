@@ -60,6 +60,21 @@ class FluxSizes:
         return 3 * self.single_blocks + 12 * self.double_blocks + 2
 
 
+#: (double, single) blocks of published models, by width; the second are FLUX.1 lite's
+_DEPTHS = {3072: ((19, 38), (8, 38))}
+
+
+def _check_depth(hidden: int, depth: tuple[int, int]) -> None:
+    """Refuse a model that misses one of its last blocks; models with fewer blocks by design are others."""
+    for double, single in _DEPTHS.get(hidden, ()):
+        missing = double - depth[0], single - depth[1]
+        if missing != (0, 0) and set(missing) <= {0, 1}:
+            raise UserError(
+                f"the transformer has {depth[0]} double and {depth[1]} single blocks where {double} and {single} are "
+                "expected; the file is incomplete, download it again"
+            )
+
+
 def infer_sizes(shapes: Shapes) -> FluxSizes:
     """Infer sizes from names and shapes without prefix.
 
@@ -79,6 +94,7 @@ def infer_sizes(shapes: Shapes) -> FluxSizes:
     if head % 4 or hidden % head:
         raise UserError(f"attention heads of width {head} do not fit {hidden} features; the file is damaged")
     variant = Variant.of(shapes)
+    _check_depth(hidden, (variant.double_blocks, variant.single_blocks))
     approximator = None
     pooled = time = 0
     if variant.kind == CHROMA:

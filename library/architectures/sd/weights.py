@@ -26,12 +26,12 @@ V2_UNUSED_LAYERS = 1
 def ldm_text_source(file: TensorFile, *, v2: bool) -> ModelSource:
     if v2:
         config = clip.infer_openclip_config(file.shapes, prefix=V2_TEXT, unused_layers=V2_UNUSED_LAYERS)
-        layout = clip.openclip_layout(config["num_hidden_layers"], prefix=V2_TEXT)
-    else:
-        prefix = clip_prefix(file.shapes, V1_TEXT)
-        config = clip.infer_clip_config(file.shapes, prefix=prefix, activation="quick_gelu")
-        layout = clip.clip_layout(prefix=prefix)
-    return ModelSource("text encoder", file, layout, config)
+        layers = config["num_hidden_layers"]
+        layout = clip.openclip_layout(layers, prefix=V2_TEXT)
+        return ModelSource("text encoder", file, layout, config, (f"{V2_TEXT}transformer.resblocks.{layers}.",))
+    prefix = clip_prefix(file.shapes, V1_TEXT)
+    config = clip.infer_clip_config(file.shapes, prefix=prefix, activation="quick_gelu")
+    return ModelSource("text encoder", file, clip.clip_layout(prefix=prefix), config)
 
 
 # ---- writing ----
