@@ -36,7 +36,9 @@ class Held(Exception):  # noqa: N818
 def lock_path(folder: Path, name: str) -> Path:
     """The hidden file that stands for a name in a folder."""
     found = f".{name}.lock"
-    return folder / (found if len(os.fsencode(found)) <= MAX_NAME else f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.lock")
+    return folder / (
+        found if len(os.fsencode(found)) <= MAX_NAME else f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.lock"
+    )
 
 
 @contextlib.contextmanager

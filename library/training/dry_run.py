@@ -17,8 +17,10 @@ from torch import nn
 from library.files.safetensors_io import is_pickle, read_header
 from library.training.checkpoints import ema_path
 from library.training.loading import make_kind, models_on_meta
+from library.training.outputs import check_output
 from library.training.planned_files import PlannedFile, planned_files
 from library.training.precision import trained_dtype
+from library.training.processes import on_main_process
 from library.training.resume import name_changes
 from library.training.run import Run
 from library.training.summary import summary
@@ -37,6 +39,7 @@ def dry_run(run: Run) -> None:
     Raises:
         UserError: headers that lack tensors or do not fit, network arguments or weights that do not fit the model.
     """
+    on_main_process(run.accelerator, lambda: check_output(run, tried=False))
     models = models_on_meta(run)
     kind = make_kind(run)
     groups = kind.attach_on_meta(models)

@@ -27,6 +27,7 @@ from library.training.kinds.base import Kind, ParameterGroup
 from library.training.loaded import LoadedRun
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.models import Models, load_on_meta
+from library.training.outputs import check_space
 from library.training.previews import PreviewGenerator, current_prompts, encode_prompts, generate_options
 from library.training.resume import choice_of, load_state, name_changes
 from library.training.run import Cached, Run
@@ -105,6 +106,8 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
     models = _load_models(run, cached, kind)
     options = run.options
     update = _update(run, kind, kind.attach(models))
+    width = save_dtype(options.output)
+    check_space(run.names.directory, sum(p.numel() * (width or p.dtype).itemsize for p in update.parameters))
     record = _record(run, kind)
     # after all that reads or changes whole weights: merging, and the making of adapters
     blocks = run.architecture.compiled_blocks

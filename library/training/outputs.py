@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,10 @@ from library.errors import UserError
 from library.files.atomic import clear, make_folder, recover_directory, write_bytes
 from library.files.lock import Held, lock_path, locked
 from library.training.checkpoints import OutputNames, ema_path, is_state
-from library.training.planned_files import PlannedFile
+from library.training.planned_files import PlannedFile, planned_files
+from library.training.processes import on_main_process
+from library.training.resume import TrainState
+from library.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +110,66 @@ def say_what_is_replaced(files: Sequence[PlannedFile], *, own: Collection[str]) 
             "%s: this run will replace %s, which %s there; give another --output_name to keep %s",
             *(files[0].path.parent, some, *(("is", "it") if len(found) == 1 else ("are", "them"))),
         )
+
+
+@contextlib.contextmanager
+def claimed_output(run: Run) -> Iterator[None]:
+    """Try all places that a run will write, say what it replaces, and hold its output name meanwhile.
+
+    Raises:
+        UserError: on all processes, for what the main one finds; see ``refuse_bad_targets`` and ``only_run``.
+    """
+    with contextlib.ExitStack() as held:
+        on_main_process(run.accelerator, lambda: _claim(run, held))
+        yield
+
+
+def _claim(run: Run, held: contextlib.ExitStack) -> None:
+    check_output(run, tried=True)
+    held.enter_context(only_run(run.names))
+    planned = planned_files(run.plan, run.policy, run.names, after_step=run.start_step)
+    say_what_is_replaced(planned, own=own_files(run.checked.resumed, run.checked.state_folder, run.names) or ())
+
+
+def check_output(run: Run, *, tried: bool) -> None:
+    """``refuse_bad_targets`` of a run."""
+    options, names, last = run.options, run.names, run.plan.total_steps
+    files = planned_files(run.plan, run.policy, names, after_step=run.start_step)
+    # an interrupted run saves at any step, the last one's names being the longest
+    files += [PlannedFile(names.step(last), last), PlannedFile(names.step_state(last), last, is_state=True)]
+    if options.validation.save_best:
+        files.append(PlannedFile(names.best(), last))
+    folders = [names.directory, run.checked.trackers.directory]
+    if run.checked.prompts:
+        folders.append(names.directory / "sample")
+    refuse_bad_targets(files, averaged=options.optimizer.ema_decay is not None, folders=folders, tried=tried)
+
+
+def own_files(resumed: TrainState | None, state_folder: Path | None, names: OutputNames) -> set[str] | None:
+    """Names in the output folder that a run wrote before it was resumed; ``None`` if that is not known."""
+    if resumed is None or state_folder is None:
+        return set()
+    if state_folder.resolve().parent != names.directory.resolve():
+        return set()
+    return None if resumed.written is None else set(resumed.written)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to train what could not be saved once.
+
+    Args:
+        needed: bytes of the largest file of weights, whose predecessor stays until it is whole.
+
+    Raises:
+        UserError: less space is free.
+    """
+    with contextlib.suppress(OSError):  # some network drives do not say
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise UserError(
+                f"{folder}: {free / 1e6:.0f} MB are free, and one file of the trained weights takes {needed / 1e6:.0f} "
+                "MB; make room, or give another --output_dir"
+            )
 
 
 @contextlib.contextmanager

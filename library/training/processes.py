@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,6 +90,22 @@ def choose_seed(given: int | None, resumed: int | None = None) -> int:
     """The seed of a run: what the user says; what the resumed run's first part drew; or a number drawn now."""
     found = given if given is not None else resumed
     return random.SystemRandom().randint(0, MAX_RANDOM_SEED) if found is None else found
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do something on the main process alone; what it refuses is refused on all.
+
+    Raises:
+        UserError: the main process's.
+    """
+    problem = ""
+    if accelerator.is_main_process:
+        try:
+            work()
+        except UserError as error:
+            problem = str(error)
+    if problem := of_main_process(problem):
+        raise UserError(problem)
 
 
 def of_main_process(value: T) -> T:

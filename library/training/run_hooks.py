@@ -60,7 +60,7 @@ class RunHooks:
         self._saver.set_training(True)
         if run.checked.resumed is None and self._previews.due_at_start():
             self._draw(step=run.start_step, epoch=None)
-        if main:
+        if main and run.start_step < run.plan.total_steps:
             logger.info("first step: %d of %d", run.start_step + 1, run.plan.total_steps)
         self._progress = Progress(total=run.plan.total_steps, done=run.start_step, simple=simple, enabled=main)
 

@@ -14,6 +14,7 @@ from library.optim.update import Update
 from library.training.checkpoints import ema_path, remove_outdated
 from library.training.kinds.base import Kind
 from library.training.metadata import RunRecord
+from library.training.outputs import own_files
 from library.training.resume import TrainState, save_state
 from library.training.run import Run
 
@@ -34,6 +35,8 @@ class Saver:
         self._kind = kind
         self._update = update
         self._record = record
+        #: names of what this run wrote, which alone retention may remove; ``None`` if a resumed state does not tell
+        self._written = own_files(run.checked.resumed, run.checked.state_folder, run.names)
 
     def set_training(self, training: bool) -> None:
         """Switch trained modules and schedule-free optimizers between training, and sampling or saving."""
@@ -45,6 +48,7 @@ class Saver:
         self.set_training(False)
         if self._run.accelerator.is_main_process:
             self._write(path, self._record.at_save(step=step, epoch=epoch))
+            self._wrote(path)
             logger.info("saved weights: %s", path)
             for written in (path, ema_path(path)) if self._update.average is not None else (path,):
                 self._run.uploads.add(written)
@@ -72,6 +76,7 @@ class Saver:
             validation: the best one so far.
         """
         run = self._run
+        self._wrote(path)
         state = TrainState(
             current_epoch=epoch,
             current_step=step,
@@ -81,14 +86,25 @@ class Saver:
             validation=dict(validation),
             origin_step=run.plan.origin.step,
             origin_epoch=run.plan.origin.epoch,
+            written=None if self._written is None else sorted(self._written),
         )
         # in training mode: schedule-free optimizers then go on from the very weights that they trained
         save_state(run.accelerator, path, state)
         if run.options.output.save_state_to_huggingface:
             run.uploads.add(path)
 
+    def _wrote(self, path: Path) -> None:
+        if self._written is not None:
+            self._written.add(path.name)
+
     def remove(self, path: Path) -> None:
         """Remove outdated weights or a state. What is still on its way to the Hub is removed when it has arrived."""
+        if self._written is not None:
+            if path.name not in self._written:
+                if path.exists():
+                    logger.info("%s: kept, as another run wrote it", path)
+                return
+            self._written.discard(path.name)
         uploads = self._run.uploads
         # averages go with their weights, so both must have arrived
         uploads.when_free(ema_path(path), lambda _: uploads.when_free(path, remove_outdated))

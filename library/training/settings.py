@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from library.training.logs import TrackerSettings
 from library.training.plan import Origin, RunPlan
 from library.training.resume import TrainState
 from library.training.step import NoiseSettings
+
+logger = logging.getLogger(__name__)
 
 
 def sample_prompts(options: TrainNetworkOptions, architecture: Architecture) -> tuple[SamplePrompt, ...]:
@@ -48,7 +51,7 @@ def run_plan(
     """The lengths of a run, and how many steps are done when it starts.
 
     Raises:
-        UserError: it would start at its end.
+        UserError: it would start behind its end.
     """
     training, start = options.training, options.resume
 
@@ -63,10 +66,17 @@ def run_plan(
 
     if resumed is not None:
         plan = make(Origin(resumed.origin_step, resumed.origin_epoch))
-        if resumed.current_step >= plan.total_steps:
+        if resumed.current_step > plan.total_steps:
             raise UserError(
-                f"--resume {start.resume}: the state stands at step {resumed.current_step} and the run ends at step "
+                f"--resume {start.resume}: the state is of step {resumed.current_step} and the run ends at step "
                 f"{plan.total_steps}; raise --max_train_steps or --max_train_epochs"
+            )
+        if resumed.current_step == plan.total_steps:
+            # such as one of a run that was killed before its last files were written
+            logger.warning(
+                "--resume %s: the state is of the last step, %d: only the final files are written; to train on, raise "
+                "--max_train_steps or --max_train_epochs",
+                *(start.resume, resumed.current_step),
             )
         return plan, resumed.current_step
     whole = make(Origin())

@@ -25,6 +25,7 @@ from library.training.kinds.base import Kind
 from library.training.loaded import LoadedRun
 from library.training.loading import load_run, make_caches
 from library.training.loop import run_loop
+from library.training.outputs import claimed_output
 from library.training.processes import finalizing
 from library.training.replay import replay
 from library.training.run import Cached, Run
@@ -89,7 +90,7 @@ class Trainer:
             with finalizing(run.accelerator):
                 if options.config.dry_run:
                     return dry_run(run)
-                with contextlib.closing(run.uploads):
+                with claimed_output(run), contextlib.closing(run.uploads):
                     loaded = self.load(run, self.cache(run, interrupt))
                     steps = self.fit(loaded, interrupt)
                     self.finish(loaded, steps)
