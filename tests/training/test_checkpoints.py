@@ -61,7 +61,7 @@ def test_removing_a_file_a_folder_and_nothing(tmp_path: Path) -> None:
     file.write_bytes(b"x")
     folder = tmp_path / "a-state"
     folder.mkdir()
-    (folder / "inside").write_bytes(b"x")
+    (folder / "train_state.json").write_bytes(b"x")
     for path in (file, folder, tmp_path / "absent"):
         remove_outdated(path)
         assert not path.exists()
