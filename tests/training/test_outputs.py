@@ -123,7 +123,13 @@ def test_what_killed_runs_left(tmp_path: Path) -> None:
     (tmp_path / ".tiny-step00000004-state.tmp").mkdir()
     (tmp_path / ".tiny-step00000002-state.removed.tmp").mkdir()
     gone = [".tiny.safetensors.tmp", ".tiny-000002-ema.safetensors.tmp", ".tiny-best.pt.tmp", ".tmpAb3dE9"]
-    stay = [".tiny-b.safetensors.tmp", ".tiny-000002-b-state.tmp", ".other.safetensors.tmp", ".tmpFresh0", ".tmpmynotes"]
+    stay = [
+        ".tiny-b.safetensors.tmp",
+        ".tiny-000002-b-state.tmp",
+        ".other.safetensors.tmp",
+        ".tmpFresh0",
+        ".tmpmynotes",
+    ]
     for name in (*gone, *stay):
         (tmp_path / name).touch()
     os.utime(tmp_path / ".tmpAb3dE9", (0, 0))
