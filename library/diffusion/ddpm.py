@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """``alphas_cumprod`` (T,) float32: the share of the signal's variance left at each timestep."""
+    """``alphas_cumprod`` (T,) float32: the fraction of the signal's variance left at each timestep."""
 
     alphas_cumprod: Tensor
 

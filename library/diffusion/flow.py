@@ -1,7 +1,7 @@
-"""Rectified flow: a straight path from image to noise, and what models on it predict.
+"""Rectified flow: a straight path from image to noise, and the predictions of models on it.
 
 Liu et al. 2022 (arXiv:2209.03003), Lipman et al. 2022 (arXiv:2210.02747), Esser et al. 2024 (arXiv:2403.03206).
-The noise level sigma goes from 0, the image, to 1, nothing but noise; a timestep is 1000 sigma, any number between.
+The noise level sigma goes from 0, the image, to 1, pure noise; a timestep is 1000 sigma, any number in between.
 Shape legend: B batch, C latent channels, (h, w) latent size.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 #: timesteps are noise levels times this
 TIMESTEPS = 1000
 
-#: what ``--model_prediction_type`` calls the ways in which a model's output is read
+#: values of ``--model_prediction_type``: interpretations of a model's output
 PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
 
 Number = TypeVar("Number", float, Tensor)
@@ -54,7 +54,7 @@ def shift_sigma(sigmas: Number, shift: float) -> Number:
 
 
 def resolution_shift(tokens: float) -> float:
-    """The shift exp(mu) for an image of so many tokens: mu goes straight from 0.5 at 256 to 1.15 at 4096 and on.
+    """Return the shift exp(mu) for an image of so many tokens: mu is linear, 0.5 at 256 and 1.15 at 4096 tokens.
 
     That of FLUX.1 [dev] and Lumina-Image 2.0 (``calculate_shift`` in their pipelines of diffusers).
     """
@@ -66,9 +66,9 @@ def resolution_shift(tokens: float) -> float:
 
 
 def training_target(latents: Tensor, noise: Tensor, sigmas: Tensor, prediction_type: str) -> Tensor:
-    """What ``comparable`` of the output should be, (B, C, h, w).
+    """Return the target of ``comparable`` of the output, (B, C, h, w).
 
-    ``raw``: the velocity v. ``sigma_scaled``: the error of x_0 is judged instead of that of v, and for one x_t it is
+    ``raw``: the velocity v. ``sigma_scaled``: the error of x_0 is measured instead of that of v, and for one x_t it is
     sigma times as large, as x_0 = x_t - sigma v (the preconditioning of Esser et al. 2024's reference training).
     ``additive``: the output is added to the noisy latents to give x_0, so it is x_0 - x_t = -sigma v.
     """
@@ -80,12 +80,12 @@ def training_target(latents: Tensor, noise: Tensor, sigmas: Tensor, prediction_t
 
 
 def comparable(output: Tensor, sigmas: Tensor, prediction_type: str) -> Tensor:
-    """The model's output (B, C, h, w) in the form of ``training_target``."""
+    """Return the model's output (B, C, h, w) in the form of ``training_target``."""
     return like_samples(sigmas, output) * output if prediction_type == "sigma_scaled" else output
 
 
 def velocity_of_output(output: Tensor, sigmas: Tensor, prediction_type: str) -> Tensor:
-    """The velocity that a sampler follows, (B, C, h, w); sigmas (B,) above 0."""
+    """Return the velocity that a sampler follows, (B, C, h, w); sigmas (B,) above 0."""
     return -output / like_samples(sigmas, output) if prediction_type == "additive" else output
 
 
@@ -93,7 +93,7 @@ def velocity_of_output(output: Tensor, sigmas: Tensor, prediction_type: str) -> 
 
 
 def sampling_sigmas(steps: int, shift: float) -> Tensor:
-    """Noise levels of a drawing, (steps + 1,) float32: evenly from 1 to 1 / steps, shifted, and 0 at the end.
+    """Return the noise levels of sampling, (steps + 1,) float32: evenly from 1 to 1 / steps, shifted, and 0 at the end.
 
     As diffusers' pipelines of FLUX.1 set them, which give ``np.linspace(1, 1 / steps, steps)`` to the scheduler.
     """
@@ -102,7 +102,7 @@ def sampling_sigmas(steps: int, shift: float) -> Tensor:
 
 
 class FlowEuler:
-    """Euler's method along the flow, with the face of a diffusers scheduler.
+    """Euler's method along the flow, with the interface of a diffusers scheduler.
 
     Equal to ``FlowMatchEulerDiscreteScheduler``, static shift or dynamic.
 

@@ -1,4 +1,4 @@
-"""Comparing prediction and target, element by element.
+"""Compare prediction and target element by element.
 
 Shape legend: B batch, C latent channels, (h, w) latent size, T number of timesteps.
 """
@@ -44,9 +44,9 @@ def conditional_loss(prediction: Tensor, target: Tensor, loss_type: str, huber_c
 
 
 def masked(loss: Tensor, masks: Tensor | None) -> Tensor:
-    """Unreduced loss (B, C, h, w) times weights (B, H, W), each latent pixel's the mean over its pixels.
+    """Return the unreduced loss (B, C, h, w) times weights (B, H, W), averaged over the pixels of each latent pixel.
 
-    The mean that follows goes over all elements, so a sample counts by the share of it that is learned.
+    The mean that follows is over all elements, so a sample counts by the fraction of it that is learned.
     """
     if masks is None:
         return loss
@@ -66,7 +66,7 @@ def huber_threshold(
 def flow_huber_threshold(timesteps: Tensor, huber_schedule: str, huber_c: float, huber_scale: float) -> Tensor:
     """``threshold_at`` for the timesteps (B,) float32, 0 to 1000, of flow matching.
 
-    There x_t has (1 - t) of the image and t of the noise, so noise is to signal as t / (1 - t).
+    There x_t has (1 - t) of the image and t of the noise, so the ratio of noise to signal is t / (1 - t).
     """
     level = timesteps / TIMESTEPS
     return threshold_at(timesteps, TIMESTEPS, level / (1.0 - level), huber_schedule, huber_c, huber_scale)

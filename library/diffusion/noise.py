@@ -1,7 +1,7 @@
-"""The noise that latents are trained with, and its published variants.
+"""Draw the noise of training, and its published variants.
 
-Every draw takes one CPU generator for each sample, so what a sample gets does not depend on its batch; the
-numbers are made on the CPU and copied, so every device trains on the same ones.
+Every draw takes one CPU generator per sample, so a sample's noise does not depend on its batch. The numbers are drawn
+on the CPU and copied, so every device trains on the same ones.
 Shape legend: B batch, C latent channels, (h, w) latent size.
 """
 

@@ -1,6 +1,6 @@
-"""What a model is trained for and how it is drawn from: noise prediction and v-prediction (DDPM), or flow matching.
+"""The training objective and its sampling: noise prediction and v-prediction (DDPM), or flow matching.
 
-An architecture supplies its ``Objective``; training, validation and drawing ask it and know neither kind.
+An architecture supplies its ``Objective``; training, validation and sampling use it and know neither kind.
 Shape legend: B batch, C latent channels, (h, w) latent size.
 """
 
@@ -45,12 +45,13 @@ class TimestepRange:
 
 
 class Objective(ABC):
-    """Timesteps are what the model is given: (B,) int64 from 0 to 999 with DDPM, float32 from 0 to 1000 with flow."""
+    """The objective. Its timesteps are the model's input: (B,) int64 from 0 to 999 with DDPM, float32 from 0 to 1000
+    with flow."""
 
     # ---- training ----
 
     def check(self, within: TimestepRange) -> None:
-        """Find out before anything is loaded whether timesteps can be drawn.
+        """Check before anything is loaded whether timesteps can be drawn.
 
         Raises:
             UserError: hardly one lies within the range.
@@ -58,20 +59,20 @@ class Objective(ABC):
 
     @abstractmethod
     def draw(self, generators: Sequence[torch.Generator], within: TimestepRange, size: tuple[int, int]) -> Tensor:
-        """A timestep for each sample (B,), on the CPU.
+        """Draw a timestep for each sample (B,), on the CPU.
 
         Args:
             generators: one for each sample.
-            size: (h, w) of the latents; all of a batch have one.
+            size: (h, w) of the latents, the same for a whole batch.
         """
 
     @abstractmethod
     def levels(self, within: TimestepRange, count: int) -> tuple[int, ...]:
-        """Numbers of the fixed timesteps that validation judges images at; they divide what is drawn evenly."""
+        """Return the numbers of the fixed timesteps of validation, which divide the distribution evenly."""
 
     @abstractmethod
     def at_level(self, level: int, count: int, within: TimestepRange, size: tuple[int, int]) -> Tensor:
-        """The timestep of one of ``levels``, (count,) on the CPU."""
+        """Return the timestep of one of ``levels``, (count,) on the CPU."""
 
     @abstractmethod
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The published sampler names, each one a diffusers scheduler set up for the training noise schedule.
+"""The published sampler names, each a diffusers scheduler with the noise schedule of training.
 
 This module imports neither torch nor diffusers until a scheduler is made.
 """
@@ -19,7 +19,7 @@ class _Sampler:
     module: str  # of diffusers.schedulers
     class_name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    zero_terminal_snr: bool = False  # whether the class can begin where nothing but noise is left
+    zero_terminal_snr: bool = False  # whether the class can begin at pure noise
 
 
 # Only "leading" spacing uses the offset: timesteps 1, 51, ... instead of 0, 50, ..., as SD was released.
@@ -90,7 +90,7 @@ def check_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool) -> 
     if not zero_terminal_snr:
         return
     if not v_prediction:
-        # with no signal left the noise says nothing about the image: x0 = (x - 1 * eps) / 0
+        # without signal the noise does not determine the image: x0 = (x - 1 * eps) / 0
         raise UserError("zero terminal SNR: sampling needs a v-prediction model (--v_parameterization)")
     if not _SAMPLERS[name].zero_terminal_snr:
         able = ", ".join(other for other, sampler in _SAMPLERS.items() if sampler.zero_terminal_snr)
@@ -132,13 +132,13 @@ def create_scheduler_for(
     if sampler is _LMS:
         scheduler_class = _with_exact_coefficients(scheduler_class)
     with warnings.catch_warnings():
-        # diffusers calls DPM-Solver's first form deprecated; it is a published choice here
+        # diffusers deprecates DPM-Solver's first form, which is a published choice here
         warnings.simplefilter("ignore", FutureWarning)
         return scheduler_class(**settings)
 
 
 def set_timesteps(scheduler: Any, steps: int, device: Any = None) -> None:
-    """``scheduler.set_timesteps`` whose timesteps are always ones that the model was trained on.
+    """Call ``scheduler.set_timesteps``, with only timesteps that the model was trained on.
 
     diffusers' "trailing" spacing yields one more, -1, for some counts such as 61, by rounding; its "leading"
     spacing with offset yields 1000 for a thousand steps.

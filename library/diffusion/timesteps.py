@@ -1,8 +1,8 @@
-"""Drawing the timestep at which a sample is trained.
+"""Draw the timestep at which a sample is trained.
 
 Timesteps of DDPM are whole numbers, each as likely as the others. Flow matching draws a noise level sigma from a
-density on (0, 1): ``Density`` gives its distribution function and its inverse, the quantiles. So a draw is one uniform
-number, a range of timesteps cuts the density off at its ends, and fixed levels are those that divide it evenly.
+density on (0, 1): ``Density`` gives its distribution function and its inverse, the quantiles. So a draw needs one
+uniform number, a range of timesteps truncates the density, and fixed levels divide it evenly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from library.errors import UserError
 
 
 def sample_timestep(generator: torch.Generator, min_timestep: int, max_timestep: int) -> int:
-    """A timestep drawn evenly from ``min_timestep`` to ``max_timestep - 1``.
+    """Draw a timestep uniformly from ``min_timestep`` to ``max_timestep - 1``.
 
     Raises:
         ValueError: the range is empty.
@@ -30,9 +30,9 @@ def sample_timestep(generator: torch.Generator, min_timestep: int, max_timestep:
 
 
 def spread_timesteps(min_timestep: int, max_timestep: int, count: int) -> tuple[int, ...]:
-    """The middles of ``count`` equal parts of ``min_timestep`` to ``max_timestep``: the midpoint rule.
+    """Return the middles of ``count`` equal parts of ``min_timestep`` to ``max_timestep``: the midpoint rule.
 
-    A mean over them stands for the mean over all timesteps that ``sample_timestep`` draws from. Fewer where the range
+    A mean over them approximates the mean over all timesteps of ``sample_timestep``. There are fewer where the range
     has fewer than ``count``.
     """
     part = (max_timestep - min_timestep) / count
@@ -46,10 +46,10 @@ class Density(Protocol):
     """A density of noise levels on (0, 1)."""
 
     def cdf(self, sigma: float) -> float:
-        """The share below ``sigma``, 0 to 1."""
+        """Return the probability below ``sigma``, 0 to 1."""
 
     def quantile(self, share: float) -> float:
-        """The noise level below which this share lies: the inverse of ``cdf``."""
+        """Return the noise level below which this share lies: the inverse of ``cdf``."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class LogitNormal:
         if not 0.0 < share < 1.0:
             return 0.0 if share <= 0.0 else 1.0
         z = NormalDist(self.mean, self.std).inv_cdf(share)
-        # of the two forms of sigmoid the one whose exponential stays small
+        # the form of sigmoid whose exponential stays small
         return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
 
 
@@ -139,13 +139,13 @@ class Shifted:
         return shift_sigma(self.density.quantile(share), self.shift)
 
 
-#: less than this share of a density between two noise levels cannot be told from none
+#: a smaller share of a density between two noise levels counts as none
 _LEAST_SHARE = 1e-9
 
 
 @dataclass(frozen=True)
 class Truncated:
-    """A density between two noise levels only, where it keeps its shape: what is outside is never drawn.
+    """A density truncated to the range between two noise levels, where it keeps its shape.
 
     So a run over a range trains what a run without it trains there, and ranges that meet divide the work between them.
     Squeezing the density into the range instead would move its peak.
@@ -175,11 +175,11 @@ class Truncated:
 
 
 def sample_share(generator: torch.Generator) -> float:
-    """A number from [0, 1) in double precision, to take a quantile at."""
+    """Draw a number from [0, 1) in double precision, the argument of a quantile."""
     return torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
-#: densities by name; "sigma" is that of ``--weighting_scheme``
+#: densities by name; "sigma" uses ``--weighting_scheme``
 TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift")
 
 
@@ -194,11 +194,11 @@ def density_of(
     shift: float = 1.0,
     size_shift: float = 1.0,
 ) -> Density:
-    """The density of ``--timestep_sampling``.
+    """Return the density of ``--timestep_sampling``.
 
-    ``sigma``: a number u is drawn as ``--weighting_scheme`` says, and stands for the place in a sampler's table of
-    noise levels, which begins with the highest, as in diffusers' training scripts: 1 - u, shifted by ``shift``. So a
-    positive ``logit_mean`` is for less noise, unlike in Esser et al. 2024. ``uniform``: every level alike. ``sigmoid``:
+    ``sigma``: a number u is drawn as ``--weighting_scheme`` says. It is an index into a sampler's table of noise
+    levels, which begins with the highest, as in diffusers' training scripts: 1 - u, shifted by ``shift``. So a positive
+    ``logit_mean`` means less noise, unlike in Esser et al. 2024. ``uniform``: every level alike. ``sigmoid``:
     sigmoid(sigmoid_scale z), z standard normal. ``shift``: that, shifted by ``shift``. ``flux_shift``: that, shifted by
     ``size_shift``. ``nextdit_shift``: ``uniform`` shifted by ``size_shift``.
 

@@ -1,4 +1,4 @@
-"""Weights of a sample's loss by its timestep; all take (B,) timesteps or noise levels and return (B,) float32.
+"""Weight a sample's loss by its timestep; all functions take (B,) timesteps or noise levels and return (B,) float32.
 
 SNR is alpha_bar / (1 - alpha_bar). A schedule with zero terminal SNR has SNR 0 at its last step.
 """
@@ -70,7 +70,7 @@ def debiased_weight(timesteps: Tensor, schedule: NoiseSchedule, v_prediction: bo
     return 1.0 / snr.clamp(min=_MIN_WEIGHT_SNR).sqrt()
 
 
-#: what ``--weighting_scheme`` may be; logit_normal and mode are densities of the timesteps, not weights
+#: values of ``--weighting_scheme``; logit_normal and mode are densities of the timesteps, not weights
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 
 
