@@ -1,8 +1,8 @@
-"""Reading npz files, in which caches are, several times faster than numpy does.
+"""Read npz files, the format of caches, several times faster than numpy.
 
-An npz file is a zip archive of npy files, one for each array. ``numpy.savez`` stores them uncompressed, so that an
-array is one read at a known place; numpy's reader goes through ``zipfile``'s streams and evaluates each header as
-Python. What is not stored plainly is left to the two.
+An npz file is a zip archive of npy files, one for each array. ``numpy.savez`` stores them uncompressed, so an array is
+one read at a known position; numpy's reader goes through ``zipfile``'s streams and evaluates each header as Python.
+Anything stored otherwise is left to these two.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ENCRYPTED = 0x1
 
 
 class ArrayFile:
-    """The arrays of an open file, each read and checked by its sum (CRC-32) when it is asked for."""
+    """The arrays of an open file, each read and checked by its checksum (CRC-32) on access."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -46,11 +46,11 @@ class ArrayFile:
 
     @property
     def files(self) -> list[str]:
-        """Names of the arrays."""
+        """Return the names of the arrays."""
         return list(self._members)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """One array, in memory of its own.
+        """Return one array, in its own memory.
 
         Raises:
             KeyError: there is no such array.
@@ -74,7 +74,7 @@ class ArrayFile:
         if mark != _LOCAL_MARK or member.file_size > os.fstat(self._file.fileno()).st_size:
             raise zipfile.BadZipFile(f"{member.filename} is not where it should be")
         self._file.seek(name_length + extra_length, io.SEEK_CUR)
-        content = bytearray(member.file_size)  # which may be written to, as torch wants it
+        content = bytearray(member.file_size)  # writable, as torch needs it
         if self._file.readinto(content) != len(content) or zlib.crc32(content) != member.CRC:  # type: ignore[attr-defined]
             raise zipfile.BadZipFile(f"bad CRC-32 of {member.filename}")
         return content
@@ -82,10 +82,10 @@ class ArrayFile:
 
 @lru_cache(maxsize=256)
 def _header(content: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and type from the start of an npy file; those of a run's files are mostly alike.
+    """Return shape, order and dtype from the start of an npy file; they are mostly the same in a run's files.
 
     Raises:
-        ValueError: it is none, or the type is one of Python objects.
+        ValueError: it is no npy file, or holds Python objects.
     """
     file = io.BytesIO(content)
     npy.read_magic(file)
@@ -97,7 +97,7 @@ def _header(content: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 @contextmanager
 def open_arrays(path: Path) -> Iterator[ArrayFile]:
-    """An npz file whose arrays are read, and checked, when they are asked for.
+    """Open an npz file; its arrays are read and checked on access.
 
     Raises:
         FileNotFoundError: as it says.
@@ -108,5 +108,5 @@ def open_arrays(path: Path) -> Iterator[ArrayFile]:
             yield ArrayFile(file)
     except FileNotFoundError:
         raise
-    except Exception as error:  # zipfile and numpy raise of all kinds on damaged files
+    except Exception as error:  # zipfile and numpy raise many kinds of errors on damaged files
         raise ValueError(f"{path}: damaged ({error})") from None

@@ -1,6 +1,6 @@
-"""What changes from use to use of an image: where it is cropped, and its colours.
+"""Augmentations that change at each use of an image: the crop and the colours.
 
-All draws come from keyed generators. Sizes are (W, H) pixels, boxes (left, top, right, bottom).
+All random numbers come from keyed generators. Sizes are (W, H) pixels, boxes (left, top, right, bottom).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ GAMMA_SHIFT = 0.05
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a bucket lies in an image: the image is resized, then cropped; masks go the same way."""
+    """The place of a bucket in an image: the image is resized, then cropped; masks are treated alike."""
 
     resized: Size
     box: Box  # in the resized image
 
 
 def in_the_middle(size: Size, bucket: Size) -> Placement:
-    """The middle of the image that just covers the bucket; what caches hold."""
+    """Return the middle of the image that just covers the bucket; caches hold this placement."""
     resized = covering_size(size, bucket)
     return Placement(resized, crop_box(resized, bucket))
 
 
 def at_random(size: Size, bucket: Size, rng: random.Random) -> Placement:
-    """Anywhere in the image that just covers the bucket."""
+    """Return a random place in the image that just covers the bucket."""
     resized = covering_size(size, bucket)
     return Placement(resized, crop_box(resized, bucket, (rng.random(), rng.random())))
 
@@ -51,7 +51,7 @@ class Face:
 
 
 def face_in_name(path: Path, size: Size) -> Face | None:
-    """The face that a file's name tells of, as ``tools/detect_face_rotate.py`` names its files.
+    """Read the face from a file name, as ``tools/detect_face_rotate.py`` writes it.
 
     That is ``<name>_<centre x>_<centre y>_<width>_<height>.<ending>``. ``None`` where the name has no such end, or
     where it cannot be a face in an image of this ``size``, such as in ``cat_2023_01_02_03.png``.
@@ -67,12 +67,12 @@ def face_in_name(path: Path, size: Size) -> Face | None:
 def around_face(
     size: Size, bucket: Size, face: Face, factors: tuple[float, float], rng: random.Random, *, moves: bool
 ) -> Placement:
-    """A crop around the face, moved into the image where it would stick out.
+    """Return a crop around the face, moved into the image where it would stick out.
 
     Args:
         factors: lowest and highest ratio of the crop's shorter side to the face's longer one; drawn evenly. A crop
             larger than the image becomes the whole image, and none is enlarged that a plain crop would not be.
-        moves: off the middle, anywhere where the face stays inside the crop.
+        moves: whether the crop moves off the middle, with the face inside.
     """
     least = max(bucket[0] / size[0], bucket[1] / size[1])  # the image just covers the bucket
     scale = min(bucket) / (max(face.size) * rng.uniform(*factors))
@@ -89,14 +89,14 @@ def around_face(
 
 
 def vary_colours(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Turn the hue and bend the brightness of uint8 (H, W, 3) RGB a little; the same for the whole image."""
+    """Change hue and gamma of uint8 (H, W, 3) RGB a little, the same for the whole image."""
     return change_colours(
         pixels, hue=rng.uniform(-HUE_SHIFT, HUE_SHIFT), gamma=rng.uniform(1 - GAMMA_SHIFT, 1 + GAMMA_SHIFT)
     )
 
 
 def change_colours(pixels: np.ndarray, *, hue: float, gamma: float) -> np.ndarray:
-    """uint8 (H, W, 3) RGB with its hue turned by ``hue`` degrees and raised to the power of ``gamma``."""
+    """Return uint8 (H, W, 3) RGB with its hue turned by ``hue`` degrees and raised to the power of ``gamma``."""
     cv2 = opencv()
     # as float32 hue has no steps: 0..360 degrees, saturation and value 0..1
     hsv = cv2.cvtColor(pixels.astype(np.float32) / 255.0, cv2.COLOR_RGB2HSV)

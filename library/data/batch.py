@@ -1,4 +1,4 @@
-"""What a step is given: several samples of one size."""
+"""The input of a step: several samples of one size."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """Samples of one dataset and bucket; either ``latents`` or ``images`` is there.
+    """Samples of one dataset and bucket, with either ``latents`` or ``images``.
 
     Shape legend: B samples, C latent channels, (h, w) latent size, (H, W) bucket size.
     """
 
     latents: Tensor | None  # (B, C, h, w) float32, as caches store them
     images: Tensor | None  # (B, 3, H, W) float32 in [-1, 1]
-    loss_masks: Tensor | None  # (B, H, W) float32 in [0, 1], weight of each pixel in the loss; None: all count in full
+    loss_masks: Tensor | None  # (B, H, W) float32 in [0, 1], loss weight of each pixel; None: all are 1
     conditioning_images: Tensor | None  # (B, 3, H, W) float32 in [-1, 1], for trainers that condition on images
     captions: list[str]
     tokens: dict[str, Tensor]  # batch first; stay on the host until they are encoded
@@ -38,11 +38,11 @@ class Batch:
 
     @property
     def target_sizes(self) -> Tensor:
-        """(B, 2) int64, (H, W) of the bucket."""
+        """Return the bucket's (H, W), (B, 2) int64."""
         return torch.tensor([self.bucket[::-1]]).expand(len(self.captions), 2)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """A copy whose samples are on ``device``; tokens stay."""
+        """Return a copy whose samples are on ``device``; tokens stay on the host."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
@@ -60,7 +60,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """Called by the loader, so that copies to the device need not wait."""
+        """Pin the tensors; called by the loader, so that copies to the device need not wait."""
 
         def pin(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.pin_memory()

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which sizes there are, and which one an image is trained at. All sizes are (W, H) pixels."""
+"""Aspect ratio buckets: their sizes, and the bucket of each image. All sizes are (W, H) pixels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Size = tuple[int, int]
 
 #: longest side of a resolution, pixels
 MAX_SIDE = 65_536
-#: most sizes that are worth trying; more are made of bounds far apart with a tiny step
+#: most bucket sizes; more come from bounds far apart with a tiny step
 MAX_SIZES = 50_000
 
-#: keeps a whole number that came out a little too small, pixels
+#: tolerance for whole numbers that come out a little too small, pixels
 _ROUNDING = 1e-6
 
 
@@ -30,7 +30,7 @@ class BucketRules:
 
     @property
     def sides(self) -> range:
-        """Every length that a bucket's side may have: multiples of ``step`` within the two bounds."""
+        """Return every length of a bucket's side: multiples of ``step`` within the two bounds."""
         return range(_up(self.min_side, self.step), self.max_side + 1, self.step)
 
 
@@ -43,7 +43,7 @@ class Buckets:
 
     @classmethod
     def of_sizes(cls, sizes: Iterable[Size]) -> Buckets:
-        """Those of a given list."""
+        """Return buckets of a given list of sizes."""
         made = cls(BucketRules((1, 1)))
         made._rules = BucketRules((1, 1), enabled=True)
         made._use(sorted(set(sizes), key=lambda s: (s[0] / s[1], s[0])))
@@ -54,7 +54,7 @@ class Buckets:
         self._ratios = [width / height for width, height in sizes]
 
     def assign(self, size: Size) -> Size:
-        """The bucket of an image: its own aspect ratio's nearest, or without buckets the resolution."""
+        """Return the bucket of an image: the nearest aspect ratio, or without buckets the resolution."""
         rules = self._rules
         if not rules.enabled:
             return rules.resolution
@@ -68,18 +68,18 @@ class Buckets:
 
 
 def make_sizes(rules: BucketRules) -> list[Size]:
-    """Sizes in multiples of ``step`` whose area does not exceed the resolution's, one for each aspect ratio.
+    """Return sizes in multiples of ``step`` whose area does not exceed the resolution's, one for each aspect ratio.
 
-    For every width the tallest height that fits, and the same turned; sorted by aspect ratio.
+    Each width has the tallest height that fits, and the same rotated; sorted by aspect ratio.
     """
     area = rules.resolution[0] * rules.resolution[1]
     sizes = set()
     shortest = rules.sides[0] if rules.sides else 0
     for width in _widths(rules):
-        # the square too, which is not the tallest of its width where the resolution is no multiple of the step
+        # the square too, which is not the tallest of its width if the resolution is not a multiple of the step
         if width * width <= area:
             sizes.add((width, width))
-        # not by trying all, as bounds far apart with a small step make tens of thousands of sides
+        # not by trying all: bounds far apart with a small step make tens of thousands of sides
         height = min(rules.sides[-1], area // width // rules.step * rules.step)
         if height >= shortest:
             sizes |= {(width, height), (height, width)}
@@ -90,22 +90,23 @@ def make_sizes(rules: BucketRules) -> list[Size]:
 
 
 def _widths(rules: BucketRules) -> range:
-    """The sides that have a place in the area beside the shortest one, wherever the upper bound lies."""
+    """Return the sides that fit into the area beside the shortest one, whatever the upper bound."""
     shortest = _up(rules.min_side, rules.step)
     longest = min(rules.max_side, rules.resolution[0] * rules.resolution[1] // shortest)
     return range(shortest, longest + 1, rules.step)
 
 
 def size_count(rules: BucketRules) -> int:
-    """About how many sizes ``make_sizes`` makes, without making them: two for every width."""
+    """Estimate the number of sizes of ``make_sizes``, without making them: two for every width."""
     return 2 * len(_widths(rules))
 
 
 def own_size(size: Size, rules: BucketRules) -> Size:
-    """Without enlarging: the image's size, shrunk to the resolution's area, cut to multiples of ``step``.
+    """Return the bucket without upscaling: the image's size, shrunk to the resolution's area, cut to multiples of
+    ``step``.
 
-    Only a side shorter than ``step`` is enlarged, as nothing smaller can be trained on; the other is then cut where
-    the area would be exceeded.
+    Only a side shorter than ``step`` is enlarged, because nothing smaller can be trained on; the other is then cut
+    where the area would be exceeded.
     """
     width, height = size
     area, step = rules.resolution[0] * rules.resolution[1], rules.step
@@ -118,7 +119,7 @@ def own_size(size: Size, rules: BucketRules) -> Size:
 
 
 def _shrunk(size: Size, area: int, step: int) -> Size:
-    """The size for an image larger than ``area``: one side as long as fits, the other from the aspect ratio.
+    """Return the size for an image larger than ``area``: one side as long as fits, the other from the aspect ratio.
 
     Cutting both sides to the step by themselves may cut one by almost a whole step and the other by nothing. So each
     side in turn is cut first and the other follows from it; of the two results the nearer aspect ratio is taken.
@@ -143,7 +144,7 @@ def _up(value: int, step: int) -> int:
 
 
 def mean_aspect_error(pairs: list[tuple[Size, Size]]) -> float:
-    """Mean absolute difference between images' and their buckets' aspect ratios, for the metadata."""
+    """Return the mean absolute difference between images' and their buckets' aspect ratios, for the metadata."""
     if not pairs:
         return 0.0
     return sum(abs(size[0] / size[1] - bucket[0] / bucket[1]) for size, bucket in pairs) / len(pairs)

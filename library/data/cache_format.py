@@ -1,8 +1,8 @@
 """Latent cache files: the published npz layout, with a stamp of what the latents were made from.
 
-A file lies beside its image as ``<stem>_<W>x<H><suffix>``, W x H being the image's own size. Files of the
-predecessor have no stamp; they are used when their arrays fit. Arrays that are none of the layout's are left in a
-file that is made again, as other programs may have put them there.
+A file is beside its image, named ``<stem>_<W>x<H><suffix>``, where W x H is the image's own size. Files of the
+predecessor have no stamp; they are used when their arrays fit. Arrays outside the layout are kept when a file is made
+again, because other programs may have written them.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ STAMP = "stamp"
 _STAMP_VERSION = 1
 
 _ARRAYS = ("latents", "original_size", "crop_ltrb", "latents_flipped", "alpha_mask")
-#: what ``np.savez`` calls an array without a name: latents of the first cache files, which say nothing about themselves
+#: name that ``np.savez`` gives to an unnamed array: latents of the first cache files, without any description
 _UNNAMED = "arr_0"
 
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """What a cache holds for one image."""
+    """The cached data of one image."""
 
     latents: np.ndarray  # float32 (C, h, w), as the family stores them
     latents_flipped: np.ndarray | None  # of the mirrored image
@@ -46,7 +46,7 @@ class CachedLatents:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What latents are a function of, besides the code."""
+    """Everything that latents depend on, besides the code."""
 
     image: str  # hash of the file's bytes
     image_file: tuple[int, int, int, int]  # its inode, size in bytes, times of change of content and of inode, ns
@@ -60,7 +60,7 @@ class Stamp:
 
     @staticmethod
     def from_text(text: str) -> Stamp:
-        """A stamp of another version or form becomes one that is never current."""
+        """Parse a stamp; one of another version or form is never current."""
         try:
             values = json.loads(text)
             tuples = {name: tuple(values[name]) for name in ("bucket", "image_file")}
@@ -70,20 +70,20 @@ class Stamp:
 
 
 def make_stamp(image: Path, *, vae: str, bucket: tuple[int, int], interpolation: str | None) -> Stamp:
-    """The stamp of latents made now; reads the whole image file.
+    """Return the stamp of latents made now; reads the whole image file.
 
-    To be called before the pixels are read: an image that changes in between is then found out of date.
+    Call it before the pixels are read, so that an image that changes in between is found outdated.
     """
     return Stamp(image_digest(image), file_identity(image), vae, bucket, interpolation)
 
 
 def _same_source(one: Stamp, other: Stamp) -> bool:
-    """Whether latents with these stamps are the same, wherever their images lay."""
+    """Whether latents with these stamps are the same, wherever their images were."""
     return replace(one, image_file=other.image_file) == other
 
 
 def image_digest(image: Path) -> str:
-    """Hash of an image file's bytes."""
+    """Return the hash of an image file's bytes."""
     digest = hashlib.blake2b(digest_size=16)
     with image.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -92,10 +92,10 @@ def image_digest(image: Path) -> str:
 
 
 def is_current(stamp: Stamp, image: Path, *, vae: str, bucket: tuple[int, int], interpolation: str | None) -> bool:
-    """Whether latents with this stamp are what would be made now.
+    """Whether latents with this stamp equal those that would be made now.
 
-    Size and time of the content do not tell (copying with times, or swapping two files, keeps them); together with
-    inode and its time of change they do, and an image is then not read. All others are compared by their bytes.
+    Size and modification time are not enough (copying with times, or swapping two files, keeps them). Together with
+    inode and its change time they are, and the image is not read. All others are compared by their bytes.
     """
     made_from = (stamp.version, stamp.vae, stamp.bucket, stamp.interpolation)
     if made_from != (_STAMP_VERSION, vae, bucket, interpolation):
@@ -104,7 +104,7 @@ def is_current(stamp: Stamp, image: Path, *, vae: str, bucket: tuple[int, int], 
 
 
 def cache_path(image: Path, size: tuple[int, int], format: LatentFormat) -> Path:
-    """Where the latents of an image of ``size`` (W, H) lie; an old ``<stem>.npz`` is used if it is there."""
+    """Return the cache file of an image of ``size`` (W, H); an old ``<stem>.npz`` is used if it exists."""
     old = image.with_suffix(".npz")
     if not format.multi_resolution and old.exists():
         return old
@@ -139,17 +139,17 @@ def check_places(paths: Iterable[Path], flag: str) -> None:
 
 
 def array_suffix(bucket: tuple[int, int], format: LatentFormat) -> str:
-    """Ending of the arrays' names: files of several resolutions name each by its latent size, ``_<h>x<w>``."""
+    """Return the suffix of array names: files of several resolutions name each by its latent size, ``_<h>x<w>``."""
     if not format.multi_resolution:
         return ""
     return f"_{bucket[1] // format.stride}x{bucket[0] // format.stride}"
 
 
 def write_cache(path: Path, cached: CachedLatents, stamp: Stamp, format: LatentFormat) -> None:
-    """Write a cache file; atomic, also where several programs write the same one.
+    """Write a cache file, atomically, also when several programs write the same one.
 
-    What an existing file holds besides is kept: latents of other sizes, arrays of other programs, and, where they were
-    made from the same, mirrored latents and a mask that this run does not need.
+    Other content of an existing file is kept: latents of other sizes, arrays of other programs, and, with the same
+    source, flipped latents and a mask that this run does not need.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -168,7 +168,7 @@ def write_cache(path: Path, cached: CachedLatents, stamp: Stamp, format: LatentF
 
 
 def _kept(path: Path, stamp: Stamp, suffix: str, format: LatentFormat) -> dict[str, np.ndarray]:
-    """What an existing file holds that stays when latents with ``stamp`` are written to it."""
+    """Return the arrays of an existing file that stay when latents with ``stamp`` are written to it."""
     try:
         arrays = _read_arrays(path)
     except FileNotFoundError:
@@ -190,7 +190,7 @@ def _kept(path: Path, stamp: Stamp, suffix: str, format: LatentFormat) -> dict[s
 
 
 def read_cache(path: Path, bucket: tuple[int, int], format: LatentFormat) -> tuple[CachedLatents, Stamp | None] | None:
-    """Latents for ``bucket`` (W, H), or ``None`` where there are none of that size; every byte is checked.
+    """Read the latents for ``bucket`` (W, H), or ``None`` without that size; every byte is checked.
 
     Raises:
         ValueError: the file is damaged; the message says how.
@@ -221,7 +221,7 @@ def read_cache(path: Path, bucket: tuple[int, int], format: LatentFormat) -> tup
 def read_sample(
     path: Path, bucket: tuple[int, int], format: LatentFormat, *, flipped: bool, alpha_mask: bool
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """What one use needs of a file that ``read_cache`` found good; ``None`` for what is no longer there.
+    """Read what one use needs from a file that ``read_cache`` accepted; ``None`` if it is gone.
 
     Args:
         flipped: whether of the mirrored image.
@@ -254,7 +254,7 @@ def _mask_fits(mask: np.ndarray, bucket: tuple[int, int]) -> bool:
 
 
 def _squeezed(name: str, values: np.ndarray) -> np.ndarray:
-    """Latents of video models' VAEs may be stored with their one frame, (C, 1, h, w)."""
+    """Remove the frame axis: latents of video models' VAEs may be stored as (C, 1, h, w)."""
     return values[:, 0] if name.startswith("latents") and values.ndim == 4 and values.shape[1] == 1 else values
 
 
@@ -264,7 +264,7 @@ def _fits(latents: np.ndarray, bucket: tuple[int, int], format: LatentFormat) ->
 
 
 def _read_arrays(path: Path, suffix: str = "", only: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays whose names end with ``suffix``, or those named in ``only``.
+    """Read the arrays whose names end with ``suffix``, or those named in ``only``.
 
     Raises:
         FileNotFoundError: as it says.

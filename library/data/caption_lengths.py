@@ -1,4 +1,4 @@
-"""How many tokens the captions of a run have, and what the text encoder never sees of them."""
+"""Count the tokens of a run's captions, and find the text that the text encoder never sees."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from library.randomness import python_rng
 
 logger = logging.getLogger(__name__)
 
-#: draws of the choices in a caption with wildcards, to find a long one
+#: random choices of a caption with wildcards, to find a long one
 DRAWS = 8
 
-#: captions whose tokens are counted, the longest ones; cleaning and counting take up to 0.5 ms each
+#: how many of the longest captions are tokenized; cleaning and counting take up to 0.5 ms each
 _MOST_COUNTED = 2000
-#: characters of a text that is cut off which are shown
+#: characters shown of a text that is cut off
 _SHOWN = 80
 
 #: for captions without choices, which draw nothing
@@ -33,16 +33,16 @@ Measure = Callable[[str], CaptionLength]
 def measure_of(
     architecture: Architecture, tokenizers: Sequence[Any], *, max_token_length: int | None, weighted: bool
 ) -> Measure:
-    """A function that counts a caption's tokens as a run's text encoders do."""
+    """Return a function that counts a caption's tokens as a run's text encoders do."""
     return lambda caption: architecture.caption_length(
         tokenizers, caption, max_token_length=max_token_length, weighted=weighted
     )
 
 
 def longest_uses(text: str, rules: CaptionRules) -> list[str]:
-    """Captions that a use of an image may have, at their full length: nothing is dropped, tags are in their order.
+    """Return captions of an image at full length: nothing is dropped, tags are in their order.
 
-    With wildcards some of the many: every line, with several draws of its choices.
+    With wildcards these are samples: every line, with several random choices.
     """
     whole = replace(
         rules, dropout_rate=0.0, dropout_every_n_epochs=0, tag_dropout_rate=0.0, warmup_step=0, shuffle=False
@@ -58,7 +58,7 @@ def longest_uses(text: str, rules: CaptionRules) -> list[str]:
 
 
 def length_of_longest(measure: Measure) -> Callable[[str, CaptionRules], CaptionLength]:
-    """A function of text and rules; texts and rules that come again, such as class tokens, are measured once."""
+    """Return a function of text and rules that measures equal ones, such as class tokens, once."""
 
     @cache
     def longest(text: str, rules: CaptionRules) -> CaptionLength:
@@ -75,7 +75,7 @@ def warn_of_cut_captions(captioned: Iterable[tuple[ImageRecord, CaptionRules]], 
         measure: counts the tokens of a caption.
     """
     limit = measure("").limit
-    # a token is at least one byte of the text, so that short captions need not be tokenized
+    # a token has at least one byte of text, so short captions need not be tokenized
     uses = ((record, use) for record, rules in captioned for use in longest_uses(record.caption, rules))
     long = [(record, use) for record, use in uses if len(use.encode("utf-8", "replace")) >= limit]
     long.sort(key=lambda pair: -len(pair[1]))
@@ -102,6 +102,6 @@ def warn_of_cut_captions(captioned: Iterable[tuple[ImageRecord, CaptionRules]], 
 
 
 def shortened(text: str) -> str:
-    """The beginning of a text for a message."""
+    """Return the beginning of a text for a message."""
     text = " ".join(text.split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

@@ -1,4 +1,4 @@
-"""From the text of a caption file to the caption of one use: a function of text, rules, moment and a generator.
+"""Make the caption of one use from the text of a caption file: a function of text, rules, progress and a generator.
 
 The order is the published one: whole-caption dropout; choice of a line; prefix and suffix; wildcards (those of
 prefix and suffix too); the part kept in its place; tag warm-up; shuffling; tag dropout; the secondary separator.
@@ -26,22 +26,22 @@ class CaptionRules:
     dropout_every_n_epochs: int = 0
     tag_dropout_rate: float = 0.0
     warmup_min: int = 1  # tags at the first step of the warm-up
-    warmup_step: float = 0  # steps until all tags are used; below 1, a share of the run; 0 for none
+    warmup_step: float = 0  # steps until all tags are used; below 1, a fraction of the run; 0 for none
 
     @property
     def is_written_anew(self) -> bool:
-        """Whether two captions of one image, neither of them dropped, may differ at the same step."""
+        """Whether two captions of one image, neither dropped, may differ at the same step."""
         return self.shuffle or self.wildcards or self.tag_dropout_rate > 0
 
     @property
     def drops(self) -> bool:
-        """Whether uses may go without any caption."""
+        """Whether captions may be dropped as a whole."""
         return self.dropout_rate > 0 or self.dropout_every_n_epochs > 0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is when a caption is used."""
+    """The progress of a run when a caption is used."""
 
     step: int  # optimizer steps done before, from 0
     total_steps: int  # of the run
@@ -50,7 +50,7 @@ class Progress:
 def final_caption(
     text: str, rules: CaptionRules, *, epoch: int, rng: random.Random, progress: Progress | None = None
 ) -> str:
-    """The caption of one use.
+    """Return the caption of one use.
 
     Args:
         text: of the caption file, or class tokens; several lines are alternatives with wildcards, and
@@ -66,7 +66,7 @@ def final_caption(
 
 
 def is_dropped(rules: CaptionRules, *, epoch: int, rng: random.Random) -> bool:
-    """Whether this use goes without any caption; arguments as in ``final_caption``."""
+    """Whether this use drops its caption; arguments as in ``final_caption``."""
     if rules.dropout_rate > 0 and rng.random() < rules.dropout_rate:
         return True
     every = rules.dropout_every_n_epochs
@@ -74,7 +74,7 @@ def is_dropped(rules: CaptionRules, *, epoch: int, rng: random.Random) -> bool:
 
 
 def written_caption(text: str, rules: CaptionRules, *, rng: random.Random, progress: Progress | None = None) -> str:
-    """The caption of a use that is not dropped; arguments as in ``final_caption``."""
+    """Return the caption of a use that is not dropped; arguments as in ``final_caption``."""
     lines = _used_lines(text, rules)
     # the line first, so that every line gets prefix and suffix
     caption = rng.choice(lines) if rules.wildcards else lines[0]
@@ -100,15 +100,16 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _join(tags: list[str], separator: str) -> str:
-    """The tags with the separator and a space between them."""
+    """Join tags with the separator and a space."""
     return (separator if separator[-1:].isspace() else f"{separator} ").join(tags)
 
 
 def _arrange_tags(caption: str, rules: CaptionRules, rng: random.Random, progress: Progress | None) -> str:
-    """Hold back, shuffle and drop tags between the kept front and, after a second mark, the kept end."""
+    """Apply warm-up, shuffling and dropout to the tags between the kept front and, after a second mark, the kept
+    end."""
     front, tags, end = _front_tags_end(caption, rules)
     if progress is not None:
-        # before shuffling: tags are written in the order of their weight, and a run learns them in that order
+        # before shuffling: tags are written in the order of importance, and a run learns them in that order
         tags = tags[: _warmed_up(len(tags), rules, progress)]
     if rules.shuffle:
         rng.shuffle(tags)
@@ -128,7 +129,7 @@ def _front_tags_end(caption: str, rules: CaptionRules) -> tuple[list[str], list[
 
 
 def tags_of(text: str, rules: CaptionRules) -> list[str]:
-    """The tags that a use of a caption may have, split as training splits them; choices in braces stay as written."""
+    """Return the tags of a caption, split as in training; choices in braces stay as written."""
     lines = _used_lines(text, rules)
     for mark in filter(None, (rules.keep_tokens_separator, rules.secondary_separator)):
         lines = [line.replace(mark, rules.separator) for line in lines]
@@ -136,19 +137,20 @@ def tags_of(text: str, rules: CaptionRules) -> list[str]:
 
 
 def _used_lines(text: str, rules: CaptionRules) -> list[str]:
-    """All lines that are not empty with wildcards, otherwise the first of them."""
+    """Return all non-empty lines with wildcards, otherwise the first of them."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
     return lines if rules.wildcards else lines[:1]
 
 
 def movable_tags(text: str, rules: CaptionRules) -> int:
-    """How many tags of a caption can be shuffled, dropped or held back; of several lines, the most."""
+    """Return how many tags of a caption can be shuffled, dropped or held back; of several lines, the most."""
     whole = (f"{rules.prefix or ''} {line} {rules.suffix or ''}" for line in _used_lines(text, rules))
     return max(len(_front_tags_end(line, rules)[1]) for line in whole)
 
 
 def _warmed_up(count: int, rules: CaptionRules, progress: Progress) -> int:
-    """How many of ``count`` tags are used now: from ``warmup_min`` at step 0, linearly, to all at ``warmup_step``."""
+    """Return how many of ``count`` tags are used now: linear from ``warmup_min`` at step 0 to all at
+    ``warmup_step``."""
     steps = rules.warmup_step if rules.warmup_step >= 1 else rules.warmup_step * progress.total_steps
     if progress.step >= steps or count <= rules.warmup_min:
         return count
@@ -160,16 +162,16 @@ def _warmed_up(count: int, rules: CaptionRules, progress: Progress) -> int:
 
 @dataclass
 class _Choice:
-    """A choice between parts, while it is read and after; a part is text and choices in a row."""
+    """A choice between parts, during parsing and after; a part is a sequence of text and choices."""
 
     doubled: bool = False  # began with "{{"
     parts: list[list[str | _Choice]] = field(default_factory=lambda: [[]])
 
 
 def expand_wildcards(text: str, rng: random.Random) -> str:
-    """``{a|b}`` becomes one of its parts, in which there may be further choices; ``{{`` and ``}}`` are plain braces.
+    """Replace ``{a|b}`` by one of its parts, which may hold further choices; ``{{`` and ``}}`` are plain braces.
 
-    Braces side by side are read by what they belong to: ``{a|{b|c}}`` is a choice in a choice, ``{a|{{b}}}`` one
+    Adjacent braces are resolved by their partners: ``{a|{b|c}}`` is a choice in a choice, ``{a|{{b}}}`` one
     between a and {b}. Braces without a partner are plain text.
     """
     return _expand(_parse(text), rng) if "{" in text or "}" in text else text
@@ -180,15 +182,15 @@ def _expand(row: list[str | _Choice], rng: random.Random) -> str:
 
 
 def _parse(text: str) -> list[str | _Choice]:
-    """The text as a row of plain pieces and choices."""
+    """Parse the text into a sequence of plain pieces and choices."""
     whole = _Choice()
-    open_ones = [whole]  # the text as a whole counts as open to the end
+    open_ones = [whole]  # the whole text is the outermost open choice
 
     def add(piece: str | _Choice) -> None:
         open_ones[-1].parts[-1].append(piece)
 
     def close_as_text(ending: str) -> None:
-        """The innermost open braces are plain after all, and so are their bars."""
+        """Turn the innermost open braces, and their bars, back into plain text."""
         row = _as_text(open_ones.pop())
         for piece in (*row, ending):
             add(piece)

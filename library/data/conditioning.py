@@ -1,4 +1,4 @@
-"""Mask and conditioning images: finding the one of each image, and what a trainer may use them for."""
+"""Find the mask or conditioning image of each image, and check how a trainer may use them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-#: what images of ``conditioning_data_dir`` are to a trainer: weights of the loss, or input of the model
+#: role of the images in ``conditioning_data_dir``: loss weights, or model input
 Role = Literal["mask", "image"]
 
 #: names shown in one message
 _SHOWN = 3
-#: aspect ratios that differ by more are not the rounding of a resized copy
+#: larger differences of aspect ratios are not rounding of a resized copy
 _ASPECT_TOLERANCE = 0.03
 
 
@@ -32,7 +32,7 @@ def check_roles(config: DatasetConfig, role: Role, *, masked_loss: bool) -> None
     """Refuse mask and conditioning images that would not be used, and missing ones.
 
     Args:
-        role: of conditioning images, a matter of the trainer.
+        role: of conditioning images, decided by the trainer.
         masked_loss: whether the user asked for it.
 
     Raises:
@@ -63,7 +63,8 @@ def check_roles(config: DatasetConfig, role: Role, *, masked_loss: bool) -> None
 
 
 def pair(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageRecord]:
-    """Records with the conditioning image of the same name (but for the ending); as they are, if there is no folder.
+    """Return records with the conditioning image of the same name (with any extension); unchanged if there is no
+    folder.
 
     Raises:
         UserError: conditioning images that are missing, ambiguous or unreadable; all at once.
@@ -97,9 +98,9 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _readable(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageRecord]:
-    """Read every header, so that a damaged image is found now and not in the middle of a run.
+    """Read every header, so that a damaged image is found now instead of in the middle of a run.
 
-    With ``on_bad_image`` "skip", what has a damaged one is left out.
+    With ``on_bad_image`` "skip", records with a damaged one are left out.
     """
 
     def aspect(path: Path) -> float | UserError:
@@ -134,7 +135,7 @@ def _readable(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[ImageR
 
 
 def check_none_is_extra(subsets: Iterable[tuple[SubsetSpec, Sequence[ImageRecord]]]) -> None:
-    """Refuse conditioning images that belong to no image: a name is misspelt, or an image was lost.
+    """Refuse conditioning images that belong to no image: a name is misspelt, or an image is missing.
 
     Args:
         subsets: every subset of the run with its records, as several may share a folder.
@@ -150,7 +151,7 @@ def check_none_is_extra(subsets: Iterable[tuple[SubsetSpec, Sequence[ImageRecord
         folder = same_file(subset.conditioning_dir)  # which subsets may name differently
         spelt.setdefault(folder, subset.conditioning_dir)
         known[folder] |= {record.path.stem for record in records}
-        if subset.on_bad_image == "skip":  # what was left out has a mask all the same
+        if subset.on_bad_image == "skip":  # images that were left out have masks, too
             of_images = {record.folder for record in records} | ({subset.image_dir} if subset.image_dir else set())
             known[folder] |= {path.stem for place in of_images for path in _images_in(place)}
     problems = []

@@ -1,4 +1,4 @@
-"""Drawing the samples of batches for people: as the model gets them, with everything that goes with them."""
+"""Lay out the samples of batches for people: as the model gets them, with masks, captions and facts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from library.plain_text import printable, visible
 if TYPE_CHECKING:
     from library.data.batch import Batch
 
-#: samples that fill a sheet; a batch is never spread over two, so that there may be a few more
+#: samples on a sheet; a batch is never split over two sheets, so there may be a few more
 CELLS = 12
 #: samples side by side
 COLUMNS = 4
-#: bounds of a drawn image's longer side, pixels; none is enlarged
+#: bounds of a shown image's longer side, pixels; none is enlarged
 LEAST_SIDE, LARGEST_SIDE = 240, 384
 #: lines of a caption; the whole of it is in LIST_NAME
 CAPTION_LINES = 8
@@ -47,7 +47,7 @@ class Shown:
     batch: int
     place: int  # in its batch
     path: str
-    pixels: np.ndarray  # uint8 (H, W, 3), after everything that is done to it
+    pixels: np.ndarray  # uint8 (H, W, 3), after all augmentation
     mask: np.ndarray | None  # uint8 (H, W), 255 where the loss counts in full
     conditioning: np.ndarray | None  # uint8 (H, W, 3)
     caption: str  # of this use
@@ -58,7 +58,7 @@ class Shown:
     loss_weight: float
 
     def facts(self) -> dict[str, Any]:
-        """All but the pixels, as JSON values."""
+        """Return everything but the pixels, as JSON values."""
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -75,7 +75,7 @@ class Shown:
         }
 
     def lines(self) -> list[str]:
-        """What stands above the caption."""
+        """Return the lines above the caption."""
         weight = f"loss weight {self.loss_weight:g}"
         if self.mask is not None:
             weight += f", mask {self.mask.mean() / 255:.0%} on average"
@@ -88,13 +88,13 @@ class Shown:
 
     @property
     def panels(self) -> list[np.ndarray]:
-        """The image and what goes with it."""
+        """Return the image, and its mask and conditioning image."""
         found = [self.pixels, self.mask, self.conditioning]
         return [panel for panel in found if panel is not None]
 
 
 def samples_of(batch: Batch, *, epoch: int, step: int, number: int) -> list[Shown]:
-    """The samples of a batch that was made from images, not from cached latents.
+    """Return the samples of a batch that was made from images, not from cached latents.
 
     Args:
         epoch: from 1.
@@ -182,7 +182,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
-    """Lines of at most ``width`` pixels, broken at spaces, or anywhere in words that are longer; ``most`` of them."""
+    """Wrap text into at most ``most`` lines of ``width`` pixels, at spaces, or anywhere in longer words."""
     lines = [""]
     for word in " ".join(text.split()).split(" "):
         longer = f"{lines[-1]} {word}".strip()
@@ -201,7 +201,8 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 class SheetWriter:
-    """Writes ``sheet_0001.jpg``, ... and a line of JSON for each sample into a folder; earlier sheets there go."""
+    """Writes ``sheet_0001.jpg``, ... and a line of JSON for each sample into a folder, and removes earlier sheets
+    there."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -211,10 +212,10 @@ class SheetWriter:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             if _SHEET.fullmatch(path.name):
-                path.unlink()  # else sheets of a longer data set would stay behind those of a shorter
+                path.unlink()  # otherwise sheets of an earlier, larger data set would remain
 
     def add(self, samples: Sequence[Shown]) -> None:
-        """A whole batch."""
+        """Add a whole batch."""
         self._waiting += samples
         self._facts += [json.dumps(sample.facts(), ensure_ascii=False) + "\n" for sample in samples]
         if len(self._waiting) >= CELLS:

@@ -1,7 +1,7 @@
 """All data of a run: records in buckets, the keyed order of every epoch, and the loader of its batches.
 
-An epoch's batches are a function of (seed, epoch). A batch's reference carries all that its samples depend on,
-so a loader worker keeps no state, and an epoch may be entered at any batch.
+An epoch's batches are a function of (seed, epoch). A batch's reference carries everything that its samples depend on,
+so a loader worker keeps no state, and an epoch can start at any batch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["Batch", "BatchRef", "BucketedDataset", "TrainingData", "Use"]
 
 
-#: images in an epoch, by their repeats, from where on their order alone would take gigabytes
+#: most images in an epoch, repeats included; beyond it their order alone would take gigabytes
 _MOST_USES = 20_000_000
 
 
@@ -54,7 +54,7 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchRef:
-    """All that a batch is made from."""
+    """Everything that a batch is made from."""
 
     dataset: int
     epoch: int
@@ -68,12 +68,12 @@ Find = Callable[[SubsetSpec, int, "Seen | None"], list[ImageRecord]]
 
 
 def find_subset(subset: SubsetSpec, index: int, seen: Seen | None) -> list[ImageRecord]:
-    """A subset's images with their captions and masks. Raises UserError: all that is wrong with them."""
+    """Find a subset's images with their captions and masks. Raises UserError with all that is wrong with them."""
     return pair(subset, discover(subset, index, seen))
 
 
 def find_records(spec: DatasetSpec, seen: Seen | None = None, find: Find = find_subset) -> list[ImageRecord]:
-    """The records of all subsets of a dataset, with their conditioning images; for ``seen`` see ``discover``."""
+    """Find the records of all subsets of a dataset, with their conditioning images; for ``seen`` see ``discover``."""
     records: list[ImageRecord] = []
     problems = []
     for index, subset in enumerate(spec.subsets):
@@ -89,7 +89,7 @@ def find_records(spec: DatasetSpec, seen: Seen | None = None, find: Find = find_
 
 
 def by_subset(spec: DatasetSpec, records: Sequence[ImageRecord]) -> list[tuple[SubsetSpec, list[ImageRecord]]]:
-    """Every subset of a dataset with its own of the records."""
+    """Return every subset of a dataset with its records."""
     own: dict[int, list[ImageRecord]] = {}
     for record in records:
         own.setdefault(record.subset, []).append(record)
@@ -97,7 +97,7 @@ def by_subset(spec: DatasetSpec, records: Sequence[ImageRecord]) -> list[tuple[S
 
 
 class BucketedDataset:
-    """The records of one ``[[datasets]]`` table that are trained, or validated, on, by bucket."""
+    """The training or validation records of one ``[[datasets]]`` table, by bucket."""
 
     def __init__(self, spec: DatasetSpec, records: list[ImageRecord]) -> None:
         self.spec = spec
@@ -115,10 +115,10 @@ class BucketedDataset:
         return self.spec.subsets[self.records[record].subset]
 
     def _check_repeats(self) -> None:
-        """Refuse an epoch that no memory holds; a longer run needs more epochs, and not longer ones."""
+        """Refuse an epoch that does not fit into memory; a longer run needs more epochs, not longer ones."""
         most = max(self.spec.subsets, key=lambda subset: subset.num_repeats)
         if len(self.records) * most.num_repeats <= _MOST_USES:
-            return  # as nearly always, without counting
+            return  # the usual case, without counting
         count = self.num_train + self.num_reg
         if count > _MOST_USES:
             raise UserError(
@@ -127,7 +127,7 @@ class BucketedDataset:
             )
 
     def _uses(self) -> list[Use]:
-        """What an epoch is made of: training images by their repeats, as many regularization images."""
+        """Return the uses of an epoch: training images by their repeats, and as many regularization images."""
         train, regularization = [], []
         for index in range(len(self.records)):
             subset = self.subset(index)
@@ -147,12 +147,12 @@ class BucketedDataset:
 
     @property
     def num_train(self) -> int:
-        """Training images by their repeats."""
+        """Return the number of training images, repeats included."""
         return self._count(is_reg=False)
 
     @property
     def num_reg(self) -> int:
-        """Regularization images by their repeats; an epoch uses as many as there are training images."""
+        """Return the number of regularization images, repeats included; an epoch uses as many as training images."""
         return self._count(is_reg=True)
 
     def _count(self, *, is_reg: bool) -> int:
@@ -164,7 +164,7 @@ class BucketedDataset:
         return sum(-(-len(uses) // size) for uses in self.uses_by_bucket.values())
 
     def batches(self, seed: int, epoch: int, index: int) -> list[BatchRef]:
-        """Batches of an epoch, bucket by bucket; only a bucket's last may be short."""
+        """Return the batches of an epoch, bucket by bucket; only a bucket's last may be short."""
         return [ref for refs, _ in self.batches_by_bucket(seed, epoch, index) for ref in refs]
 
     def batches_by_bucket(self, seed: int, epoch: int, index: int) -> Iterator[tuple[list[BatchRef], bool]]:
@@ -178,7 +178,7 @@ class BucketedDataset:
             yield found, len(uses) % size > 0
 
     def wanted(self, record: int) -> Wanted:
-        """The latents that this record needs."""
+        """Return the latents that this record needs."""
         subset, found = self.subset(record), self.records[record]
         return Wanted(
             found.path,
@@ -193,7 +193,7 @@ class BucketedDataset:
         return self.subset(record).resize_interpolation or self.spec.resize_interpolation
 
     def bucket_counts(self) -> dict[Size, int]:
-        """Uses in an epoch by bucket (W, H)."""
+        """Return the uses in an epoch by bucket (W, H)."""
         return dict(sorted(Counter(self.bucket_of[use.record] for use in self.uses).items()))
 
 
@@ -211,7 +211,7 @@ def _check_steps(spec: DatasetSpec, format: LatentFormat) -> None:
 
 
 def _check_faces(spec: DatasetSpec, records: Sequence[ImageRecord]) -> None:
-    """Say which images cannot be cropped around a face; an error where none of a subset can."""
+    """Name images that cannot be cropped around a face; an error if none of a subset can."""
     problems = []
     for subset, of_subset in by_subset(spec, records):
         if subset.face_crop_range is None or not of_subset:
@@ -234,15 +234,15 @@ def _check_faces(spec: DatasetSpec, records: Sequence[ImageRecord]) -> None:
 class TrainingData:
     """The data of a run, all datasets together.
 
-    ``datasets`` are what is trained on, and ``validation_datasets`` what is kept from it; a dataset is in either, or
-    in both with a part of its images each.
+    ``datasets`` are trained on, ``validation_datasets`` are held out; a dataset is in one of them, or in both with a
+    part of its images each.
 
     Args:
         config: the checked dataset file.
         seed: of the run.
         latent: the family's latent format.
         prior_loss_weight: weight of regularization images.
-        conditioning_as: what the images of ``conditioning_data_dir`` become in a batch.
+        conditioning_as: role of the images of ``conditioning_data_dir`` in a batch.
         find: finds the records of a subset.
 
     Raises:
@@ -291,13 +291,13 @@ class TrainingData:
         self._loader: Loader | None = None
 
     def image_count(self) -> int:
-        """Different images in different sizes, over all datasets."""
+        """Return the number of different images in different sizes, over all datasets."""
         return len(self._wanted())
 
     # ---- the order ----
 
     def batch_count(self) -> int:
-        """Batches of an epoch, over all processes."""
+        """Return the number of batches of an epoch, over all processes."""
         return sum(dataset.batch_count() for dataset in self.datasets)
 
     def batches_per_process(self, world_size: int) -> int:
@@ -334,7 +334,7 @@ class TrainingData:
         peers: Peers = Peers(),
         pin_memory: bool = False,
     ) -> int:
-        """Make the cache complete; returns how many images had to be encoded. For the arguments see ``fill``."""
+        """Complete the cache and return how many images had to be encoded. For the arguments see ``fill``."""
         self.maker.latents, made = fill(
             self._wanted(),
             encode,
@@ -350,7 +350,8 @@ class TrainingData:
         return made
 
     def _wanted(self) -> list[Wanted]:
-        """What the latent cache must hold; an image mirrored in one subset only is listed once, with both.
+        """Return what the latent cache must hold; an image that is flipped in one subset only is listed once, with
+        both.
 
         The same goes for its alpha mask.
         """
@@ -366,7 +367,7 @@ class TrainingData:
         return list(merged.values())
 
     def captioned(self) -> Iterator[tuple[ImageRecord, CaptionRules]]:
-        """Every image that is used, for training or validation, with the rules of its caption."""
+        """Return every image that is used, for training or validation, with the rules of its caption."""
         for dataset in (*self.datasets, *self.validation_datasets):
             for record in sorted({use.record for use in dataset.uses}):
                 yield dataset.records[record], dataset.subset(record).captions
@@ -386,10 +387,10 @@ class TrainingData:
         world_size: int = 1,
         plan: RunPlan | None = None,
     ) -> Iterator[Batch]:
-        """The batches of an epoch (counted from 0) from ``start_batch`` on, prepared ahead in workers.
+        """Return the batches of an epoch (counted from 0) from ``start_batch`` on, prepared ahead in workers.
 
-        The settings besides ``epoch`` and ``start_batch`` must be the same for a whole run. ``plan`` tells the step
-        of a batch, for the tag warm-up; without it, the warm-up counts as over.
+        The settings besides ``epoch`` and ``start_batch`` must be the same for a whole run. ``plan`` gives the step of
+        a batch, for the tag warm-up; without it, the warm-up counts as over.
 
         Raises:
             UserError: while iterating: an image or cache file that cannot be read; a worker that was killed.

@@ -1,6 +1,6 @@
-"""The dataset file: what data a run has, checked in full before anything is loaded.
+"""The dataset file: the data of a run, checked in full before anything is loaded.
 
-A key may stand in a subset, a dataset, ``[general]``, or on the command line; the nearest wins. All mistakes
+A key may be in a subset, a dataset, ``[general]``, or on the command line; the innermost wins. All mistakes
 of a file are reported at once.
 """
 
@@ -64,11 +64,11 @@ class SubsetSpec:
     metadata_file: Path | None = None  # captions and tags of the fine-tuning method, instead of caption files
     cache_info: bool = False  # remember sizes and captions in the folder
     on_bad_image: str = "stop"  # or "skip"
-    validation_split: float = 0.0  # share of its images that are kept for validation, 0 to 1
+    validation_split: float = 0.0  # fraction of held-out images, 0 to 1
 
     @property
     def source(self) -> Path:
-        """Where captions come from: the metadata file, else the folder."""
+        """Return the source of captions: the metadata file, else the folder."""
         source = self.metadata_file or self.image_dir
         assert source is not None  # one of them is always given
         return source
@@ -83,7 +83,7 @@ class DatasetSpec:
     network_multiplier: float
     resize_interpolation: str | None
     subsets: tuple[SubsetSpec, ...]
-    validation_seed: int | None = None  # of the choice of validation images and of their noise; the run's, if None
+    validation_seed: int | None = None  # of the choice of held-out images and of their noise; the run's, if None
 
     @property
     def is_dreambooth(self) -> bool:
@@ -98,7 +98,7 @@ class DatasetConfig:
 
     @property
     def validates(self) -> bool:
-        """Whether any images are kept for validation."""
+        """Whether any images are held out for validation."""
         return any(subset.validation_split > 0 for dataset in self.datasets for subset in dataset.subsets)
 
 
@@ -108,7 +108,7 @@ def load_dataset_config(
     """Read and check the dataset file, or the folders that the command line names.
 
     Args:
-        options: stand in for keys that the file does not give.
+        options: values for keys that the file does not give.
         validation: the same, of validation.
 
     Raises:
@@ -124,7 +124,7 @@ def load_dataset_config(
 
 
 def load_json(path: Path) -> Any:
-    """Content of a JSON file.
+    """Read a JSON file.
 
     Raises:
         UserError: it is missing, cannot be read, or is not JSON.
@@ -182,7 +182,7 @@ def _from_folders(options: DatasetOptions) -> dict[str, Any]:
 
 
 class _Reader:
-    """One file's tables to specs, collecting every mistake."""
+    """Turns one file's tables into specs and collects every mistake."""
 
     def __init__(self, source: str, options: DatasetOptions, validation: ValidationOptions | None) -> None:
         self._source = source
@@ -193,7 +193,7 @@ class _Reader:
         self._command_line = self._from_command_line()
 
     def _from_command_line(self) -> dict[str, Any]:
-        """Values of options that stand in for keys, by key; ``None`` counts as not given."""
+        """Return values of options for keys, by key; ``None`` counts as not given."""
         found = {}
         for name, key in KEYS.items():
             flag = key.flag
@@ -241,7 +241,7 @@ class _Reader:
         self._problems.append(f"{self._source}: {where}: {key}: {text}")
 
     def _table(self, table: Any, level: str, where: str) -> dict[str, Any]:
-        """Values of one table that are of the right kind and at the right level."""
+        """Return the values of one table that have the right kind and level."""
         if not isinstance(table, Mapping):
             self._problem(where, level, "must be a table")
             return {}
@@ -266,7 +266,7 @@ class _Reader:
         return good
 
     def _lookup(self, *tables: Mapping[str, Any]) -> dict[str, Any]:
-        """Every key's value: the nearest table's, else the command line's, else the default."""
+        """Return every key's value: the innermost table's, else the command line's, else the default."""
         values = {name: key.default for name, key in KEYS.items()}
         for table in (self._command_line, *reversed(tables)):
             values.update(table)
@@ -380,7 +380,7 @@ class _Reader:
                 "%s: %s: validation_split has no effect: regularization images are never validated on",
                 *(self._source, where),
             )
-        if not self._problems:  # else values may be missing
+        if not self._problems:  # otherwise values may be missing
             tables = ((where, own), (where.rsplit(" > ")[0], dataset), (GENERAL, general))
             seed = dataset.get("validation_seed", general.get("validation_seed"))  # no subset has its own
             self._unused.note(
@@ -425,7 +425,7 @@ class _Reader:
         )
 
     def _check_cached_texts(self, values: Mapping[str, Any], where: str) -> None:
-        """Refuse captions that cannot be encoded once; dropping them as a whole can always be had."""
+        """Refuse captions that cannot be encoded once; dropping whole captions always works."""
         options = self._options
         if not (options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk):
             return
@@ -445,7 +445,7 @@ class _Reader:
             )
 
     def _places_are_good(self, folder: str | None, metadata: str | None, table: Any, where: str) -> bool:
-        """Whether folder and metadata file of a subset are there."""
+        """Whether folder and metadata file of a subset exist."""
         before = len(self._problems)
         if metadata is not None:
             if Path(metadata).suffix.lower() not in (".json", ".jsonl"):
@@ -466,10 +466,10 @@ class _Reader:
 
 
 def _folder_problem(folder: str) -> str | None:
-    """Why images cannot be looked for there; ``None`` if they can."""
+    """Return why a folder cannot be searched for images; ``None`` if it can."""
     if not os.path.isdir(folder):
         return f"no such folder{home_hint(folder)}"
-    # a folder that may be listed but not entered gives names alone
+    # a folder that may be listed but not entered gives only names
     return None if os.access(folder, os.R_OK | os.X_OK) else "may not be read (permission denied)"
 
 
@@ -483,12 +483,12 @@ def _has_images(folder: Path) -> Iterator[bool]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself; reading it says what is wrong
+    except OSError:  # a link that leads to itself; reading it reports what is wrong
         return False
 
 
 def _inside(folder: str) -> str:
-    """A hint if the images lie one level deeper, where they are not looked for."""
+    """Return a hint if the images are one level deeper, where they are not searched."""
     inner = sorted(path for path in Path(folder).iterdir() if path.is_dir() and os.access(path, os.R_OK | os.X_OK))
     found = next((path.name for path in inner if any(_has_images(path))), None)
     return f"; folders inside are not searched: name each in a subset of its own, such as {found}" if found else ""

@@ -1,4 +1,4 @@
-"""The keys of a dataset file: where each may stand, what it holds, and the option that it falls back to."""
+"""The keys of a dataset file: their levels, their kinds of values, and the options that they fall back to."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ KEYS: dict[str, Key] = {
     "validation_seed": Key("int", _OF_DATASET, "validation_seed"),
 }
 
-#: keys that are published under another name too
+#: keys that have a second published name
 OTHER_NAMES = {"interpolation_type": "resize_interpolation"}
 
-#: what differs from use to use, so that nothing can be encoded once
+#: keys that change an image at each use, so latents cannot be encoded once
 NOT_WITH_CACHED_LATENTS = ("random_crop", "face_crop_aug_range", "color_aug")
-#: what draws captions anew at each use, so that several of them must be encoded
+#: keys that change captions at each use, so several variants must be encoded
 NEEDS_CAPTION_VARIANTS = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate")
-#: keys that say nothing about the images of a metadata file
+#: keys without a meaning for the images of a metadata file
 NOT_WITH_METADATA = ("caption_extension", "class_tokens", "is_reg", "cache_info")
 
-#: what belongs on the command line only
+#: names that belong on the command line only
 OPTIONS_ONLY = (
     *("debug_dataset", "max_token_length", "on_bad_image", "prior_loss_weight"),
     *("validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps"),
@@ -89,7 +89,7 @@ def _is_number(value: Any) -> bool:
 
 
 def parse_size(value: Any) -> tuple[int, int] | None:
-    """(W, H) of a number, a list, or the command line's "n" or "w,h"; ``None`` if it is none of them."""
+    """Return (W, H) of a number, a list, or the command line's "n" or "w,h"; ``None`` for anything else."""
     if isinstance(value, str):
         parts = value.replace(" ", "").split(",")
         if not all(part.isdecimal() for part in parts):
@@ -103,7 +103,7 @@ def parse_size(value: Any) -> tuple[int, int] | None:
 
 
 def number_range(value: Any) -> tuple[float, float] | None:
-    """(low, high) of a list, or of the command line's "low,high"; ``None`` if it is none of them."""
+    """Return (low, high) of a list, or of the command line's "low,high"; ``None`` for anything else."""
     if isinstance(value, str):
         try:
             value = [float(part) for part in value.split(",")]
@@ -141,5 +141,5 @@ CHECKS = {
     ),
 }
 
-#: kinds that the command line writes in another form than the file -> reader, ``None`` for what it cannot read
+#: kinds that the command line writes in another form than the file -> reader, which returns ``None`` on failure
 FROM_COMMAND_LINE = {"size": parse_size, "range": number_range}

@@ -1,4 +1,4 @@
-"""A run's data in the published metadata keys, and in lines for people."""
+"""Describe a run's data in the published metadata keys, and in lines for people."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from library.randomness import key
 def metadata(
     data: TrainingData, *, from_file: bool, world_size: int = 1, gradient_accumulation_steps: int = 1
 ) -> dict[str, Any]:
-    """``ss_datasets`` (with a dataset file) or the flat keys (without), and the counts; tables as Python values."""
+    """Return ``ss_datasets`` (with a dataset file) or the flat keys (without), and the counts; tables as Python
+    values."""
     entries: dict[str, Any] = {
         "ss_num_train_images": sum(d.num_train for d in data.datasets),
         "ss_num_validation_images": sum(len(d.records) for d in data.validation_datasets),
@@ -77,7 +78,7 @@ class _FreeNames:
 
 
 def tags_by_source(datasets: Sequence[BucketedDataset]) -> dict[Path, dict[str, int]]:
-    """How many captions of a folder or metadata file have a tag, in lower case; tags are split as training does."""
+    """Count the captions of a folder or metadata file that have a tag, in lower case; tags are split as in training."""
     counts: dict[Path, Counter[str]] = {}
     counted: set[tuple[Path, Path]] = set()
     for dataset in datasets:
@@ -153,7 +154,7 @@ def _subset_entry(subset: SubsetSpec, count: int) -> dict[str, Any]:
 
 
 def summary_rows(data: TrainingData) -> list[tuple[str, str]]:
-    """Rows for the table before the first step."""
+    """Return rows for the table before the first step."""
     rows = []
     for number, dataset in enumerate(data.datasets, start=1):
         name = "data" if len(data.datasets) == 1 else f"data {number}"
@@ -167,6 +168,6 @@ def summary_rows(data: TrainingData) -> list[tuple[str, str]]:
 
 
 def validation_set(data: TrainingData) -> str:
-    """A short text that differs where other images are validated on."""
+    """Return a short text that differs if other images are held out."""
     names = [part for d in data.validation_datasets for record in d.records for part in name_of(record)]
     return f"{len(names) // 2} ({key(*names):016x})"

@@ -1,4 +1,4 @@
-"""Finding a subset's images, their captions and sizes; files are read in parallel."""
+"""Find a subset's images, their captions and sizes; files are read in parallel."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ T = TypeVar("T")
 K = TypeVar("K")
 Size = tuple[int, int]
 
-#: what was found out about images, by folder and name; shared by the subsets of a run that have the same folder
+#: what is known about images, by folder and name; shared by the subsets of a run that have the same folder
 Seen = dict[Path, dict[str, Size | UserError]]
 
 #: names shown in one message
 _SHOWN = 3
 
-#: images handed to a thread at a time: one alone takes less time than handing it over
+#: images per task of a thread: one image takes less time than handing it over
 _CHUNK = 64
 
-#: seconds an image from which on threads are faster; from the page cache it takes a tenth
+#: seconds per image above which threads are faster; from the page cache an image takes a tenth
 _SLOW = 3e-4
 
 
 @dataclass
 class Faults:
-    """What is wrong with the images of one or more subsets, for those who want all of it instead of an error."""
+    """Everything that is wrong with the images of one or more subsets, for callers that collect faults."""
 
     unreadable: dict[Path, str] = field(default_factory=dict)  # image -> why
     captions: dict[Path, str] = field(default_factory=dict)  # image whose caption file cannot be read -> why
@@ -53,16 +53,16 @@ class Faults:
 def discover(
     subset: SubsetSpec, index: int, seen: Seen | None = None, faults: Faults | None = None
 ) -> list[ImageRecord]:
-    """All records of a subset, in the order of the images' names.
+    """Return all records of a subset, in the order of the images' names.
 
     Images that cannot be read end the run with one line each or, with ``subset.on_bad_image`` "skip", are left out
     with a warning each.
 
     Args:
         index: of the subset in its dataset.
-        seen: taken from and added to, so that a folder of several subsets is measured once.
-        faults: filled with what would otherwise end the run, whatever ``subset.on_bad_image`` says; images without
-            a caption get an empty one, and the list may be empty. A metadata file with mistakes still raises.
+        seen: read and extended, so that a folder of several subsets is measured once.
+        faults: collects what would otherwise end the run, whatever ``subset.on_bad_image`` says. Images without a
+            caption get an empty one, and the list may be empty. A metadata file with mistakes still raises.
 
     Raises:
         UserError: images or captions that cannot be read, images without caption where there are no class tokens
@@ -86,7 +86,7 @@ def _in_folder(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None
     others = [f for f in found if isinstance(f, _Found)]
     if cache is not None:
         current = len(found) - sum(f.entry is None for f in others)
-        # as many as there are, and none of them new: the same
+        # the same number, and none of them new: the same images
         if current != len(cache) or any(f.is_new for f in others):
             entries = ((f.name, f.entry if isinstance(f, _Found) else cache.entry(f.name)) for f in found)
             cache.write({name: entry for name, entry in entries if entry is not None})
@@ -116,7 +116,7 @@ def _in_folder(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None
 
 
 def _described(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None) -> list[ImageRecord]:
-    """The records of a metadata file, in its order."""
+    """Return the records of a metadata file, in its order."""
     captions = read_metadata(subset)
     new: list[UserError] = []
 
@@ -149,7 +149,7 @@ def _described(subset: SubsetSpec, index: int, seen: Seen, faults: Faults | None
 
 
 def _bad_images(subset: SubsetSpec, errors: list[UserError]) -> list[str]:
-    """Lines that end the run; none, and warnings, where bad images are left out."""
+    """Return the lines that end the run; where bad images are left out, warn and return none."""
     if subset.on_bad_image != "skip":
         return [str(error) for error in errors]
     for error in errors:
@@ -174,7 +174,7 @@ def _caption_problems(subset: SubsetSpec, found: list[_Found]) -> list[str]:
 def _with_faults(
     subset: SubsetSpec, found: Sequence[_Found | ImageRecord], faults: Faults
 ) -> list[_Found | ImageRecord]:
-    """The images that can be read, with a caption each; what was wrong is noted."""
+    """Return the readable images, with a caption each; faults are recorded."""
     folder = subset.image_dir
     assert folder is not None
     whole: list[_Found | ImageRecord] = []
@@ -196,7 +196,7 @@ def _with_faults(
 
 
 def _shared(size: Size, shared: dict[object, object]) -> Size:
-    """One object for equal sizes and sides, which most images have in common with others."""
+    """Return one object for equal sizes and sides, which many images share."""
     kept = shared.get(size)
     if kept is None:
         width, height = (shared.setdefault(side, side) for side in size)
@@ -208,7 +208,7 @@ def _shared(size: Size, shared: dict[object, object]) -> Size:
 
 
 class _Found(NamedTuple):
-    """About one image that is not remembered; errors are kept, to be told all at once."""
+    """Facts about one image that is not remembered; errors are kept, to be reported all at once."""
 
     name: str
     size: Size | UserError
@@ -218,7 +218,7 @@ class _Found(NamedTuple):
 
 
 class _Look:
-    """Finds out about some images after others, from any thread; what is remembered is a record at once."""
+    """Looks at images in any thread; remembered ones become records at once."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class _Look:
             return [found for found in looked_at if found is not None]
         found: list[_Found | ImageRecord] = []
         folder, index, shared, look_up = self._folder, self._index, self._shared, self._cache.look_up
-        # stamped before the contents are read: what changes in between is out of date next time
+        # stamped before the contents are read, so that a change in between is noticed next time
         for image, stamp in self._files.stamped(images):
             entry = look_up(image, stamp)
             if entry is None:
@@ -259,7 +259,7 @@ class _Look:
         return found
 
     def _read(self, image: str, read_from: str | None) -> _Found | None:
-        """``None`` for a folder that is named like an image."""
+        """Read one image; ``None`` for a folder that is named like an image."""
         path, file = self._files.path, self._files.caption(image)
         size = self._known.get(image) or _or_error(read_size, path(image))
         if isinstance(size, UserError) and self._files.is_folder(image):
@@ -271,7 +271,7 @@ class _Look:
 
 
 def _look_at_all(look: Callable[[Sequence[K]], list[T]], images: Sequence[K]) -> list[T]:
-    """In order; in threads from where on files are waited for, or images must be decoded.
+    """Look at all images in order; in threads once files are slow to read, or images must be decoded.
 
     Files in the page cache are read faster by one thread, as several would wait for the interpreter's lock instead.
     """
@@ -296,7 +296,7 @@ def _or_error(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Us
 
 
 def read_caption(path: Path | str) -> str:
-    """The caption file's text, without white space around it.
+    """Read the caption file's text, without surrounding white space.
 
     Raises:
         UserError: it is not UTF-8, or cannot be read.

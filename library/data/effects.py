@@ -1,7 +1,7 @@
-"""Settings that can have no effect: by the other settings, when the dataset file is read, and by the images.
+"""Find settings that can have no effect: by the other settings, when the dataset file is read, and by the images.
 
-Flags of the command line are judged by ``library.config.no_effect.by_dataset``.
-They are warned of and never refused, as a dataset file is often made from another one.
+``library.config.no_effect.by_dataset`` checks flags of the command line.
+They cause warnings and never errors, because a dataset file is often made from another one.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class _Rule:
 
     keys: tuple[str, ...]
     works: Callable[[Values], bool]
-    reason: str  # goes on after "has no effect"
-    switch: str | None = None  # key that, where it is written out, says that this is known
+    reason: str  # continues after "has no effect"
+    switch: str | None = None  # key that, if it is written out, shows that this is intended
 
 
 def _arranges_tags(v: Values) -> bool:
@@ -70,29 +70,29 @@ _RULES = (
     _Rule(_ABOUT_CAPTIONS, lambda v: v["caption_dropout_rate"] < 1, "with caption_dropout_rate 1: no caption is used"),
 )
 
-#: what a key says where it asks for nothing
+#: values by which a key asks for nothing
 _ASKS_FOR_NOTHING: dict[str, Any] = {"token_warmup_min": 1, "caption_separator": ","}
 
 
 @dataclass(frozen=True)
 class Place:
-    """A table of the dataset file and what is given there."""
+    """A table of the dataset file and its keys."""
 
     name: str  # "data.toml: [general]"
     values: Values
 
 
 class Unused:
-    """Collects where each setting comes from and whether any subset has a use for it.
+    """Collects the origin of each setting and whether any subset uses it.
 
-    A key of ``[general]`` that serves one subset of several is no mistake, so only what serves none is named.
+    A key of ``[general]`` that serves one subset of several is no mistake, so only keys that serve none are named.
     """
 
     def __init__(self) -> None:
         self._works: dict[tuple[str, str, str], bool] = defaultdict(bool)  # (place, reason, key)
 
     def note(self, values: Values, places: Sequence[Place]) -> None:
-        """Take in one subset.
+        """Add one subset.
 
         Args:
             values: of all keys, as they hold for the subset.
@@ -102,12 +102,12 @@ class Unused:
             works = bool(rule.works(values)) or any(rule.switch in place.values for place in places)
             for key in rule.keys:
                 given = next((place for place in places if key in place.values), None)
-                # false, 0, "" and the like stand there to say that something is not wanted
+                # false, 0, "" and the like turn a setting off
                 if given is not None and values[key] and values[key] != _ASKS_FOR_NOTHING.get(key):
                     self._works[given.name, rule.reason, key] |= works
 
     def warnings(self) -> list[str]:
-        """A line for each place and reason."""
+        """Return a line for each place and reason."""
         keys: dict[tuple[str, str], list[str]] = defaultdict(list)
         for (place, reason, key), works in self._works.items():
             if not works:
@@ -123,13 +123,13 @@ class Unused:
 
 
 def warn_of_no_effect(subset: SubsetSpec, records: Sequence[ImageRecord]) -> None:
-    """Warn of settings of a subset that none of its images or captions gives anything to do."""
+    """Warn of settings of a subset that act on none of its images or captions."""
     for line in without_effect(subset, records):
         logger.warning("%s: %s", subset.where, line)
 
 
 def without_effect(subset: SubsetSpec, records: Sequence[ImageRecord]) -> list[str]:
-    """What ``warn_of_no_effect`` says; each search ends with the first image that a setting works on."""
+    """Yield the warnings of ``warn_of_no_effect``; each search ends at the first image that a setting acts on."""
     if not records:
         return []
     rules = subset.captions

@@ -1,7 +1,7 @@
-"""Sizes of PNG, JPEG and WebP images from a few bytes of the file, and whether its end is there.
+"""Read the sizes of PNG, JPEG and WebP images from a few bytes of the file, and check its end.
 
-Several times faster than opening an image with Pillow, which counts in folders of a hundred thousand. Only what is
-plain is answered here; of anything unusual it is said that Pillow must decide, so that both never disagree.
+Several times faster than opening an image with Pillow, which counts in folders of a hundred thousand. Only plain files
+are answered here; anything unusual is left to Pillow, so the two never disagree.
 
 Formats: PNG 1.2 and its eXIf chunk, ITU-T T.81 (JPEG), RFC 9649 (WebP), Exif 2.32 and TIFF 6.0 (orientation),
 ISO/IEC 14496-12 (boxes of AVIF).
@@ -21,7 +21,7 @@ TURNED = (5, 6, 7, 8)
 
 _WINDOW = 4096  # bytes read at a time
 _MAX_PARTS = 256  # chunks or segments looked at before Pillow is asked
-_MAX_COUNT = 1 << 20  # bytes of one part; a damaged length is not to fill the memory
+_MAX_COUNT = 1 << 20  # bytes of one part; a damaged length must not fill the memory
 
 _PNG, _JPEG, _IEND = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\0\0\0\0IEND\xae\x42\x60\x82"
 #: PNG colour type -> bit depths
@@ -33,17 +33,17 @@ _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 
 class Header(NamedTuple):
-    """What is known without decoding."""
+    """Facts that are known without decoding."""
 
-    size: tuple[int, int] | None  # (W, H) as the image is seen; None: Pillow must say
-    whole: bool  # the file ends as its format does; otherwise only decoding tells whether it is cut short
+    size: tuple[int, int] | None  # (W, H) of the upright image; None: ask Pillow
+    whole: bool  # the file ends as its format requires; otherwise only decoding shows whether it is cut short
 
 
 UNKNOWN = Header(None, whole=False)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Size and completeness of an image file.
+    """Return size and completeness of an image file.
 
     Raises:
         OSError: the file cannot be read.
@@ -68,7 +68,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 class _File:
-    """Windows into an open file."""
+    """Random access to an open file."""
 
     __slots__ = ("_descriptor", "_start", "_window", "head")
 
@@ -78,7 +78,7 @@ class _File:
         self._window = self.head = os.read(descriptor, _WINDOW)
 
     def bytes_at(self, offset: int, count: int) -> bytes:
-        """Fewer at the end of the file, and at most ``_MAX_COUNT``."""
+        """Return bytes at an offset; fewer at the end of the file, and at most ``_MAX_COUNT``."""
         count = min(count, _MAX_COUNT)
         begin = offset - self._start
         if begin < 0 or begin + count > len(self._window):
@@ -134,7 +134,7 @@ def _jpeg(file: _File) -> Header:
                 orientation = 1
             return _turned(width, height, orientation, whole)
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            return UNKNOWN  # lossless, hierarchical or arithmetic: whether it can be decoded is to be tried
+            return UNKNOWN  # lossless, hierarchical or arithmetic: only decoding shows whether it can be read
         if kind == 0xE1:
             start = file.bytes_at(position + 4, len(_XMP))
             if start.startswith(b"Exif\0\0"):
@@ -184,7 +184,7 @@ def _turned(width: int, height: int, orientation: int | None, whole: bool) -> He
 
 
 def exif_orientation(data: bytes) -> int | None:
-    """The orientation in the first directory of an EXIF block; ``None`` where it is not, or not plainly, given."""
+    """Return the orientation in the first directory of an EXIF block; ``None`` if it is missing or unusual."""
     tiff = data[6:] if data.startswith(b"Exif\0\0") else data
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None or len(tiff) < 10:

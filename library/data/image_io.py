@@ -1,4 +1,4 @@
-"""Reading images: sizes from headers, pixels as RGB with the EXIF orientation applied, resizing and cropping."""
+"""Read images: sizes from headers, pixels as RGB with the EXIF orientation applied; resize and crop them."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from library.files.regular import open_regular
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: avif and jxl need what PLUGINS says; a folder's images of these kinds are never passed over silently
+#: avif and jxl need the packages of PLUGINS; images of these kinds are never skipped silently
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of a data set's folder is meant to be one of its images; hidden files are not."""
+    """Whether a file in a data set's folder is one of its images; hidden files are not."""
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 #: kind of image that not every installation reads -> package to install
 PLUGINS = {"AVIF": "pillow-avif-plugin", "JXL": "pillow-jxl-plugin"}
 
-#: what a file's content may be, whatever its name says; some other readers of Pillow start programs
+#: accepted formats by content, whatever the name; some other readers of Pillow start programs
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JXL")
 
 _EXIF_ORIENTATION = 0x0112
 
-#: from here on Pillow is asked, which warns of so many and refuses twice as many
+#: larger images are left to Pillow, which warns of so many pixels and refuses twice as many
 _MANY_PIXELS = 89_000_000
 
 #: bytes of text in one PNG
 _MOST_TEXT = 1 << 30
 
-#: pixels around one that may have a part in it when an image is enlarged; of the kernels, lanczos reaches farthest
+#: radius in pixels of the widest kernel, lanczos, when an image is enlarged
 _KERNEL = 4
 
-#: what Pillow raises for damaged files, beside OSError
+#: errors of Pillow on damaged files, beside OSError
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, RuntimeError, struct.error)
 
 
 def read_size(path: Path | str) -> tuple[int, int]:
-    """(W, H) in pixels as the image is seen, from the header and the end of the file.
+    """Return (W, H) of the upright image in pixels, from the header and the end of the file.
 
-    A file that does not end as its format does is decoded, to tell trailing bytes from an image that is cut short.
+    A file with an unusual end is decoded, to distinguish trailing bytes from a truncated image.
     Damage in between shows only when the image is read.
 
     Raises:
@@ -81,7 +81,7 @@ def read_size(path: Path | str) -> tuple[int, int]:
 
 
 def read_image(path: Path | str, *, background: str = "white") -> np.ndarray:
-    """uint8 (H, W, 3) RGB, upright; the first frame; transparency is laid on ``background``, 16 bit is scaled to 8.
+    """Read uint8 (H, W, 3) RGB, upright; the first frame; transparency on ``background``, 16 bit scaled to 8.
 
     Raises:
         UserError: not an image, empty, cut short, or of a kind that needs a package.
@@ -90,7 +90,7 @@ def read_image(path: Path | str, *, background: str = "white") -> np.ndarray:
 
 
 def read_image_and_alpha(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """What ``read_image`` gives, and its opacity, uint8 (H, W): 0 is transparent; 255 where there is no alpha channel.
+    """Read as ``read_image``, and the opacity, uint8 (H, W): 0 is transparent; 255 without an alpha channel.
 
     Raises:
         UserError: not an image, or cut short.
@@ -139,7 +139,7 @@ def _unreadable(path: Path | str, error: Exception) -> UserError:
 
 
 def _kind(start: bytes) -> str | None:
-    """Of the kinds that need a plugin or have none, by the file's first 32 bytes."""
+    """Recognize kinds that need a plugin, or have none, by the file's first 32 bytes."""
     if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
         return "JXL"
     if start[4:8] == b"ftyp":
@@ -156,7 +156,7 @@ def _can_read(kind: str) -> bool:
     """Whether Pillow can open a kind, after importing its plugin where Pillow itself cannot."""
     from PIL import Image
 
-    Image.init()  # first, as Pillow would otherwise put its own reader over the plugin's
+    Image.init()  # first, because Pillow would otherwise override the plugin's reader
     modules = {"AVIF": ("PIL._avif", "pillow_avif"), "JXL": ("pillow_jxl",)}[kind]
     for module in modules:
         with contextlib.suppress(ImportError):
@@ -167,9 +167,9 @@ def _can_read(kind: str) -> bool:
 
 @functools.cache
 def _expect_large_images() -> None:
-    """Pillow warns of an attack from 89 million pixels on, and refuses twice as many, and PNGs with much text.
+    """Pillow warns of an attack above 89 million pixels, and refuses twice as many, and PNGs with much text.
 
-    They are the user's own: warnings are left out, and text, such as a workflow with images in it, may be long.
+    These are the user's own files: the warnings are off, and text, such as a workflow with images in it, may be long.
     """
     from PIL import Image, PngImagePlugin
 
@@ -185,7 +185,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _orientation(image: Image) -> int:
-    """EXIF orientation, 1 to 8, from what precedes the pixels; 1 where there is none or it is damaged."""
+    """Return the EXIF orientation, 1 to 8, from data before the pixels; 1 if it is missing or damaged."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # Pillow would decode the whole image to look for it behind the pixels
     if image.format == "JXL" and not getattr(image, "jpeg", False):
@@ -197,7 +197,7 @@ def _orientation(image: Image) -> int:
 
 
 def read_orientation(path: Path | str) -> int:
-    """EXIF orientation, 1 to 8; 1 is upright. Raises UserError: the image cannot be opened."""
+    """Return the EXIF orientation, 1 to 8; 1 is upright. Raises UserError: the image cannot be opened."""
     with _open(path) as image:
         return _orientation(image)
 
@@ -206,13 +206,13 @@ def has_alpha(path: Path | str) -> bool:
     """Whether an image has an alpha channel, or one transparent colour. Raises UserError: it cannot be opened."""
     with contextlib.suppress(OSError), open(open_regular(path), "rb") as file:
         if file.read(3) == b"\xff\xd8\xff":
-            return False  # JPEG has none; said at once, as there may be a hundred thousand
+            return False  # JPEG has none; a shortcut, as there may be a hundred thousand
     with _open(path) as image:
         return _has_alpha(image)
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn and mirror (H, W) or (H, W, 3) by an EXIF orientation (Exif 2.32, tag 0x0112)."""
+    """Rotate and flip (H, W) or (H, W, 3) by an EXIF orientation (Exif 2.32, tag 0x0112)."""
     if orientation in TURNED:
         pixels = pixels.swapaxes(0, 1)  # 5: mirrored on the diagonal
     if orientation in (2, 3, 6, 7):
@@ -289,9 +289,9 @@ def cut(
 def _surroundings(
     pixels: np.ndarray, resized: tuple[int, int], box: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, tuple[int, int], tuple[int, int, int, int]]:
-    """The part of an image that the box is made from, its resized size, and the box in that.
+    """Return the part of an image that the box needs, its resized size, and the box in it.
 
-    For images so narrow that the whole, made as wide as a bucket, would not fit into memory.
+    It is for images so narrow that the whole, resized to a bucket's width, would not fit into memory.
     """
     starts, ends, offsets, sides = [0, 0], [0, 0], [0, 0], [0, 0]
     for axis, length in enumerate((pixels.shape[1], pixels.shape[0])):
@@ -317,8 +317,8 @@ def crop_box(
     """(left, top, right, bottom) of the bucket in the resized image.
 
     Args:
-        fraction: where the crop lies in what sticks out, left to right and top to bottom; ``None``: the middle, and of
-            an odd number of pixels one more is cut off at the right and the bottom, as published.
+        fraction: position of the crop in the excess, left to right and top to bottom; ``None``: the middle, where an
+            odd number of pixels cuts one more at the right and the bottom, as published.
     """
     extra = (resized[0] - bucket[0], resized[1] - bucket[1])
     if fraction is None:
@@ -329,7 +329,7 @@ def crop_box(
 
 
 def covering_size(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (W, H) of the image's aspect ratio that covers the bucket."""
+    """Return the smallest (W, H) of the image's aspect ratio that covers the bucket."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     return max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale))
 
@@ -337,7 +337,7 @@ def covering_size(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str | None) -> np.ndarray:
     """Resize uint8 (H, W) or (H, W, 3) to ``size`` (W, H).
 
-    All but nearest widen their kernel to shrink, so none aliases.
+    All kernels but nearest widen when they shrink, so none aliases.
     """
     from PIL import Image
 
@@ -361,7 +361,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str | None)
 
 
 def opencv() -> Any:
-    """OpenCV without threads: images are read in parallel already, and its threads do not survive a fork."""
+    """Return OpenCV without threads: images are read in parallel already, and its threads do not survive a fork."""
     import cv2
 
     cv2.setNumThreads(0)

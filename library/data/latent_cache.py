@@ -1,4 +1,4 @@
-"""The latent cache: which latents a run needs, which are there, filling it, and reading them for a batch."""
+"""The latent cache: which latents a run needs, which exist, filling it, and reading them for a batch."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class Peers:
 
     rank: int = 0
     count: int = 1
-    #: the items of all processes, in the order of their ranks; waits for all
+    #: gathers the items of all processes, in the order of their ranks
     gather: Callable[[list[Any]], list[Any]] = lambda items: items
 
 
 @dataclass(frozen=True)
 class StoredSample:
-    """What a cache gives for one use."""
+    """The cached data for one use."""
 
     latents: Tensor  # (C, h, w) float32
     alpha_mask: Tensor | None  # (H, W) float32 in [0, 1], mirrored with the latents; only where it is wanted
@@ -95,10 +95,10 @@ def _way(wanted: Wanted) -> str:
 def find_current(
     wanted: Sequence[Wanted], format: LatentFormat, *, vae_identity: str, trust: bool
 ) -> dict[Wanted, bool]:
-    """Whether each has latents on disk that may be used; damaged and outdated files are named in warnings.
+    """For each wanted image, whether its latents on disk can be used; warnings name damaged and outdated files.
 
     Args:
-        trust: take what is there without looking into it (``--skip_cache_check``).
+        trust: use existing files without a check (``--skip_cache_check``).
     """
     if trust:
         return {w: cache_path(w.path, w.size, format).exists() for w in wanted}
@@ -117,11 +117,11 @@ def find_current(
 
 @dataclass(frozen=True)
 class _State:
-    """What was found out about one cache file."""
+    """The state of one cache file."""
 
     usable: bool
-    problem: str = ""  # with the same file in others' place, one kind of problem; "" where there is nothing to warn of
-    text: str = ""  # which file, and what about it
+    problem: str = ""  # the kind of problem, the same for all files of a kind; "" without a warning
+    text: str = ""  # the file and its problem
 
 
 def _examine(wanted: Wanted, format: LatentFormat, vae_identity: str) -> _State:
@@ -151,7 +151,7 @@ def _examine(wanted: Wanted, format: LatentFormat, vae_identity: str) -> _State:
 
 
 class DiskLatents:
-    """Latents in cache files, read when they are used."""
+    """Latents in cache files, read on use."""
 
     def __init__(self, format: LatentFormat) -> None:
         self._format = format
@@ -179,7 +179,7 @@ class DiskLatents:
 
 
 class MemoryLatents:
-    """Latents in memory, one tensor for each size, which loader workers share however they are started."""
+    """Latents in memory, one tensor per size, which loader workers share however they are started."""
 
     def __init__(self, wanted: Sequence[Wanted], format: LatentFormat) -> None:
         self._rows: dict[tuple[Path, tuple[int, int], str | None, bool], int] = {}
@@ -197,7 +197,7 @@ class MemoryLatents:
             (width, height): torch.empty(count, format.channels, height // format.stride, width // format.stride)
             for (width, height), count in counts.items()
         }
-        # as bytes: they come from 8 bit, and as floats they would take 16 times the latents' room
+        # as bytes: they come from 8 bit, and as floats they would take 16 times the latents' memory
         self._mask_stacks = {
             (width, height): torch.empty(count, height, width, dtype=torch.uint8)
             for (width, height), count in mask_counts.items()
@@ -238,10 +238,10 @@ def fill(
     peers: Peers = Peers(),
     pin_memory: bool = False,
 ) -> tuple[DiskLatents | MemoryLatents, int]:
-    """Make the cache complete; returns it, and how many images had to be encoded, by all processes together.
+    """Complete the cache; return it, and how many images had to be encoded by all processes together.
 
-    On disk, each file belongs to one process, which checks it; what is missing is then shared out evenly, and all wait
-    for each other. In memory, each process needs and makes its own.
+    On disk, each file belongs to one process, which checks it; missing ones are then distributed evenly, with a barrier
+    at the end. In memory, each process makes its own.
 
     Args:
         wanted: the same for all processes.
@@ -250,7 +250,7 @@ def fill(
         to_disk: keep the latents beside the images instead of in memory.
         vae_identity: stamped into files.
         trust: use files without comparing them with image and VAE.
-        report: called with images done and their total, of this process; what it raises ends the filling.
+        report: called with this process's images done and their total; an exception from it ends the filling.
         pin_memory: see ``encode_all``.
 
     Raises:
@@ -292,7 +292,8 @@ def fill(
 
 
 def _share(wanted: Sequence[Wanted], indices: Iterable[int], format: LatentFormat, peers: Peers) -> list[int]:
-    """This process's part: whole files in turn, bucket by bucket, so that each gets its part of every bucket."""
+    """Return this process's part: files in turn, bucket by bucket, so that each process gets its part of every
+    bucket."""
     files: dict[Path, list[int]] = {}
     for i in sorted(indices, key=lambda i: (wanted[i].bucket, i)):
         files.setdefault(cache_path(wanted[i].path, wanted[i].size, format), []).append(i)
@@ -301,7 +302,7 @@ def _share(wanted: Sequence[Wanted], indices: Iterable[int], format: LatentForma
 
 @contextlib.contextmanager
 def together(peers: Peers) -> Iterator[None]:
-    """Wait for the other processes at the end, also after an error; an error of one ends all."""
+    """A barrier for all processes at the end of the context, also after an error; an error of one ends all."""
     code, error = 0, None
     try:
         yield

@@ -1,4 +1,4 @@
-"""Encoding images: threads read ahead, the VAE works without a pause, files are written behind it.
+"""Encode images: threads read ahead, the VAE works without a pause, files are written behind it.
 
     readers (threads): file -> uint8 (3, H, W), stamp
     assembler (thread): batch -> float32 (B, 3, H, W), pinned where a GPU takes it
@@ -32,7 +32,7 @@ from library.randomness import torch_generator
 #: pixels (B, 3, H, W) in [-1, 1] on the host and a generator for each -> latents (B, C, h, w) on any device
 Encode = Callable[[Tensor, Sequence[torch.Generator]], Tensor]
 
-#: threads that read images and check files; Pillow, OpenCV and hashing let go of the interpreter's lock
+#: threads that read images and check files; Pillow, OpenCV and hashing release the interpreter's lock
 THREADS = min(8, os.cpu_count() or 1)
 #: threads that write, so that one flush to the disk does not wait for another
 _WRITERS = 4
@@ -48,7 +48,7 @@ class Wanted:
     size: tuple[int, int]  # (W, H) of the image
     bucket: tuple[int, int]  # (W, H)
     interpolation: str | None
-    flip: bool  # whether the mirrored image's are needed too
+    flip: bool  # whether the flipped image's are needed too
     alpha_mask: bool = False  # whether the image's opacity is needed too
 
 
@@ -88,7 +88,7 @@ class _Assembled:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A batch on its way back from the device."""
+    """A batch that is being copied back from the device."""
 
     batch: list[Wanted]
     prepared: list[_Prepared]
@@ -108,12 +108,12 @@ def encode_all(
 ) -> Iterator[tuple[Wanted, CachedLatents]]:
     """Encode images, those of one bucket together; yields each as it is done.
 
-    The draw from the VAE's posterior is keyed by the image's name and bucket, not by its batch. A caller that stops
-    early closes the iterator: what was yielded is then on disk.
+    The sample from the VAE's posterior is keyed by the image's name and bucket, not by its batch. A caller that stops
+    early closes the iterator; everything yielded is then on disk.
 
     Args:
-        encode: is called for a batch before the one before it is waited for, so that a GPU need not pause.
-        pin_memory: copy batches to memory from which a GPU fetches them by itself.
+        encode: is called for a batch before the results of the previous batch are awaited, so a GPU need not pause.
+        pin_memory: copy batches to pinned memory.
 
     Raises:
         UserError: an image that cannot be read; latents that are not finite; a full disk.
@@ -137,7 +137,7 @@ def encode_all(
                 yield w, cached
 
         try:
-            # enough batches ahead to keep every reader at work while the VAE has one
+            # enough batches ahead to keep every reader busy while the VAE works on one
             for _ in range(2 + THREADS // batch_size):
                 read_next()
             running: _Encoded | None = None
@@ -223,7 +223,7 @@ def _generator(wanted: Wanted, side: str) -> torch.Generator:
 
 
 class _Writers:
-    """Threads that write cache files; those of one file go to one thread, as each adds its size to it."""
+    """Threads that write cache files; all latents of one file go to one thread, because each adds its size to it."""
 
     def __init__(self, format: LatentFormat) -> None:
         self._format = format
@@ -234,7 +234,7 @@ class _Writers:
         return self
 
     def put(self, path: Path, cached: CachedLatents, stamp: Stamp) -> None:
-        """Have a file written; waits while too many are waiting.
+        """Queue a file for writing; blocks while too many are queued.
 
         Raises:
             UserError: an earlier one could not be written.

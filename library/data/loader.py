@@ -1,7 +1,7 @@
-"""From a batch's reference to the batch, in worker processes.
+"""Make batches from their references, in worker processes.
 
-A reference holds all that its batch depends on and travels to the worker, so that a worker keeps no state: it can
-be neither late nor out of step, and lives as long as one likes.
+A reference holds everything that its batch depends on and is sent to the worker. So a worker keeps no state, cannot be
+out of step, and can live for the whole run.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from library.randomness import python_rng, visit_key
 if TYPE_CHECKING:
     from library.data.dataset import BatchRef, BucketedDataset, Use
 
-#: seconds between two looks of a worker whether the main process is still there
+#: seconds between two checks of a worker whether the main process still exists
 _PARENT_CHECK = 1.0
 
 Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
 class BatchMaker:
-    """Makes batches of a run's datasets; what a spawned worker is sent.
+    """Makes batches of a run's datasets; it is sent to spawned workers.
 
     Args:
         seed: of the run.
         prior_loss_weight: weight of regularization images.
-        conditioning_as: whether conditioning images are weights of the loss, or go into the batch as they are.
+        conditioning_as: whether conditioning images are loss weights, or part of the batch.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class BatchMaker:
         self._seed = seed
         self._prior_loss_weight = prior_loss_weight
         self._conditioning_as = conditioning_as
-        #: where cached latents are; images are read where there are none
+        #: cached latents; without them images are read
         self.latents: DiskLatents | MemoryLatents | None = None
-        #: where encoded captions are; captions are tokenised where there are none
+        #: cached text encoder outputs; without them captions are tokenized
         self.texts: CachedTexts | None = None
 
     def make(self, ref: BatchRef, tokenize: Tokenize) -> Batch:
@@ -105,7 +105,7 @@ class BatchMaker:
         )
 
     def visit(self, ref: BatchRef, use: Use) -> int:
-        """The key of all that is random about a sample."""
+        """Return the key of everything random about a sample."""
         return visit_key(self._seed, ref.epoch, ref.dataset, use.record, use.repeat)
 
     def _sample(self, ref: BatchRef, use: Use) -> _Sample:
@@ -156,9 +156,9 @@ class BatchMaker:
     def _read_conditioning(
         self, path: Path, placement: Placement, flipped: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The image as model input (3, H, W) or as weights (H, W), whichever the trainer needs.
+        """Read the image as model input (3, H, W) or as weights (H, W), as the trainer needs it.
 
-        It is stretched to the size of its resized image. Transparency is laid on black, which is weight 0.
+        It is stretched to the size of its resized image. Transparent pixels become black, which is weight 0.
         """
         pixels = read_image(path, background="black")
         if self._conditioning_as == "mask":
@@ -169,7 +169,7 @@ class BatchMaker:
 
 
 def _place(record: ImageRecord, bucket: tuple[int, int], subset: SubsetSpec, visit: int) -> Placement:
-    """Where this use of an image is cropped; keyed by the visit."""
+    """Return the crop of this use of an image; keyed by the visit."""
     rng = python_rng(visit, "crop")
     face = face_in_name(record.path, record.size) if subset.face_crop_range is not None else None
     if face is not None and subset.face_crop_range is not None:
@@ -185,7 +185,7 @@ def _read_pixels(
     visit: int,
     flipped: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The image (3, H, W) in [-1, 1] and, where it is asked for, its opacity (H, W) in [0, 1]."""
+    """Read the image (3, H, W) in [-1, 1] and, if needed, its opacity (H, W) in [0, 1]."""
     alpha = None
     if subset.alpha_mask:
         pixels, alpha = read_image_and_alpha(record.path)
@@ -206,7 +206,7 @@ def _weights(mask: np.ndarray, flipped: bool) -> Tensor:
 
 
 def _stack_masks(masks: Sequence[Tensor | None], bucket: tuple[int, int]) -> Tensor | None:
-    """(B, H, W); samples without a mask count in full, and a batch without any needs none."""
+    """Stack masks to (B, H, W); samples without a mask count in full, and a batch without masks needs none."""
     if all(mask is None for mask in masks):
         return None
     full = torch.ones(bucket[1], bucket[0])
@@ -229,7 +229,7 @@ class _Sample:
 
 
 class Loader:
-    """Hands out batches in a given order, prepared ahead by ``num_workers`` processes, or here if there are none."""
+    """Yields batches in a given order, prepared ahead by ``num_workers`` processes, or in this process if that is 0."""
 
     def __init__(
         self, maker: BatchMaker, tokenize: Tokenize, *, num_workers: int, pin_memory: bool, persistent: bool
@@ -245,12 +245,12 @@ class Loader:
             pin_memory=pin_memory,
             persistent_workers=persistent and num_workers > 0,
             worker_init_fn=_start_worker,
-            # of its own, so that the loader takes no number from the global generator
+            # its own, so that the loader draws nothing from the global generator
             generator=torch.Generator(),
         )
 
     def batches(self, refs: Sequence[BatchRef]) -> Iterator[Batch]:
-        """Work on the batches starts at once, not when the first is asked for.
+        """Yield the batches; work on them starts at once, before the first is requested.
 
         Raises:
             UserError: while iterating: an image or cache file that cannot be read; a worker that was killed.
@@ -271,11 +271,11 @@ def _delivered(loaded: Iterator[Batch | Parcel[Batch] | _Failure]) -> Iterator[B
         reason = str(error).splitlines()[0]
         raise UserError(f"{reason}; often memory is short: lower --max_data_loader_n_workers") from error
     finally:
-        del loaded  # ends the workers now, not whenever an error's traceback is let go
+        del loaded  # ends the workers now, not when an error's traceback is freed
 
 
 class _Order(Sampler["BatchRef"]):
-    """Hands out references; set anew for every epoch."""
+    """Yields references; replaced for every epoch."""
 
     def __init__(self) -> None:
         self.refs: Sequence[BatchRef] = ()
@@ -288,7 +288,7 @@ class _Order(Sampler["BatchRef"]):
 
 
 class _Batches(Dataset["Batch | Parcel[Batch] | _Failure"]):
-    """What a worker runs: a reference in, a batch out."""
+    """The worker's function: a reference in, a batch out."""
 
     def __init__(self, maker: BatchMaker, tokenize: Tokenize) -> None:
         self._maker = maker
@@ -304,23 +304,23 @@ class _Batches(Dataset["Batch | Parcel[Batch] | _Failure"]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """A user's error on its way out of a worker: raised there, it would arrive inside a traceback."""
+    """A UserError from a worker; raised there, it would arrive inside a traceback."""
 
     message: str
 
 
 def _start_worker(index: int) -> None:
-    """Signals are the main process's affair: after Ctrl-C it still needs its workers to finish the step."""
+    """Ignore signals in workers: after Ctrl-C the main process still needs them to finish the step."""
     threading.Thread(target=_end_with_main, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)  # out of reach of signals that are sent to the main process's whole group
+        os.setpgid(0, 0)  # not in the process group that signals are sent to
 
 
 def _end_with_main() -> None:
-    """End this worker with the main process, however that ends.
+    """End this worker when the main process ends, in whatever way.
 
-    A process that is killed cannot end its workers, and each of them holds the pipes open that the others wait for.
+    A killed process cannot end its workers, and each of them keeps the pipes open that the others wait for.
     """
     main = multiprocessing.parent_process()
     if main is None:

@@ -1,8 +1,8 @@
 """``metadata_cache.json``: sizes and captions of a folder's images, remembered between runs.
 
 The published layout is one entry for each image, ``{path: {"caption": text, "resolution": [W, H]}}``. Entries written
-here say in addition what they were read from, so that one whose file has changed since is read again; entries without
-that, of the predecessor, always are. Sizes are those of the image as it is seen, after EXIF orientation.
+here also have a stamp of their files, so that a changed file is read again; entries without a stamp, of the
+predecessor, always are. Sizes are those of the image as it is seen, after EXIF orientation.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ NAME = "metadata_cache.json"
 
 Size = tuple[int, int]
 
-#: bytes of a file from which on its folder has many images; an entry takes about 200
+#: size of a file in bytes above which its folder has many images; an entry takes about 200
 _MANY = 4_000_000
 
 
 class Entry(TypedDict):
-    """What a run found out about one image, as in the file."""
+    """What is known about one image, as in the file."""
 
     caption: str  # the caption file's text, or the class tokens
     resolution: Size  # (W, H) pixels; read back as a list
-    read_from: str  # what tells the files from later ones, see ``image_folder``
+    read_from: str  # stamp of the files, see ``image_folder``
 
 
 class MetadataCache:
@@ -46,7 +46,7 @@ class MetadataCache:
         self._read = self._load()
 
     def _load(self) -> Mapping[str, Any]:
-        """The file's table, its paths in this folder; empty where there is no file, or a damaged one."""
+        """Return the file's table with paths in this folder; empty without a file, or with a damaged one."""
         try:
             with no_collection():
                 found = json.loads(self._path.read_bytes())
@@ -60,11 +60,11 @@ class MetadataCache:
             return {}
         if next(iter(found), self._prefix).startswith(self._prefix):
             return found
-        # the folder was moved, or is reached by another way
+        # the folder was moved, or has another path
         return {self._prefix + path.replace("\\", "/").rpartition("/")[2]: entry for path, entry in found.items()}
 
     def look_up(self, name: str, read_from: str | None) -> Entry | None:
-        """The entry of an image, if it was made from files of that stamp and is whole."""
+        """Return the entry of an image, if it has this stamp and is complete."""
         entry = self._read.get(self._prefix + name)
         if type(entry) is not dict or read_from is None or entry.get("read_from") != read_from:
             return None
@@ -76,15 +76,15 @@ class MetadataCache:
         return entry if is_good else None  # type: ignore[return-value]
 
     def entry(self, name: str) -> Entry:
-        """What ``look_up`` found."""
+        """Return the entry that ``look_up`` found."""
         return self._read[self._prefix + name]
 
     def __len__(self) -> int:
-        """Images that have an entry, current or not."""
+        """Return the number of images with an entry, current or not."""
         return len(self._read)
 
     def write(self, entries: Mapping[str, Entry]) -> None:
-        """Replace the file; a folder that may not be written is left as it is, with a warning."""
+        """Replace the file; a folder without write permission is left as it is, with a warning."""
         table = {self._prefix + name: entry for name, entry in entries.items()}
         try:
             write_text(self._path, json.dumps(table), by_many=True)
@@ -102,7 +102,7 @@ def remembers_many(folder: Path) -> bool:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Objects by the hundred thousand, none of them garbage: the collector would go through them again and again."""
+    """Pause garbage collection while hundreds of thousands of live objects are made, which it would scan repeatedly."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
 """Metadata files of the fine-tuning method: captions and tags of many images in one .json or .jsonl file.
 
 JSON: ``{"<image>": {"caption": ..., "tags": ...}, ...}``; JSON lines: an object with ``image_path`` in each line.
-Sizes that stand there too (``image_size``) are not used: the images' own headers are read.
+Sizes in it (``image_size``) are not used: the images' own headers are read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 #: mistakes shown in one message
 _SHOWN = 3
 
-#: what an entry may hold; others are left alone, as scripts of old add their own
+#: known fields of an entry; others are ignored, because old scripts add their own
 _FIELDS = ("image_path", "caption", "tags", "image_size")
 
 
@@ -35,11 +35,11 @@ class _Entry:
 
 
 class _Mistake(Exception):
-    """What is wrong with one entry; becomes a line of the UserError."""
+    """A mistake in one entry; becomes a line of the UserError."""
 
 
 def read_metadata(subset: SubsetSpec) -> dict[Path, str]:
-    """Image and caption of every entry, in the file's order; of two entries of one image the later counts.
+    """Return image and caption of every entry, in the file's order; of two entries of one image the later counts.
 
     Raises:
         UserError: a file that cannot be read; entries that are wrong or whose image is missing. All at once, each
@@ -119,7 +119,7 @@ def _of_lines(file: Path, mistakes: list[str]) -> Iterator[_Entry]:
 
 
 def _caption(fields: Mapping[str, Any], separator: str) -> str:
-    """Caption and tags as one text; tags are added to every line of a caption of several."""
+    """Return caption and tags as one text; tags are appended to every line of a caption."""
     texts = {}
     for name in ("caption", "tags"):
         value = fields.get(name)
@@ -139,7 +139,7 @@ def _caption(fields: Mapping[str, Any], separator: str) -> str:
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be written; JSON may hold halves of characters, left where a program cut a text off."""
+    """Whether a text can be written; JSON may hold half characters where a program cut a text off."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -148,13 +148,13 @@ def _is_text(value: str) -> bool:
 
 
 def _misspelt(fields: Mapping[str, Any], wanted: list[str]) -> str:
-    """A hint if one of the fields looks like one that is wanted."""
+    """Return a hint if a field looks like a misspelt known field."""
     hints = (did_you_mean(name, wanted) for name in fields if name not in _FIELDS)
     return next(filter(None, hints), "")
 
 
 def _lines(text: str, separator: str) -> list[str]:
-    """Lines that are not empty, without a separator at their end."""
+    """Return non-empty lines without a separator at their end."""
     return [line.strip().removesuffix(separator).rstrip() for line in text.splitlines() if line.strip()]
 
 
@@ -163,14 +163,14 @@ class _Images:
 
     def __init__(self, image_dir: Path | None) -> None:
         self._image_dir = image_dir
-        # texts, as paths are slow to make a hundred thousand times
+        # strings, because making a hundred thousand paths is slow
         self._bases = [""] if image_dir is None else [str(image_dir), ""]
         self._folders: dict[str, dict[str, list[str]]] = {}
 
     def find(self, name: str) -> Path:
-        """The image of a full path, or of one relative to ``image_dir`` or to the working folder.
+        """Find the image of an absolute path, or of one relative to ``image_dir`` or to the working folder.
 
-        The ending may be missing, as scripts of old leave it away where paths are relative.
+        The extension may be missing, because old scripts omit it in relative paths.
         """
         names = [name] if os.sep == "\\" or "\\" not in name else [name, name.replace("\\", "/")]
         for written in names:
@@ -192,7 +192,7 @@ class _Images:
         raise _Mistake(f"no image {name} in the working folder; give image_dir, the folder of the images")
 
     def _names_in(self, folder: str) -> dict[str, list[str]]:
-        """Names of images by how they may be written: whole, which leaves no doubt, or without ending."""
+        """Return names of images by their spellings: in full, which is unambiguous, or without extension."""
         if folder not in self._folders:
             listing: dict[str, list[str]] = {}
             try:

@@ -1,8 +1,8 @@
-"""How a batch travels from a worker to the main process.
+"""Send a batch from a worker to the main process.
 
-torch sends every tensor as a shared memory file of its own: opened, handed over through a socket and mapped, which for
-the small ones takes far longer than copying them. Here small tensors go through the worker's pipe with everything
-else, and only large ones are shared (figures: ``benchmarks/RESULTS.md``).
+torch sends every tensor as its own shared memory file: opened, passed through a socket and mapped, which for small
+tensors takes far longer than copying. Here small tensors go through the worker's pipe with everything else, and only
+large ones are shared (measured in ``benchmarks/RESULTS.md``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-#: bytes from which on sharing a tensor is cheaper than copying it twice through a pipe
+#: bytes above which sharing a tensor is cheaper than copying it twice through a pipe
 LARGE = 1 << 20
 
 
@@ -68,5 +68,5 @@ class _Unpacker(pickle.Unpickler):
 def _tensor(content: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     if not content:
         return torch.empty(shape, dtype=dtype)
-    # torch wants memory that may be written to
+    # torch needs writable memory
     return torch.frombuffer(bytearray(content), dtype=dtype).view(shape)

@@ -1,4 +1,4 @@
-"""One training image: where it is, how large, and what it is called."""
+"""One training image: its place, size and caption."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 class ImageRecord:
     """An image of a subset; its place in the dataset's list is its identity in keyed randomness.
 
-    There may be a hundred thousand: the folder is one object for all of them, and a path is made when it is asked for.
+    There may be a hundred thousand, so they share the folder object, and a path is made on access.
     """
 
     folder: Path

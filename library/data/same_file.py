@@ -1,4 +1,4 @@
-"""One file or folder under several paths: links, ``..`` and relative paths are seen through."""
+"""Recognize one file or folder under several paths: links, ``..`` and relative paths."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _FOLDER = operator.attrgetter("folder")
 
 
 def same_file(path: Path) -> Hashable:
-    """What all paths to a file or folder have in common."""
+    """Return a value that is the same for all paths to a file or folder."""
     try:
         found = os.stat(path)
     except OSError:
         return os.path.realpath(path)
-    # some network drives number no files
+    # some network drives have no file numbers
     return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
 def with_one_spelling(found: Sequence[list[ImageRecord]]) -> list[list[ImageRecord]]:
-    """The records of several datasets with one path for each folder, of several the one that comes first.
+    """Return the records of several datasets with one path for each folder, the first of several.
 
-    Caches are files beside images. Known by two paths, an image's file would be written twice at once, and one
-    writer would lose what the other added.
+    Caches are files beside images. With two paths, an image's file would be written twice at once, and one writer would
+    lose what the other added.
     """
-    # told apart as objects first, as all records of a folder share one
+    # compared as objects first, because all records of a folder share one
     if len({one for records in found for one in set(map(id, map(_FOLDER, records)))}) < 2:
         return list(found)
     first: dict[Hashable, Path] = {}

@@ -1,4 +1,4 @@
-"""Stamps of a folder's images, taken by a second process from the end while the first one works from the beginning.
+"""Stamp a folder's images in a second process from the end, while the first one works from the beginning.
 
 Asking the system for files' sizes and times is most of the work of a start where everything is remembered, and threads
 of one process would only wait for each other's lock. Neither process waits for the other: what the second one has found
@@ -28,7 +28,7 @@ _IGNORES_CASE = sys.platform in ("win32", "darwin")
 
 
 def images_and_others(names: Sequence[str], endings: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names of a folder's images, and its other names; hidden files are no images.
+    """Return the names of a folder's images, and its other names; hidden files are no images.
 
     Args:
         endings: of images' names, in small letters.
@@ -46,12 +46,12 @@ def images_and_others(names: Sequence[str], endings: Sequence[str]) -> tuple[lis
 
 
 def by_name(names: Sequence[str]) -> dict[str, str]:
-    """Names of files as the system tells them apart -> as they are written."""
+    """Return file names as the system distinguishes them -> as they are written."""
     return {name.lower(): name for name in names} if _IGNORES_CASE else dict(zip(names, names, strict=True))
 
 
 def caption_of(image: str, others: Mapping[str, str], extension: str) -> str | None:
-    """The caption file of an image, ``<stem><extension>``, or that of the image it was cut from.
+    """Return the caption file of an image, ``<stem><extension>``, or of the image that it was cut from.
 
     The latter is the stem without its last four parts (``name_x0_y0_x1_y1``).
 
@@ -68,14 +68,14 @@ def caption_of(image: str, others: Mapping[str, str], extension: str) -> str | N
 
 
 def stamp_of(image: str, caption: str | None, folder: int | None = None) -> str:
-    """What tells an image and its caption from later ones: sizes in bytes, times of the last change, caption's name.
+    """Return the stamp of an image and its caption: sizes in bytes, modification times, the caption's name.
 
     Args:
         image: its path, or its name in ``folder``; as ``caption`` is.
         folder: descriptor of the folder that both are in.
 
     Raises:
-        OSError: one is gone, or a link that leads nowhere.
+        OSError: one is gone, or is a broken link.
     """
     found = os.stat(image, dir_fd=folder)
     if caption is None:
@@ -86,12 +86,12 @@ def stamp_of(image: str, caption: str | None, folder: int | None = None) -> str:
 
 
 def has_caption(stamp: str) -> bool:
-    """Whether a stamp is of an image with a caption file."""
+    """Whether a stamp belongs to an image with a caption file."""
     return stamp.count(" ") > 1
 
 
 def deliver_stamps(folder: str, extension: str, endings: Sequence[str], to: int) -> None:
-    """Write the stamps of all images to a file, block by block, the last names first; nothing of what is gone.
+    """Write the stamps of all existing images to a file, block by block, the last names first.
 
     Args:
         extension: of caption files.
@@ -111,11 +111,11 @@ def deliver_stamps(folder: str, extension: str, endings: Sequence[str], to: int)
         block = marshal.dumps(found)
         block = len(block).to_bytes(_LENGTH, "little") + block
         if os.write(to, block) < len(block):
-            return  # the disk is full: after half a block nothing would be read right
+            return  # the disk is full: nothing after half a block could be read
 
 
 class StampsAhead:
-    """What ``deliver_stamps`` has found so far in a second process; nothing where there cannot be one."""
+    """The results of ``deliver_stamps`` so far, from a second process; empty where there cannot be one."""
 
     def __init__(self, folder: Path, extension: str, endings: Sequence[str]) -> None:
         self._found: dict[str, str] = {}
@@ -124,7 +124,7 @@ class StampsAhead:
         self._process: subprocess.Popen[bytes] | None = None
         if not sys.executable or sys.platform == "win32" or (os.cpu_count() or 1) < 2:
             return
-        # neither site-packages nor the environment's settings: it needs nothing of either
+        # without site-packages and the environment's settings, which it does not need
         command = [sys.executable, "-I", "-S", __file__, str(folder), extension, *endings]
         try:
             self._delivered = tempfile.TemporaryFile(buffering=0)
@@ -135,7 +135,7 @@ class StampsAhead:
             return
 
     def stamps(self) -> dict[str, str]:
-        """By image, those that are here by now; the same object each time."""
+        """Return the stamps received so far, by image; the same object each time."""
         if self._process is not None:
             with self._lock:
                 self._take()
@@ -153,7 +153,7 @@ class StampsAhead:
             self._read = start + length
 
     def stop(self) -> None:
-        """Nothing more is needed."""
+        """Stop the second process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()

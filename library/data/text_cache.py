@@ -1,9 +1,9 @@
-"""Captions encoded once: which a run may need, encoding them in batches, and handing them out.
+"""Encode captions once: which ones a run may need, encoding in batches, and reading for a batch.
 
-A caption here is the final one, with prefix, suffix, wildcards and all. Where captions are drawn anew at each use,
-``variants`` of them are drawn for each image, keyed by its name and not by the run's seed, so that files serve later
-runs too; a use takes the variant that its visit's key chooses. Dropping a caption as a whole is no variant: the empty
-caption is encoded once more, and dropped are the very uses that would be without a cache.
+A caption here is the final one, with prefix, suffix and wildcards. Where captions change at each use, ``variants`` of
+them are drawn for each image, keyed by its name and not by the run's seed, so that files serve later runs too. A use
+takes the variant that its visit's key chooses. A dropped caption is no variant: the empty caption is encoded too, and
+the same uses drop their caption as without a cache.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Report = Callable[[int, int], None]
 
 
 def variant_count(rules: CaptionRules, variants: int) -> int:
-    """Different captions of an image that are encoded, where none is dropped."""
+    """Return the number of encoded captions of an image, without the dropped one."""
     return variants if rules.is_written_anew else 1
 
 
@@ -62,7 +62,7 @@ class TextFile:
 
 
 def wanted_files(captioned: Captioned, format: TextFormat, variants: int) -> list[TextFile]:
-    """All files of a run, each with every caption that any subset has for it."""
+    """Return all files of a run, each with every caption that any subset has for it."""
     wanted: dict[Path, dict[str, None]] = {}
     for record, rules in captioned:
         captions = [variant_caption(record, rules, index) for index in range(variant_count(rules, variants))]
@@ -74,7 +74,7 @@ def wanted_files(captioned: Captioned, format: TextFormat, variants: int) -> lis
 def find_outdated(
     wanted: Sequence[TextFile], format: TextFormat, settings: TextSettings, *, trust: bool
 ) -> list[TextFile]:
-    """Those that are not on disk or may not be used; damaged ones are named in warnings, others counted by reason.
+    """Return files that are missing or unusable; warnings name damaged ones and count others by reason.
 
     Args:
         trust: take what is there without looking into it (``--skip_cache_check``).
@@ -91,7 +91,7 @@ def find_outdated(
 
 
 def _why_not(file: TextFile, format: TextFormat, settings: TextSettings) -> str | None:
-    """Why a file cannot be used, "" if that has been said or needs no words; ``None`` if it can."""
+    """Return why a file cannot be used, "" if that was reported or needs no message; ``None`` if it can."""
     try:
         stamp = read_stamp(file.path, format)
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def _why_not(file: TextFile, format: TextFormat, settings: TextSettings) -> str 
 
 @dataclass(frozen=True)
 class TextEncoding:
-    """How captions become conditioning."""
+    """Turns captions into conditioning."""
 
     tokenize: Tokenize
     encode: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]  # outputs on any device, batch first
@@ -117,9 +117,9 @@ class TextEncoding:
     batch_size: int
 
     def rows(self, captions: Sequence[str]) -> Iterator[tuple[str, Row]]:
-        """Captions, in batches, to their conditioning on the host.
+        """Encode captions in batches; yields conditioning on the host.
 
-        A batch is tokenised ahead, and handed to the device before the outputs of the one before are waited for.
+        A batch is tokenized ahead, and sent to the device before the outputs of the previous one are awaited.
 
         Raises:
             UserError: outputs that are not finite.
@@ -195,7 +195,7 @@ def encode_to_disk(
 
 
 class DiskTexts:
-    """Conditioning in cache files, read when it is used."""
+    """Conditioning in cache files, read on use."""
 
     def __init__(self, format: TextFormat, dtype: torch.dtype, *, trust: bool) -> None:
         self._format = format
@@ -203,7 +203,7 @@ class DiskTexts:
         self._trust = trust
 
     def get(self, image: Path, caption: str, place: int) -> Row:
-        """Conditioning of an image's caption, which is its ``place``-th variant.
+        """Return the conditioning of an image's caption, its ``place``-th variant.
 
         Raises:
             UserError: the file vanished or was changed since it was checked.
@@ -222,7 +222,7 @@ class DiskTexts:
 
 
 class MemoryTexts:
-    """Conditioning in memory, one tensor of each name, which loader workers share however they are started."""
+    """Conditioning in memory, one tensor per name, which loader workers share however they are started."""
 
     def __init__(self, captions: Iterable[str]) -> None:
         self._places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
@@ -239,21 +239,21 @@ class MemoryTexts:
             self._stacks[name][self._places[caption]] = values
 
     def get(self, image: Path, caption: str, place: int) -> Row:
-        """As ``DiskTexts.get``."""
+        """See ``DiskTexts.get``."""
         return {name: stack[self._places[caption]] for name, stack in self._stacks.items()}
 
 
 @dataclass(frozen=True)
 class CachedTexts:
-    """What a batch's maker asks for captions that were encoded before."""
+    """Cached captions, as a batch maker uses them."""
 
     store: DiskTexts | MemoryTexts
     variants: int
-    #: whether only some encoders' outputs are used, so that captions are tokenised for the others
+    #: whether only some encoders are cached, so that captions are tokenized for the others
     in_part: bool = False
 
     def sample(self, record: ImageRecord, rules: CaptionRules, *, epoch: int, visit: int) -> tuple[str, Row]:
-        """Caption and conditioning of one use; a function of image, rules and visit.
+        """Return caption and conditioning of one use; a function of image, rules and visit.
 
         Raises:
             UserError: a cache file vanished or was changed.
@@ -267,7 +267,7 @@ class CachedTexts:
 
 
 def stack_rows(rows: Sequence[Row], paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Rows without the batch to tensors with it.
+    """Stack rows to tensors with a batch axis.
 
     Raises:
         UserError: files that were trusted hold outputs of different sizes.

@@ -1,6 +1,6 @@
 """Files of encoded captions: the published npz layout, with a stamp of what they were made from.
 
-A file lies beside its image as ``<stem><suffix>`` and holds the outputs of text encoders, without the batch, for
+A file is beside its image, named ``<stem><suffix>``, and holds the outputs of text encoders, without batch axis, for
 every caption that the image may have. Those of the first are under the published names; further ones, which the
 predecessor does not know, under ``<name>.variant<n>``. The empty caption of all images of a folder has one file,
 ``empty_caption<suffix>``.
@@ -32,7 +32,7 @@ Row = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What encoded captions are a function of, besides the captions."""
+    """Everything that encoded captions depend on, besides the captions."""
 
     encoders: WeightsIdentity
     dtype: torch.dtype  # of encoders and outputs
@@ -44,7 +44,7 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class TextStamp:
-    """What a file was made from."""
+    """Everything that a file was made from."""
 
     captions: tuple[str, ...]  # final ones, in the order of the arrays
     encoder_files: str
@@ -59,7 +59,7 @@ class TextStamp:
 
     @staticmethod
     def of(captions: Sequence[str], settings: TextSettings) -> TextStamp:
-        """The stamp of what is encoded now; reads the encoders' weights the first time."""
+        """Return the stamp of captions encoded now; reads the encoders' weights the first time."""
         return TextStamp(
             captions=tuple(captions),
             encoder_files=settings.encoders.files,
@@ -74,7 +74,7 @@ class TextStamp:
 
     @staticmethod
     def from_text(text: str) -> TextStamp | None:
-        """``None`` for a stamp of another version or form."""
+        """Parse a stamp; ``None`` for another version or form."""
         try:
             values = json.loads(text)
             stamp = TextStamp(**{**values, "captions": tuple(values["captions"])})
@@ -83,9 +83,9 @@ class TextStamp:
         return stamp if stamp.version == _STAMP_VERSION else None
 
     def outdated(self, captions: Sequence[str], settings: TextSettings) -> str | None:
-        """Why a file with this stamp does not serve for these captions; ``None`` if it does.
+        """Return why a file with this stamp cannot be used for these captions; ``None`` if it can.
 
-        It may hold more captions. Weights are read only where the encoders' files were touched or moved.
+        It may hold more captions. Weights are read only if the encoders' files were changed or moved.
         """
         if not set(captions) <= set(self.captions):
             return "made for other captions"
@@ -107,14 +107,14 @@ class TextStamp:
 
 
 def text_path(image: Path, caption: str, format: TextFormat) -> Path:
-    """Where a caption of an image lies."""
+    """Return the cache file of a caption of an image."""
     return image.with_name(f"{image.stem if caption else EMPTY_STEM}{format.cache_suffix}")
 
 
 def write_texts(path: Path, rows: Sequence[Row], stamp: TextStamp, format: TextFormat) -> None:
     """Write the outputs of ``stamp.captions``, in their order. bfloat16 is stored as float32, as published.
 
-    Atomic, also where several programs write the same file.
+    It is atomic, also when several programs write the same file.
     """
     arrays = {
         _array_name(name, place): _to_numpy(row[name]) for place, row in enumerate(rows) for name in format.arrays
@@ -127,7 +127,7 @@ def write_texts(path: Path, rows: Sequence[Row], stamp: TextStamp, format: TextF
 
 
 def read_stamp(path: Path, format: TextFormat) -> TextStamp | None:
-    """The stamp of a file, each byte of which is looked at; ``None`` where it has none.
+    """Return the stamp of a file and check every byte; ``None`` if it has no stamp.
 
     Raises:
         FileNotFoundError: as it says.
@@ -147,11 +147,11 @@ def read_stamp(path: Path, format: TextFormat) -> TextStamp | None:
 
 
 def read_row(path: Path, caption: str, place: int, format: TextFormat, *, trust: bool) -> Row | None:
-    """The outputs of one caption of a file that ``read_stamp`` found good, or ``None`` if it is not there.
+    """Read the outputs of one caption from a file that ``read_stamp`` accepted, or ``None`` if it has none.
 
     Args:
         place: of the caption among the image's.
-        trust: whether, in a file that does not have the caption, that of the same place is taken.
+        trust: whether a file without the caption gives the one at the same place.
 
     Raises:
         ValueError: the file is damaged.

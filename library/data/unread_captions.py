@@ -1,7 +1,7 @@
 """Caption files that nothing reads: the most common mistake with folders named ``<repeats>_<class tokens>``.
 
 There the class tokens are the caption of every image without a caption file, so a wrong ``caption_extension`` raises
-no error: all captions are passed over and only the class tokens are trained.
+no error: all captions are ignored and only the class tokens are trained.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from library.data.image_io import EXTENSIONS
 from library.data.stamp_ahead import by_name, caption_of, images_and_others
 from library.errors import Doubtful
 
-#: what caption files usually end with
+#: usual extensions of caption files
 _ENDINGS = (".txt", ".caption")
 
 
 def unread_captions(config: DatasetConfig) -> list[Doubtful]:
-    """One warning for each folder whose images get class tokens although there are caption files.
+    """Return one warning for each folder whose images get class tokens although there are caption files.
 
-    It names caption files with another ending, and images without one where others have one. ``--strict`` makes
-    errors of the warnings.
+    It names caption files with another extension, and images without a caption file where others have one. ``--strict``
+    turns the warnings into errors.
     """
     found: dict[tuple[Path | None, str, str | None], list[Doubtful]] = {}
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):

@@ -1,4 +1,4 @@
-"""The batches of a validation: every image kept for it, once, in an order that never changes."""
+"""The batches of a validation: every held-out image once, in an order that never changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from library.randomness import key, permutation
 
 
 class ValidationBatchMaker(BatchMaker):
-    """Keys what is left of randomness (noise, a choice of wildcards) by the image alone.
+    """Keys the remaining randomness (noise, a choice of wildcards) by the image alone.
 
     So an image has the same noise in every validation, in other runs too, and whatever images are added.
     """
@@ -23,13 +23,13 @@ class ValidationBatchMaker(BatchMaker):
 
 
 class ValidationData:
-    """One process's share of the validation images of a run.
+    """One process's part of the held-out images of a run.
 
     Args:
         data: of the run, its latents and texts cached if they will be.
         max_batches: of a validation, over all processes.
-        together: all processes have the same number of batches; those that would be one short have the first of all
-            once more, which does not count.
+        together: all processes have the same number of batches; a process that would be one short repeats the first
+            batch, which does not count.
     """
 
     def __init__(
@@ -51,25 +51,25 @@ class ValidationData:
             for index, dataset in enumerate(data.validation_datasets)
             for ref in dataset.batches(seed_of(dataset.spec, data.seed), 0, index)
         ]
-        # in a mixed order, so that the first of them stand for all
+        # in a shuffled order, so that the first ones represent all
         seed = seed_of(data.validation_datasets[0].spec, data.seed)
         order = permutation(len(found), seed, "validation batches")[:max_batches]
         self.image_count = sum(len(found[index].uses) for index in order)
         self._refs = [found[index] for index in order][rank::world_size]
-        #: how many of the batches, the first ones, belong to the validation
+        #: how many of the first batches belong to the validation
         self.counted = len(self._refs)
         if together and self.counted * world_size < len(order):
             self._refs.append(found[order[0]])
         self._loader: Loader | None = None
 
     def __len__(self) -> int:
-        """Batches of this process; there may be none."""
+        """Return the number of batches of this process; it may be 0."""
         return len(self._refs)
 
     def batches(
         self, *, tokenize: Tokenize, num_workers: int, pin_memory: bool = False, persistent: bool = False
     ) -> Iterator[Batch]:
-        """The same batches each time; the settings must be, too.
+        """Yield the same batches each time; the settings must be the same too.
 
         Raises:
             UserError: while iterating: an image or cache file that cannot be read; a worker that was killed.

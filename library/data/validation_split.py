@@ -1,7 +1,7 @@
-"""Which images are kept for validation: a keyed choice of files, none of which is trained on.
+"""Choose the held-out images of validation: a keyed choice of files, none of which is trained on.
 
-The choice is a function of (seed, folder's name, image's name): it is the same on every rank and when a run is
-resumed, and an image that is added changes it by one image at most.
+The choice is a function of (seed, folder's name, image's name): it is the same on every rank and in a resumed run, and
+adding an image changes it by one image at most.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Split:
 
 
 def split_records(specs: Sequence[DatasetSpec], found: Sequence[list[ImageRecord]], *, seed: int) -> Split:
-    """Keep the share of every dataset that it asks for, counted in files.
+    """Hold out each dataset's fraction, counted in files.
 
-    The images of a dataset whose subsets have the same share are divided together, so that many small folders give
-    no more than one large one. A file that is validated on anywhere is trained on nowhere, whatever names lead to it.
+    The images of a dataset whose subsets have the same fraction are split together, so that many small folders give no
+    more than one large one. A held-out file is trained on nowhere, whatever paths lead to it.
 
     Args:
         found: the records of each dataset.
@@ -66,14 +66,14 @@ def split_records(specs: Sequence[DatasetSpec], found: Sequence[list[ImageRecord
 
 
 def seed_of(spec: DatasetSpec, run_seed: int) -> int:
-    """Of a dataset's validation: its own, else the run's."""
+    """Return the seed of a dataset's validation: its own, else the run's."""
     return run_seed if spec.validation_seed is None else spec.validation_seed
 
 
 def count_of(total: int, share: float) -> int:
-    """How many of ``total`` files are validated on: the nearest number, and at least one on either side.
+    """Return how many of ``total`` files are held out: the nearest number, and at least one on either side.
 
-    A share of 1 is all of them; a single file is divided by no other share, and stays with training.
+    A fraction of 1 is all of them; with any other fraction a single file stays in training.
     """
     if share <= 0 or share >= 1:
         return total if share >= 1 else 0
@@ -81,7 +81,7 @@ def count_of(total: int, share: float) -> int:
 
 
 def for_validation(spec: DatasetSpec, run_seed: int) -> DatasetSpec:
-    """The dataset without all that varies from use to use; a choice of wildcards stays, once for each image."""
+    """Return the dataset without augmentation and caption changes; wildcards are resolved once for each image."""
     return replace(
         spec,
         subsets=tuple(_plain(subset) for subset in spec.subsets),
@@ -118,14 +118,14 @@ def _share(spec: DatasetSpec, record: ImageRecord) -> float:
 def _chosen(
     spec: DatasetSpec, records: Sequence[ImageRecord], files: Sequence[Hashable], seed: int
 ) -> dict[tuple[float, Hashable], int]:
-    """Places of the records to validate on by (share, file): the first record of each file."""
+    """Return the indices of records by (fraction, file): the first record of each file."""
     by_share: dict[float, dict[Hashable, int]] = {}
     for place, (record, file) in enumerate(zip(records, files, strict=True)):
         if (share := _share(spec, record)) > 0:
             by_share.setdefault(share, {}).setdefault(file, place)
     places: dict[tuple[float, Hashable], int] = {}
     for share, pool in by_share.items():
-        # the lowest of a fixed number for each image: one more image moves the border by one place at most
+        # the lowest keyed numbers: one more image moves the border by at most one place
         ranked = sorted(pool, key=lambda file: (_rank(seed, records[pool[file]]), pool[file]))
         places |= {(share, file): pool[file] for file in ranked[: count_of(len(pool), share)]}
     return places
@@ -136,7 +136,7 @@ def _rank(seed: int, record: ImageRecord) -> int:
 
 
 def name_of(record: ImageRecord) -> tuple[str, str]:
-    """What an image is known by in keyed draws: it stays when images are added, or the folder is moved."""
+    """Return an image's name in keys: it stays when images are added, or the folder is moved."""
     return record.folder.name, record.name
 
 
@@ -151,7 +151,7 @@ def _name_the_lost(spec: DatasetSpec, lost: Sequence[ImageRecord]) -> None:
 
 
 def _without_lone_regularization(spec: DatasetSpec, records: list[ImageRecord]) -> list[ImageRecord]:
-    """None, where only regularization images are left: an epoch uses as many as there are others."""
+    """Return no records where only regularization images are left: an epoch uses as many as there are others."""
     if all(spec.subsets[record.subset].is_reg for record in records):
         if records:
             logger.warning(
@@ -165,7 +165,7 @@ def _without_lone_regularization(spec: DatasetSpec, records: list[ImageRecord]) 
 def _each_once(
     spec: DatasetSpec, images: Sequence[tuple[ImageRecord, Hashable]], seen: set[Hashable]
 ) -> list[ImageRecord]:
-    """Records whose file was not validated on before at the same sizes."""
+    """Return records whose file was not held out before at the same sizes."""
     kept = []
     for record, file in images:
         if (file, spec.buckets) not in seen:

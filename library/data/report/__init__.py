@@ -1,1 +1,1 @@
-"""The report of ``tools/check_dataset.py`` on a data set; ``survey.py`` tells the story."""
+"""The report of ``tools/check_dataset.py`` on a data set; start reading at ``survey.py``."""

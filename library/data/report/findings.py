@@ -1,4 +1,4 @@
-"""What a check of a data set finds, as values: for the console, the page and scripts."""
+"""The findings of a data set check, as values for the console, the page and scripts."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any, Literal
 
 from library.plain_text import printable
 
-#: training would stop or mislead | probably not what is wanted | good to know
+#: training would stop or learn wrong data | probably not intended | good to know
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
-#: version of the JSON report; goes up when something in it changes its meaning
+#: version of the JSON report; increased when a meaning changes
 JSON_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to look at."""
+    """One finding."""
 
     kind: str  # one of KINDS
     severity: Severity
     text: str  # one line, without the images' names where ``images`` has them
     images: tuple[Path, ...] = ()
-    detail: str = ""  # what belongs to it and may be long, such as the part of a caption that is cut
+    detail: str = ""  # a detail that may be long, such as the cut part of a caption
 
 
 #: kind -> heading; the order of the report
@@ -60,8 +60,8 @@ class ImageRow:
     scale: float  # of the resize before the crop; above 1 the image is enlarged
     crop_loss: float  # share of the area that is cut off, 0 to 1
     caption: str  # as it stands in its file
-    tokens: int | None  # of the longest caption that is made of it; None: not counted
-    validation: bool = False  # kept for validation, not trained on
+    tokens: int | None  # of the longest possible caption; None: not counted
+    validation: bool = False  # held out for validation
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class BucketRow:
 
 @dataclass(frozen=True)
 class Report:
-    """All about one data set."""
+    """The report on one data set."""
 
     source: str
     findings: Sequence[Finding]
@@ -90,7 +90,7 @@ class Report:
         return sum(finding.severity == severity for finding in self.findings)
 
     def by_kind(self) -> dict[str, list[Finding]]:
-        """Findings in the order of ``KINDS``, the gravest of a kind first; only kinds that were found."""
+        """Return findings in the order of ``KINDS``, the most severe of a kind first; only kinds that were found."""
         found = {kind: [f for f in self.findings if f.kind == kind] for kind in KINDS}
         return {
             kind: sorted(of_kind, key=lambda f: SEVERITIES.index(f.severity))
@@ -99,11 +99,11 @@ class Report:
         }
 
     def exit_code(self, *, strict: bool) -> int:
-        """0, or 1 where there are errors or, if ``strict``, warnings."""
+        """Return 0, or 1 if there are errors or, with ``strict``, warnings."""
         return int(self.count("error") > 0 or (strict and self.count("warning") > 0))
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """Return everything as JSON values."""
         return {
             "version": JSON_VERSION,
             "source": printable(self.source),
@@ -129,7 +129,7 @@ class Report:
 
 @dataclass
 class Collector:
-    """Takes findings in while the data set is looked at."""
+    """Collects findings while the data set is checked."""
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Looking at every image once: whether it decodes, what its bytes and its appearance are."""
+"""Look at every image once: whether it decodes, its hash and its appearance."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from library.data.image_io import read_image, read_orientation
 from library.errors import UserError
 from library.files.hashes import sha256_file
 
-#: threads that read; Pillow, OpenCV and hashing let go of the interpreter's lock
+#: threads that read; Pillow, OpenCV and hashing release the interpreter's lock
 THREADS = min(16, (os.cpu_count() or 1) + 1)
 
-#: pixels of the side of the coarse image that look-alikes are confirmed by
+#: side in pixels of the coarse image that confirms similar images
 COARSE = 16
 #: bits of a fingerprint
 BITS = 128
@@ -26,7 +26,7 @@ BITS = 128
 
 @dataclass(frozen=True)
 class Look:
-    """What an image looks like, in less than a kilobyte."""
+    """The appearance of an image, in less than a kilobyte."""
 
     path: Path
     digest: str  # sha256 of the file
@@ -59,7 +59,7 @@ def look_at(path: Path) -> Look:
 
 
 def fingerprint(image: Image.Image) -> int:
-    """128 bits that hardly change when an image is resized, recompressed, or made a little brighter.
+    """Return 128 bits that hardly change when an image is resized, recompressed, or made a little brighter.
 
     The difference hash of N. Krawetz ("Kind of Like That", hackerfactor.com, 2013): whether brightness rises from one
     cell of a coarse grey image to the next, along 8 rows of 9 cells and, in addition, down 8 columns of 9.
@@ -74,7 +74,7 @@ def fingerprint(image: Image.Image) -> int:
 def look_at_all(
     paths: Iterable[Path], report: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[dict[Path, Look], dict[Path, str]]:
-    """Looks of those that can be read, and why the others cannot; in parallel.
+    """Return the looks of readable images, and why the others cannot be read; in parallel.
 
     Args:
         report: called with images done and their total.

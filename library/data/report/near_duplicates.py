@@ -1,4 +1,4 @@
-"""Images that are equal or look alike: within one set, and on two sides that must not share any."""
+"""Find equal or similar images: within one set, and between two sets that must not share any."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from library.data.report.looks import BITS, Look
 
 #: bits by which the fingerprints of look-alikes may differ; unrelated photographs differ in about 60 of 128
 DISTANCE = 10
-#: difference, of 255, that a cell of the coarse images may have, and share of cells that may have more: a small mark
-#: or a little more light is the same image, another thing in the same place is not
+#: difference, of 255, that a cell of the coarse images may have, and fraction of cells that may have more: a small mark
+#: or a little more light is the same image, another object in the same place is not
 CELL_DIFFERENCE, OTHER_CELLS = 48, 0.03
 
 #: fingerprints up to which plain integers are faster than arrays
@@ -36,7 +36,7 @@ class Pair:
 
 
 def equal_files(looks: Iterable[Look]) -> list[list[Path]]:
-    """Groups of two and more files with the same bytes."""
+    """Return groups of files with the same bytes."""
     groups: dict[str, list[Path]] = defaultdict(list)
     for look in looks:
         groups[look.digest].append(look.path)
@@ -44,7 +44,7 @@ def equal_files(looks: Iterable[Look]) -> list[list[Path]]:
 
 
 def look_alikes(looks: Iterable[Look], distance: int = DISTANCE) -> list[list[Pair]]:
-    """Groups of images that look alike, as the pairs that hold each together; of equal files only one takes part."""
+    """Return groups of similar images, as the pairs that connect each group; of equal files only one takes part."""
     different = list({look.digest: look for look in looks}.values())
     pairs = [Pair(a.path, b.path, bits) for a, b, bits in _close(different, distance)]
     return _grouped(pairs)
@@ -56,10 +56,10 @@ def on_both_sides(
     looks: Mapping[Path, Look],
     distance: int = DISTANCE,
 ) -> list[Pair]:
-    """Images of the first set that the second has too: the same file, an equal one, or one that looks alike.
+    """Return images of the first set that are also in the second: the same file, an equal one, or a similar one.
 
     Args:
-        looks: of the images of both; records without one, as they cannot be read, are passed over.
+        looks: of the images of both; unreadable images have none and are skipped.
 
     Returns:
         for each image of the first set at most one pair, the closest.
@@ -69,7 +69,7 @@ def on_both_sides(
         one[looks[path].digest].append(path)
     other = {looks[record.path].digest: record.path for record in second if record.path in looks}
     best = {digest: (other[digest], -1) for digest in one if digest in other}
-    # what is equal is known already; the search itself knows no sides
+    # equal files are known already; the search itself does not know the two sets
     left = {digest: looks[paths[0]] for digest, paths in one.items() if digest not in best}
     right = {digest: looks[path] for digest, path in other.items()}
     for a, b, bits in _close([*left.values(), *right.values()], distance):
@@ -81,7 +81,7 @@ def on_both_sides(
 
 
 def _close(looks: Sequence[Look], distance: int) -> Iterator[tuple[Look, Look, int]]:
-    """Pairs whose fingerprints differ in at most ``distance`` bits and whose coarse images agree too."""
+    """Return pairs whose fingerprints differ in at most ``distance`` bits and whose coarse images agree too."""
     prints = [look.fingerprint for look in looks]
     for first, second in sorted(pairs_within(prints, distance)):
         a, b = looks[first], looks[second]
@@ -91,11 +91,11 @@ def _close(looks: Sequence[Look], distance: int) -> Iterator[tuple[Look, Look, i
 
 
 def pairs_within(fingerprints: Sequence[int], distance: int) -> set[tuple[int, int]]:
-    """Indices (i < j) of all fingerprints of ``BITS`` bits that differ in at most ``distance`` bits.
+    """Yield indices (i < j) of all fingerprints of ``BITS`` bits that differ in at most ``distance`` bits.
 
     Multi-index hashing (M. Norouzi, A. Punjani, D. J. Fleet, "Fast Search in Hamming Space with Multi-Index Hashing",
     CVPR 2012): of ``distance + 1`` bands at least one is equal in such a pair, so that only fingerprints that share a
-    band are compared. Exact, and far from comparing all with all.
+    band are compared. It is exact, and far faster than comparing all with all.
     """
     distinct: dict[int, list[int]] = defaultdict(list)
     for index, value in enumerate(fingerprints):
@@ -115,7 +115,8 @@ def pairs_within(fingerprints: Sequence[int], distance: int) -> set[tuple[int, i
 
 
 def _within(values: list[int], distance: int) -> Iterator[tuple[int, int]]:
-    """Pairs of one shelf; drawings on white paper fill some shelves with thousands, which numpy compares faster."""
+    """Return pairs within one bin; drawings on white paper fill some bins with thousands, which numpy compares
+    faster."""
     if len(values) <= _FEW:
         yield from ((a, b) for a, b in combinations(values, 2) if (a ^ b).bit_count() <= distance)
         return
@@ -133,7 +134,7 @@ def _bands(count: int) -> list[tuple[int, int]]:
 
 
 def _grouped(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Pairs by connected group, in the order of their first pair."""
+    """Return pairs by connected group, in the order of their first pair."""
     group_of: dict[Path, list[Pair]] = {}
     for pair in pairs:
         first, second = group_of.get(pair.first), group_of.get(pair.second)

@@ -63,12 +63,12 @@ class CheckOptions:
         return found
 
 
-#: options of the data that change nothing in what is trained on
+#: data options that do not change the training data
 _NOT_LOOKED_AT = (
     "dataset_class", "vae_batch_size", "skip_cache_check", "debug_dataset", "max_data_loader_n_workers",
     "persistent_data_loader_workers", "on_bad_image", "clip_skip", "no_half_vae", "text_encoder_batch_size",
 )  # fmt: skip
-#: of other groups, what is looked at
+#: options of other groups that matter here
 _ALSO_LOOKED_AT = (
     "gradient_accumulation_steps", "max_train_steps", "max_train_epochs", "validation_split", "validation_seed",
     "seed", "strict", "console_log_level", "console_log_file", "console_log_simple", "config_file", "output_config",
@@ -83,7 +83,7 @@ def _is_looked_at(name: str) -> bool:
 
 
 def parser(description: str, epilog: str) -> argparse.ArgumentParser:
-    """Takes every option of training, so that a training command can be checked as it is; explains those that count."""
+    """Return a parser that takes every option of training, so that a training command can be checked as it is."""
     made = build_parser([CheckOptions, *TrainingOptionsOfAll.groups().values()], description=description, epilog=epilog)
     own = {*CheckOptions.__dataclass_fields__, "help"}
     for action in made._actions:
@@ -95,7 +95,7 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
 
 
 def about_data(options: TrainNetworkOptions) -> TrainNetworkOptions:
-    """The options with all that is not looked at as if it were not given."""
+    """Return the options with everything irrelevant reset to defaults."""
     training = replace(
         TrainingOptions(),
         gradient_accumulation_steps=options.training.gradient_accumulation_steps,
@@ -120,5 +120,5 @@ def about_data(options: TrainNetworkOptions) -> TrainNetworkOptions:
 
 
 def not_looked_at(options: TrainNetworkOptions) -> list[str]:
-    """Flags that were given and do not matter here."""
+    """Return the given flags that do not matter here."""
     return [f"--{f.name}" for f, value in flat(options) if value != f.default and not _is_looked_at(f.name)]

@@ -1,4 +1,4 @@
-"""The report as one HTML file: nothing is loaded from elsewhere, and every text of the data is escaped."""
+"""Write the report as one HTML file: it loads nothing from elsewhere, and escapes every text of the data."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ img{display:block;max-width:160px}summary{cursor:pointer;font-size:1.2em;margin:
 
 
 def make_page(report: Report, *, max_thumbnails: int) -> str:
-    """The whole file's text.
+    """Return the whole file's text.
 
     Args:
-        max_thumbnails: small images at most; the page says how many it left out.
+        max_thumbnails: thumbnails at most; the page says how many it left out.
     """
     kept = {row.path: row for row in report.images}
     wanted = list(dict.fromkeys(_images_on_page(report)))
@@ -58,7 +58,7 @@ def make_page(report: Report, *, max_thumbnails: int) -> str:
     parts = [
         "<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width">',
-        # the page itself asks for nothing, whatever stands in captions
+        # the page itself loads nothing, whatever is in captions
         f'<meta http-equiv=Content-Security-Policy content="{_POLICY}">',
         f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{_text(title)}</h1><p><b>{verdict}</b></p>",
@@ -78,7 +78,7 @@ def _text(value: object) -> str:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns are plain text, cells are HTML."""
+    """Return a table; columns are plain text, cells are HTML."""
     head = "<tr>" + "".join(f"<th>{_text(column)}</th>" for column in columns) + "</tr>" if columns else ""
     body = ("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>{head}{''.join(body)}</table>"
@@ -171,7 +171,7 @@ def _tags(report: Report) -> str:
 
 
 def _images_on_page(report: Report) -> Iterable[Path]:
-    """In the order of their importance: those of findings first."""
+    """Return images in order of importance: those of findings first."""
     for findings in report.by_kind().values():
         for finding in findings[:MOST_FINDINGS]:
             if finding.kind != "unreadable":
@@ -180,14 +180,14 @@ def _images_on_page(report: Report) -> Iterable[Path]:
 
 
 def _make_thumbnails(paths: Sequence[Path], rows: Mapping[Path, ImageRow]) -> dict[Path, str]:
-    """Data URIs; none of images that cannot be read."""
+    """Return data URIs; unreadable images have none."""
     with ThreadPoolExecutor(THREADS) as pool:
         made = list(pool.map(lambda path: thumbnail(path, rows.get(path)), paths))
     return {path: uri for path, uri in zip(paths, made, strict=True) if uri is not None}
 
 
 def thumbnail(path: Path, row: ImageRow | None) -> str | None:
-    """A small JPEG as data URI, with a frame around what the crop leaves; ``None`` if the image cannot be read."""
+    """Return a small JPEG as data URI, with a frame around the crop; ``None`` if the image cannot be read."""
     try:
         image = Image.fromarray(read_image(path))
     except UserError:

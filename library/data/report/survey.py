@@ -1,7 +1,7 @@
-"""The check of a data set, from the options of a training run to the report.
+"""Check a data set, from the options of a training run to the report.
 
-The images, captions, buckets and batches are found by the code that finds them for training; what would end a run
-becomes a finding instead.
+The code of training finds images, captions, buckets and batches; an error that would end a run becomes a finding
+instead.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: enlargement from which on it is mentioned, and from which on it is warned of
+#: enlargement above which there is a note, and above which there is a warning
 ENLARGED, MUCH_ENLARGED = 1.01, 1.25
-#: share of the area that is cut off, from which on it is warned of
+#: fraction of the area that is cropped off, above which there is a warning
 MUCH_CUT = 0.25
 
-#: what a warning of these modules is about; of others, settings
+#: kinds of the warnings of these modules; of others, settings
 _KIND_OF_LOGGER = {"library.data.conditioning": "masks", "library.data.metadata_file": "data"}
 
 
 def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture: Architecture) -> Report:
-    """Find everything out.
+    """Collect the whole report.
 
     Raises:
         UserError: options or a dataset file that are wrong, so that there is nothing to look at.
@@ -98,7 +98,7 @@ def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture:
 
 
 class _Images:
-    """Finds the records of subsets for the data, and keeps them by subset."""
+    """Finds the records of subsets and keeps them by subset."""
 
     def __init__(self, faults: Faults, collector: Collector) -> None:
         self._faults = faults
@@ -116,16 +116,16 @@ class _Images:
         return records
 
     def of(self, where: str) -> list[ImageRecord]:
-        """The records of the subset that stands there."""
+        """Return the records of the subset at that place."""
         return next(records for subset, records in self.by_subset if subset.where == where)
 
     def paths(self) -> list[Path]:
-        """Every image once."""
+        """Return every image once."""
         return list(dict.fromkeys(record.path for _, records in self.by_subset for record in records))
 
 
 def _without_masks(config: DatasetConfig) -> DatasetConfig:
-    """Masks are looked at apart, as one that is missing must not hide all others."""
+    """Remove masks: they are checked separately, because one missing mask must not hide all others."""
     datasets = (
         replace(dataset, subsets=tuple(replace(subset, conditioning_dir=None) for subset in dataset.subsets))
         for dataset in config.datasets
@@ -166,7 +166,7 @@ def _report_faults(faults: Faults, unreadable: Mapping[Path, str], collector: Co
 
 @contextmanager
 def _warnings_as_findings(collector: Collector) -> Iterator[None]:
-    """What the code that reads data warns of goes into the report instead of the log."""
+    """Turn warnings of the code that reads data into findings."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -188,7 +188,7 @@ def _warnings_as_findings(collector: Collector) -> Iterator[None]:
 
 
 def _sides(images: _Images, data: TrainingData) -> Iterator[tuple[str, list[ImageRecord], list[ImageRecord]]]:
-    """Sets of images that must have none in common, with a name for both."""
+    """Return pairs of image sets that must be disjoint, with a name for each pair."""
     train, regularization = [], []
     for subset, records in images.by_subset:
         (regularization if subset.is_reg else train).extend(records)
@@ -249,7 +249,7 @@ def _check_likeness(images: _Images, looks: Mapping[Path, Look], distance: int, 
 def _measure(
     options: TrainNetworkOptions, wanted: CheckOptions, architecture: Architecture, collector: Collector
 ) -> Measure | None:
-    """A function that counts a caption's tokens, if there is a tokenizer."""
+    """Return a function that counts a caption's tokens, if there is a tokenizer."""
     model = options.model
     if wanted.tokenizer is not None:
         tokenizers = architecture.tokenizers_in(wanted.tokenizer, v2=model.v2)

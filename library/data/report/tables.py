@@ -1,4 +1,4 @@
-"""The report on the console."""
+"""Print the report on the console."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 from library.plain_text import visible
 from library.data.report.findings import KINDS, SEVERITIES, Finding, Report
 
-#: findings of a kind, tags and buckets that are shown; the rest is counted
+#: findings of a kind, tags and buckets shown at most; the rest is counted
 MOST_FINDINGS, MOST_TAGS, MOST_BUCKETS = 5, 20, 40
 #: letters of a caption's cut-off end
 _DETAIL = 120
