@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from pathlib import Path
+
+from library.errors import UserError
+from library.files.atomic import make_folder
+
+
+def try_folder(directory: Path) -> None:
+    """Make the folder for images and try to write there, before minutes are spent on an image.
+
+    Raises:
+        UserError: it cannot be made, or nothing can be written there.
+    """
+    make_folder(directory)
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        raise UserError(f"{directory}: images cannot be written there ({error.strerror})") from None
 
 
 class FileNames:

@@ -23,7 +23,8 @@ from library.config.console import setup_console
 from library.diffusion.objective import FLOW_SAMPLERS
 from library.errors import UserError
 from library.inference.adapter_files import adapt, open_adapters, read_choice
-from library.inference.file_names import FileNames
+from library.inference.failures import OutOfMemory, naming_memory
+from library.inference.file_names import FileNames, try_folder
 from library.inference.flux_options import SIZE_STEP, FluxInferenceOptions, FluxImageOptions, PartDtype, part_dtypes
 from library.inference.generate import (
     GenerateOptions,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TEXT, DENOISER, VAE = "text encoders", "transformer", "autoencoder"
+_MEMORY_REMEDY = "try a smaller one, or --offload"
 #: texts of a session that are not encoded again; each takes 8 MB
 KEPT_TEXTS = 16
 
@@ -69,7 +71,8 @@ def draw_images(options: FluxInferenceOptions, lines: TextIO | None = None) -> l
     if not options.image.interactive:
         if re.search(r"\s--[a-z]", options.image.prompt):
             logger.warning("--prompt is taken as it is; options within a prompt are read with --interactive only")
-        return [studio.draw(ImagePrompt(options.image.prompt))]
+        with naming_memory(_MEMORY_REMEDY):
+            return [studio.draw(ImagePrompt(options.image.prompt))]
     if options.image.prompt != FluxImageOptions.prompt:
         logger.warning("--prompt has no effect with --interactive, which reads prompts from the keyboard")
     return _session(studio, lines or sys.stdin)
@@ -78,31 +81,37 @@ def draw_images(options: FluxInferenceOptions, lines: TextIO | None = None) -> l
 def _session(studio: ImageSession, lines: TextIO) -> list[Path]:
     written = []
     for number, line in enumerate(_typed(lines), start=1):
-        where, is_full = f"prompt {number}", False
+        where = f"prompt {number}"
         try:
-            written.append(studio.draw(parse_flux_prompt(line, where=where, size_step=SIZE_STEP)))
+            prompt = parse_flux_prompt(line, where=where, size_step=SIZE_STEP)
+            with naming_memory(_MEMORY_REMEDY):
+                written.append(studio.draw(prompt))
+        except OutOfMemory as error:
+            studio.free()
+            logger.error("%s: %s", where, error)
         except UserError as error:
             logger.error("%s", error)
-        except torch.OutOfMemoryError:
-            is_full = True
         except KeyboardInterrupt:
             logger.info("%s: stopped", where)
             break
-        if is_full:  # only now, as the error holds on to what was being computed
-            studio.free()
-            logger.error("%s: not enough memory for this size; try a smaller one, or --offload", where)
     return written
 
 
 def _typed(lines: TextIO) -> Iterator[str]:
-    """Lines up to the first empty one, the end of the file, or Ctrl-C."""
+    """Lines up to the first empty one, the end of the file, or Ctrl-C.
+
+    They are read as bytes, as a text stream would drop all that it has read ahead at the first wrong byte.
+    """
+    source = getattr(lines, "buffer", lines)
     while True:
         if lines.isatty():
             print("prompt (an empty line ends): ", end="", file=sys.stderr, flush=True)
         try:
-            line = lines.readline().strip()
+            raw = source.readline()
         except KeyboardInterrupt:
             return
+        try:
+            line = (raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw).strip()
         except UnicodeDecodeError:
             logger.error("the line is no UTF-8 text")
             continue
@@ -155,6 +164,7 @@ class ImageSession:
         loaders = {TEXT: self._load_text_encoders, DENOISER: self._load_denoiser, VAE: self._load_vae}
         self._parts = Parts(loaders, one_at_a_time=offload, device=self._device)
         self._encoded: dict[str, Conditioning] = {}
+        try_folder(Path(options.image.output_dir))
         self._files = FileNames(Path(options.image.output_dir))
 
     # ---- drawing ----

@@ -16,7 +16,8 @@ from library.architectures.base import Architecture, Conditioning
 from library.config.console import setup_console
 from library.errors import UserError
 from library.files.safetensors_io import read_header
-from library.inference.file_names import FileNames
+from library.inference.failures import naming_memory
+from library.inference.file_names import FileNames, try_folder
 from library.inference.generate import GenerateOptions, ImageModels, ImageSettings, generate_images, random_seed
 from library.inference.native_size import native_size
 from library.inference.networks import NetworkChoice, apply_networks, choose_networks
@@ -58,13 +59,14 @@ def draw_images(options: ImageOptions, architecture: Architecture) -> list[Path]
     common = _common_settings(options, architecture, checkpoint)
     planned = plan_images(prompts, common, _repetition(options))
 
+    try_folder(Path(options.image.outdir))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
     dtype = torch.float16 if options.speed.fp16 else torch.bfloat16 if options.speed.bf16 else torch.float32
     models = _load(options, architecture, checkpoint, dtype, device)
     networks = apply_networks(choices, models, merge=options.networks.network_merge, dtype=dtype, device=device)
-    models = replace(models, adapters=networks)
+    models = replace(models, adapters=networks, adapter_names=[Path(choice.weights).name for choice in choices])
     drawing = GenerateOptions(
         device=device,
         dtype=dtype,
@@ -94,7 +96,8 @@ def _draw(
             for network, multiplier in zip(models.adapters, wanted, strict=False):  # none where they are merged
                 network.set_multiplier(multiplier)
             multipliers, encoded = wanted, {}
-        images = generate_images(models, [image.settings for image in batch], drawing, encoded)
+        with naming_memory("try a smaller one, a smaller --batch_size, or --bf16"):
+            images = generate_images(models, [image.settings for image in batch], drawing, encoded)
         network_text = ", ".join(f"{Path(c.weights).name}:{m:g}" for c, m in zip(choices, wanted, strict=True))
         for image, planned_image in zip(images, batch, strict=True):
             path = files.next(planned_image.settings.seed)

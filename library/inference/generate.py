@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import Architecture, CaptionLength, Conditioning, SampleFacts
 from library.data.caption_lengths import shortened
+from library.inference.failures import NotFinite, cause_in
 from library.inference.prompt_line import SamplePrompt
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class ImageModels:
     vae: nn.Module | None = None
     v_prediction: bool = False
     adapters: Sequence[nn.Module] = ()  # networks applied to the others, so that their dropout is off, too
+    adapter_names: Sequence[str] = ()  # their files, for messages
     #: conditioning by text, as far as its encoders are not there
     cached_texts: Mapping[str, Conditioning] = field(default_factory=dict)
 
@@ -65,6 +67,8 @@ class GenerateOptions:
     max_token_length: int | None = None  # tokens of the text window: 75 (or None), 150 or 225
     weighted: bool = True  # whether (word:1.2) and [word] in prompts are emphasis
     nan_remedy: str = "try --no_half_vae or bf16"  # what to say of images that are not finite
+    #: called before each denoising step; what it raises ends the generation
+    check: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,8 @@ def decode_images(models: ImageModels, latents: Tensor, options: GenerateOptions
         # one at a time: decoding takes far more memory than sampling
         pixels = [models.architecture.decode_latents(models.vae, latent.unsqueeze(0)) for latent in latents]
     if not all(torch.isfinite(p).all() for p in pixels):
-        logger.warning("an image holds NaN and will be (partly) black; %s", options.nan_remedy)
+        cause = cause_in({"VAE": models.vae}) or f"the VAE gives values that are not finite: {options.nan_remedy}"
+        raise NotFinite(f"no image: {cause}")
     return [to_image(p[0]) for p in pixels]
 
 
@@ -221,7 +226,12 @@ def generate_latents(
         else:
             negative = _encode(models, [settings.negative_prompt for settings in batch], options, encoded)
             predict = _guided(models, positive, _sized(models, negative, first), first.scale)
-        return sample(scheduler, lambda x, t: objective.for_sampler(predict(x, t), t), noise, generators)
+        latents = sample(
+            scheduler, lambda x, t: objective.for_sampler(predict(x, t), t), noise, generators, options.check
+        )
+        if not torch.isfinite(latents).all():
+            raise NotFinite(f"no image: {_why_not_finite(models, positive)}")
+        return latents
 
 
 def sample(
@@ -229,6 +239,7 @@ def sample(
     predict: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
     generators: Sequence[torch.Generator],
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Run a diffusers scheduler from noise to latents.
 
@@ -237,15 +248,25 @@ def sample(
         predict: (B, C, h, w) and timesteps (B,) to the model's prediction (B, C, h, w).
         noise: (B, C, h, w), standard normal.
         generators: one for each image; samplers that add noise draw from them.
+        check: called before each step; what it raises ends the sampling.
     """
     draws = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if draws else {}
     latents = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
+        check()
         scaled = scheduler.scale_model_input(latents, timestep)
         prediction = predict(scaled, timestep.expand(len(latents)))
         latents = scheduler.step(prediction.float(), timestep, latents, return_dict=False, **extra)[0]
     return latents
+
+
+def _why_not_finite(models: ImageModels, conditioning: Conditioning) -> str:
+    """In the order of the computation: weights, what the encoders give, and else the precision."""
+    networks = dict(zip((f"network {name}" for name in models.adapter_names), models.adapters, strict=False))
+    encoders = {f"text encoder {n}": encoder for n, encoder in enumerate(models.text_encoders, start=1)}
+    found = cause_in({**networks, **encoders, "denoiser": models.denoiser}, {"text encoder": conditioning.tensors})
+    return found or "the denoiser's values are not finite: use bf16 or float32 instead of fp16, or a lower scale"
 
 
 def _plain(models: ImageModels, positive: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:

@@ -260,6 +260,13 @@ def _ranges(options: ImageOptions) -> Iterator[str]:
         yield f"--seed {seed}: must be 0 to {MAX_SEED}"
 
 
+def _numbers_are_finite(options: ImageOptions) -> Iterator[str]:
+    for name, values in (("scale", [options.image.scale]), ("network_mul", options.networks.network_mul or [])):
+        for value in values:
+            if not abs(value) < float("inf"):
+                yield f"--{name} {value}: must be a finite number"
+
+
 def _folder_fits(options: ImageOptions) -> Iterator[str]:
     if Path(options.image.outdir).exists() and not Path(options.image.outdir).is_dir():
         yield f"--outdir {options.image.outdir}: is a file; give a folder"
@@ -282,6 +289,7 @@ _RULES: tuple[Callable[[ImageOptions], Iterator[str]], ...] = (
     _one_precision,
     _one_attention,
     _ranges,
+    _numbers_are_finite,
     _folder_fits,
     _sampler_fits,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from library.architectures.base import Architecture, Conditioning, ModelInfo
 from library.config.arguments import TrainNetworkOptions
 from library.diffusion.objective import Objective
 from library.inference.prompt_line import SamplePrompt
+from library.interrupt import Stopped
 from library.training import precision
 from library.training.models import Models
 from library.training.run import Run
@@ -102,15 +103,19 @@ class PreviewGenerator:
             adapters=modules,
         )
 
-    def __call__(self, prompt: SamplePrompt, path: Path | None) -> Image:
-        """Generate one image, and save it with its settings if there is a path."""
+    def __call__(self, prompt: SamplePrompt, path: Path | None, check: Callable[[], None] = lambda: None) -> Image:
+        """Generate one image, and save it with its settings if there is a path.
+
+        Args:
+            check: called before each denoising step; what it raises ends the generation.
+        """
         from library.inference.generate import generate_image, settings_for
         from library.inference.png import save_png
 
         sampler = self._objective.sampler(prompt.sample_sampler, self._options.sample.sample_sampler)
         settings = settings_for(prompt, self._architecture.sample_defaults, sampler=sampler)
         with precision.drawing(self._options.training):
-            image = generate_image(self._models, settings, self._how)
+            image = generate_image(self._models, settings, replace(self._how, check=check))
         if path is not None:
             name = Path(self._options.model.pretrained_model_name_or_path).name
             save_png(image, path, settings.record(model=name, network=self._options.output.output_name or ""))
@@ -177,21 +182,31 @@ def generate_previews(
     world_size: int,
     together: bool = False,
 ) -> dict[str, Image]:
-    """Draw and save this process's share of the prompts; returns them under the trackers' names.
+    """Generate and save this process's share of the images; returns them under the trackers' names.
 
     Args:
-        draw: saves to the path, if it gets one.
-        together: every process draws all of them, as a model that is shared out needs each; the first one keeps them.
+        draw: saves to the path, if it gets one; may raise Stopped, which ends the rest, and NotFinite.
+        together: every process generates all of them, as a sharded model needs each; the first one keeps them.
     """
+    from library.inference.failures import NotFinite
+
     drawn: dict[str, Image] = {}
     for index, prompt in enumerate(prompts):
-        if together and rank != 0:
-            draw(prompt, None)
-        if rank != (0 if together else index % world_size):
+        is_mine = rank == (0 if together else index % world_size)
+        if not is_mine and not together:
             continue
-        path = path_of(index, prompt)
-        drawn[f"sample_{index}"] = draw(prompt, path)
-        logger.info("sample image: %s", path)
+        path = path_of(index, prompt) if is_mine else None
+        try:
+            image = draw(prompt, path)
+        except Stopped:
+            logger.warning("sample images: stopped after %d of %d", len(drawn), len(prompts))
+            break
+        except NotFinite as error:  # the run itself finds out what is not finite in it
+            logger.warning('sample image of "%s" left out: %s', prompt.prompt, error)
+            continue
+        if is_mine:
+            drawn[f"sample_{index}"] = image
+            logger.info("sample image: %s", path)
     return drawn
 
 

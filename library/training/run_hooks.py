@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,8 +26,15 @@ logger = logging.getLogger(__name__)
 class RunHooks:
     """Implements ``library.training.loop.LoopHooks``; steps and epochs count from 1."""
 
-    def __init__(self, loaded: LoadedRun, summary: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        loaded: LoadedRun,
+        summary: Sequence[tuple[str, str]],
+        check_interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
         run = loaded.run
+        # a model that is sharded over processes needs each of them to the end of an image
+        self._check = check_interrupt if run.sharding is None else lambda: None
         self._loaded = loaded
         self._run = run
         self._saver = loaded.saver
@@ -179,7 +186,7 @@ class RunHooks:
         self._saver.set_training(False)
         images = generate_previews(
             of_main_process(self._loaded.prompts.current() if run.accelerator.is_main_process else ()),
-            draw=self._loaded.previews,
+            draw=lambda prompt, path: self._loaded.previews(prompt, path, self._check),
             path_of=lambda index, prompt: preview_path(
                 run.names.directory, run.names.stem, epoch=epoch, step=step, index=index, seed=prompt.seed
             ),

@@ -110,9 +110,12 @@ class Trainer:
     def fit(self, loaded: LoadedRun, interrupt: Interrupt) -> int:
         """Train, save and generate samples until the last step or the first interrupt; returns the steps done."""
         run = loaded.run
-        hooks = RunHooks(loaded, _summary(loaded))
+        hooks = RunHooks(loaded, _summary(loaded), interrupt.check)
         try:
             hooks.start()
+            if interrupt.requested and run.accelerator.num_processes == 1:
+                logger.warning("stopped before the first step; there is nothing to save")
+                raise SystemExit(interrupt.exit_code)
             steps = run_loop(
                 run.plan,
                 start_step=run.start_step,

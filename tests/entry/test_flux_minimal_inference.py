@@ -73,11 +73,11 @@ def words(made: MadeFlux, out: Path, *more: object, **changed: object) -> list[s
     return [str(word) for word in (*given, *more)]
 
 
-def draw(made: MadeFlux, out: Path, *more: object, lines: str = "", **changed: object) -> list[Path]:
+def draw(made: MadeFlux, out: Path, *more: object, lines: str | io.TextIOBase = "", **changed: object) -> list[Path]:
     """A run in this process.
 
     Args:
-        lines: what is typed.
+        lines: what is typed, or comes through a pipe.
     """
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -86,7 +86,7 @@ def draw(made: MadeFlux, out: Path, *more: object, lines: str = "", **changed: o
         parsed = flux_minimal_inference.setup_parser().parse_args(words(made, out, *more, **changed))
         options = FluxInferenceOptions.from_args(parsed)
         check_options(options)
-        return draw_images(options, io.StringIO(lines))
+        return draw_images(options, io.StringIO(lines) if isinstance(lines, str) else lines)
     finally:
         root.handlers[:], root.level = handlers, level
 
@@ -370,6 +370,26 @@ def test_a_size_too_large_ends_no_session(
     assert len(drawn) == 1
     (error,) = said(capsys.readouterr().err, "ERROR")
     assert error == "prompt 1: not enough memory for this size; try a smaller one, or --offload"
+
+
+def test_a_wrong_byte_costs_one_line(
+    models: Mapping[str, MadeFlux], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where prompts come through a pipe, of which a text stream would have read more at once."""
+    sent = io.BytesIO(f"{PROMPT}\n".encode() + b"caf\xe9\n" + PROMPT.encode())
+    piped = io.TextIOWrapper(sent, encoding="utf-8")
+    drawn = draw(models["dev"], tmp_path, "--interactive", lines=piped)
+    assert len(drawn) == 2
+    assert said(capsys.readouterr().err, "ERROR") == ["the line is no UTF-8 text"]
+
+
+def test_the_output_folder_is_tried_before_anything_is_loaded(
+    models: Mapping[str, MadeFlux], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(ImageSession, "_load_denoiser", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match="file/out: the folder cannot be made"):
+        draw(models["dev"], tmp_path / "file" / "out")
 
 
 # ---- mistakes ----

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from library.diffusion.samplers import SAMPLER_NAMES
 from library.errors import UserError
+from library.inference.failures import NotFinite, OutOfMemory, naming_memory
 from library.inference.generate import (
     GenerateOptions,
     ImageModels,
@@ -25,6 +25,7 @@ from library.inference.generate import (
     to_image,
 )
 from library.inference.prompt_line import SamplePrompt
+from library.interrupt import Stopped
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 from tests.inference.conftest import load_models
 
@@ -181,15 +182,11 @@ def test_bfloat16_is_near_float32(
     assert image.mode == "RGB"
 
 
-def test_nan_is_said(
-    models: ImageModels, options: GenerateOptions, settings: ImageSettings, caplog: pytest.LogCaptureFixture
-) -> None:
-    with torch.no_grad():
-        next(models.vae.decoder.parameters()).fill_(float("nan"))
-    with caplog.at_level(logging.WARNING):
-        image = generate_image(models, settings, options)
-    assert "--no_half_vae" in caplog.text
-    assert pixels(image).max() == 0
+def test_a_vae_that_overflows_is_said(models: ImageModels, options: GenerateOptions, settings: ImageSettings) -> None:
+    """As the VAE of SDXL does in float16."""
+    models.vae.decoder.register_forward_hook(lambda module, args, output: output * float("nan"))
+    with pytest.raises(NotFinite, match="the VAE gives values that are not finite: try --no_half_vae or bf16"):
+        generate_image(models, settings, options)
 
 
 def test_pixels_to_image() -> None:
@@ -311,3 +308,73 @@ def test_prompts_that_are_cut_are_told_of_once(
         encode_texts(models.architecture, models.tokenizers, models.text_encoders, long.texts(), options)
     assert caplog.text.count("is cut: it has 80 tokens, of which the text encoder reads 75") == 1
     assert 'it loses "cat photo of the dog"' in caplog.text and '"dog" is cut' not in caplog.text
+
+
+# ---- failures ----
+
+
+def test_an_interrupt_ends_it_between_two_steps(
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings
+) -> None:
+    steps = []
+
+    def check() -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        generate_image(models, replace(settings, steps=50), replace(options, check=check))
+    assert len(steps) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("denoiser", "the weight conv_in.weight of the denoiser holds NaN or infinity; the file is damaged"),
+        ("text", "the weight .* of the text encoder 1 holds NaN or infinity"),
+        ("vae", "the weight .* of the VAE holds NaN or infinity"),
+        ("adapter", "the weight weight of the network bad.safetensors holds NaN"),
+        ("scale", "use bf16 or float32 instead of fp16, or a lower scale"),
+    ],
+)
+def test_an_image_that_is_not_finite_is_an_error_with_its_cause(
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings, broken: str, message: str
+) -> None:
+    """Instead of a black image."""
+    adapter = torch.nn.Linear(1, 1)
+    whole = replace(models, adapters=[adapter], adapter_names=["bad.safetensors"])
+    part = {"denoiser": models.denoiser, "text": models.text_encoders[0], "vae": models.vae.decoder}.get(broken)
+    saved = {}
+    if broken == "adapter":
+        adapter.weight.fill_(float("nan"))
+        saved = {name: p.clone() for name, p in models.denoiser.named_parameters()}
+        models.denoiser.register_forward_hook(lambda *_: (torch.full((2, 4, 8, 8), float("nan")),))
+    if broken == "scale":
+        settings = replace(settings, scale=1e38)
+    if part is not None:
+        for parameter in [next(p for n, p in part.named_parameters() if p.dim() > 1)]:
+            parameter.fill_(float("nan"))
+    with pytest.raises(NotFinite, match=message):
+        generate_image(whole, settings, options)
+    assert all(torch.equal(p, saved[n]) for n, p in models.denoiser.named_parameters() if n in saved)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+)
+def test_a_memory_that_is_too_small_is_one_line(error: BaseException) -> None:
+    with (
+        pytest.raises(OutOfMemory, match="not enough memory for this size; try less") as found,
+        naming_memory("try less"),
+    ):
+        raise error
+    assert found.value.__cause__ is None and found.value.__context__ is None, "it would keep what was computed"
+    with pytest.raises(RuntimeError, match="other"), naming_memory("try less"):
+        raise RuntimeError("other")

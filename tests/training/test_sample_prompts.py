@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from library.inference.failures import NotFinite
 from library.inference.prompt_line import SamplePrompt, read_prompt_file
+from library.interrupt import Stopped
+from library.training.previews import generate_previews
 from library.training.sample_prompts import SamplePrompts
 
 
@@ -56,3 +59,30 @@ def test_new_texts_need_encoders(file: Path, caplog: pytest.LogCaptureFixture) -
     file.write_text("dog --w 128\nbird")
     assert [(p.prompt, p.width) for p in prompts.current()] == [("dog", 128)]
     assert 'sample prompt "bird": left out' in caplog.text
+
+
+# ---- generating them ----
+
+
+def generated(failures: dict[str, Exception], caplog: pytest.LogCaptureFixture, **processes: object) -> list[str]:
+    def draw(prompt: SamplePrompt, path: Path | None) -> str:
+        if prompt.prompt in failures:
+            raise failures[prompt.prompt]
+        return prompt.prompt
+
+    prompts = [SamplePrompt(text) for text in ("cat", "dog", "bird")]
+    with caplog.at_level(logging.INFO):
+        found = generate_previews(
+            prompts, draw, lambda index, prompt: Path(f"{index}.png"), **{"rank": 0, "world_size": 1, **processes}
+        )
+    return [f"{name} {image}" for name, image in found.items()]
+
+
+def test_an_interrupt_leaves_the_images_that_are_complete(caplog: pytest.LogCaptureFixture) -> None:
+    assert generated({"dog": Stopped()}, caplog) == ["sample_0 cat"]
+    assert "sample images: stopped after 1 of 3" in caplog.text
+
+
+def test_an_image_that_is_not_finite_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    assert generated({"dog": NotFinite("no image: the weight x")}, caplog) == ["sample_0 cat", "sample_2 bird"]
+    assert 'sample image of "dog" left out: no image: the weight x' in caplog.text

@@ -1,0 +1,69 @@
+"""What goes wrong while images are generated, in words: values that are not finite, and too little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+
+
+class NotFinite(UserError):
+    """The image would be black, or partly so, as its latents or pixels hold NaN or infinity."""
+
+
+class OutOfMemory(UserError):
+    """An image, or a batch of them, needs more memory than there is."""
+
+
+def cause_in(models: Mapping[str, nn.Module | None], others: Mapping[str, Mapping[str, Tensor]] | None = None) -> str:
+    """Which weight or tensor is not finite, "" if all are.
+
+    Args:
+        models: by what they are called.
+        others: tensors that went into the computation, by name, by what they are called.
+    """
+    for what, model in models.items():
+        if model is None:
+            continue
+        for name, parameter in model.named_parameters():
+            if not _is_finite(parameter):
+                return f"the weight {name} of the {what} holds NaN or infinity; the file is damaged"
+    for what, tensors in (others or {}).items():
+        if not all(_is_finite(tensor) for tensor in tensors.values()):
+            return f"the {what} gives values that are not finite"
+    return ""
+
+
+def _is_finite(values: Tensor) -> bool:
+    if values.is_meta or not values.is_floating_point():
+        return True
+    return bool(torch.isfinite(values.float() if values.element_size() == 1 else values).all())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's or the host's memory was too small; torch raises different errors for them."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextmanager
+def naming_memory(remedy: str) -> Iterator[None]:
+    """Turn a memory that is too small into one line.
+
+    Args:
+        remedy: what to do about it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"not enough memory for this size; {remedy}"
+    else:
+        return
+    raise OutOfMemory(message)  # outside of the handler, as the error holds on to what was being computed
