@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -63,7 +64,5 @@ def naming_memory(remedy: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        message = f"not enough memory for this size; {remedy}"
-    else:
-        return
-    raise OutOfMemory(message)  # outside of the handler, as the error holds on to what was being computed
+        traceback.clear_frames(error.__traceback__)  # they hold on to what was being computed
+        raise OutOfMemory(f"not enough memory for this size; {remedy}") from None

@@ -185,11 +185,12 @@ def test_v2_model_draws_with_zero_terminal_snr(tmp_path: Path) -> None:
     [
         (["--interactive"], ["--interactive: not available", "--from_file", "nothing to draw"]),
         (["--prompt", "a", "--strength", "0.5", "--ds_ratio", "0.3"], ["--strength: not available", "--ds_ratio: not"]),
-        (["--prompt", "a", "--fp16", "--bf16", "--steps", "0"], ["--fp16 and --bf16", "--steps 0"]),
+        (["--prompt", "a", "--fp16", "--bf16", "--batch_size", "0"], ["--fp16 and --bf16", "--batch_size 0"]),
         (["--prompt", "a --q 1"], ["--prompt: unknown option --q"]),
         (["--prompt", "a --t 0.5"], ["--prompt: --t: img2img"]),
         (["--prompt", "a", "--v2"], ["1.x"]),
         (["--prompt", "a", "--zero_terminal_snr"], ["v-prediction"]),
+        (["--prompt", "a", "--scale", "nan", "--network_mul", "inf"], ["--scale nan: must be", "--network_mul inf"]),
         (["--prompt", "a --am 1"], ["--am has 1 values for 0 networks"]),
         (["--prompt", "a", "--network_module", "networks.lora"], ["--network_weights: 0 files for 1"]),
         (["--prompt", "a", "--network_module", "networks.lora", "--network_weights", "gone.pt"], ["gone.pt: no such"]),
