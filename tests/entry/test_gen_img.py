@@ -52,12 +52,13 @@ def lora(tmp_path_factory: pytest.TempPathFactory, model: MadeCheckpoint) -> Pat
 
 
 def draw(model: MadeCheckpoint, outdir: Path, *arguments: object) -> Finished:
-    return run_script(
-        "gen_img.py",
-        *("--ckpt", model.path, "--tokenizer_cache_dir", model.tokenizer_cache_dir, "--outdir", outdir),
-        *("--W", 64, "--H", 64, "--steps", 2, "--console_log_simple"),
-        *arguments,
-    )
+    """Run the script with a tiny model and image; ``arguments`` win."""
+    usual = {
+        "--ckpt": model.path, "--tokenizer_cache_dir": model.tokenizer_cache_dir, "--outdir": outdir,
+        "--W": 64, "--H": 64, "--steps": 2,
+    }  # fmt: skip
+    words = [word for flag, value in usual.items() if flag not in arguments for word in (flag, value)]
+    return run_script("gen_img.py", *words, "--console_log_simple", *arguments)
 
 
 def drawn(finished: Finished, outdir: Path) -> list[Path]:
