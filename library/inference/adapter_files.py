@@ -1,6 +1,6 @@
 """Adapter files (``file;strength``) for models that are loaded at different times: first text encoders, then the rest.
 
-Which of our network modules reads a file is told from its tensors.
+The network module that reads a file is recognized from the file's tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from networks.weights import read_weights
 logger = logging.getLogger(__name__)
 
 _KINDS = "LoRA and OFT files are read here"
-#: a piece of a tensor's name -> what the file is that nothing here reads, and what to do
+#: a piece of a tensor's name -> the kind of an unsupported file, and what to do
 _UNREAD = {
     ".hada_w": f"a LoHa of LyCORIS; {_KINDS}",
     ".lokr_w": f"a LoKr of LyCORIS; {_KINDS}",
@@ -52,7 +52,7 @@ class AdapterFile:
 
 
 def read_choice(text: str, flag: str) -> tuple[Path, float]:
-    """``file;0.8``: the file and its strength, 1 if it is not given.
+    """Parse ``file;0.8``: the file and its strength, 1 if it is not given.
 
     Raises:
         UserError: no such file, or no number after the semicolon.
@@ -78,10 +78,11 @@ def open_adapters(
     """Read the files and check them against the models.
 
     Args:
-        text_encoders, denoiser: with their ``LoraTarget``; best on the meta device, as only names and shapes count.
+        text_encoders, denoiser: with their ``LoraTarget``; best on the meta device, because only names and shapes are
+        used.
 
     Raises:
-        UserError: no adapter, or one for other models.
+        UserError: a file is no adapter, or is for other models.
     """
     opened = []
     target: LoraTarget = getattr(denoiser, LORA_TARGET)
@@ -119,8 +120,8 @@ def adapt(
 
     Args:
         strengths: one for each file.
-        text: whether the text encoders are meant.
-        merge: change the weights for good instead.
+        text: whether to adapt the text encoders.
+        merge: merge them into the weights instead.
 
     Returns:
         A network for each file; None where it adapts nothing of these models, or is merged.

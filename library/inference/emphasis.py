@@ -23,7 +23,7 @@ _TOKEN = re.compile(
 
 
 def parse_emphasis(text: str) -> list[tuple[str, float]]:
-    """Split a prompt into pieces of equal weight, in order; weights are 1.0 where nothing is emphasised.
+    """Split a prompt into pieces of equal weight, in order; weights are 1.0 without emphasis.
 
     A bracket that is never closed counts to the end of the prompt; one that closes nothing is plain text. The result
     is never empty: an empty prompt is one empty piece.
@@ -55,7 +55,7 @@ def parse_emphasis(text: str) -> list[tuple[str, float]]:
 
 
 def _joined(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Neighbours of one weight as one piece, so that a word is not cut where nothing changes."""
+    """Join neighbours of equal weight, so that words are not split."""
     joined: list[tuple[str, float]] = []
     for piece, weight in pieces:
         if joined and joined[-1][1] == weight:

@@ -1,4 +1,4 @@
-"""Which family a checkpoint is of: for programs that draw with all of them."""
+"""Find the family of a checkpoint, for programs that generate with all families."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ FAMILIES: dict[str, Architecture] = {family.name: family for family in (SD, SDXL
 
 
 def family_of(options: ImageModelOptions) -> Architecture:
-    """The family that the flags name, or else that of the checkpoint; Stable Diffusion 1.x/2.x if nothing tells.
+    """Return the family that the flags name, else that of the checkpoint; Stable Diffusion 1.x/2.x if both are silent.
 
-    Pickled files and Hub ids are not looked into.
+    Pickled files and Hub ids are not inspected.
 
     Raises:
         UserError: options that the family refuses.

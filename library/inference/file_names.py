@@ -27,7 +27,7 @@ def try_folder(directory: Path) -> None:
 
 
 class FileNames:
-    """``im_<time>_<number>_<seed>.png``, or ``im_<number>.png`` going on after those that are there."""
+    """``im_<time>_<number>_<seed>.png``, or ``im_<number>.png``, which continues after existing files."""
 
     def __init__(self, directory: Path, *, sequential: bool = False) -> None:
         self._directory = directory
@@ -38,7 +38,7 @@ class FileNames:
             self._number = max((int(match[1]) for match in taken if match), default=0)
 
     def next(self, seed: int) -> Path:
-        """A name that is free: another run may have begun in the same second."""
+        """Return a free name: another run may have begun in the same second."""
         while True:
             self._number += 1
             number = f"{self._number:06d}"

@@ -1,4 +1,4 @@
-"""The story of ``flux_minimal_inference.py``: check every file, encode, sample, decode, save."""
+"""Run ``flux_minimal_inference.py``: check every file, encode, sample, decode, save."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ logger = logging.getLogger(__name__)
 
 TEXT, DENOISER, VAE = "text encoders", "transformer", "autoencoder"
 _MEMORY_REMEDY = "try a smaller one, or --offload"
-#: texts of a session that are not encoded again; each takes 8 MB
+#: texts of a session whose encodings are kept; each takes 8 MB
 KEPT_TEXTS = 16
 
 
 def draw_images(options: FluxInferenceOptions, lines: TextIO | None = None) -> list[Path]:
-    """Draw the prompt of the command line, or with ``--interactive`` those that are typed.
+    """Generate the prompt of the command line, or with ``--interactive`` prompts from the keyboard.
 
     Args:
         options: accepted by ``check_options``.
-        lines: where prompts are read from; default is the keyboard.
+        lines: source of prompts; default is the keyboard.
 
     Returns:
         the files, in the order they were written.
 
     Raises:
-        UserError: wrong or missing files; of typed prompts each error is a line, and the next one is read.
+        UserError: wrong or missing files; errors of typed prompts are printed, and the next prompt is read.
     """
     setup_console(ConsoleOptions())
     studio = ImageSession(options)
@@ -98,7 +98,7 @@ def _session(studio: ImageSession, lines: TextIO) -> list[Path]:
 
 
 def _typed(lines: TextIO) -> Iterator[str]:
-    """Lines up to the first empty one, the end of the file, or Ctrl-C.
+    """Yield lines up to the first empty one, the end of the file, or Ctrl-C.
 
     They are read as bytes, as a text stream would drop all that it has read ahead at the first wrong byte.
     """
@@ -133,13 +133,13 @@ class _Dtype:
 
 
 class ImageSession:
-    """A model that is ready to draw. Nothing of its weights is read before the first image.
+    """A model that is ready to generate. No weights are read before the first image.
 
     Args:
         options: accepted by ``check_options``.
 
     Raises:
-        UserError: files that are missing, damaged or of other models; all are looked into here.
+        UserError: files that are missing, damaged or of other models; all are checked here.
     """
 
     def __init__(self, options: FluxInferenceOptions) -> None:
@@ -160,7 +160,7 @@ class ImageSession:
         self._tokenizers = self._family.load_tokenizers(self._checkpoint)
         offload = options.precision.offload
         if self._device.type == "cpu" and not offload:
-            keep_freed_memory()  # not where memory is to be given back
+            keep_freed_memory()  # not if memory must be freed
         loaders = {TEXT: self._load_text_encoders, DENOISER: self._load_denoiser, VAE: self._load_vae}
         self._parts = Parts(loaders, one_at_a_time=offload, device=self._device)
         self._encoded: dict[str, Conditioning] = {}
@@ -170,7 +170,7 @@ class ImageSession:
     # ---- drawing ----
 
     def draw(self, prompt: ImagePrompt) -> Path:
-        """Draw an image of one prompt and save it.
+        """Generate an image of one prompt and save it.
 
         Raises:
             UserError: strengths (``--m``) that fit no adapters; the file cannot be written.
@@ -187,11 +187,11 @@ class ImageSession:
         logger.info("image: %s (seed %d)", path, settings.seed)
         return path
 
-    # each step lets go of the models that it got, so that the next one can have their memory
+    # each step drops its models, so that the next one can use their memory
 
     def _encode(self, settings: ImageSettings) -> None:
         known = [text for text in settings.texts() if text in self._encoded]
-        self._encoded |= {text: self._encoded.pop(text) for text in known}  # those used last stand last
+        self._encoded |= {text: self._encoded.pop(text) for text in known}  # the most recently used come last
         texts = [text for text in settings.texts() if text not in self._encoded]
         if not texts:
             return
@@ -217,7 +217,7 @@ class ImageSession:
         return GenerateOptions(self._device, autocast, weighted=False, nan_remedy=remedy)
 
     def free(self) -> None:
-        """Give the memory of all models back; they are loaded again when they are needed."""
+        """Free the memory of all models; they are loaded again when they are needed."""
         self._parts.free()
 
     def _plan(self, prompt: ImagePrompt) -> PlannedImage:
@@ -231,7 +231,7 @@ class ImageSession:
         return planned
 
     def _set_strengths(self, given: Sequence[float]) -> None:
-        """Those of the prompt, and of the command line for the files after them."""
+        """Set the strengths of the prompt, and of the command line for the remaining files."""
         if given and self._options.networks.merge_lora_weights:
             raise UserError("--m: strengths are fixed with --merge_lora_weights; leave that out to change them")
         if len(given) > len(self._adapters):
@@ -250,7 +250,7 @@ class ImageSession:
     # ---- loading ----
 
     def _load_outlines(self) -> tuple[list[nn.Module], nn.Module]:
-        """Text encoders and transformer without weights."""
+        """Load text encoders and transformer without weights."""
         encoders = self._family.load_text_encoders(self._checkpoint, dtype=torch.float32, device="meta")
         self._family.load_vae(self._checkpoint, dtype=torch.float32, device="meta")
         return encoders, self._family.load_denoiser(self._checkpoint, dtype=torch.float32, device="meta")
@@ -277,13 +277,14 @@ class ImageSession:
         return self._family.load_vae(self._checkpoint, dtype=self._dtypes["ae"].compute, device=str(self._device))
 
     def _loading_device(self, dtype: _Dtype) -> str:
-        """fp8 weights are made from those on the host, layer by layer, so that the device never holds more."""
+        """Return the device to load to: fp8 weights are made on the host, layer by layer, so that the device never
+        holds more."""
         return "cpu" if dtype.is_fp8 else str(self._device)
 
     def _finished(
         self, models: Sequence[nn.Module], dtypes: Sequence[_Dtype], encoders: Sequence[nn.Module], denoiser: nn.Module
     ) -> list[nn.Module | None]:
-        """Bring loaded models into their form and onto the device, with their adapters; returns those applied."""
+        """Convert loaded models, move them to the device and apply their adapters; returns the applied networks."""
         merge = self._options.networks.merge_lora_weights
 
         def adapted() -> list[nn.Module | None]:
@@ -315,16 +316,16 @@ def _inspect(options: FluxInferenceOptions) -> tuple[FluxCheckpoint, Flux]:
     try:
         checkpoint = family.inspect(given.ckpt_path or "", tokenizer_cache_dir=given.tokenizer_cache_dir)
     except UserError as error:
-        # families speak of flags and scripts by their names in training
+        # families' messages use the flags and scripts of training
         text = str(error).replace(MODEL_FLAG, "--ckpt_path")
-        text = re.sub(r"use \w*train_network\.py", "only FLUX.1 and Chroma are drawn with here", text)
+        text = re.sub(r"use \w*train_network\.py", "only FLUX.1 and Chroma are supported here", text)
         raise UserError(text.replace("with --network_weights", "with --lora_weights")) from None
     if len(checkpoint.text_encoders) == 1:
         for name, value in (("clip_l", given.clip_l), ("clip_l_dtype", options.precision.clip_l_dtype)):
             if value:
                 logger.warning("--%s has no effect with %s", name, checkpoint.info.description)
     family = family.for_model(checkpoint)
-    # that of the command line comes with each image, where the model takes one
+    # the command line's guidance comes with each image, if the model takes one
     return checkpoint, family.changed(
         FluxModelOptions, guidance_scale=family.sample_defaults.get("guidance_scale", 0.0)
     )

@@ -1,4 +1,4 @@
-"""The command line of ``flux_minimal_inference.py``: one field per published flag, and where tokenizers lie."""
+"""The command line of ``flux_minimal_inference.py``: one field per published flag, and the tokenizers' folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from library.inference.prompt_line import MAX_SEED, MAX_STEPS, check_size
 
 #: sides of images are multiples of this many pixels
 SIZE_STEP = 16
-#: what ``--dtype`` and the options beside it call the dtypes to compute in
+#: names of dtypes for ``--dtype`` and the options beside it
 COMPUTE_DTYPES = {**COMPUTE, **{name: name for name in ("float32", "float16", "bfloat16")}}
-#: and those to keep weights in; fp8 is 4 bits of exponent and 3 of mantissa, with scales of our own where needed
+#: names of dtypes of stored weights; fp8 has 4 bits of exponent and 3 of mantissa, with scales where needed
 FP8_DTYPES = dict.fromkeys(("fp8", "fp8_e4m3fn", "float8_e4m3fn"), "float8_e4m3fn")
 
 
@@ -37,7 +37,7 @@ class FluxFilesOptions:
     ae: str | None = option(None, "autoencoder: a .safetensors file, a Diffusers folder, or a Hub id")
     tokenizer_cache_dir: str | None = option(None, "folder that holds the tokenizers, for use without network")
     apply_t5_attn_mask: bool = option(
-        False, "neither T5-XXL nor the transformer sees what prompts are filled up with; always so with Chroma"
+        False, "mask the padding tokens of prompts in T5-XXL and in the transformer; always on with Chroma"
     )
 
 
@@ -45,14 +45,14 @@ class FluxFilesOptions:
 class FluxImageOptions:
     """Images."""
 
-    prompt: str = option("A photo of a cat", "what to draw")
+    prompt: str = option("A photo of a cat", "prompt")
     negative_prompt: str | None = option(None, "what to stay away from; for --cfg_scale other than 1")
     width: int = option(1360, "width in pixels, a multiple of 16", type=int)
     height: int = option(768, "height in pixels, a multiple of 16", type=int)
     steps: int | None = option(None, "sampling steps; default is 50, with FLUX.1 schnell 4", type=int)
-    guidance: float = option(3.5, "guidance that FLUX.1 dev is told; schnell and Chroma take none", type=float)
+    guidance: float = option(3.5, "embedded guidance of FLUX.1 dev; schnell and Chroma have none", type=float)
     cfg_scale: float = option(1.0, "classifier-free guidance scale; 1 for none, which takes half the time", type=float)
-    seed: int | None = option(None, "seed; without it a random one is taken and shown", type=int)
+    seed: int | None = option(None, "seed; random if not given, and shown", type=int)
     output_dir: str = option(".", "folder for the images", aliases=("--out",))
     interactive: bool = option(False, "read prompts with options from the keyboard, a line each, until an empty one")
 
@@ -73,12 +73,14 @@ class FluxNetworkOptions:
 class FluxPrecisionOptions:
     """Precision and memory."""
 
-    dtype: str = option("bfloat16", "to load and compute in: bfloat16 (bf16), float16 (fp16) or float32 (fp32)")
+    dtype: str = option(
+        "bfloat16", "dtype of weights and computation: bfloat16 (bf16), float16 (fp16) or float32 (fp32)"
+    )
     clip_l_dtype: str | None = option(None, "the same of CLIP-L; also fp8, where --dtype is computed in")
     ae_dtype: str | None = option(None, "the same of the autoencoder, without fp8")
     t5xxl_dtype: str | None = option(None, "the same of T5-XXL; also fp8")
     flux_dtype: str | None = option(None, "the same of the transformer; also fp8")
-    offload: bool = option(False, "have only that part on the device which is used, and free it then")
+    offload: bool = option(False, "keep only the part in use on the device, and free it afterwards")
 
 
 GROUPS = (FluxFilesOptions, FluxImageOptions, FluxNetworkOptions, FluxPrecisionOptions)
@@ -95,7 +97,7 @@ class FluxInferenceOptions:
 
     @staticmethod
     def from_args(args: argparse.Namespace) -> FluxInferenceOptions:
-        """Options from a namespace; attributes that it lacks have their defaults."""
+        """Read the options from a namespace; missing attributes have their defaults."""
 
         def group(options: type) -> Any:
             return options(**{f.name: getattr(args, f.name, f.default) for f in fields(options)})
@@ -105,7 +107,7 @@ class FluxInferenceOptions:
 
 @dataclass(frozen=True)
 class PartDtype:
-    """How one part of the model is kept and computed, as names of torch's dtypes."""
+    """The dtypes of storage and computation of one part of the model, as names of torch's dtypes."""
 
     compute: str
     is_fp8: bool = False
@@ -115,7 +117,7 @@ class PartDtype:
 
 
 def part_dtypes(options: FluxPrecisionOptions) -> dict[str, PartDtype]:
-    """Of ``clip_l``, ``t5xxl``, ``flux`` and ``ae``.
+    """Return the dtypes of ``clip_l``, ``t5xxl``, ``flux`` and ``ae``.
 
     Raises:
         UserError: unknown names, or fp8 where there is none.

@@ -1,4 +1,4 @@
-"""The story of ``gen_img.py``: read prompts, load, apply networks, draw, save."""
+"""Run ``gen_img.py``: read prompts, load, apply networks, generate, save."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def draw_images(options: ImageOptions, architecture: Architecture) -> list[Path]:
-    """Draw all that is asked for.
+    """Generate all images that the options ask for.
 
     Args:
         options: accepted by ``check_options``.
@@ -135,7 +135,7 @@ def _check_multipliers(prompts: Sequence[ImagePrompt], choices: Sequence[Network
 
 
 def _multipliers(own: Sequence[float], choices: Sequence[NetworkChoice]) -> tuple[float, ...]:
-    """A prompt's own multipliers, and those of the command line for the networks after them."""
+    """Return a prompt's own multipliers, and those of the command line for the remaining networks."""
     return (*own, *(choice.multiplier for choice in choices[len(own) :]))
 
 
@@ -150,7 +150,7 @@ def _inspect(options: ImageOptions, architecture: Architecture) -> Any:
             tokenizer_cache_dir=model.tokenizer_cache_dir,
         )
     except UserError as error:
-        # families speak of flags and scripts by their names in training
+        # families' messages use the flags and scripts of training
         text = str(error).replace("--pretrained_model_name_or_path", "--ckpt")
         text = text.replace("use sdxl_train_network.py", "add --sdxl").replace("use train_network.py", "drop --sdxl")
         text = text.replace("use flux_train_network.py", "use flux_minimal_inference.py")

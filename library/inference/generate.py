@@ -1,7 +1,7 @@
-"""Images from text with any family: previews of training and ``gen_img.py``.
+"""Generate images from text with any family: for sample images of training and ``gen_img.py``.
 
-Drawing leaves no trace in a training run: modules return to the mode and device they were in, and no global
-random state is used. Image and noise depend on the seed alone, not on the batch an image was drawn in.
+Generating leaves no trace in a training run: modules return to their mode and device, and no global random state is
+used. Image and noise depend on the seed alone, not on the batch.
 
 Shape legend: B images, C latent channels, (h, w) latent size, (H, W) pixels, T tokens, D features.
 """
@@ -35,9 +35,9 @@ MAX_RANDOM_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class ImageModels:
-    """The models of one family to draw with, frozen or in the middle of their training.
+    """The models of one family, frozen or in the middle of training.
 
-    Those that a step has no use for may be missing: the VAE in ``generate_latents``, all others in ``decode_images``.
+    Models that a step does not use may be missing: the VAE in ``generate_latents``, all others in ``decode_images``.
     """
 
     architecture: Architecture
@@ -48,7 +48,7 @@ class ImageModels:
     v_prediction: bool = False
     adapters: Sequence[nn.Module] = ()  # networks applied to the others, so that their dropout is off, too
     adapter_names: Sequence[str] = ()  # their files, for messages
-    #: conditioning by text, as far as its encoders are not there
+    #: conditioning by text, for encoders that are not loaded
     cached_texts: Mapping[str, Conditioning] = field(default_factory=dict)
 
     def modules(self) -> list[nn.Module]:
@@ -58,7 +58,7 @@ class ImageModels:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How to draw, the same for all images of a run."""
+    """Settings of sampling that are the same for all images of a run."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32  # of autocast in text encoders and denoiser; float32: no autocast
@@ -66,14 +66,14 @@ class GenerateOptions:
     clip_skip: int | None = None
     max_token_length: int | None = None  # tokens of the text window: 75 (or None), 150 or 225
     weighted: bool = True  # whether (word:1.2) and [word] in prompts are emphasis
-    nan_remedy: str = "try --no_half_vae or bf16"  # what to say of images that are not finite
+    nan_remedy: str = "try --no_half_vae or bf16"  # advice for images that are not finite
     #: called before each denoising step; what it raises ends the generation
     check: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """All that defines one image, besides the models."""
+    """Everything that defines one image, besides the models."""
 
     prompt: str
     negative_prompt: str
@@ -90,7 +90,7 @@ class ImageSettings:
     renorm_cfg: float | None = None
 
     def record(self, *, model: str, network: str = "") -> dict[str, str]:
-        """Text for ``save_png``; ``model`` and ``network`` are names for people."""
+        """Return text for ``save_png``; ``model`` and ``network`` are names for people."""
         record = {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
@@ -106,11 +106,11 @@ class ImageSettings:
         return {**record, "network": network} if network else record
 
     def texts(self) -> tuple[str, ...]:
-        """What is encoded for it."""
+        """Return the texts to encode."""
         return (self.prompt,) if self.scale == 1.0 else (self.prompt, self.negative_prompt)
 
     def drawn_with(self, other: ImageSettings) -> bool:
-        """Whether both images may share a batch: all but text and seed is equal."""
+        """Whether both images may share a batch: everything but text and seed is equal."""
         return replace(self, prompt="", negative_prompt="", seed=0) == replace(
             other, prompt="", negative_prompt="", seed=0
         )
@@ -145,7 +145,7 @@ def settings_for(
 
 
 def random_seed() -> int:
-    """A seed from the operating system: neither uses nor disturbs any generator."""
+    """Return a seed from the operating system, without using any generator."""
     return random.SystemRandom().randint(0, MAX_RANDOM_SEED)
 
 
@@ -153,7 +153,7 @@ def random_seed() -> int:
 
 
 def generate_image(models: ImageModels, settings: ImageSettings, options: GenerateOptions) -> Image:
-    """Draw one image.
+    """Generate one image.
 
     Raises:
         UserError: the sampler cannot work with the model.
@@ -167,14 +167,13 @@ def generate_images(
     options: GenerateOptions,
     encoded: dict[str, Conditioning] | None = None,
 ) -> list[Image]:
-    """Draw images in one batch.
+    """Generate images in one batch.
 
     Args:
         models: see there.
-        batch: settings that differ in text and seed at most.
+        batch: settings that may differ only in text and seed.
         options: see there.
-        encoded: texts encoded before, by text; what is missing is added. Use another one, or none, when the
-            models have changed.
+        encoded: encodings by text; missing ones are added. Use another mapping, or none, when the models have changed.
 
     Raises:
         UserError: the sampler cannot work with the model.
@@ -184,7 +183,7 @@ def generate_images(
 
 
 def decode_images(models: ImageModels, latents: Tensor, options: GenerateOptions) -> list[Image]:
-    """The images of latents (B, C, h, w)."""
+    """Decode latents (B, C, h, w) to images."""
     assert models.vae is not None
     with (
         undisturbed([models.vae], options.device),
@@ -395,7 +394,7 @@ def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[
 
 @contextlib.contextmanager
 def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A module that may be parked elsewhere (such as a preview's VAE in host memory), on ``device`` meanwhile."""
+    """Move a module that may be elsewhere (such as a VAE in host memory) to ``device`` within the context."""
     parameter = next(module.parameters(), None)
     home = parameter.device if parameter is not None else device
     if home == device:

@@ -1,4 +1,4 @@
-"""The size that a model was trained at, as far as its file or folder says it."""
+"""Find the size that a model was trained at, from its file or folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from library.architectures.common.diffusers_folder import read_json
 from library.files.safetensors_io import is_pickle, read_header
 
-#: pixels of a cell of the latents that ``sample_size`` of a Diffusers U-Net counts
+#: pixels per latent cell, the unit of ``sample_size`` of a Diffusers U-Net
 _CELL = 8
 
 
 def native_size(model: Path, default: str) -> tuple[int, int]:
-    """(W, H) in pixels: of a Diffusers folder its U-Net's ``sample_size``, of a file its ``modelspec.resolution``.
+    """Return (W, H) in pixels: a Diffusers folder's U-Net ``sample_size``, or a file's ``modelspec.resolution``.
 
     Args:
         default: ``<W>x<H>`` of the family.

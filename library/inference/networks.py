@@ -1,4 +1,4 @@
-"""Additional networks (LoRA and the like) for drawing, through the public network protocol."""
+"""Apply additional networks (LoRA and the like) for generating, through the public network protocol."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def apply_networks(
         the applied networks, in order; none when merged.
 
     Raises:
-        UserError: module missing or without the protocol, weights that fit nothing.
+        UserError: module missing or without the protocol, weights that fit no module.
     """
     text = text_argument(models.text_encoders)
     applied: list[nn.Module] = []

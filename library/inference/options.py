@@ -1,4 +1,4 @@
-"""The command line of ``gen_img.py``: one field per published flag, and those that this version refuses."""
+"""The command line of ``gen_img.py``: one field per published flag; some are refused in this version."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from library.inference.prompt_line import MAX_SEED, MAX_STEPS
 
 
 def _refused(default: Any, why: str, **more: Any) -> Any:
-    """A published flag that this version takes only to say what to use instead."""
+    """A published flag that this version refuses with what to use instead."""
     metadata = option(default, f"not available: {why}", **more).metadata
     return field(default=default, metadata={**metadata, "refused": why})
 
 
-_IMG2IMG = "this version draws from text only"
+_IMG2IMG = "this version generates from text only"
 _INTERACTIVE = "give prompts with --prompt or --from_file"
-_SDXL_SIZE = "SDXL is told the size of the image drawn, without a crop; other values are not available in this version"
-_TRAINED_NOISE = "it only concerns the start noise of special models; use the plain start noise"
+_SDXL_SIZE = "SDXL is conditioned on the generated size, without a crop; other values are not available in this version"
+_TRAINED_NOISE = "it is only for the initial noise of special models"
 _HIGHRES = "this version has no highres fix; use --W and --H"
 _CONTROL = "this version has no ControlNet"
 _DEEP_SHRINK = "this version has no Deep Shrink"
@@ -39,7 +39,7 @@ class ImageModelOptions:
     ckpt: str | None = option(None, "checkpoint file, Diffusers folder or Hub id")
     v1: bool = option(False, "the model is Stable Diffusion 1.x, as it is without --v2")
     v2: bool = option(False, "the model is Stable Diffusion 2.x")
-    sdxl: bool = option(False, "the model is Stable Diffusion XL, where its file does not tell")
+    sdxl: bool = option(False, "the model is Stable Diffusion XL, if the file does not show it")
     v_parameterization: bool = option(False, "the model predicts v, as SD 2.x at 768 pixels does")
     zero_terminal_snr: bool = option(False, "the model was trained with zero terminal SNR; needs --v_parameterization")
     vae: str | None = option(None, "VAE file or folder to use instead of the model's own")
@@ -57,16 +57,16 @@ class ImageModelOptions:
 class PromptOptions:
     """Prompts and seeds."""
 
-    prompt: str | None = option(None, "what to draw, with options such as --n and --w in the same text")
+    prompt: str | None = option(None, "prompt, with options such as --n and --w in the same text")
     from_file: str | None = option(None, "text file with a prompt per line; # begins a comment line")
     from_module: str | None = _refused(None, _INTERACTIVE)
     prompter_module_args: str | None = _refused(None, _INTERACTIVE)
     interactive: bool = _refused(False, _INTERACTIVE)
     no_preview: bool = option(False, "show no image on the screen, which this version never does")
-    shuffle_prompts: bool = option(False, "draw the prompts of each iteration in another order")
+    shuffle_prompts: bool = option(False, "shuffle the prompts of each iteration")
     images_per_prompt: int = option(1, "images of each prompt, with seeds that count up by one", type=int)
     n_iter: int = option(1, "how often to go through all prompts, each time with other seeds", type=int)
-    seed: int | None = option(None, "seed of the run; without it a random one is taken and shown", type=int)
+    seed: int | None = option(None, "seed of the run; random if not given, and shown", type=int)
     iter_same_seed: bool = option(False, "use the same seeds for all prompts of an iteration")
 
 
@@ -105,7 +105,7 @@ class ImageOutputOptions:
 class SpeedOptions:
     """Memory and speed."""
 
-    batch_size: int = option(1, "images drawn at once, where their settings agree", type=int)
+    batch_size: int = option(1, "images generated at once, where their settings agree", type=int)
     fp16: bool = option(False, "compute in float16")
     bf16: bool = option(False, "compute in bfloat16")
     xformers: bool = option(False, "attention by xformers")
@@ -186,7 +186,7 @@ class ImageOptions:
 
     @staticmethod
     def from_args(args: argparse.Namespace) -> ImageOptions:
-        """Options from a namespace; attributes that it lacks have their defaults."""
+        """Read the options from a namespace; missing attributes have their defaults."""
 
         def group(options: type) -> Any:
             return options(**{f.name: getattr(args, f.name, f.default) for f in fields(options)})
@@ -214,7 +214,7 @@ def check_options(options: ImageOptions) -> None:
 def _prompts_given(options: ImageOptions) -> Iterator[str]:
     given = options.prompts
     if given.prompt is None and given.from_file is None:
-        yield "nothing to draw: give --prompt or --from_file"
+        yield "nothing to generate: give --prompt or --from_file"
     elif given.prompt is not None and given.from_file is not None:
         yield "--prompt and --from_file were both given; give one of them"
 

@@ -1,4 +1,4 @@
-"""The models of a drawing, loaded when they are first used."""
+"""Models for generating, loaded on first use."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Parts:
     """Text encoders, denoiser and so on, by name.
 
     Args:
-        loaders: load a part onto the device. Nothing else may hold on to what they return.
-        one_at_a_time: free the part that is there before another one is loaded. It is read from its files again when
-            it is needed again, which the system keeps in its cache as far as memory allows; so no copy has to be kept.
+        loaders: load a part onto the device. Nothing else may keep a reference to the result.
+        one_at_a_time: free the loaded part before another one is loaded. It is read again when it is needed; the
+            system's file cache keeps its files as far as memory allows, so no copy is kept.
         device: that the loaders use.
     """
 
@@ -29,7 +29,7 @@ class Parts:
         self._loaded: dict[str, Any] = {}
 
     def get(self, name: str) -> Any:
-        """The part, loaded if it is not there. What was got before must not be used any more, one at a time."""
+        """Return the part, loaded if necessary. With one at a time, earlier parts must not be used any more."""
         if name not in self._loaded:
             if self._one_at_a_time:
                 self.free()
@@ -41,11 +41,11 @@ class Parts:
         return list(self._loaded.values())
 
     def free(self) -> None:
-        """Give the memory of all parts back."""
+        """Free the memory of all parts."""
         if not self._loaded:
             return
         logger.debug("freed: %s", ", ".join(self._loaded))
         self._loaded.clear()
-        gc.collect()  # adapters and the modules that they hook into refer to each other
+        gc.collect()  # adapters and their modules refer to each other
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

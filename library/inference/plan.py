@@ -1,4 +1,4 @@
-"""What ``gen_img.py`` draws, in which order, with which seeds and in which batches."""
+"""Plan the images of ``gen_img.py``: order, seeds and batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PlannedImage:
 
 @dataclass(frozen=True)
 class Repetition:
-    """How often each prompt is drawn, and where seeds come from."""
+    """The repetitions of each prompt, and the source of seeds."""
 
     seed: int
     n_iter: int = 1
@@ -30,7 +30,7 @@ class Repetition:
 
 
 def plan_images(prompts: Sequence[ImagePrompt], common: ImageSettings, repetition: Repetition) -> list[PlannedImage]:
-    """Lay out all images of a run.
+    """Return all images of a run.
 
     A prompt's own seeds (``--d``) win; after the last of them it counts on by one. Otherwise image i of a
     prompt has its base seed plus i. The base is the run's seed for a single prompt, and for several prompts or
@@ -39,7 +39,7 @@ def plan_images(prompts: Sequence[ImagePrompt], common: ImageSettings, repetitio
 
     Args:
         prompts: in the order of the command line or file.
-        common: what a prompt does not set itself; its prompt and seed are not used.
+        common: settings that a prompt does not set itself; its prompt and seed are not used.
     """
     planned = []
     for iteration in range(repetition.n_iter):
@@ -83,7 +83,7 @@ def _settings(prompt: ImagePrompt, common: ImageSettings, seed: int) -> ImageSet
 
 
 def batches(planned: Sequence[PlannedImage], batch_size: int) -> Iterator[list[PlannedImage]]:
-    """Neighbours that agree in all but text and seed, up to ``batch_size`` at once."""
+    """Yield neighbours that differ only in text and seed, up to ``batch_size`` at once."""
     batch: list[PlannedImage] = []
     for image in planned:
         fits = not batch or (batch[0].settings.drawn_with(image.settings) and batch[0].multipliers == image.multipliers)

@@ -1,4 +1,4 @@
-"""PNG files that carry the prompt and settings they were made with, as text chunks."""
+"""Write PNG files with their prompt and settings as text chunks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def save_png(image: Image, path: Path | str, settings: Mapping[str, str]) -> Non
 
     Args:
         image: what to save.
-        path: its folder is made if it is missing.
+        path: its folder is created if it is missing.
         settings: as ``ImageSettings.record`` returns them; ``prompt``, ``negative_prompt``, ``seed``, ...
 
     Raises:
@@ -37,7 +37,7 @@ def save_png(image: Image, path: Path | str, settings: Mapping[str, str]) -> Non
     atomic.write_bytes(path, data.getvalue())
 
 
-#: names under which web UIs show settings, in their order
+#: names of settings in web UIs, in their order
 _SHOWN = {
     "steps": "Steps",
     "sampler": "Sampler",
@@ -51,7 +51,7 @@ _SHOWN = {
 
 
 def _parameters(settings: Mapping[str, str]) -> str:
-    """The three-part text that web UIs read: prompt, negative prompt, settings."""
+    """Return the three-part text that web UIs read: prompt, negative prompt, settings."""
     lines = [settings.get("prompt", "")]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")

@@ -1,6 +1,6 @@
 """Prompts with their settings: lines such as ``a cat --n blurry --w 512 --d 1``, and files of them.
 
-A line's first part is always the prompt, whatever its words are. An option begins at a ``--`` that follows
+A line's first part is always the prompt. An option begins at a ``--`` that follows
 white space (or begins the line) and is followed by a letter; its name ends at the next white space and must
 be one of the table's, in upper or lower case. A last duplicate wins. This module does not import torch.
 """
@@ -23,7 +23,7 @@ from library.errors import UserError, did_you_mean
 logger = logging.getLogger(__name__)
 
 MIN_SIZE = 64  # pixels
-MAX_SIZE = 16_384  # pixels; no memory holds more, and checking what it holds takes minutes
+MAX_SIZE = 16_384  # pixels; more would not fit into memory, and checking the request alone would take minutes
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 
@@ -32,7 +32,7 @@ _OPTION_START = re.compile(r"(?:^|\s+)--(?=[A-Za-z])")
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """One sample image to draw while training; ``None`` leaves a setting to the family's default."""
+    """One sample image of training; ``None`` leaves a setting to the family's default."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -49,14 +49,14 @@ class SamplePrompt:
     flow_shift: float | None = None
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> SamplePrompt:
-        """Fill settings that are ``None``; names in ``defaults`` that are no settings are passed over."""
+        """Fill settings that are ``None``; names in ``defaults`` that are no settings are ignored."""
         open_fields = {f.name for f in fields(self) if getattr(self, f.name) is None}
         return replace(self, **{name: value for name, value in defaults.items() if name in open_fields})
 
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """One line given to a script that draws; ``None`` and empty leave a setting to the command line."""
+    """One prompt line of an inference script; ``None`` and empty leave a setting to the command line."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -71,12 +71,12 @@ class ImagePrompt:
 
 @dataclass(frozen=True)
 class PromptOption:
-    """``--name value`` in a prompt line: where the value goes and how it is read."""
+    """``--name value`` in a prompt line: the field of the value and its parser."""
 
     name: str
     field: str
     read: Callable[[str], Any]  # raises ValueError that says what is expected
-    long: str = ""  # a word that may be written instead, whole or only its beginning
+    long: str = ""  # an alternative word, which may be abbreviated
 
 
 def _text(value: str) -> str:
@@ -171,7 +171,7 @@ _SDXL_SIZES = "SDXL's size conditioning is not available in this version"
 _DEEP_SHRINK = "Deep Shrink is not available in this version"
 _GRADUAL_LATENT = "Gradual Latent is not available in this version"
 
-#: published options of gen_img.py's prompts that this version refuses, and why
+#: published options of gen_img.py's prompts that this version refuses, with the reason
 REFUSED_IMAGE_OPTIONS: Mapping[str, str] = {
     **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), _SDXL_SIZES),
     "nl": "a separate scale for the negative prompt is not available in this version",
@@ -182,7 +182,7 @@ REFUSED_IMAGE_OPTIONS: Mapping[str, str] = {
     **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), _GRADUAL_LATENT),
 }
 
-#: what families with a DDPM schedule (SD 1.x, 2.x, SDXL) use of a training sample prompt
+#: settings of a sample prompt that families with a DDPM schedule (SD 1.x, 2.x, SDXL) use
 DDPM_FIELDS = frozenset(
     ("prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "sample_sampler")
 )
@@ -201,9 +201,9 @@ def parse_prompt_line(
     Args:
         line: the prompt and its options.
         defaults: settings of options that the line does not name.
-        where: what messages call the line, e.g. ``prompts.txt:3``.
+        where: the name of the line in messages, e.g. ``prompts.txt:3``.
         size_multiple: widths and heights are rounded down to multiples of this many pixels.
-        used: names of the settings that the family uses; others are warned of and left out.
+        used: names of the settings that the family uses; others cause a warning and are ignored.
 
     Raises:
         UserError: unknown option or bad value.
@@ -236,7 +236,7 @@ def parse_flux_prompt(line: str, *, where: str, size_step: int) -> ImagePrompt:
 
 
 def read_image_prompts(path: Path, *, size_multiple: int = 8) -> list[ImagePrompt]:
-    """Read a ``.txt`` file of prompts for ``gen_img.py``: one per line, blank and ``#`` lines passed over.
+    """Read a ``.txt`` file of prompts for ``gen_img.py``: one per line, without blank and ``#`` lines.
 
     Raises:
         UserError: file missing, not text, empty, or a line is wrong.
@@ -248,7 +248,7 @@ def read_image_prompts(path: Path, *, size_multiple: int = 8) -> list[ImagePromp
 def read_prompt_file(path: Path, *, size_multiple: int = 8, used: Collection[str] = DDPM_FIELDS) -> list[SamplePrompt]:
     """Read the sample prompts of training.
 
-    ``.txt`` has a prompt per line, blank and ``#`` lines are passed over. ``.toml`` has a table ``[prompt]``
+    ``.txt`` has a prompt per line; blank and ``#`` lines are skipped. ``.toml`` has a table ``[prompt]``
     of common settings and a table ``[[prompt.subset]]`` per prompt. ``.json`` is a list of lines or of objects.
     The keys of tables and objects are the fields of ``SamplePrompt``.
 
@@ -273,11 +273,11 @@ def read_prompt_file(path: Path, *, size_multiple: int = 8, used: Collection[str
 def without_idle_settings(
     prompts: Sequence[SamplePrompt], idle: Mapping[str, str], *, scale: float
 ) -> tuple[SamplePrompt, ...]:
-    """Sample prompts as the model uses them; what it has no use for is named once, however many prompts have it.
+    """Return sample prompts as the model uses them; a setting without effect is named once, for all prompts.
 
     Args:
-        idle: settings that this model has no use for, and why, completing "--g has no effect ..."; they are left out.
-            Of 0, which switches a thing off that is not there, nothing is said.
+        idle: settings that this model does not use, with the reason, completing "--g has no effect ..."; they are left
+            out. A 0, which turns a setting off, causes no warning.
         scale: of classifier-free guidance, where a prompt gives none.
     """
     letters = {option.field: option.name for option in TRAINING_OPTIONS}
@@ -323,7 +323,7 @@ def _parse(
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:
-    """Lines that hold something, each with ``file:number``."""
+    """Yield non-empty lines, each with ``file:number``."""
     numbered = enumerate(_read_text(path).splitlines(), start=1)
     return [(f"{path}:{n}", line) for n, line in numbered if line.strip() and not line.lstrip().startswith("#")]
 
@@ -395,7 +395,7 @@ def _from_object(values: Mapping[str, Any], where: str, size_multiple: int, used
             raise UserError(f'{where}: unknown key "{name}"{did_you_mean(name, readers)}')
         if value is None:  # JSON null: not set
             continue
-        # a boolean is an int to Python, but never what is meant here
+        # a boolean is an int in Python, but never valid here
         text_wanted = readers[name] in (_text, _path, _sampler)
         if isinstance(value, bool) or not isinstance(value, str if text_wanted else (int, float, str)):
             wanted = "text" if text_wanted else "a number"
@@ -442,7 +442,7 @@ def _within_limits(values: Mapping[str, Any], where: str, size_multiple: int) ->
 
 
 def check_size(pixels: int, what: str, size_step: int) -> None:
-    """Raise UserError where a side is no multiple of ``size_step`` pixels, too small or too large."""
+    """Raise UserError if a side is not a multiple of ``size_step`` pixels, too small or too large."""
     _refuse_huge(pixels, what)
     if pixels < MIN_SIZE:
         raise UserError(f"{what} {pixels}: must be at least {MIN_SIZE} pixels")
@@ -455,7 +455,7 @@ def usable_size(pixels: int, what: str, size_multiple: int) -> int:
     """Round a side down to a multiple of ``size_multiple`` pixels, at least 64, and warn if that changed it.
 
     Raises:
-        UserError: it is larger than any image can be.
+        UserError: it is larger than the largest image.
     """
     _refuse_huge(pixels, what)
     usable = max(pixels // size_multiple * size_multiple, MIN_SIZE)

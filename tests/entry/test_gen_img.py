@@ -184,7 +184,7 @@ def test_v2_model_draws_with_zero_terminal_snr(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--interactive"], ["--interactive: not available", "--from_file", "nothing to draw"]),
+        (["--interactive"], ["--interactive: not available", "--from_file", "nothing to generate"]),
         (["--prompt", "a", "--strength", "0.5", "--ds_ratio", "0.3"], ["--strength: not available", "--ds_ratio: not"]),
         (["--prompt", "a", "--fp16", "--bf16", "--batch_size", "0"], ["--fp16 and --bf16", "--batch_size 0"]),
         (["--prompt", "a --q 1"], ["--prompt: unknown option --q"]),
