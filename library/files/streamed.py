@@ -81,19 +81,28 @@ def write_streamed(
     metadata: Mapping[str, str] | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
+    writes: bool = True,
 ) -> None:
     """Write a safetensors file atomically, holding one tensor at a time.
+
+    Several processes may take part, where each has a part of every tensor: all call it alike, ``produce`` gathers a
+    tensor from all of them, and one of them writes.
 
     Args:
         infos: dtype and shape of every tensor.
         produce: returns the tensor of a name; called once for each, in the order of the file: wide dtypes first, so
             that all are aligned, then by name.
         progress: called with the tensors written and their number.
+        writes: whether this process writes; the others only produce the tensors, in the same order.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
     order = sorted(infos, key=lambda name: (-torch_dtype(infos[name], name).itemsize, name))
+    if not writes:
+        for name in order:
+            produce(name)
+        return
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:

@@ -4,7 +4,8 @@ After step t each average a becomes d a + (1 - d) p. The decay d warms up as min
 random start does not linger: TensorFlow's ``ExponentialMovingAverage`` with ``num_updates`` introduced it, and it is
 common in diffusion training. It follows from the step's number, so a resumed run needs the averages alone.
 
-Averages are float32 whatever the parameters are, stay on their device, and no update waits for it.
+Averages are float32 whatever the parameters are, and no update waits for the device. They lie on the parameters' device,
+or in host memory, where weights are copied to behind the step's own work and averaged one step later.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.files.safetensors_io import load_tensors, save_tensors
+from library.files.safetensors_io import load_tensors
+from library.files.streamed import tensor_info, write_streamed
+from library.optim.flat import HostCopies
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,17 +38,25 @@ class WeightAverage:
 
     Args:
         decay: D, above 0 and below 1; 0.999 averages over about the last 1000 steps.
+        on_host: keep the averages in host memory.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, *, on_host: bool = False) -> None:
         self.decay = decay
         self._parameters = dict(parameters)
+        self._copies = HostCopies(list(self._parameters.values())) if on_host else None
         self._averages: dict[str, Tensor] | None = None
+        self._due: int | None = None  # the step whose weights are on their way to the host
         self.restart()
 
     def restart(self) -> None:
         """Begin anew with the parameters as they are."""
-        self._averages = {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
+        self._due = None
+        self._averages = {name: self._wide(p.detach()) for name, p in self._parameters.items()}
+
+    def _wide(self, tensor: Tensor) -> Tensor:
+        """A float32 copy where averages are kept."""
+        return tensor.to(device="cpu" if self._copies is not None else tensor.device, dtype=torch.float32, copy=True)
 
     def decay_at(self, step: int) -> float:
         """The decay of the update after ``step``, counted from 1."""
@@ -56,16 +67,30 @@ class WeightAverage:
         """Take in the parameters as they are after ``step``, counted from 1."""
         if self._averages is None:  # the state that was resumed holds none
             self.restart()
+        if self._copies is not None:
+            self._take_in_due()
+            self._copies.start()
+            self._due = step
+            return
         current = [p.detach().float() for p in self._parameters.values()]
         torch._foreach_lerp_(list(self._averages.values()), current, 1.0 - self.decay_at(step))
+
+    @torch.no_grad()
+    def _take_in_due(self) -> None:
+        """Average the weights that ``update`` sent to the host."""
+        if self._due is None:
+            return
+        for average, current in zip(self._averages.values(), self._copies.arrived(), strict=True):
+            average.lerp_(current.float(), 1.0 - self.decay_at(self._due))
+        self._due = None
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The parameters hold the averages inside, and are bit for bit as before afterwards."""
-        if self._averages is None:
-            self.restart()
-        kept = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self._write(self._averages)
+        averages = self.state_dict()
+        # on the host: there may be no memory for a second copy beside the parameters
+        kept = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+        self._write(averages)
         try:
             yield
         finally:
@@ -82,6 +107,7 @@ class WeightAverage:
         """The averages by the parameters' names, float32."""
         if self._averages is None:
             self.restart()
+        self._take_in_due()
         return dict(self._averages)
 
     def load_state_dict(self, state: Mapping[str, Tensor], source: str = "the state") -> None:
@@ -95,8 +121,9 @@ class WeightAverage:
             raise UserError(
                 f"{source}: its averages are of other parameters; resume with the network options of that run"
             )
+        self._due = None
         self._averages = {
-            name: state[name].to(device=p.device, dtype=torch.float32, copy=True)
+            name: self._wide(state[name].to("cpu" if self._copies is not None else p.device))
             for name, p in self._parameters.items()
         }
 
@@ -105,7 +132,9 @@ class WeightAverage:
 
         def save(models: Any, weights: Any, folder: str) -> None:
             if accelerator.is_main_process:
-                save_tensors(Path(folder) / STATE_FILE, self.state_dict())
+                averages = self.state_dict()
+                infos = {name: tensor_info(t.dtype, tuple(t.shape)) for name, t in averages.items()}
+                write_streamed(Path(folder) / STATE_FILE, infos, averages.__getitem__)
 
         def load(models: Any, folder: str) -> None:
             file = Path(folder) / STATE_FILE
@@ -113,7 +142,7 @@ class WeightAverage:
                 self.load_state_dict(load_tensors(file), str(file))
             else:
                 # the weights are read after this, so the start has to wait for the first step
-                self._averages = None
+                self._averages = self._due = None
                 logger.warning("--ema_decay: %s holds no averages; they start with its weights", folder)
 
         accelerator.register_save_state_pre_hook(save)

@@ -1,7 +1,7 @@
 """Gradients averaged over processes, once a step.
 
 The trained modules work through the frozen model's forward, which DistributedDataParallel does not see; so gradients
-are averaged here, as one flat tensor for each dtype.
+are averaged here, in buckets of one dtype, which bounds the memory for what is exchanged.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+#: numbers that are exchanged at once
+MOST_AT_ONCE = 2**25
 
 
 class GradientExchange:
@@ -62,15 +66,29 @@ class GradientExchange:
                 if not parameter.requires_grad:
                     parameter.grad = None
             return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        gradients = []
         for parameter in self._parameters:
             if not parameter.requires_grad:
                 continue
             if parameter.grad is None:
                 # module dropout may leave a parameter out on one process only; all must take part
                 parameter.grad = torch.zeros_like(parameter)
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for gradients in by_dtype.values():
-            flat = self._accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients]), reduction="mean")
-            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradients.append(parameter.grad)
+        for bucket in buckets_of(gradients):
+            flat = self._accelerator.reduce(torch.cat([g.reshape(-1) for g in bucket]), reduction="mean")
+            for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
+
+
+def buckets_of(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors in their order, by dtype, in buckets of at most ``MOST_AT_ONCE`` numbers or a single tensor."""
+    buckets: list[list[Tensor]] = []
+    open_buckets: dict[torch.dtype, tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        bucket, size = open_buckets.get(tensor.dtype, ([], 0))
+        if not bucket or size + tensor.numel() > MOST_AT_ONCE:
+            bucket, size = [], 0
+            buckets.append(bucket)
+        bucket.append(tensor)
+        open_buckets[tensor.dtype] = (bucket, size + tensor.numel())
+    return buckets

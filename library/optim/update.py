@@ -55,6 +55,7 @@ class UpdateSettings:
     total_steps: int  # optimizer steps of the whole run, for the schedule
     max_grad_norm: float = 0.0  # of all gradients together; 0 for no limit
     ema_decay: float | None = None  # of the moving average, if there is one
+    averages_on_host: bool = False  # where it is kept
     zero: Zero | None = None
     #: see ``library.optim.gradient_exchange``
     gradients_as_views: bool = False
@@ -122,7 +123,7 @@ class Update:
         self._exchange = GradientExchange(accelerator, self.parameters, as_views=settings.gradients_as_views)
         self.average: WeightAverage | None = None
         if settings.ema_decay is not None:
-            self.average = WeightAverage(averaged or {}, settings.ema_decay)
+            self.average = WeightAverage(averaged or {}, settings.ema_decay, on_host=settings.averages_on_host)
             self.average.keep_with_states(accelerator)
         self._batches = self._batches_left = 1
 

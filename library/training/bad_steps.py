@@ -79,8 +79,8 @@ class BadStepReport:
 
     def _recorded(self, bad: BadStep, rank: int, notes: list[BatchNote]) -> str | None:
         """Write the replay file on the main process; its path on all."""
-        if not bad.batches or self._files >= MOST_FILES:
-            return None
+        if not bad.batches or not bad.weights or self._files >= MOST_FILES:
+            return None  # nothing to record: a whole model is not kept from before the step
         self._files += 1
         path = self._run.names.replay(bad.step)
         if self._run.accelerator.is_main_process:

@@ -16,7 +16,6 @@ from library.data import describe
 from library.interrupt import Interrupt
 from library.memory.attention import attention_backend
 from library.memory.sharding import shard_model
-from library.optim.fused_backward import one_by_one
 from library.optim.schedulers import scheduler_name
 from library.optim.update import Update
 from library.training import precision
@@ -34,6 +33,7 @@ from library.training.run import Cached, Run
 from library.training.saving import Saver, save_dtype
 from library.training.settings import loss_settings, noise_settings, update_settings
 from library.training.sharding import load_denoiser
+from library.training.state_weights import stream_weights
 from library.training.text_caching import Tokenize, cache_texts, caches_texts, warn_of_cut
 from library.training.validation import Validation
 from library.training.zero import zero_of
@@ -174,8 +174,10 @@ def _update(run: Run, kind: Kind, groups: Sequence[ParameterGroup]) -> Update:
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism: adapters work
         # inside the frozen model's forward, see gradient_exchange.py
         accelerator.prepare_model(module, evaluation_mode=True)
+    if not kind.keeps_copies:
+        stream_weights(accelerator)
     kind.set_training(True)
-    fused = options.optimizer.fused_backward_pass
+    flag = kind.fused_flag(options)
     return Update(
         accelerator,
         checked.optimizer,
@@ -186,10 +188,12 @@ def _update(run: Run, kind: Kind, groups: Sequence[ParameterGroup]) -> Update:
             seed=checked.seed,
             total_steps=run.plan.total_steps,
             zero=zero_of(options.training, accelerator),
+            averages_on_host=not kind.keeps_copies,
         ),
         names=[group.name for group in groups],
         averaged={name: p for module in kind.modules() for name, p in module.named_parameters() if p.requires_grad},
-        fused=one_by_one([p for group in groups for p in group.parameters]) if fused else None,
+        fused=kind.fused_parts([p for group in groups for p in group.parameters]) if flag else None,
+        fused_flag=flag or "",
         before_update=kind.before_update,
     )
 

@@ -81,15 +81,19 @@ def run_loop(
     hooks: LoopHooks,
     interrupt: Interrupt,
     on_nan: OnNan = "stop",
+    keeps_copies: bool = True,
 ) -> int:
     """Train from ``start_step`` to ``plan.total_steps``; returns the number of steps done.
+
+    Args:
+        keeps_copies: whether the device has memory for copies of what is trained, see ``StepGuard``.
 
     Raises:
         NonFiniteLoss: for what is not finite, as ``on_nan`` says; found before the next save.
     """
     metrics = DeferredMetrics()
     times = StepTimes()
-    guard = StepGuard(update, accelerator, on_nan)
+    guard = StepGuard(update, accelerator, on_nan, keeps_copies=keeps_copies)
     several = accelerator.num_processes > 1
     stop_asked = False
 

@@ -2,7 +2,8 @@
 
 A step is *bad* when its loss, averaged over processes, or the norm of its gradients is not finite. The flag is made on
 the device and read with the step's metrics, one step later (``library.training.metrics``). Until then the weights
-before the step are kept, so that the step can be run again (``library.training.replay``).
+before the step are kept, so that the step can be run again (``library.training.replay``). Where what is trained is a
+whole model, whose copy the device has no memory for, nothing is kept: a bad step ends the run, and leaves no recording.
 
 ``stop``
     The run ends when the flag is read; nothing has been saved since.
@@ -12,7 +13,7 @@ before the step are kept, so that the step can be run again (``library.training.
     with a zero gradient: momenta shrink by their betas and its count goes on, as does the learning rate's schedule.
 ``rollback``
     As ``skip``, and when the flag is read, weights, optimizer and averages go back to the last kept state, at most
-    ``KEPT_EVERY`` steps and one old. The data, the count of steps and the schedule go on, so that a batch is not met
+    ``KEPT_EVERY`` steps and one old (``library.training.kept_state``). The data, the count of steps and the schedule go on, so that a batch is not met
     again, and names of files and curves never go back.
 
 With fp16 the gradient scaler meets infinite gradients as a matter of course: it leaves such updates out by itself and
@@ -21,18 +22,18 @@ halves its scale, so there a step is bad by its loss alone.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from library.data.batch import Batch
 from library.errors import UserError
+from library.optim.flat import Flat, all_finite
 from library.optim.update import Update
+from library.training.kept_state import KeptState
 from library.training.metrics import StepMetrics
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ OnNan = Literal["stop", "skip", "rollback"]
 
 #: bad steps in a row (for rollback: without a newly kept state between) before the run is stopped all the same
 MOST_IN_A_ROW = 10
-#: steps between two states that ``rollback`` keeps in host memory
-KEPT_EVERY = 25
 _FLAG, _BATCH = "finite", "batch "
 
 
@@ -81,55 +80,31 @@ class _Pending:
     step: int
     batches: list[tuple[list[str], list[str]]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
-    before: list[Tensor] = field(default_factory=list)  # flat, see _Flat
-
-
-class _Flat:
-    """Many tensors as few: one flat tensor for each dtype and device, so that a step costs a handful of kernels."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for index, tensor in enumerate(tensors):
-            groups.setdefault((tensor.dtype, tensor.device), []).append(index)
-        self._groups = list(groups.values())
-
-    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A copy of all."""
-        return [torch.cat([tensors[i].detach().reshape(-1) for i in group]) for group in self._groups]
-
-    def split(self, flats: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Views of the flat tensors, shaped as ``tensors``."""
-        found: list[Tensor] = [torch.empty(0)] * len(tensors)
-        for group, flat in zip(self._groups, flats, strict=True):
-            parts = flat.split([tensors[i].numel() for i in group])
-            for i, part in zip(group, parts, strict=True):
-                found[i] = part.view(tensors[i].shape)
-        return found
-
-    def write(self, flats: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-        """Set all to what ``read`` gave."""
-        parts = self.split(flats, tensors)
-        with torch.no_grad():
-            for group in self._groups:
-                torch._foreach_copy_([tensors[i].detach() for i in group], [parts[i] for i in group])
+    before: list[Tensor] = field(default_factory=list)  # flat, see Flat
 
 
 class StepGuard:
     """Watches the steps of one run; see the module's text for what each mode does.
 
-    Takes up to two copies of the trained weights on the device, in ``skip`` and ``rollback`` one of the gradients;
-    ``rollback`` up to two of weights, optimizer and averages in host memory.
+    With ``keeps_copies`` it takes up to two copies of the trained weights on the device, in ``skip`` and ``rollback``
+    one of the gradients; ``rollback`` up to two of weights, optimizer and averages in host memory.
+
+    Args:
+        keeps_copies: whether the device has memory for them; only ``stop`` does without.
     """
 
-    def __init__(self, update: Update, accelerator: Accelerator, mode: OnNan) -> None:
+    def __init__(self, update: Update, accelerator: Accelerator, mode: OnNan, *, keeps_copies: bool = True) -> None:
+        if mode != "stop" and not keeps_copies:
+            raise ValueError(f"{mode} needs copies of the weights")
         self.mode = mode
+        self._keeps_copies = keeps_copies
         self._update = update
         self._parameters = [p for p in update.parameters if p.requires_grad]
         self._scaled = accelerator.scaler is not None
         self._pending: deque[_Pending] = deque()
         self._flag: Tensor | None = None
         self._in_a_row = 0
-        self._flat = _Flat(self._parameters)
+        self._flat = Flat(self._parameters)
         self._kept = KeptState(update) if mode == "rollback" else None
 
     # ---- on the device, in the step ----
@@ -139,7 +114,8 @@ class StepGuard:
         if self._kept is not None:
             self._kept.start(step - 1)
         # before the backward pass, in which --fused_backward_pass updates already
-        self._pending.append(_Pending(step, before=self._flat.read(self._parameters)))
+        before = self._flat.read(self._parameters) if self._keeps_copies else []
+        self._pending.append(_Pending(step, before=before))
 
     def saw(self, batch: Batch, loss: Tensor) -> None:
         """One of the step's batches and its loss, detached."""
@@ -185,7 +161,7 @@ class StepGuard:
 
     def _clear_gradients_unless(self, flag: Tensor) -> None:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        flat = _Flat(gradients)
+        flat = Flat(gradients)
         flat.write([torch.where(flag, g, torch.zeros_like(g)) for g in flat.read(gradients)], gradients)
 
     # ---- on the host, one step later ----
@@ -203,11 +179,11 @@ class StepGuard:
 
     def check(self, step: int) -> BadStep | None:
         """Before a save, with all metrics read: weights, averages and optimizer themselves. Waits for the device."""
-        average = self._update.average
         state = self._update.optimizer.state.values()
-        tensors = [*self._parameters, *(average.state_dict().values() if average is not None else ())]
-        tensors += [v for values in state for v in values.values() if isinstance(v, Tensor)]
-        if bool(_all_finite(tensors)):
+        tensors = [*self._parameters, *(v for values in state for v in values.values() if isinstance(v, Tensor))]
+        average = self._update.average  # which may lie in host memory
+        averages = list(average.state_dict().values()) if average is not None else []
+        if bool(all_finite(tensors)) and (not averages or bool(all_finite(averages))):
             return None
         return self._bad(_Pending(step), {"weights or optimizer": float("nan")}, [])
 
@@ -225,113 +201,3 @@ class StepGuard:
     def roll_back(self) -> int:
         """Bring the kept state back; returns the step (counted from 1) it was kept after."""
         return self._kept.restore()
-
-
-# ---- what rollback goes back to ----
-
-
-@dataclass
-class _Copy:
-    """Weights, optimizer and averages after a step, on the host."""
-
-    step: int
-    parameters: list[Tensor]
-    state: dict[Tensor, dict[str, Any]]  # of the optimizer, by what it moves
-    groups: list[dict[str, Any]]
-    averages: dict[str, Tensor] | None
-    finite: Tensor
-
-
-class KeptState:
-    """The last state known to be finite, and a newer one whose step is not judged yet."""
-
-    def __init__(self, update: Update) -> None:
-        self._update = update
-        self._kept: _Copy | None = None
-        self._candidate: _Copy | None = None
-
-    def start(self, step: int) -> None:
-        """Keep the state that the run starts from."""
-        if self._kept is None:
-            self._kept = self._copy(step)
-
-    def step_ended(self, step: int) -> None:
-        if step % KEPT_EVERY == 0:
-            self._candidate = self._copy(step)
-
-    def confirm(self, step: int) -> bool:
-        """The step was good, and the device has done it; whether a newer state is kept by that."""
-        if self._candidate is None or self._candidate.step > step:
-            return False
-        candidate, self._candidate = self._candidate, None
-        if bool(candidate.finite):  # on the host since the step's metrics are
-            self._kept = candidate
-            return True
-        return False
-
-    def _copy(self, step: int) -> _Copy:
-        optimizer = self._update.optimizer
-        parameters = [p.detach() for p in self._update.parameters]
-        average = self._update.average
-        # some keep other things there, too
-        states = {p: state for p, state in optimizer.state.items() if isinstance(p, Tensor) and state}
-        tensors = [*parameters, *(v for s in states.values() for v in s.values() if isinstance(v, Tensor))]
-        return _Copy(
-            step,
-            parameters=[_to_host(p) for p in parameters],
-            state={p: {name: _to_host(value) for name, value in state.items()} for p, state in states.items()},
-            groups=[
-                {name: _to_host(value) for name, value in group.items() if name not in ("params", "lr")}
-                for group in optimizer.param_groups
-            ],
-            averages=None if average is None else {n: _to_host(t) for n, t in average.state_dict().items()},
-            finite=_to_host(_all_finite(tensors)),
-        )
-
-    @torch.no_grad()
-    def restore(self) -> int:
-        """Bring the kept state back, all but the learning rates, whose schedule goes on."""
-        kept, optimizer = self._kept, self._update.optimizer
-        self._candidate = None  # it comes after the step that went wrong
-        for parameter, value in zip(self._update.parameters, kept.parameters, strict=True):
-            parameter.copy_(value)
-        for parameter in [p for p in optimizer.state if isinstance(p, Tensor) and p not in kept.state]:
-            del optimizer.state[parameter]
-        for parameter, values in kept.state.items():
-            state = optimizer.state[parameter]
-            for name in [name for name in state if name not in values]:
-                del state[name]
-            for name, value in values.items():
-                _put(state, name, value)
-        for group, values in zip(optimizer.param_groups, kept.groups, strict=True):
-            for name, value in values.items():
-                _put(group, name, value)
-        if kept.averages is not None:
-            self._update.average.load_state_dict(kept.averages)
-        return kept.step
-
-
-def _to_host(value: Any) -> Any:
-    """A copy; of a device tensor behind the work that is queued, without waiting."""
-    if not isinstance(value, Tensor):
-        return copy.deepcopy(value)
-    value = value.detach()
-    if not value.is_cuda:
-        return value.clone()
-    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-
-
-def _put(values: dict[str, Any], name: str, kept: Any) -> None:
-    """In place where that is possible, as optimizers may hold their tensors elsewhere, too."""
-    now = values.get(name)
-    if isinstance(kept, Tensor) and isinstance(now, Tensor) and now.shape == kept.shape:
-        now.copy_(kept)
-    else:
-        values[name] = copy.deepcopy(kept)
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """0-dim bool, on the device of the first; counters that some optimizers keep on the host are left out."""
-    device = tensors[0].device
-    flags = [t.isfinite().all() for t in tensors if t.is_floating_point() and t.device == device]
-    return torch.stack(flags).all()

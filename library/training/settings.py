@@ -170,14 +170,22 @@ def schedule_settings(options: TrainNetworkOptions) -> ScheduleSettings:
     )
 
 
-def update_settings(options: TrainNetworkOptions, *, seed: int, total_steps: int, zero: Zero | None) -> UpdateSettings:
-    """Args: ``zero`` is what is sharded in this run, see ``library.training.zero``."""
+def update_settings(
+    options: TrainNetworkOptions, *, seed: int, total_steps: int, zero: Zero | None, averages_on_host: bool
+) -> UpdateSettings:
+    """The settings of ``Update``.
+
+    Args:
+        zero: what is sharded in this run, see ``library.training.zero``.
+        averages_on_host: where the moving average is kept.
+    """
     return UpdateSettings(
         seed=seed,
         total_steps=total_steps,
         max_grad_norm=options.optimizer.max_grad_norm,
         ema_decay=options.optimizer.ema_decay,
         zero=zero,
+        averages_on_host=averages_on_host,
         gradients_as_views=options.training.ddp_gradient_as_bucket_view,
     )
 

@@ -81,7 +81,10 @@ def set_up(architecture: Architecture, kind: type[Kind], options: TrainNetworkOp
         options.training, backends=checked.trackers.backends, directory=checked.trackers.directory
     )
     report(precision.check_device(options.training, accelerator.device), strict=strict)
-    report(check_update(options, checked.optimizer, checked.resumed, accelerator.device), strict=strict)
+    flag = kind.fused_flag(options)
+    report(
+        check_update(options, checked.optimizer, checked.resumed, accelerator.device, fused_flag=flag), strict=strict
+    )
     report(check_zero(options, checked.optimizer, accelerator), strict=strict)
     checked = replace(checked, seed=of_main_process(checked.seed))
     data = TrainingData(

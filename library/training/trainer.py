@@ -125,6 +125,7 @@ class Trainer:
                 hooks=hooks,
                 interrupt=interrupt,
                 on_nan=run.options.training.on_nan,
+                keeps_copies=loaded.kind.keeps_copies,
             )
         finally:
             hooks.close()

@@ -13,9 +13,17 @@ from library.training.resume import TrainState, choice_of
 
 
 def check_update(
-    options: TrainNetworkOptions, choice: OptimizerChoice, resumed: TrainState | None, device: torch.device
+    options: TrainNetworkOptions,
+    choice: OptimizerChoice,
+    resumed: TrainState | None,
+    device: torch.device,
+    *,
+    fused_flag: str | None,
 ) -> list[str]:
     """Try the optimizer on small tensors, as the options use it; returns warnings.
+
+    Args:
+        fused_flag: the option that asks for updates within the backward pass, if one does.
 
     Raises:
         UserError: it cannot be used so, or not go on from the state that is resumed.
@@ -23,8 +31,8 @@ def check_update(
     output, resume = options.output, options.resume
     keeps_states = bool(output.save_state or output.save_state_on_train_end or resume.resume)
     found = check_by_trial(choice, device, keeps_states=keeps_states)
-    if options.optimizer.fused_backward_pass:
-        check_fusible(choice.name, updates_alone(choice, device), "--fused_backward_pass")
+    if fused_flag is not None:
+        check_fusible(choice.name, updates_alone(choice, device), fused_flag)
     if options.optimizer.ema_decay is not None and is_schedule_free(choice):
         raise UserError(f"--ema_decay: {choice.name} averages the weights by itself; remove one of them")
     if resumed is not None and resumed.fingerprint.get("optimizer") not in (None, choice.metadata_name):

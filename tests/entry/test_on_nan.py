@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.training import nonfinite
+from library.training import kept_state, nonfinite
 from tests.fixtures.families import Tiny
 from tests.fixtures.runs import (
     make_images,
@@ -163,7 +163,7 @@ def test_rollback_goes_back_to_a_kept_state(
     said: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nonfinite, "KEPT_EVERY", 2)
+    monkeypatch.setattr(kept_state, "KEPT_EVERY", 2)
     output = tmp_path / "out"
     tiny.train(poisoned, output, **options(on_nan="rollback", max_train_steps=2 * STEPS, save_state=True))
     warned = [r.getMessage() for r in said.records if "went back to those after step" in r.getMessage()]

@@ -51,6 +51,7 @@ class Adapter(Kind):
         "ss_network_alpha",
         "ss_network_args",
     )
+    keeps_copies = True
     starts_from = "--network_weights"
 
     def __init__(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from library.architectures.base import Architecture, Conditioning, Control
 from library.config.arguments import TrainNetworkOptions
 from library.data.batch import Batch
+from library.optim.fused_backward import Part, one_by_one
 from library.optim.update import Metrics
 from library.training.models import Models
 
@@ -52,6 +53,9 @@ class Kind(ABC):
     records_run: ClassVar[bool] = True
     #: entries that ``--no_metadata`` keeps, so that other programs know how to use the file
     minimum_metadata: ClassVar[tuple[str, ...]] = ()
+    #: whether what is trained is small beside the model, so that the device has memory for copies of it: those of the
+    #: moving average, and of the weights before a step. Otherwise averages lie in host memory, and nothing else is kept
+    keeps_copies: ClassVar[bool] = False
     #: how to begin a new run with the weights of another one
     starts_from: ClassVar[str] = "--pretrained_model_name_or_path"
 
@@ -119,6 +123,15 @@ class Kind(ABC):
     @abstractmethod
     def modules(self) -> Sequence[nn.Module]:
         """The modules that hold all trained parameters; state folders hold their tensors."""
+
+    @classmethod
+    def fused_flag(cls, options: TrainNetworkOptions) -> str | None:
+        """The option given that asks for updates within the backward pass."""
+        return "--fused_backward_pass" if options.optimizer.fused_backward_pass else None
+
+    def fused_parts(self, parameters: Sequence[nn.Parameter]) -> list[Part]:
+        """Which of the trained parameters are updated together, where ``fused_flag`` asks for it."""
+        return one_by_one(parameters)
 
     def before_update(self) -> None:
         """Called when the gradients of a step are there, before the optimizer uses them."""

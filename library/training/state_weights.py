@@ -1,0 +1,63 @@
+"""The weights in a state folder, written and read one tensor at a time.
+
+accelerate makes the bytes of a whole file before it writes them, which for a whole model is a second copy in host
+memory. The files are the same: ``model.safetensors``, ``model_1.safetensors``, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.files.safetensors_io import iterate_tensors
+from library.files.streamed import tensor_info, write_streamed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def stream_weights(accelerator: Accelerator) -> None:
+    """Make the accelerator write and read the weights of its models one tensor at a time."""
+
+    def save(models: list[nn.Module], weights: list[Mapping[str, Tensor]], folder: str) -> None:
+        for number, state in enumerate(weights):
+            infos = {name: tensor_info(t.dtype, tuple(t.shape)) for name, t in state.items()}
+            target = _file(folder, number)
+            write_streamed(target, infos, state.__getitem__, {"format": "pt"}, writes=accelerator.is_main_process)
+        weights.clear()  # so that accelerate has none to write
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        for number, model in enumerate(models):
+            _load(accelerator.unwrap_model(model), _file(folder, number))
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _file(folder: str, number: int) -> Path:
+    return Path(folder) / (f"model_{number}.safetensors" if number else "model.safetensors")
+
+
+@torch.no_grad()
+def _load(model: nn.Module, file: Path) -> None:
+    """Copy a file's tensors into a module.
+
+    Raises:
+        RuntimeError: other names or shapes than the module's, as ``load_state_dict`` says it.
+    """
+    own: dict[str, Any] = model.state_dict()
+    missing = set(own)
+    for name, tensor in iterate_tensors(file):
+        if name not in own:
+            raise RuntimeError(f"unexpected tensor {name}")
+        if own[name].shape != tensor.shape:
+            raise RuntimeError(f"size mismatch for {name}: {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
+        own[name].copy_(tensor)
+        missing.discard(name)
+    if missing:
+        raise RuntimeError(f"missing tensors: {', '.join(sorted(missing)[:3])}")
