@@ -10,6 +10,8 @@ import pytest
 
 # Two cores are the yardstick: tests that run side by side must not each take every core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# as library/__init__.py sets it: scripts that tests start then have the environment of the fork server
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from networks.conversion.convert import convert
 from networks.lora import create_network
 from tests.fixtures.file_tools import saved
+from tests.fixtures.installed import require_peft
 from tests.fixtures.layouts import table
 
 HIDDEN, RANK, ALPHA = 32, 4, 3.0  # three quarters: not exact in half precision
@@ -159,6 +160,7 @@ def test_diffusers_transformers_compute_what_the_deltas_say(tmp_path, family, sp
         pipeline = FluxPipeline(**empty, text_encoder_2=None, tokenizer_2=None, transformer=adapted)
     else:
         pipeline = ChromaPipeline(**empty, transformer=adapted)
+    require_peft()
     pipeline.load_lora_weights(str(tmp_path / "b.safetensors"))
     torch.testing.assert_close(output(pipeline.transformer, family), wanted, rtol=1e-5, atol=1e-5)
 
@@ -194,6 +196,7 @@ def test_diffusers_names_and_widths_are_those_of_its_transformers(tmp_path, name
 
 def with_peft(model: nn.Module, folder) -> nn.Module:
     """A copy of the model with PEFT's adapter merged."""
+    require_peft()
     from peft import PeftModel
 
     return PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).merge_and_unload()

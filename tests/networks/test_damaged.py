@@ -47,7 +47,7 @@ def test_damage_is_named(tmp_path: Path, changed: dict[str, Tensor], words: str)
 
 
 def test_alphas_of_old_files_are_integers(tmp_path: Path) -> None:
-    path = written(tmp_path, alpha=torch.tensor(2), **{"extra": torch.ones(3, dtype=torch.int64)})
+    path = written(tmp_path, alpha=torch.tensor(2), extra=torch.ones(3, dtype=torch.int64))
     check_adapter_file(path)
     assert read_weights(path)[f"{NAME}.alpha"] == 2
 

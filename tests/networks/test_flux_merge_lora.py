@@ -16,6 +16,7 @@ from networks import flux_merge_lora as tool
 from networks.model_keys import CLIP_L, T5XXL, TRANSFORMER
 from tests.fixtures.file_tools import refusal as refusal_of
 from tests.fixtures.file_tools import run_tool, saved
+from tests.fixtures.installed import require_peft
 from tests.fixtures.layouts import table
 from tests.fixtures.live_tensors import LiveBytes
 from tests.fixtures.tiny_flux_files import (
@@ -202,6 +203,7 @@ def test_whole_differences_of_weights_and_biases(tmp_path):
 @pytest.mark.parametrize("model_name", ["flux1_dev", "chroma1"])
 def test_diffusers_names_against_peft(tmp_path, model_name):
     """PEFT merges into diffusers' model; the result, converted, equals the file merged in the published layout."""
+    require_peft()
     from peft import LoraConfig, get_peft_model_state_dict
 
     model = diffusers_transformer(model_name)

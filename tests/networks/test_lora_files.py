@@ -11,6 +11,7 @@ from library.errors import UserError
 from networks.conversion.convert import convert
 from networks.lora import create_network, create_network_from_weights
 from networks.weights import check_adapter_file, read_weights
+from tests.fixtures.installed import require_peft
 
 DORA_ARGS = {"dora": "True", "dora_on_output": "True"}
 CONV_ARGS = {"conv_dim": "3", "conv_alpha": "2"}
@@ -201,6 +202,7 @@ def test_diffusers_gives_the_same_output(tmp_path, tiny_unet, tiny_text_encoder,
         vae=vae, text_encoder=tiny_text_encoder, tokenizer=None, unet=tiny_unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+    require_peft(text_encoders=True)
     pipeline.load_lora_weights(tmp_path, weight_name="b.safetensors" if converted else "a.safetensors")
     theirs = outputs(pipeline.text_encoder, pipeline.unet, unet_inputs)
 

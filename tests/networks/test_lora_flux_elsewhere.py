@@ -23,6 +23,7 @@ from tests.fixtures.adapted_flux import (
     flux_tensors,
     predict,
 )
+from tests.fixtures.installed import require_peft
 from tests.fixtures.tiny_flux import FluxFileSizes
 from tests.networks.conftest import make_tiny_text_encoder
 
@@ -79,6 +80,7 @@ def test_diffusers_pipelines_compute_the_same(tmp_path, kind, split):
     clip = make_tiny_text_encoder(32, 48) if kind == "dev" else None
     pipeline = pipeline_of(flux_tensors(kind), SIZES, clip)
     close(predicted_by(pipeline, kind == "chroma"), plain["prediction"])
+    require_peft(text_encoders=clip is not None)
     pipeline.load_lora_weights(str(tmp_path / "a.safetensors"))
     close(predicted_by(pipeline, kind == "chroma"), ours["prediction"])
     if clip is not None:
@@ -106,6 +108,7 @@ def test_diffusers_pipelines_compute_the_same_in_published_widths(tmp_path, spli
     assert (adapted - plain).abs().max() > 1e-3
     pipeline = pipeline_of(tensors, sizes)
     close(predicted_by(pipeline, chroma=False), plain)
+    require_peft()
     pipeline.load_lora_weights(str(tmp_path / "a.safetensors"))
     assert pipeline.transformer.single_transformer_blocks[0].attn.to_q.lora_A["default_0"].out_features == 4
     close(predicted_by(pipeline, chroma=False), adapted)

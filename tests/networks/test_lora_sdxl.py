@@ -12,6 +12,7 @@ from networks.conversion.convert import convert
 from networks.lora import check_network_args, create_network, create_network_from_weights
 from tests.fixtures.adapted import randomize
 from tests.fixtures.adapted import sdxl_outputs as outputs
+from tests.fixtures.installed import require_peft
 
 CONV = {"conv_dim": "2", "conv_alpha": "2"}
 
@@ -40,6 +41,7 @@ def assert_close(one, other, tolerance=1e-5):
     ("args", "converted"), [({}, False), (CONV, False), (CONV, True)], ids=["linear", "conv", "conv, diffusers' names"]
 )
 def test_diffusers_pipeline_computes_the_same(tmp_path, folder, models, args, converted):
+    require_peft(text_encoders=True)
     from diffusers import StableDiffusionXLPipeline
 
     plain = outputs(*models)
@@ -61,6 +63,7 @@ def test_diffusers_pipeline_computes_the_same(tmp_path, folder, models, args, co
 
 
 def test_a_lora_that_diffusers_and_peft_wrote_loads(tmp_path, folder, models):
+    require_peft(text_encoders=True)
     from diffusers import StableDiffusionXLPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
