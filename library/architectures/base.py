@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from library.config.arguments import NetworkOptions, TrainNetworkOptions
     from library.diffusion.objective import Objective
-    from library.inference.generate import ImageSettings
+    from library.inference.settings import ImageSettings
 
 O = TypeVar("O")
 

@@ -26,15 +26,9 @@ from library.inference.adapter_files import adapt, open_adapters, read_choice
 from library.inference.failures import OutOfMemory, naming_memory
 from library.inference.file_names import FileNames, try_folder
 from library.inference.flux_options import SIZE_STEP, FluxInferenceOptions, FluxImageOptions, PartDtype, part_dtypes
-from library.inference.generate import (
-    GenerateOptions,
-    ImageModels,
-    ImageSettings,
-    decode_images,
-    encode_texts,
-    generate_latents,
-    random_seed,
-)
+from library.inference.generate import decode_images, encode_texts, generate_latents
+from library.inference.models import GenerateOptions, ImageModels
+from library.inference.settings import ImageSettings, random_seed
 from library.inference.parts import Parts
 from library.inference.plan import PlannedImage, Repetition, plan_images
 from library.inference.png import save_png

@@ -18,7 +18,9 @@ from library.errors import UserError
 from library.files.safetensors_io import read_header
 from library.inference.failures import naming_memory
 from library.inference.file_names import FileNames, try_folder
-from library.inference.generate import GenerateOptions, ImageModels, ImageSettings, generate_images, random_seed
+from library.inference.generate import generate_images
+from library.inference.models import GenerateOptions, ImageModels
+from library.inference.settings import ImageSettings, random_seed
 from library.inference.native_size import native_size
 from library.inference.networks import NetworkChoice, apply_networks, choose_networks
 from library.inference.options import ImageOptions

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import logging
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,131 +20,16 @@ from torch import Tensor, nn
 
 from library.architectures.base import Architecture, CaptionLength, Conditioning, SampleFacts
 from library.data.caption_lengths import shortened
+from library.inference.denoise import Generation, run
 from library.inference.failures import NotFinite, cause_in
-from library.inference.prompt_line import SamplePrompt
+from library.inference.features.guidance import Guidance
+from library.inference.models import GenerateOptions, ImageModels
+from library.inference.settings import ImageSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
-
-MAX_RANDOM_SEED = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class ImageModels:
-    """The models of one family, frozen or in the middle of training.
-
-    Models that a step does not use may be missing: the VAE in ``generate_latents``, all others in ``decode_images``.
-    """
-
-    architecture: Architecture
-    tokenizers: Sequence[Any] = ()
-    text_encoders: Sequence[nn.Module | None] = ()  # None: its outputs are in ``cached_texts``
-    denoiser: nn.Module | None = None
-    vae: nn.Module | None = None
-    v_prediction: bool = False
-    adapters: Sequence[nn.Module] = ()  # networks applied to the others, so that their dropout is off, too
-    adapter_names: Sequence[str] = ()  # their files, for messages
-    #: conditioning by text, for encoders that are not loaded
-    cached_texts: Mapping[str, Conditioning] = field(default_factory=dict)
-
-    def modules(self) -> list[nn.Module]:
-        models = (*self.text_encoders, self.denoiser, self.vae, *self.adapters)
-        return [model for model in models if model is not None]
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """Settings of sampling that are the same for all images of a run."""
-
-    device: torch.device
-    dtype: torch.dtype = torch.float32  # of autocast in text encoders and denoiser; float32: no autocast
-    zero_terminal_snr: bool = False
-    clip_skip: int | None = None
-    max_token_length: int | None = None  # tokens of the text window: 75 (or None), 150 or 225
-    weighted: bool = True  # whether (word:1.2) and [word] in prompts are emphasis
-    nan_remedy: str = "try --no_half_vae or bf16"  # advice for images that are not finite
-    #: called before each denoising step; what it raises ends the generation
-    check: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """Everything that defines one image, besides the models."""
-
-    prompt: str
-    negative_prompt: str
-    width: int  # pixels
-    height: int  # pixels
-    steps: int
-    scale: float  # classifier-free guidance; 1: none
-    sampler: str
-    seed: int
-    # for families that know them; None: the family's own
-    guidance_scale: float | None = None  # embedded guidance
-    flow_shift: float | None = None
-    cfg_trunc_ratio: float | None = None
-    renorm_cfg: float | None = None
-
-    def record(self, *, model: str, network: str = "") -> dict[str, str]:
-        """Return text for ``save_png``; ``model`` and ``network`` are names for people."""
-        record = {
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "seed": str(self.seed),
-            "steps": str(self.steps),
-            "scale": f"{self.scale:g}",
-            "sampler": self.sampler,
-            "size": f"{self.width}x{self.height}",
-            "model": model,
-        }
-        own = ("guidance_scale", "flow_shift", "cfg_trunc_ratio", "renorm_cfg")
-        record |= {name: f"{getattr(self, name):g}" for name in own if getattr(self, name) is not None}
-        return {**record, "network": network} if network else record
-
-    def texts(self) -> tuple[str, ...]:
-        """Return the texts to encode."""
-        return (self.prompt,) if self.scale == 1.0 else (self.prompt, self.negative_prompt)
-
-    def drawn_with(self, other: ImageSettings) -> bool:
-        """Whether both images may share a batch: everything but text and seed is equal."""
-        return replace(self, prompt="", negative_prompt="", seed=0) == replace(
-            other, prompt="", negative_prompt="", seed=0
-        )
-
-
-def settings_for(
-    prompt: SamplePrompt, defaults: Mapping[str, Any], *, sampler: str, seed: int | None = None
-) -> ImageSettings:
-    """Complete a sample prompt.
-
-    Args:
-        prompt: settings that are ``None`` come from the next ones.
-        defaults: the family's ``sample_defaults``: ``width``, ``height``, ``sample_steps``, ``scale``.
-        sampler: for prompts that name none.
-        seed: for prompts that name none; ``None`` draws one, without touching any random state.
-    """
-    full = prompt.with_defaults(defaults).with_defaults({"sample_sampler": sampler, "seed": seed})
-    return ImageSettings(
-        prompt=full.prompt,
-        negative_prompt=full.negative_prompt or "",
-        width=full.width,
-        height=full.height,
-        steps=full.sample_steps,
-        scale=full.scale,
-        sampler=full.sample_sampler,
-        seed=full.seed if full.seed is not None else random_seed(),
-        guidance_scale=full.guidance_scale,
-        flow_shift=full.flow_shift,
-        cfg_trunc_ratio=full.cfg_trunc_ratio,
-        renorm_cfg=full.renorm_cfg,
-    )
-
-
-def random_seed() -> int:
-    """Return a seed from the operating system, without using any generator."""
-    return random.SystemRandom().randint(0, MAX_RANDOM_SEED)
 
 
 # ---- images ----
@@ -209,55 +92,47 @@ def generate_latents(
     if not all(first.drawn_with(settings) for settings in batch):
         raise ValueError("images of one batch must agree in all settings but text and seed")
     models = replace(models, architecture=models.architecture.for_image(first))
-    objective = models.architecture.objective(
-        v_prediction=models.v_prediction, zero_terminal_snr=options.zero_terminal_snr
-    )
-    latent = models.architecture.latent
-    shape = (1, latent.channels, first.height // latent.stride, first.width // latent.stride)
-    generators = [torch.Generator(device="cpu").manual_seed(settings.seed) for settings in batch]
-    noise = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(options.device)
-    scheduler = objective.scheduler(first.sampler, first.steps, shape[2:], options.device)
-    encoded = {} if encoded is None else encoded
     with undisturbed(models.modules(), options.device), _precise(options):
-        positive = _sized(models, _encode(models, [settings.prompt for settings in batch], options, encoded), first)
-        if first.scale == 1.0:
-            predict = _plain(models, positive)
-        else:
-            negative = _encode(models, [settings.negative_prompt for settings in batch], options, encoded)
-            predict = _guided(models, positive, _sized(models, negative, first), first.scale)
-        latents = sample(
-            scheduler, lambda x, t: objective.for_sampler(predict(x, t), t), noise, generators, options.check
-        )
+        generation = begin(models, batch, options, {} if encoded is None else encoded)
+        positive = generation.conditioning
+        latents = run(generation, [Guidance()])
         if not torch.isfinite(latents).all():
             raise NotFinite(f"no image: {_why_not_finite(models, positive)}")
         return latents
 
 
-def sample(
-    scheduler: Any,
-    predict: Callable[[Tensor, Tensor], Tensor],
-    noise: Tensor,
-    generators: Sequence[torch.Generator],
-    check: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Run a diffusers scheduler from noise to latents.
+def begin(
+    models: ImageModels,
+    batch: Sequence[ImageSettings],
+    options: GenerateOptions,
+    encoded: dict[str, Conditioning],
+) -> Generation:
+    """A generation from nothing but noise, towards the prompts."""
+    first, latent = batch[0], models.architecture.latent
+    objective = models.architecture.objective(
+        v_prediction=models.v_prediction, zero_terminal_snr=options.zero_terminal_snr
+    )
+    shape = (1, latent.channels, first.height // latent.stride, first.width // latent.stride)
+    generators = [torch.Generator(device="cpu").manual_seed(settings.seed) for settings in batch]
+    noise = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(options.device)
+    scheduler = objective.scheduler(first.sampler, first.steps, shape[2:], options.device)
 
-    Args:
-        scheduler: with its timesteps set.
-        predict: (B, C, h, w) and timesteps (B,) to the model's prediction (B, C, h, w).
-        noise: (B, C, h, w), standard normal.
-        generators: one for each image; samplers that add noise draw from them.
-        check: called before each step; what it raises ends the sampling.
-    """
-    draws = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": list(generators)} if draws else {}
-    latents = noise * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        check()
-        scaled = scheduler.scale_model_input(latents, timestep)
-        prediction = predict(scaled, timestep.expand(len(latents)))
-        latents = scheduler.step(prediction.float(), timestep, latents, return_dict=False, **extra)[0]
-    return latents
+    def encode(texts: Sequence[str]) -> Conditioning:
+        return _sized(models, _encode(models, texts, options, encoded), first)
+
+    return Generation(
+        models=models,
+        settings=batch,
+        options=options,
+        objective=objective,
+        encode=encode,
+        conditioning=encode([settings.prompt for settings in batch]),
+        scheduler=scheduler,
+        generators=generators,
+        noise=noise,
+        latents=noise * scheduler.init_noise_sigma,
+        timesteps=scheduler.timesteps,
+    )
 
 
 def _why_not_finite(models: ImageModels, conditioning: Conditioning) -> str:
@@ -266,27 +141,6 @@ def _why_not_finite(models: ImageModels, conditioning: Conditioning) -> str:
     encoders = {f"text encoder {n}": encoder for n, encoder in enumerate(models.text_encoders, start=1)}
     found = cause_in({**networks, **encoders, "denoiser": models.denoiser}, {"text encoder": conditioning.tensors})
     return found or "the denoiser's values are not finite: use bf16 or float32 instead of fp16, or a lower scale"
-
-
-def _plain(models: ImageModels, positive: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda noisy, timesteps: models.architecture.predict(models.denoiser, noisy, timesteps, positive)
-
-
-def _guided(
-    models: ImageModels, positive: Conditioning, negative: Conditioning, scale: float
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Classifier-free guidance, both predictions in one pass (Ho & Salimans 2022, arXiv:2207.12598, eq. 6)."""
-    both = Conditioning.cat([negative, positive])
-
-    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        # (B, C, h, w) -> (2B, C, h, w)
-        prediction = models.architecture.predict(
-            models.denoiser, torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), both
-        ).float()
-        without, with_prompt = prediction.chunk(2)
-        return without + scale * (with_prompt - without)
-
-    return predict
 
 
 def _encode(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.inference.generate import ImageModels
+from library.inference.models import ImageModels
 from networks.merge_together import Merged, merge_together
 from networks.module_names import import_network_module
 from networks.third_party import denoiser_argument, refuse_wrong_merge, text_argument

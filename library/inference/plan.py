@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from library.inference.generate import ImageSettings
+from library.inference.settings import ImageSettings
 from library.inference.prompt_line import ImagePrompt
 from library.randomness import key, python_rng
 

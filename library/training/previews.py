@@ -27,7 +27,7 @@ from library.training.text_caching import TextModels
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from library.inference.generate import GenerateOptions
+    from library.inference.models import GenerateOptions
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class PreviewGenerator:
         dtype: torch.dtype,
         prompts: Mapping[str, Conditioning],
     ) -> None:
-        from library.inference.generate import ImageModels
+        from library.inference.models import ImageModels
 
         self._architecture = architecture
         self._objective = objective
@@ -109,7 +109,8 @@ class PreviewGenerator:
         Args:
             check: called before each denoising step; what it raises ends the generation.
         """
-        from library.inference.generate import generate_image, settings_for
+        from library.inference.generate import generate_image
+        from library.inference.settings import settings_for
         from library.inference.png import save_png
 
         sampler = self._objective.sampler(prompt.sample_sampler, self._options.sample.sample_sampler)
@@ -124,7 +125,7 @@ class PreviewGenerator:
 
 def generate_options(options: TrainNetworkOptions, *, device: torch.device, dtype: torch.dtype) -> GenerateOptions:
     """How the sample images of a run are generated."""
-    from library.inference.generate import GenerateOptions
+    from library.inference.models import GenerateOptions
 
     return GenerateOptions(
         device=device,
@@ -141,7 +142,7 @@ def current_prompts(run: Run, encoded: Mapping[str, Conditioning]) -> SampleProm
     Args:
         encoded: texts that were encoded before training, where encoders are not loaded for it.
     """
-    from library.inference.generate import settings_for
+    from library.inference.settings import settings_for
 
     options, architecture = run.options, run.architecture
 
@@ -163,7 +164,8 @@ def encode_prompts(
     architecture: Architecture, prompts: Sequence[SamplePrompt], options: GenerateOptions, models: TextModels
 ) -> dict[str, Conditioning]:
     """What sample images need of the encoders, by text and on the host, so that these can be let go."""
-    from library.inference.generate import encode_texts, settings_for
+    from library.inference.generate import encode_texts
+    from library.inference.settings import settings_for
 
     texts: dict[str, None] = {}
     for prompt in prompts:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from library.architectures.sd import SD
-from library.inference.generate import GenerateOptions, ImageModels, ImageSettings
+from library.inference.models import GenerateOptions, ImageModels
+from library.inference.settings import ImageSettings
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from library.inference.generate import ImageSettings
+from library.inference.settings import ImageSettings
 from library.inference.plan import Repetition, batches, plan_images
 from library.inference.prompt_line import ImagePrompt
 

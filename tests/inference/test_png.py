@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from library.errors import UserError
-from library.inference.generate import ImageSettings
+from library.inference.settings import ImageSettings
 from library.inference.png import save_png
 
 
@@ -47,5 +47,5 @@ def test_any_script_and_no_network(tmp_path: Path) -> None:
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/sub: the folder cannot be made"):
+    with pytest.raises(UserError, match="file/sub: cannot be"):
         save_png(Image.new("RGB", (8, 8)), tmp_path / "file" / "sub" / "a.png", {"prompt": "p"})

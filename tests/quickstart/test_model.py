@@ -8,7 +8,7 @@ import torch
 from examples.quickstart.recipe.measure_accuracy import WANTED, asked_scenes, load_models, measure
 from examples.quickstart.recipe.images import CONCEPT
 from library.architectures.sd import SD
-from library.inference.generate import ImageModels
+from library.inference.models import ImageModels
 from tests.fixtures.runs import ROOT
 
 MODEL = ROOT / "examples" / "quickstart" / "model"

@@ -15,7 +15,7 @@ from library.inference.prompt_line import DDPM_FIELDS
 
 if TYPE_CHECKING:
     from library.diffusion.objective import FlowObjective
-    from library.inference.generate import ImageSettings
+    from library.inference.settings import ImageSettings
 
 
 class FlowMatching(Architecture):

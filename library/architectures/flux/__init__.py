@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from library.config.arguments import NetworkOptions, TrainNetworkOptions
-    from library.inference.generate import ImageSettings
+    from library.inference.settings import ImageSettings
 
 #: sampling steps, if not given; sample images have their own
 DRAWING_STEPS, DRAWING_STEPS_SCHNELL = 50, 4

@@ -1,0 +1,1 @@
+"""What may be done to a generation beside plain sampling; one file for each, joined by ``library.inference.denoise``."""

@@ -1,0 +1,50 @@
+"""What images are generated with: the models, and how they are used for all images of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.architectures.base import Architecture, Conditioning
+
+
+@dataclass(frozen=True)
+class ImageModels:
+    """The models of one family, frozen or in the middle of training.
+
+    Models that a step does not use may be missing: the VAE in ``generate_latents``, all others in ``decode_images``.
+    """
+
+    architecture: Architecture
+    tokenizers: Sequence[Any] = ()
+    text_encoders: Sequence[nn.Module | None] = ()  # None: its outputs are in ``cached_texts``
+    denoiser: nn.Module | None = None
+    vae: nn.Module | None = None
+    v_prediction: bool = False
+    adapters: Sequence[nn.Module] = ()  # networks applied to the others, so that their dropout is off, too
+    adapter_names: Sequence[str] = ()  # their files, for messages
+    #: conditioning by text, for encoders that are not loaded
+    cached_texts: Mapping[str, Conditioning] = field(default_factory=dict)
+
+    def modules(self) -> list[nn.Module]:
+        models = (*self.text_encoders, self.denoiser, self.vae, *self.adapters)
+        return [model for model in models if model is not None]
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Settings of sampling that are the same for all images of a run."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32  # of autocast in text encoders and denoiser; float32: no autocast
+    zero_terminal_snr: bool = False
+    clip_skip: int | None = None
+    max_token_length: int | None = None  # tokens of the text window: 75 (or None), 150 or 225
+    weighted: bool = True  # whether (word:1.2) and [word] in prompts are emphasis
+    nan_remedy: str = "try --no_half_vae or bf16"  # advice for images that are not finite
+    #: called before each denoising step; what it raises ends the generation
+    check: Callable[[], None] = lambda: None

@@ -1,0 +1,92 @@
+"""The chain of a generation: features wrap the prediction in their order and act between the steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from library.inference import denoise
+from library.inference.denoise import Denoise, Feature, Generation, StepInfo
+from library.inference.features.guidance import Guidance
+from library.inference.generate import begin, generate_latents
+from library.inference.models import GenerateOptions, ImageModels
+from library.inference.settings import ImageSettings
+
+
+class Recorder(Feature):
+    def __init__(self, name: str, seen: list[str]) -> None:
+        self._name, self._seen = name, seen
+
+    def prepare(self, generation: Generation) -> None:
+        self._seen.append(f"{self._name} prepare {len(generation.timesteps)}")
+
+    def wrap(self, denoise: Denoise) -> Denoise:
+        def wrapped(noisy: Tensor, timesteps: Tensor, step: StepInfo) -> Tensor:
+            self._seen.append(f"{self._name} in")
+            prediction = denoise(noisy, timesteps, step)
+            self._seen.append(f"{self._name} out")
+            return prediction
+
+        return wrapped
+
+    def after_step(self, latents: Tensor, step: StepInfo) -> Tensor:
+        self._seen.append(f"{self._name} after {step.index} of {step.count}")
+        return latents + 1 if self._name == "a" else latents
+
+
+@torch.inference_mode()
+def test_the_order_of_features(models: ImageModels, options: GenerateOptions, settings: ImageSettings) -> None:
+    seen: list[str] = []
+    generation = begin(models, [replace(settings, steps=2)], options, {})
+    denoise.run(generation, [Recorder("a", seen), Recorder("b", seen)])
+    step = ["a in", "b in", "b out", "a out"]
+    after = [[f"{name} after {n} of 2" for name in "ab"] for n in range(2)]
+    assert seen == ["a prepare 2", "b prepare 2", *step, *after[0], *step, *after[1]]
+
+
+@torch.inference_mode()
+def test_what_a_feature_returns_is_gone_on_with(
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings
+) -> None:
+    one = replace(settings, steps=1)
+    plain = denoise.run(begin(models, [one], options, {}), [Guidance()])
+    moved = denoise.run(begin(models, [one], options, {}), [Guidance(), Recorder("a", [])])
+    torch.testing.assert_close(moved, plain + 1)
+
+
+@torch.inference_mode()
+def test_guidance_is_the_published_formula(
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings
+) -> None:
+    """u + s (c - u), each as the model gives it alone."""
+    one = replace(settings, steps=1)
+    found: dict[str, Tensor] = {}
+
+    class Kept(Feature):
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def wrap(self, denoise: Denoise) -> Denoise:
+            def kept(noisy: Tensor, timesteps: Tensor, step: StepInfo) -> Tensor:
+                found[self._name] = denoise(noisy, timesteps, step)
+                return found[self._name]
+
+            return kept
+
+    for name, text in (("c", one.prompt), ("u", one.negative_prompt)):
+        denoise.run(begin(models, [replace(one, prompt=text, scale=1.0)], options, {}), [Kept(name)])
+    denoise.run(begin(models, [one], options, {}), [Kept("guided"), Guidance()])
+    expected = found["u"] + one.scale * (found["c"] - found["u"])
+    torch.testing.assert_close(found["guided"], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_without_guidance_the_model_is_asked_once(
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings
+) -> None:
+    rows = []
+    models.denoiser.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    generate_latents(models, [replace(settings, scale=1.0)], options)
+    generate_latents(models, [settings], options)
+    assert rows == [1] * settings.steps + [2] * settings.steps
