@@ -1,1 +1,1 @@
-"""What may be done to a generation beside plain sampling; one file for each, joined by ``library.inference.denoise``."""
+"""What may be done to a generation besides plain sampling: one file each, joined by ``library.inference.denoise``."""
