@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 
 from library.config.arguments import build_parser
+from library.config.help import split_doc
 from library.errors import exits_on_user_error
 from library.inference.flux_options import GROUPS, FluxInferenceOptions, check_options
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    return build_parser(GROUPS, description=__doc__.splitlines()[0], epilog="example:" + __doc__.split("\n\n", 1)[1])
+    summary, example, more = split_doc(__doc__)
+    return build_parser(GROUPS, description=summary, epilog=example, more=more)
 
 
 @exits_on_user_error

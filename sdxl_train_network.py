@@ -14,24 +14,32 @@ from __future__ import annotations
 
 import argparse
 
-from library.architectures.sdxl import SDXL
+from library.architectures.sdxl.options import DECLARATION
+from library.config.arguments import TrainNetworkOptions, script_parser
 from library.config.config_file import read_args
-from library.training import network_trainer
-
-
-class SdxlNetworkTrainer(network_trainer.NetworkTrainer):
-    """Train a LoRA or another adapter for Stable Diffusion XL."""
-
-    architecture = SDXL
-
-    @classmethod
-    def usage(cls) -> str:
-        return __doc__ or ""
+from library.lazy_imports import made_by
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    return SdxlNetworkTrainer.parser()
+    return script_parser(__doc__, TrainNetworkOptions, DECLARATION)
 
+
+def _trainer() -> type:
+    # only now: the command line needs neither torch nor models, which take seconds to import
+    from library.architectures.sdxl import SDXL
+    from library.training import network_trainer
+
+    class SdxlNetworkTrainer(network_trainer.NetworkTrainer):
+        """Train a LoRA or another adapter for Stable Diffusion XL."""
+
+        architecture = SDXL
+
+    return SdxlNetworkTrainer
+
+
+#: ``SdxlNetworkTrainer``, for programs that import it from here
+__getattr__ = made_by(__name__, SdxlNetworkTrainer=_trainer)
 
 if __name__ == "__main__":
-    SdxlNetworkTrainer().train(read_args(setup_parser()))
+    arguments = read_args(setup_parser())
+    _trainer()().train(arguments)

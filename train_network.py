@@ -13,24 +13,32 @@ from __future__ import annotations
 
 import argparse
 
-from library.architectures.sd import SD
+from library.architectures.sd.options import DECLARATION
+from library.config.arguments import TrainNetworkOptions, script_parser
 from library.config.config_file import read_args
-from library.training import network_trainer
-
-
-class NetworkTrainer(network_trainer.NetworkTrainer):
-    """Train a LoRA or another adapter for Stable Diffusion 1.x and 2.x."""
-
-    architecture = SD
-
-    @classmethod
-    def usage(cls) -> str:
-        return __doc__ or ""
+from library.lazy_imports import made_by
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    return NetworkTrainer.parser()
+    return script_parser(__doc__, TrainNetworkOptions, DECLARATION)
 
+
+def _trainer() -> type:
+    # only now: the command line needs neither torch nor models, which take seconds to import
+    from library.architectures.sd import SD
+    from library.training import network_trainer
+
+    class NetworkTrainer(network_trainer.NetworkTrainer):
+        """Train a LoRA or another adapter for Stable Diffusion 1.x and 2.x."""
+
+        architecture = SD
+
+    return NetworkTrainer
+
+
+#: ``NetworkTrainer``, for programs that import it from here
+__getattr__ = made_by(__name__, NetworkTrainer=_trainer)
 
 if __name__ == "__main__":
-    NetworkTrainer().train(read_args(setup_parser()))
+    arguments = read_args(setup_parser())
+    _trainer()().train(arguments)

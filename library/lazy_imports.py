@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -47,3 +49,37 @@ def defer_import(name: str) -> None:
     module.__spec__, module.__loader__, module.__file__ = spec, spec.loader, spec.origin
     # no __path__ yet: importing a submodule asks for it, and the package must be executed before
     sys.modules[name] = module
+
+
+def found_in(module: str, *names: str) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a package: the names are those of a module that is imported when one of them is read.
+
+    The options of a model family are read without its models, which take seconds to import.
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"no attribute {name!r}; there are {', '.join(names)}")
+        return getattr(importlib.import_module(module), name)
+
+    return get
+
+
+def made_by(module: str, **makers: Callable[[], Any]) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a script: each name is made when it is read for the first time.
+
+    The command line of a script is there without torch; the trainer that programs import from it needs torch.
+
+    Args:
+        module: name of the script's module.
+    """
+
+    def get(name: str) -> Any:
+        if name not in makers:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        made = makers[name]()
+        made.__module__, made.__qualname__ = module, name
+        setattr(sys.modules[module], name, made)
+        return made
+
+    return get

@@ -36,8 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    summary, details = (__doc__ or "").split("\n\n", 1)
-    return check_options.parser(summary, details)
+    return check_options.parser(__doc__)
 
 
 @exits_on_user_error

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import Self
 
+from library.config.core import CORE
 from library.config.core.data import DatasetOptions
 from library.config.core.diffusion import LossOptions, NoiseOptions
 from library.config.core.model import ModelOptions
@@ -26,7 +27,9 @@ from library.config.core.output import OutputOptions, ResumeOptions
 from library.config.core.program import ConfigFileOptions, ConsoleOptions
 from library.config.core.training import TrainingOptions
 from library.config.core.watching import LoggingOptions, ModelSpecOptions, SampleOptions, ValidationOptions
+from library.config.declaration import Declaration, joined
 from library.config.fields import add_flags, normalized
+from library.config.help import HelpAction, marks, split_doc, topic_word
 from library.config.parser import SuggestingParser
 
 T = TypeVar("T")
@@ -84,18 +87,47 @@ def _with_groups(kind: type[Any], groups: tuple[tuple[str, type], ...]) -> type[
     )
 
 
-def build_parser(groups: Sequence[type], *, description: str | None, epilog: str | None) -> argparse.ArgumentParser:
-    """A parser with one section for each group; flags may not be shortened."""
+def build_parser(
+    groups: Mapping[str, type] | Sequence[type],
+    *,
+    description: str | None,
+    epilog: str | None,
+    more: str = "",
+    own: Declaration | None = None,
+) -> SuggestingParser:
+    """A parser with one section for each group; flags may not be shortened.
+
+    Args:
+        epilog: an example command.
+        more: where to read more.
+        own: what becomes of options in this script; the help marks them.
+    """
     parser = SuggestingParser(
-        usage="%(prog)s [options]",  # argparse's own would name every flag, some 150 lines before the first help
+        usage="%(prog)s [options]",  # argparse's own would name every flag
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
-    for group in groups:
-        add_flags(parser, group)
+    parser.more = more
+    parser.add_argument("-h", "--help", action=HelpAction)
+    own = joined(CORE, own) if own is not None else Declaration()
+    for group in groups.values() if isinstance(groups, Mapping) else groups:
+        add_flags(parser, group, topic=topic_word(group, groups), texts=own.texts, notes=marks(own))
     return parser
+
+
+def script_parser(doc: str | None, options_class: type[TrainNetworkOptions], own: Declaration) -> SuggestingParser:
+    """The parser of a training script.
+
+    Args:
+        doc: the script's docstring: what it does, an example command, where to read more.
+        own: what the family and the kind declare.
+    """
+    summary, example, more = split_doc(doc)
+    groups = with_groups(options_class, own.groups).groups()
+    return build_parser(groups, description=summary, epilog=example, more=more, own=own)
 
 
 def flat(options: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:

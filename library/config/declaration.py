@@ -80,6 +80,7 @@ class Declaration:
         idle: when options have no effect.
         refused: options, its own or those of others, that cannot work with it: name -> why, and what to use instead.
         unused: options of others that change nothing with it: name -> why, completing "--x has no effect ...".
+        texts: options of others: name -> what they do, in the words of this owner.
     """
 
     groups: Mapping[str, type] = field(default_factory=dict)
@@ -87,14 +88,16 @@ class Declaration:
     idle: tuple[IdleRule, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def joined(*declarations: Declaration) -> Declaration:
-    """All of them as one; of two reasons to refuse an option, or not to use it, the later counts."""
+    """All of them as one; where two speak of one option or group, the later counts."""
     return Declaration(
         groups={name: group for d in declarations for name, group in d.groups.items()},
         rules=tuple(rule for d in declarations for rule in d.rules),
         idle=tuple(rule for d in declarations for rule in d.idle),
         refused={name: why for d in declarations for name, why in d.refused.items()},
         unused={name: why for d in declarations for name, why in d.unused.items()},
+        texts={name: text for d in declarations for name, text in d.texts.items()},
     )

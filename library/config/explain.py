@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -16,8 +17,9 @@ from library.config.implied import implied
 from library.config.no_effect import reasons
 from library.launched import is_first_process
 
-#: columns where the output is no terminal
-_PLAIN_WIDTH = 160
+#: where origins begin, if they fit
+_ORIGIN_COLUMN = 44
+_INDENT = "    "
 
 
 @dataclass(frozen=True)
@@ -76,30 +78,36 @@ def print_explanation(
     *,
     file: TextIO | None = None,
 ) -> None:
-    """One table with a section for each group; given options stand out on a terminal. One process prints."""
+    """One line for each option that was set or follows from others; ``--explain all``: for each option, by group.
+
+    One process prints.
+    """
     if not is_first_process():
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     file = file or sys.stdout
-    width = shutil.get_terminal_size().columns if file.isatty() else _PLAIN_WIDTH
-    table = Table(title="options", title_justify="left")
-    table.add_column("option", no_wrap=True)
-    for title in ("value", "from", "note"):
-        table.add_column(title, overflow="fold")
-    group = ""
-    for row in explanation(options, origins, own):
-        if row.group != group:
+    width = shutil.get_terminal_size().columns
+    shows_all = options.config.explain == "all"
+    rows = explanation(options, origins, own)
+    shown = [row for row in rows if shows_all or row.origin != "default"]
+    lines, group = [], ""
+    for row in shown:
+        if shows_all and row.group != group:
+            lines += ["", row.group]
             group = row.group
-            table.add_section()
-            table.add_row(Text(group, style="bold"))
-        style = "dim" if row.origin == "default" else ""
-        # as Text, or rich would take [brackets] in values for its markup
-        cells = (f"  --{row.name}", row.value, row.origin, row.note)
-        table.add_row(*(Text(cell, style=style) for cell in cells))
-    console = Console(file=file, width=width)
-    console.print(table)
+        lines += _lines(row, width)
+    if not shows_all:
+        lines += ["", f"{len(rows) - len(shown)} more options are at their defaults: --explain all shows them"]
     if options.dataset.dataset_config is not None:
-        console.print(Text(f"keys of {options.dataset.dataset_config} win over the data options above"))
+        lines.append(f"keys of {options.dataset.dataset_config} win over the data options above")
+    print("\n".join(lines).lstrip("\n"), file=file)
+
+
+def _lines(row: Row, width: int) -> list[str]:
+    """``--name value  (origin)`` in one line, or the origin below it; a note below that."""
+    option, origin = f"--{row.name} {row.value}", f"({row.origin})"
+    if len(option) + len(origin) + 2 <= width:
+        lines = [option.ljust(min(_ORIGIN_COLUMN, width - len(origin) - 2)) + f"  {origin}"]
+    else:
+        lines = [option, f"    {origin}"]
+    # a path that is longer than the line stays whole, so that it can be copied
+    return lines + textwrap.wrap(row.note, width, initial_indent=_INDENT, subsequent_indent=_INDENT)

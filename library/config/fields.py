@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 
@@ -17,6 +18,7 @@ def option(
     type: Callable[[str], Any] | None = None,
     choices: Sequence[Any] | None = None,
     nargs: str | None = None,
+    const: Any = None,
     aliases: Sequence[str] = (),
     secret: bool = False,
     unit: str | None = None,
@@ -35,6 +37,7 @@ def option(
         default: ``False`` makes a switch.
         help: what it does, with units; the default is added to it.
         type: converter of the text; left out for switches and texts.
+        const: the value of an option that is given without one, with ``nargs="?"``.
         secret: whether the value must never be logged or recorded.
         unit: what its number counts or measures, "" for a plain factor; every option of a run that is a number has one.
         minimum: least value.
@@ -52,6 +55,7 @@ def option(
         "type": type,
         "choices": choices,
         "nargs": nargs,
+        "const": const,
         "aliases": tuple(aliases),
         "secret": secret,
         "unit": unit,
@@ -141,20 +145,36 @@ def int_or_float(text: str) -> int | float:
     return value
 
 
-def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
-    """One section of flags, titled by the dataclass's docstring."""
+def add_flags(
+    parser: argparse.ArgumentParser,
+    group: type,
+    *,
+    topic: str = "",
+    texts: Mapping[str, str] = MappingProxyType({}),
+    notes: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """One section of flags, titled by the dataclass's docstring.
+
+    Args:
+        topic: the word by which ``--help`` shows the section.
+        texts: what the help says of single options instead of their own texts.
+        notes: what it says of them besides.
+    """
     section = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0].rstrip("."))
+    if topic:
+        section.topic = topic  # type: ignore[attr-defined]
     for field in dataclasses.fields(group):
-        add_flag(section, field)
+        add_flag(section, field, text=texts.get(field.name), note=notes.get(field.name, ""))
 
 
-def add_flag(section: Any, field: dataclasses.Field[Any]) -> None:
+def add_flag(section: Any, field: dataclasses.Field[Any], *, text: str | None = None, note: str = "") -> None:
     """One flag from one field."""
     given = field.metadata
     # argparse expands % in help
-    help_text = given["help"].replace("%", "%%")
+    help_text = (given["help"] if text is None else text).replace("%", "%%")
+    note = f" {note}".rstrip().replace("%", "%%")
     if field.default is False:
-        section.add_argument(f"--{field.name}", *given["aliases"], action="store_true", help=help_text)
+        section.add_argument(f"--{field.name}", *given["aliases"], action="store_true", help=help_text + note)
         return
     shown = "" if field.default in (None, "", ()) else f" (default: {field.default})".replace("%", "%%")
     action = section.add_argument(
@@ -164,8 +184,9 @@ def add_flag(section: Any, field: dataclasses.Field[Any]) -> None:
         default=field.default,
         choices=_Choices(field) if given["choices"] else None,
         nargs=given["nargs"],
+        const=given["const"],
         required=given["required"],
-        help=help_text + shown,
+        help=help_text + shown + note,
         metavar=_metavar(given["type"], given["choices"]),
     )
     action.secret = given["secret"]  # read where options are written to a file

@@ -18,6 +18,8 @@ class SuggestingParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         #: what the command line that is being parsed has given so far, by option
         self.given: dict[str, Any] = {}
+        #: where to read more, for the help
+        self.more = ""
         self.register("action", None, StoreOnce)
         self.register("action", "store", StoreOnce)
 
@@ -28,7 +30,11 @@ class SuggestingParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         self.given = {}
-        return super().parse_known_args(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        for flag in ("-h", "--help"):
+            if flag in words[:-1]:  # --help --network_dim is about that option
+                words = [flag, words[words.index(flag) + 1].lstrip("-")]
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         lines = explain(message, self._actions)

@@ -21,6 +21,7 @@ from library.config.arguments import (
 )
 from library.config.fields import option
 from library.config.flow import FlowOptions, WeightingOptions
+from library.config.help import split_doc
 
 O = TypeVar("O", bound="CacheToolOptions")  # noqa: E741
 
@@ -117,16 +118,15 @@ CAPTION_AND_BATCH_OPTIONS = frozenset(
 )  # fmt: skip
 
 
-def build_tool_parser(
-    relevant: Collection[str], *, description: str | None, epilog: str | None
-) -> argparse.ArgumentParser:
-    """A parser that takes every option of training but shows the ``relevant`` ones only."""
+def build_tool_parser(relevant: Collection[str], *, doc: str | None) -> argparse.ArgumentParser:
+    """A parser that takes every option of training but shows the ``relevant`` ones only.
+
+    Args:
+        doc: the tool's docstring: what it does, an example command, more.
+    """
     groups = CacheToolOptions.groups()
-    parser = build_parser(
-        [groups["tool"], *(group for name, group in groups.items() if name != "tool")],
-        description=description,
-        epilog=epilog,
-    )
+    summary, example, more = split_doc(doc)
+    parser = build_parser({"tool": groups["tool"], **groups}, description=summary, epilog=example, more=more)
     for action in parser._actions:
         if action.dest not in relevant and action.dest != "help":
             action.help = argparse.SUPPRESS

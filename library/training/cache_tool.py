@@ -50,7 +50,7 @@ class CacheTool(ABC):
 
     @classmethod
     def parser(cls) -> argparse.ArgumentParser:
-        return build_tool_parser(cls.relevant, description=cls.__doc__, epilog=cls.usage())
+        return build_tool_parser(cls.relevant, doc=cls.usage() or cls.__doc__)
 
     @classmethod
     def usage(cls) -> str | None:

@@ -13,7 +13,7 @@ import sys
 from typing import ClassVar
 
 from library.architectures.base import Architecture
-from library.config.arguments import TrainNetworkOptions, build_parser, hide_secrets, with_groups
+from library.config.arguments import TrainNetworkOptions, hide_secrets, script_parser, with_groups
 from library.config.config_file import origins_of
 from library.config.explain import print_explanation
 from library.data.conditioning import Role
@@ -53,19 +53,13 @@ class Trainer:
 
     @classmethod
     def parser(cls) -> argparse.ArgumentParser:
-        """The script's full parser; wrappers import it as ``setup_parser``."""
-        groups = list(cls.joined_options().groups().values())
-        return build_parser(groups, description=cls.__doc__, epilog=cls.usage())
+        """The full parser of a script for this kind and family."""
+        return script_parser(cls.__doc__, cls.kind.options_class, cls.architecture.declaration)
 
     @classmethod
     def joined_options(cls) -> type[TrainNetworkOptions]:
         """The class of all options of the script: the kind's, and those that only the family has."""
         return with_groups(cls.kind.options_class, cls.architecture.declaration.groups)
-
-    @classmethod
-    def usage(cls) -> str | None:
-        """An example command, shown at the end of ``--help``."""
-        return None
 
     # ---- the story ----
 

@@ -75,15 +75,39 @@ def test_what_has_no_effect_and_what_is_refused_is_noted() -> None:
     assert rows["huber_schedule"].note == ""
 
 
-def test_the_table_shows_brackets_and_every_flag() -> None:
-    printed = io.StringIO()
-    given = options(caption_prefix="[red]a [cat]", output_dir="a/" + "long/" * 30, dataset_config=Path("d.toml"))
-    print_explanation(given, {"caption_prefix": "command line"}, SD.declaration, file=printed)
-    text = printed.getvalue()
-    assert "[red]a [cat]" in text
-    assert all(f"--{field.name} " in text for field, _ in flat(given))
+def printed(given: TrainNetworkOptions, origins: dict[str, str]) -> str:
+    file = io.StringIO()
+    print_explanation(given, origins, SD.declaration, file=file)
+    return file.getvalue()
+
+
+def test_one_line_for_each_option_that_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    origins = {"caption_prefix": "run.toml:3", "huber_c": "command line", "seed": "command line"}
+    given = options(caption_prefix="[red]a [cat]", huber_c=0.2, seed=5, dataset_config=Path("d.toml"))
+    text = printed(given, origins)
+    lines = text.splitlines()
+    assert lines[0].split("  ")[0] == "--dataset_config d.toml" and lines[0].endswith("(set by a program)")
+    assert "--caption_prefix [red]a [cat]" in text and "(run.toml:3)" in text
+    assert "--unet_lr 2e-06" in text and "(follows from --learning_rate)" in text
+    (note,) = [below for line, below in zip(lines, lines[1:], strict=False) if line.startswith("--huber_c 0.2")]
+    assert note == "    no effect without --loss_type huber or smooth_l1"
+    assert "--sdpa" not in text and "--explain all shows them" in text
     assert "keys of d.toml win over the data options above" in text
-    assert max(len(line) for line in text.splitlines()) <= 160
+    assert max(map(len, lines)) <= 80
+
+
+def test_all_shows_every_option_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    given = options(explain="all", output_dir="a/" + "long/" * 30)
+    text = printed(given, {"output_dir": "command line"})
+    lines = text.splitlines()
+    assert all(any(line.startswith(f"--{field.name} ") for line in lines) for field, _ in flat(given))
+    assert lines[0] == "Model" and "\nLoss\n" in text
+    # a path stays in one piece, with its origin below
+    place = lines.index(f"--output_dir {given.output.output_dir}")
+    assert lines[place + 1] == "    (command line)"
+    assert max(len(line) for line in lines if "long/" not in line) <= 80
 
 
 IMPLIED = [

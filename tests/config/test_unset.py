@@ -36,7 +36,7 @@ def options_of(parser: argparse.ArgumentParser, *words: str) -> TrainNetworkOpti
 
 
 def without_default(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    kept = (*NEEDED, "help", "config_file", "replay")
+    kept = (*NEEDED, "help", "config_file", "replay", "explain")
     return [action for action in parser._actions if action.default is None and action.dest not in kept]
 
 

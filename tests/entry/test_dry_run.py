@@ -18,9 +18,9 @@ def test_explain(tmp_path: Path, tiny: Tiny) -> None:
     config.write_text("network_dim = 8\nwandb_api_key = 'k3y'\n", encoding="utf-8")
     done = run_script(tiny.file, "--config_file", config, "--huber_c", "0.2", "--explain")
     assert done.code == 0, done.text
-    lines = {line.split()[1]: line for line in done.out.splitlines() if " --" in line and len(line.split()) > 1}
-    assert "8" in lines["--network_dim"]
-    assert "command line" in lines["--huber_c"] and "no effect without" in lines["--huber_c"]
+    lines = {line.split()[0]: line for line in done.out.splitlines() if line.startswith("--")}
+    assert lines["--network_dim"].split()[1] == "8"
+    assert "command line" in lines["--huber_c"] and "no effect without" in done.out
     assert "follows from" in lines["--unet_lr"]
     assert "k3y" not in done.text
 

@@ -109,6 +109,14 @@ DECLARATION = joined(
     Declaration(groups={"flux": FluxModelOptions}),
     FLOW,
     Declaration(
+        texts={
+            "network_module": "what is trained: networks.lora_flux (or oft_flux), or a third-party module such as "
+            "lycoris.kohya",
+            "network_train_unet_only": "train the transformer's adapters only",
+            "unet_lr": "learning rate of the transformer's adapters (as --learning_rate, if not given)",
+            "text_encoder_lr": "learning rate of the text encoders' adapters: one, or one for each of CLIP-L and T5-XXL",
+            "text_encoder_lr2": "the same of T5-XXL, which is trained with train_t5xxl=True in --network_args only",
+        },
         rules=(guidance, chroma_mask, controlnet, what_is_trained),
         idle=(no_clip, t5_is_frozen),
         unused={

@@ -31,7 +31,13 @@ class ConfigFileOptions:
     config_file: str | None = option(None, "TOML file of these options, without their dashes; the command line wins")
     output_config: bool = option(False, "write all options to --config_file, and end")
     strict: bool = option(False, "an option that has no effect in this run is an error instead of a warning")
-    explain: bool = option(False, "show every option's value and where it comes from, and end")
+    explain: str | None = option(
+        None,
+        "show the options that were set, their values and where each comes from, and end; all shows every option",
+        choices=["set", "all"],
+        nargs="?",
+        const="set",
+    )
     dry_run: bool = option(False, "check everything and show what would be done, without loading weights, and end")
     replay: str | None = option(None, "run the one step of this .replay file again, say what is not finite, and end")
 

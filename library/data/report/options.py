@@ -8,6 +8,7 @@ from pathlib import Path
 
 from library.config.arguments import TrainingOptions, TrainNetworkOptions, build_parser, flat, with_groups
 from library.config.fields import option
+from library.config.help import split_doc
 from library.config.tool_arguments import FLUX_MODEL_OPTIONS, FamilyToolOptions
 from library.data.report.near_duplicates import DISTANCE
 from library.errors import UserError
@@ -82,9 +83,11 @@ def _is_looked_at(name: str) -> bool:
     return name in _ALSO_LOOKED_AT or (name in of_data and name not in _NOT_LOOKED_AT)
 
 
-def parser(description: str, epilog: str) -> argparse.ArgumentParser:
+def parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser that takes every option of training, so that a training command can be checked as it is."""
-    made = build_parser([CheckOptions, *TrainingOptionsOfAll.groups().values()], description=description, epilog=epilog)
+    summary, example, more = split_doc(doc)
+    groups = {"report": CheckOptions, **TrainingOptionsOfAll.groups()}
+    made = build_parser(groups, description=summary, epilog=example, more=more)
     own = {*CheckOptions.__dataclass_fields__, "help"}
     for action in made._actions:
         if action.dest == "strict":

@@ -1,0 +1,312 @@
+"""FLUX.1 (dev and schnell) and Chroma."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import (
+    LORA_TARGET,
+    Architecture,
+    CaptionLength,
+    Conditioning,
+    Control,
+    LatentFormat,
+    LoraTarget,
+    ModelInfo,
+    TextFormat,
+    WeightsIdentity,
+)
+from library.architectures.common import clip, clip_text, kl_vae, t5
+from library.architectures.common.checkpoint import vae_identity
+from library.architectures.common.flow_matching import FlowMatching
+from library.architectures.common.identity import weights_identity
+from library.architectures.common.loading import load_frozen, without_mapping
+from library.architectures.common.tokenizer_files import T5, find_tokenizer
+from library.architectures.flux import text as flux_text
+from library.architectures.flux import vae as flux_vae
+from library.architectures.flux.checkpoint import load_transformer
+from library.architectures.flux.controlnet import load_controlnet
+from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
+from library.architectures.flux.names import DEV, SCHNELL
+from library.architectures.flux.options import CHROMA, DECLARATION, FluxModelOptions, trains_t5
+from library.architectures.flux.published_file import IDS
+from library.architectures.flux.targets import CHROMA_DENOISER, CLIP_L, DENOISER, T5XXL
+from library.config.declaration import message
+from library.config.no_effect import report
+from library.errors import NoEffect
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from library.config.arguments import NetworkOptions, TrainNetworkOptions
+    from library.inference.settings import ImageSettings
+
+#: sampling steps, if not given; sample images have their own
+DRAWING_STEPS, DRAWING_STEPS_SCHNELL = 50, 4
+#: tokens of a caption for T5, if not given
+T5_LENGTH, T5_LENGTH_SCHNELL = 512, 256
+
+_T5_ARRAYS = {"t5_out": ("T", "D"), "t5_attn_mask": ("T",)}
+
+_SCHNELL_IS_TOLD_NONE = "with FLUX.1 schnell, which is told no guidance scale"
+
+
+class Flux(FlowMatching, Architecture):
+    """FLUX.1 (Black Forest Labs 2024) and Chroma1 (Rock 2025), which ``--model_type`` chooses."""
+
+    name = "flux"
+    latent = LatentFormat(
+        channels=flux_vae.CHANNELS,
+        stride=8,
+        scale=flux_vae.SCALE,
+        shift=flux_vae.SHIFT,
+        cache_suffix="_flux.npz",
+        multi_resolution=True,
+        stored_scaled=True,
+        bucket_step=16,
+    )
+    denoiser_target = DENOISER
+    compiled_blocks = ("DoubleStreamBlock", "SingleStreamBlock")
+    declaration = DECLARATION
+    sample_fields = FlowMatching.sample_fields | {"guidance_scale"}
+    sample_size_step = 16
+
+    #: which model it is, from its file; None before ``inspect``
+    _kind: str | None = None
+
+    @property
+    def takes_images(self) -> bool:  # type: ignore[override]
+        return bool(self.chosen(FluxModelOptions).controlnet_model_name_or_path)
+
+    @property
+    def is_chroma(self) -> bool:
+        return self.chosen(FluxModelOptions).model_type == CHROMA
+
+    @property
+    def masks_text(self) -> bool:
+        """Whether padding is masked in T5 and the transformer; always with Chroma."""
+        return self.is_chroma or self.chosen(FluxModelOptions).apply_t5_attn_mask
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale may be chosen: schnell has none, and Chroma is made for 0."""
+        return not self.is_chroma and self._kind != SCHNELL
+
+    @property
+    def t5_length(self) -> int:
+        """Return the tokens of a caption for T5."""
+        given = self.chosen(FluxModelOptions).t5xxl_max_token_length
+        return given or (T5_LENGTH_SCHNELL if self._kind == SCHNELL else T5_LENGTH)
+
+    @property
+    def drawing_steps(self) -> int:
+        """Return the published script's default steps."""
+        return DRAWING_STEPS_SCHNELL if self._kind == SCHNELL else DRAWING_STEPS
+
+    # ---- what depends on the kind of model ----
+
+    @property
+    def text(self) -> TextFormat:  # type: ignore[override]
+        return TextFormat(
+            cache_suffix="_flux_te.npz",
+            arrays=_T5_ARRAYS if self.is_chroma else {"l_pooled": ("P",), **_T5_ARRAYS},
+            settings={"apply_t5_attn_mask": self.masks_text, "t5xxl_max_token_length": self.t5_length},
+            extras=partial(flux_text.published_extras, apply_t5_attn_mask=self.masks_text),
+        )
+
+    @property
+    def text_encoder_targets(self) -> tuple[LoraTarget, ...]:  # type: ignore[override]
+        return (T5XXL,) if self.is_chroma else (CLIP_L, T5XXL)
+
+    @property
+    def sample_defaults(self) -> Mapping[str, Any]:  # type: ignore[override]
+        guidance = {"guidance_scale": 3.5} if self.takes_guidance else {}
+        return {"width": 512, "height": 512, "sample_steps": 20, "scale": 1.0, **guidance}
+
+    @property
+    def idle_sample_fields(self) -> Mapping[str, str]:  # type: ignore[override]
+        if self.takes_guidance:
+            return {}
+        return {"guidance_scale": "with Chroma, which is made for 0" if self.is_chroma else _SCHNELL_IS_TOLD_NONE}
+
+    def for_model(self, checkpoint: FluxCheckpoint) -> Self:
+        made = copy.copy(self)
+        made._kind = checkpoint.kind
+        # schnell is distilled for few steps without a shift
+        made.sampling_shift = 1.0 if checkpoint.kind == SCHNELL else self.sampling_shift
+        return made
+
+    def for_image(self, settings: ImageSettings) -> Self:
+        made = super().for_image(settings)
+        if settings.guidance_scale is None:
+            return made
+        return made.changed(FluxModelOptions, guidance_scale=settings.guidance_scale)
+
+    # ---- files ----
+
+    def inspect(
+        self,
+        path_or_id: str,
+        *,
+        v2: bool = False,
+        v_parameterization: bool = False,
+        vae: str | None = None,
+        tokenizer_cache_dir: str | None,
+        disable_mmap: bool = False,
+    ) -> FluxCheckpoint:
+        own = self.chosen(FluxModelOptions)
+        checkpoint = inspect_model(path_or_id, own, tokenizer_cache_dir=tokenizer_cache_dir)
+        return without_mapping(checkpoint) if disable_mmap else checkpoint
+
+    def load_tokenizers(self, checkpoint: FluxCheckpoint) -> list[Any]:
+        return self._load_tokenizers(checkpoint.tokenizer_folders)
+
+    def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
+        t5_folder = find_tokenizer(folder, T5, subfolder="tokenizer_2")
+        return self._load_tokenizers((t5_folder,) if self.is_chroma else (find_tokenizer(folder), t5_folder))
+
+    def _load_tokenizers(self, folders: Sequence[Path]) -> list[Any]:
+        *clip_folders, t5_folder = folders
+        return [*map(clip_text.load_tokenizer, clip_folders), t5.load_tokenizer(t5_folder)]
+
+    def load_text_encoders(self, checkpoint: FluxCheckpoint, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
+        cached = (False,) * len(checkpoint.text_encoders)
+        return self.load_uncached_text_encoders(checkpoint, cached, dtype=dtype, device=device)
+
+    def load_uncached_text_encoders(
+        self, checkpoint: FluxCheckpoint, cached: Sequence[bool], *, dtype: torch.dtype, device: str
+    ) -> list[nn.Module]:
+        encoders = []
+        parts = zip(checkpoint.text_encoders, self.text_encoder_targets, cached, strict=True)
+        for source, target, is_cached in parts:
+            home = "meta" if is_cached else device
+            if target is T5XXL:
+                encoder = t5.load_t5(source, dtype=dtype, device=home)
+            else:
+                encoder = load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=home)
+            setattr(encoder, LORA_TARGET, target)
+            encoders.append(encoder)
+        return encoders
+
+    def adapted_encoders(self, network: NetworkOptions) -> tuple[bool, ...]:
+        with_t5 = not network.network_train_unet_only and trains_t5(network)
+        return (with_t5,) if self.is_chroma else (not network.network_train_unet_only, with_t5)
+
+    def load_vae(self, checkpoint: FluxCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
+        return flux_vae.load_ae(checkpoint.vae, dtype=dtype, device=device)
+
+    def vae_identity(self, checkpoint: FluxCheckpoint) -> str:
+        return vae_identity(checkpoint.vae)
+
+    def text_identity(self, checkpoint: FluxCheckpoint) -> WeightsIdentity:
+        return weights_identity(checkpoint.text_encoders, checkpoint.tokenizer_folders)
+
+    def load_denoiser(self, checkpoint: FluxCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
+        denoiser = load_transformer(checkpoint.found, dtype=dtype, device=device)
+        if checkpoint.controlnet is not None:
+            denoiser.controlnet = load_controlnet(checkpoint.controlnet, dtype=dtype, device=device)
+        setattr(denoiser, LORA_TARGET, CHROMA_DENOISER if self.is_chroma else DENOISER)
+        return denoiser
+
+    # ---- text ----
+
+    def tokenize(
+        self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
+    ) -> dict[str, Tensor]:
+        *clip_tokenizers, t5_tokenizer = tokenizers
+        clip_tokenizer = clip_tokenizers[0] if clip_tokenizers else None
+        return flux_text.tokenize(clip_tokenizer, t5_tokenizer, captions, t5_length=self.t5_length)
+
+    def caption_length(
+        self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
+    ) -> CaptionLength:
+        # CLIP-L, which reads 75 tokens, gives only the pooled vector; T5's length is what matters
+        return t5.caption_length(tokenizers[-1], caption, length=self.t5_length)
+
+    def encode_text(
+        self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
+    ) -> Conditioning:
+        *clip_encoders, t5_encoder = text_encoders
+        clip_encoder = clip_encoders[0] if clip_encoders else None
+        return flux_text.encode_text(clip_encoder, t5_encoder, tokens, apply_t5_mask=self.masks_text)
+
+    # ---- latents ----
+
+    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return (kl_vae.encode_images(vae, pixels, generators) - self.latent.shift) * self.latent.scale
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        return kl_vae.decode_latents(vae, latents / self.latent.scale + self.latent.shift)
+
+    # ---- diffusion ----
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
+        own = self.chosen(FluxModelOptions)
+        guidance = torch.full_like(timesteps, own.guidance_scale)  # (B,)
+        context = conditioning["t5_out"].to(noisy.dtype)
+        mask = conditioning["t5_attn_mask"]
+        if self.is_chroma:
+            return denoiser(noisy, timesteps / 1000, context, mask, guidance)
+        pooled = conditioning["l_pooled"].to(noisy.dtype)
+        mask = mask if self.masks_text else None
+        image = None if control is None else control["image"]
+        return denoiser(noisy, timesteps / 1000, context, pooled, guidance, text_mask=mask, image=image)
+
+    def encode_control(self, vae: nn.Module, images: Tensor, generators: Sequence[torch.Generator]) -> Control:
+        return {"image": self.scale_latents(self.encode_images(vae, images, generators))}
+
+    def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
+        scale = self.chosen(FluxModelOptions).guidance_scale
+        if self._kind == SCHNELL and scale != FluxModelOptions.guidance_scale:
+            said = NoEffect(message(["guidance_scale"], _SCHNELL_IS_TOLD_NONE))
+            report([said], strict=options.config.strict)
+
+    # ---- memory and speed ----
+
+    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
+        denoiser.set_attention(backend)
+
+    def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
+        denoiser.enable_gradient_checkpointing()
+        if self.takes_images:
+            denoiser.controlnet.enable_gradient_checkpointing()
+        for text_encoder in text_encoders:
+            clip.enable_gradient_checkpointing(text_encoder)
+
+    # ---- records ----
+
+    def metadata(self, info: ModelInfo) -> dict[str, str]:
+        own = self.chosen(FluxModelOptions)
+        return {
+            "ss_v2": "False",
+            "ss_base_model_version": info.version,
+            "ss_model_type": own.model_type,
+            "ss_apply_t5_attn_mask": str(own.apply_t5_attn_mask),
+            "ss_guidance_scale": str(own.guidance_scale),
+        } | self.flow_metadata()
+
+    def modelspec(self, info: ModelInfo) -> dict[str, str]:
+        # no prediction type, as published
+        architecture, implementation = IDS[self._kind or DEV]
+        return {
+            "architecture": architecture,
+            "implementation": implementation,
+            "default_resolution": "1024x1024",
+        }
+
+
+FLUX = Flux()

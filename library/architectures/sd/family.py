@@ -1,0 +1,131 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import (
+    LORA_TARGET,
+    BlockNumbering,
+    Conditioning,
+    Control,
+    LatentFormat,
+    LoraTarget,
+    ModelInfo,
+    TextFormat,
+    WeightsIdentity,
+)
+from library.architectures.common import clip, clip_text
+from library.architectures.common.identity import weights_identity
+from library.architectures.common.latent_diffusion import CLIP_MODULES, LatentDiffusion, unet_control, unet_target
+from library.architectures.common.loading import load_frozen, without_mapping
+from library.architectures.common.tokenizer_files import find_tokenizer
+from library.architectures.sd import text as sd_text
+from library.architectures.sd.checkpoint import SDCheckpoint, inspect_checkpoint
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.config.arguments import TrainNetworkOptions
+
+
+class StableDiffusion(LatentDiffusion):
+    name = "sd"
+    latent = LatentFormat(
+        channels=4, stride=8, scale=0.18215, shift=0.0, cache_suffix="_sd.npz", multi_resolution=False
+    )
+    # no published layout: the predecessor caches text for later families only
+    text = TextFormat(cache_suffix="_sd_te.npz", arrays={"context": ("T", "D")})
+    text_encoder_targets = (LoraTarget("lora_te", CLIP_MODULES, diffusers_root="text_encoder"),)
+    denoiser_target = unet_target(BlockNumbering(down=12, mid=1, up=12))
+    sample_defaults = {"width": 512, "height": 512, "sample_steps": 30, "scale": 7.5}
+
+    # ---- files ----
+
+    def inspect(
+        self,
+        path_or_id: str,
+        *,
+        v2: bool,
+        v_parameterization: bool,
+        vae: str | None,
+        tokenizer_cache_dir: str | None,
+        disable_mmap: bool = False,
+    ) -> SDCheckpoint:
+        checkpoint = inspect_checkpoint(
+            path_or_id, v2=v2, v_parameterization=v_parameterization, vae=vae, tokenizer_cache_dir=tokenizer_cache_dir
+        )
+        return without_mapping(checkpoint) if disable_mmap else checkpoint
+
+    def load_tokenizers(self, checkpoint: SDCheckpoint) -> list[Any]:
+        return [sd_text.load_tokenizer(checkpoint.tokenizer_folder, v2=checkpoint.v2)]
+
+    def load_text_encoders(self, checkpoint: SDCheckpoint, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
+        source = checkpoint.text_encoder
+        encoder = load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=device)
+        setattr(encoder, LORA_TARGET, self.text_encoder_targets[0])
+        return [encoder]
+
+    def text_identity(self, checkpoint: SDCheckpoint) -> WeightsIdentity:
+        return weights_identity([checkpoint.text_encoder], [checkpoint.tokenizer_folder])
+
+    # ---- text ----
+
+    def tokenize(
+        self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
+    ) -> dict[str, Tensor]:
+        return clip_text.tokenize(tokenizers[0], captions, max_token_length=max_token_length, weighted=weighted)
+
+    def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
+        return [sd_text.load_tokenizer(find_tokenizer(folder), v2=v2)]
+
+    def encode_text(
+        self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
+    ) -> Conditioning:
+        return sd_text.encode_text(text_encoders[0], tokens, clip_skip=clip_skip)
+
+    # ---- diffusion ----
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
+        context, added = conditioning["context"], unet_control(control)
+        return denoiser(noisy, timesteps, encoder_hidden_states=context, return_dict=False, **added)[0]
+
+    # ---- records ----
+
+    def metadata(self, info: ModelInfo) -> dict[str, str]:
+        return {"ss_v2": str(info.settings["v2"]), "ss_base_model_version": info.version}
+
+    def modelspec(self, info: ModelInfo) -> dict[str, str]:
+        prediction = "v" if info.v_prediction else "epsilon"
+        if not info.settings["v2"]:
+            architecture, resolution = "stable-diffusion-v1", "512x512"
+        elif info.v_prediction:
+            architecture, resolution = "stable-diffusion-v2-768-v", "768x768"
+        else:
+            architecture, resolution = "stable-diffusion-v2-512", "512x512"
+        return {
+            "architecture": architecture,
+            "implementation": "diffusers",
+            "default_resolution": resolution,
+            "prediction_type": prediction,
+        }
+
+    def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
+        skip, layers = options.model.clip_skip, info.settings["text_layers"]
+        if skip is not None and not 1 <= skip <= layers:
+            raise UserError(f"--clip_skip {skip}: this model's text encoder has {layers} layers, give 1 to {layers}")
+
+
+SD = StableDiffusion()

@@ -1,0 +1,148 @@
+"""Stable Diffusion XL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import (
+    LORA_TARGET,
+    BlockNumbering,
+    Conditioning,
+    Control,
+    LatentFormat,
+    LoraTarget,
+    ModelInfo,
+    SampleFacts,
+    TextFormat,
+    WeightsIdentity,
+)
+from library.architectures.common import clip
+from library.architectures.common.identity import weights_identity
+from library.architectures.common.latent_diffusion import CLIP_MODULES, LatentDiffusion, unet_control, unet_target
+from library.architectures.common.ldm_unet import ldm_unet_layout
+from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
+from library.architectures.common.tokenizer_files import find_tokenizer
+from library.architectures.sdxl import text as sdxl_text
+from library.architectures.sdxl.checkpoint import SDXLCheckpoint, inspect_checkpoint
+from library.architectures.sdxl.options import DECLARATION
+from library.randomness import Draw
+
+
+class StableDiffusionXL(LatentDiffusion):
+    name = "sdxl"
+    latent = LatentFormat(
+        channels=4,
+        stride=8,
+        scale=0.13025,
+        shift=0.0,
+        cache_suffix="_sdxl.npz",
+        multi_resolution=False,
+        bucket_step=32,
+    )
+    text = TextFormat(
+        cache_suffix="_te_outputs.npz",
+        arrays={"hidden_state1": ("T", "D1"), "hidden_state2": ("T", "D2"), "pool2": ("P",)},
+    )
+    text_encoder_targets = (
+        LoraTarget("lora_te1", CLIP_MODULES, diffusers_root="text_encoder"),
+        LoraTarget("lora_te2", CLIP_MODULES, diffusers_root="text_encoder_2"),
+    )
+    denoiser_target = unet_target(BlockNumbering(down=9, mid=3, up=9, ends=1))
+    sample_defaults = {"width": 1024, "height": 1024, "sample_steps": 30, "scale": 7.5}
+    declaration = DECLARATION
+
+    # ---- files ----
+
+    def inspect(
+        self,
+        path_or_id: str,
+        *,
+        v2: bool = False,
+        v_parameterization: bool,
+        vae: str | None,
+        tokenizer_cache_dir: str | None,
+        disable_mmap: bool = False,
+    ) -> SDXLCheckpoint:
+        checkpoint = inspect_checkpoint(
+            path_or_id, v_parameterization=v_parameterization, vae=vae, tokenizer_cache_dir=tokenizer_cache_dir
+        )
+        return without_mapping(checkpoint) if disable_mmap else checkpoint
+
+    def load_tokenizers(self, checkpoint: SDXLCheckpoint) -> list[Any]:
+        return sdxl_text.load_tokenizers(*checkpoint.tokenizer_folders)
+
+    def load_text_encoders(self, checkpoint: SDXLCheckpoint, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
+        encoders = []
+        builds = (clip.build_clip, clip.build_clip_with_projection)
+        for source, build, target in zip(checkpoint.text_encoders, builds, self.text_encoder_targets, strict=True):
+            encoder = load_frozen(source, partial(build, source.config), dtype=dtype, device=device)
+            setattr(encoder, LORA_TARGET, target)
+            encoders.append(encoder)
+        return encoders
+
+    def text_identity(self, checkpoint: SDXLCheckpoint) -> WeightsIdentity:
+        return weights_identity(checkpoint.text_encoders, checkpoint.tokenizer_folders)
+
+    def denoiser_target_of(self, source: ModelSource) -> LoraTarget:
+        # adapter files use the original names: lora_unet_input_blocks_4_1_...
+        return replace(self.denoiser_target, file_path=ldm_unet_layout(source.config).keys.to_file)
+
+    # ---- text ----
+
+    def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
+        found = find_tokenizer(folder)
+        return sdxl_text.load_tokenizers(found, found)
+
+    def tokenize(
+        self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
+    ) -> dict[str, Tensor]:
+        return sdxl_text.tokenize(tokenizers, captions, max_token_length=max_token_length, weighted=weighted)
+
+    def encode_text(
+        self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
+    ) -> Conditioning:
+        return sdxl_text.encode_text(text_encoders, tokens)
+
+    def condition(self, encoded: Conditioning, facts: SampleFacts, draw: Draw | None) -> Conditioning:
+        """Add ``sizes`` (B, 6): Podell et al. 2023, section 2.2."""
+        device = encoded["pool2"].device
+        parts = [part.to(device, non_blocking=True) for part in (facts.original, facts.top_left, facts.target)]
+        return Conditioning({**encoded.tensors, "sizes": torch.cat(parts, dim=1)})
+
+    # ---- diffusion ----
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
+        context = torch.cat([conditioning["hidden_state1"], conditioning["hidden_state2"]], dim=-1)  # (B, T, D1 + D2)
+        added = {"text_embeds": conditioning["pool2"], "time_ids": conditioning["sizes"]}
+        given = {"added_cond_kwargs": added, **unet_control(control)}
+        return denoiser(noisy, timesteps, encoder_hidden_states=context, return_dict=False, **given)[0]
+
+    # ---- records ----
+
+    def metadata(self, info: ModelInfo) -> dict[str, str]:
+        return {"ss_v2": "False", "ss_base_model_version": info.version}
+
+    def modelspec(self, info: ModelInfo) -> dict[str, str]:
+        return {
+            "architecture": "stable-diffusion-xl-v1-base",
+            "implementation": "https://github.com/Stability-AI/generative-models",
+            "default_resolution": "1024x1024",
+            "prediction_type": "v" if info.v_prediction else "epsilon",
+        }
+
+
+SDXL = StableDiffusionXL()

@@ -1,0 +1,10 @@
+"""What becomes of the options of all scripts with Stable Diffusion XL."""
+
+from __future__ import annotations
+
+from library.config.declaration import Declaration
+
+DECLARATION = Declaration(
+    refused={"v2": "that is for Stable Diffusion 2.x, whose script is train_network.py; remove it"},
+    unused={"clip_skip": "as SDXL always uses the last but one layer of both text encoders"},
+)
