@@ -69,7 +69,9 @@ def _value_mistake(flag: str, why: str, action: argparse.Action | None) -> str:
         return f" {found[2]}: write {_NUMBERS[found[1]]}"
     if action is not None and (found := re.match(r"invalid choice: '?(.*?)'? \(choose from", why, re.DOTALL)):
         choices = [str(choice) for choice in action.choices or () if choice is not None]
-        return f" {found[1]}: write one of {', '.join(choices)}{did_you_mean(found[1].lower(), choices)}"
+        lower = found[1].lower()
+        hint = f' (did you mean "{lower}"?)' if lower in choices else did_you_mean(lower, choices)
+        return f" {found[1]}: write one of {', '.join(choices)}{hint}"
     if re.match("expected (one|at least one) argument", why):
         return f": a value is missing (one that begins with a hyphen is written {flag}=-1)"
     if found := re.match("ignored explicit argument '?(.*?)'?$", why, re.DOTALL):

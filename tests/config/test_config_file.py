@@ -230,7 +230,7 @@ def test_output_config_that_cannot_be_written(
     with pytest.raises(SystemExit) as stopped:
         read_args(parser, ["--output_config", "--config_file", str(tmp_path / "no" / "made.toml")])
     assert stopped.value.code == 2
-    assert "made.toml cannot be written" in capsys.readouterr().err
+    assert "made.toml: cannot be written" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         read_args(parser, ["--output_config"])
     assert stopped.value.code == 2
