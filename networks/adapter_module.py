@@ -43,10 +43,10 @@ class AdapterModule(nn.Module, ABC):
     """The adapter of one module. Subclasses own the parameters and the algebra.
 
     Attributes:
-        scale: alpha / rank, a plain float so that a step never waits for the device.
+        scale: alpha / rank, a plain float, so that a step never waits for the device.
         multiplier: strength; 1 as trained.
         enabled: whether the forward applies the adapter.
-        trained: whether its parameters are to get gradients.
+        trained: whether its parameters get gradients.
     """
 
     alpha: Tensor  # () float; saved with the weights
@@ -73,8 +73,8 @@ class AdapterModule(nn.Module, ABC):
         return self._original[0]
 
     def bind(self, module: nn.Module) -> None:
-        """Adapt ``module`` from now on; for use before ``apply``."""
-        self._original = (module,)  # in a tuple, or nn.Module would register it as our submodule
+        """Adapt another ``module`` from now on; call it before ``apply``."""
+        self._original = (module,)  # in a tuple, because nn.Module would register it as a submodule
 
     @property
     def is_applied(self) -> bool:
@@ -87,7 +87,7 @@ class AdapterModule(nn.Module, ABC):
         self.original.forward = self.forward
 
     def remove_from_original(self) -> None:
-        """Take the hook out again. Networks stacked on one model come off in reverse order."""
+        """Remove the hook. Networks stacked on one model are removed in reverse order."""
         if self.original.__dict__.get("forward") != self.forward:
             raise RuntimeError(f"{self.lora_name} is not the outermost adapter of its module")
         previous = self._original_forward
@@ -107,32 +107,33 @@ class AdapterModule(nn.Module, ABC):
         return self.changed_output(x, *args, **kwargs)
 
     def is_left_out(self) -> bool:
-        """Draw whether the module dropout leaves this forward as the module's own."""
-        # a draw on the CPU needs no wait for the device; checkpointed blocks replay it
+        """Draw whether module dropout skips the adapter in this forward pass."""
+        # a draw on the CPU does not wait for the device; checkpointed blocks replay it
         return torch.rand((), device="cpu").item() < self.dropouts.module
 
     def changed_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of the adapted module for input ``x``."""
+        """Return the output of the adapted module for input ``x``."""
         return self.add_change(self._original_forward(x, *args, **kwargs), x)
 
     @abstractmethod
     def add_change(self, out: Tensor, x: Tensor) -> Tensor:
-        """The module's output ``out`` for input ``x``, changed by the adapter; same shape and dtype."""
+        """Return the module's output ``out`` for input ``x``, changed by the adapter; same shape and dtype."""
 
     # ---- merging ----
 
     @abstractmethod
     def get_weight(self, multiplier: float | None = None) -> Tensor:
-        """The change of the module's weight, float32, in the weight's shape. Default: own multiplier."""
+        """Return the change of the module's weight, float32, in the weight's shape, by default at the own
+        multiplier."""
 
     @property
     def base_weight(self) -> Tensor:
-        """The module's weight as it was before adapters were merged into it."""
+        """Return the module's weight before any merging."""
         state = self.original.__dict__.get(_MERGE_STATE)
         return self.original.weight if state is None else state.original_weight
 
     def _own_weight(self) -> nn.Parameter:
-        """The module's weight, to be changed. Raises UserError where it is only computed from a smaller form."""
+        """Return the module's weight for a change in place. Raises UserError if it is computed from a smaller form."""
         weight = self.original.weight
         if not isinstance(weight, nn.Parameter):
             raise UserError(
@@ -153,7 +154,7 @@ class AdapterModule(nn.Module, ABC):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the change to the module's weight and keep the weight as it was for ``unmerge``."""
+        """Add the change to the module's weight and keep the original weight for ``unmerge``."""
         if self.is_merged:
             raise RuntimeError(f"{self.lora_name} is merged already")
         weight = self._own_weight()
@@ -163,7 +164,7 @@ class AdapterModule(nn.Module, ABC):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undo ``merge``: with the last merged adapter gone the weight is bit for bit as before."""
+        """Undo ``merge``: without the last merged adapter the weight is bit for bit as before."""
         if not self.is_merged:
             raise RuntimeError(f"{self.lora_name} is not merged")
         weight = self.original.weight
@@ -191,7 +192,8 @@ class AdapterModule(nn.Module, ABC):
 
     @abstractmethod
     def change_norm(self) -> Tensor:
-        """Frobenius norm of the weight change at multiplier 1, a float32 scalar on the parameters' device."""
+        """Return the Frobenius norm of the weight change at multiplier 1, a float32 scalar on the parameters'
+        device."""
 
     @abstractmethod
     def scale_change(self, ratio: Tensor) -> None:
@@ -204,13 +206,13 @@ def merge_all_forever(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Add the changes of many adapters to their modules' weights, keeping no copy of these.
+    """Add the changes of many adapters to their modules' weights, without keeping a copy.
 
-    Each change is that of the weight as it is now, so that the order of several adapters of one module does not
-    matter, and the result is what they do when they are applied together.
+    Each change is computed from the present weight, so the order of several adapters of one module does not matter, and
+    the result equals applying them together.
 
     Args:
-        device: where sums are made, in float32; weights stay where they are.
+        device: device of the float32 sums; weights stay where they are.
         dtype: of the resulting weights; default: as they are.
     """
     by_module: dict[int, list[AdapterModule]] = {}

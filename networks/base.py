@@ -1,4 +1,4 @@
-"""What all adapter networks share: finding modules, hooking into them, merging, loading, saving, rates.
+"""The base of all adapter networks: finding modules, hooking into them, merging, loading, saving, learning rates.
 
 An adapter changes the output of one ``Linear`` or ``Conv2d`` of a frozen model. It replaces the ``forward`` of
 that module *instance*, so the model's own weights never become part of the network: a network's state holds
@@ -56,16 +56,16 @@ class AdapterNetwork(nn.Module, ABC):
 
     Args:
         parts: the models to adapt, text encoders first in their order, then the denoiser.
-        rank_rule: rank and alpha of each found module, or ``None`` to leave it alone.
+        rank_rule: rank and alpha of each found module, or ``None`` to skip it.
 
     Raises:
         UserError: nothing to adapt was found.
     """
 
     module_name: str  # as in --network_module
-    #: whether text encoders ever get gradients
+    #: whether text encoders can get gradients
     adapts_text_encoders: bool = True
-    #: why ``apply_max_norm_regularization`` cannot be, where it cannot
+    #: why ``apply_max_norm_regularization`` is refused, if it is
     no_max_norm: str = ""
 
     def __init__(
@@ -98,7 +98,7 @@ class AdapterNetwork(nn.Module, ABC):
     def make_adapter(
         self, found: FoundModule, size: RankAlpha, *, multiplier: float, dropouts: Dropouts
     ) -> AdapterModule:
-        """The adapter of one module, not applied yet."""
+        """Make the adapter of one module, not applied yet."""
 
     @property
     def adapters(self) -> list[AdapterModule]:
@@ -121,7 +121,8 @@ class AdapterNetwork(nn.Module, ABC):
         apply_text_encoder: bool = True,
         apply_unet: bool = True,
     ) -> None:
-        """Hook the adapters into the given models. Parts that are not applied leave the network and its files."""
+        """Hook the adapters into the given models. Parts that are not applied are removed from the network and its
+        files."""
         self._bind(text_encoder, unet)
         for part in self.parts:
             if not (apply_text_encoder if part.is_text_encoder else apply_unet):
@@ -134,12 +135,12 @@ class AdapterNetwork(nn.Module, ABC):
                 logger.info("%s: %d adapters on the %s", self.module_name, len(part.adapters), part.label)
 
     def remove(self) -> None:
-        """Take all hooks out of the models again."""
+        """Remove all hooks from the models."""
         for adapter in self.adapters:
             adapter.remove_from_original()
 
     def _bind(self, text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module) -> None:
-        """Adapt the same modules of these models from now on; they may be others than at creation."""
+        """Adapt the same modules of these models from now on; they may differ from those at creation."""
         text_encoders = as_list(text_encoder)
         expected = sum(part.is_text_encoder for part in self.parts)
         if len(text_encoders) != expected:
@@ -172,11 +173,11 @@ class AdapterNetwork(nn.Module, ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Add the adapters to the models' weights for good, at the network's multiplier.
+        """Merge the adapters into the models' weights for good, at the network's multiplier.
 
         Args:
-            weights_sd: weights to load first; parts it does not hold are not merged. ``None``: as they are.
-            dtype: of the changed weights; default: unchanged. Sums are made in float32 on ``device``.
+            weights_sd: weights to load first; missing parts are not merged. ``None``: the present weights.
+            dtype: of the changed weights; default: unchanged. Sums are computed in float32 on ``device``.
         """
         merge_all_forever(self.adapters_to_merge(text_encoder, unet, weights_sd), device, dtype)
 
@@ -186,7 +187,7 @@ class AdapterNetwork(nn.Module, ABC):
         unet: nn.Module,
         weights_sd: Mapping[str, Tensor] | None,
     ) -> list[AdapterModule]:
-        """What ``merge_to`` merges: adapters of these models, with these weights."""
+        """Return the adapters that ``merge_to`` merges: those of these models, with these weights."""
         self._bind(text_encoder, unet)
         if weights_sd is None:
             return self.adapters
@@ -196,7 +197,7 @@ class AdapterNetwork(nn.Module, ABC):
         return [adapter for adapter in self.adapters if adapter.lora_name in present]
 
     def merge(self) -> None:
-        """Add the adapters to the models' weights, reversibly; hooked forwards then add nothing."""
+        """Merge the adapters into the models' weights, reversibly; hooked forwards then add nothing."""
         for adapter in self.adapters:
             adapter.merge()
 
@@ -209,13 +210,13 @@ class AdapterNetwork(nn.Module, ABC):
         """Part of the published protocol; ``pre_calculation`` keeps the models' weights by itself."""
 
     def pre_calculation(self) -> None:
-        """Merge those adapters that are not merged yet, for faster inference."""
+        """Merge adapters that are not merged yet, for faster inference."""
         for adapter in self.adapters:
             if not adapter.is_merged:
                 adapter.merge()
 
     def restore_weights(self) -> None:
-        """Unmerge those adapters that are merged."""
+        """Unmerge merged adapters."""
         for adapter in self.adapters:
             if adapter.is_merged:
                 adapter.unmerge()
@@ -223,10 +224,10 @@ class AdapterNetwork(nn.Module, ABC):
     # ---- training ----
 
     def enable_gradient_checkpointing(self) -> None:
-        """Adapters live inside the models' blocks and are recomputed with them: nothing of their own to do."""
+        """Do nothing: adapters are inside the models' blocks and are recomputed with them."""
 
     def prepare_grad_etc(self, text_encoder: Any, unet: Any) -> None:
-        """Only what has a learning rate gets gradients."""
+        """Give gradients only to parameters with a learning rate."""
         for adapter in self.adapters:
             adapter.requires_grad_(adapter.trained)
 
@@ -237,7 +238,8 @@ class AdapterNetwork(nn.Module, ABC):
         """Hook of the protocol for networks whose shape changes from step to step."""
 
     def begin_step(self, seed: int, step: int) -> None:
-        """Hook of ours, before each batch of a training step: what is drawn for it is a function of these two.
+        """Hook of this project, before each batch of a training step: random numbers of the step depend on these two
+        only.
 
         Args:
             seed: of the run.
@@ -245,7 +247,8 @@ class AdapterNetwork(nn.Module, ABC):
         """
 
     def before_update(self) -> None:
-        """Hook of ours, once a step, before the optimizer uses the gradients: averaged, clipped, all finite or 0."""
+        """Hook of this project, once per step, before the optimizer uses the gradients: averaged, clipped, finite or
+        0."""
 
     def get_trainable_params(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -258,12 +261,12 @@ class AdapterNetwork(nn.Module, ABC):
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Parameter groups for an optimizer, and a description of each, e.g. ``"unet"``, ``"unet plus"``.
+        """Return parameter groups for an optimizer, and a description of each, e.g. ``"unet"``, ``"unet plus"``.
 
         Args:
             text_encoder_lr: one rate for all text encoders or one for each.
             unet_lr: of the denoiser.
-            default_lr: used where a rate is ``None``; if it is ``None`` too, the optimizer's own rate holds.
+            default_lr: used where a learning rate is ``None``; if it is ``None`` too, the optimizer's own is used.
 
         A rate of 0 leaves the part untrained: no group, no gradients.
 
@@ -305,20 +308,21 @@ class AdapterNetwork(nn.Module, ABC):
         return groups, descriptions
 
     def rate_groups(self, part: NetworkPart) -> list[RateGroup]:
-        """How a part's adapters divide into learning rates; one group unless a subclass says otherwise."""
+        """Divide a part's adapters by learning rate; one group unless a subclass overrides it."""
         return [RateGroup(part.label, 1.0, list(part.adapters.values()))]
 
     def split_parameters(
         self, part: NetworkPart, adapters: Sequence[AdapterModule]
     ) -> list[tuple[str, float, list[nn.Parameter]]]:
-        """(description suffix, factor of the rate, parameters); one entry unless a subclass says otherwise."""
+        """Yield (description suffix, factor of the learning rate, parameters); one entry unless a subclass overrides
+        it."""
         return [("", 1.0, [parameter for adapter in adapters for parameter in adapter.parameters()])]
 
     # ---- norms ----
 
     @torch.no_grad()
     def weight_norms(self) -> Tensor:
-        """(adapters,) Frobenius norms of the weight changes at multiplier 1; stays on the device."""
+        """Return the Frobenius norms (adapters,) of the weight changes at multiplier 1, on the device."""
         return torch.stack([adapter.change_norm() for adapter in self.adapters])
 
     @torch.no_grad()
@@ -327,11 +331,11 @@ class AdapterNetwork(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scale down the adapters whose weight change has a norm above ``max_norm`` (``--scale_weight_norms``).
 
-        The work is done where the parameters are and nothing waits for the device: the figures are 0-dimensional
-        tensors, moved to ``device`` if one is given, to be read when convenient.
+        The work is done on the parameters' device and nothing waits for it: the results are 0-dimensional tensors,
+        moved to ``device`` if one is given.
 
         Returns:
-            How many were scaled, mean norm and greatest norm afterwards.
+            The number of scaled adapters, and the mean and greatest norm afterwards.
         """
         norms = self.weight_norms()  # (adapters,)
         ratios = (max_norm / norms).clamp(max=1.0)  # a norm of 0 gives inf, clamped to 1
@@ -354,10 +358,11 @@ class AdapterNetwork(nn.Module, ABC):
         return self.load_weights_from(read_weights(file), str(file))
 
     def load_weights_from(self, weights: Mapping[str, Tensor], source: str) -> str:
-        """Load tensors in the published names, or in diffusers'. Alphas come with them: a file means the same anywhere.
+        """Load tensors in the published names, or in diffusers', with their alphas, so that a file means the same
+        anywhere.
 
-        A part of the network that the file lacks wholly keeps its weights; tensors of parts that are not trained
-        here are left out. Both are said in the returned line.
+        A part of the network that the file lacks completely keeps its weights; tensors of parts that are not trained
+        here are skipped. The returned line says both.
 
         Raises:
             UserError: tensors are missing, unknown, or of other shapes.
@@ -369,12 +374,12 @@ class AdapterNetwork(nn.Module, ABC):
         return message
 
     def published_names(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Tensors in diffusers' or PEFT's names under those of this network; others keep theirs."""
+        """Return tensors with diffusers' or PEFT's names under this network's names; others keep theirs."""
         return self.names_in(self.parts, weights)
 
     @classmethod
     def names_in(cls, parts: Sequence[NetworkPart], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The same for a network that is still to be made of ``parts``."""
+        """Return the same for a network that will be made of ``parts``."""
         return published_names(weights, [(part.model, part.target) for part in parts])
 
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:

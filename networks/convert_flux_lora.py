@@ -4,7 +4,7 @@
         --src_path lora.safetensors --dst_path lora_diffusers.safetensors
 
 Files trained with split_qkv become smaller on the way to ai-toolkit, others grow on the way back. Adapters of the text
-encoders are converted too. It is networks/convert_lora.py with the names given instead of recognised.
+encoders are converted too. It is networks/convert_lora.py with the names given instead of recognized.
 
 Exit codes: 0 converted, 1 --src and --dst are the same, 2 it cannot be converted.
 """
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.tool_parser import tool_parser

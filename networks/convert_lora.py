@@ -4,9 +4,9 @@
     python networks/convert_lora.py --model pytorch_lora_weights.safetensors --save_to lora.safetensors --to kohya
     python networks/convert_lora.py --model lora.safetensors --save_to adapters --to peft
 
-The family (Stable Diffusion 1.x, 2.x, XL, FLUX.1, Chroma) and the names are recognised from the file. What was written
-is read again, and its weight deltas are compared with the source's, before the file appears; the largest difference is
-printed. docs/adapters.md says what each naming looks like and what happens to alpha.
+The family (Stable Diffusion 1.x, 2.x, XL, FLUX.1, Chroma) and the names are recognized from the file. The written file
+is read again, and its weight deltas are compared with the source's, before it appears; the largest difference is
+printed. docs/adapters.md explains each naming and what happens to alpha.
 
 Exit codes: 0 converted, 1 the file already has these names, 2 it cannot be converted.
 """
@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.tool_parser import tool_parser
@@ -31,7 +31,7 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--save_to", type=Path, required=True, help=".safetensors file to write; for peft a new folder")
     parser.add_argument(
-        "--to", required=True, choices=["kohya", "diffusers", "peft", "comfyui"], help="whose names to write"
+        "--to", required=True, choices=["kohya", "diffusers", "peft", "comfyui"], help="program whose names to write"
     )
     parser.add_argument(
         "--save_precision",
@@ -41,7 +41,7 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--family",
         choices=["sd", "sd2", "sdxl", "flux", "chroma"],
-        help="what the adapter was made for (default: recognised from the file)",
+        help="what the adapter was made for (default: recognized from the file)",
     )
     return parser
 

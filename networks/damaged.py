@@ -1,4 +1,4 @@
-"""Damage in adapter files that would train, merge or generate in silence."""
+"""Refuse damaged adapter files, which would otherwise train, merge or generate in silence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.files.finite import FiniteCheck, some_of
 
-#: tensors that a module of low rank has; its strength is alpha / rank, so alpha is not 0
+#: tensors of a low-rank module; its strength is alpha / rank, so alpha must not be 0
 _LOW_RANK = (".lora_down.weight", ".lora_A.weight", ".hada_w1_a")
 
 

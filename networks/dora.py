@@ -5,18 +5,18 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353
     W' = m * V / |V|_c,    V = W + (alpha / r) U D
 
 with one magnitude m for each column of V, at first the column's norm |W|_c. As in section 4.3 of the paper, |V|_c is
-computed anew at each step, but no gradient flows through it.
+computed at each step without a gradient.
 
-What a column is differs between programs, and the shape of ``dora_scale`` says it:
+Programs differ in what a column is, and the shape of ``dora_scale`` shows it:
 
 * ``input``, the default: one magnitude for each input feature, norms over the outputs (and the kernel); (1, in) or
   (1, in, 1, 1). It is the paper's own, W being (out, in), and what ComfyUI and Forge apply exactly.
 * ``output``: one for each output feature, norms over the inputs; (out, 1) or (out, 1, 1, 1). PEFT trains it and, by
-  default, LyCORIS. ComfyUI takes |W| instead of |V| for it, so that images come out a little otherwise there.
+  default, LyCORIS. ComfyUI uses |W| instead of |V|, so its images differ a little.
 
-diffusers' pipelines leave ``dora_scale`` out of files with the published names, with a warning.
+diffusers' pipelines ignore ``dora_scale`` in files with the published names, with a warning.
 
-A strength other than 1 goes part of the way from W to W', as ComfyUI does: W + multiplier (W' - W).
+A strength other than 1 interpolates between W and W', as in ComfyUI: W + multiplier (W' - W).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class DoraModule(LoraModule):
         return self.dora_scale.float() / norms.clamp(min=_EPS)
 
     def _along(self, factors: Tensor) -> Tensor:
-        """Factors in a shape that meets the features of the inputs or outputs: (n,), or (1, n, 1, 1)."""
+        """Return factors in a shape that broadcasts over input or output features: (n,), or (1, n, 1, 1)."""
         flat = factors.flatten()
         return flat.view(1, -1, 1, 1) if isinstance(self.original, nn.Conv2d) else flat
 
@@ -69,7 +69,7 @@ class DoraModule(LoraModule):
     def changed_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.on_output or not is_alone(self):
             return super().changed_output(x, *args, **kwargs)
-        # V with scaled columns is V of scaled inputs: the module's own product serves, and none is added
+        # V with scaled columns is V of scaled inputs, so the module's own product is enough
         factors = self._along(self._factors())
         kept = 1.0 + self.multiplier * (factors - 1.0)
         out = self._original_forward((x * kept).to(x.dtype), *args, **kwargs)

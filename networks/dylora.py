@@ -1,17 +1,17 @@
 """DyLoRA for SD 1.x, 2.x and SDXL (``--network_module networks.dylora``): one training for all ranks up to its own.
 
 Valipour et al. 2022, "DyLoRA: Parameter Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank
-Adaptation" (arXiv:2210.07558), algorithm 1, in its frozen form. Each step draws a rank b; the forward pass uses the
-first b ranks,
+Adaptation" (arXiv:2210.07558), algorithm 1, in its frozen form. Each step draws a random rank b; the forward pass uses
+the first b ranks,
 
     W x + (alpha / b) U[:, :b] D[:b] x,
 
-and the step trains the last ``unit`` of them, while those below stay. So the first ranks hold what matters most, and
-the first k of them are a LoRA of rank k with the same alpha: ``networks/extract_lora_from_dylora.py`` cuts it out.
+and the step trains the last ``unit`` of them; lower ranks are frozen. So the first ranks learn what matters most, and
+the first k of them are a LoRA of rank k with the same alpha: ``networks/extract_lora_from_dylora.py`` extracts it.
 Validation, sample images and ``gen_img.py`` use all ranks.
 
-The rank is the same in all modules of a step and a function of the run's seed and the step, so that a resumed run draws
-the same. Nothing is drawn for a network that no trainer of ours drives: it trains all ranks, as a LoRA.
+The rank is the same in all modules of a step and a function of the run's seed and the step, so a resumed run draws the
+same. Without this project's trainer nothing is drawn: the network trains all ranks, as a LoRA.
 
 Files have the names and shapes of ``networks.lora``, which reads them, too. On SDXL the text encoders are ``lora_te1``
 and ``lora_te2``. Old files have ``lora_te`` for both, where the modules of the second have overwritten those of the
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 MODULE_NAME = "networks.dylora"
 
-#: what old files of SDXL call the modules of both text encoders
+#: prefix of both text encoders' modules in old files of SDXL
 OLD_TEXT_PREFIX = "lora_te_"
 
 _ONE_RANK = "each step cuts all modules to the same rank; leave it out"
@@ -58,7 +58,7 @@ _NO_DORA = "networks.lora has it"
 
 
 def read_unit(text: str) -> int:
-    """A whole number from 1."""
+    """Read a whole number from 1."""
     value = read_rank(text)
     if value < 1:
         raise ValueError("must be at least 1")
@@ -86,7 +86,7 @@ class DyLoraArgs(LoraArgs):
     unit: int = 1
 
     def check_size(self, rank: int, alpha: float) -> None:
-        """As in the base class; one rank for all, which the unit divides."""
+        """Check sizes as in the base class; the unit must divide the rank."""
         super().check_size(rank, alpha)
         if self.conv_dim and self.conv_dim != rank:
             raise UserError(
@@ -103,8 +103,8 @@ class DyLoraArgs(LoraArgs):
 class DyLoraModule(LoraInPieces):
     """Low-rank change of one ``Linear`` or ``Conv2d`` in blocks of ranks.
 
-    Its pieces are ``down_0`` (unit, in[, kh, kw]), ``up_0`` (out, unit[, 1, 1]), ``down_1``, ...: apart, so that an
-    optimizer leaves alone what a step does not train.
+    Its pieces are ``down_0`` (unit, in[, kh, kw]), ``up_0`` (out, unit[, 1, 1]), ``down_1``, ...: separate parameters,
+    so that an optimizer skips those that a step does not train.
     """
 
     def __init__(
@@ -121,18 +121,18 @@ class DyLoraModule(LoraInPieces):
             raise UserError(f"--network_args unit={unit}: must divide the rank, {size.rank} in {found.lora_name}")
         self.unit = unit
         self.blocks = size.rank // unit
-        #: the block that is trained, with those before it in use; all without one
+        #: the trained block, with those before it in use; None uses and trains all
         self._block: int | None = None
         self.take_apart(self.lora_down.weight.split(unit, dim=0), self.lora_up.weight.split(unit, dim=1))
 
     # ---- one step ----
 
     def train_block(self, block: int) -> None:
-        """Use the ranks up to those of a block (counted from 0; the last, if there are fewer) and train it alone."""
+        """Use the ranks up to a block (counted from 0; the last, if there are fewer) and train only that block."""
         block = min(block, self.blocks - 1)
         if block == self._block:
             return
-        # after the first time only two blocks change; there may be thousands of modules and blocks
+        # after the first call only two blocks change; there may be thousands of modules and blocks
         changed = range(self.blocks) if self._block is None else (self._block, block)
         for number in changed:
             for half in ("down", "up"):
@@ -140,13 +140,13 @@ class DyLoraModule(LoraInPieces):
         self._block = block
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """As of every module; all blocks are in use again until the next step begins."""
+        """Set requires_grad as for every module; all blocks are in use until the next step begins."""
         self._block = None
         return super().requires_grad_(requires_grad)
 
     @property
     def _count_in_use(self) -> int:
-        """Blocks that a forward uses: all, unless it is one of training."""
+        """Return the number of blocks in use: all, except in training."""
         return self._block + 1 if self.training and self._block is not None else self.blocks
 
     @property
@@ -185,7 +185,7 @@ class DyLoraNetwork(LoraNetwork):
         return DyLoraModule(found, size, unit=self.args.unit, **settings)
 
     def begin_step(self, seed: int, step: int) -> None:
-        """Draw the step's rank, uniformly, for all modules."""
+        """Draw the step's rank uniformly, for all modules."""
         most = max(adapter.blocks for adapter in self.adapters)
         block = python_rng(seed, "dylora", step).randrange(most)
         for adapter in self.adapters:
@@ -197,9 +197,9 @@ class DyLoraNetwork(LoraNetwork):
 
 
 def with_encoders_apart(parts: Sequence[NetworkPart], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of an old file under the name of the text encoder whose shapes they have, the last that fits.
+    """Return the tensors of an old file under the name of the last text encoder whose shapes fit.
 
-    Files that do not need it are returned as they are; others are warned of.
+    Other files are returned unchanged; old files cause a warning.
     """
     encoders = [part for part in parts if part.is_text_encoder]
     if len(encoders) < 2 or not any(key.startswith(OLD_TEXT_PREFIX) for key in weights):
@@ -225,10 +225,10 @@ def with_encoders_apart(parts: Sequence[NetworkPart], weights: Mapping[str, Tens
 
 
 def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = UNET) -> None:
-    """As ``networks.lora.check_network_args``."""
+    """See ``networks.lora.check_network_args``."""
     DyLoraNetwork.args_of(network_args, denoiser)
 
 
-#: as those of ``networks.lora``
+#: the same functions as in ``networks.lora``
 create_network = DyLoraNetwork.create
 create_network_from_weights = DyLoraNetwork.create_from_weights

@@ -1,4 +1,4 @@
-"""Cut the LoRAs of smaller ranks out of a DyLoRA.
+"""Extract LoRAs of smaller ranks from a DyLoRA.
 
     python networks/extract_lora_from_dylora.py --model my_dylora.safetensors --save_to my_lora.safetensors --unit 4
 
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.arguments import ConsoleOptions
@@ -42,7 +42,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def first_ranks(weights: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The tensors of a LoRA file cut to its first ranks; modules of fewer keep theirs. Alphas stay."""
+    """Return the tensors of a LoRA file cut to its first ranks; modules with fewer ranks are unchanged. Alphas stay."""
     cut = {}
     for name, tensor in weights.items():
         if name.endswith(".lora_down.weight"):
@@ -82,7 +82,7 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
     arguments = _network_args(metadata)
     whole = max(size.rank for size in sizes.values())
     unit = _unit(unit, arguments, whole)
-    # a file without an alpha means the rank, which would change with the cut
+    # without an alpha, readers use the rank, which changes with the cut
     alphas = {f"{name}.alpha": torch.tensor(size.alpha) for name, size in sizes_of(weights).items()}
     weights = {**alphas, **weights}
     ranks = range(unit, whole + 1, unit)
@@ -96,7 +96,7 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
 
 
 def with_sdxl_encoder_named(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Old files of SDXL hold the second text encoder alone, under the name of both: give it its own."""
+    """Rename the text encoder in old files of SDXL, which hold only the second one, under the name of both."""
     from networks.dylora import OLD_TEXT_PREFIX
 
     if not any(name.startswith(_SDXL_UNET) for name in weights):
@@ -129,7 +129,7 @@ def _network_args(metadata: Mapping[str, str]) -> dict[str, object]:
 
 
 def _metadata_of(metadata: Mapping[str, str], arguments: Mapping[str, object], rank: int) -> dict[str, str]:
-    """That of the whole file, for a plain LoRA; hashes are made anew when it is written."""
+    """Return the metadata of the whole file, for a plain LoRA; hashes are computed when it is written."""
     from networks.lora_args import MODULE_NAME
 
     entries = {**metadata, "ss_network_module": MODULE_NAME, "ss_network_dim": str(rank)}

@@ -1,4 +1,4 @@
-"""Adapter tensors in diffusers' and PEFT's names, read as those of the published files.
+"""Translate adapter tensors with diffusers' and PEFT's names to the published names.
 
 Published files name a module by its path with underscores, below a prefix: ``lora_unet_input_blocks_4_1_proj_in``.
 Others hold the same tensors as
@@ -8,7 +8,7 @@ Others hold the same tensors as
   ``text_encoder.`` or ``text_encoder_2.``, with or without the level ``text_model.``;
 * the same with ``.lora.down.weight`` or ``.lora_linear_layer.down.weight`` (diffusers before PEFT).
 
-Alphas of PEFT stand in the metadata, as JSON under ``lora_adapter_metadata``; without them alpha is the rank.
+PEFT's alphas are in the metadata, as JSON under ``lora_adapter_metadata``; without them alpha is the rank.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from library.errors import UserError
 from networks.targets import find_modules
 
 ADAPTER_METADATA = "lora_adapter_metadata"
-#: before every name in files that PEFT itself wrote
+#: prefix of every name in files that PEFT itself wrote
 PEFT_ROOT = "base_model.model."
 
-#: a tensor's name below its module, as any program writes it -> the published one
+#: a tensor's name below its module in any program -> the published one
 TENSOR_NAMES = {
     "lora_down.weight": "lora_down.weight",
     "lora_up.weight": "lora_up.weight",
@@ -50,7 +50,7 @@ _KEY = re.compile(rf"(.+?)\.({'|'.join(re.escape(name) for name in TENSOR_NAMES)
 
 
 def published_names(weights: Mapping[str, Tensor], models: Iterable[tuple[nn.Module, LoraTarget]]) -> dict[str, Tensor]:
-    """``weights`` under the names that networks on these models have; what is not recognised keeps its name."""
+    """Return ``weights`` under the names of networks on these models; unknown names are kept."""
     names = {alias: name for model, target in models for alias, name in _aliases(model, target)}
     renamed = {}
     for key, tensor in weights.items():
@@ -61,7 +61,7 @@ def published_names(weights: Mapping[str, Tensor], models: Iterable[tuple[nn.Mod
 
 
 def _aliases(model: nn.Module, target: LoraTarget) -> Iterator[tuple[str, str]]:
-    """(other name, published name) of every module that may carry an adapter."""
+    """Yield Yield (other name, published name) of every module that may carry an adapter."""
     for found in find_modules(model, target.with_convs()):
         yield f"{target.prefix}_{found.published_path.replace('.', '_')}", found.lora_name
         yield f"{target.diffusers_root}.{found.published_path}", found.lora_name
@@ -69,10 +69,10 @@ def _aliases(model: nn.Module, target: LoraTarget) -> Iterator[tuple[str, str]]:
 
 
 def with_alphas(weights: dict[str, Tensor], metadata: Mapping[str, str], title: str) -> dict[str, Tensor]:
-    """``weights`` in PEFT's names with the alphas that the metadata of the file ``title`` tell.
+    """Return ``weights`` in PEFT's names with the alphas from the metadata of the file ``title``.
 
     Raises:
-        UserError: they cannot be understood, so that nobody knows how strong the adapter is.
+        UserError: they are invalid, so the adapter's strength is unknown.
     """
     try:
         return {**weights, **_alphas(weights, json.loads(metadata.get(ADAPTER_METADATA, "{}")))}
@@ -93,7 +93,7 @@ def _alphas(weights: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str,
                 alpha = own
                 break
         rank = tensor.shape[0]
-        # PEFT's rank-stabilised factor is alpha / sqrt(rank); files of ours say alpha / rank
+        # PEFT's rank-stabilized factor is alpha / sqrt(rank); our files have alpha / rank
         scaled = alpha * math.sqrt(rank) if told.get(f"{root}.use_rslora") else alpha
         alphas[f"{module}.alpha"] = torch.tensor(float(scaled))
     return alphas

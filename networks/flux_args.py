@@ -17,7 +17,7 @@ from networks.targets import FoundModule, RankAlpha
 
 MODULE_NAME = "networks.lora_flux"
 
-#: keys that give a rank to one kind of layer: key -> where in a block it is, as a pattern of the module's path
+#: keys that give a rank to one kind of layer: key -> pattern of the module's path in a block
 LAYER_DIMS: Mapping[str, re.Pattern[str]] = MappingProxyType(
     {
         **{
@@ -85,7 +85,7 @@ def read_in_dims(text: str) -> tuple[int, ...]:
 
 
 def read_strength(text: str) -> float:
-    """A finite number from 0."""
+    """Read a finite number from 0."""
     value = read_number(text)
     if not 0 <= value < float("inf"):
         raise ValueError("must be at least 0")
@@ -94,7 +94,7 @@ def read_strength(text: str) -> float:
 
 @dataclass(frozen=True)
 class LoraFluxArgs(LoraArgs):
-    """Ranks by kind of layer are in ``layer_dims``; blocks that are trained by kind in ``blocks_trained``."""
+    """Ranks by kind of layer are in ``layer_dims``, trained blocks by kind in ``blocks_trained``."""
 
     module_name: ClassVar[str] = MODULE_NAME
     refused: ClassVar[Mapping[str, str]] = _REFUSED
@@ -133,7 +133,7 @@ class LoraFluxArgs(LoraArgs):
     train_single_block_indices: frozenset[int] | None = None
     train_blocks: str = "all"
     train_t5xxl: bool = False
-    split_qkv: bool | None = None  # not given: no, but a file may say
+    split_qkv: bool | None = None  # None: no, but a file may decide
     ggpo_sigma: float | None = None
     ggpo_beta: float | None = None
     verbose: bool = False
@@ -163,13 +163,13 @@ class LoraFluxArgs(LoraArgs):
 
     @property
     def perturbation(self) -> Perturbation | None:
-        """GGPO, if it changes anything."""
+        """Return GGPO's settings, if it changes anything."""
         if not self.ggpo_sigma and not self.ggpo_beta:
             return None
         return Perturbation(self.ggpo_sigma or 0.0, self.ggpo_beta or 0.0)
 
     def check_model(self, found: Collection[FoundModule], input_layers: Collection[str]) -> None:
-        """Compare with what a model has.
+        """Compare the args with a model.
 
         Args:
             found: its modules that may be adapted.
@@ -222,5 +222,5 @@ class LoraFluxArgs(LoraArgs):
 
 
 def _count(paths: Iterable[str], kind: str) -> int:
-    """Blocks of a kind in a model of these module paths."""
+    """Return the number of blocks of a kind in a model with these module paths."""
     return max((int(b[2]) + 1 for path in paths if (b := _BLOCK.match(path)) and b[1] == kind), default=0)

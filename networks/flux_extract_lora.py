@@ -3,12 +3,12 @@
     python networks/flux_extract_lora.py --model_org flux1-dev.safetensors --model_tuned tuned.safetensors \\
         --save_to difference.safetensors --dim 32 --device cuda --save_precision bf16 --mem_eff_safe_open
 
-For every linear layer of the blocks, the change of its weight is replaced by the nearest one of rank --dim, found by
-singular value decomposition; alpha is the rank. The file loads like one trained with networks.lora_flux. Both models
-are read tensor by tensor, so that beside the LoRA a few tensors lie in memory. Single files in the published layout and
-diffusers folders are taken. A GPU (--device cuda) is many times as fast as the CPU.
+For every linear layer of the blocks, the change of its weight is approximated with rank --dim, by singular value
+decomposition; alpha is the rank. The file loads like one trained with networks.lora_flux. Both models are read tensor
+by tensor, so that only the LoRA and a few tensors are in memory. Single files in the published layout and diffusers
+folders are accepted. A GPU (--device cuda) is many times as fast as the CPU.
 
-Text encoders and biases are not extracted. docs/flux_tools.md says more.
+Text encoders and biases are not extracted. More: docs/flux_tools.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.arguments import ConsoleOptions
@@ -44,7 +44,7 @@ def setup_parser() -> argparse.ArgumentParser:
     add("--model_tuned", required=True, metavar="FILE", help="the model after: the LoRA turns the first into it")
     add("--save_to", required=True, metavar="FILE", help="the LoRA to write")
     add("--dim", type=int, default=4, metavar="N", help="its rank (default 4)")
-    add("--device", metavar="DEVICE", help="where to compute, such as cuda; the CPU if not given")
+    add("--device", metavar="DEVICE", help="device of the computation, such as cuda; the CPU if not given")
     add(
         "--clamp_quantile",
         type=float,
@@ -57,7 +57,7 @@ def setup_parser() -> argparse.ArgumentParser:
         "--save_precision",
         choices=[None, "float", "fp16", "bf16"],
         metavar="TYPE",
-        help="of the saved numbers: float, fp16 or bf16; float if not given",
+        help="precision of the saved file: float, fp16 or bf16; float if not given",
     )
     add_mapped_option(parser, "--mem_eff_safe_open")
     add("--no_metadata", action="store_true", help="write no modelspec.* entries, only those that loaders need")
@@ -135,10 +135,10 @@ def main(args: argparse.Namespace) -> None:
 def _common_modules(
     before: ShardedFile | DiffusersTransformer, after: ShardedFile | DiffusersTransformer
 ) -> Iterator[tuple[str, str, str]]:
-    """(adapter's name, weight in the first model, weight in the second) of the blocks' linear layers.
+    """Yield Yield (adapter's name, weight in the first model, weight in the second) of the blocks' linear layers.
 
     Raises:
-        UserError: the models are not of one kind and size.
+        UserError: the models differ in kind or size.
     """
     from networks.model_keys import TRANSFORMER
 

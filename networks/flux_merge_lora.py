@@ -8,14 +8,14 @@
         --save_to both.safetensors
 
 With a model: each weight becomes W + sum of ratio * (alpha / rank) * up @ down. Models are read and written tensor by
-tensor, so that beside the LoRA files about one tensor lies in memory. All models may be merged in one command or each
-in its own; what a LoRA has for a model that is not given is left out, with a line that says so.
+tensor, so that only the LoRA files and about one tensor are in memory. All models may be merged in one command or
+separately. Modules for a model that is not given are skipped, and a line says so.
 
 Without a model the LoRA files are merged with each other. Give --concat for the exact sum (its rank is the sum of the
 ranks); without it tensors are added, which keeps the rank, needs equal ranks and is not exact.
 
 LoRA files may have the published names, diffusers' (also PEFT, AI-toolkit, OneTrainer) or ComfyUI's; DoRA and whole
-differences (diff, diff_b) are merged into models, too. docs/flux_tools.md says more.
+differences (diff, diff_b) are merged into models, too. More: docs/flux_tools.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.arguments import ConsoleOptions
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: option of a model -> option of where it is saved
+#: option of a model -> option of its output file
 _TARGETS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
 
 
@@ -59,16 +59,21 @@ def setup_parser() -> argparse.ArgumentParser:
     add("--save_to", metavar="FILE", help="the merged transformer, or without --flux_model the merged LoRA")
     add("--clip_l_save_to", metavar="FILE", help="the merged CLIP-L")
     add("--t5xxl_save_to", metavar="FILE", help="the merged T5-XXL")
-    add("--precision", default="float", metavar="TYPE", help="to compute in: float (default), fp16 or bf16")
+    add(
+        "--precision",
+        default="float",
+        metavar="TYPE",
+        help="precision of the computation: float (default), fp16 or bf16",
+    )
     add(
         "--save_precision",
         metavar="TYPE",
-        help="of the saved files: float, fp16, bf16, for models also fp8 (e4m3fn, without scales) and fp8_e5m2; "
+        help="precision of the files: float, fp16, bf16, for models also fp8 (e4m3fn, without scales) and fp8_e5m2; "
         "as --precision if not given, which for float makes FLUX.1 a file of 48 GB",
     )
     add_mapped_option(parser, "--mem_eff_load_save")
-    add("--loading_device", default="cpu", metavar="DEVICE", help="where a model's tensors are put when they are read")
-    add("--working_device", default="cpu", metavar="DEVICE", help="where merging is computed, such as cuda")
+    add("--loading_device", default="cpu", metavar="DEVICE", help="device that a model's tensors are loaded to")
+    add("--working_device", default="cpu", metavar="DEVICE", help="device of the computation, such as cuda")
     add("--concat", action="store_true", help="LoRA with LoRA: put the ranks side by side, the exact sum")
     add("--shuffle", action="store_true", help="LoRA with LoRA: add ranks in random order; nothing with --concat")
     add("--diffusers", action="store_true", help="refuse LoRA files without diffusers' names, which are found anyway")
@@ -106,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _check_options(args: argparse.Namespace) -> list[str]:
-    """The options of the models that are given; fills in the ratios."""
+    """Return the options of the given models; fills in the ratios."""
     from library.files.streamed import check_target
 
     if not args.models:
@@ -156,7 +161,7 @@ def _merge_into_models(
     parts = {"flux_model": TRANSFORMER, "clip_l": CLIP_L, "t5xxl": T5XXL}
     _say_what_is_left_out(files, [parts[name] for name in given])
     work = []
-    for name in given:  # all is checked before anything is written
+    for name in given:  # everything is checked before anything is written
         path = Path(getattr(args, name))
         source = open_transformer(path) if name == "flux_model" else ShardedFile.open(path)
         source = replace(source, mapped=args.mem_eff_load_save)
@@ -218,7 +223,7 @@ def _merge_files(
 
 
 def _made_for(files: list[LoraFile]) -> str:
-    """The kind of model that the first file which says so was trained on; FLUX.1 dev if none does."""
+    """Return the kind of model in the metadata of the first file that has it; FLUX.1 dev if none has."""
     from library.architectures.flux.names import CHROMA, DEV, SCHNELL
 
     versions = {file.metadata["ss_base_model_version"] for file in files if "ss_base_model_version" in file.metadata}

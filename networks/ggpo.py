@@ -7,17 +7,17 @@ Optimization" (arXiv:2502.14538), which adds the gradient's norms to the random 
     W' = W + multiplier (alpha / r) U D,    E_ij ~ N(0, s_i^2 / n),    s_i = sigma |W'_i| + beta |G_i|,
 
 row i being an output feature, n the number of inputs, sigma ``ggpo_sigma``, beta ``ggpo_beta``. G is the gradient of
-the loss by W', which no LoRA has in full. What one knows of it is the gradient of U, (alpha / r) G D^T: it gives the
-part of G's rows that lies in the span of D's,
+the loss with respect to W', which a LoRA does not compute in full. The gradient of U, (alpha / r) G D^T, gives the part
+of G's rows in the span of D's,
 
     P = (r / alpha) dU (D D^T)^-1 D,    |P_i|^2 = (r / alpha)^2 dU_i (D D^T)^-1 dU_i^T,
 
-which stands for |G_i|, as of the gradients that the last step's update used (0 before the first).
+which replaces |G_i|, from the gradients that the last step's update used (0 before the first).
 
-E is a function of the run's seed, the step and the module's name, drawn on the device of the activations: batches that
-are accumulated share it, recomputed blocks meet the same, and a resumed run draws what it would have drawn, as the
-norms of the last gradients are part of training states (not of saved files, nor of the recordings that ``--replay``
-takes). Networks that no trainer of ours drives are not perturbed.
+E is a function of the run's seed, the step and the module's name, drawn on the device of the activations: accumulated
+batches share it, recomputed blocks get the same, and a resumed run is exact, because the norms of the last gradients
+are part of training states (not of saved files, nor of the recordings for ``--replay``). Without this project's
+trainer, networks are not perturbed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from networks.split_lora import SplitLoraModule
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How strong it is: relative to the norms of weights, and of gradients."""
+    """The strength, relative to the norms of weights and of gradients."""
 
     sigma: float
     beta: float
@@ -119,12 +119,12 @@ class PerturbedLoraModule(LoraModule):
         return torch.cat(norms)
 
     def _downs(self) -> list[Tensor]:
-        """The down half that belongs to each of ``up_parameters``."""
+        """Return the down half of each of ``up_parameters``."""
         return [self.lora_down.weight]
 
 
 class PerturbedSplitLoraModule(PerturbedLoraModule, SplitLoraModule):
-    """The same for the projections that one ``Linear`` holds."""
+    """The same for the projections in one ``Linear``."""
 
     def _downs(self) -> list[Tensor]:
         return list(self.pieces("down"))
@@ -138,7 +138,7 @@ def begin_step(adapters: Sequence[PerturbedLoraModule], norms: Tensor, seed: int
 
 @torch.no_grad()
 def keep_gradient_norms(adapters: Sequence[PerturbedLoraModule], norms: Tensor) -> None:
-    """Bring ``norms``, the adapters' one after the other, up to the gradients that are there."""
+    """Update ``norms``, the adapters' one after the other, from the present gradients."""
     for adapter, own in zip(adapters, norms.split([adapter.rows for adapter in adapters]), strict=True):
         if any(up.grad is not None for up in adapter.up_parameters()):
             own.copy_(adapter.gradient_norms(own))

@@ -8,8 +8,8 @@ trained (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", s
   convolutions have rank ``conv_dim``, their linear layers and 1x1 shortcuts the network's rank.
 * ``rs_lora=True``: the factor is alpha / sqrt(r) instead, which keeps high ranks learning (Kalajdzievski 2023, "A Rank
   Stabilization Scaling Factor for Fine-Tuning with LoRA", theorem 3.2). The alpha of the network and of its files is
-  then alpha * sqrt(r), so that every program's alpha / r is that factor; ``ss_network_alpha`` holds the one given and
-  ``ss_network_args`` tells.
+  then alpha * sqrt(r), so that every program's alpha / r is that factor; ``ss_network_alpha`` holds the given alpha,
+  and ``ss_network_args`` has ``rs_lora``.
 * ``dora=True``: ``networks/dora.py``.
 
 Network args: ``conv_dim``, ``conv_alpha`` (default 1); ``rank_dropout``, ``module_dropout`` (probabilities);
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RANK = 4
 
-#: models that no family has loaded are taken for those of SD 1.x/2.x
+#: models that no family has loaded count as SD 1.x/2.x
 TEXT_ENCODER, UNET = SD.text_encoder_targets[0], SD.denoiser_target
 
 
@@ -74,7 +74,7 @@ class LoraNetwork(AdapterNetwork):
         multiplier: float = 1.0,
         dropouts: Dropouts = Dropouts(),
     ) -> None:
-        self.args = args  # before the adapters are made, which some of them ask
+        self.args = args  # before the adapters are made, some of which read it
         super().__init__(parts, rank_rule, multiplier=multiplier, dropouts=dropouts)
 
     @classmethod
@@ -89,7 +89,7 @@ class LoraNetwork(AdapterNetwork):
         neuron_dropout: float | None = None,
         **kwargs: object,
     ) -> Self:
-        """A new network that changes nothing yet: ``create_network`` of the module protocol.
+        """Make a new network that changes nothing yet: ``create_network`` of the module protocol.
 
         Args:
             network_dim: rank, default 4.
@@ -129,7 +129,8 @@ class LoraNetwork(AdapterNetwork):
         neuron_dropout: float | None = None,
         **kwargs: object,
     ) -> tuple[Self, Mapping[str, Tensor]]:
-        """A network with the modules, ranks and alphas of a file, and the file's tensors, which are not loaded yet.
+        """Make a network with the modules, ranks and alphas of a file, and return it with the file's tensors, not
+        loaded yet.
 
         Args:
             file: read unless ``weights_sd`` holds its tensors already.
@@ -166,7 +167,7 @@ class LoraNetwork(AdapterNetwork):
 
     @classmethod
     def args_of(cls, network_args: Mapping[str, object], denoiser: LoraTarget) -> LoraArgs:
-        """The network args, checked for a family by what it says of its adapters. Raises UserError."""
+        """Read the network args and check them for a family. Raises UserError."""
         theirs = denoiser.network_modules
         if (theirs or cls.default_denoiser.network_modules) and cls.module_name not in theirs:
             use = " or ".join(theirs or (MODULE_NAME,))
@@ -177,7 +178,7 @@ class LoraNetwork(AdapterNetwork):
     def make_parts(
         cls, text_encoder: nn.Module | Sequence[nn.Module] | None, unet: nn.Module, args: LoraArgs | None = None
     ) -> list[NetworkPart]:
-        """The parts with all modules that may be adapted; those of a file, without ``args``."""
+        """Return the parts with all modules that may be adapted; without ``args``, those of a file."""
         encoders = as_list(text_encoder)
         parts = []
         for number, model in enumerate(encoders, start=1):
@@ -190,26 +191,26 @@ class LoraNetwork(AdapterNetwork):
 
     @classmethod
     def text_target(cls, text_encoder: nn.Module, args: LoraArgs | None) -> LoraTarget:
-        """What of a text encoder may be adapted, as ``make_parts`` has it."""
+        """Return the target of a text encoder for ``make_parts``."""
         return target_of(text_encoder, TEXT_ENCODER)
 
     @classmethod
     def sizes_in(cls, weights: Mapping[str, Tensor], source: str) -> dict[str, RankAlpha]:
-        """Size of each module's adapter in a file; ``source`` is what messages call it."""
+        """Return the size of each module's adapter in a file; ``source`` is its name in messages."""
         return sizes_of(weights)
 
     @classmethod
     def size_in_file(
         cls, found: FoundModule, size: RankAlpha, weights: Mapping[str, Tensor], args: LoraArgs
     ) -> RankAlpha:
-        """Size of a module's adapter, of which the file says ``size``."""
+        """Return the size of a module's adapter; the file has ``size``."""
         return size
 
     def make_adapter(self, found: FoundModule, size: RankAlpha, **settings: Any) -> LoraModule:
         return (LoraModule if size.dora is None else DoraModule)(found, size, **settings)
 
     def rate_groups(self, part: NetworkPart) -> list[RateGroup]:
-        """Modules with rates by pattern, each pattern's in a group, and the others: by block, or all in one."""
+        """Group modules by learning rate: one group per pattern, the others by block or all in one."""
         patterns = self.args.network_reg_lrs
         by_pattern: dict[int, list[AdapterModule]] = defaultdict(list)
         others: dict[str, AdapterModule] = {}
@@ -252,7 +253,7 @@ def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget 
     """Check ``--network_args`` before any model is loaded.
 
     Args:
-        denoiser: what the family says of its adapters.
+        denoiser: the family's adapter target.
 
     Raises:
         UserError: unknown keys, wrong values, keys without effect; one line each.

@@ -1,4 +1,5 @@
-"""The ``--network_args`` of ``networks.lora``, read and checked; other adapters take them or say why they cannot."""
+"""Read and check the ``--network_args`` of ``networks.lora``; other adapters accept them or refuse them with the
+reason."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def _readers(blocks: BlockNumbering) -> dict[str, Reader]:
     }
 
 
-#: what a file of weights decides by itself
+#: keys that a weights file decides
 RANK_KEYS = (
     "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "network_reg_dims",
     "rs_lora", "dora", "dora_on_output",
@@ -77,14 +78,14 @@ _BLOCK_RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 
 @dataclass(frozen=True)
 class LoraArgs:
-    """The network args, read. Block values are by block number; ``None`` where nothing was given."""
+    """The parsed network args. Block values are by block number; ``None`` if not given."""
 
     module_name: ClassVar[str] = MODULE_NAME
-    #: keys of ``networks.lora`` that a subclass cannot do, and why
+    #: keys of ``networks.lora`` that a subclass refuses, with the reason
     refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
     #: keys that only a subclass has
     own_readers: ClassVar[Mapping[str, Reader]] = MappingProxyType({})
-    #: keys that a file of weights answers by itself
+    #: keys that a weights file answers
     rank_keys: ClassVar[tuple[str, ...]] = RANK_KEYS
 
     dropout: float | None = None
@@ -148,7 +149,7 @@ class LoraArgs:
         return bool(self.conv_dim) or any(self.conv_block_dims or ())
 
     def check_size(self, rank: int, alpha: float) -> None:
-        """Refuse ``--network_dim`` and ``--network_alpha`` that cannot be. Raises UserError."""
+        """Check ``--network_dim`` and ``--network_alpha``. Raises UserError."""
         if rank < 1:
             raise UserError(f"--network_dim {rank}: the rank must be at least 1")
         if 0 < alpha < _WEAK * rank and not self.rs_lora:  # 0 stands for the rank
@@ -165,7 +166,7 @@ class LoraArgs:
         return Dropouts(neuron or 0.0, self.rank_dropout, self.module_dropout)
 
     def size_of(self, found: FoundModule, rank: int, alpha: float, *, in_unet: bool) -> RankAlpha | None:
-        """Rank and alpha of a module, given the network's; ``None`` leaves it alone."""
+        """Return rank and alpha of a module, given the network's; ``None`` skips it."""
         if in_unet:
             by_block = (self.block_dims, self.block_alphas, self.conv_block_dims, self.conv_block_alphas)
             block = None

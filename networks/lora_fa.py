@@ -1,12 +1,12 @@
-"""LoRA-FA for SD 1.x, 2.x and SDXL (``--network_module networks.lora_fa``): a LoRA whose down half stays as drawn.
+"""LoRA-FA for SD 1.x, 2.x and SDXL (``--network_module networks.lora_fa``): a LoRA with a frozen random down half.
 
 W becomes W + (alpha / r) U D, where D is drawn once and frozen and only U is trained (Zhang et al. 2023, "LoRA-FA:
 Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning", arXiv:2308.03303, section 3). The backward
 pass then needs D x alone, r numbers for each token, and not the input x of each adapted module; gradients, optimizer
 state and averages exist for U only. The change stays within the r directions of D, so ranks are larger than a LoRA's.
 
-D is normal with variance 1 / fan_in, so that D x has the variance of x. It lies in files and states like a trained
-tensor: files have the names and shapes of ``networks.lora``, which reads them, too.
+D is normal with variance 1 / fan_in, so that D x has the variance of x. It is saved in files and states like a trained
+tensor: files have the names and shapes of ``networks.lora``, which reads them too.
 
 Network args: those of ``networks.lora`` without LoRA+ and DoRA.
 """
@@ -58,7 +58,7 @@ class LoraFaModule(LoraModule):
         super().__init__(found, size, multiplier=multiplier, dropouts=dropouts)
         frozen = self.lora_down.weight.detach()
         torch.nn.init.normal_(frozen, std=1.0 / math.sqrt(frozen[0].numel()))
-        # a buffer is saved and loaded, and nothing that asks for parameters (optimizers, averages) ever meets it
+        # a buffer is saved and loaded, but is no parameter for optimizers and averages
         del self.lora_down.weight
         self.lora_down.register_buffer("weight", frozen)
 
@@ -78,10 +78,10 @@ class LoraFaNetwork(LoraNetwork):
 
 
 def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = UNET) -> None:
-    """As ``networks.lora.check_network_args``."""
+    """See ``networks.lora.check_network_args``."""
     LoraFaNetwork.args_of(network_args, denoiser)
 
 
-#: as those of ``networks.lora``
+#: the same functions as in ``networks.lora``
 create_network = LoraFaNetwork.create
 create_network_from_weights = LoraFaNetwork.create_from_weights

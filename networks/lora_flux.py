@@ -1,13 +1,13 @@
 """LoRA for FLUX.1 and Chroma (``--network_module networks.lora_flux``), on transformer, CLIP-L and T5-XXL.
 
-What a LoRA computes is in ``networks/lora.py``. Adapted are all linear layers of the blocks, the modulations too
+``networks/lora.py`` explains what a LoRA computes. Adapted are all linear layers of the blocks, the modulations too
 (Chroma has none), as ``lora_unet_double_blocks_0_img_attn_qkv``, ``lora_unet_single_blocks_0_linear1``; CLIP-L
 (``lora_te1_*``) unless the transformer alone is trained, and with ``train_t5xxl=True`` T5-XXL (``lora_te3_*``).
 
 Network args:
 
 * ``img_attn_dim``, ``txt_attn_dim``, ``img_mlp_dim``, ``txt_mlp_dim``, ``img_mod_dim``, ``txt_mod_dim``,
-  ``single_dim`` (linear1 and linear2), ``single_mod_dim``: ranks of these layers; 0 leaves them alone.
+  ``single_dim`` (linear1 and linear2), ``single_mod_dim``: ranks of these layers; 0 skips them.
 * ``in_dims``: five ranks, of ``img_in``, ``time_in``, ``vector_in``, ``guidance_in`` and ``txt_in``, which have no LoRA
   otherwise. schnell has no ``guidance_in``, Chroma ``img_in`` and ``txt_in`` only.
 * ``train_double_block_indices``, ``train_single_block_indices``: blocks that are adapted, counted from 0: ``0,1,4-7``,
@@ -45,7 +45,7 @@ from networks.weights import write_weights
 
 logger = logging.getLogger(__name__)
 
-#: the entry of training states with what GGPO goes on from
+#: the entry of training states with GGPO's gradient norms
 GRADIENT_NORMS = "ggpo_gradient_norms"
 
 
@@ -106,7 +106,8 @@ class LoraFluxNetwork(LoraNetwork):
     def size_in_file(
         cls, found: FoundModule, size: RankAlpha, weights: Mapping[str, Tensor], args: LoraArgs
     ) -> RankAlpha:
-        """Modules whose projections are apart in the file stay so, unless ``split_qkv`` was given as false."""
+        """Return the size of a module's adapter; projections that are split in the file stay split, unless
+        ``split_qkv`` is false."""
         perturbed = isinstance(args, LoraFluxArgs) and args.perturbation is not None
         if size.dora is not None and (args.split_qkv or perturbed):
             key = "split_qkv" if args.split_qkv else "ggpo_sigma"
@@ -116,7 +117,7 @@ class LoraFluxNetwork(LoraNetwork):
         if not found.widths or size.dora is not None or args.split_qkv is False:
             return size
         up = weights.get(f"{found.lora_name}.lora_up.weight")
-        # nothing is told by an up half of zeros, which nothing has trained yet
+        # an untrained up half of zeros says nothing about splitting
         if up is not None and is_block_diagonal(up, found.widths) and (args.split_qkv or up.any()):
             return replace(size, widths=found.widths)
         if args.split_qkv:
@@ -140,7 +141,7 @@ class LoraFluxNetwork(LoraNetwork):
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """As in the base class; the rates are CLIP-L's and T5-XXL's, Chroma has T5-XXL alone."""
+        """Return groups as in the base class; the learning rates are CLIP-L's and T5-XXL's, Chroma has T5-XXL alone."""
         rates = text_encoder_lr if isinstance(text_encoder_lr, (list, tuple)) else ()
         encoders = [part for part in self.parts if part.is_text_encoder]
         for part, rate in zip(encoders, rates if len(rates) > 1 else (), strict=False):
@@ -165,13 +166,13 @@ class LoraFluxNetwork(LoraNetwork):
 
     @property
     def _perturbed(self) -> list[PerturbedLoraModule]:
-        """All adapters, where GGPO is on."""
+        """Return all adapters if GGPO is on."""
         return [adapter for adapter in self.adapters if isinstance(adapter, PerturbedLoraModule)]
 
     # ---- states and files ----
 
     def load_weights_from(self, weights: Mapping[str, Tensor], source: str) -> str:
-        """As in the base class. Raises UserError, too, for projections that are not apart where they are trained so."""
+        """Load as in the base class. Also raises UserError for joint projections where training splits them."""
         for adapter in self.adapters:
             up = weights.get(f"{adapter.lora_name}.lora_up.weight")
             if isinstance(adapter, SplitLoraModule) and up is not None:
@@ -194,10 +195,10 @@ class LoraFluxNetwork(LoraNetwork):
 
 
 def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = DENOISER) -> None:
-    """As ``networks.lora.check_network_args``."""
+    """See ``networks.lora.check_network_args``."""
     LoraFluxNetwork.args_of(network_args, denoiser)
 
 
-#: as those of ``networks.lora``
+#: the same functions as in ``networks.lora``
 create_network = LoraFluxNetwork.create
 create_network_from_weights = LoraFluxNetwork.create_from_weights

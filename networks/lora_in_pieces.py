@@ -1,4 +1,4 @@
-"""What LoRA modules share whose halves are several parameters, so that each can be trained, or not, by itself."""
+"""The base of LoRA modules whose halves are several parameters, which are trained or frozen separately."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from networks.lora_module import LoraModule
 class LoraInPieces(LoraModule):
     """Low-rank change with the parameters ``down_0``, ``up_0``, ``down_1``, ...; in states and files they are joined.
 
-    Subclasses call ``take_apart`` when they are made; their ``halves`` and ``_load_from_state_dict`` say how the pieces
-    make up the halves.
+    Subclasses call ``take_apart`` when they are made; their ``halves`` and ``_load_from_state_dict`` define how the
+    pieces form the halves.
     """
 
     def take_apart(self, downs: Sequence[Tensor], ups: Sequence[Tensor]) -> None:
-        """Replace the two halves by these pieces of them, as many of the one as of the other."""
+        """Replace the two halves by these pieces, the same number of each."""
         del self.lora_down, self.lora_up
         self._piece_count = len(downs)
         for number, (down, up) in enumerate(zip(downs, ups, strict=True)):
@@ -26,7 +26,7 @@ class LoraInPieces(LoraModule):
             self.register_parameter(f"up_{number}", nn.Parameter(up.detach().clone()))
 
     def pieces(self, half: str) -> list[nn.Parameter]:
-        """The pieces of the half "down" or "up", in order."""
+        """Return the pieces of the half "down" or "up", in order."""
         return [self._parameters[f"{half}_{number}"] for number in range(self._piece_count)]
 
     def up_parameters(self) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""LoRA files merged into the weights of a model, and with each other; by names and shapes, without building models."""
+"""Merge LoRA files into the weights of a model, and with each other, by names and shapes, without building models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from networks.conversion.families import FLUX_OR_CHROMA, Part
 from networks.conversion.reshape import to_original
 from networks.model_keys import ModelPart
 
-#: numbers of a weight that are merged at a time
+#: elements of a weight that are merged at a time
 _CHUNK = 1 << 22
 _EPS = torch.finfo(torch.float32).eps
 
@@ -60,7 +60,8 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a file has for one layer: some of a low-rank change and changes of the whole weight and of the bias."""
+    """A file's changes of one layer: a low-rank change and full changes of the weight and of the bias, each
+    optional."""
 
     part: Part
     low_rank: LowRank | None
@@ -86,7 +87,7 @@ class LoraFile:
 
     @staticmethod
     def open(path: Path, ratio: float) -> LoraFile:
-        """Raises: UserError for a file that is missing, damaged, or no LoRA for FLUX.1, Chroma or a text encoder."""
+        """Open a file. Raises UserError if it is missing, damaged, or no LoRA for FLUX.1, Chroma or a text encoder."""
         file = read_adapter(path, FLUX_OR_CHROMA)
         adapters = {
             module.part.name("kohya", module.path): _adapter(module, str(path))
@@ -122,20 +123,20 @@ def _adapter(module: Module, title: str) -> Adapter:
 
 # ---- into a model ----
 
-#: tensor's name -> what changes it, in full or in low rank, and how much
+#: tensor's name -> its changes, full or low-rank, with their ratios
 Changes = Mapping[str, Sequence[tuple[LowRank | Tensor, float]]]
 
 
 def find_changes(
     part: ModelPart, shapes: Mapping[str, tuple[int, ...]], files: Sequence[LoraFile], source: object
 ) -> Changes:
-    """What the files change in one model.
+    """Find the changes of the files in one model.
 
     Args:
         shapes: names and shapes of the model's tensors, of the file ``source``.
 
     Raises:
-        UserError: an adapter has no place in the model or another shape, or there is none for it.
+        UserError: an adapter's module is not in the model or has another shape, or no adapter is for the model.
     """
     keys = part.lora_keys(shapes, source)
     found: dict[str, list[tuple[LowRank | Tensor, float]]] = defaultdict(list)
@@ -177,15 +178,15 @@ def merging_reader(
     precision: torch.dtype,
     save_dtype: torch.dtype,
 ) -> Callable[[str], Tensor]:
-    """``read`` with the changes in the weights: W + sum of ratio * (alpha / rank) up @ down.
+    """Return ``read`` with the changes merged: W + sum of ratio * (alpha / rank) up @ down.
 
-    A changed weight is made some rows at a time, so that only its result exists as a whole; with a DoRA, whose
-    magnitudes need the whole weight, a few copies of it do.
+    A changed weight is computed some rows at a time, so that only its result exists as a whole. A DoRA, whose
+    magnitudes need the whole weight, needs a few copies.
 
     Args:
         read: gives a model's tensor by its name, on the host.
-        loading_device: where it is put first.
-        working_device: where the changed ones are computed, in ``precision``.
+        loading_device: device that it is loaded to.
+        working_device: device of the computation, in ``precision``.
         save_dtype: of the changed ones.
     """
 
@@ -218,7 +219,7 @@ def merging_reader(
 
 
 def _dora_change(weight: Tensor, low_rank: LowRank) -> Tensor:
-    """W' - W of a DoRA, float32, as ``networks/dora.py`` defines it, for a weight (out, in) before any merging."""
+    """Return W' - W of a DoRA, float32, see ``networks/dora.py``, for a weight (out, in) before any merging."""
     assert low_rank.dora_scale is not None
     base = weight.float()
     up, down, magnitudes = (
@@ -236,15 +237,15 @@ def _dora_change(weight: Tensor, low_rank: LowRank) -> Tensor:
 def combine(
     files: Sequence[LoraFile], *, concat: bool, shuffle: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """One LoRA of several, as the tensors of a file.
+    """Combine several LoRAs into one, as the tensors of a file.
 
-    With ``concat`` the ranks are put side by side: the change is exactly the sum of ratio times each file's. Without,
-    downs are added to downs and ups to ups, which keeps the rank; each file's own product comes out at its ratio, but
-    products of one file's up with another's down come in as well.
+    With ``concat`` the ranks are concatenated: the change is exactly the sum of ratio times each file's. Without it,
+    down matrices are added to down matrices and up to up, which keeps the rank. Each file's own product has its ratio,
+    but products of one file's up with another's down come in as well.
 
     Args:
-        shuffle: exchange the ranks of a module, the same way on both sides, so that which of them are added is random
-            (and the same in each run); a file's own change stays what it was.
+        shuffle: permute the ranks of a module, the same way on both sides and in each run, so that random ranks are
+            added; a file's own change stays the same.
         dtype: to compute in.
 
     Raises:
@@ -264,11 +265,11 @@ def combine(
         _check_together(name, members, concat)
         downs, ups = [], []
         base = members[0][2]
-        # the strength of the merged file's tensors, so that a single file at ratio 1 keeps its numbers
+        # the strength of the merged file's tensors; a single file at ratio 1 keeps its values
         scale = base.scale or 1.0
         for number, file, low_rank in members:
             factor = file.ratio * low_rank.scale / scale
-            # half of the strength on each side; the sign can stand on one only
+            # the root of the strength on each side; the sign on one side only
             root = math.sqrt(abs(factor))
             down = low_rank.down.to(device=device, dtype=dtype) * math.copysign(root, factor)
             up = low_rank.up.to(device=device, dtype=dtype) * root

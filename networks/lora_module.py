@@ -43,30 +43,30 @@ class LoraModule(AdapterModule):
         nn.init.zeros_(self.lora_up.weight)
 
     def add_change(self, out: Tensor, x: Tensor) -> Tensor:
-        # the scale rides on the addition, which saves one pass over the output
+        # scaling within the addition saves one pass over the output
         return torch.add(out, self.low_rank_output(x), alpha=self.multiplier * self.scale_in_use)
 
     @property
     def scale_in_use(self) -> float:
-        """alpha / (ranks that this forward uses)."""
+        """Return Return alpha / (ranks that this forward uses)."""
         return self.scale
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        """The weights of the down and of the up half, with all ranks."""
+        """Return the weights of the down and of the up half, with all ranks."""
         return self.lora_down.weight, self.lora_up.weight
 
     def halves_in_use(self) -> tuple[Tensor, Tensor]:
-        """The same with the ranks that this forward uses."""
+        """Return the same with the ranks that this forward uses."""
         return self.halves()
 
     def up_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the up half, whose rate LoRA+ raises."""
+        """Return the parameters of the up half, whose learning rate LoRA+ raises."""
         return [self.lora_up.weight]
 
     def low_rank_output(self, x: Tensor) -> Tensor:
-        """U D x, in the shape of the module's output, neither scaled nor multiplied."""
+        """Return U D x, in the shape of the module's output, without scale and multiplier."""
         down, up = self.halves_in_use()
-        # autocast casts (and caches) the weights itself; without it float32 adapters follow a half-precision base
+        # autocast casts (and caches) the weights; without it float32 adapters are cast to a half-precision base's dtype
         if not torch.is_autocast_enabled(x.device.type):
             down, up = down.to(x.dtype), up.to(x.dtype)
         is_conv = isinstance(self.original, nn.Conv2d)
@@ -86,7 +86,7 @@ class LoraModule(AdapterModule):
             keep = 1.0 - self.dropouts.rank
             shape = [1] * hidden.dim()
             shape[0], shape[rank_axis] = hidden.shape[0], hidden.shape[rank_axis]
-            # dividing by the share that is kept leaves the expected change as it is
+            # dividing by the kept fraction keeps the expected change
             hidden = hidden * hidden.new_empty(shape).bernoulli_(keep).div_(keep)
         return hidden
 
@@ -94,7 +94,7 @@ class LoraModule(AdapterModule):
         return self.low_rank_weight() * (self.multiplier if multiplier is None else multiplier)
 
     def low_rank_weight(self) -> Tensor:
-        """(alpha / r) U D, float32, in the weight's shape."""
+        """Return Return (alpha / r) U D, float32, in the weight's shape."""
         down, up = (half.float().flatten(1) for half in self.halves())  # (r, in * kh * kw), (out, r)
         return (up @ down * self.scale).view(self.weight_shape)
 

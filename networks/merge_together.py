@@ -1,4 +1,4 @@
-"""Several networks merged into one model for good, as ``--base_weights`` and ``gen_img.py --network_merge`` ask."""
+"""Merge several networks into one model for good, for ``--base_weights`` and ``gen_img.py --network_merge``."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def merge_together(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
-    """Change the models as the networks do when they are applied together; none is applied before or after.
+    """Change the models as if the networks were applied together; none is applied before or after.
 
-    What a DoRA or an OFT changes depends on the weight that it is put on. So all of ours see the weights as they are
-    now; one after the other, the second would see what the first has made. Networks of third parties have no other way
-    than theirs, and follow in their order.
+    The change of a DoRA or an OFT depends on the base weight. So all of our networks use the present weights; merged
+    one after another, the second would use the result of the first. Networks of third parties only have their own
+    method, and follow in their order.
 
     Args:
         text_encoder: as ``networks.third_party.text_argument`` gives it.
         dtype: of the changed weights.
-        device: where sums are made.
+        device: device of the sums.
     """
     ours: list[AdapterModule] = []
     for merged in networks:

@@ -1,4 +1,4 @@
-"""Names of adapters and the weights they change, from a model file's tensor names alone: no model is built."""
+"""Map adapter names to the weights they change, from a model file's tensor names alone: no model is built."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from networks.conversion.families import FLUX_OR_CHROMA, Part
 
 @dataclass(frozen=True)
 class ModelPart:
-    """One of a family's models, as files hold it.
+    """One of a family's models in files.
 
     Attributes:
-        part: how its adapters are named.
+        part: the naming of its adapters.
         title: for messages.
-        sign: what stands in some tensor's name, right behind what precedes all of them in the file.
-        level: what module paths begin with, beside that.
+        sign: the beginning of some tensor's name, after the file's prefix.
+        level: a further prefix of module paths.
     """
 
     part: Part
@@ -28,7 +28,7 @@ class ModelPart:
     level: str = ""
 
     def lora_keys(self, shapes: Mapping[str, tuple[int, ...]], source: object) -> dict[str, str]:
-        """Published adapter's name -> the weight in the file that it changes, for every weight of the model.
+        """Return published adapter name -> the weight in the file that it changes, for every weight of the model.
 
         Raises:
             UserError: the weights of the file, ``source``, are quantised with scales.

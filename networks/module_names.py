@@ -1,4 +1,4 @@
-"""Importing the module that ``--network_module`` names: one of ours, or one of another project."""
+"""Import the module that ``--network_module`` names: one of this project, or of another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading ``--network_args key=value``: values are text, wrong ones are refused with the key and the remedy."""
+"""Read ``--network_args key=value``: values are text; wrong ones are refused with the key and what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FALSE = frozenset({"false", "0", "no", "off"})
 
 
 def read_bool(text: str) -> bool:
-    """``"False"`` is false: only the listed words are accepted, in any case."""
+    """Read a boolean; only the listed words are accepted, in any case, and ``"False"`` is false."""
     word = text.strip().lower()
     if word in _TRUE:
         return True
@@ -28,7 +28,7 @@ def read_bool(text: str) -> bool:
 
 
 def read_rank(text: str) -> int:
-    """A whole number from 0; 0 means no adapter there."""
+    """Read a whole number from 0; 0 means no adapter."""
     try:
         value = int(text)
     except ValueError:
@@ -53,7 +53,7 @@ def read_positive(text: str) -> float:
 
 
 def read_probability(text: str) -> float:
-    """At 1 nothing would ever be trained, so the range is [0, 1)."""
+    """Read a probability in [0, 1); at 1 nothing would be trained."""
     value = read_number(text)
     if not 0 <= value < 1:
         raise ValueError("must be at least 0 and less than 1")
@@ -61,7 +61,7 @@ def read_probability(text: str) -> float:
 
 
 def list_reader(item: Reader, count: int) -> Reader:
-    """A reader of exactly ``count`` comma-separated values."""
+    """Return a reader of exactly ``count`` comma-separated values."""
 
     def read(text: str) -> tuple[Any, ...]:
         words = [word.strip() for word in text.split(",")]
@@ -78,7 +78,7 @@ def list_reader(item: Reader, count: int) -> Reader:
     return read
 
 
-#: published names of block-rate curves -> the rate at x, which goes from 0 at the first block to 1 at the last
+#: published names of curves over the blocks -> the factor at x, which is 0 at the first block and 1 at the last
 _CURVES: Mapping[str, Callable[[float], float]] = MappingProxyType(
     {
         "sine": lambda x: math.sin(math.pi / 2 * x),
@@ -92,10 +92,10 @@ _CURVES: Mapping[str, Callable[[float], float]] = MappingProxyType(
 
 
 def rates_reader(count: int) -> Reader:
-    """A reader of ``count`` factors: written out, or as a curve over the blocks such as ``cosine`` or ``sine+0.25``.
+    """Return a reader of ``count`` factors: a list, or a curve over the blocks such as ``cosine`` or ``sine+0.25``.
 
-    Curves rise (``sine``, ``linear``) or fall (``cosine``, ``reverse_linear``) between 0 and 1; what follows the plus
-    is added to each.
+    Curves rise (``sine``, ``linear``) or fall (``cosine``, ``reverse_linear``) between 0 and 1; the number after the
+    plus is added to each factor.
     """
     read_list = list_reader(read_number, count)
 
@@ -119,21 +119,21 @@ def rates_reader(count: int) -> Reader:
 
 @dataclass(frozen=True)
 class PatternValues:
-    """Values for modules by regular expressions that are searched in their names; the first that is found wins."""
+    """Values for modules by regular expressions that are searched in their names; the first match wins."""
 
     entries: tuple[tuple[re.Pattern[str], Any], ...] = ()
 
     def place_of(self, name: str) -> int | None:
-        """Index of the entry that holds for a module's name, or ``None``."""
+        """Return the index of the entry for a module's name, or ``None``."""
         return next((index for index, (pattern, _) in enumerate(self.entries) if pattern.search(name)), None)
 
     def value_of(self, name: str) -> Any:
-        """The value that holds for a module's name, or ``None``."""
+        """Return the value for a module's name, or ``None``."""
         place = self.place_of(name)
         return None if place is None else self.entries[place][1]
 
     def refuse_idle(self, key: str, names: Iterable[str]) -> None:
-        """Raise UserError for a pattern that none of ``names`` holds: it would silently do nothing."""
+        """Raise UserError for a pattern that matches none of ``names``: it would silently do nothing."""
         names = list(names)
         for pattern, _ in self.entries:
             if not any(pattern.search(name) for name in names):
@@ -144,12 +144,12 @@ class PatternValues:
                 )
 
 
-#: up to an equals sign that a value follows; patterns may hold commas and equals signs themselves
+#: up to an equals sign with a value; patterns may contain commas and equals signs
 _PATTERN_VALUE = re.compile(r"\s*(.+?)=([^=,]*)(?:,|$)")
 
 
 def patterns_reader(item: Reader) -> Reader:
-    """A reader of ``regular expression=value`` pairs separated by commas."""
+    """Return a reader of ``regular expression=value`` pairs separated by commas."""
 
     def read(text: str) -> PatternValues:
         entries = []
@@ -173,7 +173,7 @@ def patterns_reader(item: Reader) -> Reader:
 
 
 def read_rate(text: str) -> float:
-    """A learning rate; 0 leaves a module as it is."""
+    """Read a learning rate; 0 freezes a module."""
     value = read_number(text)
     if not 0 <= value < math.inf:
         raise ValueError("must be at least 0")
@@ -192,7 +192,7 @@ def read_network_args(
         given: keys and values as on the command line; values that are not text are read by their ``str``.
         readers: the reader of each known key; raises ``ValueError`` saying what the value must be.
         module: the network module's name, for messages.
-        refused: keys that other modules know, and why this one cannot do them.
+        refused: keys that other modules know, with the reason why this one refuses them.
 
     Raises:
         UserError: for all unknown keys and unreadable values at once, one line each.

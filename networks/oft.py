@@ -1,23 +1,23 @@
 """OFT for SD 1.x, 2.x and SDXL (``--network_module networks.oft``): output features of a U-Net's layers are rotated.
 
 Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (arXiv:2306.07280). The weight W
-(out, in) becomes R^T W with R block-diagonal and orthogonal. All columns of W are turned alike, so that the angles
-between them, and with these their hyperspherical energy, stay as they are. (The paper turns the rows, in the space of
-the inputs; published files, and so this, rotate outputs.) Each block is the Cayley transform (section 4.1) of a
+(out, in) becomes R^T W with R block-diagonal and orthogonal. All columns of W are rotated alike, which keeps the angles
+between them, and so their hyperspherical energy. (The paper rotates the rows, in the space of the inputs; published
+files, and so this module, rotate outputs.) Each block is the Cayley transform (section 4.1) of a
 skew-symmetric Q = B - B^T,
 
     R = (I + Q) (I - Q)^-1 = I + 2 Q (I - Q)^-1,
 
-and B starts at zero. The bias is not rotated. ``--network_dim`` is the number of blocks n (4, if not given): the more,
-the smaller is the file. The constrained form of the paper (COFT) bounds how far R goes from I; here ``--network_alpha``
-does by |Q| <= alpha * out, the Frobenius norm of all blocks of a module; 1e-4 to 1e-2 are usual.
+and B starts at zero. The bias is not rotated. ``--network_dim`` is the number of blocks n (4, if not given): more
+blocks make a smaller file. The constrained form of the paper (COFT) bounds the distance of R from I; here
+``--network_alpha`` does, by |Q| <= alpha * out, the Frobenius norm of all blocks of a module; 1e-4 to 1e-2 are usual.
 
 Files hold ``oft_unet_<module>.oft_blocks`` (n, out / n, out / n) and ``.alpha``, a layout that ComfyUI, Forge and
 diffusers do not read: ``networks/convert_lora.py`` writes the one of LyCORIS' Diag-OFT, which ComfyUI reads. A strength
-other than 1 goes part of the way from W to R^T W, W + multiplier (R^T W - W), as in other programs; only 1 and 0 are
+other than 1 interpolates between W and R^T W, W + multiplier (R^T W - W), as in other programs; only 1 and 0 are
 rotations.
 
-The text encoders are left as they are. Network args: ``enable_all_linear`` (all linear layers and 1x1 convolutions of
+The text encoders are not adapted. Network args: ``enable_all_linear`` (all linear layers and 1x1 convolutions of
 the attention blocks, not only those of the attentions), ``enable_conv`` (ResNet blocks, downsamplers, upsamplers too);
 ``module_dropout``; ``network_reg_dims`` and ``network_reg_lrs``, and the rates of blocks, as in ``networks.lora``.
 """
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 MODULE_NAME = "networks.oft"
 PREFIX = "oft_unet"
 
-#: alphas from here on hardly bound anything
+#: larger alphas hardly bound anything
 _LOOSE_ALPHA = 1.0
 
 _NO_RANKS = "an OFT has no ranks; leave it out"
@@ -61,7 +61,7 @@ _NO_MAX_NORM = "networks.oft rotates weights and leaves their norms as they are;
 
 @dataclass(frozen=True)
 class OftArgs(LoraArgs):
-    """``enable_all_linear`` and ``enable_conv``: what is adapted besides the attentions' linear layers."""
+    """``enable_all_linear`` and ``enable_conv`` adapt more than the attentions' linear layers."""
 
     module_name: ClassVar[str] = MODULE_NAME
     refused: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -106,17 +106,17 @@ class OftArgs(LoraArgs):
 
 
 def generator_of(blocks: Tensor, bound: float) -> Tensor:
-    """Q (n, k, k) of B, float32, with a norm up to ``bound``."""
+    """Return Return Q (n, k, k) of B, float32, with a norm up to ``bound``."""
     blocks = blocks.float()
     skew = blocks - blocks.transpose(1, 2)
-    # below the bound the factor is exactly 1 and has no gradient, at a norm of 0, too
+    # below the bound the factor is exactly 1 and has no gradient, also at a norm of 0
     return skew * (bound / torch.linalg.vector_norm(skew).clamp(min=bound))
 
 
 def moved_by(generator: Tensor) -> Tensor:
-    """R - I (n, k, k) of Q."""
+    """Return Return R - I (n, k, k) of Q."""
     unit = torch.eye(generator.shape[-1], device=generator.device, dtype=generator.dtype)
-    # Q and (I - Q)^-1 commute; I - Q is never singular, so nothing waits for the device to look at errors
+    # Q and (I - Q)^-1 commute; I - Q is never singular, so nothing waits for the device's error flag
     return torch.linalg.solve_ex(unit - generator, 2.0 * generator).result
 
 
@@ -137,7 +137,7 @@ class OftModule(AdapterModule):
 
     @property
     def bound(self) -> float:
-        """The greatest norm of Q: alpha * out."""
+        """Return the greatest norm of Q: alpha * out."""
         return self.scale * self.rank * self.features
 
     def generator(self) -> Tensor:
@@ -204,7 +204,8 @@ class OftNetwork(LoraNetwork):
 
     @classmethod
     def sizes_in(cls, weights: Mapping[str, Tensor], source: str) -> dict[str, RankAlpha]:
-        """As in the base class, the number of blocks being the rank. Raises UserError where an alpha is missing."""
+        """Return sizes as in the base class; the rank is the number of blocks. Raises UserError if an alpha is
+        missing."""
         sizes = {}
         for name, tensor in weights.items():
             lora_name, _, kind = name.rpartition(".")
@@ -224,7 +225,7 @@ class OftNetwork(LoraNetwork):
         apply_text_encoder: bool = True,
         apply_unet: bool = True,
     ) -> None:
-        """As in the base class. Raises UserError if the U-Net is to be left alone: nothing would be left."""
+        """Apply as in the base class. Raises UserError without the U-Net: nothing would be adapted."""
         if not apply_unet:
             raise UserError(
                 f"--network_train_text_encoder_only: {self.module_name} adapts no text encoder; leave it out"
@@ -234,7 +235,7 @@ class OftNetwork(LoraNetwork):
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """As in the base class; learning rates of text encoders are passed over with a warning."""
+        """Return groups as in the base class; learning rates of text encoders are ignored with a warning."""
         given = text_encoder_lr if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
         if any(given):
             logger.warning("--text_encoder_lr has no effect: %s adapts no text encoder", self.module_name)
@@ -242,10 +243,10 @@ class OftNetwork(LoraNetwork):
 
 
 def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = UNET) -> None:
-    """As ``networks.lora.check_network_args``."""
+    """See ``networks.lora.check_network_args``."""
     OftNetwork.args_of(network_args, denoiser)
 
 
-#: as those of ``networks.lora``
+#: the same functions as in ``networks.lora``
 create_network = OftNetwork.create
 create_network_from_weights = OftNetwork.create_from_weights

@@ -5,9 +5,9 @@ The algebra is that of ``networks/oft.py``. A layer in which projections are sta
 bounded by |Q_i| <= alpha * its output features. Files hold ``oft_unet_<module>.oft_blocks.0``, ``.1``, ...
 (n, width / n, width / n), in the order of the projections, and ``.alpha``.
 
-Adapted are the attentions' layers in the blocks with two streams; with ``enable_all_linear=True`` all linear layers of
-all blocks. The other network args are ``module_dropout``, ``network_reg_dims`` and ``network_reg_lrs``. The text
-encoders are left as they are.
+It adapts the attention layers of the double-stream blocks; with ``enable_all_linear=True`` all linear layers of all
+blocks. The other network args are ``module_dropout``, ``network_reg_dims`` and ``network_reg_lrs``. The text encoders
+are not adapted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODULE_NAME = "networks.oft_flux"
 
 @dataclass(frozen=True)
 class OftFluxArgs(OftArgs):
-    """``enable_all_linear``: what is adapted besides the attentions' layers."""
+    """``enable_all_linear`` adapts more than the attentions' layers."""
 
     module_name: ClassVar[str] = MODULE_NAME
     refused: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -119,10 +119,10 @@ class OftFluxNetwork(OftNetwork):
 
 
 def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = DENOISER) -> None:
-    """As ``networks.lora.check_network_args``."""
+    """See ``networks.lora.check_network_args``."""
     OftFluxNetwork.args_of(network_args, denoiser)
 
 
-#: as those of ``networks.lora``
+#: the same functions as in ``networks.lora``
 create_network = OftFluxNetwork.create
 create_network_from_weights = OftFluxNetwork.create_from_weights

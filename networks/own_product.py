@@ -1,4 +1,4 @@
-"""W x of an adapted module, for adapters whose change depends on its weight W: DoRA and OFT."""
+"""Compute Compute W x of an adapted module, for adapters whose change depends on its weight W: DoRA and OFT."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from networks.adapter_module import AdapterModule
 
 
 def is_alone(adapter: AdapterModule) -> bool:
-    """Whether the hooked forward is the module's own, with its own weight."""
+    """Whether the hooked forward is the module's own, with its original weight."""
     own = getattr(adapter._original_forward, "__self__", None) is adapter.original
     return own and not adapter.has_merged_weight
 
 
 def own_product(adapter: AdapterModule, out: Tensor, x: Tensor) -> Tensor:
-    """W x without the bias; taken from the module's output ``out`` where no other adapter has changed that."""
+    """Return W x without the bias, from the module's output ``out`` if no other adapter has changed it."""
     if not is_alone(adapter):
         return product(adapter, x)
     bias = adapter.original.bias
@@ -25,7 +25,7 @@ def own_product(adapter: AdapterModule, out: Tensor, x: Tensor) -> Tensor:
 
 
 def product(adapter: AdapterModule, x: Tensor) -> Tensor:
-    """W x without the bias, with the weight as it was before any merging."""
+    """Return W x without the bias, with the weight before any merging."""
     layer, weight = adapter.original, adapter.base_weight.to(x.dtype)
     if isinstance(layer, nn.Conv2d):
         return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)

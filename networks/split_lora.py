@@ -1,13 +1,13 @@
-"""A LoRA of each projection that is stacked in one layer (``split_qkv``), in files one LoRA of the layer.
+"""A separate LoRA for each projection that is stacked in one layer (``split_qkv``); files have one LoRA of the layer.
 
 Transformers with joint attention have one linear layer for query, key and value (FLUX.1's ``linear1``: and the MLP's
-first half). A LoRA of that layer shares its down half among all of them; here each of the k projections has a LoRA of
-rank r to itself,
+first half). A LoRA of that layer shares its down half among all of them; here each of the k projections has its own
+LoRA of rank r,
 
     W'_i = W_i + (alpha / r) U_i D_i,    i = 1..k.
 
-Together they are a LoRA of rank k r, as which they are saved and every program reads them: D is the D_i one above the
-other, (k r, in), and U has the U_i on its block diagonal and zeros elsewhere, (out, k r). Its strength there is
+Together they are a LoRA of rank k r, which is saved and which every program reads: D is the stacked D_i, (k r, in), and
+U has the U_i on its block diagonal and zeros elsewhere, (out, k r). Its strength there is
 alpha / (k r), so that the saved alpha is k times the given one.
 """
 
@@ -26,7 +26,7 @@ from networks.targets import FoundModule, RankAlpha
 
 
 def is_block_diagonal(up: Tensor, widths: Sequence[int]) -> bool:
-    """Whether an up half (out, k r) is that of k projections of these output features apart; one of zeros is."""
+    """Whether an up half (out, k r) is block diagonal for projections of these output features; zeros are."""
     if up.dim() != 2 or up.shape[0] != sum(widths) or up.shape[1] % len(widths):
         return False
     outside = up.detach().clone()
@@ -36,13 +36,13 @@ def is_block_diagonal(up: Tensor, widths: Sequence[int]) -> bool:
 
 
 def _blocks(up: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """Views of the blocks on the diagonal, (width, r) each."""
+    """Return views of the blocks on the diagonal, (width, r) each."""
     rank = up.shape[1] // len(widths)
     return [rows[:, i * rank : (i + 1) * rank] for i, rows in enumerate(up.split(list(widths)))]
 
 
 class SplitLoraModule(LoraInPieces):
-    """Low-rank changes of the projections that one ``Linear`` holds.
+    """Low-rank changes of the projections in one ``Linear``.
 
     ``rank`` and ``alpha`` are those of the file, k times those of a projection. Pieces are ``down_0`` (r, in), ``up_0``
     (width of the projection, r), ``down_1``, ...
@@ -63,7 +63,7 @@ class SplitLoraModule(LoraInPieces):
     # ---- dropout ----
 
     def is_left_out(self) -> bool:
-        """Never as a whole: each projection's LoRA is left out by itself."""
+        """Return False: each projection's LoRA is dropped by itself."""
         return False
 
     def _drop(self, hidden: Tensor, rank_axis: int) -> Tensor:
@@ -76,7 +76,7 @@ class SplitLoraModule(LoraInPieces):
     # ---- states and files ----
 
     def check_apart(self, up: Tensor, source: str) -> None:
-        """Raise UserError where an up half (out, k r) of a file would not come back whole."""
+        """Raise UserError if an up half (out, k r) of a file is not block diagonal."""
         if up.shape == (sum(self.widths), self.rank) and not is_block_diagonal(up, self.widths):
             raise UserError(
                 f"{source}: the projections of {self.lora_name} are not apart in it, as split_qkv=True has them; leave "

@@ -1,4 +1,4 @@
-"""The best low-rank form of a weight's change."""
+"""Find the best low-rank approximation of a weight's change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def low_rank(change: Tensor, rank: int, *, clamp_quantile: float) -> tuple[Tensor, Tensor]:
-    """``up (out, rank) @ down (rank, in)``, nearest to ``change`` (out, in) among all matrices of that rank.
+    """Return up (out, rank) and down (rank, in), whose product is the nearest to ``change`` (out, in) of that rank.
 
     By the singular value decomposition (Eckart and Young 1936): up holds the left vectors times the singular values,
     down the right vectors.
@@ -16,8 +16,8 @@ def low_rank(change: Tensor, rank: int, *, clamp_quantile: float) -> tuple[Tenso
     Args:
         change: float32, on the device to compute on.
         rank: cut to the smaller side of ``change``.
-        clamp_quantile: numbers beyond plus or minus this quantile of all numbers of up and down are cut to it, as a few
-            of them are far larger than the others and do harm in low precision; 1 cuts none.
+        clamp_quantile: values of up and down are clamped to plus or minus this quantile, because a few outliers do harm
+            in low precision; 1 clamps none.
     """
     left, values, right = torch.linalg.svd(change, full_matrices=False)
     up, down = left[:, :rank] * values[:rank], right[:rank]

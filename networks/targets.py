@@ -1,4 +1,4 @@
-"""Which modules of a model carry adapters, and what they are called in files."""
+"""Find the modules of a model that carry adapters, and their names in files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from library.architectures.base import LORA_TARGET, LoraTarget
 from library.errors import UserError
 
-#: the features that have a magnitude each in a DoRA
+#: the features that have magnitudes in a DoRA
 DoraAxis = Literal["input", "output"]
 
 
@@ -22,7 +22,7 @@ class RankAlpha:
     rank: int
     alpha: float
     dora: DoraAxis | None = None  # None for a plain LoRA
-    widths: tuple[int, ...] = ()  # output features of the parts of an adapter that is split; their ranks are equal
+    widths: tuple[int, ...] = ()  # output features of the parts of a split adapter; their ranks are equal
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class FoundModule:
     lora_name: str
     path: str  # dotted, in its model
     module: nn.Module
-    published_path: str = ""  # the same as files of diffusers have it
+    published_path: str = ""  # the same in diffusers' files
     widths: tuple[int, ...] = ()  # output features of the projections that are stacked in it; () where it is one
 
     @property
     def is_spatial_conv(self) -> bool:
-        """A convolution with a kernel larger than 1x1; those have their own rank."""
+        """Whether it is a convolution with a kernel larger than 1x1, which has its own rank."""
         return isinstance(self.module, nn.Conv2d) and self.module.kernel_size != (1, 1)
 
 
-#: a rank this many times the features of a module is a slip; any matrix is of a rank no larger than its smaller side
+#: a rank this many times the features of a module is a mistake; a matrix has at most the rank of its smaller side
 _RANK_LIMIT = 100
 
 
 def check_rank(found: FoundModule, rank: int) -> None:
-    """Raise UserError for a rank that no memory has room for."""
+    """Raise UserError for an absurdly large rank."""
     features = max(found.module.weight.shape[:2])
     if rank > _RANK_LIMIT * features:
         raise UserError(
@@ -59,7 +59,8 @@ RankRule = Callable[[FoundModule], RankAlpha | None]
 
 
 def find_modules(model: nn.Module, target: LoraTarget) -> Iterator[FoundModule]:
-    """The ``Linear`` and ``Conv2d`` modules inside the target's classes and paths, each once, in the model's order."""
+    """Return the ``Linear`` and ``Conv2d`` modules inside the target's classes and paths, once each, in the model's
+    order."""
     seen: set[str] = set()
     # transformers 5 dropped the "text_model." level from CLIPTextModel; files keep it
     is_short_clip = type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
@@ -78,5 +79,5 @@ def find_modules(model: nn.Module, target: LoraTarget) -> Iterator[FoundModule]:
 
 
 def target_of(model: nn.Module, default: LoraTarget) -> LoraTarget:
-    """What the model's family says of its adapters; ``default`` for models that no family has loaded."""
+    """Return the adapter target of a model; ``default`` for models that no family has loaded."""
     return getattr(model, LORA_TARGET, default)

@@ -1,4 +1,4 @@
-"""What lies between our models and network modules of other projects, such as LyCORIS."""
+"""Adapt our models to network modules of other projects, such as LyCORIS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from library.errors import UserError
 
 
 class PublishedClip(nn.Module):
-    """A ``CLIPTextModel`` of transformers 5 with the level ``text_model`` that it lost; otherwise itself.
+    """A ``CLIPTextModel`` of transformers 5 with the level ``text_model`` that it dropped.
 
     Modules of other projects name their tensors by the paths that they find, and files in use have the level
     (``lora_te_text_model_encoder_layers_0_...``): without it no other program would find the text encoder's part.
@@ -34,7 +34,7 @@ class PublishedClip(nn.Module):
 
 
 def text_argument(text_encoders: Sequence[nn.Module]) -> nn.Module | list[nn.Module]:
-    """Text encoders as the protocol takes them: one as itself, several in a list; paths as in published files."""
+    """Return text encoders for the protocol: one as itself, several in a list; paths as in published files."""
     views = [
         PublishedClip(model)
         if type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
@@ -49,7 +49,7 @@ FULL_PRESET = "examples/lycoris/full.toml"
 
 
 def is_ours(module_name: str) -> bool:
-    """Whether a network module is one of this project, as ``--network_module`` names it."""
+    """Whether a network module belongs to this project, by its ``--network_module`` name."""
     return module_name.startswith("networks.")
 
 
@@ -66,7 +66,7 @@ def other_arguments(module_name: str, what: str, given: Mapping[str, object]) ->
 
 
 class PublishedDenoiser(nn.Module):
-    """A denoiser with the module paths of published files, where these are others: SDXL's ``input_blocks.4.1...``.
+    """A denoiser with the module paths of published files, where they differ: SDXL's ``input_blocks.4.1...``.
 
     Its modules are the denoiser's own. Containers that are no module there (of ResNet blocks, whose layers have other
     names) are empty ones with the class names that networks look for.
@@ -74,7 +74,7 @@ class PublishedDenoiser(nn.Module):
 
     def __init__(self, denoiser: nn.Module, target: LoraTarget) -> None:
         super().__init__()
-        self._denoiser = (denoiser,)  # in a tuple, so that its own paths are not among ours
+        self._denoiser = (denoiser,)  # in a tuple, so that its paths are not part of ours
         places: dict[str, str] = {}
         above = ""
         for path, _ in denoiser.named_modules():
@@ -114,7 +114,7 @@ class PublishedDenoiser(nn.Module):
 
 
 def denoiser_argument(module_name: str, denoiser: nn.Module) -> nn.Module:
-    """The denoiser as a network module takes it.
+    """Return the denoiser for a network module.
 
     Modules of other projects name their tensors by the paths that they find, so they get those of published files;
     ours know both.
@@ -129,7 +129,7 @@ def denoiser_argument(module_name: str, denoiser: nn.Module) -> nn.Module:
 
 
 def refuse_wrong_merge(module_name: str, network: Any, weights: Mapping[str, Tensor], multiplier: float) -> None:
-    """Raise UserError where LyCORIS (up to 4.1, at least) is known to merge something else than what was trained.
+    """Raise UserError where LyCORIS (at least up to 4.1) merges something else than it trained.
 
     It ignores the strength, and takes alpha / rank of LoHa and LoKr twice.
     """

@@ -1,4 +1,4 @@
-"""What is tried with a network of another project before the first step, so that it cannot fail only at the end."""
+"""Try a network of another project before the first step, so that it cannot fail only at the end."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def naming_module(module_name: str, doing: str) -> Iterator[None]:
-    """Turn what a third-party network raises within into one line that names its module.
+    """Turn errors of a third-party network into one line that names its module.
 
     Args:
-        doing: what it was asked to do, completing "it failed ...": "to save its weights".
+        doing: the action, completing "it failed ...": "to save its weights".
     """
     try:
         yield
@@ -35,15 +35,15 @@ def naming_module(module_name: str, doing: str) -> Iterator[None]:
 
 
 def is_clear(error: Exception) -> bool:
-    """Whether an error says what is wrong without the name of the module, or is not about the module."""
-    # on the meta device a network may only lack the weights, which callers look at
+    """Whether an error needs no name of the module, or is not about the module."""
+    # on the meta device a network may only lack the weights, which callers check
     on_meta = torch.get_default_device().type == "meta" or "meta tensor" in str(error)
     lacks_weights = isinstance(error, RuntimeError) and on_meta
     return lacks_weights or isinstance(error, (UserError, MemoryError, torch.cuda.OutOfMemoryError))
 
 
 def describe(error: Exception) -> str:
-    """An error of another project in one line, with its class and the place that raised it."""
+    """Describe an error of another project in one line, with its class and the place that raised it."""
     what = " ".join(str(error).split())
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
@@ -55,14 +55,14 @@ def describe(error: Exception) -> str:
 def make_network(
     module_name: str, make: Callable[[Mapping[str, str]], Any], given: Mapping[str, object]
 ) -> tuple[Any, Mapping[str, str]]:
-    """The network that ``make`` makes, and the network args that it needed beside those given.
+    """Return the network from ``make``, and the network args that it needed beside the given ones.
 
     Args:
-        make: called with these; it raises what the module raises.
+        make: called with network args; it raises the module's errors.
         given: the network args of the command line.
 
     Raises:
-        UserError: a third-party module failed. Ours say themselves what they cannot do.
+        UserError: a third-party module failed. Our modules raise their own errors.
     """
     try:
         return make({}), {}
@@ -84,10 +84,10 @@ def make_network(
 
 
 def keep_states_plain(network: nn.Module) -> None:
-    """Let every tensor of the network's ``state_dict()`` be contiguous and have memory of its own.
+    """Make every tensor of the network's ``state_dict()`` contiguous, in its own memory.
 
-    safetensors refuses others: convolutions of channels_last models are not contiguous, and neither are weights that a
-    network takes from them.
+    safetensors needs that: convolutions of channels_last models are not contiguous, and neither are weights that a
+    network copies from them.
     """
 
     def hook(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -106,7 +106,7 @@ def keep_states_plain(network: nn.Module) -> None:
 
 
 def try_saving(network: Any, module_name: str, folder: Path, *, suffix: str, dtype: torch.dtype | None) -> None:
-    """Save the network once, into a temporary folder within ``folder``, and look at what was written.
+    """Save the network once, into a temporary folder within ``folder``, and check the file.
 
     Raises:
         UserError: it could not be saved, or the file cannot be read.
@@ -126,9 +126,9 @@ def try_saving(network: Any, module_name: str, folder: Path, *, suffix: str, dty
 
 
 def why_states_do_not_resume(network: nn.Module) -> str | None:
-    """What goes wrong when the network is given its own state, as ``--resume`` does; None where nothing does.
+    """Load the network's own state, as ``--resume`` does, and return what goes wrong; None if it works.
 
-    Its parameters are afterwards as before.
+    Its parameters are unchanged afterwards.
     """
     kept = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     try:
@@ -143,11 +143,11 @@ def why_states_do_not_resume(network: nn.Module) -> str | None:
 
 
 def check_states(network: nn.Module, module_name: str, *, resumes: bool, saves_states: bool) -> None:
-    """Say at the start what could not be resumed.
+    """Report at the start what could not be resumed.
 
     Args:
-        resumes: whether this run goes on from a state.
-        saves_states: whether it writes some.
+        resumes: whether this run resumes from a state.
+        saves_states: whether it writes states.
 
     Raises:
         UserError: the network cannot take its own state back, and ``resumes``.

@@ -1,10 +1,10 @@
-"""Numbering of a U-Net's blocks, for block-wise ranks and learning rates.
+"""Number a U-Net's blocks, for block-wise ranks and learning rates.
 
 The numbers follow the original layout: input blocks (0 is the first convolution; each third one, from 3, is a
 downsampler), the middle block, output blocks (an upsampler belongs to the block it ends).
 
 * SD 1.x/2.x, 25 numbers: input blocks 0-11, the middle block 12, output blocks 0-11 as 13-24.
-* SDXL, 23 numbers: 0 the embeddings of time and size; input blocks 0-8 as 1-9; ResNet, attention and ResNet of the
+* SDXL, 23 numbers: 0 the time and size embeddings; input blocks 0-8 as 1-9; ResNet, attention and ResNet of the
   middle block as 10-12; output blocks 0-8 as 13-21; 22 the last convolution. Nothing in 0 and 22 carries adapters.
 """
 
@@ -24,7 +24,7 @@ _UP = re.compile(r"up_blocks\.(\d+)\.(attentions|resnets|upsamplers)\.(\d+)\.")
 
 
 def unet_block_index(path: str, blocks: BlockNumbering = SD_BLOCKS) -> int:
-    """Number of a module's block by its dotted path in diffusers' ``UNet2DConditionModel``.
+    """Return the number of a module's block by its dotted path in diffusers' ``UNet2DConditionModel``.
 
     Raises:
         ValueError: the path is in none of the blocks.

@@ -1,4 +1,4 @@
-"""Adapter files: reading, writing, and matching their tensors to a network."""
+"""Read and write adapter files, and match their tensors to a network."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: a piece of a tensor's name -> what the file then is; looked for only when a file does not fit
+#: a piece of a tensor's name -> the kind of the file; used only when a file does not fit
 _OTHER_KINDS = {
     "transformer.transformer_blocks.": "it is in diffusers naming; networks/convert_flux_lora.py converts it",
     "transformer.single_transformer_blocks.": "it is in diffusers naming; networks/convert_flux_lora.py converts it",
@@ -69,7 +69,7 @@ def check_adapter_file(path: Path) -> None:
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
-    """All tensors of a ``.safetensors`` file, or of a pickled one, which is opened without running its code.
+    """Read all tensors of a ``.safetensors`` file, or of a pickled one, which is opened without running its code.
 
     Raises:
         UserError: missing, unreadable or damaged file.
@@ -104,7 +104,7 @@ def write_weights(
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, RankAlpha]:
-    """Size of each module's adapter in a LoRA file; a file without alphas was made with alpha = rank."""
+    """Return the size of each module's adapter in a LoRA file; a file without alphas was made with alpha = rank."""
     found = {}
     for name, tensor in weights.items():
         if name.endswith(".lora_down.weight"):
@@ -126,13 +126,13 @@ def _metadata(file: str | Path | None) -> Mapping[str, str]:
 
 
 def refuse_other_model(file: str | Path | None, target: LoraTarget) -> None:
-    """Refuse the file of an adapter that says it was made for another model, whose modules have the same names.
+    """Refuse an adapter file whose metadata name another model with the same module names.
 
     Args:
-        target: of the denoiser that it is to adapt.
+        target: of the denoiser to adapt.
 
     Raises:
-        UserError: it says so.
+        UserError: the metadata name another model.
     """
     version = _metadata(file).get("ss_base_model_version", "") if target.namesakes else ""
     if (title := dict(target.namesakes).get(version)) is not None:
@@ -142,7 +142,7 @@ def refuse_other_model(file: str | Path | None, target: LoraTarget) -> None:
 
 
 def warn_of_missing_layers(file: str | Path | None, in_file: Collection[str], usual: Collection[str]) -> None:
-    """Warn of kinds of layers that a file has no adapters for, where its metadata do not say what it was made for.
+    """Warn of kinds of layers without adapters in a file whose metadata do not name its model.
 
     Args:
         in_file: the file's modules.
@@ -160,14 +160,14 @@ def warn_of_missing_layers(file: str | Path | None, in_file: Collection[str], us
 
 
 def _kind(name: str) -> str:
-    """A module's name without the numbers of its blocks."""
+    """Return a module's name without the numbers of its blocks."""
     return re.sub(r"\d+", "#", name)
 
 
 def select_weights(
     network: AdapterNetwork, weights: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of ``weights`` that belong to ``network``, alphas completed, and notes on what was left out.
+    """Return the tensors of ``weights`` that belong to ``network``, with alphas, and notes on skipped ones.
 
     Raises:
         UserError: tensors are missing, unknown, or of other shapes.
@@ -228,7 +228,7 @@ def refuse_misfits(
 def _module_weights(
     own: Mapping[str, Tensor], given: Mapping[str, Tensor], lora_name: str, source: str
 ) -> dict[str, Tensor]:
-    """One module's tensors, checked against its own, keyed as in the network."""
+    """Return one module's tensors, checked against its own, keyed as in the network."""
     given = dict(given)
     down = given.get("lora_down.weight")
     if "alpha" in own and "alpha" not in given and down is not None:
@@ -259,7 +259,7 @@ def _module_weights(
 
 
 def _explain(weights: Mapping[str, Tensor], module_name: str, available: Collection[str] = ()) -> str:
-    """What a file is that does not fit; ``available`` are the names of the network, which tell no other model."""
+    """Describe a file that does not fit; ``available`` are the names of the network, which show no other model."""
     if module_name.startswith("networks.oft") and any(name.endswith(".lora_down.weight") for name in weights):
         return f"it is a LoRA; use {module_name.replace('oft', 'lora')}"
     if any(name.startswith("lora_te2_") for name in available) and any(name.startswith("lora_te_") for name in weights):

@@ -1,6 +1,5 @@
-"""Encode the images of a data set once and keep the latents beside them, so that training need not.
-
-    accelerate launch tools/cache_latents.py \\
+"""Encode the images of a data set once and keep the latents beside them, so that training need not. accelerate launch
+tools/cache_latents.py \\
         --pretrained_model_name_or_path model.safetensors --dataset_config dataset.toml \\
         --vae_batch_size 4 --mixed_precision bf16
 

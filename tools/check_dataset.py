@@ -5,11 +5,11 @@
     python tools/check_dataset.py --config_file lora.toml --json report.json
 
 It finds images that cannot be read, equal and similar images, images that are both in training and in
-regularization (or validation) data, captions that are missing, empty or cut, missing masks, images that are enlarged
-or lose much by the crop, and settings without effect; it shows buckets, steps and tags.
+regularization (or validation) data, captions that are missing, empty or cut, missing masks, images that are enlarged or
+cropped much, and settings without effect; it shows buckets, steps and tags.
 
-Every other option of train_network.py is taken too, so that a training command or its --config_file can be checked as
-it is; what does not concern the data is named and not looked at.
+Every other option of train_network.py is accepted too, so that a training command or its --config_file can be checked
+as it is; options that do not concern the data are named and ignored.
 
 Exit codes: 0 nothing wrong, 1 errors were found (with --strict: errors or warnings), 2 wrong options or dataset file.
 docs/check_dataset.md explains every finding.
@@ -23,7 +23,7 @@ import logging
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.config_file import read_args
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
 
     ignored = check_options.not_looked_at(options)
     if ignored:
-        logger.info("not looked at, as it does not concern the data: %s", ", ".join(ignored))
+        logger.info("ignored, as it does not concern the data: %s", ", ".join(ignored))
     family = (SDXL if wanted.sdxl else FLUX if wanted.flux else SD).configured(options)
     report = check_data(options, wanted, family)
     print_report(report)

@@ -4,12 +4,12 @@
     python tools/convert_diffusers_to_flux.py --save_precision bf16 --mem_eff_load_save \\
         --diffusers_path transformer/diffusion_pytorch_model-00001-of-00003.safetensors --save_to flux1.safetensors
 
-FLUX.1 dev, FLUX.1 schnell and Chroma are told apart by their tensors. Values are the same bit for bit unless
---save_precision asks for another type. The file is written tensor by tensor, so a few hundred megabytes of memory are
+FLUX.1 dev, FLUX.1 schnell and Chroma are recognized by their tensors. Values are the same bit for bit unless
+--save_precision sets another dtype. The file is written tensor by tensor, so a few hundred megabytes of memory are
 enough, and it appears under its name only when it is whole. Autoencoder, CLIP-L and T5-XXL are not converted: they are
 read from their own files.
 
-docs/flux_tools.md says more.
+More: docs/flux_tools.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import logging
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.arguments import ConsoleOptions

@@ -1,4 +1,4 @@
-"""Adapter files as modules with tensors, whatever program's names they have."""
+"""Read adapter files as modules with tensors, under any program's names."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from networks.damaged import refuse_damaged
 from networks.file_names import ADAPTER_METADATA, PEFT_ROOT, TENSOR_NAMES, with_alphas
 
 DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
-#: changes of a whole weight and of its bias, as ComfyUI and LyCORIS extract them from models
+#: full changes of a weight and of its bias, as ComfyUI and LyCORIS extract them from models
 WEIGHT_CHANGE, BIAS_CHANGE = "diff", "diff_b"
-#: what splitting, joining and scaling are defined for; other tensors can only be renamed
+#: tensors that can be split, joined and scaled; other tensors can only be renamed
 LORA_TENSORS = frozenset({DOWN, UP, ALPHA, DORA})
 
-#: what diffusers' pipelines call their models that carry adapters
+#: names of models with adapters in diffusers' pipelines
 _MODELS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 #: magnitudes of PEFT and diffusers, of shape (out,), or (1, out, 1, 1) for convolutions
 _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight")
-#: tensors of LyCORIS and of decomposed convolutions, which have the same names everywhere
+#: tensors of LyCORIS and of decomposed convolutions, with the same names in all programs
 _RENAMED_ONLY = (
     "lora_mid.weight", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a",
     "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "oft_blocks", "oft_diag", "rescale", "on_input",
@@ -53,7 +53,7 @@ _OLD_PROJECTION = re.compile(r"(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\
 
 @dataclass(frozen=True)
 class Module:
-    """One adapted module as a file has it.
+    """One adapted module of a file.
 
     Attributes:
         path: of the module, in ``space``; in ``"original"`` one of the part's ``ModulePaths``.
@@ -70,7 +70,7 @@ class Module:
 
     @property
     def places(self) -> list[Place]:
-        """Where it lies in the original checkpoint; a joint module in the places of all its parts."""
+        """Return its places in the original checkpoint; a joint module has those of all its parts."""
         paths = self.part.paths
         if self.space == "original":
             return [Place(self.path, index) for index in range(len(paths.to_diffusers(self.path)))]
@@ -88,7 +88,7 @@ class Module:
 
     @property
     def strength(self) -> float:
-        """alpha / rank; a file without alphas was made with alpha = rank."""
+        """Return alpha / rank; without alphas, alpha = rank."""
         alpha = self.tensors.get(ALPHA)
         return 1.0 if alpha is None else float(alpha) / self.rank
 
@@ -100,11 +100,11 @@ class AdapterFile:
     family: Family
     metadata: dict[str, str]
     modules: list[Module]
-    is_own_oft: bool = False  # read from this project's own layout of OFT
+    is_own_oft: bool = False  # the file has this project's own layout of OFT
 
 
 def check_readable(path: Path) -> None:
-    """Refuse what is plainly no adapter, before anything is loaded.
+    """Refuse files that are clearly no adapters, before anything is loaded.
 
     Raises:
         UserError: no such file or folder, not a LoRA, names of no known program.
@@ -126,7 +126,7 @@ def check_readable(path: Path) -> None:
 
 
 def read_adapter(path: Path, family: Family | None = None) -> AdapterFile:
-    """An adapter file, or a folder that PEFT wrote; fp8, which torch hardly computes in, becomes bf16 without loss.
+    """Read an adapter file, or a folder that PEFT wrote; fp8 becomes bf16 without loss.
 
     Args:
         family: None detects it.
@@ -182,12 +182,12 @@ def _modern(key: str) -> str:
 
 
 def _column(magnitudes: Tensor) -> Tensor:
-    """(out,) as (out, 1), and (1, out, 1, 1) as (out, 1, 1, 1)."""
+    """Return Return (out,) as (out, 1), and (1, out, 1, 1) as (out, 1, 1, 1)."""
     return magnitudes.unsqueeze(1) if magnitudes.dim() == 1 else magnitudes.transpose(0, 1)
 
 
 def _peft_files(folder: Path) -> list[tuple[str, Path]]:
-    """(diffusers' name of the model, file) of a folder that PEFT wrote, or of the folders below it; "" is unknown."""
+    """Yield (diffusers' name of the model, file) of a folder that PEFT wrote, or of its subfolders; "" is unknown."""
     if (folder / PEFT_FILE).is_file():
         return [("", folder / PEFT_FILE)]
     found = sorted(folder.glob(f"*/{PEFT_FILE}"))
@@ -201,7 +201,7 @@ def _peft_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _load(path: Path) -> tuple[Naming, dict[str, Tensor], dict[str, str]]:
-    """Naming, tensors with alphas, and metadata; PEFT's tensors get diffusers' names."""
+    """Load naming, tensors with alphas, and metadata; PEFT's tensors get diffusers' names."""
     if not path.is_dir() and is_pickle(path):
         weights = load_pickle(path)
         return detect_naming(weights, str(path)), weights, {}
@@ -223,7 +223,7 @@ def _load(path: Path) -> tuple[Naming, dict[str, Tensor], dict[str, str]]:
 
 
 def _below(root: str, name: str) -> str:
-    """A name with its model's; files of a whole pipeline have that already."""
+    """Return a name with its model's prefix; files of a whole pipeline have it already."""
     return name if name.startswith(tuple(f"{model}." for model in _MODELS)) else f"{root}.{name}"
 
 
@@ -236,7 +236,7 @@ def _config(file: Path, root: str) -> dict[str, object]:
 
 
 def _root(weights: Mapping[str, Tensor]) -> str:
-    """Which model of a pipeline an adapter that PEFT wrote is for."""
+    """Return the model of a pipeline that an adapter from PEFT is for."""
     text = "\n".join(weights)
     if ".self_attn." in text:
         return "text_encoder"
@@ -244,7 +244,7 @@ def _root(weights: Mapping[str, Tensor]) -> str:
 
 
 def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor], title: str) -> Module:
-    """The module that a file calls ``name``.
+    """Return the module that a file names ``name``.
 
     Raises:
         UserError: the family has no such module, or the halves of its LoRA do not fit.
@@ -280,7 +280,7 @@ def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor
 
 
 def _space(part: Part, naming: Naming, path: str) -> Space | None:
-    """Whose path it is: that which the naming has, or the other."""
+    """Return the space of a path: the naming's own, or the other."""
     usual = part.space(naming)
     others: dict[Space, Space] = {"original": "diffusers", "diffusers": "original"}
     for space in (usual, others[usual]):

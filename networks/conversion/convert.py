@@ -1,4 +1,4 @@
-"""Writing an adapter file under another program's names, and proving that nothing else changed."""
+"""Write an adapter file under another program's names, and verify that nothing else changed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from networks.conversion.reshape import (
 )
 from networks.file_names import ADAPTER_METADATA
 
-#: largest |difference| / |delta| of a module: rounding of float32 sums, and what a cast costs
+#: largest |difference| / |delta| of a module: rounding of float32 sums, and the error of a cast
 _TOLERANCE = {None: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _TITLES: dict[Naming, str] = {
     "kohya": "kohya's (published) names",
@@ -56,7 +56,7 @@ _TITLES: dict[Naming, str] = {
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did; ``widened`` counts tensors that became float32 to keep their values."""
+    """The result of a conversion; ``widened`` counts tensors that became float32 to keep their values."""
 
     family: str
     source: Naming
@@ -83,11 +83,11 @@ class Report:
 
 
 class AlreadyConverted(Exception):
-    """The file has the names that were asked for."""
+    """The file already has the requested names."""
 
 
 def check_paths(source: Path, save_to: Path, to: Naming, flag: str = "--save_to") -> None:
-    """Refuse what cannot end well before anything is loaded.
+    """Refuse impossible conversions before anything is loaded.
 
     Args:
         flag: the option that named ``save_to``, for messages.
@@ -125,8 +125,8 @@ def convert(
         flag: the option that named ``save_to``, for messages.
 
     Raises:
-        UserError: see ``check_paths`` and ``read_adapter``; a tensor that the target has no place for; the deltas of
-            what was written differ.
+        UserError: see ``check_paths`` and ``read_adapter``; a tensor that the target cannot hold; the written deltas
+            differ.
         AlreadyConverted: nothing to do.
     """
     assert to in NAMINGS
@@ -146,7 +146,7 @@ def convert(
 
     metadata = {k: v for k, v in file.metadata.items() if k not in (ADAPTER_METADATA, RECORD, *SSHS_KEYS)}
     hashed = to == "kohya" or any(name in file.metadata for name in SSHS_KEYS)
-    if file.is_own_oft:  # it is one of theirs now
+    if file.is_own_oft:  # it has their layout now
         metadata |= {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "diag-oft"})}
     if records:
         metadata[RECORD] = write_record(records)
@@ -167,7 +167,8 @@ def convert(
 
 
 def _converted(file: AdapterFile, to: Naming) -> tuple[list[Module], dict[str, dict[str, Any]], int]:
-    """Modules in the paths of ``to``, the records of those whose alpha is gone, and how many became float32."""
+    """Return modules with the paths of ``to``, the records of modules without alpha, and how many tensors became
+    float32."""
     title = str(file.path)
     if to in ("diffusers", "peft"):
         for module in file.modules:
@@ -189,7 +190,7 @@ def _converted(file: AdapterFile, to: Naming) -> tuple[list[Module], dict[str, d
 
 
 def _published_name(module: Module) -> str:
-    """The published name of a module with an original path."""
+    """Return the published name of a module with an original path."""
     path = module.path if module.part.published == "original" else module.part.paths.to_diffusers(module.path)[0]
     return module.part.name("kohya", path)
 
@@ -217,7 +218,7 @@ def _named(modules: list[Module], to: Naming) -> dict[str, Tensor]:
         for kind, tensor in module.tensors.items():
             spelled = kind if to in ("kohya", "comfyui") else _PEFT_KINDS.get(kind)
             if spelled is None:
-                continue  # alpha, which _converted has put elsewhere
+                continue  # alpha, which _converted has moved
             key = f"{name}.{spelled}"
             assert key not in tensors, key
             tensors[key] = _vector(tensor) if spelled == _PEFT_KINDS[DORA] else tensor
@@ -228,7 +229,7 @@ _PEFT_KINDS = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude
 
 
 def _vector(magnitudes: Tensor) -> Tensor:
-    """(out, 1) as (out,), and (out, 1, 1, 1) as (1, out, 1, 1)."""
+    """Return Return (out, 1) as (out,), and (out, 1, 1, 1) as (1, out, 1, 1)."""
     return magnitudes.squeeze(1) if magnitudes.dim() == 2 else magnitudes.transpose(0, 1)
 
 
@@ -237,7 +238,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str,
 
 
 def _write_peft(folder: Path, modules: list[Module], metadata: dict[str, str], dtype: torch.dtype | None) -> int:
-    """One folder for each model, with tensors and configuration."""
+    """Write one folder for each model, with tensors and configuration."""
     by_model: dict[str, list[Module]] = defaultdict(list)
     for module in modules:
         by_model[module.part.diffusers].append(module)
@@ -264,10 +265,10 @@ def _peft_config(modules: list[Module]) -> dict[str, object]:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        # "^": not the end of another module's path
+        # "^" so that it does not match the end of another module's path
         "rank_pattern": {f"^{path}": r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{path}": a for path, a in alphas.items() if a != alpha},
-        # a list would also choose modules whose paths end so
+        # a list would also match modules whose paths end like this
         "target_modules": "|".join(path.replace(".", r"\.") for path in paths),
         "use_dora": any(DORA in module.tensors for module in modules),
         "bias": "none",
@@ -280,10 +281,10 @@ def _peft_config(modules: list[Module]) -> dict[str, object]:
 
 
 def _prove(file: AdapterFile, written: Path, title: Path, dtype: torch.dtype | None) -> Difference:
-    """Read what was written and compare it with the source.
+    """Read the written file and compare it with the source.
 
     Raises:
-        UserError: the deltas differ by more than the dtypes explain.
+        UserError: the deltas differ by more than rounding.
     """
     again = replace(read_adapter(written, file.family), path=title)
     difference = compare(file.modules, again.modules, str(title), exact_tensors=dtype is None)

@@ -1,4 +1,4 @@
-"""The families whose adapter files can be renamed: their parts, the parts' prefixes, and how to tell them apart."""
+"""The families whose adapter files can be renamed: their parts, prefixes, and how to recognize them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from networks.file_names import PEFT_ROOT
 
 Naming = Literal["kohya", "diffusers", "peft", "comfyui"]
 NAMINGS: tuple[Naming, ...] = ("kohya", "diffusers", "peft", "comfyui")
-#: whose module paths a naming has
+#: the module paths of each naming
 Space = Literal["original", "diffusers"]
 
 
@@ -40,13 +40,13 @@ class Part:
         return "original" if naming == "comfyui" else "diffusers"
 
     def prefixes(self, naming: Naming) -> tuple[str, ...]:
-        """What its modules' names begin with; PEFT's are read under diffusers' names."""
+        """Return the prefixes of its modules' names; PEFT's are read under diffusers' names."""
         if naming == "kohya":
             return self.kohya
         return tuple(f"{name}." for name in (self.comfyui if naming == "comfyui" else (self.diffusers,)))
 
     def name(self, naming: Naming, path: str) -> str:
-        """A module's name in a file, from its path in ``space(naming)``."""
+        """Return a module's name in a file, from its path in ``space(naming)``."""
         if naming == "kohya":
             return self.kohya[0] + path.replace(".", "_")
         return (PEFT_ROOT if naming == "peft" else self.prefixes(naming)[0]) + path
@@ -96,7 +96,7 @@ FLUX_FAMILY, CHROMA = _flux("flux", "FLUX.1"), _flux("chroma", "Chroma")
 FLUX_OR_CHROMA = _flux("flux", "FLUX.1 or Chroma")  # the same names
 FAMILIES = {family.key: family for family in (SD1, SD2, SDXL_FAMILY, FLUX_FAMILY, CHROMA)}
 
-#: what only files of families that are not known here hold
+#: names that only files of unsupported families have
 _OTHERS = {
     "joint_blocks": "Stable Diffusion 3",
     "img_mlp_fc1": "HunyuanImage",
@@ -109,10 +109,10 @@ _OTHERS = {
 
 
 def detect_naming(names: Mapping[str, object], title: str) -> Naming:
-    """Whose names a file has.
+    """Return the program whose names a file has.
 
     Raises:
-        UserError: none that is known.
+        UserError: no known program.
     """
     # FLUX.1's modules also come without the name of the model
     bare_original, bare_diffusers = (
@@ -141,10 +141,10 @@ def detect_naming(names: Mapping[str, object], title: str) -> Naming:
 
 
 def detect_family(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], title: str) -> Family:
-    """The family that a file was made for, from names, widths and metadata.
+    """Return the family that a file was made for, from names, widths and metadata.
 
     Raises:
-        UserError: another family, or names alone do not tell.
+        UserError: another family, or ambiguous names.
     """
     text = "\n".join(shapes).replace(".", "_")
     for piece, other in _OTHERS.items():
@@ -156,7 +156,7 @@ def detect_family(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, 
     if re.search(is_flux, text) or "flux" in told or "chroma" in told:
         if "chroma" in told or "distilled_guidance" in text:
             return CHROMA
-        # what Chroma lacks
+        # layers that Chroma lacks
         only_flux = r"_mod_lin|_modulation_lin|norm1_linear|norm_linear|norm1_context|(time|vector|guidance)_(in|text)_"
         return FLUX_FAMILY if "flux" in told or re.search(only_flux, text) else FLUX_OR_CHROMA
     widths = {s[1] for n, s in shapes.items() if re.search(r"attn2[._]to_[kv]\.[\w.]*(down|_A)", n) and len(s) > 1}

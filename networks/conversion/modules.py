@@ -1,4 +1,4 @@
-"""Where a family's adapted modules lie in original checkpoints and in diffusers, and how their names are made up.
+"""The paths of a family's adapted modules in original checkpoints and in diffusers.
 
 A denoiser has two sets of module paths: those of its original checkpoint and those of diffusers. Most modules exist in
 both. FLUX.1's joint projections (``qkv``, ``linear1``) are several modules in diffusers: they share the input, and
@@ -29,7 +29,7 @@ class Place:
 class ModulePaths(ABC):
     """Two-way map between original module paths and diffusers'."""
 
-    #: what paths consist of, beside numbers: published names have ``_`` for ``.``, which only this undoes
+    #: the words of paths, beside numbers, which are needed to turn ``_`` of published names back into ``.``
     words: frozenset[str]
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -39,14 +39,14 @@ class ModulePaths(ABC):
 
     @abstractmethod
     def to_diffusers(self, original: str) -> tuple[str, ...]:
-        """diffusers' modules that make up an original one, in the order of its rows; empty if it is unknown."""
+        """Return diffusers' modules of an original one, in the order of its rows; empty if it is unknown."""
 
     @abstractmethod
     def to_original(self, diffusers: str) -> Place | None:
-        """Where a module of diffusers lies; None if it is unknown."""
+        """Return the place of a module of diffusers; None if it is unknown."""
 
     def rows(self, original: str, *, inputs: int, outputs: int | None) -> list[int]:
-        """Rows of each of the modules that ``to_diffusers`` names, from the joint module's inputs and outputs.
+        """Return the rows of each module of ``to_diffusers``, from the joint module's inputs and outputs.
 
         ``outputs`` may be left out for joint modules, where not all parts are known.
         """
@@ -58,7 +58,7 @@ class ModulePaths(ABC):
         return False
 
     def dotted(self, underscored: str) -> str | None:
-        """``a_b_0_c`` as the path ``a_b.0.c``; None if it is not made of this model's words."""
+        """Return ``a_b_0_c`` as the path ``a_b.0.c``; None if it does not consist of this model's words."""
         components, position = [], 0
         while position < len(underscored):
             found = self._component.match(underscored, position)
@@ -84,7 +84,7 @@ class SamePaths(ModulePaths):
 
 
 class UNetPaths(ModulePaths):
-    """The U-Net of Stable Diffusion: LDM's blocks against diffusers', transformers alike in both."""
+    """The U-Net of Stable Diffusion: LDM's blocks and diffusers', with equal transformers."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(_UNET_WORDS.split())
@@ -156,6 +156,6 @@ FLUX = FluxPaths()
 
 
 def unet_paths(attention: Sequence[bool], **config: Any) -> UNetPaths:
-    """Paths of a U-Net with two residual blocks in each level, ``attention`` telling which levels have transformers."""
+    """Return the paths of a U-Net with two residual blocks per level; ``attention`` marks levels with transformers."""
     kinds: Iterable[str] = ("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention)
     return UNetPaths({"down_block_types": tuple(kinds), "layers_per_block": 2, **config})

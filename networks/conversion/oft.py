@@ -1,9 +1,9 @@
-"""Files of ``networks.oft`` and ``networks.oft_flux`` in the layout of LyCORIS' Diag-OFT, which other programs read.
+"""Convert files of ``networks.oft`` and ``networks.oft_flux`` to LyCORIS' Diag-OFT, which other programs read.
 
 Both turn W (out, in) to R^T W with R = (I + Q) (I - Q)^-1, Q = B - B^T, in blocks of the outputs. Theirs is one tensor
 ``oft_blocks`` (n, k, k) for each module, below ``lora_unet_``, and an alpha that bounds |Q|, where 0 bounds nothing.
-Ours has a bound that other programs compute otherwise. So what is written is B = Q / 2 with our bound applied, and
-alpha 0: no reader can understand it in another way. Projections that are stacked in one layer have blocks of their own
+Our bound is computed differently by other programs. So the converter writes B = Q / 2 with our bound applied, and alpha
+0, which is unambiguous. Projections that are stacked in one layer have blocks of their own
 sizes here; there they are put into blocks of one size, along whose diagonals they stand.
 """
 
@@ -29,7 +29,7 @@ def is_own_layout(names: Mapping[str, object]) -> bool:
 
 
 def as_diag_oft(weights: Mapping[str, Tensor], title: str) -> dict[str, Tensor]:
-    """The tensors in the other layout, float32.
+    """Return the tensors in the other layout, float32.
 
     Raises:
         UserError: an alpha is missing, or the rotations of what would be written are not those of the file.
@@ -54,12 +54,12 @@ def as_diag_oft(weights: Mapping[str, Tensor], title: str) -> dict[str, Tensor]:
 
 
 def _bounded(blocks: Tensor, alpha: float) -> Tensor:
-    """Q (n, k, k) of one projection, whose bound is alpha times its outputs."""
+    """Return Return Q (n, k, k) of one projection, whose bound is alpha times its outputs."""
     return generator_of(blocks, alpha * blocks.shape[0] * blocks.shape[1])
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Blocks (n_i, k_i, k_i) of several projections as blocks (n, k, k) of the smallest size that holds them whole."""
+    """Join blocks (n_i, k_i, k_i) of several projections to blocks (n, k, k) of the smallest size that holds them."""
     sizes = [size for part in parts for size in (part.shape[1],) * part.shape[0]]
     starts = [sum(sizes[:place]) for place in range(len(sizes))]
     total = sum(sizes)

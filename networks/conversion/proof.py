@@ -1,4 +1,4 @@
-"""Whether two adapter files change a model's weights alike."""
+"""Check whether two adapter files change a model's weights alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from networks.conversion.adapter_file import ALPHA, DOWN, UP, Module
 from networks.conversion.modules import Place
 from networks.conversion.reshape import swap_halves
 
-_ROWS = 1024  # of a delta that are in memory at a time
+_ROWS = 1024  # elements of a delta in memory at a time
 
 #: a model and the place of a module in its original checkpoint
 _Key = tuple[str, Place]
@@ -44,7 +44,7 @@ def compare(before: Iterable[Module], after: Iterable[Module], title: str, *, ex
 
     Args:
         title: of the second file, for messages.
-        exact_tensors: whether what is only renamed (magnitudes, LoHa, ...) must be equal to the bit.
+        exact_tensors: whether renamed tensors (magnitudes, LoHa, ...) must be equal to the bit.
 
     Raises:
         UserError: a module is missing in one of them, or a tensor that was only renamed differs.
@@ -58,7 +58,7 @@ def compare(before: Iterable[Module], after: Iterable[Module], title: str, *, ex
         present = one or other
         assert present is not None
         if one and other and torch.equal(one.up, other.up) and torch.equal(one.down, other.down):
-            continue  # the same factors: most modules of most conversions, and products of large models take minutes
+            continue  # the same factors, as in most conversions; products of large models take minutes
         absolute = largest = 0.0
         for start in range(0, len(present.up), _ROWS):
             # a part without an adapter is one of zeros
@@ -97,7 +97,7 @@ def _factors(modules: Iterable[Module], title: str) -> dict[_Key, _Factors]:
 
 
 def _compare_renamed(before: list[Module], after: list[Module], title: str, *, exact: bool) -> None:
-    """Tensors that no delta is made of: magnitudes, and those of other kinds of adapters."""
+    """Compare tensors outside of deltas: magnitudes, and those of other kinds of adapters."""
     old, new = _others(before), _others(after)
     for key in sorted(old.keys() ^ new.keys()):
         raise UserError(f"{title}: {'.'.join(key)} is in only one of the files")

@@ -1,4 +1,4 @@
-"""Adapters of joint modules as adapters of their parts and back, and strengths inside weights.
+"""Split adapters of joint modules into those of their parts and back, and fold strengths into weights.
 
 A joint module's rows are those of its parts, one after another. Its adapter W += s * up @ down is, for part i,
 W_i += s * up[rows_i] @ down: the parts share ``down``. Where each column of ``up`` is zero outside one part's rows (as
@@ -21,7 +21,7 @@ from torch import Tensor
 from library.errors import UserError
 from networks.conversion.adapter_file import ALPHA, DORA, DOWN, UP, Module
 
-#: in the metadata of files without alphas: what they were, so that converting back gives the same tensors
+#: metadata key with the original alphas, so that converting back gives the same tensors
 RECORD = "convert_lora_alphas"
 
 
@@ -29,7 +29,7 @@ RECORD = "convert_lora_alphas"
 
 
 def to_original(modules: Iterable[Module], title: str) -> list[Module]:
-    """The modules with original paths; parts of joint modules are joined.
+    """Return modules with original paths; parts of joint modules are joined.
 
     Raises:
         UserError: a joint module's parts have more than a plain LoRA's tensors.
@@ -54,7 +54,7 @@ def to_original(modules: Iterable[Module], title: str) -> list[Module]:
 
 
 def to_diffusers(module: Module, title: str) -> list[Module]:
-    """A module with an original path as diffusers' modules.
+    """Return diffusers' modules of a module with an original path.
 
     Raises:
         UserError: it would have to be split but has more than a plain LoRA's tensors, or its rows fit no split.
@@ -69,7 +69,7 @@ def to_diffusers(module: Module, title: str) -> list[Module]:
 
 
 def swap_halves(rows: Tensor) -> Tensor:
-    """The second half of the rows first."""
+    """Swap the two halves of the rows."""
     return torch.cat(list(reversed(rows.chunk(2))))
 
 
@@ -89,7 +89,7 @@ def _only_plain(module: Module, allowed: set[str], title: str) -> None:
 
 
 def _join(path: str, parts: dict[int, Module], title: str) -> dict[str, Tensor]:
-    """One adapter of a joint module from those of its parts; parts without one get rows of zeros."""
+    """Join the adapters of a joint module's parts; parts without one get rows of zeros."""
     for module in parts.values():
         _only_plain(module, {DOWN, UP, ALPHA}, title)
     first = next(iter(parts.values()))
@@ -102,7 +102,7 @@ def _join(path: str, parts: dict[int, Module], title: str) -> dict[str, Tensor]:
     strengths = {index: module.strength for index, module in parts.items()}
     same = len(set(strengths.values())) == 1
     downs = [module.tensors[DOWN] for module in parts.values()]
-    # with strengths of their own, the parts' go into their weights
+    # parts with different strengths have them folded into their weights
     ups = {
         i: m.tensors[UP] if same else scaled(m.tensors[UP], strengths[i], m.tensors[UP].dtype) for i, m in parts.items()
     }
@@ -127,7 +127,7 @@ def _join(path: str, parts: dict[int, Module], title: str) -> dict[str, Tensor]:
 
 
 def _split(module: Module, title: str) -> dict[int, dict[str, Tensor]]:
-    """The tensors of each part that the joint module's adapter changes, by the part's index."""
+    """Return the tensors of each part that the joint module's adapter changes, by the part's index."""
     _only_plain(module, {DOWN, UP, ALPHA}, title)
     down, up = module.tensors[DOWN], module.tensors[UP]
     rows = module.part.paths.rows(module.path, inputs=down.shape[1], outputs=up.shape[0])
@@ -148,7 +148,7 @@ def _split(module: Module, title: str) -> dict[int, dict[str, Tensor]]:
 
 
 def _own_columns(ups: Sequence[Tensor]) -> list[slice] | None:
-    """Each part's own columns of a block-sparse joint weight; None where parts share columns."""
+    """Return each part's own columns of a block-sparse joint weight; None if parts share columns."""
     used = torch.stack([(up != 0).any(dim=0) for up in ups])  # (parts, rank)
     count, rank = used.shape
     if rank % count == 0:
@@ -158,7 +158,7 @@ def _own_columns(ups: Sequence[Tensor]) -> list[slice] | None:
             return [slice(i * size, (i + 1) * size) for i in range(count)]
     if (used.sum(dim=0) > 1).any() or not used.any():
         return None
-    # ranks of their own: a column without values belongs to the part of the column before it
+    # a column of zeros belongs to the part of the column before it
     owners: list[int] = []
     for column in range(rank):
         own = used[:, column].nonzero()
@@ -184,7 +184,7 @@ def scaled(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Folded:
-    """A module without alpha, and what it was; ``widened`` if a tensor had to become float32."""
+    """A module without alpha, and the original alpha; ``widened`` if a tensor had to become float32."""
 
     module: Module
     record: dict[str, Any]
@@ -216,9 +216,9 @@ def fold_strength(module: Module) -> Folded:
 
 
 def restore_strength(module: Module, record: Mapping[str, Any] | None) -> Module:
-    """A module with its alpha: as ``record`` tells, otherwise alpha = rank or what PEFT's configuration told.
+    """Return a module with its alpha: from ``record``, otherwise alpha = rank or PEFT's configuration.
 
-    A record that does not fit the tensors (any more) changes nothing about the deltas: alpha stays as it is then.
+    A record that does not fit the tensors (any more) is ignored, so that it never changes the deltas.
     """
     tensors = dict(module.tensors)
     if not module.is_lora:
@@ -234,7 +234,7 @@ def restore_strength(module: Module, record: Mapping[str, Any] | None) -> Module
             fits = torch.equal(plain.float() * strength, stored.float())
             if fits:
                 tensors[folded] = plain
-        else:  # PEFT's configuration tells the strength, in decimals
+        else:  # PEFT's configuration has the strength, in decimals
             fits = math.isclose(module.strength, strength, rel_tol=1e-6)
         if fits:
             tensors.pop(ALPHA, None)
@@ -249,14 +249,14 @@ def restore_strength(module: Module, record: Mapping[str, Any] | None) -> Module
 
 
 def write_record(records: Mapping[str, dict[str, Any]]) -> str:
-    """Records by module as JSON; the commonest stands once."""
+    """Write records by module as JSON; the most common one is written once."""
     as_text = Counter(json.dumps(record, sort_keys=True) for record in records.values())
     common = json.loads(as_text.most_common(1)[0][0]) if as_text else {}
     return json.dumps({"all": common, "modules": {n: r for n, r in records.items() if r != common}}, sort_keys=True)
 
 
 def read_record(metadata: Mapping[str, str], module: str) -> dict[str, Any] | None:
-    """The record of one module; None without one that can be understood."""
+    """Return the record of one module; None if there is no valid one."""
     try:
         content = json.loads(metadata.get(RECORD, "null"))
         record = content["modules"].get(module, content["all"])

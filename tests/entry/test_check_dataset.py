@@ -39,7 +39,7 @@ def test_one_report_of_everything(tmp_path: Path, tiny_sd: MadeCheckpoint) -> No
     )
     assert done.code == 1, done.text
     assert "Traceback" not in done.text
-    for words in ("2.png", "r.png", "64x64", "steps an epoch", "2 errors", "[bold] dog", "not looked at"):
+    for words in ("2.png", "r.png", "64x64", "steps an epoch", "2 errors", "[bold] dog", "does not concern the data"):
         assert words in done.text, words
     assert "--network_dim" in done.err
     report = json.loads(report_file.read_text(encoding="utf-8"))
