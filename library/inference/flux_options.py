@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from library.config.fields import option
-from library.errors import UserError, did_you_mean
-from library.files.precisions import COMPUTE
+from library.errors import UserError
+from library.inference.part_dtypes import PartDtype, read_part_dtypes
 from library.inference.prompt_line import MAX_SEED, MAX_STEPS, check_size
 
 #: sides of images are multiples of this many pixels
 SIZE_STEP = 16
-#: names of dtypes for ``--dtype`` and the options beside it
-COMPUTE_DTYPES = {**COMPUTE, **{name: name for name in ("float32", "float16", "bfloat16")}}
-#: names of dtypes of stored weights; fp8 has 4 bits of exponent and 3 of mantissa, with scales where needed
-FP8_DTYPES = dict.fromkeys(("fp8", "fp8_e4m3fn", "float8_e4m3fn"), "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -105,46 +101,10 @@ class FluxInferenceOptions:
         return FluxInferenceOptions(*(group(options) for options in GROUPS))
 
 
-@dataclass(frozen=True)
-class PartDtype:
-    """The dtypes of storage and computation of one part of the model, as names of torch's dtypes."""
-
-    compute: str
-    is_fp8: bool = False
-
-    def __str__(self) -> str:
-        return f"fp8 ({self.compute})" if self.is_fp8 else self.compute
-
-
 def part_dtypes(options: FluxPrecisionOptions) -> dict[str, PartDtype]:
-    """Return the dtypes of ``clip_l``, ``t5xxl``, ``flux`` and ``ae``.
-
-    Raises:
-        UserError: unknown names, or fp8 where there is none.
-    """
-    if options.dtype in FP8_DTYPES:
-        raise UserError(
-            f"--dtype {options.dtype}: nothing is computed in fp8; keep weights in it with --flux_dtype fp8"
-        )
-    base = _dtype("--dtype", options.dtype, COMPUTE_DTYPES)
-    found = {}
-    for part in ("clip_l", "t5xxl", "flux", "ae"):
-        flag, given = f"--{part}_dtype", getattr(options, f"{part}_dtype")
-        if given is None:
-            found[part] = PartDtype(base)
-        elif given in FP8_DTYPES and part != "ae":
-            found[part] = PartDtype(base, is_fp8=True)
-        else:
-            found[part] = PartDtype(
-                _dtype(flag, given, COMPUTE_DTYPES if part == "ae" else {**COMPUTE_DTYPES, **FP8_DTYPES})
-            )
-    return found
-
-
-def _dtype(flag: str, text: str, known: dict[str, str]) -> str:
-    if text not in known:
-        raise UserError(f"{flag} {text}: unknown; choose from {', '.join(known)}{did_you_mean(text, known)}")
-    return known[text]
+    """Return the dtypes of ``clip_l``, ``t5xxl``, ``flux`` and ``ae``. Raises UserError: see ``read_part_dtypes``."""
+    given = {part: getattr(options, f"{part}_dtype") for part in ("clip_l", "t5xxl", "flux", "ae")}
+    return read_part_dtypes(options.dtype, given, without_fp8=("ae",), example="flux")
 
 
 def check_options(options: FluxInferenceOptions) -> None:

@@ -22,8 +22,9 @@ import flux_minimal_inference
 import gen_img
 from library.architectures.flux import Flux
 from library.errors import UserError
-from library.inference.flux_minimal import ImageSession, draw_images
+from library.inference.flux_minimal import draw_images
 from library.inference.flux_options import FluxInferenceOptions, check_options
+from library.inference.minimal import ImageSession
 from tests.fixtures.drawn import pixels, text_of
 from tests.fixtures.loaded_flux import make_adapter
 from tests.fixtures.runs import ROOT, environment, lora_arguments, run_script, train_here, write_dataset

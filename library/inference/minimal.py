@@ -1,0 +1,306 @@
+"""Generate images with one model at a time in memory: what the families' minimal inference scripts share.
+
+A family's script gives a ``MinimalModel``, which is a table of its parts and settings; everything else is here: check
+every file, encode, sample, decode, save.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import Architecture, Conditioning
+from library.errors import UserError
+from library.inference.adapter_files import adapt, open_adapters, read_choice
+from library.inference.failures import OutOfMemory, naming_memory
+from library.inference.file_names import FileNames, try_folder
+from library.inference.generate import decode_images, encode_texts, generate_latents
+from library.inference.models import GenerateOptions, ImageModels
+from library.inference.part_dtypes import PartDtype
+from library.inference.parts import Parts
+from library.inference.plan import PlannedImage, Repetition, plan_images
+from library.inference.png import save_png
+from library.inference.prompt_line import ImagePrompt
+from library.inference.settings import ImageSettings, random_seed
+from library.memory.fp8 import store_in_fp8
+from library.memory.host_heap import keep_freed_memory
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+TEXT, DENOISER, VAE = "text encoders", "transformer", "autoencoder"
+MEMORY_REMEDY = "try a smaller one, or --offload"
+#: texts of a session whose encodings are kept; each takes 8 MB
+KEPT_TEXTS = 16
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """One part of the model: what its flags call it, and how it is kept."""
+
+    name: str
+    dtype: PartDtype
+
+    @property
+    def compute(self) -> torch.dtype:
+        return getattr(torch, self.dtype.compute)
+
+
+@dataclass(frozen=True)
+class MinimalModel:
+    """What a family's script says about its model.
+
+    Attributes:
+        family: as it works with this checkpoint.
+        common: settings that a prompt does not set itself.
+        encoders: text encoders, in the family's order.
+        takes_guidance: whether the model has an input for embedded guidance.
+        read_prompt: (typed line, what messages call it) -> prompt.
+    """
+
+    family: Architecture
+    checkpoint: Any
+    common: ImageSettings
+    encoders: Sequence[ModelPart]
+    denoiser: ModelPart
+    vae: ModelPart
+    takes_guidance: bool
+    read_prompt: Callable[[str, str], ImagePrompt]
+
+
+@dataclass(frozen=True)
+class MinimalOptions:
+    """Options that all minimal inference scripts have."""
+
+    lora_weights: Sequence[str]  # "file;strength"
+    merge_lora_weights: bool
+    offload: bool
+    output_dir: Path
+    seed: int | None
+
+
+def generate_typed(session: ImageSession, lines: TextIO) -> list[Path]:
+    """Generate prompts that are typed, or come through a pipe, one a line; errors are printed, and the next is read."""
+    written = []
+    for number, line in enumerate(_typed(lines), start=1):
+        where = f"prompt {number}"
+        try:
+            prompt = session.read_prompt(line, where)
+            with naming_memory(MEMORY_REMEDY):
+                written.append(session.draw(prompt))
+        except OutOfMemory as error:
+            session.free()
+            logger.error("%s: %s", where, error)
+        except UserError as error:
+            logger.error("%s", error)
+        except KeyboardInterrupt:
+            logger.info("%s: stopped", where)
+            break
+    return written
+
+
+def _typed(lines: TextIO) -> Iterator[str]:
+    """Yield lines up to the first empty one, the end of the file, or Ctrl-C.
+
+    They are read as bytes, as a text stream would drop all that it has read ahead at the first wrong byte.
+    """
+    source = getattr(lines, "buffer", lines)
+    while True:
+        if lines.isatty():
+            print("prompt (an empty line ends): ", end="", file=sys.stderr, flush=True)
+        try:
+            raw = source.readline()
+        except KeyboardInterrupt:
+            return
+        try:
+            line = (raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw).strip()
+        except UnicodeDecodeError:
+            logger.error("the line is no UTF-8 text")
+            continue
+        if not line:
+            return
+        yield line
+
+
+class ImageSession:
+    """A model that is ready to generate. No weights are read before the first image.
+
+    Args:
+        model: with its files, which are checked here.
+        options: of the script.
+
+    Raises:
+        UserError: files that are missing, damaged or of other models; all are checked here.
+    """
+
+    def __init__(self, model: MinimalModel, options: MinimalOptions) -> None:
+        self._model = model
+        self._options = options
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._checkpoint, self._family = model.checkpoint, model.family
+        logger.info("model: %s, %s", self._checkpoint.path, self._checkpoint.info.description)
+        dtypes = (*model.encoders, model.denoiser, model.vae)
+        logger.info("on %s in %s", self._device, ", ".join(f"{part.name} {part.dtype}" for part in dtypes))
+        # names and shapes of the whole model: every file is checked before the first weight is read
+        self._outlines = self._load_outlines()
+        choices = [read_choice(text, "--lora_weights") for text in options.lora_weights]
+        self._adapters = open_adapters(choices, *self._outlines)
+        self._strengths = [file.strength for file in self._adapters]
+        self._tokenizers = self._family.load_tokenizers(self._checkpoint)
+        if self._device.type == "cpu" and not options.offload:
+            keep_freed_memory()  # not if memory must be freed
+        loaders = {TEXT: self._load_text_encoders, DENOISER: self._load_denoiser, VAE: self._load_vae}
+        self._parts = Parts(loaders, one_at_a_time=options.offload, device=self._device)
+        self._encoded: dict[str, Conditioning] = {}
+        try_folder(options.output_dir)
+        self._files = FileNames(options.output_dir)
+
+    def read_prompt(self, line: str, where: str) -> ImagePrompt:
+        """Parse one typed line. Raises UserError: a mistake in it, named with ``where`` it is."""
+        return self._model.read_prompt(line, where)
+
+    # ---- generating ----
+
+    def draw(self, prompt: ImagePrompt) -> Path:
+        """Generate an image of one prompt and save it.
+
+        Raises:
+            UserError: strengths (``--m``) that fit no adapters; the file cannot be written.
+        """
+        planned = self._plan(prompt)
+        settings = planned.settings
+        self._set_strengths(planned.multipliers)
+        self._encode(settings)
+        image = self._decode(self._sample(settings))
+        path = self._files.next(settings.seed)
+        strengths = zip(self._adapters, self._strengths, strict=True)
+        network = ", ".join(f"{file.path.name}:{strength:g}" for file, strength in strengths)
+        save_png(image, path, settings.record(model=Path(self._checkpoint.path).name, network=network))
+        logger.info("image: %s (seed %d)", path, settings.seed)
+        return path
+
+    # each step drops its models, so that the next one can use their memory
+
+    def _encode(self, settings: ImageSettings) -> None:
+        known = [text for text in settings.texts() if text in self._encoded]
+        self._encoded |= {text: self._encoded.pop(text) for text in known}  # the most recently used come last
+        texts = [text for text in settings.texts() if text not in self._encoded]
+        if not texts:
+            return
+        encoders, _ = self._parts.get(TEXT)
+        # without autocast: each text encoder computes in its own dtype, which need not be the transformer's
+        drawing = self._drawing(torch.float32)
+        for text, found in encode_texts(self._family, self._tokenizers, encoders, texts, drawing).items():
+            self._encoded[text] = found.to(self._device, torch.float32)
+        for text in list(self._encoded)[:-KEPT_TEXTS]:
+            del self._encoded[text]
+
+    def _sample(self, settings: ImageSettings) -> Tensor:
+        denoiser, _ = self._parts.get(DENOISER)
+        models = ImageModels(self._family, denoiser=denoiser)
+        return generate_latents(models, [settings], self._drawing(self._model.denoiser.compute), self._encoded)
+
+    def _decode(self, latents: Tensor) -> Image:
+        models = ImageModels(self._family, vae=self._parts.get(VAE))
+        return decode_images(models, latents, self._drawing(torch.float32))[0]
+
+    def _drawing(self, autocast: torch.dtype) -> GenerateOptions:
+        remedy = "try --ae_dtype float32, or --dtype bfloat16"
+        return GenerateOptions(self._device, autocast, weighted=False, nan_remedy=remedy)
+
+    def free(self) -> None:
+        """Free the memory of all models; they are loaded again when they are needed."""
+        self._parts.free()
+
+    def _plan(self, prompt: ImagePrompt) -> PlannedImage:
+        if prompt.guidance_scale is not None and not self._model.takes_guidance:
+            logger.warning("--g has no effect with %s", self._checkpoint.info.description)
+            prompt = replace(prompt, guidance_scale=None)
+        seed = self._options.seed
+        (planned,) = plan_images([prompt], self._model.common, Repetition(random_seed() if seed is None else seed))
+        if planned.settings.negative_prompt and planned.settings.scale == 1.0:
+            logger.warning("the negative prompt has no effect at CFG scale 1; set --cfg_scale (--c in a prompt)")
+        return planned
+
+    def _set_strengths(self, given: Sequence[float]) -> None:
+        """Set the strengths of the prompt, and of the command line for the remaining files."""
+        if given and self._options.merge_lora_weights:
+            raise UserError("--m: strengths are fixed with --merge_lora_weights; leave that out to change them")
+        if len(given) > len(self._adapters):
+            raise UserError(f"--m: {len(given)} strengths for {len(self._adapters)} files of --lora_weights")
+        wanted = [*given, *(file.strength for file in self._adapters[len(given) :])]
+        changed = [file for file, old, new in zip(self._adapters, self._strengths, wanted, strict=True) if old != new]
+        if any(file.adapts_text for file in changed):
+            self._encoded.clear()
+        self._strengths = wanted
+        for loaded in self._parts.loaded:
+            networks = loaded[1] if isinstance(loaded, tuple) else ()
+            for network, strength in zip(networks, wanted, strict=False):
+                if network is not None:
+                    network.set_multiplier(strength)
+
+    # ---- loading ----
+
+    def _load_outlines(self) -> tuple[list[nn.Module], nn.Module]:
+        """Load text encoders and transformer without weights."""
+        encoders = self._family.load_text_encoders(self._checkpoint, dtype=torch.float32, device="meta")
+        self._family.load_vae(self._checkpoint, dtype=torch.float32, device="meta")
+        return encoders, self._family.load_denoiser(self._checkpoint, dtype=torch.float32, device="meta")
+
+    def _load_text_encoders(self) -> tuple[list[nn.Module], list[nn.Module | None]]:
+        parts = self._model.encoders
+        encoders = []
+        for place, part in enumerate(parts):  # each in its own dtype
+            others = [other != place for other in range(len(parts))]
+            device = self._loading_device(part)
+            loaded = self._family.load_uncached_text_encoders(
+                self._checkpoint, others, dtype=part.compute, device=device
+            )
+            encoders.append(loaded[place])
+        return encoders, self._finished(encoders, parts, encoders, self._outlines[1])
+
+    def _load_denoiser(self) -> tuple[nn.Module, list[nn.Module | None]]:
+        part = self._model.denoiser
+        denoiser = self._family.load_denoiser(self._checkpoint, dtype=part.compute, device=self._loading_device(part))
+        return denoiser, self._finished([denoiser], [part], self._outlines[0], denoiser)
+
+    def _load_vae(self) -> nn.Module:
+        return self._family.load_vae(self._checkpoint, dtype=self._model.vae.compute, device=str(self._device))
+
+    def _loading_device(self, part: ModelPart) -> str:
+        """Return the device to load to.
+
+        fp8 weights are made on the host, layer by layer, so that the device never holds more.
+        """
+        return "cpu" if part.dtype.is_fp8 else str(self._device)
+
+    def _finished(
+        self,
+        models: Sequence[nn.Module],
+        parts: Sequence[ModelPart],
+        encoders: Sequence[nn.Module],
+        denoiser: nn.Module,
+    ) -> list[nn.Module | None]:
+        """Convert loaded models, move them to the device and apply their adapters; returns the applied networks."""
+        merge = self._options.merge_lora_weights
+
+        def adapted() -> list[nn.Module | None]:
+            is_text = models is encoders
+            return adapt(
+                self._adapters, self._strengths, encoders, denoiser, text=is_text, merge=merge, device=self._device
+            )
+
+        networks = adapted() if merge else []  # nothing can be merged into fp8
+        for model, part in zip(models, parts, strict=True):
+            if part.dtype.is_fp8:
+                store_in_fp8(model, self._device)
+        return networks if merge else adapted()
