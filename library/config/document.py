@@ -10,21 +10,19 @@ Made from the dataclasses and the rules on them.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from library.config.arguments import TrainNetworkOptions
 from library.config.core import CORE
-from library.config.declaration import IdleRule
+from library.config.declaration import Declaration, IdleRule
 from library.config.fields import int_or_float
 from library.config.implied import implied
-from library.config.no_effect.by_dataset import NO_REGULARISATION, OPTIONS
-from library.config.no_effect.by_plan import EPOCHS, EPOCHS_BEFORE_THE_LAST, STEPS
+from library.data.idle_options import NO_REGULARISATION, OPTIONS
 from library.optim.schedulers import schedules_that_read
-
-if TYPE_CHECKING:
-    from library.architectures.base import Architecture
+from library.training.idle_options import EPOCHS, EPOCHS_BEFORE_THE_LAST, STEPS
 
 FOLDER = Path(__file__).parents[2] / "docs" / "options"
 
@@ -36,31 +34,34 @@ A page for each group. Every option is a flag of the command line and, without i
 [train_network.md](../train_network.md).
 
 - `--output_config --config_file run.toml` writes the options of a command line to a file, without secrets.
-- `--explain` shows every option's value and where it comes from: default, file and line, command line, another option.
+- `--explain` shows the options that were set, and where each value comes from: file and line, command line, another
+  option; `--explain all` shows every option.
 - `--dry_run` checks options, data, and the headers of images and models, and shows the plan: models, buckets, steps,
   trained parameters, files. No weights are loaded.
 - An option that changes nothing in a run is named in a warning; with `--strict` it is an error. The column *has no
   effect* says when that is.
 - An empty text (`--vae ""`) leaves an option without a default out, as programs that start the scripts write all of
-  their fields; so does an empty text for a number in a file.
+  their fields. In a file, so do `"None"` and an empty list, for every option; 1 and 0 are true and false for switches.
+- A key of a file that is a letter or two away from an option is an error. Keys of known programs and of other scripts are
+  passed over in one line; other unknown keys are named in a warning, and are errors with `--strict`.
+- Lists that are given twice are joined. Another option that is given twice must have the same value.
+- `--help` shows an example and the topics, `--help TOPIC` or `--help OPTION` explains them.
 
 """
 
 
-def scripts() -> dict[str, Architecture]:
-    """The training scripts, whose families may have options of their own."""
-    from library.architectures.flux import FLUX
-    from library.architectures.sd import SD
-    from library.architectures.sdxl import SDXL
-
-    return {"train_network": SD, "sdxl_train_network": SDXL, "flux_train_network": FLUX}
+def scripts() -> dict[str, Declaration]:
+    """The training scripts with what their families and kinds declare: those with a ``DECLARATION``."""
+    root = FOLDER.parents[1]
+    names = [path.stem for path in sorted(root.glob("*.py")) if "script_parser(" in path.read_text(encoding="utf-8")]
+    return {name: importlib.import_module(name).DECLARATION for name in names}
 
 
-def pages(families: Mapping[str, Architecture] | None = None) -> dict[str, str]:
+def pages(declared: Mapping[str, Declaration] | None = None) -> dict[str, str]:
     """Every page's text by its file name: one for each group, and one for each script with options of its own.
 
     Args:
-        families: by script, without ``.py``; those of ``scripts``, if not given.
+        declared: by script, without ``.py``; those of ``scripts``, if not given.
     """
     groups = TrainNetworkOptions.groups()
     index = (
@@ -72,9 +73,9 @@ def pages(families: Mapping[str, Architecture] | None = None) -> dict[str, str]:
         )
     )
     own = {
-        script: architecture
-        for script, architecture in (scripts() if families is None else families).items()
-        if architecture.declaration.groups
+        script: declaration
+        for script, declaration in (scripts() if declared is None else declared).items()
+        if declaration.groups
     }
     if own:
         counts = ([f"[`{script}.py`]({script}.md)", str(_count(family))] for script, family in own.items())
@@ -86,8 +87,8 @@ def pages(families: Mapping[str, Architecture] | None = None) -> dict[str, str]:
     )
 
 
-def _count(architecture: Architecture) -> int:
-    return sum(len(dataclasses.fields(group)) for group in architecture.declaration.groups.values())
+def _count(own: Declaration) -> int:
+    return sum(len(dataclasses.fields(group)) for group in own.groups.values())
 
 
 def _title(group: type) -> str:
@@ -98,13 +99,13 @@ def _page(group: type) -> str:
     return f"{_MADE}# {_title(group)}\n\n{_options(group, CORE.idle)}\n[All options](README.md)\n"
 
 
-def _script_page(script: str, architecture: Architecture) -> str:
+def _script_page(script: str, own: Declaration) -> str:
     """The family's own options, and what becomes of those of all families."""
     text = f"{_MADE}# Options of `{script}.py` alone\n\n"
-    for group in architecture.declaration.groups.values():
-        text += f"## {_title(group)}\n\n{_options(group, architecture.declaration.idle)}\n"
-    others = [[f"`--{name}`", f"refused: {why}"] for name, why in architecture.declaration.refused.items()]
-    others += [[f"`--{name}`", f"no effect {why}"] for name, why in architecture.declaration.unused.items()]
+    for group in own.groups.values():
+        text += f"## {_title(group)}\n\n{_options(group, own.idle)}\n"
+    others = [[f"`--{name}`", f"refused: {why}"] for name, why in own.refused.items()]
+    others += [[f"`--{name}`", f"no effect {why}"] for name, why in own.unused.items()]
     if others:
         text += f"## Options that are not for this script\n\n{_table(('option', 'why'), others)}\n"
     return f"{text}[All options](README.md)\n"

@@ -1,6 +1,6 @@
 """Find settings that can have no effect: by the other settings, when the dataset file is read, and by the images.
 
-``library.config.no_effect.by_dataset`` checks flags of the command line.
+``library.data.idle_options`` checks flags of the command line.
 They cause warnings and never errors, because a dataset file is often made from another one.
 """
 

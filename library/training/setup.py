@@ -10,12 +10,11 @@ from library.architectures.base import Architecture, ModelInfo
 from library.config.arguments import OptimizerOptions, TrainNetworkOptions
 from library.config.console import setup_console
 from library.config.no_effect import report
-from library.config.no_effect.by_dataset import without_effect_on_data
-from library.config.no_effect.by_plan import without_effect_in_plan
 from library.config.rules import check as check_rules
 from library.data.conditioning import Role, check_roles
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
+from library.data.idle_options import without_effect_on_data
 from library.data.unread_captions import unread_captions
 from library.diffusion.objective import Objective
 from library.files.atomic import recover_directory
@@ -26,6 +25,7 @@ from library.optim.schedule_checks import check_scheduler
 from library.training import precision
 from library.training.caching import inspect_model
 from library.training.checkpoints import OutputNames
+from library.training.idle_options import without_effect_in_plan
 from library.training.kinds.base import Kind
 from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
 from library.training.resume import check_fits, read_state

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from library.config.arguments import ValidationOptions
-from library.config.no_effect.by_dataset import NO_VALIDATION
 from library.data.batch import Batch
 from library.data.dataset_config import DatasetConfig
+from library.data.idle_options import NO_VALIDATION
 from library.data.validation_data import ValidationData
 from library.errors import UserError
 from library.inference.generate import undisturbed

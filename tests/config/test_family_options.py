@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.base import Architecture
 from library.architectures.sd import SD
 from library.config.arguments import TrainNetworkOptions, flat, with_groups
 from library.config.config_file import read_args
+from library.config.declaration import Declaration
 from library.config.document import is_number, pages, scripts, unit_of
 from library.config.explain import explanation
 from library.config.flow import DDPM_ONLY, FlowOptions, WeightingOptions
@@ -217,7 +217,7 @@ def test_what_cannot_work_is_refused(given: dict[str, object], words: str) -> No
 
 
 def test_pages_of_a_script_with_own_options() -> None:
-    made = pages({"toy_train_network": TOY, "train_network": SD})
+    made = pages({"toy_train_network": TOY.declaration, "train_network": SD.declaration})
     assert "[`toy_train_network.py`](toy_train_network.md) | 12 |" in made["README.md"]
     page = made["toy_train_network.md"]
     assert page.index("## Toy model") < page.index("## Weighting of timesteps") < page.index("## Flow matching\n")
@@ -227,15 +227,18 @@ def test_pages_of_a_script_with_own_options() -> None:
     assert "train_network.md" not in made and set(pages()) < {*made, *(f"{name}.md" for name in scripts())}
 
 
-@pytest.mark.parametrize("family", [TOY, *scripts().values()], ids=lambda family: family.name)
-def test_own_numbers_have_units_and_declarations_name_options(family: Architecture) -> None:
-    kind = with_groups(TrainNetworkOptions, family.declaration.groups)
+OWNERS = {"toy": TOY.declaration, **scripts()}
+
+
+@pytest.mark.parametrize("own", OWNERS.values(), ids=OWNERS)
+def test_own_numbers_have_units_and_declarations_name_options(own: Declaration) -> None:
+    kind = with_groups(TrainNetworkOptions, own.groups)
     fields = {field.name: field for field, _ in flat(kind.from_args(argparse.Namespace()))}
-    for group in family.declaration.groups.values():
+    for group in own.groups.values():
         for field in dataclasses.fields(group):
             assert not is_number(field) or unit_of(field) is not None, f"--{field.name}: unit= is missing"
-    assert {*family.declaration.refused, *family.declaration.unused} <= set(fields)
-    assert {name for rule in family.declaration.idle for name in rule.names} <= set(fields)
+    assert {*own.refused, *own.unused, *own.texts} <= set(fields)
+    assert {name for rule in own.idle for name in rule.names} <= set(fields)
 
 
 # ---- resuming ----

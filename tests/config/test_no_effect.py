@@ -17,14 +17,14 @@ from library.config.arguments import TrainNetworkOptions, flat
 from library.config.core import CORE
 from library.config.declaration import Declaration, Facts
 from library.config.no_effect import reasons, report, without_effect
-from library.config.no_effect.by_dataset import ON_VALIDATION, without_effect_on_data
-from library.config.no_effect.by_dataset import OPTIONS as DATA_OPTIONS
-from library.config.no_effect.by_plan import without_effect_in_plan
 from library.config.rules import check
 from library.data.dataset_config import load_dataset_config
+from library.data.idle_options import ON_VALIDATION, without_effect_on_data
+from library.data.idle_options import OPTIONS as DATA_OPTIONS
 from library.errors import NoEffect, UserError
 from library.optim.optimizers import resolve_optimizer
 from library.optim.schedule_checks import check_scheduler
+from library.training.idle_options import without_effect_in_plan
 from library.training.kinds.adapter import Adapter
 from library.training.plan import RunPlan
 from library.training.settings import schedule_settings

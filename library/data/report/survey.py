@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.arguments import TrainNetworkOptions
-from library.config.no_effect.by_dataset import without_effect_on_data
 from library.config.rules import DATA_RULES, check
 from library.data import describe
 from library.data.caption_lengths import Measure, length_of_longest, measure_of
@@ -23,6 +22,7 @@ from library.data.conditioning import check_none_is_extra, pair
 from library.data.dataset import TrainingData
 from library.data.dataset_config import DatasetConfig, SubsetSpec, load_dataset_config
 from library.data.discover import Faults, Seen, discover
+from library.data.idle_options import without_effect_on_data
 from library.data.image_io import covering_size
 from library.data.records import ImageRecord
 from library.data.report.findings import BucketRow, Collector, Finding, ImageRow, Report, Severity

@@ -1,8 +1,8 @@
 """Options that have no effect in a run: found before anything is loaded, and named with the reason.
 
 A rule is a function of the options, declared with ``idle`` beside the options that it is about; what depends on the
-dataset file or on the length of the run is in ``by_dataset`` and ``by_plan``, what depends on optimizer and schedule in
-``library/optim/``. They warn, and ``--strict`` makes the warnings errors.
+dataset file is in ``library/data/idle_options.py``, on the length of the run in ``library/training/idle_options.py``, on
+optimizer and schedule in ``library/optim/``. They warn, and ``--strict`` makes the warnings errors.
 """
 
 from __future__ import annotations

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from library.config.arguments import TrainNetworkOptions
 from library.config.declaration import message
 from library.config.no_effect import given
 from library.errors import NoEffect
-
-if TYPE_CHECKING:
-    from library.training.plan import RunPlan
+from library.training.plan import RunPlan
 
 #: options that count optimizer steps, epochs whose end is reached, and epochs that another one follows
 STEPS = ("save_every_n_steps", "sample_every_n_steps")
