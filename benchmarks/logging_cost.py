@@ -33,6 +33,7 @@ def milliseconds_per_step(steps: int, folder: Path) -> dict[str, float]:
     settings = TrackerSettings.make(
         logging_dir=str(folder),
         output_dir=folder,
+        output_name=None,
         log_prefix=None,
         log_with=None,
         tracker_name="benchmark",

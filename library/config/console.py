@@ -84,7 +84,7 @@ def stderr_console() -> Console:
 
 
 def make_bar(title: str) -> Progress:
-    """A progress bar on the terminal: title, share, counts, times and the task's description; to be started."""
+    """A progress bar on the terminal: title, share, counts, labelled times and the task's description; to be started."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -98,7 +98,9 @@ def make_bar(title: str) -> Progress:
         TextColumn(title),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("elapsed"),
         TimeElapsedColumn(),
+        TextColumn("remaining"),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
         console=stderr_console(),

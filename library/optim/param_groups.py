@@ -15,9 +15,9 @@ def default_descriptions(num_groups: int, *, trains_text_encoder: bool) -> list[
 
 
 def lr_log_entries(optimizer: Any, choice: OptimizerChoice, descriptions: Sequence[str | None]) -> dict[str, float]:
-    """``lr/<description>`` and ``lr/group<i>`` for each group; with a found rate ``d``, also ``lr/d*lr/...``.
+    """One entry for each group, ``lr/<description>``; with a found rate ``d``, also ``lr/d*lr/<description>``.
 
-    ProdigyPlus finds a rate per group: ``lr/d*lr`` is the first one's, ``lr/d*lr/group<i>`` each one's.
+    A group without a description, or with that of another group, is ``group<i>``.
 
     Args:
         optimizer: with the param groups that the descriptions are of.
@@ -29,15 +29,8 @@ def lr_log_entries(optimizer: Any, choice: OptimizerChoice, descriptions: Sequen
         if rate is None:
             continue  # Adafactor's relative step before its scheduler is made
         description = descriptions[index] if index < len(descriptions) else None
-        for name in (description, f"group{index}"):
-            if name:
-                entries[f"lr/{name}"] = float(rate)
-        if not (choice.finds_rate_itself and "d" in group):
-            continue
-        found = float(group["d"]) * float(rate)
-        entries[f"lr/d*lr/group{index}"] = found
-        if choice.finds_rate_per_group:
-            entries.setdefault("lr/d*lr", found)
-        elif description:
-            entries[f"lr/d*lr/{description}"] = found
+        name = description if description and f"lr/{description}" not in entries else f"group{index}"
+        entries[f"lr/{name}"] = float(rate)
+        if choice.finds_rate_itself and "d" in group:
+            entries[f"lr/d*lr/{name}"] = float(group["d"]) * float(rate)
     return entries

@@ -47,6 +47,7 @@ class TrackerSettings:
         *,
         logging_dir: str | None,
         output_dir: Path,
+        output_name: str | None,
         log_prefix: str | None,
         log_with: str | None,
         tracker_name: str | None,
@@ -67,7 +68,8 @@ class TrackerSettings:
         if wandb_run_name:
             kwargs.setdefault("wandb", {})["name"] = wandb_run_name
         return TrackerSettings(
-            base / f"{log_prefix or ''}{stamp}",
+            # TensorBoard shows the folder's name for a run
+            base / f"{log_prefix or ''}{stamp}{f'-{output_name}' if output_name else ''}",
             backends,
             tracker_name or "network_train",
             kwargs,

@@ -145,6 +145,7 @@ def tracker_settings(options: TrainNetworkOptions) -> TrackerSettings:
     return TrackerSettings.make(
         logging_dir=wanted.logging_dir,
         output_dir=Path(options.output.output_dir),
+        output_name=options.output.output_name,
         log_prefix=wanted.log_prefix,
         log_with=wanted.log_with,
         tracker_name=wanted.log_tracker_name,

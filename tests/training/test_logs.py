@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,3 +105,27 @@ def test_mistakes_in_their_file(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UserError) as raised:
         with_config(tmp_path, text).check()
     assert f"{tmp_path}/trackers.toml: {words}" in str(raised.value)
+
+
+def test_runs_are_told_apart_by_their_names() -> None:
+    def name(**given: object) -> str:
+        return tracker_settings(
+            TrainNetworkOptions.from_args(argparse.Namespace(output_dir="out", **given))
+        ).directory.name
+
+    assert re.fullmatch(r"\d{14}-my_cat", name(output_name="my_cat"))
+    assert re.fullmatch(r"first_\d{14}-my_cat", name(output_name="my_cat", log_prefix="first_"))
+    assert re.fullmatch(r"\d{14}", name())
+
+
+def test_times_of_the_progress_bar_have_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from library.config import console
+
+    monkeypatch.setattr(console, "stderr_console", lambda: Console(width=120))
+    bar = console.make_bar("steps")
+    bar.add_task("loss 0.1", total=10, completed=3)
+    with bar.console.capture() as shown:
+        bar.console.print(bar.get_renderable())
+    assert re.search(r"elapsed \d:\d\d:\d\d remaining \S+ loss 0\.1", shown.get())
