@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130  # as shells report Ctrl-C
+
+#: what torch, its allocators and the system say when memory runs out
+_NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory",
+              "can't start new thread", "Resource temporarily unavailable")  # fmt: skip
+#: what gloo and NCCL say when another process is gone
+_LOST_PROCESS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 class UserError(Exception):
@@ -58,10 +66,11 @@ def naming(flag: str, given: object) -> Iterator[None]:
 def exits_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
     """Let ``function`` end the program with the error's lines instead of a traceback.
 
-    Only the outermost call of a program carries this; code below raises ``UserError``.
+    Only the outermost call of a program carries this; code below raises ``UserError``. Memory that runs out and other
+    processes that end are no fault of the program either, nor is Ctrl-C.
 
     Raises:
-        SystemExit: with code 2, after printing each line as ``error: ...`` to stderr.
+        SystemExit: with code 2, after printing each line as ``error: ...`` to stderr; with code 130 after Ctrl-C.
     """
 
     @functools.wraps(function)
@@ -69,8 +78,39 @@ def exits_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            for line in str(error).replace("\r\n", "\n").split("\n"):
-                print(f"error: {visible(line)}", file=sys.stderr)
-            raise SystemExit(USER_ERROR_EXIT_CODE) from None
+            text = str(error)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+        except Exception as error:
+            text = known_ending(error)
+            if not text:
+                raise
+        for line in text.replace("\r\n", "\n").split("\n"):
+            print(f"error: {visible(line)}", file=sys.stderr)
+        raise SystemExit(USER_ERROR_EXIT_CODE)
 
     return wrapper
+
+
+def known_ending(error: BaseException) -> str:
+    """One line on an error that neither the program nor its options made; empty for any other."""
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:
+        return _out_of_memory(first)
+    if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN):
+        return _out_of_memory(first)
+    if isinstance(error, RuntimeError):
+        if any(words in str(error) for words in _NO_MEMORY):
+            return _out_of_memory(first)
+        if kinds & {"DistBackendError", "DistNetworkError"} or any(words in str(error) for words in _LOST_PROCESS):
+            return (
+                "another process of this run has ended or cannot be reached; its own messages say why. Start all of "
+                f"them again, with --resume if there is a state ({first[:120]})"
+            )
+    return ""
+
+
+def _out_of_memory(first: str) -> str:
+    return f"out of memory ({first[:200]}); docs/precision_and_memory.md lists what needs less"

@@ -202,7 +202,8 @@ def saved_and_read(state: dict[str, Any], device: torch.device) -> dict[str, Any
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    return load(file, map_location=device)
+    # one of several processes on a CPU has the device "cpu:0", to which torch reads nothing
+    return load(file, map_location="cpu" if device.type == "cpu" else device)
 
 
 def _numbers(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -14,6 +15,7 @@ import torch
 from library.config.arguments import TrainingOptions
 from library.data.latent_cache import Peers
 from library.errors import UserError
+from library.launched import process_count
 from library.memory.host_heap import keep_freed_memory
 from library.training.launch import check_launch, without_their_sharding
 
@@ -51,7 +53,7 @@ def make_accelerator(
     handlers: list[Any] = []
     if options.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
-    with without_their_sharding():
+    with without_their_sharding(), _naming_failed_joins():
         accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
             log_with=list(backends) or None,
@@ -62,6 +64,7 @@ def make_accelerator(
             # one scheduler step per optimizer step, however many processes there are
             step_scheduler_with_optimizer=False,
         )
+    check_joined(process_count(), accelerator.num_processes)
     if options.full_fp16:
         from library.optim.stochastic_rounding import HalfGradScaler
 
@@ -69,6 +72,40 @@ def make_accelerator(
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+@contextlib.contextmanager
+def _naming_failed_joins() -> Iterator[None]:
+    """Errors of processes that cannot be joined are one line; ``LOCAL_RANK`` alone makes accelerate try."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if "LOCAL_RANK" not in os.environ and process_count() == 1:
+            raise
+        what = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the processes of this run cannot join ({what}); start them with accelerate launch or torchrun, or unset "
+            "RANK, LOCAL_RANK and WORLD_SIZE for one process"
+        ) from None
+
+
+def check_joined(started: int, joined: int) -> None:
+    """Refuse to run beside processes that were meant to share the work, and would write the same files.
+
+    Args:
+        started: processes, as their launcher says (``WORLD_SIZE``).
+        joined: those of the process group.
+
+    Raises:
+        UserError: they differ.
+    """
+    if started != joined:
+        raise UserError(
+            f"{started} processes were started (WORLD_SIZE={started}), and this one knows of {joined}: each would train "
+            "the whole run and write the same files. On a CPU use accelerate launch --cpu --num_processes "
+            f"{started}, or set ACCELERATE_USE_CPU=true for torchrun; on GPUs, torch must find them (see "
+            "docs/multi_gpu.md)"
+        )
 
 
 @contextlib.contextmanager
