@@ -28,6 +28,7 @@ from library.randomness import Draw
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from library.architectures.common.loading import ModelSource
     from library.config.arguments import NetworkOptions, TrainNetworkOptions
     from library.diffusion.objective import Objective
     from library.inference.settings import ImageSettings
@@ -320,6 +321,54 @@ class Architecture(ABC):
     @abstractmethod
     def load_denoiser(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
         """Load the denoiser, frozen, in eval mode; streamed, so that peak memory is about one copy."""
+
+    # ---- whole models ----
+
+    #: whether its text encoders are trained and saved with the denoiser, or are files of their own
+    has_own_encoders: bool = True
+    #: forms in which a trained model can be saved: "safetensors", "ckpt", "diffusers", "diffusers_safetensors"
+    model_forms: tuple[str, ...] = ()
+
+    def parts(self, checkpoint: Any) -> dict[str, ModelSource]:
+        """Where each part of the model lies: ``denoiser``, ``vae``, ``text_encoder_1`` and so on."""
+        raise NotImplementedError(f"whole models of {self.name} are not trained")
+
+    def write(
+        self,
+        path: Path,
+        checkpoint: Any,
+        trained: Mapping[str, nn.Module],
+        form: str,
+        *,
+        tokenizers: Sequence[Any],
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        counters: Mapping[str, int],
+    ) -> None:
+        """Write a whole model: the trained parts, and the others bit by bit as they were; streamed.
+
+        Args:
+            path: a file, or for "diffusers" forms a folder.
+            trained: modules by the names of ``parts``.
+            form: one of ``model_forms``.
+            dtype: cast floating-point tensors to it; ``None`` keeps each one's own.
+            metadata: of safetensors files.
+            counters: what ``.ckpt`` files hold beside weights: ``epoch`` and ``global_step``.
+
+        Raises:
+            UserError: the disk is full, or the place cannot be written.
+        """
+        raise NotImplementedError(f"whole models of {self.name} are not saved")
+
+    def unused_modules(self, name: str, part: nn.Module, *, clip_skip: int | None) -> list[nn.Module]:
+        """Modules of a part whose outputs the model never uses: they get no gradients, and stay as they are."""
+        return []
+
+    has_learning_rate_blocks: bool = False
+
+    def learning_rate_blocks(self, denoiser: nn.Module) -> list[list[nn.Parameter]]:
+        """The denoiser's parameters by the block that a list of learning rates counts them to; none without blocks."""
+        return []
 
     # ---- text ----
 

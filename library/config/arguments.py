@@ -35,8 +35,23 @@ from library.config.parser import SuggestingParser
 T = TypeVar("T")
 
 
+class Options:
+    """A frozen dataclass of groups, each a frozen dataclass of options."""
+
+    @classmethod
+    def groups(cls) -> dict[str, type]:
+        """The dataclass of each attribute."""
+        fields: Mapping[str, dataclasses.Field[Any]] = cls.__dataclass_fields__  # type: ignore[attr-defined]
+        return {name: globals()[str(field.type)] for name, field in fields.items()}
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Self:
+        """Options from a namespace; attributes that are missing take their defaults."""
+        return cls(**{name: _group_from_args(group, args) for name, group in cls.groups().items()})
+
+
 @dataclass(frozen=True)
-class TrainNetworkOptions:
+class TrainNetworkOptions(Options):
     """All options of adapter training, by group."""
 
     model: ModelOptions
@@ -56,15 +71,17 @@ class TrainNetworkOptions:
     console: ConsoleOptions
     config: ConfigFileOptions
 
-    @classmethod
-    def groups(cls) -> dict[str, type]:
-        """The dataclass of each attribute."""
-        return {name: globals()[str(field.type)] for name, field in cls.__dataclass_fields__.items()}
 
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Self:
-        """Options from a namespace; attributes that are missing take their defaults."""
-        return cls(**{name: _group_from_args(group, args) for name, group in cls.groups().items()})  # type: ignore[attr-defined]
+def options_of(name: str, groups: Mapping[str, type]) -> type[Any]:
+    """A class of options with these groups, in their order."""
+    return _options_of(name, tuple(groups.items()))
+
+
+@functools.cache
+def _options_of(name: str, groups: tuple[tuple[str, type], ...]) -> type[Any]:
+    found = dict(groups)
+    namespace = {"groups": classmethod(lambda cls: dict(found))}
+    return dataclasses.make_dataclass(name, groups, bases=(Options,), namespace=namespace, frozen=True)
 
 
 def _group_from_args(group: type[T], args: argparse.Namespace) -> T:

@@ -43,17 +43,23 @@ def _rate(o: TrainNetworkOptions) -> Implied:
     return Implied(o.optimizer.learning_rate, "follows from --learning_rate")
 
 
+def _has_network(o: TrainNetworkOptions) -> bool:
+    return "network" in o.groups()
+
+
 def _text_rate(o: TrainNetworkOptions) -> Implied | None:
     numbered = [
         f"--{name}" for name in ("text_encoder_lr1", "text_encoder_lr2") if getattr(o.optimizer, name) is not None
     ]
     if numbered:
         return Implied(o.optimizer.text_encoder_lrs, "follows from " + ", ".join(numbered))
-    return None if o.network.network_train_unet_only else Implied([o.optimizer.learning_rate], _rate(o).origin)
+    if not _has_network(o) or o.network.network_train_unet_only:
+        return None
+    return Implied([o.optimizer.learning_rate], _rate(o).origin)
 
 
 def _unet_rate(o: TrainNetworkOptions) -> Implied | None:
-    return None if o.network.network_train_text_encoder_only else _rate(o)
+    return _rate(o) if _has_network(o) and not o.network.network_train_text_encoder_only else None
 
 
 def _steps(o: TrainNetworkOptions) -> Implied | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from library.config.arguments import TrainNetworkOptions, flat
-from library.config.core import CORE
+from library.config.core import core_of
 from library.config.declaration import Declaration, IdleRule, message
 from library.errors import Doubtful, NoEffect, UserError
 
@@ -42,7 +42,7 @@ def written_anyway(options: TrainNetworkOptions) -> dict[str, tuple[Any, ...]]:
 def _applying(options: TrainNetworkOptions, own: Declaration) -> Iterator[IdleRule]:
     # the caching tools have own options of families in another group, and name by themselves what matters not
     rules = own.idle if set(own.groups) <= set(options.groups()) else ()
-    yield from (rule for rule in (*CORE.idle, *rules) if rule.applies(options))
+    yield from (rule for rule in (*core_of(options.groups()).idle, *rules) if rule.applies(options))
     yield from (IdleRule((name,), why, lambda o: True) for name, why in own.unused.items())
 
 

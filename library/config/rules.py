@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from library.config.arguments import flat
-from library.config.core import CORE
+from library.config.core import core_of
 from library.config.core import data as data_options
 from library.config.declaration import Declaration, Facts, Finding, Rule, error, joined
 from library.config.fields import out_of_range
@@ -35,7 +35,7 @@ def check(options: Any, subject: Subject, *, rules: Sequence[Rule] | None = None
     Raises:
         UserError: all errors, one line each; with ``--strict``, options without effect among them.
     """
-    own = joined(CORE, subject.declaration)
+    own = joined(core_of(options.groups()), subject.declaration)
     # one line for an option that is refused: nothing else is said of it
     findings = list(_refused(options, own.refused))
     # what changes nothing in the run cannot be at fault

@@ -6,12 +6,14 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.files.atomic import remove_tree
+from library.files.atomic import MANIFEST_NAME, remove_tree
 
 logger = logging.getLogger(__name__)
 
 #: the record in each state folder
 STATE_FILE = "train_state.json"
+#: of files of weights
+_ENDINGS = (".safetensors", ".ckpt", ".pt")
 
 
 @dataclass(frozen=True)
@@ -20,20 +22,23 @@ class OutputNames:
 
     directory: Path
     stem: str | None
-    extension: str  # without the dot
+    extension: str  # without the dot; empty for folders
 
     def final(self) -> Path:
-        return self.directory / f"{self.stem or 'last'}.{self.extension}"
+        return self._place(self.stem or "last")
 
     def epoch(self, epoch: int) -> Path:
-        return self.directory / f"{self.stem or 'epoch'}-{epoch:06d}.{self.extension}"
+        return self._place(f"{self.stem or 'epoch'}-{epoch:06d}")
 
     def step(self, step: int) -> Path:
-        return self.directory / f"{self.stem or 'at'}-step{step:08d}.{self.extension}"
+        return self._place(f"{self.stem or 'at'}-step{step:08d}")
 
     def best(self) -> Path:
         """The weights of the lowest validation loss."""
-        return self.directory / f"{self.stem or 'last'}-best.{self.extension}"
+        return self._place(f"{self.stem or 'last'}-best")
+
+    def _place(self, name: str) -> Path:
+        return self.directory / (f"{name}.{self.extension}" if self.extension else name)
 
     def replay(self, step: int) -> Path:
         """The recording of a step that was not finite; an ending of its own, as it holds no weights for use."""
@@ -103,8 +108,15 @@ class SavePolicy:
         return outdated if outdated > 0 else None
 
 
+def is_folder_of_weights(path: Path) -> bool:
+    """Whether a place of weights is a folder by its name, which may have dots."""
+    return path.suffix not in _ENDINGS
+
+
 def ema_path(path: Path) -> Path:
-    """The file of averaged weights (``--ema_decay``) beside a file of weights."""
+    """The file or folder of averaged weights (``--ema_decay``) beside that of the weights."""
+    if is_folder_of_weights(path):
+        return path.with_name(f"{path.name}-ema")
     return path.with_name(f"{path.stem}-ema{path.suffix}")
 
 
@@ -113,16 +125,21 @@ def is_state(path: Path) -> bool:
     return path.is_dir() and (path / STATE_FILE).is_file()
 
 
+def is_model(path: Path) -> bool:
+    """Whether a folder is a model that a run saved."""
+    return (path / "model_index.json").is_file() and (path / MANIFEST_NAME).is_file()
+
+
 def remove_outdated(path: Path) -> None:
     """Remove weights or a state that retention has replaced; failing to is a warning, never the run's end.
 
     Averages go with their weights. What is neither weights nor a state stays.
     """
-    if path.suffix and (averaged := ema_path(path)).is_file():
+    if (averaged := ema_path(path)).exists():
         remove_outdated(averaged)
     try:
-        if path.is_dir() and not is_state(path):
-            logger.warning("%s: kept, as this folder holds no state of training", path)
+        if path.is_dir() and not is_state(path) and not is_model(path):
+            logger.warning("%s: kept, as this folder holds neither a state nor a model of a run", path)
             return
         if path.is_dir():
             remove_tree(path)

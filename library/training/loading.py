@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from library.config.arguments import DatasetOptions
 from library.data import describe
@@ -22,10 +23,10 @@ from library.training import precision
 from library.training.batch_losses import BatchLosses
 from library.training.caching import CacheJob, cache_latents
 from library.training.caption_encoder import CaptionEncoder
-from library.training.kinds.base import Kind, ParameterGroup
+from library.training.kinds.base import Kind, Need, ParameterGroup
 from library.training.loaded import LoadedRun
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
-from library.training.models import Models, load_on_meta
+from library.training.models import DENOISER, Models, load_on_meta, text_encoder_name
 from library.training.outputs import check_space
 from library.training.previews import PreviewGenerator, current_prompts, encode_prompts, generate_options
 from library.training.resume import choice_of, load_state, name_changes
@@ -43,7 +44,13 @@ logger = logging.getLogger(__name__)
 
 def make_kind(run: Run) -> Kind:
     """A fresh object of the run's kind."""
-    return run.kind(run.architecture, run.options, seed=run.checked.seed, sharded=run.sharding is not None)
+    return run.kind(
+        run.architecture,
+        run.options,
+        run.checked.checkpoint,
+        seed=run.checked.seed,
+        sharded=run.sharding is not None,
+    )
 
 
 def models_on_meta(run: Run) -> Models:
@@ -143,16 +150,12 @@ def _load_models(run: Run, cached: Cached, kind: Kind) -> Models:
     tokenizers = architecture.load_tokenizers(checkpoint)
     if run.accelerator.is_main_process and not caches_texts(run.options.dataset):
         warn_of_cut(run.data, architecture, tokenizers, run.options.model)
-    text_encoders = architecture.load_uncached_text_encoders(
-        checkpoint,
-        run.cached_encoders,
-        dtype=run.weight_dtype,
-        device="cpu" if fp8.text_encoders else str(run.device),
-    )
+    needs = kind.needs()
+    text_encoders = _load_text_encoders(run, needs, home="cpu" if fp8.text_encoders else str(run.device))
     denoiser = load_denoiser(
         architecture,
         checkpoint,
-        dtype=run.weight_dtype,
+        dtype=needs[DENOISER].dtype if DENOISER in needs else run.weight_dtype,
         device=run.device,
         waits=fp8.denoiser,
         sharding=run.sharding,
@@ -164,6 +167,17 @@ def _load_models(run: Run, cached: Cached, kind: Kind) -> Models:
     kind.change_models(models, dtype=run.weight_dtype, device=run.device)
     fp8.apply(models, run.device)
     return models
+
+
+def _load_text_encoders(run: Run, needs: Mapping[str, Need], *, home: str) -> list[nn.Module]:
+    """The text encoders whose outputs are not cached, each in the dtype that it is needed in."""
+    count = len(run.cached_encoders)
+    dtypes = [needs[n].dtype if n in needs else run.weight_dtype for n in map(text_encoder_name, range(1, count + 1))]
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=run.weight_dtype)
+    loaded = run.architecture.load_uncached_text_encoders(
+        run.checked.checkpoint, run.cached_encoders, dtype=widest, device=home
+    )
+    return [encoder.to(dtype) for encoder, dtype in zip(loaded, dtypes, strict=True)]
 
 
 def _update(run: Run, kind: Kind, groups: Sequence[ParameterGroup]) -> Update:
@@ -214,7 +228,7 @@ def _losses(run: Run, models: Models, kind: Kind) -> BatchLosses:
         run.objective.to(run.device),
         noise=noise_settings(run.options),
         loss=loss_settings(run.options),
-        dtype=run.weight_dtype,
+        dtype=next(models.denoiser.parameters()).dtype if DENOISER in kind.needs() else run.weight_dtype,
         device=run.device,
         autocast=run.accelerator.autocast,
         activations=partial(precision.activations, run.options.training),

@@ -11,6 +11,14 @@ from torch import nn
 
 from library.architectures.base import Architecture
 
+#: name of a part, as ``Architecture.parts`` has it
+DENOISER = "denoiser"
+
+
+def text_encoder_name(number: int) -> str:
+    """The name of a text encoder, counted from 1."""
+    return f"text_encoder_{number}"
+
 
 @dataclass(frozen=True)
 class Models:
@@ -28,6 +36,13 @@ class Models:
         """The text encoders that encode captions in a step; ``None`` for those whose outputs are cached."""
         cached = self.cached or (False,) * len(self.text_encoders)
         return [None if is_cached else m for m, is_cached in zip(self.text_encoders, cached, strict=True)]
+
+    def part(self, name: str) -> nn.Module:
+        """The denoiser or a text encoder, by its name."""
+        if name == DENOISER:
+            return self.denoiser
+        names = [text_encoder_name(number) for number in range(1, len(self.text_encoders) + 1)]
+        return self.text_encoders[names.index(name)]
 
     def modules(self) -> list[nn.Module]:
         """All models that are there."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from library.errors import UserError
 from library.files.atomic import clear, make_folder, recover_directory, write_bytes
 from library.files.lock import Held, lock_path, locked
-from library.training.checkpoints import OutputNames, ema_path, is_state
+from library.training.checkpoints import OutputNames, ema_path, is_folder_of_weights, is_model, is_state
 from library.training.planned_files import PlannedFile, planned_files
 from library.training.processes import on_main_process
 from library.training.resume import TrainState
@@ -66,6 +66,12 @@ def _problem_of(path: Path, *, is_state: bool) -> str:
         return ""
     except OSError as error:  # a name that is too long; a file among the folders above
         return f"{path}: cannot be written ({error.strerror}); give another --output_name or --output_dir"
+    if not is_state and is_folder_of_weights(path):
+        if not path.is_dir():
+            return f"{path}: a file lies where the folder of a model is to be written; {remedy}"
+        if not is_model(path) and any(path.iterdir()):
+            return f"{path}: this folder holds no model of a run, and one would replace it; {remedy}"
+        return ""
     if not is_state:
         return f"{path}: a folder lies where weights are to be written; {remedy}" if path.is_dir() else ""
     if not path.is_dir():
@@ -200,7 +206,7 @@ def clear_leftovers(names: OutputNames) -> None:
     """Finish or remove what a killed run of this name was writing, and old temporary files of safetensors."""
     stem = re.escape(names.stem) if names.stem else "(last|at|epoch)"
     ours = re.compile(
-        rf"\.(?P<target>{stem}(-\d{{6}}|-step\d{{8}})?(-best)?(-ema)?(-state|\.[a-z]+))"
+        rf"\.(?P<target>{stem}(-\d{{6}}|-step\d{{8}})?(-best)?(-ema)?(-state|\.[a-z]+)?)"
         r"(\.old|\.removed|\.[0-9a-f]{12})?\.tmp"
     )
     for entry in sorted(names.directory.iterdir()):

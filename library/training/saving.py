@@ -47,24 +47,25 @@ class Saver:
         """Write the weights, and their averages beside them."""
         self.set_training(False)
         if self._run.accelerator.is_main_process:
-            self._write(path, self._record.at_save(step=step, epoch=epoch))
+            self._write(path, step, epoch)
             self._wrote(path)
             logger.info("saved weights: %s", path)
             for written in (path, ema_path(path)) if self._update.average is not None else (path,):
                 self._run.uploads.add(written)
         self.set_training(True)
 
-    def _write(self, path: Path, metadata: Mapping[str, str]) -> None:
+    def _write(self, path: Path, step: int, epoch: int) -> None:
         output = self._run.options.output
+        metadata = self._record.at_save(step=step, epoch=epoch)
         dtype = save_dtype(output)
         make_folder(path.parent)
-        self._kind.save(path, dtype, metadata)
+        self._kind.save(path, dtype, metadata, step=step, epoch=epoch)
         average = self._update.average
         if average is None:
             return
         with average.applied():
             added = {} if output.no_metadata else {"ss_ema_decay": str(average.decay)}
-            self._kind.save(ema_path(path), dtype, {**metadata, **added})
+            self._kind.save(ema_path(path), dtype, {**metadata, **added}, step=step, epoch=epoch)
 
     def save_state(
         self, path: Path, *, step: int, epoch: int, losses: list[float], validation: Mapping[str, float]

@@ -139,7 +139,7 @@ def save_policy(options: TrainNetworkOptions, plan: RunPlan) -> SavePolicy:
     )
 
 
-def tracker_settings(options: TrainNetworkOptions) -> TrackerSettings:
+def tracker_settings(options: TrainNetworkOptions, *, default_name: str) -> TrackerSettings:
     wanted = options.logging
     config: Mapping[str, Any] = load_toml(Path(wanted.log_tracker_config)) if wanted.log_tracker_config else {}
     return TrackerSettings.make(
@@ -148,7 +148,7 @@ def tracker_settings(options: TrainNetworkOptions) -> TrackerSettings:
         output_name=options.output.output_name,
         log_prefix=wanted.log_prefix,
         log_with=wanted.log_with,
-        tracker_name=wanted.log_tracker_name,
+        tracker_name=wanted.log_tracker_name or default_name,
         wandb_run_name=wanted.wandb_run_name,
         wandb_api_key=wanted.wandb_api_key,
         config_file=wanted.log_tracker_config,

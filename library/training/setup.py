@@ -26,7 +26,7 @@ from library.training import precision
 from library.training.caching import inspect_model
 from library.training.checkpoints import OutputNames
 from library.training.idle_options import without_effect_in_plan
-from library.training.kinds.base import Kind
+from library.training.kinds.base import Kind, RunSubject
 from library.training.processes import choose_seed, make_accelerator, of_main_process, weight_dtype
 from library.training.resume import check_fits, read_state
 from library.training.run import Checked, Run
@@ -74,6 +74,7 @@ def set_up(architecture: Architecture, kind: type[Kind], options: TrainNetworkOp
         UserError: one line for each finding.
     """
     setup_console(options.console)
+    options = kind.normalized(options)
     strict = options.config.strict
     checked = check(architecture, kind, options)
     architecture = checked.architecture
@@ -101,13 +102,16 @@ def set_up(architecture: Architecture, kind: type[Kind], options: TrainNetworkOp
     )
     report(without_effect_in_plan(options, plan), strict=strict)
     output = options.output
+    extension = kind.extension(architecture, options, checked.checkpoint)
+    names = OutputNames(Path(output.output_dir), output.output_name, extension)
+    kind.check_place(architecture, checked.checkpoint, names.final())
     return Run(
         checked=checked,
         kind=kind,
         accelerator=accelerator,
         data=data,
         plan=plan,
-        names=OutputNames(Path(output.output_dir), output.output_name, output.save_model_as),
+        names=names,
         policy=save_policy(options, plan),
         objective=objective_of(architecture, options, checked.info),
         weight_dtype=weight_dtype(options.training),
@@ -128,7 +132,7 @@ def check(architecture: Architecture, kind: type[Kind], options: TrainNetworkOpt
     strict = options.config.strict
     if options.resume.resume:
         recover_directory(options.resume.resume)
-    report(check_rules(options, architecture), strict=strict)
+    report(check_rules(options, RunSubject(kind, architecture)), strict=strict)
     dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
     report((*without_effect_on_data(options, dataset_config), *unread_captions(dataset_config)), strict=strict)
     check_roles(dataset_config, images_as(architecture), masked_loss=options.loss.masked_loss)
@@ -143,7 +147,7 @@ def check(architecture: Architecture, kind: type[Kind], options: TrainNetworkOpt
         shaping = kind.shaping_options(options)
         check_fits(resumed, options, optimizer, shaping=shaping, starts_from=kind.starts_from)
     check_validation(dataset_config, options.validation, resumed)
-    trackers = tracker_settings(options)
+    trackers = tracker_settings(options, default_name=kind.tracker_name)
     report(trackers.check(), strict=strict)
     checkpoint = inspect_model(architecture, options.model)
     architecture = architecture.for_model(checkpoint)

@@ -21,7 +21,7 @@ from library.errors import exits_on_user_error
 from library.interrupt import Interrupt
 from library.training.debug_dataset import show_dataset
 from library.training.dry_run import dry_run
-from library.training.kinds.base import Kind
+from library.training.kinds.base import Kind, RunSubject
 from library.training.loaded import LoadedRun
 from library.training.loading import load_run, make_caches
 from library.training.loop import run_loop
@@ -76,7 +76,8 @@ class Trainer:
         if options.config.replay:
             return replay(options, self.setup, lambda run, interrupt: self.load(run, self.cache(run, interrupt)))
         if options.config.explain:
-            return print_explanation(options, origins_of(args), self.architecture.declaration)
+            subject = RunSubject(self._kind, self.architecture)
+            return print_explanation(options, origins_of(args), subject.declaration)
         if options.dataset.debug_dataset:
             return show_dataset(options, self.architecture.configured(options), self._images_as(options))
         with Interrupt() as interrupt:

@@ -107,3 +107,13 @@ class TensorLayout:
             if file_name is None:
                 raise KeyError(f"the file layout has no name for the tensor {name}")
             yield self.prefix + file_name, tensor
+
+    def groups(self, state: Iterable[str]) -> Iterator[tuple[str, ...]]:
+        """The model's tensors, together where the file holds them as one."""
+        for name in state:
+            joined = next((parts for _, parts in self.stacked if name.endswith(parts)), None)
+            if joined is None:
+                yield (name,)
+            elif name.endswith(joined[0]):
+                stem = name[: -len(joined[0])]
+                yield tuple(stem + part for part in joined)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,7 +22,16 @@ from library.architectures.base import (
 )
 from library.architectures.common import clip, clip_text, kl_vae, ldm_unet
 from library.architectures.common.checkpoint import vae_identity
+from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
+from library.architectures.common.model_writing import (
+    LazyTensors,
+    like_its_source,
+    refuse_own_source,
+    state_of,
+    write_file,
+)
+from library.architectures.common.pipeline_writing import Pipeline, PipelinePart, write_pipeline
 
 if TYPE_CHECKING:
     from library.diffusion.ddpm import NoiseSchedule
@@ -53,10 +64,48 @@ def unet_control(control: Control | None) -> dict[str, Any]:
     }
 
 
+#: settings of the published schedulers that all these models share
+NOISE_SETTINGS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
+def unet_part(source: ModelSource, state: Callable[[], Mapping[str, Tensor]]) -> PipelinePart:
+    """The U-Net in a Diffusers folder."""
+    build = partial(ldm_unet.build_unet, source.config)
+    return PipelinePart("unet", "diffusers", build, state, _own_names(build))
+
+
+def vae_part(source: ModelSource, state: Callable[[], Mapping[str, Tensor]]) -> PipelinePart:
+    """The autoencoder in a Diffusers folder."""
+    build = partial(kl_vae.build_vae, source.config)
+    return PipelinePart("vae", "diffusers", build, state, _own_names(build))
+
+
+def text_part(
+    folder: str, source: ModelSource, state: Callable[[], Mapping[str, Tensor]], *, projection: bool = False
+) -> PipelinePart:
+    """A text encoder in a Diffusers folder."""
+    build = partial(clip.build_clip_with_projection if projection else clip.build_clip, source.config)
+    layout = clip.clip_layout(prefix="" if projection else clip.TEXT_MODEL, projection=projection)
+    return PipelinePart(folder, "transformers", build, state, layout)
+
+
+def _own_names(build: Callable[[], nn.Module]) -> TensorLayout:
+    with torch.device("meta"):
+        names = {name.partition(".")[0] for name in build().state_dict()}
+    return TensorLayout(KeyMap((name, name) for name in sorted(names)))
+
+
 class HasUnetAndVae(Protocol):
     """A family's checkpoint."""
 
     info: ModelInfo
+    path: str
     unet: ModelSource
     vae: ModelSource
 
@@ -84,6 +133,68 @@ class LatentDiffusion(Architecture):
     def denoiser_target_of(self, source: ModelSource) -> LoraTarget:
         """Return the adapter target of this U-Net; file names may depend on its sizes."""
         return self.denoiser_target
+
+    # ---- whole models ----
+
+    model_forms = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
+
+    def parts(self, checkpoint: HasUnetAndVae) -> dict[str, ModelSource]:
+        encoders = enumerate(self.text_sources(checkpoint), start=1)
+        return {
+            "denoiser": checkpoint.unet,
+            "vae": checkpoint.vae,
+            **{f"text_encoder_{number}": source for number, source in encoders},
+        }
+
+    @abstractmethod
+    def text_sources(self, checkpoint: Any) -> Sequence[ModelSource]:
+        """The text encoders, in their order."""
+
+    @abstractmethod
+    def single_file(self, parts: Mapping[str, ModelSource], states: Mapping[str, Mapping[str, Tensor]]) -> LazyTensors:
+        """A file in the original layout from the parts' tensors by the models' names."""
+
+    @abstractmethod
+    def single_file_layouts(self, parts: Mapping[str, ModelSource]) -> dict[str, TensorLayout]:
+        """Where the parts lie in a file in the original layout."""
+
+    @abstractmethod
+    def pipeline(
+        self,
+        parts: Mapping[str, ModelSource],
+        state: Callable[[str], Mapping[str, Tensor]],
+        tokenizers: Sequence[Any],
+        info: ModelInfo,
+        source: Path | None,
+    ) -> Pipeline:
+        """The model as a Diffusers folder holds it."""
+
+    def write(
+        self,
+        path: Path,
+        checkpoint: HasUnetAndVae,
+        trained: Mapping[str, nn.Module],
+        form: str,
+        *,
+        tokenizers: Sequence[Any],
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        counters: Mapping[str, int],
+    ) -> None:
+        parts, place = self.parts(checkpoint), Path(checkpoint.path)
+        refuse_own_source(path, parts)
+        if form.startswith("diffusers"):
+            source = place if place.is_dir() else None
+            pipeline = self.pipeline(
+                parts, lambda name: state_of(name, parts, trained), tokenizers, checkpoint.info, source
+            )
+            write_pipeline(path, pipeline, dtype=dtype, safetensors=form == "diffusers_safetensors")
+            return
+        if place.is_dir():
+            tensors = self.single_file(parts, {name: state_of(name, parts, trained) for name in parts})
+        else:
+            tensors = like_its_source(checkpoint.unet.file, parts, trained, self.single_file_layouts(parts))
+        write_file(path, tensors, dtype=dtype, metadata=metadata, counters=counters)
 
     # ---- text ----
 

@@ -27,11 +27,12 @@ from library.architectures.common import clip, clip_text, kl_vae, t5
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.flow_matching import FlowMatching
 from library.architectures.common.identity import weights_identity
-from library.architectures.common.loading import load_frozen, without_mapping
+from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
+from library.architectures.common.model_writing import laid_out, refuse_own_source, write_file
 from library.architectures.common.tokenizer_files import T5, find_tokenizer
 from library.architectures.flux import text as flux_text
 from library.architectures.flux import vae as flux_vae
-from library.architectures.flux.checkpoint import load_transformer
+from library.architectures.flux.checkpoint import load_transformer, published_layout
 from library.architectures.flux.controlnet import load_controlnet
 from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
 from library.architectures.flux.names import DEV, SCHNELL
@@ -214,6 +215,36 @@ class Flux(FlowMatching, Architecture):
             denoiser.controlnet = load_controlnet(checkpoint.controlnet, dtype=dtype, device=device)
         setattr(denoiser, LORA_TARGET, CHROMA_DENOISER if self.is_chroma else DENOISER)
         return denoiser
+
+    # ---- whole models ----
+
+    has_own_encoders = False
+    model_forms = ("safetensors",)
+
+    def parts(self, checkpoint: FluxCheckpoint) -> dict[str, ModelSource]:
+        encoders = enumerate(checkpoint.text_encoders, start=1)
+        return {
+            "denoiser": checkpoint.found.source,
+            "vae": checkpoint.vae,
+            **{f"text_encoder_{number}": source for number, source in encoders},
+        }
+
+    def write(
+        self,
+        path: Path,
+        checkpoint: FluxCheckpoint,
+        trained: Mapping[str, nn.Module],
+        form: str,
+        *,
+        tokenizers: Sequence[Any],
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        counters: Mapping[str, int],
+    ) -> None:
+        """Write the transformer alone, by its published names; the other parts are files of their own."""
+        refuse_own_source(path, self.parts(checkpoint))
+        tensors = laid_out(published_layout(), trained["denoiser"].state_dict())
+        write_file(path, tensors, dtype=dtype, metadata=metadata, counters=counters)
 
     # ---- text ----
 

@@ -79,10 +79,14 @@ def trains_t5(network: Any) -> bool:
 
 @idle("text_encoder_lr", reason="with Chroma, whose T5-XXL is trained with train_t5xxl=True in --network_args only")
 def t5_is_frozen(o: Any) -> bool:
-    return o.flux.model_type == CHROMA and not trains_t5(o.network) and not o.network.network_train_unet_only
+    if o.flux.model_type != CHROMA or "network" not in o.groups():
+        return False
+    return not trains_t5(o.network) and not o.network.network_train_unet_only
 
 
 def what_is_trained(o: Any, facts: Facts) -> Iterator[Finding]:
+    if "network" not in o.groups():
+        return
     network = o.network
     if network.network_train_unet_only and trains_t5(network):
         yield error("--network_args train_t5xxl=True: not with --network_train_unet_only; remove one of them")

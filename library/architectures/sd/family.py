@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,23 @@ from library.architectures.base import (
 )
 from library.architectures.common import clip, clip_text
 from library.architectures.common.identity import weights_identity
-from library.architectures.common.latent_diffusion import CLIP_MODULES, LatentDiffusion, unet_control, unet_target
-from library.architectures.common.loading import load_frozen, without_mapping
+from library.architectures.common.key_map import TensorLayout
+from library.architectures.common.latent_diffusion import (
+    CLIP_MODULES,
+    NOISE_SETTINGS,
+    LatentDiffusion,
+    text_part,
+    unet_control,
+    unet_part,
+    unet_target,
+    vae_part,
+)
+from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
+from library.architectures.common.model_writing import LazyTensors
+from library.architectures.common.pipeline_writing import Pipeline
 from library.architectures.common.tokenizer_files import find_tokenizer
 from library.architectures.sd import text as sd_text
+from library.architectures.sd import weights as sd_weights
 from library.architectures.sd.checkpoint import SDCheckpoint, inspect_checkpoint
 from library.errors import UserError
 
@@ -73,6 +86,45 @@ class StableDiffusion(LatentDiffusion):
 
     def text_identity(self, checkpoint: SDCheckpoint) -> WeightsIdentity:
         return weights_identity([checkpoint.text_encoder], [checkpoint.tokenizer_folder])
+
+    # ---- whole models ----
+
+    def text_sources(self, checkpoint: SDCheckpoint) -> Sequence[ModelSource]:
+        return (checkpoint.text_encoder,)
+
+    def single_file_layouts(self, parts: Mapping[str, ModelSource]) -> dict[str, TensorLayout]:
+        return sd_weights.layouts(parts, v2=_is_v2(parts))
+
+    def single_file(self, parts: Mapping[str, ModelSource], states: Mapping[str, Mapping[str, Tensor]]) -> LazyTensors:
+        return sd_weights.single_file(parts, states, v2=_is_v2(parts))
+
+    def pipeline(
+        self,
+        parts: Mapping[str, ModelSource],
+        state: Callable[[str], Mapping[str, Tensor]],
+        tokenizers: Sequence[Any],
+        info: ModelInfo,
+        source: Path | None,
+    ) -> Pipeline:
+        prediction = "v_prediction" if info.v_prediction else "epsilon"
+        settings = {**NOISE_SETTINGS, "clip_sample": False, "set_alpha_to_one": False, "prediction_type": prediction}
+        return Pipeline(
+            "StableDiffusionPipeline",
+            (
+                unet_part(parts["denoiser"], partial(state, "denoiser")),
+                vae_part(parts["vae"], partial(state, "vae")),
+                text_part("text_encoder", parts["text_encoder_1"], partial(state, "text_encoder_1")),
+            ),
+            {"tokenizer": tokenizers[0]},
+            ("DDIMScheduler", settings),
+            source,
+            {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False},
+        )
+
+    def unused_modules(self, name: str, part: nn.Module, *, clip_skip: int | None) -> list[nn.Module]:
+        if not name.startswith("text_encoder") or not clip_skip or clip_skip <= 1:
+            return []
+        return list(part.encoder.layers[1 - clip_skip :])
 
     # ---- text ----
 
@@ -126,6 +178,10 @@ class StableDiffusion(LatentDiffusion):
         skip, layers = options.model.clip_skip, info.settings["text_layers"]
         if skip is not None and not 1 <= skip <= layers:
             raise UserError(f"--clip_skip {skip}: this model's text encoder has {layers} layers, give 1 to {layers}")
+
+
+def _is_v2(parts: Mapping[str, ModelSource]) -> bool:
+    return bool(parts["denoiser"].config.get("use_linear_projection", False))
 
 
 SD = StableDiffusion()

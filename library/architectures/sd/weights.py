@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from library.architectures.common import clip, kl_vae, ldm_unet
 from library.architectures.common.checkpoint import write_checkpoint
+from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.loading import ModelSource
+from library.architectures.common.model_writing import LazyTensors, as_they_are, laid_out
 from library.architectures.common.sources import clip_prefix
 from library.architectures.common.tensor_files import TensorFile
 
@@ -70,6 +72,37 @@ def save_checkpoint(
     else:
         tensors |= clip.clip_layout(prefix=V1_TEXT + clip.TEXT_MODEL).write(text_encoder.state_dict())
     write_checkpoint(path, tensors, dtype=dtype, metadata=metadata)
+
+
+def layouts(parts: Mapping[str, ModelSource], *, v2: bool) -> dict[str, TensorLayout]:
+    """Where the parts lie in a file in the original layout."""
+    text = parts["text_encoder_1"].config
+    return {
+        "denoiser": ldm_unet.ldm_unet_layout(parts["denoiser"].config),
+        "vae": kl_vae.ldm_vae_layout(parts["vae"].config),
+        "text_encoder_1": clip.openclip_layout(text["num_hidden_layers"], prefix=V2_TEXT)
+        if v2
+        else clip.clip_layout(prefix=V1_TEXT + clip.TEXT_MODEL),
+    }
+
+
+def single_file(
+    parts: Mapping[str, ModelSource], states: Mapping[str, Mapping[str, Tensor]], *, v2: bool
+) -> LazyTensors:
+    """A file in the original layout from a model that has none."""
+    tensors: LazyTensors = {}
+    for name, layout in layouts(parts, v2=v2).items():
+        tensors |= laid_out(layout, states[name])
+    if v2:
+        layers = parts["text_encoder_1"].config["num_hidden_layers"]
+        text = {name: tensor.make() for name, tensor in tensors.items() if name.startswith(_stand_in_models(layers))}
+        tensors |= as_they_are(_unused_text_tensors(text, layers, None))
+    return tensors
+
+
+def _stand_in_models(layers: int) -> tuple[str, ...]:
+    """What stand-ins are made from."""
+    return (f"{V2_TEXT}transformer.resblocks.{layers - 1}.", f"{V2_TEXT}ln_final.")
 
 
 def _unused_text_tensors(written: Mapping[str, Tensor], layers: int, source: TensorFile | None) -> dict[str, Tensor]:

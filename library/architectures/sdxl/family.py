@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,24 @@ from library.architectures.base import (
 )
 from library.architectures.common import clip
 from library.architectures.common.identity import weights_identity
-from library.architectures.common.latent_diffusion import CLIP_MODULES, LatentDiffusion, unet_control, unet_target
+from library.architectures.common.key_map import TensorLayout
+from library.architectures.common.latent_diffusion import (
+    CLIP_MODULES,
+    NOISE_SETTINGS,
+    LatentDiffusion,
+    text_part,
+    unet_control,
+    unet_part,
+    unet_target,
+    vae_part,
+)
 from library.architectures.common.ldm_unet import ldm_unet_layout
 from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
+from library.architectures.common.model_writing import LazyTensors
+from library.architectures.common.pipeline_writing import Pipeline
 from library.architectures.common.tokenizer_files import find_tokenizer
 from library.architectures.sdxl import text as sdxl_text
+from library.architectures.sdxl import weights as sdxl_weights
 from library.architectures.sdxl.checkpoint import SDXLCheckpoint, inspect_checkpoint
 from library.architectures.sdxl.options import DECLARATION
 from library.randomness import Draw
@@ -93,6 +106,61 @@ class StableDiffusionXL(LatentDiffusion):
     def denoiser_target_of(self, source: ModelSource) -> LoraTarget:
         # adapter files use the original names: lora_unet_input_blocks_4_1_...
         return replace(self.denoiser_target, file_path=ldm_unet_layout(source.config).keys.to_file)
+
+    # ---- whole models ----
+
+    def text_sources(self, checkpoint: SDXLCheckpoint) -> Sequence[ModelSource]:
+        return checkpoint.text_encoders
+
+    def single_file_layouts(self, parts: Mapping[str, ModelSource]) -> dict[str, TensorLayout]:
+        return sdxl_weights.layouts(parts)
+
+    def single_file(self, parts: Mapping[str, ModelSource], states: Mapping[str, Mapping[str, Tensor]]) -> LazyTensors:
+        return sdxl_weights.single_file(parts, states)
+
+    def pipeline(
+        self,
+        parts: Mapping[str, ModelSource],
+        state: Callable[[str], Mapping[str, Tensor]],
+        tokenizers: Sequence[Any],
+        info: ModelInfo,
+        source: Path | None,
+    ) -> Pipeline:
+        prediction = "v_prediction" if info.v_prediction else "epsilon"
+        second = partial(state, "text_encoder_2")
+        return Pipeline(
+            "StableDiffusionXLPipeline",
+            (
+                unet_part(parts["denoiser"], partial(state, "denoiser")),
+                vae_part(parts["vae"], partial(state, "vae")),
+                text_part("text_encoder", parts["text_encoder_1"], partial(state, "text_encoder_1")),
+                text_part("text_encoder_2", parts["text_encoder_2"], second, projection=True),
+            ),
+            dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True)),
+            (
+                "EulerDiscreteScheduler",
+                {**NOISE_SETTINGS, "timestep_spacing": "leading", "prediction_type": prediction},
+            ),
+            source,
+            {"force_zeros_for_empty_prompt": False},
+        )
+
+    def unused_modules(self, name: str, part: nn.Module, *, clip_skip: int | None) -> list[nn.Module]:
+        # the states of the last but one layer are used; of the second encoder the last one is, for the pooled output
+        return [part.encoder.layers[-1], part.final_layer_norm] if name == "text_encoder_1" else []
+
+    has_learning_rate_blocks = True
+
+    def learning_rate_blocks(self, denoiser: nn.Module) -> list[list[nn.Parameter]]:
+        """23 as published: embeddings of time and sizes, 9 blocks down, 3 in the middle, 9 up, and the output."""
+        blocks: list[list[nn.Parameter]] = [[] for _ in range(self.denoiser_target.blocks.count)]
+        to_file = ldm_unet_layout(denoiser.config).keys.to_file
+        for name, parameter in denoiser.named_parameters():
+            first, number, *_ = str(to_file(name)).split(".")
+            begins = {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}
+            place = begins[first] + int(number) if first in begins else 22 if first == "out" else 0
+            blocks[place].append(parameter)
+        return blocks
 
     # ---- text ----
 

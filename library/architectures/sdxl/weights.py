@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.architectures.common import clip, kl_vae, ldm_unet
 from library.architectures.common.checkpoint import write_checkpoint
+from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.loading import ModelSource
+from library.architectures.common.model_writing import LazyTensors, as_they_are, laid_out
 from library.architectures.common.sources import clip_prefix
 from library.architectures.common.tensor_files import TensorFile
 from library.errors import UserError
@@ -36,6 +38,26 @@ def text_2_source(file: TensorFile) -> ModelSource:
         raise UserError(f"{TEXT_2}{clip.PROJECTION} is missing; download the file again")
     layout = clip.openclip_layout(config["num_hidden_layers"], prefix=TEXT_2, projection=True)
     return ModelSource("text encoder 2", file, layout, {**config, "projection_dim": projection[1]})
+
+
+def layouts(parts: Mapping[str, ModelSource]) -> dict[str, TensorLayout]:
+    """Where the parts lie in a file in the original layout."""
+    layers = parts["text_encoder_2"].config["num_hidden_layers"]
+    return {
+        "denoiser": ldm_unet.ldm_unet_layout(parts["denoiser"].config),
+        "vae": kl_vae.ldm_vae_layout(parts["vae"].config),
+        "text_encoder_1": clip.clip_layout(prefix=TEXT_1 + clip.TEXT_MODEL),
+        "text_encoder_2": clip.openclip_layout(layers, prefix=TEXT_2, projection=True),
+    }
+
+
+def single_file(parts: Mapping[str, ModelSource], states: Mapping[str, Mapping[str, Tensor]]) -> LazyTensors:
+    """A file in the original layout from a model that has none."""
+    tensors: LazyTensors = {}
+    for name, layout in layouts(parts).items():
+        tensors |= laid_out(layout, states[name])
+    norm = tensors[f"{TEXT_2}ln_final.weight"].make()
+    return tensors | as_they_are({LOGIT_SCALE: norm.new_ones(())})
 
 
 def save_checkpoint(

@@ -55,9 +55,15 @@ class Adapter(Kind):
     starts_from = "--network_weights"
 
     def __init__(
-        self, architecture: Architecture, options: TrainNetworkOptions, *, seed: int, sharded: bool = False
+        self,
+        architecture: Architecture,
+        options: TrainNetworkOptions,
+        checkpoint: Any,
+        *,
+        seed: int,
+        sharded: bool = False,
     ) -> None:
-        super().__init__(architecture, options, seed=seed, sharded=sharded)
+        super().__init__(architecture, options, checkpoint, seed=seed, sharded=sharded)
         self._module = NetworkModule.of(options.network)
         self._args = dict(self._module.args)  # with those that the network needed beside the given ones
         self._network: Any = None
@@ -262,7 +268,9 @@ class Adapter(Kind):
 
     # ---- files and records ----
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    def save(
+        self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], *, step: int, epoch: int
+    ) -> None:
         with self._module.naming(f"to save {path}"):
             self._network.save_weights(str(path), dtype, dict(metadata))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning, Control
 from library.config.arguments import TrainNetworkOptions
+from library.config.declaration import Declaration, Facts, joined
 from library.data.batch import Batch
 from library.optim.fused_backward import Part, one_by_one
 from library.optim.update import Metrics
@@ -35,16 +36,42 @@ class ParameterGroup:
         return list(self.settings["params"])
 
 
+@dataclass(frozen=True)
+class Need:
+    """How a part of the model is needed, where it is trained."""
+
+    dtype: torch.dtype  # of its weights
+
+
+@dataclass(frozen=True)
+class RunSubject:
+    """What a run is about: a kind of training on a family of models, whose options are checked together."""
+
+    kind: type[Kind]
+    architecture: Architecture
+
+    @property
+    def declaration(self) -> Declaration:
+        return joined(self.kind.declaration, self.architecture.declaration)
+
+    def facts(self, options: Any) -> Facts:
+        """What rules ask."""
+        return Facts(trained_encoders=self.kind.trained_encoders(self.architecture, options))
+
+
 class Kind(ABC):
     """One kind of training.
 
     Args:
         architecture: configured, and made for the model at hand.
         options: of the run.
+        checkpoint: what the family's ``inspect`` gave.
         seed: of the run, the same on all processes.
         sharded: whether the denoiser is sharded over the processes.
     """
 
+    #: its own groups of options with their rules, and what becomes of those of the core
+    declaration: ClassVar[Declaration] = Declaration()
     #: the class of all options that its scripts have, but for those of the families
     options_class: ClassVar[type[TrainNetworkOptions]] = TrainNetworkOptions
     #: what follows the model's id in ``modelspec.architecture``
@@ -59,15 +86,30 @@ class Kind(ABC):
     #: how to begin a new run with the weights of another one
     starts_from: ClassVar[str] = "--pretrained_model_name_or_path"
 
+    #: name of the project in trackers, if not given
+    tracker_name: ClassVar[str] = "network_train"
+
     def __init__(
-        self, architecture: Architecture, options: TrainNetworkOptions, *, seed: int, sharded: bool = False
+        self,
+        architecture: Architecture,
+        options: TrainNetworkOptions,
+        checkpoint: Any,
+        *,
+        seed: int,
+        sharded: bool = False,
     ) -> None:
         self.architecture = architecture
         self.options = options
+        self.checkpoint = checkpoint
         self.seed = seed
         self.sharded = sharded
 
     # ---- before anything is loaded ----
+
+    @classmethod
+    def normalized(cls, options: TrainNetworkOptions) -> TrainNetworkOptions:
+        """The options with what some of them mean for others."""
+        return options
 
     @classmethod
     def check_options(cls, architecture: Architecture, options: TrainNetworkOptions) -> None:
@@ -84,6 +126,15 @@ class Kind(ABC):
         return []
 
     @classmethod
+    def extension(cls, architecture: Architecture, options: TrainNetworkOptions, checkpoint: Any) -> str:
+        """The ending of saved files, without the dot; empty for folders."""
+        return options.output.save_model_as
+
+    @classmethod
+    def check_place(cls, architecture: Architecture, checkpoint: Any, path: Path) -> None:
+        """Refuse a place of the final file that cannot be. Raises UserError."""
+
+    @classmethod
     def fingerprint(cls, options: TrainNetworkOptions) -> dict[str, object]:
         """What a resumed run must share beyond its options."""
         return {}
@@ -97,6 +148,10 @@ class Kind(ABC):
         """Refuse what models on the meta device tell, before hours go into caches. Raises UserError."""
 
     # ---- setting up ----
+
+    def needs(self) -> Mapping[str, Need]:
+        """The parts of the model whose own weights are trained, by name; the others are frozen."""
+        return {}
 
     def change_models(self, models: Models, *, dtype: torch.dtype, device: torch.device) -> None:
         """Change the loaded weights before they get the form that they are kept in, such as fp8."""
@@ -175,11 +230,14 @@ class Kind(ABC):
     # ---- files and records ----
 
     @abstractmethod
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    def save(
+        self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], *, step: int, epoch: int
+    ) -> None:
         """Write the trained weights, whole or not at all; called on the main process only.
 
         Args:
             dtype: cast floating-point tensors; ``None`` keeps their own.
+            step: done, as ``epoch`` counted from 1.
         """
 
     def metadata(self) -> dict[str, object]:

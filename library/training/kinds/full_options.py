@@ -1,0 +1,230 @@
+"""Options of training whole models, and the rules between them and the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from library.config.arguments import TrainNetworkOptions, options_of
+from library.config.core.output import OutputOptions
+from library.config.declaration import Declaration, Facts, Finding, error, idle, warning
+from library.config.fields import option
+from library.launched import USE_DEEPSPEED, is_on, process_count
+
+#: how many learning rates --block_lr takes
+BLOCKS = 23
+_FUSED = ("fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers")
+
+
+@dataclass(frozen=True)
+class FullOptions:
+    """Whole models."""
+
+    train_text_encoder: bool = option(False, "train the text encoders too (train_db.py does without it)")
+    learning_rate_te: float | None = option(
+        None,
+        "learning rate of the text encoder (as --learning_rate, if not given); 0 leaves it as it is",
+        type=float,
+        unit="rate",
+        minimum=0,
+    )
+    learning_rate_te1: float | None = option(
+        None, "the same of the first of two text encoders (CLIP-L)", type=float, unit="rate", minimum=0
+    )
+    learning_rate_te2: float | None = option(
+        None, "the same of the second (OpenCLIP ViT-bigG of SDXL)", type=float, unit="rate", minimum=0
+    )
+    stop_text_encoder_training: int | None = option(
+        None, "train the text encoder up to this step; 0 or less: not at all", type=int, unit="step"
+    )
+    block_lr: str | None = option(
+        None,
+        f"learning rates of the U-Net's blocks, {BLOCKS} numbers separated by commas; 0 leaves a block as it is",
+    )
+    use_safetensors: bool = option(
+        False, "write .safetensors where the model's own form or --save_model_as would be a pickle"
+    )
+    mem_eff_save: bool = option(False, "write the model tensor by tensor, as is done in any case")
+    diffusers_xformers: bool = option(False, "use xformers' attention, as --xformers")
+    no_token_padding: bool = option(False, "do not pad captions")
+    fused_optimizer_groups: int | None = option(
+        None,
+        "as --fused_backward_pass, with the weights updated in this many groups",
+        type=int,
+        neutral=(0,),
+        unit="groups",
+        minimum=1,
+    )
+    blockwise_fused_optimizers: bool = option(
+        False, "as --fused_backward_pass, with the weights updated block by block"
+    )
+    skip_latents_validity_check: bool = option(False, "old spelling of --skip_cache_check", harmless=True)
+    double_blocks_to_swap: int | None = option(None, "old form of --blocks_to_swap", type=int, unit="blocks")
+    single_blocks_to_swap: int | None = option(None, "old form of --blocks_to_swap", type=int, unit="blocks")
+
+
+@dataclass(frozen=True)
+class FullOutputOptions(OutputOptions):
+    __doc__ = OutputOptions.__doc__
+
+    save_model_as: str | None = option(
+        None,
+        "form of the saved model: a file, or a folder of diffusers (as the base model, if not given)",
+        choices=[None, "ckpt", "safetensors", "diffusers", "diffusers_safetensors"],
+    )
+
+
+def _groups() -> dict[str, type]:
+    shared = {name: group for name, group in TrainNetworkOptions.groups().items() if name != "network"}
+    (first, *rest) = shared.items()
+    return dict([first, ("full", FullOptions), *rest]) | {"output": FullOutputOptions}
+
+
+#: all options of the scripts that train whole models, but for those of the families
+TrainFullOptions = options_of("TrainFullOptions", _groups())
+
+
+def block_rates(text: str) -> list[float]:
+    """The numbers of ``--block_lr``.
+
+    Raises:
+        ValueError: no numbers, or another number of them.
+    """
+    rates = [float(word) for word in text.split(",")]
+    if len(rates) != BLOCKS:
+        raise ValueError(f"{len(rates)} numbers")
+    return rates
+
+
+# ---- what cannot work ----
+
+
+def trained_encoders(o: Any, facts: Facts) -> Iterator[Finding]:
+    """Learning rates of text encoders fit their number, and what is trained is not cached."""
+    full = o.full
+    numbered = [n for n in ("learning_rate_te1", "learning_rate_te2") if getattr(full, n) is not None]
+    if numbered and facts.text_encoders != 2:
+        yield error(
+            f"{', '.join(f'--{n}' for n in numbered)}: for models with two text encoders, this one has "
+            f"{facts.text_encoders}; use --learning_rate_te"
+        )
+    elif numbered and full.learning_rate_te is not None:
+        yield error("--learning_rate_te: not with --learning_rate_te1 or --learning_rate_te2; remove one of them")
+    caches = o.dataset.cache_text_encoder_outputs or o.dataset.cache_text_encoder_outputs_to_disk
+    if caches and any(facts.trained_encoders):
+        yield error(
+            "--cache_text_encoder_outputs: not while a text encoder is trained, whose outputs change; remove it, or "
+            "train the denoiser alone"
+        )
+
+
+def something_to_train(o: Any, facts: Facts) -> Iterator[Finding]:
+    rates = _rates(o)
+    if o.optimizer.learning_rate == 0 and not any(rates or []) and not any(facts.trained_encoders):
+        yield error("nothing to train: --learning_rate is 0, and no text encoder is trained")
+    if rates is not None and not any(rates) and not any(facts.trained_encoders):
+        yield error("nothing to train: every number of --block_lr is 0, and no text encoder is trained")
+    if o.optimizer.learning_rate == 0 and o.full.block_lr:
+        yield error("--block_lr: --learning_rate 0 leaves the U-Net as it is; give another one, or remove --block_lr")
+
+
+def _rates(o: Any) -> list[float] | None:
+    try:
+        return block_rates(o.full.block_lr) if o.full.block_lr else None
+    except ValueError:
+        return None  # an error of its own
+
+
+def blocks(o: Any, facts: Facts) -> Iterator[Finding]:
+    if not o.full.block_lr:
+        return
+    try:
+        rates = block_rates(o.full.block_lr)
+    except ValueError as problem:
+        yield error(f"--block_lr {o.full.block_lr}: {problem}; write {BLOCKS} numbers separated by commas")
+        return
+    if any(not 0 <= rate < float("inf") for rate in rates):
+        yield error(f"--block_lr {o.full.block_lr}: every number must be 0 or more")
+
+
+def forms(o: Any, facts: Facts) -> Iterator[Finding]:
+    if o.output.save_model_as == "ckpt" and o.full.use_safetensors:
+        yield error("--save_model_as ckpt and --use_safetensors exclude each other: give one")
+    if o.output.save_precision is None and (o.training.full_fp16 or o.training.full_bf16):
+        return
+    if o.output.save_precision is None and o.training.mixed_precision != "no":
+        yield warning(
+            "--save_precision is not given: trained parts are saved in float32, twice the size of half precision; "
+            "fp16 or bf16 is usual"
+        )
+
+
+def fused(o: Any, facts: Facts) -> Iterator[Finding]:
+    """All forms of the fused update exclude each other, and what needs all gradients at once."""
+    given = [name for name in _FUSED if getattr(o.optimizer if name == _FUSED[0] else o.full, name)]
+    if len(given) > 1:
+        yield error(f"{' and '.join(f'--{name}' for name in given)} exclude each other: give one")
+        return
+    if not given or given == [_FUSED[0]]:
+        return  # whose own rules are those of all kinds
+    flag = f"--{given[0]}"
+    if o.optimizer.max_grad_norm > 0:
+        yield error(f"{flag}: the gradient cannot be clipped as a whole; add --max_grad_norm 0")
+    if o.training.gradient_accumulation_steps > 1:
+        yield warning(f"{flag}: saves little memory with --gradient_accumulation_steps; remove one of them")
+    if o.training.mixed_precision == "fp16":
+        yield error(f"{flag}: not with --mixed_precision fp16, whose steps may be left out; use bf16")
+    if process_count() > 1:
+        yield error(f"{flag}: not with several processes, which average whole gradients; remove it")
+    if o.training.deepspeed or is_on(USE_DEEPSPEED):
+        yield error(f"{flag}: not with DeepSpeed, which updates all weights at once; remove one of them")
+
+
+def no_second_copy(o: Any, facts: Facts) -> Iterator[Finding]:
+    if o.training.on_nan != "stop":
+        yield error(
+            f"--on_nan {o.training.on_nan}: keeps a copy of all trained weights, which a whole model leaves no memory "
+            "for; remove it, and go on from a state of --save_state after a bad step"
+        )
+
+
+# ---- what has no effect ----
+
+
+@idle(
+    "learning_rate_te",
+    "learning_rate_te1",
+    "learning_rate_te2",
+    "stop_text_encoder_training",
+    reason="where no text encoder is trained; --train_text_encoder trains them",
+)
+def text_is_frozen(o: Any) -> bool:
+    return not o.full.train_text_encoder
+
+
+@idle("mem_eff_save", reason="as models are written tensor by tensor in any case")
+def saves_are_streamed(o: Any) -> bool:
+    return True
+
+
+@idle("no_token_padding", reason="as the text encoder is made for captions of its full length")
+def captions_are_padded(o: Any) -> bool:
+    return True
+
+
+_SWAP = "moving blocks to host memory is not supported yet; use --gradient_checkpointing and a fused update"
+_OF_ADAPTERS = "where whole models are trained; --learning_rate, --learning_rate_te ... are theirs"
+
+DECLARATION = Declaration(
+    groups={"full": FullOptions},
+    rules=(trained_encoders, something_to_train, blocks, forms, fused, no_second_copy),
+    idle=(text_is_frozen, saves_are_streamed, captions_are_padded),
+    refused={"double_blocks_to_swap": _SWAP, "single_blocks_to_swap": _SWAP},
+    unused={
+        **dict.fromkeys(("unet_lr", "text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2"), _OF_ADAPTERS),
+        **dict.fromkeys(("fp8_base", "fp8_base_unet"), "where whole models are trained, which fp8 is too coarse for"),
+        "no_metadata": "where whole models are trained, whose files record no more than what they are",
+        "training_comment": "where whole models are trained, whose files record no more than what they are",
+    },
+)

@@ -1,0 +1,46 @@
+"""Train all weights of SDXL.
+
+    accelerate launch sdxl_train.py \\
+        --pretrained_model_name_or_path sd_xl_base_1.0.safetensors --dataset_config dataset.toml \\
+        --output_dir output --output_name my_model --save_precision bf16 \\
+        --learning_rate 4e-7 --max_train_steps 5000 --mixed_precision bf16 --full_bf16 --sdpa \\
+        --cache_latents --cache_text_encoder_outputs --gradient_checkpointing --max_grad_norm 0 \\
+        --fused_backward_pass --optimizer_type Adafactor --optimizer_args relative_step=False scale_parameter=False
+
+docs/sdxl_train.md explains every part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from library.architectures.sdxl.options import DECLARATION
+from library.config.arguments import script_parser
+from library.config.config_file import read_args
+from library.lazy_imports import made_by
+from library.training.kinds.full_options import TrainFullOptions
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    return script_parser(__doc__, TrainFullOptions, DECLARATION)
+
+
+def _trainer() -> type:
+    # only now: the command line needs neither torch nor models, which take seconds to import
+    from library.architectures.sdxl import SDXL
+    from library.training import full_trainer
+
+    class SdxlTrainer(full_trainer.FullTrainer):
+        """Train all weights of SDXL."""
+
+        architecture = SDXL
+
+    return SdxlTrainer
+
+
+#: ``SdxlTrainer``, for programs that import it from here
+__getattr__ = made_by(__name__, SdxlTrainer=_trainer)
+
+if __name__ == "__main__":
+    arguments = read_args(setup_parser())
+    _trainer()().train(arguments)
