@@ -139,7 +139,7 @@ def save_policy(options: TrainNetworkOptions, plan: RunPlan) -> SavePolicy:
     )
 
 
-def tracker_settings(options: TrainNetworkOptions, *, default_name: str) -> TrackerSettings:
+def tracker_settings(options: TrainNetworkOptions, *, default_name: str = "network_train") -> TrackerSettings:
     wanted = options.logging
     config: Mapping[str, Any] = load_toml(Path(wanted.log_tracker_config)) if wanted.log_tracker_config else {}
     return TrackerSettings.make(
