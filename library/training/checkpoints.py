@@ -139,7 +139,7 @@ def remove_outdated(path: Path) -> None:
         remove_outdated(averaged)
     try:
         if path.is_dir() and not is_state(path) and not is_model(path):
-            logger.warning("%s: kept, as this folder holds neither a state nor a model of a run", path)
+            logger.warning("%s: kept, as this folder holds no state of training and no model", path)
             return
         if path.is_dir():
             remove_tree(path)
