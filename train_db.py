@@ -17,11 +17,11 @@ from library.architectures.sd.options import DECLARATION
 from library.config.arguments import script_parser
 from library.config.config_file import read_args
 from library.lazy_imports import made_by
-from library.training.kinds.full_options import TrainFullOptions
+from library.training.kinds.full_options import TrainFullOptions, of_whole_models
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    return script_parser(__doc__, TrainFullOptions, DECLARATION)
+    return script_parser(__doc__, TrainFullOptions, of_whole_models(DECLARATION))
 
 
 def _trainer() -> type:

@@ -183,7 +183,9 @@ class Full(Kind):
     def fused_flag(cls, options: Any) -> str | None:
         if options.full.fused_optimizer_groups:
             return "--fused_optimizer_groups"
-        return "--blockwise_fused_optimizers" if options.full.blockwise_fused_optimizers else super().fused_flag(options)
+        return (
+            "--blockwise_fused_optimizers" if options.full.blockwise_fused_optimizers else super().fused_flag(options)
+        )
 
     def fused_parts(self, parameters: Sequence[nn.Parameter]) -> list[Part]:
         if count := self.options.full.fused_optimizer_groups:

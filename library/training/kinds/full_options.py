@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from library.config.arguments import TrainNetworkOptions, options_of
 from library.config.core.output import OutputOptions
-from library.config.declaration import Declaration, Facts, Finding, error, idle, warning
+from library.config.declaration import Declaration, Facts, Finding, error, idle, joined, warning
 from library.config.fields import option
 from library.launched import USE_DEEPSPEED, is_on, process_count
 
@@ -228,3 +228,8 @@ DECLARATION = Declaration(
         "training_comment": "where whole models are trained, whose files record no more than what they are",
     },
 )
+
+
+def of_whole_models(family: Declaration) -> Declaration:
+    """What the command line of a script that trains whole models of a family must know beyond ``TrainFullOptions``."""
+    return joined(replace(DECLARATION, groups={}), family)
