@@ -27,8 +27,8 @@ def milliseconds_per_step(steps: int, folder: Path) -> dict[str, float]:
     import torch
     from accelerate import Accelerator
 
-    from library.training.metrics import DeferredMetrics, LossAverage
     from library.training.logs import Progress, Trackers, TrackerSettings
+    from library.training.metrics import DeferredMetrics, LossAverage
 
     settings = TrackerSettings.make(
         logging_dir=str(folder),

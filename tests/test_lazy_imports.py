@@ -65,4 +65,4 @@ def test_models_are_imported_without_the_compiler() -> None:
         "sys.exit('bitsandbytes.functional' in sys.modules)\n"
     )
     root = Path(__file__).resolve().parents[1]
-    assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0

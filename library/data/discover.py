@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from library.data.dataset_config import SubsetSpec
+from library.data.image_folder import ImageFolder
 from library.data.image_io import read_size
 from library.data.metadata_cache import Entry, MetadataCache, no_collection, remembers_many
 from library.data.metadata_file import read_metadata
-from library.data.image_folder import ImageFolder
 from library.data.records import ImageRecord
 from library.data.stamp_ahead import has_caption
 from library.errors import UserError

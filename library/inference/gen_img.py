@@ -20,13 +20,13 @@ from library.inference.failures import naming_memory
 from library.inference.file_names import FileNames, try_folder
 from library.inference.generate import generate_images
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings, random_seed
 from library.inference.native_size import native_size
 from library.inference.networks import NetworkChoice, apply_networks, choose_networks
 from library.inference.options import ImageOptions
 from library.inference.plan import PlannedImage, Repetition, batches, plan_images
 from library.inference.png import save_png
 from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_image_prompts, usable_size
+from library.inference.settings import ImageSettings, random_seed
 from library.memory.host_heap import keep_freed_memory
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from library.inference.settings import ImageSettings
 from library.inference.prompt_line import ImagePrompt
+from library.inference.settings import ImageSettings
 from library.randomness import key, python_rng
 
 _SEEDS = 2**32

@@ -152,7 +152,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             group.update((name, value) for name, value in values.items() if name != "params")
         if self._is_split:
             state = {}
-            for index, (group, values) in enumerate(zip(self.param_groups, saved, strict=True)):
+            for index, (_, values) in enumerate(zip(self.param_groups, saved, strict=True)):
                 states = [state_dict["state"].get(number, {}) for number in values["params"]]
                 if any(states):
                     state[index] = self._pieces(states, self._inner.param_groups[index]["params"][0])

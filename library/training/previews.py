@@ -110,8 +110,8 @@ class PreviewGenerator:
             check: called before each denoising step; what it raises ends the generation.
         """
         from library.inference.generate import generate_image
-        from library.inference.settings import settings_for
         from library.inference.png import save_png
+        from library.inference.settings import settings_for
 
         sampler = self._objective.sampler(prompt.sample_sampler, self._options.sample.sample_sampler)
         settings = settings_for(prompt, self._architecture.sample_defaults, sampler=sampler)

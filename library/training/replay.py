@@ -175,7 +175,8 @@ def _batch_again(loaded: LoadedRun, batch: Batch) -> bool:
     roots = {"denoiser": models.denoiser, "vae": models.vae}
     roots |= {f"text encoder {number}": encoder for number, encoder in enumerate(models.text_encoders, start=1)}
     known = {id(module) for module in roots.values()}
-    roots |= {"network": module for module in loaded.kind.modules() if id(module) not in known}
+    others = [module for module in loaded.kind.modules() if id(module) not in known]
+    roots |= {f"network {number}" if len(others) > 1 else "network": module for number, module in enumerate(others, 1)}
     with FirstNonFinite({name: module for name, module in roots.items() if module is not None}) as first:
         losses = loaded.losses(batch)
     loss = losses.mean()

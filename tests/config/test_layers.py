@@ -42,5 +42,5 @@ def test_config_imports_no_owner_of_options() -> None:
 
 def test_nothing_imports_the_generator() -> None:
     root = CONFIG.parents[1]
-    users = [p for p in (*root.glob("*.py"), *(root / "library").rglob("*.py"), *(root / "tools").rglob("*.py"))]
+    users = [*root.glob("*.py"), *(root / "library").rglob("*.py"), *(root / "tools").rglob("*.py")]
     assert not [str(path) for path in users if "library.config.document" in imported(path)]

@@ -59,7 +59,7 @@ def test_every_image_of_every_epoch(make_data: Make, workers: int, persistent: b
     data = make_data(subset=RANDOM)
     for epoch in range(3):
         batches = load(data, epoch, workers=workers, persistent=persistent)
-        assert uses(batches) == {name: 3 for name in SIZES}
+        assert uses(batches) == dict.fromkeys(SIZES, 3)
         assert len(batches) == data.batch_count()
         assert len({visit for batch in batches for visit in batch.visits}) == 3 * len(SIZES)
         assert_same(batches, load(make_data(subset=RANDOM), epoch))
@@ -222,7 +222,7 @@ def test_several_subsets_and_datasets_in_one_epoch(make_data: Make, tmp_path: Pa
     # square 4 x 2 + 3 uses, wide 2 x 2 + 3, tall 1 x 2 by threes: 4 + 3 + 1 batches; 5 uses by fours: 2 batches
     assert data.batch_count() == 10
     batches = load(data)
-    assert uses(batches) == {name: 2 for name in SIZES} | {"x.png": 3, "y.png": 3} | {f"s{i}.png": 1 for i in range(5)}
+    assert uses(batches) == dict.fromkeys(SIZES, 2) | {"x.png": 3, "y.png": 3} | {f"s{i}.png": 1 for i in range(5)}
     found = Counter((batch.bucket, len(batch.visits)) for batch in batches)
     assert found == {
         ((64, 64), 3): 3, ((64, 64), 2): 1, ((128, 32), 3): 2, ((128, 32), 1): 1, ((32, 128), 2): 1,
@@ -417,7 +417,7 @@ class _Caught:
 
 def test_workers_outlive_a_ctrl_c(make_data: Make) -> None:
     batches = list(make_data().dataloader(epoch=0, start_batch=0, tokenize=_Caught(os.getpid()), num_workers=1))
-    assert uses(batches) == {name: 1 for name in SIZES}
+    assert uses(batches) == dict.fromkeys(SIZES, 1)
     assert all(batch.tokens["own_group"] for batch in batches)
 
 

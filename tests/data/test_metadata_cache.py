@@ -18,9 +18,9 @@ from PIL import Image
 from library.data import discover as module
 from library.data import stamp_ahead
 from library.data.dataset import TrainingData
+from library.data.image_folder import ImageFolder
 from library.data.image_io import EXTENSIONS, read_size
 from library.data.metadata_cache import NAME
-from library.data.image_folder import ImageFolder
 from library.data.stamp_ahead import StampsAhead, has_caption
 from tests.data.samples import SIZES
 

@@ -26,7 +26,7 @@ NAMES = [f"{number:02d}.png" for number in range(20)]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return draw(tmp_path / "images", {name: (64, 64) for name in NAMES})
+    return draw(tmp_path / "images", dict.fromkeys(NAMES, (64, 64)))
 
 
 def make(tmp_path: Path, text: str, *, seed: int = 1, **flags: object) -> TrainingData:
@@ -325,7 +325,7 @@ def test_latents_are_cached_too(tmp_path: Path, folder: Path, to_disk: bool) -> 
 
 
 def test_masks_are_used(tmp_path: Path, folder: Path) -> None:
-    masks = draw(tmp_path / "masks", {name: (64, 64) for name in NAMES}, captions=False)
+    masks = draw(tmp_path / "masks", dict.fromkeys(NAMES, (64, 64)), captions=False)
     data = make(tmp_path, table(folder, subset=f"conditioning_data_dir = '{masks}'"), validation_split=0.25)
     for batch in batches(data):
         assert batch.loss_masks.shape == (len(batch.paths), 64, 64)

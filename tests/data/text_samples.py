@@ -16,8 +16,8 @@ from torch import Tensor
 from library.architectures.base import CaptionLength, Conditioning, TextFormat, WeightsIdentity
 from library.config.arguments import ConsoleOptions, DatasetOptions, ModelOptions
 from library.data.dataset import TrainingData
-from library.training.caching import CacheJob
 from library.interrupt import Interrupt
+from library.training.caching import CacheJob
 from library.training.text_caching import cache_texts
 
 Make = Callable[..., TrainingData]

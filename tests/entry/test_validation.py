@@ -247,7 +247,7 @@ def test_processes_agree(folder: Path, tiny: Tiny, tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count),
              str(ROOT / tiny.file), *map(str, words)],
-            capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE,
+            capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE, check=False,
             env={**environment(), "ACCELERATE_USE_CPU": "true"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

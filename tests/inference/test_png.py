@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from library.errors import UserError
-from library.inference.settings import ImageSettings
 from library.inference.png import save_png
+from library.inference.settings import ImageSettings
 
 
 def test_settings_are_in_the_file(tmp_path: Path) -> None:

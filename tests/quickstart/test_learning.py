@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from examples.quickstart.recipe.measure_accuracy import SCALE, STEPS, asked_scenes
 from examples.quickstart.recipe.images import CONCEPT, SIZE
+from examples.quickstart.recipe.measure_accuracy import SCALE, STEPS, asked_scenes
 from examples.quickstart.recipe.recognise import is_concept, recognise
 from tests.fixtures.runs import ROOT, run_script
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from examples.quickstart.recipe.measure_accuracy import WANTED, asked_scenes, load_models, measure
 from examples.quickstart.recipe.images import CONCEPT
+from examples.quickstart.recipe.measure_accuracy import WANTED, asked_scenes, load_models, measure
 from library.architectures.sd import SD
 from library.inference.models import ImageModels
 from tests.fixtures.runs import ROOT

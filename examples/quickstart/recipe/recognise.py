@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -97,7 +97,7 @@ def _extent(mask: np.ndarray) -> tuple[slice, slice]:
     return slice(top, bottom + 1), slice(left, right + 1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _outline(shape: str) -> np.ndarray:
     """bool outline of a shape, cut to its extent."""
     drawn = Image.new("L", (256, 256), 0)

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.expected import CLIP_LAYERS, check_layers
+from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.errors import UserError
 
 if TYPE_CHECKING:

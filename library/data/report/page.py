@@ -11,11 +11,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from library.plain_text import printable
 from library.data.image_io import read_image
 from library.data.report.findings import KINDS, SEVERITIES, Finding, ImageRow, Report
 from library.data.report.looks import THREADS
 from library.errors import UserError
+from library.plain_text import printable
 
 #: findings of a kind, images and tags on the page; the JSON report has all
 MOST_FINDINGS, MOST_IMAGES, MOST_TAGS = 200, 500, 300

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from library.plain_text import visible
 from library.data.report.findings import KINDS, SEVERITIES, Finding, Report
+from library.plain_text import visible
 
 #: findings of a kind, tags and buckets shown at most; the rest is counted
 MOST_FINDINGS, MOST_TAGS, MOST_BUCKETS = 5, 20, 40
