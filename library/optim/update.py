@@ -55,7 +55,8 @@ class UpdateSettings:
     total_steps: int  # optimizer steps of the whole run, for the schedule
     max_grad_norm: float = 0.0  # of all gradients together; 0 for no limit
     ema_decay: float | None = None  # of the moving average, if there is one
-    averages_on_host: bool = False  # where it is kept
+    #: whether the device has memory for copies of the weights; if not, averages lie on the host, and ZeRO shares them
+    keeps_copies: bool = True
     zero: Zero | None = None
     #: see ``library.optim.gradient_exchange``
     gradients_as_views: bool = False
@@ -106,7 +107,7 @@ class Update:
         if half:
             train_in_half(optimizer, settings.seed, alone=alone)
         if settings.zero is not None:
-            optimizer = ZeroOptimizer(optimizer, settings.zero, accelerator.device)
+            optimizer = ZeroOptimizer(optimizer, settings.zero, accelerator.device, keeps_copies=settings.keeps_copies)
         if before_update is not None:
             optimizer.register_step_pre_hook(lambda *_: before_update())
         self._fused: FusedBackward | None = None
@@ -123,7 +124,7 @@ class Update:
         self._exchange = GradientExchange(accelerator, self.parameters, as_views=settings.gradients_as_views)
         self.average: WeightAverage | None = None
         if settings.ema_decay is not None:
-            self.average = WeightAverage(averaged or {}, settings.ema_decay, on_host=settings.averages_on_host)
+            self.average = WeightAverage(averaged or {}, settings.ema_decay, on_host=not settings.keeps_copies)
             self.average.keep_with_states(accelerator)
         self._batches = self._batches_left = 1
 

@@ -49,16 +49,56 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     )
 
 
+class _Given(torch.autograd.Function):
+    """A loss of 0 whose gradient by a weight is that of the parameter, which is handed over."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, parameter: nn.Parameter) -> Tensor:
+        ctx.parameter = parameter
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None]:
+        gradient, ctx.parameter.grad = ctx.parameter.grad, None
+        return (torch.zeros_like(ctx.parameter) if gradient is None else gradient.mul_(factor)), None
+
+
 class _Weights(nn.Module):
-    """The trained weights, whose ``forward`` makes a loss that has the given gradients."""
+    """The trained weights for DeepSpeed, whose ``forward`` makes a loss that has the parameters' gradients.
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    They are parameters of their own, as DeepSpeed acts whenever one gets a gradient, which those of the model do for
+    each batch.
+
+    Args:
+        copied: whether they have memory of their own; if not, the parameters' memory is theirs until ``lend``.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, copied: bool) -> None:
         super().__init__()
-        # copies: DeepSpeed lays them into one block of memory, and accelerate's states leave out what shares memory
-        self.weights = nn.ParameterList([nn.Parameter(p.detach().clone()) for p in parameters])
+        self._of = list(parameters)
+        self._copied = copied
+        self.weights = nn.ParameterList(
+            [nn.Parameter(p.detach().clone() if copied else p.detach()) for p in parameters]
+        )
+        if not copied:
+            for parameter in parameters:  # DeepSpeed moves all into one block, and frees what they had
+                parameter.data = parameter.data.new_empty(0)
 
-    def forward(self, gradients: Sequence[Tensor]) -> Tensor:
-        return torch.stack([(w * g).sum() for w, g in zip(self.weights, gradients, strict=True)]).sum()
+    def lend(self) -> None:
+        """Give parameters the memory that DeepSpeed has laid the weights into."""
+        if not self._copied:
+            for parameter, weight in zip(self._of, self.weights, strict=True):
+                parameter.data = weight.data
+
+    @torch.no_grad()
+    def exchange(self, *, to_model: bool) -> None:
+        """Copy between the parameters and the weights, where they have memory of their own."""
+        if self._copied:
+            weights = [w.detach() for w in self.weights]
+            torch._foreach_copy_(*((self._of, weights) if to_model else (weights, self._of)))
+
+    def forward(self) -> Tensor:
+        return torch.stack([_Given.apply(w, p) for w, p in zip(self.weights, self._of, strict=True)]).sum()
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -68,23 +108,29 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     Args:
         optimizer: new, over float32 parameters on their device, which all processes have in the same order.
+        keeps_copies: whether the device has memory for a copy of the parameters. If not, DeepSpeed's block of memory
+            becomes theirs; states must then be written tensor by tensor.
 
     Raises:
         UserError: see ``check_optimizer``; DeepSpeed cannot be used on this machine.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, zero: Zero, device: torch.device) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, zero: Zero, device: torch.device, *, keeps_copies: bool = True
+    ) -> None:
         check_optimizer(optimizer)
         groups = [dict(group) for group in optimizer.param_groups if group["params"]]
         super().__init__(groups, dict(optimizer.defaults))
         self._device, self._is_split = device, zero.stage > 0
         self._inner = optimizer
         parameters = self._parameters()
-        self._weights = _Weights(parameters)
+        self._gathered_on = device if keeps_copies else torch.device("cpu")
+        self._weights = _Weights(parameters, copied=keeps_copies)
         taken = iter(self._weights.weights)
         # in place: schedulers and hooks of its own would be lost with a new one
         optimizer.param_groups[:] = [{**g, "params": [next(taken) for _ in g["params"]]} for g in self.param_groups]
         self._engine = _start(self._weights, optimizer, zero, device)
+        self._weights.lend()
         self.state = optimizer.state
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -115,12 +161,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
                 own["params"][0].copy_(self._piece(group["params"], own["params"][0]))
         else:
-            torch._foreach_copy_([w.detach() for w in self._weights.weights], parameters)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            self._weights.exchange(to_model=False)
         with torch.enable_grad():
-            self._engine.backward(self._engine(gradients))
+            self._engine.backward(self._engine())
         self._engine.step()
-        torch._foreach_copy_(parameters, [w.detach() for w in self._weights.weights])
+        self._weights.exchange(to_model=True)
 
     # ---- whole states ----
 
@@ -163,10 +208,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _piece(self, wholes: Sequence[Tensor], like: Tensor) -> Tensor:
         """This process's part of tensors in a row, filled up with zeros."""
-        row = torch.cat([t.detach().reshape(-1) for t in wholes])
-        size, rank = like.numel(), torch.distributed.get_rank()
-        part = row[rank * size : (rank + 1) * size]
-        return torch.cat([part, part.new_zeros(size - part.numel())])
+        size = like.numel()
+        part = torch.zeros(size, dtype=wholes[0].dtype, device=wholes[0].device)
+        begin = -size * torch.distributed.get_rank()  # of a tensor, counted from where the part begins
+        for tensor in wholes:
+            first, last = max(begin, 0), min(begin + tensor.numel(), size)
+            if first < last:
+                part[first:last] = tensor.detach().reshape(-1)[first - begin : last - begin]
+            begin += tensor.numel()
+        return part
 
     def _pieces(self, states: Sequence[Mapping[str, Any]], like: Tensor) -> dict[str, Any]:
         """The state of this process's part, of those of whole parameters."""
@@ -191,15 +241,24 @@ class ZeroOptimizer(torch.optim.Optimizer):
             if not (isinstance(value, Tensor) and value.dim() > 0):
                 values: Sequence[Any] = [value.clone() if isinstance(value, Tensor) else value for _ in parameters]
             else:
-                here = value.to(self._device)  # where processes can exchange it
-                parts = [torch.empty_like(here) for _ in range(torch.distributed.get_world_size())]
-                torch.distributed.all_gather(parts, here)
                 sizes = [p.numel() for p in parameters]
-                cut = torch.cat(parts)[: sum(sizes)].split(sizes)
+                cut = self._row(value)[: sum(sizes)].split(sizes)
                 values = [part.view(p.shape).clone() for part, p in zip(cut, parameters, strict=True)]
             for one, whole in zip(found, values, strict=True):
                 one[name] = whole
         return found
+
+    def _row(self, part: Tensor) -> Tensor:
+        """The parts of all processes in a row, gathered some numbers at a time."""
+        size, processes = part.numel(), torch.distributed.get_world_size()
+        row = torch.empty(size * processes, dtype=part.dtype, device=self._gathered_on)
+        for start in range(0, size, _MOST_AT_ONCE):
+            here = part[start : start + _MOST_AT_ONCE].to(self._device)  # where processes can exchange it
+            pieces = [torch.empty_like(here) for _ in range(processes)]
+            torch.distributed.all_gather(pieces, here)
+            for rank, piece in enumerate(pieces):
+                row[rank * size + start : rank * size + start + piece.numel()] = piece
+        return row
 
 
 def _is_same(one: object, other: object) -> bool:

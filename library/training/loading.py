@@ -202,7 +202,7 @@ def _update(run: Run, kind: Kind, groups: Sequence[ParameterGroup]) -> Update:
             seed=checked.seed,
             total_steps=run.plan.total_steps,
             zero=zero_of(options.training, accelerator),
-            averages_on_host=not kind.keeps_copies,
+            keeps_copies=kind.keeps_copies,
         ),
         names=[group.name for group in groups],
         averaged={name: p for module in kind.modules() for name, p in module.named_parameters() if p.requires_grad},

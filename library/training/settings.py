@@ -172,13 +172,13 @@ def schedule_settings(options: TrainNetworkOptions) -> ScheduleSettings:
 
 
 def update_settings(
-    options: TrainNetworkOptions, *, seed: int, total_steps: int, zero: Zero | None, averages_on_host: bool
+    options: TrainNetworkOptions, *, seed: int, total_steps: int, zero: Zero | None, keeps_copies: bool
 ) -> UpdateSettings:
     """The settings of ``Update``.
 
     Args:
         zero: what is sharded in this run, see ``library.training.zero``.
-        averages_on_host: where the moving average is kept.
+        keeps_copies: see ``Kind.keeps_copies``.
     """
     return UpdateSettings(
         seed=seed,
@@ -186,7 +186,7 @@ def update_settings(
         max_grad_norm=options.optimizer.max_grad_norm,
         ema_decay=options.optimizer.ema_decay,
         zero=zero,
-        averages_on_host=averages_on_host,
+        keeps_copies=keeps_copies,
         gradients_as_views=options.training.ddp_gradient_as_bucket_view,
     )
 

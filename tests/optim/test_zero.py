@@ -71,9 +71,13 @@ def _work(rank: int, folder: str) -> None:
     device = torch.device("cpu")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for name, (kind, settings) in OPTIMIZERS.items():
-        for way in WAYS if name == "AdamW" else [Zero(2)]:
+        ways = [(way, copies) for way in WAYS for copies in (True, False)] if name == "AdamW" else [(Zero(2), True)]
+        for way, copies in ways:
             plain = kind(_groups(), **settings)
-            ours = ZeroOptimizer(kind(_groups(), **settings), way, device)
+            ours = ZeroOptimizer(kind(_groups(), **settings), way, device, keeps_copies=copies)
+            # whether its weights are the parameters themselves
+            weight, parameter = ours._weights.weights[0], _parameters(ours)[0]
+            assert (weight.data_ptr() == parameter.data_ptr()) is not copies
             assert (ours.numbers_here < 26) == (way.stage > 0)
             both = [plain, ours]
             schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)) for o in both]
@@ -83,7 +87,7 @@ def _work(rank: int, folder: str) -> None:
             # whole states go from one kind to the other
             without = kind(_fresh(ours), **settings)
             without.load_state_dict(copy.deepcopy(ours.state_dict()))
-            after = ZeroOptimizer(kind(_fresh(plain), **settings), way, device)
+            after = ZeroOptimizer(kind(_fresh(plain), **settings), way, device, keeps_copies=copies)
             after.load_state_dict(copy.deepcopy(plain.state_dict()))
             _step([*both, without, after], [], 2)
             for other in (ours, without, after):
