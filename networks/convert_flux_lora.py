@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"--src and --dst are both {args.src}; nothing to do", file=sys.stderr)
         return 1
     # only now, as torch takes seconds to load
-    from networks.conversion.convert import convert
+    from networks.files.convert import convert
 
     # Chroma's modules have FLUX.1's names
     report = convert(

@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     """Convert, print what was done, and return the exit code."""
     # only now, as torch takes seconds to load
     from library.files.precisions import COMPUTE, parse_precision
-    from networks.conversion.convert import AlreadyConverted, convert
+    from networks.files.convert import AlreadyConverted, convert
 
     dtype = parse_precision("--save_precision", args.save_precision, COMPUTE) if args.save_precision else None
     try:

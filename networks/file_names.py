@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.architectures.adapters import PEFT_ROOT
 from library.architectures.base import LoraTarget
 from library.errors import UserError
 from networks.targets import find_modules
 
 ADAPTER_METADATA = "lora_adapter_metadata"
-#: prefix of every name in files that PEFT itself wrote
-PEFT_ROOT = "base_model.model."
 
 #: a tensor's name below its module in any program -> the published one
 TENSOR_NAMES = {

@@ -7,25 +7,24 @@
     python networks/flux_merge_lora.py --models a.safetensors b.safetensors --ratios 0.7 0.5 --concat \\
         --save_to both.safetensors
 
-With a model: each weight becomes W + sum of ratio * (alpha / rank) * up @ down. Models are read and written tensor by
-tensor, so that only the LoRA files and about one tensor are in memory. All models may be merged in one command or
-separately. Modules for a model that is not given are skipped, and a line says so.
+With a model: each weight becomes W + sum of ratio * change. Models are read and written tensor by tensor, so that
+beside the LoRA files about one tensor lies in memory. All models may be merged in one command or each in its own;
+what a LoRA has for a model that is not given is left out, with a line that says so.
 
-Without a model the LoRA files are merged with each other. Give --concat for the exact sum (its rank is the sum of the
-ranks); without it tensors are added, which keeps the rank, needs equal ranks and is not exact.
+Without a model the LoRA files are merged with each other. --concat gives the exact sum (its rank is the sum of the
+ranks); without it the result is the nearest LoRA of the largest rank among the files, and a line says how near.
 
-LoRA files may have the published names, diffusers' (also PEFT, AI-toolkit, OneTrainer) or ComfyUI's; DoRA and whole
-differences (diff, diff_b) are merged into models, too. More: docs/flux_tools.md.
+LoRA files may have the published names, diffusers' (also PEFT, AI-toolkit, OneTrainer) or ComfyUI's; DoRA, LoHa,
+LoKr, OFT and whole differences (diff, diff_b) are merged into models, too. docs/flux_tools.md says more.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,11 +35,13 @@ from library.config.tool_parser import add_mapped_option, tool_parser
 from library.errors import UserError, exits_on_user_error
 
 if TYPE_CHECKING:
-    from networks.lora_merging import LoraFile
+    from networks.files.lora_file import LoraFile
+    from networks.files.merging import Computing
 
 logger = logging.getLogger(__name__)
 
-#: option of a model -> option of its output file
+FAMILY = "flux_or_chroma"
+#: option of a model -> option of where it is saved, in the order of the family's parts
 _TARGETS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
 
 
@@ -75,7 +76,7 @@ def setup_parser() -> argparse.ArgumentParser:
     add("--loading_device", default="cpu", metavar="DEVICE", help="device that a model's tensors are loaded to")
     add("--working_device", default="cpu", metavar="DEVICE", help="device of the computation, such as cuda")
     add("--concat", action="store_true", help="LoRA with LoRA: put the ranks side by side, the exact sum")
-    add("--shuffle", action="store_true", help="LoRA with LoRA: add ranks in random order; nothing with --concat")
+    add("--shuffle", action="store_true", help="taken for old command lines; the sum does not depend on ranks' order")
     add("--diffusers", action="store_true", help="refuse LoRA files without diffusers' names, which are found anyway")
     add("--no_metadata", action="store_true", help="write no modelspec.* entries; a LoRA keeps those loaders need")
     return parser
@@ -89,39 +90,35 @@ def main(args: argparse.Namespace) -> None:
         SystemExit: with code 2, after clear lines.
     """
     setup_console(ConsoleOptions())
-    given = _check_options(args)
     # only now, as torch takes seconds to load
     from library.config.devices import parse_device
     from library.files.precisions import COMPUTE, SAVED, parse_precision
-    from networks.lora_merging import LoraFile
+    from networks.files.families import family_named
+    from networks.files.merging import Computing, merge_files, open_files
+    from networks.files.options import checked_ratios
 
+    ratios = checked_ratios(args.models, args.ratios)
+    given = _check_targets(args)
     precision = parse_precision("--precision", args.precision, COMPUTE)
     known = SAVED if given else COMPUTE
     save_dtype = parse_precision("--save_precision", args.save_precision, known) if args.save_precision else precision
     devices = {name: parse_device(f"--{name}", getattr(args, name)) for name in ("loading_device", "working_device")}
-    files = [LoraFile.open(Path(path), ratio) for path, ratio in zip(args.models, args.ratios, strict=True)]
+    computing = Computing(precision, save_dtype, **devices)
+    files = open_files(args.models, ratios, family_named(FAMILY))
     for file in files:
-        logger.info("%s: %d modules, ratio %g", file.path, len(file.adapters), file.ratio)
         if args.diffusers and not file.is_diffusers:
             raise UserError(f"--diffusers {file.path}: has the published names, not diffusers'; leave the option out")
     if given:
-        _merge_into_models(args, given, files, precision=precision, save_dtype=save_dtype, **devices)
+        _merge_into_models(args, given, files, computing)
     else:
-        _merge_files(args, files, precision=precision, save_dtype=save_dtype, device=devices["working_device"])
+        merge_files(files, Path(args.save_to), computing, modelspec=not args.no_metadata, concat=args.concat)
 
 
-def _check_options(args: argparse.Namespace) -> list[str]:
-    """Return the options of the given models; fills in the ratios."""
+def _check_targets(args: argparse.Namespace) -> list[str]:
+    """The options of the models that are given."""
     from library.files.streamed import check_target
 
-    if not args.models:
-        raise UserError("--models: name at least one LoRA file")
-    args.ratios = args.ratios or [1.0] * len(args.models)
-    if len(args.ratios) != len(args.models):
-        raise UserError(f"--ratios: {len(args.ratios)} numbers for {len(args.models)} files of --models; one for each")
     given = [name for name in _TARGETS if getattr(args, name)]
-    if not all(map(math.isfinite, args.ratios)):
-        raise UserError(f"--ratios {' '.join(map(str, args.ratios))}: must be finite numbers")
     sources = [Path(path) for path in [*args.models, *(getattr(args, name) for name in given)]]
     targets: set[Path] = set()
     for model, flag in _TARGETS.items():
@@ -138,102 +135,41 @@ def _check_options(args: argparse.Namespace) -> list[str]:
         if target.resolve() in targets:
             raise UserError(f"--{flag} {path}: two models are to be saved under this name")
         targets.add(target.resolve())
-    if given and (args.concat or args.shuffle):
-        logger.warning("--concat and --shuffle change nothing when LoRA files are merged into a model")
-    elif args.concat and args.shuffle:
-        logger.warning("--shuffle changes nothing with --concat, where no ranks are added")
+    if args.shuffle or (given and args.concat):
+        logger.warning("--shuffle changes nothing, and --concat nothing where LoRA files are merged into a model")
     return given
 
 
-def _merge_into_models(
-    args: argparse.Namespace, given: list[str], files: list[LoraFile], *, save_dtype: Any, **how: Any
-) -> None:
-    from dataclasses import replace
+def _merge_into_models(args: argparse.Namespace, given: list[str], files: list[LoraFile], computing: Computing) -> None:
+    from networks.files.families import family_named
+    from networks.files.merging import check_model, merge_into_model, model_record_metadata, say_what_is_left_out
+    from networks.files.model_file import family_of, open_model
 
-    from library.architectures.common.sharded_file import ShardedFile
-    from library.architectures.flux.diffusers_layout import open_transformer, variant_of
-    from library.architectures.flux.published_file import model_metadata
-    from library.files.streamed import write_model
-    from library.training.work_progress import WorkProgress
-    from networks.lora_merging import find_changes, merging_reader
-    from networks.model_keys import CLIP_L, T5XXL, TRANSFORMER
-
-    parts = {"flux_model": TRANSFORMER, "clip_l": CLIP_L, "t5xxl": T5XXL}
-    _say_what_is_left_out(files, [parts[name] for name in given])
+    family = family_named(FAMILY)
+    parts = dict(zip(_TARGETS, family.parts, strict=True))
+    say_what_is_left_out(files, family, [parts[name] for name in given])
     work = []
     for name in given:  # everything is checked before anything is written
         path = Path(getattr(args, name))
-        source = open_transformer(path) if name == "flux_model" else ShardedFile.open(path)
-        source = replace(source, mapped=args.mem_eff_load_save)
-        work.append((name, source, find_changes(parts[name], source.shapes, files, path)))
-    merged_from = ", ".join(Path(path).stem for path in [args.flux_model or "", *args.models] if path)
-    for name, source, changes in work:
+        model = open_model(path, mapped=args.mem_eff_load_save)
+        if not parts[name].locate(model.shapes):
+            raise UserError(f"--{name} {path}: not a {family.title} {parts[name].title}")
+        work.append((name, model, check_model(model, [parts[name]], files)))
+    for name, model, changes in work:
         target = Path(getattr(args, _TARGETS[name]))
-        logger.info("%s: %d of %d tensors are changed", source.path, len(changes), len(source.shapes))
         metadata = None
         if name == "flux_model" and not args.no_metadata:
-            metadata = model_metadata(variant_of(source).kind, title=target.stem, merged_from=merged_from)
-        with WorkProgress(f"merging {parts[name].title}", "tensors", simple=False) as progress, source.opened() as read:
-            write_model(
-                target,
-                source,
-                merging_reader(read, changes, save_dtype=save_dtype, **how),
-                flag=f"--{_TARGETS[name]}",
-                dtype=save_dtype,
-                metadata=metadata,
-                progress=progress.update,
-            )
-
-
-def _say_what_is_left_out(files: list[LoraFile], parts: list[Any]) -> None:
-    from networks.model_keys import PARTS
-
-    for file in files:
-        for part in PARTS:
-            count = sum(adapter.part is part.part for adapter in file.adapters.values())
-            if count and part not in parts:
-                logger.info("%s: its %d modules of the %s are left out", file.path, count, part.title)
-
-
-def _merge_files(
-    args: argparse.Namespace, files: list[LoraFile], *, precision: Any, save_dtype: Any, device: Any
-) -> None:
-    from library.architectures.flux.published_file import adapter_metadata
-    from networks.lora_merging import combine
-    from networks.weights import sizes_of, write_weights
-
-    if len(files) > 1 and not args.concat:
-        logger.warning("tensors are added, which is not the sum of what the files change; --concat gives that exactly")
-    merged = combine(
-        files, concat=args.concat, shuffle=args.shuffle and not args.concat, dtype=precision, device=device
-    )
-    sizes = sizes_of(merged).values()
-    ranks, alphas = {size.rank for size in sizes}, {size.alpha for size in sizes}
-    target = Path(args.save_to)
-    metadata = adapter_metadata(
-        _made_for(files),
-        rank=ranks.pop() if len(ranks) == 1 else None,
-        alpha=alphas.pop() if len(alphas) == 1 else None,
-        title=target.stem,
-        merged_from=", ".join(file.path.stem for file in files),
-        modelspec=not args.no_metadata,
-    )
-    write_weights(target, merged, save_dtype, metadata)
-    logger.info("saved: %s, %d modules", target, len(sizes))
-
-
-def _made_for(files: list[LoraFile]) -> str:
-    """Return the kind of model in the metadata of the first file that has it; FLUX.1 dev if none has."""
-    from library.architectures.flux.names import CHROMA, DEV, SCHNELL
-
-    versions = {file.metadata["ss_base_model_version"] for file in files if "ss_base_model_version" in file.metadata}
-    if len(versions) > 1:
-        logger.warning("the LoRA files were made for different models: %s", ", ".join(sorted(versions)))
-    told = [file.metadata for file in files if file.metadata.get("modelspec.architecture")]
-    architecture = told[0]["modelspec.architecture"] if told else ""
-    if architecture.startswith("chroma") or (not told and versions == {"chroma"}):
-        return CHROMA
-    return SCHNELL if "schnell" in architecture else DEV
+            record = family_of(model).record_of_model(model.shapes)
+            metadata = model_record_metadata(record, target, Path(args.flux_model), files)
+        merge_into_model(
+            model,
+            changes,
+            target,
+            computing,
+            flag=f"--{_TARGETS[name]}",
+            title=parts[name].title,
+            metadata=metadata,
+        )
 
 
 if __name__ == "__main__":

@@ -60,11 +60,12 @@ def main(args: argparse.Namespace) -> None:
     # only now, as torch takes seconds to load
     from dataclasses import replace
 
+    from library.architectures.flux.adapters import RECORDS
     from library.architectures.flux.diffusers_layout import open_diffusers_transformer, variant_of
-    from library.architectures.flux.published_file import model_metadata
     from library.files.precisions import SAVED, parse_precision
     from library.files.streamed import check_target, write_model
     from library.training.work_progress import WorkProgress
+    from networks.files.records import model_metadata
 
     target = Path(args.save_to)
     check_target(target, "--save_to")
@@ -72,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     source = replace(open_diffusers_transformer(Path(args.diffusers_path)), mapped=args.mem_eff_load_save)
     variant = variant_of(source)
     logger.info("%s: %s, %d tensors in %d", source.path, variant.title, len(source.file.shapes), len(source.shapes))
-    metadata = model_metadata(variant.kind, title=target.stem)
+    metadata = model_metadata(RECORDS[variant.kind], title=target.stem)
     with WorkProgress("converting", "tensors", simple=False) as progress, source.opened() as read:
         write_model(target, source, read, flag="--save_to", dtype=dtype, metadata=metadata, progress=progress.update)
 

@@ -284,7 +284,7 @@ def test_base_weights_are_merged_together(
 @pytest.mark.slow
 def test_a_lora_of_diffusers_trains_on_and_draws(tmp_path: Path, tiny_sdxl: MadeCheckpoint, images: Path) -> None:
     """With the names, ranks and alphas that PEFT writes; what is saved then draws the same image."""
-    from networks.conversion.convert import convert
+    from networks.files.convert import convert
 
     dataset = write_dataset(tmp_path / "data.toml", images)
     more = {"max_train_steps": 3, "network_alpha": 1, "network_dim": 4, "learning_rate": 0.05}

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from library.errors import UserError
 from networks import convert_flux_lora, convert_lora
-from networks.conversion import convert as conversion
-from networks.conversion.convert import AlreadyConverted, convert
-from networks.conversion.families import detect_family
+from networks.files import convert as conversion
+from networks.files.convert import AlreadyConverted, convert
+from networks.files.families import detect_family
 from tests.fixtures.file_tools import ROOT, saved
 from tests.fixtures.layouts import table
 from tests.fixtures.runs import metadata_of

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from networks.conversion.convert import convert
+from networks.files.convert import convert
 from networks.lora import create_network
 from tests.fixtures.file_tools import saved
 from tests.fixtures.installed import require_peft

@@ -12,8 +12,8 @@ from library.architectures.base import LORA_TARGET
 from library.architectures.flux.targets import CHROMA_DENOISER
 from library.errors import UserError
 from networks import lora_flux, oft, oft_flux
-from networks.conversion.convert import convert
-from networks.conversion.oft import joined
+from networks.files.convert import convert
+from networks.files.oft import joined
 from tests.fixtures.adapted import randomize
 from tests.fixtures.adapted_flux import flux_models
 from tests.fixtures.runs import metadata_of

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from library.errors import UserError
-from networks.conversion.adapter_file import read_adapter
+from networks.files.adapter_file import read_adapter
 from networks.weights import check_adapter_file, read_weights
 
 NAME = "lora_unet_down_blocks_1_attentions_0_proj_in"

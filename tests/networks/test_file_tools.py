@@ -77,7 +77,7 @@ def test_the_programs_work_on_each_others_files(tmp_path):
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) == [0, 0, 0, 0, 0, 1, 0, 2], run.stderr
     for said in (
-        "FLUX.1 dev, 112 tensors in 84", "26 of 84 tensors are changed", "FLUX.1 dev, 26 modules, rank 4",
+        "FLUX.1 dev, 112 tensors in 84", "26 of 84 tensors are changed", "flux-1-dev, 26 modules, rank 4",
         "already has kohya's", "saved rank 2", "error: gone.safetensors: no such file",
     ):  # fmt: skip
         assert said in run.stderr

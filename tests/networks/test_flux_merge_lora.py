@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from library.architectures.flux.adapters import CLIP_L, T5XXL, TRANSFORMER
 from library.files.safetensors_io import read_header
 from networks import flux_merge_lora as tool
-from networks.model_keys import CLIP_L, T5XXL, TRANSFORMER
 from tests.fixtures.file_tools import refusal as refusal_of
 from tests.fixtures.file_tools import run_tool, saved
 from tests.fixtures.installed import require_peft
@@ -71,11 +71,12 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 )
 def test_every_published_adapter_finds_its_weight(model, lora, part):
     shapes, tensors = table(model), table(lora)
-    keys = part.lora_keys(shapes, model)
-    names = {key.partition(".")[0] for key in tensors if key.startswith(part.part.kohya[0])}
-    assert len(names) > 60 and names <= keys.keys()
+    places = part.places(shapes)
+    names = {key.partition(".")[0] for key in tensors if key.startswith(part.kohya[0])}
+    assert len(names) > 60 and names <= places.keys()
+    assert part.usual_places(shapes, convs=True).keys() == names
     for name in names:
-        out, width = shapes[keys[name]]
+        out, width = shapes[places[name].name]
         assert (tensors[f"{name}.lora_up.weight"][0], tensors[f"{name}.lora_down.weight"][1]) == (out, width)
 
 
@@ -146,7 +147,7 @@ def test_memory_is_that_of_one_tensor(tmp_path, monkeypatch, precision, size):
     lora = saved(tmp_path / "l.safetensors", tiny_lora("lora_flux_unet_only", [flux], rank=1))
     options = {"flux_model": source, "models": lora, "mem_eff_load_save": True, "save_precision": precision}
     merge(save_to=tmp_path / "whole.safetensors", **options)
-    monkeypatch.setattr("networks.lora_merging._CHUNK", 100)  # three rows of 32
+    monkeypatch.setattr("networks.files.merge_model._CHUNK", 100)  # three rows of 32
     merged = {key: shape for key, shape in tiny_shapes("flux1_dev").items() if "blocks" in key}
     largest = max(torch.Size(shape).numel() * size for shape in merged.values())
     with LiveBytes() as live:
@@ -295,35 +296,48 @@ def test_concat_is_the_exact_sum(tmp_path, pair):
     assert metadata["modelspec.architecture"] == "flux-1-dev/lora"
 
 
-def test_without_concat_downs_and_ups_are_added(tmp_path, pair, capsys):
+def test_without_concat_the_result_is_the_nearest_of_the_same_rank(tmp_path, pair, capsys):
+    """By the decomposition of the sum, in float64."""
     (one, other), files = pair
     merge(models=files, ratios=[1.0, 0.5], save_to=tmp_path / "new.safetensors", no_metadata=True)
-    assert "--concat gives that exactly" in capsys.readouterr().err
+    assert "the ranks hold all but" in " ".join(capsys.readouterr().err.split())
     merged = load_file(tmp_path / "new.safetensors")
-    # both files' strengths are 2/4 and 4/4: 0.5 of the second is as strong as the first
-    for side in ("lora_down", "lora_up"):
-        key = f"{MODULE}.{side}.weight"
-        torch.testing.assert_close(merged[key], one[key] + other[key])
-    assert float(merged[f"{MODULE}.alpha"]) == 2.0
+    assert merged.keys() == one.keys()
+    for name in {key.partition(".")[0] for key in one}:
+        whole = (delta(one, name) + 0.5 * delta(other, name)).double()
+        left, values, right = torch.linalg.svd(whole, full_matrices=False)
+        expected = left[:, :4] * values[:4] @ right[:4]
+        torch.testing.assert_close(delta(merged, name).double(), expected, atol=1e-6, rtol=1e-5)
     metadata = read_header(tmp_path / "new.safetensors").metadata
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "4.0")
     assert not any(key.startswith("modelspec.") for key in metadata)
 
-    for ratio in (0.5, -2.0):  # one file alone comes out at its ratio
+    for ratio in (0.5, -2.0):  # one file alone comes out at its ratio, with its rank and alpha
         merge(models=files[0], ratios=ratio, save_to=tmp_path / "new.safetensors")
-        torch.testing.assert_close(delta(load_file(tmp_path / "new.safetensors"), MODULE), ratio * delta(one, MODULE))
+        alone = load_file(tmp_path / "new.safetensors")
+        torch.testing.assert_close(delta(alone, MODULE), ratio * delta(one, MODULE))
+        assert float(alone[f"{MODULE}.alpha"]) == 2.0
 
 
-def test_shuffle_exchanges_ranks_and_keeps_the_change(tmp_path, pair):
+def test_ranks_and_alphas_that_differ_are_right(tmp_path, pair):
     (one, _), files = pair
-    merge(models=files[0], shuffle=True, save_to=tmp_path / "a.safetensors")
-    merge(models=files[0], shuffle=True, save_to=tmp_path / "b.safetensors")
+    wide = tiny_lora("lora_flux_unet_only", [tiny_state("flux1_dev")], rank=8, alpha=1.0, seed=5)
+    saved(tmp_path / "wide.safetensors", wide)
+    merge(models=[files[0], tmp_path / "wide.safetensors"], save_to=tmp_path / "new.safetensors")
+    merged = load_file(tmp_path / "new.safetensors")
+    whole = (delta(one, MODULE) + delta(wide, MODULE)).double()
+    left, values, right = torch.linalg.svd(whole, full_matrices=False)
+    found = delta(merged, MODULE).double()
+    torch.testing.assert_close(found, left[:, :8] * values[:8] @ right[:8], atol=1e-6, rtol=1e-5)
+
+
+def test_shuffle_changes_nothing(tmp_path, pair, capsys):
+    _, files = pair
+    merge(models=files, shuffle=True, save_to=tmp_path / "a.safetensors")
+    assert "--shuffle changes nothing" in capsys.readouterr().err
+    merge(models=files, save_to=tmp_path / "b.safetensors")
     first, again = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
     assert all(torch.equal(first[key], again[key]) for key in first)
-    names = {key.partition(".")[0] for key in one}
-    assert any(not torch.equal(first[f"{n}.lora_down.weight"], one[f"{n}.lora_down.weight"]) for n in names)
-    for name in names:
-        torch.testing.assert_close(delta(first, name), delta(one, name))
 
 
 def test_errors_are_one_line_before_anything_is_written(tmp_path, pair, capsys):
@@ -352,8 +366,6 @@ def test_errors_are_one_line_before_anything_is_written(tmp_path, pair, capsys):
     assert "no such device" in refusal(models=files, save_to=out, working_device="meta")  # holds no numbers
     assert "published names" in refusal(models=files, save_to=out, diffusers=True)
     assert "no such file" in refusal(models=tmp_path / "none.safetensors", save_to=out)
-    ranks = lora("ranks", tiny_lora("lora_flux_unet_only", [tiny_state("flux1_dev")], rank=8))
-    assert "rank 8" in (line := refusal(models=[files[0], ranks], save_to=out)) and "--concat" in line
     wide = {key: t.repeat(1, 2) if key.endswith("down.weight") else t for key, t in loras[0].items()}
     assert "made for another model" in refusal(models=lora("wide", wide), flux_model=flux, save_to=out)
     sick = {**loras[0], f"{MODULE}.lora_up.weight": torch.full((96, 4), float("nan"))}
@@ -361,7 +373,9 @@ def test_errors_are_one_line_before_anything_is_written(tmp_path, pair, capsys):
     half = {key: t for key, t in loras[0].items() if key != f"{MODULE}.lora_up.weight"}
     assert f"{MODULE}.lora_up.weight is missing" in refusal(models=lora("half", half), flux_model=flux, save_to=out)
     loha = {f"{MODULE}.hada_w1_a": torch.zeros(2, 2)}
-    assert "LoHa" in refusal(models=lora("loha", loha), flux_model=flux, save_to=out)
+    assert "fit no weight of [96, 32]" in refusal(models=lora("loha", loha), flux_model=flux, save_to=out)
+    lokr = {f"{MODULE}.lokr_w1": torch.zeros(4, 4), f"{MODULE}.lokr_w2": torch.zeros(24, 8)}
+    assert "a LoKr" in (line := refusal(models=lora("lokr", lokr), save_to=out)) and "--new_rank" in line
     more = {**loras[0], "lora_unet_img_in.count": torch.zeros(32)}
     assert ".count: unknown kind of tensor" in refusal(models=lora("more", more), flux_model=flux, save_to=out)
     twice = {**loras[0], "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight": torch.zeros(4, 32)}

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from networks.conversion.convert import convert
+from networks.files.convert import convert
 from networks.lora import create_network, create_network_from_weights
 from networks.weights import check_adapter_file, read_weights
 from tests.fixtures.installed import require_peft

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from library.architectures.sdxl import SDXL
 from library.errors import UserError
-from networks.conversion.convert import convert
+from networks.files.convert import convert
 from networks.lora import check_network_args, create_network, create_network_from_weights
 from tests.fixtures.adapted import randomize
 from tests.fixtures.adapted import sdxl_outputs as outputs

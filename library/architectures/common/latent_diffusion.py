@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from library.architectures.adapters import AdapterNaming
 from library.architectures.base import (
     LORA_TARGET,
     Architecture,
@@ -41,15 +42,15 @@ if TYPE_CHECKING:
 CLIP_MODULES = ("CLIPAttention", "CLIPMLP")
 
 
-def unet_target(blocks: BlockNumbering) -> LoraTarget:
+def unet_target(naming: AdapterNaming, blocks: BlockNumbering) -> LoraTarget:
     """Return the target of a diffusers U-Net: its attention blocks, and with 3x3 convolutions its ResNet blocks too."""
     convs = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
     return LoraTarget(
-        "lora_unet",
+        naming.prefix,
         ("Transformer2DModel",),
         conv_classes=convs,
         blocks=blocks,
-        diffusers_root="unet",
+        diffusers_root=naming.diffusers,
         attention_classes=("Attention",),
     )
 

@@ -168,7 +168,7 @@ def open_diffusers_transformer(path: Path) -> DiffusersTransformer:
     file = _open(path)
     if _in_published_layout(file.shapes):
         raise UserError(f"{path}: is in the published layout already and needs no conversion")
-    return _published_view(file)
+    return published_view(file)
 
 
 def open_transformer(path: Path) -> ShardedFile | DiffusersTransformer:
@@ -182,7 +182,7 @@ def open_transformer(path: Path) -> ShardedFile | DiffusersTransformer:
     """
     file = _open(path)
     if in_diffusers_layout(file.shapes):
-        return _published_view(file)
+        return published_view(file)
     if not _in_published_layout(file.shapes):
         example = next(iter(file.shapes), "nothing")
         raise UserError(f"{path}: not a FLUX.1 or Chroma transformer (it holds {example}, ...)")
@@ -206,7 +206,8 @@ def variant_of(source: ShardedFile | DiffusersTransformer) -> Variant:
     return Variant.of(name[len(prefix) :] for name in source.shapes if name.startswith(prefix))
 
 
-def _published_view(file: ShardedFile) -> DiffusersTransformer:
+def published_view(file: ShardedFile) -> DiffusersTransformer:
+    """A transformer in diffusers' layout by its published names. Raises UserError for a tensor too many or too few."""
     try:
         plan = published_plan(file.shapes)
         shapes = {name: _shape(pieces, file.shapes) for name, pieces in plan.items()}

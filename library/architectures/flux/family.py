@@ -32,12 +32,12 @@ from library.architectures.common.model_writing import laid_out, refuse_own_sour
 from library.architectures.common.tokenizer_files import T5, find_tokenizer
 from library.architectures.flux import text as flux_text
 from library.architectures.flux import vae as flux_vae
+from library.architectures.flux.adapters import RECORDS
 from library.architectures.flux.checkpoint import load_transformer, published_layout
 from library.architectures.flux.controlnet import load_controlnet
 from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
 from library.architectures.flux.names import DEV, SCHNELL
 from library.architectures.flux.options import CHROMA, DECLARATION, FluxModelOptions, trains_t5
-from library.architectures.flux.published_file import IDS
 from library.architectures.flux.targets import CHROMA_DENOISER, CLIP_L, DENOISER, T5XXL
 from library.config.declaration import message
 from library.config.no_effect import report
@@ -332,11 +332,11 @@ class Flux(FlowMatching, Architecture):
 
     def modelspec(self, info: ModelInfo) -> dict[str, str]:
         # no prediction type, as published
-        architecture, implementation = IDS[self._kind or DEV]
+        record = RECORDS[self._kind or DEV]
         return {
-            "architecture": architecture,
-            "implementation": implementation,
-            "default_resolution": "1024x1024",
+            "architecture": record.architecture,
+            "implementation": record.implementation,
+            "default_resolution": record.resolution,
         }
 
 

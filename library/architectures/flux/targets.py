@@ -8,6 +8,8 @@ from torch import nn
 
 from library.architectures.base import LoraTarget
 from library.architectures.common.latent_diffusion import CLIP_MODULES
+from library.architectures.flux import adapters
+from library.architectures.flux.names import CHROMA, DEV
 
 T5_MODULES = ("T5Attention", "T5DenseGatedActDense")
 
@@ -29,19 +31,18 @@ def stacked_widths(path: str, layer: nn.Module) -> tuple[int, ...]:
     return ()
 
 
-CLIP_L = LoraTarget("lora_te1", CLIP_MODULES, diffusers_root="text_encoder")
-#: numbered as in SD3, whose second encoder is missing here
-T5XXL = LoraTarget("lora_te3", T5_MODULES, diffusers_root="text_encoder_2")
+CLIP_L = LoraTarget(adapters.CLIP_L.prefix, CLIP_MODULES, diffusers_root=adapters.CLIP_L.diffusers)
+T5XXL = LoraTarget(adapters.T5XXL.prefix, T5_MODULES, diffusers_root=adapters.T5XXL.diffusers)
 DENOISER = LoraTarget(
-    "lora_unet",
+    adapters.TRANSFORMER.prefix,
     ("DoubleStreamBlock", "SingleStreamBlock"),
-    diffusers_root="transformer",
+    diffusers_root=adapters.TRANSFORMER.diffusers,
     attention_classes=("SelfAttention",),
     stacked_widths=stacked_widths,
     network_modules=("networks.lora_flux", "networks.oft_flux"),
-    namesakes=(("chroma", "Chroma"),),
+    namesakes=((adapters.RECORDS[CHROMA].base_version, "Chroma"),),
 )
-CHROMA_DENOISER = replace(DENOISER, namesakes=(("flux1", "FLUX.1"),))
+CHROMA_DENOISER = replace(DENOISER, namesakes=((adapters.RECORDS[DEV].base_version, "FLUX.1"),))
 
 
 def text_encoder_target(encoder: nn.Module) -> LoraTarget:

@@ -40,6 +40,7 @@ from library.architectures.common.pipeline_writing import Pipeline
 from library.architectures.common.tokenizer_files import find_tokenizer
 from library.architectures.sd import text as sd_text
 from library.architectures.sd import weights as sd_weights
+from library.architectures.sd.adapters import TEXT_ENCODER, UNET
 from library.architectures.sd.checkpoint import SDCheckpoint, inspect_checkpoint
 from library.errors import UserError
 
@@ -54,8 +55,8 @@ class StableDiffusion(LatentDiffusion):
     )
     # no published layout: the predecessor caches text for later families only
     text = TextFormat(cache_suffix="_sd_te.npz", arrays={"context": ("T", "D")})
-    text_encoder_targets = (LoraTarget("lora_te", CLIP_MODULES, diffusers_root="text_encoder"),)
-    denoiser_target = unet_target(BlockNumbering(down=12, mid=1, up=12))
+    text_encoder_targets = (LoraTarget(TEXT_ENCODER.prefix, CLIP_MODULES, diffusers_root=TEXT_ENCODER.diffusers),)
+    denoiser_target = unet_target(UNET, BlockNumbering(down=12, mid=1, up=12))
     sample_defaults = {"width": 512, "height": 512, "sample_steps": 30, "scale": 7.5}
 
     # ---- files ----

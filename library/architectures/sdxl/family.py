@@ -43,6 +43,7 @@ from library.architectures.common.pipeline_writing import Pipeline
 from library.architectures.common.tokenizer_files import find_tokenizer
 from library.architectures.sdxl import text as sdxl_text
 from library.architectures.sdxl import weights as sdxl_weights
+from library.architectures.sdxl.adapters import TEXT_ENCODER_1, TEXT_ENCODER_2, UNET
 from library.architectures.sdxl.checkpoint import SDXLCheckpoint, inspect_checkpoint
 from library.architectures.sdxl.options import DECLARATION
 from library.randomness import Draw
@@ -64,10 +65,10 @@ class StableDiffusionXL(LatentDiffusion):
         arrays={"hidden_state1": ("T", "D1"), "hidden_state2": ("T", "D2"), "pool2": ("P",)},
     )
     text_encoder_targets = (
-        LoraTarget("lora_te1", CLIP_MODULES, diffusers_root="text_encoder"),
-        LoraTarget("lora_te2", CLIP_MODULES, diffusers_root="text_encoder_2"),
+        LoraTarget(TEXT_ENCODER_1.prefix, CLIP_MODULES, diffusers_root=TEXT_ENCODER_1.diffusers),
+        LoraTarget(TEXT_ENCODER_2.prefix, CLIP_MODULES, diffusers_root=TEXT_ENCODER_2.diffusers),
     )
-    denoiser_target = unet_target(BlockNumbering(down=9, mid=3, up=9, ends=1))
+    denoiser_target = unet_target(UNET, BlockNumbering(down=9, mid=3, up=9, ends=1))
     sample_defaults = {"width": 1024, "height": 1024, "sample_steps": 30, "scale": 7.5}
     declaration = DECLARATION
 

@@ -11,21 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from library.architectures.adapters import AdapterFamily, AdapterNaming, Naming, Place, Space
 from library.errors import UserError, did_you_mean
 from library.files.safetensors_io import is_pickle, load_pickle, load_tensors, read_header
-from networks.conversion.families import (
-    SDXL_FAMILY,
-    Family,
-    Naming,
-    Part,
-    Space,
-    detect_family,
-    detect_naming,
-)
-from networks.conversion.modules import Place
-from networks.conversion.oft import as_diag_oft, is_own_layout
 from networks.damaged import refuse_damaged
 from networks.file_names import ADAPTER_METADATA, PEFT_ROOT, TENSOR_NAMES, with_alphas
+from networks.files.families import detect_family, detect_naming, namings
+from networks.files.oft import as_diag_oft, is_own_layout
 
 DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
 #: full changes of a weight and of its bias, as ComfyUI and LyCORIS extract them from models
@@ -33,8 +25,6 @@ WEIGHT_CHANGE, BIAS_CHANGE = "diff", "diff_b"
 #: tensors that can be split, joined and scaled; other tensors can only be renamed
 LORA_TENSORS = frozenset({DOWN, UP, ALPHA, DORA})
 
-#: names of models with adapters in diffusers' pipelines
-_MODELS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 #: magnitudes of PEFT and diffusers, of shape (out,), or (1, out, 1, 1) for convolutions
@@ -62,7 +52,7 @@ class Module:
         name: the module's name in the file, for messages.
     """
 
-    part: Part
+    part: AdapterNaming
     space: Space
     path: str
     tensors: dict[str, Tensor]
@@ -97,7 +87,7 @@ class Module:
 class AdapterFile:
     path: Path
     naming: Naming
-    family: Family
+    family: AdapterFamily
     metadata: dict[str, str]
     modules: list[Module]
     is_own_oft: bool = False  # the file has this project's own layout of OFT
@@ -125,8 +115,8 @@ def check_readable(path: Path) -> None:
         raise UserError(f"{path}: holds no adapter's tensors {found}; not a LoRA")
 
 
-def read_adapter(path: Path, family: Family | None = None) -> AdapterFile:
-    """Read an adapter file, or a folder that PEFT wrote; fp8 becomes bf16 without loss.
+def read_adapter(path: Path, family: AdapterFamily | None = None) -> AdapterFile:
+    """An adapter file, or a folder that PEFT wrote; fp8, which torch hardly computes in, becomes bf16 without loss.
 
     Args:
         family: None detects it.
@@ -194,9 +184,8 @@ def _peft_files(folder: Path) -> list[tuple[str, Path]]:
     if not found:
         raise UserError(f"{folder}: a folder without {PEFT_FILE}, which PEFT's have")
     for file in found:
-        if (name := file.parent.name) not in _MODELS:
-            models = ", ".join(_MODELS)
-            raise UserError(f"{file.parent}: not the name of a model{did_you_mean(name, _MODELS)}: {models}")
+        if (name := file.parent.name) not in (models := _models()):
+            raise UserError(f"{file.parent}: not the name of a model{did_you_mean(name, models)}: {', '.join(models)}")
     return [(file.parent.name, file) for file in found]
 
 
@@ -223,8 +212,13 @@ def _load(path: Path) -> tuple[Naming, dict[str, Tensor], dict[str, str]]:
 
 
 def _below(root: str, name: str) -> str:
-    """Return a name with its model's prefix; files of a whole pipeline have it already."""
-    return name if name.startswith(tuple(f"{model}." for model in _MODELS)) else f"{root}.{name}"
+    """A name with its model's; files of a whole pipeline have that already."""
+    return name if name.startswith(tuple(f"{model}." for model in _models())) else f"{root}.{name}"
+
+
+def _models() -> tuple[str, ...]:
+    """What diffusers' pipelines call their models that carry adapters."""
+    return tuple(dict.fromkeys(part.diffusers for part in namings()))
 
 
 def _config(file: Path, root: str) -> dict[str, object]:
@@ -243,8 +237,8 @@ def _root(weights: Mapping[str, Tensor]) -> str:
     return "unet" if re.search("(down|mid|up)_blocks?", text) else "transformer"
 
 
-def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor], title: str) -> Module:
-    """Return the module that a file names ``name``.
+def _module(family: AdapterFamily, naming: Naming, name: str, tensors: dict[str, Tensor], title: str) -> Module:
+    """The module that a file calls ``name``.
 
     Raises:
         UserError: the family has no such module, or the halves of its LoRA do not fit.
@@ -273,14 +267,13 @@ def _module(family: Family, naming: Naming, name: str, tensors: dict[str, Tensor
     space = _space(family.parts[0], naming, name)
     if space is not None:
         return Module(family.parts[0], space, name, tensors, name)
-    remedy = "was it made for another model?"
-    if name.startswith("lora_te_") and family is SDXL_FAMILY:
-        remedy = "an old DyLoRA has such names, and networks/extract_lora_from_dylora.py makes a LoRA of it"
+    old = (remedy for begin, remedy in family.old_names.items() if name.startswith(begin))
+    remedy = next(old, "was it made for another model?")
     raise UserError(f"{title}: {name}: no model of {family.title} has this name; {remedy}")
 
 
-def _space(part: Part, naming: Naming, path: str) -> Space | None:
-    """Return the space of a path: the naming's own, or the other."""
+def _space(part: AdapterNaming, naming: Naming, path: str) -> Space | None:
+    """Whose path it is: that which the naming has, or the other."""
     usual = part.space(naming)
     others: dict[Space, Space] = {"original": "diffusers", "diffusers": "original"}
     for space in (usual, others[usual]):

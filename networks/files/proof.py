@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from library.architectures.adapters import Place
 from library.errors import UserError
-from networks.conversion.adapter_file import ALPHA, DOWN, UP, Module
-from networks.conversion.modules import Place
-from networks.conversion.reshape import swap_halves
+from networks.files.adapter_file import ALPHA, DOWN, UP, Module
+from networks.files.reshape import swap_halves
 
 _ROWS = 1024  # elements of a delta in memory at a time
 

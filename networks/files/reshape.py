@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from networks.conversion.adapter_file import ALPHA, DORA, DOWN, UP, Module
+from networks.files.adapter_file import ALPHA, DORA, DOWN, UP, Module
 
 #: metadata key with the original alphas, so that converting back gives the same tensors
 RECORD = "convert_lora_alphas"

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.architectures.adapters import NAMINGS, Naming
 from library.errors import UserError
 from library.files.atomic import atomic_directory, atomic_path, write_text
 from library.files.hashes import SSHS_KEYS, with_hashes
 from library.files.precisions import cast
 from library.files.safetensors_io import save_tensors
 from library.files.streamed import check_folder_of, check_target
-from networks.conversion.adapter_file import (
+from networks.file_names import ADAPTER_METADATA
+from networks.files.adapter_file import (
     DORA,
     DOWN,
     LORA_TENSORS,
@@ -30,9 +32,9 @@ from networks.conversion.adapter_file import (
     check_readable,
     read_adapter,
 )
-from networks.conversion.families import FAMILIES, NAMINGS, Naming
-from networks.conversion.proof import Difference, compare
-from networks.conversion.reshape import (
+from networks.files.families import family_named
+from networks.files.proof import Difference, compare
+from networks.files.reshape import (
     RECORD,
     fold_strength,
     magnitudes_on_output,
@@ -42,7 +44,6 @@ from networks.conversion.reshape import (
     to_original,
     write_record,
 )
-from networks.file_names import ADAPTER_METADATA
 
 #: largest |difference| / |delta| of a module: rounding of float32 sums, and the error of a cast
 _TOLERANCE = {None: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -120,7 +121,7 @@ def convert(
 
     Args:
         dtype: of all tensors; None keeps each one's.
-        family: a key of ``FAMILIES``, where the file does not tell.
+        family: as ``--family`` takes it, where the file does not tell.
         expected: the naming that the source must have.
         flag: the option that named ``save_to``, for messages.
 
@@ -131,7 +132,7 @@ def convert(
     """
     assert to in NAMINGS
     check_paths(source, save_to, to, flag)
-    file = read_adapter(source, FAMILIES[family] if family else None)
+    file = read_adapter(source, family_named(family) if family else None)
     if expected is not None and file.naming != expected:
         raise UserError(f"{source}: has {_TITLES[file.naming]}, not {_TITLES[expected]}")
     if (

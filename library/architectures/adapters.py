@@ -1,0 +1,274 @@
+"""How a family's adapters are named in files: one description, which trainer, loader and every file tool share.
+
+A denoiser has two sets of module paths: those of its original checkpoint and those of diffusers. Most modules exist in
+both. Joint projections (FLUX.1's ``qkv``, ``linear1``) are several modules in diffusers: they share the input, and their
+outputs are rows of the joint module's.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Naming = Literal["kohya", "diffusers", "peft", "comfyui"]
+NAMINGS: tuple[Naming, ...] = ("kohya", "diffusers", "peft", "comfyui")
+#: whose module paths a naming has
+Space = Literal["original", "diffusers"]
+Shapes = Mapping[str, tuple[int, ...]]
+
+#: before every name in files that PEFT itself wrote
+PEFT_ROOT = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module of diffusers in the original checkpoint: all rows of ``path``, or those of part ``index``."""
+
+    path: str
+    index: int = 0
+
+
+class ModulePaths(ABC):
+    """Two-way map between original module paths and diffusers'."""
+
+    #: what paths consist of, beside numbers: published names have ``_`` for ``.``, which only this undoes
+    words: frozenset[str]
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self.words = frozenset(words)
+        longest_first = sorted(self.words, key=len, reverse=True)
+        self._component = re.compile(rf"({'|'.join(map(re.escape, longest_first))}|\d+)(?:_|$)")
+
+    @abstractmethod
+    def to_diffusers(self, original: str) -> tuple[str, ...]:
+        """diffusers' modules that make up an original one, in the order of its rows; empty if it is unknown."""
+
+    @abstractmethod
+    def to_original(self, diffusers: str) -> Place | None:
+        """Where a module of diffusers lies; None if it is unknown."""
+
+    def rows(self, original: str, *, inputs: int, outputs: int | None) -> list[int]:
+        """Rows of each of the modules that ``to_diffusers`` names, from the joint module's inputs and outputs.
+
+        ``outputs`` may be left out for joint modules, where not all parts are known.
+        """
+        assert outputs is not None and len(self.to_diffusers(original)) == 1
+        return [outputs]
+
+    def swaps_halves(self, original: str) -> bool:
+        """Whether diffusers has the second half of the module's rows first."""
+        return False
+
+    def dotted(self, underscored: str) -> str | None:
+        """``a_b_0_c`` as the path ``a_b.0.c``; None if it is not made of this model's words."""
+        components, position = [], 0
+        while position < len(underscored):
+            found = self._component.match(underscored, position)
+            if found is None:
+                return None
+            components.append(found[1])
+            position = found.end()
+        path = ".".join(components)
+        return path if path.replace(".", "_") == underscored else None
+
+    def bare_roots(self, space: Space) -> frozenset[str]:
+        """What paths of a space begin with, where files also come without the name of the model before them."""
+        return frozenset()
+
+    def _is_known(self, path: str) -> bool:
+        return all(part in self.words or part.isdigit() for part in path.split("."))
+
+
+class SamePaths(ModulePaths):
+    """Text encoders: every program has transformers' paths."""
+
+    def to_diffusers(self, original: str) -> tuple[str, ...]:
+        return (original,) if self._is_known(original) else ()
+
+    def to_original(self, diffusers: str) -> Place | None:
+        return Place(diffusers) if self._is_known(diffusers) else None
+
+
+# ---- one model of a family ----
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """Where a model file holds the weight of one module.
+
+    Attributes:
+        name: the file's tensor.
+        shape: of the module's weight, as the model has it.
+        rows: of the tensor, where it holds several weights one above the other; None: all of it.
+        transposed: whether the tensor is the weight's transpose.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: slice | None = None
+    transposed: bool = False
+
+    @property
+    def bias(self) -> str:
+        """The file's tensor with the module's bias, in the same rows."""
+        return f"{self.name.removesuffix('weight')}bias"
+
+
+@dataclass(frozen=True)
+class AdapterNaming:
+    """One model of a family, and the names that adapters of its modules have in files.
+
+    Attributes:
+        title: for messages: "U-Net", "CLIP-L".
+        kohya, diffusers, comfyui: prefixes of its modules' names; the first is written, all are read.
+        locate: from the shapes of a file, the place of every module's weight by the module's path in ``published``;
+            empty where the file does not hold this model.
+        usual: paths, in ``published``, of the modules that adapters change if nothing else is asked for.
+        convs: those of further modules that adapters of convolutions change.
+        published: whose paths the published (kohya) names have.
+    """
+
+    title: str
+    paths: ModulePaths
+    kohya: tuple[str, ...]
+    diffusers: str
+    comfyui: tuple[str, ...]
+    locate: Callable[[Shapes], Mapping[str, WeightPlace]]
+    usual: re.Pattern[str]
+    convs: re.Pattern[str] | None = None
+    published: Space = "original"
+
+    def space(self, naming: Naming) -> Space:
+        if naming == "kohya":
+            return self.published
+        return "original" if naming == "comfyui" else "diffusers"
+
+    def prefixes(self, naming: Naming) -> tuple[str, ...]:
+        """What its modules' names begin with; PEFT's are read under diffusers' names."""
+        if naming == "kohya":
+            return self.kohya
+        return tuple(f"{name}." for name in (self.comfyui if naming == "comfyui" else (self.diffusers,)))
+
+    def name(self, naming: Naming, path: str) -> str:
+        """A module's name in a file, from its path in ``space(naming)``."""
+        if naming == "kohya":
+            return self.kohya[0] + path.replace(".", "_")
+        return (PEFT_ROOT if naming == "peft" else self.prefixes(naming)[0]) + path
+
+    @property
+    def prefix(self) -> str:
+        """The published prefix without the underscore that ends it."""
+        return self.kohya[0].removesuffix("_")
+
+    def places(self, shapes: Shapes) -> dict[str, WeightPlace]:
+        """The weights of a model file by the published names of their adapters; empty where it is no such file."""
+        return {self.name("kohya", path): place for path, place in self.locate(shapes).items()}
+
+    def usual_places(self, shapes: Shapes, *, convs: bool) -> dict[str, WeightPlace]:
+        """Those of the modules that adapters usually change; with ``convs`` further ones."""
+        patterns = [self.usual, *([self.convs] if convs and self.convs is not None else [])]
+        return {
+            self.name("kohya", path): place
+            for path, place in self.locate(shapes).items()
+            if len(place.shape) in (2, 4) and any(pattern.search(path) for pattern in patterns)
+        }
+
+
+def places_below(shapes: Shapes, sign: str, *, level: str = "") -> dict[str, WeightPlace]:
+    """Every weight of a model whose file has the model's own names, by the module's path.
+
+    Args:
+        sign: what stands in some tensor's name, right behind what precedes all of them in the file.
+        level: what the paths begin with, beside that, where names lack it.
+    """
+    prefix = next((name[: name.index(sign)] for name in shapes if sign in name), None)
+    if prefix is None:
+        return {}
+    return {
+        f"{level}{name[len(prefix) :].removesuffix('.weight')}": WeightPlace(name, shape)
+        for name, shape in shapes.items()
+        if name.startswith(prefix) and name.endswith(".weight")
+    }
+
+
+# ---- a family ----
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What names, shapes and metadata of an adapter file tell about its model.
+
+    Attributes:
+        text: all names, one a line, with underscores for dots.
+        told: what the metadata say, in lower case.
+        attention_widths: inputs of the attentions to text.
+        text_widths: inputs of a text encoder's attentions.
+    """
+
+    text: str
+    told: str
+    metadata: Mapping[str, str]
+    attention_widths: frozenset[int]
+    text_widths: frozenset[int]
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What metadata say of a model: the first two are ``ss_base_model_version`` and ``ss_v2``, the rest modelspec's."""
+
+    base_version: str
+    v2: bool
+    architecture: str
+    implementation: str
+    resolution: str
+    prediction_type: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterFamily:
+    """A kind of model, and the names of its adapters in files.
+
+    Attributes:
+        key: as ``--family`` of tools takes it.
+        parts: beginning with the denoiser.
+        claims: whether an adapter file is for it; asked in the order of the registry.
+        records: what metadata say; the first where nothing is known.
+        network_module: which of our modules reads its LoRAs.
+        old_names: beginnings of names in old files, and what to do about them.
+        opens: a model file or folder by its published names, where the family has a reader of its own; it gives None
+            for what is no model of the family.
+        model_record: which record a model file is, where its tensors tell.
+        fits: whether a model file that has the names of the parts is of this family.
+    """
+
+    key: str
+    title: str
+    parts: tuple[AdapterNaming, ...]
+    claims: Callable[[Evidence], bool]
+    records: tuple[ModelRecord, ...]
+    network_module: str
+    old_names: Mapping[str, str] = field(default_factory=dict)
+    opens: Callable[[Path], Any] | None = None
+    model_record: Callable[[Shapes], ModelRecord] | None = None
+    fits: Callable[[Shapes], bool] = lambda shapes: True
+
+    def record_of_model(self, shapes: Shapes) -> ModelRecord:
+        """The record of a model file; the first where its tensors do not tell."""
+        return self.records[0] if self.model_record is None else self.model_record(shapes)
+
+    def record_of(self, metadata: Mapping[str, str]) -> ModelRecord:
+        """The record that fits the metadata of a source best."""
+        version = metadata.get("ss_base_model_version", "")
+        architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
+        for fits in (
+            lambda r: r.base_version == version and r.architecture == architecture,
+            lambda r: r.architecture == architecture,
+            lambda r: r.base_version == version,
+        ):
+            if (found := next(filter(fits, self.records), None)) is not None:
+                return found
+        return self.records[0]

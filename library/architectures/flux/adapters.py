@@ -1,0 +1,149 @@
+"""Names of adapters of FLUX.1 and Chroma, whose modules are a part of FLUX.1's and its approximator."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from library.architectures.adapters import (
+    AdapterFamily,
+    AdapterNaming,
+    Evidence,
+    ModelRecord,
+    ModulePaths,
+    Place,
+    Shapes,
+    Space,
+    places_below,
+)
+from library.architectures.common.adapter_names import clip_naming, t5_naming
+from library.architectures.common.sharded_file import ShardedFile
+from library.architectures.flux.diffusers_layout import in_diffusers_layout, published_view
+from library.architectures.flux.names import (
+    CHROMA,
+    DEV,
+    LINEARS,
+    SCHNELL,
+    SIGN,
+    SWAPPED_HALVES,
+    Variant,
+    file_prefix,
+    part_rows,
+)
+
+
+class FluxPaths(ModulePaths):
+    """FLUX.1 and Chroma, whose modules are a part of FLUX.1's and its approximator."""
+
+    def __init__(self) -> None:
+        paths = [*LINEARS, *(part for parts in LINEARS.values() for part in parts)]
+        super().__init__({word for path in paths for word in path.split(".") if word != "{}" and not word.isdigit()})
+        self._places = {part: Place(path, i) for path, parts in LINEARS.items() for i, part in enumerate(parts)}
+
+    def to_diffusers(self, original: str) -> tuple[str, ...]:
+        template, number = _numbered(original)
+        return tuple(part.replace("{}", number) for part in LINEARS.get(template, ()))
+
+    def to_original(self, diffusers: str) -> Place | None:
+        template, number = _numbered(diffusers)
+        place = self._places.get(template)
+        return None if place is None else Place(place.path.replace("{}", number), place.index)
+
+    def rows(self, original: str, *, inputs: int, outputs: int | None) -> list[int]:
+        parts = len(self.to_diffusers(original))
+        if parts == 1:
+            return super().rows(original, inputs=inputs, outputs=outputs)
+        return part_rows(parts, inputs=inputs, outputs=outputs)
+
+    def bare_roots(self, space: Space) -> frozenset[str]:
+        paths = LINEARS if space == "original" else self._places
+        return frozenset(path.partition(".")[0] for path in paths)
+
+    def swaps_halves(self, original: str) -> bool:
+        return original in SWAPPED_HALVES
+
+
+def _numbered(path: str) -> tuple[str, str]:
+    """(path with ``{}`` for the first number below a list of blocks, that number)."""
+    found = re.match(r"([a-z_]*blocks|distilled_guidance_layer\.layers)\.(\d+)\.", path)
+    return (f"{found[1]}.{{}}{path[found.end() - 1 :]}", found[2]) if found else (path, "")
+
+
+#: also with diffusers' paths below lora_transformer_, as some trainers write it
+TRANSFORMER = AdapterNaming(
+    "transformer",
+    FluxPaths(),
+    kohya=("lora_unet_", "lora_transformer_"),
+    diffusers="transformer",
+    comfyui=("diffusion_model",),
+    locate=partial(places_below, sign=SIGN),
+    usual=re.compile(r"^(double|single)_blocks\."),
+)
+CLIP_L = clip_naming("CLIP-L", "lora_te1_", "text_encoder", "clip_l")
+#: the third encoder, as in SD3's files; OneTrainer counts two
+T5XXL = t5_naming(("lora_te3_", "lora_te2_"), "text_encoder_2")
+
+_NAMES = re.compile(
+    r"double_blocks_|single_blocks_|single_transformer_blocks_|distilled_guidance|norm1_linear|add_q_proj"
+    r"|(^|\n)(lora_|base_model_model_)?transformer_|SelfAttention"
+)
+#: what Chroma lacks
+_FLUX_ONLY = re.compile(
+    r"_mod_lin|_modulation_lin|norm1_linear|norm_linear|norm1_context|(time|vector|guidance)_(in|text)_"
+)
+
+
+def _is_either(found: Evidence) -> bool:
+    return bool(_NAMES.search(found.text)) or "flux" in found.told or "chroma" in found.told
+
+
+def _is_chroma(found: Evidence) -> bool:
+    return _is_either(found) and ("chroma" in found.told or "distilled_guidance" in found.text)
+
+
+def _is_flux(found: Evidence) -> bool:
+    return _is_either(found) and ("flux" in found.told or bool(_FLUX_ONLY.search(found.text)))
+
+
+_BFL = "https://github.com/black-forest-labs/flux"
+#: of the transformers; the first is what nothing else is told for
+RECORDS = {
+    DEV: ModelRecord("flux1", False, "flux-1-dev", _BFL, "1024x1024"),
+    SCHNELL: ModelRecord("flux1", False, "flux-1-schnell", _BFL, "1024x1024"),
+    CHROMA: ModelRecord("chroma", False, "chroma", "https://huggingface.co/lodestones/Chroma", "1024x1024"),
+}
+_PARTS = (TRANSFORMER, CLIP_L, T5XXL)
+
+
+def _model_record(shapes: Shapes) -> ModelRecord:
+    prefix = file_prefix(shapes)
+    return RECORDS[Variant.of(name[len(prefix) :] for name in shapes if name.startswith(prefix)).kind]
+
+
+def _family(key: str, title: str, claims: Callable[[Evidence], bool], *kinds: str) -> AdapterFamily:
+    records = tuple(RECORDS[kind] for kind in kinds)
+    return AdapterFamily(
+        key, title, _PARTS, claims, records, "networks.lora_flux", opens=_opened, model_record=_model_record
+    )
+
+
+def _opened(path: Path) -> Any:
+    """A transformer in diffusers' layout by its published names; None for anything else."""
+    inner = path / "transformer"
+    if not (inner.is_dir() or path.is_dir() or path.suffix == ".safetensors"):
+        return None
+    if path.is_dir() and not inner.is_dir() and not any(path.glob("*.safetensors")):
+        return None
+    file = ShardedFile.open(inner if inner.is_dir() else path)
+    return published_view(file) if in_diffusers_layout(file.shapes) else None
+
+
+#: the same names for both, so that the third is what names alone often tell
+ADAPTERS = (
+    _family("chroma", "Chroma", _is_chroma, CHROMA),
+    _family("flux", "FLUX.1", _is_flux, DEV, SCHNELL),
+    _family("flux_or_chroma", "FLUX.1 or Chroma", _is_either, DEV, SCHNELL, CHROMA),
+)

@@ -1,0 +1,45 @@
+"""The model families: one line for each, and what is asked of all of them.
+
+Everything else about a family stands in its folder: ``about.py`` (what its files, folders and scripts are called),
+``adapters.py`` (``ADAPTERS``: the names of its adapters in files), ``family.py`` (the family itself).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from library.architectures.adapters import AdapterFamily
+    from library.architectures.base import Architecture
+    from library.architectures.signs import About
+
+#: folders of the families, those whose names are the most particular first: files are asked about in this order
+FOLDERS = (
+    "flux",
+    "sdxl",
+    "sd",
+)
+
+
+def about(folder: str) -> About:
+    """Return what a family says of its files; nothing heavy is imported."""
+    return importlib.import_module(f"{__package__}.{folder}.about").ABOUT
+
+
+def abouts() -> Iterator[About]:
+    """Return the same of every family, in the order of the registry."""
+    return map(about, FOLDERS)
+
+
+def architectures() -> Iterator[Architecture]:
+    """Yield every family."""
+    for folder in FOLDERS:
+        yield getattr(importlib.import_module(f"{__package__}.{folder}"), about(folder).instance)
+
+
+def adapter_families() -> Iterator[AdapterFamily]:
+    """Yield what each family says of the names of adapters; several where it has models of several kinds."""
+    for folder in FOLDERS:
+        yield from importlib.import_module(f"{__package__}.{folder}.adapters").ADAPTERS

@@ -1,0 +1,21 @@
+"""What files and scripts of Stable Diffusion 1.x and 2.x are called."""
+
+from __future__ import annotations
+
+from library.architectures.signs import About, Recognised, Sign
+
+_USE = "use train_network.py"
+
+ABOUT = About(
+    instance="SD",
+    script="train_network",
+    tool_flag="",
+    signs=(
+        Sign(
+            ("cond_stage_model.", "diffusion_model.input_blocks."),
+            Recognised("a Stable Diffusion 1.x or 2.x checkpoint", _USE, "sd"),
+        ),
+    ),
+    pipelines=(("StableDiffusion", Recognised("a Stable Diffusion 1.x or 2.x model", _USE, "sd")),),
+    adapter_keys=("sd2", "sd"),
+)

@@ -1,0 +1,109 @@
+"""Whose names an adapter file has, and which family it was made for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from library.architectures.adapters import AdapterFamily, AdapterNaming, Evidence, Naming, Shapes
+from library.architectures.registry import adapter_families
+from library.errors import UserError
+from networks.file_names import PEFT_ROOT
+
+#: what only files of families that are not known here hold
+_OTHERS = {
+    "joint_blocks": "Stable Diffusion 3",
+    "img_mlp_fc1": "HunyuanImage",
+    "img_mod_linear": "HunyuanImage",
+    "context_refiner": "Lumina",
+    "cap_embedder": "Lumina",
+    "lora_unet_blocks_": "Anima",
+    "diffusion_model.blocks.": "a video model or Anima",
+}
+#: before the names of this project's own layout of OFT, see oft.py
+OWN_OFT = "oft_unet_"
+
+
+def namings() -> Iterator[AdapterNaming]:
+    """Every model of every family."""
+    for family in adapter_families():
+        yield from family.parts
+
+
+def family_named(key: str) -> AdapterFamily:
+    """The family that ``--family`` names; one of ``About.adapter_keys``."""
+    return next(family for family in adapter_families() if family.key == key)
+
+
+def detect_naming(names: Mapping[str, object], title: str) -> Naming:
+    """Whose names a file has.
+
+    Raises:
+        UserError: none that is known.
+    """
+    parts = list(namings())
+    # some programs leave out the name of the denoiser
+    bare_original, bare_diffusers = (
+        {f"{root}." for part in parts for root in part.paths.bare_roots(space)} for space in ("original", "diffusers")
+    )
+    starts: dict[Naming, tuple[str, ...]] = {
+        "kohya": ("lora_te", OWN_OFT, *(prefix for part in parts for prefix in part.kohya)),
+        "peft": (PEFT_ROOT,),
+        "comfyui": ("diffusion_model.", "text_encoders.", *bare_original),
+        "diffusers": (*(f"{part.diffusers}." for part in parts), *bare_diffusers),
+    }
+    found: dict[Naming, str] = {}
+    for name in names:
+        naming = next((naming for naming, begin in starts.items() if name.startswith(begin)), None)
+        if naming is None:
+            if name.startswith("lllite_unet_"):
+                raise UserError(f"{title}: {name}: a ControlNet-LLLite, which no other program has a name for")
+            raise UserError(f"{title}: {name} is no name of an adapter's tensor: is the file a LoRA?")
+        found.setdefault(naming, name)
+    if not found:
+        raise UserError(f"{title}: the file holds no tensors")
+    if len(found) > 1:
+        examples = " and ".join(f"{name} ({naming})" for naming, name in found.items())
+        raise UserError(f"{title}: holds names of several programs: {examples}; merge or split such a file first")
+    return next(iter(found))
+
+
+def detect_family(shapes: Shapes, metadata: Mapping[str, str], title: str) -> AdapterFamily:
+    """The family that a file was made for, from names, widths and metadata.
+
+    Raises:
+        UserError: another family, or names alone do not tell.
+    """
+    found = _evidence(shapes, metadata)
+    for piece, other in _OTHERS.items():
+        if piece.replace(".", "_") in found.text:
+            raise UserError(f"{title}: made for {other}, whose names are not known yet")
+    family = next((family for family in adapter_families() if family.claims(found)), None)
+    if family is None:
+        raise UserError(f"{title}: its names fit several families; say which with --family")
+    return family
+
+
+def _evidence(shapes: Shapes, metadata: Mapping[str, str]) -> Evidence:
+    def widths(pattern: str) -> frozenset[int]:
+        return frozenset(s[1] for name, s in shapes.items() if len(s) > 1 and re.search(pattern, name))
+
+    told = " ".join(metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version")).lower()
+    return Evidence(
+        text="\n".join(shapes).replace(".", "_"),
+        told=told,
+        metadata=metadata,
+        attention_widths=widths(r"attn2[._]to_[kv]\.[\w.]*(down|_A)"),
+        text_widths=widths(r"self_attn.q_proj\.[\w.]*(down|_A)"),
+    )
+
+
+def family_of_model(shapes: Shapes) -> AdapterFamily | None:
+    """The family whose models a file or folder holds: all of its parts, or else most; None where it holds none."""
+
+    def measure(family: AdapterFamily) -> tuple[bool, int]:
+        count = sum(bool(part.locate(shapes)) for part in family.parts) if family.fits(shapes) else 0
+        return count == len(family.parts), count
+
+    found = max(adapter_families(), key=measure)  # the first of several
+    return found if measure(found)[1] else None

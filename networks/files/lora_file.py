@@ -1,0 +1,79 @@
+"""Adapter files as merging takes them: modules by published names, each file with its strength."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.architectures.adapters import AdapterFamily
+from networks.files.adapter_file import DORA, DOWN, LORA_TENSORS, UP, Module, read_adapter
+from networks.files.block_weights import BlockWeights
+from networks.files.reshape import to_original
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """One file to merge.
+
+    Attributes:
+        ratio: the strength it is merged with.
+        modules: by published names; parts of joint modules are joined.
+        is_diffusers: whether the file has diffusers' names.
+        blocks: factors of the strength for blocks of the denoiser; None for none.
+    """
+
+    path: Path
+    ratio: float
+    family: AdapterFamily
+    modules: Mapping[str, Module]
+    metadata: Mapping[str, str]
+    is_diffusers: bool
+    blocks: BlockWeights | None = None
+
+    @staticmethod
+    def open(
+        path: Path, ratio: float, family: AdapterFamily | None = None, blocks: BlockWeights | None = None
+    ) -> LoraFile:
+        """Read a file.
+
+        Args:
+            family: None detects it.
+
+        Raises:
+            UserError: missing, damaged, or no adapter for the family.
+        """
+        file = read_adapter(path, family)
+        modules = {published_name(module): module for module in to_published(file.modules, str(path))}
+        is_diffusers = any(module.space == "diffusers" for module in file.modules)
+        return LoraFile(path, ratio, file.family, modules, file.metadata, is_diffusers, blocks)
+
+    def strength(self, name: str) -> float:
+        """What the change of a module is multiplied by."""
+        return self.ratio * (1.0 if self.blocks is None else self.blocks.of(name))
+
+
+def to_published(modules: list[Module], title: str) -> list[Module]:
+    """The modules in the paths that published names have, which are the original ones but for families that say so."""
+    kept = [module for module in modules if module.part.published == "diffusers" and module.space == "diffusers"]
+    others = [module for module in modules if not any(module is one for one in kept)]
+    return [*kept, *to_original(others, title)]
+
+
+def published_name(module: Module) -> str:
+    """What files call it, from its path in either space."""
+    part, path = module.part, module.path
+    if module.space != part.published:
+        if part.published == "diffusers":
+            path = part.paths.to_diffusers(path)[0]
+        else:
+            place = part.paths.to_original(path)
+            assert place is not None, path
+            path = place.path
+    return part.name("kohya", path)
+
+
+def is_plain(module: Module) -> bool:
+    """Whether it is a LoRA of two halves and nothing else."""
+    names = module.tensors.keys()
+    return {DOWN, UP} <= names <= LORA_TENSORS - {DORA}
