@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def find_changes(
     """
     places = part.places(shapes)
     try:
-        refuse_scaled(name for name in shapes if any(name.startswith(_root(place.name)) for place in places.values()))
+        refuse_scaled(name for name in shapes if name.startswith(_root(places)))
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     found: dict[str, list[Change]] = defaultdict(list)
@@ -79,9 +80,9 @@ def find_changes(
     return dict(found)
 
 
-def _root(name: str) -> str:
-    """What precedes a model's names in a file, as far as the first component tells."""
-    return name.partition(".")[0] + "."
+def _root(places: Mapping[str, WeightPlace]) -> str:
+    """What precedes all names of a model in its file."""
+    return commonprefix([place.name for place in places.values()]).rpartition(".")[0]
 
 
 def _check(
