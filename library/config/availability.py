@@ -1,4 +1,4 @@
-"""What DeepSpeed cannot do here, and why: what a run would silently not do otherwise."""
+"""Options of DeepSpeed that are refused, and why: they would otherwise do nothing in silence."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from types import MappingProxyType
 
 _ZERO_3 = (
     "only ZeRO stage 3 has it, which cannot be, as files, averages and the checks of each step must find whole "
-    "weights; to share the frozen model out, choose FSDP version 2 in accelerate config (docs/multi_gpu.md)"
+    "weights; to shard the frozen model, choose FSDP version 2 in accelerate config (docs/multi_gpu.md)"
 )
 
 NO_STAGE_3 = (
     "between passes it leaves empty tensors in place of all weights, the trained ones too, which files, averages and "
-    "the checks of each step must find whole; choose FSDP version 2 in accelerate config, which shares the frozen "
-    "model out (docs/multi_gpu.md), or stage 0, 1 or 2"
+    "the checks of each step must find whole; choose FSDP version 2 in accelerate config, which shards the frozen "
+    "model (docs/multi_gpu.md), or stage 0, 1 or 2"
 )
 NO_NVME = "DeepSpeed keeps states on a disk with ZeRO stage 3 only, which cannot be; use cpu, or leave it out"
 

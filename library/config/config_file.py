@@ -1,4 +1,4 @@
-"""``--config_file``: the options of the command line from TOML; kind to programs, strict with typing mistakes."""
+"""``--config_file``: read the options of the command line from TOML; kind to programs, strict with typing mistakes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from library.config.toml_values import UNSET, converted
 from library.errors import UserError, did_you_mean, exits_on_user_error
 from library.launched import is_first_process
 
-#: about this one start of the script, so that they have no place in a file
+#: options about one start of the script, which do not belong into a file
 _OWN_FLAGS = ("config_file", "output_config", "explain", "dry_run", "replay")
 _UNSET = object()
 
 
 class ReadArgs(argparse.Namespace):
-    """Parsed options; ``origins`` tells where each given one comes from: ``"command line"`` or ``"run.toml:3"``.
+    """Parsed options; ``origins`` has the origin of each given one: ``"command line"`` or ``"run.toml:3"``.
 
-    The origins are no option: they stand in a slot, so that ``vars`` does not hold them.
+    The origins are no option: they are in a slot, so that ``vars`` does not include them.
     """
 
     __slots__ = ("origins",)
@@ -35,7 +35,7 @@ class ReadArgs(argparse.Namespace):
 
 
 def origins_of(args: argparse.Namespace) -> dict[str, str]:
-    """Where the given options come from; empty for a namespace that ``read_args`` did not make."""
+    """Return the origins of the given options; empty for a namespace that ``read_args`` did not make."""
     return args.origins if isinstance(args, ReadArgs) else {}
 
 
@@ -62,8 +62,8 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     if not path.is_file():
         raise UserError(f"--config_file {path}: no such file")
     file = _values_from_file(path, parser)
-    # argparse fills only what a namespace lacks, so that whatever the command line says wins; the parser itself
-    # stays as it was, for callers that parse more than once
+    # argparse fills only missing attributes of a namespace, so the command line wins; the parser itself is unchanged,
+    # for callers that parse more than once
     merged = parser.parse_args(words, ReadArgs(**file.values))
     merged.origins = file.places | args.origins
     if file.unknown and getattr(merged, "strict", False):
@@ -76,7 +76,7 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 
 @dataclass(frozen=True)
 class FileValues:
-    """What a configuration file says."""
+    """The content of a configuration file."""
 
     values: Mapping[str, Any]  # by option
     places: Mapping[str, str]  # by option: "run.toml:3"
@@ -84,19 +84,19 @@ class FileValues:
     unknown: Sequence[str]  # a message for each key that no one knows
 
     def notes(self, path: Path) -> list[str]:
-        """One short line for all keys of other programs, and a warning for each unknown key."""
-        passed_over = [f"{path}: passed over, as they are for other programs or scripts: {', '.join(self.foreign)}"]
+        """Return one short line for all keys of other programs, and a warning for each unknown key."""
+        passed_over = [f"{path}: ignored, as they are for other programs or scripts: {', '.join(self.foreign)}"]
         return [*passed_over[: len(self.foreign)], *(f"warning: {line}; it is ignored" for line in self.unknown)]
 
 
 def _given_names(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Options that the command line gives, be it at their default."""
+    """Return the options on the command line, even at their default."""
     unset = argparse.Namespace(**{action.dest: _UNSET for action in parser._actions})
     return [name for name, value in vars(parser.parse_args(words, unset)).items() if value is not _UNSET]
 
 
 def _values_from_file(path: Path, parser: argparse.ArgumentParser) -> FileValues:
-    """Raises UserError for every mistake of the file, one line each."""
+    """Read the file; raises UserError with every mistake, one line each."""
     read = _Reading(path, {a.dest: a for a in parser._actions if a.option_strings and a.dest != "help"})
     for key, found in _by_key(load_toml(path)).items():
         read.take(key, found)
@@ -108,7 +108,7 @@ def _values_from_file(path: Path, parser: argparse.ArgumentParser) -> FileValues
 
 
 def _by_key(content: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The values of each key, which several tables may have."""
+    """Return the values of each key, which several tables may have."""
     given: dict[str, list[Any]] = {}
     for key, value in flattened(content):
         given.setdefault(key, []).append(value)
@@ -116,7 +116,7 @@ def _by_key(content: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 class _Reading:
-    """A configuration file on its way to options."""
+    """Turns a configuration file into options."""
 
     def __init__(self, path: Path, actions: Mapping[str, argparse.Action]) -> None:
         self.path, self.actions = path, actions
@@ -129,7 +129,7 @@ class _Reading:
         self.problems: list[str] = []
 
     def take(self, key: str, found: list[Any]) -> None:
-        """One key with what the file's tables say of it."""
+        """Take one key with its values in the file's tables."""
         lines = lines_of(self.text, key)
         place = f"{self.path}{f':{lines[0]}' if lines else ''}"
         where = f"{place}: {key}"
@@ -168,7 +168,7 @@ class _Reading:
         self.places[action.dest] = place
 
     def take_meaning(self, key: str, value: Any) -> None:
-        """The options that a key of another program stands for."""
+        """Take the options that a key of another program stands for."""
         for name, option_value in options_meant(key, value, self.values).items():
             if name in self.actions:
                 self._take_option(self.actions[name], [option_value], f"{self.path}: {key}", f"{self.path}: {key}", ())

@@ -1,4 +1,4 @@
-"""Where log lines go and how they look."""
+"""Set up log lines: where they go and how they look."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-#: lines of these are for their developers
+#: loggers whose lines are for their developers
 _NOISY = ("accelerate", "PIL", "httpx", "httpx2", "urllib3", "matplotlib", "filelock", "fsspec", "diffusers")
 
 
 class _Formatter(logging.Formatter):
-    """Writes control characters out, as names of files may hold them."""
+    """Escapes control characters, which file names may contain."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
@@ -61,7 +61,7 @@ def setup_console(options: ConsoleOptions) -> None:
 
 @contextlib.contextmanager
 def quiet(level: int) -> Iterator[None]:
-    """Log lines of this level and below are left out meanwhile, whoever writes them."""
+    """Suppress log lines of this level and below within the context."""
     before = logging.root.manager.disable
     logging.disable(max(before, level))
     try:
@@ -71,13 +71,13 @@ def quiet(level: int) -> Iterator[None]:
 
 
 def is_rich(*, simple: bool) -> bool:
-    """Whether tables and bars are shown: on a terminal, unless ``--console_log_simple`` asks for plain lines."""
+    """Whether tables and progress bars are shown: on a terminal, unless ``--console_log_simple`` is given."""
     return sys.stderr.isatty() and not simple
 
 
 @functools.cache
 def stderr_console() -> Console:
-    """The one console, so that log lines stand above a bar and not in it."""
+    """Return the one console, so that log lines appear above a progress bar and not in it."""
     from rich.console import Console
 
     return Console(stderr=True)

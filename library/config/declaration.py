@@ -1,7 +1,7 @@
-"""What an owner of options declares: the core, a model family, a kind of training, a tool.
+"""The declaration of an owner of options: the core, a model family, a kind of training, a tool.
 
-Options, their ranges, the rules between them, and when they have no effect stand beside what they are for. Here is only
-how they are declared and joined; nothing here knows an owner.
+Options, their ranges, their rules, and when they have no effect are declared beside the code that they are for. This
+module only defines how they are declared and joined; it knows no owner.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule finds."""
+    """The result of a rule."""
 
     text: str
     fatal: bool
 
 
 def error(text: str) -> Finding:
-    """A finding for what cannot work."""
+    """Return a finding that ends the run."""
     return Finding(text, fatal=True)
 
 
 def warning(text: str) -> Finding:
-    """A finding for what is unusual."""
+    """Return a finding that is logged."""
     return Finding(text, fatal=False)
 
 
@@ -38,17 +38,17 @@ class Facts:
 
     @property
     def text_encoders(self) -> int:
-        """How many text encoders the model has."""
+        """Return the number of text encoders of the model."""
         return len(self.trained_encoders)
 
 
-#: options by group, facts -> findings; options without effect in the run are at their defaults there
+#: (options by group, facts) -> findings; options without effect in the run have their defaults
 Rule = Callable[[Any, Facts], Iterator[Finding]]
 
 
 @dataclass(frozen=True)
 class IdleRule:
-    """Options that change nothing in runs for which ``applies`` holds."""
+    """Options without effect in runs for which ``applies`` is true."""
 
     names: tuple[str, ...]
     reason: str  # completes "--dynamo_backend has no effect ..."; shown in messages and in docs/options/
@@ -56,7 +56,7 @@ class IdleRule:
 
 
 def idle(*names: str, reason: str) -> Callable[[Callable[[Any], object]], IdleRule]:
-    """Make a function of the options the condition under which ``names`` have no effect.
+    """Declare a function of the options as the condition under which ``names`` have no effect.
 
     An option at its default is never reported, so the condition need not look at the options themselves.
     """
@@ -72,15 +72,15 @@ def message(names: Iterable[str], reason: str) -> str:
 
 @dataclass(frozen=True)
 class Declaration:
-    """All that one owner says about options.
+    """Everything that one owner declares about options.
 
     Attributes:
         groups: dataclasses of ``option(...)`` fields, by their name among the groups of all options.
-        rules: what makes options wrong together.
+        rules: checks of options together.
         idle: when options have no effect.
         refused: options, its own or those of others, that cannot work with it: name -> why, and what to use instead.
         unused: options of others that change nothing with it: name -> why, completing "--x has no effect ...".
-        texts: options of others: name -> what they do, in the words of this owner.
+        texts: help texts of others' options in the words of this owner, by name.
     """
 
     groups: Mapping[str, type] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class Declaration:
 
 
 def joined(*declarations: Declaration) -> Declaration:
-    """All of them as one; where two speak of one option or group, the later counts."""
+    """Join declarations; for one option or group in two of them, the later counts."""
     return Declaration(
         groups={name: group for d in declarations for name, group in d.groups.items()},
         rules=tuple(rule for d in declarations for rule in d.rules),

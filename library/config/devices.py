@@ -1,4 +1,4 @@
-"""Devices as the options of the file tools name them."""
+"""Parse devices in the options of the file tools."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def parse_device(flag: str, text: str) -> torch.device:
-    """The device that an option's text names.
+    """Return the device that an option's text names.
 
     Raises:
         UserError: an unknown name, or a device that is not there.

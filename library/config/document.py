@@ -1,10 +1,10 @@
-"""Writes ``docs/options/``: a page for each group of options and each script with more of them.
+"""Write ``docs/options/``: a page for each group of options and each script with further options.
 
-Made from the dataclasses and the rules on them.
+The pages are made from the dataclasses and their rules.
 
     python -m library.config.document
 
-``tests/config/test_document.py`` fails when the pages are not those that this makes.
+``tests/config/test_document.py`` fails when the pages are not current.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MADE = "<!-- made by: python -m library.config.document -->\n"
 _INTRODUCTION = """# Options of `train_network.py`
 
 A page for each group. Every option is a flag of the command line and, without its dashes, a key of a `--config_file`
-(TOML; tables are only headings, the command line wins). What an option does, without these tables:
+(TOML; tables are only headings, the command line wins). An explanation without tables:
 [train_network.md](../train_network.md).
 
 - `--output_config --config_file run.toml` writes the options of a command line to a file, without secrets.
@@ -42,8 +42,8 @@ A page for each group. Every option is a flag of the command line and, without i
   effect* says when that is.
 - An empty text (`--vae ""`) leaves an option without a default out, as programs that start the scripts write all of
   their fields. In a file, so do `"None"` and an empty list, for every option; 1 and 0 are true and false for switches.
-- A key of a file that is a letter or two away from an option is an error. Keys of known programs and of other scripts are
-  passed over in one line; other unknown keys are named in a warning, and are errors with `--strict`.
+- A key of a file that is a letter or two away from an option is an error. Keys of known programs and other scripts are
+  ignored with one line; a warning names other unknown keys, which are errors with `--strict`.
 - Lists that are given twice are joined. Another option that is given twice must have the same value.
 - `--help` shows an example and the topics, `--help TOPIC` or `--help OPTION` explains them.
 
@@ -58,7 +58,7 @@ def scripts() -> dict[str, Declaration]:
 
 
 def pages(declared: Mapping[str, Declaration] | None = None) -> dict[str, str]:
-    """Every page's text by its file name: one for each group, and one for each script with options of its own.
+    """Return every page's text by its file name: one for each group, and one for each script with its own options.
 
     Args:
         declared: by script, without ``.py``; those of ``scripts``, if not given.
@@ -100,7 +100,7 @@ def _page(group: type) -> str:
 
 
 def _script_page(script: str, own: Declaration) -> str:
-    """The family's own options, and what becomes of those of all families."""
+    """Return the page of the family's own options, and of common options that it refuses or ignores."""
     text = f"{_MADE}# Options of `{script}.py` alone\n\n"
     for group in own.groups.values():
         text += f"## {_title(group)}\n\n{_options(group, own.idle)}\n"
@@ -121,7 +121,7 @@ def _options(group: type, rules: Sequence[IdleRule]) -> str:
 
 
 def unit_of(field: dataclasses.Field[Any]) -> str | None:
-    """What its number counts or measures; None where nothing says so."""
+    """Return the unit of its number; None if it has none."""
     return field.metadata["unit"]
 
 
@@ -158,7 +158,7 @@ def _help(field: dataclasses.Field[Any]) -> str:
 
 
 def _idle(name: str, rules: Sequence[IdleRule]) -> list[str]:
-    """When the option changes nothing."""
+    """Return when the option has no effect."""
     found = [rule.reason for rule in rules if name in rule.names]
     if name in OPTIONS and OPTIONS[name].reason:
         found.append(OPTIONS[name].reason)

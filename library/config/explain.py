@@ -17,7 +17,7 @@ from library.config.implied import implied
 from library.config.no_effect import reasons
 from library.launched import is_first_process
 
-#: where origins begin, if they fit
+#: column of the origins, if they fit
 _ORIGIN_COLUMN = 44
 _INDENT = "    "
 
@@ -34,11 +34,11 @@ class Row:
 
 
 def explanation(options: TrainNetworkOptions, origins: Mapping[str, str], own: Declaration) -> list[Row]:
-    """A row for every option, in the order of ``--help``; secrets are masked.
+    """Return a row for every option, in the order of ``--help``; secrets are masked.
 
     Args:
-        origins: where given options come from; options that differ from their default and are not in it were
-            set by a program.
+        origins: origins of given options; options that differ from their default and are not in it were set by a
+            program.
     """
     following = implied(options)
     notes = {name: f"no effect {reason}" for names, reason in reasons(options, own) for name in names}
@@ -80,7 +80,7 @@ def print_explanation(
 ) -> None:
     """One line for each option that was set or follows from others; ``--explain all``: for each option, by group.
 
-    One process prints.
+    Only one process prints.
     """
     if not is_first_process():
         return

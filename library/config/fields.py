@@ -1,4 +1,4 @@
-"""How a dataclass field becomes a flag: ``option`` declares it, ``add_flags`` puts it on a parser."""
+"""Turn dataclass fields into flags: ``option`` declares a field, ``add_flags`` adds it to a parser."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def option(
     required: bool = False,
     neutral: Sequence[Any] = (),
 ) -> Any:
-    """A field that is a flag of the same name.
+    """Declare a field that is a flag of the same name.
 
     Args:
         default: ``False`` makes a switch.
@@ -39,16 +39,17 @@ def option(
         type: converter of the text; left out for switches and texts.
         const: the value of an option that is given without one, with ``nargs="?"``.
         secret: whether the value must never be logged or recorded.
-        unit: what its number counts or measures, "" for a plain factor; every option of a run that is a number has one.
+        unit: unit of its number, "" for a plain factor; every numeric option of a run has one.
         minimum: least value.
         maximum: largest value.
         above: a value that it must be greater than.
         below: a value that it must be less than.
-        weights: whether it names a file or folder of weights; a resumed run must share its content, not its place.
-        harmless: whether a resumed run may have another value and still go on exactly.
-        required: whether the parser refuses to go on without it.
-        neutral: values that say what leaving the option out says, such as 0 where that is off; programs write them for
-            options that are not set. They are accepted beside the choices.
+        weights: whether it names a file or folder of weights; a resumed run must have the same content, not the same
+        path.
+        harmless: whether a resumed run with another value is still exact.
+        required: whether the parser requires it.
+        neutral: values that mean the same as leaving the option out, such as 0 for off; programs write them for options
+            that are not set. They are accepted beside the choices.
     """
     metadata = {
         "help": help,
@@ -72,7 +73,7 @@ def option(
 
 
 def out_of_range(field: dataclasses.Field[Any], value: Any) -> str | None:
-    """What is wrong with a number, or with one of a list, by the option's limits; None if nothing is."""
+    """Return what is wrong with a number, or with one of a list, by the option's limits; None if nothing is."""
     for number in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(number, (int, float)) and not isinstance(number, bool):
             wrong = _out_of_range(field, number)
@@ -102,10 +103,10 @@ def _out_of_range(field: dataclasses.Field[Any], number: float) -> str | None:
 
 
 def normalized(field: dataclasses.Field[Any], value: Any) -> Any:
-    """The value that an option has in a run, of the one that was parsed.
+    """Return an option's value in a run from its parsed value.
 
-    Programs that start the scripts write all of their fields. So an empty text or list leaves an option without a
-    default out, and so do the option's neutral values.
+    Programs that start the scripts write all of their fields. So an empty text or list, and the option's neutral
+    values, mean that an option without a default is not given.
     """
     if isinstance(value, list):
         return [word for word in value if word != ""] or field.default
@@ -115,7 +116,7 @@ def normalized(field: dataclasses.Field[Any], value: Any) -> Any:
 
 
 class _Choices(list[Any]):
-    """The published choices, which alone are shown; an empty text and neutral values leave the option out."""
+    """The published choices, which are shown; an empty text and neutral values are accepted too."""
 
     def __init__(self, field: dataclasses.Field[Any]) -> None:
         super().__init__(field.metadata["choices"])
@@ -126,10 +127,10 @@ class _Choices(list[Any]):
 
 
 def int_or_float(text: str) -> int | float:
-    """Steps (``100``) as int; a share of the run (``0.1``, ``10%``, ``1.0``) as float.
+    """Parse steps (``100``) as int, or a fraction of the run (``0.1``, ``10%``, ``1.0``) as float.
 
     Raises:
-        argparse.ArgumentTypeError: neither, or a share over 1.
+        argparse.ArgumentTypeError: neither, or a fraction over 1.
     """
     try:
         if text.endswith("%"):
@@ -139,9 +140,13 @@ def int_or_float(text: str) -> int | float:
         else:
             value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write steps (100), or a share of the run (0.1 or 10%)") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write steps (100), or a fraction of the run (0.1 or 10%)"
+        ) from None
     if not (0 <= value <= 1 if isinstance(value, float) else value >= 0):  # also refuses "nan"
-        raise argparse.ArgumentTypeError(f"{text!r}: a share of the run lies between 0 and 1; steps are whole numbers")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: a fraction of the run lies between 0 and 1; steps are whole numbers"
+        )
     return value
 
 
@@ -153,12 +158,12 @@ def add_flags(
     texts: Mapping[str, str] = MappingProxyType({}),
     notes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """One section of flags, titled by the dataclass's docstring.
+    """Add one section of flags, titled by the dataclass's docstring.
 
     Args:
-        topic: the word by which ``--help`` shows the section.
-        texts: what the help says of single options instead of their own texts.
-        notes: what it says of them besides.
+        topic: the word for ``--help TOPIC``.
+        texts: help texts of single options instead of their own.
+        notes: further notes on them.
     """
     section = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0].rstrip("."))
     if topic:
@@ -168,7 +173,7 @@ def add_flags(
 
 
 def add_flag(section: Any, field: dataclasses.Field[Any], *, text: str | None = None, note: str = "") -> None:
-    """One flag from one field."""
+    """Add one flag from one field."""
     given = field.metadata
     # argparse expands % in help
     help_text = (given["help"] if text is None else text).replace("%", "%%")
@@ -194,6 +199,6 @@ def add_flag(section: Any, field: dataclasses.Field[Any], *, text: str | None = 
 
 def _metavar(kind: Callable[[str], Any] | None, choices: Sequence[Any] | None) -> str:
     if choices:
-        # None stands among the published choices for "not given", which cannot be written
+        # None among the published choices means "not given", which cannot be written
         return "{" + ",".join(str(choice) for choice in choices if choice is not None) + "}"
     return {int: "N", float: "X", int_or_float: "N", Path: "PATH"}.get(kind, "TEXT")  # type: ignore[arg-type]

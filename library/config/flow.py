@@ -1,4 +1,4 @@
-"""Options that the families with flow matching share, their rules, and the options of DDPM that they have no use for.
+"""The common options of families with flow matching, their rules, and the options of DDPM that they ignore.
 
 A family whose published defaults or choices differ subclasses a group and declares those fields again.
 """
@@ -19,7 +19,7 @@ class WeightingOptions:
 
     weighting_scheme: str = option(
         "uniform",
-        "logit_normal and mode: which timesteps --timestep_sampling sigma draws; sigma_sqrt and cosmap: their weight "
+        "logit_normal and mode: the distribution of --timestep_sampling sigma; sigma_sqrt and cosmap: their weight "
         "in the loss; none and uniform: all alike",
         choices=["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"],
     )
@@ -43,17 +43,17 @@ class FlowOptions:
 
     timestep_sampling: str = option(
         "sigma",
-        "how timesteps are drawn: by --weighting_scheme (sigma), evenly (uniform), most in the middle (sigmoid), that "
+        "distribution of timesteps: by --weighting_scheme (sigma), uniform, most in the middle (sigmoid), that "
         "moved towards noise by --discrete_flow_shift (shift) or by the image's size (flux_shift)",
         choices=["sigma", "uniform", "sigmoid", "shift", "flux_shift"],
     )
     sigmoid_scale: float = option(
-        1.0, "spread of sigmoid, shift and flux_shift; larger is more even", type=float, unit="", above=0
+        1.0, "spread of sigmoid, shift and flux_shift; larger is more uniform", type=float, unit="", above=0
     )
     model_prediction_type: str = option(
         "sigma_scaled",
-        "how the model's output is compared: the velocity itself (raw), times the noise level (sigma_scaled), or taken "
-        "as what is added to the noisy image (additive)",
+        "how the model's output is compared: as velocity (raw), times the noise level (sigma_scaled), or added "
+        "to the noisy image (additive)",
         choices=["raw", "additive", "sigma_scaled"],
     )
     discrete_flow_shift: float = option(
@@ -112,13 +112,13 @@ def no_fixed_shift(o: Any) -> bool:
     return o.flow.timestep_sampling not in ("sigma", "shift")
 
 
-#: of families that weigh timesteps, with ``WeightingOptions`` in the group "weighting"
+#: for families with ``WeightingOptions`` in the group "weighting"
 WEIGHTING = Declaration(
     groups={"weighting": WeightingOptions},
     idle=(not_logit_normal, not_mode, nothing_is_weighted),
     unused=DDPM_ONLY,
 )
-#: of families with all of ``FlowOptions``, in the group "flow", besides
+#: for families that also have all of ``FlowOptions``, in the group "flow"
 FLOW = Declaration(
     groups={**WEIGHTING.groups, "flow": FlowOptions},
     idle=(*WEIGHTING.idle, other_density, no_sigmoid, no_fixed_shift),

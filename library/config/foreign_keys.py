@@ -1,7 +1,7 @@
-"""Keys of configuration files that are no option of the script that reads them, and what becomes of each.
+"""Known keys of configuration files that are no option of the script that reads them, and their meaning.
 
-Graphical programs write keys of their own, and one file is used for several scripts. Such keys are known here: they are
-passed over, or stand for an option. A key close to one of the script's options is a typing mistake. Any other is unknown.
+Graphical programs write their own keys, and one file is used for several scripts. Such keys are listed here: they are
+ignored, or stand for an option. A key close to one of the script's options is a typing mistake. Any other is unknown.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
-#: keys that programs write for themselves; nothing here depends on them
+#: keys that programs write for themselves; they have no effect here
 _OF_PROGRAMS = frozenset(
     {
         # the kohya_ss GUI; the steps that it makes of its epochs are in max_train_steps
@@ -66,7 +66,7 @@ Options = dict[str, Any]
 
 
 def _network_arg(name: str) -> Callable[[Any, Mapping[str, Any]], Options]:
-    """A key that is a network arg, unless the network args say it themselves."""
+    """Treat a key as a network arg, unless the network args have it."""
 
     def meaning(value: Any, options: Mapping[str, Any]) -> Options:
         words = options.get("network_args", [])
@@ -77,7 +77,7 @@ def _network_arg(name: str) -> Callable[[Any, Mapping[str, Any]], Options]:
 
 
 def _option(name: str) -> Callable[[Any, Mapping[str, Any]], Options]:
-    """An older name of an option, which counts unless the file has the option itself."""
+    """Treat a key as an older name of an option, unless the file has the option itself."""
     return lambda value, options: {} if name in options else {name: value}
 
 
@@ -93,29 +93,29 @@ _STANDS_FOR: Mapping[str, Callable[[Any, Mapping[str, Any]], Options]] = Mapping
 
 
 def is_known(key: str) -> bool:
-    """Whether programs are known to write the key, for themselves, for other scripts, or for an option."""
+    """Whether the key is known: programs write it for themselves, for other scripts, or for an option."""
     return any(key in keys for keys in (_OF_PROGRAMS, _OF_OTHER_SCRIPTS, _OF_ADAPTER_SCRIPTS, _STANDS_FOR))
 
 
 def options_meant(key: str, value: Any, options: Mapping[str, Any]) -> Options:
-    """The options that a known key stands for; none where it stands for nothing.
+    """Return the options that a known key stands for, if any.
 
     Args:
-        options: the options that the file gives by their own names.
+        options: the options in the file.
     """
     meaning = _STANDS_FOR.get(key)
     return meaning(value, options) if meaning is not None else {}
 
 
 def typing_mistake_of(key: str, options: Collection[str]) -> str | None:
-    """The option that was meant, where the key is only a letter or two away from it."""
+    """Return the option that was probably meant, if the key differs by a letter or two."""
     allowed = 0 if len(key) <= 3 else 1 if len(key) <= 5 else 2
     near = [(distance, name) for name in options if (distance := _distance(key, name, allowed)) <= allowed]
     return min(near)[1] if near else None
 
 
 def _distance(a: str, b: str, most: int) -> int:
-    """Letters to insert, remove, replace or swap with their neighbour; more than ``most`` is ``most + 1``.
+    """Count the letters to insert, remove, replace or swap with their neighbour; at most ``most + 1``.
 
     Damerau 1964; the optimal string alignment form.
     """

@@ -15,7 +15,7 @@ ALL = "all"
 
 
 def split_doc(doc: str | None) -> tuple[str, str, str]:
-    """A script's docstring: what it does in a line, an example command, and the rest."""
+    """Split a script's docstring: a summary line, an example command, and the rest."""
     summary, _, rest = (doc or "").strip().partition("\n\n")
     example = "\n".join(line for line in rest.splitlines() if line.startswith("    "))
     more = "\n".join(line for line in rest.splitlines() if not line.startswith("    ")).strip()
@@ -23,7 +23,7 @@ def split_doc(doc: str | None) -> tuple[str, str, str]:
 
 
 def marks(own: Declaration) -> dict[str, str]:
-    """What the help says of options that are refused, or that change nothing in any run."""
+    """Return the help's marks of options that are refused, or never have an effect."""
     unused = {name: f"[no effect {why}]" for name, why in own.unused.items()}
     return unused | {name: f"[refused: {why}]" for name, why in own.refused.items()}
 
@@ -62,13 +62,13 @@ class HelpAction(argparse.Action):
 
 
 def topics_of(parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The parser's sections that show any option, by the word that ``--help`` takes."""
+    """Return the parser's visible sections, by the word for ``--help TOPIC``."""
     sections = (s for s in parser._action_groups if any(_is_shown(action) for action in s._group_actions))
     return {getattr(section, "topic", _word(section.title or "")): section for section in sections}
 
 
 def front_page(parser: argparse.ArgumentParser) -> str:
-    """What ``--help`` alone shows: usage, example, topics."""
+    """Return the page of ``--help`` alone: usage, example, topics."""
     topics = {word: section for word, section in topics_of(parser).items() if section is not parser._optionals}
     width = max((len(word) for word in topics), default=0)
     lines = [f"usage: {parser.prog} [options]", "", parser.description or "", ""]
@@ -105,7 +105,7 @@ def _word(title: str) -> str:
 
 
 def topic_word(group: type, groups: Mapping[str, type] | Sequence[type]) -> str:
-    """The word for a group: its name among all options, or that of its class."""
+    """Return the word for a group: its name among all options, or that of its class."""
     if isinstance(groups, Mapping):
         return next(name for name, found in groups.items() if found is group)
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", group.__name__.removesuffix("Options")).lower()

@@ -1,7 +1,6 @@
-"""Values that options take from others, or from the run, when they are not given: for ``--explain``.
+"""The values of options that are not given, from other options or from the run: for ``--explain``.
 
-These restate what the code that reads the options does, each in one line; ``tests/config/test_explain.py`` holds them
-to it.
+They restate the code that reads the options, each in one line; ``tests/config/test_explain.py`` compares the two.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ Follow = Callable[[TrainNetworkOptions], "Implied | None"]
 
 @dataclass(frozen=True)
 class Implied:
-    value: Any  # a text in parentheses where only the run knows it
+    value: Any  # a text in parentheses if only the run knows it
     origin: str
 
 
 def implied(options: TrainNetworkOptions) -> dict[str, Implied]:
-    """What options that were not given come to, by name."""
+    """Return the values of options that were not given, by name."""
     found = {}
     for field, value in flat(options):
         follow = _FOLLOWS.get(field.name)
@@ -125,7 +124,7 @@ def _constant(value: Any) -> Follow:
     return lambda o: Implied(value, "default")
 
 
-#: option -> what it comes to; ``None`` where nothing follows
+#: option -> its value; ``None`` if nothing follows
 _FOLLOWS: dict[str, Follow] = {
     "max_token_length": _constant(75),
     "caption_extension": _caption_extension,

@@ -1,4 +1,4 @@
-"""Usual mistakes on the command line and in TOML files, put into words that name the remedy."""
+"""Explain usual mistakes on the command line and in TOML files, and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from library.errors import UserError, did_you_mean
 
-#: dashes that word processors and web pages make of two hyphens
+#: dashes into which word processors and web pages turn two hyphens
 _LONG_DASHES = "\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"
 _NUMBERS = {"int": "a whole number, such as 100", "float": "a number, such as 0.0001 or 1e-4"}
 
@@ -32,12 +32,12 @@ STRAY_SPACE = (
 
 
 def has_windows_ends(words: Sequence[str]) -> bool:
-    """Whether the script that makes the command line has Windows line ends, which a shell hands on."""
+    """Whether the shell script of the command line has Windows line endings."""
     return any(word.endswith("\r") for word in words)
 
 
 def explain(message: str, actions: Iterable[argparse.Action]) -> list[str]:
-    """What argparse's ``message`` means to a user: one line or more, without ``error:``."""
+    """Translate argparse's ``message`` for users: one line or more, without ``error:``."""
     flags = {flag: action for action in actions for flag in action.option_strings}
     if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
         return _unrecognized(found[1].split(), flags)
@@ -64,7 +64,7 @@ def _unrecognized(words: Sequence[str], flags: Mapping[str, argparse.Action]) ->
 
 
 def _value_mistake(flag: str, why: str, action: argparse.Action | None) -> str:
-    """What follows the flag's name in the message."""
+    """Return the text after the flag's name in the message."""
     if found := re.fullmatch(r"invalid (int|float) value: '(.*)'", why, re.DOTALL):
         return f" {found[2]}: write {_NUMBERS[found[1]]}"
     if action is not None and (found := re.match(r"invalid choice: '?(.*?)'? \(choose from", why, re.DOTALL)):
@@ -83,7 +83,7 @@ def _value_mistake(flag: str, why: str, action: argparse.Action | None) -> str:
 
 
 def toml_remedy(text: str, message: str) -> str:
-    """``"; ..."`` for a usual mistake in the line of a TOML file that ``message`` names, else an empty string."""
+    """Return ``"; ..."`` for a usual mistake in the TOML line that ``message`` names, else an empty string."""
     line = _line_of(text, message)
     value = re.match(r"\s*[\w.\-\"']+\s*=\s*(.*?)\s*$", line)
     if value is None:
@@ -93,7 +93,7 @@ def toml_remedy(text: str, message: str) -> str:
     if re.match(r"(true|false)\b", value[1], re.IGNORECASE):
         return "; write true or false, in small letters"
     if re.match(r"[A-Za-z/\\~]", value[1]):
-        return r"; texts stand in quotes: 'C:\images'"
+        return r"; texts are quoted: 'C:\images'"
     if re.match(r"[\d.eE+-]+,", value[1]):
         return "; numbers have a decimal point, and no comma behind them"
     return ""
@@ -121,7 +121,7 @@ def refuse_escaped_paths(content: Any, path: Path) -> None:
 
 
 def home_hint(path: str | Path) -> str:
-    """``"; ..."`` for a path that begins with ``~``, which only shells replace."""
+    """Return ``"; ..."`` for a path that begins with ``~``, which only shells expand."""
     if not str(path).startswith("~"):
         return ""
     return f"; only shells replace ~, so write {Path(path).expanduser()}"

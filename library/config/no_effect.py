@@ -1,8 +1,8 @@
-"""Options that have no effect in a run: found before anything is loaded, and named with the reason.
+"""Find options that have no effect in a run, before anything is loaded, and report them with the reason.
 
-A rule is a function of the options, declared with ``idle`` beside the options that it is about; what depends on the
-dataset file is in ``library/data/idle_options.py``, on the length of the run in ``library/training/idle_options.py``, on
-optimizer and schedule in ``library/optim/``. They warn, and ``--strict`` makes the warnings errors.
+A rule is a function of the options, declared with ``idle`` beside its options; ``library/data/idle_options.py`` finds
+those that depend on the dataset file, ``library/training/idle_options.py`` on the length of the run, ``library/optim/``
+on optimizer and schedule. They warn, and ``--strict`` makes the warnings errors.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 def given(options: TrainNetworkOptions) -> set[str]:
-    """Names of the options that say something: neither at their default, nor as programs write them anyway."""
+    """Return the names of meaningful options: neither at their default, nor at values that programs always write."""
     anyway = written_anyway(options)
     return {f.name for f, value in flat(options) if value != f.default and value not in anyway.get(f.name, ())}
 
 
 def written_anyway(options: TrainNetworkOptions) -> dict[str, tuple[Any, ...]]:
-    """Values that graphical programs write for options that their users left alone: no one asked for them."""
+    """Return values that graphical programs write for options that their users did not set."""
     prompts = (Path(options.output.output_dir or "") / "sample" / "prompt.txt",)
     return {
         "sample_sampler": ("euler_a", "euler"),
@@ -40,19 +40,19 @@ def written_anyway(options: TrainNetworkOptions) -> dict[str, tuple[Any, ...]]:
 
 
 def _applying(options: TrainNetworkOptions, own: Declaration) -> Iterator[IdleRule]:
-    # the caching tools have own options of families in another group, and name by themselves what matters not
+    # the caching tools have the families' options in another group, and report irrelevant ones themselves
     rules = own.idle if set(own.groups) <= set(options.groups()) else ()
     yield from (rule for rule in (*core_of(options.groups()).idle, *rules) if rule.applies(options))
     yield from (IdleRule((name,), why, lambda o: True) for name, why in own.unused.items())
 
 
 def idle_names(options: TrainNetworkOptions, own: Declaration) -> set[str]:
-    """Names of all options that change nothing in this run, given or not."""
+    """Return the names of all options without effect in this run, given or not."""
     return {name for rule in _applying(options, own) for name in rule.names}
 
 
 def reasons(options: TrainNetworkOptions, own: Declaration) -> list[tuple[list[str], str]]:
-    """Given options without effect and why, as far as the options alone tell.
+    """Return given options without effect and why, as far as the options alone show it.
 
     Args:
         own: what the family and the kind declare.
@@ -63,7 +63,7 @@ def reasons(options: TrainNetworkOptions, own: Declaration) -> list[tuple[list[s
 
 
 def without_effect(options: TrainNetworkOptions, own: Declaration) -> list[NoEffect]:
-    """One warning for each rule that applies."""
+    """Return one warning for each rule that applies."""
     return [NoEffect(message(names, reason)) for names, reason in reasons(options, own)]
 
 
@@ -81,6 +81,6 @@ def report(warnings: Iterable[str], *, strict: bool) -> None:
 
 
 def as_errors(warnings: Iterable[str]) -> list[str]:
-    """The lines of ``--strict``."""
+    """Return the error lines of ``--strict``."""
     remedies = ((w, "; remove it" if isinstance(w, NoEffect) else "") for w in warnings if isinstance(w, Doubtful))
     return [f"{warning}{remedy} (an error by --strict)" for warning, remedy in remedies]

@@ -1,4 +1,4 @@
-"""The parser of all scripts: one clear line for a mistake, lists that are given twice joined, nothing lost in silence."""
+"""The parser of all scripts: one clear line for a mistake; lists that are given twice are joined."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from library.errors import USER_ERROR_EXIT_CODE
 
 
 class SuggestingParser(argparse.ArgumentParser):
-    """argparse with one clear line for a mistake, and the flag that was probably meant."""
+    """An argparse parser with one clear line for a mistake, and the flag that was probably meant."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: what the command line that is being parsed has given so far, by option
+        #: values of the command line so far, by option
         self.given: dict[str, Any] = {}
         #: where to read more, for the help
         self.more = ""

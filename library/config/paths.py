@@ -1,4 +1,4 @@
-"""Findings on files and folders that options name."""
+"""Check files and folders that options name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from library.config.mistakes import home_hint
 
 
 def no_file(name: str, path: str | Path | None) -> Iterator[Finding]:
-    """An error where the option names something that is no file."""
+    """Return an error if the option names something other than a file."""
     if path and not Path(path).is_file():
         what = "a folder, not a file" if Path(path).is_dir() else f"no such file{home_hint(path)}"
         yield error(f"--{name} {path}: {what}")
 
 
 def no_folder(name: str, path: str | Path | None) -> Iterator[Finding]:
-    """An error where the option names something that is no folder."""
+    """Return an error if the option names something other than a folder."""
     if path and not Path(path).is_dir():
         what = "a file, not a folder" if Path(path).is_file() else f"no such folder{home_hint(path)}"
         yield error(f"--{name} {path}: {what}")

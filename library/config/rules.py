@@ -1,4 +1,4 @@
-"""Checks of all options of a run at once, before anything is loaded, by what their owners declare."""
+"""Check all options of a run at once, before anything is loaded, by their owners' declarations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from library.errors import UserError
 
 O = TypeVar("O")
 
-#: what must hold to look at the data alone, without a model and without training
+#: rules for checking the data alone, without a model and without training
 DATA_RULES: tuple[Rule, ...] = data_options.DECLARATION.rules
 
 
 class Subject(Protocol):
-    """What a run is about: it declares options of its own, and answers what rules ask."""
+    """The subject of a run: it declares its own options, and answers the questions of rules."""
 
     @property
     def declaration(self) -> Declaration: ...
@@ -36,9 +36,9 @@ def check(options: Any, subject: Subject, *, rules: Sequence[Rule] | None = None
         UserError: all errors, one line each; with ``--strict``, options without effect among them.
     """
     own = joined(core_of(options.groups()), subject.declaration)
-    # one line for an option that is refused: nothing else is said of it
+    # one line for a refused option, and no other finding
     findings = list(_refused(options, own.refused))
-    # what changes nothing in the run cannot be at fault
+    # an option without effect in the run cannot be wrong
     effective = without(options, {*own.refused, *idle_names(options, subject.declaration)})
     findings += _ranges(effective)
     facts = subject.facts(effective)
@@ -53,7 +53,7 @@ def check(options: Any, subject: Subject, *, rules: Sequence[Rule] | None = None
 
 
 def without(options: O, names: Collection[str]) -> O:
-    """The same with the named options at their defaults."""
+    """Return the same with the named options at their defaults."""
     changed = {}
     for group_field in dataclasses.fields(options):  # type: ignore[arg-type]
         group = getattr(options, group_field.name)
@@ -70,7 +70,7 @@ def _refused(options: Any, table: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _ranges(options: Any) -> Iterator[Finding]:
-    """Every number within the limits that its option declares."""
+    """Check every number against the limits of its option."""
     for field, value in flat(options):
         if wrong := out_of_range(field, value):
             yield error(wrong)

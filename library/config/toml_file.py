@@ -1,4 +1,4 @@
-"""Reading TOML: files of any editor, errors that name the line and the remedy, and the line of each key."""
+"""Read TOML: files of any editor, errors with the line and what to do, and the line of each key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from library.errors import UserError
 
 
 def load_toml(path: Path | str) -> dict[str, Any]:
-    """The content of a TOML file.
+    """Return the content of a TOML file.
 
     Raises:
         UserError: no such file, or a mistake in its syntax, with the line.
@@ -36,7 +36,7 @@ def load_toml(path: Path | str) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Return the text of a file.
 
     Raises:
         UserError: no such file, or one that is not UTF-8.
@@ -50,7 +50,7 @@ def read_text(path: Path) -> str:
 
 
 def flattened(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Keys and values; tables are headings only."""
+    """Return keys and values; tables are headings only."""
     pairs: list[tuple[str, Any]] = []
     for key, value in content.items():
         pairs.extend(flattened(value) if isinstance(value, Mapping) else [(key, value)])
@@ -58,13 +58,13 @@ def flattened(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def without_long_strings(text: str) -> str:
-    """The same lines without what stands in strings of several lines, which may look like keys."""
+    """Return the same lines without the content of multi-line strings, which may look like keys."""
     long_string = r'"""(?:\\.|[^\\])*?"""' + r"|'''.*?'''"
     return re.sub(long_string, lambda found: "\n" * found.group().count("\n"), text, flags=re.DOTALL)
 
 
 def lines_of(text: str, key: str) -> list[int]:
-    """Lines (from 1) that give ``key``: alone, as the end of ``table.key``, in an inline or an array table."""
+    """Return lines (from 1) that set ``key``: alone, as the end of ``table.key``, in an inline or an array table."""
     name = rf"[\"']?{re.escape(key)}[\"']?"
     dotted = rf"(?:[^\s=#]+\s*\.\s*)?{name}\s*="
     lines = list(enumerate(text.splitlines(), start=1))

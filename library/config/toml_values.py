@@ -1,4 +1,4 @@
-"""A TOML value as the flag's own type: kind to programs, which write all of their fields, strict with mistakes."""
+"""Convert a TOML value to the flag's type: kind to programs, which write all of their fields, strict with mistakes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from library.errors import did_you_mean
 
-#: the value of an option that the file leaves out, although it names it
+#: the value of an option that is in the file but not set
 UNSET = object()
 
 
 def converted(action: argparse.Action, value: Any) -> Any:
-    """The value as the flag's own type, or ``UNSET``.
+    """Return the value as the flag's type, or ``UNSET``.
 
-    An empty text, an empty list and "None" leave the option out. 1 and 0 are true and false for switches. A whole
-    number may be written as 64.0, and a number as a text.
+    An empty text, an empty list and "None" mean that the option is not given. 1 and 0 are true and false for switches.
+    A whole number may be written as 64.0, and a number as text.
 
     Raises:
         ValueError: of another type, or not among the choices.

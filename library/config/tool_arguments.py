@@ -1,7 +1,7 @@
-"""Options of the caching tools: those of training, so that one configuration file serves both, and a few of their own.
+"""Options of the caching tools: those of training, so that one configuration file serves both, and a few more.
 
-A tool names the options that matter to it. The others are accepted, reported in one line, and put back to their
-defaults, so that what only training would refuse stops no tool.
+A tool names the options that matter to it. The others are accepted, reported in one line, and reset to their defaults,
+so that rules of training do not stop a tool.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ToolOptions:
     sdxl: bool = option(False, "the model is Stable Diffusion XL")
     flux: bool = option(False, "the model is FLUX.1")
     skip_existing: bool = option(
-        False, "leave images whose cache file is there, without looking into it (as --skip_cache_check)"
+        False, "skip images with an existing cache file, without checking it (as --skip_cache_check)"
     )
 
 
@@ -48,7 +48,7 @@ class FamilyToolOptions(FlowOptions, WeightingOptions):
     ae: str | None = option(None, "autoencoder file")
     controlnet_model_name_or_path: str | None = option(None, "ControlNet file")
     t5xxl_max_token_length: int | None = option(None, "tokens of a caption for T5-XXL", type=int)
-    apply_t5_attn_mask: bool = option(False, "mask what T5-XXL was padded with")
+    apply_t5_attn_mask: bool = option(False, "mask the padding tokens of T5-XXL")
     guidance_scale: float = option(3.5, "guidance of FLUX.1 dev", type=float)
     model_type: str = option("flux", "kind of FLUX model", choices=["flux", "chroma"])
 
@@ -65,7 +65,7 @@ class CacheToolOptions(TrainNetworkOptions):
         return {**TrainNetworkOptions.groups(), "tool": ToolOptions, "family": FamilyToolOptions}
 
     def narrowed(self: O, relevant: Collection[str]) -> tuple[O, list[str]]:
-        """The same with all but the ``relevant`` options at their defaults, and the names of those that were not."""
+        """Return the same with all but the ``relevant`` options at their defaults, and the names of the reset ones."""
         changed: dict[str, object] = {}
         dropped: list[str] = []
         for group_field in dataclasses.fields(self):
@@ -79,11 +79,11 @@ class CacheToolOptions(TrainNetworkOptions):
 
 
 def names_of(*groups: type) -> frozenset[str]:
-    """The options of whole groups."""
+    """Return the options of whole groups."""
     return frozenset(field.name for group in groups for field in dataclasses.fields(group))
 
 
-#: what every cache depends on or is made with
+#: options that every cache depends on or is made with
 SHARED_OPTIONS = (
     names_of(DatasetOptions, ConsoleOptions, ConfigFileOptions)
     - {"max_data_loader_n_workers", "persistent_data_loader_workers"}
@@ -92,12 +92,12 @@ SHARED_OPTIONS = (
     "disable_mmap_load_safetensors", "ddp_timeout", "highvram", "sdxl", "flux", "skip_existing",
 }  # fmt: skip
 
-#: which files a FLUX.1 or Chroma model is
+#: options that name the files of a FLUX.1 or Chroma model
 FLUX_MODEL_OPTIONS = frozenset({"model_type", "clip_l", "t5xxl", "ae"})
-#: how its captions are encoded
+#: options of encoding its captions
 FLUX_TEXT_OPTIONS = frozenset({"t5xxl_max_token_length", "apply_t5_attn_mask"})
 
-#: options of the data that say how latents are cached
+#: data options of caching latents
 LATENT_CACHE_OPTIONS = frozenset({"cache_latents", "cache_latents_to_disk", "vae_batch_size"})
 #: the same for captions
 TEXT_CACHE_OPTIONS = frozenset(
@@ -107,7 +107,7 @@ TEXT_CACHE_OPTIONS = frozenset(
     }
 )  # fmt: skip
 
-#: options of the data that say how captions and batches are made, but not which images there are in which size
+#: data options of captions and batches, which do not change images and sizes
 CAPTION_AND_BATCH_OPTIONS = frozenset(
     {
         "caption_separator", "caption_prefix", "caption_suffix", "shuffle_caption", "keep_tokens",
@@ -119,7 +119,7 @@ CAPTION_AND_BATCH_OPTIONS = frozenset(
 
 
 def build_tool_parser(relevant: Collection[str], *, doc: str | None) -> argparse.ArgumentParser:
-    """A parser that takes every option of training but shows the ``relevant`` ones only.
+    """Return a parser that accepts every option of training but shows only the ``relevant`` ones.
 
     Args:
         doc: the tool's docstring: what it does, an example command, more.

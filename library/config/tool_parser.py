@@ -1,4 +1,4 @@
-"""Command lines of tools that have a few options of their own."""
+"""Command lines of tools with a few options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 
 
 def tool_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose ``--help`` is the script's docstring: its first paragraph, the options, and then the rest."""
+    """Return a parser whose ``--help`` is the script's docstring: its first paragraph, the options, and then the
+    rest."""
     summary, _, details = (doc or "").strip().partition("\n\n")
     return argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -17,5 +18,5 @@ def add_mapped_option(parser: argparse.ArgumentParser, flag: str) -> None:
     parser.add_argument(
         flag,
         action="store_true",
-        help="tensors are taken from the mapped files instead of being read into memory; slower on some network drives",
+        help="map the files instead of reading tensors into memory; slower on some network drives",
     )

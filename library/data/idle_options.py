@@ -1,4 +1,5 @@
-"""Data options that a dataset file leaves without effect: its tables have their own values, or nothing reads them."""
+"""Find data options without effect because of a dataset file: its tables have their own values, or nothing reads
+them."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ Read = Callable[[DatasetSpec, SubsetSpec], Any]
 
 @dataclass(frozen=True)
 class _DataOption:
-    """An option that stands in for a key of the dataset file.
+    """An option that is the default of a key in the dataset file.
 
     Attributes:
-        in_force: the value that a subset is used with.
+        in_force: the value of a subset.
         taken_as: the option's value in that form.
-        acts: whether a value in force does anything there, and ``reason`` if it does not.
+        acts: whether a value in force has an effect there, and ``reason`` if not.
     """
 
     in_force: Read
@@ -111,8 +112,8 @@ OPTIONS: dict[str, _DataOption] = {
     ),
 }
 
-#: why an option is not in force anywhere
-OWN_VALUES = "with this dataset file: its tables have values of their own"
+#: reasons why an option is nowhere in force
+OWN_VALUES = "with this dataset file: its tables have their own values"
 NO_REGULARISATION = "without regularization images"
 NO_VALIDATION = "without validation images; set validation_split in the dataset file, or --validation_split"
 
@@ -121,9 +122,9 @@ ON_VALIDATION = ("validation_seed", "validate_every_n_steps", "validate_every_n_
 
 
 def without_effect_on_data(options: TrainNetworkOptions, config: DatasetConfig) -> list[NoEffect]:
-    """One warning for each reason why given data options change nothing.
+    """Return one warning for each reason why given data options have no effect.
 
-    An option that has the very value of the file's tables is not reported.
+    An option with the same value as the file's tables is not reported.
     """
     pairs = [(dataset, subset) for dataset in config.datasets for subset in dataset.subsets]
     changed = given(options)
@@ -135,8 +136,8 @@ def without_effect_on_data(options: TrainNetworkOptions, config: DatasetConfig) 
         taken = option.taken_as(value)
         in_force = [(d, s) for d, s in pairs if option.in_force(d, s) == taken]
         if not in_force:
-            why = OWN_VALUES if options.dataset.dataset_config else "with these folders, which say it themselves"
-            # the old spelling stands beside the new one and wins, which is another rule's matter
+            why = OWN_VALUES if options.dataset.dataset_config else "with these folders, whose names set it"
+            # the old spelling is given beside the new one and wins, which another rule reports
             if field.name != "caption_extension" or not options.dataset.caption_extention:
                 found.setdefault(why, []).append(field.name)
         elif not any(option.acts(d, s) for d, s in in_force):

@@ -1,4 +1,4 @@
-"""Intervals of steps and epochs that a run is too short for."""
+"""Find intervals of steps and epochs that are longer than the run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from library.config.no_effect import given
 from library.errors import NoEffect
 from library.training.plan import RunPlan
 
-#: options that count optimizer steps, epochs whose end is reached, and epochs that another one follows
+#: options that count optimizer steps, completed epochs, and epochs before the last
 STEPS = ("save_every_n_steps", "sample_every_n_steps")
 EPOCHS = ("sample_every_n_epochs",)
 EPOCHS_BEFORE_THE_LAST = ("save_every_n_epochs",)
 
 
 def without_effect_in_plan(options: TrainNetworkOptions, plan: RunPlan) -> list[NoEffect]:
-    """One warning for each interval that never ends."""
+    """Return one warning for each interval that never ends."""
     steps = f"in a run of {plan.total_steps} steps"
     epochs = f"in a run of {plan.num_epochs} epochs"
     last = f"{epochs}: the last epoch's weights are the final file"

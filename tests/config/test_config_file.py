@@ -71,11 +71,11 @@ def test_the_ending_may_be_left_out(parser: argparse.ArgumentParser, tmp_path: P
         ("[[network_args]]\nconv_dim = 4\n", [":1:", "network_args: expects text"]),
         ("config_file = 'other.toml'\n", [":1:", "belongs on the command line only"]),
         ("learning_rate = 'fast'\n", [":1:", "expects a number, not 'fast'"]),
-        ("lr_warmup_steps = nan\n", [":1:", "a share of the run"]),
+        ("lr_warmup_steps = nan\n", [":1:", "a fraction of the run"]),
         ("dry_run = true\n", [":1:", "belongs on the command line only"]),
         ("a = {seed = 1, network_dmi = 4}\n", [":1:", "network_dmi"]),
         ("sdpa = True\n", ["line 1", "true or false, in small letters"]),
-        ("seed = 1\noutput_dir = /home/me\n", ["line 2", "texts stand in quotes"]),
+        ("seed = 1\noutput_dir = /home/me\n", ["line 2", "texts are quoted"]),
         ('output_dir = "C:\\out"\n', ["line 1", "single quotes"]),
         ('[a]\noutput_dir = "C:\\new"\n', ["C:\\new", "single quotes"]),
         ("learning_rate = 1e-4,\n", ["line 1", "decimal point"]),
@@ -312,7 +312,7 @@ def test_keys_of_other_programs_are_accepted_in_one_line(
     file = write(tmp_path / "run.toml", "".join(f"{key} = 1\n" for key in keys) + "seed = 3\n")
     assert read_args(parser, ["--config_file", file, "--strict"]).seed == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"{file}: passed over, as they are for other programs or scripts: {', '.join(keys)}"
+    assert line == f"{file}: ignored, as they are for other programs or scripts: {', '.join(keys)}"
 
 
 def test_unknown_keys_warn_and_are_errors_under_strict(

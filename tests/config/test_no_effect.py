@@ -242,7 +242,7 @@ CASES = [
 #: (option, its value, file's tables without effect, file's tables with one, words)
 DATA_CASES = [
     *(
-        (name, value, {table: {key: other}}, {}, "values of their own")
+        (name, value, {table: {key: other}}, {}, "their own values")
         for name, value, table, key, other in [
             ("train_batch_size", 2, "dataset", "batch_size", 4),
             ("resolution", "64", "dataset", "resolution", 128),
@@ -284,7 +284,7 @@ DATA_CASES = [
     ("keep_tokens", 2, {}, {"subset": {"shuffle_caption": "true"}}, "--shuffle_caption"),
     ("caption_separator", ";", {}, {"subset": {"secondary_separator": "'+'"}}, "tags"),
     ("token_warmup_min", 3, {}, {"subset": {"token_warmup_step": 9}}, "--token_warmup_step"),
-    ("validation_split", 0.1, {"dataset": {"validation_split": 0}}, {}, "values of their own"),
+    ("validation_split", 0.1, {"dataset": {"validation_split": 0}}, {}, "their own values"),
     ("prior_loss_weight", 0.5, {}, {"more": "is_reg = true"}, "regularization"),
     *((name, 3, {}, {"dataset": {"validation_split": 0.5}}, "validation images") for name in ON_VALIDATION),
 ]

@@ -1,4 +1,4 @@
-"""Options of the data, where the dataset file does not say otherwise."""
+"""Options of the data, for keys that the dataset file does not set."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from library.data.dataset_keys import NOT_WITH_CACHED_LATENTS
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """Data, where the dataset file does not say otherwise."""
+    """Data, unless the dataset file sets it."""
 
-    # a resumed run compares the datasets that these and a dataset file make
+    # a resumed run compares the datasets that result from these and a dataset file
     harmless: ClassVar[bool] = True
 
     dataset_config: Path | None = option(None, "dataset file, .toml or .json", type=Path)
@@ -28,45 +28,55 @@ class DatasetOptions:
     in_json: str | None = option(None, "metadata file of captions and tags, instead of caption files")
     dataset_repeats: int = option(
         1,
-        "how often each image is used in an epoch, with --in_json or a dataset file that does not say",
+        "how often each image is used in an epoch, with --in_json or a dataset file that does not set it",
         type=int,
         unit="uses an epoch",
         minimum=0,
     )
     dataset_class: str | None = option(None, "import path of a dataset class (package.module.Class)")
-    train_batch_size: int = option(1, "images in a batch, of each process", type=int, unit="images", minimum=1)
+    train_batch_size: int = option(
+        1, "batch size: images in a batch of each process", type=int, unit="images", minimum=1
+    )
     resolution: str | None = option(None, "training size in pixels: a number, or width,height")
-    caption_extension: str = option(".caption", "ending of caption files")
+    caption_extension: str = option(".caption", "extension of caption files")
     caption_extention: str | None = option(None, "old spelling of --caption_extension; wins over it")
     caption_separator: str = option(",", "what separates the tags of a caption")
     caption_prefix: str | None = option(None, "text before every caption")
     caption_suffix: str | None = option(None, "text after every caption")
     shuffle_caption: bool = option(False, "shuffle a caption's tags each time it is used")
-    keep_tokens: int = option(0, "leave this many tags at the front in their place", type=int, unit="tags", minimum=0)
+    keep_tokens: int = option(0, "keep this many tags at the front in place", type=int, unit="tags", minimum=0)
     keep_tokens_separator: str = option(
-        "", "text in the caption that ends the part left in its place, e.g. |||; wins over --keep_tokens"
+        "", "text in the caption that ends the part kept in place, e.g. |||; wins over --keep_tokens"
     )
     secondary_separator: str | None = option(None, "joins tags that are shuffled and dropped as one, e.g. ;;;")
     enable_wildcard: bool = option(False, "read {a|b} in captions as a choice, and several lines as one choice each")
     caption_dropout_rate: float = option(
-        0.0, "share of uses without any caption, 0 to 1", type=float, unit="share, 0 to 1", minimum=0, maximum=1
+        0.0,
+        "caption dropout: fraction of uses without a caption, 0 to 1",
+        type=float,
+        unit="share, 0 to 1",
+        minimum=0,
+        maximum=1,
     )
-    caption_dropout_every_n_epochs: int = option(0, "no captions in every n-th epoch", type=int, unit="epochs")
+    caption_dropout_every_n_epochs: int = option(0, "drop all captions in every n-th epoch", type=int, unit="epochs")
     caption_tag_dropout_rate: float = option(
-        0.0, "share of tags left out, 0 to 1", type=float, unit="share, 0 to 1", minimum=0, maximum=1
+        0.0, "tag dropout: fraction of tags left out, 0 to 1", type=float, unit="share, 0 to 1", minimum=0, maximum=1
     )
     token_warmup_min: int = option(1, "tags used at the start of the tag warm-up", type=int, unit="tags")
     token_warmup_step: float = option(
-        0, "steps until all tags are used; below 1, a share of the run", type=float, unit="steps, or share of the run"
+        0,
+        "steps until all tags are used; below 1, a fraction of the run",
+        type=float,
+        unit="steps, or share of the run",
     )
-    color_aug: bool = option(False, "vary hue and gamma a little each time")
-    flip_aug: bool = option(False, "mirror half of the uses, left to right")
+    color_aug: bool = option(False, "colour augmentation: change hue and gamma a little each time")
+    flip_aug: bool = option(False, "flip half of the uses horizontally")
     face_crop_aug_range: str | None = option(None, "crop around the face: low,high of the enlargement, e.g. 2.0,4.0")
     random_crop: bool = option(False, "crop at a random place instead of the middle")
-    alpha_mask: bool = option(False, "weight the loss by the image's transparency")
-    enable_bucket: bool = option(False, "train on several aspect ratios, each image in the nearest")
-    min_bucket_reso: int = option(256, "smallest side of a bucket, pixels", type=int, unit="pixels")
-    max_bucket_reso: int = option(1024, "largest side of a bucket, pixels", type=int, unit="pixels")
+    alpha_mask: bool = option(False, "masked loss by the image's alpha channel")
+    enable_bucket: bool = option(False, "aspect ratio buckets: train each image at the nearest aspect ratio")
+    min_bucket_reso: int = option(256, "shortest side of a bucket, pixels", type=int, unit="pixels")
+    max_bucket_reso: int = option(1024, "longest side of a bucket, pixels", type=int, unit="pixels")
     bucket_reso_steps: int = option(64, "sides of buckets are multiples of this, pixels", type=int, unit="pixels")
     bucket_no_upscale: bool = option(False, "make buckets from the images' own sizes, and never enlarge")
     resize_interpolation: str | None = option(
@@ -77,23 +87,23 @@ class DatasetOptions:
     cache_latents: bool = option(False, "encode all images once, before training, and keep the latents in memory")
     cache_latents_to_disk: bool = option(False, "keep them beside the images, for later runs too")
     vae_batch_size: int = option(1, "images encoded at a time", type=int, neutral=(0,), unit="images", minimum=1)
-    skip_cache_check: bool = option(False, "trust cache files without looking into them")
+    skip_cache_check: bool = option(False, "use cache files without checking them")
     cache_info: bool = option(False, "remember captions and sizes in metadata_cache.json")
     conditioning_data_dir: str | None = option(
         None, "folder of mask images for --masked_loss, with the names of the images"
     )
     on_bad_image: str = option(
         "stop",
-        "images that cannot be read: name all and stop before training, or warn and leave them out",
+        "unreadable images: name all and stop before training, or warn and skip them",
         choices=["stop", "skip"],
     )
     debug_dataset: bool = option(
-        False, "show what would be trained on, in windows or on sheets in <output_dir>/debug_dataset, and end"
+        False, "show the training images, in windows or on sheets in <output_dir>/debug_dataset, and exit"
     )
     max_data_loader_n_workers: int = option(
         8,
-        "processes that prepare batches, at most as many as the processor has threads (by default one less); 0 "
-        "prepares them in the main one",
+        "loader worker processes that prepare batches, at most the processor's threads (by default one less); 0 "
+        "prepares them in the main process",
         type=int,
         unit="processes",
         minimum=0,
@@ -113,7 +123,7 @@ class DatasetOptions:
     )
     text_encoder_cache_variants: int = option(
         1,
-        "captions of an image to encode where they are drawn anew each time (shuffled, tags dropped, ...)",
+        "captions of an image to encode where they change at each use (shuffled, tags dropped, ...)",
         type=int,
         unit="captions an image",
         minimum=1,

@@ -16,7 +16,7 @@ class NoiseOptions:
 
     noise_offset: float | None = option(
         None,
-        "adds a constant per channel to the noise, for darker and brighter images; 0.1 is common",
+        "noise offset: adds a constant per channel to the noise, for darker and brighter images; 0.1 is common",
         type=float,
         neutral=(0,),
         unit="standard deviations of the noise",
@@ -31,18 +31,18 @@ class NoiseOptions:
     )
     multires_noise_iterations: int | None = option(
         None,
-        "adds coarser noise in this many layers; 6 to 10 are common",
+        "multi-resolution noise: adds coarser noise in this many layers; 6 to 10 are common",
         type=int,
         neutral=(0,),
         unit="layers",
         minimum=0,
     )
     multires_noise_discount: float = option(
-        0.3, "weight of each coarser layer to the one before", type=float, unit="", minimum=0
+        0.3, "weight of each coarser layer relative to the one before", type=float, unit="", minimum=0
     )
     ip_noise_gamma: float | None = option(
         None,
-        "perturbs the model's input only; 0.1 is common",
+        "input perturbation: adds noise to the model's input only; 0.1 is common",
         type=float,
         neutral=(0,),
         unit="standard deviations of the noise",
@@ -51,10 +51,14 @@ class NoiseOptions:
     ip_noise_gamma_random_strength: bool = option(False, "draw its strength between 0 and --ip_noise_gamma")
     zero_terminal_snr: bool = option(False, "change the noise schedule so that it ends in pure noise")
     min_timestep: int | None = option(
-        None, "lowest timestep trained, 0 to 999", type=int, neutral=(0,), unit="timestep, 0 to 1000"
+        None, "lowest trained timestep, 0 to 999", type=int, neutral=(0,), unit="timestep, 0 to 1000"
     )
     max_timestep: int | None = option(
-        None, "timesteps trained stay below this, 1 to 1000", type=int, neutral=(1000,), unit="timestep, 0 to 1000"
+        None,
+        "end of the trained timesteps, not included, 1 to 1000",
+        type=int,
+        neutral=(1000,),
+        unit="timestep, 0 to 1000",
     )
 
 
@@ -62,16 +66,16 @@ class NoiseOptions:
 class LossOptions:
     """Loss."""
 
-    loss_type: str = option("l2", "how prediction and target are compared", choices=["l1", "l2", "huber", "smooth_l1"])
+    loss_type: str = option("l2", "loss between prediction and target", choices=["l1", "l2", "huber", "smooth_l1"])
     huber_schedule: str = option(
         "snr",
-        "how the threshold of huber and smooth_l1 goes with the timestep",
+        "how the threshold of huber and smooth_l1 depends on the timestep",
         choices=["constant", "exponential", "snr"],
     )
     huber_c: float = option(0.1, "that threshold", type=float, unit="", above=0)
     huber_scale: float = option(1.0, "a factor of it", type=float, unit="", above=0)
     min_snr_gamma: float | None = option(
-        None, "weights timesteps by min-SNR; 5 in the paper", type=float, neutral=(0,), unit="SNR", minimum=0
+        None, "gamma of min-SNR loss weighting; 5 in the paper", type=float, neutral=(0,), unit="SNR", minimum=0
     )
     scale_v_pred_loss_like_noise_pred: bool = option(
         False, "scale the loss of v-prediction to that of noise prediction"
@@ -84,9 +88,9 @@ class LossOptions:
         unit="",
         minimum=0,
     )
-    debiased_estimation_loss: bool = option(False, "weight timesteps by 1 / sqrt(SNR)")
-    prior_loss_weight: float = option(1.0, "weight of regularization images", type=float, unit="", minimum=0)
-    masked_loss: bool = option(False, "weight the loss by mask images, see --conditioning_data_dir")
+    debiased_estimation_loss: bool = option(False, "debiased estimation: weight timesteps by 1 / sqrt(SNR)")
+    prior_loss_weight: float = option(1.0, "loss weight of regularization images", type=float, unit="", minimum=0)
+    masked_loss: bool = option(False, "masked loss by mask images, see --conditioning_data_dir")
 
 
 # ---- what cannot work ----

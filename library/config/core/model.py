@@ -23,7 +23,7 @@ class ModelOptions:
     v_parameterization: bool = option(False, "the model predicts v (2.x at 768 pixels and its descendants)")
     tokenizer_cache_dir: str | None = option(
         None,
-        "folder with tokenizer files, or where those from the Hub are kept, for work offline",
+        "folder with tokenizer files, or a cache for those from the Hub, for offline use",
         harmless=True,
     )
     vae: str | None = option(
@@ -34,7 +34,7 @@ class ModelOptions:
     no_half_vae: bool = option(False, "keep the VAE in float32 under fp16 or bf16")
     clip_skip: int | None = option(
         None,
-        "take the text encoder's n-th layer from the end (1 is the last)",
+        "use the text encoder's n-th layer from the end (1 is the last)",
         type=int,
         neutral=(1,),
         unit="layers",

@@ -1,4 +1,4 @@
-"""Options of the network that adapters are."""
+"""Options of the adapter network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NetworkOptions:
     )
     network_dropout: float | None = option(
         None,
-        "share of the adapter's inner values dropped in training, 0 to 1",
+        "dropout of the adapter's inner values in training, 0 to 1",
         type=float,
         neutral=(0,),
         unit="share, 0 to 1",
@@ -130,7 +130,7 @@ def low_learning_rate(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def cached_texts(o: Any, facts: Facts) -> Iterator[Finding]:
-    """A rule that depends on the family: of some, encoders are trained beside cached outputs of others."""
+    """Check cached text encoders; in some families, encoders are trained beside cached outputs of others."""
     d = o.dataset
     if not (d.cache_text_encoder_outputs or d.cache_text_encoder_outputs_to_disk):
         return
@@ -148,7 +148,7 @@ def cached_texts(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def text_rates(o: Any, facts: Facts) -> Iterator[Finding]:
-    """Programs write two learning rates for every model: those beyond the last text encoder are not used."""
+    """Check the number of learning rates; programs write two for every model, and surplus ones are ignored."""
     given = o.optimizer.text_encoder_lr or []
     if o.network.network_train_unet_only or len(given) <= 1:
         return
@@ -161,7 +161,7 @@ def text_rates(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def numbered_rates(o: Any, facts: Facts) -> Iterator[Finding]:
-    """A rule that depends on the family: ``--text_encoder_lr1`` and ``2`` are for models with two encoders."""
+    """Check ``--text_encoder_lr1`` and ``2``, which are for models with two encoders."""
     names = ("text_encoder_lr1", "text_encoder_lr2")
     given = ", ".join(f"--{name}" for name in names if getattr(o.optimizer, name) is not None)
     if not given:
@@ -185,7 +185,7 @@ def denoiser_is_frozen(o: Any) -> bool:
     return o.network.network_train_text_encoder_only
 
 
-@idle("learning_rate", reason="where all that is trained has a rate of its own (--unet_lr, --text_encoder_lr)")
+@idle("learning_rate", reason="where every trained part has its own learning rate (--unet_lr, --text_encoder_lr)")
 def every_part_has_its_rate(o: Any) -> bool:
     has_unet = o.optimizer.unet_lr is not None or o.network.network_train_text_encoder_only
     numbered = o.optimizer.text_encoder_lr1 is not None and o.optimizer.text_encoder_lr2 is not None

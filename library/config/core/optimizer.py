@@ -29,25 +29,29 @@ class OptimizerOptions:
         2e-06, "learning rate; 1e-4 to 1e-3 are common for LoRA", type=float, unit="rate", minimum=0
     )
     unet_lr: float | None = option(
-        None, "rate of the U-Net's adapters (as --learning_rate, if not given)", type=float, unit="rate", minimum=0
+        None,
+        "learning rate of the U-Net's adapters (as --learning_rate, if not given)",
+        type=float,
+        unit="rate",
+        minimum=0,
     )
     text_encoder_lr: list[float] | None = option(
         None,
-        "rate of the text encoder's adapters, one for each encoder",
+        "learning rate of the text encoder's adapters, one for each encoder",
         type=float,
         nargs="*",
         unit="rate",
         minimum=0,
     )
     max_grad_norm: float = option(
-        1.0, "largest norm of the gradient; 0 for no limit", type=float, unit="norm", minimum=0
+        1.0, "gradient clipping: largest norm of the gradient; 0 turns it off", type=float, unit="norm", minimum=0
     )
     fused_backward_pass: bool = option(
-        False, "update each weight as soon as its gradient is there, to save memory; needs --max_grad_norm 0"
+        False, "update each weight as soon as its gradient is computed, to save memory; needs --max_grad_norm 0"
     )
     ema_decay: float | None = option(
         None,
-        "also save a moving average of the weights, as <name>-ema; 0.999 is common",
+        "also save a moving average (EMA) of the weights, as <name>-ema; 0.999 is common",
         type=float,
         unit="",
         above=0,
@@ -55,14 +59,14 @@ class OptimizerOptions:
     )
     text_encoder_lr1: float | None = option(
         None,
-        "rate of the first text encoder's adapters (CLIP-L), instead of --text_encoder_lr",
+        "learning rate of the first text encoder's adapters (CLIP-L), instead of --text_encoder_lr",
         type=float,
         unit="rate",
         minimum=0,
     )
     text_encoder_lr2: float | None = option(
         None,
-        "the same of the second (OpenCLIP ViT-bigG of SDXL, T5-XXL of FLUX.1)",
+        "the same for the second (OpenCLIP ViT-bigG of SDXL, T5-XXL of FLUX.1)",
         type=float,
         unit="rate",
         minimum=0,
@@ -70,7 +74,7 @@ class OptimizerOptions:
 
     @property
     def text_encoder_lrs(self) -> list[float] | None:
-        """One rate for all text encoders, or one for each; ``None`` where ``learning_rate`` is theirs."""
+        """Return one learning rate for all text encoders, or one for each; ``None`` if ``learning_rate`` is used."""
         numbered = (self.text_encoder_lr1, self.text_encoder_lr2)
         if any(rate is not None for rate in numbered):
             return [self.learning_rate if rate is None else rate for rate in numbered]
@@ -85,11 +89,11 @@ class SchedulerOptions:
         "constant", "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, ..."
     )
     lr_warmup_steps: int | float = option(
-        0, "steps of warm-up, or a share of the run (0.1 or 10%)", type=int_or_float, unit="steps, or share of the run"
+        0, "warm-up steps, or a fraction of the run (0.1 or 10%)", type=int_or_float, unit="steps, or share of the run"
     )
     lr_decay_steps: int | float = option(
         0,
-        "steps of decay of warmup_stable_decay, or a share of the run",
+        "decay steps of warmup_stable_decay, or a fraction of the run",
         type=int_or_float,
         unit="steps, or share of the run",
     )
@@ -104,7 +108,7 @@ class SchedulerOptions:
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         None,
-        "lowest rate, as a share of the highest, of schedules that take one",
+        "lowest learning rate, as a fraction of the highest, of schedules that have one",
         type=float,
         unit="share, 0 to 1",
     )
@@ -124,7 +128,7 @@ def optimizer_names(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def fused_backward(o: Any, facts: Facts) -> Iterator[Finding]:
-    """What needs all gradients at once does not go with updating each parameter as its gradient comes."""
+    """Options that need all gradients at once exclude ``--fused_backward_pass``."""
     if not o.optimizer.fused_backward_pass:
         return
     if o.optimizer.max_grad_norm > 0:
@@ -139,7 +143,7 @@ def fused_backward(o: Any, facts: Facts) -> Iterator[Finding]:
     if o.training.on_nan != "stop":
         yield error(
             f"--fused_backward_pass: not with --on_nan {o.training.on_nan}, as the update is made before all gradients "
-            "are judged; remove one of them"
+            "are checked; remove one of them"
         )
     if process_count() > 1:
         yield error("--fused_backward_pass: not with several processes, which average whole gradients; remove it")

@@ -1,4 +1,4 @@
-"""Options of what is saved, where, and of what a run goes on from."""
+"""Options of output and of resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OutputOptions:
     harmless: ClassVar[bool] = True
 
     output_dir: str | None = option(None, "folder for weights, states, samples and logs")
-    output_name: str | None = option(None, "name of the files, without ending (last, if not given)")
+    output_name: str | None = option(None, "name of the files, without extension (last, if not given)")
     save_model_as: str = option("safetensors", "format of the weights", choices=[None, "ckpt", "pt", "safetensors"])
     save_precision: str | None = option(
         None,
@@ -37,7 +37,7 @@ class OutputOptions:
     )
     save_n_epoch_ratio: int | None = option(
         None,
-        "save so that there are at least n saves over the run",
+        "save at least n times over the run",
         type=int,
         neutral=(0,),
         unit="saves a run",
@@ -65,7 +65,7 @@ class OutputOptions:
         unit="steps",
         minimum=1,
     )
-    save_state: bool = option(False, "save the training state with the weights, to go on from with --resume")
+    save_state: bool = option(False, "save the training state with the weights, for --resume")
     save_state_on_train_end: bool = option(False, "save the state at the end only")
     no_metadata: bool = option(False, "write no more metadata than other programs need")
     training_comment: str | None = option(None, "text to record in the metadata")
@@ -80,13 +80,13 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """Going on with an earlier run."""
+    """Resuming an earlier run."""
 
     harmless: ClassVar[bool] = True
 
-    resume: str | None = option(None, "state folder to go on from, exactly where it stood")
+    resume: str | None = option(None, "state folder to resume from, exactly where it stopped")
     resume_from_huggingface: bool = option(False, "take the state from the Hub: repo/path:revision:type")
-    skip_until_initial_step: bool = option(False, "pass over the data before the initial step")
+    skip_until_initial_step: bool = option(False, "skip the data before the initial step")
     initial_epoch: int | None = option(
         None, "epoch to start at, counted from 1", type=int, neutral=(0, 1), unit="epoch, from 1", minimum=1
     )
@@ -108,7 +108,7 @@ def needs_output(o: Any, facts: Facts) -> Iterator[Finding]:
         yield error("--output_dir: name the folder for the results")
     folders = {"output_dir": o.output.output_dir, "logging_dir": o.logging.logging_dir}
     for flag, folder in ((flag, Path(given)) for flag, given in folders.items() if given):
-        # the folder itself, or the nearest that exists of those it will be made in
+        # the folder itself, or its nearest existing parent
         standing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not standing.is_dir():
             yield error(f"--{flag} {folder}: {standing} is a file, not a folder")
@@ -120,7 +120,7 @@ def needs_output(o: Any, facts: Facts) -> Iterator[Finding]:
     if name and Path(name).name != name:
         yield error(f"--output_name {name}: a name without folders; put the folder into --output_dir")
     elif name and Path(name).suffix in (".safetensors", ".ckpt", ".pt"):
-        yield warning(f"--output_name {name}: files get their ending by themselves; leave {Path(name).suffix} out")
+        yield warning(f"--output_name {name}: the extension is added automatically; leave {Path(name).suffix} out")
 
 
 def hub(o: Any, facts: Facts) -> Iterator[Finding]:
@@ -132,7 +132,7 @@ def hub(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def state_folder(o: Any, facts: Facts) -> Iterator[Finding]:
-    if not o.resume.resume_from_huggingface:  # then it is no path
+    if not o.resume.resume_from_huggingface:  # then it is not a path
         yield from no_folder("resume", o.resume.resume)
 
 
@@ -225,7 +225,10 @@ def initial_step_wins(o: Any) -> bool:
     return o.resume.initial_step is not None
 
 
-@idle("skip_until_initial_step", reason="without --initial_step; --initial_epoch starts where an epoch's data do")
+@idle(
+    "skip_until_initial_step",
+    reason="without --initial_step; --initial_epoch starts at the beginning of an epoch's data",
+)
 def starts_with_an_epoch(o: Any) -> bool:
     return not o.resume.initial_step
 
@@ -234,7 +237,7 @@ def starts_with_an_epoch(o: Any) -> bool:
     "initial_epoch",
     "initial_step",
     "skip_until_initial_step",
-    reason="beside --resume, whose state says where the run stands",
+    reason="beside --resume, whose state has the position of the run",
 )
 def the_state_says_where(o: Any) -> bool:
     return o.resume.resume is not None

@@ -16,7 +16,9 @@ class ConsoleOptions:
     harmless: ClassVar[bool] = True
 
     console_log_level: str | None = option(
-        None, "least importance shown (INFO, if not given)", choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+        None,
+        "lowest level of log lines that are shown (INFO, if not given)",
+        choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
     )
     console_log_file: str | None = option(None, "write the console's lines to this file instead")
     console_log_simple: bool = option(False, "plain lines without colours, tables and bars")
@@ -29,17 +31,17 @@ class ConfigFileOptions:
     harmless: ClassVar[bool] = True
 
     config_file: str | None = option(None, "TOML file of these options, without their dashes; the command line wins")
-    output_config: bool = option(False, "write all options to --config_file, and end")
+    output_config: bool = option(False, "write all options to --config_file, and exit")
     strict: bool = option(False, "an option that has no effect in this run is an error instead of a warning")
     explain: str | None = option(
         None,
-        "show the options that were set, their values and where each comes from, and end; all shows every option",
+        "show the options that were set, their values and origins, and exit; all shows every option",
         choices=["set", "all"],
         nargs="?",
         const="set",
     )
-    dry_run: bool = option(False, "check everything and show what would be done, without loading weights, and end")
-    replay: str | None = option(None, "run the one step of this .replay file again, say what is not finite, and end")
+    dry_run: bool = option(False, "check everything and show the plan, without loading weights, and exit")
+    replay: str | None = option(None, "repeat the step of this .replay file, report what is not finite, and exit")
 
 
 DECLARATION = Declaration(

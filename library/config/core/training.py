@@ -30,8 +30,12 @@ class TrainingOptions:
     seed: int | None = option(
         None, "makes the run repeatable (drawn and recorded, if not given)", type=int, unit="", harmless=True
     )
-    gradient_accumulation_steps: int = option(1, "batches that make one step", type=int, unit="batches", minimum=1)
-    gradient_checkpointing: bool = option(False, "save memory by computing activations twice", harmless=True)
+    gradient_accumulation_steps: int = option(
+        1, "gradient accumulation: batches per optimizer step", type=int, unit="batches", minimum=1
+    )
+    gradient_checkpointing: bool = option(
+        False, "save memory by recomputing activations in the backward pass", harmless=True
+    )
     mixed_precision: str = option(
         "no", "compute in half precision: bf16, or fp16 on a GPU", choices=["no", "fp16", "bf16"]
     )
@@ -83,7 +87,7 @@ class TrainingOptions:
     fp16_master_weights_and_gradients: bool = option(False, "DeepSpeed: fp16 master weights")
     on_nan: str = option(
         "stop",
-        "a loss or gradient that is not finite: stop, skip the update, or rollback to the last state kept in memory",
+        "on a NaN or infinite loss or gradient: stop, skip the update, or rollback to the last snapshot in memory",
         choices=["stop", "skip", "rollback"],
         harmless=True,
     )
@@ -103,7 +107,7 @@ def half_precision(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def deepspeed(o: Any, facts: Facts) -> Iterator[Finding]:
-    """What accelerate's configuration says of it is checked by ``library.training.zero``."""
+    """Check the options of DeepSpeed; ``library.training.zero`` checks accelerate's configuration."""
     if o.training.deepspeed and o.training.zero_stage == 3:
         yield error(f"--zero_stage 3: {NO_STAGE_3}")
     if o.training.deepspeed and o.training.offload_optimizer_device == "nvme":
@@ -188,7 +192,7 @@ def parameters_are_not_split(o: Any) -> bool:
     return o.training.deepspeed and o.training.zero_stage != 3
 
 
-@idle("offload_optimizer_device", reason="with --zero_stage 0, which shares nothing out")
+@idle("offload_optimizer_device", reason="with --zero_stage 0, which shards nothing")
 def nothing_is_shared_out(o: Any) -> bool:
     return o.training.deepspeed and o.training.zero_stage == 0
 

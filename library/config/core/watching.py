@@ -19,16 +19,16 @@ class SampleOptions:
 
     sample_prompts: str | None = option(None, "file of prompts: .txt with one a line, .toml or .json")
     sample_every_n_steps: int | None = option(
-        None, "draw them after every n-th step", type=int, neutral=(0,), unit="steps"
+        None, "generate sample images after every n-th step", type=int, neutral=(0,), unit="steps"
     )
     sample_every_n_epochs: int | None = option(
         None,
-        "draw them after every n-th epoch; wins over steps",
+        "generate sample images after every n-th epoch; wins over steps",
         type=int,
         neutral=(0,),
         unit="epochs",
     )
-    sample_at_first: bool = option(False, "draw them before the first step too")
+    sample_at_first: bool = option(False, "generate sample images before the first step too")
     sample_sampler: str = option(
         "ddim",
         "sampler",
@@ -40,7 +40,7 @@ class SampleOptions:
 
     @property
     def steps_between(self) -> int | None:
-        """``None`` where it is off, as at 0 and below, which programs write for it."""
+        """Return the interval in steps; ``None`` if it is off, which programs write as 0 or below."""
         return _if_positive(self.sample_every_n_steps)
 
     @property
@@ -49,7 +49,7 @@ class SampleOptions:
 
     @property
     def is_asked_for(self) -> bool:
-        """Whether there is a time to draw; if there are prompts is another question."""
+        """Whether sample images are requested at some time, with or without prompts."""
         return bool(self.steps_between or self.epochs_between or self.sample_at_first)
 
 
@@ -65,13 +65,13 @@ class ValidationOptions:
 
     validation_split: float = option(
         0.0,
-        "share of images kept for validation, 0 to 1, where the dataset file does not say",
+        "fraction of held-out images, 0 to 1, unless the dataset file sets it",
         type=float,
         unit="share, 0 to 1",
     )
     validation_seed: int | None = option(
         None,
-        "seed of that choice and of the noise of validation (as --seed, if not given)",
+        "seed of the choice of held-out images and of the noise of validation (as --seed, if not given)",
         type=int,
         unit="",
     )
@@ -87,14 +87,15 @@ class ValidationOptions:
     )
     max_validation_steps: int | None = option(
         None,
-        "batches of a validation at most, of all processes together; always the same ones",
+        "most batches of a validation, over all processes; always the same ones",
         type=int,
         unit="batches",
         minimum=1,
     )
     early_stopping_patience: int | None = option(
         None,
-        "end the run after this many validations in a row without a new lowest loss",
+        "early stopping: early stopping: early stopping: end the run after this many validations in a row without a new
+        lowest loss",
         type=int,
         unit="validations",
         minimum=1,
@@ -111,7 +112,7 @@ class LoggingOptions:
     logging_dir: str | None = option(None, "folder of TensorBoard logs (<output_dir>/logs, if not given)")
     log_with: str | None = option(
         None,
-        "where figures go; TensorBoard is always on",
+        "where metrics go; TensorBoard is always on",
         choices=["tensorboard", "wandb", "all"],
         neutral=("tensorboard",),
     )
@@ -137,7 +138,7 @@ class ModelSpecOptions:
     metadata_usage_hint: str | None = option(None, "how to use it")
     metadata_thumbnail: str | None = option(None, "image: a file or a data URL")
     metadata_merged_from: str | None = option(None, "models it was merged from")
-    metadata_trigger_phrase: str | None = option(None, "words that call it up")
+    metadata_trigger_phrase: str | None = option(None, "trigger words")
     metadata_preprocessor: str | None = option(None, "preprocessor it needs")
     metadata_is_negative_embedding: str | None = option(None, "whether it is a negative embedding")
 
@@ -184,7 +185,7 @@ def epochs_of_samples_win(o: Any) -> bool:
     return o.sample.epochs_between is not None
 
 
-@idle("sample_sampler", reason="where no sample images are drawn")
+@idle("sample_sampler", reason="without sample images")
 def nothing_is_drawn(o: Any) -> bool:
     return not (o.sample.sample_prompts and o.sample.is_asked_for)
 
