@@ -60,7 +60,7 @@ def published_names(weights: Mapping[str, Tensor], models: Iterable[tuple[nn.Mod
 
 
 def _aliases(model: nn.Module, target: LoraTarget) -> Iterator[tuple[str, str]]:
-    """Yield Yield (other name, published name) of every module that may carry an adapter."""
+    """Yield (other name, published name) of every module that may carry an adapter."""
     for found in find_modules(model, target.with_convs()):
         yield f"{target.prefix}_{found.published_path.replace('.', '_')}", found.lora_name
         yield f"{target.diffusers_root}.{found.published_path}", found.lora_name

@@ -48,7 +48,7 @@ class LoraModule(AdapterModule):
 
     @property
     def scale_in_use(self) -> float:
-        """Return Return alpha / (ranks that this forward uses)."""
+        """Return alpha / (ranks that this forward uses)."""
         return self.scale
 
     def halves(self) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ class LoraModule(AdapterModule):
         return self.low_rank_weight() * (self.multiplier if multiplier is None else multiplier)
 
     def low_rank_weight(self) -> Tensor:
-        """Return Return (alpha / r) U D, float32, in the weight's shape."""
+        """Return (alpha / r) U D, float32, in the weight's shape."""
         down, up = (half.float().flatten(1) for half in self.halves())  # (r, in * kh * kw), (out, r)
         return (up @ down * self.scale).view(self.weight_shape)
 

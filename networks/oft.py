@@ -106,7 +106,7 @@ class OftArgs(LoraArgs):
 
 
 def generator_of(blocks: Tensor, bound: float) -> Tensor:
-    """Return Return Q (n, k, k) of B, float32, with a norm up to ``bound``."""
+    """Return Q (n, k, k) of B, float32, with a norm up to ``bound``."""
     blocks = blocks.float()
     skew = blocks - blocks.transpose(1, 2)
     # below the bound the factor is exactly 1 and has no gradient, also at a norm of 0
@@ -114,7 +114,7 @@ def generator_of(blocks: Tensor, bound: float) -> Tensor:
 
 
 def moved_by(generator: Tensor) -> Tensor:
-    """Return Return R - I (n, k, k) of Q."""
+    """Return R - I (n, k, k) of Q."""
     unit = torch.eye(generator.shape[-1], device=generator.device, dtype=generator.dtype)
     # Q and (I - Q)^-1 commute; I - Q is never singular, so nothing waits for the device's error flag
     return torch.linalg.solve_ex(unit - generator, 2.0 * generator).result

@@ -172,7 +172,7 @@ def _modern(key: str) -> str:
 
 
 def _column(magnitudes: Tensor) -> Tensor:
-    """Return Return (out,) as (out, 1), and (1, out, 1, 1) as (out, 1, 1, 1)."""
+    """Return (out,) as (out, 1), and (1, out, 1, 1) as (out, 1, 1, 1)."""
     return magnitudes.unsqueeze(1) if magnitudes.dim() == 1 else magnitudes.transpose(0, 1)
 
 

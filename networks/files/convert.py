@@ -230,7 +230,7 @@ _PEFT_KINDS = {DOWN: "lora_A.weight", UP: "lora_B.weight", DORA: "lora_magnitude
 
 
 def _vector(magnitudes: Tensor) -> Tensor:
-    """Return Return (out, 1) as (out,), and (out, 1, 1, 1) as (1, out, 1, 1)."""
+    """Return (out, 1) as (out,), and (out, 1, 1, 1) as (1, out, 1, 1)."""
     return magnitudes.squeeze(1) if magnitudes.dim() == 2 else magnitudes.transpose(0, 1)
 
 

@@ -54,7 +54,7 @@ def as_diag_oft(weights: Mapping[str, Tensor], title: str) -> dict[str, Tensor]:
 
 
 def _bounded(blocks: Tensor, alpha: float) -> Tensor:
-    """Return Return Q (n, k, k) of one projection, whose bound is alpha times its outputs."""
+    """Return Q (n, k, k) of one projection, whose bound is alpha times its outputs."""
     return generator_of(blocks, alpha * blocks.shape[0] * blocks.shape[1])
 
 

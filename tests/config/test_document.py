@@ -93,7 +93,14 @@ def test_quoted_messages_are_those_of_the_source(message: str) -> None:
 )
 def test_options_named_on_the_pages_exist(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    elsewhere = {"num_cpu_threads_per_process", "num_processes", "multi_gpu", "nproc_per_node", "help", "cpu"}  # of others
+    elsewhere = {
+        "num_cpu_threads_per_process",
+        "num_processes",
+        "multi_gpu",
+        "nproc_per_node",
+        "help",
+        "cpu",
+    }  # of others
     elsewhere |= {"n", "w", "h", "d", "l", "s"}  # of prompt lines
     elsewhere |= {"sdxl"}  # of the caching tools
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_]*)", text))

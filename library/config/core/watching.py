@@ -94,8 +94,7 @@ class ValidationOptions:
     )
     early_stopping_patience: int | None = option(
         None,
-        "early stopping: early stopping: early stopping: end the run after this many validations in a row without a new
-        lowest loss",
+        "early stopping: end the run after this many validations in a row without a new lowest loss",
         type=int,
         unit="validations",
         minimum=1,
