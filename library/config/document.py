@@ -57,6 +57,13 @@ def scripts() -> dict[str, Declaration]:
     return {name: importlib.import_module(name).DECLARATION for name in names}
 
 
+def kinds() -> dict[str, Declaration]:
+    """Return what the kinds of training beside adapters declare, by the name of their module."""
+    folder = FOLDER.parents[1] / "library" / "training" / "kinds"
+    names = [path.stem for path in sorted(folder.glob("*_options.py"))]
+    return {name: importlib.import_module(f"library.training.kinds.{name}").DECLARATION for name in names}
+
+
 def pages(declared: Mapping[str, Declaration] | None = None) -> dict[str, str]:
     """Return every page's text by its file name: one for each group, and one for each script with its own options.
 
@@ -80,10 +87,20 @@ def pages(declared: Mapping[str, Declaration] | None = None) -> dict[str, str]:
     if own:
         counts = ([f"[`{script}.py`]({script}.md)", str(_count(family))] for script, family in own.items())
         index += "\nOptions that only one script has, besides these:\n\n" + _table(("page", "options"), counts)
+    of_kinds = {name: (group, kind) for kind in kinds().values() for name, group in kind.groups.items()}
+    if of_kinds:
+        counts = (
+            [f"[{_title(group)}]({name}.md)", str(len(dataclasses.fields(group)))]
+            for name, (group, _) in of_kinds.items()
+        )
+        index += "\nOptions of the scripts that train something else than adapters:\n\n" + _table(
+            ("page", "options"), counts
+        )
     return (
         {"README.md": index}
         | {f"{name}.md": _page(group) for name, group in groups.items()}
         | {f"{script}.md": _script_page(script, family) for script, family in own.items()}
+        | {f"{name}.md": _kind_page(group, kind) for name, (group, kind) in of_kinds.items()}
     )
 
 
@@ -99,16 +116,25 @@ def _page(group: type) -> str:
     return f"{_MADE}# {_title(group)}\n\n{_options(group, CORE.idle)}\n[All options](README.md)\n"
 
 
+def _kind_page(group: type, kind: Declaration) -> str:
+    """Return the page of a group of a kind's own options, and of common options that the kind refuses or ignores."""
+    text = f"{_MADE}# {_title(group)}\n\n{_options(group, kind.idle)}\n"
+    return text + _others(kind) + "[All options](README.md)\n"
+
+
 def _script_page(script: str, own: Declaration) -> str:
     """Return the page of the family's own options, and of common options that it refuses or ignores."""
     text = f"{_MADE}# Options of `{script}.py` alone\n\n"
     for group in own.groups.values():
         text += f"## {_title(group)}\n\n{_options(group, own.idle)}\n"
+    return f"{text}{_others(own)}[All options](README.md)\n"
+
+
+def _others(own: Declaration) -> str:
+    """Return the section of options that an owner refuses or ignores."""
     others = [[f"`--{name}`", f"refused: {why}"] for name, why in own.refused.items()]
     others += [[f"`--{name}`", f"no effect {why}"] for name, why in own.unused.items()]
-    if others:
-        text += f"## Options that are not for this script\n\n{_table(('option', 'why'), others)}\n"
-    return f"{text}[All options](README.md)\n"
+    return f"## Options that are not for this script\n\n{_table(('option', 'why'), others)}\n" if others else ""
 
 
 def _options(group: type, rules: Sequence[IdleRule]) -> str:

@@ -21,7 +21,7 @@ _FUSED = ("fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_opti
 class FullOptions:
     """Whole models."""
 
-    train_text_encoder: bool = option(False, "train the text encoders too (train_db.py does without it)")
+    train_text_encoder: bool = option(False, "train the text encoders too (train_db.py trains them anyway)")
     learning_rate_te: float | None = option(
         None,
         "learning rate of the text encoder (as --learning_rate, if not given); 0 leaves it as it is",
