@@ -101,6 +101,11 @@ def known_ending(error: BaseException) -> str:
         return _out_of_memory(first)
     if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN):
         return _out_of_memory(first)
+    if isinstance(error, UnicodeEncodeError) and "surrogates not allowed" in str(error):
+        return (
+            f"a name has characters that this locale's encoding ({sys.getfilesystemencoding()}) does not have: set "
+            "LC_ALL=C.UTF-8 or PYTHONUTF8=1, or give another name"
+        )
     if isinstance(error, RuntimeError):
         if any(words in str(error) for words in _NO_MEMORY):
             return _out_of_memory(first)

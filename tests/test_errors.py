@@ -26,6 +26,7 @@ def test_a_suggestion_is_another_word() -> None:
         (RuntimeError("can't start new thread"), "out of memory"),
         (RuntimeError("[/x/gloo/transport/tcp/pair.cc:537] Connection closed by peer"), "another process of this run"),
         (torch.distributed.DistBackendError("NCCL communicator was aborted"), "another process of this run"),
+        (UnicodeEncodeError("utf-8", "\udcc3", 0, 1, "surrogates not allowed"), "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"),
         (RuntimeError("shapes differ"), ""),
         (ValueError("out of memory"), ""),
         (OSError(errno.ENOENT, "No such file"), ""),
