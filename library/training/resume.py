@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.config.arguments import TrainNetworkOptions, flat
-from library.errors import UserError
+from library.errors import UserError, known_ending
 from library.files.atomic import MANIFEST_NAME, atomic_directory, verify_directory
 from library.launched import is_first_process
 from library.optim.optimizers import OptimizerChoice, recorded_choice
@@ -217,6 +217,10 @@ def name_changes(resumed: TrainState, fingerprint: dict[str, object]) -> None:
         logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
 
 
+#: what torch and accelerate raise for other names, shapes or numbers of tensors, and for files that were edited
+_MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, OSError)
+
+
 def load_state(accelerator: Accelerator, folder: Path, *, starts_from: str) -> None:
     """Bring back weights, optimizer, scheduler and the random states of this process.
 
@@ -228,7 +232,9 @@ def load_state(accelerator: Accelerator, folder: Path, *, starts_from: str) -> N
         accelerator.load_state(str(folder))
     except torch.cuda.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError) as error:  # torch's, for other names, shapes or numbers of tensors
+    except _MISFITS as error:
+        if known_ending(error):
+            raise
         what = " ".join(str(error).split())[:200]
         raise UserError(
             f"--resume {folder}: it was saved with another network or optimizer ({what}); give that run's options, "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, naming
 from library.files.finite import not_finite, some_of
 from library.files.safetensors_io import iterate_tensors
 
@@ -45,8 +45,9 @@ def _is_number(value: object) -> bool:
 def refuse_bad_weights(folder: Path) -> None:
     """Raise UserError for weights or averages of a state that are not finite, naming file and tensor."""
     for file in sorted(folder.glob("*.safetensors")):
-        if bad := not_finite(iterate_tensors(file)):
-            raise UserError(f"--resume {file}: {some_of(bad)} holds NaN or infinity; use an older state")
+        with naming("--resume", file):
+            if bad := not_finite(iterate_tensors(file)):
+                raise UserError(f"{file}: {some_of(bad)} holds NaN or infinity; use an older state")
 
 
 def refuse_bad_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:

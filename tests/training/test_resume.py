@@ -86,6 +86,25 @@ def test_code_in_a_state_is_not_run(
     assert not Path("pwned").exists()
 
 
+@pytest.mark.parametrize("file", ["optimizer.bin", "scheduler.bin", "model.safetensors"])
+@pytest.mark.parametrize("content", [{}, {"state": 1, "param_groups": 2}, [1, 2], None])
+def test_edited_files_of_a_state(
+    tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, file: str, content: object
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare(accelerator, torch.nn.Linear(1, 1))
+    accelerator.save_state("state")
+    if content is None:
+        Path("state", file).unlink()
+    else:
+        torch.save(content, Path("state", file))
+    if file == "scheduler.bin" and content is not None:
+        return  # a schedule takes whatever it finds
+    with pytest.raises(UserError, match="--resume state") as raised:
+        load(accelerator)
+    assert len(str(raised.value).splitlines()) == 1
+
+
 def test_a_state_of_another_network(tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the options alone do not tell, such as ``--network_args conv_dim=8``."""
     monkeypatch.chdir(tmp_path)

@@ -35,13 +35,13 @@ from library.architectures.flux import vae as flux_vae
 from library.architectures.flux.adapters import RECORDS
 from library.architectures.flux.checkpoint import load_transformer, published_layout
 from library.architectures.flux.controlnet import load_controlnet
-from library.architectures.flux.inspection import FluxCheckpoint, inspect_model
+from library.architectures.flux.inspection import FluxCheckpoint, inspect_model, refuse_other_variant
 from library.architectures.flux.names import DEV, SCHNELL
 from library.architectures.flux.options import CHROMA, DECLARATION, FluxModelOptions, trains_t5
 from library.architectures.flux.targets import CHROMA_DENOISER, CLIP_L, DENOISER, T5XXL
 from library.config.declaration import message
 from library.config.no_effect import report
-from library.errors import NoEffect
+from library.errors import NoEffect, naming
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -305,6 +305,11 @@ class Flux(FlowMatching, Architecture):
         if self._kind == SCHNELL and scale != FluxModelOptions.guidance_scale:
             said = NoEffect(message(["guidance_scale"], _SCHNELL_IS_TOLD_NONE))
             report([said], strict=options.config.strict)
+        network = options.network
+        for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights)):
+            for path in filter(None, paths or []):
+                with naming(f"--{flag}", path):
+                    refuse_other_variant(Path(path), info.version)
 
     # ---- memory and speed ----
 

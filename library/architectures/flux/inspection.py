@@ -17,7 +17,7 @@ from library.architectures.flux.controlnet import controlnet_source
 from library.architectures.flux.options import CHROMA, FluxModelOptions
 from library.architectures.flux.sizes import FluxSizes
 from library.errors import UserError, did_you_mean, naming
-from library.files.safetensors_io import read_header
+from library.files.safetensors_io import is_pickle, read_header
 
 #: Hub repository (and sub-folder) of CLIP-L's tokenizer
 CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", None)
@@ -152,3 +152,18 @@ def _check_widths(transformer: TransformerCheckpoint, encoders: list[ModelSource
             f"--clip_l {options.clip_l}: gives text of width {pooled}, the transformer takes "
             f"{transformer.sizes.pooled}; give CLIP-L"
         )
+
+
+def refuse_other_variant(adapter: Path, version: str) -> None:
+    """Refuse an adapter whose metadata tell that it was made for the other of FLUX.1 and Chroma.
+
+    Many of their modules have the same names and shapes, so that it would fit in part.
+
+    Raises:
+        UserError: naming the file and both models.
+    """
+    if not adapter.is_file() or is_pickle(adapter):
+        return
+    made_for = read_header(adapter).metadata.get("ss_base_model_version")
+    if made_for != version and made_for in VERSIONS.values():
+        raise UserError(f"{adapter}: made for {made_for}, and the model is {version}; give an adapter made for it")

@@ -87,8 +87,10 @@ def test_what_does_not_fit_the_model_is_found_before_anything_is_cached(
         ({"network_args": ["network_reg_lrs=middle=1e-4"]}, '"middle" is in none of the'),
         ({**oft, "network_train_unet_only": True}, "--network_dim 5: must divide the 32 output features"),
         ({"network_weights": tmp_path / "chroma" / "tiny.safetensors", "model": chroma, "network_dim": 4}, "is [2, "),
-        ({"text_encoder_lr": [1e-4, 1e-5, 1e-6]}, "has 3 values, and text encoders are 2; give one for all, or 2"),
-        ({"text_encoder_lr": [1e-4, 1e-5], "model": chroma, **T5}, "has 2 values, and text encoders are 1; give one"),
+        (
+            {"network_weights": tmp_path / "chroma" / "tiny.safetensors", "dim_from_weights": True},
+            "made for chroma, and the model is flux1",
+        ),
     ]
     for work in ("encode_images", "encode_text"):
         monkeypatch.setattr(Flux, work, lambda *_, **__: pytest.fail("something was encoded"))
