@@ -118,7 +118,11 @@ def test_mistakes_are_one_line(
     images = make_images(tmp_path / "images")
     dataset = write_dataset(tmp_path / "data.toml", images)
     with pytest.raises(SystemExit) as ended:
-        arguments = [*map(str, tool_arguments(sd, dataset)), *flags]
+        arguments = [str(word) for word in tool_arguments(sd, dataset)]
+        if flags[0] in arguments:  # the test's own value in the place of the usual one
+            position = arguments.index(flags[0])
+            del arguments[position : position + 2]
+        arguments += flags
         CacheLatents().run(read_args(setup_parser(), arguments))
     assert ended.value.code == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
