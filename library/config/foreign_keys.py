@@ -24,7 +24,7 @@ _OF_PROGRAMS = frozenset(
         "save_toml", "save_toml_location", "tag_occurrence", "model_train_type", "enable_preview", "positive_prompts",
         "negative_prompts", "randomly_choice_prompt", "prompt_file", "sample_width", "sample_height", "sample_cfg",
         "sample_seed", "sample_steps", "ui_custom_params", "network_args_custom", "optimizer_args_custom",
-        "enable_base_weight", "enable_block_weights", "lycoris_algo",
+        "enable_base_weight", "enable_block_weights", "lycoris_algo", "full_path", "use_latent_files",
     }
 )  # fmt: skip
 

@@ -55,7 +55,7 @@ def module_of(script: str) -> ModuleType:
 
 
 def trains(module: ModuleType) -> bool:
-    return any(isinstance(value, type) and hasattr(value, "train") for value in vars(module).values())
+    return hasattr(module, "_trainer")
 
 
 def has(command: Command, *names: str) -> bool:

@@ -47,7 +47,9 @@ class FluxModelOptions:
         unit="",
         minimum=0,
     )
-    blocks_to_swap: int | None = option(None, "blocks kept in host memory", type=int, unit="blocks", harmless=True)
+    blocks_to_swap: int | None = option(
+        None, "blocks kept in host memory", type=int, unit="blocks", harmless=True, neutral=(0,)
+    )
     split_mode: bool = option(False, "an old way of saving memory")
 
 

@@ -87,7 +87,8 @@ class Full(Kind):
         count = len(architecture.text_encoder_targets)
         numbered = (full.learning_rate_te1, full.learning_rate_te2) if count == 2 else ()
         own = [*numbered, *[None] * (count - len(numbered))]
-        shared = default if full.learning_rate_te is None else full.learning_rate_te
+        is_numbered = any(rate is not None for rate in numbered)
+        shared = default if full.learning_rate_te is None or is_numbered else full.learning_rate_te
         return [shared if rate is None else rate for rate in own]
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import Any
 
 from library.config.arguments import TrainNetworkOptions, options_of
 from library.config.core.output import OutputOptions
-from library.config.declaration import Declaration, Facts, Finding, error, idle, joined, warning
+from library.config.declaration import Declaration, Facts, Finding, error, idle, joined, message, warning
 from library.config.fields import option
 from library.launched import USE_DEEPSPEED, is_on, process_count
 
@@ -60,8 +60,12 @@ class FullOptions:
         False, "as --fused_backward_pass, with the weights updated block by block"
     )
     skip_latents_validity_check: bool = option(False, "old spelling of --skip_cache_check", harmless=True)
-    double_blocks_to_swap: int | None = option(None, "old form of --blocks_to_swap", type=int, unit="blocks")
-    single_blocks_to_swap: int | None = option(None, "old form of --blocks_to_swap", type=int, unit="blocks")
+    double_blocks_to_swap: int | None = option(
+        None, "old form of --blocks_to_swap", type=int, unit="blocks", neutral=(0,)
+    )
+    single_blocks_to_swap: int | None = option(
+        None, "old form of --blocks_to_swap", type=int, unit="blocks", neutral=(0,)
+    )
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,14 @@ def trained_encoders(o: Any, facts: Facts) -> Iterator[Finding]:
     full = o.full
     numbered = [n for n in ("learning_rate_te1", "learning_rate_te2") if getattr(full, n) is not None]
     if numbered and facts.text_encoders != 2:
-        yield error(
-            f"{', '.join(f'--{n}' for n in numbered)}: for models with two text encoders, this one has "
-            f"{facts.text_encoders}; use --learning_rate_te"
+        yield warning(
+            f"{message(numbered, 'with this model')}, which has not two text encoders but {facts.text_encoders}; "
+            "--learning_rate_te is for it"
         )
     elif numbered and full.learning_rate_te is not None:
-        yield error("--learning_rate_te: not with --learning_rate_te1 or --learning_rate_te2; remove one of them")
+        yield warning(
+            f"{message(['learning_rate_te'], 'beside --learning_rate_te1 or --learning_rate_te2, which win')}"
+        )
     caches = o.dataset.cache_text_encoder_outputs or o.dataset.cache_text_encoder_outputs_to_disk
     if caches and any(facts.trained_encoders):
         yield error(

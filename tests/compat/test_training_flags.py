@@ -1,4 +1,4 @@
-"""The command lines of the adapter training scripts equal the published ones, flag by flag."""
+"""The command lines of the training scripts equal the published ones, flag by flag."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 from library.config.arguments import TrainNetworkOptions
 
 CLI = Path(__file__).parent / "data" / "cli"
-SCRIPTS = {"train_network": 193, "sdxl_train_network": 196, "flux_train_network": 215}
+ADAPTERS = {"train_network": 193, "sdxl_train_network": 196, "flux_train_network": 215}
+WHOLE_MODELS = {"fine_tune": 167, "train_db": 169, "sdxl_train": 176, "flux_train": 194}
+SCRIPTS = ADAPTERS | WHOLE_MODELS
 PUBLISHED = {script: json.loads((CLI / f"{script}.json").read_text())["options"] for script in SCRIPTS}
 
 #: flags of this project that the published command line of train_network.py does not have
@@ -46,12 +48,21 @@ def actions() -> dict[str, dict[str, argparse.Action]]:
     }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ADAPTERS)
 def test_no_flag_is_missing_or_new(script: str, actions: dict[str, dict[str, argparse.Action]]) -> None:
     assert len(PUBLISHED[script]) == SCRIPTS[script]
     published = {option["dest"] for option in PUBLISHED[script]}
     assert set(actions[script]) == published | OURS
     assert script != "train_network" or not OURS & published
+
+
+@pytest.mark.parametrize("script", WHOLE_MODELS)
+def test_no_flag_of_whole_models_is_missing(script: str, actions: dict[str, dict[str, argparse.Action]]) -> None:
+    """What adapter training can, whole models can too: further flags are published for other scripts, or ours."""
+    published = {option["dest"] for option in PUBLISHED[script]}
+    assert len(PUBLISHED[script]) == SCRIPTS[script] and published <= set(actions[script])
+    elsewhere = {option["dest"] for options in PUBLISHED.values() for option in options}
+    assert set(actions[script]) - published <= elsewhere | OURS
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
