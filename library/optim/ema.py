@@ -1,11 +1,11 @@
 """An exponential moving average of the trained parameters (``--ema_decay``), saved beside the weights.
 
 After step t each average a becomes d a + (1 - d) p. The decay d warms up as min(D, (1 + t) / (10 + t)), so that the
-random start does not linger: TensorFlow's ``ExponentialMovingAverage`` with ``num_updates`` introduced it, and it is
-common in diffusion training. It follows from the step's number, so a resumed run needs the averages alone.
+random start has little weight: TensorFlow's ``ExponentialMovingAverage`` with ``num_updates`` introduced it, and it is
+common in diffusion training. It depends on the step only, so a resumed run needs only the averages.
 
-Averages are float32 whatever the parameters are, and no update waits for the device. They lie on the parameters' device,
-or in host memory, where weights are copied to behind the step's own work and averaged one step later.
+Averages are float32 whatever the parameters are, and no update waits for the device. They are on the parameters'
+device, or in host memory, to which weights are copied behind the step's own work and averaged one step later.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ class WeightAverage:
         self._parameters = dict(parameters)
         self._copies = HostCopies(list(self._parameters.values())) if on_host else None
         self._averages: dict[str, Tensor] | None = None
-        self._due: int | None = None  # the step whose weights are on their way to the host
+        self._due: int | None = None  # the step whose weights are being copied to the host
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew with the parameters as they are."""
+        """Restart with the present parameters."""
         self._due = None
         self._averages = {name: self._wide(p.detach()) for name, p in self._parameters.items()}
 
     def _wide(self, tensor: Tensor) -> Tensor:
-        """A float32 copy where averages are kept."""
+        """Return a float32 copy on the device of the averages."""
         return tensor.to(device="cpu" if self._copies is not None else tensor.device, dtype=torch.float32, copy=True)
 
     def decay_at(self, step: int) -> float:
-        """The decay of the update after ``step``, counted from 1."""
+        """Return the decay of the update after ``step``, counted from 1."""
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters as they are after ``step``, counted from 1."""
-        if self._averages is None:  # the state that was resumed holds none
+        """Average the parameters after ``step``, counted from 1."""
+        if self._averages is None:  # the resumed state has no averages
             self.restart()
         if self._copies is not None:
             self._take_in_due()
@@ -86,7 +86,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The parameters hold the averages inside, and are bit for bit as before afterwards."""
+        """Replace the parameters by the averages within the context; afterwards they are bit for bit as before."""
         averages = self.state_dict()
         # on the host: there may be no memory for a second copy beside the parameters
         kept = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
@@ -104,14 +104,14 @@ class WeightAverage:
     # ---- states ----
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by the parameters' names, float32."""
+        """Return the averages by the parameters' names, float32."""
         if self._averages is None:
             self.restart()
         self._take_in_due()
         return dict(self._averages)
 
     def load_state_dict(self, state: Mapping[str, Tensor], source: str = "the state") -> None:
-        """Take averages over.
+        """Load averages.
 
         Raises:
             UserError: they are not those of these parameters.
@@ -128,7 +128,7 @@ class WeightAverage:
         }
 
     def keep_with_states(self, accelerator: Accelerator) -> None:
-        """Make the accelerator's state folders hold the averages, and loading one bring them back."""
+        """Save the averages in the accelerator's state folders, and load them with a state."""
 
         def save(models: Any, weights: Any, folder: str) -> None:
             if accelerator.is_main_process:
@@ -141,7 +141,7 @@ class WeightAverage:
             if file.exists():
                 self.load_state_dict(load_tensors(file), str(file))
             else:
-                # the weights are read after this, so the start has to wait for the first step
+                # the weights are loaded after this, so the averages start at the first step
                 self._averages = self._due = None
                 logger.warning("--ema_decay: %s holds no averages; they start with its weights", folder)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Flat:
-    """Many tensors as few: one flat tensor for each dtype and device, so that a step costs a handful of kernels."""
+    """Many tensors as few: one flat tensor per dtype and device, so that a step needs a handful of kernels."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -31,7 +31,7 @@ class Flat:
         return found
 
     def write(self, flats: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-        """Set all to what ``read`` gave."""
+        """Write the values from ``read`` back."""
         parts = self.split(flats, tensors)
         with torch.no_grad():
             for group in self._groups:
@@ -39,14 +39,15 @@ class Flat:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """0-dim bool, on the device of the first; counters that some optimizers keep on the host are left out."""
+    """Return a 0-dim bool on the device of the first tensor; counters that some optimizers keep on the host are
+    ignored."""
     device = tensors[0].device
     flags = [t.isfinite().all() for t in tensors if t.is_floating_point() and t.device == device]
     return torch.stack(flags).all()
 
 
 class HostCopies:
-    """Tensors copied to host memory behind the work that is queued on their device; nothing waits for the copies."""
+    """Copies tensors to host memory behind the work that is queued on their device; nothing waits for the copies."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
@@ -54,7 +55,7 @@ class HostCopies:
         self._ready: torch.cuda.Event | None = None
 
     def start(self) -> None:
-        """Begin to copy the tensors as they are now."""
+        """Begin to copy the present tensors."""
         if self._copies is None:
             self._copies = [
                 torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda) for t in self._tensors
@@ -66,7 +67,7 @@ class HostCopies:
             self._ready.record()
 
     def arrived(self) -> list[Tensor]:
-        """The copies; asked one step after ``start``, they are there already."""
+        """Return the copies; one step after ``start`` they have arrived."""
         if self._ready is not None:
             self._ready.synchronize()
         return self._copies

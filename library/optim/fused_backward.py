@@ -1,9 +1,9 @@
-"""The update of parameters as soon as their gradients are there, within the backward pass.
+"""Update parameters as soon as their gradients are computed, within the backward pass.
 
 Gradients then never exist all at once: each part of the parameters is updated, and its gradients are freed, when the
 last gradient of the part has arrived. A part is a single parameter (``--fused_backward_pass``), one of N groups, or a
-block of the model. The result is that of the usual step, bit for bit. What needs all gradients together (clipping,
-averaging over processes, loss scaling, leaving a step out) excludes it.
+block of the model. The result is that of the usual step, bit for bit. Features that need all gradients together
+(clipping, averaging over processes, loss scaling, skipping a step) exclude it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Part = Sequence[nn.Parameter]
 
 
 def one_by_one(parameters: Sequence[nn.Parameter]) -> list[Part]:
-    """Every parameter by itself."""
+    """Return one part per parameter."""
     return [[parameter] for parameter in parameters]
 
 
 def in_groups(parameters: Sequence[nn.Parameter], count: int) -> list[Part]:
-    """At most ``count`` parts of equally many parameters, in their order."""
+    """Return at most ``count`` parts with equal numbers of parameters, in their order."""
     size = max(1, math.ceil(len(parameters) / count))
     return [parameters[start : start + size] for start in range(0, len(parameters), size)]
 
 
 def by_block(parameters: Sequence[nn.Parameter], blocks: Sequence[nn.Module]) -> list[Part]:
-    """The parameters of each block, and those that lie in no block."""
+    """Return the parameters of each block, and those outside of blocks."""
     part_of = {p: number for number, block in enumerate(blocks) for p in block.parameters()}
     parts: dict[int | None, list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -41,7 +41,7 @@ def by_block(parameters: Sequence[nn.Parameter], blocks: Sequence[nn.Module]) ->
 
 
 class FusedBackward:
-    """Hooks that update each part in the last backward pass of a step. ``Pieces.end_step`` updates what is left.
+    """Hooks that update each part in the last backward pass of a step. ``Pieces.end_step`` updates the rest.
 
     Args:
         parts: of parameters that are on their device already.
@@ -54,16 +54,16 @@ class FusedBackward:
         self._is_last = False
         for number, part in enumerate(self._parts):
             for parameter in part:
-                # some networks train a part of their parameters in each step; hooks are only taken while trained
+                # some networks train a part of their parameters in each step; hooks need requires_grad
                 trained = parameter.requires_grad
                 parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._hook(number))
                 parameter.requires_grad_(trained)
 
     def before_backward(self, *, is_last: bool) -> None:
-        """A backward pass follows.
+        """Prepare for a backward pass.
 
         Args:
-            is_last: no further one adds to the gradients of this step.
+            is_last: whether it is the last of this step.
         """
         self._is_last = is_last
         self._waiting = [sum(p.requires_grad for p in part) for part in self._parts]

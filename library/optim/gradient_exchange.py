@@ -1,4 +1,4 @@
-"""Gradients averaged over processes, once a step.
+"""Average gradients over processes, once per step.
 
 The trained modules work through the frozen model's forward, which DistributedDataParallel does not see; so gradients
 are averaged here, in buckets of one dtype, which bounds the memory for what is exchanged.
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-#: numbers that are exchanged at once
+#: elements that are exchanged at once
 MOST_AT_ONCE = 2**25
 
 
 class GradientExchange:
     """The exchange of one run; without effect in a single process.
 
-    Parameters that want no gradient in a step, the same on all processes, are given none: one of zero would let
-    momenta move what the step leaves alone.
+    Parameters that need no gradient in a step, the same on all processes, get none: a zero gradient would let momenta
+    move them.
 
     Args:
         parameters: whose gradients are averaged, in the same order on all processes.
-        as_views: gradients are parts of the tensors that are exchanged, from step to step the same ones
-            (``--ddp_gradient_as_bucket_view``), so that they are neither copied there and back nor held twice. The
-            averages are the same.
+        as_views: gradients are views of the exchanged tensors, the same in each step
+            (``--ddp_gradient_as_bucket_view``), so that they are neither copied nor held twice. The averages are the
+            same.
     """
 
     def __init__(self, accelerator: Accelerator, parameters: Sequence[nn.Parameter], *, as_views: bool = False) -> None:
@@ -41,7 +41,7 @@ class GradientExchange:
         self._flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def start(self) -> None:
-        """Before the first backward pass of a step."""
+        """Prepare for the first backward pass of a step."""
         if not self._as_views:
             return
         groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
@@ -55,7 +55,7 @@ class GradientExchange:
                 parameter.grad = part.view_as(parameter)
 
     def average(self) -> None:
-        """Set every gradient to its mean over all processes, each of which must call it."""
+        """Set every gradient to its mean over all processes; every process must call it."""
         if self._alone:
             return
         if self._as_views:
@@ -81,7 +81,7 @@ class GradientExchange:
 
 
 def buckets_of(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors in their order, by dtype, in buckets of at most ``MOST_AT_ONCE`` numbers or a single tensor."""
+    """Yield buckets of tensors in their order, by dtype, of at most ``MOST_AT_ONCE`` elements or a single tensor."""
     buckets: list[list[Tensor]] = []
     open_buckets: dict[torch.dtype, tuple[list[Tensor], int]] = {}
     for tensor in tensors:

@@ -19,7 +19,7 @@ import torch
 
 from library.errors import NoEffect, UserError, did_you_mean
 
-#: learning rates at or below this are a slip for optimizers that find the rate themselves
+#: learning rates at or below this are a mistake with optimizers that find the learning rate themselves
 _LOW_RATE_FOR_ADAPTIVE = 0.1
 
 
@@ -64,7 +64,7 @@ _KNOWN = {
     )
 }
 
-#: what pip calls the top-level modules of optimizers
+#: pip's names of the top-level modules of optimizers
 _PACKAGES = {
     **{known.path.split(".")[0]: known.package for known in _KNOWN.values()},
     "prodigyplus": "prodigy-plus-schedule-free",
@@ -81,7 +81,7 @@ _ADAFACTOR = "transformers.optimization.Adafactor"
 
 #: on the CPU their fused form takes a third of the time; benchmarks/RESULTS.md. torch never takes it by itself
 _QUICKER_FUSED = ("torch.optim.AdamW", "torch.optim.Adam")
-#: arguments with which one chooses a form oneself
+#: arguments that choose a form explicitly
 _OTHER_FORMS = {"fused", "foreach", "capturable", "differentiable"}
 
 
@@ -101,17 +101,18 @@ class OptimizerChoice:
 
     @property
     def finds_rate_itself(self) -> bool:
-        """D-Adaptation and Prodigy: the learning rate is a factor of the rate ``d`` they find."""
+        """Whether the learning rate is a factor of a rate ``d`` that the optimizer finds: D-Adaptation and Prodigy."""
         return self._class_name.lower().startswith(("dadapt", "prodigy"))
 
     @property
     def finds_rate_per_group(self) -> bool:
-        """ProdigyPlus finds a rate for each group; the others find one for all."""
+        """Whether it finds a learning rate for each group: ProdigyPlus does, the others find one for all."""
         return self._class_name.startswith("ProdigyPlus")
 
     @property
     def uses_relative_step(self) -> bool:
-        """Adafactor with its own rate: brings its scheduler, and no group rates."""
+        """Whether it is Adafactor with its own learning rate, which brings its schedule and has no group learning
+        rates."""
         return self.path == _ADAFACTOR and bool(self.args["relative_step"])
 
     @property
@@ -137,7 +138,7 @@ class OptimizerChoice:
             for group in groups:
                 group.pop("lr", None)
         if self.finds_rate_itself and not self.finds_rate_per_group:
-            # some of these classes raise at the first step, others take the first group's rate for all
+            # some of these classes raise at the first step, others use the first group's learning rate for all
             rates = {group.get("lr", rate) for group in groups} - {0.0}
             if len(rates) > 1:
                 raise UserError(
@@ -151,7 +152,7 @@ class OptimizerChoice:
             args["fused"] = True
         try:
             return kind(groups, lr=rate, **args)
-        except Exception as error:  # anyone's class: whatever it raises is about what it was given
+        except Exception as error:  # a third-party class: any error is about its arguments
             raise UserError(f"--optimizer_type {self.name}: {_one_line(error)}; see --optimizer_args") from error
 
 
@@ -224,7 +225,8 @@ def _adafactor(args: dict[str, Any], learning_rates: Sequence[str]) -> list[str]
 
 
 def recorded_choice(record: str, now: OptimizerChoice) -> OptimizerChoice | None:
-    """The choice whose ``metadata_name`` is ``record``, of the class of ``now``; ``None`` if it cannot be read."""
+    """Return the choice with the ``metadata_name`` ``record``, of the class of ``now``; ``None`` if it cannot be
+    parsed."""
     try:
         call = ast.parse(record, mode="eval").body
         words = call.keywords if isinstance(call, ast.Call) else []

@@ -1,4 +1,4 @@
-"""Names and values of learning rates, as trackers show them."""
+"""Names and values of learning rates for trackers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from library.optim.optimizers import OptimizerChoice
 
 
 def default_descriptions(num_groups: int, *, trains_text_encoder: bool) -> list[str | None]:
-    """Names for the groups of a network that gives none: text encoder, U-Net, and none for further ones."""
+    """Return names for the groups of a network without descriptions: text encoder, U-Net, and none for further ones."""
     names = ["textencoder", "unet"] if trains_text_encoder else ["unet"]
     return [names[index] if index < len(names) else None for index in range(num_groups)]
 

@@ -1,8 +1,8 @@
-"""One step of an optimizer, taken over its parameters piece by piece.
+"""Take one step of an optimizer over its parameters piece by piece.
 
-The result is that of one step over all parameters, bit for bit, for an optimizer that updates each parameter by that
-parameter's gradient and state, and by values of its group that every parameter finds alike (learning rate, counts of
-steps, sums of weights). ``library.optim.trial`` finds out whether an optimizer is of this kind.
+The result is that of one step over all parameters, bit for bit, for an optimizer whose update of a parameter depends on
+its gradient and state, and on values of its group that are the same for every parameter (learning rate, step counts,
+sums of weights). ``library.optim.trial`` checks whether an optimizer is of this kind.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ Group = dict[str, Any]
 class Pieces:
     """Steps an optimizer over some parameters at a time; ``end_step`` completes the step.
 
-    Groups are looked up by their place whenever they are used: loading a state replaces them.
+    Groups are looked up by index whenever they are used, because loading a state replaces them.
 
     Args:
-        step: the optimizer's step as it is when a piece is updated, if not given.
+        step: the step function; if not given, the optimizer's at the time of the update.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, step: Callable[[], object] | None = None) -> None:
         self._optimizer = optimizer
         self._step = step
         self._group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        #: for each group of which a piece was updated in this step, the values that the piece left in it
+        #: for each group with an updated piece in this step, the group's values afterwards
         self._after: dict[int, Group] = {}
 
     @torch.no_grad()
     def update(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Step the optimizer over these parameters alone, each at most once a step."""
+        """Step the optimizer over these parameters only, each at most once per step."""
         chosen: dict[int, list[nn.Parameter]] = {}
         for parameter in parameters:
             chosen.setdefault(self._group_of[parameter], []).append(parameter)
@@ -42,9 +42,9 @@ class Pieces:
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Update what is left, and let each group take over the values that its pieces left."""
+        """Update the remaining parameters, and set each group to its values after the pieces."""
         groups = self._optimizer.param_groups
-        # a group whose parameters all lack gradients still counts the step
+        # a group without gradients still counts the step
         rest = {index: group["params"] for index, group in enumerate(groups) if index not in self._after}
         for index in self._after:
             if left := [p for p in groups[index]["params"] if p.grad is not None]:

@@ -1,4 +1,4 @@
-"""Schedules of learning rates that cannot work are refused, and settings that they do not read are named."""
+"""Refuse learning-rate schedules that cannot work, and name settings that they do not read."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from library.optim.trial import is_schedule_free
 #: "factor:until-step,factor:until-step,last factor"
 _STEP_RULES = re.compile(r"(?:\s*[\d.eE+-]+\s*:\s*\d+\s*,)*\s*[\d.eE+-]+\s*")
 
-#: what a run decides, and the option that does
+#: arguments that a run decides, with their options
 _DECIDED = {
     "num_warmup_steps": "--lr_warmup_steps",
     "num_decay_steps": "--lr_decay_steps",
     "num_training_steps": "--max_train_steps",
     "num_stable_steps": "--lr_decay_steps",
 }
-#: arguments of a named schedule that have an option of their own
+#: arguments of a named schedule that have their own option
 _SAME = {
     "num_cycles": "num_cycles",
     "power": "power",
@@ -44,12 +44,12 @@ _SAME = {
     "min_lr_ratio": "min_lr_ratio",
     "min_lr": "min_lr_ratio",
 }
-#: steps of the schedule that is made for trial
+#: steps of the trial schedule
 _TRIAL_STEPS = 1000
 
 
 def check_scheduler(choice: OptimizerChoice, settings: ScheduleSettings) -> list[NoEffect]:
-    """Refuse what cannot work, before a model is loaded; returns warnings of what has no effect.
+    """Refuse schedules that cannot work, before a model is loaded; returns warnings of settings without effect.
 
     Raises:
         UserError: unknown name, missing or useless arguments.
@@ -173,11 +173,11 @@ def _check_numbers(choice: OptimizerChoice, settings: ScheduleSettings) -> None:
 def _unused(
     settings: ScheduleSettings, used: Sequence[str], reader: str, *, with_name: bool = False, hint: str = ""
 ) -> list[NoEffect]:
-    """One warning for all given settings that ``reader`` does not read."""
+    """Return one warning for all given settings that ``reader`` does not read."""
     given = [
         FLAGS.get(field.name, "--lr_scheduler")
         for field in fields(settings)
-        # an empty list of arguments is none
+        # an empty list of arguments counts as not given
         if (getattr(settings, field.name) or None) != (field.default or None)
         and field.name not in used
         and (with_name or field.name != "name")

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """What the scheduler flags say; warm-up and decay are steps (int) or a share of the run (float, 0 to 1)."""
+    """The scheduler flags; warm-up and decay are steps (int) or a fraction of the run (float, 0 to 1)."""
 
     name: str = "constant"
     type: str = ""
@@ -49,7 +49,7 @@ FLAGS = MappingProxyType(
     }
 )
 
-#: which settings each published schedule reads
+#: settings that each published schedule reads
 USES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "constant": (),
@@ -69,22 +69,22 @@ NAMES = tuple(USES)
 
 
 def schedules_that_read(flag: str) -> list[str]:
-    """Published schedules that an option (``--lr_warmup_steps``) has an effect on; none for options of another kind."""
+    """Return the published schedules that read an option (``--lr_warmup_steps``); empty for other options."""
     return [name for name, used in USES.items() if any(FLAGS[setting] == flag for setting in used)]
 
 
 ADAFACTOR = "adafactor:"
-#: what the polynomial schedule ends at
+#: end of the polynomial schedule
 POLYNOMIAL_END = 1e-7
 
 
 def steps_of(value: int | float, total_steps: int) -> int:
-    """Steps as given, or a share of the run."""
+    """Return steps as given, or of a fraction of the run."""
     return int(value * total_steps) if isinstance(value, float) else value
 
 
 def scheduler_name(choice: OptimizerChoice, settings: ScheduleSettings) -> str:
-    """The name for metadata: Adafactor with relative step brings ``adafactor:<lr>``."""
+    """Return the name for metadata: Adafactor with relative step has ``adafactor:<lr>``."""
     if choice.uses_relative_step:
         return f"{ADAFACTOR}{choice.learning_rate}"
     return settings.type or settings.name
@@ -119,7 +119,7 @@ def create_scheduler(
 
 
 def follow_learning_rates(schedule: LRScheduler, rates: Sequence[float | None]) -> None:
-    """Go on with these learning rates, before any factor of the schedule, after a state has brought others.
+    """Set these base learning rates after a state has loaded others.
 
     Raises:
         UserError: the schedule does not allow it.
@@ -142,7 +142,7 @@ def follow_learning_rates(schedule: LRScheduler, rates: Sequence[float | None]) 
 
 
 def maker_of(name: str) -> Callable[..., LRScheduler]:
-    """The function that makes a published schedule."""
+    """Return the function that makes a published schedule."""
     from transformers import optimization as schedules
 
     if name == "piecewise_constant":
@@ -164,7 +164,7 @@ def maker_of(name: str) -> Callable[..., LRScheduler]:
 
 
 def _arguments(s: ScheduleSettings, total: int, warmup: int, decay: int) -> dict[str, Any]:
-    """What a published schedule is made with: what the options say, and on top of it ``--lr_scheduler_args``."""
+    """Return the arguments of a published schedule: from the options, and from ``--lr_scheduler_args``, which win."""
     ramp = {"num_warmup_steps": warmup}
     run = {**ramp, "num_training_steps": total}
     half_cycles = s.num_cycles / 2  # these count whole cosine waves; 0.5 is one fall
@@ -175,7 +175,7 @@ def _arguments(s: ScheduleSettings, total: int, warmup: int, decay: int) -> dict
         "linear": run,
         "cosine": run,
         "cosine_with_restarts": {**run, "num_cycles": s.num_cycles},
-        # it divides by the steps after the warm-up, of which a run may have none
+        # it divides by the steps after the warm-up, which may be 0
         "polynomial": {
             **ramp,
             "num_training_steps": max(total, warmup + 1),
@@ -198,13 +198,13 @@ def _arguments(s: ScheduleSettings, total: int, warmup: int, decay: int) -> dict
 
 
 def _relative_step(optimizer: Any, initial_lr: float) -> LRScheduler:
-    """Reports the rates that Adafactor makes itself; ``initial_lr`` before its first step."""
+    """Reports the learning rates that Adafactor computes itself; ``initial_lr`` before its first step."""
     from transformers.optimization import AdafactorSchedule
 
     class RelativeStepSchedule(AdafactorSchedule):
         def get_lr(self) -> list[float]:
-            # the parent leaves out groups without a gradient, which module dropout may make, and fails after a
-            # step that the gradient scaler skipped
+            # the parent skips groups without a gradient, which module dropout may cause, and fails after a step that
+            # the gradient scaler skipped
             states = [self.optimizer.state.get(group["params"][0]) for group in self.optimizer.param_groups]
             return [
                 float(self.optimizer._get_lr(group, state)) if state else initial
@@ -219,7 +219,7 @@ def custom_schedule(optimizer: torch.optim.Optimizer, settings: ScheduleSettings
     given = parse_keyword_arguments("--lr_scheduler_args", settings.args)
     try:
         return kind(optimizer, **given)
-    except Exception as error:  # anyone's class: whatever it raises is about what it was given
+    except Exception as error:  # a third-party class: any error is about its arguments
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"--lr_scheduler_type {settings.type}: {text}; see --lr_scheduler_args") from error
 

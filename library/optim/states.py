@@ -1,4 +1,4 @@
-"""Optimizer states loaded as they were saved."""
+"""Load optimizer states as they were saved."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def keep_state_dtypes(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _as_saved(current: Any, saved: Any) -> Any:
-    """What was loaded, with the tensors whose dtype changed taken from what was saved."""
+    """Return the loaded state, with the saved tensors where loading changed the dtype."""
     if isinstance(saved, Tensor) and isinstance(current, Tensor):
         same = current.dtype == saved.dtype
         return current if same else saved.detach().to(device=current.device, copy=True)

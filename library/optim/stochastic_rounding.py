@@ -1,7 +1,7 @@
-"""Half-precision training: float32 updates, rounded stochastically (``--full_bf16``, ``--full_fp16``).
+"""Train in half precision with float32 updates that are rounded stochastically (``--full_bf16``, ``--full_fp16``).
 
-A number between two neighbours of a format goes to the upper one with a probability of its distance from the lower
-one, so that the expected result is the number itself:
+A number between two neighbours of a format is rounded up with a probability equal to its relative distance from the
+lower one, so that the expected result is the number itself:
 
     P(up) = (x - down) / (up - down)
 
@@ -11,8 +11,9 @@ Precision" (arXiv:1502.02551), section 3; for bfloat16 weights Zamirai et al. 20
 (arXiv:2010.06192), section 4.1.
 
 Parameters, gradients and the optimizer's tensors of the parameters' shape are kept in half precision. For an update
-they are float32, some parameters at a time where the optimizer allows that, which bounds the memory it takes.
-Draws are keyed by the run's seed, the number of updates, which the optimizer's state holds, and the parameter's place:
+they are converted to float32, some parameters at a time where the optimizer allows it, which bounds the memory.
+Random numbers are keyed by the run's seed, the number of updates, which the optimizer's state holds, and the
+parameter's index:
 a resumed run rounds exactly as the uninterrupted one, and all processes round alike.
 """
 
@@ -34,33 +35,33 @@ UPDATES = "rounded_updates"
 
 _HALVES = (torch.bfloat16, torch.float16)
 
-#: numbers that are float32 at the same time, where the optimizer can step over some parameters at a time
+#: elements that are float32 at the same time, where the optimizer can step over some parameters at a time
 _MOST_AT_ONCE = 2**26
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Float32 ``values`` in ``dtype`` (bfloat16 or float16), each rounded up or down so that the mean is kept.
+    """Round float32 ``values`` to ``dtype`` (bfloat16 or float16), up or down so that the mean is kept.
 
-    Numbers of ``dtype`` stay as they are; what is not finite, or beyond its range, is rounded as usual.
+    Numbers that ``dtype`` can represent stay; those that are not finite, or beyond its range, are rounded as usual.
 
     Args:
         generator: on the device of ``values``.
     """
     if dtype == torch.bfloat16:
-        # a bfloat16 is the upper half of a float32: a random lower half carries over with just the right probability
+        # a bfloat16 is the upper half of a float32: adding a random lower half carries over with the right probability
         draws = torch.randint(2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
         rounded = draws.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
         return torch.where(values.isfinite(), rounded, values).to(dtype)
     nearest = values.to(dtype)
     error = values - nearest.float()
-    # the neighbour on the other side of the value: formats are ordered as their bits are, away from zero
+    # the neighbour on the other side of the value: the bits of a format are ordered by magnitude
     bits = nearest.view(torch.int16)
     step = torch.where((error > 0) ^ (nearest < 0), 1, -1).to(torch.int16)
     smallest = torch.where(error < 0, torch.iinfo(torch.int16).min + 1, 1).to(torch.int16)  # -0...01 and 0...01
     other = torch.where(nearest == 0, smallest, bits + step).view(dtype)
     chance = error / (other.float() - nearest.float())
     uniform = torch.rand(values.shape, generator=generator, device=values.device)
-    # false where the chance is not a number: errors of infinite or NaN values
+    # false where the probability is NaN, from infinite or NaN values
     return torch.where((uniform < chance) & (error != 0), other, nearest)
 
 
@@ -79,9 +80,9 @@ def train_in_half(optimizer: torch.optim.Optimizer, seed: int, *, alone: bool) -
     places = {p: place for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
 
     def rounded_step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        # those of the moment: a part of all, where the update is fused into the backward pass
+        # the present groups: a part of all, where the update is fused into the backward pass
         groups = self.param_groups
-        update = int(groups[0].get(UPDATES, 0))  # states of other runs have none
+        update = int(groups[0].get(UPDATES, 0))  # states of other runs do not have it
         halves = [p for group in groups for p in group["params"] if p.dtype in _HALVES and p.grad is not None]
         parts = _parts(halves) if alone else [halves]
 
@@ -108,12 +109,12 @@ def train_in_half(optimizer: torch.optim.Optimizer, seed: int, *, alone: bool) -
             group[UPDATES] = update + 1
         return result
 
-    # a bound method, as torch's schedulers take it apart
+    # a bound method, because torch's schedulers use its attributes
     optimizer.step = MethodType(rounded_step, optimizer)  # type: ignore[method-assign]
 
 
 def _parts(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Parameters in their order, as few parts as possible that are not larger than ``_MOST_AT_ONCE``; at least one."""
+    """Split parameters, in their order, into as few parts as possible of at most ``_MOST_AT_ONCE`` elements."""
     parts: list[list[Tensor]] = [[]]
     numbers = 0
     for parameter in parameters:
@@ -126,9 +127,9 @@ def _parts(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 class HalfGradScaler(torch.amp.GradScaler):
-    """Loss scaling (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2) for gradients that are float16 themselves.
+    """Loss scaling (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2) for float16 gradients.
 
-    torch's own refuses these when it unscales them before clipping.
+    torch's own scaler refuses to unscale them before clipping.
     """
 
     def _unscale_grads_(self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
@@ -136,7 +137,7 @@ class HalfGradScaler(torch.amp.GradScaler):
 
 
 def _widen(parameter: Tensor, state: dict[str, Any]) -> None:
-    """Parameter, gradient and their half-precision state to float32, in place."""
+    """Convert parameter, gradient and their half-precision state to float32, in place."""
     gradient, parameter.grad = parameter.grad, None
     for name, value in state.items():
         if isinstance(value, Tensor) and value.dtype == parameter.dtype:
@@ -146,7 +147,7 @@ def _widen(parameter: Tensor, state: dict[str, Any]) -> None:
 
 
 def _narrow(parameter: Tensor, state: dict[str, Any], dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Parameter and state of its shape to ``dtype``, in place; the gradient, which has been used, is let go."""
+    """Convert the parameter and state of its shape to ``dtype``, in place; free the used gradient."""
     parameter.grad = None
     parameter.data = round_stochastically(parameter.data, dtype, generator)
     for name, value in state.items():

@@ -1,4 +1,4 @@
-"""An optimizer tried out on small tensors, so that one that cannot train is found before anything is loaded."""
+"""Try an optimizer on small tensors, to find one that cannot train before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from library.optim.pieces import Pieces
 from library.optim.states import keep_state_dtypes
 from library.optim.two_weights import has_modes, use_weights
 
-#: matrices alone, in pairs as of a LoRA, as some optimizers take nothing else; 8-bit states are used from 4096 values on
+#: only matrices, in pairs as in a LoRA, because some optimizers accept nothing else; 8-bit states need 4096 values
 _SHAPES = ((8, 640), (640, 8), (4, 6), (6, 4))
 _STEPS = 3
-#: some optimizers first gather what they know of gradients
+#: some optimizers first gather statistics of gradients
 _STEPS_UNTIL_CHANGE = 12
-#: used where the learning rate is 0, as a part of the model may have another
+#: used if the learning rate is 0, because a part of the model may have another
 _SOME_RATE = 1e-3
 
 
@@ -40,9 +40,9 @@ class _Tried:
         use_weights(self.optimizer, for_training=True)
 
     def step(self, step: int, *, in_pieces: bool = False, skipped: int | None = None) -> None:
-        """Take a step, in which the parameter ``skipped`` has no gradient."""
+        """Take a step without a gradient of the parameter ``skipped``."""
         for number, parameter in enumerate(self.parameters):
-            # along one direction, by which optimizers that find a learning rate raise it
+            # along one direction, so that optimizers that find a learning rate raise it
             gradient = _numbers(number, tuple(parameter.shape), parameter.device) * (1 + 0.1 * step) * 10.0**-number
             parameter.grad = None if number == skipped else gradient
         if not in_pieces:
@@ -60,14 +60,14 @@ class _Tried:
         return bool(self.parameters[0].detach().any())
 
     def values(self) -> list[object]:
-        """The weights, and the groups' values."""
+        """Return the weights and the groups' values."""
         groups = [value for g in self.optimizer.param_groups for name, value in g.items() if name != "params"]
         return [*(p.detach() for p in self.parameters), *groups]
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Random numbers of the run stay as they are, and what is said of tensors on the host does not matter."""
+    """Keep the run's random state, and suppress warnings about tensors on the host."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
@@ -77,7 +77,7 @@ def _quietly() -> Iterator[None]:
 def is_schedule_free(choice: OptimizerChoice) -> bool:
     """Defazio et al. 2024 (arXiv:2405.15682): no schedule, and other weights for use than for training.
 
-    The optimizer is asked, as other packages give such classes other names.
+    The optimizer object decides, because packages use different class names.
     """
     with _quietly():
         tried = _Tried(choice, torch.device("cpu"))
@@ -86,7 +86,7 @@ def is_schedule_free(choice: OptimizerChoice) -> bool:
         try:
             for step in range(_STEPS_UNTIL_CHANGE):
                 tried.step(step)
-        except Exception:  # ``check_by_trial`` says what is wrong with it
+        except Exception:  # ``check_by_trial`` reports what is wrong with it
             return False
         trained = tried.parameters[0].detach().clone()
         use_weights(tried.optimizer, for_training=False)
@@ -105,7 +105,7 @@ def updates_alone(choice: OptimizerChoice, device: torch.device) -> bool:
     try:
         with _quietly():
             return _are_same(trained(in_pieces=False), trained(in_pieces=True))
-    except Exception:  # anyone's class, which may not expect such groups
+    except Exception:  # a third-party class, which may not expect such groups
         return False
 
 
@@ -113,7 +113,7 @@ def check_by_trial(choice: OptimizerChoice, device: torch.device, *, keeps_state
     """Take some steps, and restore a saved state; returns warnings.
 
     Args:
-        keeps_states: states are asked for by the options.
+        keeps_states: whether the options ask for states.
 
     Raises:
         UserError: the optimizer cannot train here, or its states cannot be restored and ``keeps_states``.
@@ -152,7 +152,7 @@ def check_by_trial(choice: OptimizerChoice, device: torch.device, *, keeps_state
 
 
 def _resumes_exactly(choice: OptimizerChoice, tried: _Tried, device: torch.device) -> bool:
-    """Whether one that loads the state of another takes the same step."""
+    """Whether an optimizer that loads the state of another takes the same step."""
     other = _Tried(choice, device)
     other.optimizer.load_state_dict(saved_and_read(tried.optimizer.state_dict(), device))
     with torch.no_grad():
@@ -165,7 +165,7 @@ def _resumes_exactly(choice: OptimizerChoice, tried: _Tried, device: torch.devic
 
 
 def check_change(before: OptimizerChoice, now: OptimizerChoice, device: torch.device) -> None:
-    """Try whether a state that was saved with other arguments can be gone on with. Raises UserError if not."""
+    """Check whether a state that was saved with other arguments can be resumed. Raises UserError if not."""
     with _quietly():
         try:
             tried, other = _Tried(before, device), _Tried(now, device)
@@ -184,7 +184,7 @@ def check_change(before: OptimizerChoice, now: OptimizerChoice, device: torch.de
 
 
 def changed_values(before: OptimizerChoice, now: OptimizerChoice) -> dict[str, Any]:
-    """The values of a new parameter group that the arguments of ``now`` make other than those of ``before``."""
+    """Return the values of a new parameter group that differ between the arguments of ``now`` and ``before``."""
     groups = [
         choice.create([{"params": [nn.Parameter(torch.zeros(2, 2))]}]).param_groups[0] for choice in (before, now)
     ]
@@ -196,13 +196,13 @@ def changed_values(before: OptimizerChoice, now: OptimizerChoice) -> dict[str, A
 
 
 def saved_and_read(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A state as a state folder gives it back."""
+    """Return a state after saving and loading it."""
     from accelerate.utils.other import load
 
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    # one of several processes on a CPU has the device "cpu:0", to which torch reads nothing
+    # one of several processes on a CPU has the device "cpu:0", which torch cannot load to
     return load(file, map_location="cpu" if device.type == "cpu" else device)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers that keep two sets of weights: one for training, one for use (schedule-free ones)."""
+"""Switch optimizers with two sets of weights: one for training, one for use (schedule-free ones)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-#: of optimizers whose weights for use are in place, the weights for training, on the host
+#: the training weights, on the host, of optimizers whose weights for use are in place
 _TRAINED: WeakKeyDictionary[torch.optim.Optimizer, list[Tensor]] = WeakKeyDictionary()
 
 
 def has_modes(optimizer: Any) -> bool:
-    """Whether an optimizer has ``train`` and ``eval``, which switch between the two sets."""
+    """Whether an optimizer has ``train`` and ``eval``, which switch between two sets."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 @torch.no_grad()
 def use_weights(optimizer: torch.optim.Optimizer, *, for_training: bool) -> None:
-    """Put the weights for training, or those for use, in place. Other optimizers are left alone.
+    """Put the weights for training, or those for use, in place. Other optimizers are unchanged.
 
-    An optimizer computes one set from the other, which rounds: the trained weights are kept aside meanwhile and put
-    back, so that training does not depend on how often something is saved, generated or validated.
+    An optimizer computes one set from the other, with rounding. So the training weights are kept and put back, and
+    training does not depend on how often something is saved, generated or validated.
     """
     if not has_modes(optimizer):
         return

@@ -1,12 +1,12 @@
 """Everything around the optimizer of a run, in one place.
 
-A step is ``start_step``, ``backward`` for each of its batches, ``step``, and ``end_step`` when nothing else changes the
-weights any more. In it gradients are averaged over processes and clipped, weights are updated (in float32 or with
+A step is ``start_step``, ``backward`` for each of its batches, ``step``, and ``end_step`` after the last change of the
+weights. In it gradients are averaged over processes and clipped, weights are updated (in float32 or with
 stochastic rounding, whole or sharded by ZeRO, after or within the backward pass), the schedule advances, and the moving
-average follows. States are saved and loaded by the accelerator, which this object tells what belongs to them.
+average follows. The accelerator saves and loads states; this object registers what belongs to them.
 
 Parameter groups are looked up in the optimizer whenever they are used: the accelerator and every loaded state replace
-the dicts, so that whoever keeps one reads an outdated learning rate.
+the dicts, so a kept reference would have an outdated learning rate.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Metrics = dict[str, Tensor]
 
 
 class Watch(Protocol):
-    """Looks at a step before and after its update, such as the guard against losses that are not finite."""
+    """An observer of a step before and after its update, such as the guard against losses that are not finite."""
 
     def before_update(self, grad_norm: Tensor | None) -> None: ...
 
@@ -49,11 +49,11 @@ class Watch(Protocol):
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """What is asked of the updates of a run."""
+    """The settings of a run's updates."""
 
     seed: int  # of the run, for rounding
     total_steps: int  # optimizer steps of the whole run, for the schedule
-    max_grad_norm: float = 0.0  # of all gradients together; 0 for no limit
+    max_grad_norm: float = 0.0  # norm of all gradients together; 0 for no limit
     ema_decay: float | None = None  # of the moving average, if there is one
     #: whether the device has memory for copies of the weights; if not, averages lie on the host, and ZeRO shares them
     keeps_copies: bool = True
@@ -63,21 +63,22 @@ class UpdateSettings:
 
 
 class Update:
-    """The optimizer of a run with all that belongs to it.
+    """The optimizer of a run with everything around it.
 
     Args:
-        choice: which optimizer.
+        choice: the chosen optimizer.
         groups: dicts with ``params``, on their device, and optionally ``lr``.
         schedule: of the learning rates.
         names: of the groups, for logs; ``None`` for a group without one.
         averaged: parameters of the moving average, by the names in its file.
         fused: parameters that are updated together within the backward pass; ``None`` for the usual step.
         fused_flag: the option that asks for ``fused``, for messages.
-        before_update: called whenever the optimizer is about to use gradients.
+        before_update: called before the optimizer uses gradients.
 
     Raises:
-        UserError: the optimizer cannot be used so.
-        ValueError: ``fused`` or half precision beside what it excludes; rules of the options refuse these before.
+        UserError: the optimizer cannot be used in this way.
+        ValueError: ``fused`` or half precision with something that they exclude; the options' rules refuse this
+        earlier.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Update:
         self._schedule = accelerator.prepare_scheduler(
             create_scheduler(optimizer, choice, schedule, total_steps=settings.total_steps)
         )
-        # as this run's options have them, before any factor of the schedule
+        # base learning rates of this run's options
         self._learning_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
         self._exchange = GradientExchange(accelerator, self.parameters, as_views=settings.gradients_as_views)
         self.average: WeightAverage | None = None
@@ -130,13 +131,13 @@ class Update:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer within accelerate's; its groups and states are those of whole parameters."""
+        """Return the optimizer inside accelerate's wrapper; its groups and states are those of whole parameters."""
         return self._prepared.optimizer
 
     # ---- a step ----
 
     def start_step(self, batches: int = 1) -> None:
-        """A step of so many batches begins."""
+        """Begin a step of so many batches."""
         self._batches = self._batches_left = batches
         self._exchange.start()
 
@@ -152,7 +153,7 @@ class Update:
         self._accelerator.backward(loss / self._batches)
 
     def step(self, watch: Watch | None = None) -> Metrics:
-        """Update the weights; returns the norm of the gradients, if it is limited, and what ``watch`` found."""
+        """Update the weights; return the norm of the gradients, if it is limited, and the findings of ``watch``."""
         metrics: Metrics = {}
         self._exchange.average()
         if self._settings.max_grad_norm > 0:
@@ -171,7 +172,7 @@ class Update:
         return metrics
 
     def end_step(self, step: int) -> None:
-        """After all that changes the weights in ``step``, counted from 1."""
+        """Finish ``step``, counted from 1, after all changes of the weights."""
         if self.average is not None:
             self.average.update(step)
 
@@ -182,7 +183,7 @@ class Update:
         use_weights(self.optimizer, for_training=training)
 
     def follow_options(self, before: OptimizerChoice) -> None:
-        """After a state was loaded: learning rates and arguments of this run's options take effect.
+        """Apply learning rates and arguments of this run's options after a state was loaded.
 
         Args:
             before: the choice that the state was saved with.
@@ -196,5 +197,5 @@ class Update:
             follow_learning_rates(self._schedule.scheduler, self._learning_rates)
 
     def learning_rates(self) -> dict[str, float]:
-        """The trackers' ``lr/...`` entries."""
+        """Return the trackers' ``lr/...`` entries."""
         return lr_log_entries(self.optimizer, self._choice, self._names)

@@ -1,9 +1,9 @@
-"""The optimizer's states and update shared out over processes by DeepSpeed's ZeRO (Rajbhandari et al. 2020).
+"""Shard the optimizer's states and update over processes with DeepSpeed's ZeRO (Rajbhandari et al. 2020).
 
-DeepSpeed wants a module whose forward pass makes the loss. Adapters work inside the frozen model's layers, so there is
-none; and gradients are averaged, clipped and judged by the loop, as in every run. DeepSpeed is therefore given a module
-of the trained weights alone, and the step's gradients by way of a loss that is linear in them. It averages what is
-equal on all processes, keeps its part of it, updates that, and gathers the new weights.
+DeepSpeed needs a module whose forward pass computes the loss. Adapters work inside the frozen model's layers, so there is
+none; and the loop averages, clips and checks gradients, as in every run. So DeepSpeed gets a module of the trained
+weights only, and the step's gradients through a loss that is linear in them. It averages values that are equal on all
+processes, keeps its part, updates it, and gathers the new weights.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 
-#: of torch.optim; each number is moved by its own gradient and states alone, so a row of them may be cut anywhere
+#: optimizers of torch.optim whose update is elementwise, so that flattened weights may be split anywhere
 _OF_TORCH = ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
 
-#: numbers that DeepSpeed reduces at once, for which it holds memory; its own default would be 2 GB
+#: elements that DeepSpeed reduces at once, for which it holds memory; its own default would be 2 GB
 _MOST_AT_ONCE = 50_000_000
 
 
 @dataclass(frozen=True)
 class Zero:
-    """What is shared out."""
+    """What is sharded."""
 
     stage: int  # 0 nothing; 1 the optimizer's states; 2 the averaged gradients too
     on_host: bool = False  # states and update in host memory
@@ -39,7 +39,7 @@ class Zero:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise UserError for an optimizer that does not work on pieces of weights."""
+    """Raise UserError for an optimizer that does not work on parts of weights."""
     kind = type(optimizer)
     if kind in [getattr(torch.optim, name) for name in _OF_TORCH] or kind.__module__.startswith("lion_pytorch."):
         return
@@ -102,12 +102,12 @@ class _Weights(nn.Module):
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
-    """An optimizer as any other to its users: groups of whole parameters, whole states; its work is shared out.
+    """An optimizer with the interface of any other: groups of whole parameters, whole states; its work is sharded.
 
-    All processes must make, step, save and load it together, with equal gradients.
+    All processes must create, step, save and load it together, with equal gradients.
 
     Args:
-        optimizer: new, over float32 parameters on their device, which all processes have in the same order.
+        optimizer: new, over float32 parameters on their device, in the same order on all processes.
         keeps_copies: whether the device has memory for a copy of the parameters. If not, DeepSpeed's block of memory
             becomes theirs; states must then be written tensor by tensor.
 
