@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,8 @@ from library.errors import UserError
 
 #: weight file names of a component in order of preference; half-precision variants come last
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-WEIGHT_NAMES = tuple(
-    f"{stem}{variant}{suffix}" for variant in ("", ".fp16") for suffix in (".safetensors", ".bin") for stem in _STEMS
-)
+_SUFFIXES = (".safetensors", ".bin")
+WEIGHT_NAMES = tuple(f"{stem}{variant}{suffix}" for variant in ("", ".fp16") for suffix in _SUFFIXES for stem in _STEMS)
 
 
 #: of weights in several files, not of their variants in half precision
@@ -42,7 +43,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def choose_weights(names: Collection[str]) -> str | None:
     """Return the preferred weight file among the names in one component's folder."""
-    return next((name for name in WEIGHT_NAMES if name in names), None)
+    variant = _variant.get()
+    first = () if variant is None else tuple(f"{stem}.{variant}{s}" for s in _SUFFIXES for stem in _STEMS)
+    return next((name for name in (*first, *WEIGHT_NAMES) if name in names), None)
+
+
+#: what ``preferring`` chose
+_variant: ContextVar[str | None] = ContextVar("variant", default=None)
+
+
+@contextmanager
+def preferring(variant: str | None) -> Iterator[None]:
+    """Read the weights of this variant, such as fp16, within, where a folder has them beside others."""
+    token = _variant.set(variant)
+    try:
+        yield
+    finally:
+        _variant.reset(token)
 
 
 def weight_file(folder: Path) -> Path:
