@@ -305,6 +305,8 @@ class Flux(FlowMatching, Architecture):
         if self._kind == SCHNELL and scale != FluxModelOptions.guidance_scale:
             said = NoEffect(message(["guidance_scale"], _SCHNELL_IS_TOLD_NONE))
             report([said], strict=options.config.strict)
+        if "network" not in options.groups():
+            return  # whole models are trained
         network = options.network
         for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights)):
             for path in filter(None, paths or []):
