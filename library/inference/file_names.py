@@ -37,6 +37,10 @@ class FileNames:
             taken = [re.fullmatch(r"im_(\d{6,})\.png", path.name) for path in directory.iterdir()]
             self._number = max((int(match[1]) for match in taken if match), default=0)
 
+    def named(self, name: str) -> Path:
+        """Return the path of a file of the user's own name; an older image of that name is replaced."""
+        return self._directory / name
+
     def next(self, seed: int) -> Path:
         """Return a free name: another run may have begun in the same second."""
         while True:

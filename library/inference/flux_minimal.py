@@ -18,13 +18,13 @@ from library.diffusion.objective import FLOW_SAMPLERS
 from library.errors import UserError
 from library.inference.failures import naming_memory
 from library.inference.flux_options import SIZE_STEP, FluxImageOptions, FluxInferenceOptions, part_dtypes
+from library.inference.interactive import generate_lines
 from library.inference.minimal import (
     MEMORY_REMEDY,
     ImageSession,
     MinimalModel,
     MinimalOptions,
     ModelPart,
-    generate_typed,
 )
 from library.inference.prompt_line import ImagePrompt, parse_flux_prompt
 from library.inference.settings import ImageSettings
@@ -63,7 +63,7 @@ def draw_images(options: FluxInferenceOptions, lines: TextIO | None = None) -> l
             return [session.draw(ImagePrompt(options.image.prompt))]
     if options.image.prompt != FluxImageOptions.prompt:
         logger.warning("--prompt has no effect with --interactive, which reads prompts from the keyboard")
-    return generate_typed(session, lines or sys.stdin)
+    return generate_lines(session, lines or sys.stdin, MEMORY_REMEDY)
 
 
 def open_model(options: FluxInferenceOptions) -> MinimalModel:

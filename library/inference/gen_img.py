@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -16,28 +17,40 @@ from library.architectures.base import Architecture, Conditioning
 from library.config.console import setup_console
 from library.errors import UserError
 from library.files.safetensors_io import read_header
+from library.inference.denoise import Feature
 from library.inference.failures import naming_memory
+from library.inference.features.image_to_image import ImageToImage
+from library.inference.features.inpainting import Inpainting
 from library.inference.file_names import FileNames, try_folder
 from library.inference.generate import generate_images
+from library.inference.highres_fix import HighresFix, generate_in_two_stages
+from library.inference.interactive import generate_lines
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.native_size import native_size
 from library.inference.networks import NetworkChoice, apply_networks, choose_networks
-from library.inference.options import ImageOptions
+from library.inference.options import HighresFixOptions, ImageOptions, idle_options
 from library.inference.plan import PlannedImage, Repetition, batches, plan_images
 from library.inference.png import save_png
 from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_image_prompts, usable_size
 from library.inference.settings import ImageSettings, random_seed
+from library.inference.sources import Sources, find_sources, prompts_of_images
 from library.memory.host_heap import keep_freed_memory
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MEMORY_REMEDY = "try a smaller one, a smaller --batch_size, or --bf16"
 
 logger = logging.getLogger(__name__)
 
 
-def draw_images(options: ImageOptions, architecture: Architecture) -> list[Path]:
+def draw_images(options: ImageOptions, architecture: Architecture, lines: TextIO | None = None) -> list[Path]:
     """Generate all images that the options ask for.
 
     Args:
         options: accepted by ``check_options``.
         architecture: the family of ``--ckpt``.
+        lines: source of prompts with ``--interactive``; default is the keyboard.
 
     Returns:
         the files, in the order they were written.
@@ -46,6 +59,8 @@ def draw_images(options: ImageOptions, architecture: Architecture) -> list[Path]
         UserError: wrong prompts, checkpoint or networks.
     """
     setup_console(options.console)
+    for warning in idle_options(options):
+        logger.warning("%s", warning)
     prompts = _read_prompts(options, architecture)
     choices = choose_networks(
         options.networks.network_module,
@@ -59,54 +74,129 @@ def draw_images(options: ImageOptions, architecture: Architecture) -> list[Path]
     if options.networks.network_show_meta:
         _show_metadata(choices)
     common = _common_settings(options, architecture, checkpoint)
-    planned = plan_images(prompts, common, _repetition(options))
+    sources = Sources.of(options.image)
+    planned = sources.assigned(plan_images(prompts, common, _repetition(options)))
+    session = _Session(options, architecture, checkpoint, common, sources, choices)
+    if options.prompts.interactive:
+        return generate_lines(session, lines or sys.stdin, MEMORY_REMEDY)
+    with naming_memory(MEMORY_REMEDY):
+        return session.generate(planned)
 
-    try_folder(Path(options.image.outdir))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
-    dtype = torch.float16 if options.speed.fp16 else torch.bfloat16 if options.speed.bf16 else torch.float32
-    models = _load(options, architecture, checkpoint, dtype, device)
-    networks = apply_networks(choices, models, merge=options.networks.network_merge, dtype=dtype, device=device)
-    models = replace(models, adapters=networks, adapter_names=[Path(choice.weights).name for choice in choices])
-    drawing = GenerateOptions(
-        device=device,
-        dtype=dtype,
-        zero_terminal_snr=options.model.zero_terminal_snr,
-        clip_skip=options.model.clip_skip,
-        max_token_length=75 * (options.model.max_embeddings_multiples or 1),
+
+class _Session:
+    """A loaded model and its networks, which generates planned images."""
+
+    def __init__(
+        self,
+        options: ImageOptions,
+        architecture: Architecture,
+        checkpoint: Any,
+        common: ImageSettings,
+        sources: Sources,
+        choices: Sequence[NetworkChoice],
+    ) -> None:
+        try_folder(Path(options.image.outdir))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            keep_freed_memory()
+        dtype = torch.float16 if options.speed.fp16 else torch.bfloat16 if options.speed.bf16 else torch.float32
+        models = _load(options, architecture, checkpoint, dtype, device)
+        networks = apply_networks(choices, models, merge=options.networks.network_merge, dtype=dtype, device=device)
+        names = [Path(choice.weights).name for choice in choices]
+        self._models = replace(models, adapters=networks, adapter_names=names)
+        self._how = GenerateOptions(
+            device=device,
+            dtype=dtype,
+            zero_terminal_snr=options.model.zero_terminal_snr,
+            clip_skip=options.model.clip_skip,
+            max_token_length=75 * (options.model.max_embeddings_multiples or 1),
+        )
+        self._options = options
+        self._common = common
+        self._sources = sources
+        self._choices = choices
+        self._fix = _highres_fix(options.highres)
+        self._model_name = Path(options.model.ckpt or "").name
+        self._files = FileNames(Path(options.image.outdir), sequential=options.image.sequential_file_name)
+        self._encoded: dict[str, Conditioning] = {}
+        self._multipliers: tuple[float, ...] | None = None
+        self._typed = 0
+
+    def generate_typed(self, line: str, where: str) -> list[Path]:
+        """Generate the images of one typed line."""
+        prompt = parse_image_prompt(line, where=where, size_multiple=self._models.architecture.latent.stride)
+        _check_multipliers([prompt], self._choices, merged=self._options.networks.network_merge)
+        planned = self._sources.assigned(plan_images([prompt], self._common, _repetition(self._options)), self._typed)
+        self._typed += len(planned)
+        return self.generate(planned)
+
+    def free(self) -> None:
+        """Free the memory of what was computed."""
+        self._encoded.clear()
+        if self._how.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def generate(self, planned: Sequence[PlannedImage]) -> list[Path]:
+        """Generate and save images, batch by batch; returns their files."""
+        written: list[Path] = []
+        for batch in batches(planned, self._options.speed.batch_size):
+            multipliers = _multipliers(batch[0].multipliers, self._choices)
+            self._set_multipliers(multipliers)
+            settings = [image.settings for image in batch]
+            features = _features(settings[0])
+            small: list[Image] = []
+            if self._fix is not None:
+                small, images = generate_in_two_stages(
+                    self._models, settings, self._how, self._encoded, self._fix, features
+                )
+            else:
+                images = generate_images(self._models, settings, self._how, self._encoded, features)
+            network = ", ".join(
+                f"{Path(c.weights).name}:{m:g}" for c, m in zip(self._choices, multipliers, strict=True)
+            )
+            for place, image in enumerate(batch):
+                path = self._path(image)
+                if self._fix is not None and self._fix.saves_first:
+                    record = self._fix.first(image.settings).record(model=self._model_name, network=network)
+                    save_png(small[place], path.with_stem(f"{path.stem}_1st"), record)
+                save_png(images[place], path, image.settings.record(model=self._model_name, network=network))
+                written.append(path)
+                logger.info("image %d of %d: %s", len(written), len(planned), path)
+        return written
+
+    def _path(self, image: PlannedImage) -> Path:
+        if image.file_name is not None:
+            return self._files.named(image.file_name)
+        if self._options.image.use_original_file_name and image.settings.image is not None:
+            return self._files.named(f"{image.settings.image.stem}.png")
+        return self._files.next(image.settings.seed)
+
+    def _set_multipliers(self, wanted: tuple[float, ...]) -> None:
+        if wanted == self._multipliers:
+            return
+        for network, multiplier in zip(self._models.adapters, wanted, strict=False):  # none where they are merged
+            network.set_multiplier(multiplier)
+        self._multipliers = wanted
+        self._encoded.clear()
+
+
+def _features(first: ImageSettings) -> list[Feature]:
+    """Return what a batch needs, whose images agree in all but texts, seeds and sources."""
+    if first.image is None:
+        return []
+    return [ImageToImage(), *([Inpainting()] if first.mask is not None else [])]
+
+
+def _highres_fix(options: HighresFixOptions) -> HighresFix | None:
+    if options.highres_fix_scale is None:
+        return None
+    return HighresFix(
+        scale=options.highres_fix_scale,
+        steps=options.highres_fix_steps,
+        strength=options.highres_fix_strength,
+        saves_first=options.highres_fix_save_1st,
+        in_latents=options.highres_fix_latents_upscaling,
     )
-    files = FileNames(Path(options.image.outdir), sequential=options.image.sequential_file_name)
-    return _draw(planned, options.speed.batch_size, models, drawing, choices, files, Path(options.model.ckpt).name)
-
-
-def _draw(
-    planned: Sequence[PlannedImage],
-    batch_size: int,
-    models: ImageModels,
-    drawing: GenerateOptions,
-    choices: Sequence[NetworkChoice],
-    files: FileNames,
-    model_name: str,
-) -> list[Path]:
-    encoded: dict[str, Conditioning] = {}
-    multipliers: tuple[float, ...] | None = None
-    written = []
-    for batch in batches(planned, batch_size):
-        wanted = _multipliers(batch[0].multipliers, choices)
-        if wanted != multipliers:
-            for network, multiplier in zip(models.adapters, wanted, strict=False):  # none where they are merged
-                network.set_multiplier(multiplier)
-            multipliers, encoded = wanted, {}
-        with naming_memory("try a smaller one, a smaller --batch_size, or --bf16"):
-            images = generate_images(models, [image.settings for image in batch], drawing, encoded)
-        network_text = ", ".join(f"{Path(c.weights).name}:{m:g}" for c, m in zip(choices, wanted, strict=True))
-        for image, planned_image in zip(images, batch, strict=True):
-            path = files.next(planned_image.settings.seed)
-            save_png(image, path, planned_image.settings.record(model=model_name, network=network_text))
-            written.append(path)
-            logger.info("image %d of %d: %s", len(written), len(planned), path)
-    return written
 
 
 # ---- before loading ----
@@ -115,10 +205,14 @@ def _draw(
 def _read_prompts(options: ImageOptions, architecture: Architecture) -> list[ImagePrompt]:
     multiple = architecture.latent.stride
     given = options.prompts
+    if given.interactive:
+        return []
     if given.from_file is not None:
         prompts = read_image_prompts(Path(given.from_file), size_multiple=multiple)
-    else:
+    elif given.prompt is not None:
         prompts = [parse_image_prompt(given.prompt, size_multiple=multiple)]
+    else:
+        prompts = prompts_of_images(find_sources(Path(options.image.image_path or ""), "--image_path"))
     if any(re.search(r"\{[^{}]*\|[^{}]*\}", prompt.prompt) for prompt in prompts):
         logger.warning("prompts with {a|b} are taken as they are: this version has no dynamic prompts")
     return prompts
@@ -178,6 +272,8 @@ def _common_settings(options: ImageOptions, architecture: Architecture, checkpoi
         scale=image.scale,
         sampler=image.sampler,
         seed=0,
+        negative_scale=image.negative_scale,
+        strength=image.strength,
     )
 
 

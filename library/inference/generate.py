@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from library.architectures.base import Architecture, CaptionLength, Conditioning, SampleFacts
 from library.data.caption_lengths import shortened
-from library.inference.denoise import Generation, run
+from library.inference.denoise import Feature, Generation, run
 from library.inference.failures import NotFinite, cause_in
 from library.inference.features.guidance import Guidance
-from library.inference.models import GenerateOptions, ImageModels
+from library.inference.models import GenerateOptions, ImageModels, on_device
 from library.inference.settings import ImageSettings
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def generate_images(
     batch: Sequence[ImageSettings],
     options: GenerateOptions,
     encoded: dict[str, Conditioning] | None = None,
+    features: Sequence[Feature] = (),
 ) -> list[Image]:
     """Generate images in one batch.
 
@@ -62,7 +63,7 @@ def generate_images(
         UserError: the sampler cannot work with the model.
     """
     with undisturbed(models.modules(), options.device):
-        return decode_images(models, generate_latents(models, batch, options, encoded), options)
+        return decode_images(models, generate_latents(models, batch, options, encoded, features), options)
 
 
 def decode_images(models: ImageModels, latents: Tensor, options: GenerateOptions) -> list[Image]:
@@ -70,7 +71,7 @@ def decode_images(models: ImageModels, latents: Tensor, options: GenerateOptions
     assert models.vae is not None
     with (
         undisturbed([models.vae], options.device),
-        _on_device(models.vae, options.device),
+        on_device(models.vae, options.device),
         torch.inference_mode(),
     ):
         # one at a time: decoding takes far more memory than sampling
@@ -86,6 +87,7 @@ def generate_latents(
     batch: Sequence[ImageSettings],
     options: GenerateOptions,
     encoded: dict[str, Conditioning] | None = None,
+    features: Sequence[Feature] = (),
 ) -> Tensor:
     """Sample the latents (B, C, h, w), float32, as the denoiser sees them; arguments as ``generate_images``."""
     first = batch[0]
@@ -95,7 +97,7 @@ def generate_latents(
     with undisturbed(models.modules(), options.device), _precise(options):
         generation = begin(models, batch, options, {} if encoded is None else encoded)
         positive = generation.conditioning
-        latents = run(generation, [Guidance()])
+        latents = run(generation, [Guidance(), *features])
         if not torch.isfinite(latents).all():
             raise NotFinite(f"no image: {_why_not_finite(models, positive)}")
         return latents
@@ -182,7 +184,7 @@ def _encode_each(
     with contextlib.ExitStack() as fetched:
         for encoder in text_encoders if texts else ():
             if encoder is not None:
-                fetched.enter_context(_on_device(encoder, options.device))
+                fetched.enter_context(on_device(encoder, options.device))
         for text in texts:
             length = architecture.caption_length(
                 tokenizers, text, max_token_length=options.max_token_length, weighted=options.weighted
@@ -244,21 +246,3 @@ def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[
         finally:
             for module, training in modes:
                 module.training = training
-
-
-@contextlib.contextmanager
-def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move a module that may be elsewhere (such as a VAE in host memory) to ``device`` within the context."""
-    parameter = next(module.parameters(), None)
-    home = parameter.device if parameter is not None else device
-    if home == device:
-        yield
-        return
-    # weights that were moved in inference mode could not be moved again outside of it
-    with torch.inference_mode(False):
-        module.to(device)
-    try:
-        yield
-    finally:
-        with torch.inference_mode(False):
-            module.to(home)

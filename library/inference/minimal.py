@@ -7,11 +7,10 @@ every file, encode, sample, decode, save.
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from library.architectures.base import Architecture, Conditioning
 from library.errors import UserError
 from library.inference.adapter_files import adapt, open_adapters, read_choice
-from library.inference.failures import OutOfMemory, naming_memory
 from library.inference.file_names import FileNames, try_folder
 from library.inference.generate import decode_images, encode_texts, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
@@ -88,49 +86,6 @@ class MinimalOptions:
     seed: int | None
 
 
-def generate_typed(session: ImageSession, lines: TextIO) -> list[Path]:
-    """Generate prompts that are typed, or come through a pipe, one a line; errors are printed, and the next is read."""
-    written = []
-    for number, line in enumerate(_typed(lines), start=1):
-        where = f"prompt {number}"
-        try:
-            prompt = session.read_prompt(line, where)
-            with naming_memory(MEMORY_REMEDY):
-                written.append(session.draw(prompt))
-        except OutOfMemory as error:
-            session.free()
-            logger.error("%s: %s", where, error)
-        except UserError as error:
-            logger.error("%s", error)
-        except KeyboardInterrupt:
-            logger.info("%s: stopped", where)
-            break
-    return written
-
-
-def _typed(lines: TextIO) -> Iterator[str]:
-    """Yield lines up to the first empty one, the end of the file, or Ctrl-C.
-
-    They are read as bytes, as a text stream would drop all that it has read ahead at the first wrong byte.
-    """
-    source = getattr(lines, "buffer", lines)
-    while True:
-        if lines.isatty():
-            print("prompt (an empty line ends): ", end="", file=sys.stderr, flush=True)
-        try:
-            raw = source.readline()
-        except KeyboardInterrupt:
-            return
-        try:
-            line = (raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw).strip()
-        except UnicodeDecodeError:
-            logger.error("the line is no UTF-8 text")
-            continue
-        if not line:
-            return
-        yield line
-
-
 class ImageSession:
     """A model that is ready to generate. No weights are read before the first image.
 
@@ -169,6 +124,10 @@ class ImageSession:
         return self._model.read_prompt(line, where)
 
     # ---- generating ----
+
+    def generate_typed(self, line: str, where: str) -> list[Path]:
+        """Generate one typed prompt; raises UserError as ``draw``."""
+        return [self.draw(self.read_prompt(line, where))]
 
     def draw(self, prompt: ImagePrompt) -> Path:
         """Generate an image of one prompt and save it.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,13 @@ class ImageModels:
     #: conditioning by text, for encoders that are not loaded
     cached_texts: Mapping[str, Conditioning] = field(default_factory=dict)
 
+    @contextlib.contextmanager
+    def vae_on(self, device: torch.device) -> Iterator[nn.Module]:
+        """The VAE on a device meanwhile, wherever it is parked."""
+        assert self.vae is not None
+        with on_device(self.vae, device):
+            yield self.vae
+
     def modules(self) -> list[nn.Module]:
         models = (*self.text_encoders, self.denoiser, self.vae, *self.adapters)
         return [model for model in models if model is not None]
@@ -48,3 +56,21 @@ class GenerateOptions:
     nan_remedy: str = "try --no_half_vae or bf16"  # advice for images that are not finite
     #: called before each denoising step; what it raises ends the generation
     check: Callable[[], None] = lambda: None
+
+
+@contextlib.contextmanager
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a module that may be elsewhere (such as a VAE in host memory) to ``device`` within the context."""
+    parameter = next(module.parameters(), None)
+    home = parameter.device if parameter is not None else device
+    if home == device:
+        yield
+        return
+    # weights that were moved in inference mode could not be moved again outside of it
+    with torch.inference_mode(False):
+        module.to(device)
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False):
+            module.to(home)

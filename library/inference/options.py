@@ -21,11 +21,11 @@ def _refused(default: Any, why: str, **more: Any) -> Any:
     return field(default=default, metadata={**metadata, "refused": why})
 
 
-_IMG2IMG = "this version generates from text only"
-_INTERACTIVE = "give prompts with --prompt or --from_file"
+_CLIP_VISION = "this version has no CLIP vision conditioning"
+_MODULE = "give prompts with --prompt, --from_file or --interactive"
 _SDXL_SIZE = "SDXL is conditioned on the generated size, without a crop; other values are not available in this version"
 _TRAINED_NOISE = "it is only for the initial noise of special models"
-_HIGHRES = "this version has no highres fix; use --W and --H"
+_UPSCALER = "images are enlarged with Lanczos, latents with --highres_fix_latents_upscaling"
 _CONTROL = "this version has no ControlNet"
 _DEEP_SHRINK = "this version has no Deep Shrink"
 _GRADUAL = "this version has no Gradual Latent"
@@ -59,9 +59,9 @@ class PromptOptions:
 
     prompt: str | None = option(None, "prompt, with options such as --n and --w in the same text")
     from_file: str | None = option(None, "text file with a prompt per line; # begins a comment line")
-    from_module: str | None = _refused(None, _INTERACTIVE)
-    prompter_module_args: str | None = _refused(None, _INTERACTIVE)
-    interactive: bool = _refused(False, _INTERACTIVE)
+    from_module: str | None = _refused(None, _MODULE)
+    prompter_module_args: str | None = _refused(None, _MODULE)
+    interactive: bool = option(False, "read prompts with options from the keyboard, a line each, until an empty one")
     no_preview: bool = option(False, "show no image on the screen, which this version never does")
     shuffle_prompts: bool = option(False, "shuffle the prompts of each iteration")
     images_per_prompt: int = option(1, "images of each prompt, with seeds that count up by one", type=int)
@@ -76,18 +76,24 @@ class ImageOutputOptions:
 
     outdir: str = option("outputs", "folder for the images")
     sequential_file_name: bool = option(False, "name images im_000001.png, im_000002.png, ...")
-    use_original_file_name: bool = _refused(False, _IMG2IMG)
+    use_original_file_name: bool = option(False, "name images after their source images of --image_path")
     W: int | None = option(None, "width in pixels; default is the model's own resolution", type=int)
     H: int | None = option(None, "height in pixels; default is the model's own resolution", type=int)
     steps: int = option(50, "sampling steps", type=int)
     scale: float = option(7.5, "classifier-free guidance scale; 1 for none", type=float)
     sampler: str = option("ddim", "sampler", choices=list(SAMPLER_NAMES))
-    negative_scale: float | None = _refused(None, "use --scale", type=float)
+    negative_scale: float | None = option(
+        None, "guidance scale of the negative prompt alone; --scale is then that of the prompt", type=float
+    )
     force_scheduler_zero_steps_offset: bool = _refused(False, "samplers use the offset the models were released with")
-    image_path: str | None = _refused(None, _IMG2IMG)
-    mask_path: str | None = _refused(None, _IMG2IMG)
-    strength: float | None = _refused(None, _IMG2IMG, type=float)
-    clip_vision_strength: float | None = _refused(None, _IMG2IMG, type=float)
+    image_path: str | None = option(None, "image to start from (img2img), or a folder of images used in turn")
+    mask_path: str | None = option(
+        None, "mask of what is repainted of --image_path: white is, black is kept; or a folder of masks"
+    )
+    strength: float | None = option(
+        None, "share of the steps that are run on --image_path, 0 to 1; default is 0.8", type=float
+    )
+    clip_vision_strength: float | None = _refused(None, _CLIP_VISION, type=float)
     guide_image_path: list[str] | None = _refused(None, _CONTROL, nargs="*")
     original_height: int | None = _refused(None, _SDXL_SIZE, type=int)
     original_width: int | None = _refused(None, _SDXL_SIZE, type=int)
@@ -132,17 +138,27 @@ class ImageNetworkOptions:
 
 
 @dataclass(frozen=True)
+class HighresFixOptions:
+    """Highres fix: a small image first, then the large one from it."""
+
+    highres_fix_scale: float | None = option(
+        None, "sides of the small image as a share of --W and --H, such as 0.5; turns the fix on", type=float
+    )
+    highres_fix_steps: int = option(28, "sampling steps of the small image", type=int)
+    highres_fix_strength: float | None = option(
+        None, "--strength of the small image, where --image_path is given; default is --strength", type=float
+    )
+    highres_fix_save_1st: bool = option(False, "save the small images, too")
+    highres_fix_latents_upscaling: bool = option(False, "enlarge the latents instead of the decoded image")
+
+
+@dataclass(frozen=True)
 class ExtraOptions:
     """Not available in this version."""
 
-    highres_fix_scale: float | None = _refused(None, _HIGHRES, type=float)
-    highres_fix_steps: int = _refused(28, _HIGHRES, type=int)
-    highres_fix_strength: float | None = _refused(None, _HIGHRES, type=float)
-    highres_fix_save_1st: bool = _refused(False, _HIGHRES)
-    highres_fix_latents_upscaling: bool = _refused(False, _HIGHRES)
-    highres_fix_upscaler: str | None = _refused(None, _HIGHRES)
-    highres_fix_upscaler_args: str | None = _refused(None, _HIGHRES)
-    highres_fix_disable_control_net: bool = _refused(False, _HIGHRES)
+    highres_fix_upscaler: str | None = _refused(None, _UPSCALER)
+    highres_fix_upscaler_args: str | None = _refused(None, _UPSCALER)
+    highres_fix_disable_control_net: bool = _refused(False, _CONTROL)
     control_net_lllite_models: list[str] | None = _refused(None, _CONTROL, nargs="*")
     control_net_models: list[str] | None = _refused(None, _CONTROL, nargs="*")
     control_net_preps: list[str] | None = _refused(None, _CONTROL, nargs="*")
@@ -168,6 +184,7 @@ GROUPS = (
     ImageOutputOptions,
     SpeedOptions,
     ImageNetworkOptions,
+    HighresFixOptions,
     ExtraOptions,
 )
 
@@ -182,6 +199,7 @@ class ImageOptions:
     image: ImageOutputOptions
     speed: SpeedOptions
     networks: ImageNetworkOptions
+    highres: HighresFixOptions
     extras: ExtraOptions
 
     @staticmethod
@@ -213,8 +231,10 @@ def check_options(options: ImageOptions) -> None:
 
 def _prompts_given(options: ImageOptions) -> Iterator[str]:
     given = options.prompts
-    if given.prompt is None and given.from_file is None:
-        yield "nothing to generate: give --prompt or --from_file"
+    if given.interactive:
+        return
+    if given.prompt is None and given.from_file is None and not options.image.image_path:
+        yield "nothing to generate: give --prompt, --from_file, or --interactive"
     elif given.prompt is not None and given.from_file is not None:
         yield "--prompt and --from_file were both given; give one of them"
 
@@ -261,10 +281,36 @@ def _ranges(options: ImageOptions) -> Iterator[str]:
 
 
 def _numbers_are_finite(options: ImageOptions) -> Iterator[str]:
-    for name, values in (("scale", [options.image.scale]), ("network_mul", options.networks.network_mul or [])):
+    image = options.image
+    given = {
+        "scale": [image.scale],
+        "negative_scale": [] if image.negative_scale is None else [image.negative_scale],
+        "network_mul": options.networks.network_mul or [],
+    }
+    for name, values in given.items():
         for value in values:
             if not abs(value) < float("inf"):
                 yield f"--{name} {value}: must be a finite number"
+
+
+def _sources(options: ImageOptions) -> Iterator[str]:
+    image = options.image
+    if image.mask_path and not image.image_path:
+        yield "--mask_path: there is no image to repaint; give --image_path"
+    if image.mask_path and options.networks.network_module:
+        yield "--mask_path with --network_module: this version has no regions of networks; give one of them"
+    if image.strength is not None and not 0 <= image.strength <= 1:
+        yield f"--strength {image.strength:g}: must be 0 to 1"
+
+
+def _highres_fix(options: ImageOptions) -> Iterator[str]:
+    fix = options.highres
+    if fix.highres_fix_scale is not None and not 0 < fix.highres_fix_scale < 1:
+        yield f"--highres_fix_scale {fix.highres_fix_scale:g}: must be above 0 and below 1, such as 0.5"
+    if not 1 <= fix.highres_fix_steps <= MAX_STEPS:
+        yield f"--highres_fix_steps {fix.highres_fix_steps}: must be 1 to {MAX_STEPS}"
+    if fix.highres_fix_strength is not None and not 0 <= fix.highres_fix_strength <= 1:
+        yield f"--highres_fix_strength {fix.highres_fix_strength:g}: must be 0 to 1"
 
 
 def _folder_fits(options: ImageOptions) -> Iterator[str]:
@@ -290,6 +336,32 @@ _RULES: tuple[Callable[[ImageOptions], Iterator[str]], ...] = (
     _one_attention,
     _ranges,
     _numbers_are_finite,
+    _sources,
+    _highres_fix,
     _folder_fits,
     _sampler_fits,
 )
+
+
+def idle_options(options: ImageOptions) -> list[str]:
+    """Return a warning for each option that changes nothing with the others."""
+    image, fix = options.image, options.highres
+    found = []
+    if options.prompts.interactive:
+        for name in ("prompt", "from_file"):
+            if getattr(options.prompts, name) is not None:
+                found.append(f"--{name} has no effect with --interactive, which reads prompts from the keyboard")
+    if not image.image_path:
+        if image.strength is not None and fix.highres_fix_scale is None:
+            found.append("--strength has no effect without --image_path or --highres_fix_scale")
+        if image.use_original_file_name:
+            found.append("--use_original_file_name has no effect without --image_path")
+        if fix.highres_fix_strength is not None:
+            found.append("--highres_fix_strength has no effect without --image_path")
+    if fix.highres_fix_scale is None:
+        names = ("highres_fix_steps", "highres_fix_save_1st", "highres_fix_latents_upscaling")
+        given = [f"--{name}" for name in names if getattr(fix, name) != getattr(HighresFixOptions, name)]
+        found += [f"{flag} has no effect without --highres_fix_scale" for flag in given]
+    if image.negative_scale is not None and image.scale == 1.0:
+        found.append("--negative_scale has no effect with --scale 1")
+    return found

@@ -16,6 +16,8 @@ _SEEDS = 2**32
 class PlannedImage:
     settings: ImageSettings
     multipliers: tuple[float, ...] = ()  # of the additional networks; empty: as on the command line
+    file_name: str | None = None  # of the prompt's own choice
+    place: int = 0  # in its iteration, by which source images are chosen
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,13 @@ def plan_images(prompts: Sequence[ImagePrompt], common: ImageSettings, repetitio
         order = list(range(len(prompts)))
         if repetition.shuffle_prompts:
             python_rng(repetition.seed, "prompt order", iteration).shuffle(order)
-        for index in order:
+        for turn, index in enumerate(order):
             prompt = prompts[index]
             base = _base_seed(repetition, iteration, index, len(prompts))
             for i in range(repetition.images_per_prompt):
-                planned.append(PlannedImage(_settings(prompt, common, _seed(prompt, base, i)), prompt.multipliers))
+                settings = _settings(prompt, common, _seed(prompt, base, i))
+                place = turn * repetition.images_per_prompt + i
+                planned.append(PlannedImage(settings, prompt.multipliers, prompt.file_name if i == 0 else None, place))
     return planned
 
 
@@ -79,7 +83,7 @@ def _settings(prompt: ImagePrompt, common: ImageSettings, seed: int) -> ImageSet
         "guidance_scale": prompt.guidance_scale,
     }
     own = {name: value for name, value in own.items() if value is not None}
-    return replace(common, prompt=prompt.prompt, seed=seed, **own)
+    return replace(common, prompt=prompt.prompt, seed=seed, **own, **prompt.own)
 
 
 def batches(planned: Sequence[PlannedImage], batch_size: int) -> Iterator[list[PlannedImage]]:

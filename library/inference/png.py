@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.errors import UserError
 from library.files import atomic
 
 if TYPE_CHECKING:
@@ -57,3 +58,19 @@ def _parameters(settings: Mapping[str, str]) -> str:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(", ".join(f"{shown}: {settings[name]}" for name, shown in _SHOWN.items() if settings.get(name)))
     return "\n".join(lines)
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Return the text chunks of a PNG; none of another kind of file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    from PIL import Image as images
+    from PIL import UnidentifiedImageError
+
+    try:
+        with images.open(path) as image:
+            return {name: text for name, text in getattr(image, "text", {}).items() if isinstance(text, str)}
+    except (OSError, ValueError, UnidentifiedImageError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,9 @@ class ImagePrompt:
     seeds: tuple[int, ...] = ()  # of the prompt's images, in order
     multipliers: tuple[float, ...] = ()  # of the additional networks, in order
     guidance_scale: float | None = None  # embedded (distilled) guidance
+    file_name: str | None = None  # of the first image
+    #: further settings, by the names that ``ImageSettings`` has for them
+    own: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class PromptOption:
     field: str
     read: Callable[[str], Any]  # raises ValueError that says what is expected
     long: str = ""  # an alternative word, which may be abbreviated
+    own: bool = False  # whether the field is one of ``ImagePrompt.own``
 
 
 def _text(value: str) -> str:
@@ -109,6 +113,17 @@ def _number(value: str) -> float:
         raise ValueError("a number is needed") from None
     if not math.isfinite(number):
         raise ValueError("a finite number is needed")
+    return number
+
+
+def _number_or_none(value: str) -> float | None:
+    return None if value.lower() == "none" else _number(value)
+
+
+def _share(value: str) -> float:
+    number = _number(value)
+    if not 0 <= number <= 1:
+        raise ValueError("a number from 0 to 1 is needed")
     return number
 
 
@@ -151,6 +166,9 @@ IMAGE_OPTIONS = (
     PromptOption("l", "scale", _number),
     PromptOption("n", "negative_prompt", _text),
     PromptOption("am", "multipliers", _list_of(_number)),
+    PromptOption("f", "file_name", _path),
+    PromptOption("t", "strength", _share, own=True),
+    PromptOption("nl", "negative_scale", _number_or_none, own=True),
 )
 
 #: options of the lines that flux_minimal_inference.py reads; published ones count by their first letter alone
@@ -174,10 +192,7 @@ _GRADUAL_LATENT = "Gradual Latent is not available in this version"
 #: published options of gen_img.py's prompts that this version refuses, with the reason
 REFUSED_IMAGE_OPTIONS: Mapping[str, str] = {
     **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), _SDXL_SIZES),
-    "nl": "a separate scale for the negative prompt is not available in this version",
-    "t": "img2img is not available in this version",
     "c": "CLIP guidance is not available in this version",
-    "f": "file names are chosen by the script; see --outdir and --sequential_file_name",
     **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), _DEEP_SHRINK),
     **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), _GRADUAL_LATENT),
 }
@@ -215,7 +230,8 @@ def parse_prompt_line(
 def parse_image_prompt(line: str, *, where: str = "--prompt", size_multiple: int = 8) -> ImagePrompt:
     """Read one prompt of ``gen_img.py``; arguments and errors as those of ``parse_prompt_line``."""
     prompt, values = _parse(line, IMAGE_OPTIONS, REFUSED_IMAGE_OPTIONS, where)
-    return ImagePrompt(prompt, **_within_limits(values, where, size_multiple))
+    own = {o.field: values.pop(o.field) for o in IMAGE_OPTIONS if o.own and o.field in values}
+    return ImagePrompt(prompt, **_within_limits(values, where, size_multiple), own=own)
 
 
 def parse_flux_prompt(line: str, *, where: str, size_step: int) -> ImagePrompt:

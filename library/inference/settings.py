@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from library.inference.prompt_line import SamplePrompt
 
 MAX_RANDOM_SEED = 2**32 - 1
 
+#: marks what may differ between the images of one batch
+_VARIES = MappingProxyType({"varies": True})
+
 
 @dataclass(frozen=True)
 class ImageSettings:
     """Everything that defines one image, besides the models."""
 
-    prompt: str
-    negative_prompt: str
+    prompt: str = field(metadata=_VARIES)
+    negative_prompt: str = field(metadata=_VARIES)
     width: int  # pixels
     height: int  # pixels
     steps: int
     scale: float  # classifier-free guidance; 1: none
     sampler: str
-    seed: int
+    seed: int = field(metadata=_VARIES)
     # for families that know them; None: the family's own
     guidance_scale: float | None = None  # embedded guidance
     flow_shift: float | None = None
     cfg_trunc_ratio: float | None = None
     renorm_cfg: float | None = None
+    # of features; None: without it
+    negative_scale: float | None = None  # guidance scale of the negative prompt alone
+    image: Path | None = field(default=None, metadata=_VARIES)  # to start from
+    mask: Path | None = field(default=None, metadata=_VARIES)  # what of it is repainted, white
+    strength: float | None = None  # share of the steps that are run on the image, 0 to 1
 
     def record(self, *, model: str, network: str = "") -> dict[str, str]:
         """Return text for ``save_png``; ``model`` and ``network`` are names for people."""
@@ -42,19 +52,29 @@ class ImageSettings:
             "size": f"{self.width}x{self.height}",
             "model": model,
         }
-        own = ("guidance_scale", "flow_shift", "cfg_trunc_ratio", "renorm_cfg")
-        record |= {name: f"{getattr(self, name):g}" for name in own if getattr(self, name) is not None}
+        for name in OPTIONAL:
+            if (value := getattr(self, name)) is not None:
+                record[name] = value.name if isinstance(value, Path) else f"{value:g}"
         return {**record, "network": network} if network else record
 
     def texts(self) -> tuple[str, ...]:
         """Return the texts to encode."""
-        return (self.prompt,) if self.scale == 1.0 else (self.prompt, self.negative_prompt)
+        if self.scale == 1.0:
+            return (self.prompt,)
+        empty = ("",) if self.negative_scale is not None else ()
+        return (self.prompt, self.negative_prompt, *empty)
 
     def drawn_with(self, other: ImageSettings) -> bool:
-        """Whether both images may share a batch: everything but text and seed is equal."""
-        return replace(self, prompt="", negative_prompt="", seed=0) == replace(
-            other, prompt="", negative_prompt="", seed=0
-        )
+        """Whether both images may share a batch: everything is equal but text, seed and source images."""
+        for f in fields(self):
+            one, two = getattr(self, f.name), getattr(other, f.name)
+            if one != two and (not f.metadata.get("varies") or (one is None) != (two is None)):
+                return False
+        return True
+
+
+#: settings that may be None; prompts that have fields or options of these names give them
+OPTIONAL = tuple(f.name for f in fields(ImageSettings) if f.default is None)
 
 
 def settings_for(
@@ -78,10 +98,7 @@ def settings_for(
         scale=full.scale,
         sampler=full.sample_sampler,
         seed=full.seed if full.seed is not None else random_seed(),
-        guidance_scale=full.guidance_scale,
-        flow_shift=full.flow_shift,
-        cfg_trunc_ratio=full.cfg_trunc_ratio,
-        renorm_cfg=full.renorm_cfg,
+        **{name: getattr(full, name) for name in OPTIONAL if hasattr(full, name)},
     )
 
 

@@ -7,14 +7,17 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.fixtures.drawn import pixels, text_of
-from tests.fixtures.runs import ROOT, Finished, run_script
+from tests.fixtures.runs import ROOT, Finished, environment, run_script
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 
 PUBLISHED = json.loads((ROOT / "tests/compat/data/cli/gen_img.json").read_text())["options"]
@@ -178,17 +181,94 @@ def test_v2_model_draws_with_zero_terminal_snr(tmp_path: Path) -> None:
     assert len(drawn(finished, out)) == 1
 
 
+# ---- from images ----
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images of different sizes, and a mask whose left half is kept."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, size in (("a", (64, 96)), ("b", (96, 64))):
+        grey = np.random.default_rng(ord(name)).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+        Image.fromarray(grey).resize(size).save(folder / f"{name}.png")
+    white = np.zeros((64, 64), np.uint8)
+    white[:, 32:] = 255
+    (folder / "masks").mkdir()
+    Image.fromarray(white).save(folder / "masks" / "mask.png")
+    return folder
+
+
+def test_images_from_images(model: MadeCheckpoint, sources: Path, tmp_path: Path) -> None:
+    """A folder in turn, each at its own size; files named after them; the prompt's own strength and file name."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat --d 1\ncat --d 2 --t 0.3\ncat --d 3 --f own.png\n")
+    out = tmp_path / "out"
+    finished = run_script(
+        "gen_img.py",
+        *("--ckpt", model.path, "--tokenizer_cache_dir", model.tokenizer_cache_dir, "--outdir", out, "--steps", 4),
+        *("--from_file", prompts, "--image_path", sources, "--use_original_file_name", "--strength", 0.75),
+    )
+    assert [path.name for path in drawn(finished, out)] == ["a.png", "b.png", "own.png"]
+    assert [pixels(out / f"{name}.png").shape for name in ("a", "b", "own")] == [(96, 64, 3), (64, 96, 3), (96, 64, 3)]
+    texts = [text_of(out / f"{name}.png") for name in ("a", "b", "own")]
+    assert [(t["strength"], t["image"]) for t in texts] == [("0.75", "a.png"), ("0.3", "b.png"), ("0.75", "a.png")]
+
+
+def test_repainting_highres_fix_and_a_prompt_of_an_image(
+    model: MadeCheckpoint, sources: Path, lora: Path, tmp_path: Path
+) -> None:
+    """Masks with a large image in two stages; the prompt is read back from the image to start from."""
+    fix = ("--highres_fix_scale", 0.5, "--highres_fix_steps", 2, "--highres_fix_save_1st", "--W", 128, "--H", 128)
+    made = draw(model, tmp_path / "out", "--prompt", "the cat --d 4 --n dog --nl 2", *fix, "--sequential_file_name")
+    large, small = drawn(made, tmp_path / "out")
+    assert (large.name, small.name) == ("im_000001.png", "im_000001_1st.png")
+    assert pixels(large).shape == (128, 128, 3) and pixels(small).shape == (64, 64, 3)
+    assert text_of(large)["negative_scale"] == "2" and text_of(small)["size"] == "64x64"
+    masked = ("--image_path", small, "--mask_path", sources / "masks", "--steps", 6)
+    finished = draw(model, tmp_path / "two", *masked, "--images_per_prompt", 2, "--batch_size", 2, "--strength", 0.9)
+    one, two = drawn(finished, tmp_path / "two")
+    assert text_of(one)["prompt"] == "the cat" and text_of(one)["negative_prompt"] == "dog"
+    kept, repainted = (np.abs(pixels(one) - pixels(two))[:, part].mean() for part in (slice(0, 16), slice(48, 64)))
+    assert repainted > 4 * kept
+
+
+def test_a_session(model: MadeCheckpoint, tmp_path: Path) -> None:
+    """Mistakes and bytes that are no text cost their line alone."""
+    words = ("--ckpt", model.path, "--tokenizer_cache_dir", model.tokenizer_cache_dir, "--outdir", tmp_path / "out")
+    more = ("--interactive", "--W", 64, "--H", 64, "--steps", 2, "--prompt", "unused", "--console_log_simple")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "gen_img.py"), *map(str, (*words, *more))],
+        input=b"cat --d 1\ncaf\xe9\ncat --q 1\ndog --d 2 --s 3\n\nnever\n",
+        capture_output=True,
+        env=environment(),
+        cwd=ROOT,
+        check=False,
+    )
+    said = done.stderr.decode()
+    assert done.returncode == 0, said
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    errors = [line for line in said.splitlines() if line.startswith("ERROR")]
+    assert len(errors) == 2 and "no UTF-8 text" in errors[0] and "prompt 2: unknown option --q" in errors[1]
+    assert "--prompt has no effect with --interactive" in said
+
+
 # ---- mistakes ----
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--interactive"], ["--interactive: not available", "--from_file", "nothing to generate"]),
-        (["--prompt", "a", "--strength", "0.5", "--ds_ratio", "0.3"], ["--strength: not available", "--ds_ratio: not"]),
+        (["--from_module", "m.py"], ["--from_module: not available", "--from_file", "nothing to generate"]),
+        (["--prompt", "a", "--crop_top", "5", "--ds_ratio", "0.3"], ["--crop_top: not available", "--ds_ratio: not"]),
+        (
+            ["--prompt", "a", "--mask_path", "m.png", "--strength", "2"],
+            ["--mask_path: there is no", "--strength 2: must"],
+        ),
+        (["--prompt", "a", "--image_path", "gone.png"], ["--image_path gone.png: no such file or folder"]),
+        (["--prompt", "a", "--highres_fix_scale", "1.5"], ["--highres_fix_scale 1.5: must be above 0 and below 1"]),
         (["--prompt", "a", "--fp16", "--bf16", "--batch_size", "0"], ["--fp16 and --bf16", "--batch_size 0"]),
         (["--prompt", "a --q 1"], ["--prompt: unknown option --q"]),
-        (["--prompt", "a --t 0.5"], ["--prompt: --t: img2img"]),
+        (["--prompt", "a --ow 64"], ["--prompt: --ow: SDXL"]),
         (["--prompt", "a", "--v2"], ["1.x"]),
         (["--prompt", "a", "--zero_terminal_snr"], ["v-prediction"]),
         (["--prompt", "a", "--scale", "nan", "--network_mul", "inf"], ["--scale nan: must be", "--network_mul inf"]),

@@ -241,16 +241,18 @@ def test_image_prompt_line() -> None:
         "n girl", "bad", 64, 72, 3, -2.0, seeds=(1, 2, 3), multipliers=(0.5, -1.0)
     )
     assert parse_image_prompt("d 5") == ImagePrompt("d 5")
+    own = parse_image_prompt("a --t 0.5 --nl none --f cat.png")
+    assert own == ImagePrompt("a", file_name="cat.png", own={"strength": 0.5, "negative_scale": None})
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("p --nl 3", "--nl: a separate scale"),
-        ("p --t 0.5", "img2img"),
+        ("p --nl x", "--nl x: a number"),
+        ("p --t 1.5", "--t 1.5: a number from 0 to 1"),
         ("p --DSD1 3", "Deep Shrink"),
         ("p --ow 64", "SDXL"),
-        ("p --f name", "file names"),
+        ("p --f", "--f: a file"),
         ("p --ss ddim", "unknown option --ss"),
         ("p --d 1,x", "whole number"),
         ("p --am", "number"),

@@ -1,0 +1,96 @@
+"""Highres fix: a small image first, then the large one from it, as models repeat things above their own size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from library.architectures.base import Conditioning
+from library.data.image_io import resize
+from library.inference.denoise import Feature
+from library.inference.features.image_to_image import ImageToImage, encode_sources
+from library.inference.generate import decode_images, generate_latents
+from library.inference.models import GenerateOptions, ImageModels
+from library.inference.settings import ImageSettings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: strength of the second stage, where nothing else is said
+STRENGTH = 0.8
+#: sides of the first stage are multiples of this many pixels, as published
+_STEP = 32
+
+
+@dataclass(frozen=True)
+class HighresFix:
+    """Settings of the two stages.
+
+    Attributes:
+        scale: of the first stage's sides to the second's, above 0 and below 1.
+        steps: of the first stage.
+        strength: of the first stage, where it starts from an image; None: that of the settings.
+        saves_first: whether the small images are kept, too.
+        in_latents: enlarge the latents, without decoding and encoding them.
+    """
+
+    scale: float
+    steps: int = 28
+    strength: float | None = None
+    saves_first: bool = False
+    in_latents: bool = False
+
+    def first(self, settings: ImageSettings) -> ImageSettings:
+        """Return the settings of the first stage."""
+        width, height = (
+            max(int(side * self.scale + 0.5) // _STEP * _STEP, 2 * _STEP) for side in (settings.width, settings.height)
+        )
+        strength = self.strength if self.strength is not None and settings.image is not None else settings.strength
+        return replace(settings, width=width, height=height, steps=self.steps, strength=strength)
+
+    def second(self, settings: ImageSettings) -> ImageSettings:
+        """Return the settings of the second stage, with noise of its own: that of the next seed."""
+        strength = STRENGTH if settings.strength is None else settings.strength
+        return replace(settings, seed=settings.seed + 1, image=None, mask=None, strength=strength)
+
+
+def generate_in_two_stages(
+    models: ImageModels,
+    batch: Sequence[ImageSettings],
+    options: GenerateOptions,
+    encoded: dict[str, Conditioning],
+    fix: HighresFix,
+    features: Sequence[Feature] = (),
+) -> tuple[list[Image], list[Image]]:
+    """Generate a batch.
+
+    Args:
+        features: of the first stage.
+
+    Returns:
+        the small images, where they are needed, and the large ones.
+    """
+    first, second = [fix.first(s) for s in batch], [fix.second(s) for s in batch]
+    latents = generate_latents(models, first, options, encoded, features)
+    small = decode_images(models, latents, options) if fix.saves_first or not fix.in_latents else []
+    if fix.in_latents:
+        stride = models.architecture.latent.stride
+        size = (second[0].height // stride, second[0].width // stride)  # (h, w)
+        sources = functional.interpolate(latents.float(), size, mode="bicubic", align_corners=False)
+    else:
+        pixels = torch.stack([_enlarged(image, (second[0].width, second[0].height)) for image in small])
+        sources = encode_sources(models, pixels, [s.seed for s in second], options.device)
+    large = generate_latents(models, second, options, encoded, [ImageToImage(sources)])
+    return small, decode_images(models, large, options)
+
+
+def _enlarged(image: Image, size: tuple[int, int]) -> Tensor:
+    """Return an image (3, H, W) in [-1, 1], resized to (W, H)."""
+    pixels = resize(np.asarray(image), size, "lanczos")
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 127.5 - 1.0
