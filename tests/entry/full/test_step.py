@@ -1,0 +1,138 @@
+"""A step of whole models is that of a plain torch loop over other implementations: the loss and every gradient.
+
+With plain SGD at a learning rate of 1 a weight moves by its gradient, so that the saved model tells all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from library.training import batch_losses
+from library.training.batch_losses import BatchLosses
+from tests.entry.flux.test_step import T5_LENGTH, Drawn, drawn, images, mean_square, plain_step  # noqa: F401
+from tests.fixtures.runs import logged, write_dataset
+from tests.fixtures.tiny_flux import make_tiny_flux
+from tests.fixtures.tiny_sd import Sizes, diffusers_configs
+from tests.fixtures.whole import Whole
+
+#: rates that keep the loss of significance in ``before - after`` small
+RATE = 1.0
+SGD = {"optimizer_type": "torch.optim.SGD", "learning_rate": RATE, "max_grad_norm": 0, "max_train_steps": 1}
+
+
+class Seen:
+    """What the step was given: drawn numbers and data, none of what the models make of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.latents, self.noise, self.timesteps = [], [], []
+        self.captions: list[str] = []
+        noisy, at = batch_losses.make_noisy, BatchLosses.at
+
+        def make_noisy(latents: Tensor, *args: Any, **more: Any) -> Any:
+            made = noisy(latents, *args, **more)
+            self.latents.append(latents.clone())
+            self.noise.append(made.target.clone())  # of models that predict noise, and flow models' noise - latents
+            self.timesteps.append(made.timesteps.clone())
+            return made
+
+        def record(losses: BatchLosses, batch: Any, *args: Any, **more: Any) -> Tensor:
+            self.captions += batch.captions
+            return at(losses, batch, *args, **more)
+
+        monkeypatch.setattr(batch_losses, "make_noisy", make_noisy)
+        monkeypatch.setattr(BatchLosses, "at", record)
+
+
+def gradients(before: dict[str, Tensor], after: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """By the file's names below ``prefix``."""
+    return {
+        name.removeprefix(prefix): (before[name].double() - after[name].double()).float() / RATE
+        for name in before
+        if name.startswith(prefix)
+    }
+
+
+def their_unet(path: Path) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    unet = UNet2DConditionModel.from_config(diffusers_configs(Sizes())["unet"])
+    unet.load_state_dict(convert_ldm_unet_checkpoint(load_file(path), dict(unet.config)))
+    return unet
+
+
+def their_clip(path: Path) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = CLIPTextModel(CLIPTextConfig(**diffusers_configs(Sizes())["text_encoder"]))
+    prefix = "cond_stage_model.transformer.text_model."
+    state = {n.removeprefix(prefix): t for n, t in load_file(path).items() if n.startswith(prefix)}
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def test_a_step_of_train_db(tmp_path: Path, train_db: Whole, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import DDPMScheduler
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    from transformers import CLIPTokenizer
+
+    seen = Seen(monkeypatch)
+    train_db.train(dataset, tmp_path, **SGD)
+    path = train_db.model.path
+    unet, clip = their_unet(path), their_clip(path)
+    tokenizer = CLIPTokenizer.from_pretrained(
+        str(train_db.model.tokenizer_cache_dir / "openai_clip-vit-large-patch14")  # type: ignore[attr-defined]
+    )
+    ids = tokenizer(seen.captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    schedule = DDPMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    latents, noise, timesteps = seen.latents[0], seen.noise[0], seen.timesteps[0]
+    context = clip(ids).last_hidden_state
+    prediction = unet(schedule.add_noise(latents, noise, timesteps), timesteps, context).sample
+    loss = F.mse_loss(prediction, noise)
+    loss.backward()
+    assert logged(tmp_path, "loss/current") == pytest.approx([loss.item()], rel=1e-6)
+
+    before, after = load_file(path), load_file(tmp_path / "tiny.safetensors")
+    moved = {name: before[name].double() - after[name].double() for name in before}
+    ours = convert_ldm_unet_checkpoint({n: t.float() for n, t in moved.items()}, dict(unet.config))
+    for name, parameter in unet.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    text = gradients(before, after, "cond_stage_model.transformer.text_model.")
+    for name, parameter in clip.named_parameters():
+        torch.testing.assert_close(text[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["dev", pytest.param("chroma", marks=pytest.mark.slow)])
+def test_a_step_of_flux_train(tmp_path: Path, drawn: Drawn, kind: str) -> None:  # noqa: F811
+    from library.architectures.flux.diffusers_layout import diffusers_plan, join
+
+    made = make_tiny_flux(tmp_path / "model", model=kind)
+    data = write_dataset(tmp_path / "d.toml", images(tmp_path / "images"), dataset="batch_size = 2")
+    more = {
+        "model_prediction_type": "raw",
+        "guidance_scale": 0 if kind == "chroma" else 1.5,
+        "t5xxl_max_token_length": T5_LENGTH,
+    }
+    Whole("flux_train", None, made).train(data, tmp_path, **SGD, **more)  # type: ignore[arg-type]
+    plain = plain_step(kind, made, drawn, guidance=1.5, masked=kind == "chroma", weigh=mean_square)
+    assert logged(tmp_path, "loss/current") == pytest.approx([plain.loss.item()], rel=1e-6)
+    before, after = load_file(made.path), load_file(tmp_path / "tiny.safetensors")
+    moved = {name: (before[name].double() - after[name].double()).float() for name in after}
+    plan = diffusers_plan({name: tuple(tensor.shape) for name, tensor in after.items()})
+    seen = 0
+    for name, parameter in plain.transformer.named_parameters():
+        if parameter.grad is None:
+            continue
+        seen += 1
+        ours = join(plan, name, moved.__getitem__)
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert seen == len(plan)
