@@ -172,7 +172,6 @@ def test_folders_and_metadata_files(tmp_path: Path, fine_tune: Whole, train_db: 
             {"cache_text_encoder_outputs": True},
             "--cache_text_encoder_outputs: not while a text encoder is trained",
         ),
-        ("fine_tune", {"learning_rate_te1": 1e-4, "train_text_encoder": True}, "for models with two text encoders"),
         ("fine_tune", {"learning_rate": 0}, "nothing to train"),
         ("fine_tune", {"on_nan": "skip"}, "--on_nan skip: keeps a copy of all trained weights"),
         ("fine_tune", {"fused_optimizer_groups": 2}, "--fused_optimizer_groups: the gradient cannot be clipped"),
