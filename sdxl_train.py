@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import argparse
 
-from library.architectures.sdxl.options import DECLARATION
+from library.architectures.sdxl.options import DECLARATION as FAMILY
 from library.config.arguments import script_parser
 from library.config.config_file import read_args
+from library.config.declaration import joined
 from library.lazy_imports import made_by
-from library.training.kinds.full_options import TrainFullOptions, of_whole_models
+from library.training.kinds.full_options import DECLARATION as KIND
+from library.training.kinds.full_options import TrainFullOptions
+
+DECLARATION = joined(KIND, FAMILY)
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    return script_parser(__doc__, TrainFullOptions, of_whole_models(DECLARATION))
+    return script_parser(__doc__, TrainFullOptions, DECLARATION)
 
 
 def _trainer() -> type:

@@ -14,10 +14,15 @@ from __future__ import annotations
 
 import argparse
 
-from library.architectures.sdxl.options import DECLARATION
-from library.config.arguments import TrainNetworkOptions, script_parser
+from library.architectures.sdxl.options import DECLARATION as FAMILY
+from library.config.arguments import script_parser
 from library.config.config_file import read_args
+from library.config.declaration import joined
 from library.lazy_imports import made_by
+from library.training.kinds.adapter_options import DECLARATION as KIND
+from library.training.kinds.adapter_options import TrainNetworkOptions
+
+DECLARATION = joined(KIND, FAMILY)
 
 
 def setup_parser() -> argparse.ArgumentParser:

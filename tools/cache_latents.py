@@ -20,14 +20,14 @@ from library.architectures.flux import FLUX  # noqa: E402
 from library.architectures.sd import SD  # noqa: E402
 from library.architectures.sdxl import SDXL  # noqa: E402
 from library.config.config_file import read_args  # noqa: E402
-from library.config.tool_arguments import (  # noqa: E402
+from library.training.cache_tool import CacheTool  # noqa: E402
+from library.training.cache_tool_options import (  # noqa: E402
     CAPTION_AND_BATCH_OPTIONS,
     FLUX_MODEL_OPTIONS,
     SHARED_OPTIONS,
     TEXT_CACHE_OPTIONS,
     CacheToolOptions,
 )
-from library.training.cache_tool import CacheTool  # noqa: E402
 from library.training.caching import CacheJob, cache_latents  # noqa: E402
 
 

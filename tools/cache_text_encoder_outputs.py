@@ -21,7 +21,7 @@ from library.architectures.flux import FLUX  # noqa: E402
 from library.architectures.sd import SD  # noqa: E402
 from library.architectures.sdxl import SDXL  # noqa: E402
 from library.config.config_file import read_args  # noqa: E402
-from library.config.tool_arguments import (  # noqa: E402
+from library.training.cache_tool_options import (  # noqa: E402
     FLUX_MODEL_OPTIONS,
     FLUX_TEXT_OPTIONS,
     LATENT_CACHE_OPTIONS,

@@ -31,19 +31,20 @@ from library.config.console import setup_console
 from library.data.report import options as check_options
 from library.errors import exits_on_user_error
 from library.files.atomic import write_text
+from library.training.cache_tool_options import AllTrainingOptions
 
 logger = logging.getLogger(__name__)
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    return check_options.parser(__doc__)
+    return check_options.parser(__doc__, AllTrainingOptions)
 
 
 @exits_on_user_error
 def main(args: argparse.Namespace) -> int:
     """Check, write what is asked for, and return the exit code."""
     wanted = check_options.CheckOptions.from_args(args)
-    options = check_options.TrainingOptionsOfAll.from_args(args)
+    options = AllTrainingOptions.from_args(args)
     setup_console(options.console)
     # only now, as torch takes seconds to load
     from library.architectures.flux import FLUX

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from library.architectures.common.loading import ModelSource
-    from library.config.arguments import NetworkOptions, TrainNetworkOptions
+    from library.config.arguments import RunOptions
     from library.diffusion.objective import Objective
     from library.inference.settings import ImageSettings
 
@@ -207,8 +207,8 @@ class Architecture(ABC):
     # ---- own options ----
 
     def facts(self, options: Any) -> Facts:
-        """Return what rules ask about the family."""
-        return Facts(trained_encoders=tuple(self.adapted_encoders(options.network)))
+        """Return what rules ask where nothing is trained, as in tools; a kind of training has its own answers."""
+        return Facts(trained_encoders=(False,) * len(self.text_encoder_targets))
 
     def configured(self, options: Any) -> Self:
         """Return this family with the values of its own options; the same instance if it has none.
@@ -302,7 +302,7 @@ class Architecture(ABC):
         assert all(cached) or not any(cached)
         return self.load_text_encoders(checkpoint, dtype=dtype, device="meta" if all(cached) else device)
 
-    def adapted_encoders(self, network: NetworkOptions) -> tuple[bool, ...]:
+    def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
         """For each text encoder, return whether a network with these options may train it."""
         return (not network.network_train_unet_only,) * len(self.text_encoder_targets)
 
@@ -483,5 +483,5 @@ class Architecture(ABC):
     def modelspec(self, info: ModelInfo) -> dict[str, str]:
         """``architecture`` (no adapter suffix), ``implementation``, ``default_resolution``, ``prediction_type``."""
 
-    def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
+    def check_options(self, options: RunOptions, info: ModelInfo) -> None:
         """Check the family's rules that need the checkpoint. Raises UserError."""

@@ -1,6 +1,6 @@
 """All options of a run as one frozen object of frozen groups, whose fields are the published flags.
 
-A field's name is the flag's, its default the published one. ``TrainNetworkOptions.from_args`` turns a parsed
+A field's name is the flag's, its default the published one. ``RunOptions.from_args`` turns a parsed
 namespace into them; nothing deeper sees the namespace. The groups themselves are in ``library/config/core/``.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from library.config.core import CORE
 from library.config.core.data import DatasetOptions
 from library.config.core.diffusion import LossOptions, NoiseOptions
 from library.config.core.model import ModelOptions
-from library.config.core.network import NetworkOptions
 from library.config.core.optimizer import OptimizerOptions, SchedulerOptions
 from library.config.core.output import OutputOptions, ResumeOptions
 from library.config.core.program import ConfigFileOptions, ConsoleOptions
@@ -41,8 +41,8 @@ class Options:
     @classmethod
     def groups(cls) -> dict[str, type]:
         """The dataclass of each attribute."""
-        fields: Mapping[str, dataclasses.Field[Any]] = cls.__dataclass_fields__  # type: ignore[attr-defined]
-        return {name: globals()[str(field.type)] for name, field in fields.items()}
+        kinds = typing.get_type_hints(cls)
+        return {field.name: kinds[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self:
@@ -51,12 +51,11 @@ class Options:
 
 
 @dataclass(frozen=True)
-class TrainNetworkOptions(Options):
-    """All options of adapter training, by group."""
+class RunOptions(Options):
+    """The options of every run, by group; kinds of training and model families have further ones."""
 
     model: ModelOptions
     dataset: DatasetOptions
-    network: NetworkOptions
     output: OutputOptions
     training: TrainingOptions
     optimizer: OptimizerOptions
@@ -92,7 +91,9 @@ def _group_from_args(group: type[T], args: argparse.Namespace) -> T:
 
 def with_groups(kind: type[T], groups: Mapping[str, type]) -> type[T]:
     """The same class of options with further groups after the first one, such as a family's own; always one class."""
-    return _with_groups(kind, tuple(groups.items())) if groups else kind
+    known = kind.groups()  # type: ignore[attr-defined]
+    further = tuple((name, group) for name, group in groups.items() if name not in known)
+    return _with_groups(kind, further) if further else kind
 
 
 @functools.cache
@@ -135,7 +136,7 @@ def build_parser(
     return parser
 
 
-def script_parser(doc: str | None, options_class: type[TrainNetworkOptions], own: Declaration) -> SuggestingParser:
+def script_parser(doc: str | None, options_class: type[RunOptions], own: Declaration) -> SuggestingParser:
     """The parser of a training script.
 
     Args:

@@ -71,6 +71,18 @@ def message(names: Iterable[str], reason: str) -> str:
 
 
 @dataclass(frozen=True)
+class Implied:
+    """The value of an option that is not given, and where it comes from."""
+
+    value: Any  # a text in parentheses if only the run knows it
+    origin: str
+
+
+#: options by group -> what an option that is not given comes to; None if nothing follows
+Follow = Callable[[Any], "Implied | None"]
+
+
+@dataclass(frozen=True)
 class Declaration:
     """Everything that one owner declares about options.
 
@@ -81,6 +93,7 @@ class Declaration:
         refused: options, its own or those of others, that cannot work with it: name -> why, and what to use instead.
         unused: options of others that change nothing with it: name -> why, completing "--x has no effect ...".
         texts: help texts of others' options in the words of this owner, by name.
+        follows: what options that are not given come to, for ``--explain``.
     """
 
     groups: Mapping[str, type] = field(default_factory=dict)
@@ -89,6 +102,7 @@ class Declaration:
     refused: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, str] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
+    follows: Mapping[str, Follow] = field(default_factory=dict)
 
 
 def joined(*declarations: Declaration) -> Declaration:
@@ -100,4 +114,5 @@ def joined(*declarations: Declaration) -> Declaration:
         refused={name: why for d in declarations for name, why in d.refused.items()},
         unused={name: why for d in declarations for name, why in d.unused.items()},
         texts={name: text for d in declarations for name, text in d.texts.items()},
+        follows={name: follow for d in declarations for name, follow in d.follows.items()},
     )

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.config.arguments import TrainNetworkOptions
+from library.config.arguments import RunOptions
 from library.config.core import CORE
 from library.config.declaration import Declaration, IdleRule
 from library.config.fields import int_or_float
@@ -50,62 +50,66 @@ A page for each group. Every option is a flag of the command line and, without i
 """
 
 
-def scripts() -> dict[str, Declaration]:
-    """The training scripts with what their families and kinds declare: those with a ``DECLARATION``."""
+def _modules() -> dict[str, Any]:
+    """Return the training scripts, which name what their family and their kind declare."""
     root = FOLDER.parents[1]
     names = [path.stem for path in sorted(root.glob("*.py")) if "script_parser(" in path.read_text(encoding="utf-8")]
-    return {name: importlib.import_module(name).DECLARATION for name in names}
+    return {name: importlib.import_module(name) for name in names}
+
+
+def scripts() -> dict[str, Declaration]:
+    """Return the family's declaration of each training script."""
+    return {name: module.FAMILY for name, module in _modules().items()}
 
 
 def kinds() -> dict[str, Declaration]:
-    """Return what the kinds of training beside adapters declare, by the name of their module."""
-    folder = FOLDER.parents[1] / "library" / "training" / "kinds"
-    names = [path.stem for path in sorted(folder.glob("*_options.py"))]
-    return {name: importlib.import_module(f"library.training.kinds.{name}").DECLARATION for name in names}
+    """Return the declaration of each kind of training, by the name of its first group."""
+    declarations = [module.KIND for module in _modules().values()]
+    return {next(iter(kind.groups)): kind for kind in declarations}
 
 
 def pages(declared: Mapping[str, Declaration] | None = None) -> dict[str, str]:
-    """Return every page's text by its file name: one for each group, and one for each script with its own options.
+    """Return every page's text by its file name: one for each group, each kind, and each script with its own options.
 
     Args:
-        declared: by script, without ``.py``; those of ``scripts``, if not given.
+        declared: families' declarations by script, without ``.py``; those of ``scripts``, if not given.
     """
-    groups = TrainNetworkOptions.groups()
-    index = (
-        _MADE
-        + _INTRODUCTION
-        + _table(
-            ("page", "options"),
-            ([f"[{_title(group)}]({name}.md)", str(len(dataclasses.fields(group)))] for name, group in groups.items()),
-        )
+    groups, of_kinds = CORE.groups, kinds()
+    found = scripts() if declared is None else declared
+    own = {script: family for script, family in found.items() if family.groups}
+    index = _MADE + _INTRODUCTION
+    index += _index("", ((_title(g), name, len(dataclasses.fields(g))) for name, g in groups.items()))
+    index += _index(
+        "Options of one kind of training:", ((_kind_title(kind), name, _count(kind)) for name, kind in of_kinds.items())
     )
-    own = {
-        script: declaration
-        for script, declaration in (scripts() if declared is None else declared).items()
-        if declaration.groups
-    }
-    if own:
-        counts = ([f"[`{script}.py`]({script}.md)", str(_count(family))] for script, family in own.items())
-        index += "\nOptions that only one script has, besides these:\n\n" + _table(("page", "options"), counts)
-    of_kinds = {name: (group, kind) for kind in kinds().values() for name, group in kind.groups.items()}
-    if of_kinds:
-        counts = (
-            [f"[{_title(group)}]({name}.md)", str(len(dataclasses.fields(group)))]
-            for name, (group, _) in of_kinds.items()
-        )
-        index += "\nOptions of the scripts that train something else than adapters:\n\n" + _table(
-            ("page", "options"), counts
-        )
+    index += _index(
+        "Options that only one script has, besides these:",
+        ((f"`{script}.py`", script, _count(family)) for script, family in own.items()),
+    )
     return (
         {"README.md": index}
         | {f"{name}.md": _page(group) for name, group in groups.items()}
+        | {f"{name}.md": _kind_page(kind) for name, kind in of_kinds.items()}
         | {f"{script}.md": _script_page(script, family) for script, family in own.items()}
-        | {f"{name}.md": _kind_page(group, kind) for name, (group, kind) in of_kinds.items()}
     )
 
 
+def _index(heading: str, rows: Iterable[tuple[str, str, int]]) -> str:
+    """Return a table of pages: title, name of the file, number of options."""
+    shown = [[f"[{title}]({name}.md)", str(count)] for title, name, count in rows]
+    if not shown:
+        return ""
+    return (f"\n{heading}\n\n" if heading else "") + _table(("page", "options"), shown)
+
+
 def _count(own: Declaration) -> int:
-    return sum(len(dataclasses.fields(group)) for group in own.groups.values())
+    return sum(len(_own_fields(name, group)) for name, group in own.groups.items())
+
+
+def _own_fields(name: str, group: type) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a group beyond those of the core's group of this name."""
+    known = {field.name for field in dataclasses.fields(CORE.groups[name])} if name in CORE.groups else set()
+    return [field for field in dataclasses.fields(group) if field.name not in known]
 
 
 def _title(group: type) -> str:
@@ -113,20 +117,27 @@ def _title(group: type) -> str:
 
 
 def _page(group: type) -> str:
-    return f"{_MADE}# {_title(group)}\n\n{_options(group, CORE.idle)}\n[All options](README.md)\n"
+    return f"{_MADE}# {_title(group)}\n\n{_options(dataclasses.fields(group), CORE.idle)}\n[All options](README.md)\n"
 
 
-def _kind_page(group: type, kind: Declaration) -> str:
-    """Return the page of a group of a kind's own options, and of common options that the kind refuses or ignores."""
-    text = f"{_MADE}# {_title(group)}\n\n{_options(group, kind.idle)}\n"
-    return text + _others(kind) + "[All options](README.md)\n"
+def _kind_title(kind: Declaration) -> str:
+    return _title(next(iter(kind.groups.values())))
+
+
+def _kind_page(kind: Declaration) -> str:
+    """Return the page of a kind's own options, and of common options that it refuses or ignores."""
+    text = f"{_MADE}# {_kind_title(kind)}\n\n"
+    for number, (name, group) in enumerate(kind.groups.items()):
+        if fields := _own_fields(name, group):
+            text += ("" if number == 0 else f"## {_title(group)}\n\n") + f"{_options(fields, kind.idle)}\n"
+    return f"{text}{_others(kind)}[All options](README.md)\n"
 
 
 def _script_page(script: str, own: Declaration) -> str:
     """Return the page of the family's own options, and of common options that it refuses or ignores."""
     text = f"{_MADE}# Options of `{script}.py` alone\n\n"
     for group in own.groups.values():
-        text += f"## {_title(group)}\n\n{_options(group, own.idle)}\n"
+        text += f"## {_title(group)}\n\n{_options(dataclasses.fields(group), own.idle)}\n"
     return f"{text}{_others(own)}[All options](README.md)\n"
 
 
@@ -137,11 +148,11 @@ def _others(own: Declaration) -> str:
     return f"## Options that are not for this script\n\n{_table(('option', 'why'), others)}\n" if others else ""
 
 
-def _options(group: type, rules: Sequence[IdleRule]) -> str:
+def _options(fields: Iterable[dataclasses.Field[Any]], rules: Sequence[IdleRule]) -> str:
     columns = ("option", "type", "default", "unit", "what it does", "has no effect")
     rows = [
         [f"`--{f.name}`", _type(f), _default(f), unit_of(f) or "", _help(f), "; ".join(_idle(f.name, rules))]
-        for f in dataclasses.fields(group)
+        for f in fields
     ]
     return _table(columns, rows)
 
@@ -171,11 +182,11 @@ def _default(field: dataclasses.Field[Any]) -> str:
         return "off"
     if field.default not in (None, ""):
         return f"`{field.default}`"
-    stands_for = implied(_NOTHING_GIVEN).get(field.name)
+    stands_for = implied(_NOTHING_GIVEN, Declaration()).get(field.name)
     return f"{stands_for.value}" if stands_for is not None and stands_for.origin == "default" else ""
 
 
-_NOTHING_GIVEN = TrainNetworkOptions(**{name: group() for name, group in TrainNetworkOptions.groups().items()})
+_NOTHING_GIVEN = RunOptions(**{name: group() for name, group in RunOptions.groups().items()})
 
 
 def _help(field: dataclasses.Field[Any]) -> str:

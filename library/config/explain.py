@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from library.config.arguments import TrainNetworkOptions
+from library.config.arguments import RunOptions
 from library.config.core import CORE
 from library.config.declaration import Declaration
 from library.config.implied import implied
@@ -33,14 +33,14 @@ class Row:
     note: str = ""
 
 
-def explanation(options: TrainNetworkOptions, origins: Mapping[str, str], own: Declaration) -> list[Row]:
+def explanation(options: RunOptions, origins: Mapping[str, str], own: Declaration) -> list[Row]:
     """Return a row for every option, in the order of ``--help``; secrets are masked.
 
     Args:
         origins: origins of given options; options that differ from their default and are not in it were set by a
             program.
     """
-    following = implied(options)
+    following = implied(options, own)
     notes = {name: f"no effect {reason}" for names, reason in reasons(options, own) for name in names}
     refused = {**CORE.refused, **own.refused}
     rows = []
@@ -72,7 +72,7 @@ def _shown(value: Any) -> str:
 
 
 def print_explanation(
-    options: TrainNetworkOptions,
+    options: RunOptions,
     origins: Mapping[str, str],
     own: Declaration,
     *,

@@ -5,32 +5,28 @@ They restate the code that reads the options, each in one line; ``tests/config/t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from library.config.arguments import TrainNetworkOptions, flat
-
-Follow = Callable[[TrainNetworkOptions], "Implied | None"]
-
-
-@dataclass(frozen=True)
-class Implied:
-    value: Any  # a text in parentheses if only the run knows it
-    origin: str
+from library.config.arguments import RunOptions, flat
+from library.config.declaration import Declaration, Follow, Implied
 
 
-def implied(options: TrainNetworkOptions) -> dict[str, Implied]:
-    """Return the values of options that were not given, by name."""
+def implied(options: RunOptions, own: Declaration) -> dict[str, Implied]:
+    """Return the values of options that were not given, by name.
+
+    Args:
+        own: what the family and the kind declare.
+    """
     found = {}
+    follows = {**_FOLLOWS, **own.follows}
     for field, value in flat(options):
-        follow = _FOLLOWS.get(field.name)
+        follow = follows.get(field.name)
         if follow is not None and value == field.default and (result := follow(options)) is not None:
             found[field.name] = result
     return found
 
 
-def _optimizer(o: TrainNetworkOptions) -> Implied:
+def _optimizer(o: RunOptions) -> Implied:
     if o.optimizer.use_8bit_adam:
         return Implied("AdamW8bit", "follows from --use_8bit_adam")
     if o.optimizer.use_lion_optimizer:
@@ -38,85 +34,57 @@ def _optimizer(o: TrainNetworkOptions) -> Implied:
     return Implied("AdamW", "default")
 
 
-def _rate(o: TrainNetworkOptions) -> Implied:
-    return Implied(o.optimizer.learning_rate, "follows from --learning_rate")
-
-
-def _has_network(o: TrainNetworkOptions) -> bool:
-    return "network" in o.groups()
-
-
-def _text_rate(o: TrainNetworkOptions) -> Implied | None:
-    numbered = [
-        f"--{name}" for name in ("text_encoder_lr1", "text_encoder_lr2") if getattr(o.optimizer, name) is not None
-    ]
-    if numbered:
-        return Implied(o.optimizer.text_encoder_lrs, "follows from " + ", ".join(numbered))
-    if not _has_network(o) or o.network.network_train_unet_only:
-        return None
-    return Implied([o.optimizer.learning_rate], _rate(o).origin)
-
-
-def _unet_rate(o: TrainNetworkOptions) -> Implied | None:
-    return _rate(o) if _has_network(o) and not o.network.network_train_text_encoder_only else None
-
-
-def _steps(o: TrainNetworkOptions) -> Implied | None:
+def _steps(o: RunOptions) -> Implied | None:
     epochs = o.training.max_train_epochs
     return Implied(f"(steps of {epochs} epochs)", "follows from --max_train_epochs") if epochs is not None else None
 
 
-def _saved_precision(o: TrainNetworkOptions) -> Implied:
+def _saved_precision(o: RunOptions) -> Implied:
     for name, precision in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
         if getattr(o.training, name):
             return Implied(precision, f"follows from --{name}")
     return Implied("float", "default")
 
 
-def _epochs_between_saves(o: TrainNetworkOptions) -> Implied | None:
+def _epochs_between_saves(o: RunOptions) -> Implied | None:
     ratio = o.output.save_n_epoch_ratio
     return Implied(f"(epochs / {ratio})", "follows from --save_n_epoch_ratio") if ratio is not None else None
 
 
 def _kept_states(kind: str) -> Follow:
-    def follow(o: TrainNetworkOptions) -> Implied | None:
+    def follow(o: RunOptions) -> Implied | None:
         kept = getattr(o.output, f"save_last_n_{kind}")
         return Implied(kept, f"follows from --save_last_n_{kind}") if kept and o.output.save_state else None
 
     return follow
 
 
-def _logs(o: TrainNetworkOptions) -> Implied | None:
+def _logs(o: RunOptions) -> Implied | None:
     folder = o.output.output_dir
     return Implied(f"{folder}/logs", "follows from --output_dir") if folder else None
 
 
-def _multipliers(o: TrainNetworkOptions) -> Implied | None:
-    files = o.network.base_weights
-    return Implied([1.0] * len(files), "follows from --base_weights") if files else None
-
-
-def _title(o: TrainNetworkOptions) -> Implied | None:
+def _title(o: RunOptions) -> Implied | None:
     name = o.output.output_name
     return Implied(name, "follows from --output_name") if name else None
 
 
-def _timescale(o: TrainNetworkOptions) -> Implied | None:
+def _timescale(o: RunOptions) -> Implied | None:
     if o.scheduler.lr_scheduler != "inverse_sqrt" or o.scheduler.lr_scheduler_type:
         return None
     return Implied(o.scheduler.lr_warmup_steps, "follows from --lr_warmup_steps")
 
 
-def _caption_extension(o: TrainNetworkOptions) -> Implied | None:
+def _caption_extension(o: RunOptions) -> Implied | None:
     old = o.dataset.caption_extention
     return Implied(old, "follows from --caption_extention") if old else None
 
 
-def _cache(o: TrainNetworkOptions) -> Implied | None:
+def _cache(o: RunOptions) -> Implied | None:
     return Implied(True, "follows from --cache_latents_to_disk") if o.dataset.cache_latents_to_disk else None
 
 
-def _seed(o: TrainNetworkOptions) -> Implied:
+def _seed(o: RunOptions) -> Implied:
     return Implied("(that of the state)", "follows from --resume") if o.resume.resume else Implied("(drawn)", "default")
 
 
@@ -134,10 +102,7 @@ _FOLLOWS: dict[str, Follow] = {
     "save_every_n_epochs": _epochs_between_saves,
     "save_last_n_epochs_state": _kept_states("epochs"),
     "save_last_n_steps_state": _kept_states("steps"),
-    "base_weights_multiplier": _multipliers,
     "optimizer_type": _optimizer,
-    "unet_lr": _unet_rate,
-    "text_encoder_lr": _text_rate,
     "lr_scheduler_timescale": _timescale,
     "max_train_steps": _steps,
     "seed": _seed,

@@ -12,21 +12,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from library.config.arguments import TrainNetworkOptions, flat
-from library.config.core import core_of
+from library.config.arguments import RunOptions, flat
+from library.config.core import CORE
 from library.config.declaration import Declaration, IdleRule, message
 from library.errors import Doubtful, NoEffect, UserError
 
 logger = logging.getLogger(__name__)
 
 
-def given(options: TrainNetworkOptions) -> set[str]:
+def given(options: RunOptions) -> set[str]:
     """Return the names of meaningful options: neither at their default, nor at values that programs always write."""
     anyway = written_anyway(options)
     return {f.name for f, value in flat(options) if value != f.default and value not in anyway.get(f.name, ())}
 
 
-def written_anyway(options: TrainNetworkOptions) -> dict[str, tuple[Any, ...]]:
+def written_anyway(options: RunOptions) -> dict[str, tuple[Any, ...]]:
     """Return values that graphical programs write for options that their users did not set."""
     prompts = (Path(options.output.output_dir or "") / "sample" / "prompt.txt",)
     return {
@@ -35,23 +35,23 @@ def written_anyway(options: TrainNetworkOptions) -> dict[str, tuple[Any, ...]]:
         "wandb_run_name": (options.output.output_name or "last",),
         "max_bucket_reso": (2048,),
         "save_every_n_epochs": (1,),
-        "learning_rate": (options.optimizer.unet_lr,),
+        "learning_rate": (getattr(options.optimizer, "unet_lr", None),),
     }
 
 
-def _applying(options: TrainNetworkOptions, own: Declaration) -> Iterator[IdleRule]:
+def _applying(options: RunOptions, own: Declaration) -> Iterator[IdleRule]:
     # the caching tools have the families' options in another group, and report irrelevant ones themselves
     rules = own.idle if set(own.groups) <= set(options.groups()) else ()
-    yield from (rule for rule in (*core_of(options.groups()).idle, *rules) if rule.applies(options))
+    yield from (rule for rule in (*CORE.idle, *rules) if rule.applies(options))
     yield from (IdleRule((name,), why, lambda o: True) for name, why in own.unused.items())
 
 
-def idle_names(options: TrainNetworkOptions, own: Declaration) -> set[str]:
+def idle_names(options: RunOptions, own: Declaration) -> set[str]:
     """Return the names of all options without effect in this run, given or not."""
     return {name for rule in _applying(options, own) for name in rule.names}
 
 
-def reasons(options: TrainNetworkOptions, own: Declaration) -> list[tuple[list[str], str]]:
+def reasons(options: RunOptions, own: Declaration) -> list[tuple[list[str], str]]:
     """Return given options without effect and why, as far as the options alone show it.
 
     Args:
@@ -62,7 +62,7 @@ def reasons(options: TrainNetworkOptions, own: Declaration) -> list[tuple[list[s
     return [(names, reason) for names, reason in found if names]
 
 
-def without_effect(options: TrainNetworkOptions, own: Declaration) -> list[NoEffect]:
+def without_effect(options: RunOptions, own: Declaration) -> list[NoEffect]:
     """Return one warning for each rule that applies."""
     return [NoEffect(message(names, reason)) for names, reason in reasons(options, own)]
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from library.config.arguments import flat
-from library.config.core import core_of
+from library.config.core import CORE
 from library.config.core import data as data_options
 from library.config.declaration import Declaration, Facts, Finding, Rule, error, joined
 from library.config.fields import out_of_range
@@ -35,7 +35,7 @@ def check(options: Any, subject: Subject, *, rules: Sequence[Rule] | None = None
     Raises:
         UserError: all errors, one line each; with ``--strict``, options without effect among them.
     """
-    own = joined(core_of(options.groups()), subject.declaration)
+    own = joined(CORE, subject.declaration)
     # one line for a refused option, and no other finding
     findings = list(_refused(options, own.refused))
     # an option without effect in the run cannot be wrong

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.config.arguments import TrainNetworkOptions, flat
+from library.config.arguments import RunOptions, flat
 from library.config.declaration import message
 from library.config.no_effect import given
 from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec, number_range, parse_size
@@ -121,7 +121,7 @@ NO_VALIDATION = "without validation images; set validation_split in the dataset 
 ON_VALIDATION = ("validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
 
 
-def without_effect_on_data(options: TrainNetworkOptions, config: DatasetConfig) -> list[NoEffect]:
+def without_effect_on_data(options: RunOptions, config: DatasetConfig) -> list[NoEffect]:
     """Return one warning for each reason why given data options have no effect.
 
     An option with the same value as the file's tables is not reported.

@@ -16,17 +16,16 @@ from typing import ClassVar
 from library.architectures.base import Architecture
 from library.config.console import setup_console
 from library.config.core import CORE
-from library.config.core.network import DECLARATION as NETWORK
 from library.config.core.output import needs_output
 from library.config.no_effect import report
 from library.config.rules import check as check_rules
-from library.config.tool_arguments import CacheToolOptions, build_tool_parser, names_of
-from library.config.tool_arguments import FamilyToolOptions as _FamilyOptions
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
 from library.data.unread_captions import unread_captions
 from library.errors import UserError, exits_on_user_error
 from library.interrupt import Interrupt
+from library.training.cache_tool_options import CacheToolOptions, build_tool_parser, names_of
+from library.training.cache_tool_options import FamilyToolOptions as _FamilyOptions
 from library.training.caching import CacheJob, inspect_model
 from library.training.debug_dataset import show_dataset
 from library.training.processes import finalizing, make_accelerator, weight_dtype
@@ -34,7 +33,7 @@ from library.training.processes import finalizing, make_accelerator, weight_dtyp
 logger = logging.getLogger(__name__)
 
 #: nothing is trained and saved here
-_RULES = tuple(rule for rule in CORE.rules if rule not in (*NETWORK.rules, needs_output))
+_RULES = tuple(rule for rule in CORE.rules if rule is not needs_output)
 _FAMILY_FLAGS = ("sdxl", "flux")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture
-from library.config.arguments import ModelOptions, TrainNetworkOptions
+from library.config.arguments import ModelOptions, RunOptions
 from library.data.dataset import TrainingData
 from library.data.latent_cache import Encode
 from library.interrupt import Interrupt
@@ -43,7 +43,7 @@ class CacheJob:
     architecture: Architecture
     checkpoint: Any  # what the architecture's ``inspect`` gave
     data: TrainingData
-    options: TrainNetworkOptions
+    options: RunOptions
     accelerator: Accelerator
     weight_dtype: torch.dtype
     interrupt: Interrupt

@@ -31,7 +31,7 @@ from library.training.processes import choose_seed
 
 if TYPE_CHECKING:
     from library.architectures.base import Architecture
-    from library.config.arguments import TrainNetworkOptions
+    from library.config.arguments import RunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ _HELP = "any key: next image; S: next batch; E: next epoch; Esc or Q: end"
 Batches = Iterator[list[Shown]]
 
 
-def show_dataset(options: TrainNetworkOptions, architecture: Architecture, conditioning_as: Role) -> None:
+def show_dataset(options: RunOptions, architecture: Architecture, conditioning_as: Role) -> None:
     """Show the batches of a run in their order; returns when all are shown or written.
 
     Nothing of the model is needed. Of several processes only the first shows anything.

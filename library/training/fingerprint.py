@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from library.config.arguments import TrainNetworkOptions
+from library.config.arguments import RunOptions
 from library.data import describe
 from library.data.dataset import BucketedDataset, TrainingData
 from library.files.hashes import model_hash
@@ -30,7 +30,7 @@ _DIGEST = "sha256:"
 
 
 def fingerprint(
-    options: TrainNetworkOptions,
+    options: RunOptions,
     data: TrainingData,
     *,
     seed: int,
@@ -72,7 +72,7 @@ def fingerprint(
     return json.loads(json.dumps(found, default=str))  # as it comes back from the state
 
 
-def option_values(options: TrainNetworkOptions) -> Iterator[tuple[str, Any]]:
+def option_values(options: RunOptions) -> Iterator[tuple[str, Any]]:
     """The options that matter. Those on data are in the datasets, where a dataset file may have changed them."""
     for group_field in dataclasses.fields(options):
         group = getattr(options, group_field.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from library.config.arguments import TrainNetworkOptions
+from library.config.arguments import RunOptions
 from library.config.declaration import message
 from library.config.no_effect import given
 from library.errors import NoEffect
@@ -14,7 +14,7 @@ EPOCHS = ("sample_every_n_epochs",)
 EPOCHS_BEFORE_THE_LAST = ("save_every_n_epochs",)
 
 
-def without_effect_in_plan(options: TrainNetworkOptions, plan: RunPlan) -> list[NoEffect]:
+def without_effect_in_plan(options: RunOptions, plan: RunPlan) -> list[NoEffect]:
     """Return one warning for each interval that never ends."""
     steps = f"in a run of {plan.total_steps} steps"
     epochs = f"in a run of {plan.num_epochs} epochs"

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from library.architectures.base import Architecture, ModelInfo
-from library.config.arguments import TrainNetworkOptions
+from library.config.arguments import RunOptions
 from library.data.dataset_keys import number_range
 from library.files.hashes import HashInBackground, model_hash
 from library.files.modelspec import build_modelspec
@@ -66,7 +66,7 @@ class HashedFile:
 class RunRecord:
     """What is known once a run is set up; ``at_save`` adds what changes from save to save."""
 
-    options: TrainNetworkOptions
+    options: RunOptions
     architecture: Architecture
     info: ModelInfo
     modelspec_suffix: str  # of the kind of training
@@ -124,7 +124,7 @@ class RunRecord:
 
 
 def fixed_entries(
-    options: TrainNetworkOptions,
+    options: RunOptions,
     architecture: Architecture,
     info: ModelInfo,
     *,

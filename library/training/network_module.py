@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from library.architectures.base import LoraTarget
-from library.config.arguments import NetworkOptions
 from library.errors import UserError, naming
+from library.training.kinds.adapter_options import NetworkOptions
 from library.training.models import Models
 from networks.merge_together import Merged
 from networks.module_names import import_network_module

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from library.config.arguments import TrainingOptions, TrainNetworkOptions
+from library.config.arguments import RunOptions, TrainingOptions
 from library.config.declaration import message
 from library.errors import NoEffect, UserError
 from library.training.models import Models
@@ -23,7 +23,7 @@ class Fp8Parts:
     text_encoders: bool
 
     @staticmethod
-    def of(options: TrainNetworkOptions) -> Fp8Parts:
+    def of(options: RunOptions) -> Fp8Parts:
         training = options.training
         both = training.fp8_base and not training.fp8_base_unet
         # beside cached outputs only those that are trained are there, which are the small ones
@@ -96,7 +96,7 @@ def compile_denoiser(denoiser: nn.Module, classes: tuple[str, ...], *, backend: 
         raise UserError("--torch_compile: this model has no blocks that can be compiled by themselves; remove it")
 
 
-def precision_row(options: TrainNetworkOptions, weight_dtype: torch.dtype, device: torch.device) -> str:
+def precision_row(options: RunOptions, weight_dtype: torch.dtype, device: torch.device) -> str:
     """For the table before the first step."""
     training, fp8 = options.training, Fp8Parts.of(options)
     kept = "and text encoders " if fp8.text_encoders else ""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from library.architectures.base import Architecture, Conditioning, ModelInfo
-from library.config.arguments import TrainNetworkOptions
+from library.config.arguments import RunOptions
 from library.diffusion.objective import Objective
 from library.inference.prompt_line import SamplePrompt
 from library.interrupt import Stopped
@@ -80,7 +80,7 @@ class PreviewGenerator:
         modules: Sequence[nn.Module],
         objective: Objective,
         info: ModelInfo,
-        options: TrainNetworkOptions,
+        options: RunOptions,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -123,7 +123,7 @@ class PreviewGenerator:
         return image
 
 
-def generate_options(options: TrainNetworkOptions, *, device: torch.device, dtype: torch.dtype) -> GenerateOptions:
+def generate_options(options: RunOptions, *, device: torch.device, dtype: torch.dtype) -> GenerateOptions:
     """How the sample images of a run are generated."""
     from library.inference.models import GenerateOptions
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from library.config.arguments import TrainNetworkOptions, flat, without_secrets
+from library.config.arguments import RunOptions, flat, without_secrets
 from library.data.batch import Batch
 from library.errors import UserError
 from library.files.safetensors_io import save_tensors
@@ -96,8 +96,8 @@ def read_recording(path: Path) -> tuple[Recording, list[Tensor]]:
 
 
 def replay(
-    given: TrainNetworkOptions,
-    setup: Callable[[TrainNetworkOptions], Run],
+    given: RunOptions,
+    setup: Callable[[RunOptions], Run],
     load: Callable[[Run, Interrupt], LoadedRun],
 ) -> None:
     """Run the recorded step again, print what became of it, and change nothing.
@@ -127,7 +127,7 @@ def replay(
         _run_again(loaded, recording)
 
 
-def _options(kind: type[TrainNetworkOptions], recording: Recording, given: TrainNetworkOptions) -> TrainNetworkOptions:
+def _options(kind: type[RunOptions], recording: Recording, given: RunOptions) -> RunOptions:
     """The recorded options with those given now on top."""
     now = {field.name: value for field, value in flat(given) if value != field.default}
     values = {**recording.options, "seed": recording.seed, **now}

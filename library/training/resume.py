@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.config.arguments import TrainNetworkOptions, flat
+from library.config.arguments import RunOptions, flat
 from library.errors import UserError, known_ending
 from library.files.atomic import MANIFEST_NAME, atomic_directory, verify_directory
 from library.launched import is_first_process
@@ -158,7 +158,7 @@ def _shared_directory(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
 
 def check_fits(
     state: TrainState,
-    options: TrainNetworkOptions,
+    options: RunOptions,
     optimizer: OptimizerChoice,
     *,
     shaping: Sequence[str],
@@ -188,7 +188,7 @@ def check_fits(
         raise UserError("\n".join(problems))
 
 
-def _schedule_problems(state: TrainState, options: TrainNetworkOptions) -> Iterator[str]:
+def _schedule_problems(state: TrainState, options: RunOptions) -> Iterator[str]:
     """A schedule of someone's class goes on from its own state, which other arguments would not change."""
     for name, now in (("type", options.scheduler.lr_scheduler_type), ("args", options.scheduler.lr_scheduler_args)):
         before = state.fingerprint.get(f"--lr_scheduler_{name}", now)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from library.architectures.base import Architecture, Conditioning, ModelInfo
-from library.config.arguments import TrainNetworkOptions
+from library.config.arguments import RunOptions
 from library.data.dataset import TrainingData
 from library.data.dataset_config import DatasetConfig
 from library.diffusion.objective import Objective
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Checked:
     """All that could be found out and refused before anything heavy is loaded."""
 
-    options: TrainNetworkOptions
+    options: RunOptions
     architecture: Architecture  # configured, and made for the checkpoint
     dataset_config: DatasetConfig
     checkpoint: Any  # the family's own, for its loaders
@@ -86,7 +86,7 @@ class Run:
         )
 
     @property
-    def options(self) -> TrainNetworkOptions:
+    def options(self) -> RunOptions:
         return self.checked.options
 
     @property

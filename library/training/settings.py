@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from library.architectures.base import Architecture
-from library.config.arguments import TrainNetworkOptions
+from library.config.arguments import RunOptions
 from library.config.toml_file import load_toml
 from library.diffusion.objective import LossSettings
 from library.errors import UserError
@@ -26,7 +26,7 @@ from library.training.step import NoiseSettings
 logger = logging.getLogger(__name__)
 
 
-def sample_prompts(options: TrainNetworkOptions, architecture: Architecture) -> tuple[SamplePrompt, ...]:
+def sample_prompts(options: RunOptions, architecture: Architecture) -> tuple[SamplePrompt, ...]:
     """The prompts of a run that draws sample images.
 
     Raises:
@@ -45,9 +45,7 @@ def for_model(prompts: tuple[SamplePrompt, ...], architecture: Architecture) -> 
     return without_idle_settings(prompts, architecture.idle_sample_fields, scale=scale)
 
 
-def run_plan(
-    options: TrainNetworkOptions, *, batches_per_epoch: int, resumed: TrainState | None
-) -> tuple[RunPlan, int]:
+def run_plan(options: RunOptions, *, batches_per_epoch: int, resumed: TrainState | None) -> tuple[RunPlan, int]:
     """The lengths of a run, and how many steps are done when it starts.
 
     Raises:
@@ -93,7 +91,7 @@ def run_plan(
     return plan, first
 
 
-def hub_target(options: TrainNetworkOptions) -> HubTarget | None:
+def hub_target(options: RunOptions) -> HubTarget | None:
     """Where saves are uploaded to, if they are."""
     output = options.output
     if not output.huggingface_repo_id:
@@ -109,7 +107,7 @@ def hub_target(options: TrainNetworkOptions) -> HubTarget | None:
     )
 
 
-def state_folder(options: TrainNetworkOptions) -> Path | None:
+def state_folder(options: RunOptions) -> Path | None:
     """The state to go on from, fetched if it is on the Hub.
 
     Raises:
@@ -122,7 +120,7 @@ def state_folder(options: TrainNetworkOptions) -> Path | None:
     return download_folder(RemoteFolder.parse(options.resume.resume), options.output.huggingface_token)
 
 
-def save_policy(options: TrainNetworkOptions, plan: RunPlan) -> SavePolicy:
+def save_policy(options: RunOptions, plan: RunPlan) -> SavePolicy:
     output = options.output
     every_n_epochs = output.save_every_n_epochs
     if output.save_n_epoch_ratio is not None:
@@ -139,7 +137,7 @@ def save_policy(options: TrainNetworkOptions, plan: RunPlan) -> SavePolicy:
     )
 
 
-def tracker_settings(options: TrainNetworkOptions, *, default_name: str = "network_train") -> TrackerSettings:
+def tracker_settings(options: RunOptions, *, default_name: str = "network_train") -> TrackerSettings:
     wanted = options.logging
     config: Mapping[str, Any] = load_toml(Path(wanted.log_tracker_config)) if wanted.log_tracker_config else {}
     return TrackerSettings.make(
@@ -156,7 +154,7 @@ def tracker_settings(options: TrainNetworkOptions, *, default_name: str = "netwo
     )
 
 
-def schedule_settings(options: TrainNetworkOptions) -> ScheduleSettings:
+def schedule_settings(options: RunOptions) -> ScheduleSettings:
     s = options.scheduler
     return ScheduleSettings(
         name=s.lr_scheduler,
@@ -172,7 +170,7 @@ def schedule_settings(options: TrainNetworkOptions) -> ScheduleSettings:
 
 
 def update_settings(
-    options: TrainNetworkOptions, *, seed: int, total_steps: int, zero: Zero | None, keeps_copies: bool
+    options: RunOptions, *, seed: int, total_steps: int, zero: Zero | None, keeps_copies: bool
 ) -> UpdateSettings:
     """The settings of ``Update``.
 
@@ -191,7 +189,7 @@ def update_settings(
     )
 
 
-def noise_settings(options: TrainNetworkOptions) -> NoiseSettings:
+def noise_settings(options: RunOptions) -> NoiseSettings:
     noise = options.noise
     return NoiseSettings(
         offset=noise.noise_offset,
@@ -206,7 +204,7 @@ def noise_settings(options: TrainNetworkOptions) -> NoiseSettings:
     )
 
 
-def loss_settings(options: TrainNetworkOptions) -> LossSettings:
+def loss_settings(options: RunOptions) -> LossSettings:
     loss = options.loss
     return LossSettings(
         loss_type=loss.loss_type,

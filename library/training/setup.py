@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from library.architectures.base import Architecture, ModelInfo
-from library.config.arguments import OptimizerOptions, TrainNetworkOptions
+from library.config.arguments import OptimizerOptions, RunOptions
 from library.config.console import setup_console
 from library.config.no_effect import report
 from library.config.rules import check as check_rules
@@ -53,18 +53,18 @@ def images_as(architecture: Architecture) -> Role:
     return "image" if architecture.takes_images else "mask"
 
 
-def objective_of(architecture: Architecture, options: TrainNetworkOptions, info: ModelInfo) -> Objective:
+def objective_of(architecture: Architecture, options: RunOptions, info: ModelInfo) -> Objective:
     """The objective of a run."""
     return architecture.objective(v_prediction=info.v_prediction, zero_terminal_snr=options.noise.zero_terminal_snr)
 
 
-def cached_encoders(architecture: Architecture, kind: type[Kind], options: TrainNetworkOptions) -> tuple[bool, ...]:
+def cached_encoders(architecture: Architecture, kind: type[Kind], options: RunOptions) -> tuple[bool, ...]:
     """For each text encoder, whether its outputs come from a cache."""
     caches = caches_texts(options.dataset)
     return tuple(caches and not trained for trained in kind.trained_encoders(architecture, options))
 
 
-def set_up(architecture: Architecture, kind: type[Kind], options: TrainNetworkOptions) -> Run:
+def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) -> Run:
     """Check everything, scan the data, and lay out the run; no weights are loaded.
 
     Args:
@@ -123,7 +123,7 @@ def set_up(architecture: Architecture, kind: type[Kind], options: TrainNetworkOp
     )
 
 
-def check(architecture: Architecture, kind: type[Kind], options: TrainNetworkOptions) -> Checked:
+def check(architecture: Architecture, kind: type[Kind], options: RunOptions) -> Checked:
     """Refuse what cannot work, cheapest checks first.
 
     Raises:
@@ -177,7 +177,7 @@ def check(architecture: Architecture, kind: type[Kind], options: TrainNetworkOpt
     )
 
 
-def _optimizer(kind: type[Kind], options: TrainNetworkOptions) -> OptimizerChoice:
+def _optimizer(kind: type[Kind], options: RunOptions) -> OptimizerChoice:
     chosen = options.optimizer
     return resolve_optimizer(
         chosen.optimizer_type,

@@ -13,8 +13,9 @@ import sys
 from typing import ClassVar
 
 from library.architectures.base import Architecture
-from library.config.arguments import TrainNetworkOptions, hide_secrets, script_parser, with_groups
+from library.config.arguments import RunOptions, hide_secrets, script_parser, with_groups
 from library.config.config_file import origins_of
+from library.config.declaration import joined
 from library.config.explain import print_explanation
 from library.data.conditioning import Role
 from library.errors import exits_on_user_error
@@ -54,10 +55,12 @@ class Trainer:
     @classmethod
     def parser(cls) -> argparse.ArgumentParser:
         """The full parser of a script for this kind and family."""
-        return script_parser(cls.__doc__, cls.kind.options_class, cls.architecture.declaration)
+        return script_parser(
+            cls.__doc__, cls.kind.options_class, joined(cls.kind.declaration, cls.architecture.declaration)
+        )
 
     @classmethod
-    def joined_options(cls) -> type[TrainNetworkOptions]:
+    def joined_options(cls) -> type[RunOptions]:
         """The class of all options of the script: the kind's, and those that only the family has."""
         return with_groups(cls.kind.options_class, cls.architecture.declaration.groups)
 
@@ -90,7 +93,7 @@ class Trainer:
                     steps = self.fit(loaded, interrupt)
                     self.finish(loaded, steps)
 
-    def setup(self, options: TrainNetworkOptions) -> Run:
+    def setup(self, options: RunOptions) -> Run:
         """Check everything, scan the data, and lay out the run; no weights are loaded yet."""
         return set_up(self.architecture.configured(options), self._kind, options)
 
@@ -139,7 +142,7 @@ class Trainer:
         if run.accelerator.is_main_process:
             logger.info("finished: %d steps, model saved as %s", steps, run.names.final())
 
-    def _images_as(self, options: TrainNetworkOptions) -> Role:
+    def _images_as(self, options: RunOptions) -> Role:
         return images_as(self.architecture.configured(options))
 
 

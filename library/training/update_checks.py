@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from library.config.arguments import TrainNetworkOptions
+from library.config.arguments import RunOptions
 from library.errors import UserError
 from library.optim.fused_backward import check_fusible
 from library.optim.optimizers import OptimizerChoice
@@ -13,7 +13,7 @@ from library.training.resume import TrainState, choice_of
 
 
 def check_update(
-    options: TrainNetworkOptions,
+    options: RunOptions,
     choice: OptimizerChoice,
     resumed: TrainState | None,
     device: torch.device,

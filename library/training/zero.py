@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.config.arguments import TrainingOptions, TrainNetworkOptions
+from library.config.arguments import RunOptions, TrainingOptions
 from library.config.availability import NO_NVME, NO_STAGE_3
 from library.errors import NoEffect, UserError
 from library.launched import USE_DEEPSPEED, is_on
@@ -116,7 +116,7 @@ def _problems_of_file(config: Mapping[str, Any]) -> list[str]:
                        for name in others]  # fmt: skip
 
 
-def check_zero(options: TrainNetworkOptions, optimizer: OptimizerChoice, accelerator: Accelerator) -> list[str]:
+def check_zero(options: RunOptions, optimizer: OptimizerChoice, accelerator: Accelerator) -> list[str]:
     """Before anything is loaded; returns warnings.
 
     Raises:
@@ -134,7 +134,7 @@ def check_zero(options: TrainNetworkOptions, optimizer: OptimizerChoice, acceler
     return found
 
 
-def _differences(options: TrainNetworkOptions) -> list[str]:
+def _differences(options: RunOptions) -> list[str]:
     """What accelerate's configuration says otherwise than options, which win."""
     if not is_on(USE_DEEPSPEED):
         return []

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from library.config.arguments import TrainNetworkOptions, build_parser
+from library.config.arguments import build_parser
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from tools import cache_latents, cache_text_encoder_outputs
 
 TOOLS = {"cache_latents": cache_latents, "cache_text_encoder_outputs": cache_text_encoder_outputs}

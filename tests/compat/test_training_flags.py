@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from library.config.arguments import TrainNetworkOptions
+from library.training.kinds.adapter_options import TrainNetworkOptions
 
 CLI = Path(__file__).parent / "data" / "cli"
 ADAPTERS = {"train_network": 193, "sdxl_train_network": 196, "flux_train_network": 215}

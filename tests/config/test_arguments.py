@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from library.config.arguments import TrainNetworkOptions, build_parser, flat, hide_secrets
+from library.config.arguments import build_parser, flat, hide_secrets
+from library.training.kinds.adapter_options import TrainNetworkOptions
 
 GROUPS = list(TrainNetworkOptions.groups().values())
 FIELDS = [field for group in GROUPS for field in dataclasses.fields(group)]

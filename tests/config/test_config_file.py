@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from library.config.arguments import TrainNetworkOptions, build_parser
+from library.config.arguments import build_parser
 from library.config.config_file import read_args
 from library.config.fields import int_or_float
 from library.config.foreign_keys import is_known, typing_mistake_of
 from library.config.toml_file import load_toml
 from library.errors import UserError
+from library.training.kinds.adapter_options import TrainNetworkOptions
 
 
 @pytest.fixture()

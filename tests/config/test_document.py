@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from library.config.arguments import TrainNetworkOptions
 from library.config.document import FOLDER, is_number, pages, write
+from library.training.kinds.adapter_options import TrainNetworkOptions
 
 ROOT = Path(__file__).parents[2]
 FIELDS = [f for group in TrainNetworkOptions.groups().values() for f in dataclasses.fields(group)]

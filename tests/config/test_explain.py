@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 from pathlib import Path
 
 import pytest
 
-from library.architectures.sd import SD
-from library.config.arguments import TrainNetworkOptions, build_parser, flat
+from library.config.arguments import build_parser, flat
 from library.config.config_file import origins_of, read_args
 from library.config.explain import Row, explanation, print_explanation
 from library.config.implied import _FOLLOWS, implied
 from library.optim.optimizers import resolve_optimizer
+from library.training.kinds.adapter_options import TrainNetworkOptions
+from tests.fixtures.subjects import SD
 
 
 @pytest.fixture()
@@ -39,7 +41,8 @@ def test_every_option_has_its_origin(parser: argparse.ArgumentParser, tmp_path: 
     words = ["--config_file", str(file), "--network_alpha", "1", "--sdpa", "--seed", "5"]
     args = read_args(parser, words)
     rows = rows_of(args)
-    assert list(rows) == [field.name for field, _ in flat(options())]
+    in_order = [field.name for group in TrainNetworkOptions.groups().values() for field in dataclasses.fields(group)]
+    assert list(rows) == in_order and set(rows) == {field.name for field, _ in flat(options())}
     assert (rows["network_dim"].value, rows["network_dim"].origin) == ("8", f"{file}:3")
     # the command line wins, and says so even where it gives the default
     assert (rows["network_alpha"].value, rows["network_alpha"].origin) == ("1.0", "command line")
@@ -151,17 +154,17 @@ IMPLIED = [
 
 @pytest.mark.parametrize(("name", "given", "value", "origin"), IMPLIED, ids=lambda v: v if isinstance(v, str) else "")
 def test_implied(name: str, given: dict[str, object], value: object, origin: str) -> None:
-    found = implied(options(**given)).get(name)
+    found = implied(options(**given), SD.declaration).get(name)
     assert (found.value, found.origin) == (value, origin) if found else (None, "") == (value, origin)
 
 
 def test_every_implication_has_a_case_and_an_option() -> None:
-    assert {name for name, *_ in IMPLIED} == set(_FOLLOWS)
-    assert set(_FOLLOWS) <= {field.name for field, _ in flat(options())}
+    assert {name for name, *_ in IMPLIED} == {*_FOLLOWS, *SD.declaration.follows}
+    assert {*_FOLLOWS, *SD.declaration.follows} <= {field.name for field, _ in flat(options())}
 
 
 def test_what_is_given_follows_from_nothing() -> None:
-    assert "unet_lr" not in implied(options(unet_lr=0.1))
+    assert "unet_lr" not in implied(options(unet_lr=0.1), SD.declaration)
     rows = {row.name: row for row in explanation(options(unet_lr=0.1), {"unet_lr": "command line"}, SD.declaration)}
     assert (rows["unet_lr"].value, rows["unet_lr"].origin) == ("0.1", "command line")
 
@@ -172,7 +175,7 @@ def test_implied_values_are_those_that_are_used(tmp_path: Path) -> None:
     from library.training.settings import noise_settings, tracker_settings
 
     plain = options(output_dir=str(tmp_path))
-    values = {name: found.value for name, found in implied(plain).items()}
+    values = {name: found.value for name, found in implied(plain, SD.declaration).items()}
     assert resolve_optimizer("", False, False, None, 1e-3).name == values["optimizer_type"]
     assert OutputNames(tmp_path, None, "safetensors").final().stem == values["output_name"]
     noise = noise_settings(plain)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from library.architectures.sd import SD
-from library.config.arguments import TrainNetworkOptions, flat, with_groups
+from library.config.arguments import flat, with_groups
 from library.config.config_file import read_args
 from library.config.declaration import Declaration
 from library.config.document import is_number, pages, scripts, unit_of
@@ -20,9 +20,10 @@ from library.config.explain import explanation
 from library.config.flow import DDPM_ONLY, FlowOptions, WeightingOptions
 from library.config.no_effect import reasons
 from library.config.rules import check
-from library.config.tool_arguments import CacheToolOptions
 from library.errors import UserError
+from library.training.cache_tool_options import CacheToolOptions
 from library.training.fingerprint import content_of, option_values
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from tests.fixtures.flow_train_network import ToyFlow, ToyNetworkTrainer, ToyOptions, setup_parser
 
 CLI = Path(__file__).parents[1] / "compat" / "data" / "cli"

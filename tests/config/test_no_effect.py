@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from library.architectures.sd import SD
-from library.config.arguments import TrainNetworkOptions, flat
+from library.config.arguments import flat
 from library.config.core import CORE
 from library.config.declaration import Declaration, Facts
 from library.config.no_effect import reasons, report, without_effect
@@ -26,9 +25,11 @@ from library.optim.optimizers import resolve_optimizer
 from library.optim.schedule_checks import check_scheduler
 from library.training.idle_options import without_effect_in_plan
 from library.training.kinds.adapter import Adapter
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from library.training.plan import RunPlan
 from library.training.settings import schedule_settings
 from tests.fixtures.runs import make_images
+from tests.fixtures.subjects import SD
 
 Given = dict[str, object]
 
@@ -388,7 +389,7 @@ def test_no_option_is_forgotten() -> None:
 
 def test_every_rule_names_options_and_has_a_case() -> None:
     names = {field.name for field, _ in flat(options())}
-    for rule in CORE.idle:
+    for rule in (*CORE.idle, *SD.declaration.idle):
         assert set(rule.names) <= names, rule
         for name in rule.names:
             if name in NEVER | OTHERS:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.sd import SD
-from library.architectures.sdxl import SDXL
-from library.config.arguments import TrainNetworkOptions, flat, for_others, without_secrets
+from library.config.arguments import flat, for_others, without_secrets
 from library.config.core import CORE
 from library.config.declaration import Declaration, Facts
 from library.config.rules import check
 from library.errors import UserError
+from library.training.kinds.adapter_options import TrainNetworkOptions
+from tests.fixtures.subjects import SD, SDXL
 
 #: the option names of the features that this version leaves out; one that is dropped here must be implemented
 LEFT_OUT = (
@@ -237,7 +237,11 @@ def test_numbered_rates_are_for_two_text_encoders() -> None:
 
 def test_every_rule_has_a_case() -> None:
     cases = [options(**given) for given, _ in (*ERRORS, *WARNINGS)]
-    found = [rule.__name__ for rule in CORE.rules if not any(list(rule(case, SD.facts(case))) for case in cases)]
+    found = [
+        rule.__name__
+        for rule in (*CORE.rules, *SD.declaration.rules)
+        if not any(list(rule(case, SD.facts(case))) for case in cases)
+    ]
     assert set(found) <= {"numbered_rates", "attention_package"}  # which have tests of their own
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.sd import SD
-from library.config.arguments import ConfigFileOptions, TrainNetworkOptions, build_parser, flat
+from library.config.arguments import ConfigFileOptions, build_parser, flat
 from library.config.config_file import read_args
 from library.config.rules import check
+from library.training.kinds.adapter_options import TrainNetworkOptions
+from tests.fixtures.subjects import SD
 
 NEEDED = {
     "pretrained_model_name_or_path": "model.safetensors",

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.config.arguments import TrainNetworkOptions, flat, with_groups
+from library.config.arguments import flat, with_groups
 from library.config.flow import DDPM_ONLY
 from library.diffusion.flow import resolution_shift
 from library.diffusion.objective import FlowObjective, LossSettings, TimestepRange
 from library.diffusion.weighting import flow_weight
 from library.inference.prompt_line import TRAINING_OPTIONS
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from tests.fixtures.flow_train_network import ToyFlow
 
 PAGE = (Path(__file__).parents[2] / "docs" / "flow_matching.md").read_text(encoding="utf-8")

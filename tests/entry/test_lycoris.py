@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from library.architectures.base import SampleFacts
-from library.config.arguments import TrainNetworkOptions, with_groups
+from library.config.arguments import with_groups
 from library.errors import UserError
 from library.inference.networks import apply_networks, choose_networks
 from library.training.caching import inspect_model
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from networks.third_party import FULL_PRESET, refuse_wrong_merge, text_argument
 from tests.fixtures.families import Tiny
 from tests.fixtures.runs import ROOT, metadata_of, write_dataset

@@ -16,7 +16,6 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from library.architectures.sd import SD
-from library.config.arguments import TrainNetworkOptions
 from library.config.rules import check
 from library.errors import UserError
 from library.optim.fused_backward import one_by_one
@@ -26,6 +25,7 @@ from library.optim.stochastic_rounding import round_stochastically
 from library.optim.update import Update, UpdateSettings
 from library.optim.zero import Zero
 from library.randomness import key
+from library.training.kinds.adapter_options import TrainNetworkOptions
 
 STEPS, WARMUP, RATES, SEED, DECAY = 8, 5, (1e-2, 3e-3), 3, 0.9
 RESUMED_AFTER = 3

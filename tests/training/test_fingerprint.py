@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from library.architectures.sd import SD
-from library.config.arguments import TrainNetworkOptions, flat
+from library.config.arguments import flat
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
 from library.optim.optimizers import resolve_optimizer
 from library.training.fingerprint import fingerprint, option_values
 from library.training.kinds.adapter import Adapter
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from library.training.resume import TrainState
 from tests.fixtures.runs import make_images
 

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from library.config.arguments import TrainingOptions, TrainNetworkOptions
+from library.config.arguments import TrainingOptions
 from library.errors import NoEffect, UserError
 from library.memory.sharding import Sharding
 from library.optim.optimizers import OptimizerChoice
 from library.optim.zero import Zero
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from library.training.launch import asked_sharding, check_launch
 from library.training.processes import make_accelerator
 from library.training.sharding import sharding_for

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from library.config.arguments import TrainNetworkOptions
 from library.errors import NoEffect, UserError
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from library.training.logs import Trackers, TrackerSettings
 from library.training.settings import tracker_settings
 

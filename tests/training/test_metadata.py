@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from library.config.arguments import TrainNetworkOptions
 from library.training.kinds.adapter import Adapter
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from library.training.metadata import fixed_entries
 
 #: option -> (its value, its key without ss_, the text)

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from library.config.arguments import TrainNetworkOptions
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from library.training.precision import Fp8Parts
 
 

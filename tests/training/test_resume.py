@@ -13,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from library.config.arguments import TrainNetworkOptions, ValidationOptions
+from library.config.arguments import ValidationOptions
 from library.errors import UserError
 from library.optim.optimizers import resolve_optimizer
 from library.training.kinds.adapter import Adapter
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from library.training.resume import TrainState, check_fits, load_state
 from library.training.settings import run_plan
 from library.training.validation import check_validation

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from library.config.arguments import LossOptions, NoiseOptions, SchedulerOptions, TrainNetworkOptions
+from library.config.arguments import LossOptions, NoiseOptions, SchedulerOptions
 from library.training.kinds.adapter import Adapter
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from library.training.plan import RunPlan
 from library.training.settings import (
     hub_target,

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from library.architectures.sd import SD
-from library.config.arguments import TrainNetworkOptions
 from library.inference.prompt_line import SamplePrompt
 from library.training import caching, validation
 from library.training.caching import CacheJob, cache_latents, inspect_model
 from library.training.caption_encoder import CaptionEncoder
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from library.training.loading import batch_preparation
 from library.training.models import Models
 from library.training.network_module import NetworkModule

@@ -46,7 +46,7 @@ from library.errors import NoEffect, naming
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from library.config.arguments import NetworkOptions, TrainNetworkOptions
+    from library.config.arguments import RunOptions
     from library.inference.settings import ImageSettings
 
 #: sampling steps, if not given; sample images have their own
@@ -196,7 +196,7 @@ class Flux(FlowMatching, Architecture):
             encoders.append(encoder)
         return encoders
 
-    def adapted_encoders(self, network: NetworkOptions) -> tuple[bool, ...]:
+    def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
         with_t5 = not network.network_train_unet_only and trains_t5(network)
         return (with_t5,) if self.is_chroma else (not network.network_train_unet_only, with_t5)
 
@@ -300,7 +300,7 @@ class Flux(FlowMatching, Architecture):
     def encode_control(self, vae: nn.Module, images: Tensor, generators: Sequence[torch.Generator]) -> Control:
         return {"image": self.scale_latents(self.encode_images(vae, images, generators))}
 
-    def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
+    def check_options(self, options: RunOptions, info: ModelInfo) -> None:
         scale = self.chosen(FluxModelOptions).guidance_scale
         if self._kind == SCHNELL and scale != FluxModelOptions.guidance_scale:
             said = NoEffect(message(["guidance_scale"], _SCHNELL_IS_TOLD_NONE))

@@ -45,7 +45,7 @@ from library.architectures.sd.checkpoint import SDCheckpoint, inspect_checkpoint
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from library.config.arguments import TrainNetworkOptions
+    from library.config.arguments import RunOptions
 
 
 class StableDiffusion(LatentDiffusion):
@@ -175,7 +175,7 @@ class StableDiffusion(LatentDiffusion):
             "prediction_type": prediction,
         }
 
-    def check_options(self, options: TrainNetworkOptions, info: ModelInfo) -> None:
+    def check_options(self, options: RunOptions, info: ModelInfo) -> None:
         skip, layers = options.model.clip_skip, info.settings["text_layers"]
         if skip is not None and not 1 <= skip <= layers:
             raise UserError(f"--clip_skip {skip}: this model's text encoder has {layers} layers, give 1 to {layers}")

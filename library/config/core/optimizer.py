@@ -28,21 +28,6 @@ class OptimizerOptions:
     learning_rate: float = option(
         2e-06, "learning rate; 1e-4 to 1e-3 are common for LoRA", type=float, unit="rate", minimum=0
     )
-    unet_lr: float | None = option(
-        None,
-        "learning rate of the U-Net's adapters (as --learning_rate, if not given)",
-        type=float,
-        unit="rate",
-        minimum=0,
-    )
-    text_encoder_lr: list[float] | None = option(
-        None,
-        "learning rate of the text encoder's adapters, one for each encoder",
-        type=float,
-        nargs="*",
-        unit="rate",
-        minimum=0,
-    )
     max_grad_norm: float = option(
         1.0, "gradient clipping: largest norm of the gradient; 0 turns it off", type=float, unit="norm", minimum=0
     )
@@ -57,28 +42,6 @@ class OptimizerOptions:
         above=0,
         below=1,
     )
-    text_encoder_lr1: float | None = option(
-        None,
-        "learning rate of the first text encoder's adapters (CLIP-L), instead of --text_encoder_lr",
-        type=float,
-        unit="rate",
-        minimum=0,
-    )
-    text_encoder_lr2: float | None = option(
-        None,
-        "the same for the second (OpenCLIP ViT-bigG of SDXL, T5-XXL of FLUX.1)",
-        type=float,
-        unit="rate",
-        minimum=0,
-    )
-
-    @property
-    def text_encoder_lrs(self) -> list[float] | None:
-        """Return one learning rate for all text encoders, or one for each; ``None`` if ``learning_rate`` is used."""
-        numbered = (self.text_encoder_lr1, self.text_encoder_lr2)
-        if any(rate is not None for rate in numbered):
-            return [self.learning_rate if rate is None else rate for rate in numbered]
-        return self.text_encoder_lr or None
 
 
 @dataclass(frozen=True)

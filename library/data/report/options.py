@@ -6,23 +6,11 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from library.config.arguments import TrainingOptions, TrainNetworkOptions, build_parser, flat, with_groups
+from library.config.arguments import RunOptions, TrainingOptions, build_parser, flat
 from library.config.fields import option
 from library.config.help import split_doc
-from library.config.tool_arguments import FLUX_MODEL_OPTIONS, FamilyToolOptions
 from library.data.report.near_duplicates import DISTANCE
 from library.errors import UserError
-
-
-@dataclass(frozen=True)
-class FamilyOptions(FamilyToolOptions):
-    """Options of FLUX.1 alone."""
-
-    split_mode: bool = option(False, "an old way of saving memory")
-
-
-#: all of training, of every family
-TrainingOptionsOfAll = with_groups(TrainNetworkOptions, {"family": FamilyOptions})
 
 
 @dataclass(frozen=True)
@@ -73,20 +61,24 @@ _NOT_LOOKED_AT = (
 _ALSO_LOOKED_AT = (
     "gradient_accumulation_steps", "max_train_steps", "max_train_epochs", "validation_split", "validation_seed",
     "seed", "strict", "console_log_level", "console_log_file", "console_log_simple", "config_file", "output_config",
-    *FLUX_MODEL_OPTIONS, "t5xxl_max_token_length",
+    "model_type", "clip_l", "t5xxl", "ae", "t5xxl_max_token_length",
 )  # fmt: skip
 
 
 def _is_looked_at(name: str) -> bool:
-    groups = TrainNetworkOptions.groups()
+    groups = RunOptions.groups()
     of_data = {*groups["model"].__dataclass_fields__, *groups["dataset"].__dataclass_fields__}
     return name in _ALSO_LOOKED_AT or (name in of_data and name not in _NOT_LOOKED_AT)
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser that takes every option of training, so that a training command can be checked as it is."""
+def parser(doc: str | None, training: type[RunOptions]) -> argparse.ArgumentParser:
+    """Return a parser that takes every option of training, so that a training command can be checked as it is.
+
+    Args:
+        training: the class of all options of training.
+    """
     summary, example, more = split_doc(doc)
-    groups = {"report": CheckOptions, **TrainingOptionsOfAll.groups()}
+    groups = {"report": CheckOptions, **training.groups()}
     made = build_parser(groups, description=summary, epilog=example, more=more)
     own = {*CheckOptions.__dataclass_fields__, "help"}
     for action in made._actions:
@@ -97,7 +89,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def about_data(options: TrainNetworkOptions) -> TrainNetworkOptions:
+def about_data(options: RunOptions) -> RunOptions:
     """Return the options with everything irrelevant reset to defaults."""
     training = replace(
         TrainingOptions(),
@@ -111,7 +103,7 @@ def about_data(options: TrainNetworkOptions) -> TrainNetworkOptions:
         for name in _NOT_LOOKED_AT
         if name in type(options.dataset).__dataclass_fields__
     }
-    plain = TrainNetworkOptions.from_args(argparse.Namespace())
+    plain = RunOptions.from_args(argparse.Namespace())
     return replace(
         plain,
         model=options.model,
@@ -122,6 +114,6 @@ def about_data(options: TrainNetworkOptions) -> TrainNetworkOptions:
     )
 
 
-def not_looked_at(options: TrainNetworkOptions) -> list[str]:
+def not_looked_at(options: RunOptions) -> list[str]:
     """Return the given flags that do not matter here."""
     return [f"--{f.name}" for f, value in flat(options) if value != f.default and not _is_looked_at(f.name)]

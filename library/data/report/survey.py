@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.config.arguments import TrainNetworkOptions
+from library.config.arguments import RunOptions
 from library.config.rules import DATA_RULES, check
 from library.data import describe
 from library.data.caption_lengths import Measure, length_of_longest, measure_of
@@ -48,7 +48,7 @@ MUCH_CUT = 0.25
 _KIND_OF_LOGGER = {"library.data.conditioning": "masks", "library.data.metadata_file": "data"}
 
 
-def check_data(options: TrainNetworkOptions, wanted: CheckOptions, architecture: Architecture) -> Report:
+def check_data(options: RunOptions, wanted: CheckOptions, architecture: Architecture) -> Report:
     """Collect the whole report.
 
     Raises:
@@ -247,7 +247,7 @@ def _check_likeness(images: _Images, looks: Mapping[Path, Look], distance: int, 
 
 
 def _measure(
-    options: TrainNetworkOptions, wanted: CheckOptions, architecture: Architecture, collector: Collector
+    options: RunOptions, wanted: CheckOptions, architecture: Architecture, collector: Collector
 ) -> Measure | None:
     """Return a function that counts a caption's tokens, if there is a tokenizer."""
     model = options.model
@@ -355,7 +355,7 @@ def _tags(data: TrainingData) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _summary(data: TrainingData, options: TrainNetworkOptions, images: int) -> list[tuple[str, str]]:
+def _summary(data: TrainingData, options: RunOptions, images: int) -> list[tuple[str, str]]:
     rows = [("images", str(images)), *describe.summary_rows(data)]
     batches = data.batches_per_process(1)
     if not batches:

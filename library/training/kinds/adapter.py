@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from library.architectures.base import Architecture
-from library.config.arguments import TrainNetworkOptions
 from library.config.console import quiet
 from library.data.batch import Batch
 from library.errors import UserError
@@ -22,6 +21,7 @@ from library.optim.param_groups import default_descriptions
 from library.optim.update import Metrics
 from library.randomness import key
 from library.training.fingerprint import content_of
+from library.training.kinds.adapter_options import DECLARATION, TrainNetworkOptions
 from library.training.kinds.base import Kind, ParameterGroup
 from library.training.models import Models
 from library.training.network_module import NetworkModule
@@ -42,6 +42,8 @@ _LR_ARGS = (
 class Adapter(Kind):
     """Networks of ``--network_module`` within the frozen denoiser and text encoders."""
 
+    declaration = DECLARATION
+    options_class = TrainNetworkOptions
     modelspec_suffix = "/lora"
     minimum_metadata = (
         "ss_v2",

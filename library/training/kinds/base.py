@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning, Control
-from library.config.arguments import TrainNetworkOptions
+from library.config.arguments import RunOptions
 from library.config.declaration import Declaration, Facts, joined
 from library.data.batch import Batch
 from library.optim.fused_backward import Part, one_by_one
@@ -73,7 +73,7 @@ class Kind(ABC):
     #: its own groups of options with their rules, and what becomes of those of the core
     declaration: ClassVar[Declaration] = Declaration()
     #: the class of all options that its scripts have, but for those of the families
-    options_class: ClassVar[type[TrainNetworkOptions]] = TrainNetworkOptions
+    options_class: ClassVar[type[RunOptions]] = RunOptions
     #: what follows the model's id in ``modelspec.architecture``
     modelspec_suffix: ClassVar[str] = ""
     #: whether saved files say how they were made (``ss_*``)
@@ -92,7 +92,7 @@ class Kind(ABC):
     def __init__(
         self,
         architecture: Architecture,
-        options: TrainNetworkOptions,
+        options: RunOptions,
         checkpoint: Any,
         *,
         seed: int,
@@ -107,26 +107,26 @@ class Kind(ABC):
     # ---- before anything is loaded ----
 
     @classmethod
-    def normalized(cls, options: TrainNetworkOptions) -> TrainNetworkOptions:
+    def normalized(cls, options: RunOptions) -> RunOptions:
         """The options with what some of them mean for others."""
         return options
 
     @classmethod
-    def check_options(cls, architecture: Architecture, options: TrainNetworkOptions) -> None:
+    def check_options(cls, architecture: Architecture, options: RunOptions) -> None:
         """Refuse options of what is trained that cannot work. Raises UserError."""
 
     @classmethod
     @abstractmethod
-    def trained_encoders(cls, architecture: Architecture, options: TrainNetworkOptions) -> tuple[bool, ...]:
+    def trained_encoders(cls, architecture: Architecture, options: RunOptions) -> tuple[bool, ...]:
         """For each text encoder, whether it may be trained; outputs of the others may be cached."""
 
     @classmethod
-    def learning_rate_flags(cls, options: TrainNetworkOptions) -> list[str]:
+    def learning_rate_flags(cls, options: RunOptions) -> list[str]:
         """The options given that set learning rates of parts of the model, as the user wrote them."""
         return []
 
     @classmethod
-    def extension(cls, architecture: Architecture, options: TrainNetworkOptions, checkpoint: Any) -> str:
+    def extension(cls, architecture: Architecture, options: RunOptions, checkpoint: Any) -> str:
         """The ending of saved files, without the dot; empty for folders."""
         return options.output.save_model_as
 
@@ -135,12 +135,12 @@ class Kind(ABC):
         """Refuse a place of the final file that cannot be. Raises UserError."""
 
     @classmethod
-    def fingerprint(cls, options: TrainNetworkOptions) -> dict[str, object]:
+    def fingerprint(cls, options: RunOptions) -> dict[str, object]:
         """What a resumed run must share beyond its options."""
         return {}
 
     @classmethod
-    def shaping_options(cls, options: TrainNetworkOptions) -> list[str]:
+    def shaping_options(cls, options: RunOptions) -> list[str]:
         """Options that decide which tensors a state folder holds."""
         return []
 
@@ -180,7 +180,7 @@ class Kind(ABC):
         """The modules that hold all trained parameters; state folders hold their tensors."""
 
     @classmethod
-    def fused_flag(cls, options: TrainNetworkOptions) -> str | None:
+    def fused_flag(cls, options: RunOptions) -> str | None:
         """The option given that asks for updates within the backward pass."""
         return "--fused_backward_pass" if options.optimizer.fused_backward_pass else None
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from library.config.arguments import TrainNetworkOptions, options_of
+from library.config.arguments import RunOptions, options_of
 from library.config.core.output import OutputOptions
-from library.config.declaration import Declaration, Facts, Finding, error, idle, joined, message, warning
+from library.config.declaration import Declaration, Facts, Finding, error, idle, message, warning
 from library.config.fields import option
 from library.launched import USE_DEEPSPEED, is_on, process_count
 
@@ -80,8 +80,7 @@ class FullOutputOptions(OutputOptions):
 
 
 def _groups() -> dict[str, type]:
-    shared = {name: group for name, group in TrainNetworkOptions.groups().items() if name != "network"}
-    (first, *rest) = shared.items()
+    (first, *rest) = RunOptions.groups().items()
     return dict([first, ("full", FullOptions), *rest]) | {"output": FullOutputOptions}
 
 
@@ -220,7 +219,6 @@ def captions_are_padded(o: Any) -> bool:
 
 
 _SWAP = "moving blocks to host memory is not supported yet; use --gradient_checkpointing and a fused update"
-_OF_ADAPTERS = "where whole models are trained; --learning_rate, --learning_rate_te ... are theirs"
 
 DECLARATION = Declaration(
     groups={"full": FullOptions},
@@ -228,14 +226,8 @@ DECLARATION = Declaration(
     idle=(text_is_frozen, saves_are_streamed, captions_are_padded),
     refused={"double_blocks_to_swap": _SWAP, "single_blocks_to_swap": _SWAP},
     unused={
-        **dict.fromkeys(("unet_lr", "text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2"), _OF_ADAPTERS),
         **dict.fromkeys(("fp8_base", "fp8_base_unet"), "where whole models are trained, which fp8 is too coarse for"),
         "no_metadata": "where whole models are trained, whose files record no more than what they are",
         "training_comment": "where whole models are trained, whose files record no more than what they are",
     },
 )
-
-
-def of_whole_models(family: Declaration) -> Declaration:
-    """What the command line of a script that trains whole models of a family must know beyond ``TrainFullOptions``."""
-    return joined(replace(DECLARATION, groups={}), family)

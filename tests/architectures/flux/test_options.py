@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from library.architectures.flux import FLUX
-from library.config.arguments import NetworkOptions
+from library.training.kinds.adapter_options import NetworkOptions
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from library.architectures.sd import SD
-from library.config.arguments import TrainNetworkOptions
 from library.data.report.findings import KINDS, Finding, Report
 from library.data.report.options import CheckOptions, not_looked_at
 from library.data.report.page import make_page
 from library.data.report.survey import check_data
 from library.errors import UserError
+from library.training.kinds.adapter_options import TrainNetworkOptions
 from tests.data.report.test_near_duplicates import scene
 from tests.data.samples import dataset_file
 from tests.fixtures.tiny_sd import make_tiny_tokenizer

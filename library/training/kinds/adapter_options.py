@@ -1,4 +1,4 @@
-"""Options of the adapter network."""
+"""Options of adapter training, and the rules between them and the others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.config.declaration import Declaration, Facts, Finding, error, idle, warning
+from library.config.arguments import RunOptions
+from library.config.core.optimizer import OptimizerOptions
+from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, warning
 from library.config.fields import option
 from library.config.paths import no_file
 
@@ -58,6 +60,63 @@ class NetworkOptions:
         nargs="*",
         unit="",
     )
+
+
+@dataclass(frozen=True)
+class AdapterOptimizerOptions(OptimizerOptions):
+    __doc__ = OptimizerOptions.__doc__
+
+    unet_lr: float | None = option(
+        None,
+        "learning rate of the U-Net's adapters (as --learning_rate, if not given)",
+        type=float,
+        unit="rate",
+        minimum=0,
+    )
+    text_encoder_lr: list[float] | None = option(
+        None,
+        "learning rate of the text encoder's adapters, one for each encoder",
+        type=float,
+        nargs="*",
+        unit="rate",
+        minimum=0,
+    )
+    text_encoder_lr1: float | None = option(
+        None,
+        "learning rate of the first text encoder's adapters (CLIP-L), instead of --text_encoder_lr",
+        type=float,
+        unit="rate",
+        minimum=0,
+    )
+    text_encoder_lr2: float | None = option(
+        None,
+        "the same for the second (OpenCLIP ViT-bigG of SDXL, T5-XXL of FLUX.1)",
+        type=float,
+        unit="rate",
+        minimum=0,
+    )
+
+    @property
+    def text_encoder_lrs(self) -> list[float] | None:
+        """Return one learning rate for all text encoders, or one for each; ``None`` if ``learning_rate`` is used."""
+        numbered = (self.text_encoder_lr1, self.text_encoder_lr2)
+        if any(rate is not None for rate in numbered):
+            return [self.learning_rate if rate is None else rate for rate in numbered]
+        return self.text_encoder_lr or None
+
+
+@dataclass(frozen=True)
+class TrainNetworkOptions(RunOptions):
+    """All options of adapter training, by group."""
+
+    optimizer: AdapterOptimizerOptions
+    network: NetworkOptions
+
+    @classmethod
+    def groups(cls) -> dict[str, type]:
+        """Return the dataclass of each attribute, in the order of ``--help``."""
+        (first, second, *rest) = super().groups().items()
+        return dict([first, second, ("network", NetworkOptions), *rest])
 
 
 # ---- what cannot work ----
@@ -203,8 +262,33 @@ def weights_come_from_the_state(o: Any) -> bool:
     return bool(o.resume.resume) and not o.network.dim_from_weights
 
 
+# ---- what follows from other options ----
+
+
+def _text_rate(o: Any) -> Implied | None:
+    names = ("text_encoder_lr1", "text_encoder_lr2")
+    numbered = [f"--{name}" for name in names if getattr(o.optimizer, name) is not None]
+    if numbered:
+        return Implied(o.optimizer.text_encoder_lrs, "follows from " + ", ".join(numbered))
+    if o.network.network_train_unet_only:
+        return None
+    return Implied([o.optimizer.learning_rate], "follows from --learning_rate")
+
+
+def _unet_rate(o: Any) -> Implied | None:
+    if o.network.network_train_text_encoder_only:
+        return None
+    return Implied(o.optimizer.learning_rate, "follows from --learning_rate")
+
+
+def _multipliers(o: Any) -> Implied | None:
+    files = o.network.base_weights
+    return Implied([1.0] * len(files), "follows from --base_weights") if files else None
+
+
 DECLARATION = Declaration(
-    groups={"network": NetworkOptions},
+    groups={"network": NetworkOptions, "optimizer": AdapterOptimizerOptions},
+    follows={"unet_lr": _unet_rate, "text_encoder_lr": _text_rate, "base_weights_multiplier": _multipliers},
     rules=(
         needs_network,
         network_parts,

@@ -16,12 +16,13 @@ from library.config.arguments import (
     ConfigFileOptions,
     ConsoleOptions,
     DatasetOptions,
-    TrainNetworkOptions,
     build_parser,
+    with_groups,
 )
 from library.config.fields import option
 from library.config.flow import FlowOptions, WeightingOptions
 from library.config.help import split_doc
+from library.training.kinds.adapter_options import TrainNetworkOptions
 
 O = TypeVar("O", bound="CacheToolOptions")  # noqa: E741
 
@@ -76,6 +77,17 @@ class CacheToolOptions(TrainNetworkOptions):
                 changed[group_field.name] = dataclasses.replace(group, **without)
                 dropped += without
         return dataclasses.replace(self, **changed), dropped
+
+
+@dataclass(frozen=True)
+class AllFamilyOptions(FamilyToolOptions):
+    """Options of FLUX.1 alone."""
+
+    split_mode: bool = option(False, "an old way of saving memory")
+
+
+#: the options of training adapters, of every family: what a tool takes that checks the data of any training command
+AllTrainingOptions = with_groups(TrainNetworkOptions, {"family": AllFamilyOptions})
 
 
 def names_of(*groups: type) -> frozenset[str]:
