@@ -1,4 +1,4 @@
-"""What is said and kept of a step that is not finite: its images, captions and seed, and a file to run it again."""
+"""Report and record a step that is not finite: its images, captions and seed, and a file to repeat it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from library.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-#: replay files that one run writes at most; each holds the trained weights
+#: most replay files of a run; each holds the trained weights
 MOST_FILES = 3
 _MOST_IMAGES, _MOST_LETTERS = 8, 80
 
 
 class BadStepReport:
-    """Reports the bad steps of one run; called on all processes, which then say the same."""
+    """Reports the bad steps of one run; called on all processes, which then report the same."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -55,7 +55,7 @@ class BadStepReport:
             logger.warning(text)
 
     def _blamed(self, bad: BadStep) -> tuple[int, list[BatchNote]]:
-        """The process whose batches are not finite (the first, if none or several), and its batches."""
+        """Return the process whose batches are not finite (the first, if none or several), and its batches."""
         if self._run.accelerator.num_processes == 1:
             return 0, bad.batches
         from accelerate.utils import gather_object
@@ -78,9 +78,9 @@ class BadStepReport:
         return f"{text}; its images: {', '.join(shown)}{more}"
 
     def _recorded(self, bad: BadStep, rank: int, notes: list[BatchNote]) -> str | None:
-        """Write the replay file on the main process; its path on all."""
+        """Write the replay file on the main process; return its path on all."""
         if not bad.batches or not bad.weights or self._files >= MOST_FILES:
-            return None  # nothing to record: a whole model is not kept from before the step
+            return None  # nothing to record: a whole model has no copy from before the step
         self._files += 1
         path = self._run.names.replay(bad.step)
         if self._run.accelerator.is_main_process:

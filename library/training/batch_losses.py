@@ -1,4 +1,4 @@
-"""One batch to its losses: what training, validation and the replay of a step share."""
+"""Compute the losses of one batch, for training, validation and the replay of a step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from library.training.step import NoiseSettings, make_noisy, sample_losses
 
 
 class BatchLosses:
-    """The losses of batches that are on the models' device.
+    """Computes the losses of batches on the models' device.
 
     Args:
         captions: encodes them within autocast, so that trained encoders get gradients.
-        dtype: that the denoiser's inputs are cast to.
-        autocast: makes the context of mixed precision.
+        dtype: of the denoiser's inputs.
+        autocast: makes the mixed precision context.
         activations: makes the context of a forward pass of training.
     """
 
@@ -56,14 +56,15 @@ class BatchLosses:
         self.autocast = autocast
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The loss of each sample (B,) at a drawn timestep, times its weight, with a graph to what is trained."""
+        """Return the loss of each sample (B,) at a random timestep, times its weight, with a graph to the trained
+        weights."""
         with self._activations(), self.autocast():
             latents, encoded = self.encode(batch)
             losses = self.at(batch, latents, encoded, noise=self._noise, draw=Draw(batch.visits))
             return losses * batch.loss_weights
 
     def encode(self, batch: Batch) -> tuple[Tensor, Conditioning]:
-        """Latents (B, C, h, w) as caches store them, and encoded captions; called within autocast."""
+        """Return latents (B, C, h, w) as caches store them, and encoded captions; call it within autocast."""
         return self._latents(batch), self._captions(batch)
 
     def at(
@@ -76,11 +77,11 @@ class BatchLosses:
         draw: Draw | None,
         level: int | None = None,
     ) -> Tensor:
-        """The loss of each sample (B,), without its weight; called within autocast.
+        """Return the loss of each sample (B,), without its weight; call it within autocast.
 
         Args:
             latents: what ``encode`` gave, as ``encoded``.
-            draw: of what training varies at random; ``None`` varies nothing.
+            draw: source of random variation in training; ``None`` varies nothing.
             level: one of the objective's fixed levels, for all samples; without one, a timestep is drawn for each.
         """
         facts = SampleFacts(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
@@ -93,7 +94,7 @@ class BatchLosses:
         return sample_losses(prediction, made, self._objective, self._loss, masks=batch.loss_masks)
 
     def _latents(self, batch: Batch) -> Tensor:
-        """Cached ones, or encoded now with draws keyed by the visit."""
+        """Return cached latents, or encode them with random numbers keyed by the visit."""
         if batch.latents is not None:
             return batch.latents
         with torch.no_grad():
@@ -103,7 +104,7 @@ class BatchLosses:
     def _control(self, batch: Batch) -> Control | None:
         if batch.conditioning_images is None:
             return None
-        vae = self._models.vae.to(self._device)  # after caching latents it waits on the host
+        vae = self._models.vae.to(self._device)  # after caching latents the VAE is on the host
         with torch.no_grad():
             generators = Draw(batch.visits).generators("conditioning latents")
             return self._architecture.encode_control(vae, batch.conditioning_images, generators)

@@ -1,6 +1,6 @@
-"""What the caching tools share: a run's setup and cache without the run.
+"""The base of the caching tools: a run's setup and cache without the run.
 
-A tool says which options matter to it and which caches it makes; images, checks, processes and the caches
+A tool declares which options matter to it and which caches it makes; images, checks, processes and the caches
 themselves are those of training.
 """
 
@@ -32,7 +32,7 @@ from library.training.processes import finalizing, make_accelerator, weight_dtyp
 
 logger = logging.getLogger(__name__)
 
-#: nothing is trained and saved here
+#: rules for training and saving do not apply here
 _RULES = tuple(rule for rule in CORE.rules if rule is not needs_output)
 _FAMILY_FLAGS = ("sdxl", "flux")
 
@@ -44,7 +44,7 @@ class CacheTool(ABC):
     families: ClassVar[Mapping[str, Architecture]]
     #: options that matter
     relevant: ClassVar[Collection[str]]
-    #: what is made, for messages: "the latent cache"
+    #: the tool's product in messages: "the latent cache"
     product: ClassVar[str]
 
     @classmethod
@@ -53,20 +53,20 @@ class CacheTool(ABC):
 
     @classmethod
     def usage(cls) -> str | None:
-        """An example command, shown at the end of ``--help``."""
+        """Return an example command, shown at the end of ``--help``."""
         return None
 
     @abstractmethod
     def enabled(self, options: CacheToolOptions) -> CacheToolOptions:
-        """The options with the caches that this tool is for switched on."""
+        """Return the options with this tool's caches switched on."""
 
     @abstractmethod
     def make(self, job: CacheJob) -> None:
-        """Make the cache complete."""
+        """Complete the cache."""
 
     @exits_on_user_error
     def run(self, args: argparse.Namespace) -> None:
-        """Make the cache and end.
+        """Make the cache and exit.
 
         Raises:
             SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM.
@@ -107,7 +107,7 @@ class CacheTool(ABC):
         )
 
     def _family(self, options: CacheToolOptions) -> Architecture:
-        """Raises UserError for two families, and for options of others."""
+        """Return the chosen family. Raises UserError for two families, and for options of others."""
         chosen = [flag for flag in _FAMILY_FLAGS if getattr(options.tool, flag)]
         if len(chosen) > 1:
             raise UserError("--sdxl and --flux exclude each other: give the one that the model is")

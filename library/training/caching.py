@@ -1,4 +1,4 @@
-"""The caches of a run, made by a trainer before the first step, or by the tools in ``tools/`` ahead of any."""
+"""Make the caches of a run: by a trainer before the first step, or by the tools in ``tools/``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def inspect_model(architecture: Architecture, options: ModelOptions) -> Any:
-    """Find and recognise the model that the options name; see ``Architecture.inspect``."""
+    """Find and recognize the model that the options name; see ``Architecture.inspect``."""
     return architecture.inspect(
         options.pretrained_model_name_or_path,
         v2=options.v2,
@@ -38,10 +38,10 @@ def inspect_model(architecture: Architecture, options: ModelOptions) -> Any:
 
 @dataclass(frozen=True)
 class CacheJob:
-    """What caches are made from and with."""
+    """The inputs of making caches."""
 
     architecture: Architecture
-    checkpoint: Any  # what the architecture's ``inspect`` gave
+    checkpoint: Any  # result of the architecture's ``inspect``
     data: TrainingData
     options: RunOptions
     accelerator: Accelerator
@@ -53,12 +53,12 @@ class CacheJob:
         return self.accelerator.device
 
     def load_vae(self) -> nn.Module:
-        """The VAE on the run's device."""
+        """Load the VAE on the run's device."""
         dtype = torch.float32 if self.options.model.no_half_vae else self.weight_dtype
         return self.architecture.load_vae(self.checkpoint, dtype=dtype, device=str(self.device))
 
     def progress(self, title: str, unit: str) -> WorkProgress:
-        """To show how far this process is; only the main one shows it."""
+        """Return a progress display, which only the main process shows."""
         count = self.accelerator.num_processes
         return WorkProgress(
             f"{title} (process 1 of {count})" if count > 1 else title,
@@ -68,22 +68,22 @@ class CacheJob:
         )
 
     def stop_if_asked(self) -> None:
-        """Raises SystemExit after Ctrl-C or SIGTERM, with the code that shells expect."""
+        """Raise SystemExit after Ctrl-C or SIGTERM, with the code that shells expect."""
         if self.interrupt.requested:
             logger.warning("stopped while caching; what is cached on disk is kept, and the same command goes on")
             raise SystemExit(self.interrupt.exit_code)
 
     def release_memory(self) -> None:
-        """Give what a removed model took on the device back to the stages to come."""
+        """Free the device memory of a removed model for later stages."""
         if self.device.type == "cuda" and not self.options.training.highvram:
             torch.cuda.empty_cache()
 
 
 def cache_latents(job: CacheJob, *, keep_vae: bool = False) -> nn.Module | None:
-    """Make the latent cache complete: on disk by all processes together, in memory by each for itself.
+    """Complete the latent cache: on disk by all processes together, in memory by each process for itself.
 
     Args:
-        keep_vae: return the VAE, on the host, whether or not it was needed; else it is let go.
+        keep_vae: return the VAE on the host, even if it was not needed; otherwise it is freed.
 
     Raises:
         UserError: an image that cannot be read; latents that are not finite; a full disk.

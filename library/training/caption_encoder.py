@@ -1,4 +1,4 @@
-"""The captions of a batch to conditioning: from a cache, remembered, or encoded now."""
+"""Turn the captions of a batch into conditioning: from a cache, remembered, or encoded now."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class CaptionEncoder:
 
     Args:
         encoders: ``None`` for those whose outputs come from a cache.
-        device: that the encoders are on.
-        trains: whether gradients flow into the encoders; asked for each batch. Without them each distinct caption is
-            encoded once.
+        device: of the encoders.
+        trains: whether gradients flow into the encoders, called for each batch. Without gradients each distinct caption
+            is encoded once.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class CaptionEncoder:
         self._memo = None if trains() else TextMemo(self.encode)
 
     def __call__(self, batch: Batch) -> Conditioning:
-        """Conditioning of a batch, without what follows from its images."""
+        """Return the conditioning of a batch, without the part that depends on its images."""
         if batch.text is not None:
             # some encoders may be trained beside the cached outputs of the others
             fresh = self.encode(self._moved(batch.tokens)).tensors if batch.tokens else {}
@@ -49,7 +49,7 @@ class CaptionEncoder:
         return self.encode(self._moved(batch.tokens))
 
     def encode(self, tokens: Mapping[str, Tensor]) -> Conditioning:
-        """Token tensors on the encoders' device to conditioning, with a graph where encoders are trained."""
+        """Encode token tensors on the encoders' device, with a graph where encoders are trained."""
         with torch.set_grad_enabled(self._trains() and torch.is_grad_enabled()):
             return self._architecture.encode_text(self._encoders, tokens, clip_skip=self._clip_skip)
 
@@ -58,7 +58,7 @@ class CaptionEncoder:
 
 
 class TextMemo:
-    """Remembers conditioning by the exact tokens, within a memory budget on the host.
+    """Remembers conditioning by tokens, within a memory budget on the host.
 
     Only for encoders that do not change during the run: the result is then a function of the tokens.
     """
@@ -70,7 +70,7 @@ class TextMemo:
         self._known: OrderedDict[bytes, Conditioning] = OrderedDict()
 
     def __call__(self, tokens: Mapping[str, Tensor], device: torch.device) -> Conditioning:
-        """Token tensors on the host, batch first, to conditioning on ``device``."""
+        """Return conditioning on ``device`` for token tensors on the host, batch first."""
         batch_size = next(iter(tokens.values())).shape[0]
         parts = [self._one({name: t[i : i + 1] for name, t in tokens.items()}, device) for i in range(batch_size)]
         return Conditioning.cat(parts) if len(parts) > 1 else parts[0]

@@ -1,4 +1,4 @@
-"""Names of what a run writes, when it is written, and which older files are then removed."""
+"""Names of a run's files, the times of saves, and the retention of older files."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ class OutputNames:
         return self._place(f"{self.stem or 'at'}-step{step:08d}")
 
     def best(self) -> Path:
-        """The weights of the lowest validation loss."""
+        """Return the name of the weights with the lowest validation loss."""
         return self._place(f"{self.stem or 'last'}-best")
 
     def _place(self, name: str) -> Path:
         return self.directory / (f"{name}.{self.extension}" if self.extension else name)
 
     def replay(self, step: int) -> Path:
-        """The recording of a step that was not finite; an ending of its own, as it holds no weights for use."""
+        """Return the name of the recording of a step that was not finite; its extension differs, because it is no
+        weights file for use."""
         return self.directory / f"{self.stem or 'at'}-step{step:08d}.replay"
 
     def final_state(self) -> Path:
@@ -56,7 +57,7 @@ class OutputNames:
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """When weights and states are saved, and how many stay."""
+    """The times at which weights and states are saved, and how many are kept."""
 
     every_n_epochs: int | None
     every_n_steps: int | None
@@ -69,18 +70,18 @@ class SavePolicy:
 
     @staticmethod
     def every_from_ratio(num_epochs: int, ratio: int) -> int:
-        """``--save_n_epoch_ratio``: at least ``ratio`` saves over the run."""
+        """Return the interval of ``--save_n_epoch_ratio``: at least ``ratio`` saves over the run."""
         return max(1, num_epochs // ratio)
 
     def saves_after_epoch(self, epoch: int, num_epochs: int) -> bool:
-        """``epoch`` counts from 1; the last epoch's weights are the final file."""
+        """Whether to save after ``epoch``, counted from 1; the last epoch's weights are the final file."""
         return self.every_n_epochs is not None and epoch % self.every_n_epochs == 0 and epoch < num_epochs
 
     def saves_after_step(self, step: int) -> bool:
         return self.every_n_steps is not None and step % self.every_n_steps == 0
 
     def epoch_to_remove(self, epoch: int) -> int | None:
-        """The epoch whose weights are one too many once ``epoch`` is saved."""
+        """Return the epoch whose weights are removed when ``epoch`` is saved."""
         return self._outdated(epoch, self.every_n_epochs, self.last_n_epochs)
 
     def epoch_state_to_remove(self, epoch: int) -> int | None:
@@ -94,7 +95,8 @@ class SavePolicy:
         return outdated if outdated > 0 else None
 
     def step_to_remove(self, step: int) -> int | None:
-        """``--save_last_n_steps`` counts steps, not files: older than ``step - n`` is removed."""
+        """Return the step whose weights are removed; ``--save_last_n_steps`` counts steps, not files: older than ``step
+        - n``."""
         return self._outdated_step(step, self.last_n_steps)
 
     def step_state_to_remove(self, step: int) -> int | None:
@@ -109,12 +111,12 @@ class SavePolicy:
 
 
 def is_folder_of_weights(path: Path) -> bool:
-    """Whether a place of weights is a folder by its name, which may have dots."""
+    """Whether a path of weights is a folder by its name, which may have dots."""
     return path.suffix not in _ENDINGS
 
 
 def ema_path(path: Path) -> Path:
-    """The file or folder of averaged weights (``--ema_decay``) beside that of the weights."""
+    """Return the file or folder of averaged weights (``--ema_decay``) beside that of the weights."""
     if is_folder_of_weights(path):
         return path.with_name(f"{path.name}-ema")
     return path.with_name(f"{path.stem}-ema{path.suffix}")
@@ -131,9 +133,9 @@ def is_model(path: Path) -> bool:
 
 
 def remove_outdated(path: Path) -> None:
-    """Remove weights or a state that retention has replaced; failing to is a warning, never the run's end.
+    """Remove weights or a state by retention; a failure is a warning and never ends the run.
 
-    Averages go with their weights. What is neither weights nor a state stays.
+    Averages are removed with their weights. Anything else than weights or a state stays.
     """
     if (averaged := ema_path(path)).exists():
         remove_outdated(averaged)

@@ -1,4 +1,4 @@
-"""``--debug_dataset``: what would be trained on, in windows or on contact sheets, without loading a model."""
+"""``--debug_dataset``: show the training data in windows or on contact sheets, without loading a model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: images on sheets at most; the batch that passes it is the last
+#: most images on sheets; the batch that exceeds it is the last
 MOST_IMAGES = 200
 FOLDER = "debug_dataset"
 
@@ -48,7 +48,7 @@ Batches = Iterator[list[Shown]]
 def show_dataset(options: RunOptions, architecture: Architecture, conditioning_as: Role) -> None:
     """Show the batches of a run in their order; returns when all are shown or written.
 
-    Nothing of the model is needed. Of several processes only the first shows anything.
+    It needs no model. Of several processes only the first shows anything.
 
     Raises:
         UserError: the data or its options are wrong, as before training.
@@ -90,7 +90,7 @@ def show_dataset(options: RunOptions, architecture: Architecture, conditioning_a
 
 
 def batches_of(data: TrainingData, plan: RunPlan, epoch: int, processes: int = 1) -> Batches:
-    """The samples of an epoch (from 0), batch by batch; those of several processes in turn, as they are trained on."""
+    """Yield the samples of an epoch (from 0), batch by batch; those of several processes in turn, in training order."""
     shares = [
         data.batches(epoch, world_size=processes, rank=rank, accumulation=plan.gradient_accumulation_steps)
         for rank in range(processes)
@@ -99,7 +99,7 @@ def batches_of(data: TrainingData, plan: RunPlan, epoch: int, processes: int = 1
     for index, ref in enumerate(in_turn):
         step = plan.step_of(epoch, index // processes)
         ref = replace(ref, progress=Progress(step, plan.total_steps))
-        batch = data.maker.make(ref, lambda captions: {})  # nothing is tokenised
+        batch = data.maker.make(ref, lambda captions: {})  # nothing is tokenized
         yield samples_of(batch, epoch=epoch + 1, step=step + 1, number=index + 1)
 
 
@@ -107,7 +107,7 @@ def batches_of(data: TrainingData, plan: RunPlan, epoch: int, processes: int = 1
 
 
 def write_sheets(batches: Batches, folder: Path, *, total: int) -> None:
-    """Write the batches of an epoch until ``MOST_IMAGES`` are reached, and say where they are.
+    """Write the batches of an epoch up to ``MOST_IMAGES``, and log where they are.
 
     Args:
         total: batches of the epoch.
@@ -123,14 +123,14 @@ def write_sheets(batches: Batches, folder: Path, *, total: int) -> None:
     logger.info("%d batches with %d images are on %d sheets in %s", done, images, writer.sheets, folder)
     logger.info("all captions and metrics are in %s", folder / LIST_NAME)
     if done < total:
-        logger.info("%d more batches of the epoch are not drawn, as %d images are the most", total - done, MOST_IMAGES)
+        logger.info("%d more batches of the epoch are not shown, as %d images are the most", total - done, MOST_IMAGES)
 
 
 # ---- windows ----
 
 
 def browse(epochs: Iterable[Batches], show: Callable[[Shown], str]) -> None:
-    """Show one sample after the other until the end or a key of ``QUIT``.
+    """Show one sample after another until the end or a key of ``QUIT``.
 
     Args:
         show: shows a sample and returns the key that was pressed, in lower case.
@@ -149,7 +149,7 @@ def browse(epochs: Iterable[Batches], show: Callable[[Shown], str]) -> None:
 
 
 def why_no_windows() -> str | None:
-    """Why nothing can be shown on a screen; ``None`` if it can."""
+    """Return why nothing can be shown on a screen; ``None`` if it can."""
     on_linux = sys.platform.startswith("linux")
     if on_linux and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return "there is no display"
@@ -162,7 +162,7 @@ def why_no_windows() -> str | None:
 
 
 def _window_opens() -> bool:
-    """Tried in a process of its own: with a display that is not there, the window system ends the whole program."""
+    """Try it in a separate process: without a display, the window system ends the whole program."""
     tried = "import cv2; cv2.namedWindow('w', cv2.WINDOW_NORMAL); cv2.destroyAllWindows()"
     done = subprocess.run([sys.executable, "-c", tried], capture_output=True, timeout=60, check=False)
     return done.returncode == 0

@@ -1,7 +1,7 @@
-"""``--dry_run``: the plan of a run whose options, data and headers were checked, without loading weights.
+"""``--dry_run``: check options, data and headers of a run and print its plan, without loading weights.
 
-Models are built on the meta device from their files' headers, so that names, shapes and the network that would be
-trained are checked as loading checks them, and parameters can be counted.
+Models are built on the meta device from their files' headers, so that names, shapes and the network are checked as in
+loading, and parameters can be counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from library.training.resume import name_changes
 from library.training.run import Run
 from library.training.summary import summary
 
-#: lines shown at each end of a long list of files
+#: lines that are shown at each end of a long list of files
 _SHOWN = 6
 
 _CLOSING = "dry run: all checks passed; no weights were loaded"
@@ -34,7 +34,7 @@ Rows = list[tuple[str, str]]
 
 
 def dry_run(run: Run) -> None:
-    """Check what the setup could not, and print the plan on the main process.
+    """Check what the setup cannot, and print the plan on the main process.
 
     Raises:
         UserError: headers that lack tensors or do not fit, network arguments or weights that do not fit the model.
@@ -79,7 +79,7 @@ def _size_of(parameters: Iterable[nn.Parameter]) -> str:
 
 
 def _stored(path: Path) -> str:
-    """A model file's size, and the dtypes in it where its header tells; a folder's size."""
+    """Return a model file's size, and its dtypes if the header has them; or a folder's size."""
     if path.is_dir():
         return f"{path}, {_bytes(sum(file.stat().st_size for file in path.rglob('*') if file.is_file()))} in all"
     size = _bytes(path.stat().st_size)
@@ -141,7 +141,7 @@ def _other_files(run: Run) -> list[str]:
 
 
 def print_plan(rows: Rows, files: Sequence[str], *, file: TextIO | None = None) -> None:
-    """Rows and files to standard output: a table on a terminal, plain lines elsewhere."""
+    """Print rows and files to standard output: a table on a terminal, plain lines elsewhere."""
     file = file or sys.stdout
     if not file.isatty():
         for name, value in rows:

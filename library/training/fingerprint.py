@@ -1,6 +1,6 @@
-"""What a resumed run must share with the run that saved the state, to go on exactly.
+"""The properties that a resumed run must share with the run that saved the state, to be exact.
 
-Every option counts unless its declaration says that it is harmless, so a new one cannot be forgotten.
+Every option counts unless its declaration marks it as harmless, so a new one cannot be forgotten.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from library.data.dataset import BucketedDataset, TrainingData
 from library.files.hashes import model_hash
 from library.training.text_caching import text_cache_row
 
-#: keys of a subset that say where things are or how they are read, not what they are
+#: keys of a subset for paths and reading, which do not change the data
 _HARMLESS_KEYS = frozenset(
     {"where", "image_dir", "metadata_file", "conditioning_dir", "cache_info", "on_bad_image", "validation_split",
      "validation_seed", "class_tokens", "caption_extension"}
@@ -41,11 +41,11 @@ def fingerprint(
     optimizer: str,
     kind: Mapping[str, object],
 ) -> dict[str, object]:
-    """Name -> value, both for people; JSON values only.
+    """Return name -> value, both for people; JSON values only.
 
     Args:
         optimizer: name and arguments.
-        kind: what the kind of training adds.
+        kind: entries of the kind of training.
     """
     caches_latents = options.dataset.cache_latents or options.dataset.cache_latents_to_disk
     found: dict[str, object] = {
@@ -69,11 +69,12 @@ def fingerprint(
         found["order of images"] = "by step"  # see library.data.order
     for number, dataset in enumerate(data.datasets, start=1):
         found |= dataset_values(dataset, f"dataset {number}")
-    return json.loads(json.dumps(found, default=str))  # as it comes back from the state
+    return json.loads(json.dumps(found, default=str))  # as JSON returns it from the state
 
 
 def option_values(options: RunOptions) -> Iterator[tuple[str, Any]]:
-    """The options that matter. Those on data are in the datasets, where a dataset file may have changed them."""
+    """Return the options that matter. Data options are part of the datasets, where a dataset file may have changed
+    them."""
     for group_field in dataclasses.fields(options):
         group = getattr(options, group_field.name)
         if getattr(type(group), "harmless", False):
@@ -87,10 +88,10 @@ def option_values(options: RunOptions) -> Iterator[tuple[str, Any]]:
 
 
 def dataset_values(dataset: BucketedDataset, name: str) -> dict[str, object]:
-    """A dataset's settings one by one, and digests of its images, captions and masks."""
+    """Return a dataset's settings one by one, and digests of its images, captions and masks."""
     records = dataset.records
     found: dict[str, object] = {
-        # their place in the list is part of the identity of images
+        # their index in the list is part of the identity of images
         f"images of {name}": digest(f"{r.subset} {r.name} {r.size}" for r in records),
         f"captions of {name}": digest(r.caption for r in records),
         f"masks of {name}": digest(r.conditioning.name if r.conditioning else "" for r in records),
@@ -114,7 +115,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def digest(lines: Iterable[str]) -> str:
-    """One short text for many; messages say only that it changed."""
+    """Return one short text for many; messages only say that it changed."""
     whole = hashlib.sha256()
     for line in lines:
         whole.update(line.encode("utf-8", "surrogatepass") + b"\0")
@@ -126,12 +127,12 @@ def is_digest(value: object) -> bool:
 
 
 def content_of(path_or_id: str | None) -> str | None:
-    """A file by size and short hash, wherever it lies; a folder by its files' sizes; a Hub id by its name."""
+    """Identify a file by size and short hash, wherever it is; a folder by its files' sizes; a Hub id by its name."""
     if path_or_id is None or not Path(path_or_id).exists():
         return path_or_id
     path = Path(path_or_id)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    # the start of a small file too, which the short hash does not reach
+    # the start of a small file too, which the short hash does not cover
     return digest(f"{f.relative_to(path)} {f.stat().st_size} {model_hash(f)} {_start(f)}" for f in files)
 
 

@@ -1,4 +1,4 @@
-"""Which module was the first to give a value that is not finite. Waits for the device; for looking into one step."""
+"""Find the first module with an output that is not finite. It waits for the device and is for inspecting one step."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Finding:
     parameter_norm: float
 
     def text(self) -> str:
-        """Two lines on it, the second for what to look at."""
+        """Return two lines, the second with a hint."""
         where = "its parameters are" if not self.parameter_norm < float("inf") else "its input is"
         made = self.input_norm < float("inf") and self.parameter_norm < float("inf")
-        hint = "input and parameters are finite, so it is made here" if made else f"{where} not finite already"
+        hint = "input and parameters are finite, so it originates here" if made else f"{where} not finite already"
         return (
             f"first not finite: {self.module} ({self.kind}), {self.bad_values} of {self.values} values\n"
             f"  norms: input {self.input_norm:g}, parameters {self.parameter_norm:g}, finite output "
@@ -36,7 +36,7 @@ class Finding:
 
 
 class FirstNonFinite:
-    """A context in which the forward passes of modules are watched.
+    """A context that watches the forward passes of modules.
 
     ``found`` is the first module to end its forward pass with a value that is not finite: of nested ones the innermost.
 
@@ -84,7 +84,7 @@ class FirstNonFinite:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The floating point tensors within tuples, lists, dicts and the libraries' output classes."""
+    """Yield the floating point tensors within tuples, lists, dicts and the libraries' output classes."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value.detach()

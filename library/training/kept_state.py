@@ -1,4 +1,4 @@
-"""What ``--on_nan rollback`` goes back to: weights, optimizer and averages of some steps, in host memory."""
+"""The snapshots of ``--on_nan rollback``: weights, optimizer and averages of some steps, in host memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from library.optim.flat import all_finite
 from library.optim.update import Update
 
-#: steps between two states that are kept
+#: steps between two snapshots
 KEPT_EVERY = 25
 
 
@@ -22,14 +22,14 @@ class _Copy:
 
     step: int
     parameters: list[Tensor]
-    state: dict[Tensor, dict[str, Any]]  # of the optimizer, by what it moves
+    state: dict[Tensor, dict[str, Any]]  # state of the optimizer, by parameter
     groups: list[dict[str, Any]]
     averages: dict[str, Tensor] | None
     finite: Tensor
 
 
 class KeptState:
-    """The last state known to be finite, and a newer one whose step is not judged yet."""
+    """The last snapshot known to be finite, and a newer one whose step is not checked yet."""
 
     def __init__(self, update: Update) -> None:
         self._update = update
@@ -37,7 +37,7 @@ class KeptState:
         self._candidate: _Copy | None = None
 
     def start(self, step: int) -> None:
-        """Keep the state that the run starts from."""
+        """Take the snapshot that the run starts from."""
         if self._kept is None:
             self._kept = self._copy(step)
 
@@ -46,7 +46,7 @@ class KeptState:
             self._candidate = self._copy(step)
 
     def confirm(self, step: int) -> bool:
-        """The step was good, and the device has done it; whether a newer state is kept by that."""
+        """Confirm a finite step that the device has completed; returns whether a newer snapshot is now valid."""
         if self._candidate is None or self._candidate.step > step:
             return False
         candidate, self._candidate = self._candidate, None
@@ -59,7 +59,7 @@ class KeptState:
         optimizer = self._update.optimizer
         parameters = [p.detach() for p in self._update.parameters]
         average = self._update.average
-        # some keep other things there, too
+        # some optimizers keep other values there, too
         states = {p: state for p, state in optimizer.state.items() if isinstance(p, Tensor) and state}
         tensors = [*parameters, *(v for s in states.values() for v in s.values() if isinstance(v, Tensor))]
         return _Copy(
@@ -76,9 +76,9 @@ class KeptState:
 
     @torch.no_grad()
     def restore(self) -> int:
-        """Bring the kept state back, all but the learning rates, whose schedule goes on."""
+        """Restore the snapshot, except the learning rates, whose schedule continues."""
         kept, optimizer = self._kept, self._update.optimizer
-        self._candidate = None  # it comes after the step that went wrong
+        self._candidate = None  # it was taken after the bad step
         for parameter, value in zip(self._update.parameters, kept.parameters, strict=True):
             parameter.copy_(value)
         for parameter in [p for p in optimizer.state if isinstance(p, Tensor) and p not in kept.state]:
@@ -98,7 +98,7 @@ class KeptState:
 
 
 def _to_host(value: Any) -> Any:
-    """A copy; of a device tensor behind the work that is queued, without waiting."""
+    """Return a copy on the host; of a device tensor behind the queued work, without waiting."""
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     value = value.detach()
@@ -108,7 +108,7 @@ def _to_host(value: Any) -> Any:
 
 
 def _put(values: dict[str, Any], name: str, kept: Any) -> None:
-    """In place where that is possible, as optimizers may hold their tensors elsewhere, too."""
+    """Write in place if possible, because optimizers may have further references to their tensors."""
     now = values.get(name)
     if isinstance(kept, Tensor) and isinstance(now, Tensor) and now.shape == kept.shape:
         now.copy_(kept)

@@ -1,4 +1,4 @@
-"""What accelerate's configuration may ask for. ``accelerate launch`` hands it to every process in the environment."""
+"""Check accelerate's configuration, which ``accelerate launch`` passes to every process in the environment."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 _INSTEAD = "use accelerate launch --multi_gpu, or an accelerate configuration without it; see docs/multi_gpu.md"
 _USE_FSDP = "ACCELERATE_USE_FSDP"
 
-#: variable -> what it stands for, why it cannot be had, and what to do
+#: variable -> its name, why it is refused, and what to do
 UNSUPPORTED = MappingProxyType(
     {
         "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", f"it has models of its own; {_INSTEAD}"),
         "ACCELERATE_USE_PARALLELISM_CONFIG": (
             "a parallelism_config",
-            f"models are shared out over all processes or none; {_INSTEAD}",
+            f"models are sharded over all processes or none; {_INSTEAD}",
         ),
     }
 )
 
-#: switches of FSDP that have an option of this program, or no meaning: variable -> setting and what to do
+#: switches of FSDP that have an option in this program, or no meaning: variable -> setting and what to do
 _UNSUPPORTED_SWITCHES = MappingProxyType(
     {
         "FSDP_ACTIVATION_CHECKPOINTING": (
@@ -45,20 +45,20 @@ _UNSUPPORTED_SWITCHES = MappingProxyType(
     }
 )
 
-#: wrapping policies that would not do: why
+#: wrapping policies that are refused, with the reason
 _UNSUPPORTED_POLICIES = MappingProxyType(
     {
-        "SIZE_BASED_WRAP": "modules of some size may be such that are never called, whose weights stay in pieces",
+        "SIZE_BASED_WRAP": "it may wrap modules that are never called, whose weights would stay sharded",
         "NO_WRAP": "the whole model would be gathered for each step",
     }
 )
 
 
 def check_launch(options: TrainingOptions) -> None:
-    """Refuse what this run cannot do, and say what it decides by itself.
+    """Refuse settings that this run cannot use, and warn of settings that its options decide.
 
     Raises:
-        UserError: one line for each thing that would otherwise be silently left out.
+        UserError: one line for each setting that would otherwise be ignored in silence.
     """
     problems = [
         f"accelerate's configuration asks for {name}: {why}"
@@ -103,14 +103,14 @@ def _problems_of_sharding(options: TrainingOptions) -> list[str]:
         )
     for name in ("fp8_base", "fp8_base_unet"):
         if getattr(options, name):
-            problems.append(f"--{name}: weights in fp8 cannot be shared out by FSDP; remove one of them")
+            problems.append(f"--{name}: weights in fp8 cannot be sharded by FSDP; remove one of them")
     if options.torch_compile:
         problems.append("--torch_compile: not with FSDP, which works between the blocks; remove one of them")
     return problems
 
 
 def asked_sharding() -> Sharding | None:
-    """How accelerate's configuration, which ``check_launch`` has passed, wants the frozen model shared out; if it does.
+    """Return the sharding in accelerate's configuration, which ``check_launch`` has passed, or ``None``.
 
     Raises:
         UserError: accelerate cannot read its own configuration.
@@ -135,7 +135,7 @@ def asked_sharding() -> Sharding | None:
 
 @contextlib.contextmanager
 def without_their_sharding() -> Iterator[None]:
-    """accelerate's object is made as for plain data parallelism, as which trained weights are handled and saved."""
+    """Let accelerate's object be made as for plain data parallelism, by which trained weights are handled and saved."""
     given = {name: os.environ[name] for name in (_USE_FSDP, USE_DEEPSPEED) if name in os.environ}
     os.environ.update(dict.fromkeys(given, "false"))
     try:

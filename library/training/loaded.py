@@ -1,4 +1,4 @@
-"""A run with its models loaded, and all that trains, judges and saves them."""
+"""A run with its models loaded, and everything that trains, validates and saves them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from library.training.validation import Validation
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What the loop of a run works with."""
+    """Everything that the loop of a run uses."""
 
     run: Run
     models: Models
@@ -29,10 +29,10 @@ class LoadedRun:
     saver: Saver
     previews: PreviewGenerator
     prompts: SamplePrompts  # of the previews
-    loading: Mapping[str, Any]  # how batches are prepared
+    loading: Mapping[str, Any]  # preparation of batches
     validation: Validation | None  # where images are held out
 
     @property
     def best(self) -> Mapping[str, float]:
-        """The best validation so far, for state folders."""
+        """Return the best validation so far, for state folders."""
         return self.validation.best.state() if self.validation is not None else {}

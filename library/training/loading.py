@@ -1,4 +1,4 @@
-"""A run's stages after its setup: caches made, models loaded, and everything built that trains them."""
+"""The stages of a run after its setup: make caches, load models, and build everything that trains them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_kind(run: Run) -> Kind:
-    """A fresh object of the run's kind."""
+    """Return a fresh object of the run's kind."""
     return run.kind(
         run.architecture,
         run.options,
@@ -54,7 +54,7 @@ def make_kind(run: Run) -> Kind:
 
 
 def models_on_meta(run: Run) -> Models:
-    """The run's models without weights.
+    """Return the run's models without weights.
 
     Raises:
         UserError: headers that lack tensors, or whose shapes do not fit.
@@ -70,9 +70,9 @@ def models_on_meta(run: Run) -> Models:
 
 
 def make_caches(run: Run, interrupt: Interrupt) -> Cached:
-    """Make or read the caches of latents and texts; afterwards the VAE is only kept where it is still needed.
+    """Make or read the caches of latents and texts; afterwards the VAE is kept only if it is still needed.
 
-    What does not fit the model is found before.
+    Mismatches with the model are found first.
 
     Raises:
         UserError: see ``Kind.check_models``, ``cache_latents`` and ``cache_texts``.
@@ -90,7 +90,7 @@ def make_caches(run: Run, interrupt: Interrupt) -> Cached:
         interrupt=interrupt,
     )
     if run.caches_latents:
-        keep = bool(prompts) or architecture.takes_images  # which fetch it back
+        keep = bool(prompts) or architecture.takes_images  # which load it again
         vae = cache_latents(job, keep_vae=keep)
     else:
         vae = job.load_vae()
@@ -104,10 +104,10 @@ def make_caches(run: Run, interrupt: Interrupt) -> Cached:
 
 
 def load_run(run: Run, cached: Cached) -> LoadedRun:
-    """Load the models, build what is trained, and resume.
+    """Load the models, build the trained modules, and resume.
 
     Raises:
-        UserError: what is trained does not fit the models; a state that does not fit the run.
+        UserError: the trained modules do not fit the models, or a state does not fit the run.
     """
     kind = make_kind(run)
     models = _load_models(run, cached, kind)
@@ -116,7 +116,7 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
     width = save_dtype(options.output)
     check_space(run.names.directory, sum(p.numel() * (width or p.dtype).itemsize for p in update.parameters))
     record = _record(run, kind)
-    # after all that reads or changes whole weights: merging, and the making of adapters
+    # after everything that reads or changes whole weights: merging, and creating adapters
     blocks = run.architecture.compiled_blocks
     if run.sharding is not None:
         shard_model(models.denoiser, blocks, run.sharding, run.device)
@@ -144,7 +144,7 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
 
 
 def _load_models(run: Run, cached: Cached, kind: Kind) -> Models:
-    """The models in the form that they keep: changed by the kind, in fp8 if asked for."""
+    """Load the models in their final form: changed by the kind, in fp8 if asked for."""
     architecture, checkpoint, training = run.architecture, run.checked.checkpoint, run.options.training
     fp8 = precision.Fp8Parts.of(run.options)
     tokenizers = architecture.load_tokenizers(checkpoint)
@@ -170,7 +170,7 @@ def _load_models(run: Run, cached: Cached, kind: Kind) -> Models:
 
 
 def _load_text_encoders(run: Run, needs: Mapping[str, Need], *, home: str) -> list[nn.Module]:
-    """The text encoders whose outputs are not cached, each in the dtype that it is needed in."""
+    """Load the text encoders whose outputs are not cached, each in its dtype."""
     count = len(run.cached_encoders)
     dtypes = [needs[n].dtype if n in needs else run.weight_dtype for n in map(text_encoder_name, range(1, count + 1))]
     widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=run.weight_dtype)
@@ -250,7 +250,7 @@ def _previews(run: Run, models: Models, kind: Kind, cached: Cached) -> PreviewGe
 
 
 def batch_preparation(run: Run, models: Models) -> dict[str, Any]:
-    """How batches are prepared, those of training and those of validation."""
+    """Return the preparation of batches, for training and for validation."""
     model, dataset = run.options.model, run.options.dataset
     return {
         "tokenize": Tokenize(run.architecture, models.tokenizers, model.max_token_length, model.weighted_captions),
@@ -261,7 +261,7 @@ def batch_preparation(run: Run, models: Models) -> dict[str, Any]:
 
 
 def _loader_processes(given: int) -> int:
-    """How many processes prepare batches: no more than threads of the processor, of which the default leaves one."""
+    """Return the number of loader workers: at most the processor's threads, by default one less."""
     threads = os.cpu_count() or 1
     return min(given, max(1, threads - 1) if given == DatasetOptions.max_data_loader_n_workers else threads)
 

@@ -1,4 +1,4 @@
-"""What a run shows and records: the summary before the first step, progress, and trackers.
+"""Show and record a run: the summary before the first step, progress, and trackers.
 
 Keys of trackers are the published ones (``loss/current``, ``loss/average``, ``lr/unet``, ...).
 """
@@ -31,14 +31,14 @@ PLAIN_LINE_INTERVAL = 10.0
 
 @dataclass(frozen=True)
 class TrackerSettings:
-    """Where metrics go; TensorBoard is always on, beside the output unless a folder is given."""
+    """The targets of metrics; TensorBoard is always on, in the output folder unless another one is given."""
 
     directory: Path
     backends: tuple[str, ...]
     tracker_name: str
     init_kwargs: Mapping[str, Mapping[str, Any]]
     wandb_api_key: str | None = field(default=None, repr=False)
-    #: ``--log_tracker_config`` and what stands in it
+    #: ``--log_tracker_config`` and its content
     config_file: str | None = None
     tables: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,7 +79,7 @@ class TrackerSettings:
         )
 
     def check(self) -> list[NoEffect]:
-        """What can be known of the trackers before anything is loaded; returns warnings of tables without effect.
+        """Check the trackers before anything is loaded; returns warnings of tables without effect.
 
         Raises:
             UserError: a tracker whose package is missing, or a table of ``--log_tracker_config`` that it cannot take.
@@ -105,7 +105,7 @@ class TrackerSettings:
         return idle
 
 
-#: tracker -> settings that have an option of their own
+#: tracker -> settings that have their own option
 _TRACKERS: Mapping[str, Mapping[str, str]] = {
     "tensorboard": {"log_dir": "give it as --logging_dir"},
     "wandb": {"project": "give it as --log_tracker_name", "config": "give --log_config"},
@@ -113,7 +113,7 @@ _TRACKERS: Mapping[str, Mapping[str, str]] = {
 
 
 def _settings_of(tracker: str) -> list[str] | None:
-    """Arguments of what opens a tracker, which a table of ``--log_tracker_config`` may hold; ``None`` where any may."""
+    """Return the settings of a tracker that ``--log_tracker_config`` may hold; ``None`` if any."""
     if tracker == "wandb":
         import wandb
 
@@ -154,16 +154,16 @@ class Trackers:
                 tracker.log(dict(values), step=step)
 
     def log_by_epoch(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
-        """Metrics of an epoch, over the epochs (counted from 1) where a tracker has more than one axis."""
+        """Log metrics of an epoch, by epoch (counted from 1) where a tracker has more than one axis."""
         for tracker in self._accelerator.trackers:
             with self._or_without(tracker):
-                if tracker.name == "wandb":  # its steps never go back, so the epoch is a figure of its own
+                if tracker.name == "wandb":  # its steps never go back, so the epoch is a separate metric
                     tracker.log({**values, "global_step": step, "epoch": epoch}, step=step)
                 else:
                     tracker.log(dict(values), step=epoch)
 
     def images(self, images: Mapping[str, Image], step: int) -> None:
-        """Sample images, under ``sample_<index>``."""
+        """Log sample images, under ``sample_<index>``."""
         import numpy as np
 
         for tracker in self._accelerator.trackers:
@@ -177,7 +177,7 @@ class Trackers:
                     tracker.log({name: wandb.Image(image) for name, image in images.items()}, step=step)
 
     def close(self) -> None:
-        # not end_training, which would part the processes; they still save the last state together
+        # not end_training, which would disconnect the processes; they still save the last state together
         for tracker in self._accelerator.trackers:
             with self._or_without(tracker):
                 tracker.finish()
@@ -185,7 +185,7 @@ class Trackers:
 
     @contextlib.contextmanager
     def _or_without(self, tracker: GeneralTracker) -> Iterator[None]:
-        """A full disk ends what a tracker records, and not the run, of which the weights are what matters."""
+        """Continue without a tracker if its disk is full: the weights matter, not the log."""
         try:
             yield
         except OSError as error:

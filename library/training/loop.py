@@ -1,4 +1,4 @@
-"""The loop: batches to optimizer steps. It knows nothing of models; a trainer gives it a loss and hooks.
+"""The training loop: batches to optimizer steps. It knows nothing of models; a trainer gives it a loss and hooks.
 
 Per batch: seed dropout, loss, backward. Per step: update, which ``library.optim.update`` does alone.
 Metrics are read one step late (``library.training.metrics``), so no step waits for the device.
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class LoopHooks(Protocol):
-    """What happens between steps; steps and epochs are counted from 1."""
+    """Hooks between steps; steps and epochs are counted from 1."""
 
     def batches(self, epoch: int, start_batch: int) -> Iterable[Batch]:
-        """The rest of an epoch (counted from 0 here), from one of its batches on."""
+        """Return the rest of an epoch (counted from 0 here), from one of its batches on."""
         ...
 
     def loss(self, batch: Batch) -> Tensor: ...
@@ -36,23 +36,23 @@ class LoopHooks(Protocol):
     def epoch_started(self, epoch: int) -> None: ...
 
     def batch_started(self, batch: Batch, step: int) -> None:
-        """Before a forward pass; ``step`` steps are done."""
+        """Called before a forward pass; ``step`` steps are done."""
         ...
 
     def step_ended(self, step: int, epoch: int) -> Metrics:
-        """After the update of the weights, which it may limit; may return further metrics to record."""
+        """Called after the update of the weights, which it may limit; may return further metrics."""
         ...
 
     def metrics_ready(self, metrics: StepMetrics) -> None: ...
 
     def step_failed(self, bad: BadStep, *, ends_run: bool, back_to: int | None) -> None:
-        """Instead of ``metrics_ready`` for a step that is not finite; all processes take part.
+        """Called instead of ``metrics_ready`` for a step that is not finite; all processes take part.
 
         Args:
-            back_to: the step whose state was brought back.
+            back_to: the step whose snapshot was restored.
 
         Raises:
-            NonFiniteLoss: if the run ends by it.
+            NonFiniteLoss: if it ends the run.
         """
         ...
 
@@ -61,11 +61,11 @@ class LoopHooks(Protocol):
     def save_after_epoch(self, step: int, epoch: int) -> None: ...
 
     def is_save_due(self, step: int) -> bool:
-        """Whether anything will be saved after this step or its epoch, so that all is checked to be finite first."""
+        """Whether anything will be saved after this step or its epoch, which is then checked to be finite first."""
         ...
 
     def is_over(self) -> bool:
-        """Asked after the saves of a step: whether the run ends here, before its last step."""
+        """Called after the saves of a step: whether the run ends here, before its last step."""
         ...
 
     def interrupted(self, step: int, epoch: int) -> None: ...
@@ -83,13 +83,13 @@ def run_loop(
     on_nan: OnNan = "stop",
     keeps_copies: bool = True,
 ) -> int:
-    """Train from ``start_step`` to ``plan.total_steps``; returns the number of steps done.
+    """Train from ``start_step`` to ``plan.total_steps``; return the number of steps done.
 
     Args:
-        keeps_copies: whether the device has memory for copies of what is trained, see ``StepGuard``.
+        keeps_copies: whether the device has memory for copies of the trained weights, see ``StepGuard``.
 
     Raises:
-        NonFiniteLoss: for what is not finite, as ``on_nan`` says; found before the next save.
+        NonFiniteLoss: a value is not finite and ``on_nan`` ends the run; found before the next save.
     """
     metrics = DeferredMetrics()
     times = StepTimes()
@@ -126,7 +126,7 @@ def run_loop(
             for index in range(count):
                 batch = times.waiting(batches)
                 hooks.batch_started(batch, step)
-                # dropout draws from torch's global generators: keyed by the step, not by what ran before
+                # dropout uses torch's global generators: seeded by the step, not by history
                 torch.manual_seed(key(seed, "batch", step, index, accelerator.process_index))
                 loss = hooks.loss(batch)
                 update.backward(loss)

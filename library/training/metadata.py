@@ -1,6 +1,6 @@
-"""What a saved file records of its making: the published ``ss_*`` keys (``modelspec.*`` is beside).
+"""The record of training in a saved file: the published ``ss_*`` keys (``modelspec.*`` is separate).
 
-Every value is text, as Python's ``str`` writes it: ``None`` is "None", booleans "True" and "False".
+Every value is a string from Python's ``str``: ``None`` is "None", booleans are "True" and "False".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 @lru_cache(maxsize=1)
 def source_revision() -> str | None:
-    """The commit of this checkout, or ``None`` outside of git."""
+    """Return the commit of this checkout, or ``None`` outside of git."""
     if not (PROJECT_ROOT / ".git").exists():
         return None
     try:
@@ -38,7 +38,7 @@ def source_revision() -> str | None:
 
 @dataclass(frozen=True)
 class HashedFile:
-    """A model file whose hashes are made while training runs, and read at the first save."""
+    """A model file whose hashes are computed during training, and read at the first save."""
 
     name: str
     short_hash: str | None
@@ -64,7 +64,7 @@ class HashedFile:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known once a run is set up; ``at_save`` adds what changes from save to save."""
+    """The entries that are known once a run is set up; ``at_save`` adds those of a save."""
 
     options: RunOptions
     architecture: Architecture
@@ -77,7 +77,7 @@ class RunRecord:
     vae_file: HashedFile | None = None
 
     def at_save(self, *, step: int, epoch: int) -> dict[str, str]:
-        """Metadata of a file saved after ``step`` steps in ``epoch``, both counted from 1."""
+        """Return the metadata of a file saved after ``step`` steps in ``epoch``, both counted from 1."""
         if self.fixed is None:
             return self._modelspec()
         entries: dict[str, object] = dict(self.fixed)
@@ -138,7 +138,7 @@ def fixed_entries(
     kind: Mapping[str, object],
     data: Mapping[str, object],
 ) -> dict[str, str]:
-    """The ``ss_*`` keys that hold for the whole run.
+    """Return the ``ss_*`` keys of the whole run.
 
     Args:
         kind: what the kind of training adds.

@@ -1,4 +1,4 @@
-"""Metrics of a step (loss, gradient norm) brought to the host without stopping the device.
+"""Bring the metrics of a step (loss, gradient norm) to the host without stopping the device.
 
 Reading a device tensor with ``.item()`` waits for all queued work. Here each step's metrics are packed
 into one small tensor, copied to pinned memory behind the step's own work, and read one step later, when
@@ -43,7 +43,7 @@ class DeferredMetrics:
         self._pending: deque[_Pending] = deque()
 
     def push(self, step: int, metrics: dict[str, Tensor], measured: Mapping[str, float] | None = None) -> None:
-        """Start the copy of 0-dim tensors that live on one device; what was ``measured`` on the host goes with them."""
+        """Start the copy of 0-dim tensors on one device; ``measured`` are values from the host."""
         packed = torch.stack([value.detach().float() for value in metrics.values()])
         ready = None
         if packed.is_cuda:
@@ -56,7 +56,7 @@ class DeferredMetrics:
         self._pending.append(_Pending(step, tuple(metrics), host, measured or {}, ready))
 
     def pop(self, *, keep: int = 1) -> list[StepMetrics]:
-        """Take out all but the newest ``keep`` entries; ``keep=0`` waits for the device."""
+        """Remove and return all but the newest ``keep`` entries; ``keep=0`` waits for the device."""
         taken = []
         while len(self._pending) > keep:
             entry = self._pending.popleft()
@@ -68,10 +68,10 @@ class DeferredMetrics:
 
 
 class StepTimes:
-    """Seconds from the end of one step to the end of the next, and how many of them passed in waiting for data.
+    """Measures seconds from the end of one step to the end of the next, and the part spent waiting for data.
 
-    Taken by the host's clock, so the device is not asked; where it is the slower one the host is held up by it at the
-    metrics of the step before, and both are those of the device too.
+    It uses the host's clock, so nothing waits for the device. If the device is slower, the host waits for the metrics
+    of the previous step, so both times are the device's too.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class StepTimes:
         self._waited = 0.0
 
     def waiting(self, batches: Iterator[T]) -> T:
-        """The next batch; the time that it takes to come counts."""
+        """Return the next batch, and count the time until it arrives."""
         began = time.perf_counter()
         try:
             return next(batches)
@@ -87,7 +87,7 @@ class StepTimes:
             self._waited += time.perf_counter() - began
 
     def end_step(self) -> dict[str, float]:
-        """``time/step`` and, as a part of it, ``time/data_wait``."""
+        """Return ``time/step`` and, as a part of it, ``time/data_wait``."""
         now = time.perf_counter()
         times = {"time/step": now - self._ended, "time/data_wait": self._waited}
         self._ended, self._waited = now, 0.0
@@ -95,14 +95,15 @@ class StepTimes:
 
 
 class DataWait:
-    """Which share of the time between steps passed in waiting for data, from the second step of this process on."""
+    """The fraction of the time between steps that was spent waiting for data, from the second step of this process
+    on."""
 
     def __init__(self) -> None:
         self._steps = 0
         self._total = self._waited = 0.0
 
     def add(self, times: Mapping[str, float]) -> None:
-        """The times of one step, as ``StepTimes`` gives them."""
+        """Add the times of one step from ``StepTimes``."""
         self._steps += 1
         if self._steps > 1:
             self._total += times["time/step"]
@@ -114,7 +115,7 @@ class DataWait:
 
 
 class LossAverage:
-    """Mean loss over the steps of the last epoch's length, the published ``loss/average``."""
+    """The mean loss over as many steps as an epoch has, the published ``loss/average``."""
 
     def __init__(self, window: int) -> None:
         self._window: deque[float] = deque(maxlen=max(1, window))
@@ -127,7 +128,7 @@ class LossAverage:
         return sum(self._window) / len(self._window) if self._window else float("nan")
 
     def state(self) -> list[float]:
-        """What a resumed run needs to show the same average."""
+        """Return what a resumed run needs for the same average."""
         return list(self._window)
 
     def restore(self, losses: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""The models of a run: loaded, or on the meta device with names, shapes and dtypes but no weights."""
+"""The models of a run: loaded, or on the meta device with names, shapes and dtypes but without weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 from library.architectures.base import Architecture
 
-#: name of a part, as ``Architecture.parts`` has it
+#: name of a part in ``Architecture.parts``
 DENOISER = "denoiser"
 
 
 def text_encoder_name(number: int) -> str:
-    """The name of a text encoder, counted from 1."""
+    """Return the name of a text encoder, counted from 1."""
     return f"text_encoder_{number}"
 
 
@@ -33,23 +33,23 @@ class Models:
 
     @property
     def encoding(self) -> list[nn.Module | None]:
-        """The text encoders that encode captions in a step; ``None`` for those whose outputs are cached."""
+        """Return the text encoders that encode captions in a step; ``None`` for those whose outputs are cached."""
         cached = self.cached or (False,) * len(self.text_encoders)
         return [None if is_cached else m for m, is_cached in zip(self.text_encoders, cached, strict=True)]
 
     def part(self, name: str) -> nn.Module:
-        """The denoiser or a text encoder, by its name."""
+        """Return the denoiser or a text encoder, by its name."""
         if name == DENOISER:
             return self.denoiser
         names = [text_encoder_name(number) for number in range(1, len(self.text_encoders) + 1)]
         return self.text_encoders[names.index(name)]
 
     def modules(self) -> list[nn.Module]:
-        """All models that are there."""
+        """Return all present models."""
         return [*self.text_encoders, self.denoiser, *([self.vae] if self.vae is not None else [])]
 
     def named(self) -> list[tuple[str, nn.Module]]:
-        """The models with names for people."""
+        """Return the models with names for people."""
         several = len(self.text_encoders) > 1
         encoders = enumerate(self.text_encoders, start=1)
         named = [(f"text encoder {n}" if several else "text encoder", m) for n, m in encoders]
@@ -66,7 +66,7 @@ def load_on_meta(
     tokenizers: Sequence[Any] = (),
     cached: Sequence[bool] = (),
 ) -> Models:
-    """Build all models from their files' headers, without any weight.
+    """Build all models from their files' headers, without weights.
 
     Raises:
         UserError: headers that lack tensors, or whose shapes do not fit.

@@ -1,4 +1,4 @@
-"""The public network-module protocol as the trainer speaks it: ``networks.lora``, LyCORIS and others."""
+"""The trainer's side of the public network-module protocol: ``networks.lora``, LyCORIS and others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_network_args(arguments: list[str] | None) -> dict[str, str]:
-    """``key=value`` words to a dict of texts.
+    """Parse ``key=value`` words into a dict of strings.
 
     Raises:
         UserError: a word without ``=``.
@@ -43,7 +43,7 @@ def parse_network_args(arguments: list[str] | None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class NetworkModule:
-    """A network module with the options that its networks are made with."""
+    """A network module with the options of its networks."""
 
     module: ModuleType
     options: NetworkOptions
@@ -51,7 +51,7 @@ class NetworkModule:
 
     @staticmethod
     def of(options: NetworkOptions) -> NetworkModule:
-        """Raises UserError: no such module, or arguments that are no ``key=value``."""
+        """Import the module. Raises UserError: no such module, or arguments that are no ``key=value``."""
         module = import_network_module(options.network_module)
         return NetworkModule(module, options, parse_network_args(options.network_args))
 
@@ -61,7 +61,7 @@ class NetworkModule:
 
     @contextlib.contextmanager
     def naming(self, doing: str) -> Iterator[None]:
-        """Name the module of a third-party network in what it raises; ours say themselves what is wrong."""
+        """Add the module's name to errors of a third-party network; our modules raise their own errors."""
         with contextlib.nullcontext() if self.is_ours else naming_module(self.options.network_module, doing):
             yield
 
@@ -82,15 +82,15 @@ class NetworkModule:
                     check_adapter_file(Path(path))
 
     def models(self, models: Models) -> tuple[nn.Module | list[nn.Module], nn.Module]:
-        """Text encoders and denoiser as functions of network modules take them."""
+        """Return text encoders and denoiser as arguments of network modules."""
         denoiser = denoiser_argument(self.options.network_module, models.denoiser)
         return text_argument(models.text_encoders), denoiser
 
     def create(self, models: Models, *, sharded: bool) -> tuple[Any, Mapping[str, str]]:
-        """Make a network over the models; with it come the arguments that it needed beside those given.
+        """Make a network for the models; returns it with the arguments that it needed beside the given ones.
 
         Raises:
-            UserError: the module cannot make one of these options.
+            UserError: the module cannot make one with these options.
         """
         options = self.options
         text, denoiser = self.models(models)
@@ -127,7 +127,7 @@ class NetworkModule:
             raise UserError(f"--scale_weight_norms: {reason}; leave it out")
 
     def base_networks(self, models: Models) -> Iterator[tuple[str, float, Merged]]:
-        """For each file of ``--base_weights``: its path, strength and network."""
+        """Yield path, strength and network for each file of ``--base_weights``."""
         multipliers = list(self.options.base_weights_multiplier or [])
         text, denoiser = self.models(models)
         for index, path in enumerate(self.options.base_weights or []):
@@ -140,10 +140,10 @@ class NetworkModule:
     def parameter_groups(
         self, network: Any, *, text_lrs: Sequence[float] | None, unet_lr: float | None, default_lr: float
     ) -> tuple[list[Any], list[str | None] | None]:
-        """Ask the network for its groups in the newest form of the protocol that it speaks.
+        """Ask the network for its groups in the newest form of the protocol that it supports.
 
         Returns:
-            Groups as optimizers take them, and names for them, if the network gives any.
+            Groups for optimizers, and their names, if the network has any.
 
         Raises:
             UserError: nothing to train.

@@ -1,9 +1,9 @@
-"""Losses and gradients that are not finite: found without waiting for the device, and what follows (``--on_nan``).
+"""Find losses and gradients that are not finite, without waiting for the device, and react to them (``--on_nan``).
 
-A step is *bad* when its loss, averaged over processes, or the norm of its gradients is not finite. The flag is made on
-the device and read with the step's metrics, one step later (``library.training.metrics``). Until then the weights
-before the step are kept, so that the step can be run again (``library.training.replay``). Where what is trained is a
-whole model, whose copy the device has no memory for, nothing is kept: a bad step ends the run, and leaves no recording.
+A step is *bad* when its loss, averaged over processes, or the norm of its gradients is not finite. The flag is computed
+on the device and read with the step's metrics, one step later (``library.training.metrics``). Until then the weights
+before the step are kept, so that the step can be repeated (``library.training.replay``). In full training, where the
+device has no memory for a copy, nothing is kept: a bad step ends the run without a recording.
 
 ``stop``
     The run ends when the flag is read; nothing has been saved since.
@@ -12,12 +12,12 @@ whole model, whose copy the device has no memory for, nothing is kept: a bad ste
     step, and afterwards the weights are put back as they were. The optimizer's own state is then that of one step
     with a zero gradient: momenta shrink by their betas and its count goes on, as does the learning rate's schedule.
 ``rollback``
-    As ``skip``, and when the flag is read, weights, optimizer and averages go back to the last kept state, at most
-    ``KEPT_EVERY`` steps and one old (``library.training.kept_state``). The data, the count of steps and the schedule go on, so that a batch is not met
-    again, and names of files and curves never go back.
+    As ``skip``, and when the flag is read, weights, optimizer and averages return to the last snapshot, at most
+    ``KEPT_EVERY`` steps and one old (``library.training.kept_state``). The data, the step count and the schedule
+    continue, so the same batch does not come again, and file names and curves never go back.
 
-With fp16 the gradient scaler meets infinite gradients as a matter of course: it leaves such updates out by itself and
-halves its scale, so there a step is bad by its loss alone.
+With fp16, infinite gradients are usual: the gradient scaler skips such updates and halves its scale, so there only the
+loss decides whether a step is bad.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ if TYPE_CHECKING:
 
 OnNan = Literal["stop", "skip", "rollback"]
 
-#: bad steps in a row (for rollback: without a newly kept state between) before the run is stopped all the same
+#: bad steps in a row (for rollback: without a new snapshot in between) before the run stops in any case
 MOST_IN_A_ROW = 10
 _FLAG, _BATCH = "finite", "batch "
 
 
 class NonFiniteLoss(UserError):
-    """Training went wrong numerically; nothing after the last save is kept."""
+    """Training diverged; nothing after the last save is kept."""
 
 
 @dataclass(frozen=True)
 class BatchNote:
-    """What a bad batch is named by."""
+    """The description of a bad batch."""
 
     paths: list[str]
     captions: list[str]
@@ -66,7 +66,7 @@ class BatchNote:
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step whose loss or gradients are not finite, as one process saw it."""
+    """A step whose loss or gradients are not finite, from the view of one process."""
 
     step: int  # counted from 1
     values: dict[str, float]  # metrics over all processes
@@ -84,13 +84,13 @@ class _Pending:
 
 
 class StepGuard:
-    """Watches the steps of one run; see the module's text for what each mode does.
+    """Watches the steps of one run; the module's docstring explains the modes.
 
-    With ``keeps_copies`` it takes up to two copies of the trained weights on the device, in ``skip`` and ``rollback``
-    one of the gradients; ``rollback`` up to two of weights, optimizer and averages in host memory.
+    With ``keeps_copies`` it keeps up to two copies of the trained weights on the device, in ``skip`` and ``rollback``
+    one of the gradients; ``rollback`` keeps up to two of weights, optimizer and averages in host memory.
 
     Args:
-        keeps_copies: whether the device has memory for them; only ``stop`` does without.
+        keeps_copies: whether the device has memory for copies; only ``stop`` works without.
     """
 
     def __init__(self, update: Update, accelerator: Accelerator, mode: OnNan, *, keeps_copies: bool = True) -> None:
@@ -110,25 +110,25 @@ class StepGuard:
     # ---- on the device, in the step ----
 
     def start(self, step: int) -> None:
-        """A step (counted from 1) begins."""
+        """Begin a step (counted from 1)."""
         if self._kept is not None:
             self._kept.start(step - 1)
-        # before the backward pass, in which --fused_backward_pass updates already
+        # before the backward pass, which updates weights with --fused_backward_pass
         before = self._flat.read(self._parameters) if self._keeps_copies else []
         self._pending.append(_Pending(step, before=before))
 
     def saw(self, batch: Batch, loss: Tensor) -> None:
-        """One of the step's batches and its loss, detached."""
+        """Add one of the step's batches and its loss, detached."""
         now = self._pending[-1]
         now.batches.append((batch.paths, batch.captions))
         now.losses.append(loss)
 
     def saw_step(self, loss: Tensor) -> None:
-        """The loss of the whole step, the same on all processes."""
+        """Set the loss of the whole step, the same on all processes."""
         self._flag = torch.isfinite(loss.detach())
 
     def before_update(self, grad_norm: Tensor | None) -> None:
-        """Judge the step by its loss and gradient norm, the same on all processes."""
+        """Check the step's loss and gradient norm, which are the same on all processes."""
         flag = self._flag
         if not self._scaled:
             flag = flag & torch.isfinite(self._gradient_norm() if grad_norm is None else grad_norm)
@@ -137,7 +137,7 @@ class StepGuard:
         self._flag = flag
 
     def after_update(self) -> dict[str, Tensor]:
-        """Put the weights of a bad step back; returns what is to be read with the step's metrics."""
+        """Restore the weights of a bad step; returns values to read with the step's metrics."""
         now = self._pending[-1]
         if self.mode != "stop":
             after = self._flat.read(self._parameters)
@@ -149,13 +149,13 @@ class StepGuard:
         return {_FLAG: self._flag, **losses}
 
     def step_ended(self, step: int) -> None:
-        """After all that follows an update, such as averages."""
+        """Called after everything that follows an update, such as averages."""
         if self._kept is not None:
             self._kept.step_ended(step)
 
     def _gradient_norm(self) -> Tensor:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if not gradients:  # module dropout may leave out all
+        if not gradients:  # module dropout may drop all
             return torch.zeros((), device=self._parameters[0].device)
         return torch.stack([n.float() for n in torch._foreach_norm(gradients)]).sum()
 
@@ -167,7 +167,7 @@ class StepGuard:
     # ---- on the host, one step later ----
 
     def judge(self, metrics: StepMetrics) -> BadStep | None:
-        """Take the guard's own metrics out, and say whether the step was bad."""
+        """Remove the guard's own metrics, and return whether the step was bad."""
         now = self._pending.popleft()
         flag = metrics.values.pop(_FLAG)
         losses = [metrics.values.pop(f"{_BATCH}{index}") for index in range(len(now.losses))]
@@ -178,10 +178,10 @@ class StepGuard:
         return self._bad(now, metrics.values, losses)
 
     def check(self, step: int) -> BadStep | None:
-        """Before a save, with all metrics read: weights, averages and optimizer themselves. Waits for the device."""
+        """Check weights, averages and optimizer before a save, with all metrics read. Waits for the device."""
         state = self._update.optimizer.state.values()
         tensors = [*self._parameters, *(v for values in state for v in values.values() if isinstance(v, Tensor))]
-        average = self._update.average  # which may lie in host memory
+        average = self._update.average  # which may be in host memory
         averages = list(average.state_dict().values()) if average is not None else []
         if bool(all_finite(tensors)) and (not averages or bool(all_finite(averages))):
             return None
@@ -194,10 +194,10 @@ class StepGuard:
         return BadStep(step.step, values, notes, weights, self._in_a_row)
 
     def ends_run(self, bad: BadStep) -> bool:
-        """Whether there is no going on after this step."""
-        # what ``check`` finds cannot be left out any more
+        """Whether the run ends after this step."""
+        # a finding of ``check`` can no longer be skipped
         return self.mode == "stop" or bad.in_a_row >= MOST_IN_A_ROW or (self.mode == "skip" and not bad.batches)
 
     def roll_back(self) -> int:
-        """Bring the kept state back; returns the step (counted from 1) it was kept after."""
+        """Restore the snapshot; returns its step (counted from 1)."""
         return self._kept.restore()

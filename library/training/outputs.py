@@ -1,6 +1,6 @@
-"""The output folder of a run: every place that it will write is tried before training, and its name is locked.
+"""The output folder of a run: try every path that it will write before training, and lock its name.
 
-Nothing that the run did not make is removed from there, except what its files replace, which is said at the start.
+Nothing of others is removed, except files that the run replaces, which a warning names at the start.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from library.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-#: bytes written to try a folder: more than what file systems keep beside a file's name
+#: bytes written to test a folder: more than file systems store inside the directory entry
 _TRIED = 1 << 16
-#: temporary files of the safetensors package, which it leaves where it is killed
+#: temporary files of the safetensors package, which remain after a kill
 _OTHERS_LEFT = re.compile(r"\.tmp[A-Za-z0-9]{6}")
-#: seconds after which such a file is no longer being written
+#: seconds after which such a file is abandoned
 _OLD = 600
-#: files that a message names
+#: files named in a message at most
 _SHOWN = 3
 
 
 def refuse_bad_targets(files: Sequence[PlannedFile], *, averaged: bool, folders: Iterable[Path], tried: bool) -> None:
-    """Find out before the work whether all that a run will write can be written.
+    """Check before the work whether everything that a run will write can be written.
 
     Args:
-        averaged: moving averages are written beside weights.
-        folders: those that are written to, ``sample`` and such.
-        tried: make the folders and write to them; else, as in a dry run, only look.
+        averaged: whether moving averages are written beside weights.
+        folders: folders that are written to, such as ``sample``.
+        tried: create the folders and write to them; otherwise, as in a dry run, only look.
 
     Raises:
         UserError: one line for each file that cannot be written, or the first folder.
@@ -58,7 +58,7 @@ def refuse_bad_targets(files: Sequence[PlannedFile], *, averaged: bool, folders:
 
 
 def _problem_of(path: Path, *, is_state: bool) -> str:
-    """Why a file or a state cannot be written there; empty if it can."""
+    """Return why a file or a state cannot be written there; empty if it can."""
     remedy = "move it, or give another --output_name or --output_dir"
     try:
         os.lstat(path)
@@ -82,7 +82,7 @@ def _problem_of(path: Path, *, is_state: bool) -> str:
 
 
 def is_state_or_empty(folder: Path) -> bool:
-    """Whether a state may replace a folder without loss of anything else."""
+    """Whether a state may replace a folder without losing anything else."""
     return is_state(folder) or not any(folder.iterdir())
 
 
@@ -104,7 +104,7 @@ def _try_folder(folder: Path, *, tried: bool) -> None:
 
 
 def say_what_is_replaced(files: Sequence[PlannedFile], *, own: Collection[str]) -> None:
-    """Warn of files of earlier runs that will be lost.
+    """Warn of files of earlier runs that will be replaced.
 
     Args:
         own: names of files that the run wrote before it was resumed.
@@ -120,10 +120,10 @@ def say_what_is_replaced(files: Sequence[PlannedFile], *, own: Collection[str]) 
 
 @contextlib.contextmanager
 def claimed_output(run: Run) -> Iterator[None]:
-    """Try all places that a run will write, say what it replaces, and hold its output name meanwhile.
+    """Try all paths that a run will write, warn of what it replaces, and lock its output name within the context.
 
     Raises:
-        UserError: on all processes, for what the main one finds; see ``refuse_bad_targets`` and ``only_run``.
+        UserError: on all processes, for errors of the main one; see ``refuse_bad_targets`` and ``only_run``.
     """
     with contextlib.ExitStack() as held:
         on_main_process(run.accelerator, lambda: _claim(run, held))
@@ -138,10 +138,10 @@ def _claim(run: Run, held: contextlib.ExitStack) -> None:
 
 
 def check_output(run: Run, *, tried: bool) -> None:
-    """``refuse_bad_targets`` of a run."""
+    """Call ``refuse_bad_targets`` for a run."""
     options, names, last = run.options, run.names, run.plan.total_steps
     files = planned_files(run.plan, run.policy, names, after_step=run.start_step)
-    # an interrupted run saves at any step, the last one's names being the longest
+    # an interrupted run saves at any step; the last step has the longest names
     files += [PlannedFile(names.step(last), last), PlannedFile(names.step_state(last), last, is_state=True)]
     if options.validation.save_best:
         files.append(PlannedFile(names.best(), last))
@@ -152,7 +152,7 @@ def check_output(run: Run, *, tried: bool) -> None:
 
 
 def own_files(resumed: TrainState | None, state_folder: Path | None, names: OutputNames) -> set[str] | None:
-    """Names in the output folder that a run wrote before it was resumed; ``None`` if that is not known."""
+    """Return the names in the output folder that a run wrote before it was resumed; ``None`` if unknown."""
     if resumed is None or state_folder is None:
         return set()
     if state_folder.resolve().parent != names.directory.resolve():
@@ -161,15 +161,15 @@ def own_files(resumed: TrainState | None, state_folder: Path | None, names: Outp
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to train what could not be saved once.
+    """Refuse to train without space for one save.
 
     Args:
-        needed: bytes of the largest file of weights, whose predecessor stays until it is whole.
+        needed: bytes of the largest weights file, whose predecessor stays until it is complete.
 
     Raises:
         UserError: less space is free.
     """
-    with contextlib.suppress(OSError):  # some network drives do not say
+    with contextlib.suppress(OSError):  # some network drives do not report it
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise UserError(
@@ -180,7 +180,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def only_run(names: OutputNames) -> Iterator[None]:
-    """Hold the output name in its folder while a run writes there, and clear what killed runs left.
+    """Lock the output name in its folder while a run writes there, and clear leftovers of killed runs.
 
     Raises:
         UserError: another run writes files of this name.

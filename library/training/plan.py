@@ -1,11 +1,11 @@
-"""How long a run is: batches, optimizer steps and epochs, and where a given step lies.
+"""The length of a run: batches, optimizer steps and epochs, and the position of a given step.
 
-A *batch* is one forward and backward pass; a *step* is one optimizer update, made of
-``gradient_accumulation_steps`` batches. The last step of an epoch may be made of fewer: batches of
-two epochs are never joined, so every epoch starts at a step boundary.
+A *batch* is one forward and backward pass; a *step* is one optimizer update of ``gradient_accumulation_steps`` batches.
+The last step of an epoch may have fewer: batches of two epochs are never joined, so every epoch starts at a step
+boundary.
 
-A run may begin its numbers in the middle (``--initial_step``). It does so either at that place of the data, or at the
-beginning of the data, in which case that step is the plan's ``origin``.
+A run may start counting in the middle (``--initial_step``): either at that position of the data, or at the beginning of
+the data, in which case that step is the plan's ``origin``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Position:
-    """Where in a run the next step starts; all numbers count from 0."""
+    """The position of the next step in a run; all numbers count from 0."""
 
     epoch: int
     step_in_epoch: int
@@ -33,7 +33,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The lengths of a run, known before anything is loaded."""
+    """The length of a run, known before anything is loaded."""
 
     batches_per_epoch: int  # of one process
     gradient_accumulation_steps: int
@@ -49,7 +49,7 @@ class RunPlan:
         max_train_epochs: int | None,
         origin: Origin = Origin(),
     ) -> RunPlan:
-        """``max_train_epochs`` wins over ``max_train_steps`` when it is given."""
+        """Make a plan; ``max_train_epochs`` wins over ``max_train_steps`` if it is given."""
         plan = RunPlan(batches_per_epoch, gradient_accumulation_steps, max_train_steps, origin)
         if max_train_epochs is None:
             return plan
@@ -61,27 +61,27 @@ class RunPlan:
 
     @property
     def num_epochs(self) -> int:
-        """Epochs begun, the last of which may be cut short by ``max_train_steps``."""
+        """Return the number of epochs; ``max_train_steps`` may end the last one early."""
         return self.epochs_begun(self.total_steps)
 
     def epochs_begun(self, step: int) -> int:
-        """Epochs that the first ``step`` steps are part of."""
+        """Return the number of epochs of the first ``step`` steps."""
         return self.origin.epoch + math.ceil((step - self.origin.step) / self.steps_per_epoch)
 
     def steps_until(self, epoch: int) -> int:
-        """Steps done when ``epoch``, counted from 1, has ended."""
+        """Return the steps done at the end of ``epoch``, counted from 1."""
         return self.origin.step + (epoch - self.origin.epoch) * self.steps_per_epoch
 
     def position(self, step: int) -> Position:
-        """Where the run stands after ``step`` optimizer steps."""
+        """Return the position after ``step`` optimizer steps."""
         epoch, step_in_epoch = divmod(step - self.origin.step, self.steps_per_epoch)
         epoch += self.origin.epoch
         return Position(epoch, step_in_epoch, step_in_epoch * self.gradient_accumulation_steps)
 
     def step_of(self, epoch: int, batch_in_epoch: int) -> int:
-        """The step, counted from 0, that a batch of an epoch is part of: the inverse of ``position``."""
+        """Return the step, counted from 0, of a batch of an epoch: the inverse of ``position``."""
         return self.steps_until(epoch) + batch_in_epoch // self.gradient_accumulation_steps
 
     def batches_of_step(self, batch_in_epoch: int) -> int:
-        """How many batches the step that starts at this batch is made of."""
+        """Return the number of batches of the step that starts at this batch."""
         return min(self.gradient_accumulation_steps, self.batches_per_epoch - batch_in_epoch)

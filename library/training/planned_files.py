@@ -1,4 +1,4 @@
-"""What the saves of a run will write, and what retention will remove again."""
+"""Plan the files that the saves of a run will write, and those that retention will remove."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class PlannedFile:
     """Weights or a state folder that the run will write."""
 
     path: Path
-    step: int  # after which it is written, counted from 1
-    removed_after: int | None = None  # step with whose save retention removes it
+    step: int  # the step after which it is written, counted from 1
+    removed_after: int | None = None  # the step at whose save retention removes it
     is_state: bool = False
 
 
 def planned_files(plan: RunPlan, policy: SavePolicy, names: OutputNames, *, after_step: int = 0) -> list[PlannedFile]:
-    """What the saves of a run write after ``after_step``, in order, and what retention removes again."""
+    """Return what the saves of a run write after ``after_step``, in order, and what retention removes."""
     written: dict[Path, int] = {}
     states: set[Path] = set()
     removed: dict[Path, int] = {}
@@ -50,7 +50,7 @@ def planned_files(plan: RunPlan, policy: SavePolicy, names: OutputNames, *, afte
 
 
 def _save_moments(plan: RunPlan, policy: SavePolicy) -> list[tuple[int, int | None]]:
-    """(step, epoch or ``None`` for a save of steps), both from 1, in the order of the run."""
+    """Yield (step, epoch or ``None`` for a save by steps), both from 1, in the order of the run."""
     moments: list[tuple[int, int | None]] = []
     if policy.every_n_steps:
         moments += [(step, None) for step in range(policy.every_n_steps, plan.total_steps + 1, policy.every_n_steps)]

@@ -1,4 +1,4 @@
-"""In which precision a run keeps frozen and trained weights, and where it keeps activations: options to actions."""
+"""Apply the options of precision: dtypes of frozen and trained weights, and the place of activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from library.training.text_caching import caches_texts
 
 @dataclass(frozen=True)
 class Fp8Parts:
-    """Which frozen models are kept in fp8. They are loaded on the host, and moved when they have become small."""
+    """The frozen models that are stored in fp8. They are loaded on the host, and moved after the conversion."""
 
     denoiser: bool
     text_encoders: bool
@@ -26,11 +26,11 @@ class Fp8Parts:
     def of(options: RunOptions) -> Fp8Parts:
         training = options.training
         both = training.fp8_base and not training.fp8_base_unet
-        # beside cached outputs only those that are trained are there, which are the small ones
+        # with cached outputs only the trained encoders are loaded, which are small
         return Fp8Parts(training.fp8_base or training.fp8_base_unet, both and not caches_texts(options.dataset))
 
     def apply(self, models: Models, device: torch.device) -> None:
-        """Store the loaded models' weights anew; nothing can be merged into them afterwards."""
+        """Convert the loaded models' weights; nothing can be merged into them afterwards."""
         from library.memory.fp8 import store_in_fp8
 
         if self.denoiser:
@@ -41,7 +41,7 @@ class Fp8Parts:
 
 
 def trained_dtype(options: TrainingOptions) -> torch.dtype:
-    """What trained weights, their gradients and the optimizer's state are kept in."""
+    """Return the dtype of trained weights, their gradients and the optimizer's state."""
     return torch.bfloat16 if options.full_bf16 else torch.float16 if options.full_fp16 else torch.float32
 
 
@@ -52,10 +52,10 @@ def cast_trained(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def check_device(options: TrainingOptions, device: torch.device) -> list[str]:
-    """What only the device tells; returns warnings.
+    """Check what depends on the device; returns warnings.
 
     Raises:
-        UserError: something that the options need is not on this machine.
+        UserError: the options need something that this machine does not have.
     """
     if options.torch_compile:
         from library.memory.compiling import check_backend
@@ -67,7 +67,7 @@ def check_device(options: TrainingOptions, device: torch.device) -> list[str]:
 
 
 def activations(options: TrainingOptions) -> AbstractContextManager[object]:
-    """The context of a forward pass of training."""
+    """Return the context of a forward pass of training."""
     if options.cpu_offload_checkpointing and options.gradient_checkpointing:
         from library.memory.host_activations import HostActivations
 
@@ -76,7 +76,7 @@ def activations(options: TrainingOptions) -> AbstractContextManager[object]:
 
 
 def drawing(options: TrainingOptions) -> AbstractContextManager[None]:
-    """The context in which images are drawn during training."""
+    """Return the context of generating sample images."""
     if options.torch_compile:
         from library.memory.compiling import uncompiled
 
@@ -97,7 +97,7 @@ def compile_denoiser(denoiser: nn.Module, classes: tuple[str, ...], *, backend: 
 
 
 def precision_row(options: RunOptions, weight_dtype: torch.dtype, device: torch.device) -> str:
-    """For the table before the first step."""
+    """Return the row of the table before the first step."""
     training, fp8 = options.training, Fp8Parts.of(options)
     kept = "and text encoders " if fp8.text_encoders else ""
     frozen = f"{str(weight_dtype)[6:]}{f' (denoiser {kept}in scaled fp8)' if fp8.denoiser else ''}"

@@ -1,4 +1,4 @@
-"""Sample images while training: the same prompts and seeds, at chosen steps, without touching the run."""
+"""Generate sample images during training: the same prompts and seeds, at chosen steps, without changing the run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreviewPolicy:
-    """When previews are drawn; epochs win over steps when both are given, as published."""
+    """The times of sample images; epochs win over steps if both are given, as published."""
 
     every_n_steps: int | None
     every_n_epochs: int | None
@@ -65,10 +65,10 @@ def preview_path(
 
 
 class PreviewGenerator:
-    """Generates the sample images of one run with the weights as they are.
+    """Generates the sample images of one run with the present weights.
 
     Args:
-        modules: what is trained beside the models; in eval mode meanwhile.
+        modules: trained modules beside the models; in eval mode meanwhile.
         prompts: conditioning by text, where texts are cached.
         options: of the run.
     """
@@ -104,10 +104,10 @@ class PreviewGenerator:
         )
 
     def __call__(self, prompt: SamplePrompt, path: Path | None, check: Callable[[], None] = lambda: None) -> Image:
-        """Generate one image, and save it with its settings if there is a path.
+        """Generate one image, and save it with its settings if a path is given.
 
         Args:
-            check: called before each denoising step; what it raises ends the generation.
+            check: called before each denoising step; an exception from it ends the generation.
         """
         from library.inference.generate import generate_image
         from library.inference.png import save_png
@@ -124,7 +124,7 @@ class PreviewGenerator:
 
 
 def generate_options(options: RunOptions, *, device: torch.device, dtype: torch.dtype) -> GenerateOptions:
-    """How the sample images of a run are generated."""
+    """Return the settings for generating the sample images of a run."""
     from library.inference.models import GenerateOptions
 
     return GenerateOptions(
@@ -137,10 +137,10 @@ def generate_options(options: RunOptions, *, device: torch.device, dtype: torch.
 
 
 def current_prompts(run: Run, encoded: Mapping[str, Conditioning]) -> SamplePrompts:
-    """The prompts of a run's sample images, as their file holds them at each sampling.
+    """Return the prompts of a run's sample images, which are read from their file at each sampling.
 
     Args:
-        encoded: texts that were encoded before training, where encoders are not loaded for it.
+        encoded: texts that were encoded before training, if encoders are not loaded for it.
     """
     from library.inference.settings import settings_for
 
@@ -163,7 +163,7 @@ def current_prompts(run: Run, encoded: Mapping[str, Conditioning]) -> SampleProm
 def encode_prompts(
     architecture: Architecture, prompts: Sequence[SamplePrompt], options: GenerateOptions, models: TextModels
 ) -> dict[str, Conditioning]:
-    """What sample images need of the encoders, by text and on the host, so that these can be let go."""
+    """Encode the texts of sample images, on the host, so that the encoders can be freed."""
     from library.inference.generate import encode_texts
     from library.inference.settings import settings_for
 
@@ -184,11 +184,12 @@ def generate_previews(
     world_size: int,
     together: bool = False,
 ) -> dict[str, Image]:
-    """Generate and save this process's share of the images; returns them under the trackers' names.
+    """Generate and save this process's part of the images; returns them under the trackers' names.
 
     Args:
-        draw: saves to the path, if it gets one; may raise Stopped, which ends the rest, and NotFinite.
-        together: every process generates all of them, as a sharded model needs each; the first one keeps them.
+        draw: saves to the path, if given; may raise Stopped, which ends the rest, and NotFinite.
+        together: every process generates all images, because a sharded model needs all processes; the first one keeps
+        them.
     """
     from library.inference.failures import NotFinite
 
@@ -203,7 +204,7 @@ def generate_previews(
         except Stopped:
             logger.warning("sample images: stopped after %d of %d", len(drawn), len(prompts))
             break
-        except NotFinite as error:  # the run itself finds out what is not finite in it
+        except NotFinite as error:  # the run itself reports what is not finite
             logger.warning('sample image of "%s" left out: %s', prompt.prompt, error)
             continue
         if is_mine:
@@ -213,7 +214,7 @@ def generate_previews(
 
 
 def of_all_processes(drawn: dict[str, Image]) -> dict[str, Image]:
-    """The images of every process, on each of them; the trackers are the main one's. All must take part."""
+    """Gather the images of all processes on each of them, for the main one's trackers. All must take part."""
     from accelerate.utils import gather_object
 
     return {name: image for share in gather_object([drawn]) for name, image in share.items()}

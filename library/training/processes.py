@@ -1,4 +1,4 @@
-"""The processes of a run: accelerate's object, made from the options, and what all must agree on."""
+"""The processes of a run: accelerate's object, made from the options, and what all processes must agree on."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ MAX_RANDOM_SEED = 2**31 - 1
 
 
 def weight_dtype(options: TrainingOptions) -> torch.dtype:
-    """What frozen weights are kept in."""
+    """Return the dtype of frozen weights."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(options.mixed_precision, torch.float32)
 
 
 def make_accelerator(
     options: TrainingOptions, *, backends: Sequence[str] = (), directory: Path | None = None
 ) -> Accelerator:
-    """Join the processes that ``accelerate launch`` started, and prepare this one for the device it has.
+    """Join the processes that ``accelerate launch`` started, and prepare this one for its device.
 
     Args:
         backends: trackers, see ``library.training.logs``.
-        directory: where the trackers write.
+        directory: folder of the trackers.
 
     Raises:
-        UserError: a precision that this machine does not have; see ``check_launch`` too.
+        UserError: a precision that this machine does not support; see also ``check_launch``.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import GradientAccumulationPlugin
@@ -76,7 +76,7 @@ def make_accelerator(
 
 @contextlib.contextmanager
 def _naming_failed_joins() -> Iterator[None]:
-    """Errors of processes that cannot be joined are one line; ``LOCAL_RANK`` alone makes accelerate try."""
+    """Turn errors of processes that cannot join into one line; ``LOCAL_RANK`` alone makes accelerate try."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -90,11 +90,11 @@ def _naming_failed_joins() -> Iterator[None]:
 
 
 def check_joined(started: int, joined: int) -> None:
-    """Refuse to run beside processes that were meant to share the work, and would write the same files.
+    """Refuse to run beside processes that should share the work but would write the same files.
 
     Args:
-        started: processes, as their launcher says (``WORLD_SIZE``).
-        joined: those of the process group.
+        started: processes started by the launcher (``WORLD_SIZE``).
+        joined: processes in the process group.
 
     Raises:
         UserError: they differ.
@@ -110,10 +110,10 @@ def check_joined(started: int, joined: int) -> None:
 
 @contextlib.contextmanager
 def finalizing(accelerator: Accelerator) -> Iterator[None]:
-    """The processes part at the end, or where all of them stop, before any of them is gone.
+    """A barrier at the end, or where all processes stop, before any of them exits.
 
-    Without it the first that ends may take another with it, which still holds its connection. After an error of one
-    process nothing is waited for.
+    Without it, the first process that exits may crash another one that still holds its connection. After an error of
+    one process there is no wait.
     """
     try:
         yield
@@ -124,13 +124,13 @@ def finalizing(accelerator: Accelerator) -> Iterator[None]:
 
 
 def choose_seed(given: int | None, resumed: int | None = None) -> int:
-    """The seed of a run: what the user says; what the resumed run's first part drew; or a number drawn now."""
+    """Return the seed of a run: the user's, that of the resumed state, or a random one."""
     found = given if given is not None else resumed
     return random.SystemRandom().randint(0, MAX_RANDOM_SEED) if found is None else found
 
 
 def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do something on the main process alone; what it refuses is refused on all.
+    """Call a function on the main process only; its error is raised on all.
 
     Raises:
         UserError: the main process's.
@@ -146,7 +146,7 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
 
 
 def of_main_process(value: T) -> T:
-    """The main process's value on all of them, such as of a seed that each has drawn for itself."""
+    """Return the main process's value on all processes, such as a random seed."""
     from accelerate.utils import broadcast_object_list
 
     shared = [value]
@@ -155,7 +155,7 @@ def of_main_process(value: T) -> T:
 
 
 def peers_of(accelerator: Accelerator) -> Peers:
-    """The run's processes, as caches share their work among them."""
+    """Return the run's processes as peers that fill caches together."""
     from accelerate.utils import gather_object
 
     return Peers(accelerator.process_index, accelerator.num_processes, gather_object)

@@ -1,8 +1,7 @@
-"""One step again (``--replay``): a bad step is recorded in a file, from which its loss is computed once more.
+"""Repeat one step (``--replay``): a bad step is recorded in a file, from which its loss is computed again.
 
-A recording is a safetensors file: the trained parameters before the step, and in its metadata what the run was started
-with (without tokens and keys), where the step lies and what it was made of. Model and images are read where the run
-read them. All randomness is keyed (``library.randomness``), so noise, timesteps, captions and dropout are the same.
+A recording is a safetensors file: the trained parameters before the step, and in its metadata the run's options
+(without tokens and keys), the step's position and its batches. Model and images are read where the run read them. All randomness is keyed (``library.randomness``), so noise, timesteps, captions and dropout are the same.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from library.training.plan import Origin, RunPlan
 from library.training.run import Run
 
 _ENTRY, _VERSION = "replay", 1
-#: groups of options that have no part in a step
+#: groups of options without influence on a step
 _LEFT_OUT = ("sample", "resume", "logging", "config")
-#: parameters whose gradients are named
+#: gradients that a message names at most
 _MOST_NAMES = 5
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What a replay file says besides the weights."""
+    """The content of a replay file besides the weights."""
 
     step: int  # counted from 1
     seed: int
@@ -67,7 +66,7 @@ class Recording:
 
 
 def write_recording(path: Path, recording: Recording, weights: Sequence[Tensor]) -> None:
-    """Write a replay file, whole or not at all.
+    """Write a replay file atomically.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -77,10 +76,10 @@ def write_recording(path: Path, recording: Recording, weights: Sequence[Tensor])
 
 
 def read_recording(path: Path) -> tuple[Recording, list[Tensor]]:
-    """A recording, and the trained parameters before its step.
+    """Read a recording, and the trained parameters before its step.
 
     Raises:
-        UserError: no such file, or none that a run has written.
+        UserError: no such file, or not a replay file of a run.
     """
     if not path.is_file():
         raise UserError(f"--replay {path}: no such file")
@@ -100,15 +99,15 @@ def replay(
     setup: Callable[[RunOptions], Run],
     load: Callable[[Run, Interrupt], LoadedRun],
 ) -> None:
-    """Run the recorded step again, print what became of it, and change nothing.
+    """Repeat the recorded step, print the result, and change nothing.
 
     Args:
-        given: options of this start; those that are not at their defaults win over the recorded ones.
-        setup: checks options and lays out a run.
+        given: options of this start; those that differ from their defaults override the recorded ones.
+        setup: checks options and sets up a run.
         load: makes its caches and loads its models.
 
     Raises:
-        UserError: the file, or what it refers to, cannot be used.
+        UserError: the file, or something that it refers to, cannot be used.
     """
     path = Path(str(given.config.replay))
     recording, weights = read_recording(path)
@@ -128,7 +127,7 @@ def replay(
 
 
 def _options(kind: type[RunOptions], recording: Recording, given: RunOptions) -> RunOptions:
-    """The recorded options with those given now on top."""
+    """Return the recorded options, overridden by those given now."""
     now = {field.name: value for field, value in flat(given) if value != field.default}
     values = {**recording.options, "seed": recording.seed, **now}
     options = kind.from_args(argparse.Namespace(**values))
@@ -166,11 +165,11 @@ def _run_again(loaded: LoadedRun, recording: Recording) -> None:
         torch.manual_seed(key(recording.seed, "batch", recording.step - 1, index, recording.rank))
         finite &= _batch_again(loaded, batch)
     finite &= _gradients(kind.modules(), loaded.update.parameters)
-    print("this time all is finite" if finite else "the step is not finite again")
+    print("this time everything is finite" if finite else "the step is not finite again")
 
 
 def _batch_again(loaded: LoadedRun, batch: Batch) -> bool:
-    """Print loss and losses of a batch, and where they stop being finite; whether they are finite."""
+    """Print the losses of a batch, and where they stop being finite; returns whether they are finite."""
     models = loaded.models
     roots = {"denoiser": models.denoiser, "vae": models.vae}
     roots |= {f"text encoder {number}": encoder for number, encoder in enumerate(models.text_encoders, start=1)}
@@ -193,7 +192,7 @@ def _batch_again(loaded: LoadedRun, batch: Batch) -> bool:
 
 
 def _gradients(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> bool:
-    """Print the norm of the gradients, and whose are not finite; whether they are finite."""
+    """Print the norm of the gradients, and those that are not finite; returns whether all are finite."""
     names = {id(p): name for module in modules for name, p in module.named_parameters()}
     # float64, so that the sum of squares does not overflow
     norms = {names.get(id(p), "?"): p.grad.double().norm().item() for p in parameters if p.grad is not None}

@@ -1,4 +1,4 @@
-"""State folders: all that a run needs to go on exactly where it stood.
+"""State folders: everything that a run needs to resume exactly where it stopped.
 
 A folder holds what accelerate saves (adapter weights, optimizer, scheduler, scaler, random states of
 every process) and ``train_state.json``. It is written beside its place and renamed into it with a
@@ -36,30 +36,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-#: what states of older versions were saved with and do not say
+#: properties of states of older versions, which do not record them
 _BEFORE_THERE_WAS = {"order of images": "by batch"}
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands; the first two fields are the published ones."""
+    """The position of a run; the first two fields are the published ones."""
 
     current_epoch: int  # counted from 1
     current_step: int  # optimizer steps done
     seed: int | None = None
-    #: what must be equal for the resumed run to be exact: name -> value
+    #: properties that must be equal for an exact resumed run: name -> value
     fingerprint: dict[str, object] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     #: the best validation so far, as ``library.training.validation.BestSoFar`` writes it
     validation: dict[str, float] = field(default_factory=dict)
-    #: where the run's data began, see ``library.training.plan.Origin``
+    #: start of the run's data, see ``library.training.plan.Origin``
     origin_step: int = 0
     origin_epoch: int = 0
-    #: names of the files and states that the run wrote to the folder of this state; None if that is not known
+    #: names of the files and states that the run wrote to the folder of this state; None if unknown
     written: list[str] | None = None
 
     def changes(self, now: dict[str, object]) -> list[str]:
-        """Lines on every difference that breaks exactness."""
+        """Return a line for every difference that breaks exactness."""
         saved = {**_BEFORE_THERE_WAS, **self.fingerprint} if self.fingerprint else {}
         return [
             f"{name} changed" if is_digest(before) else f"{name} was {before!r} and is now {now[name]!r}"
@@ -86,7 +86,7 @@ def read_state(folder: Path) -> TrainState:
         verify_directory(folder)
     state = _read_record(folder, record)
     if not has_manifest:
-        if state.fingerprint:  # one of this program's; those of others have neither
+        if state.fingerprint:  # this program's states have both; those of others have neither
             raise UserError(
                 f"--resume {folder}: {MANIFEST_NAME} is missing, so nobody knows whether the state is whole; copy the "
                 "whole folder again, or use another state"
@@ -109,7 +109,7 @@ def _read_record(folder: Path, record: Path) -> TrainState:
 
 
 def save_state(accelerator: Accelerator, folder: Path, state: TrainState) -> None:
-    """Write a state folder; every process takes part, and it appears under its name when all are done."""
+    """Write a state folder; every process takes part, and it gets its name when all are done."""
     if accelerator.is_main_process:
         _keep_others(folder)
     with _shared_directory(accelerator, folder) as target:
@@ -121,7 +121,7 @@ def save_state(accelerator: Accelerator, folder: Path, state: TrainState) -> Non
 
 
 def _keep_others(folder: Path) -> None:
-    """Move what came to lie in a state's place since the start, and is none, out of the way."""
+    """Move a folder out of the way that appeared at a state's path since the start and is no state."""
     if is_state(folder) or not os.path.lexists(folder):
         return
     aside = next(p for n in itertools.count(1) if not os.path.lexists(p := folder.with_name(f"{folder.name}.{n}")))
@@ -134,7 +134,7 @@ def _keep_others(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _shared_directory(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
-    """One temporary folder for all processes; the main one puts it in place when the last has written."""
+    """A temporary folder for all processes; the main one renames it when the last process has written."""
     if accelerator.num_processes == 1:
         with atomic_directory(folder) as target:
             yield target
@@ -164,7 +164,7 @@ def check_fits(
     shaping: Sequence[str],
     starts_from: str,
 ) -> None:
-    """Refuse options that the state's tensors do not fit; ``name_changes`` warns of the others.
+    """Refuse options that do not fit the state's tensors; ``name_changes`` warns of the others.
 
     Args:
         shaping: options that decide which tensors a state holds.
@@ -180,7 +180,7 @@ def check_fits(
         f"--resume {options.resume.resume}: it was saved with {name} {before}, not {after}; give what that run had, or "
         f"begin a new one with its weights ({starts_from})"
         for name, before, after in pairs
-        # a rank that is not given is the module's, or the file's
+        # without a given rank, it is the module's, or the file's
         if before is not None and after is not None and before != after
     ]
     problems += _schedule_problems(state, options)
@@ -189,7 +189,7 @@ def check_fits(
 
 
 def _schedule_problems(state: TrainState, options: RunOptions) -> Iterator[str]:
-    """A schedule of someone's class goes on from its own state, which other arguments would not change."""
+    """Check a schedule of a custom class, which resumes from its own state, so that new arguments would be ignored."""
     for name, now in (("type", options.scheduler.lr_scheduler_type), ("args", options.scheduler.lr_scheduler_args)):
         before = state.fingerprint.get(f"--lr_scheduler_{name}", now)
         was_custom = bool(state.fingerprint.get("--lr_scheduler_type"))
@@ -202,7 +202,7 @@ def _schedule_problems(state: TrainState, options: RunOptions) -> Iterator[str]:
 
 
 def choice_of(state: TrainState, now: OptimizerChoice) -> OptimizerChoice | None:
-    """The optimizer that a state was saved with; ``None`` if it does not say, or in a form that cannot be read."""
+    """Return the optimizer of a state; ``None`` if it is not recorded, or cannot be parsed."""
     record = state.fingerprint.get("optimizer")
     return recorded_choice(record, now) if isinstance(record, str) else None
 
@@ -212,20 +212,20 @@ def _class_of(optimizer: object) -> str | None:
 
 
 def name_changes(resumed: TrainState, fingerprint: dict[str, object]) -> None:
-    """Warn of what was changed since the state was saved."""
+    """Warn of changes since the state was saved."""
     for change in resumed.changes(fingerprint):
         logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
 
 
-#: what torch and accelerate raise for other names, shapes or numbers of tensors, and for files that were edited
+#: errors of torch and accelerate for other names, shapes or numbers of tensors, and for edited files
 _MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, OSError)
 
 
 def load_state(accelerator: Accelerator, folder: Path, *, starts_from: str) -> None:
-    """Bring back weights, optimizer, scheduler and the random states of this process.
+    """Load weights, optimizer, scheduler and the random states of this process.
 
     Raises:
-        UserError: the state's tensors are not those of this run or not finite, or a file of it holds code.
+        UserError: the state's tensors do not fit this run or are not finite, or a file contains code.
     """
     refuse_bad_weights(folder)
     try:

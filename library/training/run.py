@@ -1,4 +1,4 @@
-"""A training run, stage by stage: what was checked, how it is set up, and what is cached."""
+"""The data of a training run, stage by stage: checked, set up, cached."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checked:
-    """All that could be found out and refused before anything heavy is loaded."""
+    """Everything that is checked before anything heavy is loaded."""
 
     options: RunOptions
     architecture: Architecture  # configured, and made for the checkpoint
@@ -44,7 +44,7 @@ class Checked:
     optimizer: OptimizerChoice
     learning_rate_schedule: ScheduleSettings
     prompts: tuple[SamplePrompt, ...]
-    state_folder: Path | None  # to go on from, and what its record says
+    state_folder: Path | None  # the state to resume from, and its record
     resumed: TrainState | None
     trackers: TrackerSettings
     hub: HubTarget | None
@@ -53,7 +53,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is set up: everything checked and counted, nothing loaded."""
+    """A run after its setup: everything checked and counted, nothing loaded."""
 
     checked: Checked
     kind: type[Kind]
@@ -72,7 +72,7 @@ class Run:
 
     @cached_property
     def fingerprint(self) -> dict[str, object]:
-        """What a resumed run must share; read from files and records once, not at every state."""
+        """Return what a resumed run must share; read from files and records once, not for every state."""
         return fingerprint(
             self.options,
             self.data,
@@ -104,7 +104,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Cached:
-    """What is left of the caching stage."""
+    """The results of the caching stage."""
 
     vae: nn.Module | None  # where it is still needed
     prompts: Mapping[str, Conditioning] = field(default_factory=dict)  # of sample images, by text, if texts are cached

@@ -1,4 +1,4 @@
-"""The loop's hooks for one run: metrics to trackers, saves and their retention, previews."""
+"""The loop's hooks for one run: metrics to trackers, saves and their retention, sample images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunHooks:
         check_interrupt: Callable[[], None] = lambda: None,
     ) -> None:
         run = loaded.run
-        # a model that is sharded over processes needs each of them to the end of an image
+        # a sharded model needs every process until the end of an image
         self._check = check_interrupt if run.sharding is None else lambda: None
         self._loaded = loaded
         self._run = run
@@ -85,7 +85,7 @@ class RunHooks:
     # ---- hooks ----
 
     def batches(self, epoch: int, start_batch: int) -> Iterable[Batch]:
-        """The rest of an epoch, counted from 0, tokenised in the loader's workers."""
+        """Return the rest of an epoch, counted from 0, tokenized in the loader's workers."""
         return self._run.data.dataloader(
             epoch=epoch,
             start_batch=start_batch,
@@ -96,7 +96,7 @@ class RunHooks:
         )
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         return self._loaded.losses(batch).mean()
 
     def epoch_started(self, epoch: int) -> None:
@@ -115,7 +115,7 @@ class RunHooks:
         self._average.add(loss)
         entries = {"loss/current": loss, "loss/average": self._average.mean}
         entries |= {_TRACKER_NAMES.get(n, n): v for n, v in metrics.values.items() if n != "loss"}
-        # rates are read when the step is taken, metrics one step later
+        # learning rates are read at the step, metrics one step later
         self._trackers.log(entries | self._rates.pop(metrics.step), step=metrics.step)
         position = self._run.plan.position(metrics.step - 1)
         self._progress.update(metrics.step, epoch=position.epoch + 1, loss=self._average.mean)
@@ -136,7 +136,7 @@ class RunHooks:
 
     def save_after_step(self, step: int, epoch: int) -> None:
         run, policy = self._run, self._run.policy
-        # first, so that what is saved at this step knows of it
+        # first, so that a save at this step includes it
         if (validation := self._loaded.validation) is not None:
             validation.after_step(step, epoch, training_loss=self._average.mean, trackers=self._trackers)
         if policy.saves_after_step(step):
@@ -167,13 +167,13 @@ class RunHooks:
             self._draw(step=step, epoch=epoch)
 
     def interrupted(self, step: int, epoch: int) -> None:
-        """Save weights and state so that nothing is lost, and say how to go on."""
+        """Save weights and state so that nothing is lost, and log how to resume."""
         run = self._run
         weights, state = run.names.step(step), run.names.step_state(step)
         self._saver.save_weights(weights, step=step, epoch=epoch)
         self._save_state(state, step, epoch)
         if run.accelerator.is_main_process:
-            logger.warning("stopped after step %d; go on with: --resume %s", step, state)
+            logger.warning("stopped after step %d; resume with: --resume %s", step, state)
 
     def _save_state(self, path: Path, step: int, epoch: int) -> None:
         losses, best = self._average.state(), self._loaded.best
@@ -198,7 +198,7 @@ class RunHooks:
         self._saver.set_training(True)
 
 
-#: share of the time in which steps wait for data, from which on something is said to it
+#: fraction of the time spent waiting for data, above which advice is logged
 _LONG_WAIT = 0.1
 
 #: names of the loop's metrics where the trackers' published keys differ

@@ -1,4 +1,4 @@
-"""The prompts of a run's sample images, which may be edited while it trains."""
+"""The prompts of a run's sample images, which may be edited during training."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Prompts = tuple[SamplePrompt, ...]
 
 
 class SamplePrompts:
-    """The prompts as their file holds them at each sampling.
+    """The prompts, read from their file at each sampling.
 
     Args:
-        prompts: those that the run was checked with.
+        prompts: prompts that were checked at the start.
         read: reads the file and checks it against the model; raises UserError.
-        texts_of: what a prompt needs encoded.
-        encoded: the texts that can be used, where the text encoders are no longer loaded; ``None``: any.
+        texts_of: texts of a prompt to encode.
+        encoded: usable texts, if the text encoders are no longer loaded; ``None``: any.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class SamplePrompts:
         self._problem = ""
 
     def current(self) -> Prompts:
-        """The prompts of the file; those before where it cannot be read any more, with a warning."""
+        """Return the prompts of the file; if it can no longer be read, the previous ones, with a warning."""
         try:
             with quiet(logging.WARNING):  # its warnings were shown before, unless it has changed
                 found = self._read()

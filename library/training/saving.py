@@ -1,4 +1,4 @@
-"""What a run writes at its saves: weights, averages of them, and states."""
+"""Write a run's saves: weights, their averages, and states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_dtype(options: OutputOptions) -> torch.dtype | None:
-    """What ``--save_precision`` says; ``None``: each tensor's own."""
+    """Return the dtype of ``--save_precision``; ``None``: each tensor's own."""
     known = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     return known.get(options.save_precision or "")
 
@@ -35,7 +35,7 @@ class Saver:
         self._kind = kind
         self._update = update
         self._record = record
-        #: names of what this run wrote, which alone retention may remove; ``None`` if a resumed state does not tell
+        #: names of this run's files, which alone retention may remove; ``None`` if a resumed state does not record them
         self._written = own_files(run.checked.resumed, run.checked.state_folder, run.names)
 
     def set_training(self, training: bool) -> None:
@@ -89,7 +89,7 @@ class Saver:
             origin_epoch=run.plan.origin.epoch,
             written=None if self._written is None else sorted(self._written),
         )
-        # in training mode: schedule-free optimizers then go on from the very weights that they trained
+        # in training mode: schedule-free optimizers resume from their training weights
         save_state(run.accelerator, path, state)
         if run.options.output.save_state_to_huggingface:
             run.uploads.add(path)
@@ -99,7 +99,7 @@ class Saver:
             self._written.add(path.name)
 
     def remove(self, path: Path) -> None:
-        """Remove outdated weights or a state. What is still on its way to the Hub is removed when it has arrived."""
+        """Remove outdated weights or a state. Files that are still being uploaded are removed afterwards."""
         if self._written is not None:
             if path.name not in self._written:
                 if path.exists():
@@ -107,5 +107,5 @@ class Saver:
                 return
             self._written.discard(path.name)
         uploads = self._run.uploads
-        # averages go with their weights, so both must have arrived
+        # averages are removed with their weights, so both must be uploaded
         uploads.when_free(ema_path(path), lambda _: uploads.when_free(path, remove_outdated))

@@ -1,4 +1,4 @@
-"""From the options of a run to the settings that its pieces take."""
+"""Turn the options of a run into the settings of its components."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def sample_prompts(options: RunOptions, architecture: Architecture) -> tuple[SamplePrompt, ...]:
-    """The prompts of a run that draws sample images.
+    """Read the prompts of a run that generates sample images.
 
     Raises:
         UserError: the file cannot be read, or holds none.
@@ -40,16 +40,16 @@ def sample_prompts(options: RunOptions, architecture: Architecture) -> tuple[Sam
 
 
 def for_model(prompts: tuple[SamplePrompt, ...], architecture: Architecture) -> tuple[SamplePrompt, ...]:
-    """The prompts as the family draws them with the model that it has found; says what is of no use there."""
+    """Return the prompts for the family's model, with warnings of settings without effect."""
     scale = architecture.sample_defaults["scale"]
     return without_idle_settings(prompts, architecture.idle_sample_fields, scale=scale)
 
 
 def run_plan(options: RunOptions, *, batches_per_epoch: int, resumed: TrainState | None) -> tuple[RunPlan, int]:
-    """The lengths of a run, and how many steps are done when it starts.
+    """Return the plan of a run, and how many steps are done at its start.
 
     Raises:
-        UserError: it would start behind its end.
+        UserError: it would start after its end.
     """
     training, start = options.training, options.resume
 
@@ -92,7 +92,7 @@ def run_plan(options: RunOptions, *, batches_per_epoch: int, resumed: TrainState
 
 
 def hub_target(options: RunOptions) -> HubTarget | None:
-    """Where saves are uploaded to, if they are."""
+    """Return the target of uploads, if any."""
     output = options.output
     if not output.huggingface_repo_id:
         return None
@@ -108,10 +108,10 @@ def hub_target(options: RunOptions) -> HubTarget | None:
 
 
 def state_folder(options: RunOptions) -> Path | None:
-    """The state to go on from, fetched if it is on the Hub.
+    """Return the state to resume from, downloaded if it is on the Hub.
 
     Raises:
-        UserError: it cannot be fetched.
+        UserError: it cannot be downloaded.
     """
     if not options.resume.resume:
         return None
@@ -172,7 +172,7 @@ def schedule_settings(options: RunOptions) -> ScheduleSettings:
 def update_settings(
     options: RunOptions, *, seed: int, total_steps: int, zero: Zero | None, keeps_copies: bool
 ) -> UpdateSettings:
-    """The settings of ``Update``.
+    """Return the settings of ``Update``.
 
     Args:
         zero: what is sharded in this run, see ``library.training.zero``.

@@ -1,4 +1,4 @@
-"""The setup of a run: everything checked, cheapest first, the data scanned, the lengths counted."""
+"""Set up a run: check everything, cheapest first, scan the data, count steps."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ from library.training.zero import check_zero
 
 
 def images_as(architecture: Architecture) -> Role:
-    """What the images of ``conditioning_data_dir`` are."""
+    """Return the role of the images in ``conditioning_data_dir``."""
     return "image" if architecture.takes_images else "mask"
 
 
 def objective_of(architecture: Architecture, options: RunOptions, info: ModelInfo) -> Objective:
-    """The objective of a run."""
+    """Return the objective of a run."""
     return architecture.objective(v_prediction=info.v_prediction, zero_terminal_snr=options.noise.zero_terminal_snr)
 
 
@@ -65,7 +65,7 @@ def cached_encoders(architecture: Architecture, kind: type[Kind], options: RunOp
 
 
 def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) -> Run:
-    """Check everything, scan the data, and lay out the run; no weights are loaded.
+    """Check everything, scan the data, and set up the run; no weights are loaded.
 
     Args:
         architecture: configured with the options.
@@ -124,7 +124,7 @@ def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) ->
 
 
 def check(architecture: Architecture, kind: type[Kind], options: RunOptions) -> Checked:
-    """Refuse what cannot work, cheapest checks first.
+    """Refuse runs that cannot work, cheapest checks first.
 
     Raises:
         UserError: one line for each finding.

@@ -1,7 +1,7 @@
-"""The frozen denoiser of a run: whole on the device, or sharded over the processes.
+"""Place the frozen denoiser of a run: whole on the device, or sharded over the processes.
 
-Only the denoiser is sharded. Text encoders stay whole: a cache of their outputs leaves none of them, and without
-one, processes may encode different numbers of captions, where gatherings must meet.
+Only the denoiser is sharded. Text encoders stay whole: with cached outputs none is loaded, and otherwise processes may
+encode different numbers of captions, which collective calls do not allow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def sharding_for(accelerator: Accelerator, *, strict: bool) -> Sharding | None:
-    """The sharding that accelerate's configuration asks for, as far as this machine can do it.
+    """Return the sharding that accelerate's configuration asks for, checked for this machine.
 
     Raises:
         UserError: a setting that needs a GPU; one process, under ``--strict``.
@@ -50,18 +50,18 @@ def load_denoiser(
     waits: bool,
     sharding: Sharding | None,
 ) -> nn.Module:
-    """Load the denoiser to where it is worked on until it has its final form.
+    """Load the denoiser to the device where it is prepared.
 
     Args:
-        waits: whether it is stored otherwise before it is moved to ``device``.
+        waits: whether it is converted before it is moved to ``device``.
     """
     home = "cpu" if waits or sharding is not None else str(device)
     denoiser = architecture.load_denoiser(checkpoint, dtype=dtype, device=home)
     if sharding is not None:
-        # FSDP takes contiguous weights only. And where it hands on a batch of one with channels last, strides change:
-        # layers would work in another layout than when a checkpointed block runs again, and dropout draw otherwise
+        # FSDP needs contiguous weights. With channels last, it changes the strides of a batch of one: a recomputed
+        # checkpointed block would have another layout, and dropout would draw other numbers
         return denoiser
-    # convolutions are faster so; benchmarks/RESULTS.md has the metrics. Linear layers stay as they are
+    # convolutions are faster in this format, see benchmarks/RESULTS.md; linear layers are unchanged
     denoiser = denoiser.to(memory_format=torch.channels_last)
     if device.type == "cpu":
         convolve_as_products(denoiser)
@@ -69,7 +69,7 @@ def load_denoiser(
 
 
 def sharding_rows(sharding: Sharding | None, denoiser: nn.Module, processes: int) -> list[tuple[str, str]]:
-    """Rows for the table before the first step."""
+    """Return rows for the table before the first step."""
     if sharding is None:
         return []
     sizes = shard_sizes(denoiser)

@@ -1,4 +1,4 @@
-"""What is checked of a state folder beside its manifest: its record, and that its tensors are finite."""
+"""Check a state folder beside its manifest: its record, and that its tensors are finite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COUNTS = ("current_epoch", "current_step", "origin_step", "origin_epoch")
 
 
 def problem_of_record(values: Mapping[str, Any]) -> str:
-    """What is wrong with the values of a ``TrainState``, for a message; empty if nothing is."""
+    """Return what is wrong with the values of a ``TrainState``, for a message; empty if nothing is."""
     for name in _COUNTS:
         value = values.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -60,7 +60,8 @@ def refuse_bad_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Those of the shape of their parameter; some optimizers keep numbers such as "the best so far" as infinity."""
+    """Yield tensors with the shape of their parameter; some optimizers keep values such as "the best so far" as
+    infinity."""
     for number, (parameter, values) in enumerate(optimizer.state.items()):
         for name, value in values.items() if isinstance(values, Mapping) else ():
             if isinstance(value, Tensor) and value.shape == parameter.shape:

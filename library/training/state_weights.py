@@ -1,6 +1,6 @@
-"""The weights in a state folder, written and read one tensor at a time.
+"""Write and read the weights in a state folder one tensor at a time.
 
-accelerate makes the bytes of a whole file before it writes them, which for a whole model is a second copy in host
+accelerate builds the bytes of a whole file before it writes them, which for a whole model is a second copy in host
 memory. The files are the same: ``model.safetensors``, ``model_1.safetensors``, ...
 """
 
@@ -48,7 +48,7 @@ def _load(model: nn.Module, file: Path) -> None:
     """Copy a file's tensors into a module.
 
     Raises:
-        RuntimeError: other names or shapes than the module's, as ``load_state_dict`` says it.
+        RuntimeError: other names or shapes than the module's, as in ``load_state_dict``.
     """
     own: dict[str, Any] = model.state_dict()
     missing = set(own)

@@ -19,7 +19,7 @@ from library.randomness import torch_generator
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """How latents are made noisy; see ``library.diffusion.noise`` for each formula."""
+    """The settings of adding noise; see ``library.diffusion.noise`` for each formula."""
 
     offset: float | None = None
     offset_random_strength: bool = False
@@ -38,7 +38,7 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """What the denoiser is asked and what it should answer."""
+    """The denoiser's input and target."""
 
     noisy: Tensor  # (B, C, h, w)
     timesteps: Tensor  # (B,), as the objective draws them: int64, 0..999, or float32, 0..1000
@@ -57,7 +57,8 @@ def make_noisy(
     *,
     level: int | None = None,
 ) -> NoisyBatch:
-    """Noise scaled latents (B, C, h, w) at a random timestep each, or all at one; every draw is keyed by the visit.
+    """Add noise to scaled latents (B, C, h, w), each at a random timestep, or all at one; every draw is keyed by the
+    visit.
 
     Args:
         level: one of the objective's fixed levels, for all samples.
@@ -107,7 +108,7 @@ def sample_losses(
     *,
     masks: Tensor | None = None,
 ) -> Tensor:
-    """Weighted loss of each sample: predictions (B, C, h, w) -> (B,) float32.
+    """Return the weighted loss of each sample: predictions (B, C, h, w) -> (B,) float32.
 
     Args:
         masks: (B, H, W) weights of the images' pixels.

@@ -1,4 +1,4 @@
-"""The table before the first step, which ``--dry_run`` prints too."""
+"""Build the table before the first step, which ``--dry_run`` prints too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def summary(
     parameters: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> list[tuple[str, str]]:
-    """Rows for people: what is trained, on what, and how; a dry run has no optimizer."""
+    """Return rows for people: model, data, training; a dry run has no optimizer."""
     options, plan = run.options, run.plan
     accumulated = plan.gradient_accumulation_steps
     batches = f"{plan.batches_per_epoch} batches an epoch" + (f", {accumulated} to a step" if accumulated > 1 else "")

@@ -1,4 +1,4 @@
-"""Encoding a run's captions before training: the processes share the work, and the encoders go when it is done."""
+"""Encode a run's captions before training: the processes share the work, and the encoders are freed afterwards."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: captions encoded at a time, if not given; an encoder takes little memory beside what is trained later
+#: captions encoded at a time, if not given; an encoder needs little memory compared with training
 BATCH_SIZE = 8
 
 
 def warn_of_cut(
     data: TrainingData, architecture: Architecture, tokenizers: Sequence[Any], options: ModelOptions
 ) -> None:
-    """Warn once of captions of a run that are cut; on the main process alone."""
+    """Warn once of truncated captions of a run; on the main process only."""
     measure = measure_of(
         architecture, tokenizers, max_token_length=options.max_token_length, weighted=options.weighted_captions
     )
@@ -56,7 +56,7 @@ def warn_of_cut(
 
 @dataclass(frozen=True)
 class Tokenize:
-    """Captions to token tensors; a picklable callable for the loader's workers."""
+    """Turns captions into token tensors; a picklable callable for the loader's workers."""
 
     architecture: Architecture
     tokenizers: Sequence[Any]
@@ -74,7 +74,7 @@ def caches_texts(options: DatasetOptions) -> bool:
 
 
 def text_cache_row(options: DatasetOptions) -> str:
-    """What the table before the first step says about it."""
+    """Return the row of the table before the first step."""
     if not caches_texts(options):
         return "no"
     variants = options.text_encoder_cache_variants
@@ -84,11 +84,11 @@ def text_cache_row(options: DatasetOptions) -> str:
 
 
 def cache_texts(job: CacheJob, use: Callable[[TextModels], T] | None = None, *, in_part: bool = False) -> T | None:
-    """Make the cache of encoded captions complete, by all processes together; the batches of the job's data use it.
+    """Complete the cache of encoded captions, by all processes together; the batches of the job's data use it.
 
     Args:
-        use: something else to do with tokenizers and encoders, which are let go afterwards; its result is returned.
-        in_part: whether some of the encoders are trained, for which batches hold tokens too.
+        use: a function of tokenizers and encoders, which are freed afterwards; its result is returned.
+        in_part: whether some encoders are trained, so that batches hold tokens too.
 
     Raises:
         UserError: outputs that are not finite; a full disk.
@@ -125,14 +125,14 @@ def cache_texts(job: CacheJob, use: Callable[[TextModels], T] | None = None, *, 
 
 @dataclass(frozen=True)
 class TextModels:
-    """What makes conditioning of texts."""
+    """Tokenizers and text encoders."""
 
     tokenizers: list[Any]
     encoders: list[nn.Module]
 
     @staticmethod
     def load(job: CacheJob) -> TextModels:
-        """On the job's device."""
+        """Load them on the job's device."""
         dtype, device = job.weight_dtype, str(job.device)
         encoders = job.architecture.load_text_encoders(job.checkpoint, dtype=dtype, device=device)
         return TextModels(job.architecture.load_tokenizers(job.checkpoint), encoders)
@@ -156,7 +156,7 @@ def _encoding(job: CacheJob, models: TextModels) -> TextEncoding:
 
 
 def _write(job: CacheJob, files: Sequence[TextFile], encoding: Callable[[], TextEncoding], report: Report) -> int:
-    """Make the files that are missing or outdated; returns how many. Whole files go to one process each."""
+    """Write missing and outdated files; returns how many. Each file is made by one process."""
     format, model, peers = job.architecture.text, job.options.model, peers_of(job.accelerator)
     settings = TextSettings(
         job.architecture.text_identity(job.checkpoint),
@@ -168,7 +168,7 @@ def _write(job: CacheJob, files: Sequence[TextFile], encoding: Callable[[], Text
     )
     mine = files[peers.rank :: peers.count]
     outdated = set(find_outdated(mine, format, settings, trust=job.options.dataset.skip_cache_check))
-    # shared out anew, as what is missing may all lie in one part
+    # distributed again, because all missing files may be in one part
     missing = sorted(peers.gather([i for i, file in enumerate(files) if file in outdated]))
     share = [files[i] for i in missing[peers.rank :: peers.count]]
     with together(peers):
@@ -179,7 +179,7 @@ def _write(job: CacheJob, files: Sequence[TextFile], encoding: Callable[[], Text
 
 
 def _fill(memory: MemoryTexts, encoding: TextEncoding, accelerator: Accelerator, report: Report) -> None:
-    """Encode this process's share of the captions, and get the others' from them, batch by batch."""
+    """Encode this process's part of the captions, and gather the others' batch by batch."""
     count = accelerator.num_processes
     shares = _equal_shares(memory.captions, count)
     gathered: list[tuple[str, Mapping[str, Tensor]]] = []
@@ -199,13 +199,15 @@ def _fill(memory: MemoryTexts, encoding: TextEncoding, accelerator: Accelerator,
 
 
 def _equal_shares(captions: Sequence[str], count: int) -> list[list[str]]:
-    """One for each process, of the same length, as all gather at once: the first captions may be there twice."""
+    """Return one part per process, of equal length because gathering is collective: the first captions may appear
+    twice."""
     length = -(-len(captions) // count)
     padded = (list(captions) * count)[: length * count]
     return [padded[place::count] for place in range(count)]
 
 
 def _gather(values: Tensor, accelerator: Accelerator) -> Tensor:
-    """(B, ...) of every process -> (processes * B, ...), in their order. As bytes: not all backends know all dtypes."""
+    """Gather (B, ...) of every process to (processes * B, ...), in their order, as bytes: not all backends support all
+    dtypes."""
     own = values.contiguous().view(torch.uint8).to(accelerator.device)
     return accelerator.gather(own).cpu().view(values.dtype)

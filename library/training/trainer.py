@@ -1,6 +1,6 @@
-"""The story of every run: ``setup -> cache -> load -> fit -> finish``.
+"""Every run: ``setup -> cache -> load -> fit -> finish``.
 
-A *kind* says what is trained and saved, an *architecture* how its model works; neither knows the other's cases.
+A *kind* defines what is trained and saved, an *architecture* how its model works; neither knows the other's cases.
 ``train`` turns the namespace into frozen dataclasses on its first line; nothing deeper sees ``args``.
 """
 
@@ -54,14 +54,14 @@ class Trainer:
 
     @classmethod
     def parser(cls) -> argparse.ArgumentParser:
-        """The full parser of a script for this kind and family."""
+        """Return the full parser of a script for this kind and family."""
         return script_parser(
             cls.__doc__, cls.kind.options_class, joined(cls.kind.declaration, cls.architecture.declaration)
         )
 
     @classmethod
     def joined_options(cls) -> type[RunOptions]:
-        """The class of all options of the script: the kind's, and those that only the family has."""
+        """Return the class of all options of the script: the kind's, and the family's own."""
         return with_groups(cls.kind.options_class, cls.architecture.declaration.groups)
 
     # ---- the story ----
@@ -71,7 +71,7 @@ class Trainer:
         """Run the whole training.
 
         Raises:
-            SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when all is saved.
+            SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when everything is saved.
         """
         options_class = with_groups(self._kind.options_class, self.architecture.declaration.groups)
         options = options_class.from_args(args)
@@ -94,15 +94,15 @@ class Trainer:
                     self.finish(loaded, steps)
 
     def setup(self, options: RunOptions) -> Run:
-        """Check everything, scan the data, and lay out the run; no weights are loaded yet."""
+        """Check everything, scan the data, and set up the run; no weights are loaded yet."""
         return set_up(self.architecture.configured(options), self._kind, options)
 
     def cache(self, run: Run, interrupt: Interrupt) -> Cached:
-        """Make or read the caches; afterwards the VAE is only kept where it is still needed."""
+        """Make or read the caches; afterwards the VAE is kept only if it is still needed."""
         return make_caches(run, interrupt)
 
     def load(self, run: Run, cached: Cached) -> LoadedRun:
-        """Load the models, build what is trained, and resume."""
+        """Load the models, build the trained modules, and resume."""
         return load_run(run, cached)
 
     def fit(self, loaded: LoadedRun, interrupt: Interrupt) -> int:

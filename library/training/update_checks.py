@@ -1,4 +1,4 @@
-"""What can be said of the updates of a run before anything is loaded."""
+"""Check the updates of a run before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def check_update(
     *,
     fused_flag: str | None,
 ) -> list[str]:
-    """Try the optimizer on small tensors, as the options use it; returns warnings.
+    """Try the optimizer on small tensors, with the run's options; returns warnings.
 
     Args:
-        fused_flag: the option that asks for updates within the backward pass, if one does.
+        fused_flag: the option that asks for updates within the backward pass, if any.
 
     Raises:
-        UserError: it cannot be used so, or not go on from the state that is resumed.
+        UserError: it cannot be used in this way, or cannot resume from the state.
     """
     output, resume = options.output, options.resume
     keeps_states = bool(output.save_state or output.save_state_on_train_end or resume.resume)

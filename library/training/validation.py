@@ -1,6 +1,6 @@
-"""Validation: the loss on images that are not trained on, and what follows from it.
+"""Validation: the loss on held-out images, early stopping and best weights.
 
-Each image is judged at the same timesteps with the same noise every time, so losses differ by the weights alone.
+Each image is evaluated at the same timesteps with the same noise every time, so losses differ by the weights alone.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from library.training.work_progress import WorkProgress
 
 logger = logging.getLogger(__name__)
 
-#: timesteps that every image is judged at
+#: timesteps at which every image is evaluated
 TIMESTEPS = 4
 
 
 def check_validation(config: DatasetConfig, options: ValidationOptions, resumed: TrainState | None = None) -> None:
-    """Refuse what the end of the run or its files depend on, where no images are kept for validation.
+    """Refuse options that need validation if no images are held out.
 
     Raises:
-        UserError: one line for each option; the run of the state was ended there by early stopping.
+        UserError: one line for each option; or early stopping already ended the run of the state.
     """
     if config.validates:
         patience, misses = options.early_stopping_patience, BestSoFar.of(resumed).misses
@@ -65,14 +65,14 @@ def check_validation(config: DatasetConfig, options: ValidationOptions, resumed:
 
 @dataclass(frozen=True)
 class ValidationPolicy:
-    """When a run validates: by steps, by epochs, and at its end."""
+    """The times of validation: by steps, by epochs, and at the end."""
 
     plan: RunPlan
     every_n_steps: int | None
     every_n_epochs: int | None  # each, if not given
 
     def axes(self, step: int) -> tuple[str, ...]:
-        """Which curves a validation after this step (counted from 1) belongs to: "step", "epoch", both or none."""
+        """Return the curves of a validation after this step (counted from 1): "step", "epoch", both or none."""
         by_step = self.every_n_steps is not None and step % self.every_n_steps == 0
         position = self.plan.position(step)
         by_epoch = position.step_in_epoch == 0 and position.epoch % (self.every_n_epochs or 1) == 0
@@ -87,10 +87,10 @@ class BestSoFar:
 
     loss: float = math.inf
     step: int = 0
-    misses: int = 0  # validations in a row since, that were no better
+    misses: int = 0  # validations in a row since then without improvement
 
     def add(self, loss: float, step: int) -> bool:
-        """Whether this is the new best; what is not a number never is."""
+        """Add a loss and return whether it is the new best; NaN never is."""
         if loss < self.loss:
             self.loss, self.step, self.misses = loss, step, 0
             return True
@@ -99,12 +99,12 @@ class BestSoFar:
 
     @staticmethod
     def of(resumed: TrainState | None) -> BestSoFar:
-        """That of a state, which ``state`` gave."""
+        """Restore it from ``state``."""
         state = resumed.validation if resumed is not None else {}
         return BestSoFar(state.get("loss", math.inf), int(state.get("step", 0)), int(state.get("misses", 0)))
 
     def state(self) -> dict[str, float]:
-        """What JSON can hold: no loss before the first validation."""
+        """Return JSON values; there is no loss before the first validation."""
         found: dict[str, float] = {"step": self.step, "misses": self.misses}
         return found | ({"loss": self.loss} if math.isfinite(self.loss) else {})
 
@@ -113,10 +113,10 @@ class Validation:
     """The validations of one run.
 
     Args:
-        run: whose latents are cached, if they will be.
+        run: with its caches complete.
         models: in eval mode meanwhile.
         losses: of training.
-        loading: how batches are prepared, as for training.
+        loading: preparation of batches, as for training.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Validation:
         self._saver = saver
         self._policy = ValidationPolicy(run.plan, options.validate_every_n_steps, options.validate_every_n_epochs)
         self._patience = options.early_stopping_patience
-        # perturbed inputs are a means of training, as dropout is
+        # input perturbation is for training, like dropout
         self._noise = replace(noise_settings(run.options), ip_gamma=None)
         self._levels = run.objective.levels(self._noise.timesteps, TIMESTEPS)
         self._data = ValidationData(
@@ -153,7 +153,7 @@ class Validation:
         self.ends_run = False
 
     def restore(self, resumed: TrainState) -> None:
-        """Go on from a state, which ``check_validation`` has passed."""
+        """Resume from a state that ``check_validation`` has passed."""
         self.best = BestSoFar.of(resumed)
         best = self._run.names.best()
         if self.best.step and self._run.options.validation.save_best and not best.exists():
@@ -167,12 +167,12 @@ class Validation:
         return bool(self._policy.axes(step))
 
     def after_step(self, step: int, epoch: int, *, training_loss: float, trackers: Trackers) -> None:
-        """Validate if it is time, record it, and keep the best weights; all processes take part.
+        """Validate if it is due, record it, and keep the best weights; all processes take part.
 
         Args:
             step: done, counted from 1.
             epoch: of the step, counted from 1.
-            training_loss: the running mean, which the divergence is measured from.
+            training_loss: the running mean, for the divergence.
         """
         axes = self._policy.axes(step)
         if not axes:
@@ -218,11 +218,11 @@ class Validation:
     # ---- measuring ----
 
     def _mean_loss(self) -> float:
-        """The mean over the images of all processes; each counts the same, whatever batch it is in."""
+        """Return the mean over the images of all processes, each with the same weight, whatever its batch."""
         run = self._run
         losses = [torch.zeros(0, device=run.device)]  # a process may have no batch
         modules = [*self._models.modules(), *self._kind.modules()]
-        # lines, as the steps have the bar
+        # plain lines, because the steps have the progress bar
         report = WorkProgress("validating", "batches", simple=True, enabled=run.accelerator.is_main_process)
         with torch.no_grad(), undisturbed(modules, run.device):
             for done, batch in enumerate(self._data.batches(**self._loading), start=1):
@@ -237,9 +237,9 @@ class Validation:
         return float(total[0] / total[1])
 
     def _of_batch(self, batch: Batch) -> Tensor:
-        """The loss of each image (B,), the mean over the fixed timesteps.
+        """Return the loss of each image (B,), the mean over the fixed timesteps.
 
-        It is the training's loss, with its weights and masks, so that the two can be compared.
+        It is the training loss, with its weights and masks, so that the two can be compared.
         """
         self._kind.begin_validation_batch(batch)
         with self._losses.autocast():

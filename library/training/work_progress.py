@@ -1,4 +1,4 @@
-"""How far a piece of work beside the steps is: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Show the progress of work outside of steps: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 class WorkProgress:
-    """Counts pieces of work done; a context, shown from the first ``update`` on.
+    """Counts completed pieces of work; a context, shown from the first ``update`` on.
 
     Args:
-        title: what is being done, e.g. "encoding images".
-        unit: what is counted, for the rate, e.g. "images".
+        title: the activity, e.g. "encoding images".
+        unit: the counted things, for the rate, e.g. "images".
         simple: plain lines on a terminal too.
         enabled: whether to show anything; one process of several does.
     """

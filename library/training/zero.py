@@ -1,4 +1,4 @@
-"""What is asked of DeepSpeed, by options or by accelerate's configuration, and what of it can be had."""
+"""Check and read DeepSpeed's settings, from options or from accelerate's configuration."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-#: of ``zero_optimization``: handed to DeepSpeed
+#: settings of ``zero_optimization`` that are passed to DeepSpeed
 _HANDED_ON = (
     "allgather_partitions", "allgather_bucket_size", "contiguous_gradients", "overlap_comm", "reduce_bucket_size",
     "reduce_scatter",
 )  # fmt: skip
 
-#: of a DeepSpeed file: what options of this program decide, and what it sets by itself
+#: settings of a DeepSpeed file that this program's options decide, or that it sets by itself
 _DECIDED = (
     "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print", "train_batch_size",
     "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
@@ -33,7 +33,7 @@ _DECIDED = (
 
 
 def problems_of_deepspeed(options: TrainingOptions, *, with_fsdp: bool) -> list[str]:
-    """One line for each thing that cannot be had; none if nothing is asked for.
+    """Return one line for each refused setting; none without DeepSpeed.
 
     Raises:
         UserError: accelerate cannot read its own configuration.
@@ -58,7 +58,7 @@ def problems_of_deepspeed(options: TrainingOptions, *, with_fsdp: bool) -> list[
 
 
 def asked_zero(options: TrainingOptions) -> Zero | None:
-    """What is shared out, by a configuration that ``problems_of_deepspeed`` has passed; ``None`` without DeepSpeed."""
+    """Return the sharding of a configuration that ``problems_of_deepspeed`` has passed; ``None`` without DeepSpeed."""
     if is_on(USE_DEEPSPEED):
         return _zero_of(_configuration())
     return _zero_of_options(options) if options.deepspeed else None
@@ -69,7 +69,7 @@ def _zero_of_options(options: TrainingOptions) -> Zero:
 
 
 def _configuration() -> dict[str, Any]:
-    """DeepSpeed's configuration as accelerate makes it, of its own questions or of a DeepSpeed file."""
+    """Return DeepSpeed's configuration from accelerate, from its own questions or from a DeepSpeed file."""
     from accelerate import DeepSpeedPlugin
 
     try:
@@ -104,7 +104,7 @@ def _problems_of_file(config: Mapping[str, Any]) -> list[str]:
     if _device(config, "offload_optimizer") == "nvme":
         problems.append(f"{start} offload_optimizer to nvme: {NO_NVME}")
     elif _device(config, "offload_optimizer") != "none" and not asked.get("stage"):
-        problems.append(f"{start} offload_optimizer with ZeRO stage 0, which shares nothing out; set it to none")
+        problems.append(f"{start} offload_optimizer with ZeRO stage 0, which shards nothing; set it to none")
     if _device(config, "offload_param") != "none":
         problems.append(f"{start} offload_param: only ZeRO stage 3 has it; set it to none")
     known = {"stage", "offload_optimizer", "offload_param", *_HANDED_ON}
@@ -117,10 +117,10 @@ def _problems_of_file(config: Mapping[str, Any]) -> list[str]:
 
 
 def check_zero(options: RunOptions, optimizer: OptimizerChoice, accelerator: Accelerator) -> list[str]:
-    """Before anything is loaded; returns warnings.
+    """Check before anything is loaded; returns warnings.
 
     Raises:
-        UserError: an optimizer that does not work on pieces of weights.
+        UserError: an optimizer that does not work on parts of weights.
     """
     zero = asked_zero(options.training)
     if zero is None:
@@ -128,14 +128,14 @@ def check_zero(options: RunOptions, optimizer: OptimizerChoice, accelerator: Acc
     check_optimizer(optimizer.create([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]))
     found = _differences(options)
     if accelerator.num_processes == 1 and not zero.on_host:
-        found.append(NoEffect("DeepSpeed has no effect with one process: there is nothing to share out"))
+        found.append(NoEffect("DeepSpeed has no effect with one process: there is nothing to shard"))
     if zero.on_host and accelerator.device.type == "cpu":
         found.append(NoEffect("DeepSpeed: offloading has no effect on a CPU, where states are in host memory anyway"))
     return found
 
 
 def _differences(options: RunOptions) -> list[str]:
-    """What accelerate's configuration says otherwise than options, which win."""
+    """Yield differences between accelerate's configuration and the options, which win."""
     if not is_on(USE_DEEPSPEED):
         return []
     config, found = _configuration(), []
@@ -158,7 +158,7 @@ def _differences(options: RunOptions) -> list[str]:
 
 
 def zero_of(options: TrainingOptions, accelerator: Accelerator) -> Zero | None:
-    """What is sharded in this run; ``None`` where there is nothing to shard."""
+    """Return the sharding of this run; ``None`` if there is nothing to shard."""
     zero = asked_zero(options)
     return None if zero is None or (accelerator.num_processes == 1 and not zero.on_host) else zero
 
@@ -166,7 +166,10 @@ def zero_of(options: TrainingOptions, accelerator: Accelerator) -> Zero | None:
 def zero_rows(
     optimizer: torch.optim.Optimizer | None, parameters: Sequence[torch.nn.Parameter], options: TrainingOptions
 ) -> list[tuple[str, str]]:
-    """For the table before the first step; a dry run has no optimizer."""
+    """Return rows for the table before the first step; a dry run has no optimizer. @@ library/memory/attention.py
+    Attention that never holds a matrix of all tokens by all tokens (``--mem_eff_attn``), and which attention a run
+    uses. => The attention backend of a run, and attention without a matrix of all tokens by all tokens
+    (``--mem_eff_attn``)."""
     if not isinstance(optimizer, ZeroOptimizer):
         return []
     zero = asked_zero(options)

@@ -92,7 +92,7 @@ def test_stop_and_replay(tmp_path: Path, tiny: Tiny, poisoned: Path, capsys: pyt
     mended = tmp_path / "mended.toml"
     mended.write_text(poisoned.read_text(encoding="utf-8").replace("3e38", "1.0"), encoding="utf-8")
     train_here("--replay", recording, "--dataset_config", mended, script=tiny.family.script)
-    assert "this time all is finite" in capsys.readouterr().out
+    assert "this time everything is finite" in capsys.readouterr().out
 
 
 #: by the usual module of a family, one whose networks draw something in every step

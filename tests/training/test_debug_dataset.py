@@ -63,7 +63,7 @@ def test_there_is_a_bound_and_it_is_said(
         write_sheets(batches_of(data, plan_of(data), 0), tmp_path / "out", total=data.batch_count())
     facts = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
     assert 5 <= len(facts) <= 6  # batches stay whole
-    assert str(tmp_path / "out") in caplog.text and "are not drawn, as 5 images are the most" in caplog.text
+    assert str(tmp_path / "out") in caplog.text and "are not shown, as 5 images are the most" in caplog.text
 
 
 KEYS = [

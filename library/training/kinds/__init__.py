@@ -1,1 +1,1 @@
-"""What can be trained and saved: one file for each kind; ``base.py`` is the list of what a kind must answer."""
+"""The kinds of training: one file for each kind; ``base.py`` is the interface that a kind implements."""

@@ -1,4 +1,4 @@
-"""Adapters: LoRA and whatever else speaks the public network-module protocol."""
+"""Adapters: LoRA and any other module with the public network-module protocol."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from networks.third_party_trial import check_states, keep_states_plain, try_savi
 
 logger = logging.getLogger(__name__)
 
-#: network args of our own and of third-party modules that give parameters other learning rates than their part's
+#: network args that give parameters other learning rates than their part's, of our own and of third-party modules
 _LR_ARGS = (
     "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "down_lr_weight", "mid_lr_weight",
     "up_lr_weight", "network_reg_lrs",
@@ -67,7 +67,7 @@ class Adapter(Kind):
     ) -> None:
         super().__init__(architecture, options, checkpoint, seed=seed, sharded=sharded)
         self._module = NetworkModule.of(options.network)
-        self._args = dict(self._module.args)  # with those that the network needed beside the given ones
+        self._args = dict(self._module.args)  # including args that the network needed beside the given ones
         self._network: Any = None
         self._models: Models | None = None
         self._multiplier = 1.0
@@ -100,8 +100,8 @@ class Adapter(Kind):
         return ["network_module", *rank, "network_train_unet_only", "network_train_text_encoder_only"]
 
     def check_models(self, models: Models) -> None:
-        # what is said of a network is said when the run's own is made; where a network cannot be made without weights,
-        # or a third-party one may only lack them, it is left to that, too
+        # the run's own network logs its messages; where a network cannot be made without weights, or a third-party one
+        # may only lack them, it is checked then, too
         try:
             with quiet(logging.WARNING):
                 network = self._applied_on_meta(models)
@@ -151,19 +151,19 @@ class Adapter(Kind):
 
     def _applied_on_meta(self, models: Models) -> Any:
         with warnings.catch_warnings(), torch.device("meta"):
-            # weights to start from are checked against the network, but there is nothing to copy them to
+            # weights to start from are checked against the network, but the meta device cannot hold them
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
-            if self._module.is_ours:  # others may need the weights that are not there
+            if self._module.is_ours:  # others may need weights, which are missing here
                 for _ in self._module.base_networks(models):
                     pass  # a file that does not fit is an error
             return self._applied(models)
 
     def _applied_off_meta(self, models: Models) -> Any:
-        """For third-party modules that compute with tensors while they are made, with those of the models last."""
+        """Make a third-party network that computes with tensors during its creation, on uninitialized weights."""
         try:
             return self._applied(models)
         except RuntimeError:
-            # a DoRA takes the norms of the weights: memory that nothing has filled stands for them
+            # a DoRA computes norms of the weights: uninitialized memory replaces them
             for model in (*models.text_encoders, models.denoiser):
                 model.to_empty(device="cpu")
             return self._applied(models)
@@ -202,7 +202,7 @@ class Adapter(Kind):
         try_saving(self._network, name, path.parent, suffix=path.suffix, dtype=dtype)
 
     def _refuse_adapted_but_cached(self, models: Models) -> None:
-        """What an adapter makes of a text encoder whose outputs are cached would never be seen."""
+        """Refuse adapters on a text encoder whose outputs are cached, which would have no effect."""
         left_out = (e for e, used in zip(models.text_encoders, models.encoding, strict=True) if used is None)
         # adapters, third-party ones too, replace the forward of instances
         if any("forward" in vars(module) for encoder in left_out for module in encoder.modules()):

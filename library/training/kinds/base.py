@@ -1,4 +1,4 @@
-"""What a kind of training declares: which parts it trains, how a step uses them, and what is saved.
+"""The interface of a kind of training: which parts it trains, how a step uses them, and what is saved.
 
 ``Trainer(architecture, kind)`` makes a fresh object of the kind for each run, dry run and probe. A kind holds the
 modules that it trains, and nothing of the optimizer, the data or the files' names.
@@ -28,7 +28,7 @@ from library.training.models import Models
 class ParameterGroup:
     """Parameters that share their settings."""
 
-    settings: dict[str, Any]  # as optimizers take them: "params", "lr", ...
+    settings: dict[str, Any]  # the optimizer's group: "params", "lr", ...
     name: str | None = None  # in trackers: "unet"
 
     @property
@@ -38,14 +38,14 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Need:
-    """How a part of the model is needed, where it is trained."""
+    """The requirements of a trained part of the model."""
 
     dtype: torch.dtype  # of its weights
 
 
 @dataclass(frozen=True)
 class RunSubject:
-    """What a run is about: a kind of training on a family of models, whose options are checked together."""
+    """A kind of training on a family of models, whose options are checked together."""
 
     kind: type[Kind]
     architecture: Architecture
@@ -55,7 +55,7 @@ class RunSubject:
         return joined(self.kind.declaration, self.architecture.declaration)
 
     def facts(self, options: Any) -> Facts:
-        """What rules ask."""
+        """Return what rules ask."""
         return Facts(trained_encoders=self.kind.trained_encoders(self.architecture, options))
 
 
@@ -63,27 +63,27 @@ class Kind(ABC):
     """One kind of training.
 
     Args:
-        architecture: configured, and made for the model at hand.
+        architecture: configured, and made for the run's model.
         options: of the run.
-        checkpoint: what the family's ``inspect`` gave.
+        checkpoint: result of the family's ``inspect``.
         seed: of the run, the same on all processes.
         sharded: whether the denoiser is sharded over the processes.
     """
 
-    #: its own groups of options with their rules, and what becomes of those of the core
+    #: its own option groups with their rules, and the core's options that it refuses or ignores
     declaration: ClassVar[Declaration] = Declaration()
-    #: the class of all options that its scripts have, but for those of the families
+    #: the class of all options of its scripts, except the families'
     options_class: ClassVar[type[RunOptions]] = RunOptions
-    #: what follows the model's id in ``modelspec.architecture``
+    #: suffix of the model's id in ``modelspec.architecture``
     modelspec_suffix: ClassVar[str] = ""
-    #: whether saved files say how they were made (``ss_*``)
+    #: whether saved files record the training (``ss_*``)
     records_run: ClassVar[bool] = True
     #: entries that ``--no_metadata`` keeps, so that other programs know how to use the file
     minimum_metadata: ClassVar[tuple[str, ...]] = ()
-    #: whether what is trained is small beside the model, so that the device has memory for copies of it: those of the
-    #: moving average, and of the weights before a step. Otherwise averages lie in host memory, and nothing else is kept
+    #: whether the trained weights are small beside the model, so that the device has memory for copies: the moving
+    #: average, and the weights before a step. Otherwise averages are in host memory, and there are no other copies
     keeps_copies: ClassVar[bool] = False
-    #: how to begin a new run with the weights of another one
+    #: option that starts a new run with the weights of another one
     starts_from: ClassVar[str] = "--pretrained_model_name_or_path"
 
     #: name of the project in trackers, if not given
@@ -108,12 +108,12 @@ class Kind(ABC):
 
     @classmethod
     def normalized(cls, options: RunOptions) -> RunOptions:
-        """The options with what some of them mean for others."""
+        """Return the options with the consequences of some for others."""
         return options
 
     @classmethod
     def check_options(cls, architecture: Architecture, options: RunOptions) -> None:
-        """Refuse options of what is trained that cannot work. Raises UserError."""
+        """Refuse options of this kind that cannot work. Raises UserError."""
 
     @classmethod
     @abstractmethod
@@ -122,54 +122,54 @@ class Kind(ABC):
 
     @classmethod
     def learning_rate_flags(cls, options: RunOptions) -> list[str]:
-        """The options given that set learning rates of parts of the model, as the user wrote them."""
+        """Return the given options that set learning rates of parts of the model, as the user wrote them."""
         return []
 
     @classmethod
     def extension(cls, architecture: Architecture, options: RunOptions, checkpoint: Any) -> str:
-        """The ending of saved files, without the dot; empty for folders."""
+        """Return the extension of saved files, without the dot; empty for folders."""
         return options.output.save_model_as
 
     @classmethod
     def check_place(cls, architecture: Architecture, checkpoint: Any, path: Path) -> None:
-        """Refuse a place of the final file that cannot be. Raises UserError."""
+        """Refuse an impossible path of the final file. Raises UserError."""
 
     @classmethod
     def fingerprint(cls, options: RunOptions) -> dict[str, object]:
-        """What a resumed run must share beyond its options."""
+        """Return what a resumed run must share beyond its options."""
         return {}
 
     @classmethod
     def shaping_options(cls, options: RunOptions) -> list[str]:
-        """Options that decide which tensors a state folder holds."""
+        """Return the options that decide which tensors a state folder holds."""
         return []
 
     def check_models(self, models: Models) -> None:
-        """Refuse what models on the meta device tell, before hours go into caches. Raises UserError."""
+        """Check models on the meta device, before hours are spent on caches. Raises UserError."""
 
     # ---- setting up ----
 
     def needs(self) -> Mapping[str, Need]:
-        """The parts of the model whose own weights are trained, by name; the others are frozen."""
+        """Return the parts of the model whose own weights are trained, by name; the others are frozen."""
         return {}
 
     def change_models(self, models: Models, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Change the loaded weights before they get the form that they are kept in, such as fp8."""
+        """Change the loaded weights before they are converted to their final form, such as fp8."""
 
     @abstractmethod
     def attach(self, models: Models) -> list[ParameterGroup]:
-        """Make what is trained, and connect it to the models.
+        """Create the trained modules, and connect them to the models.
 
         Raises:
-            UserError: it does not fit the models, or nothing would be trained.
+            UserError: they do not fit the models, or nothing would be trained.
         """
 
     def attach_on_meta(self, models: Models) -> list[ParameterGroup]:
-        """The same over models without weights, to count parameters and to check that all fits."""
+        """Attach to models without weights, to count parameters and to check that everything fits."""
         return self.attach(models)
 
     def try_saving(self, path: Path, dtype: torch.dtype | None) -> None:
-        """Find out at the start whether what is trained can be saved; called on the main process only.
+        """Check at the start whether the trained weights can be saved; called on the main process only.
 
         Args:
             path: of the final file, which is not written.
@@ -177,19 +177,19 @@ class Kind(ABC):
 
     @abstractmethod
     def modules(self) -> Sequence[nn.Module]:
-        """The modules that hold all trained parameters; state folders hold their tensors."""
+        """Return the modules with all trained parameters; state folders hold their tensors."""
 
     @classmethod
     def fused_flag(cls, options: RunOptions) -> str | None:
-        """The option given that asks for updates within the backward pass."""
+        """Return the given option that asks for updates within the backward pass."""
         return "--fused_backward_pass" if options.optimizer.fused_backward_pass else None
 
     def fused_parts(self, parameters: Sequence[nn.Parameter]) -> list[Part]:
-        """Which of the trained parameters are updated together, where ``fused_flag`` asks for it."""
+        """Return the groups of parameters that are updated together, if ``fused_flag`` asks for it."""
         return one_by_one(parameters)
 
     def before_update(self) -> None:
-        """Called when the gradients of a step are there, before the optimizer uses them."""
+        """Called when the gradients of a step are complete, before the optimizer uses them."""
 
     # ---- the step ----
 
@@ -215,11 +215,11 @@ class Kind(ABC):
         conditioning: Conditioning,
         control: Control | None = None,
     ) -> Tensor:
-        """The model's raw prediction; see ``Architecture.predict``."""
+        """Return the model's raw prediction; see ``Architecture.predict``."""
         return self.architecture.predict(denoiser, noisy, timesteps, conditioning, control)
 
     def after_step(self, step: int, device: torch.device) -> Metrics:
-        """Called after each update; may return metrics to record."""
+        """Called after each update; may return metrics."""
         return {}
 
     def set_training(self, training: bool) -> None:
@@ -233,7 +233,7 @@ class Kind(ABC):
     def save(
         self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], *, step: int, epoch: int
     ) -> None:
-        """Write the trained weights, whole or not at all; called on the main process only.
+        """Write the trained weights atomically; called on the main process only.
 
         Args:
             dtype: cast floating-point tensors; ``None`` keeps their own.
@@ -241,9 +241,9 @@ class Kind(ABC):
         """
 
     def metadata(self) -> dict[str, object]:
-        """Its own ``ss_*`` entries."""
+        """Return its own ``ss_*`` entries."""
         return {}
 
     @abstractmethod
     def rows(self, count: int) -> list[tuple[str, str]]:
-        """Rows on what is trained, ``count`` numbers, for the table before the first step."""
+        """Return rows on the ``count`` trained parameters, for the table before the first step."""

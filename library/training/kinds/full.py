@@ -1,4 +1,4 @@
-"""Whole models: the denoiser itself is trained, and text encoders if asked for; a model is saved."""
+"""Full training: the denoiser itself is trained, and text encoders if asked for; a model is saved."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Full(Kind):
 
     @classmethod
     def _text_rates(cls, architecture: Architecture, options: Any) -> list[float]:
-        """The learning rate of each text encoder."""
+        """Return the learning rate of each text encoder."""
         full, default = options.full, options.optimizer.learning_rate
         count = len(architecture.text_encoder_targets)
         numbered = (full.learning_rate_te1, full.learning_rate_te2) if count == 2 else ()
@@ -102,7 +102,8 @@ class Full(Kind):
 
     @classmethod
     def form(cls, architecture: Architecture, options: Any, checkpoint: Any) -> str:
-        """In which of ``Architecture.model_forms`` the model is saved; as the base model lies, if not given."""
+        """Return the form (of ``Architecture.model_forms``) in which the model is saved; by default the base
+        model's."""
         full, given = options.full, options.output.save_model_as
         place = Path(checkpoint.path)
         if given is None and len(architecture.model_forms) > 1:
@@ -164,7 +165,7 @@ class Full(Kind):
         blocks = self.architecture.learning_rate_blocks(denoiser)
         for number, (own, parameters) in enumerate(zip(block_rates(self.options.full.block_lr), blocks, strict=True)):
             for parameter in parameters:
-                parameter.requires_grad_(own != 0)  # a frozen block leaves the norm of the gradients, too
+                parameter.requires_grad_(own != 0)  # a frozen block does not count in the norm of the gradients either
             if own != 0 and parameters:
                 groups.append(_group(parameters, own, f"block{number}"))
         return groups
@@ -212,7 +213,7 @@ class Full(Kind):
         self._text_stopped = True
         for name, part in self._parts.items():
             if name != DENOISER:
-                # without gradients an optimizer leaves them alone, momenta and decay included
+                # without gradients an optimizer skips them, momenta and decay included
                 part.requires_grad_(False)
                 part.eval()
 
@@ -240,7 +241,7 @@ class Full(Kind):
 
 
 class DreamBooth(Full):
-    """As ``train_db.py`` trains: the text encoder too, until ``--stop_text_encoder_training``."""
+    """DreamBooth, as in ``train_db.py``: the text encoder is trained too, until ``--stop_text_encoder_training``."""
 
     tracker_name = "dreambooth"
 

@@ -24,23 +24,23 @@ class FullOptions:
     train_text_encoder: bool = option(False, "train the text encoders too (train_db.py trains them anyway)")
     learning_rate_te: float | None = option(
         None,
-        "learning rate of the text encoder (as --learning_rate, if not given); 0 leaves it as it is",
+        "learning rate of the text encoder (as --learning_rate, if not given); 0 freezes it",
         type=float,
         unit="rate",
         minimum=0,
     )
     learning_rate_te1: float | None = option(
-        None, "the same of the first of two text encoders (CLIP-L)", type=float, unit="rate", minimum=0
+        None, "the same for the first of two text encoders (CLIP-L)", type=float, unit="rate", minimum=0
     )
     learning_rate_te2: float | None = option(
-        None, "the same of the second (OpenCLIP ViT-bigG of SDXL)", type=float, unit="rate", minimum=0
+        None, "the same for the second (OpenCLIP ViT-bigG of SDXL)", type=float, unit="rate", minimum=0
     )
     stop_text_encoder_training: int | None = option(
         None, "train the text encoder up to this step; 0 or less: not at all", type=int, unit="step"
     )
     block_lr: str | None = option(
         None,
-        f"learning rates of the U-Net's blocks, {BLOCKS} numbers separated by commas; 0 leaves a block as it is",
+        f"learning rates of the U-Net's blocks, {BLOCKS} numbers separated by commas; 0 freezes a block",
     )
     use_safetensors: bool = option(
         False, "write .safetensors where the model's own form or --save_model_as would be a pickle"
@@ -84,12 +84,12 @@ def _groups() -> dict[str, type]:
     return dict([first, ("full", FullOptions), *rest]) | {"output": FullOutputOptions}
 
 
-#: all options of the scripts that train whole models, but for those of the families
+#: all options of the scripts that train whole models, except the families'
 TrainFullOptions = options_of("TrainFullOptions", _groups())
 
 
 def block_rates(text: str) -> list[float]:
-    """The numbers of ``--block_lr``.
+    """Return the numbers of ``--block_lr``.
 
     Raises:
         ValueError: no numbers, or another number of them.
@@ -104,7 +104,7 @@ def block_rates(text: str) -> list[float]:
 
 
 def trained_encoders(o: Any, facts: Facts) -> Iterator[Finding]:
-    """Learning rates of text encoders fit their number, and what is trained is not cached."""
+    """Check the number of learning rates of text encoders, and that trained encoders are not cached."""
     full = o.full
     numbered = [n for n in ("learning_rate_te1", "learning_rate_te2") if getattr(full, n) is not None]
     if numbered and facts.text_encoders != 2:
@@ -138,7 +138,7 @@ def _rates(o: Any) -> list[float] | None:
     try:
         return block_rates(o.full.block_lr) if o.full.block_lr else None
     except ValueError:
-        return None  # an error of its own
+        return None  # a separate error
 
 
 def blocks(o: Any, facts: Facts) -> Iterator[Finding]:
@@ -166,7 +166,7 @@ def forms(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def fused(o: Any, facts: Facts) -> Iterator[Finding]:
-    """All forms of the fused update exclude each other, and what needs all gradients at once."""
+    """Check fused updates, which exclude each other and options that need all gradients at once."""
     given = [name for name in _FUSED if getattr(o.optimizer if name == _FUSED[0] else o.full, name)]
     if len(given) > 1:
         yield error(f"{' and '.join(f'--{name}' for name in given)} exclude each other: give one")
@@ -190,7 +190,7 @@ def no_second_copy(o: Any, facts: Facts) -> Iterator[Finding]:
     if o.training.on_nan != "stop":
         yield error(
             f"--on_nan {o.training.on_nan}: keeps a copy of all trained weights, which a whole model leaves no memory "
-            "for; remove it, and go on from a state of --save_state after a bad step"
+            "for; remove it, and resume from a state of --save_state after a bad step"
         )
 
 
@@ -226,7 +226,7 @@ DECLARATION = Declaration(
     idle=(text_is_frozen, saves_are_streamed, captions_are_padded),
     refused={"double_blocks_to_swap": _SWAP, "single_blocks_to_swap": _SWAP},
     unused={
-        **dict.fromkeys(("fp8_base", "fp8_base_unet"), "where whole models are trained, which fp8 is too coarse for"),
+        **dict.fromkeys(("fp8_base", "fp8_base_unet"), "where whole models are trained, for which fp8 is too coarse"),
         "no_metadata": "where whole models are trained, whose files record no more than what they are",
         "training_comment": "where whole models are trained, whose files record no more than what they are",
     },
