@@ -109,6 +109,21 @@ def updates_alone(choice: OptimizerChoice, device: torch.device) -> bool:
         return False
 
 
+def keeps_memory_format(choice: OptimizerChoice, device: torch.device) -> bool:
+    """Whether a step leaves weights in the memory format that they have; bitsandbytes makes them contiguous."""
+    weight = nn.Parameter(_numbers(0, (8, 8, 9, 9), device).to(memory_format=torch.channels_last))
+    strides = weight.stride()
+    try:
+        with _quietly():
+            optimizer = choice.create([{"params": [weight]}])
+            use_weights(optimizer, for_training=True)
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+    except Exception:  # some take matrices alone
+        return True
+    return weight.stride() == strides
+
+
 def check_by_trial(choice: OptimizerChoice, device: torch.device, *, keeps_states: bool) -> list[str]:
     """Take some steps, and restore a saved state; returns warnings.
 

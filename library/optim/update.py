@@ -28,7 +28,7 @@ from library.optim.pieces import Pieces
 from library.optim.schedulers import ScheduleSettings, create_scheduler, follow_learning_rates
 from library.optim.states import keep_state_dtypes
 from library.optim.stochastic_rounding import train_in_half
-from library.optim.trial import changed_values, updates_alone
+from library.optim.trial import changed_values, keeps_memory_format, updates_alone
 from library.optim.two_weights import use_weights
 from library.optim.zero import Zero, ZeroOptimizer
 
@@ -104,6 +104,7 @@ class Update:
         if fused is not None and (settings.max_grad_norm > 0 or accelerator.num_processes > 1 or accelerator.scaler):
             raise ValueError("a fused update never sees all gradients: it cannot clip, average or scale them")
         alone = (half or fused is not None) and updates_alone(choice, self.parameters[0].device)
+        self._settle_memory_formats(choice)
         keep_state_dtypes(optimizer)
         if half:
             train_in_half(optimizer, settings.seed, alone=alone)
@@ -128,6 +129,16 @@ class Update:
             self.average = WeightAverage(averaged or {}, settings.ema_decay, on_host=not settings.keeps_copies)
             self.average.keep_with_states(accelerator)
         self._batches = self._batches_left = 1
+
+    def _settle_memory_formats(self, choice: OptimizerChoice) -> None:
+        """Let weights have from the start the memory format that they will have after a step.
+
+        Convolutions compute other last bits in another one, and a resumed run starts anew.
+        """
+        others = [p for p in self.parameters if not p.is_contiguous()]
+        if others and not keeps_memory_format(choice, others[0].device):
+            for parameter in others:
+                parameter.data = parameter.data.contiguous()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

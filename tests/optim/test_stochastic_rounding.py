@@ -47,6 +47,16 @@ def test_numbers_of_the_format_stay(dtype: torch.dtype) -> None:
     assert rounded[0].isnan() and rounded[1:4].isinf().all() and not rounded[4:].any()
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_memory_formats_stay_and_make_no_difference(dtype: torch.dtype) -> None:
+    """A resumed run begins with the formats that models are loaded in."""
+    plain = torch.randn(4, 3, 3, 3, generator=generator(1))
+    last = plain.to(memory_format=torch.channels_last)
+    one, other = (round_stochastically(values, dtype, generator(2)) for values in (plain, last))
+    assert torch.equal(one, other)
+    assert one.stride() == plain.stride() and other.stride() == last.stride() != plain.stride()
+
+
 def weight(dtype: torch.dtype, size: int = 4096, value: float = 1.0) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.full((size,), value, dtype=dtype))
 

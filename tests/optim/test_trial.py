@@ -10,7 +10,7 @@ import torch
 
 from library.errors import UserError
 from library.optim.optimizers import OptimizerChoice, recorded_choice, resolve_optimizer
-from library.optim.trial import changed_values, check_by_trial, check_change, is_schedule_free
+from library.optim.trial import changed_values, check_by_trial, check_change, is_schedule_free, keeps_memory_format
 
 CPU = torch.device("cpu")
 
@@ -94,6 +94,13 @@ def test_states_that_cannot_be_restored() -> None:
 def test_schedule_free_optimizers_are_asked(name: str, package: str, expected: bool) -> None:
     pytest.importorskip(package)
     assert is_schedule_free(choice_of(name, rate=1.0)) is expected
+
+
+def test_which_optimizers_keep_memory_formats() -> None:
+    assert keeps_memory_format(choice_of("AdamW"), CPU)
+    assert keeps_memory_format(choice_of("Muon"), CPU), "matrices have one format alone"
+    pytest.importorskip("bitsandbytes")
+    assert not keeps_memory_format(choice_of("AdamW8bit"), CPU)
 
 
 def test_prodigy_plus_may_go_without() -> None:
