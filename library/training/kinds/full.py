@@ -168,6 +168,9 @@ class Full(Kind):
                 parameter.requires_grad_(own != 0)  # a frozen block does not count in the norm of the gradients either
             if own != 0 and parameters:
                 groups.append(_group(parameters, own, f"block{number}"))
+        if any(not p.requires_grad and p.device.type == "cpu" for p in denoiser.parameters()):
+            # torch's group norm on the CPU crashes with channels last where its input wants no gradient
+            denoiser.to(memory_format=torch.contiguous_format)
         return groups
 
     def _text_groups(self) -> list[ParameterGroup]:

@@ -129,6 +129,14 @@ def test_learning_rates_of_blocks(tmp_path: Path, sdxl_train: Whole, dataset: Pa
     assert not logged(tmp_path, "lr/block2") and not logged(tmp_path, "lr/text_encoder2")
 
 
+def test_the_first_blocks_may_be_frozen(tmp_path: Path, sdxl_train: Whole, dataset: Path) -> None:
+    """The inputs of the first trained block then need no gradient, with which torch's group norm on the CPU crashed."""
+    rates = ["0"] * 12 + ["1e-3"] * 11
+    sdxl_train.train(dataset, tmp_path, block_lr=",".join(rates), save_precision="float")
+    moved = changed(load_file(sdxl_train.model.path), weights(tmp_path))
+    assert moved and not any(".input_blocks." in name for name in moved)
+
+
 def test_half_precision(tmp_path: Path, fine_tune: Whole, dataset: Path) -> None:
     """Mixed precision keeps float32 master weights; --full_bf16 does not."""
     fine_tune.train(dataset, tmp_path / "mixed", mixed_precision="bf16", learning_rate=1e-5)
