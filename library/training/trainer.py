@@ -62,7 +62,7 @@ class Trainer:
     @classmethod
     def joined_options(cls) -> type[RunOptions]:
         """Return the class of all options of the script: the kind's, and the family's own."""
-        return with_groups(cls.kind.options_class, cls.architecture.declaration.groups)
+        return with_groups(cls.kind.options_class, RunSubject(cls.kind, cls.architecture).declaration.groups)
 
     # ---- the story ----
 
@@ -73,13 +73,12 @@ class Trainer:
         Raises:
             SystemExit: code 2 after a user's error; 130 or 143 after Ctrl-C or SIGTERM, when everything is saved.
         """
-        options_class = with_groups(self._kind.options_class, self.architecture.declaration.groups)
-        options = options_class.from_args(args)
+        subject = RunSubject(self._kind, self.architecture)
+        options = with_groups(self._kind.options_class, subject.declaration.groups).from_args(args)
         hide_secrets(options, sys.argv)
         if options.config.replay:
             return replay(options, self.setup, lambda run, interrupt: self.load(run, self.cache(run, interrupt)))
         if options.config.explain:
-            subject = RunSubject(self._kind, self.architecture)
             return print_explanation(options, origins_of(args), subject.declaration)
         if options.dataset.debug_dataset:
             return show_dataset(options, self.architecture.configured(options), self._images_as(options))
