@@ -54,21 +54,26 @@ class RunHooks:
 
     # ---- the ends of a run ----
 
-    def start(self) -> None:
+    def prepare(self) -> None:
+        """Start the trackers, and generate the first sample images; an interrupt until here ends the run at once."""
         run = self._run
-        main = run.accelerator.is_main_process
-        simple = run.options.console.console_log_simple
         if run.checked.resumed is not None:
             self._average.restore(run.checked.resumed.losses)
         config = for_others(run.options) if run.options.logging.log_config else {}
         self._trackers = Trackers(run.accelerator, run.checked.trackers, config)
-        if main:
-            print_summary(self._summary, simple=simple)
+        if run.accelerator.is_main_process:
+            print_summary(self._summary, simple=run.options.console.console_log_simple)
         self._saver.set_training(True)
         if run.checked.resumed is None and self._previews.due_at_start():
             self._draw(step=run.start_step, epoch=None)
+
+    def start(self) -> None:
+        """Announce the first step; an interrupt from here on is answered after a step, with all that was done saved."""
+        run = self._run
+        main = run.accelerator.is_main_process
         if main and run.start_step < run.plan.total_steps:
             logger.info("first step: %d of %d", run.start_step + 1, run.plan.total_steps)
+        simple = run.options.console.console_log_simple
         self._progress = Progress(total=run.plan.total_steps, done=run.start_step, simple=simple, enabled=main)
 
     def close(self) -> None:

@@ -109,10 +109,11 @@ class Trainer:
         run = loaded.run
         hooks = RunHooks(loaded, _summary(loaded), interrupt.check)
         try:
-            hooks.start()
+            hooks.prepare()
             if interrupt.requested and run.accelerator.num_processes == 1:
                 logger.warning("stopped before the first step; there is nothing to save")
                 raise SystemExit(interrupt.exit_code)
+            hooks.start()
             steps = run_loop(
                 run.plan,
                 start_step=run.start_step,
