@@ -50,7 +50,7 @@ class Generation:
 
     Attributes:
         settings: of each image; they agree in all but text and seed.
-        encode: texts, one for each image -> conditioning (B, T, D) with the image's size.
+        encode: (texts, one for each image; whether they are negative) -> conditioning (B, T, D) with the image's size.
         conditioning: of the prediction; a feature that makes more rows of a batch makes more of it, too.
         scheduler: with its timesteps set.
         generators: one for each image, keyed by its seed; what is drawn for an image comes from its own.
@@ -62,7 +62,7 @@ class Generation:
     settings: Sequence[ImageSettings]
     options: GenerateOptions
     objective: Objective
-    encode: Callable[[Sequence[str]], Conditioning]
+    encode: Callable[[Sequence[str], bool], Conditioning]
     conditioning: Conditioning
     scheduler: Any
     generators: Sequence[torch.Generator]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from library.inference.interactive import generate_lines
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.native_size import native_size
 from library.inference.networks import NetworkChoice, apply_networks, choose_networks
-from library.inference.options import HighresFixOptions, ImageOptions, idle_options
+from library.inference.options import SIZE_NAMES, HighresFixOptions, ImageOptions, SpeedOptions, idle_options
 from library.inference.plan import PlannedImage, Repetition, batches, plan_images
 from library.inference.png import save_png
 from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_image_prompts, usable_size
@@ -68,12 +67,14 @@ def draw_images(options: ImageOptions, architecture: Architecture, lines: TextIO
         options.networks.network_mul,
         options.networks.network_args,
     )
-    _check_multipliers(prompts, choices, merged=options.networks.network_merge)
+    merged = _merged(options, choices)
+    _check_multipliers(prompts, choices, merged)
     checkpoint = _inspect(options, architecture)
     logger.info("model: %s, %s", checkpoint.path, checkpoint.info.description)
     if options.networks.network_show_meta:
         _show_metadata(choices)
     common = _common_settings(options, architecture, checkpoint)
+    _warn_of_sizes(architecture, common, prompts)
     sources = Sources.of(options.image)
     planned = sources.assigned(plan_images(prompts, common, _repetition(options)))
     session = _Session(options, architecture, checkpoint, common, sources, choices)
@@ -101,8 +102,9 @@ class _Session:
             keep_freed_memory()
         dtype = torch.float16 if options.speed.fp16 else torch.bfloat16 if options.speed.bf16 else torch.float32
         models = _load(options, architecture, checkpoint, dtype, device)
-        networks = apply_networks(choices, models, merge=options.networks.network_merge, dtype=dtype, device=device)
-        names = [Path(choice.weights).name for choice in choices]
+        self._merged = _merged(options, choices)
+        networks = apply_networks(choices, models, merge=self._merged, dtype=dtype, device=device)
+        names = [Path(choice.weights).name for choice in choices[self._merged :]]
         self._models = replace(models, adapters=networks, adapter_names=names)
         self._how = GenerateOptions(
             device=device,
@@ -110,6 +112,7 @@ class _Session:
             zero_terminal_snr=options.model.zero_terminal_snr,
             clip_skip=options.model.clip_skip,
             max_token_length=75 * (options.model.max_embeddings_multiples or 1),
+            vae_batch_size=_vae_batch_size(options.speed),
         )
         self._options = options
         self._common = common
@@ -125,7 +128,7 @@ class _Session:
     def generate_typed(self, line: str, where: str) -> list[Path]:
         """Generate the images of one typed line."""
         prompt = parse_image_prompt(line, where=where, size_multiple=self._models.architecture.latent.stride)
-        _check_multipliers([prompt], self._choices, merged=self._options.networks.network_merge)
+        _check_multipliers([prompt], self._choices, self._merged)
         planned = self._sources.assigned(plan_images([prompt], self._common, _repetition(self._options)), self._typed)
         self._typed += len(planned)
         return self.generate(planned)
@@ -140,7 +143,7 @@ class _Session:
         """Generate and save images, batch by batch; returns their files."""
         written: list[Path] = []
         for batch in batches(planned, self._options.speed.batch_size):
-            multipliers = _multipliers(batch[0].multipliers, self._choices)
+            multipliers = _multipliers(batch[0].multipliers, self._choices, self._merged)
             self._set_multipliers(multipliers)
             settings = [image.settings for image in batch]
             features = _features(settings[0])
@@ -174,10 +177,15 @@ class _Session:
     def _set_multipliers(self, wanted: tuple[float, ...]) -> None:
         if wanted == self._multipliers:
             return
-        for network, multiplier in zip(self._models.adapters, wanted, strict=False):  # none where they are merged
+        for network, multiplier in zip(self._models.adapters, wanted[self._merged :], strict=True):
             network.set_multiplier(multiplier)
         self._multipliers = wanted
         self._encoded.clear()
+
+
+def _vae_batch_size(options: SpeedOptions) -> int:
+    size = 1.0 if options.vae_batch_size is None else options.vae_batch_size
+    return max(int(size if size >= 1 else size * options.batch_size), 1)
 
 
 def _features(first: ImageSettings) -> list[Feature]:
@@ -213,26 +221,39 @@ def _read_prompts(options: ImageOptions, architecture: Architecture) -> list[Ima
         prompts = [parse_image_prompt(given.prompt, size_multiple=multiple)]
     else:
         prompts = prompts_of_images(find_sources(Path(options.image.image_path or ""), "--image_path"))
-    if any(re.search(r"\{[^{}]*\|[^{}]*\}", prompt.prompt) for prompt in prompts):
-        logger.warning("prompts with {a|b} are taken as they are: this version has no dynamic prompts")
     return prompts
 
 
-def _check_multipliers(prompts: Sequence[ImagePrompt], choices: Sequence[NetworkChoice], *, merged: bool) -> None:
+def _warn_of_sizes(architecture: Architecture, common: ImageSettings, prompts: Sequence[ImagePrompt]) -> None:
+    """Warn of sizes that are given to a family without size conditioning."""
+    given = {name for name in SIZE_NAMES if getattr(common, name) is not None}
+    given |= {name for prompt in prompts for name in prompt.own if name in SIZE_NAMES}
+    if given and type(architecture).condition is Architecture.condition:
+        logger.warning("%s have no effect with this model, which is told no sizes", ", ".join(sorted(given)))
+
+
+def _merged(options: ImageOptions, choices: Sequence[NetworkChoice]) -> int:
+    """Return how many of the networks are merged, the first ones."""
+    if options.networks.network_merge_n_models is not None:
+        return min(options.networks.network_merge_n_models, len(choices))
+    return len(choices) if options.networks.network_merge else 0
+
+
+def _check_multipliers(prompts: Sequence[ImagePrompt], choices: Sequence[NetworkChoice], merged: int) -> None:
     for prompt in prompts:
         if not prompt.multipliers:
             continue
-        if merged:
+        if merged and merged == len(choices):
             raise UserError(f'prompt "{prompt.prompt}": --am cannot be used with --network_merge')
-        if len(prompt.multipliers) > len(choices):
-            raise UserError(
-                f'prompt "{prompt.prompt}": --am has {len(prompt.multipliers)} values for {len(choices)} networks'
-            )
+        if len(prompt.multipliers) > len(choices) - merged:
+            count = len(choices) - merged
+            raise UserError(f'prompt "{prompt.prompt}": --am has {len(prompt.multipliers)} values for {count} networks')
 
 
-def _multipliers(own: Sequence[float], choices: Sequence[NetworkChoice]) -> tuple[float, ...]:
-    """Return a prompt's own multipliers, and those of the command line for the remaining networks."""
-    return (*own, *(choice.multiplier for choice in choices[len(own) :]))
+def _multipliers(own: Sequence[float], choices: Sequence[NetworkChoice], merged: int) -> tuple[float, ...]:
+    """Return the strengths of all networks: the command line's, or the prompt's own of the first that are applied."""
+    given = [choice.multiplier for choice in choices]
+    return (*given[:merged], *own, *given[merged + len(own) :])
 
 
 def _inspect(options: ImageOptions, architecture: Architecture) -> Any:
@@ -274,6 +295,7 @@ def _common_settings(options: ImageOptions, architecture: Architecture, checkpoi
         seed=0,
         negative_scale=image.negative_scale,
         strength=image.strength,
+        **{name: getattr(image, name) for name in SIZE_NAMES},
     )
 
 
@@ -293,6 +315,8 @@ def _load(
     options: ImageOptions, architecture: Architecture, checkpoint: Any, dtype: torch.dtype, device: torch.device
 ) -> ImageModels:
     denoiser = architecture.load_denoiser(checkpoint, dtype=dtype, device=str(device))
+    if options.speed.opt_channels_last:
+        denoiser.to(memory_format=torch.channels_last)
     architecture.set_attention(denoiser, "xformers" if options.speed.xformers else "torch")
     vae_dtype = torch.float32 if options.model.no_half_vae else dtype
     return ImageModels(

@@ -74,8 +74,9 @@ def decode_images(models: ImageModels, latents: Tensor, options: GenerateOptions
         on_device(models.vae, options.device),
         torch.inference_mode(),
     ):
-        # one at a time: decoding takes far more memory than sampling
-        pixels = [models.architecture.decode_latents(models.vae, latent.unsqueeze(0)) for latent in latents]
+        # one at a time, if nothing else is said: decoding takes far more memory than sampling
+        parts = latents.split(options.vae_batch_size)
+        pixels = [image for part in parts for image in models.architecture.decode_latents(models.vae, part).split(1)]
     if not all(torch.isfinite(p).all() for p in pixels):
         cause = cause_in({"VAE": models.vae}) or f"the VAE gives values that are not finite: {options.nan_remedy}"
         raise NotFinite(f"no image: {cause}")
@@ -119,8 +120,8 @@ def begin(
     noise = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(options.device)
     scheduler = objective.scheduler(first.sampler, first.steps, shape[2:], options.device)
 
-    def encode(texts: Sequence[str]) -> Conditioning:
-        return _sized(models, _encode(models, texts, options, encoded), first)
+    def encode(texts: Sequence[str], negative: bool = False) -> Conditioning:
+        return _sized(models, _encode(models, texts, options, encoded), first, negative=negative)
 
     return Generation(
         models=models,
@@ -208,10 +209,18 @@ def _warn_of_cut(text: str, length: CaptionLength) -> None:
     )
 
 
-def _sized(models: ImageModels, conditioning: Conditioning, settings: ImageSettings) -> Conditioning:
-    """As for a whole image of just this size."""
+def _sized(models: ImageModels, conditioning: Conditioning, settings: ImageSettings, *, negative: bool) -> Conditioning:
+    """Add the sizes that the settings give, or those of a whole image of just this size."""
+    height, width = settings.height, settings.width
+    original = [settings.original_height or height, settings.original_width or width]
+    if negative:
+        original = [settings.original_height_negative or original[0], settings.original_width_negative or original[1]]
     count = len(next(iter(conditioning.tensors.values())))
-    facts = SampleFacts.of_whole_images(settings.width, settings.height, count)
+    facts = SampleFacts(
+        original=torch.tensor([original]).expand(count, 2),
+        top_left=torch.tensor([[settings.crop_top or 0, settings.crop_left or 0]]).expand(count, 2),
+        target=torch.tensor([[height, width]]).expand(count, 2),
+    )
     return models.architecture.condition(conditioning, facts, None)
 
 

@@ -17,6 +17,7 @@ from library.inference.denoise import Feature
 from library.inference.features.image_to_image import ImageToImage, encode_sources
 from library.inference.generate import decode_images, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
+from library.inference.options import SIZE_NAMES
 from library.inference.settings import ImageSettings
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ class HighresFix:
             max(int(side * self.scale + 0.5) // _STEP * _STEP, 2 * _STEP) for side in (settings.width, settings.height)
         )
         strength = self.strength if self.strength is not None and settings.image is not None else settings.strength
-        return replace(settings, width=width, height=height, steps=self.steps, strength=strength)
+        given = {name: getattr(settings, name) for name in SIZE_NAMES if getattr(settings, name) is not None}
+        sizes = {name: int(pixels * self.scale + 0.5) for name, pixels in given.items()}
+        return replace(settings, width=width, height=height, steps=self.steps, strength=strength, **sizes)
 
     def second(self, settings: ImageSettings) -> ImageSettings:
         """Return the settings of the second stage, with noise of its own: that of the next seed."""

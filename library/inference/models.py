@@ -53,6 +53,7 @@ class GenerateOptions:
     clip_skip: int | None = None
     max_token_length: int | None = None  # tokens of the text window: 75 (or None), 150 or 225
     weighted: bool = True  # whether (word:1.2) and [word] in prompts are emphasis
+    vae_batch_size: int = 1  # images decoded at once
     nan_remedy: str = "try --no_half_vae or bf16"  # advice for images that are not finite
     #: called before each denoising step; what it raises ends the generation
     check: Callable[[], None] = lambda: None

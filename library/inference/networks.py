@@ -76,9 +76,17 @@ def _read_arguments(text: str) -> dict[str, str]:
 
 
 def apply_networks(
-    choices: Sequence[NetworkChoice], models: ImageModels, *, merge: bool, dtype: torch.dtype, device: torch.device
+    choices: Sequence[NetworkChoice],
+    models: ImageModels,
+    *,
+    merge: bool | int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[nn.Module]:
     """Create the networks and apply them to the models, or merge them in.
+
+    Args:
+        merge: whether all are merged, or how many of the first are.
 
     Returns:
         the applied networks, in order; none when merged.
@@ -89,13 +97,17 @@ def apply_networks(
     text = text_argument(models.text_encoders)
     applied: list[nn.Module] = []
     to_merge = []
-    for choice in choices:
+    count = (len(choices) if merge else 0) if isinstance(merge, bool) else merge
+    for place, choice in enumerate(choices):
+        if place == count:  # the others are applied to the model that those before made
+            merge_together(to_merge, text, dtype=dtype, device=device)
+            to_merge = []
         module = import_network_module(choice.module, "create_network_from_weights")
         denoiser = denoiser_argument(choice.module, models.denoiser)
         network, weights = module.create_network_from_weights(
             choice.multiplier, choice.weights, models.vae, text, denoiser, for_inference=True, **choice.arguments
         )
-        if merge:
+        if place < count:
             refuse_wrong_merge(choice.module, network, weights, choice.multiplier)
             to_merge.append(Merged(network, weights, denoiser))
             logger.info("merging %s with multiplier %g", choice.weights, choice.multiplier)

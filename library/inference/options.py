@@ -23,7 +23,6 @@ def _refused(default: Any, why: str, **more: Any) -> Any:
 
 _CLIP_VISION = "this version has no CLIP vision conditioning"
 _MODULE = "give prompts with --prompt, --from_file or --interactive"
-_SDXL_SIZE = "SDXL is conditioned on the generated size, without a crop; other values are not available in this version"
 _TRAINED_NOISE = "it is only for the initial noise of special models"
 _UPSCALER = "images are enlarged with Lanczos, latents with --highres_fix_latents_upscaling"
 _CONTROL = "this version has no ControlNet"
@@ -95,12 +94,16 @@ class ImageOutputOptions:
     )
     clip_vision_strength: float | None = _refused(None, _CLIP_VISION, type=float)
     guide_image_path: list[str] | None = _refused(None, _CONTROL, nargs="*")
-    original_height: int | None = _refused(None, _SDXL_SIZE, type=int)
-    original_width: int | None = _refused(None, _SDXL_SIZE, type=int)
-    original_height_negative: int | None = _refused(None, _SDXL_SIZE, type=int)
-    original_width_negative: int | None = _refused(None, _SDXL_SIZE, type=int)
-    crop_top: int | None = _refused(None, _SDXL_SIZE, type=int)
-    crop_left: int | None = _refused(None, _SDXL_SIZE, type=int)
+    original_height: int | None = option(
+        None, "height that the model is told the image had before it was resized, pixels (SDXL)", type=int
+    )
+    original_width: int | None = option(None, "the same of its width", type=int)
+    original_height_negative: int | None = option(
+        None, "--original_height beside the negative prompt; as beside the prompt, if not given", type=int
+    )
+    original_width_negative: int | None = option(None, "the same of its width", type=int)
+    crop_top: int | None = option(None, "pixels that the model is told were cropped off at the top (SDXL)", type=int)
+    crop_left: int | None = option(None, "the same at the left", type=int)
     pyramid_noise_prob: float | None = _refused(None, _TRAINED_NOISE, type=float)
     pyramid_noise_discount_range: list[float] | None = _refused(None, _TRAINED_NOISE, nargs=2, type=float)
     noise_offset_prob: float | None = _refused(None, _TRAINED_NOISE, type=float)
@@ -117,9 +120,11 @@ class SpeedOptions:
     xformers: bool = option(False, "attention by xformers")
     sdpa: bool = option(False, "attention by PyTorch's scaled_dot_product_attention, which is the default")
     diffusers_xformers: bool = _refused(False, "use --xformers")
-    opt_channels_last: bool = _refused(False, "use --bf16 or --fp16")
-    vae_batch_size: float | None = _refused(None, "images are always decoded one at a time", type=float)
-    vae_slices: int | None = _refused(None, "images are always decoded one at a time", type=int)
+    opt_channels_last: bool = option(False, "keep the U-Net's weights in the memory format channels_last")
+    vae_batch_size: float | None = option(
+        None, "images decoded at once, or below 1 their share of --batch_size; default is 1", type=float
+    )
+    vae_slices: int | None = _refused(None, "images are decoded one at a time; see --vae_batch_size", type=int)
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,9 @@ class ImageNetworkOptions:
     network_mul: list[float] | None = option(None, "strength of each network, 1 if not given", type=float, nargs="*")
     network_args: list[str] | None = option(None, "arguments of each network as key=value,key=value", nargs="*")
     network_merge: bool = option(False, "merge the networks into the model first: faster, but --am cannot be used")
-    network_merge_n_models: int | None = _refused(None, "use --network_merge to merge all", type=int)
+    network_merge_n_models: int | None = option(
+        None, "merge the first n networks alone, and apply the others", type=int
+    )
     network_show_meta: bool = option(False, "show the metadata of the networks' files")
     network_pre_calc: bool = _refused(False, "use --network_merge")
     network_regional_mask_max_color_codes: int | None = _refused(None, _REGIONS, type=int)
@@ -176,6 +183,12 @@ class ExtraOptions:
     gradual_latent_s_noise: float = _refused(1.0, _GRADUAL, type=float)
     gradual_latent_unsharp_params: str | None = _refused(None, _GRADUAL)
 
+
+#: options and settings of what the model is told about sizes
+SIZE_NAMES = (
+    *("original_height", "original_width", "original_height_negative", "original_width_negative"),
+    *("crop_top", "crop_left"),
+)
 
 GROUPS = (
     ConsoleOptions,
@@ -266,6 +279,8 @@ def _ranges(options: ImageOptions) -> Iterator[str]:
         "clip_skip": options.model.clip_skip,
         "W": options.image.W,
         "H": options.image.H,
+        "network_merge_n_models": options.networks.network_merge_n_models,
+        **{name: getattr(options.image, name) for name in SIZE_NAMES[:4]},
     }
     for name, value in at_least_one.items():
         if value is not None and value < 1:
@@ -278,6 +293,12 @@ def _ranges(options: ImageOptions) -> Iterator[str]:
     seed = options.prompts.seed
     if seed is not None and not 0 <= seed <= MAX_SEED:
         yield f"--seed {seed}: must be 0 to {MAX_SEED}"
+
+
+def _vae_batch(options: ImageOptions) -> Iterator[str]:
+    size = options.speed.vae_batch_size
+    if size is not None and not 0 < size < float("inf"):
+        yield f"--vae_batch_size {size:g}: must be above 0"
 
 
 def _numbers_are_finite(options: ImageOptions) -> Iterator[str]:
@@ -335,6 +356,7 @@ _RULES: tuple[Callable[[ImageOptions], Iterator[str]], ...] = (
     _one_precision,
     _one_attention,
     _ranges,
+    _vae_batch,
     _numbers_are_finite,
     _sources,
     _highres_fix,

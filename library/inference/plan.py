@@ -37,7 +37,8 @@ def plan_images(prompts: Sequence[ImagePrompt], common: ImageSettings, repetitio
     A prompt's own seeds (``--d``) win; after the last of them it counts on by one. Otherwise image i of a
     prompt has its base seed plus i. The base is the run's seed for a single prompt, and for several prompts or
     iterations a draw keyed by seed, iteration and prompt. With ``iter_same_seed`` all prompts of an iteration
-    share one base. Shuffling changes the order, not the seeds.
+    share one base. Shuffling changes the order, not the seeds. A prompt with choices in braces draws them anew for
+    each image, keyed by its seed; one that enumerates has an image for each choice, all with the first seed.
 
     Args:
         prompts: in the order of the command line or file.
@@ -48,13 +49,18 @@ def plan_images(prompts: Sequence[ImagePrompt], common: ImageSettings, repetitio
         order = list(range(len(prompts)))
         if repetition.shuffle_prompts:
             python_rng(repetition.seed, "prompt order", iteration).shuffle(order)
-        for turn, index in enumerate(order):
+        place = 0
+        for index in order:
             prompt = prompts[index]
             base = _base_seed(repetition, iteration, index, len(prompts))
-            for i in range(repetition.images_per_prompt):
-                settings = _settings(prompt, common, _seed(prompt, base, i))
-                place = turn * repetition.images_per_prompt + i
-                planned.append(PlannedImage(settings, prompt.multipliers, prompt.file_name if i == 0 else None, place))
+            template = prompt.template
+            count = 1 if template is not None and template.enumerates else repetition.images_per_prompt
+            for i in range(count):
+                seed = _seed(prompt, base, i)
+                for one in [prompt] if template is None else template.prompts(seed):
+                    name = one.file_name if i == 0 else None
+                    planned.append(PlannedImage(_settings(one, common, seed), one.multipliers, name, place))
+                    place += 1
     return planned
 
 

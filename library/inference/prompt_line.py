@@ -13,12 +13,14 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from library.config.toml_file import load_toml
 from library.diffusion.samplers import SAMPLER_NAMES
 from library.errors import UserError, did_you_mean
+from library.inference.dynamic_prompts import enumerates, expanded, is_dynamic
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,24 @@ class ImagePrompt:
     file_name: str | None = None  # of the first image
     #: further settings, by the names that ``ImageSettings`` has for them
     own: Mapping[str, Any] = field(default_factory=dict)
+    template: PromptTemplate | None = None  # of a line with choices
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A line that stands for others, see ``library.inference.dynamic_prompts``."""
+
+    line: str
+    read: Callable[[str], ImagePrompt]
+
+    @property
+    def enumerates(self) -> bool:
+        """Whether there is one image for each choice, however many are asked for."""
+        return enumerates(self.line)
+
+    def prompts(self, seed: int) -> list[ImagePrompt]:
+        """Return the prompts of an image with this seed; several only if it enumerates."""
+        return [self.read(line) for line in expanded(self.line, seed)]
 
 
 @dataclass(frozen=True)
@@ -169,6 +189,12 @@ IMAGE_OPTIONS = (
     PromptOption("f", "file_name", _path),
     PromptOption("t", "strength", _share, own=True),
     PromptOption("nl", "negative_scale", _number_or_none, own=True),
+    PromptOption("ow", "original_width", _whole, own=True),
+    PromptOption("oh", "original_height", _whole, own=True),
+    PromptOption("nw", "original_width_negative", _whole, own=True),
+    PromptOption("nh", "original_height_negative", _whole, own=True),
+    PromptOption("ct", "crop_top", _whole, own=True),
+    PromptOption("cl", "crop_left", _whole, own=True),
 )
 
 #: options of the lines that flux_minimal_inference.py reads; published ones count by their first letter alone
@@ -185,13 +211,11 @@ FLUX_OPTIONS = (
 #: words that begin with the letter of another option
 REFUSED_FLUX_OPTIONS: Mapping[str, str] = {"seed": "write --d for the seed, --s for the steps"}
 
-_SDXL_SIZES = "SDXL's size conditioning is not available in this version"
 _DEEP_SHRINK = "Deep Shrink is not available in this version"
 _GRADUAL_LATENT = "Gradual Latent is not available in this version"
 
 #: published options of gen_img.py's prompts that this version refuses, with the reason
 REFUSED_IMAGE_OPTIONS: Mapping[str, str] = {
-    **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), _SDXL_SIZES),
     "c": "CLIP guidance is not available in this version",
     **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), _DEEP_SHRINK),
     **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), _GRADUAL_LATENT),
@@ -228,7 +252,13 @@ def parse_prompt_line(
 
 
 def parse_image_prompt(line: str, *, where: str = "--prompt", size_multiple: int = 8) -> ImagePrompt:
-    """Read one prompt of ``gen_img.py``; arguments and errors as those of ``parse_prompt_line``."""
+    """Read one prompt of ``gen_img.py``; arguments and errors as those of ``parse_prompt_line``.
+
+    With choices in braces the result is one of those that the line stands for, and ``template`` the line itself.
+    """
+    if is_dynamic(line):
+        read = partial(parse_image_prompt, where=where, size_multiple=size_multiple)
+        return replace(read(expanded(line, 0)[0]), template=PromptTemplate(line, read))
     prompt, values = _parse(line, IMAGE_OPTIONS, REFUSED_IMAGE_OPTIONS, where)
     own = {o.field: values.pop(o.field) for o in IMAGE_OPTIONS if o.own and o.field in values}
     return ImagePrompt(prompt, **_within_limits(values, where, size_multiple), own=own)

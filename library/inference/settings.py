@@ -39,6 +39,13 @@ class ImageSettings:
     image: Path | None = field(default=None, metadata=_VARIES)  # to start from
     mask: Path | None = field(default=None, metadata=_VARIES)  # what of it is repainted, white
     strength: float | None = None  # share of the steps that are run on the image, 0 to 1
+    # that families with size conditioning are told, pixels; None: those of the image, without a crop
+    original_height: int | None = None
+    original_width: int | None = None
+    original_height_negative: int | None = None  # beside the negative prompt; None: as beside the prompt
+    original_width_negative: int | None = None
+    crop_top: int | None = None
+    crop_left: int | None = None
 
     def record(self, *, model: str, network: str = "") -> dict[str, str]:
         """Return text for ``save_png``; ``model`` and ``network`` are names for people."""

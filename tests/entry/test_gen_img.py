@@ -164,14 +164,29 @@ def test_lora_multiplier_changes_the_image(model: MadeCheckpoint, lora: Path, tm
     (merged,) = drawn(draw(model, out, "--prompt", "cat --d 1", *network, "--network_mul", 0.8, "--network_merge"), out)
     assert np.abs(pixels(merged) - applied).max() <= 1
 
+    out = tmp_path / "partly"
+    twice = ("--network_module", "networks.lora", "networks.lora", "--network_weights", lora, lora)
+    strengths = ("--network_mul", 0.5, 1, "--network_merge_n_models", 1)  # and --am is that of the second
+    (partly,) = drawn(draw(model, out, "--prompt", "cat --d 1 --am 0.3", *twice, *strengths), out)
+    assert np.abs(pixels(partly) - applied).max() <= 1
+    assert text_of(partly)["network"] == "tiny.safetensors:0.5, tiny.safetensors:0.3"
+
 
 def test_accepted_switches(model: MadeCheckpoint, tmp_path: Path) -> None:
     out = tmp_path / "out"
     switches = "--v1 --bf16 --sdpa --no_half_vae --clip_skip 2 --max_embeddings_multiples 3 --no_preview"
+    switches += " --vae_batch_size 0.5 --opt_channels_last --crop_top 8"
     finished = draw(model, out, "--prompt", "(cat:1.2) dog", "--iter_same_seed", "--shuffle_prompts", *switches.split())
     (image,) = drawn(finished, out)
     assert pixels(image).shape == (64, 64, 3)
     assert f"seed: {text_of(image)['seed']}" in finished.text
+    assert "crop_top have no effect with this model, which is told no sizes" in finished.text
+
+
+@pytest.mark.parametrize("script", ["sdxl_gen_img.py", "gen_img_diffusers.py"])
+def test_old_names(script: str, tmp_path: Path) -> None:
+    finished = run_script(script, "--ckpt", tmp_path / "gone.safetensors", "--prompt", "a")
+    assert finished.code == 2 and "gone.safetensors" in finished.err and "Traceback" not in finished.text
 
 
 def test_v2_model_draws_with_zero_terminal_snr(tmp_path: Path) -> None:
@@ -259,7 +274,10 @@ def test_a_session(model: MadeCheckpoint, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--from_module", "m.py"], ["--from_module: not available", "--from_file", "nothing to generate"]),
-        (["--prompt", "a", "--crop_top", "5", "--ds_ratio", "0.3"], ["--crop_top: not available", "--ds_ratio: not"]),
+        (
+            ["--prompt", "a", "--vae_slices", "5", "--ds_ratio", "0.3"],
+            ["--vae_slices: not available", "--ds_ratio: not"],
+        ),
         (
             ["--prompt", "a", "--mask_path", "m.png", "--strength", "2"],
             ["--mask_path: there is no", "--strength 2: must"],
@@ -268,7 +286,7 @@ def test_a_session(model: MadeCheckpoint, tmp_path: Path) -> None:
         (["--prompt", "a", "--highres_fix_scale", "1.5"], ["--highres_fix_scale 1.5: must be above 0 and below 1"]),
         (["--prompt", "a", "--fp16", "--bf16", "--batch_size", "0"], ["--fp16 and --bf16", "--batch_size 0"]),
         (["--prompt", "a --q 1"], ["--prompt: unknown option --q"]),
-        (["--prompt", "a --ow 64"], ["--prompt: --ow: SDXL"]),
+        (["--prompt", "a --glt 700"], ["--prompt: --glt: Gradual Latent"]),
         (["--prompt", "a", "--v2"], ["1.x"]),
         (["--prompt", "a", "--zero_terminal_snr"], ["v-prediction"]),
         (["--prompt", "a", "--scale", "nan", "--network_mul", "inf"], ["--scale nan: must be", "--network_mul inf"]),

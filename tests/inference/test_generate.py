@@ -303,6 +303,15 @@ def test_prompts_that_are_cut_are_told_of_once(
     assert 'it loses "cat photo of the dog"' in caplog.text and '"dog" is cut' not in caplog.text
 
 
+def test_images_decoded_together_are_the_same(
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings
+) -> None:
+    batch = [replace(settings, seed=seed) for seed in range(3)]
+    alone = generate_images(models, batch, options)
+    together = generate_images(models, batch, replace(options, vae_batch_size=2))
+    assert all(np.abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(alone, together, strict=True))
+
+
 # ---- failures ----
 
 

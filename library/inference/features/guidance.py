@@ -28,10 +28,10 @@ class Guidance(Feature):
         if self._scale == 1.0:
             return
         self._negative_scale = generation.first.negative_scale
-        negative = generation.encode([settings.negative_prompt for settings in generation.settings])
+        negative = generation.encode([settings.negative_prompt for settings in generation.settings], True)
         parts = [negative, generation.conditioning]
         if self._negative_scale is not None:
-            parts.append(generation.encode([""] * len(generation.settings)))
+            parts.append(generation.encode([""] * len(generation.settings), False))
         generation.conditioning = Conditioning.cat(parts)
 
     def wrap(self, denoise: Denoise) -> Denoise:
