@@ -135,10 +135,12 @@ class Update:
 
         Convolutions compute other last bits in another one, and a resumed run starts anew.
         """
-        others = [p for p in self.parameters if not p.is_contiguous()]
-        if others and not keeps_memory_format(choice, others[0].device):
+        # asked by strides, as a 1x1 convolution is contiguous in both formats
+        others = [p for p in self.parameters if p.stride() != torch.empty(p.shape, device="meta").stride()]
+        # DeepSpeed lays all weights in a row
+        if others and (self._settings.zero is not None or not keeps_memory_format(choice, others[0].device)):
             for parameter in others:
-                parameter.data = parameter.data.contiguous()
+                parameter.data = parameter.data.contiguous().view(-1).view(parameter.shape)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

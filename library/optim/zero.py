@@ -60,7 +60,7 @@ class _Given(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.parameter.grad = ctx.parameter.grad, None
-        return (torch.zeros_like(ctx.parameter) if gradient is None else gradient.mul_(factor)), None
+        return (torch.zeros_like(ctx.parameter) if gradient is None else gradient.contiguous().mul_(factor)), None
 
 
 class _Weights(nn.Module):
