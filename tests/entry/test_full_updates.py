@@ -104,6 +104,15 @@ def test_of_every_family(tmp_path: Path, tmp_path_factory: pytest.TempPathFactor
         ({"max_grad_norm": 1.0}, "cannot be clipped as a whole; add --max_grad_norm 0"),
         ({"optimizer_type": "Prodigy", "learning_rate": 1.0}, "Prodigy does not update every parameter by itself"),
         ({"fused_backward_pass": True}, "exclude each other"),
+        (
+            {
+                "blockwise_fused_optimizers": None,
+                "deepspeed": True,
+                "train_text_encoder": True,
+                "stop_text_encoder_training": 2,
+            },
+            "--stop_text_encoder_training 2: not with DeepSpeed",
+        ),
     ],
 )
 def test_what_needs_all_gradients_is_refused(

@@ -186,6 +186,16 @@ def fused(o: Any, facts: Facts) -> Iterator[Finding]:
         yield error(f"{flag}: not with DeepSpeed, which updates all weights at once; remove one of them")
 
 
+def stops(o: Any, facts: Facts) -> Iterator[Finding]:
+    """Check that weights that are left alone from some step on can be left alone."""
+    stop = o.full.stop_text_encoder_training
+    if stop is not None and stop > 0 and (o.training.deepspeed or is_on(USE_DEEPSPEED)):
+        yield error(
+            f"--stop_text_encoder_training {stop}: not with DeepSpeed, which updates all weights in each step; remove "
+            "one of them"
+        )
+
+
 def no_second_copy(o: Any, facts: Facts) -> Iterator[Finding]:
     if o.training.on_nan != "stop":
         yield error(
@@ -222,7 +232,7 @@ _SWAP = "moving blocks to host memory is not supported yet; use --gradient_check
 
 DECLARATION = Declaration(
     groups={"full": FullOptions},
-    rules=(trained_encoders, something_to_train, blocks, forms, fused, no_second_copy),
+    rules=(trained_encoders, something_to_train, blocks, forms, fused, stops, no_second_copy),
     idle=(text_is_frozen, saves_are_streamed, captions_are_padded),
     refused={"double_blocks_to_swap": _SWAP, "single_blocks_to_swap": _SWAP},
     unused={
