@@ -1,0 +1,155 @@
+"""A LoRA network for the models of a diffusers pipeline, which no family of ours has loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import LORA_TARGET
+from library.architectures.common.ldm_unet import ldm_unet_layout
+from library.architectures.sd import SD
+from library.architectures.sdxl import SDXL
+from library.errors import UserError
+from library.files.atomic import atomic_path
+from networks.base import as_list
+from networks.lora import LoraNetwork, create_network_from_weights
+from networks.weights import read_weights
+
+
+class PipelineNetwork:
+    """The published library interface over a network of ``networks.lora``.
+
+    Args:
+        text_encoder: one, or SDXL's two in a list.
+        weights: a file's tensors.
+
+    Raises:
+        UserError: a module of the file has no place in the models.
+    """
+
+    def __init__(
+        self,
+        text_encoder: nn.Module | Sequence[nn.Module],
+        unet: nn.Module,
+        weights: Mapping[str, Tensor],
+        multiplier: float = 1.0,
+    ) -> None:
+        self._encoders, self._unet = as_list(text_encoder), unet
+        mark_targets(self._encoders, unet)
+        self.network: LoraNetwork
+        self.network, self._weights = create_network_from_weights(
+            multiplier, None, None, self._encoders, unet, weights_sd=dict(weights), for_inference=True
+        )
+        self.network._bind(self._encoders, unet)
+
+    def load_state_dict(self, weights: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Load a file's tensors."""
+        self.network.load_weights_from(weights, "the given weights")
+        device = next(self._unet.parameters()).device
+        self.network.to(device)
+
+    def to(self, *args: Any, **kwargs: Any) -> PipelineNetwork:
+        """As of a module; returns the network itself."""
+        self.network.to(*args, **kwargs)
+        return self
+
+    def apply_to(self, multiplier: float | None = None) -> None:
+        """Let the LoRA act on the models from now on, at this strength or at the last one."""
+        if multiplier is not None:
+            self.network.set_multiplier(multiplier)
+        if not self._is_applied:
+            self.network.apply_to(self._encoders, self._unet)
+        self.network.to(next(self._unet.parameters()).device)
+
+    @property
+    def _is_applied(self) -> bool:
+        return any(adapter.is_applied for adapter in self.network.adapters)
+
+    def unapply_to(self) -> None:
+        """Take it off again."""
+        if self._is_applied:
+            self.network.remove()
+
+    def merge_to(self, multiplier: float = 1.0) -> None:
+        """Add it to the models' weights at this strength, until ``restore_from``."""
+        self.network.set_multiplier(multiplier)
+        self.network.restore_weights()
+        self.network.merge()
+
+    def restore_from(self, multiplier: float = 1.0) -> None:
+        """Bring the weights back bit by bit, whatever the strength was."""
+        self.network.restore_weights()
+
+
+def mark_targets(text_encoders: Sequence[nn.Module], unet: nn.Module) -> None:
+    """Say which family the models are of, as its own loaders do; the U-Net's configuration tells."""
+    if getattr(unet, LORA_TARGET, None) is not None:
+        return
+    is_sdxl = getattr(unet.config, "addition_embed_type", None) == "text_time"
+    family = SDXL if is_sdxl else SD
+    if len(text_encoders) not in (0, len(family.text_encoder_targets)):
+        needed = len(family.text_encoder_targets)
+        raise UserError(f"{len(text_encoders)} text encoders are given where the model has {needed}")
+    file_path = ldm_unet_layout(unet.config).keys.to_file if is_sdxl else None
+    setattr(unet, LORA_TARGET, replace(family.denoiser_target, file_path=file_path))
+    for encoder, target in zip(text_encoders, family.text_encoder_targets, strict=False):
+        setattr(encoder, LORA_TARGET, target)
+
+
+# ---- the demonstration ----
+
+
+def demonstrate(
+    model_id: str, lora: Path, *, sdxl: bool, prompt: str, negative_prompt: str, seed: int, **settings: Any
+) -> Iterator[Path]:
+    """Generate an image for each state of the LoRA; files lie in the working folder.
+
+    Args:
+        settings: of the pipeline's call, such as ``num_inference_steps``.
+
+    Raises:
+        UserError: the LoRA does not fit, or a file is missing.
+    """
+    import diffusers
+
+    weights = read_weights(lora)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    kind = diffusers.StableDiffusionXLPipeline if sdxl else diffusers.StableDiffusionPipeline
+    try:
+        pipe = kind.from_pretrained(model_id, torch_dtype=dtype).to(device)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_id {model_id}: {' '.join(str(error).split())[:200]}") from None
+    pipe.set_progress_bar_config(disable=True)
+
+    def image(state: str) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        made = pipe(prompt, negative_prompt=negative_prompt, generator=generator, **settings).images[0]
+        path = Path(f"{model_id.replace('/', '_')}_{state}.png")
+        with atomic_path(path) as temporary:
+            made.save(temporary, format="PNG")
+        return path
+
+    yield image("original")
+    encoders = [pipe.text_encoder, pipe.text_encoder_2] if sdxl else [pipe.text_encoder]
+    network = PipelineNetwork(encoders, pipe.unet, weights)
+    network.load_state_dict(weights)
+    network.to(device, dtype)
+    network.apply_to(1.0)
+    yield image("applied_lora")
+    network.unapply_to()
+    yield image("unapplied_lora")
+    network.merge_to(1.0)
+    yield image("merged_lora")
+    network.restore_from(1.0)
+    yield image("unmerged_lora")
+    network.apply_to(0.0)
+    yield image("restore_original")
+    network.unapply_to()
+    network.merge_to(1.0)
+    yield image("convenience_merged_lora")
