@@ -14,51 +14,63 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.flux import FLUX  # noqa: E402
-from library.architectures.sd import SD  # noqa: E402
-from library.architectures.sdxl import SDXL  # noqa: E402
 from library.config.config_file import read_args  # noqa: E402
+from library.lazy_imports import made_by  # noqa: E402
 from library.training.cache_tool_options import (  # noqa: E402
     FLUX_MODEL_OPTIONS,
     FLUX_TEXT_OPTIONS,
     LATENT_CACHE_OPTIONS,
     SHARED_OPTIONS,
     CacheToolOptions,
+    build_tool_parser,
 )
-from library.training.cache_tool import CacheTool  # noqa: E402
-from library.training.caching import CacheJob  # noqa: E402
-from library.training.text_caching import cache_texts  # noqa: E402
 
+if TYPE_CHECKING:
+    from library.training.caching import CacheJob
 
-class CacheTextEncoderOutputs(CacheTool):
-    """Encode the captions of a data set once and keep the outputs beside the images."""
-
-    families = {"": SD, "sdxl": SDXL, "flux": FLUX}
-    relevant = (
-        SHARED_OPTIONS - LATENT_CACHE_OPTIONS
-        | FLUX_MODEL_OPTIONS
-        | FLUX_TEXT_OPTIONS
-        | {"max_token_length", "clip_skip", "weighted_captions"}
-    )
-    product = "the cache of text encoder outputs"
-
-    @classmethod
-    def usage(cls) -> str:
-        return __doc__ or ""
-
-    def enabled(self, options: CacheToolOptions) -> CacheToolOptions:
-        return replace(options, dataset=replace(options.dataset, cache_text_encoder_outputs_to_disk=True))
-
-    def make(self, job: CacheJob) -> None:
-        cache_texts(job)
+#: options that matter
+RELEVANT = (
+    SHARED_OPTIONS - LATENT_CACHE_OPTIONS
+    | FLUX_MODEL_OPTIONS
+    | FLUX_TEXT_OPTIONS
+    | {"max_token_length", "clip_skip", "weighted_captions"}
+)
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    return CacheTextEncoderOutputs.parser()
+    return build_tool_parser(RELEVANT, doc=__doc__)
 
+
+def _tool() -> type:
+    # only now: the command line needs neither torch nor models, which take seconds to import
+    from library.architectures.flux import FLUX
+    from library.architectures.sd import SD
+    from library.architectures.sdxl import SDXL
+    from library.training.cache_tool import CacheTool
+    from library.training.text_caching import cache_texts
+
+    class CacheTextEncoderOutputs(CacheTool):
+        """Encode the captions of a data set once and keep the outputs beside the images."""
+
+        families = {"": SD, "sdxl": SDXL, "flux": FLUX}
+        relevant = RELEVANT
+        product = "the cache of text encoder outputs"
+
+        def enabled(self, options: CacheToolOptions) -> CacheToolOptions:
+            return replace(options, dataset=replace(options.dataset, cache_text_encoder_outputs_to_disk=True))
+
+        def make(self, job: CacheJob) -> None:
+            cache_texts(job)
+
+    return CacheTextEncoderOutputs
+
+
+__getattr__ = made_by(__name__, CacheTextEncoderOutputs=_tool)
 
 if __name__ == "__main__":
-    CacheTextEncoderOutputs().run(read_args(setup_parser()))
+    arguments = read_args(setup_parser())
+    _tool()().run(arguments)

@@ -73,19 +73,13 @@ def check_scheduler(choice: OptimizerChoice, settings: ScheduleSettings) -> list
 
 
 def _check_relative_step(choice: OptimizerChoice, settings: ScheduleSettings) -> list[NoEffect]:
-    if settings.warmup:
-        raise UserError(
-            "--lr_warmup_steps: not with Adafactor's relative_step, which brings its own schedule; give "
-            '--optimizer_args "warmup_init=True" instead'
-        )
+    hint = '; --optimizer_args "warmup_init=True" warms up instead' if settings.warmup else ""
     named = settings.name in (ADAFACTOR.rstrip(":"), scheduler_name(choice, settings))
-    return _unused(settings, (), "Adafactor with relative_step", with_name=not named)
+    return _unused(settings, (), "Adafactor with relative_step", with_name=not named, hint=hint)
 
 
 def _checkcustom_schedule(choice: OptimizerChoice, settings: ScheduleSettings) -> list[NoEffect]:
     """A class of anyone's: make it once over a trial tensor, so that mistakes show before a model is loaded."""
-    if settings.warmup:
-        raise UserError(f"--lr_scheduler_type {settings.type}: takes no --lr_warmup_steps; remove them")
     schedule = custom_schedule(choice.create([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]), settings)
     needed = [
         parameter.name

@@ -24,7 +24,7 @@ from library.data.dataset_config import load_dataset_config
 from library.data.unread_captions import unread_captions
 from library.errors import UserError, exits_on_user_error
 from library.interrupt import Interrupt
-from library.training.cache_tool_options import CacheToolOptions, build_tool_parser, names_of
+from library.training.cache_tool_options import CacheToolOptions, names_of
 from library.training.cache_tool_options import FamilyToolOptions as _FamilyOptions
 from library.training.caching import CacheJob, inspect_model
 from library.training.debug_dataset import show_dataset
@@ -46,15 +46,6 @@ class CacheTool(ABC):
     relevant: ClassVar[Collection[str]]
     #: the tool's product in messages: "the latent cache"
     product: ClassVar[str]
-
-    @classmethod
-    def parser(cls) -> argparse.ArgumentParser:
-        return build_tool_parser(cls.relevant, doc=cls.usage() or cls.__doc__)
-
-    @classmethod
-    def usage(cls) -> str | None:
-        """Return an example command, shown at the end of ``--help``."""
-        return None
 
     @abstractmethod
     def enabled(self, options: CacheToolOptions) -> CacheToolOptions:

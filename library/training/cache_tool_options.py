@@ -69,12 +69,12 @@ class CacheToolOptions(TrainNetworkOptions):
         """Return the same with all but the ``relevant`` options at their defaults, and the names of the reset ones."""
         changed: dict[str, object] = {}
         dropped: list[str] = []
-        for group_field in dataclasses.fields(self):
-            group = getattr(self, group_field.name)
+        for name in self.groups():
+            group = getattr(self, name)
             given = [f for f in dataclasses.fields(group) if getattr(group, f.name) != f.default]
             without = {f.name: f.default for f in given if f.name not in relevant}
             if without:
-                changed[group_field.name] = dataclasses.replace(group, **without)
+                changed[name] = dataclasses.replace(group, **without)
                 dropped += without
         return dataclasses.replace(self, **changed), dropped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import time
@@ -15,7 +16,10 @@ import train_network
 from library.config.parser import SuggestingParser
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("train_network.py", "sdxl_train_network.py", "flux_train_network.py", "gen_img.py")
+SCRIPTS = (
+    "train_network", "sdxl_train_network", "flux_train_network", "fine_tune", "train_db", "sdxl_train", "flux_train",
+    "gen_img", "tools.cache_latents", "tools.cache_text_encoder_outputs", "tools.check_dataset",
+)  # fmt: skip
 
 
 def helped(parser: SuggestingParser, capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -72,10 +76,17 @@ def test_an_unknown_topic_is_an_error(capsys: pytest.CaptureFixture[str]) -> Non
     assert '--help optimiser: no such topic or option (did you mean "optimizer"?)' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_shows_an_example(script: str) -> None:
+    parser = importlib.import_module(script).setup_parser()
+    assert parser.epilog.strip().startswith(("accelerate launch ", "python "))
+    assert script.replace(".", "/") + ".py" in parser.epilog and "\n" not in parser.description
+
+
 def test_the_command_line_needs_no_torch() -> None:
     """Which takes seconds to import; the trainer is made when a program asks for it."""
     for script in SCRIPTS:
-        program = f"import sys, {script[:-3]} as s; s.setup_parser().parse_args([]); sys.exit('torch' in sys.modules)"
+        program = f"import sys, {script} as s; s.setup_parser().parse_args([]); sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0, script
 
 

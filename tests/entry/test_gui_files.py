@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from library.config.config_file import _toml_value, read_args
 from tests.fixtures.families import FLUX, SD, SDXL
-from tests.fixtures.runs import Made, make_images, train_here
+from tests.fixtures.runs import ROOT, Made, environment, make_images, train_here
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -113,3 +114,22 @@ def test_defaults_written_out_are_no_news(
         "--config_file", path, "--console_log_simple", "--dry_run", "--tokenizer_cache_dir", folder, script=script
     )
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING")] == []
+
+
+@pytest.mark.slow
+def test_as_the_program_starts_it(models: dict[str, Made], tmp_path: Path) -> None:
+    script, path = file_of("defaults", models["train_network"], tmp_path)
+    launcher = "-m accelerate.commands.launch --cpu --dynamo_backend no --dynamo_mode default --mixed_precision bf16"
+    numbers = "--num_processes 1 --num_machines 1 --num_cpu_threads_per_process 2"
+    words = ["--config_file", path, "--tokenizer_cache_dir", models[script].flags["tokenizer_cache_dir"]]
+    small = ["--resolution", "64,64", "--max_train_steps", "1", "--network_dim", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher.split(), *numbers.split(), f"{script}.py", *map(str, words), *small],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "last.safetensors").is_file() and "compiler" not in done.stderr
