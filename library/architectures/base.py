@@ -289,18 +289,25 @@ class Architecture(ABC):
     def load_tokenizers(self, checkpoint: Any) -> list[Any]: ...
 
     @abstractmethod
+    def load_text_encoder(self, checkpoint: Any, index: int, *, dtype: torch.dtype, device: str) -> nn.Module:
+        """Load one text encoder, frozen, in eval mode; ``index`` counts from 0, in the order of the targets."""
+
     def load_text_encoders(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
-        """Frozen, in eval mode."""
+        """Load all text encoders, in their order."""
+        count = len(self.text_encoder_targets)
+        return [self.load_text_encoder(checkpoint, index, dtype=dtype, device=device) for index in range(count)]
 
-    def load_uncached_text_encoders(
-        self, checkpoint: Any, cached: Sequence[bool], *, dtype: torch.dtype, device: str
-    ) -> list[nn.Module]:
-        """Load the text encoders; those with ``cached`` outputs on the meta device, without weights.
+    def block_lists(self, denoiser: nn.Module) -> Sequence[Sequence[nn.Module]]:
+        """Return the lists of the denoiser's repeated blocks, in the order in which they run; heavy blocks first.
 
-        Families in which only some encoders can be ``cached`` override this.
+        A denoiser whose blocks do not run strictly one after the other has none.
         """
-        assert all(cached) or not any(cached)
-        return self.load_text_encoders(checkpoint, dtype=dtype, device="meta" if all(cached) else device)
+        return ()
+
+    @property
+    def blocks_to_swap(self) -> int:
+        """How many of the denoiser's blocks wait in host memory, as its own option says."""
+        return 0
 
     def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
         """For each text encoder, return whether a network with these options may train it."""

@@ -219,12 +219,8 @@ class ImageSession:
         parts = self._model.encoders
         encoders = []
         for place, part in enumerate(parts):  # each in its own dtype
-            others = [other != place for other in range(len(parts))]
             device = self._loading_device(part)
-            loaded = self._family.load_uncached_text_encoders(
-                self._checkpoint, others, dtype=part.compute, device=device
-            )
-            encoders.append(loaded[place])
+            encoders.append(self._family.load_text_encoder(self._checkpoint, place, dtype=part.compute, device=device))
         return encoders, self._finished(encoders, parts, encoders, self._outlines[1])
 
     def _load_denoiser(self) -> tuple[nn.Module, list[nn.Module | None]]:

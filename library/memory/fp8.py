@@ -106,11 +106,15 @@ class _Conv2d(torch.autograd.Function):
         return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.geometry), *[None] * 7
 
 
-def store_in_fp8(model: nn.Module, device: torch.device) -> nn.Module:
-    """Store the weights of a frozen model's blocks in fp8, in place, and move the model to ``device``.
+def store_in_fp8(model: nn.Module, device: torch.device, home: torch.device | str | None = None) -> nn.Module:
+    """Store the weights of a frozen model's blocks in fp8, in place, and move the model to ``home``.
 
     Layers are converted one by one, so at most the largest one is on the device at full size. Layers outside the
     repeated blocks (the first and last layers, time embeddings) are few and sensitive, and stay as they are.
+
+    Args:
+        device: where the numbers are computed.
+        home: the same, if not given.
     """
     for path, module in model.named_modules():
         kind = {nn.Linear: ScaledFp8Linear, nn.Conv2d: ScaledFp8Conv2d}.get(type(module))
@@ -122,7 +126,9 @@ def store_in_fp8(model: nn.Module, device: torch.device) -> nn.Module:
             # the instance stays the same object, because other modules refer to it
             module.__class__ = kind
             module.take(device)
-    return model.to(device)
+            if home is not None:
+                module.to(home)
+    return model.to(device if home is None else home)
 
 
 def weight_bytes(model: nn.Module) -> int:

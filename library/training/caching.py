@@ -15,6 +15,7 @@ from library.config.arguments import ModelOptions, RunOptions
 from library.data.dataset import TrainingData
 from library.data.latent_cache import Encode
 from library.interrupt import Interrupt
+from library.training.precision import vae_dtype
 from library.training.processes import peers_of
 from library.training.work_progress import WorkProgress
 
@@ -54,7 +55,7 @@ class CacheJob:
 
     def load_vae(self) -> nn.Module:
         """Load the VAE on the run's device."""
-        dtype = torch.float32 if self.options.model.no_half_vae else self.weight_dtype
+        dtype = vae_dtype(self.options.model, self.weight_dtype)
         return self.architecture.load_vae(self.checkpoint, dtype=dtype, device=str(self.device))
 
     def progress(self, title: str, unit: str) -> WorkProgress:

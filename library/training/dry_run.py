@@ -17,6 +17,7 @@ from torch import nn
 from library.files.safetensors_io import is_pickle, read_header
 from library.training.checkpoints import ema_path
 from library.training.loading import make_kind, models_on_meta
+from library.training.memory import check_swapping, memory_plan
 from library.training.outputs import check_output
 from library.training.planned_files import PlannedFile, planned_files
 from library.training.precision import trained_dtype
@@ -41,6 +42,7 @@ def dry_run(run: Run) -> None:
     """
     on_main_process(run.accelerator, lambda: check_output(run, tried=False))
     models = models_on_meta(run)
+    check_swapping(run, models)
     kind = make_kind(run)
     groups = kind.attach_on_meta(models)
     parameters = [p for group in groups for p in group.parameters]
@@ -56,6 +58,7 @@ def dry_run(run: Run) -> None:
         (f"trained, {group.name or 'network'}", f"{sum(p.numel() for p in group.parameters):,} parameters")
         for group in groups
     ]
+    rows += memory_plan(run, kind).rows()
     rows += summary(run, kind, models.denoiser, parameters)
     rows.append(("steps an epoch", str(run.plan.steps_per_epoch)))
     saved = run.options.output.save_precision

@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
-
-import torch
-from torch import nn
 
 from library.config.arguments import DatasetOptions
 from library.data import describe
 from library.interrupt import Interrupt
 from library.memory.attention import attention_backend
+from library.memory.plan import MemoryPlan
 from library.memory.sharding import shard_model
 from library.optim.schedulers import scheduler_name
 from library.optim.update import Update
@@ -23,10 +21,11 @@ from library.training import precision
 from library.training.batch_losses import BatchLosses
 from library.training.caching import CacheJob, cache_latents
 from library.training.caption_encoder import CaptionEncoder
-from library.training.kinds.base import Kind, Need, ParameterGroup
+from library.training.kinds.base import Kind, ParameterGroup
 from library.training.loaded import LoadedRun
+from library.training.memory import check_swapping, memory_plan
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
-from library.training.models import DENOISER, Models, load_on_meta, text_encoder_name
+from library.training.models import DENOISER, VAE, Models, load_on_meta, text_encoder_name
 from library.training.outputs import check_space
 from library.training.previews import PreviewGenerator, current_prompts, encode_prompts, generate_options
 from library.training.resume import choice_of, load_state, name_changes
@@ -63,7 +62,7 @@ def models_on_meta(run: Run) -> Models:
         run.architecture,
         run.checked.checkpoint,
         dtype=run.weight_dtype,
-        vae_dtype=torch.float32 if run.options.model.no_half_vae else run.weight_dtype,
+        vae_dtype=precision.vae_dtype(run.options.model, run.weight_dtype),
         attention=attention_backend(run.options.training),
         cached=run.cached_encoders,
     )
@@ -78,8 +77,11 @@ def make_caches(run: Run, interrupt: Interrupt) -> Cached:
         UserError: see ``Kind.check_models``, ``cache_latents`` and ``cache_texts``.
     """
     architecture, options, prompts = run.architecture, run.options, run.checked.prompts
+    kind = make_kind(run)
     if run.caches_latents or caches_texts(options.dataset):
-        make_kind(run).check_models(models_on_meta(run))
+        models = models_on_meta(run)
+        check_swapping(run, models)
+        kind.check_models(models)
     job = CacheJob(
         architecture=architecture,
         checkpoint=run.checked.checkpoint,
@@ -90,8 +92,7 @@ def make_caches(run: Run, interrupt: Interrupt) -> Cached:
         interrupt=interrupt,
     )
     if run.caches_latents:
-        keep = bool(prompts) or architecture.takes_images  # which load it again
-        vae = cache_latents(job, keep_vae=keep)
+        vae = cache_latents(job, keep_vae=memory_plan(run, kind)[VAE].home == "host")
     else:
         vae = job.load_vae()
     if not caches_texts(options.dataset):
@@ -110,7 +111,8 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
         UserError: the trained modules do not fit the models, or a state does not fit the run.
     """
     kind = make_kind(run)
-    models = _load_models(run, cached, kind)
+    plan = memory_plan(run, kind)
+    models = _load_models(run, cached, kind, plan)
     options = run.options
     update = _update(run, kind, kind.attach(models))
     width = save_dtype(options.output)
@@ -120,6 +122,7 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
     blocks = run.architecture.compiled_blocks
     if run.sharding is not None:
         shard_model(models.denoiser, blocks, run.sharding, run.device)
+    plan.place(DENOISER, models.denoiser, run.architecture.block_lists(models.denoiser))
     if options.training.torch_compile:
         precision.compile_denoiser(models.denoiser, blocks, backend=options.training.dynamo_backend)
     losses = _losses(run, models, kind)
@@ -143,41 +146,33 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
     return loaded
 
 
-def _load_models(run: Run, cached: Cached, kind: Kind) -> Models:
-    """Load the models in their final form: changed by the kind, in fp8 if asked for."""
+def _load_models(run: Run, cached: Cached, kind: Kind, plan: MemoryPlan) -> Models:
+    """Load the models in their final numbers: changed by the kind, in fp8 if asked for."""
     architecture, checkpoint, training = run.architecture, run.checked.checkpoint, run.options.training
-    fp8 = precision.Fp8Parts.of(run.options)
     tokenizers = architecture.load_tokenizers(checkpoint)
     if run.accelerator.is_main_process and not caches_texts(run.options.dataset):
         warn_of_cut(run.data, architecture, tokenizers, run.options.model)
-    needs = kind.needs()
-    text_encoders = _load_text_encoders(run, needs, home="cpu" if fp8.text_encoders else str(run.device))
+    names = [text_encoder_name(number) for number in range(1, len(run.cached_encoders) + 1)]
+    text_encoders = [
+        architecture.load_text_encoder(checkpoint, index, dtype=plan[name].dtype, device=plan.loads_on(name))
+        for index, name in enumerate(names)
+    ]
     denoiser = load_denoiser(
         architecture,
         checkpoint,
-        dtype=needs[DENOISER].dtype if DENOISER in needs else run.weight_dtype,
+        dtype=plan[DENOISER].dtype,
         device=run.device,
-        waits=fp8.denoiser,
-        sharding=run.sharding,
+        home=plan.loads_on(DENOISER),
+        sharded=run.sharding is not None,
     )
     architecture.set_attention(denoiser, attention_backend(training))
-    if training.gradient_checkpointing:
+    if training.gradient_checkpointing or plan[DENOISER].swapped:
         architecture.enable_gradient_checkpointing(denoiser, text_encoders)
     models = Models(tokenizers, text_encoders, denoiser, cached.vae, run.cached_encoders)
     kind.change_models(models, dtype=run.weight_dtype, device=run.device)
-    fp8.apply(models, run.device)
+    for name in (*names, DENOISER):
+        plan.store(name, models.part(name))
     return models
-
-
-def _load_text_encoders(run: Run, needs: Mapping[str, Need], *, home: str) -> list[nn.Module]:
-    """Load the text encoders whose outputs are not cached, each in its dtype."""
-    count = len(run.cached_encoders)
-    dtypes = [needs[n].dtype if n in needs else run.weight_dtype for n in map(text_encoder_name, range(1, count + 1))]
-    widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=run.weight_dtype)
-    loaded = run.architecture.load_uncached_text_encoders(
-        run.checked.checkpoint, run.cached_encoders, dtype=widest, device=home
-    )
-    return [encoder.to(dtype) for encoder, dtype in zip(loaded, dtypes, strict=True)]
 
 
 def _update(run: Run, kind: Kind, groups: Sequence[ParameterGroup]) -> Update:

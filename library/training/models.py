@@ -13,6 +13,7 @@ from library.architectures.base import Architecture
 
 #: name of a part in ``Architecture.parts``
 DENOISER = "denoiser"
+VAE = "vae"
 
 
 def text_encoder_name(number: int) -> str:

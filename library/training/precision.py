@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from library.config.arguments import RunOptions, TrainingOptions
+from library.config.arguments import ModelOptions, TrainingOptions
 from library.config.declaration import message
 from library.errors import NoEffect, UserError
-from library.training.models import Models
-from library.training.text_caching import caches_texts
 
 
-@dataclass(frozen=True)
-class Fp8Parts:
-    """The frozen models that are stored in fp8. They are loaded on the host, and moved after the conversion."""
-
-    denoiser: bool
-    text_encoders: bool
-
-    @staticmethod
-    def of(options: RunOptions) -> Fp8Parts:
-        training = options.training
-        both = training.fp8_base and not training.fp8_base_unet
-        # with cached outputs only the trained encoders are loaded, which are small
-        return Fp8Parts(training.fp8_base or training.fp8_base_unet, both and not caches_texts(options.dataset))
-
-    def apply(self, models: Models, device: torch.device) -> None:
-        """Convert the loaded models' weights; nothing can be merged into them afterwards."""
-        from library.memory.fp8 import store_in_fp8
-
-        if self.denoiser:
-            store_in_fp8(models.denoiser, device)
-        if self.text_encoders:
-            for encoder in models.text_encoders:
-                store_in_fp8(encoder, device)
+def vae_dtype(options: ModelOptions, frozen: torch.dtype) -> torch.dtype:
+    """Return the VAE's dtype, where other frozen weights are in ``frozen``."""
+    return torch.float32 if options.no_half_vae else frozen
 
 
 def trained_dtype(options: TrainingOptions) -> torch.dtype:
@@ -96,9 +73,6 @@ def compile_denoiser(denoiser: nn.Module, classes: tuple[str, ...], *, backend: 
         raise UserError("--torch_compile: this model has no blocks that can be compiled by themselves; remove it")
 
 
-def precision_row(options: RunOptions, weight_dtype: torch.dtype, device: torch.device) -> str:
-    """Return the row of the table before the first step."""
-    training, fp8 = options.training, Fp8Parts.of(options)
-    kept = "and text encoders " if fp8.text_encoders else ""
-    frozen = f"{str(weight_dtype)[6:]}{f' (denoiser {kept}in scaled fp8)' if fp8.denoiser else ''}"
-    return f"{training.mixed_precision}, frozen weights {frozen}, trained {str(trained_dtype(training))[6:]}, {device}"
+def precision_row(options: TrainingOptions, frozen: str, device: torch.device) -> str:
+    """Return the row of the table before the first step; ``frozen`` describes the frozen weights."""
+    return f"{options.mixed_precision}, frozen weights {frozen}, trained {str(trained_dtype(options))[6:]}, {device}"

@@ -47,17 +47,16 @@ def load_denoiser(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    waits: bool,
-    sharding: Sharding | None,
+    home: str,
+    sharded: bool,
 ) -> nn.Module:
     """Load the denoiser to the device where it is prepared.
 
     Args:
-        waits: whether it is converted before it is moved to ``device``.
+        home: where that is; it runs on ``device`` later.
     """
-    home = "cpu" if waits or sharding is not None else str(device)
     denoiser = architecture.load_denoiser(checkpoint, dtype=dtype, device=home)
-    if sharding is not None:
+    if sharded:
         # FSDP needs contiguous weights. With channels last, it changes the strides of a batch of one: a recomputed
         # checkpointed block would have another layout, and dropout would draw other numbers
         return denoiser

@@ -11,6 +11,7 @@ from library.data import describe
 from library.training import precision
 from library.training.checkpoints import ema_path
 from library.training.kinds.base import Kind
+from library.training.memory import frozen_dtype_text, memory_plan
 from library.training.run import Run
 from library.training.sharding import sharding_rows
 from library.training.text_caching import text_cache_row
@@ -38,7 +39,7 @@ def summary(
         *_average_rows(run),
         *zero_rows(optimizer, parameters, options.training),
         ("optimizer", f"{run.checked.optimizer.metadata_name}, schedule {options.scheduler.lr_scheduler}"),
-        ("precision", precision.precision_row(options, run.weight_dtype, run.device)),
+        ("precision", precision.precision_row(options.training, frozen_dtype_text(memory_plan(run, kind)), run.device)),
         *sharding_rows(run.sharding, denoiser, run.accelerator.num_processes),
         ("steps", f"{plan.total_steps} in {plan.num_epochs} epochs, {batches}"),
         ("seed", str(run.checked.seed)),

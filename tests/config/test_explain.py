@@ -114,6 +114,7 @@ def test_all_shows_every_option_by_group(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 IMPLIED = [
+    ("gradient_checkpointing", {}, None, ""),  # with a family's option below
     ("caption_extension", {"caption_extention": ".cap"}, ".cap", "follows from --caption_extention"),
     ("cache_latents", {"cache_latents_to_disk": True}, True, "follows from --cache_latents_to_disk"),
     ("optimizer_type", {}, "AdamW", "default"),
@@ -156,6 +157,14 @@ IMPLIED = [
 def test_implied(name: str, given: dict[str, object], value: object, origin: str) -> None:
     found = implied(options(**given), SD.declaration).get(name)
     assert (found.value, found.origin) == (value, origin) if found else (None, "") == (value, origin)
+
+
+def test_swapped_blocks_are_checkpointed() -> None:
+    from flux_train_network import FluxNetworkTrainer
+
+    given = FluxNetworkTrainer.joined_options().from_args(argparse.Namespace(blocks_to_swap=2))
+    found = implied(given)["gradient_checkpointing"]
+    assert (found.value, found.origin) == (True, "follows from --blocks_to_swap")
 
 
 def test_every_implication_has_a_case_and_an_option() -> None:

@@ -7,21 +7,21 @@ import argparse
 import pytest
 
 from library.training.kinds.adapter_options import TrainNetworkOptions
-from library.training.precision import Fp8Parts
+from library.training.memory import _parts_in_fp8
+from library.training.text_caching import caches_texts
 
 
 @pytest.mark.parametrize(
-    ("given", "waits"),
+    ("given", "parts"),
     [
-        ({}, False),
-        # an encoder that is trained beside the cached outputs of another is fed on the device
-        ({"cache_text_encoder_outputs": True}, False),
-        ({"cache_text_encoder_outputs_to_disk": True, "fp8_base": True}, False),
-        # until they have become small
-        ({"fp8_base": True}, True),
-        ({"fp8_base": True, "fp8_base_unet": True}, False),
+        ({}, set()),
+        # an encoder that is trained beside the cached outputs of another is small, and fed on the device
+        ({"cache_text_encoder_outputs_to_disk": True, "fp8_base": True}, {"denoiser"}),
+        ({"fp8_base": True}, {"denoiser", "text_encoder_1"}),
+        ({"fp8_base": True, "fp8_base_unet": True}, {"denoiser"}),
+        ({"fp8_base_unet": True}, {"denoiser"}),
     ],
 )
-def test_text_encoders_wait_on_the_host_for_their_fp8_form(given: dict[str, object], waits: bool) -> None:
+def test_parts_in_fp8(given: dict[str, object], parts: set[str]) -> None:
     options = TrainNetworkOptions.from_args(argparse.Namespace(**given))
-    assert Fp8Parts.of(options).text_encoders is waits
+    assert _parts_in_fp8(options.training, ["text_encoder_1"], caches=caches_texts(options.dataset)) == parts

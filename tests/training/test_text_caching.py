@@ -77,7 +77,7 @@ def test_a_full_cache_needs_the_encoder_for_previews_only(
 ) -> None:
     first = train("first", **ON_DISK)
     loads, encodes = [], []
-    load, encode = type(SD).load_text_encoders, type(SD).encode_text
+    load, encode = type(SD).load_text_encoder, type(SD).encode_text
 
     def counted_load(self: Any, *args: Any, **settings: Any) -> Any:
         loads.append(settings["device"])
@@ -87,7 +87,7 @@ def test_a_full_cache_needs_the_encoder_for_previews_only(
         encodes.append(len(tokens["input_ids"]))
         return encode(self, encoders, tokens, **settings)
 
-    monkeypatch.setattr(type(SD), "load_text_encoders", counted_load)
+    monkeypatch.setattr(type(SD), "load_text_encoder", counted_load)
     monkeypatch.setattr(type(SD), "encode_text", counted_encode)
     assert_same(train("second", **ON_DISK), first)
     # for the network, which is made for it too: to look at before, and for training

@@ -111,6 +111,7 @@ def test_the_time_that_processes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Listener()
     monkeypatch.setattr(accelerate, "Accelerator", lambda **given: made.Accelerator(**given) or made)
     made.device = torch.device("cuda")
+    made.num_processes = 1
     make_accelerator(options().training)
     assert made.told["Accelerator"]["kwargs_handlers"] == []
     make_accelerator(options(ddp_timeout=7).training)

@@ -177,24 +177,23 @@ class Flux(FlowMatching, Architecture):
         *clip_folders, t5_folder = folders
         return [*map(clip_text.load_tokenizer, clip_folders), t5.load_tokenizer(t5_folder)]
 
-    def load_text_encoders(self, checkpoint: FluxCheckpoint, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
-        cached = (False,) * len(checkpoint.text_encoders)
-        return self.load_uncached_text_encoders(checkpoint, cached, dtype=dtype, device=device)
+    def load_text_encoder(
+        self, checkpoint: FluxCheckpoint, index: int, *, dtype: torch.dtype, device: str
+    ) -> nn.Module:
+        source, target = checkpoint.text_encoders[index], self.text_encoder_targets[index]
+        if target is T5XXL:
+            encoder = t5.load_t5(source, dtype=dtype, device=device)
+        else:
+            encoder = load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=device)
+        setattr(encoder, LORA_TARGET, target)
+        return encoder
 
-    def load_uncached_text_encoders(
-        self, checkpoint: FluxCheckpoint, cached: Sequence[bool], *, dtype: torch.dtype, device: str
-    ) -> list[nn.Module]:
-        encoders = []
-        parts = zip(checkpoint.text_encoders, self.text_encoder_targets, cached, strict=True)
-        for source, target, is_cached in parts:
-            home = "meta" if is_cached else device
-            if target is T5XXL:
-                encoder = t5.load_t5(source, dtype=dtype, device=home)
-            else:
-                encoder = load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=home)
-            setattr(encoder, LORA_TARGET, target)
-            encoders.append(encoder)
-        return encoders
+    def block_lists(self, denoiser: nn.Module) -> Sequence[Sequence[nn.Module]]:
+        return list(denoiser.double_blocks), list(denoiser.single_blocks)
+
+    @property
+    def blocks_to_swap(self) -> int:
+        return self.chosen(FluxModelOptions).blocks_to_swap or 0
 
     def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
         with_t5 = not network.network_train_unet_only and trains_t5(network)

@@ -48,7 +48,13 @@ class FluxModelOptions:
         minimum=0,
     )
     blocks_to_swap: int | None = option(
-        None, "blocks kept in host memory", type=int, unit="blocks", harmless=True, neutral=(0,)
+        None,
+        "blocks that wait in host memory until they run; turns on gradient checkpointing",
+        type=int,
+        unit="blocks",
+        minimum=0,
+        harmless=True,
+        neutral=(0,),
     )
     split_mode: bool = option(False, "an old way of saving memory")
 
@@ -111,6 +117,22 @@ def controlnet(o: Any, facts: Facts) -> Iterator[Finding]:
         )
 
 
+def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
+    if not o.flux.blocks_to_swap:
+        return
+    if "full" in o.groups():
+        yield error(
+            "--blocks_to_swap: only with adapters so far, whose model is frozen; to train the whole model, use "
+            "--gradient_checkpointing and a fused update"
+        )
+    if o.training.cpu_offload_checkpointing:
+        yield error("--blocks_to_swap: not with --cpu_offload_checkpointing; remove one of them")
+    if o.training.torch_compile:
+        yield error(
+            "--blocks_to_swap: not with --torch_compile, whose blocks must stay where they are; remove one of them"
+        )
+
+
 DECLARATION = joined(
     Declaration(groups={"flux": FluxModelOptions}),
     FLOW,
@@ -123,7 +145,7 @@ DECLARATION = joined(
             "text_encoder_lr": "learning rate of the text encoders' adapters: one, or one for each of CLIP-L and T5-XXL",
             "text_encoder_lr2": "the same of T5-XXL, which is trained with train_t5xxl=True in --network_args only",
         },
-        rules=(guidance, chroma_mask, controlnet, what_is_trained),
+        rules=(guidance, chroma_mask, controlnet, what_is_trained, swapping),
         idle=(no_clip, t5_is_frozen),
         unused={
             "v2": "with FLUX.1, which is no Stable Diffusion 2.x",
@@ -133,9 +155,7 @@ DECLARATION = joined(
             "weighted_captions": "with FLUX.1, whose T5 reads plain text",
         },
         refused={
-            "blocks_to_swap": "moving blocks to host memory is not supported yet; use --fp8_base and "
-            "--gradient_checkpointing, with --cpu_offload_checkpointing if that is not enough",
-            "split_mode": "is not supported, as it was replaced long ago; use --fp8_base and --gradient_checkpointing",
+            "split_mode": "is not supported, as it was replaced long ago; use --blocks_to_swap",
         },
     ),
 )

@@ -79,11 +79,11 @@ class StableDiffusion(LatentDiffusion):
     def load_tokenizers(self, checkpoint: SDCheckpoint) -> list[Any]:
         return [sd_text.load_tokenizer(checkpoint.tokenizer_folder, v2=checkpoint.v2)]
 
-    def load_text_encoders(self, checkpoint: SDCheckpoint, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
+    def load_text_encoder(self, checkpoint: SDCheckpoint, index: int, *, dtype: torch.dtype, device: str) -> nn.Module:
         source = checkpoint.text_encoder
         encoder = load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=device)
-        setattr(encoder, LORA_TARGET, self.text_encoder_targets[0])
-        return [encoder]
+        setattr(encoder, LORA_TARGET, self.text_encoder_targets[index])
+        return encoder
 
     def text_identity(self, checkpoint: SDCheckpoint) -> WeightsIdentity:
         return weights_identity([checkpoint.text_encoder], [checkpoint.tokenizer_folder])

@@ -92,14 +92,14 @@ class StableDiffusionXL(LatentDiffusion):
     def load_tokenizers(self, checkpoint: SDXLCheckpoint) -> list[Any]:
         return sdxl_text.load_tokenizers(*checkpoint.tokenizer_folders)
 
-    def load_text_encoders(self, checkpoint: SDXLCheckpoint, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
-        encoders = []
-        builds = (clip.build_clip, clip.build_clip_with_projection)
-        for source, build, target in zip(checkpoint.text_encoders, builds, self.text_encoder_targets, strict=True):
-            encoder = load_frozen(source, partial(build, source.config), dtype=dtype, device=device)
-            setattr(encoder, LORA_TARGET, target)
-            encoders.append(encoder)
-        return encoders
+    def load_text_encoder(
+        self, checkpoint: SDXLCheckpoint, index: int, *, dtype: torch.dtype, device: str
+    ) -> nn.Module:
+        source = checkpoint.text_encoders[index]
+        build = (clip.build_clip, clip.build_clip_with_projection)[index]
+        encoder = load_frozen(source, partial(build, source.config), dtype=dtype, device=device)
+        setattr(encoder, LORA_TARGET, self.text_encoder_targets[index])
+        return encoder
 
     def text_identity(self, checkpoint: SDXLCheckpoint) -> WeightsIdentity:
         return weights_identity(checkpoint.text_encoders, checkpoint.tokenizer_folders)

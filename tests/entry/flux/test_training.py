@@ -119,15 +119,15 @@ def test_a_network_that_adapts_t5_is_refused_before_its_outputs_are_cached(
 
 def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """T5 is not loaded any more, also where sample images are drawn; CLIP-L is, where it is trained."""
-    loads: list[list[str]] = []
-    load = Flux.load_uncached_text_encoders
+    loads: list[tuple[int, str]] = []
+    load = Flux.load_text_encoder
 
-    def spy(self: Any, *args: Any, **settings: Any) -> Any:
-        encoders = load(self, *args, **settings)
-        loads.append([next(encoder.parameters()).device.type for encoder in encoders])
-        return encoders
+    def spy(self: Any, checkpoint: Any, index: int, **settings: Any) -> Any:
+        encoder = load(self, checkpoint, index, **settings)
+        loads.append((index, next(encoder.parameters()).device.type))
+        return encoder
 
-    monkeypatch.setattr(Flux, "load_uncached_text_encoders", spy)
+    monkeypatch.setattr(Flux, "load_text_encoder", spy)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1 --d 5 --l 2 --n dog\n")
     draws = {"sample_prompts": prompts, "sample_every_n_steps": 3}
@@ -136,9 +136,10 @@ def test_cached_outputs_let_their_encoders_go(train: Train, tmp_path: Path, monk
     loads.clear()
     assert_same(train("cached", **draws, **cached), plain, 1e-6)
     # the network is made without weights first, to look at before anything is encoded
-    assert loads == [["meta", "meta"], ["cpu", "cpu"], ["cpu", "meta"]]
+    stages = [tuple(device for _, device in loads[first : first + 2]) for first in range(0, len(loads), 2)]
+    assert stages == [("meta", "meta"), ("cpu", "cpu"), ("cpu", "meta")]
     train("alone", network_train_unet_only=True, **cached)
-    assert loads[3:] == [["meta", "meta"], ["meta", "meta"]]
+    assert [device for _, device in loads[6:]] == ["meta"] * 4
     # CLIP-L's part of the prompt is encoded with its adapters: the images are those of a run without a cache
     one, other = (next((tmp_path / name / "sample").glob("*.png")) for name in ("plain", "cached"))
     assert one.read_bytes()[:16] == other.read_bytes()[:16]

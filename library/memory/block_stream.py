@@ -1,0 +1,266 @@
+"""Blocks of a frozen model in host memory, each brought to the device when it runs (``--blocks_to_swap``).
+
+The blocks that wait on the host are spread evenly between those that stay, so that the copy of one runs while others
+compute. Host copies are pinned and never change, so nothing is copied back. On the device each shape of block has two
+buffers: one for the block that runs, one for the block that comes next, which a second stream copies meanwhile. In the
+backward pass, with gradient checkpointing, blocks run again in reverse order. The two blocks at the turn are still in
+their buffers there, and at the end of the backward pass the first blocks are there for the next forward pass.
+
+A block is known to run by a hook before its forward pass. Adapters within a block use its layers, so they find the
+weights there as well; their own weights stay on the device. Without checkpointing autograd would keep the buffers'
+contents, which the next block overwrites, so loading turns checkpointing on; where it is not, torch finds that saved
+tensors have changed, and raises an error in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+
+#: blocks of each list that stay on the device at least
+_STAY = 2
+#: buffers for blocks of one shape: the block that runs, and the next
+_BUFFERS = 2
+
+Signature = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+
+
+def swapped_counts(lengths: Sequence[int], count: int) -> list[int]:
+    """How many blocks of each list wait on the host, as published: half of ``count`` in a first list of heavy blocks,
+    and two light blocks of a second list for each of the other half.
+
+    Args:
+        lengths: of the lists: one, or heavy blocks before light ones.
+
+    Raises:
+        UserError: more than the lists have, naming the largest possible number.
+    """
+
+    def split(number: int) -> list[int]:
+        return [number] if len(lengths) == 1 else [number // 2, 2 * (number - number // 2)]
+
+    def fits(number: int) -> bool:
+        return all(part <= length - _STAY for part, length in zip(split(number), lengths, strict=True))
+
+    if not fits(count):
+        largest = next(number for number in range(count, -1, -1) if fits(number))
+        what = " and ".join(map(str, lengths))
+        raise UserError(f"--blocks_to_swap {count}: the model has {what} blocks, of which {largest} can be swapped")
+    return split(count)
+
+
+def spread(length: int, count: int) -> list[int]:
+    """``count`` of ``length`` places, as evenly as possible."""
+    return [(2 * number + 1) * length // (2 * count) for number in range(count)]
+
+
+@dataclass
+class _Buffer:
+    """Device memory for one block: its tensors, made of one piece for each dtype."""
+
+    pieces: dict[torch.dtype, Tensor]
+    views: list[Tensor]
+    block: int | None = None  # which is in it, or on its way
+    arrived: Any = None  # event after its copy
+
+
+@dataclass
+class _Block:
+    """A block that waits on the host."""
+
+    tensors: list[Tensor]  # parameters and buffers of the module, whose ``data`` is set
+    host: dict[torch.dtype, Tensor]  # their numbers, pinned where the device wants that
+    views: list[Tensor]  # of ``host``
+    signature: Signature
+    buffer: _Buffer | None = field(default=None)
+
+
+class BlockStream:
+    """Streams blocks of a frozen model to a device.
+
+    Args:
+        lists: ordered lists of blocks, in the order in which they run; blocks of the host may lie anywhere.
+        counts: how many of each list wait on the host.
+        device: where blocks run.
+    """
+
+    def __init__(self, lists: Sequence[Sequence[nn.Module]], counts: Sequence[int], device: torch.device) -> None:
+        self.device = device
+        self._copies = _Copies(device)
+        self._blocks: list[_Block] = []
+        self._buffers: dict[Signature, list[_Buffer]] = {}
+        self._running: int | None = None
+        self.copied = 0  # blocks copied to the device so far
+        for blocks, count in zip(lists, counts, strict=True):
+            waiting = set(spread(len(blocks), count)) if count else set()
+            for place, module in enumerate(blocks):
+                if place in waiting:
+                    self._add(module)
+                else:
+                    module.to(device)
+        for signature, buffers in self._buffers.items():
+            first = next(block for block in self._blocks if block.signature == signature)
+            buffers += [self._make_buffer(first) for _ in range(_BUFFERS)]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the weights in host memory."""
+        return sum(piece.nbytes for block in self._blocks for piece in block.host.values())
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers on the device."""
+        return sum(p.nbytes for buffers in self._buffers.values() for b in buffers for p in b.pieces.values())
+
+    # ---- setting up ----
+
+    def _add(self, module: nn.Module) -> None:
+        tensors = [*module.parameters(), *module.buffers()]
+        if any(tensor.requires_grad for tensor in tensors):
+            raise ValueError("only frozen blocks are streamed: trained weights would have to be copied back")
+        signature = tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
+        host = {dtype: self._copies.host_memory(size, dtype) for dtype, size in _sizes(tensors).items()}
+        views = _views(host, tensors)
+        for tensor, view in zip(tensors, views, strict=True):
+            view.copy_(tensor.detach())
+            tensor.data = view
+        number = len(self._blocks)
+        self._blocks.append(_Block(tensors, host, views, signature))
+        self._buffers.setdefault(signature, [])
+        module.register_forward_pre_hook(lambda *_: self._need(number))
+
+    def _make_buffer(self, block: _Block) -> _Buffer:
+        pieces = {dtype: torch.empty_like(piece, device=self.device) for dtype, piece in block.host.items()}
+        return _Buffer(pieces, _views(pieces, block.tensors))
+
+    # ---- running ----
+
+    def _need(self, number: int) -> None:
+        """Called before a block runs."""
+        block = self._blocks[number]
+        if block.buffer is None:
+            self._fetch(number)
+        assert block.buffer is not None
+        self._copies.wait(block.buffer.arrived)
+        self._running = number
+        following = self._following(number)
+        if following is not None and self._blocks[following].buffer is None:
+            self._fetch(following)
+
+    def _following(self, number: int) -> int | None:
+        """The block that runs after this one, where it is worth copying now."""
+        if torch._C._current_graph_task_id() != -1:  # within the backward pass, where blocks run again in reverse
+            return number - 1 if number else None
+        if number + 1 < len(self._blocks):
+            return number + 1
+        # at the turn to the backward pass both buffers hold what it begins with
+        return None if torch.is_grad_enabled() else 0
+
+    def _fetch(self, number: int) -> None:
+        """Begin to copy a block into a buffer of its shape that does not hold the running block."""
+        block = self._blocks[number]
+        buffers = self._buffers[block.signature]
+        buffer = next((b for b in buffers if b.block is None), None)
+        if buffer is None:
+            free = [b for b in buffers if b.block != self._running]
+            # the one farthest from what runs next
+            buffer = max(free, key=lambda b: abs((b.block or 0) - number))
+            old = self._blocks[buffer.block or 0]
+            _bind(old.tensors, old.views)
+            old.buffer = None
+        buffer.block, block.buffer = number, buffer
+        buffer.arrived = self._copies.start([(buffer.pieces[dtype], piece) for dtype, piece in block.host.items()])
+        self.copied += 1
+        _bind(block.tensors, buffer.views)
+
+
+def _bind(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+    """Let the tensors of a block be other memory, with the same numbers."""
+    for tensor, view in zip(tensors, views, strict=True):
+        tensor.data = view
+        # a graph that has saved the tensor would read memory that is another block's by then
+        torch.autograd.graph.increment_version(tensor)
+
+
+class _Copies:
+    """Copies from pinned host memory beside the computation, where the device has streams; else at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._module: Any = getattr(torch, device.type, None) if device.type in ("cuda", "xpu") else None
+        self._device = device
+        self._stream = self._module.Stream(device) if self._module is not None else None
+
+    def host_memory(self, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, pin_memory=self._stream is not None)
+
+    def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        """Copy each (target, source) once all that was asked of the device so far is done; returns an event."""
+        if self._stream is None:
+            for target, source in pairs:
+                target.copy_(source)
+            return None
+        self._stream.wait_stream(self._module.current_stream(self._device))
+        with self._module.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            event = self._module.Event()
+            event.record(self._stream)
+        return event
+
+    def wait(self, event: Any) -> None:
+        """Let the computation wait for a copy, not the host."""
+        if event is not None:
+            self._module.current_stream(self._device).wait_event(event)
+
+
+def _sizes(tensors: Sequence[Tensor]) -> dict[torch.dtype, int]:
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + _padded(tensor)
+    return sizes
+
+
+def _padded(tensor: Tensor) -> int:
+    """Numbers of a tensor, so that the next one begins at a multiple of 256 bytes, as kernels want."""
+    step = 256 // tensor.element_size()
+    return -(-tensor.numel() // step) * step
+
+
+def _views(pieces: dict[torch.dtype, Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """For each tensor, its part of the piece of its dtype, in its shape."""
+    views, ends = [], dict.fromkeys(pieces, 0)
+    for tensor in tensors:
+        begin = ends[tensor.dtype]
+        views.append(pieces[tensor.dtype][begin : begin + tensor.numel()].view(tensor.shape))
+        ends[tensor.dtype] = begin + _padded(tensor)
+    return views
+
+
+def stream_blocks(
+    model: nn.Module, lists: Sequence[Sequence[nn.Module]], count: int, device: torch.device
+) -> BlockStream:
+    """Keep ``count`` blocks of a frozen model on the host, and move the rest of it to ``device``.
+
+    Raises:
+        UserError: too many.
+    """
+    counts = swapped_counts([len(blocks) for blocks in lists], count)
+    stream = BlockStream(lists, counts, device)
+    inside = {id(t) for blocks in lists for b in blocks for t in (*b.parameters(), *b.buffers())}
+    _move_others(model, inside, lambda tensor: tensor.to(device))
+    return stream
+
+
+@torch.no_grad()
+def _move_others(model: nn.Module, inside: set[int], move: Callable[[Tensor], Tensor]) -> None:
+    """Move what of a model is in no block."""
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(tensor) not in inside:
+                tensor.data = move(tensor.data)

@@ -1,0 +1,183 @@
+"""Blocks that wait in host memory: the same numbers, few copies, little memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from library.errors import UserError
+from library.memory.block_stream import BlockStream, spread, stream_blocks, swapped_counts
+from library.memory.fp8 import store_in_fp8
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width, bias=False)
+        self.register_buffer("shift", torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x))) + self.shift
+
+
+class Model(nn.Module):
+    """Heavy blocks, then light ones, each with an adapter whose weights are not the model's."""
+
+    def __init__(self, heavy: int = 5, light: int = 7) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(3, 8)
+        self.heavy = nn.ModuleList(Block(8, 32) for _ in range(heavy))
+        self.light = nn.ModuleList(Block(8, 16) for _ in range(light))
+        self.requires_grad_(False)
+        self.checkpointing = True
+
+    @property
+    def lists(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        return list(self.heavy), list(self.light)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in (*self.heavy, *self.light):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+def adapted(model: Model) -> list[nn.Parameter]:
+    """Low-rank adapters that replace the forward of layers, as networks do."""
+    torch.manual_seed(1)
+    trained = []
+    for block in (*model.heavy, *model.light):
+        for layer in (block.up, block.down):
+            down = nn.Parameter(torch.randn(2, layer.in_features) / 10)
+            up = nn.Parameter(torch.randn(layer.out_features, 2) / 10)
+            plain = layer.forward
+            layer.forward = lambda x, plain=plain, down=down, up=up: plain(x) + x @ down.T @ up.T
+            trained += [down, up]
+    return trained
+
+
+def train(model: Model, steps: int = 3) -> tuple[list[float], list[Tensor]]:
+    parameters = adapted(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    losses = []
+    for step in range(steps):
+        batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        with torch.inference_mode():  # a sample image
+            losses.append(model(batch).sum().item())
+    return losses, parameters
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count", "counts"),
+    [
+        ((19, 38), 35, [17, 36]),
+        ((19, 38), 18, [9, 18]),
+        ((19, 38), 1, [0, 2]),
+        ((28,), 26, [26]),
+        ((19, 38), 0, [0, 0]),
+    ],
+)
+def test_published_counts(lengths: tuple[int, ...], count: int, counts: list[int]) -> None:
+    assert swapped_counts(lengths, count) == counts
+
+
+def test_more_than_can_be_swapped() -> None:
+    with pytest.raises(UserError, match="--blocks_to_swap 36: the model has 19 and 38 blocks, of which 35 can be"):
+        swapped_counts((19, 38), 36)
+
+
+def test_waiting_blocks_are_spread() -> None:
+    assert spread(19, 9) == [1, 3, 5, 7, 9, 11, 13, 15, 17]
+    for length in range(1, 40):
+        for count in range(1, length + 1):
+            places = spread(length, count)
+            assert len(set(places)) == count and places == sorted(places) and 0 <= places[0] and places[-1] < length
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("form", ["plain", "fp8", "bf16"])
+def test_training_and_sampling_are_the_same(count: int, form: str) -> None:
+    def made() -> Model:
+        model = Model()
+        if form == "fp8":
+            store_in_fp8(model, torch.device("cpu"), home="cpu")
+        return model.to(torch.bfloat16).float() if form == "bf16" else model
+
+    plain = made()
+    expected, trained = train(plain)
+    streamed = made()
+    stream_blocks(streamed, streamed.lists, count, torch.device("cpu"))
+    losses, parameters = train(streamed)
+    assert losses == expected
+    assert all(torch.equal(one, other) for one, other in zip(trained, parameters, strict=True))
+    for name, tensor in plain.state_dict().items():  # frozen weights never change
+        assert torch.equal(tensor, streamed.state_dict()[name])
+
+
+def test_no_block_is_copied_twice_in_a_pass() -> None:
+    model = Model(heavy=0, light=9)
+    adapted(model)
+    stream = BlockStream([list(model.light)], [5], torch.device("cpu"))
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        model(x)
+    # each once, and the first for the next pass
+    assert stream.copied == 6
+    for _ in range(3):
+        before = stream.copied
+        model(x).sum().backward()
+        # forward: all but those that are there already; backward: all but the two at the turn
+        assert stream.copied - before <= (5 - 1) + (5 - 2)
+
+
+def test_what_lies_where() -> None:
+    """On the device: two buffers for each shape of block, whatever the number of blocks that wait."""
+    model = Model(heavy=9, light=18)
+    heavy, light = (sum(t.nbytes for t in b[0].state_dict().values()) for b in (model.heavy, model.light))
+    stream = stream_blocks(model, model.lists, 12, torch.device("cpu"))
+    # each tensor begins at a multiple of 256 bytes, which kernels want
+    assert 6 * heavy + 12 * light <= stream.host_bytes <= 6 * (heavy + 4 * 256) + 12 * (light + 4 * 256)
+    assert 2 * (heavy + light) <= stream.buffer_bytes <= 2 * (heavy + light + 8 * 256)
+
+
+def test_no_memory_moves_while_it_runs() -> None:
+    """Waiting blocks are views of one host memory each, running ones of two buffers."""
+    model = Model()
+    stream = stream_blocks(model, model.lists, 4, torch.device("cpu"))
+    places = {block.tensors[0].data_ptr() for block in stream._blocks}
+    buffers = {b.views[0].data_ptr() for group in stream._buffers.values() for b in group}
+    hosts = {block.views[0].data_ptr() for block in stream._blocks}
+    assert places == hosts and len(buffers) == 4
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(2, 3))
+    assert {block.tensors[0].data_ptr() for block in stream._blocks} <= hosts | buffers
+
+
+@pytest.mark.parametrize("form", ["plain", "fp8"])
+def test_without_checkpointing_the_backward_pass_is_refused(form: str) -> None:
+    """It would read weights of other blocks."""
+    model = Model()
+    model.checkpointing = False
+    if form == "fp8":
+        store_in_fp8(model, torch.device("cpu"), home="cpu")
+    stream_blocks(model, model.lists, 4, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        train(model, steps=1)
+
+
+def test_trained_blocks_are_refused() -> None:
+    model = Model().requires_grad_(True)
+    with pytest.raises(ValueError, match="only frozen blocks"):
+        stream_blocks(model, model.lists, 4, torch.device("cpu"))
