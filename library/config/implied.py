@@ -88,11 +88,6 @@ def _seed(o: RunOptions) -> Implied:
     return Implied("(that of the state)", "follows from --resume") if o.resume.resume else Implied("(drawn)", "default")
 
 
-def _checkpointing(o: TrainNetworkOptions) -> Implied | None:
-    swaps = any(field.name == "blocks_to_swap" and value for field, value in flat(o))
-    return Implied(True, "follows from --blocks_to_swap") if swaps else None
-
-
 def _constant(value: Any) -> Follow:
     return lambda o: Implied(value, "default")
 
@@ -100,7 +95,6 @@ def _constant(value: Any) -> Follow:
 #: option -> its value; ``None`` if nothing follows
 _FOLLOWS: dict[str, Follow] = {
     "max_token_length": _constant(75),
-    "gradient_checkpointing": _checkpointing,
     "caption_extension": _caption_extension,
     "cache_latents": _cache,
     "output_name": _constant("last"),

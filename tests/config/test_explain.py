@@ -114,7 +114,6 @@ def test_all_shows_every_option_by_group(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 IMPLIED = [
-    ("gradient_checkpointing", {}, None, ""),  # with a family's option below
     ("caption_extension", {"caption_extention": ".cap"}, ".cap", "follows from --caption_extention"),
     ("cache_latents", {"cache_latents_to_disk": True}, True, "follows from --cache_latents_to_disk"),
     ("optimizer_type", {}, "AdamW", "default"),
@@ -163,7 +162,7 @@ def test_swapped_blocks_are_checkpointed() -> None:
     from flux_train_network import FluxNetworkTrainer
 
     given = FluxNetworkTrainer.joined_options().from_args(argparse.Namespace(blocks_to_swap=2))
-    found = implied(given)["gradient_checkpointing"]
+    found = implied(given, FluxNetworkTrainer.architecture.declaration)["gradient_checkpointing"]
     assert (found.value, found.origin) == (True, "follows from --blocks_to_swap")
 
 

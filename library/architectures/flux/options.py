@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.config.declaration import Declaration, Facts, Finding, error, idle, joined
+from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
 from library.config.fields import option
 from library.config.flow import FLOW
 from networks.network_args import read_bool
@@ -133,6 +133,10 @@ def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
         )
 
 
+def checkpointing(o: Any) -> Implied | None:
+    return Implied(True, "follows from --blocks_to_swap") if o.flux.blocks_to_swap else None
+
+
 DECLARATION = joined(
     Declaration(groups={"flux": FluxModelOptions}),
     FLOW,
@@ -146,6 +150,7 @@ DECLARATION = joined(
             "text_encoder_lr2": "the same of T5-XXL, which is trained with train_t5xxl=True in --network_args only",
         },
         rules=(guidance, chroma_mask, controlnet, what_is_trained, swapping),
+        follows={"gradient_checkpointing": checkpointing},
         idle=(no_clip, t5_is_frozen),
         unused={
             "v2": "with FLUX.1, which is no Stable Diffusion 2.x",
