@@ -33,6 +33,7 @@ from library.inference.png import save_png
 from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_image_prompts, usable_size
 from library.inference.settings import ImageSettings, random_seed
 from library.inference.sources import Sources, find_sources, prompts_of_images
+from library.inference.textual_inversion import add_embeddings, read_vectors
 from library.memory.host_heap import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def draw_images(options: ImageOptions, architecture: Architecture, lines: TextIO
     _check_multipliers(prompts, choices, merged)
     checkpoint = _inspect(options, architecture)
     logger.info("model: %s, %s", checkpoint.path, checkpoint.info.description)
+    for path in _embeddings(options):
+        read_vectors(path, len(architecture.text_encoder_targets))
     if options.networks.network_show_meta:
         _show_metadata(choices)
     common = _common_settings(options, architecture, checkpoint)
@@ -311,6 +314,10 @@ def _repetition(options: ImageOptions) -> Repetition:
 # ---- loading ----
 
 
+def _embeddings(options: ImageOptions) -> list[Path]:
+    return [Path(path) for path in options.model.textual_inversion_embeddings or []]
+
+
 def _load(
     options: ImageOptions, architecture: Architecture, checkpoint: Any, dtype: torch.dtype, device: torch.device
 ) -> ImageModels:
@@ -319,10 +326,13 @@ def _load(
         denoiser.to(memory_format=torch.channels_last)
     architecture.set_attention(denoiser, "xformers" if options.speed.xformers else "torch")
     vae_dtype = torch.float32 if options.model.no_half_vae else dtype
+    tokenizers = architecture.load_tokenizers(checkpoint)
+    encoders = architecture.load_text_encoders(checkpoint, dtype=dtype, device=str(device))
+    add_embeddings(_embeddings(options), tokenizers, encoders)
     return ImageModels(
         architecture=architecture,
-        tokenizers=architecture.load_tokenizers(checkpoint),
-        text_encoders=architecture.load_text_encoders(checkpoint, dtype=dtype, device=str(device)),
+        tokenizers=tokenizers,
+        text_encoders=encoders,
         denoiser=denoiser,
         vae=architecture.load_vae(checkpoint, dtype=vae_dtype, device=str(device)),
         v_prediction=checkpoint.info.v_prediction,

@@ -49,7 +49,9 @@ class ImageModelOptions:
     emb_normalize_mode: str = _refused(
         "original", "emphasis always keeps the mean of the embedding", choices=["original", "none", "abs"]
     )
-    textual_inversion_embeddings: list[str] | None = _refused(None, "this version has no textual inversion", nargs="*")
+    textual_inversion_embeddings: list[str] | None = option(
+        None, "embedding files; each is used by its name without the ending as a word of a prompt", nargs="*"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.fixtures.drawn import pixels, text_of
 from tests.fixtures.runs import ROOT, Finished, environment, run_script
@@ -176,7 +177,11 @@ def test_accepted_switches(model: MadeCheckpoint, tmp_path: Path) -> None:
     out = tmp_path / "out"
     switches = "--v1 --bf16 --sdpa --no_half_vae --clip_skip 2 --max_embeddings_multiples 3 --no_preview"
     switches += " --vae_batch_size 0.5 --opt_channels_last --crop_top 8"
-    finished = draw(model, out, "--prompt", "(cat:1.2) dog", "--iter_same_seed", "--shuffle_prompts", *switches.split())
+    save_file({"emb_params": torch.ones(2, 32)}, tmp_path / "newword.safetensors")
+    embedding = ("--textual_inversion_embeddings", tmp_path / "newword.safetensors")
+    prompt = ("--prompt", "(cat:1.2) dog, newword", "--iter_same_seed", "--shuffle_prompts")
+    finished = draw(model, out, *prompt, *embedding, *switches.split())
+    assert 'embedding "newword": 2 tokens' in finished.text
     (image,) = drawn(finished, out)
     assert pixels(image).shape == (64, 64, 3)
     assert f"seed: {text_of(image)['seed']}" in finished.text

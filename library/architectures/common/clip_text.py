@@ -23,6 +23,9 @@ WINDOW = 77
 BODY = WINDOW - 2  # tokens of the caption in one window
 
 
+#: attribute of a tokenizer: tokens that stand for several, as a word of an embedding file may
+EXPANSIONS = "token_expansions"
+
 OPENCLIP_PADDING = "!"  # id 0, as OpenCLIP pads
 
 
@@ -50,6 +53,7 @@ def tokenize(
     windows = _windows(max_token_length)
     # read once, because each of these properties looks its token up again
     start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    expansions = getattr(tokenizer, EXPANSIONS, {})
     rows: list[list[list[int]]] = []
     weights = torch.ones(len(captions), windows, WINDOW) if weighted else None
     for row, caption in enumerate(captions):
@@ -59,6 +63,7 @@ def tokenize(
         for text, weight in pieces:
             # captions are tokenized one by one: batches would start threads, which must not exist before a fork
             found = tokenizer(clean_text(text), add_special_tokens=False, verbose=False).input_ids
+            found = [token for one in found for token in expansions.get(one, (one,))]
             tokens += found
             token_weights += [weight] * len(found)
         rows.append([])

@@ -1,0 +1,107 @@
+"""Textual inversion: words of an embedding file become tokens of the text encoders.
+
+Gal et al. 2022, "An Image is Worth One Word" (arXiv:2208.01618). The file's name without its ending is the word; a file
+of several vectors stands for as many tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.common.clip_text import EXPANSIONS
+from library.errors import UserError
+from library.files.safetensors_io import is_pickle, load_tensors
+
+logger = logging.getLogger(__name__)
+
+#: names of the vectors of SDXL's two encoders, in the encoders' order
+_OF_SDXL = ("clip_l", "clip_g")
+
+
+def add_embeddings(paths: Sequence[Path], tokenizers: Sequence[Any], encoders: Sequence[nn.Module]) -> None:
+    """Teach the words of embedding files to tokenizers and text encoders, in place.
+
+    Raises:
+        UserError: a file that holds no embedding, or one for other encoders; a word that is known already.
+    """
+    for path in paths:
+        word, vectors = path.stem, read_vectors(path, len(encoders))
+        for tokenizer, encoder, values in zip(tokenizers, encoders, vectors, strict=True):
+            _add(path, word, values, tokenizer, encoder)
+        logger.info('embedding "%s": %d tokens', word, len(vectors[0]))
+
+
+def read_vectors(path: Path, encoders: int) -> list[Tensor]:
+    """Return the vectors (tokens, width) of each encoder.
+
+    Raises:
+        UserError: the file holds no embedding, or not one for so many encoders.
+    """
+    flag = f"--textual_inversion_embeddings {path}"
+    if not path.is_file():
+        raise UserError(f"{flag}: no such file")
+    content = _unpickled(path) if is_pickle(path) else load_tensors(path)
+    found: list[Tensor]
+    if encoders > 1:
+        if not all(name in content for name in _OF_SDXL):
+            raise UserError(f"{flag}: holds no {' and '.join(_OF_SDXL)}; give an embedding for SDXL")
+        found = [content[name] for name in _OF_SDXL]
+    else:
+        if all(name in content for name in _OF_SDXL):
+            raise UserError(f"{flag}: is an embedding for SDXL; give one for this model")
+        inner = content.get("string_to_param")
+        source = inner if isinstance(inner, Mapping) else content
+        tensors = [values for values in source.values() if isinstance(values, Tensor) and values.is_floating_point()]
+        if not tensors:
+            raise UserError(f"{flag}: holds no embedding")
+        found = tensors[:1]
+    vectors = [values.detach().float().reshape(-1, values.shape[-1]) for values in found]
+    if len({len(values) for values in vectors}) > 1:
+        raise UserError(f"{flag}: holds other numbers of tokens for each text encoder; the file is damaged")
+    if not all(torch.isfinite(values).all() for values in vectors):
+        raise UserError(f"{flag}: holds NaN or infinity; the file is damaged")
+    return vectors
+
+
+def _unpickled(path: Path) -> Mapping[str, Any]:
+    """Return the content of a pickled file, of which only plain values and tensors are read; nothing is executed."""
+    try:
+        with torch.serialization.safe_globals([nn.ParameterDict, nn.Parameter, set]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--textual_inversion_embeddings {path}: cannot be read ({reason})") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"--textual_inversion_embeddings {path}: holds no embedding")
+    return content
+
+
+def _add(path: Path, word: str, vectors: Tensor, tokenizer: Any, encoder: nn.Module) -> None:
+    table = encoder.get_input_embeddings()
+    if vectors.shape[1] != table.weight.shape[1]:
+        raise UserError(
+            f"--textual_inversion_embeddings {path}: its vectors have {vectors.shape[1]} numbers, the text encoder's "
+            f"{table.weight.shape[1]}; it is for another model"
+        )
+    words = [word, *(f"{word}{number}" for number in range(1, len(vectors)))]
+    known = set(tokenizer.get_vocab())
+    if taken := [name for name in words if name.lower() in known or f"{name.lower()}</w>" in known]:
+        raise UserError(f'--textual_inversion_embeddings {path}: "{taken[0]}" is a known word already; rename the file')
+    from tokenizers import AddedToken
+
+    # in lower case as all of the text, and not as a part of longer words
+    tokenizer.add_tokens([AddedToken(name.lower(), single_word=True, normalized=True) for name in words])
+    ids = tokenizer.convert_tokens_to_ids([name.lower() for name in words])
+    weight = table.weight.detach()
+    rows = torch.zeros(max(len(weight), max(ids) + 1), weight.shape[1], dtype=weight.dtype, device=weight.device)
+    rows[: len(weight)] = weight
+    rows[ids] = vectors.to(rows)
+    encoder.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=True))
+    setattr(tokenizer, EXPANSIONS, {**getattr(tokenizer, EXPANSIONS, {}), ids[0]: ids})
