@@ -20,7 +20,7 @@ class _Deferred(ModuleType):
         spec = self.__spec__
         assert spec is not None and spec.loader is not None
         # from here on the module's own code and everyone else sees a plain module
-        self.__class__ = ModuleType
+        self.__class__ = ModuleType  # type: ignore[assignment]
         if spec.submodule_search_locations is not None:
             self.__path__ = spec.submodule_search_locations
         try:

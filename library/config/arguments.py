@@ -93,7 +93,7 @@ def with_groups(kind: type[T], groups: Mapping[str, type]) -> type[T]:
     """The same class of options with further groups after the first one, such as a family's own; always one class."""
     known = kind.groups()  # type: ignore[attr-defined]
     further = tuple((name, group) for name, group in groups.items() if name not in known)
-    return _with_groups(kind, further) if further else kind
+    return _with_groups(kind, further) if further else kind  # type: ignore[arg-type]
 
 
 @functools.cache

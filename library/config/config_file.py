@@ -65,7 +65,7 @@ def read_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     # argparse fills only missing attributes of a namespace, so the command line wins; the parser itself is unchanged,
     # for callers that parse more than once
     merged = parser.parse_args(words, ReadArgs(**file.values))
-    merged.origins = file.places | args.origins
+    merged.origins = {**file.places, **args.origins}
     if file.unknown and getattr(merged, "strict", False):
         raise UserError("\n".join(f"{line} (an error by --strict)" for line in file.unknown))
     if is_first_process():

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from library.config.arguments import (
     ConfigFileOptions,
@@ -67,7 +67,7 @@ class CacheToolOptions(TrainNetworkOptions):
 
     def narrowed(self: O, relevant: Collection[str]) -> tuple[O, list[str]]:
         """Return the same with all but the ``relevant`` options at their defaults, and the names of the reset ones."""
-        changed: dict[str, object] = {}
+        changed: dict[str, Any] = {}
         dropped: list[str] = []
         for name in self.groups():
             group = getattr(self, name)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-from library.config.arguments import RunOptions, TrainingOptions, build_parser, flat
+from library.config.arguments import DatasetOptions, ModelOptions, RunOptions, TrainingOptions, build_parser, flat
 from library.config.fields import option
 from library.config.help import split_doc
 from library.data.report.near_duplicates import DISTANCE
@@ -66,8 +67,7 @@ _ALSO_LOOKED_AT = (
 
 
 def _is_looked_at(name: str) -> bool:
-    groups = RunOptions.groups()
-    of_data = {*groups["model"].__dataclass_fields__, *groups["dataset"].__dataclass_fields__}
+    of_data = {field.name for group in (ModelOptions, DatasetOptions) for field in fields(group)}
     return name in _ALSO_LOOKED_AT or (name in of_data and name not in _NOT_LOOKED_AT)
 
 
@@ -98,11 +98,7 @@ def about_data(options: RunOptions) -> RunOptions:
         max_train_epochs=options.training.max_train_epochs,
         seed=options.training.seed,
     )
-    dropped = {
-        name: type(options.dataset).__dataclass_fields__[name].default
-        for name in _NOT_LOOKED_AT
-        if name in type(options.dataset).__dataclass_fields__
-    }
+    dropped: dict[str, Any] = {f.name: f.default for f in fields(options.dataset) if f.name in _NOT_LOOKED_AT}
     plain = RunOptions.from_args(argparse.Namespace())
     return replace(
         plain,

@@ -39,7 +39,7 @@ _LR_ARGS = (
 )  # fmt: skip
 
 
-class Adapter(Kind):
+class Adapter(Kind[TrainNetworkOptions]):
     """Networks of ``--network_module`` within the frozen denoiser and text encoders."""
 
     declaration = DECLARATION

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from library.data.batch import Batch
 from library.optim.fused_backward import Part, one_by_one
 from library.optim.update import Metrics
 from library.training.models import Models
+
+O = TypeVar("O", bound=RunOptions)
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class RunSubject:
         return Facts(trained_encoders=self.kind.trained_encoders(self.architecture, options))
 
 
-class Kind(ABC):
-    """One kind of training.
+class Kind(ABC, Generic[O]):
+    """One kind of training, whose scripts have options of the class ``O``.
 
     Args:
         architecture: configured, and made for the run's model.
@@ -92,7 +94,7 @@ class Kind(ABC):
     def __init__(
         self,
         architecture: Architecture,
-        options: RunOptions,
+        options: O,
         checkpoint: Any,
         *,
         seed: int,
@@ -107,26 +109,26 @@ class Kind(ABC):
     # ---- before anything is loaded ----
 
     @classmethod
-    def normalized(cls, options: RunOptions) -> RunOptions:
+    def normalized(cls, options: O) -> O:
         """Return the options with the consequences of some for others."""
         return options
 
     @classmethod
-    def check_options(cls, architecture: Architecture, options: RunOptions) -> None:
+    def check_options(cls, architecture: Architecture, options: O) -> None:
         """Refuse options of this kind that cannot work. Raises UserError."""
 
     @classmethod
     @abstractmethod
-    def trained_encoders(cls, architecture: Architecture, options: RunOptions) -> tuple[bool, ...]:
+    def trained_encoders(cls, architecture: Architecture, options: O) -> tuple[bool, ...]:
         """For each text encoder, whether it may be trained; outputs of the others may be cached."""
 
     @classmethod
-    def learning_rate_flags(cls, options: RunOptions) -> list[str]:
+    def learning_rate_flags(cls, options: O) -> list[str]:
         """Return the given options that set learning rates of parts of the model, as the user wrote them."""
         return []
 
     @classmethod
-    def extension(cls, architecture: Architecture, options: RunOptions, checkpoint: Any) -> str:
+    def extension(cls, architecture: Architecture, options: O, checkpoint: Any) -> str:
         """Return the extension of saved files, without the dot; empty for folders."""
         return options.output.save_model_as
 
@@ -135,12 +137,12 @@ class Kind(ABC):
         """Refuse an impossible path of the final file. Raises UserError."""
 
     @classmethod
-    def fingerprint(cls, options: RunOptions) -> dict[str, object]:
+    def fingerprint(cls, options: O) -> dict[str, object]:
         """Return what a resumed run must share beyond its options."""
         return {}
 
     @classmethod
-    def shaping_options(cls, options: RunOptions) -> list[str]:
+    def shaping_options(cls, options: O) -> list[str]:
         """Return the options that decide which tensors a state folder holds."""
         return []
 
@@ -180,7 +182,7 @@ class Kind(ABC):
         """Return the modules with all trained parameters; state folders hold their tensors."""
 
     @classmethod
-    def fused_flag(cls, options: RunOptions) -> str | None:
+    def fused_flag(cls, options: O) -> str | None:
         """Return the given option that asks for updates within the backward pass."""
         return "--fused_backward_pass" if options.optimizer.fused_backward_pass else None
 

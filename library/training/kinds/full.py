@@ -21,7 +21,7 @@ from library.training.models import DENOISER, Models, text_encoder_name
 from library.training.precision import trained_dtype
 
 
-class Full(Kind):
+class Full(Kind[Any]):
     """The weights of the model's own parts."""
 
     declaration = DECLARATION
