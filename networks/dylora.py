@@ -32,12 +32,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from library.architectures.base import LoraTarget
 from library.errors import UserError
 from library.randomness import python_rng
 from networks.adapter_module import Dropouts
 from networks.base import NetworkPart
-from networks.lora import UNET, LoraNetwork
+from networks.lora import LoraNetwork
 from networks.lora_args import LoraArgs
 from networks.lora_in_pieces import LoraInPieces
 from networks.network_args import Reader, read_rank
@@ -224,11 +223,6 @@ def with_encoders_apart(parts: Sequence[NetworkPart], weights: Mapping[str, Tens
     return {f"{renamed[name]}.{tensor}" if name in renamed else key: weights[key] for key, name, tensor in keys}
 
 
-def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = UNET) -> None:
-    """See ``networks.lora.check_network_args``."""
-    DyLoraNetwork.args_of(network_args, denoiser)
-
-
-#: the same functions as in ``networks.lora``
+check_network_args = DyLoraNetwork.check_network_args
 create_network = DyLoraNetwork.create
 create_network_from_weights = DyLoraNetwork.create_from_weights

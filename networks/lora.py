@@ -166,6 +166,18 @@ class LoraNetwork(AdapterNetwork):
         return network, weights_sd
 
     @classmethod
+    def check_network_args(cls, network_args: Mapping[str, object], denoiser: LoraTarget | None = None) -> None:
+        """Check ``--network_args`` before any model is loaded.
+
+        Args:
+            denoiser: what the family says of its adapters.
+
+        Raises:
+            UserError: unknown keys, wrong values, keys without effect; one line each.
+        """
+        cls.args_of(network_args, denoiser or cls.default_denoiser)
+
+    @classmethod
     def args_of(cls, network_args: Mapping[str, object], denoiser: LoraTarget) -> LoraArgs:
         """Read the network args and check them for a family. Raises UserError."""
         theirs = denoiser.network_modules
@@ -249,17 +261,6 @@ class LoraNetwork(AdapterNetwork):
         return [("", 1.0, others), (" plus", ratio, up)]
 
 
-def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = UNET) -> None:
-    """Check ``--network_args`` before any model is loaded.
-
-    Args:
-        denoiser: the family's adapter target.
-
-    Raises:
-        UserError: unknown keys, wrong values, keys without effect; one line each.
-    """
-    LoraNetwork.args_of(network_args, denoiser)
-
-
+check_network_args = LoraNetwork.check_network_args
 create_network = LoraNetwork.create
 create_network_from_weights = LoraNetwork.create_from_weights

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.architectures.base import BlockNumbering
 from library.errors import UserError
@@ -142,7 +142,12 @@ class LoraArgs:
             problems.append(f"--network_args block_lr_zero_threshold has no effect without one of {needed}")
         if problems:
             raise UserError("\n".join(problems))
-        return cls(**values, blocks=blocks)
+        return cls(**cls.own_values(values), blocks=blocks)
+
+    @classmethod
+    def own_values(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values as fields of this class, where a subclass has other fields than keys."""
+        return values
 
     @property
     def adapts_spatial_convs(self) -> bool:

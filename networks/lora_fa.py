@@ -21,9 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from library.architectures.base import LoraTarget
 from networks.adapter_module import Dropouts
-from networks.lora import UNET, LoraNetwork
+from networks.lora import LoraNetwork
 from networks.lora_args import LoraArgs
 from networks.lora_module import LoraModule
 from networks.targets import FoundModule, RankAlpha
@@ -77,11 +76,6 @@ class LoraFaNetwork(LoraNetwork):
         return LoraFaModule(found, size, **settings)
 
 
-def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = UNET) -> None:
-    """See ``networks.lora.check_network_args``."""
-    LoraFaNetwork.args_of(network_args, denoiser)
-
-
-#: the same functions as in ``networks.lora``
+check_network_args = LoraFaNetwork.check_network_args
 create_network = LoraFaNetwork.create
 create_network_from_weights = LoraFaNetwork.create_from_weights

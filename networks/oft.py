@@ -37,7 +37,7 @@ from library.architectures.base import LoraTarget
 from library.errors import UserError
 from networks.adapter_module import AdapterModule, Dropouts
 from networks.base import NetworkPart, as_list
-from networks.lora import UNET, LoraNetwork
+from networks.lora import LoraNetwork
 from networks.lora_args import LoraArgs
 from networks.network_args import Reader, read_bool
 from networks.own_product import own_product
@@ -242,11 +242,6 @@ class OftNetwork(LoraNetwork):
         return super().prepare_optimizer_params_with_multiple_te_lrs(None, unet_lr, default_lr)
 
 
-def check_network_args(network_args: Mapping[str, object], denoiser: LoraTarget = UNET) -> None:
-    """See ``networks.lora.check_network_args``."""
-    OftNetwork.args_of(network_args, denoiser)
-
-
-#: the same functions as in ``networks.lora``
+check_network_args = OftNetwork.check_network_args
 create_network = OftNetwork.create
 create_network_from_weights = OftNetwork.create_from_weights

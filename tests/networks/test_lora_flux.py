@@ -18,9 +18,8 @@ from library.errors import UserError
 from library.inference.networks import apply_networks, choose_networks
 from library.training.network_module import parse_network_args
 from networks import lora
-from networks.flux_args import LoraFluxArgs
-from networks.lora_flux import check_network_args, create_network, create_network_from_weights
-from networks.oft_flux import OftFluxArgs
+from networks.lora_flux import LoraFluxNetwork, check_network_args, create_network, create_network_from_weights
+from networks.oft_flux import OftFluxNetwork
 from networks.split_lora import SplitLoraModule, is_block_diagonal
 from networks.targets import FoundModule, RankAlpha
 from networks.third_party import text_argument
@@ -264,7 +263,7 @@ def test_commands_of_the_page():
             dim = 4 if "oft" in module.__name__ else int(flags["--network_dim"])
             module.create_network(1.0, dim, float(flags["--network_alpha"]), None, *models_of("plain"), **arguments)
     words = set(re.findall(r"[a-z0-9_]+", page.partition("## FLUX.1 and Chroma")[2].partition("\n## ")[0]))
-    assert words >= set(LoraFluxArgs.own_readers) | set(OftFluxArgs.own_readers)
+    assert words >= set(LoraFluxNetwork.args_class.own_readers) | set(OftFluxNetwork.args_class.own_readers)
 
 
 # ---- rates ----

@@ -13,8 +13,9 @@ from library.architectures.flux.targets import DENOISER
 from library.errors import UserError
 from library.inference.networks import apply_networks, choose_networks
 from networks import oft
-from networks.oft_flux import OftFluxModule, check_network_args, create_network, create_network_from_weights
+from networks.oft_flux import check_network_args, create_network, create_network_from_weights
 from networks.targets import FoundModule, RankAlpha
+from networks.transformer_oft import StackedOftModule
 from tests.fixtures.adapted import randomize
 from tests.fixtures.adapted_flux import flux_models, flux_outputs, predict
 
@@ -84,7 +85,7 @@ def make_module(alpha=LOOSE, std=0.1):
     torch.manual_seed(0)
     layer = nn.Linear(8, 40).requires_grad_(False)
     found = FoundModule("oft_unet_single_blocks_0_linear1", "single_blocks.0.linear1", layer, widths=(8, 8, 8, 16))
-    return layer, randomize(OftFluxModule(found, RankAlpha(2, alpha)), std)
+    return layer, randomize(StackedOftModule(found, RankAlpha(2, alpha)), std)
 
 
 def test_every_projection_is_rotated_by_itself():
