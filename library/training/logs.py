@@ -187,6 +187,9 @@ class Trackers:
     def _or_without(self, tracker: GeneralTracker) -> Iterator[None]:
         """Continue without a tracker if its disk is full: the weights matter, not the log."""
         try:
+            if (writer := getattr(tracker, "writer", None)) is not None:
+                # TensorBoard's, which opens its file anew for each write; the folder may have been removed
+                Path(writer.log_dir).mkdir(parents=True, exist_ok=True)
             yield
         except OSError as error:
             logger.warning(

@@ -107,6 +107,7 @@ def test_too_little_space(
     assert "MB are free, and one file of the trained weights takes" in refused(capsys, sd, dataset, tmp_path)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_output_folder_goes_away(tmp_path: Path, sd: Tiny, dataset: Path) -> None:
     """Someone tidies up in mid-run: what is saved later is there."""
     output = tmp_path / "out"
@@ -122,6 +123,7 @@ def test_the_output_folder_goes_away(tmp_path: Path, sd: Tiny, dataset: Path) ->
     thread.join()
     assert (output / "tiny.safetensors").exists() and (output / "tiny-state" / "manifest.json").exists()
     assert not (output / "tiny-step00000001-state").exists()
+    assert list((output / "logs").rglob("events.out.tfevents.*"))
 
 
 def test_retention_leaves_what_other_runs_wrote(tmp_path: Path, sd: Tiny, dataset: Path, whole: Path) -> None:

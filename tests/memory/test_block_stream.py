@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -181,3 +184,65 @@ def test_trained_blocks_are_refused() -> None:
     model = Model().requires_grad_(True)
     with pytest.raises(ValueError, match="only frozen blocks"):
         stream_blocks(model, model.lists, 4, torch.device("cpu"))
+
+
+class Streams:
+    """The part of ``torch.cuda`` that copies use, for a device whose order of work is looked at."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.compute = self._Stream(self, "compute")
+
+    class _Stream:
+        def __init__(self, owner: Streams, name: str) -> None:
+            self.owner, self.name = owner, name
+
+        def wait_stream(self, other: Streams._Stream) -> None:
+            self.owner.log.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event: Streams._Event) -> None:
+            self.owner.log.append(f"{self.name} waits for copy {event.number}")
+
+    class _Event:
+        def __init__(self, owner: Streams) -> None:
+            self.owner, self.number = owner, 0
+
+        def record(self, stream: Streams._Stream) -> None:
+            self.number = sum(line.startswith("copy") for line in self.owner.log)
+            self.owner.log.append(f"copy {self.number} on {stream.name}")
+
+    def Stream(self, device: torch.device) -> _Stream:  # noqa: N802
+        return self._Stream(self, "copies")
+
+    def Event(self) -> _Event:  # noqa: N802
+        return self._Event(self)
+
+    def current_stream(self, device: torch.device) -> _Stream:
+        return self.compute
+
+    @contextmanager
+    def stream(self, stream: _Stream) -> Iterator[None]:
+        yield
+
+
+def test_order_of_copies_and_computation() -> None:
+    """Each block waits for its own copy alone, and a copy for what was computed before it in its buffer."""
+    model = Model(heavy=0, light=6)
+    stream = BlockStream([list(model.light)], [3], torch.device("cpu"))
+    device = Streams()
+    stream._copies._module, stream._copies._stream = device, device.Stream(torch.device("cpu"))
+    for number, block in enumerate(model.light):
+        block.register_forward_hook(lambda *_, number=number: device.log.append(f"block {number}"))
+    with torch.no_grad():
+        model(torch.randn(2, 3))
+    assert device.log == [
+        "block 0",
+        # the first one that waits on the host, and at once the next
+        "copies waits for compute", "copy 0 on copies", "compute waits for copy 0",
+        "copies waits for compute", "copy 1 on copies", "block 1",
+        "block 2",
+        # its buffer is that of block 1, whose work is queued by now
+        "compute waits for copy 1", "copies waits for compute", "copy 2 on copies", "block 3",
+        "block 4",
+        "compute waits for copy 2", "copies waits for compute", "copy 3 on copies", "block 5",
+    ]  # fmt: skip
