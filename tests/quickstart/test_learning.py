@@ -25,7 +25,9 @@ CONCEPT_PROMPTS = [
 KNOWN_SCENES = asked_scenes(40, seed=77)
 
 
-def draw(folder: Path, prompts: Sequence[str], *arguments: object) -> list[Image.Image]:
+def draw(
+    folder: Path, prompts: Sequence[str], *arguments: object, model: Path = EXAMPLE / "model"
+) -> list[Image.Image]:
     """One image for each prompt with ``gen_img.py``."""
     folder.mkdir()
     file = folder / "prompts.txt"
@@ -33,7 +35,7 @@ def draw(folder: Path, prompts: Sequence[str], *arguments: object) -> list[Image
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     done = run_script(
         "gen_img.py",
-        *("--ckpt", EXAMPLE / "model", "--from_file", file, "--outdir", folder, "--sequential_file_name"),
+        *("--ckpt", model, "--from_file", file, "--outdir", folder, "--sequential_file_name"),
         *("--W", SIZE, "--H", SIZE, "--steps", STEPS, "--scale", SCALE, "--batch_size", 8, "--sdpa", *arguments),
     )
     assert done.code == 0, done.text
@@ -71,6 +73,21 @@ def test_the_lora_teaches_it_and_keeps_the_rest(tmp_path: Path, seed: int) -> No
     weights = tmp_path / "out" / "quickstart_lora.safetensors"
     network = ("--network_module", "networks.lora", "--network_weights", weights)
     concept, known = shares(draw(tmp_path / "drawn", PROMPTS, *network))
+    assert concept >= LEARNED
+    assert known >= KEPT
+
+
+@pytest.mark.slow
+def test_dreambooth_teaches_the_whole_model_and_keeps_the_rest(tmp_path: Path) -> None:
+    """``train_db.py``, denoiser and text encoder; the saved folder is a model for ``gen_img.py``."""
+    trained = run_script(
+        *("train_db.py", "--pretrained_model_name_or_path", EXAMPLE / "model"),
+        *("--dataset_config", EXAMPLE / "dataset.toml", "--output_dir", tmp_path / "out", "--output_name", "whole"),
+        *("--learning_rate", 3e-4, "--lr_scheduler", "cosine", "--lr_warmup_steps", 10, "--max_train_steps", 300),
+        *("--seed", 1, "--cache_latents", "--sdpa", "--min_snr_gamma", 5, "--max_data_loader_n_workers", 2),
+    )
+    assert trained.code == 0, trained.text
+    concept, known = shares(draw(tmp_path / "drawn", PROMPTS, model=tmp_path / "out" / "whole"))
     assert concept >= LEARNED
     assert known >= KEPT
 
