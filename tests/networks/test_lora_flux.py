@@ -238,7 +238,7 @@ def test_other_families_and_modules_are_named(tiny_unet):
 
 
 def test_verbose_tells_every_rank(caplog):
-    with caplog.at_level(logging.INFO, "networks.lora_flux"):
+    with caplog.at_level(logging.INFO, "networks.transformer_lora"):
         network = create_network(1.0, 4, 2.0, None, *models_of("plain"), verbose="True", split_qkv="True")
     lines = [record.message for record in caplog.records]
     assert len(lines) == len(network.adapters)
