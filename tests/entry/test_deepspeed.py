@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.training import nonfinite
+from library.training import kept_state
 from tests.entry.test_fsdp import assert_close_weights
 from tests.entry.test_resume import GENERAL, assert_same_weights, hard
 from tests.fixtures.families import Tiny
@@ -97,7 +97,7 @@ def test_one_process_with_its_states_on_the_host(
     tmp_path: Path, sd: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a launcher, and going back after steps that are not finite; a wrong optimizer is one line."""
-    monkeypatch.setattr(nonfinite, "KEPT_EVERY", 2)
+    monkeypatch.setattr(kept_state, "KEPT_EVERY", 2)
     dataset = write_dataset(tmp_path / "data.toml", make_images(tmp_path / "images", [(64, 64)] * 4))
     bad = make_images(tmp_path / "bad", [(64, 64)])
     overflows = "[[datasets]]\nresolution = 64\nnetwork_multiplier = 3e38\n[[datasets.subsets]]\n"

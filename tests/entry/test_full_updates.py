@@ -136,6 +136,7 @@ def test_gradients_never_exist_all_at_once(
 ) -> None:
     """When a part is updated, the gradients there are those of this part and of parts that are not complete."""
     largest: dict[str, int] = {}
+    original = Pieces.update
     for form, options in FORMS.items():
         counts: list[int] = []
 
@@ -144,7 +145,6 @@ def test_gradients_never_exist_all_at_once(
                 counts.append(sum(p.grad is not None for p in self._group_of))
             original(self, parameters)
 
-        original = Pieces.update
         with monkeypatch.context() as patch:
             patch.setattr(Pieces, "update", update)
             train(sd, dataset, tmp_path / form, **options, max_train_steps=1)
