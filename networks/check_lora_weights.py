@@ -3,7 +3,7 @@
     python networks/check_lora_weights.py lora.safetensors
     python networks/check_lora_weights.py --show_all_keys lora.safetensors
 
-A mean of 0 on an up half says that its module has not been trained. tools/lora.py show sums up a whole file.
+A mean of 0 for an up half means that its module has not been trained. tools/lora.py show sums up a whole file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.tool_parser import tool_parser

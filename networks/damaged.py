@@ -32,7 +32,7 @@ def refuse_damaged(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
                 zero_alphas.append(name)
         elif tensor.dim() > 1 and not tensor.is_floating_point():
             what = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{title}: {name} holds {what} numbers, which are no weights; the file is damaged")
+            raise UserError(f"{title}: {name} holds {what} numbers, which are not weights; the file is damaged")
         low_rank.update(_modules_of_low_rank(name))
         check.add(name, tensor)
     if bad := check.bad():

@@ -7,7 +7,8 @@
 
 For every layer that a LoRA adapts, the change of its weight is replaced by the nearest one of rank --dim (singular
 value decomposition); alpha is the rank. --conv_dim takes convolutions in too. Text encoders are left out where none
-of their weights differs by more than --min_diff. Layers that were merely rounded, as by saving a model in fp16, bf16
+of their weights differs by more than --min_diff. Layers that only differ by rounding, as by saving a model in fp16,
+bf16
 or fp8, are recognised and left out. Models are single files or diffusers folders and are read tensor by tensor.
 
 docs/adapter_tools.md says more.
@@ -20,7 +21,7 @@ import logging
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.arguments import ConsoleOptions
@@ -35,41 +36,49 @@ logger = logging.getLogger(__name__)
 def setup_parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__)
     add = parser.add_argument
-    add("--v2", action="store_true", help="the models are Stable Diffusion 2.x; where given, it is checked")
+    add("--v2", action="store_true", help="check that the models are Stable Diffusion 2.x")
     add(
         "--v_parameterization",
         action="store_true",
         default=None,
-        help="what the metadata say that the models predict; with Stable Diffusion 2.x v if not given",
+        help="record v prediction in the metadata (default for Stable Diffusion 2.x)",
     )
-    add("--sdxl", action="store_true", help="the models are Stable Diffusion XL; where given, it is checked")
+    add("--sdxl", action="store_true", help="check that the models are Stable Diffusion XL")
     add(
         "--load_precision",
         choices=[None, *PRECISIONS],
-        help="round both models to it before they are compared; as they are, if not given",
+        help="round both models to this dtype before comparing them",
     )
-    add("--save_precision", choices=[None, *PRECISIONS], help="of the saved numbers; float if not given")
-    add("--model_org", required=True, metavar="FILE", help="the model before")
-    add("--model_tuned", required=True, metavar="FILE", help="the model after: the LoRA turns the first into it")
+    add("--save_precision", choices=[None, *PRECISIONS], help="dtype of the saved weights (default float)")
+    add("--model_org", required=True, metavar="FILE", help="the original model")
+    add(
+        "--model_tuned", required=True, metavar="FILE", help="the tuned model, which the original becomes with the LoRA"
+    )
     add("--save_to", required=True, metavar="FILE", help="the LoRA to write")
-    add("--dim", type=int, default=4, metavar="N", help="its rank (default 4)")
-    add("--conv_dim", type=int, metavar="N", help="rank of convolutions, which are left out if it is not given")
-    add("--device", metavar="DEVICE", help="where to compute, such as cuda; the CPU if not given")
+    add("--dim", type=int, default=4, metavar="N", help="rank of the LoRA (default 4)")
+    add("--conv_dim", type=int, metavar="N", help="rank of convolutions larger than 1x1 (default: leave them out)")
+    add("--device", metavar="DEVICE", help="where to compute, such as cuda (default: the CPU)")
     add(
         "--clamp_quantile",
         type=float,
         default=0.99,
         metavar="Q",
-        help="cut numbers beyond plus or minus this quantile of a module's numbers (default 0.99); 1 cuts none, which "
-        "is nearest to the difference",
+        help="clamp a module's values to this quantile of them (default 0.99); 1 clamps none, which is nearest to the "
+        "difference",
     )
-    add("--min_diff", type=float, default=0.01, metavar="X", help="text encoders that differ less are left out (0.01)")
+    add(
+        "--min_diff",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="leave out text encoders that differ by no more (default 0.01)",
+    )
     add("--no_metadata", action="store_true", help="write no modelspec.* entries, only those that loaders need")
     for which in ("original", "tuned"):
         add(
             f"--load_{which}_model_to",
             metavar="DEVICE",
-            help="taken for old command lines: models are read tensor by tensor, and take no memory anywhere",
+            help="accepted for old command lines, without effect: models are read tensor by tensor",
         )
     return parser
 

@@ -6,7 +6,7 @@
     python networks/merge_lora.py --models a.safetensors b.safetensors --concat --save_to both_exact.safetensors
 
 With a checkpoint each weight becomes W + sum of ratio * change; LoRA, DoRA, LoHa, LoKr, OFT and whole differences are
-merged through the change they make, so that a ratio of 0.5 is half of the effect. The checkpoint is read and written
+merged by the change that they make, so that a ratio of 0.5 is half of the effect. The checkpoint is read and written
 tensor by tensor, and everything else in it stays.
 
 Without one the files are merged with each other. --concat puts the ranks side by side, which is exactly the sum;
@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.tool_parser import tool_parser
@@ -32,8 +32,12 @@ FAMILIES = ("sd", "sd2")
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__)
-    parser.add_argument("--v2", action="store_true", help="taken for old command lines: the files tell it themselves")
-    parser.add_argument("--sd_model", metavar="FILE", help="checkpoint to merge into; without it the files are merged")
+    parser.add_argument(
+        "--v2", action="store_true", help="accepted for old command lines, without effect: the files tell"
+    )
+    parser.add_argument(
+        "--sd_model", metavar="FILE", help="checkpoint to merge into; without it, the files are merged with each other"
+    )
     parser.add_argument("--save_to", metavar="FILE", help="the .safetensors file to write")
     add_merge_options(parser)
     return parser

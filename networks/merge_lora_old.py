@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.tool_parser import tool_parser
@@ -22,8 +22,12 @@ from networks.merge_lora import FAMILIES
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__)
-    parser.add_argument("--v2", action="store_true", help="taken for old command lines: the files tell it themselves")
-    parser.add_argument("--sd_model", metavar="FILE", help="checkpoint to merge into; without it the files are merged")
+    parser.add_argument(
+        "--v2", action="store_true", help="accepted for old command lines, without effect: the files tell"
+    )
+    parser.add_argument(
+        "--sd_model", metavar="FILE", help="checkpoint to merge into; without it, the files are merged with each other"
+    )
     parser.add_argument("--save_to", metavar="FILE", help="the .safetensors file to write")
     add_merge_options(parser, concat=False, metadata=False)
     return parser

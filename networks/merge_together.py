@@ -33,7 +33,7 @@ def merge_together(
 
     The change of a DoRA or an OFT depends on the base weight. So all of our networks use the present weights; merged
     one after another, the second would use the result of the first. Networks of third parties only have their own
-    method, and follow in their order.
+    method; they are merged afterwards, in their order.
 
     Args:
         text_encoder: as ``networks.third_party.text_argument`` gives it.

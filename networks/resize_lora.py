@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.arguments import ConsoleOptions
@@ -40,15 +40,19 @@ logger = logging.getLogger(__name__)
 def setup_parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__)
     add = parser.add_argument
-    add("--save_precision", choices=[None, *PRECISIONS], help="of the saved numbers; float if not given")
-    add("--new_rank", type=int, default=4, metavar="N", help="the new rank, with a method the largest one (default 4)")
-    add("--new_conv_rank", type=int, metavar="N", help="the same for weights of convolutions; --new_rank if not given")
+    add("--save_precision", choices=[None, *PRECISIONS], help="dtype of the saved weights (default float)")
+    add("--new_rank", type=int, default=4, metavar="N", help="the new rank; with a method, the largest (default 4)")
+    add("--new_conv_rank", type=int, metavar="N", help="the same for convolutions (default: as --new_rank)")
     add("--save_to", metavar="FILE", help="file to write")
     add("--model", metavar="FILE", help="LoRA file to resize")
-    add("--device", metavar="DEVICE", help="where to compute, such as cuda; the CPU if not given")
-    add("--verbose", action="store_true", help="show what every module keeps")
-    add("--dynamic_method", choices=[None, "sv_ratio", "sv_fro", "sv_cumulative"], help="how ranks are chosen")
-    add("--dynamic_param", type=float, metavar="X", help="what the method needs: 10, say, or 0.95")
+    add("--device", metavar="DEVICE", help="where to compute, such as cuda (default: the CPU)")
+    add("--verbose", action="store_true", help="show what each module keeps")
+    add(
+        "--dynamic_method",
+        choices=[None, "sv_ratio", "sv_fro", "sv_cumulative"],
+        help="how to choose the rank of each module",
+    )
+    add("--dynamic_param", type=float, metavar="X", help="the parameter of the method, such as 10 or 0.95")
     return parser
 
 
@@ -98,7 +102,7 @@ def _say(modules: Sequence[Module]) -> None:
     kept = [module.norm_kept for module in modules]
     ranks = sorted({module.new_rank for module in modules})
     logger.info(
-        "%d modules, rank %s: they keep %.1f%% of the norm on average (deviation %.1f%%), the least %.1f%%",
+        "%d modules, rank %s: %.1f%% of the norm kept on average (standard deviation %.1f%%), %.1f%% at least",
         len(modules),
         ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
         *(100 * statistics.fmean(kept), 100 * statistics.pstdev(kept), 100 * min(kept)),
@@ -106,7 +110,7 @@ def _say(modules: Sequence[Module]) -> None:
 
 
 def _metadata(metadata: Mapping[str, str], modules: Sequence[Module], args: argparse.Namespace) -> dict[str, str]:
-    """That of the source, with the new ranks."""
+    """Return the metadata of the source, with the new ranks."""
     from networks.files.records import text_of
 
     old = max(module.old_rank for module in modules)

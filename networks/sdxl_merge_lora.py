@@ -6,8 +6,9 @@
     python networks/sdxl_merge_lora.py --sd_model sdxl.safetensors --save_to merged.safetensors --models a.safetensors \\
         --lbws "[1,1,1,1,1,0,1,1,1,0.5,0.5,0.5]"
 
-As networks/merge_lora.py, with --lbws: factors of the ratio by block of the U-Net, a list for each file. Lists of 12
-and 20 numbers are for SDXL, of 17 and 26 for Stable Diffusion; the first is of the text encoders. OFT files are
+Like networks/merge_lora.py, with --lbws: factors of the ratio for each block of the U-Net, one list for each file.
+Lists of 12 and 20 numbers are for SDXL, of 17 and 26 for Stable Diffusion; the first number is for text encoders. OFT
+files are
 merged into a model at their ratio. docs/adapter_tools.md says more.
 """
 
@@ -17,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.tool_parser import tool_parser
@@ -28,9 +29,13 @@ from networks.files.options import add_merge_options, checked_ratios
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__)
-    parser.add_argument("--sd_model", metavar="FILE", help="checkpoint to merge into; without it the files are merged")
+    parser.add_argument(
+        "--sd_model", metavar="FILE", help="checkpoint to merge into; without it, the files are merged with each other"
+    )
     parser.add_argument("--save_to", metavar="FILE", help="the .safetensors file to write")
-    parser.add_argument("--lbws", nargs="*", metavar="LIST", help="factors by block, a JSON list for each file")
+    parser.add_argument(
+        "--lbws", nargs="*", metavar="LIST", help="a JSON list for each file: factors of the ratio for each block"
+    )
     add_merge_options(parser)
     return parser
 

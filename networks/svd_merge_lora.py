@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the suite lies one folder up
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.arguments import ConsoleOptions
@@ -31,10 +31,10 @@ def setup_parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__)
     add = parser.add_argument
     add("--save_to", metavar="FILE", help="the .safetensors file to write")
-    add("--lbws", nargs="*", metavar="LIST", help="factors by block, a JSON list for each file")
+    add("--lbws", nargs="*", metavar="LIST", help="a JSON list for each file: factors of the ratio for each block")
     add("--new_rank", type=int, default=4, metavar="N", help="rank of the result (default 4)")
-    add("--new_conv_rank", type=int, metavar="N", help="rank of convolutions with a kernel; as --new_rank if not given")
-    add("--device", metavar="DEVICE", help="where to compute, such as cuda; the CPU if not given")
+    add("--new_conv_rank", type=int, metavar="N", help="rank of convolutions larger than 1x1 (default: as --new_rank)")
+    add("--device", metavar="DEVICE", help="where to compute, such as cuda (default: the CPU)")
     add_merge_options(parser, concat=False)
     return parser
 

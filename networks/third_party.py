@@ -13,7 +13,7 @@ from library.errors import UserError
 
 
 class PublishedClip(nn.Module):
-    """A ``CLIPTextModel`` of transformers 5 with the level ``text_model`` that it dropped.
+    """A ``CLIPTextModel`` of transformers 5 with the level ``text_model`` that transformers dropped.
 
     Modules of other projects name their tensors by the paths that they find, and files in use have the level
     (``lora_te_text_model_encoder_layers_0_...``): without it no other program would find the text encoder's part.
@@ -34,7 +34,7 @@ class PublishedClip(nn.Module):
 
 
 def text_argument(text_encoders: Sequence[nn.Module]) -> nn.Module | list[nn.Module]:
-    """Return text encoders for the protocol: one as itself, several in a list; paths as in published files."""
+    """Return text encoders for a network: one alone, several in a list; with the paths of published files."""
     views = [
         PublishedClip(model)
         if type(model).__name__.startswith("CLIPTextModel") and not hasattr(model, "text_model")
@@ -54,7 +54,7 @@ def is_ours(module_name: str) -> bool:
 
 
 def other_arguments(module_name: str, what: str, given: Mapping[str, object]) -> dict[str, str] | None:
-    """Network args with which a network can be made that failed with the message ``what``; None where none are known.
+    """Return network args that avoid the error with the message ``what``; None if none are known.
 
     Files among them are relative to the root of this project. LyCORIS 4.1's default preset, "full", names the time
     embedding of Stable Diffusion 1.x and 2.x twice; programs write it out.
@@ -78,7 +78,7 @@ class PublishedDenoiser(nn.Module):
         places: dict[str, str] = {}
         above = ""
         for path, _ in denoiser.named_modules():
-            # what lies within a module that is placed as a whole has its path already
+            # modules within a module that is placed as a whole have their paths already
             if not path or (above and path.startswith(above)):
                 continue
             place = target.file_path(path) if target.file_path is not None else None
@@ -129,7 +129,7 @@ def denoiser_argument(module_name: str, denoiser: nn.Module) -> nn.Module:
 
 
 def refuse_wrong_merge(module_name: str, network: Any, weights: Mapping[str, Tensor], multiplier: float) -> None:
-    """Raise UserError where LyCORIS (at least up to 4.1) merges something else than it trained.
+    """Raise UserError where LyCORIS (at least up to 4.1) does not merge what it trained.
 
     It ignores the strength, and takes alpha / rank of LoHa and LoKr twice.
     """
@@ -144,6 +144,6 @@ def refuse_wrong_merge(module_name: str, network: Any, weights: Mapping[str, Ten
         return
     if any(getattr(adapter, "scale", 1.0) != 1.0 for adapter in getattr(network, "loras", ())):
         raise UserError(
-            f"--network_module {module_name}: LyCORIS merges LoHa and LoKr rightly only where alpha is the rank; do "
+            f"--network_module {module_name}: LyCORIS merges LoHa and LoKr correctly only where alpha is the rank; do "
             "not merge this file"
         )

@@ -60,7 +60,7 @@ class Module:
 
     @property
     def places(self) -> list[Place]:
-        """Return its places in the original checkpoint; a joint module has those of all its parts."""
+        """Return the module's places in the original checkpoint; a joint module has those of all its parts."""
         paths = self.part.paths
         if self.space == "original":
             return [Place(self.path, index) for index in range(len(paths.to_diffusers(self.path)))]
@@ -94,7 +94,7 @@ class AdapterFile:
 
 
 def check_readable(path: Path) -> None:
-    """Refuse files that are clearly no adapters, before anything is loaded.
+    """Refuse files that are clearly not adapters, before anything is loaded.
 
     Raises:
         UserError: no such file or folder, not a LoRA, names of no known program.
@@ -112,11 +112,12 @@ def check_readable(path: Path) -> None:
     if not any(_KEY.fullmatch(_modern(name)) for name in names):
         some = ", ".join(names[:2])
         found = f"({some}{', ...' if len(names) > 2 else ''})" if names else "or any others"
-        raise UserError(f"{path}: holds no adapter's tensors {found}; not a LoRA")
+        raise UserError(f"{path}: holds no tensors of an adapter {found}; not a LoRA")
 
 
 def read_adapter(path: Path, family: AdapterFamily | None = None) -> AdapterFile:
-    """An adapter file, or a folder that PEFT wrote; fp8, which torch hardly computes in, becomes bf16 without loss.
+    """Read an adapter file, or a folder that PEFT wrote. fp8, in which torch can hardly compute, becomes bf16 without
+    loss.
 
     Args:
         family: None detects it.
@@ -212,12 +213,12 @@ def _load(path: Path) -> tuple[Naming, dict[str, Tensor], dict[str, str]]:
 
 
 def _below(root: str, name: str) -> str:
-    """A name with its model's; files of a whole pipeline have that already."""
+    """Return a name with its model's name before it; files of a whole pipeline have it already."""
     return name if name.startswith(tuple(f"{model}." for model in _models())) else f"{root}.{name}"
 
 
 def _models() -> tuple[str, ...]:
-    """What diffusers' pipelines call their models that carry adapters."""
+    """Return the names that diffusers' pipelines give to models with adapters."""
     return tuple(dict.fromkeys(part.diffusers for part in namings()))
 
 
@@ -238,7 +239,7 @@ def _root(weights: Mapping[str, Tensor]) -> str:
 
 
 def _module(family: AdapterFamily, naming: Naming, name: str, tensors: dict[str, Tensor], title: str) -> Module:
-    """The module that a file calls ``name``.
+    """Return the module that a file calls ``name``.
 
     Raises:
         UserError: the family has no such module, or the halves of its LoRA do not fit.
@@ -273,7 +274,7 @@ def _module(family: AdapterFamily, naming: Naming, name: str, tensors: dict[str,
 
 
 def _space(part: AdapterNaming, naming: Naming, path: str) -> Space | None:
-    """Whose path it is: that which the naming has, or the other."""
+    """Return which kind of path it is: the one that the naming has, or the other."""
     usual = part.space(naming)
     others: dict[Space, Space] = {"original": "diffusers", "diffusers": "original"}
     for space in (usual, others[usual]):

@@ -1,4 +1,4 @@
-"""Models blended with each other: the weighted sum of their tensors, one tensor in memory at a time."""
+"""Blend models: write the weighted sum of their tensors, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from library.files.safetensors_io import TensorInfo
 from library.files.streamed import tensor_info, write_streamed
 from networks.files.model_file import Model
 
-#: names of text encoders in old files, which lack a level that others have
+#: names of text encoders in old files, without a level that other files have
 _OLD_TEXT = re.compile(r"(cond_stage_model\.transformer\.)(?=embeddings\.|encoder\.|final_layer_norm\.)")
-#: what is not the U-Net in a checkpoint of one file
+#: the parts of a single-file checkpoint that are not the U-Net
 _OTHER_PARTS = ("first_stage_model", "cond_stage_model", "conditioner.")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One model of a blend: ``own`` gives the file's name of a tensor."""
+    """One model of a blend; ``own`` maps tensors to their names in its file."""
 
     model: Model
     ratio: float
@@ -41,12 +41,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Blend:
-    """What will be written, and what is noteworthy about the sources.
+    """What will be written, and how the sources differ.
 
     Attributes:
-        first_only: tensors that are the first model's as they are.
-        missing: (model, its tensors that the first has and it has not); the first's stand for them.
-        skipped: (model, its tensors that the first has not), which are left out.
+        first_only: tensors that are copied from the first model.
+        missing: (model, tensors that it lacks); the first model's tensors are used instead.
+        skipped: (model, tensors that the first model lacks); they are left out.
     """
 
     sources: Sequence[Source]
@@ -95,7 +95,7 @@ def write_blend(
     metadata: Mapping[str, str],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write sum of ratio * tensor, computed in ``precision``; integers are the first model's as they are."""
+    """Write the sum of ratio * tensor, computed in ``precision``; integers are copied from the first model."""
     first = blend.sources[0]
     infos: dict[str, TensorInfo] = {}
     for name, own in first.own.items():

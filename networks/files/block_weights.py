@@ -1,4 +1,4 @@
-"""Strengths by block of a U-Net (``--lbws``), in the four lengths that lists of them have."""
+"""Strengths for each block of a U-Net (``--lbws``), as lists of one of four lengths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from library.errors import UserError
 
 _IN, _OUT = (tuple(f"{side}{n:02d}" for n in range(12)) for side in ("IN", "OUT"))
 _ALL = ("BASE", *_IN, "MID", *_OUT)
-#: length of a list -> the blocks that its values are for; the others have a factor of 1
+#: length of a list -> the blocks of its values; other blocks have a factor of 1
 LAYOUTS: dict[int, tuple[str, ...]] = {
     12: ("BASE", "IN04", "IN05", "IN07", "IN08", "MID", *_OUT[:6]),
     17: ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *_OUT[3:]),
@@ -25,17 +25,17 @@ _DIFFUSERS = re.compile(r"(down|up)_blocks_(\d+)_(attentions|resnets|downsampler
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Factors by block."""
+    """A factor for each block."""
 
     factors: dict[str, float]
 
     def of(self, name: str) -> float:
-        """The factor of a module, by its published name."""
+        """Return the factor of a module, given its published name."""
         return self.factors.get(block_of(name), 1.0)
 
 
 def block_of(name: str) -> str:
-    """``BASE`` for text encoders, ``IN00`` ... ``OUT11`` in the numbering of the original U-Net; "" for other parts."""
+    """Return ``BASE`` for text encoders, ``IN00`` ... ``OUT11`` as the original U-Net counts, "" for other parts."""
     if _TEXT.search(name):
         return "BASE"
     if found := _DIFFUSERS.search(name):
@@ -53,7 +53,7 @@ def block_of(name: str) -> str:
 
 
 def read_block_weights(texts: Sequence[str] | None, files: int) -> list[BlockWeights | None]:
-    """``--lbws``: one JSON list of numbers for each file, all of one length.
+    """Read ``--lbws``: one JSON list of numbers for each file, all of one length.
 
     Raises:
         UserError: another number of lists than of files, no list of numbers, or an unknown length.

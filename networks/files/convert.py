@@ -77,7 +77,7 @@ class Report:
         ]
         if self.widened:
             lines.append(
-                f"{self.widened} up weights are float32, as their dtype cannot hold them times alpha / rank; "
+                f"{self.widened} up weights are float32, because their dtype cannot hold them times alpha / rank; "
                 "--save_precision decides otherwise"
             )
         return [*lines, *self.notes]

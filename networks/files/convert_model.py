@@ -1,4 +1,4 @@
-"""Whole models converted between single files and diffusers folders, through what their family says of both."""
+"""Convert whole models between single files and diffusers folders, with what their family says of both."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokeniz
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is wanted.
+    """A conversion to do.
 
     Attributes:
         dtype: to save in; None keeps each tensor's own.
         metadata: of a safetensors file.
-        counters: added to what a ``.ckpt`` records.
-        expected: key of the adapter family that the source must be of; None: any.
+        counters: added to the counters of a ``.ckpt``.
+        expected: key of the adapter family that the source must have; None for any.
         variant: which weights of a folder to read.
         reference: folder or Hub id with the tokenizer and the scheduler of a folder to write.
-        safetensors: whether a folder gets safetensors files.
+        safetensors: whether the files of a folder are safetensors.
     """
 
     source: str
@@ -54,7 +54,7 @@ class Conversion:
 
 
 def convert_model(wanted: Conversion) -> None:
-    """Convert, and say what was written.
+    """Convert a model, and log what was written.
 
     Raises:
         UserError: the source is missing or of no family that has both forms, or the target cannot be written.
@@ -132,21 +132,21 @@ def _rewrite(model: Any, path: Path, wanted: Conversion) -> None:
 
 
 def _counted(path: Path, wanted: Conversion) -> dict[str, int]:
-    """The counters with those of a pickled source added."""
+    """Return the counters plus those of a pickled source."""
     own: Mapping[str, Any] = {}
     if path.is_file() and is_pickle(path):
         try:
             loaded = torch.load(path, map_location="meta", weights_only=True)
             own = loaded if isinstance(loaded, Mapping) else {}
         except (RuntimeError, pickle.UnpicklingError, ValueError):
-            own = {}  # what is no plain file has no counters that can be read safely
+            own = {}  # only a plain file has counters that can be read safely
     return {
         name: value + (n if isinstance(n := own.get(name, 0), int) else 0) for name, value in wanted.counters.items()
     }
 
 
 def _inspected(key: str, path: Path, wanted: Conversion) -> tuple[Architecture, Any, Path | None]:
-    """The family, its checkpoint, and the folder whose scheduler is kept."""
+    """Return the family, its checkpoint, and the folder whose scheduler is kept."""
     place = next(folder for folder in FOLDERS if key in about(folder).adapter_keys)
     architecture = next(one for one in architectures() if one.name == place)
     if not hasattr(architecture, "pipeline"):
@@ -162,7 +162,7 @@ def _inspected(key: str, path: Path, wanted: Conversion) -> tuple[Architecture, 
             raise UserError(f"--reference_model {wanted.reference}: has no folder tokenizer")
     told = None if reference is None else folder_prediction(reference)
     is_v2 = key == "sd2"
-    # a single file of Stable Diffusion 2.x does not tell; most predict v
+    # a single file of Stable Diffusion 2.x does not say which; most predict v
     predicts_v = told == "v_prediction" if told is not None else is_v2 or _says_v(path)
     with naming("the source", wanted.source):
         checkpoint = architecture.inspect(

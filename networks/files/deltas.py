@@ -1,12 +1,12 @@
-"""The weight change that one module of an adapter file makes, whatever kind of adapter it is.
+"""Compute the weight change that one module of an adapter file makes, for every kind of adapter.
 
-Every merging, resizing and comparing tool works on these changes and not on the tensors they are made of, so that a
-strength of one half is half of the effect for each kind. With s = alpha / rank (alpha is the rank where a file has
+The tools that merge and compare work on these changes and not on the tensors that they are made of, so that a strength
+of one half is half of the effect for each kind. With s = alpha / rank (alpha is the rank where a file has
 none):
 
 * LoRA: s U D (Hu et al. 2021, section 4.1); with ``lora_mid``, a Tucker decomposition of a convolution's kernel.
 * DoRA: m V / |V| - W, V = W + s U D (Liu et al. 2024, equation 5).
-* LoHa: s (A1 B1) * (A2 B2), * by elements (Hyeon-Woo et al. 2022, "FedPara", equation 2).
+* LoHa: s (A1 B1) * (A2 B2), * element by element (Hyeon-Woo et al. 2022, "FedPara", equation 2).
 * LoKr: s (C kron (A B)) (Edalati et al. 2022, "KronA"); s is 1 where neither factor is decomposed.
 * OFT: (R^T - I) W, R of ``networks/oft.py``.
 * ``diff``: the change itself.
@@ -28,17 +28,17 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 def change_of(module: Module, weight: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor | None:
-    """The change of the module's weight at strength 1.
+    """Return the change of the module's weight at strength 1.
 
     Args:
-        weight: the module's own weight (out, in[, kh, kw]), for kinds that turn or scale it: DoRA and OFT.
+        weight: the weight of the model (out, in[, kh, kw]), for kinds that rotate or scale it: DoRA and OFT.
         dtype: to compute in.
 
     Returns:
-        (out, in[, kh, kw]), on the device of ``weight`` or of the module's tensors; None where the bias alone changes.
+        (out, in[, kh, kw]), on the device of ``weight`` or of the module's tensors; None if only the bias changes.
 
     Raises:
-        UserError: tensors of no known kind, or one that needs ``weight``, which is None.
+        UserError: an unknown kind of tensors, or a kind that needs ``weight`` where it is None.
     """
     tensors = {name: tensor.to(dtype) for name, tensor in module.tensors.items() if name != BIAS_CHANGE}
     if weight is not None:
@@ -61,12 +61,12 @@ def change_of(module: Module, weight: Tensor | None = None, *, dtype: torch.dtyp
 
 
 def needs_weight(module: Module) -> bool:
-    """Whether the change depends on the weight that it is put on."""
+    """Whether the change depends on the weight that it is added to."""
     return any(name == DORA or name.startswith("oft_blocks") for name in module.tensors)
 
 
 def kind_of(module: Module) -> str:
-    """What people call this kind of adapter."""
+    """Return the usual name of this kind of adapter."""
     names = module.tensors.keys()
     if DORA in names:
         return "a DoRA"
@@ -122,7 +122,7 @@ def _lokr(tensors: Mapping[str, Tensor], weight: Tensor | None, module: Module) 
 
 
 def _lokr_factor(tensors: Mapping[str, Tensor], factor: int) -> tuple[Tensor, int | None]:
-    """(a factor, its rank where it is decomposed)."""
+    """Return (a factor, its rank if it is decomposed)."""
     whole = tensors.get(f"lokr_w{factor}")
     if whole is not None:
         return whole, None
@@ -138,7 +138,7 @@ def _difference(tensors: Mapping[str, Tensor], weight: Tensor | None, module: Mo
 
 
 def _decomposed(change: Tensor, weight: Tensor, magnitudes: Tensor) -> Tensor:
-    """W' - W of a DoRA; magnitudes are (out, 1[, 1, 1]) or (1, in[, 1, 1])."""
+    """Return W' - W of a DoRA; magnitudes are (out, 1[, 1, 1]) or (1, in[, 1, 1])."""
     changed = weight + change
     kept = 0 if magnitudes.shape[0] == weight.shape[0] else 1
     axes = [axis for axis in range(changed.dim()) if axis != kept]
@@ -148,7 +148,7 @@ def _decomposed(change: Tensor, weight: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def _rotation(tensors: Mapping[str, Tensor], weight: Tensor | None, module: Module) -> Tensor:
-    """(R^T - I) W of a Diag-OFT; files of ``networks.oft`` are read as one, see oft.py."""
+    """Return (R^T - I) W of a Diag-OFT; files of ``networks.oft`` are read as one, see oft.py."""
     assert weight is not None
     blocks, alpha = tensors["oft_blocks"], tensors.get(ALPHA)
     if blocks.dim() != 3 or "rescale" in tensors:
@@ -156,7 +156,7 @@ def _rotation(tensors: Mapping[str, Tensor], weight: Tensor | None, module: Modu
             f"{module.name}: a BOFT, or an OFT with magnitudes, which is not merged here; use lycoris.kohya"
         )
     skew = blocks - blocks.transpose(1, 2)
-    # as LyCORIS bounds it: alpha is the bound for each output feature, 0 is none
+    # the bound of LyCORIS: alpha for each output feature, 0 for no bound
     if alpha is not None and not alpha.is_meta and (bound := float(alpha) * weight.shape[0]) > 0:
         norm = torch.linalg.vector_norm(skew)
         skew = skew * (bound / norm.clamp(min=bound))
@@ -167,7 +167,7 @@ def _rotation(tensors: Mapping[str, Tensor], weight: Tensor | None, module: Modu
 
 
 def change_shape(module: Module, place_shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of the module's change, for a weight of ``place_shape``; nothing is computed.
+    """Return the shape of the module's change for a weight of ``place_shape``, without computing it.
 
     Raises:
         UserError: as ``change_of``, or its tensors do not fit each other or the weight.

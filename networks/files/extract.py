@@ -22,7 +22,8 @@ _ROUNDED_TO = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_
 
 @dataclass(frozen=True)
 class Sizes:
-    """Ranks: ``conv_rank`` is that of convolutions with a kernel, None leaves them and their blocks out."""
+    """Ranks; ``conv_rank`` is for convolutions with a kernel larger than 1, and None leaves them and their blocks
+    out."""
 
     rank: int
     conv_rank: int | None = None
@@ -35,7 +36,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Pair:
-    """One module's weight in both models; ``is_text`` if it is a text encoder's."""
+    """One module's weight in both models; ``is_text`` for text encoders."""
 
     name: str
     old: WeightPlace
@@ -48,15 +49,15 @@ class Extracted:
     """The tensors of a LoRA, and what was left out."""
 
     tensors: dict[str, Tensor]
-    rounded: int  # modules whose weights were only rounded
-    error: float  # largest share of a module's change that its rank has no room for
+    rounded: int  # modules whose weights differ by rounding alone
+    error: float  # largest share of a module's change that its rank cannot hold
     module: str
 
 
 def common_modules(
     before: Model, after: Model, family: AdapterFamily, *, convs: bool, text_encoders: bool
 ) -> list[Pair]:
-    """The modules that adapters usually change, in both models.
+    """Return the modules that adapters usually change, in both models.
 
     Raises:
         UserError: the models are not of one kind and size.
@@ -81,14 +82,14 @@ def common_modules(
 
 
 def weight_at(read: Callable[[str], Tensor], place: WeightPlace) -> Tensor:
-    """The weight of a place (out, in[, kh, kw]), as the file has it; a view."""
+    """Return the weight of a place (out, in[, kh, kw]) as the file has it; a view."""
     tensor = read(place.name)
     tensor = tensor.T if place.transposed else tensor
     return tensor if place.rows is None else tensor[place.rows]
 
 
 def was_only_rounded(old: Tensor, new: Tensor) -> bool:
-    """Whether one weight is the other in a smaller dtype, whatever both are stored in."""
+    """Whether one weight is the other rounded to a smaller dtype, whatever dtypes both are stored in."""
     if torch.equal(old.float(), new.float()):
         return True
     return any(
@@ -101,7 +102,7 @@ def was_only_rounded(old: Tensor, new: Tensor) -> bool:
 def text_encoders_differ(
     pairs: Sequence[Pair], read_old: Callable[[str], Tensor], read_new: Callable[[str], Tensor], min_diff: float
 ) -> bool:
-    """Whether any of their weights differs by more than ``min_diff``."""
+    """Whether any weight of the text encoders differs by more than ``min_diff``."""
     return any(
         float((weight_at(read_new, pair.new).float() - weight_at(read_old, pair.old).float()).abs().max()) > min_diff
         for pair in pairs
@@ -120,7 +121,7 @@ def extract(
     titles: tuple[object, object],
     progress: Callable[[int, int], None] | None = None,
 ) -> Extracted:
-    """Replace the change of every module by the nearest one of its rank; alpha is the rank.
+    """Return a LoRA with the nearest change of its rank for every module; alpha is the rank.
 
     Modules whose weights were only rounded to a smaller dtype are left out.
 
@@ -169,7 +170,7 @@ def _lora(pair: Pair, up: Tensor, down: Tensor, dtype: torch.dtype) -> dict[str,
 
 
 def ranks_of(tensors: Mapping[str, Tensor]) -> Iterator[int]:
-    """Of the modules of a LoRA."""
+    """Return the ranks of the modules of a LoRA."""
     for name, tensor in tensors.items():
         if name.endswith(".lora_down.weight"):
             yield tensor.shape[0]

@@ -1,4 +1,4 @@
-"""What the extracting scripts share: from options that were read to the file that is written."""
+"""What the scripts that extract share: all steps from the options to the written file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is wanted.
+    """A LoRA to extract.
 
     Attributes:
-        min_diff: text encoders whose weights differ by no more are left out; None leaves them out anyway.
-        save_dtype: of the LoRA.
+        min_diff: text encoders whose weights differ by no more are left out; None always leaves them out. save_dtype:
+            of the LoRA.
     """
 
     before: Path
@@ -42,7 +42,7 @@ class Extraction:
 
 
 def check_sizes(dim: int, conv_dim: int | None, clamp_quantile: float) -> Sizes:
-    """Raises UserError for ranks and quantiles that cannot be."""
+    """Raise UserError for ranks and quantiles that are impossible."""
     for flag, rank in (("dim", dim), ("conv_dim", conv_dim)):
         if rank is not None and rank < 1:
             raise UserError(f"--{flag} {rank}: the rank is at least 1")
@@ -52,7 +52,7 @@ def check_sizes(dim: int, conv_dim: int | None, clamp_quantile: float) -> Sizes:
 
 
 def open_pair(wanted: Extraction) -> tuple[Model, Model]:
-    """Both models, before anything is computed. Raises UserError for what cannot end well."""
+    """Open both models, before anything is computed. Raises UserError for what cannot work."""
     check_target(wanted.target, "--save_to", sources=[wanted.before, wanted.after])
     if wanted.before.resolve() == wanted.after.resolve():
         raise UserError(f"--model_org and --model_tuned are both {wanted.before}; nothing to extract")
@@ -72,8 +72,8 @@ def run_extraction(
     """Extract and write the LoRA.
 
     Args:
-        family: None: that of the first model.
-        record: what the metadata say of the base model; None: what its tensors tell.
+        family: None for that of the first model.
+        record: what the metadata say of the base model; None for what its tensors show.
     """
     family = family or family_of(before)
     record = record or family.record_of_model(before.shapes)
@@ -113,7 +113,5 @@ def run_extraction(
         network_args=json.dumps(args),
     )
     write_weights(wanted.target, found.tensors, None, metadata)
-    logger.info(
-        "the ranks hold all but %.3g of the change of %s, and more of every other module's", found.error, found.module
-    )
+    logger.info("largest error of the ranks: %.3g of the change of %s", found.error, found.module)
     logger.info("saved: %s, %d modules", wanted.target, len(ranks))

@@ -1,4 +1,4 @@
-"""Whose names an adapter file has, and which family it was made for."""
+"""Find out which program's names an adapter file has, and which family it was made for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from library.architectures.registry import adapter_families
 from library.errors import UserError
 from networks.file_names import PEFT_ROOT
 
-#: what only files of families that are not known here hold
+#: names that only files of unsupported families hold
 _OTHERS = {
     "joint_blocks": "Stable Diffusion 3",
     "img_mlp_fc1": "HunyuanImage",
@@ -20,26 +20,26 @@ _OTHERS = {
     "lora_unet_blocks_": "Anima",
     "diffusion_model.blocks.": "a video model or Anima",
 }
-#: before the names of this project's own layout of OFT, see oft.py
+#: prefix of the names in this project's own layout of OFT, see oft.py
 OWN_OFT = "oft_unet_"
 
 
 def namings() -> Iterator[AdapterNaming]:
-    """Every model of every family."""
+    """Return the namings of every model of every family."""
     for family in adapter_families():
         yield from family.parts
 
 
 def family_named(key: str) -> AdapterFamily:
-    """The family that ``--family`` names; one of ``About.adapter_keys``."""
+    """Return the family that ``--family`` names; one of ``About.adapter_keys``."""
     return next(family for family in adapter_families() if family.key == key)
 
 
 def detect_naming(names: Mapping[str, object], title: str) -> Naming:
-    """Whose names a file has.
+    """Return which program's names a file has.
 
     Raises:
-        UserError: none that is known.
+        UserError: the names of no known program.
     """
     parts = list(namings())
     # some programs leave out the name of the denoiser
@@ -69,10 +69,10 @@ def detect_naming(names: Mapping[str, object], title: str) -> Naming:
 
 
 def detect_family(shapes: Shapes, metadata: Mapping[str, str], title: str) -> AdapterFamily:
-    """The family that a file was made for, from names, widths and metadata.
+    """Return the family that a file was made for, from names, widths and metadata.
 
     Raises:
-        UserError: another family, or names alone do not tell.
+        UserError: an unsupported family, or the file fits several.
     """
     found = _evidence(shapes, metadata)
     for piece, other in _OTHERS.items():
@@ -99,7 +99,7 @@ def _evidence(shapes: Shapes, metadata: Mapping[str, str]) -> Evidence:
 
 
 def family_of_model(shapes: Shapes) -> AdapterFamily | None:
-    """The family whose models a file or folder holds: all of its parts, or else most; None where it holds none."""
+    """Return the family whose parts a file or folder holds, all of them or else the most; None if it holds none."""
 
     def measure(family: AdapterFamily) -> tuple[bool, int]:
         count = sum(bool(part.locate(shapes)) for part in family.parts) if family.fits(shapes) else 0

@@ -1,4 +1,4 @@
-"""Adapter files as merging takes them: modules by published names, each file with its strength."""
+"""Adapter files to merge: modules by published names, each file with its strength."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class LoraFile:
 
     Attributes:
         ratio: the strength it is merged with.
-        modules: by published names; parts of joint modules are joined.
-        is_diffusers: whether the file has diffusers' names.
-        blocks: factors of the strength for blocks of the denoiser; None for none.
+        modules: with published names; parts of joint modules are joined.
+        is_diffusers: whether the names in the file are diffusers'.
+        blocks: factors of the strength for each block of the denoiser; None for none.
     """
 
     path: Path
@@ -49,19 +49,20 @@ class LoraFile:
         return LoraFile(path, ratio, file.family, modules, file.metadata, is_diffusers, blocks)
 
     def strength(self, name: str) -> float:
-        """What the change of a module is multiplied by."""
+        """Return the factor for the change of a module."""
         return self.ratio * (1.0 if self.blocks is None else self.blocks.of(name))
 
 
 def to_published(modules: list[Module], title: str) -> list[Module]:
-    """The modules in the paths that published names have, which are the original ones but for families that say so."""
+    """Return the modules with the paths of published names; these are the original paths unless a family says
+    otherwise."""
     kept = [module for module in modules if module.part.published == "diffusers" and module.space == "diffusers"]
     others = [module for module in modules if not any(module is one for one in kept)]
     return [*kept, *to_original(others, title)]
 
 
 def published_name(module: Module) -> str:
-    """What files call it, from its path in either space."""
+    """Return the name in files, from a path in either space."""
     part, path = module.part, module.path
     if module.space != part.published:
         if part.published == "diffusers":
@@ -74,6 +75,6 @@ def published_name(module: Module) -> str:
 
 
 def is_plain(module: Module) -> bool:
-    """Whether it is a LoRA of two halves and nothing else."""
+    """Whether a module is a LoRA of two halves and nothing else."""
     names = module.tensors.keys()
     return {DOWN, UP} <= names <= LORA_TENSORS - {DORA}

@@ -1,4 +1,4 @@
-"""Adapter files merged with each other: the sum of their changes, exact or of fewer ranks."""
+"""Merge adapter files with each other: the sum of their changes, exact or of lower rank."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Combined:
     """The tensors of a LoRA file, and how far its changes are from the sum.
 
     Attributes:
-        error: largest share of a module's change (Frobenius norm) that its rank has no room for; 0 where all is kept.
-        module: the one with that share.
+        error: largest share of a module's change (Frobenius norm) that its rank cannot hold; 0 if nothing is lost.
+        module: the module with that share.
     """
 
     tensors: dict[str, Tensor]
@@ -32,10 +32,10 @@ class Combined:
 
 
 def concatenate(files: Sequence[LoraFile], *, dtype: torch.dtype, device: torch.device) -> Combined:
-    """All ranks side by side: exactly the sum of ratio times each file's change, of the sum of the ranks.
+    """Put all ranks side by side: exactly the sum of ratio * change, with the sum of the ranks.
 
     Raises:
-        UserError: another kind than plain LoRA, or shapes that differ.
+        UserError: a kind other than plain LoRA, or shapes that differ.
     """
     tensors: dict[str, Tensor] = {}
     for name, members in _by_module(files).items():
@@ -45,7 +45,7 @@ def concatenate(files: Sequence[LoraFile], *, dtype: torch.dtype, device: torch.
                     f"{file.path}: {kind_of(module)} ({name}) has no ranks to put side by side; leave out --concat, or "
                     "merge into a model"
                 )
-        # the strength of the merged file's tensors, so that a single file at ratio 1 keeps its numbers
+        # the strength of the merged tensors, so that a single file at ratio 1 keeps its values
         scale = members[0][1].strength or 1.0
         downs, ups = [], []
         for file, module in members:
@@ -66,15 +66,15 @@ def combine(
     rank_of: RankOf | None = None,
     conv_rank_of: RankOf | None = None,
 ) -> Combined:
-    """The nearest LoRA to the sum of ratio times each file's change, alpha being the rank.
+    """Return the nearest LoRA to the sum of ratio * change; alpha is the rank.
 
     Args:
         dtype: to compute in.
-        rank_of: gives the rank from the singular values; None: the largest rank that a file has for the module.
+        rank_of: gives the rank from the singular values; None for the largest rank that a file has for the module.
         conv_rank_of: the same for convolutions with a kernel.
 
     Raises:
-        UserError: DoRA and OFT, which change a weight that is not given, changes of biases, or shapes that differ.
+        UserError: DoRA and OFT, which depend on a weight that is not given; changes of biases; shapes that differ.
     """
     tensors: dict[str, Tensor] = {}
     worst, where = 0.0, ""
@@ -84,7 +84,7 @@ def combine(
                 what = "changes of biases" if BIAS_CHANGE in module.tensors else kind_of(module)
                 raise UserError(f"{file.path}: {what} ({name}) cannot be merged with others; merge into a model")
         if len(members) == 1 and is_plain(members[0][1]) and rank_of is None:
-            file, module = members[0]  # nothing to add: its numbers stay, only the strength changes
+            file, module = members[0]  # nothing to add: the values stay, only the strength changes
             down, up = _halves(module, file.strength(name), dtype=dtype, device=device)
             tensors |= _tensors(name, down, up, module.strength * module.rank)
             continue
@@ -110,8 +110,8 @@ def _by_module(files: Sequence[LoraFile]) -> dict[str, list[tuple[LoraFile, Modu
 def _decomposed(
     name: str, members: Sequence[tuple[LoraFile, Module]], *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Decomposed, tuple[int, ...]]:
-    """The sum of the changes, decomposed, and its shape."""
-    # decompositions exist in float32 and float64 only
+    """Return the sum of the changes, decomposed, and its shape."""
+    # torch decomposes in float32 and float64 only
     wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     if all(is_plain(module) for _, module in members):
         halves = [
@@ -133,24 +133,24 @@ def _decomposed(
 
 
 def _halves(module: Module, factor: float, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(down, up) with ``factor``, half of its size on each side; the sign can stand on one only."""
+    """Return (down, up) times ``factor``: its square root on each side, its sign on one."""
     root = math.sqrt(abs(factor))
     down = module.tensors[DOWN].to(device=device, dtype=dtype) * math.copysign(root, factor)
     return down, module.tensors[UP].to(device=device, dtype=dtype) * root
 
 
 def _most(members: Sequence[tuple[LoraFile, Module]], name: str) -> int:
-    """The largest rank that a file has for a module.
+    """Return the largest rank that a file has for a module.
 
     Raises:
-        UserError: none of them has one.
+        UserError: no file has one.
     """
     ranks = [0]
     for _, module in members:
         tensors = module.tensors
         if DOWN in tensors:
             ranks.append(tensors[DOWN].shape[0])
-        elif "hada_w1_b" in tensors:  # a product by elements of two matrices of rank r has rank r * r at most
+        elif "hada_w1_b" in tensors:  # the elementwise product of two matrices of rank r has rank r * r at most
             ranks.append(tensors["hada_w1_b"].shape[0] * tensors["hada_w2_b"].shape[0])
     if not max(ranks):
         file, module = members[0]

@@ -1,4 +1,4 @@
-"""Adapter files merged into the weights of a model; by names and shapes, without building models."""
+"""Merge adapter files into the weights of a model, by names and shapes, without building the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from networks.files.adapter_file import BIAS_CHANGE, DOWN, UP, Module
 from networks.files.deltas import change_of, change_shape
 from networks.files.lora_file import LoraFile, is_plain
 
-#: numbers of a weight that are merged at a time
+#: elements of a weight that are merged at a time
 _CHUNK = 1 << 22
 
 
@@ -33,24 +33,24 @@ class Change:
 
     @property
     def is_by_rows(self) -> bool:
-        """Whether it can be computed some rows at a time: a plain LoRA of a whole linear layer."""
+        """Whether it can be computed a few rows at a time: a plain LoRA of a whole linear layer."""
         return is_plain(self.module) and not self.is_bias and self.place.rows is None and not self.place.transposed
 
 
-#: tensor's name -> what changes it
+#: name of a tensor -> its changes
 Changes = Mapping[str, Sequence[Change]]
 
 
 def find_changes(
     part: AdapterNaming, shapes: Mapping[str, tuple[int, ...]], files: Sequence[LoraFile], source: object
 ) -> dict[str, list[Change]]:
-    """What the files change in one model.
+    """Return what the files change in one model.
 
     Args:
-        shapes: names and shapes of the model's tensors, of the file ``source``.
+        shapes: names and shapes of the model's tensors in the file ``source``.
 
     Returns:
-        Nothing, if no file has anything for it.
+        Empty if no file changes it.
 
     Raises:
         UserError: an adapter has no place in the model or another shape, or the weights are quantised with scales.
@@ -81,19 +81,19 @@ def find_changes(
 
 
 def _root(places: Mapping[str, WeightPlace]) -> str:
-    """What precedes all names of a model in its file."""
+    """Return the prefix of all names of a model in its file."""
     return commonprefix([place.name for place in places.values()]).rpartition(".")[0]
 
 
 def _check(
     file: LoraFile, name: str, module: Module, place: WeightPlace, shapes: Mapping[str, tuple[int, ...]], source: object
 ) -> None:
-    """Raise UserError where a change does not fit the weight or the bias."""
+    """Raise UserError if a change does not fit the weight or the bias."""
     try:
         shape = change_shape(module, place.shape)
     except UserError as error:
         raise UserError(f"{file.path}: {error}") from None
-    # a 1x1 convolution and a linear layer hold the same numbers
+    # a 1x1 convolution and a linear layer have the same elements
     if shape is not None and (
         shape[0] != place.shape[0] or torch.Size(shape).numel() != torch.Size(place.shape).numel()
     ):
@@ -120,16 +120,16 @@ def merging_reader(
     precision: torch.dtype,
     save_dtype: torch.dtype | None,
 ) -> Callable[[str], Tensor]:
-    """``read`` with the changes in the weights: W + sum of strength * change.
+    """Return ``read`` with the changes in the weights: W + sum of strength * change.
 
-    What a DoRA or an OFT changes is that of the weight as it was before any merging, so that the order of the files does
-    not matter. A weight with plain LoRAs alone is made some rows at a time, so that only its result exists as a whole.
+    The change of a DoRA or an OFT is that of the original weight, so that the order of the files does not matter. A
+    weight with plain LoRAs alone is computed a few rows at a time, so that only the result exists as a whole.
 
     Args:
-        read: gives a model's tensor by its name, on the host.
-        loading_device: where it is put first.
-        working_device: where the changed ones are computed, in ``precision``.
-        save_dtype: of the changed ones; None: as they are.
+        read: returns a tensor of the model by its name, on the host.
+        loading_device: where tensors are put first.
+        working_device: where changed tensors are computed, in ``precision``.
+        save_dtype: of changed tensors; None keeps theirs.
     """
 
     def produce(name: str) -> Tensor:
@@ -168,7 +168,7 @@ def _by_rows(
 
 
 def _add(merged: Tensor, weight: Tensor, change: Change) -> None:
-    """Add one change, of the weight as it was, to the tensor in place."""
+    """Add one change, computed from the original weight, to the tensor in place."""
     place = change.place
     rows = slice(None) if place.rows is None else place.rows
     if change.is_bias:

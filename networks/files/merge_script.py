@@ -1,4 +1,4 @@
-"""The scripts that merge adapters into a checkpoint of one file, or with each other: ``merge_lora.py`` and its like."""
+"""Scripts that merge adapters into a single-file checkpoint or with each other: ``merge_lora.py`` and others."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def run(
     """Merge as the options of ``add_merge_options`` and ``--sd_model`` say.
 
     Args:
-        families: keys of those that the script is for.
-        blocks: factors by block, for each file.
+        families: keys of the families that the script supports.
+        blocks: factors for each block, for each file.
 
     Raises:
         UserError: before anything is written.
@@ -62,7 +62,7 @@ def run(
         merge_files(files, target, computing, modelspec=modelspec, concat=concat)
         return
     if concat:
-        logger.warning("--concat changes nothing where LoRA files are merged into a model")
+        logger.warning("--concat has no effect where LoRA files are merged into a model")
     model = open_model(Path(args.sd_model))
     if Path(args.sd_model).is_dir():
         raise UserError(
@@ -86,7 +86,7 @@ def _only(families: Sequence[str]):  # noqa: ANN202
 
 
 def _record(args: argparse.Namespace, records: Sequence[ModelRecord]) -> ModelRecord:
-    """What the result's metadata say; the prediction of Stable Diffusion 2.x stands in no tensor."""
+    """Return the metadata of the result; no tensor tells what Stable Diffusion 2.x predicts."""
     record = records[0]
     if record.v2:
         logger.warning("the metadata say that the model predicts v, as most of %s do", record.architecture)

@@ -1,4 +1,4 @@
-"""What the merging scripts share: from options that were read to files that are written."""
+"""What the scripts that merge share: all steps from the options to the written files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Computing:
-    """In which dtypes and where: ``save_dtype`` None keeps each tensor's own."""
+    """Dtypes and device of a merge; ``save_dtype`` None keeps each tensor's own."""
 
     precision: torch.dtype
     save_dtype: torch.dtype | None
@@ -43,7 +43,7 @@ def open_files(
     family: AdapterFamily | None,
     blocks: Sequence[BlockWeights | None] | None = None,
 ) -> list[LoraFile]:
-    """The files with their strengths; without ``family`` all must be of that of the first."""
+    """Read the files with their strengths; without ``family``, all must be of the first file's family."""
     files: list[LoraFile] = []
     for number, (path, ratio) in enumerate(zip(paths, ratios, strict=True)):
         file = LoraFile.open(Path(path), ratio, family, blocks[number] if blocks else None)
@@ -61,7 +61,7 @@ def open_files(
 
 
 def check_model(model: Model, parts: Sequence[AdapterNaming], files: Sequence[LoraFile]) -> dict[str, list]:  # type: ignore[type-arg]
-    """What the files change in the parts that a model file holds; see ``find_changes``.
+    """Return what the files change in the parts that a model file holds; see ``find_changes``.
 
     Raises:
         UserError: something does not fit, or nothing is changed.
@@ -78,7 +78,7 @@ def check_model(model: Model, parts: Sequence[AdapterNaming], files: Sequence[Lo
 
 
 def say_what_is_left_out(files: Sequence[LoraFile], family: AdapterFamily, parts: Sequence[AdapterNaming]) -> None:
-    """Name the modules of models that are not given."""
+    """Log how many modules are left out because they belong to models that are not given."""
     given = [part.kohya for part in parts]
     for file in files:
         for part in family.parts:
@@ -118,14 +118,14 @@ def merge_into_model(
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; none for anything else."""
+    """Return the metadata of a safetensors file; none for other files."""
     return {} if not path.is_file() or is_pickle(path) else dict(read_header(path).metadata)
 
 
 def model_record_metadata(
     record: ModelRecord, target: Path, model: Path | None, files: Sequence[LoraFile]
 ) -> dict[str, str]:
-    """``modelspec.*`` of a merged model."""
+    """Return the ``modelspec.*`` entries of a merged model."""
     sources = [(model, metadata_of(model))] if model is not None else []
     sources += [(file.path, file.metadata) for file in files]
     return model_metadata(record, title=target.stem, merged_from=merged_from(sources))
@@ -145,7 +145,7 @@ def merge_files(
     conv_rank_of: RankOf | None = None,
     network_args: dict[str, str] | None = None,
 ) -> Combined:
-    """Merge the files with each other, write the result, and say how exact it is."""
+    """Merge the files with each other, write the result, and log how exact it is."""
     settings = {"dtype": computing.precision, "device": computing.working_device}
     if concat:
         merged = concatenate(files, **settings)
@@ -168,15 +168,15 @@ def merge_files(
         modelspec=modelspec,
         network_args=None if network_args is None else json.dumps(network_args),
     )
-    # what the first source says of its own base model is truer than what the family has
+    # what the first source says of its base model is more exact than what the family says
     metadata |= {key: told[key] for key in ("ss_v2", "ss_base_model_version") if key in told}
     write_weights(target, merged.tensors, computing.save_dtype, metadata)
     if merged.error:
         logger.info(
-            "the ranks hold all but %.3g of the change of %s, and more of every other module's",
+            "largest error of the ranks: %.3g of the change of %s",
             *(merged.error, merged.module),
         )
     else:
-        logger.info("the result is exactly the sum of the changes, but for rounding")
+        logger.info("the result is the exact sum of the changes, apart from rounding")
     logger.info("saved: %s, %d modules", target, len(sizes))
     return merged

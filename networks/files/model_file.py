@@ -1,4 +1,4 @@
-"""A model's weights for merging and extracting: a file of any kind, or a diffusers folder seen as one file."""
+"""The weights of a model to merge or extract: a file of any kind, or a diffusers folder read as one file."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from library.errors import UserError
 from library.files.safetensors_io import is_pickle, load_pickle
 from networks.files.families import family_of_model
 
-#: parts of a diffusers folder that carry adapters
+#: parts of a diffusers folder that adapters change
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True)
 class PickledModel(WeightFile):
-    """A ``.ckpt``, which lies in memory as a whole."""
+    """A ``.ckpt``, which is in memory as a whole."""
 
     path: Path
     shapes: Shapes
@@ -40,7 +40,7 @@ class PickledModel(WeightFile):
 
 @dataclass(frozen=True)
 class FolderModel(WeightFile):
-    """The components of a diffusers folder as one model; names begin with the component's."""
+    """The components of a diffusers folder as one model; names begin with the name of the component."""
 
     path: Path
     shapes: Shapes
@@ -84,10 +84,10 @@ Model = ShardedFile | PickledModel | FolderModel | WeightFile
 
 
 def open_model(path: Path, *, mapped: bool = True) -> Model:
-    """A model in a single file, in shards, pickled, or in a diffusers folder.
+    """Open a model in a single file, in shards, in a pickle, or in a diffusers folder.
 
     Raises:
-        UserError: nothing there, or no weights in it.
+        UserError: no such file or folder, or no weights in it.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -104,7 +104,7 @@ def open_model(path: Path, *, mapped: bool = True) -> Model:
 
 
 def family_of(model: Model) -> AdapterFamily:
-    """Raises UserError: no family has such a model."""
+    """Return the family of a model. Raises UserError if it is of no family."""
     family = family_of_model(model.shapes)
     if family is None:
         example = next(iter(model.shapes), "nothing")
@@ -114,7 +114,7 @@ def family_of(model: Model) -> AdapterFamily:
 
 @dataclass(frozen=True)
 class RoundedModel(WeightFile):
-    """Another model, whose tensors are rounded to a dtype as they are read."""
+    """A model whose tensors are rounded to a dtype as they are read."""
 
     model: WeightFile
     dtype: torch.dtype
@@ -138,5 +138,5 @@ class RoundedModel(WeightFile):
 
 
 def rounded_to(model: WeightFile, dtype: torch.dtype) -> RoundedModel:
-    """The model as if it had been saved in ``dtype``."""
+    """Return the model as if it had been saved in ``dtype``."""
     return RoundedModel(model, dtype)

@@ -4,7 +4,7 @@ Both turn W (out, in) to R^T W with R = (I + Q) (I - Q)^-1, Q = B - B^T, in bloc
 ``oft_blocks`` (n, k, k) for each module, below ``lora_unet_``, and an alpha that bounds |Q|, where 0 bounds nothing.
 Our bound is computed differently by other programs. So the converter writes B = Q / 2 with our bound applied, and alpha
 0, which is unambiguous. Projections that are stacked in one layer have blocks of their own
-sizes here; there they are put into blocks of one size, along whose diagonals they stand.
+sizes here; there, they are put on the diagonals of blocks of one size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from networks.oft import PREFIX, generator_of, moved_by
 
 _BLOCKS = re.compile(rf"{PREFIX}_(.+?)\.oft_blocks(?:\.(\d+))?")
 PUBLISHED_PREFIX = "lora_unet"
-#: largest difference of the two files' rotations, a number of float32 near 1
+#: largest difference of the two files' rotations; float32 rounding near 1
 TOLERANCE = 1e-5
 
 
@@ -29,7 +29,7 @@ def is_own_layout(names: Mapping[str, object]) -> bool:
 
 
 def as_diag_oft(weights: Mapping[str, Tensor], title: str) -> dict[str, Tensor]:
-    """Return the tensors in the other layout, float32.
+    """Return the tensors in LyCORIS' layout, float32.
 
     Raises:
         UserError: an alpha is missing, or the rotations of what would be written are not those of the file.

@@ -1,4 +1,4 @@
-"""Options that several scripts for adapter files have, and how they are checked."""
+"""Options that several scripts for adapter files share, and their checks."""
 
 from __future__ import annotations
 
@@ -13,30 +13,44 @@ PRECISIONS = ["float", "fp16", "bf16"]
 
 
 def add_merge_options(parser: argparse.ArgumentParser, *, concat: bool = True, metadata: bool = True) -> None:
-    """``--models``, ``--ratios``, ``--precision``, ``--save_precision``, ``--no_metadata``, and ``--concat``."""
+    """Add ``--models``, ``--ratios``, ``--precision``, ``--save_precision``, ``--no_metadata``, and ``--concat``."""
     add = parser.add_argument
     add("--models", nargs="*", metavar="FILE", help="the adapter files")
-    add("--ratios", nargs="*", type=float, metavar="X", help="the strength of each, in the same order; 1.0 if left out")
-    add("--precision", default="float", choices=PRECISIONS, help="to compute in (default float)")
+    add(
+        "--ratios",
+        nargs="*",
+        type=float,
+        metavar="X",
+        help="the strength of each file, in the same order (default 1.0)",
+    )
+    add("--precision", default="float", choices=PRECISIONS, help="dtype to compute in (default float)")
     add(
         "--save_precision",
         choices=[None, *PRECISIONS],
         metavar="TYPE",
-        help="of the saved numbers: float, fp16 or bf16; as --precision if not given",
+        help="dtype of the saved weights: float, fp16 or bf16 (default: as --precision)",
     )
     if metadata:
-        add("--no_metadata", action="store_true", help="write no modelspec.* entries; a LoRA keeps those loaders need")
+        add(
+            "--no_metadata",
+            action="store_true",
+            help="write no modelspec.* entries; a LoRA keeps the metadata that loaders need",
+        )
     if concat:
-        add("--concat", action="store_true", help="LoRA with LoRA: put the ranks side by side, which is the exact sum")
+        add(
+            "--concat",
+            action="store_true",
+            help="merge LoRA files with each other exactly: put their ranks side by side",
+        )
         add(
             "--shuffle",
             action="store_true",
-            help="taken for old command lines: it put ranks in random order, which changes nothing about their sum",
+            help="accepted for old command lines, without effect: the order of the ranks does not change their sum",
         )
 
 
 def checked_ratios(models: Sequence[str] | None, ratios: Sequence[float] | None) -> list[float]:
-    """One strength for each file.
+    """Return one strength for each file.
 
     Raises:
         UserError: no files, another number of strengths, or one that is not finite.
@@ -52,14 +66,14 @@ def checked_ratios(models: Sequence[str] | None, ratios: Sequence[float] | None)
 
 
 def required(flag: str, value: str | None, what: str) -> Path:
-    """Raises UserError for an option that is missing."""
+    """Return an option's value. Raises UserError if it is missing."""
     if not value:
         raise UserError(f"--{flag}: {what}")
     return Path(value)
 
 
 def existing(paths: Iterable[str | Path]) -> list[Path]:
-    """Raises UserError for the first that is missing."""
+    """Raise UserError for the first path that does not exist."""
     found = [Path(path) for path in paths]
     for path in found:
         if not path.exists():

@@ -1,4 +1,4 @@
-"""Check whether two adapter files change a model's weights alike."""
+"""Check whether two adapter files change a model's weights in the same way."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def compare(before: Iterable[Module], after: Iterable[Module], title: str, *, ex
         present = one or other
         assert present is not None
         if one and other and torch.equal(one.up, other.up) and torch.equal(one.down, other.down):
-            continue  # the same factors, as in most conversions; products of large models take minutes
+            continue  # equal factors, as in most conversions, need no products, which take minutes for large models
         absolute = largest = 0.0
         for start in range(0, len(present.up), _ROWS):
-            # a part without an adapter is one of zeros
+            # a part without an adapter has a change of zeros
             ours = torch.zeros(()) if one is None else one.rows(start)
             theirs = torch.zeros(()) if other is None else other.rows(start)
             if one and other and ours.shape != theirs.shape:

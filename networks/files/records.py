@@ -1,4 +1,4 @@
-"""The metadata of files that no training made: merged models, and adapters that were merged, extracted or resized."""
+"""Metadata of files that were not trained: merged models, and adapters that were merged, extracted or resized."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from library.files.modelspec import build_modelspec
 
 
 def model_metadata(record: ModelRecord, *, title: str, merged_from: str | None = None) -> dict[str, str]:
-    """``modelspec.*`` entries of a model's file.
+    """Return the ``modelspec.*`` entries of a model's file.
 
     Args:
-        merged_from: the files it was made of, for a merged one.
+        merged_from: the files of which a merged model was made.
     """
     return _modelspec(record, "", title, merged_from)
 
@@ -29,12 +29,12 @@ def adapter_metadata(
     modelspec: bool,
     network_args: str | None = None,
 ) -> dict[str, str]:
-    """Entries of a LoRA's file that no training made: what loaders need, and ``modelspec.*``.
+    """Return the metadata of a LoRA that was not trained: what loaders need, and ``modelspec.*``.
 
     Args:
-        module: the network module that reads it.
+        module: the network module that reads the file.
         ranks, alphas: of the modules.
-        modelspec: whether those entries are wanted.
+        modelspec: whether to write ``modelspec.*`` entries.
         network_args: as JSON.
     """
     entries = {
@@ -50,13 +50,13 @@ def adapter_metadata(
 
 
 def text_of(numbers: Iterable[float]) -> str:
-    """The number that all modules have, or ``Dynamic``."""
+    """Return the number that all modules share, or ``Dynamic``."""
     different = set(numbers)
     return str(different.pop()) if len(different) == 1 else "Dynamic"
 
 
 def merged_from(files: Iterable[tuple[Path, Mapping[str, str]]]) -> str:
-    """``modelspec.merged_from``: the titles of the sources, or the names of their files; the model first."""
+    """Return ``modelspec.merged_from``: the titles of the sources, or the names of their files; the model first."""
     return ", ".join(metadata.get("modelspec.title") or path.stem for path, metadata in files)
 
 

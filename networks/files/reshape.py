@@ -81,7 +81,7 @@ def _swapped(module: Module, title: str) -> dict[str, Tensor]:
 def _only_plain(module: Module, allowed: set[str], title: str) -> None:
     if extra := sorted(module.tensors.keys() - allowed):
         raise UserError(
-            f"{title}: {module.name}.{extra[0]}: the module's rows lie otherwise in the other naming, which is only "
+            f"{title}: {module.name}.{extra[0]}: the other naming orders the module's rows differently, which is only "
             "defined for plain LoRA"
         )
     if missing := sorted({DOWN, UP} - module.tensors.keys()):

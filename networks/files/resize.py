@@ -1,6 +1,6 @@
-"""LoRA files with other ranks: each module's product of halves is replaced by the nearest one of the new rank.
+"""Change the rank of LoRA files: replace each module's product of halves by the nearest one of the new rank.
 
-The strength alpha / rank stays, so that alpha changes with the rank. Names stay as the file has them.
+The strength alpha / rank stays, so alpha changes with the rank. Names stay as they are in the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from networks.file_names import TENSOR_NAMES
 from networks.files.svd import RankOf, decompose_product
 
 _DOWN, _UP = "lora_down.weight", "lora_up.weight"
-#: halves as any program ends their names, the longest first; some leave out ".weight"
+#: how any program ends the names of halves, the longest first; some leave out ".weight"
 _ENDINGS = {
     **{name: role for name, role in TENSOR_NAMES.items() if role in (_DOWN, _UP)},
     "lora_down": _DOWN,
@@ -37,8 +37,8 @@ class Module:
     """What resizing did to one module.
 
     Attributes:
-        sum_kept, norm_kept: shares of the singular values' sum, and of their root of squares, that the new rank has.
-        ratio: of the first singular value to the last that was kept.
+        sum_kept, norm_kept: shares of the singular values' sum, and of their norm, that the new rank keeps.
+        ratio: first singular value over the last that was kept.
     """
 
     name: str
@@ -58,15 +58,15 @@ class Module:
 
 
 def halves_in(weights: Mapping[str, Tensor], title: str) -> dict[str, tuple[str, str]]:
-    """Module's name -> (name of the down half, name of the up half).
+    """Return the names of a file's halves: module -> (down, up).
 
     Raises:
-        UserError: none, half of one, or a decomposition of three factors.
+        UserError: no halves, one without the other, or a decomposition into three factors.
     """
     found: dict[str, dict[str, str]] = {}
     for key in weights:
         if ".lora_mid." in key:
-            raise UserError(f"{title}: {key}: a decomposition of three factors, whose rank cannot be changed here")
+            raise UserError(f"{title}: {key}: a decomposition into three factors, whose rank cannot be changed here")
         if match := _KEY.fullmatch(key):
             found.setdefault(match[1], {})[_ENDINGS[match[2]]] = key
     if not found:
@@ -86,12 +86,12 @@ def resize(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[dict[str, Tensor], list[Module]]:
-    """The tensors of the resized file, and what was done.
+    """Return the tensors of the resized file, and what was done.
 
     Args:
-        rank_of, conv_rank_of: the new rank by the singular values; the second for all weights of convolutions, as
-            published.
-        dtype: of the result; tensors that are not of halves or alphas keep theirs.
+        rank_of, conv_rank_of: give the new rank from the singular values; the second for all convolutions, 1x1 ones
+            too,         as in sd-scripts.
+        dtype: of halves and alphas; other tensors keep theirs.
 
     Raises:
         UserError: see ``halves_in``.

@@ -1,8 +1,7 @@
-"""The best low-rank forms of a change, and how many ranks they need.
+"""The nearest low-rank approximations of a change, and how many ranks they need.
 
-By Eckart and Young 1936 the first r singular triplets are nearest to a matrix among all of rank r. Where the matrix is
-a product of thin factors, U D, its decomposition is that of a small one: with U = Q_u R_u and D^T = Q_d R_d, R_u R_d^T
-is (r, r), so that nothing of the size of the weight is ever decomposed.
+The first r singular triplets give the nearest matrix of rank r (Eckart and Young 1936). For a product of thin factors,
+U D with U = Q_u R_u and D^T = Q_d R_d, only R_u R_d^T (r, r) is decomposed, and no matrix of the weight's size.
 """
 
 from __future__ import annotations
@@ -26,23 +25,23 @@ class Decomposed:
     right: Tensor
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(up (out, rank), down (rank, in)) of the first ranks: up holds the values."""
+        """Return (up (out, rank), down (rank, in)) of the first ranks; up holds the values."""
         return (self.left[:, :rank] * self.values[:rank]).contiguous(), self.right[:rank].contiguous()
 
     def lost(self, rank: int) -> float:
-        """Frobenius norm of what the first ranks leave out, as a share of the whole."""
+        """Return the Frobenius norm of what the first ranks leave out, as a share of the whole."""
         squares = self.values.double().square()
         whole = float(squares.sum())
         return (float(squares[rank:].sum()) / whole) ** 0.5 if whole else 0.0
 
 
 def decompose(change: Tensor) -> Decomposed:
-    """Of a matrix (out, in)."""
+    """Decompose a matrix (out, in)."""
     return Decomposed(*torch.linalg.svd(change, full_matrices=False))
 
 
 def decompose_product(up: Tensor, down: Tensor) -> Decomposed:
-    """Of ``up (out, r) @ down (r, in)``, without making the product where r is the smaller."""
+    """Decompose ``up (out, r) @ down (r, in)``, without the product where r is smaller."""
     if up.shape[1] >= min(up.shape[0], down.shape[1]):
         return decompose(up @ down)
     q_up, r_up = torch.linalg.qr(up)
@@ -52,23 +51,23 @@ def decompose_product(up: Tensor, down: Tensor) -> Decomposed:
 
 
 def low_rank(change: Tensor, rank: int, *, clamp_quantile: float = 1.0) -> tuple[Tensor, Tensor]:
-    """``up (out, rank) @ down (rank, in)``, nearest to ``change`` (out, in) among all matrices of that rank.
+    """Return ``up (out, rank) @ down (rank, in)``, the nearest to ``change`` (out, in) among all matrices of that rank.
 
     Args:
         change: float32, on the device to compute on.
-        rank: cut to the smaller side of ``change``.
+        rank: at most the smaller side of ``change``.
         clamp_quantile: see ``clamped``.
     """
     return clamped(*decompose(change).factors(rank), clamp_quantile)
 
 
 def clamped(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Numbers beyond plus or minus this quantile of all numbers of both cut to it; 1 cuts none.
+    """Return both tensors, clamped to plus or minus this quantile of the values of both; 1 clamps none.
 
-    A few of them may be far larger than the others and do harm in low precision.
+    A few values may be far larger than the others, which does harm in low precision.
     """
     if quantile < 1:
-        # torch's own quantile takes no more than 2^24 numbers
+        # torch.quantile takes at most 2^24 values
         numbers = torch.cat([up.flatten(), down.flatten()]).cpu().numpy()
         limit = float(np.quantile(numbers, quantile))
         up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
@@ -77,29 +76,29 @@ def clamped(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
 
 # ---- how many ranks ----
 
-#: largest singular value of a module that changes nothing
+#: largest singular value of a module without effect
 _NOTHING = 1e-6
 
 RankOf = Callable[[Tensor], int]
 
 
 def fixed(rank: int) -> RankOf:
-    """That rank for every module, or all its ranks."""
+    """Return this rank for every module, or all ranks if it has fewer."""
     return lambda values: max(1, min(rank, len(values)))
 
 
 def dynamic(method: str, parameter: float, most: int) -> RankOf:
-    """The rank of each module by its singular values, in falling order.
+    """Return a function that gives the rank of a module from its singular values, in falling order.
 
-    One more rank than the method asks for is kept, as published.
+    As in sd-scripts, it keeps one rank more than the method asks for.
 
     Args:
         method: ``sv_ratio``: values above the first over ``parameter``; ``sv_cumulative``: until their sum is the share
-            ``parameter`` of all; ``sv_fro``: until their norm is.
+            ``parameter`` of all; ``sv_fro``: the same for their norm.
         most: the largest rank.
 
     Raises:
-        UserError: an unknown method, or a parameter that cannot be.
+        UserError: an unknown method, or an impossible parameter.
     """
     if method not in _NEEDED:
         raise UserError(f"--dynamic_method {method}: choose from {', '.join(_NEEDED)}")
@@ -118,7 +117,7 @@ def dynamic(method: str, parameter: float, most: int) -> RankOf:
 
 
 def _until(parts: Tensor, share: float) -> int:
-    """How many parts, from the first, make up the share of all."""
+    """Return how many parts, from the first, make up this share of the sum."""
     reached = torch.cumsum(parts, 0) / parts.sum()
     return int(torch.searchsorted(reached, share)) + 1
 

@@ -151,6 +151,9 @@ def test_the_page_works_from_top_to_bottom(
 ) -> None:
     furnish(tmp_path, ROOT / page, stock, small=True)
     monkeypatch.chdir(tmp_path)
+    if any(word.startswith("quickstart_output/") for command in commands_of(ROOT / page) for word in command.words):
+        run = ["--config_file", "examples/quickstart/lora.toml", "--max_train_steps", "2", "--lr_warmup_steps", "0"]
+        train_here(*run, "--max_data_loader_n_workers", "0")
     for command in commands_of(ROOT / page):
         module = module_of(command.script)
         if has(command, *ELSEWHERE, "replay", "interactive") or command.processes > 1:

@@ -446,7 +446,7 @@ PLAIN = linear(random(2, 8), random(24, 2), 2.0)
         ({**named(SD_Q, PLAIN), "unet.x.lora_A.weight": random(3)}, "comfyui", "names of several programs"),
         ({**named(QKV, PLAIN), **named("lora_unet_transformer_blocks_3_attn_to_k", PLAIN)}, "comfyui", "same module"),
         ({"model.weight": random(3)}, "comfyui", "not a LoRA"),
-        ({}, "comfyui", "holds no adapter's tensors or any others"),
+        ({}, "comfyui", "holds no tensors of an adapter or any others"),
         (named("oft_unet_x", {"oft_blocks": random(2, 3, 3)}), "comfyui", "oft_unet_x.alpha is missing"),
         (named("oft_unet_down_blocks_0_attentions_0_proj_in", {"oft_blocks": random(2, 3, 3), "alpha": random(1)}), "diffusers",
          "for plain LoRA and DoRA only"),

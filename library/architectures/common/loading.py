@@ -88,7 +88,7 @@ def _fill(
         if not tensor.is_floating_point():
             raise UserError(
                 f"{source.file.path}: the {source.title}'s tensor {_in_file(source, name)} holds "
-                f"{str(tensor.dtype).removeprefix('torch.')} numbers, which are no weights; the file is damaged or "
+                f"{str(tensor.dtype).removeprefix('torch.')} numbers, which are not weights; the file is damaged or "
                 "quantised: give one in float32, float16, bfloat16 or plain fp8"
             )
         owner, _, leaf = name.rpartition(".")

@@ -68,7 +68,7 @@ def test_what_a_narrow_type_cannot_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_integers_among_weights(tmp_path: Path, dtype: torch.dtype, device: str) -> None:
     path, cache = damaged(tmp_path, TENSORS["denoiser"], lambda tensor: tensor.to(dtype))
-    with pytest.raises(UserError, match=f"holds {str(dtype)[6:]} numbers, which are no weights") as found:
+    with pytest.raises(UserError, match=f"holds {str(dtype)[6:]} numbers, which are not weights") as found:
         load(path, cache, "denoiser", device=device)
     assert TENSORS["denoiser"] in str(found.value)
 
