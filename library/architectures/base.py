@@ -467,6 +467,10 @@ class Architecture(ABC):
         """Prepare control images (B, 3, H, W) in [-1, 1] for ``predict``, in families with ``takes_images``."""
         raise NotImplementedError(f"{self.name} reads no images")
 
+    def shrink_points(self, denoiser: nn.Module) -> Sequence[nn.Module]:
+        """Return the modules of a U-Net's way down before which features may be shrunk, by depth; none without one."""
+        return ()
+
     # ---- memory and speed ----
 
     @abstractmethod

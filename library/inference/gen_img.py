@@ -18,6 +18,7 @@ from library.errors import UserError
 from library.files.safetensors_io import read_header
 from library.inference.denoise import Feature
 from library.inference.failures import naming_memory
+from library.inference.features.deep_shrink import DeepShrink
 from library.inference.features.image_to_image import ImageToImage
 from library.inference.features.inpainting import Inpainting
 from library.inference.file_names import FileNames, try_folder
@@ -27,7 +28,14 @@ from library.inference.interactive import generate_lines
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.native_size import native_size
 from library.inference.networks import NetworkChoice, apply_networks, choose_networks
-from library.inference.options import SIZE_NAMES, HighresFixOptions, ImageOptions, SpeedOptions, idle_options
+from library.inference.options import (
+    SHRINK_NAMES,
+    SIZE_NAMES,
+    HighresFixOptions,
+    ImageOptions,
+    SpeedOptions,
+    idle_options,
+)
 from library.inference.plan import PlannedImage, Repetition, batches, plan_images
 from library.inference.png import save_png
 from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_image_prompts, usable_size
@@ -152,8 +160,9 @@ class _Session:
             features = _features(settings[0])
             small: list[Image] = []
             if self._fix is not None:
+                second = [DeepShrink()] if _shrinks(settings[0]) else []
                 small, images = generate_in_two_stages(
-                    self._models, settings, self._how, self._encoded, self._fix, features
+                    self._models, settings, self._how, self._encoded, self._fix, features, second
                 )
             else:
                 images = generate_images(self._models, settings, self._how, self._encoded, features)
@@ -193,9 +202,17 @@ def _vae_batch_size(options: SpeedOptions) -> int:
 
 def _features(first: ImageSettings) -> list[Feature]:
     """Return what a batch needs, whose images agree in all but texts, seeds and sources."""
-    if first.image is None:
-        return []
-    return [ImageToImage(), *([Inpainting()] if first.mask is not None else [])]
+    features: list[Feature] = [DeepShrink()] if _shrinks(first) else []
+    if first.image is not None:
+        features.append(ImageToImage())
+        if first.mask is not None:
+            features.append(Inpainting())
+    return features
+
+
+def _shrinks(settings: ImageSettings) -> bool:
+    """Whether anything of Deep Shrink is given."""
+    return any(getattr(settings, name) is not None for name in SHRINK_NAMES)
 
 
 def _highres_fix(options: HighresFixOptions) -> HighresFix | None:
@@ -285,7 +302,7 @@ def _show_metadata(choices: Sequence[NetworkChoice]) -> None:
 
 def _common_settings(options: ImageOptions, architecture: Architecture, checkpoint: Any) -> ImageSettings:
     native = native_size(Path(checkpoint.path), architecture.modelspec(checkpoint.info)["default_resolution"])
-    image = options.image
+    image, shrink = options.image, options.deep_shrink
     multiple = architecture.latent.stride
     return ImageSettings(
         prompt="",
@@ -299,6 +316,7 @@ def _common_settings(options: ImageOptions, architecture: Architecture, checkpoi
         negative_scale=image.negative_scale,
         strength=image.strength,
         **{name: getattr(image, name) for name in SIZE_NAMES},
+        **({name: getattr(shrink, name) for name in SHRINK_NAMES} if shrink.ds_depth_1 is not None else {}),
     )
 
 

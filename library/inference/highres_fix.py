@@ -70,11 +70,12 @@ def generate_in_two_stages(
     encoded: dict[str, Conditioning],
     fix: HighresFix,
     features: Sequence[Feature] = (),
+    features_of_second: Sequence[Feature] = (),
 ) -> tuple[list[Image], list[Image]]:
     """Generate a batch.
 
     Args:
-        features: of the first stage.
+        features, features_of_second: of the two stages.
 
     Returns:
         the small images, where they are needed, and the large ones.
@@ -89,7 +90,7 @@ def generate_in_two_stages(
     else:
         pixels = torch.stack([_enlarged(image, (second[0].width, second[0].height)) for image in small])
         sources = encode_sources(models, pixels, [s.seed for s in second], options.device)
-    large = generate_latents(models, second, options, encoded, [ImageToImage(sources)])
+    large = generate_latents(models, second, options, encoded, [*features_of_second, ImageToImage(sources)])
     return small, decode_images(models, large, options)
 
 

@@ -26,7 +26,6 @@ _MODULE = "give prompts with --prompt, --from_file or --interactive"
 _TRAINED_NOISE = "it is only for the initial noise of special models"
 _UPSCALER = "images are enlarged with Lanczos, latents with --highres_fix_latents_upscaling"
 _CONTROL = "this version has no ControlNet"
-_DEEP_SHRINK = "this version has no Deep Shrink"
 _GRADUAL = "this version has no Gradual Latent"
 _REGIONS = "this version has no regional prompts"
 
@@ -162,6 +161,19 @@ class HighresFixOptions:
 
 
 @dataclass(frozen=True)
+class DeepShrinkOptions:
+    """Deep Shrink: smaller features deep in the U-Net during the first steps of large images."""
+
+    ds_depth_1: int | None = option(
+        None, "block before which features are shrunk, from 0; 3 is usual; turns Deep Shrink on", type=int
+    )
+    ds_timesteps_1: int = option(650, "down to this timestep", type=int)
+    ds_depth_2: int | None = option(None, "block before which they are shrunk after that", type=int)
+    ds_timesteps_2: int = option(650, "down to this timestep", type=int)
+    ds_ratio: float = option(0.5, "share of the features' sides that is left, above 0 to 1", type=float)
+
+
+@dataclass(frozen=True)
 class ExtraOptions:
     """Not available in this version."""
 
@@ -173,11 +185,6 @@ class ExtraOptions:
     control_net_preps: list[str] | None = _refused(None, _CONTROL, nargs="*")
     control_net_multipliers: list[float] | None = _refused(None, _CONTROL, type=float, nargs="*")
     control_net_ratios: list[float] | None = _refused(None, _CONTROL, type=float, nargs="*")
-    ds_depth_1: int | None = _refused(None, _DEEP_SHRINK, type=int)
-    ds_timesteps_1: int = _refused(650, _DEEP_SHRINK, type=int)
-    ds_depth_2: int | None = _refused(None, _DEEP_SHRINK, type=int)
-    ds_timesteps_2: int = _refused(650, _DEEP_SHRINK, type=int)
-    ds_ratio: float = _refused(0.5, _DEEP_SHRINK, type=float)
     gradual_latent_timesteps: int | None = _refused(None, _GRADUAL, type=int)
     gradual_latent_ratio: float = _refused(0.5, _GRADUAL, type=float)
     gradual_latent_ratio_step: float = _refused(0.125, _GRADUAL, type=float)
@@ -186,6 +193,8 @@ class ExtraOptions:
     gradual_latent_unsharp_params: str | None = _refused(None, _GRADUAL)
 
 
+#: options and settings of Deep Shrink
+SHRINK_NAMES = tuple(f.name for f in fields(DeepShrinkOptions))
 #: options and settings of what the model is told about sizes
 SIZE_NAMES = (
     *("original_height", "original_width", "original_height_negative", "original_width_negative"),
@@ -200,6 +209,7 @@ GROUPS = (
     SpeedOptions,
     ImageNetworkOptions,
     HighresFixOptions,
+    DeepShrinkOptions,
     ExtraOptions,
 )
 
@@ -215,6 +225,7 @@ class ImageOptions:
     speed: SpeedOptions
     networks: ImageNetworkOptions
     highres: HighresFixOptions
+    deep_shrink: DeepShrinkOptions
     extras: ExtraOptions
 
     @staticmethod
@@ -336,6 +347,15 @@ def _highres_fix(options: ImageOptions) -> Iterator[str]:
         yield f"--highres_fix_strength {fix.highres_fix_strength:g}: must be 0 to 1"
 
 
+def _deep_shrink(options: ImageOptions) -> Iterator[str]:
+    shrink = options.deep_shrink
+    if not 0 < shrink.ds_ratio <= 1:
+        yield f"--ds_ratio {shrink.ds_ratio:g}: must be above 0, and at most 1"
+    for name in ("ds_depth_1", "ds_depth_2"):
+        if (depth := getattr(shrink, name)) is not None and depth < 0:
+            yield f"--{name} {depth}: must be at least 0"
+
+
 def _folder_fits(options: ImageOptions) -> Iterator[str]:
     if Path(options.image.outdir).exists() and not Path(options.image.outdir).is_dir():
         yield f"--outdir {options.image.outdir}: is a file; give a folder"
@@ -362,6 +382,7 @@ _RULES: tuple[Callable[[ImageOptions], Iterator[str]], ...] = (
     _numbers_are_finite,
     _sources,
     _highres_fix,
+    _deep_shrink,
     _folder_fits,
     _sampler_fits,
 )
@@ -386,6 +407,9 @@ def idle_options(options: ImageOptions) -> list[str]:
         names = ("highres_fix_steps", "highres_fix_save_1st", "highres_fix_latents_upscaling")
         given = [f"--{name}" for name in names if getattr(fix, name) != getattr(HighresFixOptions, name)]
         found += [f"{flag} has no effect without --highres_fix_scale" for flag in given]
+    if options.deep_shrink.ds_depth_1 is None:
+        changed = (f.name for f in fields(DeepShrinkOptions) if getattr(options.deep_shrink, f.name) != f.default)
+        found += [f"--{name} has no effect without --ds_depth_1" for name in changed]
     if image.negative_scale is not None and image.scale == 1.0:
         found.append("--negative_scale has no effect with --scale 1")
     return found

@@ -147,6 +147,13 @@ def _share(value: str) -> float:
     return number
 
 
+def _ratio(value: str) -> float:
+    number = _number(value)
+    if not 0 < number <= 1:
+        raise ValueError("a number above 0, and at most 1, is needed")
+    return number
+
+
 def _sampler(value: str) -> str:
     if value not in SAMPLER_NAMES:
         raise ValueError(f"no such sampler{did_you_mean(value, SAMPLER_NAMES)}; there are {', '.join(SAMPLER_NAMES)}")
@@ -195,6 +202,11 @@ IMAGE_OPTIONS = (
     PromptOption("nh", "original_height_negative", _whole, own=True),
     PromptOption("ct", "crop_top", _whole, own=True),
     PromptOption("cl", "crop_left", _whole, own=True),
+    PromptOption("dsd1", "ds_depth_1", _whole, own=True),
+    PromptOption("dst1", "ds_timesteps_1", _whole, own=True),
+    PromptOption("dsd2", "ds_depth_2", _whole, own=True),
+    PromptOption("dst2", "ds_timesteps_2", _whole, own=True),
+    PromptOption("dsr", "ds_ratio", _ratio, own=True),
 )
 
 #: options of the lines that flux_minimal_inference.py reads; published ones count by their first letter alone
@@ -211,13 +223,11 @@ FLUX_OPTIONS = (
 #: words that begin with the letter of another option
 REFUSED_FLUX_OPTIONS: Mapping[str, str] = {"seed": "write --d for the seed, --s for the steps"}
 
-_DEEP_SHRINK = "Deep Shrink is not available in this version"
 _GRADUAL_LATENT = "Gradual Latent is not available in this version"
 
 #: published options of gen_img.py's prompts that this version refuses, with the reason
 REFUSED_IMAGE_OPTIONS: Mapping[str, str] = {
     "c": "CLIP guidance is not available in this version",
-    **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), _DEEP_SHRINK),
     **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), _GRADUAL_LATENT),
 }
 

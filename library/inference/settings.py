@@ -46,6 +46,12 @@ class ImageSettings:
     original_width_negative: int | None = None
     crop_top: int | None = None
     crop_left: int | None = None
+    # of Deep Shrink, which is on where one of them is given
+    ds_depth_1: int | None = None
+    ds_timesteps_1: int | None = None
+    ds_depth_2: int | None = None
+    ds_timesteps_2: int | None = None
+    ds_ratio: float | None = None
 
     def record(self, *, model: str, network: str = "") -> dict[str, str]:
         """Return text for ``save_png``; ``model`` and ``network`` are names for people."""

@@ -250,7 +250,7 @@ def test_image_prompt_line() -> None:
     [
         ("p --nl x", "--nl x: a number"),
         ("p --t 1.5", "--t 1.5: a number from 0 to 1"),
-        ("p --DSD1 3", "Deep Shrink"),
+        ("p --DSR 2", "--dsr 2: a number above 0"),
         ("p --ow 6.5", "--ow 6.5: a whole number"),
         ("p --f", "--f: a file"),
         ("p --ss ddim", "unknown option --ss"),

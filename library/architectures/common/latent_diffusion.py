@@ -228,6 +228,9 @@ class LatentDiffusion(Architecture):
         schedule = self.noise_schedule(zero_terminal_snr=zero_terminal_snr)
         return DdpmObjective(schedule, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
 
+    def shrink_points(self, denoiser: nn.Module) -> Sequence[nn.Module]:
+        return list(denoiser.down_blocks)  # type: ignore[arg-type]
+
     # ---- memory and speed ----
 
     def set_attention(self, denoiser: nn.Module, backend: str) -> None:

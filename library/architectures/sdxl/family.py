@@ -200,6 +200,13 @@ class StableDiffusionXL(LatentDiffusion):
         given = {"added_cond_kwargs": added, **unet_control(control)}
         return denoiser(noisy, timesteps, encoder_hidden_states=context, return_dict=False, **given)[0]
 
+    def shrink_points(self, denoiser: nn.Module) -> Sequence[nn.Module]:
+        """Number the input blocks one by one, as published: the first convolution, ResNets and downsamplers."""
+        points: list[nn.Module] = [denoiser.conv_in]  # type: ignore[list-item]
+        for block in denoiser.down_blocks:  # type: ignore[union-attr]
+            points += [*block.resnets, *(block.downsamplers or ())]
+        return points
+
     # ---- records ----
 
     def metadata(self, info: ModelInfo) -> dict[str, str]:

@@ -1,0 +1,123 @@
+"""Deep Shrink: smaller features deep in a U-Net during the first steps, against repetition in large images.
+
+As published with the option: before a block of the way down, the features are resized by a ratio; on the way up they
+are resized to each skip connection that they meet. All resizing is bicubic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from library.errors import UserError
+from library.inference.denoise import Denoise, Feature, Generation, StepInfo
+
+#: values of what is not given, where anything of Deep Shrink is
+DEPTH, TIMESTEPS, RATIO = 3, 650, 0.5
+
+
+class DeepShrink(Feature):
+    """Shrink before one block until a timestep, then before another one until a second."""
+
+    def __init__(self) -> None:
+        self._unet: nn.Module | None = None
+        self._places: list[nn.Module] = []  # of the two depths
+        self._until: list[int] = []
+        self._ratio = 1.0
+
+    def prepare(self, generation: Generation) -> None:
+        first, unet = generation.first, generation.models.denoiser
+        assert unet is not None
+        points = generation.models.architecture.shrink_points(unet)
+        depths = [DEPTH if first.ds_depth_1 is None else first.ds_depth_1]
+        depths += [] if first.ds_depth_2 is None else [first.ds_depth_2]
+        for depth in depths:
+            if not 0 <= depth < len(points):
+                raise UserError(f"Deep Shrink: depth {depth}: this model has depths 0 to {len(points) - 1}")
+        until = (first.ds_timesteps_1, first.ds_timesteps_2)
+        self._unet = unet
+        self._places = [points[depth] for depth in depths]
+        self._until = [TIMESTEPS if timestep is None else timestep for timestep in until]
+        self._ratio = RATIO if first.ds_ratio is None else first.ds_ratio
+
+    def wrap(self, denoise: Denoise) -> Denoise:
+        def shrunk(noisy: Tensor, timesteps: Tensor, step: StepInfo) -> Tensor:
+            place = self._place(float(step.timestep))
+            if place is None or self._unet is None:
+                return denoise(noisy, timesteps, step)
+            with shrinking(self._unet, place, self._ratio):
+                prediction = denoise(noisy, timesteps, step)
+            return _resized(prediction, noisy)
+
+        return shrunk
+
+    def _place(self, timestep: float) -> nn.Module | None:
+        if timestep >= self._until[0]:
+            return self._places[0]
+        if len(self._places) > 1 and timestep >= self._until[1]:
+            return self._places[1]
+        return None
+
+
+@contextlib.contextmanager
+def shrinking(unet: nn.Module, place: nn.Module, ratio: float) -> Iterator[None]:
+    """Resize the features that reach a module of a diffusers U-Net by ``ratio``, and back at each skip connection."""
+
+    def shrink(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if args:
+            return (_scaled(args[0], ratio), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": _scaled(kwargs["hidden_states"], ratio)}
+
+    hook = place.register_forward_pre_hook(shrink, with_kwargs=True)
+    blocks: list[Any] = list(unet.up_blocks)
+    try:
+        for block in blocks:
+            block.forward = partial(_up, block)
+        yield
+    finally:
+        hook.remove()
+        for block in blocks:
+            del block.forward
+
+
+def _up(
+    block: Any,
+    hidden_states: Tensor,
+    res_hidden_states_tuple: tuple[Tensor, ...],
+    temb: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    upsample_size: Any = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The forward pass of ``UpBlock2D`` and ``CrossAttnUpBlock2D``, resizing to each skip connection."""
+    skips = list(res_hidden_states_tuple)
+    attentions = getattr(block, "attentions", [None] * len(block.resnets))
+    for resnet, attention in zip(block.resnets, attentions, strict=True):
+        skip = skips.pop()
+        hidden_states = resnet(torch.cat([_resized(hidden_states, skip), skip], dim=1), temb)
+        if attention is not None:
+            hidden_states = attention(
+                hidden_states, encoder_hidden_states=encoder_hidden_states, return_dict=False, **kwargs
+            )[0]
+    for upsampler in block.upsamplers or ():
+        hidden_states = upsampler(hidden_states)
+    return hidden_states
+
+
+def _scaled(features: Tensor, ratio: float) -> Tensor:
+    size = [max(int(side * ratio), 1) for side in features.shape[-2:]]
+    return functional.interpolate(features.float(), size, mode="bicubic", align_corners=False).to(features.dtype)
+
+
+def _resized(features: Tensor, like: Tensor) -> Tensor:
+    if features.shape[-2:] == like.shape[-2:]:
+        return features
+    return functional.interpolate(features.float(), like.shape[-2:], mode="bicubic", align_corners=False).to(
+        features.dtype
+    )
