@@ -82,6 +82,32 @@ def test_no_step_waits(tmp_path: Path, tiny_sd: MadeCheckpoint, images: Path, wa
         "lr_scheduler": "cosine",
     }
     train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "out", **more))
+    refuse_waits(waits)
+
+
+@pytest.mark.parametrize("fused", ["fused_backward_pass", "blockwise_fused_optimizers", None])
+def test_no_step_of_a_whole_model_waits(
+    tmp_path: Path, tiny_sd: MadeCheckpoint, images: Path, waits: Waits, fused: str | None
+) -> None:
+    dataset = write_dataset(tmp_path / "data.toml", images, dataset="batch_size = 2", subset="num_repeats = 4")
+    more = {
+        "max_train_steps": 7,
+        "cache_latents": True,
+        "ema_decay": 0.9,
+        "mixed_precision": "bf16",
+        "full_bf16": True,
+        "max_grad_norm": 0 if fused else 1.0,
+        "cache_text_encoder_outputs": True,
+        "lr_scheduler": "cosine",
+        "network_module": None,
+        "network_dim": None,
+        **({fused: True} if fused else {}),
+    }
+    train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "out", **more), script="fine_tune")
+    refuse_waits(waits)
+
+
+def refuse_waits(waits: Waits) -> None:
     assert waits.found["tolist in library/training/metrics.py"] >= 3  # the test sees what it looks for
     # the noise's own draws come from generators on the host
     draws = "item in library/diffusion/noise.py"
