@@ -20,6 +20,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.architectures.registry import abouts
 from library.config.tool_parser import tool_parser
 from library.errors import exits_on_user_error
 
@@ -40,7 +41,7 @@ def setup_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--family",
-        choices=["sd", "sd2", "sdxl", "flux", "chroma"],
+        choices=[key for about in abouts() for key in about.adapter_keys],
         help="what the adapter was made for (default: recognized from the file)",
     )
     return parser

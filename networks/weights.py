@@ -45,9 +45,6 @@ _OTHER_KINDS = {
     ".hada_w1": "it is a LoHa; use the network module that made it (lycoris.kohya)",
     ".lokr_": "it is a LoKr; use the network module that made it (lycoris.kohya)",
     ".oft_": "it is an OFT; use the network module that made it (networks.oft, networks.oft_flux or lycoris.kohya)",
-    "lora_te2_": "it was made for a model with two text encoders, such as SDXL",
-    "lora_unet_input_blocks_": "it was made for SDXL",
-    "lora_unet_double_blocks_": "it was made for FLUX or HunyuanImage",
     "lora_unet_joint_blocks_": "it was made for SD3",
     "lora_unet_layers_": "it was made for Lumina",
 }
@@ -267,7 +264,21 @@ def _explain(weights: Mapping[str, Tensor], module_name: str, available: Collect
     for piece, explanation in _OTHER_KINDS.items():
         if any(piece in key for key in weights) and not any(piece in name for name in available):
             return explanation
+    misfits = {name: tuple(t.shape) for name, t in weights.items() if name.partition(".")[0] not in available}
+    made_for = _family_of(misfits)
+    if made_for and made_for != _family_of(dict.fromkeys(available, ())):
+        return f"it was made for {made_for}"
     return f"was it made for another model, or with other --network_args, than this {module_name}?"
+
+
+def _family_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return the title of the family whose adapters have these names, if it is known."""
+    from networks.files.families import detect_family  # which imports this module's neighbours
+
+    try:
+        return detect_family(shapes, {}, "").title if shapes else None
+    except UserError:
+        return None
 
 
 def _some(names: Iterable[str], count: int = 3) -> str:

@@ -42,16 +42,12 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def _tool() -> type:
     # only now: the command line needs neither torch nor models, which take seconds to import
-    from library.architectures.flux import FLUX
-    from library.architectures.sd import SD
-    from library.architectures.sdxl import SDXL
     from library.training.cache_tool import CacheTool
     from library.training.caching import cache_latents
 
     class CacheLatents(CacheTool):
         """Encode the images of a data set once and keep the latents beside them."""
 
-        families = {"": SD, "sdxl": SDXL, "flux": FLUX}
         relevant = RELEVANT
         product = "the latent cache"
 

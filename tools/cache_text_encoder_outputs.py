@@ -47,16 +47,12 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def _tool() -> type:
     # only now: the command line needs neither torch nor models, which take seconds to import
-    from library.architectures.flux import FLUX
-    from library.architectures.sd import SD
-    from library.architectures.sdxl import SDXL
     from library.training.cache_tool import CacheTool
     from library.training.text_caching import cache_texts
 
     class CacheTextEncoderOutputs(CacheTool):
         """Encode the captions of a data set once and keep the outputs beside the images."""
 
-        families = {"": SD, "sdxl": SDXL, "flux": FLUX}
         relevant = RELEVANT
         product = "the cache of text encoder outputs"
 

@@ -33,10 +33,24 @@ def abouts() -> Iterator[About]:
     return map(about, FOLDERS)
 
 
+def architecture(folder: str) -> Architecture:
+    """Return the family of a folder; its models are imported."""
+    return getattr(importlib.import_module(f"{__package__}.{folder}"), about(folder).instance)
+
+
 def architectures() -> Iterator[Architecture]:
     """Yield every family."""
-    for folder in FOLDERS:
-        yield getattr(importlib.import_module(f"{__package__}.{folder}"), about(folder).instance)
+    return map(architecture, FOLDERS)
+
+
+def by_tool_flag() -> dict[str, Architecture]:
+    """Return the families by the flag that tools for several families know them by; "" is the one without a flag."""
+    return {about(folder).tool_flag: architecture(folder) for folder in FOLDERS}
+
+
+def tool_flags() -> list[str]:
+    """Return these flags, without dashes."""
+    return [one.tool_flag for one in abouts() if one.tool_flag]
 
 
 def adapter_families() -> Iterator[AdapterFamily]:

@@ -39,3 +39,5 @@ class About:
     signs: tuple[Sign, ...]
     pipelines: tuple[tuple[str, Recognised], ...]
     adapter_keys: tuple[str, ...]
+    #: whether gen_img.py generates with it
+    in_gen_img: bool = False

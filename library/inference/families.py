@@ -8,26 +8,29 @@ from pathlib import Path
 from library.architectures.base import Architecture
 from library.architectures.common.diffusers_folder import read_json
 from library.architectures.common.recognise import recognise_pipeline, recognise_tensors
-from library.architectures.sd import SD
-from library.architectures.sdxl import SDXL
+from library.architectures.registry import FOLDERS, about, architecture
 from library.errors import UserError
 from library.files.safetensors_io import PICKLE_SUFFIXES, is_pickle, read_header
 from library.inference.options import ImageModelOptions
 
 logger = logging.getLogger(__name__)
 
-FAMILIES: dict[str, Architecture] = {family.name: family for family in (SD, SDXL)}
+#: folders of the families that are generated with here
+_FOLDERS = [folder for folder in FOLDERS if about(folder).in_gen_img]
 
 
 def family_of(options: ImageModelOptions) -> Architecture:
-    """Return the family that the flags name, else that of the checkpoint; Stable Diffusion 1.x/2.x if both are silent.
+    """Return the family that the flags name, else that of the checkpoint, else the one that needs no flag.
 
     Pickled files and Hub ids are not inspected.
 
     Raises:
         UserError: options that the family refuses.
     """
-    family = SDXL if options.sdxl else FAMILIES.get(_found(options.ckpt or ""), SD)
+    flagged = [folder for folder in _FOLDERS if (flag := about(folder).tool_flag) and getattr(options, flag)]
+    found = flagged[0] if flagged else _found(options.ckpt or "")
+    plain = next(folder for folder in _FOLDERS if not about(folder).tool_flag)
+    family = architecture(found if found in _FOLDERS else plain)
     for name, why in family.declaration.refused.items():
         if getattr(options, name, None):
             raise UserError(f"--{name}: {why}")

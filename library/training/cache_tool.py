@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import ClassVar
 
 from library.architectures.base import Architecture
+from library.architectures.registry import by_tool_flag, tool_flags
 from library.config.console import setup_console
 from library.config.core import CORE
 from library.config.core.output import needs_output
@@ -34,14 +35,11 @@ logger = logging.getLogger(__name__)
 
 #: rules for training and saving do not apply here
 _RULES = tuple(rule for rule in CORE.rules if rule is not needs_output)
-_FAMILY_FLAGS = ("sdxl", "flux")
 
 
 class CacheTool(ABC):
-    """Base of the tools; an entry script names families, options and ``make``, and calls ``run``."""
+    """Base of the tools; an entry script names options and ``make``, and calls ``run``."""
 
-    #: the family for each of the flags --sdxl and --flux, and for none of them ("")
-    families: ClassVar[Mapping[str, Architecture]]
     #: options that matter
     relevant: ClassVar[Collection[str]]
     #: the tool's product in messages: "the latent cache"
@@ -99,9 +97,10 @@ class CacheTool(ABC):
 
     def _family(self, options: CacheToolOptions) -> Architecture:
         """Return the chosen family. Raises UserError for two families, and for options of others."""
-        chosen = [flag for flag in _FAMILY_FLAGS if getattr(options.tool, flag)]
+        chosen = [flag for flag in tool_flags() if getattr(options.tool, flag)]
         if len(chosen) > 1:
-            raise UserError("--sdxl and --flux exclude each other: give the one that the model is")
+            flags = " and ".join(f"--{flag}" for flag in reversed(chosen))
+            raise UserError(f"{flags} exclude each other: give the one that the model is")
         flag = chosen[0] if chosen else ""
         own = names_of(_FamilyOptions)
         if flag != "flux" and (
@@ -109,4 +108,4 @@ class CacheTool(ABC):
         ):
             names = ", ".join(f"--{name}" for name in sorted(others))
             raise UserError(f"{names}: only for FLUX.1; remove it, or add --flux")
-        return self.families[flag]
+        return by_tool_flag()[flag]

@@ -122,7 +122,9 @@ def renamed(path: Path, source: Path, old: str, new: str) -> Path:
 def test_other_files_are_refused(made: dict[str, MadeFlux], adapters: dict[str, Path], tmp_path: Path) -> None:
     lora, oft = adapters["lora"], adapters["oft"]
     cases = {
-        renamed(tmp_path / "sdxl.safetensors", lora, "lora_unet_double_blocks_0", "lora_unet_input_blocks_4_1"): "SDXL",
+        renamed(
+            tmp_path / "sdxl.safetensors", lora, "lora_unet_double_blocks_0", "lora_unet_input_blocks_4_1"
+        ): "Stable Diffusion XL",
         renamed(tmp_path / "loha.safetensors", lora, ".lora_down.weight", ".hada_w1_a"): "a LoHa of LyCORIS",
         renamed(tmp_path / "lokr.safetensors", lora, ".lora_down.weight", ".lokr_w1"): "a LoKr of LyCORIS",
         renamed(tmp_path / "oft.safetensors", oft, "oft_blocks.0", "oft_diag"): "an OFT of LyCORIS",

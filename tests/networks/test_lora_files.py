@@ -150,7 +150,10 @@ def test_parts_may_be_left_out_but_not_torn(tiny_unet, tiny_text_encoder):
         ({"unet.down_blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 2)}, "diffusers/PEFT naming"),
         ({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
         ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 2)}, "FLUX"),
-        ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 2)}, "two text encoders"),
+        (
+            {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 2)},
+            "made for Stable Diffusion XL",
+        ),
         ({}, "holds no"),
     ],
 )

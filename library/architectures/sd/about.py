@@ -18,4 +18,5 @@ ABOUT = About(
     ),
     pipelines=(("StableDiffusion", Recognised("a Stable Diffusion 1.x or 2.x model", _USE, "sd")),),
     adapter_keys=("sd2", "sd"),
+    in_gen_img=True,
 )

@@ -20,4 +20,5 @@ ABOUT = About(
     ),
     pipelines=(("StableDiffusionXL", Recognised("a Stable Diffusion XL model", _USE, "sdxl")),),
     adapter_keys=("sdxl",),
+    in_gen_img=True,
 )
