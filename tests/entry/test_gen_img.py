@@ -176,7 +176,7 @@ def test_lora_multiplier_changes_the_image(model: MadeCheckpoint, lora: Path, tm
 def test_accepted_switches(model: MadeCheckpoint, tmp_path: Path) -> None:
     out = tmp_path / "out"
     switches = "--v1 --bf16 --sdpa --no_half_vae --clip_skip 2 --max_embeddings_multiples 3 --no_preview"
-    switches += " --vae_batch_size 0.5 --opt_channels_last --crop_top 8"
+    switches += " --vae_batch_size 0.5 --opt_channels_last --crop_top 8 --ds_depth_1 1 --ds_ratio 0.75"
     save_file({"emb_params": torch.ones(2, 32)}, tmp_path / "newword.safetensors")
     embedding = ("--textual_inversion_embeddings", tmp_path / "newword.safetensors")
     prompt = ("--prompt", "(cat:1.2) dog, newword", "--iter_same_seed", "--shuffle_prompts")
@@ -186,6 +186,7 @@ def test_accepted_switches(model: MadeCheckpoint, tmp_path: Path) -> None:
     assert pixels(image).shape == (64, 64, 3)
     assert f"seed: {text_of(image)['seed']}" in finished.text
     assert "crop_top have no effect with this model, which is told no sizes" in finished.text
+    assert text_of(image)["ds_depth_1"] == "1" and text_of(image)["ds_ratio"] == "0.75"
 
 
 @pytest.mark.parametrize("script", ["sdxl_gen_img.py", "gen_img_diffusers.py"])
@@ -280,8 +281,8 @@ def test_a_session(model: MadeCheckpoint, tmp_path: Path) -> None:
     [
         (["--from_module", "m.py"], ["--from_module: not available", "--from_file", "nothing to generate"]),
         (
-            ["--prompt", "a", "--vae_slices", "5", "--ds_ratio", "0.3"],
-            ["--vae_slices: not available", "--ds_ratio: not"],
+            ["--prompt", "a", "--vae_slices", "5", "--guide_image_path", "a"],
+            ["--vae_slices: not available", "--guide_image_path: not"],
         ),
         (
             ["--prompt", "a", "--mask_path", "m.png", "--strength", "2"],
