@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -87,7 +88,7 @@ def print_explanation(
     file = file or sys.stdout
     width = shutil.get_terminal_size().columns
     shows_all = options.config.explain == "all"
-    rows = explanation(options, origins, own)
+    rows = [row for row in explanation(options, origins, own) if row.name != "explain"]
     shown = [row for row in rows if shows_all or row.origin != "default"]
     lines, group = [], ""
     for row in shown:
@@ -99,7 +100,8 @@ def print_explanation(
         lines += ["", f"{len(rows) - len(shown)} more options are at their defaults: --explain all shows them"]
     if options.dataset.dataset_config is not None:
         lines.append(f"keys of {options.dataset.dataset_config} win over the data options above")
-    print("\n".join(lines).lstrip("\n"), file=file)
+    with contextlib.suppress(BrokenPipeError):  # of a pager that was left before the end
+        print("\n".join(lines).lstrip("\n"), file=file, flush=True)
 
 
 def _lines(row: Row, width: int) -> list[str]:

@@ -92,6 +92,11 @@ _STANDS_FOR: Mapping[str, Callable[[Any, Mapping[str, Any]], Options]] = Mapping
 )
 
 
+def is_of_other_scripts(key: str) -> bool:
+    """Return whether the key is a published option of other training scripts."""
+    return key in _OF_OTHER_SCRIPTS or key in _OF_ADAPTER_SCRIPTS
+
+
 def is_known(key: str) -> bool:
     """Whether the key is known: programs write it for themselves, for other scripts, or for an option."""
     return any(key in keys for keys in (_OF_PROGRAMS, _OF_OTHER_SCRIPTS, _OF_ADAPTER_SCRIPTS, _STANDS_FOR))

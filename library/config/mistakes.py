@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from library.config.foreign_keys import is_of_other_scripts
 from library.errors import UserError, did_you_mean
 
 #: dashes into which word processors and web pages turn two hyphens
@@ -54,13 +55,19 @@ def _unrecognized(words: Sequence[str], flags: Mapping[str, argparse.Action]) ->
     # what follows an unknown flag is most likely its value, so flags are named alone if there are any
     unknown = [word.partition("=")[0] for word in words if re.match("--?[A-Za-z]", word)]
     if unknown:
-        return [f"unknown option {flag}{did_you_mean(flag, flags)}" for flag in unknown]
+        return [f"unknown option {flag}{_hint(flag, flags)}" for flag in unknown]
     word = words[0]
     if word[0] in _LONG_DASHES:
         return [f"{word!r} begins with a long dash; write two plain hyphens: --{word.lstrip(_LONG_DASHES + '-')}"]
     if word.lower() in ("true", "false"):
         return [f"{word!r} belongs to no option; switches take no value; leave a switch out for false"]
     return [f"{word!r} belongs to no option; quote values with spaces"]
+
+
+def _hint(flag: str, flags: Iterable[str]) -> str:
+    if is_of_other_scripts(flag.lstrip("-")):
+        return ", which other training scripts have; remove it"
+    return did_you_mean(flag, flags)
 
 
 def _value_mistake(flag: str, why: str, action: argparse.Action | None) -> str:

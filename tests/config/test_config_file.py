@@ -119,6 +119,7 @@ def test_all_mistakes_at_once(
         (["\N{EN DASH}seed", "3"], "begins with a long dash; write two plain hyphens: --seed"),
         (["--sdpa\r"], "Windows line ends"),
         (["--seed", "3", "\r"], "Windows line ends"),
+        (["--gemma2", "g"], "error: unknown option --gemma2, which other training scripts have; remove it"),
         (["--lr_warmup_steps", "1.5"], "between 0 and 1"),
         (["--lr_warmup_steps", "nan%"], "between 0 and 1"),
         (["--lr_warmup_steps=-5%"], "between 0 and 1"),
