@@ -114,7 +114,17 @@ def test_what_saves_memory_or_time_changes_no_weight(
         torch.testing.assert_close(tensor, plain[name], rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("precision", [{}, HALF], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        {},
+        HALF,
+        # which train a part of their weights in a step, each another
+        {"network_module": "networks.dylora", "network_dim": 8},
+        {"network_args": ["module_dropout=0.5"]},
+    ],
+    ids=["float32", "bf16", "dylora", "module dropout"],
+)
 def test_a_fused_run_follows_the_schedule(
     tmp_path: Path, sd: Tiny, dataset: Path, precision: dict[str, object]
 ) -> None:
