@@ -78,10 +78,12 @@ def make_caches(run: Run, interrupt: Interrupt) -> Cached:
     """
     architecture, options, prompts = run.architecture, run.options, run.checked.prompts
     kind = make_kind(run)
-    if run.caches_latents or caches_texts(options.dataset):
+    caches = run.caches_latents or caches_texts(options.dataset)
+    if caches or architecture.blocks_to_swap:
         models = models_on_meta(run)
         check_swapping(run, models)
-        kind.check_models(models)
+        if caches:
+            kind.check_models(models)
     job = CacheJob(
         architecture=architecture,
         checkpoint=run.checked.checkpoint,

@@ -193,7 +193,7 @@ class Flux(FlowMatching, Architecture):
 
     @property
     def blocks_to_swap(self) -> int:
-        return self.chosen(FluxModelOptions).blocks_to_swap or 0
+        return self.chosen(FluxModelOptions).swapped
 
     def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
         with_t5 = not network.network_train_unet_only and trains_t5(network)

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
+from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined, warning
 from library.config.fields import option
 from library.config.flow import FLOW
 from networks.network_args import read_bool
 
 FLUX, CHROMA = "flux", "chroma"
+
+#: blocks that ``--split_mode`` swaps, as published
+SPLIT_MODE = 18
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,12 @@ class FluxModelOptions:
         harmless=True,
         neutral=(0,),
     )
-    split_mode: bool = option(False, "an old way of saving memory")
+    split_mode: bool = option(False, "old form of --blocks_to_swap 18", harmless=True)
+
+    @property
+    def swapped(self) -> int:
+        """How many blocks wait in host memory."""
+        return self.blocks_to_swap or (SPLIT_MODE if self.split_mode else 0)
 
 
 @idle("clip_l", reason="with --model_type chroma, which has no CLIP-L")
@@ -118,8 +126,10 @@ def controlnet(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
-    if not o.flux.blocks_to_swap:
+    if not o.flux.swapped:
         return
+    if o.flux.split_mode and not o.flux.blocks_to_swap:
+        yield warning(f"--split_mode: taken as --blocks_to_swap {SPLIT_MODE}, which replaced it")
     if "full" in o.groups():
         yield error(
             "--blocks_to_swap: only with adapters so far, whose model is frozen; to train the whole model, use "
@@ -134,7 +144,12 @@ def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def checkpointing(o: Any) -> Implied | None:
-    return Implied(True, "follows from --blocks_to_swap") if o.flux.blocks_to_swap else None
+    return Implied(True, "follows from --blocks_to_swap") if o.flux.swapped else None
+
+
+@idle("split_mode", reason="beside --blocks_to_swap, which wins")
+def blocks_win(o: Any) -> bool:
+    return bool(o.flux.blocks_to_swap)
 
 
 DECLARATION = joined(
@@ -151,7 +166,7 @@ DECLARATION = joined(
         },
         rules=(guidance, chroma_mask, controlnet, what_is_trained, swapping),
         follows={"gradient_checkpointing": checkpointing},
-        idle=(no_clip, t5_is_frozen),
+        idle=(no_clip, t5_is_frozen, blocks_win),
         unused={
             "v2": "with FLUX.1, which is no Stable Diffusion 2.x",
             "vae": "with FLUX.1, whose autoencoder --ae names",
@@ -159,8 +174,6 @@ DECLARATION = joined(
             "max_token_length": "with FLUX.1, whose captions are as long as --t5xxl_max_token_length",
             "weighted_captions": "with FLUX.1, whose T5 reads plain text",
         },
-        refused={
-            "split_mode": "is not supported, as it was replaced long ago; use --blocks_to_swap",
-        },
+        refused={},
     ),
 )

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from library.memory import block_stream
+from library.training import loading
 from tests.entry.flux.conftest import Train
 from tests.fixtures.tiny_flux import FluxFileSizes, MadeFlux, make_tiny_flux
 
@@ -92,6 +93,7 @@ def test_resuming_with_another_number_of_blocks_is_exact(train: Train, tmp_path:
     ("settings", "words"),
     [
         ({"blocks_to_swap": 5}, "--blocks_to_swap 5: the model has 4 and 6 blocks, of which 4 can be swapped"),
+        ({"split_mode": True}, "--blocks_to_swap 18: the model has 4 and 6 blocks, of which 4 can be swapped"),
         ({"blocks_to_swap": -1}, "--blocks_to_swap -1: must be at least 0"),
         (
             {"blocks_to_swap": 1, "gradient_checkpointing": True, "cpu_offload_checkpointing": True},
@@ -102,6 +104,7 @@ def test_resuming_with_another_number_of_blocks_is_exact(train: Train, tmp_path:
 )
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_mistakes(
+    monkeypatch: pytest.MonkeyPatch,
     train: Train,
     deep: MadeFlux,
     capsys: pytest.CaptureFixture[str],
@@ -109,10 +112,18 @@ def test_mistakes(
     words: str,
     dry_run: bool,
 ) -> None:
+    monkeypatch.setattr(loading, "load_denoiser", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit):
-        train("mistake", model=deep, cache_latents=True, dry_run=dry_run, **settings)
-    text = capsys.readouterr().err
-    assert words in text and "latents:" not in text
+        train("mistake", model=deep, dry_run=dry_run, **settings)
+    assert words in capsys.readouterr().err
+
+
+def test_the_old_form(train: Train, deep: MadeFlux, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FileNotFoundError):  # a dry run writes nothing
+        train("dry", model=deep, dry_run=True, split_mode=True, blocks_to_swap=2)
+    said = capsys.readouterr()
+    assert "--split_mode has no effect beside --blocks_to_swap" in said.err
+    assert "2 blocks to swap wait on the host" in said.out
 
 
 def test_the_plan_tells_it(train: Train, deep: MadeFlux, capsys: pytest.CaptureFixture[str]) -> None:

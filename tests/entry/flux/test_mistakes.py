@@ -52,8 +52,6 @@ Train = Callable[..., dict[str, Tensor]]
             {"network_train_unet_only": True, **T5},
             ["train_t5xxl=True: not with --network_train_unet_only"],
         ),
-        ({"blocks_to_swap": 2}, ["--blocks_to_swap 2: "]),
-        ({"split_mode": True}, ["--split_mode: "]),
         ({"sample_sampler": "euler_a", "sample_prompts": "p.txt", "sample_at_first": True}, ['"euler_a"']),
         ({"network_module": "networks.lora"}, ["networks.lora:", "networks.lora_flux"]),
     ],
