@@ -27,11 +27,12 @@ class CaptionRules:
     tag_dropout_rate: float = 0.0
     warmup_min: int = 1  # tags at the first step of the warm-up
     warmup_step: float = 0  # steps until all tags are used; below 1, a fraction of the run; 0 for none
+    templates: tuple[str, ...] = ()  # whole captions, one of which replaces the image's own in each use
 
     @property
     def is_written_anew(self) -> bool:
         """Whether two captions of one image, neither dropped, may differ at the same step."""
-        return self.shuffle or self.wildcards or self.tag_dropout_rate > 0
+        return self.shuffle or self.wildcards or self.tag_dropout_rate > 0 or len(self.templates) > 1
 
     @property
     def drops(self) -> bool:
@@ -75,6 +76,8 @@ def is_dropped(rules: CaptionRules, *, epoch: int, rng: random.Random) -> bool:
 
 def written_caption(text: str, rules: CaptionRules, *, rng: random.Random, progress: Progress | None = None) -> str:
     """Return the caption of a use that is not dropped; arguments as in ``final_caption``."""
+    if rules.templates:
+        return rng.choice(rules.templates)
     lines = _used_lines(text, rules)
     # the line first, so that every line gets prefix and suffix
     caption = rng.choice(lines) if rules.wildcards else lines[0]

@@ -38,16 +38,24 @@ def add_embeddings(paths: Sequence[Path], tokenizers: Sequence[Any], encoders: S
         logger.info('embedding "%s": %d tokens', word, len(vectors[0]))
 
 
-def read_vectors(path: Path, encoders: int) -> list[Tensor]:
+def vector_names(encoders: int) -> tuple[str, ...]:
+    """Return the published names of the vectors of each encoder in a file."""
+    return _OF_SDXL if encoders > 1 else ("emb_params",)
+
+
+def read_vectors(path: Path, encoders: int, *, flag: str = "--textual_inversion_embeddings") -> list[Tensor]:
     """Return the vectors (tokens, width) of each encoder.
+
+    Args:
+        flag: the option that named the file, for messages.
 
     Raises:
         UserError: the file holds no embedding, or not one for so many encoders.
     """
-    flag = f"--textual_inversion_embeddings {path}"
+    flag = f"{flag} {path}"
     if not path.is_file():
         raise UserError(f"{flag}: no such file")
-    content = _unpickled(path) if is_pickle(path) else load_tensors(path)
+    content = _unpickled(path, flag) if is_pickle(path) else load_tensors(path)
     found: list[Tensor]
     if encoders > 1:
         if not all(name in content for name in _OF_SDXL):
@@ -70,16 +78,16 @@ def read_vectors(path: Path, encoders: int) -> list[Tensor]:
     return vectors
 
 
-def _unpickled(path: Path) -> Mapping[str, Any]:
+def _unpickled(path: Path, flag: str) -> Mapping[str, Any]:
     """Return the content of a pickled file, of which only plain values and tensors are read; nothing is executed."""
     try:
         with torch.serialization.safe_globals([nn.ParameterDict, nn.Parameter, set]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--textual_inversion_embeddings {path}: cannot be read ({reason})") from None
+        raise UserError(f"{flag}: cannot be read ({reason})") from None
     if not isinstance(content, Mapping):
-        raise UserError(f"--textual_inversion_embeddings {path}: holds no embedding")
+        raise UserError(f"{flag}: holds no embedding")
     return content
 
 
@@ -90,18 +98,30 @@ def _add(path: Path, word: str, vectors: Tensor, tokenizer: Any, encoder: nn.Mod
             f"--textual_inversion_embeddings {path}: its vectors have {vectors.shape[1]} numbers, the text encoder's "
             f"{table.weight.shape[1]}; it is for another model"
         )
-    words = [word, *(f"{word}{number}" for number in range(1, len(vectors)))]
-    known = set(tokenizer.get_vocab())
-    if taken := [name for name in words if name.lower() in known or f"{name.lower()}</w>" in known]:
-        raise UserError(f'--textual_inversion_embeddings {path}: "{taken[0]}" is a known word already; rename the file')
-    from tokenizers import AddedToken
-
-    # in lower case as all of the text, and not as a part of longer words
-    tokenizer.add_tokens([AddedToken(name.lower(), single_word=True, normalized=True) for name in words])
-    ids = tokenizer.convert_tokens_to_ids([name.lower() for name in words])
+    ids = new_tokens(tokenizer, word, len(vectors), flag=f"--textual_inversion_embeddings {path}")
     weight = table.weight.detach()
     rows = torch.zeros(max(len(weight), max(ids) + 1), weight.shape[1], dtype=weight.dtype, device=weight.device)
     rows[: len(weight)] = weight
     rows[ids] = vectors.to(rows)
     encoder.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=True))
     setattr(tokenizer, EXPANSIONS, {**getattr(tokenizer, EXPANSIONS, {}), ids[0]: ids})
+
+
+def new_tokens(tokenizer: Any, word: str, count: int, *, flag: str) -> list[int]:
+    """Add a word of so many tokens to a tokenizer; returns their ids.
+
+    Args:
+        flag: the option that named the word, for messages.
+
+    Raises:
+        UserError: a word that is known already.
+    """
+    words = [word, *(f"{word}{number}" for number in range(1, count))]
+    known = set(tokenizer.get_vocab())
+    if taken := [name for name in words if name.lower() in known or f"{name.lower()}</w>" in known]:
+        raise UserError(f'{flag}: "{taken[0]}" is a known word already; give another name')
+    from tokenizers import AddedToken
+
+    # in lower case as all of the text, and not as a part of longer words
+    tokenizer.add_tokens([AddedToken(name.lower(), single_word=True, normalized=True) for name in words])
+    return list(tokenizer.convert_tokens_to_ids([name.lower() for name in words]))

@@ -95,6 +95,7 @@ def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) ->
         prior_loss_weight=options.loss.prior_loss_weight,
         conditioning_as=images_as(architecture),
     )
+    kind.check_data(options, data)
     plan, start_step = run_plan(
         options,
         batches_per_epoch=data.batches_per_process(accelerator.num_processes),
@@ -134,6 +135,7 @@ def check(architecture: Architecture, kind: type[Kind], options: RunOptions) -> 
         recover_directory(options.resume.resume)
     report(check_rules(options, RunSubject(kind, architecture)), strict=strict)
     dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
+    dataset_config = kind.prepared_data(options, dataset_config)
     report((*without_effect_on_data(options, dataset_config), *unread_captions(dataset_config)), strict=strict)
     check_roles(dataset_config, images_as(architecture), masked_loss=options.loss.masked_loss)
     optimizer = _optimizer(kind, options)

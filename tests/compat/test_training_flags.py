@@ -14,7 +14,8 @@ from library.training.kinds.adapter_options import TrainNetworkOptions
 CLI = Path(__file__).parent / "data" / "cli"
 ADAPTERS = {"train_network": 193, "sdxl_train_network": 196, "flux_train_network": 215}
 WHOLE_MODELS = {"fine_tune": 167, "train_db": 169, "sdxl_train": 176, "flux_train": 194}
-SCRIPTS = ADAPTERS | WHOLE_MODELS
+EMBEDDINGS = {"train_textual_inversion": 169, "sdxl_train_textual_inversion": 170}
+SCRIPTS = ADAPTERS | WHOLE_MODELS | EMBEDDINGS
 PUBLISHED = {script: json.loads((CLI / f"{script}.json").read_text())["options"] for script in SCRIPTS}
 
 #: flags of this project that the published command line of train_network.py does not have
@@ -56,9 +57,9 @@ def test_no_flag_is_missing_or_new(script: str, actions: dict[str, dict[str, arg
     assert script != "train_network" or not OURS & published
 
 
-@pytest.mark.parametrize("script", WHOLE_MODELS)
-def test_no_flag_of_whole_models_is_missing(script: str, actions: dict[str, dict[str, argparse.Action]]) -> None:
-    """What adapter training can, whole models can too: further flags are published for other scripts, or ours."""
+@pytest.mark.parametrize("script", [*WHOLE_MODELS, *EMBEDDINGS])
+def test_no_flag_of_other_kinds_is_missing(script: str, actions: dict[str, dict[str, argparse.Action]]) -> None:
+    """What adapter training can, other kinds can too: further flags are published for other scripts, or ours."""
     published = {option["dest"] for option in PUBLISHED[script]}
     assert len(PUBLISHED[script]) == SCRIPTS[script] and published <= set(actions[script])
     elsewhere = {option["dest"] for options in PUBLISHED.values() for option in options}

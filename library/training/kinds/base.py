@@ -19,6 +19,8 @@ from library.architectures.base import Architecture, Conditioning, Control
 from library.config.arguments import RunOptions
 from library.config.declaration import Declaration, Facts, joined
 from library.data.batch import Batch
+from library.data.dataset import TrainingData
+from library.data.dataset_config import DatasetConfig
 from library.optim.fused_backward import Part, one_by_one
 from library.optim.update import Metrics
 from library.training.models import Models
@@ -131,6 +133,15 @@ class Kind(ABC, Generic[O]):
     def extension(cls, architecture: Architecture, options: O, checkpoint: Any) -> str:
         """Return the extension of saved files, without the dot; empty for folders."""
         return options.output.save_model_as
+
+    @classmethod
+    def prepared_data(cls, options: Any, config: DatasetConfig) -> DatasetConfig:
+        """Return the dataset file with what this kind makes of its captions."""
+        return config
+
+    @classmethod
+    def check_data(cls, options: Any, data: TrainingData) -> None:
+        """Refuse data that this kind cannot train on. Raises UserError."""
 
     @classmethod
     def check_place(cls, architecture: Architecture, checkpoint: Any, path: Path) -> None:

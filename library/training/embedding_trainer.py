@@ -1,0 +1,12 @@
+"""The published class of textual inversion, which entry scripts and wrappers subclass."""
+
+from __future__ import annotations
+
+from library.training.kinds.embedding import Embedding
+from library.training.trainer import Trainer
+
+
+class TextualInversionTrainer(Trainer):
+    """Train the vectors of a new word."""
+
+    kind = Embedding

@@ -1,0 +1,213 @@
+"""Textual inversion: vectors of a new word, for frozen text encoders and a frozen denoiser.
+
+Gal et al. 2022, "An Image is Worth One Word" (arXiv:2208.01618). Only the rows of the new tokens are parameters: the
+vocabulary never moves, not even by weight decay, and no optimizer holds a state for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.architectures.base import Architecture
+from library.architectures.common.clip_text import EXPANSIONS
+from library.data.dataset import TrainingData
+from library.data.dataset_config import DatasetConfig
+from library.errors import UserError
+from library.files.atomic import make_folder
+from library.files.safetensors_io import save_pickle, save_tensors
+from library.inference.textual_inversion import new_tokens, read_vectors, vector_names
+from library.training.kinds.base import Kind, Need, ParameterGroup
+from library.training.kinds.embedding_options import DECLARATION, TrainEmbeddingOptions
+from library.training.models import Models, text_encoder_name
+from library.training.precision import trained_dtype
+
+logger = logging.getLogger(__name__)
+
+#: captions for objects and for styles; {} is the word
+OBJECT_TEMPLATES = (
+    "a photo of {}", "a photo of a {}", "a photo of the {}", "a photo of one {}", "a clear photo of a {}",
+    "a close photo of a {}", "a bright photo of the {}", "a dark photo of the {}", "a cropped photo of a {}",
+    "a small photo of the {}", "a picture of a {}", "a picture of the {}", "an image of a {}", "a drawing of a {}",
+    "a rendering of a {}", "a good photo of the {}",
+)  # fmt: skip
+STYLE_TEMPLATES = (
+    "a painting in the style of {}", "a picture in the style of {}", "a drawing in the style of {}",
+    "an image in the style of {}", "a rendering in the style of {}", "a small painting in the style of {}",
+    "a large painting in the style of {}", "a bright painting in the style of {}", "a dark painting in the style of {}",
+    "a cropped painting in the style of {}", "a close painting in the style of {}", "a fine painting in the style of {}",
+)  # fmt: skip
+
+
+class GrownEmbedding(nn.Module):
+    """A frozen table of vectors with trained ones behind it.
+
+    Args:
+        table: (tokens, width) of the vocabulary.
+        rows: (n, width) of the new tokens, whose ids follow on ``first - 1``.
+    """
+
+    def __init__(self, table: nn.Parameter, rows: nn.Parameter, first: int) -> None:
+        super().__init__()
+        self.weight = table
+        self.rows = rows
+        self.first = first
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the vectors (..., width) of token ids."""
+        known = F.embedding(ids.clamp(max=len(self.weight) - 1), self.weight)
+        new = F.embedding((ids - self.first).clamp(0, len(self.rows) - 1), self.rows)
+        return torch.where((ids >= self.first).unsqueeze(-1), new.to(known.dtype), known)
+
+
+class Embedding(Kind):
+    """Train the vectors of one new word."""
+
+    declaration = DECLARATION
+    options_class = TrainEmbeddingOptions
+    modelspec_suffix = "/textual-inversion"
+    records_run = False
+    keeps_copies = True
+    starts_from = "--weights"
+    tracker_name = "textual_inversion"
+
+    def __init__(self, architecture: Architecture, options: Any, checkpoint: Any, **more: Any) -> None:
+        super().__init__(architecture, options, checkpoint, **more)
+        self._rows = nn.ParameterDict()
+
+    # ---- before anything is loaded ----
+
+    @classmethod
+    def normalized(cls, options: Any) -> Any:
+        if options.output.output_name or not options.embedding.token_string:
+            return options
+        return replace(options, output=replace(options.output, output_name=options.embedding.token_string))
+
+    @classmethod
+    def check_options(cls, architecture: Architecture, options: Any) -> None:
+        if not architecture.has_own_encoders:
+            raise UserError(
+                "textual inversion: the captions of this model are not read by CLIP alone; train an adapter"
+            )
+        if options.embedding.weights:
+            read_vectors(Path(options.embedding.weights), len(architecture.text_encoder_targets), flag="--weights")
+
+    @classmethod
+    def trained_encoders(cls, architecture: Architecture, options: Any) -> tuple[bool, ...]:
+        return (True,) * len(architecture.text_encoder_targets)
+
+    @classmethod
+    def shaping_options(cls, options: Any) -> list[str]:
+        return ["num_vectors_per_token"]
+
+    @classmethod
+    def prepared_data(cls, options: Any, config: DatasetConfig) -> DatasetConfig:
+        """Let every caption be one of the templates, drawn anew for each use, if they are asked for."""
+        own = options.embedding
+        templates = OBJECT_TEMPLATES if own.use_object_template else STYLE_TEMPLATES if own.use_style_template else ()
+        if not templates:
+            return config
+        texts = tuple(template.format(own.token_string) for template in templates)
+        datasets = []
+        for dataset in config.datasets:
+            subsets = [
+                replace(
+                    s, class_tokens=s.class_tokens or own.token_string, captions=replace(s.captions, templates=texts)
+                )
+                for s in dataset.subsets
+            ]
+            datasets.append(replace(dataset, subsets=tuple(subsets)))
+        return replace(config, datasets=tuple(datasets))
+
+    @classmethod
+    def check_data(cls, options: Any, data: TrainingData) -> None:
+        """Refuse data of which no caption has the word. Raises UserError."""
+        token = options.embedding.token_string.lower()
+        if not any(rules.templates or token in record.caption.lower() for record, rules in data.captioned()):
+            raise UserError(
+                f"--token_string {token}: no caption has this word; write it into captions, give it as class_tokens, "
+                "or use --use_object_template or --use_style_template"
+            )
+
+    # ---- setting up ----
+
+    def needs(self) -> Mapping[str, Need]:
+        need = Need(trained_dtype(self.options.training))
+        count = len(self.architecture.text_encoder_targets)
+        return {text_encoder_name(number): need for number in range(1, count + 1)}
+
+    def attach(self, models: Models) -> list[ParameterGroup]:
+        own, groups = self.options.embedding, []
+        tokenizers = models.tokenizers or self.architecture.load_tokenizers(self.checkpoint)
+        count = len(models.text_encoders)
+        given = read_vectors(Path(own.weights), count, flag="--weights") if own.weights else [None] * count
+        for index, (tokenizer, encoder, start) in enumerate(zip(tokenizers, models.text_encoders, given, strict=True)):
+            name = text_encoder_name(index + 1)
+            rows = self._attach(tokenizer, encoder, start)
+            self._rows[name] = rows
+            groups.append(ParameterGroup({"params": [rows], "lr": self.options.optimizer.learning_rate}, name))
+        return groups
+
+    def _attach(self, tokenizer: Any, encoder: nn.Module, start: Tensor | None) -> nn.Parameter:
+        own = self.options.embedding
+        table = encoder.get_input_embeddings().weight
+        init = [] if start is not None else self._initial_tokens(tokenizer)
+        ids = new_tokens(
+            tokenizer, own.token_string, own.num_vectors_per_token, flag=f"--token_string {own.token_string}"
+        )
+        if start is None:
+            rows = table.detach()[[init[i % len(init)] for i in range(len(ids))]]
+        elif start.shape != (len(ids), table.shape[1]):
+            raise UserError(
+                f"--weights {own.weights}: holds {len(start)} vectors of {start.shape[1]} numbers, needed are {len(ids)} "
+                f"of {table.shape[1]}; give --num_vectors_per_token {len(start)}, or a file for this model"
+            )
+        else:
+            rows = start.to(table)
+        if ids != list(range(ids[0], ids[0] + len(ids))):
+            raise UserError("the tokenizer gives new words ids that do not follow on each other; it cannot be used")
+        parameter = nn.Parameter(rows.clone().contiguous())
+        encoder.set_input_embeddings(GrownEmbedding(table, parameter, ids[0]))
+        setattr(tokenizer, EXPANSIONS, {**getattr(tokenizer, EXPANSIONS, {}), ids[0]: ids})
+        return parameter
+
+    def _initial_tokens(self, tokenizer: Any) -> list[int]:
+        own = self.options.embedding
+        found = list(tokenizer(own.init_word, add_special_tokens=False).input_ids)
+        if not found:
+            raise UserError(f"--init_word {own.init_word!r}: has no tokens; name a known word")
+        if len(found) > 1 and len(found) != own.num_vectors_per_token:
+            logger.warning(
+                "--init_word %s: %d tokens, for --num_vectors_per_token %d vectors, which take them in turn",
+                *(own.init_word, len(found), own.num_vectors_per_token),
+            )
+        return found
+
+    def modules(self) -> Sequence[nn.Module]:
+        return [self._rows]
+
+    # ---- files and records ----
+
+    def save(
+        self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], *, step: int, epoch: int
+    ) -> None:
+        make_folder(path.parent)
+        names = vector_names(len(self._rows))
+        rows = [row.detach().to("cpu", dtype or torch.float32, copy=True).contiguous() for row in self._rows.values()]
+        tensors = dict(zip(names, rows, strict=True))
+        if path.suffix == ".safetensors":
+            save_tensors(path, tensors, metadata)
+        else:
+            save_pickle(path, tensors)
+
+    def rows(self, count: int) -> list[tuple[str, str]]:
+        own = self.options.embedding
+        start = own.weights or own.init_word
+        return [("word", f"{own.token_string}, {own.num_vectors_per_token} tokens, from {start}; {count:,} numbers")]

@@ -1,0 +1,77 @@
+"""Options of textual inversion, and the rules between them and the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from library.config.arguments import RunOptions, options_of
+from library.config.core.output import OutputOptions
+from library.config.declaration import Declaration, Facts, Finding, error
+from library.config.fields import option
+from library.config.paths import no_file
+
+
+@dataclass(frozen=True)
+class EmbeddingOptions:
+    """Textual inversion."""
+
+    token_string: str | None = option(None, "the new word, as captions and prompts write it")
+    init_word: str | None = option(None, "known words that it starts from, e.g. cat")
+    num_vectors_per_token: int = option(1, "tokens that the word is made of", type=int, unit="tokens", minimum=1)
+    weights: str | None = option(None, "start from this embedding file", harmless=True)
+    use_object_template: bool = option(
+        False, 'train on captions such as "a photo of a ..." instead of those of the images'
+    )
+    use_style_template: bool = option(False, 'train on captions such as "a painting in the style of ..." instead')
+
+
+@dataclass(frozen=True)
+class EmbeddingOutputOptions(OutputOptions):
+    __doc__ = OutputOptions.__doc__
+
+    save_model_as: str = option("pt", "format of the embedding", choices=[None, "ckpt", "pt", "safetensors"])
+
+
+def _groups() -> dict[str, type]:
+    (first, *rest) = RunOptions.groups().items()
+    return dict([first, ("embedding", EmbeddingOptions), *rest]) | {"output": EmbeddingOutputOptions}
+
+
+#: all options of the scripts of textual inversion, except the families'
+TrainEmbeddingOptions = options_of("TrainEmbeddingOptions", _groups())
+
+
+def word(o: Any, facts: Facts) -> Iterator[Finding]:
+    own = o.embedding
+    token = own.token_string
+    if not token:
+        yield error("--token_string: name the new word, e.g. --token_string my_cat")
+    elif len(token.split()) != 1:
+        yield error(f"--token_string {token!r}: must be one word without spaces")
+    if not own.init_word and not own.weights:
+        yield error("--init_word: name a known word that the new one starts from, e.g. cat, or a file with --weights")
+    yield from no_file("weights", own.weights)
+    if own.use_object_template and own.use_style_template:
+        yield error("--use_object_template and --use_style_template exclude each other: give one")
+
+
+def cached_texts(o: Any, facts: Facts) -> Iterator[Finding]:
+    if o.dataset.cache_text_encoder_outputs or o.dataset.cache_text_encoder_outputs_to_disk:
+        yield error("--cache_text_encoder_outputs: not for textual inversion, which changes the outputs; remove it")
+
+
+def learning_rate(o: Any, facts: Facts) -> Iterator[Finding]:
+    if o.optimizer.learning_rate == 0:
+        yield error("nothing to train: --learning_rate is 0; 1e-3 to 5e-3 are common for embeddings")
+
+
+DECLARATION = Declaration(
+    groups={"embedding": EmbeddingOptions},
+    rules=(word, cached_texts, learning_rate),
+    unused={
+        "no_metadata": "for embeddings, whose files record no more than what they are",
+        "training_comment": "for embeddings, whose files record no more than what they are",
+    },
+)
