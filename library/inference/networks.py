@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
+from library.files.safetensors_io import is_pickle, load_pickle, read_header
 from library.inference.models import ImageModels
 from networks.merge_together import Merged, merge_together
 from networks.module_names import import_network_module
@@ -43,10 +45,15 @@ def choose_networks(
     """
     modules, weights = list(modules or []), list(weights or [])
     multipliers, arguments = list(multipliers or []), list(arguments or [])
+    for path in weights:
+        if not Path(path).is_file():
+            raise UserError(f"--network_weights: {path}: no such file")
+    if weights and not modules:
+        modules = [module_of_file(Path(path)) for path in weights]
     if len(weights) != len(modules):
         raise UserError(
             f"--network_weights: {len(weights)} files for {len(modules)} networks of --network_module; "
-            "give one file for each"
+            "give one file for each, or no module, which the files then tell"
         )
     for flag, values in (("--network_mul", multipliers), ("--network_args", arguments)):
         if len(values) > len(modules):
@@ -54,15 +61,32 @@ def choose_networks(
     for multiplier in multipliers:
         if not math.isfinite(multiplier):
             raise UserError(f"--network_mul {multiplier}: a strength must be a finite number")
-    for path in weights:
-        if not Path(path).is_file():
-            raise UserError(f"--network_weights: {path}: no such file")
     multipliers += [1.0] * (len(modules) - len(multipliers))
     arguments += [""] * (len(modules) - len(arguments))
     return [
         NetworkChoice(module, path, multiplier, _read_arguments(text))
         for module, path, multiplier, text in zip(modules, weights, multipliers, arguments, strict=True)
     ]
+
+
+#: piece of a tensor's name -> module that reads such files
+_MODULE_BY_NAME = {".oft_blocks": "networks.oft", ".hada_w": "lycoris.kohya", ".lokr_w": "lycoris.kohya"}
+
+
+def module_of_file(path: Path) -> str:
+    """Return the network module that a file names in its metadata, else the one that its tensors' names suggest.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    header = None if is_pickle(path) else read_header(path)
+    module = header.metadata.get("ss_network_module", "") if header is not None else ""
+    if not re.fullmatch(r"(networks|lycoris)(\.\w+)+", module):
+        names = header.tensors if header is not None else load_pickle(path)
+        suggested = (m for piece, m in _MODULE_BY_NAME.items() if any(piece in name for name in names))
+        module = next(suggested, "networks.lora")
+    logger.info("network module of %s: %s, as its file says", path, module)
+    return module
 
 
 def _read_arguments(text: str) -> dict[str, str]:

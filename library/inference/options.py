@@ -331,7 +331,7 @@ def _sources(options: ImageOptions) -> Iterator[str]:
     image = options.image
     if image.mask_path and not image.image_path:
         yield "--mask_path: there is no image to repaint; give --image_path"
-    if image.mask_path and options.networks.network_module:
+    if image.mask_path and (options.networks.network_module or options.networks.network_weights):
         yield "--mask_path with --network_module: this version has no regions of networks; give one of them"
     if image.strength is not None and not 0 <= image.strength <= 1:
         yield f"--strength {image.strength:g}: must be 0 to 1"

@@ -162,7 +162,8 @@ def test_lora_multiplier_changes_the_image(model: MadeCheckpoint, lora: Path, tm
     assert np.abs(pixels(plain) - zero).max() <= 1
 
     out = tmp_path / "merged"
-    (merged,) = drawn(draw(model, out, "--prompt", "cat --d 1", *network, "--network_mul", 0.8, "--network_merge"), out)
+    unnamed = ("--network_weights", lora)  # the file tells its module
+    (merged,) = drawn(draw(model, out, "--prompt", "cat --d 1", *unnamed, "--network_mul", 0.8, "--network_merge"), out)
     assert np.abs(pixels(merged) - applied).max() <= 1
 
     out = tmp_path / "partly"
