@@ -1,8 +1,8 @@
-"""How a family's adapters are named in files: one description, which trainer, loader and every file tool share.
+"""How a family names its adapters in files: one description for the trainer, the loader and every file tool.
 
 A denoiser has two sets of module paths: those of its original checkpoint and those of diffusers. Most modules exist in
-both. Joint projections (FLUX.1's ``qkv``, ``linear1``) are several modules in diffusers: they share the input, and their
-outputs are rows of the joint module's.
+both. Joint projections (FLUX.1's ``qkv``, ``linear1``) are several modules in diffusers: they share the input, and
+their outputs are rows of the joint module's outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMINGS: tuple[Naming, ...] = ("kohya", "diffusers", "peft", "comfyui")
 Space = Literal["original", "diffusers"]
 Shapes = Mapping[str, tuple[int, ...]]
 
-#: before every name in files that PEFT itself wrote
+#: prefix of every name in files that PEFT itself wrote
 PEFT_ROOT = "base_model.model."
 
 
@@ -35,7 +35,7 @@ class Place:
 class ModulePaths(ABC):
     """Two-way map between original module paths and diffusers'."""
 
-    #: what paths consist of, beside numbers: published names have ``_`` for ``.``, which only this undoes
+    #: words of paths: published names have ``_`` for ``.``, and only a list of words tells which ``_`` is a dot
     words: frozenset[str]
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -45,14 +45,14 @@ class ModulePaths(ABC):
 
     @abstractmethod
     def to_diffusers(self, original: str) -> tuple[str, ...]:
-        """diffusers' modules that make up an original one, in the order of its rows; empty if it is unknown."""
+        """Return diffusers' modules that make up an original one, in the order of its rows; empty if it is unknown."""
 
     @abstractmethod
     def to_original(self, diffusers: str) -> Place | None:
-        """Where a module of diffusers lies; None if it is unknown."""
+        """Return where a module of diffusers is in the original checkpoint; None if it is unknown."""
 
     def rows(self, original: str, *, inputs: int, outputs: int | None) -> list[int]:
-        """Rows of each of the modules that ``to_diffusers`` names, from the joint module's inputs and outputs.
+        """Return the number of rows of each module from ``to_diffusers``, given the joint module's inputs and outputs.
 
         ``outputs`` may be left out for joint modules, where not all parts are known.
         """
@@ -64,7 +64,7 @@ class ModulePaths(ABC):
         return False
 
     def dotted(self, underscored: str) -> str | None:
-        """``a_b_0_c`` as the path ``a_b.0.c``; None if it is not made of this model's words."""
+        """Return ``a_b_0_c`` as the path ``a_b.0.c``; None if it has words that are not this model's."""
         components, position = [], 0
         while position < len(underscored):
             found = self._component.match(underscored, position)
@@ -76,7 +76,7 @@ class ModulePaths(ABC):
         return path if path.replace(".", "_") == underscored else None
 
     def bare_roots(self, space: Space) -> frozenset[str]:
-        """What paths of a space begin with, where files also come without the name of the model before them."""
+        """Return how paths begin, for files that leave out the name of the model."""
         return frozenset()
 
     def _is_known(self, path: str) -> bool:
@@ -84,7 +84,7 @@ class ModulePaths(ABC):
 
 
 class SamePaths(ModulePaths):
-    """Text encoders: every program has transformers' paths."""
+    """Text encoders: every program uses transformers' paths."""
 
     def to_diffusers(self, original: str) -> tuple[str, ...]:
         return (original,) if self._is_known(original) else ()
@@ -98,12 +98,12 @@ class SamePaths(ModulePaths):
 
 @dataclass(frozen=True)
 class WeightPlace:
-    """Where a model file holds the weight of one module.
+    """The place of a module's weight in a model file.
 
     Attributes:
-        name: the file's tensor.
-        shape: of the module's weight, as the model has it.
-        rows: of the tensor, where it holds several weights one above the other; None: all of it.
+        name: the tensor in the file.
+        shape: of the weight in the model.
+        rows: of the tensor, if it is several weights stacked; None for all.
         transposed: whether the tensor is the weight's transpose.
     """
 
@@ -114,22 +114,22 @@ class WeightPlace:
 
     @property
     def bias(self) -> str:
-        """The file's tensor with the module's bias, in the same rows."""
+        """Return the tensor in the file with the module's bias, in the same rows."""
         return f"{self.name.removesuffix('weight')}bias"
 
 
 @dataclass(frozen=True)
 class AdapterNaming:
-    """One model of a family, and the names that adapters of its modules have in files.
+    """One model of a family, and the names of its adapters in files.
 
     Attributes:
         title: for messages: "U-Net", "CLIP-L".
         kohya, diffusers, comfyui: prefixes of its modules' names; the first is written, all are read.
-        locate: from the shapes of a file, the place of every module's weight by the module's path in ``published``;
-            empty where the file does not hold this model.
-        usual: paths, in ``published``, of the modules that adapters change if nothing else is asked for.
-        convs: those of further modules that adapters of convolutions change.
-        published: whose paths the published (kohya) names have.
+        locate: given the shapes in a file, returns the place of every module's weight by its path in ``published``;
+            empty if the file does not hold this model.
+        usual: paths, in ``published``, of the modules that adapters change by default.
+        convs: paths of the modules that adapters of convolutions change too.
+        published: the kind of paths in published (kohya) names.
     """
 
     title: str
@@ -148,28 +148,28 @@ class AdapterNaming:
         return "original" if naming == "comfyui" else "diffusers"
 
     def prefixes(self, naming: Naming) -> tuple[str, ...]:
-        """What its modules' names begin with; PEFT's are read under diffusers' names."""
+        """Return how the names of its modules begin; PEFT's are read under diffusers' names."""
         if naming == "kohya":
             return self.kohya
         return tuple(f"{name}." for name in (self.comfyui if naming == "comfyui" else (self.diffusers,)))
 
     def name(self, naming: Naming, path: str) -> str:
-        """A module's name in a file, from its path in ``space(naming)``."""
+        """Return a module's name in a file, from its path in ``space(naming)``."""
         if naming == "kohya":
             return self.kohya[0] + path.replace(".", "_")
         return (PEFT_ROOT if naming == "peft" else self.prefixes(naming)[0]) + path
 
     @property
     def prefix(self) -> str:
-        """The published prefix without the underscore that ends it."""
+        """Return the published prefix without its last underscore."""
         return self.kohya[0].removesuffix("_")
 
     def places(self, shapes: Shapes) -> dict[str, WeightPlace]:
-        """The weights of a model file by the published names of their adapters; empty where it is no such file."""
+        """Return the weights of a model file by the published names of their adapters; empty for other files."""
         return {self.name("kohya", path): place for path, place in self.locate(shapes).items()}
 
     def usual_places(self, shapes: Shapes, *, convs: bool) -> dict[str, WeightPlace]:
-        """Those of the modules that adapters usually change; with ``convs`` further ones."""
+        """Return the places of the modules that adapters usually change; with ``convs``, of convolutions too."""
         patterns = [self.usual, *([self.convs] if convs and self.convs is not None else [])]
         return {
             self.name("kohya", path): place
@@ -179,11 +179,11 @@ class AdapterNaming:
 
 
 def places_below(shapes: Shapes, sign: str, *, level: str = "") -> dict[str, WeightPlace]:
-    """Every weight of a model whose file has the model's own names, by the module's path.
+    """Return every weight of a model whose file has the model's own names, by the module's path.
 
     Args:
-        sign: what stands in some tensor's name, right behind what precedes all of them in the file.
-        level: what the paths begin with, beside that, where names lack it.
+        sign: text in the name of some tensor, directly after the prefix of all names in the file.
+        level: how paths begin, where the names in the file leave that out.
     """
     prefix = next((name[: name.index(sign)] for name in shapes if sign in name), None)
     if prefix is None:
@@ -200,13 +200,13 @@ def places_below(shapes: Shapes, sign: str, *, level: str = "") -> dict[str, Wei
 
 @dataclass(frozen=True)
 class Evidence:
-    """What names, shapes and metadata of an adapter file tell about its model.
+    """What names, shapes and metadata of an adapter file show about its model.
 
     Attributes:
-        text: all names, one a line, with underscores for dots.
-        told: what the metadata say, in lower case.
-        attention_widths: inputs of the attentions to text.
-        text_widths: inputs of a text encoder's attentions.
+        text: all names, one per line, with underscores for dots.
+        told: the metadata's words on the model, in lower case.
+        attention_widths: inputs of cross-attention layers.
+        text_widths: inputs of a text encoder's attention layers.
     """
 
     text: str
@@ -218,7 +218,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """What metadata say of a model: the first two are ``ss_base_model_version`` and ``ss_v2``, the rest modelspec's."""
+    """Metadata of a model: the first two are ``ss_base_model_version`` and ``ss_v2``, the others modelspec's."""
 
     base_version: str
     v2: bool
@@ -233,16 +233,16 @@ class AdapterFamily:
     """A kind of model, and the names of its adapters in files.
 
     Attributes:
-        key: as ``--family`` of tools takes it.
-        parts: beginning with the denoiser.
-        claims: whether an adapter file is for it; asked in the order of the registry.
-        records: what metadata say; the first where nothing is known.
-        network_module: which of our modules reads its LoRAs.
-        old_names: beginnings of names in old files, and what to do about them.
-        opens: a model file or folder by its published names, where the family has a reader of its own; it gives None
-            for what is no model of the family.
-        model_record: which record a model file is, where its tensors tell.
-        fits: whether a model file that has the names of the parts is of this family.
+        key: the value of the tools' ``--family``.
+        parts: its models, the denoiser first.
+        claims: whether an adapter file is for this family; asked in the order of the registry.
+        records: possible metadata; the first if nothing is known.
+        network_module: our module that reads its LoRAs.
+        old_names: beginnings of names in old files, and the advice for such files.
+        opens: opens a model file or folder by its published names, if the family needs its own reader; returns None
+            for other models.
+        model_record: the record of a model file, if its tensors show it.
+        fits: whether a model file with the names of the parts is of this family.
     """
 
     key: str
@@ -257,11 +257,11 @@ class AdapterFamily:
     fits: Callable[[Shapes], bool] = lambda shapes: True
 
     def record_of_model(self, shapes: Shapes) -> ModelRecord:
-        """The record of a model file; the first where its tensors do not tell."""
+        """Return the record of a model file; the first if its tensors do not show it."""
         return self.records[0] if self.model_record is None else self.model_record(shapes)
 
     def record_of(self, metadata: Mapping[str, str]) -> ModelRecord:
-        """The record that fits the metadata of a source best."""
+        """Return the record that fits the metadata of a source best."""
         version = metadata.get("ss_base_model_version", "")
         architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
         for fits in (

@@ -1,6 +1,6 @@
-"""The model families: one line for each, and what is asked of all of them.
+"""The model families: one line for each, and questions to all of them.
 
-Everything else about a family stands in its folder: ``about.py`` (what its files, folders and scripts are called),
+Everything else about a family is in its folder: ``about.py`` (names of its files, folders and scripts),
 ``adapters.py`` (``ADAPTERS``: the names of its adapters in files), ``family.py`` (the family itself).
 """
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from library.architectures.base import Architecture
     from library.architectures.signs import About
 
-#: folders of the families, those whose names are the most particular first: files are asked about in this order
+#: folders of the families, in the order in which files are compared with them: the most specific names first
 FOLDERS = (
     "flux",
     "sdxl",
@@ -24,12 +24,12 @@ FOLDERS = (
 
 
 def about(folder: str) -> About:
-    """Return what a family says of its files; nothing heavy is imported."""
+    """Return the description of a family's files; nothing heavy is imported."""
     return importlib.import_module(f"{__package__}.{folder}.about").ABOUT
 
 
 def abouts() -> Iterator[About]:
-    """Return the same of every family, in the order of the registry."""
+    """Return the descriptions of all families, in the order of the registry."""
     return map(about, FOLDERS)
 
 
@@ -54,6 +54,6 @@ def tool_flags() -> list[str]:
 
 
 def adapter_families() -> Iterator[AdapterFamily]:
-    """Yield what each family says of the names of adapters; several where it has models of several kinds."""
+    """Yield the adapter names of each family; several for a family with several kinds of models."""
     for folder in FOLDERS:
         yield from importlib.import_module(f"{__package__}.{folder}.adapters").ADAPTERS

@@ -1,4 +1,4 @@
-"""What a family says of its files, folders and scripts: data that every message and recogniser reads."""
+"""Description of a family's files, folders and scripts, for messages and for recognizing files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 class Recognised:
     what: str  # "a Stable Diffusion XL checkpoint"
     remedy: str  # "use sdxl_train_network.py"
-    family: str = ""  # whose plain checkpoint it is
+    family: str = ""  # the family whose plain checkpoint it is
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Fragments that must all occur in some tensor name of a file, and what the file then is."""
+    """Fragments that must all occur in tensor names of a file, and what such a file is."""
 
     fragments: tuple[str, ...]
     found: Recognised
@@ -26,11 +26,11 @@ class About:
 
     Attributes:
         instance: name of the ``Architecture`` in the family's folder.
-        script: name of its LoRA script, without ending.
-        tool_flag: by which tools for several families know it, without dashes; "" for the family that needs none.
-        signs: of single files; the first that fits wins.
-        pipelines: beginnings of ``_class_name`` in model_index.json, and what the folder is.
-        adapter_keys: ``AdapterFamily.key`` of its adapters, as ``--family`` of tools takes them.
+        script: name of its LoRA script, without ``.py``.
+        tool_flag: the flag for this family in tools for several families, without dashes; "" for the default family.
+        signs: how to recognize single files; the first that fits wins.
+        pipelines: beginnings of ``_class_name`` in model_index.json, and what such a folder is.
+        adapter_keys: ``AdapterFamily.key`` of its adapters, the values of the tools' ``--family``.
     """
 
     instance: str

@@ -1,4 +1,4 @@
-"""What goes wrong while images are generated, in words: values that are not finite, and too little memory."""
+"""Describe what goes wrong while images are generated: values that are not finite, and too little memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from library.errors import UserError
 
 
 class NotFinite(UserError):
-    """The image would be black, or partly so, as its latents or pixels hold NaN or infinity."""
+    """The image would be black or partly black, because its latents or pixels hold NaN or infinity."""
 
 
 class OutOfMemory(UserError):
@@ -21,11 +21,11 @@ class OutOfMemory(UserError):
 
 
 def cause_in(models: Mapping[str, nn.Module | None], others: Mapping[str, Mapping[str, Tensor]] | None = None) -> str:
-    """Which weight or tensor is not finite, "" if all are.
+    """Return which weight or tensor is not finite; "" if all are finite.
 
     Args:
-        models: by what they are called.
-        others: tensors that went into the computation, by name, by what they are called.
+        models: by their names.
+        others: other tensors in the computation, by name, by the name of their group.
     """
     for what, model in models.items():
         if model is None:
@@ -54,15 +54,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def naming_memory(remedy: str) -> Iterator[None]:
-    """Turn a memory that is too small into one line.
+    """Turn out-of-memory errors into one line.
 
     Args:
-        remedy: what to do about it.
+        remedy: advice for the user.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold on to what was being computed
+        traceback.clear_frames(error.__traceback__)  # they keep the tensors of the computation alive
         raise OutOfMemory(f"not enough memory for this size; {remedy}") from None

@@ -54,9 +54,9 @@ def generate_images(
     """Generate images in one batch.
 
     Args:
-        models: see there.
-        batch: settings that may differ only in text and seed.
-        options: see there.
+        models: see ``ImageModels``.
+        batch: settings; only text and seed may differ.
+        options: see ``GenerateOptions``.
         encoded: encodings by text; missing ones are added. Use another mapping, or none, when the models have changed.
 
     Raises:
@@ -110,7 +110,7 @@ def begin(
     options: GenerateOptions,
     encoded: dict[str, Conditioning],
 ) -> Generation:
-    """A generation from nothing but noise, towards the prompts."""
+    """Return a generation that starts from noise, towards the prompts."""
     first, latent = batch[0], models.architecture.latent
     objective = models.architecture.objective(
         v_prediction=models.v_prediction, zero_terminal_snr=options.zero_terminal_snr
@@ -139,7 +139,7 @@ def begin(
 
 
 def _why_not_finite(models: ImageModels, conditioning: Conditioning) -> str:
-    """In the order of the computation: weights, what the encoders give, and else the precision."""
+    """Return why latents are not finite, in the order of the computation: weights, text encodings, or the precision."""
     networks = dict(zip((f"network {name}" for name in models.adapter_names), models.adapters, strict=False))
     encoders = {f"text encoder {n}": encoder for n, encoder in enumerate(models.text_encoders, start=1)}
     found = cause_in({**networks, **encoders, "denoiser": models.denoiser}, {"text encoder": conditioning.tensors})
@@ -149,7 +149,7 @@ def _why_not_finite(models: ImageModels, conditioning: Conditioning) -> str:
 def _encode(
     models: ImageModels, texts: Sequence[str], options: GenerateOptions, encoded: dict[str, Conditioning]
 ) -> Conditioning:
-    """Text to conditioning (B, T, D), each distinct text once and by itself, whatever shares its batch."""
+    """Return the conditioning (B, T, D) of texts; each distinct text is encoded once and alone, whatever its batch."""
     encoders, missing = models.text_encoders, [text for text in dict.fromkeys(texts) if text not in encoded]
     if any(encoder is not None for encoder in encoders):
         found = _encode_each(models.architecture, models.tokenizers, encoders, missing, options)
@@ -168,7 +168,7 @@ def encode_texts(
     texts: Sequence[str],
     options: GenerateOptions,
 ) -> dict[str, Conditioning]:
-    """Conditioning by text, as images are drawn with, ahead of drawing."""
+    """Return text -> conditioning, encoded before images are generated."""
     with undisturbed(text_encoders, options.device), _precise(options):
         return _encode_each(architecture, tokenizers, text_encoders, texts, options)
 
@@ -180,7 +180,7 @@ def _encode_each(
     texts: Sequence[str],
     options: GenerateOptions,
 ) -> dict[str, Conditioning]:
-    """Texts, one by one, to the outputs of the encoders that are there."""
+    """Encode texts, one by one, with the loaded encoders."""
     found = {}
     with contextlib.ExitStack() as fetched:
         for encoder in text_encoders if texts else ():
@@ -202,7 +202,7 @@ def _encode_each(
 
 @functools.cache
 def _warn_of_cut(text: str, length: CaptionLength) -> None:
-    """Once for each prompt, as sample images have the same ones again and again."""
+    """Warn once for each prompt, because sample images repeat their prompts."""
     logger.warning(
         'prompt "%s" is cut: it has %d tokens, of which the text encoder reads %d; it loses "%s"',
         *(shortened(text), length.tokens, length.limit, shortened(length.cut)),
@@ -225,7 +225,7 @@ def _sized(models: ImageModels, conditioning: Conditioning, settings: ImageSetti
 
 
 def to_image(pixels: Tensor) -> Image:
-    """(3, H, W) in [-1, 1] to an 8-bit RGB image; what is not a number becomes black."""
+    """Convert (3, H, W) in [-1, 1] to an 8-bit RGB image; NaN becomes black."""
     from PIL import Image
 
     levels = ((pixels.float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -237,7 +237,7 @@ def to_image(pixels: Tensor) -> Image:
 
 @contextlib.contextmanager
 def _precise(options: GenerateOptions) -> Iterator[None]:
-    """The precision that images are drawn in, without gradients."""
+    """Return a context with the precision of image generation, without gradients."""
     enabled = options.dtype != torch.float32
     with torch.inference_mode(), torch.autocast(options.device.type, dtype=options.dtype, enabled=enabled):
         yield
@@ -245,7 +245,7 @@ def _precise(options: GenerateOptions) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Modules in eval mode meanwhile, each back in its own mode after; global generators as they were."""
+    """Put modules in eval mode, and restore each one's mode and the global random generators afterwards."""
     modes = [(module, module.training) for root in modules for module in root.modules()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:

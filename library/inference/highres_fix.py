@@ -1,4 +1,4 @@
-"""Highres fix: a small image first, then the large one from it, as models repeat things above their own size."""
+"""Highres fix: generate a small image, then a large one from it, because models repeat objects above their own size."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from library.inference.settings import ImageSettings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: strength of the second stage, where nothing else is said
+#: default strength of the second stage
 STRENGTH = 0.8
-#: sides of the first stage are multiples of this many pixels, as published
+#: sides of the first stage are multiples of this many pixels, as in sd-scripts
 _STEP = 32
 
 
@@ -34,10 +34,10 @@ class HighresFix:
     """Settings of the two stages.
 
     Attributes:
-        scale: of the first stage's sides to the second's, above 0 and below 1.
+        scale: sides of the first stage over those of the second, above 0 and below 1.
         steps: of the first stage.
-        strength: of the first stage, where it starts from an image; None: that of the settings.
-        saves_first: whether the small images are kept, too.
+        strength: of the first stage, if it starts from an image; None for that of the settings.
+        saves_first: whether the small images are saved too.
         in_latents: enlarge the latents, without decoding and encoding them.
     """
 
@@ -58,7 +58,7 @@ class HighresFix:
         return replace(settings, width=width, height=height, steps=self.steps, strength=strength, **sizes)
 
     def second(self, settings: ImageSettings) -> ImageSettings:
-        """Return the settings of the second stage, with noise of its own: that of the next seed."""
+        """Return the settings of the second stage, with the noise of the next seed."""
         strength = STRENGTH if settings.strength is None else settings.strength
         return replace(settings, seed=settings.seed + 1, image=None, mask=None, strength=strength)
 
@@ -78,7 +78,7 @@ def generate_in_two_stages(
         features, features_of_second: of the two stages.
 
     Returns:
-        the small images, where they are needed, and the large ones.
+        the small images, if they are needed, and the large ones.
     """
     first, second = [fix.first(s) for s in batch], [fix.second(s) for s in batch]
     latents = generate_latents(models, first, options, encoded, features)

@@ -1,4 +1,4 @@
-"""Prompts that are typed, or come through a pipe: one a line, whose mistakes do not end the session."""
+"""Generate from prompts that are typed or piped, one per line; a mistake in a line does not end the session."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Session(Protocol):
     """A model that is ready to generate."""
 
     def generate_typed(self, line: str, where: str) -> list[Path]:
-        """Generate the images of one line, which messages call ``where``."""
+        """Generate the images of one line; messages call it ``where``."""
         ...
 
     def free(self) -> None:
-        """Free what was computed, after memory was too small."""
+        """Free memory after an out-of-memory error."""
         ...
 
 
@@ -30,10 +30,10 @@ def generate_lines(session: Session, lines: TextIO, remedy: str) -> list[Path]:
     """Generate each line; errors are printed, and the next line is read.
 
     Args:
-        remedy: what to do where an image needs more memory than there is.
+        remedy: advice if an image needs too much memory.
 
     Returns:
-        the files, in the order they were written.
+        the files, in the order in which they were written.
     """
     written: list[Path] = []
     for number, line in enumerate(_typed(lines), start=1):
@@ -55,7 +55,7 @@ def generate_lines(session: Session, lines: TextIO, remedy: str) -> list[Path]:
 def _typed(lines: TextIO) -> Iterator[str]:
     """Yield lines up to the first empty one, the end of the file, or Ctrl-C.
 
-    They are read as bytes, as a text stream would drop all that it has read ahead at the first wrong byte.
+    They are read as bytes, because a text stream drops everything that it has read ahead at the first wrong byte.
     """
     source = getattr(lines, "buffer", lines)
     while True:
@@ -68,7 +68,7 @@ def _typed(lines: TextIO) -> Iterator[str]:
         try:
             line = (raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw).strip()
         except UnicodeDecodeError:
-            logger.error("the line is no UTF-8 text")
+            logger.error("the line is not UTF-8 text")
             continue
         if not line:
             return

@@ -1,4 +1,4 @@
-"""Generate images with one model at a time in memory: what the families' minimal inference scripts share.
+"""Generate images with one model at a time in memory: shared by the families' minimal inference scripts.
 
 A family's script gives a ``MinimalModel``, which is a table of its parts and settings; everything else is here: check
 every file, encode, sample, decode, save.
@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 
 TEXT, DENOISER, VAE = "text encoders", "transformer", "autoencoder"
 MEMORY_REMEDY = "try a smaller one, or --offload"
-#: texts of a session whose encodings are kept; each takes 8 MB
+#: number of texts whose encodings a session keeps; each takes 8 MB
 KEPT_TEXTS = 16
 
 
 @dataclass(frozen=True)
 class ModelPart:
-    """One part of the model: what its flags call it, and how it is kept."""
+    """One part of the model: its name in the flags, and how it is kept in memory."""
 
     name: str
     dtype: PartDtype
@@ -55,14 +55,14 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class MinimalModel:
-    """What a family's script says about its model.
+    """A family's description of its model.
 
     Attributes:
-        family: as it works with this checkpoint.
-        common: settings that a prompt does not set itself.
+        family: as used with this checkpoint.
+        common: settings that prompts do not set.
         encoders: text encoders, in the family's order.
         takes_guidance: whether the model has an input for embedded guidance.
-        read_prompt: (typed line, what messages call it) -> prompt.
+        read_prompt: (typed line, its name in messages) -> prompt.
     """
 
     family: Architecture
@@ -90,7 +90,7 @@ class ImageSession:
     """A model that is ready to generate. No weights are read before the first image.
 
     Args:
-        model: with its files, which are checked here.
+        model: its files are checked here.
         options: of the script.
 
     Raises:
@@ -112,7 +112,7 @@ class ImageSession:
         self._strengths = [file.strength for file in self._adapters]
         self._tokenizers = self._family.load_tokenizers(self._checkpoint)
         if self._device.type == "cpu" and not options.offload:
-            keep_freed_memory()  # not if memory must be freed
+            keep_freed_memory()  # not when memory must be freed
         loaders = {TEXT: self._load_text_encoders, DENOISER: self._load_denoiser, VAE: self._load_vae}
         self._parts = Parts(loaders, one_at_a_time=options.offload, device=self._device)
         self._encoded: dict[str, Conditioning] = {}
@@ -151,7 +151,7 @@ class ImageSession:
 
     def _encode(self, settings: ImageSettings) -> None:
         known = [text for text in settings.texts() if text in self._encoded]
-        self._encoded |= {text: self._encoded.pop(text) for text in known}  # the most recently used come last
+        self._encoded |= {text: self._encoded.pop(text) for text in known}  # the most recently used are last
         texts = [text for text in settings.texts() if text not in self._encoded]
         if not texts:
             return

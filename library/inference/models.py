@@ -1,4 +1,4 @@
-"""What images are generated with: the models, and how they are used for all images of a run."""
+"""The models that generate images, and the settings for all images of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from library.architectures.base import Architecture, Conditioning
 
 @dataclass(frozen=True)
 class ImageModels:
-    """The models of one family, frozen or in the middle of training.
+    """The models of one family, frozen or during training.
 
     Models that a step does not use may be missing: the VAE in ``generate_latents``, all others in ``decode_images``.
     """
@@ -26,14 +26,14 @@ class ImageModels:
     denoiser: nn.Module | None = None
     vae: nn.Module | None = None
     v_prediction: bool = False
-    adapters: Sequence[nn.Module] = ()  # networks applied to the others, so that their dropout is off, too
+    adapters: Sequence[nn.Module] = ()  # networks applied to the other models, so that their dropout is off too
     adapter_names: Sequence[str] = ()  # their files, for messages
-    #: conditioning by text, for encoders that are not loaded
+    #: text -> conditioning, for encoders that are not loaded
     cached_texts: Mapping[str, Conditioning] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def vae_on(self, device: torch.device) -> Iterator[nn.Module]:
-        """The VAE on a device meanwhile, wherever it is parked."""
+        """Return a context with the VAE on a device, wherever it is kept otherwise."""
         assert self.vae is not None
         with on_device(self.vae, device):
             yield self.vae
@@ -48,14 +48,14 @@ class GenerateOptions:
     """Settings of sampling that are the same for all images of a run."""
 
     device: torch.device
-    dtype: torch.dtype = torch.float32  # of autocast in text encoders and denoiser; float32: no autocast
+    dtype: torch.dtype = torch.float32  # dtype of autocast in text encoders and denoiser; float32 for no autocast
     zero_terminal_snr: bool = False
     clip_skip: int | None = None
-    max_token_length: int | None = None  # tokens of the text window: 75 (or None), 150 or 225
+    max_token_length: int | None = None  # text window in tokens: 75 (or None), 150 or 225
     weighted: bool = True  # whether (word:1.2) and [word] in prompts are emphasis
     vae_batch_size: int = 1  # images decoded at once
     nan_remedy: str = "try --no_half_vae or bf16"  # advice for images that are not finite
-    #: called before each denoising step; what it raises ends the generation
+    #: called before each denoising step; an exception from it ends the generation
     check: Callable[[], None] = lambda: None
 
 
@@ -67,7 +67,7 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     if home == device:
         yield
         return
-    # weights that were moved in inference mode could not be moved again outside of it
+    # weights that are moved in inference mode cannot be moved again outside of it
     with torch.inference_mode(False):
         module.to(device)
     try:

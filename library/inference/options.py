@@ -16,7 +16,7 @@ from library.inference.prompt_line import MAX_SEED, MAX_STEPS
 
 
 def _refused(default: Any, why: str, **more: Any) -> Any:
-    """A published flag that this version refuses with what to use instead."""
+    """A flag of sd-scripts that this version refuses, with the alternative."""
     metadata = option(default, f"not available: {why}", **more).metadata
     return field(default=default, metadata={**metadata, "refused": why})
 
@@ -58,11 +58,11 @@ class PromptOptions:
     """Prompts and seeds."""
 
     prompt: str | None = option(None, "prompt, with options such as --n and --w in the same text")
-    from_file: str | None = option(None, "text file with a prompt per line; # begins a comment line")
+    from_file: str | None = option(None, "text file with one prompt per line; # begins a comment")
     from_module: str | None = _refused(None, _MODULE)
     prompter_module_args: str | None = _refused(None, _MODULE)
-    interactive: bool = option(False, "read prompts with options from the keyboard, a line each, until an empty one")
-    no_preview: bool = option(False, "show no image on the screen, which this version never does")
+    interactive: bool = option(False, "read prompts with options from the keyboard, one per line, until an empty line")
+    no_preview: bool = option(False, "do not show images on the screen; this version never does")
     shuffle_prompts: bool = option(False, "shuffle the prompts of each iteration")
     images_per_prompt: int = option(1, "images of each prompt, with seeds that count up by one", type=int)
     n_iter: int = option(1, "how often to go through all prompts, each time with other seeds", type=int)
@@ -88,10 +88,10 @@ class ImageOutputOptions:
     force_scheduler_zero_steps_offset: bool = _refused(False, "samplers use the offset the models were released with")
     image_path: str | None = option(None, "image to start from (img2img), or a folder of images used in turn")
     mask_path: str | None = option(
-        None, "mask of what is repainted of --image_path: white is, black is kept; or a folder of masks"
+        None, "mask for --image_path: white is repainted, black is kept; or a folder of masks"
     )
     strength: float | None = option(
-        None, "share of the steps that are run on --image_path, 0 to 1; default is 0.8", type=float
+        None, "how much --image_path is changed: the share of the steps that are run, 0 to 1 (default 0.8)", type=float
     )
     clip_vision_strength: float | None = _refused(None, _CLIP_VISION, type=float)
     guide_image_path: list[str] | None = _refused(None, _CONTROL, nargs="*")
@@ -115,7 +115,7 @@ class ImageOutputOptions:
 class SpeedOptions:
     """Memory and speed."""
 
-    batch_size: int = option(1, "images generated at once, where their settings agree", type=int)
+    batch_size: int = option(1, "how many images are generated at once, if their settings agree", type=int)
     fp16: bool = option(False, "compute in float16")
     bf16: bool = option(False, "compute in bfloat16")
     xformers: bool = option(False, "attention by xformers")
@@ -147,16 +147,16 @@ class ImageNetworkOptions:
 
 @dataclass(frozen=True)
 class HighresFixOptions:
-    """Highres fix: a small image first, then the large one from it."""
+    """Highres fix: a small image first, then a large one from it."""
 
     highres_fix_scale: float | None = option(
-        None, "sides of the small image as a share of --W and --H, such as 0.5; turns the fix on", type=float
+        None, "sides of the small image as a share of --W and --H, such as 0.5; turns highres fix on", type=float
     )
     highres_fix_steps: int = option(28, "sampling steps of the small image", type=int)
     highres_fix_strength: float | None = option(
-        None, "--strength of the small image, where --image_path is given; default is --strength", type=float
+        None, "--strength of the small image, if --image_path is given (default: as --strength)", type=float
     )
-    highres_fix_save_1st: bool = option(False, "save the small images, too")
+    highres_fix_save_1st: bool = option(False, "save the small images too")
     highres_fix_latents_upscaling: bool = option(False, "enlarge the latents instead of the decoded image")
 
 
@@ -389,7 +389,7 @@ _RULES: tuple[Callable[[ImageOptions], Iterator[str]], ...] = (
 
 
 def idle_options(options: ImageOptions) -> list[str]:
-    """Return a warning for each option that changes nothing with the others."""
+    """Return a warning for each option that has no effect with the others."""
     image, fix = options.image, options.highres
     found = []
     if options.prompts.interactive:

@@ -433,7 +433,7 @@ PLAIN = linear(random(2, 8), random(24, 2), 2.0)
     ("tensors", "to", "message"),
     [
         (named(QKV, {"lokr_w1": random(2, 2), "lokr_w2": random(2, 2)}), "diffusers", rf"{QKV}\.lokr_w1: .*plain LoRA"),
-        (named(QKV, {**PLAIN, "dora_scale": random(24, 1)}), "diffusers", "dora_scale: the module's rows lie otherw"),
+        (named(QKV, {**PLAIN, "dora_scale": random(24, 1)}), "diffusers", "dora_scale: the other naming orders the module"),
         (named(SD_Q, {**PLAIN, "dora_scale": random(1, 8)}), "diffusers", "one magnitude for each input feature"),
         (named(SD_Q, {"lora_down.weight": random(2, 8)}), "comfyui", r"lora_up\.weight is missing"),
         (named(SD_Q, {"alpha": random(1), "dora_scale": random(1)}), "diffusers", r"lora_down\.weight is missing"),

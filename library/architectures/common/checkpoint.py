@@ -57,7 +57,7 @@ def locate_model(path_or_id: str, components: tuple[str, ...]) -> Path:
         raise UserError(f"{MODEL_FLAG} is required: a checkpoint file, a Diffusers folder or a Hub id")
     path = locate(path_or_id, flag=MODEL_FLAG, components=components)
     if path.suffix == ".json" and path.is_file():
-        raise UserError(f"{MODEL_FLAG} {path_or_id}: describes a model; give the folder that it lies in, {path.parent}")
+        raise UserError(f"{MODEL_FLAG} {path_or_id}: describes a model; give its folder, {path.parent}")
     return path
 
 
@@ -65,7 +65,7 @@ def check_folder(folder: Path, *, family: str, title: str, needed: tuple[str, ..
     """Refuse Diffusers folders of other families, and incomplete ones.
 
     Args:
-        family: as ``recognise_pipeline`` knows it; ``title`` is its name for people.
+        family: name in ``recognise_pipeline``; ``title`` is its name in messages.
         needed: the parts' folders.
     """
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
@@ -101,7 +101,7 @@ def choose_vae(path: Path, given: str | None, own: ModelSource | None, title: st
 
 
 def vae_at(path_or_id: str) -> ModelSource:
-    """Return the autoencoder that ``--vae`` names: in a checkpoint, in its own file or folder, or on the Hub.
+    """Return the autoencoder of ``--vae``: in a checkpoint, in its own file or folder, or on the Hub.
 
     Raises:
         UserError: nothing there, or no autoencoder in it.
@@ -136,7 +136,7 @@ def folder_prediction(folder: Path) -> str | None:
 
 
 def check_prediction(title: str, told: str | None, where: str, *, v_parameterization: bool) -> None:
-    """Raise UserError where --v_parameterization contradicts what is ``told`` at ``where``."""
+    """Raise UserError if --v_parameterization contradicts the prediction type ``told`` at ``where``."""
     if told is None or (told == "v_prediction") == v_parameterization:
         return
     remedy = "add --v_parameterization" if told == "v_prediction" else "drop --v_parameterization"

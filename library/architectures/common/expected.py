@@ -1,7 +1,7 @@
-"""What a model's file holds, compared with what models of its kind have: both ways.
+"""Compare the tensors of a model's file with those that models of its kind have, in both directions.
 
-Sizes are inferred from names and shapes, so that a file without its last layers would load as a smaller model. What
-published models have, by their width, tells the difference.
+Sizes are inferred from names and shapes, so a file without its last layers would load as a smaller model. The layers of
+published models of the same width show what is missing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 CLIP_LAYERS = {768: {12}, 1024: {23, 24}, 1280: {32}}
 T5_LAYERS = {4096: {24}}
 
-#: endings of tensors that files hold and nobody needs
+#: endings of tensors in files that no model needs
 _HARMLESS = (".position_ids", ".attn_mask", ".num_batches_tracked")
 
 
@@ -38,19 +38,19 @@ def check_layers(title: str, layers: int, width: int, published: Mapping[int, Co
 
 
 def check_count(title: str, what: str, found: int, expected: int) -> None:
-    """Refuse a model whose halves do not match; the message does not name the file."""
+    """Refuse a model with another number of blocks than expected; the message does not name the file."""
     if found != expected:
         remedy = "incomplete: download it again" if found < expected else "of another model, or damaged"
         raise UserError(f"the {title} has {found} {what} where {expected} are expected; the file is {remedy}")
 
 
 def warn_of_unused(path: Path, title: str, names: Iterable[str], used: Collection[str], prefix: str) -> None:
-    """Warn once of tensors that lie among those of a model, and that it does not have.
+    """Warn once of tensors in a model's file that the model does not have.
 
     Args:
-        names: of the file.
-        used: of them, those that the model took.
-        prefix: what precedes the model's names in the file; other models may lie beside.
+        names: in the file.
+        used: the names that the model took.
+        prefix: prefix of the model's names in the file, which may hold other models too.
     """
     tops = {name[len(prefix) :].partition(".")[0] for name in used}
     unused = [

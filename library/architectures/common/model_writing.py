@@ -1,7 +1,7 @@
-"""Whole models written to files: each tensor is made when its turn comes, so that no second model lies in memory.
+"""Write whole models to files: each tensor is made when it is written, so that no second model is in memory.
 
-Parts that were not trained are taken from the files that they were loaded from, bit by bit, whatever dtype they have in
-a run. What such a file holds beside the parts, such as averaged weights, is kept.
+Parts that were not trained are copied from their files bit by bit, whatever dtype they have in the run. Other contents
+of such a file, such as averaged weights, are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from library.files.streamed import tensor_info, write_streamed
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is known, and made when it is written."""
+    """A tensor that is made when it is written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -35,7 +35,7 @@ LazyTensors = dict[str, LazyTensor]
 
 
 def as_they_are(tensors: Mapping[str, Tensor]) -> LazyTensors:
-    """Tensors under the names that they have."""
+    """Return the tensors under their own names."""
     return {name: _kept(tensor) for name, tensor in tensors.items()}
 
 
@@ -44,10 +44,10 @@ def _kept(tensor: Tensor) -> LazyTensor:
 
 
 def laid_out(layout: TensorLayout, state: Mapping[str, Tensor]) -> LazyTensors:
-    """A model's tensors as a file has them; tensors that the file joins are joined when they are written.
+    """Return a model's tensors in the layout of a file; tensors that the file joins are joined when they are written.
 
     Raises:
-        KeyError: the model holds a tensor that the layout has no name for.
+        KeyError: the layout has no name for a tensor of the model.
     """
     found = {}
     for names in layout.groups(state):
@@ -63,12 +63,12 @@ def _made(layout: TensorLayout, part: Mapping[str, Tensor]) -> Callable[[], Tens
 
 
 def own_tensors(source: ModelSource) -> dict[str, Tensor]:
-    """A part's tensors by the model's names, as its file holds them; they are views of the file where it is mapped."""
+    """Return a part's tensors in its file by the model's names; views of the file if it is mapped."""
     return dict(source.layout.read(_mapped(source.file).read(source.file_names())))
 
 
 def whole_file(file: WeightFile) -> LazyTensors:
-    """All tensors of a file."""
+    """Return all tensors of a file."""
     return as_they_are(dict(_mapped(file).read(list(file.shapes))))
 
 
@@ -77,7 +77,7 @@ def _mapped(file: WeightFile) -> WeightFile:
 
 
 def state_of(name: str, parts: Mapping[str, ModelSource], trained: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
-    """The tensors of a part by the model's names: those that were trained, or those of its file."""
+    """Return the tensors of a part by the model's names: trained ones, or those of its file."""
     return trained[name].state_dict() if name in trained else own_tensors(parts[name])
 
 
@@ -87,10 +87,10 @@ def like_its_source(
     trained: Mapping[str, nn.Module],
     layouts: Mapping[str, TensorLayout],
 ) -> LazyTensors:
-    """The file that a model came from, with the trained parts in the place of its own.
+    """Return the tensors of the model's source file, with the trained parts instead of its own.
 
     Args:
-        layouts: for parts that come from other files, as ``--vae`` names one.
+        layouts: for parts from other files, such as that of ``--vae``.
     """
     tensors = whole_file(file)
     for name, source in parts.items():
@@ -114,12 +114,12 @@ def write_file(
     metadata: Mapping[str, str],
     counters: Mapping[str, int],
 ) -> None:
-    """Write one ``.safetensors`` or ``.ckpt`` file, whole or not at all.
+    """Write one ``.safetensors`` or ``.ckpt`` file, completely or not at all.
 
     Args:
         dtype: cast floating-point tensors to it; ``None`` keeps each one's own.
         metadata: of a ``.safetensors`` file.
-        counters: what a ``.ckpt`` file holds beside its ``state_dict``: ``epoch`` and ``global_step``.
+        counters: saved in a ``.ckpt`` file beside its ``state_dict``: ``epoch`` and ``global_step``.
 
     Raises:
         UserError: the disk is full, or the file cannot be written.
@@ -142,17 +142,16 @@ def _cast(tensor: LazyTensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def files_of(parts: Mapping[str, ModelSource]) -> Iterator[Path]:
-    """Every file that the parts were loaded from."""
+    """Return every file that the parts were loaded from."""
     for source in parts.values():
         yield from source.file.files
 
 
 def refuse_own_source(path: Path, parts: Mapping[str, ModelSource]) -> None:
-    """Raise UserError where a save would replace a file that the model is read from."""
+    """Raise UserError if a save would replace a file that the model is read from."""
     places = {file.resolve() for file in files_of(parts)}
     inside = {place for file in places for place in (file, *file.parents)}
     if path.resolve() in (inside if path.is_dir() else places):
         raise UserError(
-            f"--output_name: the model would be saved over {path}, which it is read from; give another name or "
-            "--output_dir"
+            f"--output_name: the model would overwrite {path}, from which it is read; give another name or --output_dir"
         )

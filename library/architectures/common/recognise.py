@@ -1,6 +1,6 @@
 """Recognize a weights file from its tensor names, for messages that name the right script or option.
 
-Families say what their files look like in ``about.py``; here is what belongs to none of them.
+Families describe their files in ``about.py``; files of no family are described here.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from library.architectures.signs import Recognised, Sign
 from library.errors import UserError
 
 _WITH_BASE = "give the base model here and this file with --network_weights"
-#: looked for before the families' own
+#: compared before the signs of the families
 _FIRST = (
     Sign(("lora_",), Recognised("a LoRA file, not a base model", _WITH_BASE)),
     Sign(("hada_w1_",), Recognised("a LyCORIS file, not a base model", _WITH_BASE)),
-    # models of families that are not known here, and have names like those of others
+    # models of unsupported families, whose names resemble those of others
     Sign(("joint_blocks.",), Recognised("a Stable Diffusion 3 checkpoint", "use sd3_train_network.py")),
     Sign(
         ("txt_in.individual_token_refiner.",),
@@ -24,7 +24,7 @@ _FIRST = (
     ),
     Sign(("cap_embedder.",), Recognised("a Lumina Image 2.0 model", "use lumina_train_network.py")),
 )
-#: looked for after them
+#: compared after the signs of the families
 _LAST = (
     Sign(("control_model.",), Recognised("a ControlNet", "give a Stable Diffusion checkpoint here")),
     Sign(("emb_params",), Recognised("a textual inversion embedding", "give a Stable Diffusion checkpoint here")),
@@ -46,7 +46,7 @@ _LAST = (
     ),
 )
 
-#: as ``About.pipelines``
+#: see ``About.pipelines``
 _OTHER_PIPELINES: tuple[tuple[str, Recognised], ...] = (
     ("StableDiffusion3", Recognised("a Stable Diffusion 3 model", "use sd3_train_network.py")),
     ("Lumina", Recognised("a Lumina model", "use lumina_train_network.py")),
@@ -72,7 +72,7 @@ def recognise_tensors(names: Collection[str], family: str) -> Recognised | None:
 def recognise_pipeline(class_name: str, family: str) -> Recognised | None:
     """Return what a Diffusers folder is, by the pipeline in its model_index.json; None as above."""
     known = [*_OTHER_PIPELINES, *(pair for about in abouts() for pair in about.pipelines)]
-    # the longest beginning is the most particular: StableDiffusionXL before StableDiffusion
+    # the longest beginning is the most specific: StableDiffusionXL before StableDiffusion
     fitting = [pair for pair in known if class_name.startswith(pair[0])]
     found = max(fitting, key=lambda pair: len(pair[0]), default=("", None))[1]
     return found if found is not None and found.family != family else None

@@ -1,4 +1,4 @@
-"""What files and scripts of FLUX.1 and Chroma are called."""
+"""Names of the files and scripts of FLUX.1 and Chroma."""
 
 from __future__ import annotations
 

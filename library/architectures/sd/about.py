@@ -1,4 +1,4 @@
-"""What files and scripts of Stable Diffusion 1.x and 2.x are called."""
+"""Names of the files and scripts of Stable Diffusion 1.x and 2.x."""
 
 from __future__ import annotations
 

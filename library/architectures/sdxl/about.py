@@ -1,4 +1,4 @@
-"""What files and scripts of Stable Diffusion XL are called."""
+"""Names of the files and scripts of Stable Diffusion XL."""
 
 from __future__ import annotations
 

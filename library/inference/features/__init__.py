@@ -1,1 +1,1 @@
-"""What may be done to a generation besides plain sampling: one file each, joined by ``library.inference.denoise``."""
+"""Features of generation besides plain sampling: one file each, combined by ``library.inference.denoise``."""

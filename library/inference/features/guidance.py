@@ -13,10 +13,10 @@ from library.inference.denoise import Denoise, Feature, Generation, StepInfo
 
 
 class Guidance(Feature):
-    """Predict with and without the prompt in one pass, and go on from the difference; nothing at a scale of 1.
+    """Predict with and without the prompt in one pass, and extrapolate; no effect at a scale of 1.
 
-    With a scale of its own for the negative prompt there are three predictions: from that of the empty prompt towards
-    the prompt, and away from the negative one.
+    With a separate scale for the negative prompt there are three predictions: from that of the empty prompt towards the
+    prompt, and away from the negative one.
     """
 
     def __init__(self) -> None:

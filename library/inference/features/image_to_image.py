@@ -1,7 +1,7 @@
 """Start from an image instead of from noise: img2img.
 
 Meng et al. 2021, "SDEdit" (arXiv:2108.01073): the image is noised to the level of an intermediate step, and sampling
-goes on from there. At strength s the last ``int(steps * s)`` of the steps are run, as in diffusers' img2img pipelines.
+continues from there. At strength s the last ``int(steps * s)`` steps are run, as in diffusers' img2img pipelines.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ SOURCE = "source latents"
 
 
 class ImageToImage(Feature):
-    """Noise each image's source to the first step that is run.
+    """Noise each image's source to the level of the first step that is run.
 
     Args:
-        sources: latents (B, C, h, w) as the denoiser sees them; None: read from the images of the settings.
+        sources: latents (B, C, h, w) as the denoiser sees them; None reads the images of the settings.
     """
 
     def __init__(self, sources: Tensor | None = None) -> None:
@@ -42,15 +42,15 @@ class ImageToImage(Feature):
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)
         if start == 0 and first.strength == 1.0:
-            return  # nothing is left of the source
+            return  # nothing of the source is left
         level = generation.timesteps[:1].expand(len(source))
         generation.latents = scheduler.add_noise(source, generation.noise, level)
 
 
 def _start(calls: int, steps: int, strength: float, order: int) -> int:
-    """Return the first of the scheduler's calls that is run.
+    """Return the index of the first call that is run.
 
-    Schedulers of the second order call the model twice a step, and list both calls as timesteps.
+    Second-order schedulers call the model twice per step, and list both calls as timesteps.
     """
     skipped = max(steps - min(int(steps * strength), steps), 0)
     return min(skipped * order if calls > steps else skipped, calls)
@@ -66,7 +66,7 @@ def _read_sources(generation: Generation) -> Tensor:
 def encode_sources(models: ImageModels, pixels: Tensor, seeds: Sequence[int], device: torch.device) -> Tensor:
     """Encode pixels (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) as the denoiser sees them.
 
-    What the encoder draws is keyed by the images' seeds.
+    The encoder's random numbers are keyed by the images' seeds.
     """
     generators = [torch_generator(seed, "source image") for seed in seeds]
     with (

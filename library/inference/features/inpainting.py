@@ -1,7 +1,7 @@
-"""Repaint the white parts of a mask and keep the black ones, with models that are not made for it.
+"""Repaint the white parts of a mask and keep the black parts, with models that were not made for inpainting.
 
-Lugmayr et al. 2022, "RePaint" (arXiv:2201.09865), eq. 8: after each step what is kept is set to the source, noised to
-the level of the next step. Grey blends.
+Lugmayr et al. 2022, "RePaint" (arXiv:2201.09865), eq. 8: after each step, the kept part is set to the source, noised to
+the level of the next step. Grey blends both.
 """
 
 from __future__ import annotations
