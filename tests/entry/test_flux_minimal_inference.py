@@ -381,7 +381,7 @@ def test_a_wrong_byte_costs_one_line(
     piped = io.TextIOWrapper(sent, encoding="utf-8")
     drawn = draw(models["dev"], tmp_path, "--interactive", lines=piped)
     assert len(drawn) == 2
-    assert said(capsys.readouterr().err, "ERROR") == ["the line is no UTF-8 text"]
+    assert said(capsys.readouterr().err, "ERROR") == ["the line is not UTF-8 text"]
 
 
 def test_the_output_folder_is_tried_before_anything_is_loaded(

@@ -270,7 +270,7 @@ def test_a_session(model: MadeCheckpoint, tmp_path: Path) -> None:
     assert done.returncode == 0, said
     assert len(list((tmp_path / "out").iterdir())) == 2
     errors = [line for line in said.splitlines() if line.startswith("ERROR")]
-    assert len(errors) == 2 and "no UTF-8 text" in errors[0] and "prompt 2: unknown option --q" in errors[1]
+    assert len(errors) == 2 and "not UTF-8 text" in errors[0] and "prompt 2: unknown option --q" in errors[1]
     assert "--prompt has no effect with --interactive" in said
 
 

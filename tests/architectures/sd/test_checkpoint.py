@@ -122,7 +122,7 @@ def test_paths_that_are_nearly_right(tmp_path: Path) -> None:
     folder = make_tiny_sd(tmp_path / "folder", layout="diffusers").path
     with pytest.raises(UserError, match=f'it is a part of a model; did you mean "{folder}"'):
         inspect(folder / "unet")
-    with pytest.raises(UserError, match=f"give the folder that it lies in, {folder}$"):
+    with pytest.raises(UserError, match=f"give its folder, {folder}$"):
         inspect(folder / "model_index.json")
     for given, remedy in ((f'"{folder}"', "leave out the quotes"), ("https://huggingface.co/a/b.ckpt", "owner/name")):
         with pytest.raises(UserError, match=f"no such file or folder; .*{remedy}"):
