@@ -7,7 +7,7 @@
 Without a method every module gets --new_rank (no more than it has). With one each module gets the ranks that it
 needs, up to --new_rank: sv_ratio, singular values above the first over --dynamic_param; sv_cumulative, until their
 sum is that share of all; sv_fro, until their norm is. The strength alpha / rank stays as it is, and so do names and
-other tensors. The decomposition is that of the halves, not of the weight: a LoRA of SDXL takes seconds.
+other tensors. The decomposition is that of the halves, not of the weight: a LoRA of SDXL takes a minute.
 docs/adapter_tools.md says more.
 """
 

@@ -96,8 +96,8 @@ class TransformerLoraNetwork(LoraNetwork):
     ) -> RankAlpha:
         """Return the size of a module's adapter; projections that are split in the file stay split, unless
         ``split_qkv`` is false."""
-        perturbed = isinstance(args, TransformerArgs) and args.perturbation is not None
-        if size.dora is not None and (args.split_qkv or perturbed):
+        assert isinstance(args, TransformerArgs)
+        if size.dora is not None and (args.split_qkv or args.perturbation is not None):
             key = "split_qkv" if args.split_qkv else "ggpo_sigma"
             raise UserError(
                 f"--network_args {key}: the file is a DoRA ({found.lora_name}), which excludes it; leave it out"

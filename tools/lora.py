@@ -170,11 +170,12 @@ def _diff(args: argparse.Namespace) -> None:
         model = open_model(Path(args.model))
         family = family_of(model)
         places = {name: place for part in family.parts for name, place in part.places(model.shapes).items()}
-        files = open_files(args.files, [1.0, 1.0], family)
+        one, other = open_files(args.files, [1.0, 1.0], family)
         with model.opened() as read:
-            layers = compare(*files, lambda name: weight_at(read, places[name]).reshape(places[name].shape).float())
+            layers = compare(one, other, lambda name: weight_at(read, places[name]).reshape(places[name].shape).float())
     else:
-        layers = compare(*open_files(args.files, [1.0, 1.0], None))
+        one, other = open_files(args.files, [1.0, 1.0], None)
+        layers = compare(one, other)
     print("\n".join(table(layers, args.rows)))
     if args.csv:
         write_csv(Path(args.csv), layers)

@@ -120,7 +120,7 @@ def apply_networks(
     """
     text = text_argument(models.text_encoders)
     applied: list[nn.Module] = []
-    to_merge = []
+    to_merge: list[Merged] = []
     count = (len(choices) if merge else 0) if isinstance(merge, bool) else merge
     for place, choice in enumerate(choices):
         if place == count:  # the others are applied to the model that those before made

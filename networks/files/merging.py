@@ -126,8 +126,8 @@ def model_record_metadata(
     record: ModelRecord, target: Path, model: Path | None, files: Sequence[LoraFile]
 ) -> dict[str, str]:
     """Return the ``modelspec.*`` entries of a merged model."""
-    sources = [(model, metadata_of(model))] if model is not None else []
-    sources += [(file.path, file.metadata) for file in files]
+    own = [(model, metadata_of(model))] if model is not None else []
+    sources = [*own, *((file.path, file.metadata) for file in files)]
     return model_metadata(record, title=target.stem, merged_from=merged_from(sources))
 
 
