@@ -105,7 +105,10 @@ def test_files_that_are_refused(tmp_path: Path, content: dict[str, torch.Tensor]
 
 
 def test_words_that_are_refused(models: ImageModels, tmp_path: Path) -> None:
-    for name, vectors, message in (("cat", VECTORS, '"cat" is a known word already'), ("new", VECTORS[:, :8], "have 8 numbers")):
+    for name, vectors, message in (
+        ("cat", VECTORS, '"cat" is a known word already'),
+        ("new", VECTORS[:, :8], "have 8 numbers"),
+    ):
         with pytest.raises(UserError, match=message):
             add_embeddings([written(tmp_path / f"{name}.pt", vectors)], models.tokenizers, models.text_encoders)
     with pytest.raises(UserError, match="gone.pt: no such file"):
