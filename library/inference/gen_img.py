@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import PIL.Image
 import torch
 
 from library.architectures.base import Architecture, Conditioning
@@ -23,6 +24,7 @@ from library.inference.features.image_to_image import ImageToImage
 from library.inference.features.inpainting import Inpainting
 from library.inference.file_names import FileNames, try_folder
 from library.inference.generate import generate_images
+from library.inference.grid import Axis, combinations, draw_sheet, read_axes
 from library.inference.highres_fix import HighresFix, generate_in_two_stages
 from library.inference.interactive import generate_lines
 from library.inference.models import GenerateOptions, ImageModels
@@ -77,6 +79,7 @@ def draw_images(options: ImageOptions, architecture: Architecture, lines: TextIO
         options.networks.network_args,
     )
     merged = _merged(options, choices)
+    _axes(options, choices)  # its mistakes are found before anything is loaded
     _check_multipliers(prompts, choices, merged)
     checkpoint = _inspect(options, architecture)
     logger.info("model: %s, %s", checkpoint.path, checkpoint.info.description)
@@ -92,7 +95,7 @@ def draw_images(options: ImageOptions, architecture: Architecture, lines: TextIO
     if options.prompts.interactive:
         return generate_lines(session, lines or sys.stdin, MEMORY_REMEDY)
     with naming_memory(MEMORY_REMEDY):
-        return session.generate(planned)
+        return session.generate_planned(planned)
 
 
 class _Session:
@@ -114,6 +117,7 @@ class _Session:
         dtype = torch.float16 if options.speed.fp16 else torch.bfloat16 if options.speed.bf16 else torch.float32
         models = _load(options, architecture, checkpoint, dtype, device)
         self._merged = _merged(options, choices)
+        self._axes = _axes(options, choices)
         networks = apply_networks(choices, models, merge=self._merged, dtype=dtype, device=device)
         names = [Path(choice.weights).name for choice in choices[self._merged :]]
         self._models = replace(models, adapters=networks, adapter_names=names)
@@ -142,7 +146,23 @@ class _Session:
         _check_multipliers([prompt], self._choices, self._merged)
         planned = self._sources.assigned(plan_images([prompt], self._common, _repetition(self._options)), self._typed)
         self._typed += len(planned)
-        return self.generate(planned)
+        return self.generate_planned(planned)
+
+    def generate_planned(self, planned: Sequence[PlannedImage]) -> list[Path]:
+        """Generate images, or with ``--grid`` a sheet of each."""
+        if not self._axes:
+            return self.generate(planned)
+        written: list[Path] = []
+        applied = [choice.multiplier for choice in self._choices[self._merged :]]
+        for image in planned:
+            parts = combinations(image, self._axes, applied)
+            paths = self.generate(parts)
+            sheet = draw_sheet([PIL.Image.open(path) for path in paths], self._axes)
+            path = paths[0].with_stem(f"{paths[0].stem}_grid")
+            save_png(sheet, path, image.settings.record(model=self._model_name))
+            logger.info("grid: %s", path)
+            written += [*paths, path]
+        return written
 
     def free(self) -> None:
         """Free the memory of what was computed."""
@@ -250,6 +270,11 @@ def _warn_of_sizes(architecture: Architecture, common: ImageSettings, prompts: S
     given |= {name for prompt in prompts for name in prompt.own if name in SIZE_NAMES}
     if given and type(architecture).condition is Architecture.condition:
         logger.warning("%s have no effect with this model, which is told no sizes", ", ".join(sorted(given)))
+
+
+def _axes(options: ImageOptions, choices: Sequence[NetworkChoice]) -> list[Axis]:
+    files = [Path(choice.weights) for choice in choices[_merged(options, choices) :]]
+    return read_axes(options.prompts.grid or [], files)
 
 
 def _merged(options: ImageOptions, choices: Sequence[NetworkChoice]) -> int:

@@ -67,6 +67,9 @@ class PromptOptions:
     images_per_prompt: int = option(1, "images of each prompt, with seeds that count up by one", type=int)
     n_iter: int = option(1, "how often to go through all prompts, each time with other seeds", type=int)
     seed: int | None = option(None, "seed of the run; random if not given, and shown", type=int)
+    grid: list[str] | None = option(
+        None, "an image for each combination on one sheet: axes such as scale=3,5,7 seed=1,2 file", nargs="*"
+    )
     iter_same_seed: bool = option(False, "use the same seeds for all prompts of an iteration")
 
 

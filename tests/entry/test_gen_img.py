@@ -22,6 +22,7 @@ from tests.fixtures.runs import ROOT, Finished, environment, run_script
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 
 PUBLISHED = json.loads((ROOT / "tests/compat/data/cli/gen_img.json").read_text())["options"]
+OURS = {"grid"}
 TYPES = {"str": str, "int": int, "float": float, "bool": None}
 
 
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
 def test_flags_are_the_published_ones() -> None:
     actions = {action.dest: action for action in parser()._actions if action.dest != "help"}
-    assert set(actions) == {option["dest"] for option in PUBLISHED}
+    assert set(actions) == {option["dest"] for option in PUBLISHED} | OURS
     for option in PUBLISHED:
         action = actions[option["dest"]]
         assert set(option["flags"]) <= set(action.option_strings), option["dest"]
@@ -165,6 +166,15 @@ def test_lora_multiplier_changes_the_image(model: MadeCheckpoint, lora: Path, tm
     unnamed = ("--network_weights", lora)  # the file tells its module
     (merged,) = drawn(draw(model, out, "--prompt", "cat --d 1", *unnamed, "--network_mul", 0.8, "--network_merge"), out)
     assert np.abs(pixels(merged) - applied).max() <= 1
+
+    out = tmp_path / "grid"
+    compared = ("--network_weights", lora, lora, "--network_mul", 0.8, 0, "--grid", "file", "seed=1,2")
+    finished = draw(model, out, "--prompt", "cat", *compared, "--sequential_file_name")
+    assert len(drawn(finished, out)) == 5
+    assert np.abs(pixels(out / "im_000001.png") - applied).max() <= 1
+    assert np.abs(pixels(out / "im_000002.png") - zero).max() <= 1
+    sheet = pixels(out / "im_000001_grid.png")
+    assert sheet.shape[0] > 128 and sheet.shape[1] > 128
 
     out = tmp_path / "partly"
     twice = ("--network_module", "networks.lora", "networks.lora", "--network_weights", lora, lora)
