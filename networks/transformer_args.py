@@ -200,9 +200,9 @@ class TransformerArgs(LoraArgs):
         return True
 
     def _size_in_unet(self, found: FoundModule, rank: int, alpha: float, block: int | None) -> tuple[int, float]:
-        layer = found.path.partition(".")[0]
-        if layer in self.table.embedders:
-            return self.embedder_dims[self.table.embedders.index(layer)], alpha
+        for layer, own in zip(self.table.embedders, self.embedder_dims, strict=True):
+            if found.path == layer or found.path.startswith(f"{layer}."):
+                return own, alpha
         for key, own in self.layer_dims.items():
             if self.table.layers[key].match(found.path):
                 return own, alpha

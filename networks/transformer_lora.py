@@ -75,7 +75,8 @@ class TransformerLoraNetwork(LoraNetwork):
     ) -> list[NetworkPart]:
         *encoders, denoiser = super().make_parts(text_encoder, unet, args)
         embedders = cls.table.embedders
-        layers = tuple(name for name in embedders if getattr(unet, name, None) is not None)
+        modules = dict(unet.named_modules())
+        layers = tuple(name for name in embedders if name in modules)
         if isinstance(args, TransformerArgs):
             args.check_model(list(find_modules(unet, denoiser.target)), layers)
             layers = tuple(name for name in layers if args.embedder_dims[embedders.index(name)])

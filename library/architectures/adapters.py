@@ -83,6 +83,58 @@ class ModulePaths(ABC):
         return all(part in self.words or part.isdigit() for part in path.split("."))
 
 
+class TablePaths(ModulePaths):
+    """A transformer whose layers a table names: published layer -> diffusers' layers, in the order of its rows.
+
+    Args:
+        table: paths with ``{}`` for the number of a block.
+        swapped: published layers whose halves diffusers has the other way round.
+        own_roots: what published paths alone begin with, in files without the name of the model; all of the table's,
+            if not given, and then diffusers' too.
+    """
+
+    def __init__(
+        self,
+        table: Mapping[str, tuple[str, ...]],
+        *,
+        swapped: frozenset[str] = frozenset(),
+        own_roots: frozenset[str] | None = None,
+    ) -> None:
+        paths = [*table, *(part for parts in table.values() for part in parts)]
+        super().__init__({word for path in paths for word in path.split(".") if word != "{}" and not word.isdigit()})
+        self._table, self._swapped, self._own_roots = table, swapped, own_roots
+        self._places = {part: Place(path, i) for path, parts in table.items() for i, part in enumerate(parts)}
+        lists = {path.partition(".{}")[0] for path in paths if "{}" in path}
+        self._block = re.compile(rf"({'|'.join(sorted(map(re.escape, lists), key=len, reverse=True))})\.(\d+)\.")
+
+    def _numbered(self, path: str) -> tuple[str, str]:
+        """Return (path with ``{}`` for the first number below a list of blocks, that number)."""
+        found = self._block.match(path)
+        return (f"{found[1]}.{{}}{path[found.end() - 1 :]}", found[2]) if found else (path, "")
+
+    def to_diffusers(self, original: str) -> tuple[str, ...]:
+        template, number = self._numbered(original)
+        return tuple(part.replace("{}", number) for part in self._table.get(template, ()))
+
+    def to_original(self, diffusers: str) -> Place | None:
+        template, number = self._numbered(diffusers)
+        place = self._places.get(template)
+        return None if place is None else Place(place.path.replace("{}", number), place.index)
+
+    def rows(self, original: str, *, inputs: int, outputs: int | None) -> list[int]:
+        parts = len(self.to_diffusers(original))
+        return super().rows(original, inputs=inputs, outputs=outputs) if parts == 1 else [inputs] * parts
+
+    def bare_roots(self, space: Space) -> frozenset[str]:
+        if self._own_roots is not None:
+            return self._own_roots if space == "original" else frozenset()
+        paths = self._table if space == "original" else self._places
+        return frozenset(path.partition(".")[0] for path in paths)
+
+    def swaps_halves(self, original: str) -> bool:
+        return original in self._swapped
+
+
 class SamePaths(ModulePaths):
     """Text encoders: every program uses transformers' paths."""
 

@@ -283,6 +283,10 @@ class Architecture(ABC):
         """Return this family for a model that ``inspect`` found; families with one kind of model return themselves."""
         return self
 
+    def for_resolutions(self, resolutions: Sequence[tuple[int, int]]) -> Self:
+        """This family as it works with data sets of these (width, height) in pixels, one for each."""
+        return self
+
     # the loaders below also take the device "meta": they check the header's names and shapes and read no weights
 
     @abstractmethod

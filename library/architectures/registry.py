@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 #: folders of the families, in the order in which files are compared with them: the most specific names first
 FOLDERS = (
+    "sd3",
     "flux",
     "sdxl",
     "sd",
@@ -45,7 +46,8 @@ def architectures() -> Iterator[Architecture]:
 
 def by_tool_flag() -> dict[str, Architecture]:
     """Return the families by the flag that tools for several families know them by; "" is the one without a flag."""
-    return {about(folder).tool_flag: architecture(folder) for folder in FOLDERS}
+    flags = {folder: about(folder).tool_flag for folder in FOLDERS}
+    return {flag: architecture(folder) for folder, flag in flags.items() if flag is not None}
 
 
 def tool_flags() -> list[str]:

@@ -27,7 +27,8 @@ class About:
     Attributes:
         instance: name of the ``Architecture`` in the family's folder.
         script: name of its LoRA script, without ``.py``.
-        tool_flag: the flag for this family in tools for several families, without dashes; "" for the default family.
+        tool_flag: the flag for this family in tools for several families, without dashes; "" for the default family,
+            ``None`` if they do not have one.
         signs: how to recognize single files; the first that fits wins.
         pipelines: beginnings of ``_class_name`` in model_index.json, and what such a folder is.
         adapter_keys: ``AdapterFamily.key`` of its adapters, the values of the tools' ``--family``.
@@ -35,7 +36,7 @@ class About:
 
     instance: str
     script: str
-    tool_flag: str
+    tool_flag: str | None
     signs: tuple[Sign, ...]
     pipelines: tuple[tuple[str, Recognised], ...]
     adapter_keys: tuple[str, ...]

@@ -92,12 +92,17 @@ def velocity_of_output(output: Tensor, sigmas: Tensor, prediction_type: str) -> 
 # ---- drawing ----
 
 
-def sampling_sigmas(steps: int, shift: float) -> Tensor:
+def sampling_sigmas(steps: int, shift: float, end: float | None = None) -> Tensor:
     """Return the noise levels of sampling, (steps + 1,) float32: evenly from 1 to 1 / steps, shifted, and 0 at the end.
 
     As diffusers' pipelines of FLUX.1 set them, which give ``np.linspace(1, 1 / steps, steps)`` to the scheduler.
+
+    Args:
+        end: the least level that the scheduler was made with: the levels then go evenly to ``end``, itself shifted, as
+            diffusers' pipelines set them that give the scheduler a number of steps alone.
     """
-    even = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
+    last = 1.0 / steps if end is None else shift_sigma(end, shift)
+    even = torch.linspace(1.0, last, steps, dtype=torch.float64)
     return torch.cat([shift_sigma(even, shift), torch.zeros(1, dtype=torch.float64)]).float()
 
 
@@ -110,12 +115,15 @@ class FlowEuler:
         steps: at least 1.
         shift: of the noise levels; for a dynamic one, ``resolution_shift``.
         device: of the latents.
+        end: as for ``sampling_sigmas``.
     """
 
     init_noise_sigma = 1.0
 
-    def __init__(self, steps: int, shift: float, device: torch.device | str = "cpu") -> None:
-        self.sigmas = sampling_sigmas(steps, shift)
+    def __init__(
+        self, steps: int, shift: float, device: torch.device | str = "cpu", *, end: float | None = None
+    ) -> None:
+        self.sigmas = sampling_sigmas(steps, shift, end)
         self.timesteps = (self.sigmas[:-1] * TIMESTEPS).to(device)  # (steps,) float32
         self._done = 0
 

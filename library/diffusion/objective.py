@@ -206,7 +206,8 @@ class FlowObjective(Objective):
     Attributes:
         shift: ``--discrete_flow_shift``, of training.
         cells_per_token: latent cells that are one token of the image, for the shifts by resolution.
-        sampling_shift: of drawing; None: by resolution.
+        sampling_shift: of generation; None: by resolution.
+        sampling_end: the least noise level of generation, before it is shifted twice; see ``flow.sampling_sigmas``.
     """
 
     timestep_sampling: str = "sigma"
@@ -219,6 +220,7 @@ class FlowObjective(Objective):
     prediction_type: str = "raw"
     cells_per_token: int = 4
     sampling_shift: float | None = None
+    sampling_end: float | None = None
 
     def check(self, within: TimestepRange) -> None:
         # an image of 512 pixels; shifts by resolution are much the same for all
@@ -264,7 +266,7 @@ class FlowObjective(Objective):
 
     def scheduler(self, sampler: str, steps: int, size: tuple[int, int], device: torch.device) -> Any:
         shift = self.sampling_shift if self.sampling_shift is not None else self._resolution_shift(size)
-        return flow.FlowEuler(steps, shift, device)
+        return flow.FlowEuler(steps, shift, device, end=self.sampling_end)
 
     def for_sampler(self, output: Tensor, timesteps: Tensor) -> Tensor:
         return flow.velocity_of_output(output, timesteps / flow.TIMESTEPS, self.prediction_type)

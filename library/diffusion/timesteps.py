@@ -179,8 +179,8 @@ def sample_share(generator: torch.Generator) -> float:
     return torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
-#: densities by name; "sigma" uses ``--weighting_scheme``
-TIMESTEP_SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift")
+#: densities by name; "sigma" is that of ``--weighting_scheme``
+TIMESTEP_SAMPLINGS = ("sigma", "weighting", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift")
 
 
 def density_of(
@@ -200,7 +200,8 @@ def density_of(
     levels, which begins with the highest, as in diffusers' training scripts: 1 - u, shifted by ``shift``. So a positive
     ``logit_mean`` means less noise, unlike in Esser et al. 2024. ``uniform``: every level alike. ``sigmoid``:
     sigmoid(sigmoid_scale z), z standard normal. ``shift``: that, shifted by ``shift``. ``flux_shift``: that, shifted by
-    ``size_shift``. ``nextdit_shift``: ``uniform`` shifted by ``size_shift``.
+    ``size_shift``. ``nextdit_shift``: ``uniform`` shifted by ``size_shift``. ``weighting``: u of ``sigma`` is the level
+    itself, shifted by ``shift``, as in Esser et al. 2024: a positive ``logit_mean`` means more noise.
 
     Args:
         size_shift: ``resolution_shift`` of the image.
@@ -208,13 +209,13 @@ def density_of(
     Raises:
         ValueError: an unknown name.
     """
-    if sampling == "sigma":
+    if sampling in ("sigma", "weighting"):
         drawn: Density = Uniform()
         if weighting_scheme == "logit_normal":
             drawn = LogitNormal(logit_mean, logit_std)
         elif weighting_scheme == "mode":
             drawn = Mode(mode_scale)
-        return Shifted(Mirrored(drawn), shift)
+        return Shifted(Mirrored(drawn) if sampling == "sigma" else drawn, shift)
     if sampling in ("uniform", "nextdit_shift"):
         return Shifted(Uniform(), size_shift) if sampling == "nextdit_shift" else Uniform()
     shifts = {"sigmoid": 1.0, "shift": shift, "flux_shift": size_shift}

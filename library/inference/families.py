@@ -29,7 +29,7 @@ def family_of(options: ImageModelOptions) -> Architecture:
     """
     flagged = [folder for folder in _FOLDERS if (flag := about(folder).tool_flag) and getattr(options, flag)]
     found = flagged[0] if flagged else _found(options.ckpt or "")
-    plain = next(folder for folder in _FOLDERS if not about(folder).tool_flag)
+    plain = next(folder for folder in _FOLDERS if about(folder).tool_flag == "")
     family = architecture(found if found in _FOLDERS else plain)
     for name, why in family.declaration.refused.items():
         if getattr(options, name, None):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from library.config.fields import option
 from library.errors import UserError
+from library.inference.minimal_options import SIZE_STEP, LoraWeightsOptions, check_common
 from library.inference.part_dtypes import PartDtype, read_part_dtypes
-from library.inference.prompt_line import MAX_SEED, MAX_STEPS, check_size
 
-#: sides of images are multiples of this many pixels
-SIZE_STEP = 16
+__all__ = ["SIZE_STEP"]
 
 
 @dataclass(frozen=True)
@@ -54,18 +52,6 @@ class FluxImageOptions:
 
 
 @dataclass(frozen=True)
-class FluxNetworkOptions:
-    """LoRA."""
-
-    lora_weights: list[str] | tuple[str, ...] = option(
-        (), "LoRA or OFT files, each with its strength after a semicolon: 'file;0.8'", nargs="*", aliases=("--lora",)
-    )
-    merge_lora_weights: bool = option(
-        False, "merge them into the model first: faster, but strengths cannot be changed by --m"
-    )
-
-
-@dataclass(frozen=True)
 class FluxPrecisionOptions:
     """Precision and memory."""
 
@@ -79,7 +65,7 @@ class FluxPrecisionOptions:
     offload: bool = option(False, "keep only the part in use on the device, and free it afterwards")
 
 
-GROUPS = (FluxFilesOptions, FluxImageOptions, FluxNetworkOptions, FluxPrecisionOptions)
+GROUPS = (FluxFilesOptions, FluxImageOptions, LoraWeightsOptions, FluxPrecisionOptions)
 
 
 @dataclass(frozen=True)
@@ -88,7 +74,7 @@ class FluxInferenceOptions:
 
     files: FluxFilesOptions
     image: FluxImageOptions
-    networks: FluxNetworkOptions
+    networks: LoraWeightsOptions
     precision: FluxPrecisionOptions
 
     @staticmethod
@@ -113,27 +99,14 @@ def check_options(options: FluxInferenceOptions) -> None:
     Raises:
         UserError: one line per finding.
     """
-    findings = [*_image(options.image), *_dtypes(options.precision), *_folder(options.image.output_dir)]
-    if options.networks.merge_lora_weights and not options.networks.lora_weights:
-        findings.append("--merge_lora_weights: there is nothing to merge; give --lora_weights")
+    findings = [*_image(options.image), *_dtypes(options.precision), *check_common(options.image, options.networks)]
     if findings:
         raise UserError("\n".join(findings))
 
 
 def _image(image: FluxImageOptions) -> Iterator[str]:
-    for name in ("width", "height"):
-        try:
-            check_size(getattr(image, name), f"--{name}", SIZE_STEP)
-        except UserError as error:
-            yield str(error)
-    if image.steps is not None and not 1 <= image.steps <= MAX_STEPS:
-        yield f"--steps {image.steps}: must be 1 to {MAX_STEPS}"
-    if image.seed is not None and not 0 <= image.seed <= MAX_SEED:
-        yield f"--seed {image.seed}: must be 0 to {MAX_SEED}"
     if not 0 <= image.guidance < float("inf"):
         yield f"--guidance {image.guidance:g}: must be at least 0"
-    if not abs(image.cfg_scale) < float("inf"):
-        yield f"--cfg_scale {image.cfg_scale:g}: must be a finite number"
 
 
 def _dtypes(precision: FluxPrecisionOptions) -> Iterator[str]:
@@ -141,8 +114,3 @@ def _dtypes(precision: FluxPrecisionOptions) -> Iterator[str]:
         part_dtypes(precision)
     except UserError as error:
         yield str(error)
-
-
-def _folder(output_dir: str) -> Iterator[str]:
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
-        yield f"--output_dir {output_dir}: is a file; give a folder"

@@ -153,6 +153,8 @@ def check(architecture: Architecture, kind: type[Kind], options: RunOptions) -> 
     report(trackers.check(), strict=strict)
     checkpoint = inspect_model(architecture, options.model)
     architecture = architecture.for_model(checkpoint)
+    resolutions = [dataset.buckets.resolution for dataset in dataset_config.datasets]
+    architecture = architecture.for_resolutions(resolutions)
     architecture.check_options(options, checkpoint.info)
     prompts = for_model(prompts, architecture)
     objective = objective_of(architecture, options, checkpoint.info)

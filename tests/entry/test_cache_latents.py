@@ -26,6 +26,7 @@ ONLY_TRAINING = ("output_dir", "output_name", "network_module", "network_dim", "
 
 
 def tool_arguments(tiny: Tiny, dataset: Path, **more: object) -> list[object]:
+    tiny.needs_cache_tools()
     without = dict.fromkeys((*ONLY_TRAINING, "learning_rate", "max_data_loader_n_workers"))
     return [*tiny.words(dataset, Path(), **{**without, **more}), *tiny.family.tool_flags]
 

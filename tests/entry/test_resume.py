@@ -105,7 +105,7 @@ def test_stopped_by_a_signal(
     assert process.returncode == code, text
     assert "Traceback" not in text
     state = newest_state(tmp_path)
-    assert state is not None and str(state) in text
+    assert state is not None and str(state) in text, text
     assert state.with_name(state.name.removesuffix("-state") + ".safetensors").exists()
     stopped_at = json.loads((state / "train_state.json").read_text())["current_step"]
     assert 0 < stopped_at < 12

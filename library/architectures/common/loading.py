@@ -74,7 +74,9 @@ def load_frozen(source: ModelSource, build: Callable[[], nn.Module], *, dtype: t
 def _fill(
     model: nn.Module, tensors: Iterable[tuple[str, Tensor]], source: ModelSource, *, dtype: torch.dtype, device: str
 ) -> None:
-    expected = dict(model.named_parameters())
+    state = model.state_dict(keep_vars=True)
+    stored = {name: buffer for name, buffer in model.named_buffers() if name in state}  # such as tables of positions
+    expected = {**dict(model.named_parameters()), **stored}
     check = FiniteCheck()
     for name, tensor in tensors:
         parameter = expected.pop(name, None)
@@ -95,7 +97,11 @@ def _fill(
         # moved first and cast there, because accelerators cast faster than the host
         moved = tensor.to(device).to(dtype)
         check.add(name, moved)
-        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
+        module = model.get_submodule(owner)
+        if name in stored:
+            module._buffers[leaf] = moved
+        else:
+            module._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
     if expected:
         first = next(iter(expected))
         raise UserError(
@@ -106,6 +112,8 @@ def _fill(
         raise UserError(_not_finite(source, bad, dtype))
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
+        if name in stored:
+            continue
         if leaf == "position_ids":  # CLIP's, computed and never stored
             positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
             model.get_submodule(owner)._buffers[leaf] = positions

@@ -17,7 +17,6 @@ _FIRST = (
     Sign(("lora_",), Recognised("a LoRA file, not a base model", _WITH_BASE)),
     Sign(("hada_w1_",), Recognised("a LyCORIS file, not a base model", _WITH_BASE)),
     # models of unsupported families, whose names resemble those of others
-    Sign(("joint_blocks.",), Recognised("a Stable Diffusion 3 checkpoint", "use sd3_train_network.py")),
     Sign(
         ("txt_in.individual_token_refiner.",),
         Recognised("a HunyuanImage model", "use hunyuan_image_train_network.py"),
@@ -48,7 +47,6 @@ _LAST = (
 
 #: see ``About.pipelines``
 _OTHER_PIPELINES: tuple[tuple[str, Recognised], ...] = (
-    ("StableDiffusion3", Recognised("a Stable Diffusion 3 model", "use sd3_train_network.py")),
     ("Lumina", Recognised("a Lumina model", "use lumina_train_network.py")),
     ("HunyuanImage", Recognised("a HunyuanImage model", "use hunyuan_image_train_network.py")),
 )

@@ -13,10 +13,8 @@ from library.architectures.adapters import (
     AdapterNaming,
     Evidence,
     ModelRecord,
-    ModulePaths,
-    Place,
     Shapes,
-    Space,
+    TablePaths,
     places_below,
 )
 from library.architectures.common.adapter_names import clip_naming, t5_naming
@@ -35,41 +33,17 @@ from library.architectures.flux.names import (
 )
 
 
-class FluxPaths(ModulePaths):
+class FluxPaths(TablePaths):
     """FLUX.1 and Chroma, whose modules are a part of FLUX.1's and its approximator."""
 
     def __init__(self) -> None:
-        paths = [*LINEARS, *(part for parts in LINEARS.values() for part in parts)]
-        super().__init__({word for path in paths for word in path.split(".") if word != "{}" and not word.isdigit()})
-        self._places = {part: Place(path, i) for path, parts in LINEARS.items() for i, part in enumerate(parts)}
-
-    def to_diffusers(self, original: str) -> tuple[str, ...]:
-        template, number = _numbered(original)
-        return tuple(part.replace("{}", number) for part in LINEARS.get(template, ()))
-
-    def to_original(self, diffusers: str) -> Place | None:
-        template, number = _numbered(diffusers)
-        place = self._places.get(template)
-        return None if place is None else Place(place.path.replace("{}", number), place.index)
+        super().__init__(LINEARS, swapped=SWAPPED_HALVES)
 
     def rows(self, original: str, *, inputs: int, outputs: int | None) -> list[int]:
         parts = len(self.to_diffusers(original))
         if parts == 1:
             return super().rows(original, inputs=inputs, outputs=outputs)
         return part_rows(parts, inputs=inputs, outputs=outputs)
-
-    def bare_roots(self, space: Space) -> frozenset[str]:
-        paths = LINEARS if space == "original" else self._places
-        return frozenset(path.partition(".")[0] for path in paths)
-
-    def swaps_halves(self, original: str) -> bool:
-        return original in SWAPPED_HALVES
-
-
-def _numbered(path: str) -> tuple[str, str]:
-    """(path with ``{}`` for the first number below a list of blocks, that number)."""
-    found = re.match(r"([a-z_]*blocks|distilled_guidance_layer\.layers)\.(\d+)\.", path)
-    return (f"{found[1]}.{{}}{path[found.end() - 1 :]}", found[2]) if found else (path, "")
 
 
 #: also with diffusers' paths below lora_transformer_, as some trainers write it

@@ -23,6 +23,7 @@ from library.architectures.base import (
     TextFormat,
     WeightsIdentity,
 )
+from library.architectures.common import ae as flux_vae
 from library.architectures.common import clip, clip_text, kl_vae, t5
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.flow_matching import FlowMatching
@@ -31,7 +32,6 @@ from library.architectures.common.loading import ModelSource, load_frozen, witho
 from library.architectures.common.model_writing import laid_out, refuse_own_source, write_file
 from library.architectures.common.tokenizer_files import T5, find_tokenizer
 from library.architectures.flux import text as flux_text
-from library.architectures.flux import vae as flux_vae
 from library.architectures.flux.adapters import RECORDS
 from library.architectures.flux.checkpoint import load_transformer, published_layout
 from library.architectures.flux.controlnet import load_controlnet

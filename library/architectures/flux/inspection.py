@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library.architectures.base import ModelInfo
+from library.architectures.common import ae as vae
 from library.architectures.common import t5
 from library.architectures.common.checkpoint import MODEL_FLAG
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.tokenizer_files import T5, locate_tokenizer
 from library.architectures.flux import checkpoint as files
-from library.architectures.flux import vae
 from library.architectures.flux.checkpoint import TransformerCheckpoint
 from library.architectures.flux.controlnet import controlnet_source
 from library.architectures.flux.options import CHROMA, FluxModelOptions

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.architectures.common import clip, t5
+from library.architectures.common.ae import ae_source, ae_tensors, load_ae
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.sources import vae_source
 from library.architectures.common.tensor_files import TensorFile
@@ -19,7 +20,6 @@ from library.architectures.flux import checkpoint as flux
 from library.architectures.flux.chroma import Chroma
 from library.architectures.flux.model import Flux
 from library.architectures.flux.sizes import ApproximatorSizes
-from library.architectures.flux.vae import ae_source, ae_tensors, load_ae
 from library.errors import UserError
 from library.memory.fp8 import ScaledFp8Linear, store_in_fp8
 from tests.fixtures.layouts import table as published

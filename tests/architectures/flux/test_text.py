@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.architectures.common import clip, clip_text, t5
+from library.architectures.common.ae import SCALE, SHIFT, ae_source, load_ae
 from library.architectures.common.kl_vae import decode_latents, encode_images
 from library.architectures.common.loading import load_frozen
 from library.architectures.common.tokenizer_files import T5, find_tokenizer, locate_tokenizer
 from library.architectures.flux import text
 from library.architectures.flux.checkpoint import clip_l_source
-from library.architectures.flux.vae import SCALE, SHIFT, ae_source, load_ae
 from library.errors import UserError
 from tests.fixtures.tiny_flux import CLIP_TOKENIZER, T5_TOKENIZER, FluxFileSizes, MadeFlux, make_tiny_flux
 

@@ -1,4 +1,4 @@
-"""The autoencoder of FLUX.1 and Chroma: 16 latent channels, in its own file."""
+"""The autoencoder of FLUX.1, Chroma and Lumina-Image 2.0: 16 latent channels, from a file of its own."""
 
 from __future__ import annotations
 

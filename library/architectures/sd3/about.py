@@ -1,0 +1,21 @@
+"""What files and scripts of Stable Diffusion 3 and 3.5 are called."""
+
+from __future__ import annotations
+
+from library.architectures.signs import About, Recognised, Sign
+
+_USE = "use sd3_train_network.py"
+
+ABOUT = About(
+    instance="SD3",
+    script="sd3_train_network",
+    tool_flag=None,
+    signs=(
+        Sign(("joint_blocks.",), Recognised("a Stable Diffusion 3 checkpoint", _USE, "sd3")),
+        Sign(
+            ("pos_embed.pos_embed", "transformer_blocks."), Recognised("a Stable Diffusion 3 transformer", _USE, "sd3")
+        ),
+    ),
+    pipelines=(("StableDiffusion3", Recognised("a Stable Diffusion 3 model", _USE, "sd3")),),
+    adapter_keys=("sd3",),
+)

@@ -1,0 +1,90 @@
+"""Names of adapters of Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from library.architectures.adapters import (
+    AdapterFamily,
+    AdapterNaming,
+    Evidence,
+    ModelRecord,
+    Shapes,
+    TablePaths,
+    places_below,
+)
+from library.architectures.common.adapter_names import clip_naming, t5_naming
+from library.architectures.common.sharded_file import ShardedFile
+from library.architectures.sd3.names import LINEARS, SIGN, file_prefix, in_diffusers_layout, published_view
+
+TRANSFORMER = AdapterNaming(
+    "transformer",
+    # the last block, where diffusers has the halves of the text's modulation swapped, is told by its number alone
+    TablePaths(
+        LINEARS,
+        swapped=frozenset({"final_layer.adaLN_modulation.1"}),
+        own_roots=frozenset({"joint_blocks"}),  # the others are names of FLUX.1's layers in diffusers, too
+    ),
+    kohya=("lora_unet_",),
+    diffusers="transformer",
+    comfyui=("diffusion_model",),
+    locate=partial(places_below, sign=SIGN),
+    usual=re.compile(r"^joint_blocks\."),
+)
+_BELOW = "text_encoders.{}.transformer."
+CLIP_L = clip_naming("CLIP-L", "lora_te1_", "text_encoder", "clip_l", below=(_BELOW.format("clip_l"), "text_encoder."))
+CLIP_G = clip_naming(
+    "CLIP-G", "lora_te2_", "text_encoder_2", "clip_g", below=(_BELOW.format("clip_g"), "text_encoder_2.")
+)
+T5XXL = t5_naming(("lora_te3_",), "text_encoder_3")
+
+_NOT_HERE = re.compile(r"single_transformer_blocks|double_blocks|single_blocks")
+
+
+def _claims(found: Evidence) -> bool:
+    if _NOT_HERE.search(found.text):
+        return False
+    return "joint_blocks_" in found.text or "stable-diffusion-3" in found.told or "sd3" in found.told
+
+
+#: by what ``ss_base_model_version`` says
+RECORDS = {
+    version: ModelRecord(version, False, f"stable-diffusion-3-{version}", "diffusers", "1024x1024")
+    for version in ("medium", "5-medium", "5-large")
+}
+
+
+def _model_record(shapes: Shapes) -> ModelRecord:
+    prefix = file_prefix(shapes)
+    has_norm = f"{prefix}joint_blocks.0.context_block.attn.ln_k.weight" in shapes
+    is_dual = f"{prefix}joint_blocks.0.x_block.attn2.ln_k.weight" in shapes
+    return RECORDS["medium" if not has_norm else "5-medium" if is_dual else "5-large"]
+
+
+def _opened(path: Path) -> Any:
+    """A transformer in diffusers' layout by its published names; None for anything else."""
+    inner = path / "transformer"
+    place = inner if inner.is_dir() else path
+    if place.is_dir() and not any(place.glob("*.safetensors")):
+        return None
+    if not place.is_dir() and place.suffix != ".safetensors":
+        return None
+    file = ShardedFile.open(place)
+    return published_view(file) if in_diffusers_layout(file.shapes) else None
+
+
+ADAPTERS = (
+    AdapterFamily(
+        "sd3",
+        "Stable Diffusion 3",
+        (TRANSFORMER, CLIP_L, CLIP_G, T5XXL),
+        _claims,
+        tuple(RECORDS.values()),
+        "networks.lora_sd3",
+        opens=_opened,
+        model_record=_model_record,
+    ),
+)

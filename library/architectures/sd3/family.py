@@ -1,0 +1,347 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import (
+    LORA_TARGET,
+    Architecture,
+    CaptionLength,
+    Conditioning,
+    Control,
+    LatentFormat,
+    LoraTarget,
+    ModelInfo,
+    SampleFacts,
+    TextFormat,
+    WeightsIdentity,
+)
+from library.architectures.common import clip, clip_text, kl_vae, t5
+from library.architectures.common.checkpoint import vae_identity
+from library.architectures.common.identity import weights_identity
+from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
+from library.architectures.common.model_writing import LazyTensors, laid_out, refuse_own_source, state_of, write_file
+from library.architectures.common.tokenizer_files import T5, find_tokenizer, has_tokenizer
+from library.architectures.sd3 import text as sd3_text
+from library.architectures.sd3.checkpoint import SD3Checkpoint, inspect_model, pooled_width, published_layout
+from library.architectures.sd3.model import MMDiT
+from library.architectures.sd3.options import DECLARATION, SD3Options, own_dtype, trains_t5
+from library.architectures.sd3.positions import PositionTables, random_crops
+from library.architectures.sd3.targets import CLIP_G, CLIP_L, DENOISER, T5XXL
+from library.config.flow import WeightingOptions
+from library.inference.prompt_line import DDPM_FIELDS
+from library.randomness import Draw
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from library.diffusion.objective import FlowObjective
+    from library.inference.generate import ImageSettings
+
+#: the shift of generation
+SAMPLING_SHIFT = 3.0
+STRIDE = 8
+
+_CLIP_ARRAYS = {
+    "lg_out": ("T", "D"),
+    "lg_pooled": ("P",),
+    "clip_l_attn_mask": ("T",),
+    "clip_g_attn_mask": ("T",),
+}
+_T5_ARRAYS = {"t5_out": ("T5", "D5"), "t5_attn_mask": ("T5",)}
+
+
+class StableDiffusion3(Architecture):
+    """Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis"."""
+
+    name = "sd3"
+    latent = LatentFormat(
+        channels=16,
+        stride=STRIDE,
+        scale=1.5305,
+        shift=0.0609,
+        cache_suffix="_sd3.npz",
+        multi_resolution=True,
+        bucket_step=16,
+    )
+    denoiser_target = DENOISER
+    compiled_blocks = ("MMDiTBlock",)
+    declaration = DECLARATION
+    sample_defaults = {"width": 512, "height": 512, "sample_steps": 30, "scale": 7.5}
+    sample_fields = (DDPM_FIELDS - {"sample_sampler"}) | {"flow_shift"}
+    sample_size_step = 16
+
+    #: what ``for_model`` found out: whether T5 is there, the widths of CLIP-L and of the transformer's input
+    _has_t5 = True
+    _l_widths = (768, 768)
+    _context = 4096
+    _sampling_shift = SAMPLING_SHIFT
+    _tables: PositionTables | None = None
+
+    @property
+    def _masks(self) -> sd3_text.Masks:
+        own = self.chosen(SD3Options)
+        return sd3_text.Masks(clip=own.apply_lg_attn_mask, t5=own.apply_t5_attn_mask)
+
+    @property
+    def text(self) -> TextFormat:  # type: ignore[override]
+        own = self.chosen(SD3Options)
+        settings: dict[str, Any] = {"apply_lg_attn_mask": own.apply_lg_attn_mask}
+        if self._has_t5:
+            settings |= {
+                "apply_t5_attn_mask": own.apply_t5_attn_mask,
+                "t5xxl_max_token_length": own.t5xxl_max_token_length,
+            }
+        return TextFormat(
+            cache_suffix="_sd3_te.npz",
+            arrays={**_CLIP_ARRAYS, **(_T5_ARRAYS if self._has_t5 else {})},
+            settings=settings,
+            extras=partial(sd3_text.published_extras, masks=self._masks, width=self._context),
+        )
+
+    @property
+    def text_encoder_targets(self) -> tuple[LoraTarget, ...]:  # type: ignore[override]
+        return (CLIP_L, CLIP_G, T5XXL) if self._has_t5 else (CLIP_L, CLIP_G)
+
+    def for_model(self, checkpoint: SD3Checkpoint) -> Self:
+        made = copy.copy(self)
+        made._has_t5 = checkpoint.has_t5
+        first = checkpoint.text_encoders[0].config
+        made._l_widths = (first["hidden_size"], pooled_width(first))
+        made._context = checkpoint.sizes.context
+        return made
+
+    def for_resolutions(self, resolutions: Sequence[tuple[int, int]]) -> Self:
+        if not self.chosen(SD3Options).enable_scaled_pos_embed:
+            return self
+        made = copy.copy(self)
+        made._tables = PositionTables.of(resolutions)
+        return made
+
+    def for_image(self, settings: ImageSettings) -> Self:
+        """With the prompt's ``--fs``."""
+        if settings.flow_shift is None:
+            return self
+        made = copy.copy(self)
+        made._sampling_shift = settings.flow_shift
+        return made
+
+    # ---- files ----
+
+    def inspect(
+        self,
+        path_or_id: str,
+        *,
+        v2: bool = False,
+        v_parameterization: bool = False,
+        vae: str | None,
+        tokenizer_cache_dir: str | None,
+        disable_mmap: bool = False,
+    ) -> SD3Checkpoint:
+        checkpoint = inspect_model(
+            path_or_id, self.chosen(SD3Options), vae=vae, tokenizer_cache_dir=tokenizer_cache_dir
+        )
+        return without_mapping(checkpoint) if disable_mmap else checkpoint
+
+    def load_tokenizers(self, checkpoint: SD3Checkpoint) -> list[Any]:
+        first, second, *rest = checkpoint.tokenizer_folders
+        return sd3_text.load_tokenizers(first, second, rest[0] if rest else None)
+
+    def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
+        clip_folder = find_tokenizer(folder)
+        third = next((f for f in (folder, folder / "tokenizer_3") if has_tokenizer(f, T5)), None)
+        return sd3_text.load_tokenizers(clip_folder, clip_folder, third)
+
+    def load_text_encoder(self, checkpoint: SD3Checkpoint, index: int, *, dtype: torch.dtype, device: str) -> nn.Module:
+        own = self.chosen(SD3Options)
+        source, target = checkpoint.text_encoders[index], self.text_encoder_targets[index]
+        if target is T5XXL:
+            place = own.t5xxl_device if own.t5xxl_device and device != "meta" else device
+            encoder = t5.load_t5(source, dtype=own_dtype(own.t5xxl_dtype) or dtype, device=place)
+        else:
+            has_projection = "projection_dim" in source.config
+            build = clip.build_clip_with_projection if has_projection else clip.build_clip
+            encoder = load_frozen(source, partial(build, source.config), dtype=dtype, device=device)
+        setattr(encoder, LORA_TARGET, target)
+        return encoder
+
+    def block_lists(self, denoiser: nn.Module) -> Sequence[Sequence[nn.Module]]:
+        return (list(denoiser.joint_blocks),)
+
+    @property
+    def blocks_to_swap(self) -> int:
+        return self.chosen(SD3Options).blocks_to_swap or 0
+
+    def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
+        text = not network.network_train_unet_only
+        return (text, text, text and trains_t5(network))[: len(self.text_encoder_targets)]
+
+    def load_vae(self, checkpoint: SD3Checkpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
+        source = checkpoint.vae
+        return load_frozen(source, partial(kl_vae.build_vae, source.config), dtype=dtype, device=device)
+
+    def vae_identity(self, checkpoint: SD3Checkpoint) -> str:
+        return vae_identity(checkpoint.vae)
+
+    def text_identity(self, checkpoint: SD3Checkpoint) -> WeightsIdentity:
+        return weights_identity(checkpoint.text_encoders, checkpoint.tokenizer_folders)
+
+    def load_denoiser(self, checkpoint: SD3Checkpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
+        source = checkpoint.transformer
+        denoiser = load_frozen(source, partial(MMDiT, checkpoint.sizes), dtype=dtype, device=device)
+        setattr(denoiser, LORA_TARGET, DENOISER)
+        return denoiser
+
+    # ---- whole models ----
+
+    has_own_encoders = False
+    model_forms = ("safetensors",)
+
+    def parts(self, checkpoint: SD3Checkpoint) -> dict[str, ModelSource]:
+        encoders = enumerate(checkpoint.text_encoders, start=1)
+        return {
+            "denoiser": checkpoint.transformer,
+            "vae": checkpoint.vae,
+            **{f"text_encoder_{number}": source for number, source in encoders},
+        }
+
+    def write(
+        self,
+        path: Path,
+        checkpoint: SD3Checkpoint,
+        trained: Mapping[str, nn.Module],
+        form: str,
+        *,
+        tokenizers: Sequence[Any],
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        counters: Mapping[str, int],
+    ) -> None:
+        """Write transformer and autoencoder in one file, as published; the text encoders are files of their own."""
+        parts = self.parts(checkpoint)
+        refuse_own_source(path, parts)
+        layouts = {"denoiser": published_layout(), "vae": kl_vae.ldm_vae_layout(parts["vae"].config)}
+        tensors: LazyTensors = {}
+        for name, layout in layouts.items():
+            tensors |= laid_out(layout, state_of(name, parts, trained))
+        write_file(path, tensors, dtype=dtype, metadata=metadata, counters=counters)
+
+    # ---- text ----
+
+    def tokenize(
+        self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
+    ) -> dict[str, Tensor]:
+        used = tokenizers if self._has_t5 else tokenizers[:2]
+        return sd3_text.tokenize(used, captions, t5_length=self.chosen(SD3Options).t5xxl_max_token_length)
+
+    def caption_length(
+        self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
+    ) -> CaptionLength:
+        if self._has_t5 and len(tokenizers) > 2:
+            # what CLIP does not read of a caption, T5 does
+            return t5.caption_length(tokenizers[2], caption, length=self.chosen(SD3Options).t5xxl_max_token_length)
+        return clip_text.caption_length(tokenizers[0], caption, max_token_length=None, weighted=False)
+
+    def encode_text(
+        self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
+    ) -> Conditioning:
+        return sd3_text.encode_text(text_encoders, tokens, self._masks)
+
+    def condition(self, encoded: Conditioning, facts: SampleFacts, draw: Draw | None) -> Conditioning:
+        """Leaves out encoders and moves the window of positions in training, and never in sample images."""
+        if draw is None:
+            return encoded
+        own = self.chosen(SD3Options)
+        rates = (own.clip_l_dropout_rate, own.clip_g_dropout_rate, own.t5_dropout_rate)
+        if any(rates):
+            encoded = sd3_text.without_dropped(encoded, sd3_text.Dropouts(*rates, *self._l_widths), draw)
+        if own.pos_emb_random_crop_rate:
+            drawn = random_crops(draw, own.pos_emb_random_crop_rate)  # (B, 3)
+            device = encoded["lg_out"].device
+            encoded = Conditioning({**encoded.tensors, "crop": drawn.to(device, non_blocking=True)})
+        return encoded
+
+    # ---- latents ----
+
+    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return kl_vae.encode_images(vae, pixels, generators)
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        return kl_vae.decode_latents(vae, latents / self.latent.scale + self.latent.shift)
+
+    # ---- diffusion ----
+
+    def objective(self, *, v_prediction: bool, zero_terminal_snr: bool) -> FlowObjective:
+        from library.diffusion.objective import FlowObjective
+
+        weighting = self.chosen(WeightingOptions)
+        return FlowObjective(
+            timestep_sampling="weighting",
+            weighting_scheme=weighting.weighting_scheme,
+            logit_mean=weighting.logit_mean,
+            logit_std=weighting.logit_std,
+            mode_scale=weighting.mode_scale,
+            shift=self.chosen(SD3Options).training_shift,
+            # the clean latents are compared, whose error is sigma times that of the velocity
+            prediction_type="sigma_scaled",
+            sampling_shift=self._sampling_shift,
+            # as diffusers' pipeline and the published script, whose timesteps end at the shifted 0.001
+            sampling_end=0.001,
+        )
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
+        context = sd3_text.context_of(conditioning, self._context).to(noisy.dtype)
+        pooled = conditioning["lg_pooled"].to(noisy.dtype)
+        table = None
+        if self._tables is not None:
+            rows, columns = noisy.shape[2] // denoiser.sizes.patch, noisy.shape[3] // denoiser.sizes.patch
+            table = self._tables.table(rows, columns, denoiser.sizes.hidden, noisy.device)
+        crop = conditioning.tensors.get("crop")
+        return denoiser(noisy, timesteps, context, pooled, crop=crop, positions=table)
+
+    # ---- memory and speed ----
+
+    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
+        denoiser.set_attention(backend)
+
+    def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
+        denoiser.enable_gradient_checkpointing()
+        for text_encoder in text_encoders:
+            clip.enable_gradient_checkpointing(text_encoder)
+
+    # ---- records ----
+
+    def metadata(self, info: ModelInfo) -> dict[str, str]:
+        own, weighting = self.chosen(SD3Options), self.chosen(WeightingOptions)
+        return {
+            "ss_v2": "False",
+            "ss_base_model_version": info.version,
+            "ss_apply_lg_attn_mask": str(own.apply_lg_attn_mask),
+            "ss_apply_t5_attn_mask": str(own.apply_t5_attn_mask),
+        } | {f"ss_{name}": str(value) for name, value in vars(weighting).items()}
+
+    def modelspec(self, info: ModelInfo) -> dict[str, str]:
+        # no prediction type, as published
+        return {
+            "architecture": f"stable-diffusion-3-{info.version}",
+            "implementation": "diffusers",
+            "default_resolution": "1024x1024",
+        }
+
+
+SD3 = StableDiffusion3()

@@ -1,0 +1,193 @@
+"""Options that only Stable Diffusion 3 has, and what makes them wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
+from library.config.fields import option
+from library.config.flow import WEIGHTING
+from networks.network_args import read_bool
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {
+    "float": "float32", "fp32": "float32", "float32": "float32", "fp16": "float16", "float16": "float16",
+    "bf16": "bfloat16", "bfloat16": "bfloat16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SD3FullOptions:
+    """Text encoders and blocks of Stable Diffusion 3 in the training of whole models."""
+
+    train_t5xxl: bool = option(False, "train T5-XXL")
+    use_t5xxl_cache_only: bool = option(False, "cache the outputs of T5-XXL alone, and train the other text encoders")
+    learning_rate_te3: float | None = option(None, "learning rate of T5-XXL", type=float, unit="")
+    num_last_block_to_freeze: int | None = option(
+        None, "blocks at the end that are not trained", type=int, unit="blocks"
+    )
+
+
+@dataclass(frozen=True)
+class SD3Options:
+    """Stable Diffusion 3 and 3.5."""
+
+    clip_l: str | None = option(
+        None, "CLIP-L text encoder: a .safetensors file, or a Diffusers folder; the checkpoint's own, if not given",
+        weights=True,
+    )  # fmt: skip
+    clip_g: str | None = option(
+        None, "CLIP-G text encoder: a .safetensors file, or a Diffusers folder; the checkpoint's own, if not given",
+        weights=True,
+    )  # fmt: skip
+    t5xxl: str | None = option(
+        None,
+        "T5-XXL text encoder: a .safetensors file, or a Diffusers folder; the checkpoint's own, if not given, and none "
+        "where it has none: the model then reads CLIP alone",
+        weights=True,
+    )
+    save_clip: bool = option(False, "save CLIP-L and CLIP-G beside the model")
+    save_t5xxl: bool = option(False, "save T5-XXL beside the model")
+    t5xxl_device: str | None = option(None, "device of T5-XXL", harmless=True)
+    t5xxl_dtype: str | None = option(None, "dtype of T5-XXL: fp32, fp16 or bf16; that of the others, if not given")
+    t5xxl_max_token_length: int = option(256, "tokens of a caption for T5-XXL", type=int, unit="tokens", minimum=1)
+    apply_lg_attn_mask: bool = option(False, "CLIP-L and CLIP-G do not attend to padding")
+    apply_t5_attn_mask: bool = option(False, "T5-XXL does not attend to padding")
+    clip_l_dropout_rate: float = option(
+        0.0, "share of samples that are trained without CLIP-L", type=float, unit="share", minimum=0, maximum=1
+    )
+    clip_g_dropout_rate: float = option(
+        0.0, "share of samples that are trained without CLIP-G", type=float, unit="share", minimum=0, maximum=1
+    )
+    t5_dropout_rate: float = option(
+        0.0, "share of samples that are trained without T5-XXL", type=float, unit="share", minimum=0, maximum=1
+    )
+    pos_emb_random_crop_rate: float = option(
+        0.0,
+        "share of samples whose positions are a random window of the model's table, not its middle",
+        type=float,
+        unit="share",
+        minimum=0,
+        maximum=1,
+    )
+    enable_scaled_pos_embed: bool = option(
+        False, "use a table of positions for each resolution of the data set, scaled to it, instead of the model's own"
+    )
+    training_shift: float = option(
+        1.0, "shift of training's timesteps; above 1 trains more noise", type=float, unit="", above=0
+    )
+    blocks_to_swap: int | None = option(
+        None,
+        "blocks that wait in host memory until they run; turns on gradient checkpointing",
+        type=int,
+        unit="blocks",
+        minimum=0,
+        harmless=True,
+        neutral=(0,),
+    )
+
+
+def trains_t5(network: Any) -> bool:
+    """Whether ``--network_args`` has ``train_t5xxl=True``; values that are none are left to the network module."""
+    words = (word.partition("=") for word in getattr(network, "network_args", None) or [])
+    given = [value for name, _, value in words if name.strip() == "train_t5xxl"]
+    try:
+        return bool(given) and read_bool(given[-1])
+    except ValueError:
+        return False
+
+
+def own_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype that ``--t5xxl_dtype`` names."""
+    import torch
+
+    return None if name is None else getattr(torch, _DTYPES[name])
+
+
+@idle("save_clip", "save_t5xxl", reason="in the training of adapters, whose files hold no text encoders")
+def saves_no_encoders(o: Any) -> bool:
+    return hasattr(o, "network")
+
+
+def devices(o: Any, facts: Facts) -> Iterator[Finding]:
+    if o.sd3.t5xxl_dtype is not None and o.sd3.t5xxl_dtype not in _DTYPES:
+        yield error(f"--t5xxl_dtype {o.sd3.t5xxl_dtype}: unknown; use fp32, fp16 or bf16")
+    if o.sd3.t5xxl_device is not None:
+        import torch
+
+        try:
+            torch.device(o.sd3.t5xxl_device)
+        except RuntimeError:
+            yield error(f"--t5xxl_device {o.sd3.t5xxl_device}: not a device; use cpu, cuda or cuda:1, for example")
+
+
+def what_is_trained(o: Any, facts: Facts) -> Iterator[Finding]:
+    network = getattr(o, "network", None)
+    if network is not None and network.network_train_unet_only and trains_t5(network):
+        yield error("--network_args train_t5xxl=True: not with --network_train_unet_only; remove one of them")
+
+
+def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
+    if not o.sd3.blocks_to_swap:
+        return
+    if "full" in o.groups():
+        yield error(
+            "--blocks_to_swap: only with adapters so far, whose model is frozen; to train the whole model, use "
+            "--gradient_checkpointing and a fused update"
+        )
+    if o.training.cpu_offload_checkpointing:
+        yield error("--blocks_to_swap: not with --cpu_offload_checkpointing; remove one of them")
+    if o.training.torch_compile:
+        yield error(
+            "--blocks_to_swap: not with --torch_compile, whose blocks must stay where they are; remove one of them"
+        )
+
+
+def checkpointing(o: Any) -> Implied | None:
+    return Implied(True, "follows from --blocks_to_swap") if o.sd3.blocks_to_swap else None
+
+
+DECLARATION = joined(
+    Declaration(groups={"sd3": SD3Options}),
+    WEIGHTING,
+    Declaration(
+        texts={
+            "network_module": "what is trained: networks.lora_sd3, or a third-party module such as lycoris.kohya",
+            "network_train_unet_only": "train the transformer's adapters only",
+            "unet_lr": "learning rate of the transformer's adapters (as --learning_rate, if not given)",
+            "text_encoder_lr": "learning rate of the text encoders' adapters: one, or one for each of CLIP-L, CLIP-G and "
+            "T5-XXL",
+        },
+        rules=(devices, what_is_trained, swapping),
+        follows={"gradient_checkpointing": checkpointing},
+        idle=(saves_no_encoders,),
+        unused={
+            "v2": "with Stable Diffusion 3, which is no Stable Diffusion 2.x",
+            "clip_skip": "with Stable Diffusion 3, which takes the last but one layer of both CLIPs",
+            "max_token_length": "with Stable Diffusion 3, which reads 77 tokens with CLIP and "
+            "--t5xxl_max_token_length with T5",
+            "weighted_captions": "with Stable Diffusion 3, whose T5 reads plain text",
+        },
+    ),
+)
+
+_ENCODERS_FROZEN = (
+    "the text encoders of Stable Diffusion 3 are files of their own, which are not trained yet; remove it"
+)
+#: what ``sd3_train.py`` has besides
+FULL_DECLARATION = joined(
+    DECLARATION,
+    Declaration(
+        groups={"sd3_full": SD3FullOptions},
+        refused={
+            "train_t5xxl": _ENCODERS_FROZEN,
+            "use_t5xxl_cache_only": _ENCODERS_FROZEN,
+            "learning_rate_te3": _ENCODERS_FROZEN,
+            "num_last_block_to_freeze": "all blocks are trained; remove it",
+        },
+    ),
+)
