@@ -85,7 +85,7 @@ class BucketManager:
         return reso, in_the_middle(size, reso).resized, reso[0] / reso[1] - image_width / image_height
 
     def add_image(self, reso: Size, image_or_info: Any) -> None:
-        """Put an image, or whatever stands for it, into the bucket of a size."""
+        """Put an image, or an object that represents it, into the bucket of a size."""
         self.add_if_new_reso(reso)
         self.buckets[self.reso_to_id[reso]].append(image_or_info)
 

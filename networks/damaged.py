@@ -1,4 +1,4 @@
-"""Refuse damaged adapter files, which would otherwise train, merge or generate in silence."""
+"""Refuse damaged adapter files, which would otherwise train, merge or generate without a message."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def with_encoders_apart(parts: Sequence[NetworkPart], weights: Mapping[str, Tens
         if count := sum(new.startswith(f"{part.target.prefix}_") for new in renamed.values()):
             others = ", ".join(other.label for other in encoders if other is not part)
             logger.warning(
-                "an old DyLoRA file, with one name (lora_te) for several text encoders, of which the last overwrote "
+                "an old DyLoRA file, with one name (lora_te) for several text encoders; the last one overwrote "
                 "the others: its %d modules are those of %s (%s) by their shapes; what was trained of %s is lost",
                 *(count, part.label, part.target.prefix, others),
             )

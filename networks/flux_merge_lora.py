@@ -8,7 +8,7 @@
         --save_to both.safetensors
 
 With a model: each weight becomes W + sum of ratio * change. Models are read and written tensor by tensor, so that
-beside the LoRA files about one tensor lies in memory. All models may be merged in one command or each in its own;
+besides the LoRA files, about one tensor is in memory. All models may be merged in one command or each in its own;
 what a LoRA has for a model that is not given is left out, with a line that says so.
 
 Without a model the LoRA files are merged with each other. --concat gives the exact sum (its rank is the sum of the

@@ -1,10 +1,10 @@
-"""LoRA files in diffusers' pipelines: a library for programs of your own, and a demonstration.
+"""LoRA files in diffusers' pipelines: a library for your own programs, and a demonstration.
 
     python networks/lora_diffusers.py --model_id runwayml/stable-diffusion-v1-5 --lora_weights lora.safetensors
     python networks/lora_diffusers.py --sdxl --model_id stabilityai/stable-diffusion-xl-base-1.0 \\
         --lora_weights lora.safetensors --prompt "a photo of a cat" --seed 1
 
-In a program of your own:
+In your own program:
 
     from networks.lora_diffusers import create_network_from_weights, merge_lora_weights
     network = create_network_from_weights(pipe.text_encoder, pipe.unet, weights, multiplier=1.0)
@@ -12,8 +12,8 @@ In a program of your own:
     network.apply_to(0.8)  # and unapply_to(); merge_to(0.8), and restore_from()
     merge_lora_weights(pipe, weights, multiplier=1.0)  # in one call
 
-weights are a file's tensors; names of kohya, diffusers and PEFT are read, of SDXL too. As a script it generates one
-image without the LoRA and one for each way of putting it on and taking it off.
+weights are the tensors of a file with the names of kohya, diffusers or PEFT, for SDXL too. As a script, it generates
+one image without the LoRA and one for each way of applying and removing it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __package__ in (None, ""):  # run as a script: the suite is one folder up
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.tool_parser import tool_parser
@@ -45,13 +45,13 @@ def create_network_from_weights(
     weights: Mapping[str, Tensor],
     multiplier: float = 1.0,
 ) -> PipelineNetwork:
-    """A network for models of a pipeline, not applied yet; its weights are loaded by ``load_state_dict``.
+    """Return a network for the models of a pipeline, not yet applied; ``load_state_dict`` loads its weights.
 
     Args:
         text_encoder: one, or SDXL's two in a list.
 
     Raises:
-        UserError: a module of the file has no place in the models.
+        UserError: the models lack a module of the file.
     """
     from networks.files.pipeline_network import PipelineNetwork
 

@@ -3,8 +3,8 @@
     python networks/lora_interrogator.py --sd_model model.safetensors --model lora.safetensors
     python networks/lora_interrogator.py --v2 --sd_model sd2.safetensors --model lora.safetensors --clip_skip 2
 
-Every token of the vocabulary is encoded alone, between start and end, without and with the LoRA; printed are the 100
-whose encoding changes most, as the mean absolute difference. Trigger words show up here, if the text encoder was
+Every token of the vocabulary is encoded alone, between start and end, without and with the LoRA. The 100 tokens whose
+encoding changes most (mean absolute difference) are printed. Trigger words show up here if the text encoder was
 trained.
 """
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __package__ in (None, ""):  # run as a script: the suite is one folder up
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.arguments import ConsoleOptions
@@ -40,9 +40,11 @@ def setup_parser() -> argparse.ArgumentParser:
     add("--v2", action="store_true", help="the model is Stable Diffusion 2.x")
     add("--sd_model", metavar="MODEL", help="checkpoint: a file, a diffusers folder or a Hub id")
     add("--model", metavar="FILE", help="LoRA file")
-    add("--batch_size", type=int, default=16, metavar="N", help="tokens that are encoded at once (16)")
-    add("--clip_skip", type=int, metavar="N", help="take the n-th layer from the end; the last if not given")
-    add("--tokenizer_cache_dir", metavar="FOLDER", help="where tokenizers are kept; the Hub's cache if not given")
+    add(
+        "--batch_size", type=int, default=16, metavar="N", help="number of tokens that are encoded at once (default 16)"
+    )
+    add("--clip_skip", type=int, metavar="N", help="use the n-th layer from the end (default: the last)")
+    add("--tokenizer_cache_dir", metavar="FOLDER", help="folder of the tokenizers (default: the Hub's cache)")
     return parser
 
 
@@ -78,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
     (tokenizer,) = SD.load_tokenizers(checkpoint)
     (encoder,) = SD.load_text_encoders(checkpoint, dtype=dtype, device=device)
-    # names and shapes alone: the denoiser's part of the file is checked, and not used
+    # names and shapes alone: the denoiser in the file is checked but not used
     denoiser = SD.load_denoiser(checkpoint, dtype=dtype, device="meta")
     tokens = torch.arange(max(tokenizer.all_special_ids) + 1)
     before = encodings(encoder, tokenizer, tokens, args.batch_size, args.clip_skip)
@@ -93,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def encodings(encoder: nn.Module, tokenizer: Any, tokens: Tensor, batch_size: int, clip_skip: int | None) -> Tensor:
-    """States (tokens, 3, D) of each token between start and end, float32 on the host."""
+    """Return the states (tokens, 3, D) of each token between start and end, float32 on the host."""
     import torch
 
     found = []

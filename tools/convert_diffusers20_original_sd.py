@@ -6,8 +6,8 @@
     python tools/convert_diffusers20_original_sd.py model.ckpt model.safetensors
 
 The source is a single file (.safetensors, .ckpt), a diffusers folder or a Hub id; the target is a single file if its
-name has an ending, else a folder. What it is, is told from the tensors: --v1 and --v2 are checked where they are
-given. Numbers stay as they are unless a precision is given. A folder needs a tokenizer and a scheduler:
+name has an ending, else a folder. The kind of model is recognized from its tensors; --v1 and --v2 are checked. Tensors
+keep their dtype unless a precision is given. A folder needs a tokenizer and a scheduler:
 --reference_model names a folder or a Hub id to take them from; without it the tokenizer is the family's own, and the
 scheduler its published one. More: docs/adapter_tools.md.
 """

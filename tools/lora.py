@@ -1,4 +1,4 @@
-"""Everything that can be done with adapter files, of every family, in one command.
+"""Show, compare, merge, resize, extract and convert adapter files of every family.
 
     python tools/lora.py show --metadata lora.safetensors
     python tools/lora.py show a.safetensors b.safetensors
@@ -9,7 +9,7 @@
     python tools/lora.py extract base.safetensors tuned.safetensors --rank 32 --save_to difference.safetensors
     python tools/lora.py convert a.safetensors --to diffusers --save_to a_diffusers.safetensors
 
-Each command has a --help of its own. More: docs/adapter_tools.md.
+Each command has its own --help. More: docs/adapter_tools.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a script: the suite is one folder up
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.arguments import ConsoleOptions
@@ -38,11 +38,11 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-Commands = Any  # argparse has no public name for what add_subparsers gives
+Commands = Any  # argparse has no public name for the result of add_subparsers
 
 
 def _add_show(commands: Commands) -> None:
-    show = commands.add_parser("show", help="what files hold", description="Show what adapter files hold.")
+    show = commands.add_parser("show", help="what files contain", description="Show what adapter files contain.")
     show.add_argument("files", nargs="+", metavar="FILE")
     show.add_argument("--metadata", action="store_true", help="all metadata, as JSON")
     show.set_defaults(run=_show)
@@ -69,28 +69,39 @@ def _add_merge(commands: Commands) -> None:
         description="Merge files into a model of any family, or with each other.",
     )
     merge.add_argument("files", nargs="+", metavar="FILE")
-    merge.add_argument("--ratios", nargs="*", type=float, metavar="X", help="the strength of each; 1.0 if left out")
+    merge.add_argument("--ratios", nargs="*", type=float, metavar="X", help="the strength of each file (default 1.0)")
     merge.add_argument("--into", metavar="MODEL", help="model to merge into, in one file")
-    merge.add_argument("--rank", type=int, metavar="N", help="with each other: the rank; the largest, if not given")
+    merge.add_argument(
+        "--rank", type=int, metavar="N", help="with each other: the rank (default: the largest of the files)"
+    )
     merge.add_argument("--concat", action="store_true", help="with each other: put the ranks side by side, exact")
-    merge.add_argument("--lbws", nargs="*", metavar="LIST", help="factors by block of a U-Net, a list for each file")
+    merge.add_argument(
+        "--lbws",
+        nargs="*",
+        metavar="LIST",
+        help="a list for each file: factors of the strength for each block of a U-Net",
+    )
     merge.add_argument("--save_to", required=True, metavar="FILE")
-    merge.add_argument("--precision", choices=PRECISIONS, help="of the saved numbers; a model's own, or float")
+    merge.add_argument(
+        "--precision", choices=PRECISIONS, help="dtype of the saved weights (default: the model's own, or float)"
+    )
     merge.add_argument("--device", default="cpu", metavar="DEVICE", help="where to compute")
     merge.set_defaults(run=_merge)
 
 
 def _add_resize(commands: Commands) -> None:
     resize = commands.add_parser(
-        "resize", help="change the rank", description="Change the rank of a LoRA, as networks/resize_lora.py."
+        "resize", help="change the rank", description="Change the rank of a LoRA, like networks/resize_lora.py."
     )
     resize.add_argument("file", metavar="FILE")
     resize.add_argument("--rank", type=int, required=True, metavar="N", help="the new rank, or the largest one")
-    resize.add_argument("--conv_rank", type=int, metavar="N", help="of weights of convolutions")
-    resize.add_argument("--method", choices=["sv_ratio", "sv_fro", "sv_cumulative"], help="how ranks are chosen")
-    resize.add_argument("--parameter", type=float, metavar="X", help="what the method needs")
+    resize.add_argument("--conv_rank", type=int, metavar="N", help="the rank of convolutions")
+    resize.add_argument(
+        "--method", choices=["sv_ratio", "sv_fro", "sv_cumulative"], help="how to choose the rank of each module"
+    )
+    resize.add_argument("--parameter", type=float, metavar="X", help="the parameter of the method")
     resize.add_argument("--save_to", required=True, metavar="FILE")
-    resize.add_argument("--precision", choices=PRECISIONS, help="of the saved numbers; float if not given")
+    resize.add_argument("--precision", choices=PRECISIONS, help="dtype of the saved weights (default float)")
     resize.add_argument("--device", metavar="DEVICE", help="where to compute")
     resize.set_defaults(run=_resize)
 
@@ -102,12 +113,12 @@ def _add_extract(commands: Commands) -> None:
     extract.add_argument("before", metavar="MODEL")
     extract.add_argument("after", metavar="MODEL")
     extract.add_argument("--rank", type=int, required=True, metavar="N")
-    extract.add_argument("--conv_rank", type=int, metavar="N", help="take convolutions in, with this rank")
+    extract.add_argument("--conv_rank", type=int, metavar="N", help="include convolutions, with this rank")
     extract.add_argument(
-        "--min_diff", type=float, default=0.01, metavar="X", help="text encoders that differ less stay out"
+        "--min_diff", type=float, default=0.01, metavar="X", help="leave out text encoders that differ by no more"
     )
     extract.add_argument("--save_to", required=True, metavar="FILE")
-    extract.add_argument("--precision", default="float", choices=PRECISIONS, help="of the saved numbers")
+    extract.add_argument("--precision", default="float", choices=PRECISIONS, help="dtype of the saved weights")
     extract.add_argument("--device", default="cpu", metavar="DEVICE", help="where to compute")
     extract.set_defaults(run=_extract)
 
@@ -116,14 +127,14 @@ def _add_convert(commands: Commands) -> None:
     convert = commands.add_parser(
         "convert",
         help="other programs' names",
-        description="Write a file with another program's names, as networks/convert_lora.py.",
+        description="Write a file with another program's names, like networks/convert_lora.py.",
     )
     convert.add_argument("file", metavar="FILE")
     convert.add_argument("--to", required=True, choices=["kohya", "diffusers", "peft", "comfyui"])
-    convert.add_argument("--family", help="what it was made for, where names fit several families")
+    convert.add_argument("--family", help="the family of the file, if its names fit several")
     convert.add_argument("--save_to", required=True, metavar="FILE")
     convert.add_argument(
-        "--precision", choices=PRECISIONS, help="of the saved numbers; each tensor's own, if not given"
+        "--precision", choices=PRECISIONS, help="dtype of the saved weights (default: each tensor's own)"
     )
     convert.set_defaults(run=_convert)
 
@@ -261,7 +272,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _given(*options: tuple[str, object]) -> Sequence[str]:
-    """The words of the options that have a value."""
+    """Return the command-line words of the options that have a value."""
     return [word for flag, value in options if value is not None for word in (flag, str(value))]
 
 

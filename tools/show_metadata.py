@@ -2,7 +2,8 @@
 
     python tools/show_metadata.py --model lora.safetensors
 
-The file's header alone is read. Exit codes: 0 printed, or there is none (which is said); 2 no such file, or none of
+Only the file's header is read. Exit codes: 0 printed, or there is no metadata (a line says so); 2 no such file, or none
+of
 safetensors.
 """
 

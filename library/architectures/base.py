@@ -341,7 +341,7 @@ class Architecture(ABC):
     model_forms: tuple[str, ...] = ()
 
     def parts(self, checkpoint: Any) -> dict[str, ModelSource]:
-        """Where each part of the model lies: ``denoiser``, ``vae``, ``text_encoder_1`` and so on."""
+        """Return where each part of the model is: ``denoiser``, ``vae``, ``text_encoder_1`` and so on."""
         raise NotImplementedError(f"whole models of {self.name} are not trained")
 
     def write(
@@ -372,7 +372,7 @@ class Architecture(ABC):
         raise NotImplementedError(f"whole models of {self.name} are not saved")
 
     def unused_modules(self, name: str, part: nn.Module, *, clip_skip: int | None) -> list[nn.Module]:
-        """Modules of a part whose outputs the model never uses: they get no gradients, and stay as they are."""
+        """Return the modules of a part whose outputs the model never uses: they get no gradients and do not change."""
         return []
 
     has_learning_rate_blocks: bool = False

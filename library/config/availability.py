@@ -1,4 +1,4 @@
-"""Options of DeepSpeed that are refused, and why: they would otherwise do nothing in silence."""
+"""DeepSpeed options that are refused, and why: they would otherwise be ignored without a message."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def _out_of_range(field: dataclasses.Field[Any], number: float) -> str | None:
         if (above is None or number > above) and (below is None or number < below):
             return None
     if low is not None and high is not None:
-        return f"must lie between {low:g} and {high:g}"
+        return f"must be between {low:g} and {high:g}"
     if above is not None and below is not None:
         return f"must be above {above:g} and below {below:g}"
     or_left_out = ", or left out" if field.default is None else ""

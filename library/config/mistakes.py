@@ -21,7 +21,7 @@ _NUMBERS = {"int": "a whole number, such as 100", "float": "a number, such as 0.
 
 
 WINDOWS_ENDS = (
-    "the command line has a carriage return in it, so the script it stands in has Windows line ends; save it "
+    "the command line has a carriage return in it, so its script has Windows line endings; save it "
     r"with Unix ones, for instance by: sed -i 's/\r$//' train.sh"
 )
 

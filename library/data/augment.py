@@ -18,7 +18,7 @@ Box = tuple[int, int, int, int]
 
 #: largest turn of the hue, degrees of the colour circle
 HUE_SHIFT = 10.0
-#: gamma lies within 1 - this and 1 + this
+#: gamma is between 1 - this and 1 + this
 GAMMA_SHIFT = 0.05
 
 

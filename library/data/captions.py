@@ -219,7 +219,7 @@ def _parse(text: str) -> list[str | _Choice]:
         elif pair[0] == "}" and inner is not whole:
             open_ones.pop()
             if inner.doubled:
-                # one brace closes, so "{{" were two choices: this is the inner one, the outer goes on
+                # one brace closes, so "{{" were two choices: this is the inner one, and the outer continues
                 inner.doubled = False
                 open_ones.append(_Choice())
             add(inner)

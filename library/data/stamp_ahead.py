@@ -46,7 +46,7 @@ def images_and_others(names: Sequence[str], endings: Sequence[str]) -> tuple[lis
 
 
 def by_name(names: Sequence[str]) -> dict[str, str]:
-    """Return file names as the system distinguishes them -> as they are written."""
+    """Return a map: file names as the system compares them -> as they are written."""
     return {name.lower(): name for name in names} if _IGNORES_CASE else dict(zip(names, names, strict=True))
 
 

@@ -62,7 +62,7 @@ def resolution_shift(tokens: float) -> float:
     return math.exp(0.5 + slope * (tokens - 256))
 
 
-# ---- what a model's output stands for ----
+# ---- what a model's output means ----
 
 
 def training_target(latents: Tensor, noise: Tensor, sigmas: Tensor, prediction_type: str) -> Tensor:

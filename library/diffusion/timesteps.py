@@ -49,7 +49,7 @@ class Density(Protocol):
         """Return the probability below ``sigma``, 0 to 1."""
 
     def quantile(self, share: float) -> float:
-        """Return the noise level below which this share lies: the inverse of ``cdf``."""
+        """Return the noise level below which this share of the density is: the inverse of ``cdf``."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Truncated:
     Squeezing the density into the range instead would move its peak.
 
     Raises:
-        UserError: next to nothing of the density lies between them.
+        UserError: almost none of the density is between them.
     """
 
     density: Density

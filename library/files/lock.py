@@ -19,7 +19,7 @@ from library.files.atomic import MAX_NAME
 
 logger = logging.getLogger(__name__)
 
-#: the locked byte lies far behind the text, which Windows would otherwise not let others read
+#: the locked byte is far behind the text, because Windows does not let others read locked bytes
 _LOCKED_BYTE = 1 << 30
 #: what this process holds: on POSIX a process's own second lock on a file would succeed
 _held: set[Path] = set()
@@ -34,7 +34,7 @@ class Held(Exception):  # noqa: N818
 
 
 def lock_path(folder: Path, name: str) -> Path:
-    """The hidden file that stands for a name in a folder."""
+    """Return the hidden lock file of a name in a folder."""
     found = f".{name}.lock"
     return folder / (
         found if len(os.fsencode(found)) <= MAX_NAME else f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.lock"
@@ -93,7 +93,7 @@ def _lock(handle: int) -> bool:
     import fcntl
 
     try:
-        # not flock(), which forked loader processes would go on holding
+        # not flock(), which forked loader processes would continue to hold
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _LOCKED_BYTE)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):

@@ -269,7 +269,7 @@ def _warn_of_sizes(architecture: Architecture, common: ImageSettings, prompts: S
     given = {name for name in SIZE_NAMES if getattr(common, name) is not None}
     given |= {name for prompt in prompts for name in prompt.own if name in SIZE_NAMES}
     if given and type(architecture).condition is Architecture.condition:
-        logger.warning("%s have no effect with this model, which is told no sizes", ", ".join(sorted(given)))
+        logger.warning("%s have no effect with this model, which is not conditioned on sizes", ", ".join(sorted(given)))
 
 
 def _axes(options: ImageOptions, choices: Sequence[NetworkChoice]) -> list[Axis]:

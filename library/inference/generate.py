@@ -74,7 +74,7 @@ def decode_images(models: ImageModels, latents: Tensor, options: GenerateOptions
         on_device(models.vae, options.device),
         torch.inference_mode(),
     ):
-        # one at a time, if nothing else is said: decoding takes far more memory than sampling
+        # one at a time by default: decoding takes far more memory than sampling
         parts = latents.split(options.vae_batch_size)
         pixels = [image for part in parts for image in models.architecture.decode_latents(models.vae, part).split(1)]
     if not all(torch.isfinite(p).all() for p in pixels):

@@ -99,14 +99,14 @@ class ImageOutputOptions:
     clip_vision_strength: float | None = _refused(None, _CLIP_VISION, type=float)
     guide_image_path: list[str] | None = _refused(None, _CONTROL, nargs="*")
     original_height: int | None = option(
-        None, "height that the model is told the image had before it was resized, pixels (SDXL)", type=int
+        None, "original height of the image as a condition of the model, pixels (SDXL)", type=int
     )
     original_width: int | None = option(None, "the same of its width", type=int)
     original_height_negative: int | None = option(
         None, "--original_height beside the negative prompt; as beside the prompt, if not given", type=int
     )
     original_width_negative: int | None = option(None, "the same of its width", type=int)
-    crop_top: int | None = option(None, "pixels that the model is told were cropped off at the top (SDXL)", type=int)
+    crop_top: int | None = option(None, "pixels cropped off at the top as a condition of the model (SDXL)", type=int)
     crop_left: int | None = option(None, "the same at the left", type=int)
     pyramid_noise_prob: float | None = _refused(None, _TRAINED_NOISE, type=float)
     pyramid_noise_discount_range: list[float] | None = _refused(None, _TRAINED_NOISE, nargs=2, type=float)

@@ -18,7 +18,7 @@ from library.inference.plan import PlannedImage
 from library.inference.png import read_texts
 from library.inference.prompt_line import ImagePrompt, usable_size
 
-#: share of the steps that are run on an image, where nothing else is said
+#: default share of the steps that are run on an image
 STRENGTH = 0.8
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 The blocks that wait on the host are spread evenly between those that stay, so that the copy of one runs while others
 compute. Host copies are pinned and never change, so nothing is copied back. On the device each shape of block has two
-buffers: one for the block that runs, one for the block that comes next, which a second stream copies meanwhile. In the
+buffers: one for the block that runs, one for the next block, which a second stream copies at the same time. In the
 backward pass, with gradient checkpointing, blocks run again in reverse order. The two blocks at the turn are still in
 their buffers there, and at the end of the backward pass the first blocks are there for the next forward pass.
 
@@ -85,7 +85,7 @@ class BlockStream:
     """Streams blocks of a frozen model to a device.
 
     Args:
-        lists: ordered lists of blocks, in the order in which they run; blocks of the host may lie anywhere.
+        lists: lists of blocks, in the order in which they run; host blocks may be anywhere in them.
         counts: how many of each list wait on the host.
         device: where blocks run.
     """

@@ -110,7 +110,7 @@ def store_in_fp8(model: nn.Module, device: torch.device, home: torch.device | st
     """Store the weights of a frozen model's blocks in fp8, in place, and move the model to ``home``.
 
     Layers are converted one by one, so at most the largest one is on the device at full size. Layers outside the
-    repeated blocks (the first and last layers, time embeddings) are few and sensitive, and stay as they are.
+    repeated blocks (the first and last layers, time embeddings) are few and sensitive, and keep their dtype.
 
     Args:
         device: where the numbers are computed.

@@ -153,7 +153,7 @@ def _check_numbers(choice: OptimizerChoice, settings: ScheduleSettings) -> None:
     if settings.name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and not lowest:
         raise UserError(f"--lr_scheduler {settings.name}: needs --lr_scheduler_min_lr_ratio, e.g. 0.1")
     if "min_lr_ratio" in used and ratio is not None and not 0 <= ratio <= 1:
-        raise UserError(f"--lr_scheduler_min_lr_ratio {ratio:g}: must lie between 0 and 1")
+        raise UserError(f"--lr_scheduler_min_lr_ratio {ratio:g}: must be between 0 and 1")
     if "timescale" in used and settings.timescale is not None and settings.timescale < 1:
         raise UserError(f"--lr_scheduler_timescale {settings.timescale}: must be at least 1 step")
     if "power" in used and settings.power < 0:

@@ -129,7 +129,7 @@ def follow_learning_rates(schedule: LRScheduler, rates: Sequence[float | None]) 
     if type(schedule) is not LambdaLR:
         if list(rates) != list(schedule.base_lrs):
             raise UserError(
-                "--resume: the learning rate cannot be changed with --lr_scheduler_type, whose schedule goes on from "
+                "--resume: the learning rate cannot be changed with --lr_scheduler_type, whose schedule continues from "
                 "its own state; give the learning rates of that run"
             )
         return

@@ -162,7 +162,7 @@ def check_by_trial(choice: OptimizerChoice, device: torch.device, *, keeps_state
                 raise UserError(f"{text}; choose another one, or save and resume no states") from error
             return [text]
     if not is_exact:
-        return [f"--optimizer_type {choice.name}: a resumed run goes on, but not exactly as one that was not stopped"]
+        return [f"--optimizer_type {choice.name}: a resumed run continues, but not exactly like an uninterrupted run"]
     return []
 
 
@@ -194,7 +194,7 @@ def check_change(before: OptimizerChoice, now: OptimizerChoice, device: torch.de
         except Exception as error:
             raise UserError(
                 f"--resume: the state was saved with the optimizer {before.metadata_name}, which {now.metadata_name} "
-                f"cannot go on from ({_one_line(error)}); give the --optimizer_args of that run"
+                f"cannot continue from ({_one_line(error)}); give the --optimizer_args of that run"
             ) from error
 
 

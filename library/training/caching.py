@@ -71,7 +71,7 @@ class CacheJob:
     def stop_if_asked(self) -> None:
         """Raise SystemExit after Ctrl-C or SIGTERM, with the code that shells expect."""
         if self.interrupt.requested:
-            logger.warning("stopped while caching; what is cached on disk is kept, and the same command goes on")
+            logger.warning("stopped while caching; caches on disk are kept, and the same command continues")
             raise SystemExit(self.interrupt.exit_code)
 
     def release_memory(self) -> None:

@@ -66,7 +66,7 @@ def dry_run(run: Run) -> None:
     size = width * sum(p.numel() for p in parameters)
     rows.append(("weights file", f"about {_bytes(size)} each"))
     if done:
-        rows.append(("goes on", f"after step {done} of {run.plan.total_steps}"))
+        rows.append(("continues", f"after step {done} of {run.plan.total_steps}"))
     files = planned_files(run.plan, run.policy, run.names, after_step=done)
     print_plan(rows, [*_other_files(run), *_lines(files, last_step=run.plan.total_steps)])
 

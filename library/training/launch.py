@@ -58,7 +58,7 @@ def check_launch(options: TrainingOptions) -> None:
     """Refuse settings that this run cannot use, and warn of settings that its options decide.
 
     Raises:
-        UserError: one line for each setting that would otherwise be ignored in silence.
+        UserError: one line for each setting that would otherwise be ignored without a message.
     """
     problems = [
         f"accelerate's configuration asks for {name}: {why}"

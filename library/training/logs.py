@@ -193,7 +193,7 @@ class Trackers:
             yield
         except OSError as error:
             logger.warning(
-                "%s: %s has ended, as it cannot be written (%s); training goes on without it",
+                "%s: %s has ended, because it cannot be written (%s); training continues without it",
                 *(self._directory, tracker.name, error.strerror or error),
             )
             self._accelerator.trackers = [other for other in self._accelerator.trackers if other is not tracker]

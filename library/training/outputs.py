@@ -68,14 +68,14 @@ def _problem_of(path: Path, *, is_state: bool) -> str:
         return f"{path}: cannot be written ({error.strerror}); give another --output_name or --output_dir"
     if not is_state and is_folder_of_weights(path):
         if not path.is_dir():
-            return f"{path}: a file lies where the folder of a model is to be written; {remedy}"
+            return f"{path}: is a file, but the folder of a model must be written there; {remedy}"
         if not is_model(path) and any(path.iterdir()):
             return f"{path}: this folder holds no model of a run, and one would replace it; {remedy}"
         return ""
     if not is_state:
-        return f"{path}: a folder lies where weights are to be written; {remedy}" if path.is_dir() else ""
+        return f"{path}: is a folder, but a file of weights must be written there; {remedy}" if path.is_dir() else ""
     if not path.is_dir():
-        return f"{path}: a file lies where a state folder is to be written; {remedy}"
+        return f"{path}: is a file, but the folder of a state must be written there; {remedy}"
     if not is_state_or_empty(path):
         return f"{path}: this folder holds no state of training, and a state would replace it; {remedy}"
     return ""

@@ -70,7 +70,7 @@ def compile_denoiser(denoiser: nn.Module, classes: tuple[str, ...], *, backend: 
     from library.memory.compiling import compile_blocks
 
     if not compile_blocks(denoiser, classes, backend=backend):
-        raise UserError("--torch_compile: this model has no blocks that can be compiled by themselves; remove it")
+        raise UserError("--torch_compile: this model has no blocks that can be compiled one by one; remove it")
 
 
 def precision_row(options: TrainingOptions, frozen: str, device: torch.device) -> str:

@@ -68,7 +68,7 @@ class PreviewGenerator:
     """Generates the sample images of one run with the present weights.
 
     Args:
-        modules: trained modules beside the models; in eval mode meanwhile.
+        modules: trained modules beside the models; in eval mode during sampling.
         prompts: conditioning by text, where texts are cached.
         options: of the run.
     """

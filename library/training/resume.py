@@ -196,8 +196,8 @@ def _schedule_problems(state: TrainState, options: RunOptions) -> Iterator[str]:
         if (was_custom or options.scheduler.lr_scheduler_type) and (before or None) != (now or None):
             yield (
                 f"--resume {options.resume.resume}: it was saved with --lr_scheduler_{name} {before or 'not given'}, not "
-                f"{now or 'without it'}; a schedule of --lr_scheduler_type goes on from its own state: give what that "
-                "run had, or begin a new one with its weights (--network_weights)"
+                f"{now or 'without it'}; a schedule of --lr_scheduler_type continues from its own state: give what "
+                "that run had, or begin a new one with its weights (--network_weights)"
             )
 
 
@@ -214,7 +214,7 @@ def _class_of(optimizer: object) -> str | None:
 def name_changes(resumed: TrainState, fingerprint: dict[str, object]) -> None:
     """Warn of changes since the state was saved."""
     for change in resumed.changes(fingerprint):
-        logger.warning("--resume: %s: the run goes on, but not exactly as it would have", change)
+        logger.warning("--resume: %s: the run continues, but not exactly as it would have", change)
 
 
 #: errors of torch and accelerate for other names, shapes or numbers of tensors, and for edited files

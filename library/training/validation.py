@@ -51,7 +51,7 @@ def check_validation(config: DatasetConfig, options: ValidationOptions, resumed:
         if patience is not None and misses >= patience:
             raise UserError(
                 f"--early_stopping_patience {patience}: the state of --resume has seen {misses} validations without a "
-                "new lowest loss already; raise it, or remove it to go on"
+                "new lowest loss already; raise it, or remove it to continue"
             )
         return
     needing = [
@@ -114,7 +114,7 @@ class Validation:
 
     Args:
         run: with its caches complete.
-        models: in eval mode meanwhile.
+        models: in eval mode during validation.
         losses: of training.
         loading: preparation of batches, as for training.
     """

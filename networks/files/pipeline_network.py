@@ -107,7 +107,7 @@ def mark_targets(text_encoders: Sequence[nn.Module], unet: nn.Module) -> None:
 def demonstrate(
     model_id: str, lora: Path, *, sdxl: bool, prompt: str, negative_prompt: str, seed: int, **settings: Any
 ) -> Iterator[Path]:
-    """Generate an image for each state of the LoRA; files lie in the working folder.
+    """Generate an image for each state of the LoRA; files are in the working folder.
 
     Args:
         settings: of the pipeline's call, such as ``num_inference_steps``.

@@ -202,7 +202,7 @@ def test_options_of_ddpm_have_no_effect(tmp_path: Path) -> None:
         ({"sigmoid_scale": 0.0, "timestep_sampling": "shift"}, "--sigmoid_scale 0.0: must be greater than 0"),
         ({"discrete_flow_shift": -1.0}, "--discrete_flow_shift -1.0: must be greater than 0"),
         ({"logit_std": 0.0, "weighting_scheme": "logit_normal"}, "--logit_std 0.0: must be greater than 0"),
-        ({"mode_scale": 1.8, "weighting_scheme": "mode"}, "--mode_scale 1.8: must lie between -1 and 1.75"),
+        ({"mode_scale": 1.8, "weighting_scheme": "mode"}, "--mode_scale 1.8: must be between -1 and 1.75"),
         ({"guidance_scale": -1.0}, "--guidance_scale -1.0: must be at least 0"),
         ({"helper": "h", "without_text": True}, "--helper: not with --without_text"),
         ({"sample_prompts": "gone.txt", "sample_at_first": True}, "--sample_prompts gone.txt: no such file"),

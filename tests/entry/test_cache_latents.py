@@ -88,7 +88,7 @@ def test_ctrl_c_keeps_what_is_made(tmp_path: Path, tiny: Tiny) -> None:
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, text
-    assert "what is being encoded is finished" in text and "the same command goes on" in text
+    assert "what is being encoded is finished" in text and "the same command continues" in text
     kept = len(list(images.glob("*.npz")))
     assert 0 < kept < 50 and not list(images.glob(".*"))
     again = run_script(TOOL, *tool_arguments(tiny, dataset))

@@ -196,7 +196,7 @@ def test_accepted_switches(model: MadeCheckpoint, tmp_path: Path) -> None:
     (image,) = drawn(finished, out)
     assert pixels(image).shape == (64, 64, 3)
     assert f"seed: {text_of(image)['seed']}" in finished.text
-    assert "crop_top have no effect with this model, which is told no sizes" in finished.text
+    assert "crop_top have no effect with this model, which is not conditioned on sizes" in finished.text
     assert text_of(image)["ds_depth_1"] == "1" and text_of(image)["ds_ratio"] == "0.75"
 
 

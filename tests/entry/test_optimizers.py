@@ -119,7 +119,7 @@ def test_what_cannot_change_on_resume_is_refused(
     train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "a", **options, save_every_n_steps=1, save_state=True))
     state = tmp_path / "a" / "tiny-step00000001-state"
     for changed, words in (
-        ({"optimizer_args": ["amsgrad=True"]}, "cannot go on from"),
+        ({"optimizer_args": ["amsgrad=True"]}, "cannot continue from"),
         ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ["step_size=1"]}, "--lr_scheduler_type not given, not"),
     ):
         with pytest.raises(SystemExit):

@@ -92,7 +92,7 @@ def test_what_lies_in_the_way_is_found_before_caching(
     assert "tiny-state: this folder holds no state of training, and a state would replace it" in text
     (tmp_path / "out" / "tiny-ema.safetensors").mkdir()
     text = refused(capsys, sd, data, tmp_path / "out", ema_decay=0.9, **told)
-    assert "tiny-ema.safetensors: a folder lies where weights are to be written" in text
+    assert "tiny-ema.safetensors: is a folder, but a file of weights must be written there" in text
     text = refused(capsys, sd, data, tmp_path / "out", output_name="n" * 250, **told)
     assert "cannot be written (File name too long)" in text
     (tmp_path / "file").touch()

@@ -67,7 +67,7 @@ def test_one_that_changes_nothing_and_one_that_forgets() -> None:
     with pytest.raises(UserError, match="steps on a small tensor change nothing"):
         check_by_trial(choice_of(f"{__name__}.Still"), CPU, keeps_states=False)
     (warning,) = check_by_trial(choice_of(f"{__name__}.Forgetful"), CPU, keeps_states=True)
-    assert "a resumed run goes on, but not exactly" in warning
+    assert "a resumed run continues, but not exactly" in warning
 
 
 def test_states_that_cannot_be_restored() -> None:

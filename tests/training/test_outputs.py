@@ -39,9 +39,11 @@ def test_what_lies_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file-state").touch()
     (tmp_path / "images-state").mkdir()
     (tmp_path / "images-state" / "1.png").touch()
-    with pytest.raises(UserError, match=r"folder\.safetensors: a folder lies where weights are to be written"):
+    with pytest.raises(
+        UserError, match=r"folder\.safetensors: is a folder, but a file of weights must be written there"
+    ):
         check(weights(tmp_path / "folder.safetensors"))
-    with pytest.raises(UserError, match="file-state: a file lies where a state folder is to be written"):
+    with pytest.raises(UserError, match="file-state: is a file, but the folder of a state must be written there"):
         check(state(tmp_path / "file-state"))
     with pytest.raises(UserError, match="images-state: this folder holds no state of training"):
         check(state(tmp_path / "images-state"))
@@ -54,7 +56,7 @@ def test_what_lies_in_the_way(tmp_path: Path) -> None:
 def test_averages_lie_beside_weights(tmp_path: Path) -> None:
     (tmp_path / "a-ema.safetensors").mkdir()
     check(weights(tmp_path / "a.safetensors"))
-    with pytest.raises(UserError, match=r"a-ema\.safetensors: a folder"):
+    with pytest.raises(UserError, match=r"a-ema\.safetensors: is a folder"):
         check(weights(tmp_path / "a.safetensors"), averaged=True)
 
 

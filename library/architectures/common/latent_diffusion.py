@@ -157,7 +157,7 @@ class LatentDiffusion(Architecture):
 
     @abstractmethod
     def single_file_layouts(self, parts: Mapping[str, ModelSource]) -> dict[str, TensorLayout]:
-        """Where the parts lie in a file in the original layout."""
+        """Return the places of the parts in a file in the original layout."""
 
     @abstractmethod
     def pipeline(

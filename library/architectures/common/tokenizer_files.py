@@ -81,7 +81,7 @@ def locate_tokenizer(
 
     Args:
         repositories: (Hub repository, sub-folder in it) of interchangeable tokenizers, in order of preference.
-        model_folder: of the model, or where its file lies.
+        model_folder: of the model, or of its file.
 
     Raises:
         UserError: none of these has it.

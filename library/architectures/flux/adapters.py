@@ -83,7 +83,7 @@ def _is_flux(found: Evidence) -> bool:
 
 
 _BFL = "https://github.com/black-forest-labs/flux"
-#: of the transformers; the first is what nothing else is told for
+#: records of the transformers; the first is the default
 RECORDS = {
     DEV: ModelRecord("flux1", False, "flux-1-dev", _BFL, "1024x1024"),
     SCHNELL: ModelRecord("flux1", False, "flux-1-schnell", _BFL, "1024x1024"),

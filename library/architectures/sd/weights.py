@@ -75,7 +75,7 @@ def save_checkpoint(
 
 
 def layouts(parts: Mapping[str, ModelSource], *, v2: bool) -> dict[str, TensorLayout]:
-    """Where the parts lie in a file in the original layout."""
+    """Return the places of the parts in a file in the original layout."""
     text = parts["text_encoder_1"].config
     return {
         "denoiser": ldm_unet.ldm_unet_layout(parts["denoiser"].config),

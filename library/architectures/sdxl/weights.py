@@ -41,7 +41,7 @@ def text_2_source(file: TensorFile) -> ModelSource:
 
 
 def layouts(parts: Mapping[str, ModelSource]) -> dict[str, TensorLayout]:
-    """Where the parts lie in a file in the original layout."""
+    """Return the places of the parts in a file in the original layout."""
     layers = parts["text_encoder_2"].config["num_hidden_layers"]
     return {
         "denoiser": ldm_unet.ldm_unet_layout(parts["denoiser"].config),

@@ -75,7 +75,7 @@ class OutputOptions:
     huggingface_token: str | None = option(None, "Hub access token; never recorded", secret=True)
     huggingface_repo_visibility: str | None = option(None, "public, or private (the default of a new one)")
     save_state_to_huggingface: bool = option(False, "upload states too")
-    async_upload: bool = option(False, "upload while training goes on")
+    async_upload: bool = option(False, "upload while training continues")
 
 
 @dataclass(frozen=True)

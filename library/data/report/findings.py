@@ -59,7 +59,7 @@ class ImageRow:
     bucket: tuple[int, int]  # (W, H)
     scale: float  # of the resize before the crop; above 1 the image is enlarged
     crop_loss: float  # share of the area that is cut off, 0 to 1
-    caption: str  # as it stands in its file
+    caption: str  # as in its file
     tokens: int | None  # of the longest possible caption; None: not counted
     validation: bool = False  # held out for validation
 

@@ -42,7 +42,7 @@ class CheckOptions:
         if found.sdxl and found.flux:
             raise UserError("--sdxl and --flux exclude each other: give the one that the data are for")
         if not 0 <= found.hash_distance <= 32:
-            raise UserError(f"--hash_distance {found.hash_distance}: must lie between 0 and 32")
+            raise UserError(f"--hash_distance {found.hash_distance}: must be between 0 and 32")
         if found.max_thumbnails < 0:
             raise UserError(f"--max_thumbnails {found.max_thumbnails}: must be at least 0")
         for flag, path in (("html", found.html), ("json", found.json)):

@@ -162,7 +162,7 @@ def _tags(report: Report) -> str:
     once = sum(count == 1 for count in report.tags.values())
     rows = ((_text(tag), str(count)) for tag, count in list(report.tags.items())[:MOST_TAGS])
     return (
-        f"<details><summary>Tags: {len(report.tags)}, of which {once} stand in one caption only</summary>"
+        f"<details><summary>Tags: {len(report.tags)}, {once} of them in one caption only</summary>"
         f"{_table(('tag', 'captions'), rows)}{_more(len(report.tags) - MOST_TAGS)}</details>"
     )
 

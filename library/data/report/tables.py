@@ -87,6 +87,4 @@ def _print_tags(console: Console, report: Report) -> None:
         return
     once = sum(count == 1 for count in report.tags.values())
     rows = [(tag, str(count)) for tag, count in list(report.tags.items())[:MOST_TAGS]]
-    console.print(
-        _table(f"Tags: {len(report.tags)}, of which {once} stand in one caption only", ("tag", "captions"), rows)
-    )
+    console.print(_table(f"Tags: {len(report.tags)}, {once} of them in one caption only", ("tag", "captions"), rows))

@@ -1,7 +1,7 @@
 """Deep Shrink: smaller features deep in a U-Net during the first steps, against repetition in large images.
 
-As published with the option: before a block of the way down, the features are resized by a ratio; on the way up they
-are resized to each skip connection that they meet. All resizing is bicubic.
+As in sd-scripts: before a block of the way down, the features are resized by a ratio; on the way up, they are resized
+to the size of each skip connection. All resizing is bicubic.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.nn import functional
 from library.errors import UserError
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo
 
-#: values of what is not given, where anything of Deep Shrink is
+#: default values if any option of Deep Shrink is given
 DEPTH, TIMESTEPS, RATIO = 3, 650, 0.5
 
 
 class DeepShrink(Feature):
-    """Shrink before one block until a timestep, then before another one until a second."""
+    """Shrink before one block until a timestep, then before another block until a second timestep."""
 
     def __init__(self) -> None:
         self._unet: nn.Module | None = None

@@ -1,7 +1,7 @@
-"""Textual inversion: vectors of a new word, for frozen text encoders and a frozen denoiser.
+"""Textual inversion: the vectors of a new word, with frozen text encoders and a frozen denoiser.
 
 Gal et al. 2022, "An Image is Worth One Word" (arXiv:2208.01618). Only the rows of the new tokens are parameters: the
-vocabulary never moves, not even by weight decay, and no optimizer holds a state for it.
+vocabulary never changes, not even by weight decay, and no optimizer has a state for it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ STYLE_TEMPLATES = (
 
 
 class GrownEmbedding(nn.Module):
-    """A frozen table of vectors with trained ones behind it.
+    """A frozen table of vectors followed by trained ones.
 
     Args:
         table: (tokens, width) of the vocabulary.
-        rows: (n, width) of the new tokens, whose ids follow on ``first - 1``.
+        rows: (n, width) of the new tokens, whose ids begin at ``first``.
     """
 
     def __init__(self, table: nn.Parameter, rows: nn.Parameter, first: int) -> None:
@@ -93,9 +93,7 @@ class Embedding(Kind):
     @classmethod
     def check_options(cls, architecture: Architecture, options: Any) -> None:
         if not architecture.has_own_encoders:
-            raise UserError(
-                "textual inversion: the captions of this model are not read by CLIP alone; train an adapter"
-            )
+            raise UserError("textual inversion: this model does not read captions with CLIP alone; train an adapter")
         if options.embedding.weights:
             read_vectors(Path(options.embedding.weights), len(architecture.text_encoder_targets), flag="--weights")
 
@@ -109,7 +107,7 @@ class Embedding(Kind):
 
     @classmethod
     def prepared_data(cls, options: Any, config: DatasetConfig) -> DatasetConfig:
-        """Let every caption be one of the templates, drawn anew for each use, if they are asked for."""
+        """Replace every caption by a random template each time it is used, if templates are wanted."""
         own = options.embedding
         templates = OBJECT_TEMPLATES if own.use_object_template else STYLE_TEMPLATES if own.use_style_template else ()
         if not templates:
@@ -128,7 +126,7 @@ class Embedding(Kind):
 
     @classmethod
     def check_data(cls, options: Any, data: TrainingData) -> None:
-        """Refuse data of which no caption has the word. Raises UserError."""
+        """Refuse data without the word in any caption. Raises UserError."""
         token = options.embedding.token_string.lower()
         if not any(rules.templates or token in record.caption.lower() for record, rules in data.captioned()):
             raise UserError(
@@ -172,7 +170,7 @@ class Embedding(Kind):
         else:
             rows = start.to(table)
         if ids != list(range(ids[0], ids[0] + len(ids))):
-            raise UserError("the tokenizer gives new words ids that do not follow on each other; it cannot be used")
+            raise UserError("the tokenizer's ids of new words are not consecutive; it cannot be used")
         parameter = nn.Parameter(rows.clone().contiguous())
         encoder.set_input_embeddings(GrownEmbedding(table, parameter, ids[0]))
         setattr(tokenizer, EXPANSIONS, {**getattr(tokenizer, EXPANSIONS, {}), ids[0]: ids})
@@ -185,7 +183,7 @@ class Embedding(Kind):
             raise UserError(f"--init_word {own.init_word!r}: has no tokens; name a known word")
         if len(found) > 1 and len(found) != own.num_vectors_per_token:
             logger.warning(
-                "--init_word %s: %d tokens, for --num_vectors_per_token %d vectors, which take them in turn",
+                "--init_word %s: %d tokens, for --num_vectors_per_token %d vectors, which start from them in turn",
                 *(own.init_word, len(found), own.num_vectors_per_token),
             )
         return found

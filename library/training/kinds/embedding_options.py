@@ -17,12 +17,12 @@ from library.config.paths import no_file
 class EmbeddingOptions:
     """Textual inversion."""
 
-    token_string: str | None = option(None, "the new word, as captions and prompts write it")
-    init_word: str | None = option(None, "known words that it starts from, e.g. cat")
-    num_vectors_per_token: int = option(1, "tokens that the word is made of", type=int, unit="tokens", minimum=1)
+    token_string: str | None = option(None, "the new word, as written in captions and prompts")
+    init_word: str | None = option(None, "known words from which it starts, e.g. cat")
+    num_vectors_per_token: int = option(1, "number of vectors (tokens) of the word", type=int, unit="tokens", minimum=1)
     weights: str | None = option(None, "start from this embedding file", harmless=True)
     use_object_template: bool = option(
-        False, 'train on captions such as "a photo of a ..." instead of those of the images'
+        False, 'train on captions such as "a photo of a ..." instead of the captions of the images'
     )
     use_style_template: bool = option(False, 'train on captions such as "a painting in the style of ..." instead')
 
@@ -51,7 +51,7 @@ def word(o: Any, facts: Facts) -> Iterator[Finding]:
     elif len(token.split()) != 1:
         yield error(f"--token_string {token!r}: must be one word without spaces")
     if not own.init_word and not own.weights:
-        yield error("--init_word: name a known word that the new one starts from, e.g. cat, or a file with --weights")
+        yield error("--init_word: name a known word to start from, e.g. cat, or a file with --weights")
     yield from no_file("weights", own.weights)
     if own.use_object_template and own.use_style_template:
         yield error("--use_object_template and --use_style_template exclude each other: give one")
@@ -71,7 +71,7 @@ DECLARATION = Declaration(
     groups={"embedding": EmbeddingOptions},
     rules=(word, cached_texts, learning_rate),
     unused={
-        "no_metadata": "for embeddings, whose files record no more than what they are",
-        "training_comment": "for embeddings, whose files record no more than what they are",
+        "no_metadata": "for embeddings, whose files have no such metadata",
+        "training_comment": "for embeddings, whose files have no such metadata",
     },
 )

@@ -237,7 +237,7 @@ DECLARATION = Declaration(
     refused={"double_blocks_to_swap": _SWAP, "single_blocks_to_swap": _SWAP},
     unused={
         **dict.fromkeys(("fp8_base", "fp8_base_unet"), "where whole models are trained, for which fp8 is too coarse"),
-        "no_metadata": "where whole models are trained, whose files record no more than what they are",
-        "training_comment": "where whole models are trained, whose files record no more than what they are",
+        "no_metadata": "where whole models are trained, whose files have no such metadata",
+        "training_comment": "where whole models are trained, whose files have no such metadata",
     },
 )
