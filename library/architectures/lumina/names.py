@@ -1,0 +1,116 @@
+"""Names in files of Lumina-Image 2.0: the one table of their layers, published and in diffusers.
+
+Names: Alpha-VLLM's published file, and diffusers' ``Lumina2Transformer2DModel``, which lacks the norm that nothing uses
+and has query, key and value apart. In paths of the table ``{}`` is the number of a block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.architectures.common.joined_layout import JoinedFile, Pair, Plan, published_plan
+from library.architectures.common.sharded_file import ShardedFile
+from library.architectures.common.tensor_files import Shapes
+
+#: published layer -> diffusers' layers, in the order of its rows
+Table = Mapping[str, tuple[str, ...]]
+
+#: what every transformer has in the published layout
+SIGN = "cap_embedder.0.weight"
+_TEXT = "time_caption_embed"
+
+OUTER: Table = {
+    "x_embedder": ("x_embedder",),
+    "cap_embedder.1": (f"{_TEXT}.caption_embedder.1",),
+    "t_embedder.mlp.0": (f"{_TEXT}.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": (f"{_TEXT}.timestep_embedder.linear_2",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear_1",),
+    "final_layer.linear": ("norm_out.linear_2",),
+}
+#: of a block of each list, without the modulation
+BLOCK: Table = {
+    "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attention.out": ("attn.to_out.0",),
+    "feed_forward.w1": ("feed_forward.linear_1",),
+    "feed_forward.w2": ("feed_forward.linear_2",),
+    "feed_forward.w3": ("feed_forward.linear_3",),
+}
+MODULATION: Table = {"adaLN_modulation.1": ("norm1.linear",)}
+LISTS = ("noise_refiner", "context_refiner", "layers")
+MODULATED = ("noise_refiner", "layers")
+#: every linear layer
+LINEARS: Table = {
+    **OUTER,
+    **{
+        f"{blocks}.{{}}.{published}": tuple(f"{blocks}.{{}}.{part}" for part in parts)
+        for blocks in LISTS
+        for published, parts in {**BLOCK, **(MODULATION if blocks in MODULATED else {})}.items()
+    },
+}
+_NORMS: Table = {
+    "attention.q_norm": ("attn.norm_q",),
+    "attention.k_norm": ("attn.norm_k",),
+    "attention_norm2": ("norm2",),
+    "ffn_norm1": ("ffn_norm1",),
+    "ffn_norm2": ("ffn_norm2",),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How many blocks each list has."""
+
+    counts: Mapping[str, int]
+
+    @staticmethod
+    def of(names: Iterable[str]) -> Variant:
+        """By the names of either layout, without prefix."""
+        names = list(names)
+        return Variant({blocks: _count(names, blocks) for blocks in LISTS})
+
+
+def _count(names: Iterable[str], blocks: str) -> int:
+    return 1 + max((int(found[1]) for name in names if (found := re.match(rf"{blocks}\.(\d+)\.", name))), default=-1)
+
+
+#: layers without a bias
+_NO_BIAS = ("attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
+
+def tensor_pairs(variant: Variant) -> Iterator[Pair]:
+    """Every tensor of a transformer in diffusers' layout."""
+    yield Pair("cap_embedder.0.weight", (f"{_TEXT}.caption_embedder.0.weight",))
+    for template, parts in LINEARS.items():
+        blocks = template.partition(".")[0]
+        for number in range(variant.counts[blocks] if "{}" in template else 1):
+            published = template.replace("{}", str(number))
+            for leaf in ("weight",) if published.endswith(_NO_BIAS) else ("weight", "bias"):
+                yield Pair(f"{published}.{leaf}", tuple(f"{part.replace('{}', str(number))}.{leaf}" for part in parts))
+    for blocks, count in variant.counts.items():
+        first = "norm1.norm" if blocks in MODULATED else "norm1"
+        for number in range(count):
+            for published, parts in {**_NORMS, "attention_norm1": (first,)}.items():
+                yield Pair(f"{blocks}.{number}.{published}.weight", (f"{blocks}.{number}.{parts[0]}.weight",))
+
+
+def file_prefix(names: Iterable[str]) -> str:
+    """What precedes every name of the transformer's in a file of the published layout."""
+    return next((name.removesuffix(SIGN) for name in names if name.endswith(SIGN)), "")
+
+
+def in_diffusers_layout(names: Iterable[str]) -> bool:
+    """Whether these are the names of a transformer in diffusers' layout."""
+    return any(name.startswith(f"{_TEXT}.") for name in names)
+
+
+def diffusers_plan(shapes: Shapes) -> Plan:
+    """Every published tensor as rows of those of a transformer in diffusers' layout."""
+    return published_plan(list(tensor_pairs(Variant.of(shapes))), shapes, title="Lumina-Image 2.0")
+
+
+def open_diffusers_transformer(path: Path) -> JoinedFile:
+    """A transformer in diffusers' layout, a folder or a file, by its published names. Raises UserError."""
+    return JoinedFile.of(ShardedFile.open(path), diffusers_plan)

@@ -1,0 +1,72 @@
+"""Every size of a Lumina-Image 2.0 transformer, from the names and shapes of its file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from library.architectures.common.tensor_files import Shapes
+from library.errors import UserError
+
+#: latent cells per token, in both directions
+PATCH = 2
+
+
+@dataclass(frozen=True)
+class NextDiTSizes:
+    """The defaults are those of Lumina-Image 2.0."""
+
+    hidden: int = 2304
+    head: int = 96  # width of one attention head
+    heads: int = 24
+    kv_heads: int = 8  # of keys and values
+    mlp: int = 9216
+    layers: int = 26
+    refiners: int = 2  # of captions, and of images
+    channels: int = 16  # of the latents
+    caption: int = 2304  # width of the text encoder's states
+    time: int = 256  # sines and cosines of the timestep
+    condition: int = 1024  # width of the embedded timestep
+
+    @property
+    def rope_axes(self) -> tuple[int, int, int]:
+        """Widths of a head that turn with the axes (text, row, column): a third each; they are not in the file."""
+        return (self.head // 3,) * 3
+
+
+def infer_sizes(shapes: Shapes) -> NextDiTSizes:
+    """Infer the sizes from names and shapes without prefix.
+
+    Raises:
+        UserError: the names do not add up to a Lumina-Image transformer.
+    """
+
+    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
+        found = shapes.get(name)
+        if found is None or len(found) != axes:
+            what = "is missing" if found is None else f"has shape {list(found)}"
+            raise UserError(f"the transformer's tensor {name} {what}; the file is incomplete, download it again")
+        return found
+
+    def count(stem: str) -> int:
+        numbers = (int(found[1]) for name in shapes if (found := re.match(rf"{stem}\.(\d+)\.", name)))
+        return 1 + max(numbers, default=-1)
+
+    hidden, inputs = shape("x_embedder.weight")
+    head = shape("layers.0.attention.q_norm.weight", 1)[0]
+    rows = shape("layers.0.attention.qkv.weight")[0]
+    if head % 6 or hidden % head or (rows - hidden) % (2 * head):
+        raise UserError(f"attention heads of width {head} do not fit {hidden} features; the file is damaged")
+    return NextDiTSizes(
+        hidden=hidden,
+        head=head,
+        heads=hidden // head,
+        kv_heads=(rows - hidden) // (2 * head),
+        mlp=shape("layers.0.feed_forward.w1.weight")[0],
+        layers=count("layers"),
+        refiners=count("context_refiner"),
+        channels=inputs // PATCH**2,
+        caption=shape("cap_embedder.0.weight", 1)[0],
+        time=shape("t_embedder.mlp.0.weight")[1],
+        condition=shape("t_embedder.mlp.0.weight")[0],
+    )
