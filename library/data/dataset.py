@@ -24,7 +24,7 @@ from library.data.effects import warn_of_no_effect
 from library.data.latent_cache import Encode, Peers, Wanted, fill
 from library.data.loader import BatchMaker, Loader, Tokenize
 from library.data.metadata_cache import no_collection
-from library.data.order import steps_of_epoch
+from library.data.order import Order, steps_of_epoch, steps_of_older_states
 from library.data.records import ImageRecord
 from library.data.same_file import with_one_spelling
 from library.data.validation_split import for_validation, split_records
@@ -244,6 +244,7 @@ class TrainingData:
         prior_loss_weight: weight of regularization images.
         conditioning_as: role of the images of ``conditioning_data_dir`` in a batch.
         find: finds the records of a subset.
+        order: see ``library.data.order``.
 
     Raises:
         UserError: unreadable images, missing captions, sizes that do not fit; see ``discover``.
@@ -258,8 +259,10 @@ class TrainingData:
         prior_loss_weight: float = 1.0,
         conditioning_as: Role = "mask",
         find: Find = find_subset,
+        order: Order = "by step",
     ) -> None:
         self.seed = seed
+        self.order = order
         self.latent = latent
         self.conditioning_as = conditioning_as
         found, problems = [], []
@@ -313,12 +316,19 @@ class TrainingData:
             accumulation: batches of a step in each process.
         """
         by_bucket = (b for index, d in enumerate(self.datasets) for b in d.batches_by_bucket(self.seed, epoch, index))
+        if self.order == "by batch":
+            rounds = steps_of_older_states(by_bucket, world_size, seed=self.seed, epoch=epoch, again=self._used_again)
+            return [batches[rank] for batches in rounds]
         steps = steps_of_epoch(by_bucket, world_size * accumulation, seed=self.seed, epoch=epoch)
         if steps and (missing := -len(steps[-1]) % world_size):
             last = steps[-1]
             weight = (len(last) + missing) / len(last)
             steps[-1] = [replace(ref, weight=weight) for ref in last] + [replace(last[0], weight=0.0)] * missing
         return [ref for step in steps for ref in step[rank::world_size]]
+
+    def _used_again(self, ref: BatchRef, turn: int) -> BatchRef:
+        repeats = 1 + max(use.repeat for use in self.datasets[ref.dataset].uses)
+        return replace(ref, uses=tuple(Use(use.record, use.repeat + turn * repeats) for use in ref.uses))
 
     # ---- latents ----
 

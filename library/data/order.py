@@ -9,12 +9,16 @@ batch size 1 with 2 accumulated batches. What is left of each bucket goes into b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, TypeVar
 
 from library.randomness import permutation
 
 T = TypeVar("T")
+
+#: "by batch": all batches shuffled, and dealt to the processes in turn, as older versions of this program did; a run that
+#: goes on from a state of theirs keeps that order to its end
+Order = Literal["by step", "by batch"]
 
 
 def steps_of_epoch(
@@ -39,3 +43,25 @@ def steps_of_epoch(
     last = [mixed.pop()] if mixed and len(mixed[-1]) < together else []
     steps += mixed
     return [steps[i] for i in permutation(len(steps), seed, "batches", epoch)] + last
+
+
+def steps_of_older_states(
+    buckets: Iterable[tuple[Sequence[T], bool]],
+    world_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    again: Callable[[T, int], T],
+) -> list[list[T]]:
+    """Return the batches of an epoch in the order "by batch", one for each process at a time.
+
+    Args:
+        again: makes a batch, and how many times it was used in the epoch, into a further use of its images; such
+            batches fill the last round.
+    """
+    found = [batch for batches, _ in buckets for batch in batches]
+    shuffled = [found[i] for i in permutation(len(found), seed, "batches", epoch)]
+    for place in range(-len(shuffled) % world_size):
+        turn, index = divmod(place, len(found))
+        shuffled.append(again(shuffled[index], turn + 1))
+    return [shuffled[start : start + world_size] for start in range(0, len(shuffled), world_size)]

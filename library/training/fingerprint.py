@@ -65,8 +65,8 @@ def fingerprint(
         **dict(option_values(options)),
         **kind,
     }
-    if processes * options.training.gradient_accumulation_steps > 1:
-        found["order of images"] = "by step"  # see library.data.order
+    if data.order == "by step":  # states of older versions do not say it
+        found["order of images"] = data.order
     for number, dataset in enumerate(data.datasets, start=1):
         found |= dataset_values(dataset, f"dataset {number}")
     return json.loads(json.dumps(found, default=str))  # as JSON returns it from the state

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.config.arguments import RunOptions, flat
+from library.data.order import Order
 from library.errors import UserError, known_ending
 from library.files.atomic import MANIFEST_NAME, atomic_directory, verify_directory
 from library.launched import is_first_process
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-
-#: properties of states of older versions, which do not record them
-_BEFORE_THERE_WAS = {"order of images": "by batch"}
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,17 @@ class TrainState:
     #: names of the files and states that the run wrote to the folder of this state; None if unknown
     written: list[str] | None = None
 
+    @property
+    def order(self) -> Order:
+        """The order of images in which the run goes on exactly."""
+        is_older = bool(self.fingerprint) and "order of images" not in self.fingerprint
+        return "by batch" if is_older else "by step"
+
     def changes(self, now: dict[str, object]) -> list[str]:
         """Return a line for every difference that breaks exactness."""
-        saved = {**_BEFORE_THERE_WAS, **self.fingerprint} if self.fingerprint else {}
         return [
             f"{name} changed" if is_digest(before) else f"{name} was {before!r} and is now {now[name]!r}"
-            for name, before in saved.items()
+            for name, before in self.fingerprint.items()
             if name in now and now[name] != before
         ]
 

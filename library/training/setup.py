@@ -94,6 +94,7 @@ def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) ->
         latent=architecture.latent,
         prior_loss_weight=options.loss.prior_loss_weight,
         conditioning_as=images_as(architecture),
+        order=checked.resumed.order if checked.resumed is not None else "by step",
     )
     kind.check_data(options, data)
     plan, start_step = run_plan(

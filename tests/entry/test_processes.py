@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.data.dataset import TrainingData
+from library.training import setup
 from tests.entry.test_resume import GENERAL, assert_same_weights, hard
 from tests.fixtures.families import Tiny
 from tests.fixtures.runs import launch_script, make_images, write_dataset
@@ -80,6 +82,32 @@ def test_several_processes_see_the_images_of_one(tmp_path: Path, sd: Tiny, odd: 
             other = load_file(tmp_path / folder / f"{name}.safetensors")
             for key, tensor in together.items():
                 torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-5)
+
+
+def test_states_of_older_versions_keep_their_order(
+    tmp_path: Path, sd: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They do not say how they ordered the images of a step; a state of the resumed run does not, either."""
+    images = make_images(tmp_path / "images", sizes=[(64, 64)] * 4 + [(96, 40)] * 3)
+    dataset = write_dataset(tmp_path / "data.toml", images)
+    settings = {**DESCENT, "max_train_steps": 8, "gradient_accumulation_steps": 2, "save_state": True}
+    settings["save_every_n_steps"] = 3
+    with monkeypatch.context() as patch:
+
+        def of_older_version(*args: object, **settings: object) -> TrainingData:
+            return TrainingData(*args, **{**settings, "order": "by batch"})
+
+        patch.setattr(setup, "TrainingData", of_older_version)
+        sd.train(dataset, tmp_path / "old", **settings)
+    sd.train(dataset, tmp_path / "new", **settings)
+    for step, origin in ((3, "old"), (6, "first")):
+        state = tmp_path / origin / f"tiny-step{step:08d}-state"
+        output = tmp_path / ("first" if step == 3 else "second")
+        sd.train(dataset, output, **settings, resume=state)
+        assert_same_weights(output / "tiny.safetensors", tmp_path / "old" / "tiny.safetensors")
+    assert "not exactly" not in caplog.text
+    new, old = (load_file(tmp_path / folder / "tiny.safetensors") for folder in ("new", "old"))
+    assert any(not torch.equal(new[key], old[key]) for key in new)
 
 
 @pytest.mark.slow
