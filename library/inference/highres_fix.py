@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class HighresFix:
         )
         strength = self.strength if self.strength is not None and settings.image is not None else settings.strength
         given = {name: getattr(settings, name) for name in SIZE_NAMES if getattr(settings, name) is not None}
-        sizes = {name: int(pixels * self.scale + 0.5) for name, pixels in given.items()}
+        sizes: dict[str, Any] = {name: int(pixels * self.scale + 0.5) for name, pixels in given.items()}
         return replace(settings, width=width, height=height, steps=self.steps, strength=strength, **sizes)
 
     def second(self, settings: ImageSettings) -> ImageSettings:
