@@ -80,6 +80,11 @@ class Generation:
 class Feature:
     """One change to a generation; a new object for each batch."""
 
+    @classmethod
+    def is_wanted(cls, settings: ImageSettings) -> bool:
+        """Whether images of these settings get it; asked by ``wanted_features``."""
+        return False
+
     def prepare(self, generation: Generation) -> None:
         """Change the start, the conditioning or the steps."""
 
@@ -90,6 +95,11 @@ class Feature:
     def after_step(self, latents: Tensor, step: StepInfo) -> Tensor:
         """Return the latents (B, C, h, w) for the next step."""
         return latents
+
+
+def wanted_features(settings: ImageSettings, among: Sequence[type[Feature]]) -> list[Feature]:
+    """Return a fresh object of each feature that images of these settings get, in the order of ``among``."""
+    return [kind() for kind in among if kind.is_wanted(settings)]
 
 
 def run(generation: Generation, features: Sequence[Feature]) -> Tensor:

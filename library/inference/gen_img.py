@@ -17,7 +17,7 @@ from library.architectures.base import Architecture, Conditioning
 from library.config.console import setup_console
 from library.errors import UserError
 from library.files.safetensors_io import read_header
-from library.inference.denoise import Feature
+from library.inference.denoise import Feature, wanted_features
 from library.inference.failures import naming_memory
 from library.inference.features.deep_shrink import DeepShrink
 from library.inference.features.image_to_image import ImageToImage
@@ -48,6 +48,9 @@ from library.memory.host_heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+#: what images may get, in the order in which it is prepared and wrapped
+FEATURES: tuple[type[Feature], ...] = (DeepShrink, ImageToImage, Inpainting)
 
 MEMORY_REMEDY = "try a smaller one, a smaller --batch_size, or --bf16"
 
@@ -177,10 +180,10 @@ class _Session:
             multipliers = _multipliers(batch[0].multipliers, self._choices, self._merged)
             self._set_multipliers(multipliers)
             settings = [image.settings for image in batch]
-            features = _features(settings[0])
+            features = wanted_features(settings[0], FEATURES)
             small: list[Image] = []
             if self._fix is not None:
-                second = [DeepShrink()] if _shrinks(settings[0]) else []
+                second = wanted_features(self._fix.second(settings[0]), FEATURES)
                 small, images = generate_in_two_stages(
                     self._models, settings, self._how, self._encoded, self._fix, features, second
                 )
@@ -218,21 +221,6 @@ class _Session:
 def _vae_batch_size(options: SpeedOptions) -> int:
     size = 1.0 if options.vae_batch_size is None else options.vae_batch_size
     return max(int(size if size >= 1 else size * options.batch_size), 1)
-
-
-def _features(first: ImageSettings) -> list[Feature]:
-    """Return what a batch needs, whose images agree in all but texts, seeds and sources."""
-    features: list[Feature] = [DeepShrink()] if _shrinks(first) else []
-    if first.image is not None:
-        features.append(ImageToImage())
-        if first.mask is not None:
-            features.append(Inpainting())
-    return features
-
-
-def _shrinks(settings: ImageSettings) -> bool:
-    """Whether anything of Deep Shrink is given."""
-    return any(getattr(settings, name) is not None for name in SHRINK_NAMES)
 
 
 def _highres_fix(options: HighresFixOptions) -> HighresFix | None:

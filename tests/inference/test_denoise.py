@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from library.inference import denoise
-from library.inference.denoise import Denoise, Feature, Generation, StepInfo
+from library.inference.denoise import Denoise, Feature, Generation, StepInfo, wanted_features
 from library.inference.features.guidance import Guidance
+from library.inference.features.image_to_image import ImageToImage
+from library.inference.gen_img import FEATURES
 from library.inference.generate import begin, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.settings import ImageSettings
@@ -44,6 +47,13 @@ def test_the_order_of_features(models: ImageModels, options: GenerateOptions, se
     step = ["a in", "b in", "b out", "a out"]
     after = [[f"{name} after {n} of 2" for name in "ab"] for n in range(2)]
     assert seen == ["a prepare 2", "b prepare 2", *step, *after[0], *step, *after[1]]
+
+
+def test_which_images_get_a_feature(settings: ImageSettings) -> None:
+    asked = replace(settings, image=Path("a.png"), mask=Path("b.png"), ds_ratio=0.5)
+    assert [type(feature) for feature in wanted_features(asked, FEATURES)] == list(FEATURES)
+    assert wanted_features(settings, FEATURES) == []
+    assert [type(f) for f in wanted_features(replace(settings, image=Path("a.png")), FEATURES)] == [ImageToImage]
 
 
 @torch.inference_mode()

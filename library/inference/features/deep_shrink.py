@@ -17,6 +17,8 @@ from torch.nn import functional
 
 from library.errors import UserError
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo
+from library.inference.options import SHRINK_NAMES
+from library.inference.settings import ImageSettings
 
 #: default values if any option of Deep Shrink is given
 DEPTH, TIMESTEPS, RATIO = 3, 650, 0.5
@@ -30,6 +32,11 @@ class DeepShrink(Feature):
         self._places: list[nn.Module] = []  # of the two depths
         self._until: list[int] = []
         self._ratio = 1.0
+
+    @classmethod
+    def is_wanted(cls, settings: ImageSettings) -> bool:
+        """Whether anything of it is given."""
+        return any(getattr(settings, name) is not None for name in SHRINK_NAMES)
 
     def prepare(self, generation: Generation) -> None:
         first, unet = generation.first, generation.models.denoiser

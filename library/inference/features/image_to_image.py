@@ -15,6 +15,7 @@ from library.errors import UserError
 from library.inference.denoise import Feature, Generation
 from library.inference.models import ImageModels
 from library.inference.sources import read_pixels
+from library.inference.settings import ImageSettings
 from library.randomness import torch_generator
 
 #: name of the source's latents (B, C, h, w), as the denoiser sees them, among the facts of a generation
@@ -30,6 +31,11 @@ class ImageToImage(Feature):
 
     def __init__(self, sources: Tensor | None = None) -> None:
         self._sources = sources
+
+    @classmethod
+    def is_wanted(cls, settings: ImageSettings) -> bool:
+        """Whether there is an image to start from."""
+        return settings.image is not None
 
     def prepare(self, generation: Generation) -> None:
         source = _read_sources(generation) if self._sources is None else self._sources.to(generation.noise)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from library.inference.denoise import Feature, Generation, StepInfo
 from library.inference.features.image_to_image import SOURCE
+from library.inference.settings import ImageSettings
 from library.inference.sources import read_mask
 
 
@@ -20,6 +21,11 @@ class Inpainting(Feature):
     def __init__(self) -> None:
         self._generation: Generation | None = None
         self._repainted: Tensor | None = None  # (B, 1, h, w) in [0, 1]
+
+    @classmethod
+    def is_wanted(cls, settings: ImageSettings) -> bool:
+        """Whether there is a mask of the image to start from."""
+        return settings.image is not None and settings.mask is not None
 
     def prepare(self, generation: Generation) -> None:
         self._generation = generation
