@@ -1,4 +1,9 @@
-# Sourced by quickstart.sh and run_tests.sh.
+# Sourced by quickstart.sh and run_tests.sh, and by hand before training on the CPU: `source tools/environment.sh`.
+
+# Let glibc use freed memory again, up to 512 MB of it, instead of handing every activation back to the system and
+# faulting in zeroed pages for the next (benchmarks/RESULTS.md). Other C libraries ignore this.
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-536870912}"
 
 # Prints the interpreter that PYTHON names, or the first Python 3.10 or newer.
 find_python() {

@@ -44,7 +44,6 @@ from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_
 from library.inference.settings import ImageSettings, random_seed
 from library.inference.sources import Sources, find_sources, prompts_of_images
 from library.inference.textual_inversion import add_embeddings, read_vectors
-from library.memory.host_heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,8 +114,6 @@ class _Session:
     ) -> None:
         try_folder(Path(options.image.outdir))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu":
-            keep_freed_memory()
         dtype = torch.float16 if options.speed.fp16 else torch.bfloat16 if options.speed.bf16 else torch.float32
         models = _load(options, architecture, checkpoint, dtype, device)
         self._merged = _merged(options, choices)

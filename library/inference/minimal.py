@@ -28,7 +28,6 @@ from library.inference.png import save_png
 from library.inference.prompt_line import ImagePrompt
 from library.inference.settings import ImageSettings, random_seed
 from library.memory.fp8 import store_in_fp8
-from library.memory.host_heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -111,8 +110,6 @@ class ImageSession:
         self._adapters = open_adapters(choices, *self._outlines)
         self._strengths = [file.strength for file in self._adapters]
         self._tokenizers = self._family.load_tokenizers(self._checkpoint)
-        if self._device.type == "cpu" and not options.offload:
-            keep_freed_memory()  # not when memory must be freed
         loaders = {TEXT: self._load_text_encoders, DENOISER: self._load_denoiser, VAE: self._load_vae}
         self._parts = Parts(loaders, one_at_a_time=options.offload, device=self._device)
         self._encoded: dict[str, Conditioning] = {}

@@ -13,6 +13,7 @@ from library.config.arguments import DatasetOptions
 from library.data import describe
 from library.interrupt import Interrupt
 from library.memory.attention import attention_backend
+from library.memory.host import use_host_kernels
 from library.memory.plan import MemoryPlan
 from library.memory.sharding import shard_model
 from library.optim.schedulers import scheduler_name
@@ -163,11 +164,12 @@ def _load_models(run: Run, cached: Cached, kind: Kind, plan: MemoryPlan) -> Mode
         architecture,
         checkpoint,
         dtype=plan[DENOISER].dtype,
-        device=run.device,
         home=plan.loads_on(DENOISER),
         sharded=run.sharding is not None,
     )
     architecture.set_attention(denoiser, attention_backend(training))
+    if run.device.type == "cpu":
+        use_host_kernels(denoiser, convolutions=run.sharding is None)
     if training.gradient_checkpointing or plan[DENOISER].swapped:
         architecture.enable_gradient_checkpointing(denoiser, text_encoders)
     models = Models(tokenizers, text_encoders, denoiser, cached.vae, run.cached_encoders)

@@ -16,7 +16,6 @@ from library.config.arguments import TrainingOptions
 from library.data.latent_cache import Peers
 from library.errors import UserError
 from library.launched import process_count
-from library.memory.host_heap import keep_freed_memory
 from library.training.launch import check_launch, without_their_sharding
 
 if TYPE_CHECKING:
@@ -69,8 +68,6 @@ def make_accelerator(
         from library.optim.stochastic_rounding import HalfGradScaler
 
         accelerator.scaler = HalfGradScaler(accelerator.device.type)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     return accelerator
 
 

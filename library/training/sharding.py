@@ -14,7 +14,6 @@ from torch import nn
 from library.architectures.base import Architecture
 from library.config.no_effect import report
 from library.errors import NoEffect, UserError
-from library.memory.host_convolution import convolve_as_products
 from library.memory.sharding import Sharding, shard_sizes
 from library.training.launch import asked_sharding
 
@@ -46,14 +45,13 @@ def load_denoiser(
     checkpoint: Any,
     *,
     dtype: torch.dtype,
-    device: torch.device,
     home: str,
     sharded: bool,
 ) -> nn.Module:
     """Load the denoiser to the device where it is prepared.
 
     Args:
-        home: where that is; it runs on ``device`` later.
+        home: where that is; it may run elsewhere later.
     """
     denoiser = architecture.load_denoiser(checkpoint, dtype=dtype, device=home)
     if sharded:
@@ -61,10 +59,7 @@ def load_denoiser(
         # checkpointed block would have another layout, and dropout would draw other numbers
         return denoiser
     # convolutions are faster in this format, see benchmarks/RESULTS.md; linear layers are unchanged
-    denoiser = denoiser.to(memory_format=torch.channels_last)
-    if device.type == "cpu":
-        convolve_as_products(denoiser)
-    return denoiser
+    return denoiser.to(memory_format=torch.channels_last)
 
 
 def sharding_rows(sharding: Sharding | None, denoiser: nn.Module, processes: int) -> list[tuple[str, str]]:

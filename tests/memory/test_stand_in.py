@@ -17,10 +17,10 @@ from tests.fixtures.runs import run_script
 RECORDED = json.loads((Path(__file__).parent / "recorded_steps.json").read_text(encoding="utf-8"))
 #: more is a fault; less is an improvement that must be recorded, or the next fault hides behind it
 TOLERANCE = 0.05
-FULL = [pytest.param(f"{name}", marks=pytest.mark.slow) for name in ("sd", "sdxl", "flux", "chroma")]
+CASES = [pytest.param(name, marks=() if name.endswith("--short") else pytest.mark.slow) for name in RECORDED]
 
 
-@pytest.mark.parametrize("case", ["sd --short", "sdxl --short", "flux --short", "chroma --short", *FULL])
+@pytest.mark.parametrize("case", CASES)
 def test_a_step_takes_what_was_recorded(case: str) -> None:
     done = run_script("tests/fixtures/traced_steps.py", *case.split())
     assert done.code == 0, done.text

@@ -165,8 +165,6 @@ def set_unet_attention(unet: nn.Module, backend: str) -> None:
 
         unet.set_attn_processor(MemoryEfficientAttention(AttnProcessor2_0()))
     elif backend == "torch":
-        from library.memory.host_attention import HostAttention
-
-        unet.set_attn_processor(HostAttention(AttnProcessor2_0()))
+        unet.set_attn_processor(AttnProcessor2_0())
     else:
         unet.set_attn_processor(AttnProcessor())

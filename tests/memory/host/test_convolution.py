@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.memory import host_convolution
-from tests.memory.test_host_attention import error
+from library.memory.host import convolution as host_convolution
+from tests.memory.host.test_attention import error
 from tests.networks.conftest import make_tiny_unet
 
 HALVES = (torch.bfloat16, torch.float16)

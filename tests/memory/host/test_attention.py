@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from library.architectures.common.ldm_unet import set_unet_attention
-from library.memory import host_attention
+from library.memory.host import attention as host_attention
+from library.memory.host import use_host_kernels
 from tests.memory.test_attention import kernels_of, predict
 from tests.networks.conftest import make_tiny_unet
 
@@ -61,6 +62,7 @@ def test_a_unet_trains_by_it_in_half_precision_alone() -> None:
     unet = make_tiny_unet()
     unet.conv_in.requires_grad_(True)  # so that there is something to train
     set_unet_attention(unet, "torch")
+    use_host_kernels(unet)
     assert kernels_of(unet) != set()
     with torch.autocast("cpu", torch.bfloat16):
         ours = predict(unet)
