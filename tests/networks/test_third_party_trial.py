@@ -103,7 +103,7 @@ def test_the_default_preset_of_lycoris_is_replaced_only_where_it_fails(caplog):
         preset, more = make_network("lycoris.kohya", make, {"algo": "lokr"})
     assert more == {"preset": "examples/lycoris/full.toml"} and preset.endswith(more["preset"])
     assert "fails with its default preset on this model; preset=examples/lycoris/full.toml is used" in caplog.text
-    for name, given in (("lycoris.kohya", {"preset": "full"}), ("other.module", {})):
+    for name, given in (("lycoris.kohya", {"preset": "attn-mlp"}), ("other.module", {})):
         with pytest.raises(UserError, match="duplicated lora name"):
             make_network(name, make, given)
 
@@ -132,6 +132,7 @@ def test_a_module_that_fails_while_it_is_imported_is_one_line(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
-def test_a_strength_that_is_no_number_is_refused(strength):
+def test_a_strength_that_is_no_number_is_refused(tmp_path, strength):
+    (tmp_path / "a.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=f"--network_mul {strength}: a strength must be a finite number"):
-        choose_networks(["networks.lora"], ["a.safetensors"], [strength], None)
+        choose_networks(["networks.lora"], [str(tmp_path / "a.safetensors")], [strength], None)
