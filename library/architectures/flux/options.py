@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from library.config import block_swap
 from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined, warning
 from library.config.fields import option
 from library.config.flow import FLOW
@@ -126,25 +127,13 @@ def controlnet(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
-    if not o.flux.swapped:
-        return
     if o.flux.split_mode and not o.flux.blocks_to_swap:
         yield warning(f"--split_mode: taken as --blocks_to_swap {SPLIT_MODE}, which replaced it")
-    if "full" in o.groups():
-        yield error(
-            "--blocks_to_swap: only with adapters so far, whose model is frozen; to train the whole model, use "
-            "--gradient_checkpointing and a fused update"
-        )
-    if o.training.cpu_offload_checkpointing:
-        yield error("--blocks_to_swap: not with --cpu_offload_checkpointing; remove one of them")
-    if o.training.torch_compile:
-        yield error(
-            "--blocks_to_swap: not with --torch_compile, whose blocks must stay where they are; remove one of them"
-        )
+    yield from block_swap.misfits(o, o.flux.swapped)
 
 
 def checkpointing(o: Any) -> Implied | None:
-    return Implied(True, "follows from --blocks_to_swap") if o.flux.swapped else None
+    return block_swap.checkpointing(o.flux.swapped)
 
 
 @idle("split_mode", reason="beside --blocks_to_swap, which wins")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from library.config import block_swap
 from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
 from library.config.fields import option
 from library.config.flow import WEIGHTING
@@ -132,23 +133,11 @@ def what_is_trained(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
-    if not o.sd3.blocks_to_swap:
-        return
-    if "full" in o.groups():
-        yield error(
-            "--blocks_to_swap: only with adapters so far, whose model is frozen; to train the whole model, use "
-            "--gradient_checkpointing and a fused update"
-        )
-    if o.training.cpu_offload_checkpointing:
-        yield error("--blocks_to_swap: not with --cpu_offload_checkpointing; remove one of them")
-    if o.training.torch_compile:
-        yield error(
-            "--blocks_to_swap: not with --torch_compile, whose blocks must stay where they are; remove one of them"
-        )
+    yield from block_swap.misfits(o, o.sd3.blocks_to_swap)
 
 
 def checkpointing(o: Any) -> Implied | None:
-    return Implied(True, "follows from --blocks_to_swap") if o.sd3.blocks_to_swap else None
+    return block_swap.checkpointing(o.sd3.blocks_to_swap)
 
 
 DECLARATION = joined(
