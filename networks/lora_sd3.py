@@ -1,8 +1,8 @@
 """LoRA for Stable Diffusion 3 and 3.5 (``--network_module networks.lora_sd3``), on transformer and text encoders.
 
-Adapted are all linear layers of the joint blocks, the modulations too, as ``lora_unet_joint_blocks_0_x_block_attn_qkv``;
-CLIP-L and CLIP-G (``lora_te1_*``, ``lora_te2_*``) unless the transformer alone is trained, and with ``train_t5xxl=True``
-T5-XXL (``lora_te3_*``).
+Adapters are on all linear layers of the joint blocks, modulations too (``lora_unet_joint_blocks_0_x_block_attn_qkv``),
+on CLIP-L and CLIP-G (``lora_te1_*``, ``lora_te2_*``) unless only the transformer is trained, and with
+``train_t5xxl=True`` on T5-XXL (``lora_te3_*``).
 
 Network args are those of the table (ranks of layers such as ``x_attn_dim``, of ``emb_dims``, blocks by number) and of
 ``networks/transformer_lora.py``; docs/sd3.md lists them.

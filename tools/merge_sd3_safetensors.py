@@ -1,11 +1,11 @@
-"""Put the parts of a Stable Diffusion 3 or 3.5 model into one file, as other programs expect it.
+"""Put the parts of a Stable Diffusion 3 or 3.5 model into one file, which other programs read.
 
     python tools/merge_sd3_safetensors.py --dit sd3.5_medium_trained.safetensors --clip_l clip_l.safetensors \\
         --clip_g clip_g.safetensors --t5xxl t5xxl_fp16.safetensors --output sd3.5_all_in_one.safetensors \\
         --save_precision fp16
 
-Each part gets the names that it has in a whole model (``model.diffusion_model.``, ``first_stage_model.``,
-``text_encoders.clip_l.transformer.`` and so on), if it lacks them. Of equal names the part named later counts. The
+Each part gets the names of a whole model (``model.diffusion_model.``, ``first_stage_model.``,
+``text_encoders.clip_l.transformer.`` and so on). If two parts have the same name, the later option is used. The
 metadata are those of the transformer's file. Files are read and written tensor by tensor. More: docs/sd3.md.
 """
 
@@ -16,7 +16,7 @@ import logging
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: the suite is one folder up
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.arguments import ConsoleOptions
@@ -26,7 +26,7 @@ from library.errors import UserError, exits_on_user_error
 
 logger = logging.getLogger(__name__)
 
-#: option -> what its names begin with in a whole model, and beginnings that are left as they are
+#: option -> prefix of its names in a whole model, and prefixes that are kept
 PREFIXES = {
     "dit": ("model.diffusion_model.", ("model.diffusion_model.", "first_stage_model.", "text_encoders.")),
     "vae": ("first_stage_model.", ("first_stage_model.",)),
@@ -45,8 +45,8 @@ def setup_parser() -> argparse.ArgumentParser:
     add("--clip_g", metavar="FILE", help="the CLIP-G text encoder")
     add("--t5xxl", metavar="FILE", help="the T5-XXL text encoder")
     add("--output", default="merged_model.safetensors", metavar="FILE", help="the file to write (default %(default)s)")
-    add("--device", default="cpu", metavar="DEVICE", help="where to cast; files are read tensor by tensor anywhere")
-    add("--save_precision", metavar="NAME", help="float, fp16, bf16 or fp8; each tensor's own if not given")
+    add("--device", default="cpu", metavar="DEVICE", help="where to convert dtypes")
+    add("--save_precision", metavar="NAME", help="float, fp16, bf16 or fp8 (default: each tensor's own)")
     return parser
 
 
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
         for name in file.shapes:
             whole = name if name.startswith(known) else prefix + name
             if whole in places:
-                logger.warning("%s is in both %s and %s; that of %s is taken", whole, *(places[whole][0], part), part)
+                logger.warning("%s is in both %s and %s; the one of %s is used", whole, *(places[whole][0], part), part)
             places[whole] = (part, name)
 
     def saved(whole: str) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Grids: one image for each combination of values, on one labelled sheet.
 
-An axis is ``name=value,value,...``, such as ``scale=3,5,7``. ``file``, without values, has one image for each file of
-``--network_weights``, with the others off. This module does not import torch.
+An axis is ``name=value,value,...``, such as ``scale=3,5,7``. ``file``, without values, makes one image for each file of
+``--network_weights``, with the other files off. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: pixels between images, and around labels
 _GAP = 8
-#: most images of one sheet
+#: the largest number of images on one sheet
 MAX_IMAGES = 400
 
 FILE, MULTIPLIER = "file", "multiplier"
@@ -96,10 +96,10 @@ def read_axes(texts: Sequence[str], files: Sequence[Path]) -> list[Axis]:
 
 
 def combinations(image: PlannedImage, axes: Sequence[Axis], multipliers: Sequence[float]) -> list[PlannedImage]:
-    """Return an image for each combination, row by row.
+    """Return the settings of an image for each combination, row by row.
 
     Args:
-        multipliers: of the networks, where the image has none of its own.
+        multipliers: of the networks, if the image sets none.
     """
     found = []
     for values in itertools.product(*(axis.values for axis in reversed(axes))):
@@ -116,7 +116,7 @@ def combinations(image: PlannedImage, axes: Sequence[Axis], multipliers: Sequenc
 
 
 def draw_sheet(images: Sequence[Image], axes: Sequence[Axis]) -> Image:
-    """Lay images, row by row, out on one sheet with the labels of their columns and rows."""
+    """Lay out images, row by row, on one sheet with the labels of their columns and rows."""
     from PIL import Image as pictures
     from PIL import ImageDraw, ImageFont
 

@@ -1,4 +1,4 @@
-"""Blocks of a frozen model in host memory, each brought to the device when it runs (``--blocks_to_swap``).
+"""Keep blocks of a frozen model in host memory, and copy each to the device when it runs (``--blocks_to_swap``).
 
 The blocks that wait on the host are spread evenly between those that stay, so that the copy of one runs while others
 compute. Host copies are pinned and never change, so nothing is copied back. On the device each shape of block has two
@@ -56,13 +56,13 @@ def swapped_counts(lengths: Sequence[int], count: int) -> list[int]:
 
 
 def spread(length: int, count: int) -> list[int]:
-    """``count`` of ``length`` places, as evenly as possible."""
+    """Return ``count`` of ``length`` places, spread as evenly as possible."""
     return [(2 * number + 1) * length // (2 * count) for number in range(count)]
 
 
 @dataclass
 class _Buffer:
-    """Device memory for one block: its tensors, made of one piece for each dtype."""
+    """Device memory for one block: its tensors, allocated as one piece for each dtype."""
 
     pieces: dict[torch.dtype, Tensor]
     views: list[Tensor]
@@ -110,12 +110,12 @@ class BlockStream:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the weights in host memory."""
+        """Return the bytes of the weights in host memory."""
         return sum(piece.nbytes for block in self._blocks for piece in block.host.values())
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the buffers on the device."""
+        """Return the bytes of the buffers on the device."""
         return sum(p.nbytes for buffers in self._buffers.values() for b in buffers for p in b.pieces.values())
 
     # ---- setting up ----
@@ -154,7 +154,7 @@ class BlockStream:
             self._fetch(following)
 
     def _following(self, number: int) -> int | None:
-        """The block that runs after this one, where it is worth copying now."""
+        """Return the next block, if it should be copied now."""
         if torch._C._current_graph_task_id() != -1:  # within the backward pass, where blocks run again in reverse
             return number - 1 if number else None
         if number + 1 < len(self._blocks):
@@ -163,7 +163,7 @@ class BlockStream:
         return None if torch.is_grad_enabled() else 0
 
     def _fetch(self, number: int) -> None:
-        """Begin to copy a block into a buffer of its shape that does not hold the running block."""
+        """Begin to copy a block into a buffer of its shape that is not used by the running block."""
         block = self._blocks[number]
         buffers = self._buffers[block.signature]
         buffer = next((b for b in buffers if b.block is None), None)
@@ -181,7 +181,7 @@ class BlockStream:
 
 
 def _bind(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
-    """Let the tensors of a block be other memory, with the same numbers."""
+    """Point the tensors of a block to other memory with the same values."""
     for tensor, view in zip(tensors, views, strict=True):
         tensor.data = view
         # a graph that has saved the tensor would read memory that is another block's by then
@@ -189,7 +189,7 @@ def _bind(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
 
 
 class _Copies:
-    """Copies from pinned host memory beside the computation, where the device has streams; else at once."""
+    """Copies from pinned host memory, parallel to the computation if the device has streams; otherwise at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._module: Any = getattr(torch, device.type, None) if device.type in ("cuda", "xpu") else None
@@ -200,7 +200,7 @@ class _Copies:
         return torch.empty(size, dtype=dtype, pin_memory=self._stream is not None)
 
     def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
-        """Copy each (target, source) once all that was asked of the device so far is done; returns an event."""
+        """Copy each (target, source) after all queued work of the device; returns an event."""
         if self._stream is None:
             for target, source in pairs:
                 target.copy_(source)
@@ -214,7 +214,7 @@ class _Copies:
         return event
 
     def wait(self, event: Any) -> None:
-        """Let the computation wait for a copy, not the host."""
+        """Make the computation wait for a copy, but not the host."""
         if event is not None:
             self._module.current_stream(self._device).wait_event(event)
 
@@ -227,13 +227,14 @@ def _sizes(tensors: Sequence[Tensor]) -> dict[torch.dtype, int]:
 
 
 def _padded(tensor: Tensor) -> int:
-    """Numbers of a tensor, so that the next one begins at a multiple of 256 bytes, as kernels want."""
+    """Return a tensor's number of elements, padded so that the next one begins at a multiple of 256 bytes, as kernels
+    need."""
     step = 256 // tensor.element_size()
     return -(-tensor.numel() // step) * step
 
 
 def _views(pieces: dict[torch.dtype, Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """For each tensor, its part of the piece of its dtype, in its shape."""
+    """Return each tensor's part of the piece of its dtype, in its shape."""
     views, ends = [], dict.fromkeys(pieces, 0)
     for tensor in tensors:
         begin = ends[tensor.dtype]
@@ -259,7 +260,7 @@ def stream_blocks(
 
 @torch.no_grad()
 def _move_others(model: nn.Module, inside: set[int], move: Callable[[Tensor], Tensor]) -> None:
-    """Move what of a model is in no block."""
+    """Move the parts of a model that are in no block."""
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) not in inside:

@@ -33,7 +33,7 @@ class PartPlan:
 
     @property
     def title(self) -> str:
-        """The name for people."""
+        """Return the name for messages."""
         return "VAE" if self.name == "vae" else self.name.replace("_", " ")
 
     @property
@@ -41,7 +41,7 @@ class PartPlan:
         return self.storage.startswith("fp8")
 
     def describe(self) -> str:
-        """Text for people: ``bfloat16, frozen, in scaled fp8, on the device``."""
+        """Return a description: ``bfloat16, frozen, in scaled fp8, on the device``."""
         if self.storage == "cached":
             return "only its cached outputs are used"
         words = [str(self.dtype).removeprefix("torch."), "trained" if self.trained else "frozen"]
@@ -60,7 +60,7 @@ class PartPlan:
 
 @dataclass(frozen=True)
 class PlannedStorage:
-    """What is asked for, as values: the forms that parts of a model are kept in."""
+    """The options on how the parts of a model are kept."""
 
     fp8: frozenset[str] = frozenset()  # names of parts
     sharded: bool = False  # the denoiser
@@ -88,7 +88,7 @@ class MemoryPlan:
         vae_dtype: torch.dtype,
         vae_home: Home,
     ) -> MemoryPlan:
-        """Decide for every part.
+        """Make the plan of every part.
 
         Args:
             frozen: dtype of weights that are not trained.
@@ -118,14 +118,14 @@ class MemoryPlan:
         return self.parts[name]
 
     def loads_on(self, name: str) -> str:
-        """The device to load a part to: the host, where it gets another form before it is moved."""
+        """Return the device to load a part to: the host, if it is converted before it is moved."""
         part = self.parts[name]
         if part.storage == "cached":
             return "meta"
         return str(self.device) if part.storage == "plain" else "cpu"
 
     def store(self, name: str, module: nn.Module) -> None:
-        """Give a loaded part, to which nothing is merged any more, the numbers that it is kept in."""
+        """Convert a loaded part to its dtype and form; nothing may be merged into it afterwards."""
         part = self.parts[name]
         if part.in_fp8:
             from library.memory.fp8 import store_in_fp8
@@ -133,7 +133,7 @@ class MemoryPlan:
             store_in_fp8(module, self.device, home="cpu" if part.swapped else None)
 
     def place(self, name: str, module: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> None:
-        """Move a part whose blocks wait on the host to its places, after all that changes whole weights.
+        """Move a part with blocks on the host to its places, after everything that changes whole weights.
 
         Raises:
             UserError: more blocks than can be swapped.
@@ -145,5 +145,5 @@ class MemoryPlan:
             stream_blocks(module, blocks, part.swapped, self.device)
 
     def rows(self) -> list[tuple[str, str]]:
-        """One row for each part, for tables."""
+        """Return one row for each part, for tables."""
         return [(f"memory, {part.title}", part.describe()) for part in self.parts.values()]

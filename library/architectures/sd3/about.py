@@ -1,4 +1,4 @@
-"""What files and scripts of Stable Diffusion 3 and 3.5 are called."""
+"""Names of the files and scripts of Stable Diffusion 3 and 3.5."""
 
 from __future__ import annotations
 

@@ -22,11 +22,11 @@ from library.architectures.sd3.names import LINEARS, SIGN, file_prefix, in_diffu
 
 TRANSFORMER = AdapterNaming(
     "transformer",
-    # the last block, where diffusers has the halves of the text's modulation swapped, is told by its number alone
+    # only its number identifies the last block, where diffusers swaps the halves of the text's modulation
     TablePaths(
         LINEARS,
         swapped=frozenset({"final_layer.adaLN_modulation.1"}),
-        own_roots=frozenset({"joint_blocks"}),  # the others are names of FLUX.1's layers in diffusers, too
+        own_roots=frozenset({"joint_blocks"}),  # the other names are also those of FLUX.1's layers in diffusers
     ),
     kohya=("lora_unet_",),
     diffusers="transformer",
@@ -50,7 +50,7 @@ def _claims(found: Evidence) -> bool:
     return "joint_blocks_" in found.text or "stable-diffusion-3" in found.told or "sd3" in found.told
 
 
-#: by what ``ss_base_model_version`` says
+#: by ``ss_base_model_version``
 RECORDS = {
     version: ModelRecord(version, False, f"stable-diffusion-3-{version}", "diffusers", "1024x1024")
     for version in ("medium", "5-medium", "5-large")
@@ -65,7 +65,7 @@ def _model_record(shapes: Shapes) -> ModelRecord:
 
 
 def _opened(path: Path) -> Any:
-    """A transformer in diffusers' layout by its published names; None for anything else."""
+    """Return a transformer in diffusers' layout with its published names; None for anything else."""
     inner = path / "transformer"
     place = inner if inner.is_dir() else path
     if place.is_dir() and not any(place.glob("*.safetensors")):

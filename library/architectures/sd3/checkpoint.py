@@ -1,4 +1,4 @@
-"""Finding and recognising all parts of Stable Diffusion 3 and 3.5, from headers, before any weight is read."""
+"""Find and recognize all parts of Stable Diffusion 3 and 3.5 from headers, before any weight is read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHANNELS = 16
 #: Hub repositories (and sub-folder) of the tokenizers
 CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", None)
 OPENCLIP_TOKENIZER = ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", None)
-#: before the names of text encoders in files of a whole model
+#: prefix of the names of text encoders in files of a whole model
 BUNDLED = {"clip_l": "text_encoders.clip_l.", "clip_g": "text_encoders.clip_g."}
 #: the transformer's own names
 TOP = (
@@ -41,7 +41,7 @@ TITLES = {"medium": "Stable Diffusion 3 medium", "5-medium": "Stable Diffusion 3
 
 @dataclass(frozen=True)
 class SD3Checkpoint:
-    """A recognised model: what it is and where its parts lie."""
+    """A recognized model: its kind, and the places of its parts."""
 
     info: ModelInfo
     path: str
@@ -107,7 +107,7 @@ def _described(file: WeightFile, prefix: str) -> ModelSource:
 
 
 def published_layout(prefix: str = PREFIX) -> TensorLayout:
-    """The model's own names are the published ones."""
+    """Return the published layout; the model's own names are the published ones."""
     return TensorLayout(KeyMap((name, name) for name in TOP), prefix)
 
 
@@ -123,10 +123,10 @@ def _check_pipeline(folder: Path) -> None:
 
 
 def _text_encoders(path: Path, options: SD3Options) -> dict[str, ModelSource]:
-    """The sources of CLIP-L, CLIP-G and T5: what an option names, else the model's own.
+    """Return the sources of CLIP-L, CLIP-G and T5: named by options, else the model's own.
 
     Raises:
-        UserError: CLIP-L or CLIP-G is nowhere, or something else is where it is said to be.
+        UserError: CLIP-L or CLIP-G is missing, or a file that an option names is something else.
     """
     found: dict[str, ModelSource] = {}
     subfolders = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
@@ -159,9 +159,9 @@ def _place(given: str, flag: str, subfolder: str) -> Path:
 
 
 def _clip_source(name: str, file: WeightFile) -> ModelSource:
-    """CLIP-L or CLIP-G with transformers' names, in a file of its own or in one of a whole model.
+    """Return CLIP-L or CLIP-G with transformers' names, from its own file or from that of a whole model.
 
-    Some programs leave ``transformer.`` out of the names in whole models, and CLIP-L's projection out of all files.
+    Some programs leave out ``transformer.`` in the names of whole models, and CLIP-L's projection in all files.
     """
     roots = (f"{BUNDLED[name]}transformer.", BUNDLED[name], "")
     mark = "text_model.embeddings.token_embedding.weight"
@@ -181,19 +181,19 @@ def _clip_source(name: str, file: WeightFile) -> ModelSource:
     if projection is None:
         if name == "clip_g":
             raise UserError(f"{file.path}: {root}{clip.PROJECTION}.weight is missing; give clip_g.safetensors")
-        # as published: the identity stands for it
+        # as in the published code: the identity instead
         return ModelSource(title, file, clip.clip_layout(prefix=root + clip.TEXT_MODEL), config)
     layout = clip.clip_layout(prefix=root, projection=True)
     return ModelSource(title, file, layout, {**config, "projection_dim": projection[0]})
 
 
 def pooled_width(config: Mapping[str, Any]) -> int:
-    """Features of the pooled output of CLIP-L or CLIP-G."""
+    """Return the number of features of the pooled output of CLIP-L or CLIP-G."""
     return config.get("projection_dim") or config["hidden_size"]
 
 
 def _check_widths(sizes: MMDiTSizes, encoders: Mapping[str, ModelSource], path: Path) -> None:
-    """Refuse text encoders of other sizes than the transformer takes."""
+    """Refuse text encoders whose sizes do not fit the transformer."""
     pooled = sum(pooled_width(encoders[name].config) for name in ("clip_l", "clip_g"))
     if pooled != sizes.pooled:
         raise UserError(

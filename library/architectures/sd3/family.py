@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from library.diffusion.objective import FlowObjective
     from library.inference.generate import ImageSettings
 
-#: the shift of generation
+#: the shift of timesteps in generation
 SAMPLING_SHIFT = 3.0
 STRIDE = 8
 
@@ -79,7 +79,7 @@ class StableDiffusion3(Architecture):
     sample_fields = (DDPM_FIELDS - {"sample_sampler"}) | {"flow_shift"}
     sample_size_step = 16
 
-    #: what ``for_model`` found out: whether T5 is there, the widths of CLIP-L and of the transformer's input
+    #: results of ``for_model``: whether there is T5, the widths of CLIP-L and of the transformer's input
     _has_t5 = True
     _l_widths = (768, 768)
     _context = 4096
@@ -127,7 +127,7 @@ class StableDiffusion3(Architecture):
         return made
 
     def for_image(self, settings: ImageSettings) -> Self:
-        """With the prompt's ``--fs``."""
+        """Return the settings with the prompt's ``--fs``."""
         if settings.flow_shift is None:
             return self
         made = copy.copy(self)
@@ -225,7 +225,7 @@ class StableDiffusion3(Architecture):
         metadata: Mapping[str, str],
         counters: Mapping[str, int],
     ) -> None:
-        """Write transformer and autoencoder in one file, as published; the text encoders are files of their own."""
+        """Write the transformer and the VAE to one file, as in sd-scripts; text encoders have their own files."""
         parts = self.parts(checkpoint)
         refuse_own_source(path, parts)
         layouts = {"denoiser": published_layout(), "vae": kl_vae.ldm_vae_layout(parts["vae"].config)}
@@ -246,7 +246,7 @@ class StableDiffusion3(Architecture):
         self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
     ) -> CaptionLength:
         if self._has_t5 and len(tokenizers) > 2:
-            # what CLIP does not read of a caption, T5 does
+            # T5 reads the rest of captions that are too long for CLIP
             return t5.caption_length(tokenizers[2], caption, length=self.chosen(SD3Options).t5xxl_max_token_length)
         return clip_text.caption_length(tokenizers[0], caption, max_token_length=None, weighted=False)
 
@@ -256,7 +256,7 @@ class StableDiffusion3(Architecture):
         return sd3_text.encode_text(text_encoders, tokens, self._masks)
 
     def condition(self, encoded: Conditioning, facts: SampleFacts, draw: Draw | None) -> Conditioning:
-        """Leaves out encoders and moves the window of positions in training, and never in sample images."""
+        """Leave out encoders and move the window of positions at random: in training, never in sample images."""
         if draw is None:
             return encoded
         own = self.chosen(SD3Options)
@@ -290,10 +290,10 @@ class StableDiffusion3(Architecture):
             logit_std=weighting.logit_std,
             mode_scale=weighting.mode_scale,
             shift=self.chosen(SD3Options).training_shift,
-            # the clean latents are compared, whose error is sigma times that of the velocity
+            # the loss compares clean latents, whose error is sigma times that of the velocity
             prediction_type="sigma_scaled",
             sampling_shift=self._sampling_shift,
-            # as diffusers' pipeline and the published script, whose timesteps end at the shifted 0.001
+            # as in diffusers' pipeline and in sd-scripts, whose timesteps end at the shifted 0.001
             sampling_end=0.001,
         )
 
@@ -336,7 +336,7 @@ class StableDiffusion3(Architecture):
         } | {f"ss_{name}": str(value) for name, value in vars(weighting).items()}
 
     def modelspec(self, info: ModelInfo) -> dict[str, str]:
-        # no prediction type, as published
+        # no prediction type, as in sd-scripts
         return {
             "architecture": f"stable-diffusion-3-{info.version}",
             "implementation": "diffusers",

@@ -1,4 +1,4 @@
-"""The network args of Stable Diffusion 3's LoRA."""
+"""Network args of Stable Diffusion 3's LoRA."""
 
 from __future__ import annotations
 

@@ -63,8 +63,7 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """The projections of one stream.
 
-    Args:
-        projects_out: whether its outputs are used; not those of the text in the last block.
+    Args:     projects_out: whether its outputs are used; the text's outputs in the last block are not.
     """
 
     def __init__(self, sizes: MMDiTSizes, *, projects_out: bool = True) -> None:
@@ -93,7 +92,7 @@ class MLP(nn.Module):
 
 
 class Modulated(NamedTuple):
-    """What one stream of a block needs after the attention."""
+    """The tensors that one stream of a block needs after the attention."""
 
     gate: Tensor  # (B, 1, D) each
     shift_mlp: Tensor
@@ -105,8 +104,8 @@ class SingleDiTBlock(nn.Module):
     """One stream of a joint block: the image's (``x_block``) or the text's (``context_block``).
 
     Args:
-        pre_only: the text in the last block, which only gives keys and values.
-        dual: whether the stream attends to itself once more, beside the joint attention.
+        pre_only: for the text in the last block, which only gives keys and values.
+        dual: whether the stream has a second attention, to itself alone.
     """
 
     attention = "torch"  # see common/attention.py
@@ -121,7 +120,8 @@ class SingleDiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(sizes.hidden, self.chunks * sizes.hidden))
 
     def before(self, x: Tensor, condition: Tensor) -> tuple[Heads, Modulated | None, Tensor | None]:
-        """Queries, keys and values for the joint attention; what ``after`` needs; the output of the second attention.
+        """Return queries, keys and values for the joint attention, the input of ``after``, and the second attention's
+        output.
 
         Args:
             x: (B, tokens, D).
@@ -148,7 +148,7 @@ class SingleDiTBlock(nn.Module):
 
 
 class MMDiTBlock(nn.Module):
-    """Text and image with weights of their own, attending to each other."""
+    """Text and image streams with separate weights and joint attention."""
 
     attention = "torch"
 
@@ -165,7 +165,7 @@ class MMDiTBlock(nn.Module):
             condition: (B, D).
 
         Returns:
-            The two streams; the text as it was after the last block.
+            The two streams; after the last block, the text is unchanged.
         """
         text_heads, text_parts, text_second = self.context_block.before(context, condition)
         image_heads, image_parts, image_second = self.x_block.before(x, condition)
@@ -207,7 +207,7 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(sizes)
 
     def set_attention(self, backend: str) -> None:
-        """Choose the implementation of attention. Raises UserError for one that is not there."""
+        """Choose the implementation of attention. Raises UserError if it is not available."""
         check_backend(backend)
         for module in self.modules():
             if isinstance(module, (MMDiTBlock, SingleDiTBlock)):
@@ -233,7 +233,7 @@ class MMDiT(nn.Module):
             timesteps: (B,), 0 to 1000; 1000 is pure noise.
             context: (B, T, width of T5's states).
             pooled: (B, width of CLIP's pooled outputs).
-            crop: (B, 3), where the windows of the table of positions lie; in its middle, if not given.
+            crop: (B, 3), places of the windows in the table of positions; default: its middle.
             positions: (1, g * g, D) another table of positions, such as one for the size of the images.
 
         Returns:
@@ -259,6 +259,6 @@ class MMDiT(nn.Module):
 
 
 def unpatch(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
-    """(B, N, patch * patch * C), a token's cells row by row with the channels last -> (B, C, h, w)."""
+    """Convert (B, N, patch * patch * C), a token's cells row by row with the channels last, to (B, C, h, w)."""
     grid = tokens.unflatten(1, (rows, columns)).unflatten(-1, (patch, patch, -1))  # (B, rows, columns, p, p, C)
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

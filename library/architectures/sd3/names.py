@@ -1,7 +1,7 @@
-"""Names in files of Stable Diffusion 3 and 3.5: the one table of their layers, published and in diffusers.
+"""Names in files of Stable Diffusion 3 and 3.5: one table of their layers, with published names and diffusers'.
 
-Names: Stability AI's published files, and diffusers' ``SD3Transformer2DModel``. The two differ in names, in what is
-joined (``qkv`` of the attentions), and in the order of shift and scale in the last modulations. In paths of the table
+Names: Stability AI's published files, and diffusers' ``SD3Transformer2DModel``. The two differ in names, in joined
+layers (``qkv`` of the attentions), and in the order of shift and scale in the last modulations. In paths of the table
 ``{}`` is the number of a block.
 """
 
@@ -19,9 +19,9 @@ from library.architectures.common.tensor_files import Shapes
 #: published layer -> diffusers' layers, in the order of its rows
 Table = Mapping[str, tuple[str, ...]]
 
-#: before every name of the transformer's in published files
+#: prefix of every name of the transformer in published files
 PREFIX = "model.diffusion_model."
-#: what every transformer has in the published layout
+#: layers of every transformer in the published layout
 SIGN = "joint_blocks.0.context_block.attn.qkv.weight"
 _MARK = re.compile(r"(^|\.)joint_blocks\.")
 
@@ -54,13 +54,13 @@ EVERY: Table = {
     f"{_BLOCK}.context_block.attn.qkv": _qkv(f"{_THEIRS}.attn", _ADDED),
     f"{_BLOCK}.context_block.adaLN_modulation.1": (f"{_THEIRS}.norm1_context.linear",),
 }
-#: of all blocks but the last, where the text ends
+#: of all blocks but the last, after which the text is not used
 NOT_LAST: Table = {
     f"{_BLOCK}.context_block.attn.proj": (f"{_THEIRS}.attn.to_add_out",),
     f"{_BLOCK}.context_block.mlp.fc1": (f"{_THEIRS}.ff_context.net.0.proj",),
     f"{_BLOCK}.context_block.mlp.fc2": (f"{_THEIRS}.ff_context.net.2",),
 }
-#: of blocks whose image attends to itself once more
+#: of blocks with a second attention of the image to itself
 DUAL: Table = {
     f"{_BLOCK}.x_block.attn2.qkv": _qkv(f"{_THEIRS}.attn2", _PLAIN),
     f"{_BLOCK}.x_block.attn2.proj": (f"{_THEIRS}.attn2.to_out.0",),
@@ -81,7 +81,7 @@ _DUAL_NORMS: Table = {
 
 @dataclass(frozen=True)
 class Variant:
-    """What decides which tensors a transformer has."""
+    """The properties that decide which tensors a transformer has."""
 
     depth: int
     qk_norm: bool
@@ -89,7 +89,7 @@ class Variant:
 
     @staticmethod
     def of(names: Iterable[str]) -> Variant:
-        """By diffusers' names."""
+        """Read them from diffusers' names."""
         names = list(names)
         numbers = [int(found[1]) for name in names if (found := re.match(r"transformer_blocks\.(\d+)\.", name))]
         dual = (re.match(r"transformer_blocks\.(\d+)\.attn2\.", name) for name in names)
@@ -100,7 +100,7 @@ class Variant:
         )
 
     def swaps_halves(self, published: str) -> bool:
-        """Whether diffusers has the layer's scale first: in the last layer, and where the text ends."""
+        """Whether diffusers has the layer's scale first: in the last layer, and in the text's last block."""
         return published in (
             "final_layer.adaLN_modulation.1",
             f"joint_blocks.{self.depth - 1}.context_block.adaLN_modulation.1",
@@ -108,7 +108,7 @@ class Variant:
 
 
 def tensor_pairs(variant: Variant) -> Iterator[Pair]:
-    """Every tensor of a transformer."""
+    """Yield the published name and diffusers' names of every tensor of a transformer."""
     yield Pair("pos_embed", ("pos_embed.pos_embed",))
     for published, parts in _layers(variant):
         for leaf in ("weight", "bias"):
@@ -134,7 +134,7 @@ def _at(template: str, number: int) -> str:
 
 
 def file_prefix(names: Iterable[str]) -> str:
-    """What precedes every name of the transformer's in a file of the published layout."""
+    """Return the prefix of all names of the transformer in a file of the published layout."""
     return next((name.removesuffix(SIGN) for name in names if name.endswith(SIGN)), "")
 
 
@@ -144,15 +144,15 @@ def in_diffusers_layout(names: Iterable[str]) -> bool:
 
 
 def diffusers_plan(shapes: Shapes) -> Plan:
-    """Every published tensor as rows of those of a transformer in diffusers' layout."""
+    """Return every published tensor as rows of the tensors in diffusers' layout."""
     return published_plan(list(tensor_pairs(Variant.of(shapes))), shapes, title="Stable Diffusion 3")
 
 
 def published_view(file: ShardedFile) -> JoinedFile:
-    """A transformer in diffusers' layout by its published names. Raises UserError where tensors are missing."""
+    """Return a transformer in diffusers' layout with published names. Raises UserError if tensors are missing."""
     return JoinedFile.of(file, diffusers_plan)
 
 
 def open_diffusers_transformer(path: Path) -> JoinedFile:
-    """The same from a folder or a file."""
+    """Return the same from a folder or a file."""
     return published_view(ShardedFile.open(path))

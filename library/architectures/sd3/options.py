@@ -1,4 +1,4 @@
-"""Options that only Stable Diffusion 3 has, and what makes them wrong."""
+"""Options that only Stable Diffusion 3 has, and their checks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class SD3FullOptions:
-    """Text encoders and blocks of Stable Diffusion 3 in the training of whole models."""
+    """Text encoders and blocks of Stable Diffusion 3 in full training."""
 
     train_t5xxl: bool = option(False, "train T5-XXL")
-    use_t5xxl_cache_only: bool = option(False, "cache the outputs of T5-XXL alone, and train the other text encoders")
+    use_t5xxl_cache_only: bool = option(False, "cache only T5-XXL's outputs, and train the other text encoders")
     learning_rate_te3: float | None = option(None, "learning rate of T5-XXL", type=float, unit="")
     num_last_block_to_freeze: int | None = option(
-        None, "blocks at the end that are not trained", type=int, unit="blocks"
+        None, "number of blocks at the end that are not trained", type=int, unit="blocks"
     )
 
 
@@ -38,26 +38,28 @@ class SD3Options:
     """Stable Diffusion 3 and 3.5."""
 
     clip_l: str | None = option(
-        None, "CLIP-L text encoder: a .safetensors file, or a Diffusers folder; the checkpoint's own, if not given",
+        None, "CLIP-L text encoder: a .safetensors file, or a Diffusers folder (default: the checkpoint's own)",
         weights=True,
     )  # fmt: skip
     clip_g: str | None = option(
-        None, "CLIP-G text encoder: a .safetensors file, or a Diffusers folder; the checkpoint's own, if not given",
+        None, "CLIP-G text encoder: a .safetensors file, or a Diffusers folder (default: the checkpoint's own)",
         weights=True,
     )  # fmt: skip
     t5xxl: str | None = option(
         None,
-        "T5-XXL text encoder: a .safetensors file, or a Diffusers folder; the checkpoint's own, if not given, and none "
-        "where it has none: the model then reads CLIP alone",
+        "T5-XXL text encoder: a .safetensors file, or a Diffusers folder (default: the checkpoint's own; without any, "
+        "captions are encoded by CLIP alone)",
         weights=True,
     )
     save_clip: bool = option(False, "save CLIP-L and CLIP-G beside the model")
     save_t5xxl: bool = option(False, "save T5-XXL beside the model")
     t5xxl_device: str | None = option(None, "device of T5-XXL", harmless=True)
-    t5xxl_dtype: str | None = option(None, "dtype of T5-XXL: fp32, fp16 or bf16; that of the others, if not given")
-    t5xxl_max_token_length: int = option(256, "tokens of a caption for T5-XXL", type=int, unit="tokens", minimum=1)
-    apply_lg_attn_mask: bool = option(False, "CLIP-L and CLIP-G do not attend to padding")
-    apply_t5_attn_mask: bool = option(False, "T5-XXL does not attend to padding")
+    t5xxl_dtype: str | None = option(None, "dtype of T5-XXL: fp32, fp16 or bf16 (default: as the other text encoders)")
+    t5xxl_max_token_length: int = option(
+        256, "number of tokens of a caption for T5-XXL", type=int, unit="tokens", minimum=1
+    )
+    apply_lg_attn_mask: bool = option(False, "mask the padding tokens in CLIP-L and CLIP-G")
+    apply_t5_attn_mask: bool = option(False, "mask the padding tokens in T5-XXL")
     clip_l_dropout_rate: float = option(
         0.0, "share of samples that are trained without CLIP-L", type=float, unit="share", minimum=0, maximum=1
     )
@@ -69,17 +71,17 @@ class SD3Options:
     )
     pos_emb_random_crop_rate: float = option(
         0.0,
-        "share of samples whose positions are a random window of the model's table, not its middle",
+        "share of samples with a random crop of the position embeddings instead of the middle",
         type=float,
         unit="share",
         minimum=0,
         maximum=1,
     )
     enable_scaled_pos_embed: bool = option(
-        False, "use a table of positions for each resolution of the data set, scaled to it, instead of the model's own"
+        False, "use position embeddings scaled to each resolution of the data set instead of the model's own"
     )
     training_shift: float = option(
-        1.0, "shift of training's timesteps; above 1 trains more noise", type=float, unit="", above=0
+        1.0, "shift of the training timesteps; above 1 trains noisier images more often", type=float, unit="", above=0
     )
     blocks_to_swap: int | None = option(
         None,
@@ -93,7 +95,7 @@ class SD3Options:
 
 
 def trains_t5(network: Any) -> bool:
-    """Whether ``--network_args`` has ``train_t5xxl=True``; values that are none are left to the network module."""
+    """Whether ``--network_args`` has ``train_t5xxl=True``; the network module refuses values that are not booleans."""
     words = (word.partition("=") for word in getattr(network, "network_args", None) or [])
     given = [value for name, _, value in words if name.strip() == "train_t5xxl"]
     try:
@@ -103,7 +105,7 @@ def trains_t5(network: Any) -> bool:
 
 
 def own_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype that ``--t5xxl_dtype`` names."""
+    """Return the dtype of ``--t5xxl_dtype``."""
     import torch
 
     return None if name is None else getattr(torch, _DTYPES[name])
@@ -155,8 +157,8 @@ DECLARATION = joined(
         follows={"gradient_checkpointing": checkpointing},
         idle=(saves_no_encoders,),
         unused={
-            "v2": "with Stable Diffusion 3, which is no Stable Diffusion 2.x",
-            "clip_skip": "with Stable Diffusion 3, which takes the last but one layer of both CLIPs",
+            "v2": "with Stable Diffusion 3, which is not Stable Diffusion 2.x",
+            "clip_skip": "with Stable Diffusion 3, which uses the second-to-last layer of both CLIPs",
             "max_token_length": "with Stable Diffusion 3, which reads 77 tokens with CLIP and "
             "--t5xxl_max_token_length with T5",
             "weighted_captions": "with Stable Diffusion 3, whose T5 reads plain text",

@@ -1,7 +1,7 @@
-"""Positions of image tokens: windows of the stored table, and tables for other sizes of images.
+"""Position embeddings of image tokens: crops of the stored table, and tables for other image sizes.
 
 The table is the two-dimensional sine and cosine embedding of Peebles & Xie 2023 (arXiv:2212.09748). Stable Diffusion 3
-takes the middle of a larger one (Esser et al. 2024, section 5.3.2); 3.5-medium was trained with random windows.
+uses the middle of a larger one (Esser et al. 2024, section 5.3.2); 3.5-medium was trained with random crops.
 
 Shape legend: B batch, g edge of a table in tokens, N tokens of an image, D features.
 """
@@ -23,9 +23,9 @@ from library.randomness import Draw
 #: coordinates span this many units over an image's edge
 SPAN = 16.0
 MAX_PERIOD = 10_000.0
-#: a table is this much larger than the images that it is made for
+#: a table is larger than its images by this factor
 MARGIN = 1.5
-#: pixels of a token's edge
+#: edge of a token in pixels
 TOKEN = 16
 
 
@@ -33,10 +33,10 @@ TOKEN = 16
 
 
 def random_crops(draw: Draw, rate: float) -> Tensor:
-    """Draw for each sample where its window lies, (B, 3) float64.
+    """Draw the place of each sample's window, (B, 3) float64.
 
     Returns:
-        In a row whether the window is moved at all (0 or 1), and the shares of the free rows and columns before it.
+        For each sample, whether the window is moved (0 or 1), and the shares of the free rows and columns before it.
     """
     rows = [torch.rand(3, generator=g, dtype=torch.float64) for g in draw.generators("position crop")]
     drawn = torch.stack(rows)
@@ -45,10 +45,10 @@ def random_crops(draw: Draw, rate: float) -> Tensor:
 
 
 def windows(grid: int, rows: int, columns: int, crop: Tensor) -> Tensor:
-    """Indices into a table of grid x grid positions, (B, N); computed where ``crop`` (B, 3) lies."""
+    """Return indices into a table of grid x grid positions, (B, N), on the device of ``crop`` (B, 3)."""
     moved = crop[:, :1] > 0
     free = torch.tensor([grid - rows, grid - columns], device=crop.device)
-    # each of the free places alike, the last share below 1 included
+    # every free place is equally likely, also for shares just below 1
     drawn = torch.minimum((crop[:, 1:] * (free + 1)).long(), free)
     top, left = torch.where(moved, drawn, free // 2).unbind(1)  # (B,)
     down = top[:, None] + torch.arange(rows, device=crop.device)  # (B, rows)
@@ -57,10 +57,10 @@ def windows(grid: int, rows: int, columns: int, crop: Tensor) -> Tensor:
 
 
 def cropped(table: Tensor, rows: int, columns: int, crop: Tensor | None = None) -> Tensor:
-    """The window of a table (1, g * g, D) for images of rows x columns tokens.
+    """Return the window of a table (1, g * g, D) for images of rows x columns tokens.
 
     Args:
-        crop: (B, 3) as ``random_crops`` draws it; the middle for all, if not given.
+        crop: (B, 3) from ``random_crops``; default: the middle for all.
 
     Returns:
         (1 or B, N, D).
@@ -86,9 +86,9 @@ def cropped(table: Tensor, rows: int, columns: int, crop: Tensor | None = None) 
 
 @lru_cache(maxsize=16)
 def scaled_table(patched_edge: float, width: int, grid: int) -> Tensor:
-    """A table (1, g * g, width) float32 for images of ``patched_edge`` tokens a side.
+    """Return a table (1, g * g, width) float32 for images of ``patched_edge`` tokens a side.
 
-    Its coordinates span ``SPAN`` units over these images, and as much again as the table is larger.
+    Its coordinates span ``SPAN`` units over these images, and continue at the same scale beyond them.
     """
     index = torch.arange(grid, dtype=torch.float64)
     coordinates = SPAN * index / patched_edge - SPAN * (grid - patched_edge) / (2 * patched_edge)  # (g,)
@@ -117,14 +117,14 @@ class PositionTables:
         return PositionTables(tuple(edge / 2 for edge in sorted(latent)))
 
     def edge_for(self, tokens: int) -> float:
-        """The smallest edge whose share of sizes holds images of so many tokens; the largest for all beyond."""
+        """Return the smallest edge for images of this many tokens; the largest for all larger images."""
         for edge, larger in zip(self.edges, self.edges[1:], strict=False):
             if tokens <= int((edge**2 + larger**2) / 2):
                 return edge
         return self.edges[-1]
 
     def table(self, rows: int, columns: int, width: int, device: Any) -> Tensor:
-        """The table (1, g * g, width) for images of rows x columns tokens; a larger one for a longer side."""
+        """Return the table (1, g * g, width) for images of rows x columns tokens; a larger one for a longer side."""
         edge = self.edge_for(rows * columns)
         grid = int(MARGIN * edge)
         if max(rows, columns) > grid:

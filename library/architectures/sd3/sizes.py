@@ -1,4 +1,4 @@
-"""Every size of an SD3 or SD3.5 transformer, from the names and shapes of its file."""
+"""Infer every size of an SD3 or SD3.5 transformer from the names and shapes in its file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MMDiTSizes:
     time: int = 256  # sines and cosines of the timestep
     grid: int = 192  # edge of the table of positions, in tokens
     qk_norm: bool = False  # SD3.5
-    dual_attention: tuple[int, ...] = ()  # blocks whose image stream attends to itself once more: SD3.5-medium
+    dual_attention: tuple[int, ...] = ()  # blocks with a second attention of the image stream to itself: SD3.5-medium
 
     @property
     def heads(self) -> int:
@@ -46,7 +46,7 @@ def infer_sizes(shapes: Shapes) -> MMDiTSizes:
     """Infer the sizes from names and shapes without prefix.
 
     Raises:
-        UserError: the names do not add up to an SD3 transformer.
+        UserError: these are not the names of a complete SD3 transformer.
     """
 
     def shape(name: str, axes: int = 2) -> tuple[int, ...]:
@@ -63,7 +63,9 @@ def infer_sizes(shapes: Shapes) -> MMDiTSizes:
         raise UserError(f"attention heads of width {head} do not fit {hidden} features; the file is damaged")
     grid = math.isqrt(shape("pos_embed", 3)[1])
     if grid**2 != shapes["pos_embed"][1]:
-        raise UserError(f"pos_embed has {shapes['pos_embed'][1]} positions, which is no square; the file is damaged")
+        raise UserError(
+            f"pos_embed has {shapes['pos_embed'][1]} positions, which is not a square number; the file is damaged"
+        )
     blocks = [int(found[1]) for name in shapes if (found := re.match(r"joint_blocks\.(\d+)\.", name))]
     dual = sorted({int(f[1]) for name in shapes if (f := re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", name))})
     return MMDiTSizes(

@@ -1,4 +1,4 @@
-"""Which modules of Stable Diffusion 3 and its text encoders carry adapters, and what files call them."""
+"""The modules of Stable Diffusion 3 and its text encoders that get adapters, and their names in files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EMBEDDERS = (
 
 
 def stacked_widths(path: str, layer: nn.Module) -> tuple[int, ...]:
-    """Output features of query, key and value, which ``qkv`` holds one above the other."""
+    """Return the output features of query, key and value, which are stacked in ``qkv``."""
     return (layer.weight.shape[0] // 3,) * 3 if path.rpartition(".")[2] == "qkv" else ()
 
 
@@ -39,7 +39,7 @@ DENOISER = LoraTarget(
 
 
 def text_encoder_target(encoder: nn.Module) -> LoraTarget:
-    """The target of a text encoder that no family has loaded; CLIP-G is wider than CLIP-L."""
+    """Return the target of a text encoder that no family has loaded; CLIP-G is wider than CLIP-L."""
     if type(encoder).__name__.startswith("T5"):
         return T5XXL
     return CLIP_G if encoder.config.hidden_act == "gelu" else CLIP_L

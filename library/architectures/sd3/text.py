@@ -1,4 +1,4 @@
-"""Captions to the conditioning of SD3: states and pooled outputs of CLIP-L and CLIP-G, states of T5-XXL.
+"""Encode captions for SD3: states and pooled outputs of CLIP-L and CLIP-G, states of T5-XXL.
 
 Esser et al. 2024 (arXiv:2403.03206), appendix B.1, "Improved text conditioning".
 
@@ -21,13 +21,13 @@ from library.randomness import Draw
 
 
 def load_tokenizers(first: Any, second: Any, third: Any | None) -> list[Any]:
-    """Load the tokenizers of CLIP-L, CLIP-G and, where it is used, T5 from the folders of their files."""
+    """Load the tokenizers of CLIP-L, CLIP-G and, if it is used, T5 from the folders of their files."""
     clips = [clip_text.load_tokenizer(first), clip_text.load_tokenizer(second, padding=clip_text.OPENCLIP_PADDING)]
     return clips if third is None else [*clips, t5.load_tokenizer(third)]
 
 
 def tokenize(tokenizers: Sequence[Any], captions: Sequence[str], *, t5_length: int) -> dict[str, Tensor]:
-    """Captions to tokens of every encoder.
+    """Tokenize captions for every encoder.
 
     Returns:
         ``l_ids``, ``g_ids``, ``l_mask``, ``g_mask`` (B, 77) int64, the masks 1 up to the end token; with a third
@@ -47,14 +47,14 @@ def tokenize(tokenizers: Sequence[Any], captions: Sequence[str], *, t5_length: i
 
 @dataclass(frozen=True)
 class Masks:
-    """Which encoders do not attend to padding."""
+    """The encoders with masked padding."""
 
     clip: bool = False  # --apply_lg_attn_mask
     t5: bool = False  # --apply_t5_attn_mask
 
 
 def encode_text(encoders: Sequence[nn.Module | None], tokens: Mapping[str, Tensor], masks: Masks) -> Conditioning:
-    """Tokens to what the encoders give; what an encoder would give that is not there is left out.
+    """Return the outputs of the encoders; those of missing encoders are left out.
 
     Returns:
         ``lg_out`` (B, 77, L + G), ``lg_pooled`` (B, P), ``clip_l_attn_mask``, ``clip_g_attn_mask`` (B, 77), and with
@@ -77,7 +77,7 @@ def encode_text(encoders: Sequence[nn.Module | None], tokens: Mapping[str, Tenso
             "clip_g_attn_mask": tokens["g_mask"],
         }
     if rest and rest[0] is not None:
-        # it may have a home of its own
+        # T5 may have its own device
         device, home = tokens["t5_ids"].device, next(rest[0].parameters()).device
         mask = tokens["t5_mask"].to(home) if masks.t5 else None
         found = t5.encode(rest[0], tokens["t5_ids"].to(home), mask).to(device)
@@ -86,15 +86,15 @@ def encode_text(encoders: Sequence[nn.Module | None], tokens: Mapping[str, Tenso
 
 
 def _clip(encoder: nn.Module, ids: Tensor, mask: Tensor, *, masked: bool) -> tuple[Tensor, Tensor]:
-    """Ids (B, 77) to the last but one layer's states (B, 77, D), without the final norm, and the pooled output (B, P).
+    """Return the second-to-last layer's states (B, 77, D), without the final norm, and the pooled output (B, P).
 
-    An encoder without a projection gives the end token's last state itself.
+    Without a projection, the pooled output is the end token's last state.
     """
     output = encoder(ids, attention_mask=mask if masked else None, output_hidden_states=True)
     # the mask ends with the end token
     end = output.last_hidden_state[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
     if hasattr(encoder, "text_projection"):
-        # row by row: a product of few rows is rounded otherwise for each number of them, so that caches would differ
+        # row by row: the rounding of small products depends on the number of rows, so caches would differ
         pooled = torch.cat([encoder.text_projection(row) for row in end.split(1)])
     else:
         pooled = end
@@ -120,7 +120,7 @@ class Dropouts:
 
 
 def without_dropped(encoded: Conditioning, dropouts: Dropouts, draw: Draw) -> Conditioning:
-    """Set outputs and masks to zero of the encoders that are left out, drawn for each sample and encoder by itself."""
+    """Set the outputs and masks of randomly left-out encoders to zero, drawn for each sample and encoder."""
     tensors = dict(encoded.tensors)
 
     def drop(rate: float, name: str, tensor: str, features: slice = slice(None)) -> None:
@@ -146,9 +146,9 @@ def without_dropped(encoded: Conditioning, dropouts: Dropouts, draw: Draw) -> Co
 
 
 def context_of(conditioning: Conditioning, width: int) -> Tensor:
-    """CLIP's states, padded with zeros to T5's width, and T5's behind them: (B, 77 + T, D).
+    """Return CLIP's states, padded with zeros to T5's width, followed by T5's: (B, 77 + T, D).
 
-    Without T5, 77 rows of zeros stand for it, as in diffusers' pipeline.
+    Without T5, 77 rows of zeros are used instead, as in diffusers' pipeline.
     """
     clip = conditioning["lg_out"]
     clip = F.pad(clip, (0, width - clip.shape[-1]))
@@ -157,7 +157,7 @@ def context_of(conditioning: Conditioning, width: int) -> Tensor:
 
 
 def published_extras(row: Mapping[str, Tensor], masks: Masks, *, width: int) -> dict[str, Tensor]:
-    """What published cache files hold beside the conditioning of a caption.
+    """Return the contents of sd-scripts' cache files beside the conditioning of a caption.
 
     Returns:
         ``apply_lg_attn_mask``, ``apply_t5_attn_mask`` () bool; without T5 also ``t5_out`` (77, D) and ``t5_attn_mask``

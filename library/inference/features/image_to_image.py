@@ -14,8 +14,8 @@ from torch import Tensor
 from library.errors import UserError
 from library.inference.denoise import Feature, Generation
 from library.inference.models import ImageModels
-from library.inference.sources import read_pixels
 from library.inference.settings import ImageSettings
+from library.inference.sources import read_pixels
 from library.randomness import torch_generator
 
 #: name of the source's latents (B, C, h, w), as the denoiser sees them, among the facts of a generation
