@@ -20,7 +20,8 @@ from pathlib import Path
 from library.files.lock import locked
 with locked(Path(sys.argv[1])):
     if "fork" in sys.argv and os.fork() == 0:
-        time.sleep(60)
+        time.sleep(10)
+        os._exit(0)
     print("held", flush=True)
     time.sleep(60)
 """
