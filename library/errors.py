@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import functools
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ def exits_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        escape_unknown_characters()
         try:
             return function(*args, **kwargs)
         except UserError as error:
@@ -91,6 +93,16 @@ def exits_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
         raise SystemExit(USER_ERROR_EXIT_CODE)
 
     return wrapper
+
+
+def escape_unknown_characters() -> None:
+    """Let the console show characters that it does not know as escapes, where printing them would end the program.
+
+    Consoles of Windows and the C locale know few; the names of files and the captions of users have all of Unicode.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def known_ending(error: BaseException) -> str:
