@@ -81,7 +81,7 @@ def _add_merge(commands: Commands) -> None:
         metavar="LIST",
         help="a list for each file: factors of the strength for each block of a U-Net",
     )
-    merge.add_argument("--save_to", required=True, metavar="FILE")
+    _add_target(merge)
     merge.add_argument(
         "--precision", choices=PRECISIONS, help="dtype of the saved weights (default: the model's own, or float)"
     )
@@ -100,7 +100,7 @@ def _add_resize(commands: Commands) -> None:
         "--method", choices=["sv_ratio", "sv_fro", "sv_cumulative"], help="how to choose the rank of each module"
     )
     resize.add_argument("--parameter", type=float, metavar="X", help="the parameter of the method")
-    resize.add_argument("--save_to", required=True, metavar="FILE")
+    _add_target(resize)
     resize.add_argument("--precision", choices=PRECISIONS, help="dtype of the saved weights (default float)")
     resize.add_argument("--device", metavar="DEVICE", help="where to compute")
     resize.set_defaults(run=_resize)
@@ -117,7 +117,7 @@ def _add_extract(commands: Commands) -> None:
     extract.add_argument(
         "--min_diff", type=float, default=0.01, metavar="X", help="leave out text encoders that differ by no more"
     )
-    extract.add_argument("--save_to", required=True, metavar="FILE")
+    _add_target(extract)
     extract.add_argument("--precision", default="float", choices=PRECISIONS, help="dtype of the saved weights")
     extract.add_argument("--device", default="cpu", metavar="DEVICE", help="where to compute")
     extract.set_defaults(run=_extract)
@@ -132,11 +132,16 @@ def _add_convert(commands: Commands) -> None:
     convert.add_argument("file", metavar="FILE")
     convert.add_argument("--to", required=True, choices=["kohya", "diffusers", "peft", "comfyui"])
     convert.add_argument("--family", help="the family of the file, if its names fit several")
-    convert.add_argument("--save_to", required=True, metavar="FILE")
+    _add_target(convert)
     convert.add_argument(
         "--precision", choices=PRECISIONS, help="dtype of the saved weights (default: each tensor's own)"
     )
     convert.set_defaults(run=_convert)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--save_to", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--overwrite", action="store_true", help="write over a file that exists")
 
 
 @exits_on_user_error
@@ -147,6 +152,9 @@ def main(args: argparse.Namespace) -> int:
         SystemExit: with code 2, after clear lines.
     """
     setup_console(ConsoleOptions())
+    target = getattr(args, "save_to", None)
+    if target and Path(target).is_file() and not args.overwrite:
+        raise UserError(f"--save_to {target}: exists already; give another name, or --overwrite")
     return args.run(args) or 0
 
 

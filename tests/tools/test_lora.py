@@ -136,7 +136,11 @@ def test_mistakes_are_one_line(files, tmp_path, capsys):
     assert "leave them out" in refusal(
         capsys, "merge", one, "--into", files / "model.safetensors", "--rank", 2, "--save_to", out
     )
-    assert "files that are read" in refusal(capsys, "merge", one, one, "--save_to", one)
+    assert "exists already; give another name, or --overwrite" in refusal(
+        capsys, "resize", one, "--rank", 2, "--save_to", one
+    )
+    assert "files that are read" in refusal(capsys, "merge", one, one, "--save_to", one, "--overwrite")
+    assert "files that are read" in refusal(capsys, "resize", one, "--rank", 2, "--save_to", one, "--overwrite")
     assert "--rows 0" in refusal(capsys, "diff", one, one, "--rows", 0)
     assert "must end with .png" in refusal(capsys, "diff", one, one, "--plot", tmp_path / "a.jpg")
     assert "no such file" in refusal(capsys, "show", tmp_path / "none.safetensors")
