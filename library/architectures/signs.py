@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Recognised:
     what: str  # "a Stable Diffusion XL checkpoint"
-    remedy: str  # "use sdxl_train_network.py"
+    remedy: str  # "use sdxl_train_network.py or sdxl_train.py": all scripts that train it
     family: str = ""  # the family whose plain checkpoint it is
 
 
@@ -27,6 +27,8 @@ class About:
     Attributes:
         instance: name of the ``Architecture`` in the family's folder.
         script: name of its LoRA script, without ``.py``.
+        training: the remedy of its signs, which names all scripts that train it.
+        images: the same with the program that generates with it.
         tool_flag: the flag for this family in tools for several families, without dashes; "" for the default family,
             ``None`` if they do not have one.
         signs: how to recognize single files; the first that fits wins.
@@ -36,6 +38,8 @@ class About:
 
     instance: str
     script: str
+    training: str
+    images: str
     tool_flag: str | None
     signs: tuple[Sign, ...]
     pipelines: tuple[tuple[str, Recognised], ...]

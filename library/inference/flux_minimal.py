@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from library.architectures.common.checkpoint import MODEL_FLAG
 from library.architectures.flux import FLUX, Flux
 from library.architectures.flux.inspection import FluxCheckpoint
 from library.architectures.flux.options import FluxModelOptions
@@ -19,6 +18,7 @@ from library.errors import UserError
 from library.inference.failures import naming_memory
 from library.inference.flux_options import SIZE_STEP, FluxImageOptions, FluxInferenceOptions, part_dtypes
 from library.inference.interactive import generate_lines
+from library.inference.messages import for_images
 from library.inference.minimal import (
     MEMORY_REMEDY,
     ImageSession,
@@ -99,9 +99,7 @@ def _inspect(options: FluxInferenceOptions) -> tuple[FluxCheckpoint, Flux]:
     try:
         checkpoint = family.inspect(given.ckpt_path or "", tokenizer_cache_dir=given.tokenizer_cache_dir)
     except UserError as error:
-        # families' messages use the flags and scripts of training
-        text = str(error).replace(MODEL_FLAG, "--ckpt_path")
-        text = re.sub(r"use \w*train_network\.py", "only FLUX.1 and Chroma are supported here", text)
+        text = for_images(str(error), "--ckpt_path")
         raise UserError(text.replace("with --network_weights", "with --lora_weights")) from None
     if len(checkpoint.text_encoders) == 1:
         for name, value in (("clip_l", given.clip_l), ("clip_l_dtype", options.precision.clip_l_dtype)):

@@ -27,6 +27,7 @@ from library.inference.generate import generate_images
 from library.inference.grid import Axis, combinations, draw_sheet, read_axes
 from library.inference.highres_fix import HighresFix, generate_in_two_stages
 from library.inference.interactive import generate_lines
+from library.inference.messages import for_images
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.native_size import native_size
 from library.inference.networks import NetworkChoice, apply_networks, choose_networks
@@ -297,10 +298,8 @@ def _inspect(options: ImageOptions, architecture: Architecture) -> Any:
             tokenizer_cache_dir=model.tokenizer_cache_dir,
         )
     except UserError as error:
-        # families' messages use the flags and scripts of training
-        text = str(error).replace("--pretrained_model_name_or_path", "--ckpt")
-        text = text.replace("use sdxl_train_network.py", "add --sdxl").replace("use train_network.py", "drop --sdxl")
-        text = text.replace("use flux_train_network.py", "use flux_minimal_inference.py")
+        text = for_images(str(error), "--ckpt")
+        text = text.replace("use gen_img.py --sdxl", "add --sdxl").replace("use gen_img.py", "drop --sdxl")
         raise UserError(text) from None
 
 

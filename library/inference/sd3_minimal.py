@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from pathlib import Path
 from typing import TextIO
 
-from library.architectures.common.checkpoint import MODEL_FLAG
 from library.architectures.sd3 import SD3
 from library.architectures.sd3.options import SD3Options
 from library.config.arguments import ConsoleOptions
@@ -17,6 +15,7 @@ from library.diffusion.objective import FLOW_SAMPLERS
 from library.errors import UserError
 from library.inference.failures import naming_memory
 from library.inference.interactive import generate_lines
+from library.inference.messages import for_images
 from library.inference.minimal import (
     MEMORY_REMEDY,
     ImageSession,
@@ -86,9 +85,7 @@ def open_model(options: SD3InferenceOptions) -> MinimalModel:
     try:
         checkpoint = family.inspect(given.ckpt_path or "", vae=given.vae, tokenizer_cache_dir=given.tokenizer_cache_dir)
     except UserError as error:
-        # families' messages use the flags and scripts of training
-        text = str(error).replace(MODEL_FLAG, "--ckpt_path")
-        text = re.sub(r"use \w*train_network\.py", "only Stable Diffusion 3 is supported here", text)
+        text = for_images(str(error), "--ckpt_path")
         raise UserError(text.replace("with --network_weights", "with --lora_weights")) from None
     dtypes = read_part_dtypes(options.precision.dtype, dict.fromkeys(PARTS), without_fp8=("vae",), example="sd3")
     parts = {name: ModelPart(name, dtype) for name, dtype in dtypes.items()}

@@ -429,7 +429,7 @@ def test_files_of_other_models(models: Mapping[str, MadeFlux], adapters: dict[st
     made, chroma = models["dev"], models["chroma"]
     sd = make_tiny_sd(tmp_path / "sd.safetensors").path
     cases: list[tuple[MadeFlux, dict[str, object], str]] = [
-        (made, {"ckpt_path": sd}, "Stable Diffusion 1.x or 2.x checkpoint; only FLUX.1 and Chroma are supported here"),
+        (made, {"ckpt_path": sd}, "Stable Diffusion 1.x or 2.x checkpoint; use gen_img.py"),
         (made, {"ckpt_path": made.t5xxl}, "is a T5 text encoder; give the transformer here and this file with --t5xxl"),
         (made, {"ckpt_path": adapters["lora"]}, "a LoRA file, not a base model; give the base model here and this file "
          "with --lora_weights"),

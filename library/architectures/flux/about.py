@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from library.architectures.signs import About, Recognised, Sign
 
-_USE = "use flux_train_network.py"
+_USE = "use flux_train_network.py or flux_train.py"
 
 ABOUT = About(
     instance="FLUX",
     script="flux_train_network",
+    training=_USE,
+    images="use flux_minimal_inference.py",
     tool_flag="flux",
     signs=(
         Sign(("distilled_guidance_layer.",), Recognised("a Chroma checkpoint", _USE, "flux")),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from library.architectures.signs import About, Recognised, Sign
 
-_USE = "use train_network.py"
+_USE = "use train_network.py, fine_tune.py, train_db.py or train_textual_inversion.py"
 
 ABOUT = About(
     instance="SD",
     script="train_network",
+    training=_USE,
+    images="use gen_img.py",
     tool_flag="",
     signs=(
         Sign(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from library.architectures.signs import About, Recognised, Sign
 
-_USE = "use sd3_train_network.py"
+_USE = "use sd3_train_network.py or sd3_train.py"
 
 ABOUT = About(
     instance="SD3",
     script="sd3_train_network",
+    training=_USE,
+    images="use sd3_minimal_inference.py",
     tool_flag=None,
     signs=(
         Sign(("joint_blocks.",), Recognised("a Stable Diffusion 3 checkpoint", _USE, "sd3")),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from library.architectures.signs import About, Recognised, Sign
 
-_USE = "use sdxl_train_network.py"
+_USE = "use sdxl_train_network.py, sdxl_train.py or sdxl_train_textual_inversion.py"
 
 ABOUT = About(
     instance="SDXL",
     script="sdxl_train_network",
+    training=_USE,
+    images="use gen_img.py --sdxl",
     tool_flag="sdxl",
     signs=(
         Sign(
