@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 #: bytes written to test a folder: more than file systems store inside the directory entry
 _TRIED = 1 << 16
 #: temporary files of the safetensors package, which remain after a kill
-_OTHERS_LEFT = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+_OTHERS_LEFT = re.compile(r"\.tmp[A-Za-z0-9]{6}|\.{1,2}writable-\d+(\.tmp)?")
 #: seconds after which such a file is abandoned
 _OLD = 600
 #: files named in a message at most

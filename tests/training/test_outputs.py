@@ -124,7 +124,14 @@ def test_what_killed_runs_left(tmp_path: Path) -> None:
     make_state(tmp_path / "whole").rename(tmp_path / ".tiny-step00000003-state.tmp")
     (tmp_path / ".tiny-step00000004-state.tmp").mkdir()
     (tmp_path / ".tiny-step00000002-state.removed.tmp").mkdir()
-    gone = [".tiny.safetensors.tmp", ".tiny-000002-ema.safetensors.tmp", ".tiny-best.pt.tmp", ".tmpAb3dE9"]
+    gone = [
+        ".tiny.safetensors.tmp",
+        ".tiny-000002-ema.safetensors.tmp",
+        ".tiny-best.pt.tmp",
+        ".tmpAb3dE9",
+        ".writable-17",
+        "..writable-4.tmp",
+    ]
     stay = [
         ".tiny-b.safetensors.tmp",
         ".tiny-000002-b-state.tmp",
@@ -134,7 +141,8 @@ def test_what_killed_runs_left(tmp_path: Path) -> None:
     ]
     for name in (*gone, *stay):
         (tmp_path / name).touch()
-    os.utime(tmp_path / ".tmpAb3dE9", (0, 0))
+    for name in (".tmpAb3dE9", ".writable-17", "..writable-4.tmp"):
+        os.utime(tmp_path / name, (0, 0))
     os.utime(tmp_path / ".tmpmynotes", (0, 0))
     with only_run(OutputNames(tmp_path, "tiny", "safetensors")):
         pass
