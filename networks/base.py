@@ -13,32 +13,21 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import LoraTarget
 from library.errors import UserError
 from networks.adapter_module import AdapterModule, Dropouts, merge_all_forever
 from networks.file_names import published_names
+from networks.part import NetworkPart
 from networks.targets import FoundModule, RankAlpha, RankRule, check_rank, find_modules
 from networks.weights import read_weights, refuse_other_model, select_weights, write_weights
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class NetworkPart:
-    """One adapted model of a network, and its adapters by dotted module path."""
-
-    label: str  # names the part's parameter groups: "unet", "textencoder"
-    model: nn.Module
-    target: LoraTarget
-    is_text_encoder: bool
-    adapters: dict[str, AdapterModule] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,10 +28,8 @@ from library.files.safetensors_io import (
 )
 from networks.damaged import refuse_damaged
 from networks.file_names import with_alphas
+from networks.part import NetworkPart
 from networks.targets import DoraAxis, RankAlpha
-
-if TYPE_CHECKING:
-    from networks.base import AdapterNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +159,17 @@ def _kind(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
+class HasParts(Protocol):
+    """What a network shows of itself to match a file's tensors; see ``AdapterNetwork``."""
+
+    module_name: str
+    parts: list[NetworkPart]
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+
 def select_weights(
-    network: AdapterNetwork, weights: Mapping[str, Tensor], source: str
+    network: HasParts, weights: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of ``weights`` that belong to ``network``, with alphas, and notes on skipped ones.
 

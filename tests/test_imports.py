@@ -26,11 +26,7 @@ UPWARD = {
     ("networks.files.*", "library.training.work_progress"),
 }
 #: files that import each other; this list may only shrink
-CIRCLES = {
-    frozenset({"library.data.dataset_config", "library.data.effects"}),
-    frozenset({"library.data.dataset", "library.data.loader"}),
-    frozenset({"networks.base", "networks.weights"}),
-}
+CIRCLES: set[frozenset[str]] = set()
 #: files outside the order: one reads all owners of options to write their pages, the others serve programs of others
 OUTSIDE = {"library.config.document", "library.train_util", "library.flux_train_utils", "library.huggingface_util"}
 

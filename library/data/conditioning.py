@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from library.data.dataset_config import DatasetConfig, SubsetSpec
+from library.data.dataset_spec import DatasetConfig, SubsetSpec
 from library.data.image_io import is_image_name, read_size
 from library.data.records import ImageRecord
 from library.data.same_file import same_file

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from library.data.bucketed import BucketedDataset
 from library.data.buckets import mean_aspect_error
 from library.data.captions import tags_of
-from library.data.dataset import BucketedDataset, TrainingData
-from library.data.dataset_config import SubsetSpec
+from library.data.dataset import TrainingData
+from library.data.dataset_spec import SubsetSpec
 from library.data.validation_split import name_of
 from library.randomness import key
 

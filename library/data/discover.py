@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
-from library.data.dataset_config import SubsetSpec
+from library.data.dataset_spec import SubsetSpec
 from library.data.image_folder import ImageFolder
 from library.data.image_io import read_size
 from library.data.metadata_cache import Entry, MetadataCache, no_collection, remembers_many

@@ -16,7 +16,7 @@ from library.data.captions import movable_tags
 from library.data.image_io import has_alpha
 
 if TYPE_CHECKING:
-    from library.data.dataset_config import SubsetSpec
+    from library.data.dataset_spec import SubsetSpec
     from library.data.records import ImageRecord
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from typing import Any
 from library.config.arguments import RunOptions, flat
 from library.config.declaration import message
 from library.config.no_effect import given
-from library.data.dataset_config import DatasetConfig, DatasetSpec, SubsetSpec, number_range, parse_size
+from library.data.dataset_config import number_range, parse_size
+from library.data.dataset_spec import DatasetConfig, DatasetSpec, SubsetSpec
 from library.errors import NoEffect
 
 Read = Callable[[DatasetSpec, SubsetSpec], Any]

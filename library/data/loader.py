@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from library.data.augment import Placement, around_face, at_random, face_in_name, in_the_middle, vary_colours
 from library.data.batch import Batch
+from library.data.bucketed import BatchRef, BucketedDataset, Use
 from library.data.captions import final_caption
 from library.data.conditioning import Role
-from library.data.dataset_config import SubsetSpec
+from library.data.dataset_spec import SubsetSpec
 from library.data.image_io import cut, cut_mask, read_image, read_image_and_alpha
 from library.data.latent_cache import DiskLatents, MemoryLatents, to_pixels, to_weights
 from library.data.parcel import Parcel
@@ -35,9 +35,6 @@ from library.data.text_cache import CachedTexts, stack_rows
 from library.data.text_cache_format import Row
 from library.errors import UserError
 from library.randomness import python_rng, visit_key
-
-if TYPE_CHECKING:
-    from library.data.dataset import BatchRef, BucketedDataset, Use
 
 #: seconds between two checks of a worker whether the main process still exists
 _PARENT_CHECK = 1.0

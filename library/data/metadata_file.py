@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from library.data.dataset_config import SubsetSpec, load_json
+from library.data.dataset_config import load_json
+from library.data.dataset_spec import SubsetSpec
 from library.data.image_io import is_image_name
 from library.errors import UserError, did_you_mean
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from library.data.dataset_config import DatasetConfig, SubsetSpec
+from library.data.dataset_spec import DatasetConfig, SubsetSpec
 from library.data.image_io import EXTENSIONS
 from library.data.stamp_ahead import by_name, caption_of, images_and_others
 from library.errors import Doubtful

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from library.data.batch import Batch
-from library.data.dataset import BatchRef, TrainingData, Use
+from library.data.bucketed import BatchRef, Use
+from library.data.dataset import TrainingData
 from library.data.loader import BatchMaker, Loader, Tokenize
 from library.data.validation_split import name_of, seed_of
 from library.randomness import key, permutation

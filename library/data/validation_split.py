@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from library.data.captions import CaptionRules
-from library.data.dataset_config import DatasetSpec, SubsetSpec
+from library.data.dataset_spec import DatasetSpec, SubsetSpec
 from library.data.records import ImageRecord
 from library.data.same_file import same_file
 from library.errors import UserError

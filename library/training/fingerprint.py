@@ -16,7 +16,8 @@ import torch
 
 from library.config.arguments import RunOptions
 from library.data import describe
-from library.data.dataset import BucketedDataset, TrainingData
+from library.data.bucketed import BucketedDataset
+from library.data.dataset import TrainingData
 from library.files.hashes import model_hash
 from library.training.text_caching import text_cache_row
 

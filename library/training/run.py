@@ -14,7 +14,7 @@ from torch import nn
 from library.architectures.base import Architecture, Conditioning, ModelInfo
 from library.config.arguments import RunOptions
 from library.data.dataset import TrainingData
-from library.data.dataset_config import DatasetConfig
+from library.data.dataset_spec import DatasetConfig
 from library.diffusion.objective import Objective
 from library.files.hub import HubTarget, Uploads
 from library.inference.prompt_line import SamplePrompt

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.config.arguments import ValidationOptions
 from library.data.batch import Batch
-from library.data.dataset_config import DatasetConfig
+from library.data.dataset_spec import DatasetConfig
 from library.data.idle_options import NO_VALIDATION
 from library.data.validation_data import ValidationData
 from library.errors import UserError

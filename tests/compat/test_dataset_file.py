@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from library.config.arguments import DatasetOptions
-from library.data.dataset_config import DatasetSpec, SubsetSpec, load_dataset_config
+from library.data.dataset_config import load_dataset_config
+from library.data.dataset_spec import DatasetSpec, SubsetSpec
 from library.errors import UserError
 
 #: key -> levels from the outermost, and options that stand in for it

@@ -8,7 +8,8 @@ import pytest
 
 from library.config.arguments import DatasetOptions
 from library.config.no_effect import report
-from library.data.dataset_config import DatasetConfig, load_dataset_config
+from library.data.dataset_config import load_dataset_config
+from library.data.dataset_spec import DatasetConfig
 from library.data.unread_captions import unread_captions
 from library.errors import UserError
 from tests.data.samples import draw

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from library.config.arguments import DatasetOptions, ValidationOptions
-from library.data.dataset_config import DatasetConfig, load_dataset_config
+from library.data.dataset_config import load_dataset_config
+from library.data.dataset_spec import DatasetConfig
 from library.diffusion.timesteps import spread_timesteps
 from library.errors import UserError
 from library.training.plan import RunPlan

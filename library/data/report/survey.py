@@ -20,7 +20,8 @@ from library.data import describe
 from library.data.caption_lengths import Measure, length_of_longest, measure_of
 from library.data.conditioning import check_none_is_extra, pair
 from library.data.dataset import TrainingData
-from library.data.dataset_config import DatasetConfig, SubsetSpec, load_dataset_config
+from library.data.dataset_config import load_dataset_config
+from library.data.dataset_spec import DatasetConfig, SubsetSpec
 from library.data.discover import Faults, Seen, discover
 from library.data.idle_options import without_effect_on_data
 from library.data.image_io import covering_size

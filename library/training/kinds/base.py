@@ -20,7 +20,7 @@ from library.config.arguments import RunOptions
 from library.config.declaration import Declaration, Facts, joined
 from library.data.batch import Batch
 from library.data.dataset import TrainingData
-from library.data.dataset_config import DatasetConfig
+from library.data.dataset_spec import DatasetConfig
 from library.optim.fused_backward import Part, one_by_one
 from library.optim.update import Metrics
 from library.training.models import Models

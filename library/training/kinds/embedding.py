@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from library.architectures.base import Architecture
 from library.architectures.common.clip_text import EXPANSIONS
 from library.data.dataset import TrainingData
-from library.data.dataset_config import DatasetConfig
+from library.data.dataset_spec import DatasetConfig
 from library.errors import UserError
 from library.files.atomic import make_folder
 from library.files.safetensors_io import save_pickle, save_tensors
