@@ -33,6 +33,7 @@ class FileNames:
         self._directory = directory
         self._stamp = None if sequential else time.strftime("%Y%m%d%H%M%S", time.localtime())
         self._number = 0
+        self._used: set[str] = set()
         if sequential and directory.is_dir():
             taken = [re.fullmatch(r"im_(\d{6,})\.png", path.name) for path in directory.iterdir()]
             self._number = max((int(match[1]) for match in taken if match), default=0)
@@ -40,6 +41,15 @@ class FileNames:
     def named(self, name: str) -> Path:
         """Return the path of a file of the user's own name; an older image of that name is replaced."""
         return self._directory / name
+
+    def once(self, stem: str) -> Path:
+        """Return ``<stem>.png``, and ``<stem>_2.png`` and so on for further images of this run."""
+        name, number = f"{stem}.png", 1
+        while name in self._used:
+            number += 1
+            name = f"{stem}_{number}.png"
+        self._used.add(name)
+        return self.named(name)
 
     def next(self, seed: int) -> Path:
         """Return a free name: another run may have begun in the same second."""

@@ -204,7 +204,7 @@ class _Session:
         if image.file_name is not None:
             return self._files.named(image.file_name)
         if self._options.image.use_original_file_name and image.settings.image is not None:
-            return self._files.named(f"{image.settings.image.stem}.png")
+            return self._files.once(image.settings.image.stem)
         return self._files.next(image.settings.seed)
 
     def _set_multipliers(self, wanted: tuple[float, ...]) -> None:
@@ -260,7 +260,8 @@ def _warn_of_sizes(architecture: Architecture, common: ImageSettings, prompts: S
 
 def _axes(options: ImageOptions, choices: Sequence[NetworkChoice]) -> list[Axis]:
     files = [Path(choice.weights) for choice in choices[_merged(options, choices) :]]
-    return read_axes(options.prompts.grid or [], files)
+    started = bool(options.image.image_path) or options.highres.highres_fix_scale is not None
+    return read_axes(options.prompts.grid or [], files, started=started)
 
 
 def _merged(options: ImageOptions, choices: Sequence[NetworkChoice]) -> int:

@@ -7,6 +7,7 @@ An axis is ``name=value,value,...``, such as ``scale=3,5,7``. ``file``, without 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ _GAP = 8
 #: the largest number of images on one sheet
 MAX_IMAGES = 400
 
-FILE, MULTIPLIER = "file", "multiplier"
+FILE, MULTIPLIER, STRENGTH = "file", "multiplier", "strength"
 
 
 def _sampler(text: str) -> str:
@@ -33,15 +34,32 @@ def _sampler(text: str) -> str:
     return text
 
 
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f'"{text}" is not a number')
+    return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f'"{text}" is not a whole number') from None
+
+
 #: axis -> parser of a value; all but ``multiplier`` are fields of ``ImageSettings``
 _AXES: dict[str, Callable[[str], Any]] = {
-    "seed": int,
-    "scale": float,
-    "negative_scale": float,
-    "steps": int,
+    "seed": _whole,
+    "scale": _number,
+    "negative_scale": _number,
+    "steps": _whole,
     "sampler": _sampler,
-    "strength": float,
-    MULTIPLIER: float,
+    STRENGTH: _number,
+    MULTIPLIER: _number,
 }
 
 
@@ -54,11 +72,12 @@ class Axis:
     labels: tuple[str, ...]
 
 
-def read_axes(texts: Sequence[str], files: Sequence[Path]) -> list[Axis]:
+def read_axes(texts: Sequence[str], files: Sequence[Path], *, started: bool) -> list[Axis]:
     """Parse the axes; the first gives the columns, the others the rows.
 
     Args:
         files: of ``--network_weights``.
+        started: whether images start from other images, so that there is a strength.
 
     Raises:
         UserError: unknown names, bad values, too many images.
@@ -83,6 +102,10 @@ def read_axes(texts: Sequence[str], files: Sequence[Path]) -> list[Axis]:
             raise UserError(f"--grid {text}: give values, such as {name}=1,2,3")
         if name == MULTIPLIER and not files:
             raise UserError("--grid multiplier: there is no network; give --network_weights")
+        if name == STRENGTH and not started:
+            raise UserError(
+                "--grid strength: there is no image to start from; give --image_path or --highres_fix_scale"
+            )
         axes.append(Axis(name, read, tuple(f"{name} {value}" for value in given)))
     names = [axis.name for axis in axes]
     if doubled := next((name for name in names if names.count(name) > 1), None):

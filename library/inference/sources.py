@@ -46,6 +46,8 @@ class Sources:
         masks = find_sources(Path(options.mask_path), "--mask_path") if options.mask_path else []
         for path in (*images, *masks):
             read_size(path)
+        if options.use_original_file_name:
+            _keep_sources(images, (*images, *masks), Path(options.outdir))
         size = None
         if options.W is not None and options.H is not None:
             size = usable_size(options.W, "--W", SIZE_STEP), usable_size(options.H, "--H", SIZE_STEP)
@@ -71,6 +73,17 @@ class Sources:
             height=height,
         )
         return replace(image, settings=settings)
+
+
+def _keep_sources(images: Sequence[Path], kept: Sequence[Path], outdir: Path) -> None:
+    kept_names = {path.resolve() for path in kept}
+    for path in images:
+        target = outdir / f"{path.stem}.png"
+        if target.resolve() in kept_names:
+            raise UserError(
+                f"--use_original_file_name: {target} is read as --image_path or --mask_path, and the new image would "
+                "replace it; give another --outdir"
+            )
 
 
 def prompts_of_images(paths: Sequence[Path]) -> list[ImagePrompt]:

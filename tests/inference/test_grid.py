@@ -18,7 +18,7 @@ FILES = [Path("a-000001.safetensors"), Path("a-000002.safetensors")]
 
 
 def test_rows_and_columns() -> None:
-    axes = read_axes(["scale=3, 5", "seed=1,2,3"], [])
+    axes = read_axes(["scale=3, 5", "seed=1,2,3"], [], started=False)
     found = [(p.settings.scale, p.settings.seed) for p in combinations(IMAGE, axes, [])]
     assert found == [(3, 1), (5, 1), (3, 2), (5, 2), (3, 3), (5, 3)]
     assert axes[0].labels == ("scale 3", "scale 5")
@@ -26,19 +26,24 @@ def test_rows_and_columns() -> None:
 
 def test_files_and_strengths() -> None:
     """Of several files one is on at a time, with its own strength or that of the axis."""
-    axes = read_axes(["file"], FILES)
+    axes = read_axes(["file"], FILES, started=False)
     assert axes[0].labels == ("a-000001", "a-000002")
     assert [p.multipliers for p in combinations(IMAGE, axes, [0.8, 0.5])] == [(0.8, 0.0), (0.0, 0.5)]
-    both = read_axes(["file", "multiplier=0,1"], FILES)
+    both = read_axes(["file", "multiplier=0,1"], FILES, started=False)
     assert [p.multipliers for p in combinations(IMAGE, both, [0.8, 0.5])] == [(0, 0), (0, 0), (1, 0), (0, 1)]
-    assert [p.multipliers for p in combinations(IMAGE, read_axes(["multiplier=0.5"], FILES), [1, 1])] == [(0.5, 0.5)]
+    assert [
+        p.multipliers for p in combinations(IMAGE, read_axes(["multiplier=0.5"], FILES, started=False), [1, 1])
+    ] == [(0.5, 0.5)]
 
 
 @pytest.mark.parametrize(
     ("axes", "files", "message"),
     [
         (["scael=3"], [], 'no axis "scael" \\(did you mean "scale"'),
-        (["scale=a"], [], "--grid scale=a: could not convert"),
+        (["scale=a"], [], '--grid scale=a: "a" is not a number'),
+        (["seed=1.5"], [], '"1.5" is not a whole number'),
+        (["scale=nan"], [], '"nan" is not a number'),
+        (["strength=0.5"], [], "there is no image to start from; give --image_path"),
         (["sampler=eulr"], [], "no such sampler .did you mean"),
         (["scale="], [], "give values"),
         (["file"], FILES[:1], "give several files"),
@@ -49,11 +54,11 @@ def test_files_and_strengths() -> None:
 )
 def test_mistakes(axes: list[str], files: list[Path], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_axes(axes, files)
+        read_axes(axes, files, started=False)
 
 
 def test_the_sheet() -> None:
-    axes = read_axes(["scale=3,5,7", "seed=1,2"], [])
+    axes = read_axes(["scale=3,5,7", "seed=1,2"], [], started=False)
     images = [Image.new("RGB", (64, 48), (n * 40, 0, 0)) for n in range(6)]
     sheet = np.asarray(draw_sheet(images, axes))
     reds = [int(red) for red in np.unique(sheet[(sheet[..., 1] == 0) & (sheet[..., 2] == 0)][:, 0])]

@@ -21,9 +21,11 @@ from library.inference.denoise import Denoise, Feature, StepInfo
 from library.inference.features.guidance import Guidance
 from library.inference.features.image_to_image import ImageToImage, encode_sources
 from library.inference.features.inpainting import Inpainting
+from library.inference.file_names import FileNames
 from library.inference.generate import begin, generate_image, generate_latents
 from library.inference.highres_fix import HighresFix, generate_in_two_stages
 from library.inference.models import GenerateOptions, ImageModels
+from library.inference.options import ImageOutputOptions
 from library.inference.png import save_png
 from library.inference.settings import ImageSettings
 from library.inference.sources import Sources, find_sources, prompts_of_images, read_mask, size_of_source
@@ -223,6 +225,27 @@ def test_finding_sources(tmp_path: Path) -> None:
     for wrong, message in (("gone", "no such file or folder"), ("empty", "holds no images")):
         with pytest.raises(UserError, match=f"--image_path .*{wrong}: .*{message}"):
             find_sources(tmp_path / wrong, "--image_path")
+
+
+def test_new_images_do_not_replace_their_sources(tmp_path: Path) -> None:
+    noise_image(tmp_path / "a.jpg", (64, 64))
+    (tmp_path / "out").mkdir()
+    for outdir in (tmp_path, tmp_path / "out"):
+        named = ImageOutputOptions(image_path=str(tmp_path), outdir=str(outdir), use_original_file_name=True)
+        assert len(Sources.of(named).images) == 1  # a.jpg becomes a.png
+    noise_image(tmp_path / "a.png", (64, 64))
+    assert len(Sources.of(named).images) == 2
+    with pytest.raises(
+        UserError, match=r"--use_original_file_name: .*a\.png .*would replace it; give another --outdir"
+    ):
+        Sources.of(replace(named, outdir=str(tmp_path / "out" / "..")))
+    assert len(Sources.of(replace(named, outdir=str(tmp_path), use_original_file_name=False)).images) == 2
+
+
+def test_several_images_of_one_source_have_names_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()  # of an older run
+    names = FileNames(tmp_path)
+    assert [names.once(stem).name for stem in ("a", "b", "a", "a")] == ["a.png", "b.png", "a_2.png", "a_3.png"]
 
 
 def test_the_size_of_an_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
