@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the repository is one folder up
@@ -79,6 +80,7 @@ def main(args: argparse.Namespace) -> None:
     files = {name: TensorFile.open(path) for name, path in parts.items()}
     if not any("joint_blocks." in name for name in files["dit"].shapes):
         raise UserError(f"--dit {parts['dit']}: not a Stable Diffusion 3 transformer (no joint_blocks.)")
+    _check_clips(parts, {name: file.shapes for name, file in files.items()})
     places: dict[str, tuple[str, str]] = {}
     for part, file in files.items():
         prefix, known = PREFIXES[part]
@@ -101,6 +103,24 @@ def main(args: argparse.Namespace) -> None:
     infos = {whole: tensor_info(saved(whole), files[part].shapes[name]) for whole, (part, name) in places.items()}
     write_streamed(target, infos, read, read_header(parts["dit"]).metadata)
     logger.info("%d tensors of %s written to %s", len(places), ", ".join(parts), target)
+
+
+def _check_clips(parts: Mapping[str, Path], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    """Raise UserError where a text encoder is none, or CLIP-L and CLIP-G are exchanged: their names are the same."""
+    widths = {}
+    for part in ("clip_l", "clip_g", "t5xxl"):
+        if part not in parts:
+            continue
+        ending = "token_embedding.weight" if part.startswith("clip") else "shared.weight"
+        found = [shape for name, shape in shapes[part].items() if name.endswith(ending)]
+        if not found:
+            raise UserError(f"--{part} {parts[part]}: not this text encoder (no {ending})")
+        widths[part] = found[0][-1]
+    if widths.get("clip_l", 0) >= widths.get("clip_g", 1 << 30):
+        raise UserError(
+            f"--clip_l {parts['clip_l']} is not narrower than --clip_g {parts['clip_g']} ({widths['clip_l']} and "
+            f"{widths['clip_g']}); exchange them"
+        )
 
 
 if __name__ == "__main__":

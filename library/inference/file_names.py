@@ -39,8 +39,11 @@ class FileNames:
             self._number = max((int(match[1]) for match in taken if match), default=0)
 
     def named(self, name: str) -> Path:
-        """Return the path of a file of the user's own name; an older image of that name is replaced."""
-        return self._directory / name
+        """Return the path of a file of the user's own name; an older image of that name is replaced.
+
+        The ending ``.png`` is added if it is missing.
+        """
+        return self._directory / (name if name.lower().endswith(".png") else f"{name}.png")
 
     def once(self, stem: str) -> Path:
         """Return ``<stem>.png``, and ``<stem>_2.png`` and so on for further images of this run."""

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from library.config.toml_file import load_toml
@@ -113,6 +113,13 @@ def _path(value: str) -> str:
     return value
 
 
+def _name_below(value: str) -> str:
+    path = PurePath(_path(value))
+    if path.is_absolute() or ".." in path.parts or path.anchor:
+        raise ValueError("a name below --outdir is needed")
+    return value
+
+
 def _whole(value: str) -> int:
     if not re.fullmatch(r"[0-9]+", value):
         raise ValueError("a whole number is needed")
@@ -193,7 +200,7 @@ IMAGE_OPTIONS = (
     PromptOption("l", "scale", _number),
     PromptOption("n", "negative_prompt", _text),
     PromptOption("am", "multipliers", _list_of(_number)),
-    PromptOption("f", "file_name", _path),
+    PromptOption("f", "file_name", _name_below),
     PromptOption("t", "strength", _share, own=True),
     PromptOption("nl", "negative_scale", _number_or_none, own=True),
     PromptOption("ow", "original_width", _whole, own=True),

@@ -245,6 +245,8 @@ def test_new_images_do_not_replace_their_sources(tmp_path: Path) -> None:
 def test_several_images_of_one_source_have_names_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()  # of an older run
     names = FileNames(tmp_path)
+    assert names.named("cats/own") == tmp_path / "cats" / "own.png"
+    assert names.named("own.PNG") == tmp_path / "own.PNG"
     assert [names.once(stem).name for stem in ("a", "b", "a", "a")] == ["a.png", "b.png", "a_2.png", "a_3.png"]
 
 

@@ -253,6 +253,8 @@ def test_image_prompt_line() -> None:
         ("p --DSR 2", "--dsr 2: a number above 0"),
         ("p --ow 6.5", "--ow 6.5: a whole number"),
         ("p --f", "--f: a file"),
+        ("p --f ../cat.png", "--f ../cat.png: a name below --outdir"),
+        ("p --f /cat.png", "--f /cat.png: a name below --outdir"),
         ("p --ss ddim", "unknown option --ss"),
         ("p --d 1,x", "whole number"),
         ("p --am", "number"),

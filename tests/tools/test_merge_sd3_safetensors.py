@@ -39,6 +39,8 @@ def test_parts_apart_become_the_whole_model(tmp_path: Path) -> None:
 
 def test_precision_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = make_tiny_sd3(tmp_path / "m", t5=False)
+    apart = make_tiny_sd3(tmp_path / "apart", apart=True)
+    small, large, out = apart.apart["clip_l"], apart.apart["clip_g"], tmp_path / "out.safetensors"
     target = tmp_path / "half.safetensors"
     run("--dit", made.path, "--save_precision", "fp16", "--output", target)
     assert {tensor.dtype for tensor in load_file(target).values()} == {torch.float16}
@@ -46,6 +48,9 @@ def test_precision_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("--dit", tmp_path / "none.safetensors"), "no such file"),
         (("--dit", made.path, "--save_precision", "fp17"), "--save_precision fp17: unknown"),
         (("--dit", made.path, "--output", made.path), "--output"),
+        (("--dit", apart.path, "--clip_l", large, "--clip_g", small, "--output", out), "exchange them"),
+        (("--dit", apart.path, "--t5xxl", small, "--output", out), "not this text encoder (no shared.weight)"),
+        (("--dit", apart.path, "--clip_l", apart.path, "--output", out), "not this text encoder"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run(*words)

@@ -211,11 +211,19 @@ def no_second_copy(o: Any, facts: Facts) -> Iterator[Finding]:
     "learning_rate_te",
     "learning_rate_te1",
     "learning_rate_te2",
-    "stop_text_encoder_training",
     reason="where no text encoder is trained; --train_text_encoder trains them",
 )
 def text_is_frozen(o: Any) -> bool:
     return not o.full.train_text_encoder
+
+
+@idle(
+    "stop_text_encoder_training",
+    reason="where no text encoder is trained; --train_text_encoder trains them",
+)
+def nothing_to_stop(o: Any) -> bool:
+    # 0 or less is itself the wish that none is trained
+    return not o.full.train_text_encoder and (o.full.stop_text_encoder_training or 0) > 0
 
 
 @idle("mem_eff_save", reason="as models are written tensor by tensor in any case")
@@ -233,7 +241,7 @@ _SWAP = "moving blocks to host memory is not supported yet; use --gradient_check
 DECLARATION = Declaration(
     groups={"full": FullOptions},
     rules=(trained_encoders, something_to_train, blocks, forms, fused, stops, no_second_copy),
-    idle=(text_is_frozen, saves_are_streamed, captions_are_padded),
+    idle=(text_is_frozen, nothing_to_stop, saves_are_streamed, captions_are_padded),
     refused={"double_blocks_to_swap": _SWAP, "single_blocks_to_swap": _SWAP},
     unused={
         **dict.fromkeys(("fp8_base", "fp8_base_unet"), "where whole models are trained, for which fp8 is too coarse"),

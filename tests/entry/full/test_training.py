@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from library.training.kinds.full_options import nothing_to_stop
 from library.training.run_hooks import RunHooks
 from tests.fixtures.runs import logged, metadata_of
 from tests.fixtures.whole import Whole
@@ -107,6 +109,19 @@ def test_the_text_encoder_stops(tmp_path: Path, train_db: Whole, dataset: Path) 
     assert all(name.startswith("model.diffusion_model.") for name in changed(then, end))
     train_db.train(dataset, tmp_path / "never", stop_text_encoder_training=-1)
     assert all(name.startswith("model.") for name in changed(before, weights(tmp_path / "never")))
+
+
+def test_zero_is_the_wish_that_no_text_encoder_is_trained() -> None:
+    """It is no option without effect, but one above 0 is, where none is trained."""
+    for stop, trained, idle in (
+        (0, False, False),
+        (-1, False, False),
+        (None, False, False),
+        (5, False, True),
+        (5, True, False),
+    ):
+        options = SimpleNamespace(full=SimpleNamespace(train_text_encoder=trained, stop_text_encoder_training=stop))
+        assert bool(nothing_to_stop.applies(options)) is idle
 
 
 def test_learning_rates_of_blocks(tmp_path: Path, sdxl_train: Whole, dataset: Path) -> None:
