@@ -15,18 +15,10 @@ from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
 from library.diffusion.objective import FLOW_SAMPLERS
 from library.errors import UserError
-from library.inference.failures import naming_memory
 from library.inference.flux_options import SIZE_STEP, FluxImageOptions, FluxInferenceOptions, part_dtypes
-from library.inference.interactive import generate_lines
 from library.inference.messages import for_images
-from library.inference.minimal import (
-    MEMORY_REMEDY,
-    ImageSession,
-    MinimalModel,
-    MinimalOptions,
-    ModelPart,
-)
-from library.inference.prompt_line import ImagePrompt, parse_flux_prompt
+from library.inference.minimal import MinimalModel, ModelPart, generate_for
+from library.inference.prompt_line import parse_flux_prompt
 from library.inference.settings import ImageSettings
 
 logger = logging.getLogger(__name__)
@@ -46,24 +38,9 @@ def draw_images(options: FluxInferenceOptions, lines: TextIO | None = None) -> l
         UserError: wrong or missing files; errors of typed prompts are printed, and the next prompt is read.
     """
     setup_console(ConsoleOptions())
-    session = ImageSession(
-        open_model(options),
-        MinimalOptions(
-            lora_weights=options.networks.lora_weights,
-            merge_lora_weights=options.networks.merge_lora_weights,
-            offload=options.precision.offload,
-            output_dir=Path(options.image.output_dir),
-            seed=options.image.seed,
-        ),
-    )
-    if not options.image.interactive:
-        if re.search(r"\s--[a-z]", options.image.prompt):
-            logger.warning("--prompt is taken as it is; options within a prompt are read with --interactive only")
-        with naming_memory(MEMORY_REMEDY):
-            return [session.draw(ImagePrompt(options.image.prompt))]
-    if options.image.prompt != FluxImageOptions.prompt:
-        logger.warning("--prompt has no effect with --interactive, which reads prompts from the keyboard")
-    return generate_lines(session, lines or sys.stdin, MEMORY_REMEDY)
+    if not options.image.interactive and re.search(r"\s--[a-z]", options.image.prompt):
+        logger.warning("--prompt is taken as it is; options within a prompt are read with --interactive only")
+    return generate_for(open_model(options), options, FluxImageOptions.prompt, lines or sys.stdin)
 
 
 def open_model(options: FluxInferenceOptions) -> MinimalModel:

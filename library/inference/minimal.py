@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from library.architectures.base import Architecture, Conditioning
 from library.errors import UserError
 from library.inference.adapter_files import adapt, open_adapters, read_choice
+from library.inference.failures import naming_memory
 from library.inference.file_names import FileNames, try_folder
 from library.inference.generate import decode_images, encode_texts, generate_latents
+from library.inference.interactive import generate_lines
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.part_dtypes import PartDtype
 from library.inference.parts import Parts
@@ -256,3 +258,35 @@ class ImageSession:
             if part.dtype.is_fp8:
                 store_in_fp8(model, self._device)
         return networks if merge else adapted()
+
+
+def generate_for(model: MinimalModel, options: Any, default_prompt: str, lines: TextIO) -> list[Path]:
+    """Generate the prompt of a script's command line, or with ``--interactive`` prompts that are typed.
+
+    Args:
+        options: of a script, with the groups ``image``, ``networks`` and ``precision``.
+        lines: source of typed prompts.
+
+    Returns:
+        the files, in the order they were written.
+
+    Raises:
+        UserError: wrong or missing files; errors of typed prompts are printed, and the next prompt is read.
+    """
+    image = options.image
+    session = ImageSession(
+        model,
+        MinimalOptions(
+            lora_weights=options.networks.lora_weights,
+            merge_lora_weights=options.networks.merge_lora_weights,
+            offload=options.precision.offload,
+            output_dir=Path(image.output_dir),
+            seed=image.seed,
+        ),
+    )
+    if not image.interactive:
+        with naming_memory(MEMORY_REMEDY):
+            return [session.draw(ImagePrompt(image.prompt))]
+    if image.prompt != default_prompt:
+        logger.warning("--prompt has no effect with --interactive, which reads prompts from the keyboard")
+    return generate_lines(session, lines, MEMORY_REMEDY)

@@ -13,19 +13,11 @@ from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
 from library.diffusion.objective import FLOW_SAMPLERS
 from library.errors import UserError
-from library.inference.failures import naming_memory
-from library.inference.interactive import generate_lines
 from library.inference.messages import for_images
-from library.inference.minimal import (
-    MEMORY_REMEDY,
-    ImageSession,
-    MinimalModel,
-    MinimalOptions,
-    ModelPart,
-)
+from library.inference.minimal import MinimalModel, ModelPart, generate_for
 from library.inference.minimal_options import SIZE_STEP
 from library.inference.part_dtypes import read_part_dtypes
-from library.inference.prompt_line import ImagePrompt, parse_flux_prompt
+from library.inference.prompt_line import parse_flux_prompt
 from library.inference.sd3_options import SD3ImageOptions, SD3InferenceOptions
 from library.inference.settings import ImageSettings
 
@@ -48,22 +40,7 @@ def generate_images(options: SD3InferenceOptions, lines: TextIO | None = None) -
         UserError: wrong or missing files; errors of typed prompts are printed, and the next prompt is read.
     """
     setup_console(ConsoleOptions())
-    session = ImageSession(
-        open_model(options),
-        MinimalOptions(
-            lora_weights=options.networks.lora_weights,
-            merge_lora_weights=options.networks.merge_lora_weights,
-            offload=options.precision.offload,
-            output_dir=Path(options.image.output_dir),
-            seed=options.image.seed,
-        ),
-    )
-    if not options.image.interactive:
-        with naming_memory(MEMORY_REMEDY):
-            return [session.draw(ImagePrompt(options.image.prompt))]
-    if options.image.prompt != SD3ImageOptions.prompt:
-        logger.warning("--prompt has no effect with --interactive, which reads prompts from the keyboard")
-    return generate_lines(session, lines or sys.stdin, MEMORY_REMEDY)
+    return generate_for(open_model(options), options, SD3ImageOptions.prompt, lines or sys.stdin)
 
 
 def open_model(options: SD3InferenceOptions) -> MinimalModel:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.architectures.flux.diffusers_layout import diffusers_plan, join
+from library.architectures.common.joined_layout import join
+from library.architectures.flux.diffusers_layout import diffusers_plan
 from library.files.safetensors_io import read_header
 from tests.fixtures.file_tools import ROOT, TOOLS, saved, words_of
 from tests.fixtures.tiny_flux_files import delta, tiny_lora, tiny_shapes, tiny_state

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.architectures.common.joined_layout import join
 from library.architectures.flux.diffusers_layout import (
     diffusers_plan,
-    join,
     open_diffusers_transformer,
     open_transformer,
     published_plan,

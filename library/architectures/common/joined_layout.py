@@ -6,7 +6,7 @@ either can be streamed from the other, tensor by tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,18 +52,23 @@ def published_plan(pairs: Sequence[Pair], shapes: Shapes, *, title: str, unused:
         UserError: a tensor is missing or unknown; the message does not name the file.
     """
     expected = {part for pair in pairs for part in pair.parts}
-    if missing := sorted(expected - shapes.keys()):
+    known = {name: shape for name, shape in shapes.items() if not name.startswith(unused or ("\0",))}
+    check_complete(known, expected, title=title, layout="diffusers")
+    return {pair.published: tuple(_rows(pair, shapes)) for pair in pairs}
+
+
+def check_complete(names: Collection[str], expected: Set[str], *, title: str, layout: str) -> None:
+    """Raise UserError, without the file's name, where tensors of a transformer are missing or unknown."""
+    if missing := sorted(expected - set(names)):
         raise UserError(
             f"{len(missing)} of the {len(expected)} tensors of a {title} transformer are missing, the first is "
             f"{missing[0]}; the file is incomplete or of another model, download it again"
         )
-    unknown = sorted(name for name in shapes.keys() - expected if not name.startswith(unused or ("\0",)))
-    if unknown:
+    if unknown := sorted(set(names) - expected):
         raise UserError(
-            f"{unknown[0]} is no tensor of a {title} transformer in the diffusers layout"
+            f"{unknown[0]} is no tensor of a {title} transformer in the {layout} layout"
             f"{did_you_mean(unknown[0], expected)}; the model is of another kind"
         )
-    return {pair.published: tuple(_rows(pair, shapes)) for pair in pairs}
 
 
 def _rows(pair: Pair, shapes: Shapes) -> Iterator[Rows]:

@@ -12,6 +12,7 @@ import torch
 from library.architectures.common import clip
 from library.architectures.common.checkpoint import locate_model
 from library.architectures.common.diffusers_folder import read_json
+from library.architectures.common.joined_layout import JoinedFile
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import recognise_pipeline, recognise_tensors, refuse_scaled
@@ -20,7 +21,6 @@ from library.architectures.common.sources import clip_prefix, in_file
 from library.architectures.common.tensor_files import Shapes, TensorFile, WeightFile
 from library.architectures.flux.chroma import Chroma
 from library.architectures.flux.diffusers_layout import (
-    DiffusersTransformer,
     in_diffusers_layout,
     open_transformer,
 )
@@ -76,7 +76,7 @@ def inspect_transformer(path_or_id: str) -> TransformerCheckpoint:
         if not in_diffusers_layout(file.shapes):
             return transformer_in(file)
     opened = open_transformer(path)
-    if isinstance(opened, DiffusersTransformer):
+    if isinstance(opened, JoinedFile):
         return in_file(path, lambda found: described(found, published_layout(), found.shapes), opened)
     return transformer_in(opened)
 

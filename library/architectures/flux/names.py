@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+
+from library.architectures.common.joined_layout import Pair
 
 DEV, SCHNELL, CHROMA = "dev", "schnell", "chroma"
 TITLES = {DEV: "FLUX.1 dev", SCHNELL: "FLUX.1 schnell", CHROMA: "Chroma"}
@@ -117,14 +118,6 @@ class Variant:
 
 def _count(names: Iterable[str], pattern: str) -> int:
     return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)
-
-
-class Pair(NamedTuple):
-    """One published tensor and diffusers' tensors whose rows it holds."""
-
-    published: str
-    parts: tuple[str, ...]
-    halves_swapped: bool = False
 
 
 def tensor_pairs(variant: Variant) -> Iterator[Pair]:

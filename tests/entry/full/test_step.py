@@ -113,7 +113,8 @@ def test_a_step_of_train_db(tmp_path: Path, train_db: Whole, dataset: Path, monk
 
 @pytest.mark.parametrize("kind", ["dev", pytest.param("chroma", marks=pytest.mark.slow)])
 def test_a_step_of_flux_train(tmp_path: Path, drawn: Drawn, kind: str) -> None:  # noqa: F811
-    from library.architectures.flux.diffusers_layout import diffusers_plan, join
+    from library.architectures.common.joined_layout import join
+    from library.architectures.flux.diffusers_layout import diffusers_plan
 
     made = make_tiny_flux(tmp_path / "model", model=kind)
     data = write_dataset(tmp_path / "d.toml", images(tmp_path / "images"), dataset="batch_size = 2")
