@@ -239,9 +239,19 @@ def _merge(args: argparse.Namespace) -> None:
     merging.merge_into_model(model, changes, target, computing, flag="--save_to", title=family.title, metadata=metadata)
 
 
+def _check_ranks(args: argparse.Namespace) -> None:
+    """Raise UserError, with the flags of this program, for ranks that are impossible."""
+    for flag, rank in (("--rank", args.rank), ("--conv_rank", args.conv_rank)):
+        if rank is not None and rank < 1:
+            raise UserError(f"{flag} {rank}: the rank is at least 1")
+
+
 def _resize(args: argparse.Namespace) -> None:
     from networks import resize_lora
 
+    _check_ranks(args)
+    if (args.method is None) != (args.parameter is None):
+        raise UserError("--method and --parameter go together: give both, or none")
     words = ["--model", args.file, "--save_to", args.save_to, "--new_rank", str(args.rank)]
     words += _given(
         ("--new_conv_rank", args.conv_rank),
@@ -258,6 +268,7 @@ def _extract(args: argparse.Namespace) -> None:
     from library.files.precisions import COMPUTE, parse_precision
     from networks.files.extracting import Extraction, check_sizes, open_pair, run_extraction
 
+    _check_ranks(args)
     wanted = Extraction(
         before=Path(args.before),
         after=Path(args.after),

@@ -61,7 +61,7 @@ def read_block_weights(texts: Sequence[str] | None, files: int) -> list[BlockWei
     if not texts:
         return [None] * files
     if len(texts) != files:
-        raise UserError(f"--lbws: {len(texts)} lists for {files} files of --models; one for each")
+        raise UserError(f"--lbws: {len(texts)} lists for {files} files; give one for each")
     read = []
     for text in texts:
         try:

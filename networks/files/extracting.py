@@ -55,7 +55,7 @@ def open_pair(wanted: Extraction) -> tuple[Model, Model]:
     """Open both models, before anything is computed. Raises UserError for what cannot work."""
     check_target(wanted.target, "--save_to", sources=[wanted.before, wanted.after])
     if wanted.before.resolve() == wanted.after.resolve():
-        raise UserError(f"--model_org and --model_tuned are both {wanted.before}; nothing to extract")
+        raise UserError(f"the two models are both {wanted.before}; there is nothing to extract")
     before, after = (open_model(path, mapped=wanted.mapped) for path in (wanted.before, wanted.after))
     check_target(wanted.target, "--save_to", sources=before.files | after.files)
     return before, after

@@ -59,7 +59,7 @@ def checked_ratios(models: Sequence[str] | None, ratios: Sequence[float] | None)
         raise UserError("--models: name at least one LoRA file")
     ratios = list(ratios or [1.0] * len(models))
     if len(ratios) != len(models):
-        raise UserError(f"--ratios: {len(ratios)} numbers for {len(models)} files of --models; one for each")
+        raise UserError(f"--ratios: {len(ratios)} numbers for {len(models)} files; give one for each")
     if not all(map(math.isfinite, ratios)):
         raise UserError(f"--ratios {' '.join(map(str, ratios))}: must be finite numbers")
     return ratios

@@ -188,6 +188,7 @@ def test_templates_replace_captions(
         ({"token_string": "cat"}, '--token_string cat: "cat" is a known word already'),
         ({"token_string": "absent"}, "--token_string absent: no caption has this word"),
         ({"init_word": None}, "--init_word: name a known word"),
+        ({"num_vectors_per_token": 76}, "--num_vectors_per_token 76: a caption has 75 tokens"),
         ({"num_vectors_per_token": 0}, "--num_vectors_per_token 0: must be at least 1"),
         ({"cache_text_encoder_outputs": True}, "--cache_text_encoder_outputs: not for textual inversion"),
         ({"use_object_template": True, "use_style_template": True}, "exclude each other"),

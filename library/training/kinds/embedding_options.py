@@ -53,6 +53,12 @@ def word(o: Any, facts: Facts) -> Iterator[Finding]:
     if not own.init_word and not own.weights:
         yield error("--init_word: name a known word to start from, e.g. cat, or a file with --weights")
     yield from no_file("weights", own.weights)
+    room = o.model.max_token_length or 75
+    if own.num_vectors_per_token > room:
+        yield error(
+            f"--num_vectors_per_token {own.num_vectors_per_token}: a caption has {room} tokens, one for each vector; "
+            "give fewer (up to 16 is usual), or --max_token_length"
+        )
     if own.use_object_template and own.use_style_template:
         yield error("--use_object_template and --use_style_template exclude each other: give one")
 
