@@ -148,7 +148,7 @@ def without_dropped(encoded: Conditioning, dropouts: Dropouts, draw: Draw) -> Co
 def context_of(conditioning: Conditioning, width: int) -> Tensor:
     """Return CLIP's states, padded with zeros to T5's width, followed by T5's: (B, 77 + T, D).
 
-    Without T5, 77 rows of zeros are used instead, as in diffusers' pipeline.
+    Without T5, 77 rows of zeros are used instead, as published; diffusers' pipeline takes ``max_sequence_length`` rows.
     """
     clip = conditioning["lg_out"]
     clip = F.pad(clip, (0, width - clip.shape[-1]))
