@@ -12,7 +12,6 @@ from networks.file_names import PEFT_ROOT
 
 #: names that only files of unsupported families hold
 _OTHERS = {
-    "joint_blocks": "Stable Diffusion 3",
     "img_mlp_fc1": "HunyuanImage",
     "img_mod_linear": "HunyuanImage",
     "context_refiner": "Lumina",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import UserError
@@ -450,7 +450,8 @@ PLAIN = linear(random(2, 8), random(24, 2), 2.0)
         (named("oft_unet_x", {"oft_blocks": random(2, 3, 3)}), "comfyui", "oft_unet_x.alpha is missing"),
         (named("oft_unet_down_blocks_0_attentions_0_proj_in", {"oft_blocks": random(2, 3, 3), "alpha": random(1)}), "diffusers",
          "for plain LoRA and DoRA only"),
-        (named("lora_unet_joint_blocks_0_x", PLAIN), "comfyui", "made for Stable Diffusion 3"),
+        (named("lora_unet_cap_embedder_1", PLAIN), "comfyui", "made for Lumina"),
+        (named("lora_unet_joint_blocks_0_x", PLAIN), "comfyui", "no module of Stable Diffusion 3"),
         (named("unet.mid_block.attentions.0.proj_in", PLAIN), "kohya", "say which with --family"),
         (named(SD_Q, linear(random(2, 8) / 0, random(24, 2), 2.0)), "comfyui", "holds NaN or infinity"),
     ],
@@ -461,6 +462,24 @@ def test_what_cannot_be_converted_is_named(tmp_path, tensors, to, message):
         convert(source, tmp_path / "b.safetensors", to)
     assert "\n" not in str(error.value) and "a.safetensors" in str(error.value) or "finite" in message
     assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_stable_diffusion_3_there_and_back(tmp_path):
+    """The metadata tell its diffusers' names from those of FLUX.1."""
+    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    tensors = named(name, linear(random(2, 8), random(24, 2), 2.0))
+    source = tmp_path / "a.safetensors"
+    save_file(tensors, source, {"modelspec.architecture": "stable-diffusion-3-medium/lora"})
+    convert(source, tmp_path / "b.safetensors", "diffusers")
+    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya")
+    assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in load_file(tmp_path / "b.safetensors")
+    back = load_file(tmp_path / "c.safetensors")
+    assert back.keys() == tensors.keys()
+    first, second = (
+        file[f"{name}.lora_up.weight"] @ file[f"{name}.lora_down.weight"] * (float(file[f"{name}.alpha"]) / rank)
+        for file, rank in ((tensors, 2), (back, len(back[f"{name}.lora_down.weight"])))
+    )
+    torch.testing.assert_close(first, second)
 
 
 def test_paths_are_checked_first(tmp_path):
