@@ -12,6 +12,7 @@ from library.architectures.signs import Recognised, Sign
 from library.errors import UserError
 
 _WITH_BASE = "give the base model here and this file with --network_weights"
+_UNSUPPORTED = "this family is not supported yet; give a model of another"
 #: compared before the signs of the families
 _FIRST = (
     Sign(("lora_",), Recognised("a LoRA file, not a base model", _WITH_BASE)),
@@ -19,9 +20,9 @@ _FIRST = (
     # models of unsupported families, whose names resemble those of others
     Sign(
         ("txt_in.individual_token_refiner.",),
-        Recognised("a HunyuanImage model", "use hunyuan_image_train_network.py"),
+        Recognised("a HunyuanImage model", _UNSUPPORTED),
     ),
-    Sign(("cap_embedder.",), Recognised("a Lumina Image 2.0 model", "use lumina_train_network.py")),
+    Sign(("cap_embedder.",), Recognised("a Lumina Image 2.0 model", _UNSUPPORTED)),
 )
 #: compared after the signs of the families
 _LAST = (
@@ -47,8 +48,8 @@ _LAST = (
 
 #: see ``About.pipelines``
 _OTHER_PIPELINES: tuple[tuple[str, Recognised], ...] = (
-    ("Lumina", Recognised("a Lumina model", "use lumina_train_network.py")),
-    ("HunyuanImage", Recognised("a HunyuanImage model", "use hunyuan_image_train_network.py")),
+    ("Lumina", Recognised("a Lumina model", _UNSUPPORTED)),
+    ("HunyuanImage", Recognised("a HunyuanImage model", _UNSUPPORTED)),
 )
 
 
