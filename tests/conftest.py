@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # as library/__init__.py sets it: scripts that tests start then have the environment of the fork server
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# what starts the tests may ignore signals (nohup, a job of a shell); scripts under test would inherit that
+for _number in ("SIGHUP", "SIGINT", "SIGTERM"):
+    _signal = getattr(signal, _number, None)
+    if _signal is not None and signal.getsignal(_signal) == signal.SIG_IGN:
+        signal.signal(_signal, signal.default_int_handler if _number == "SIGINT" else signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -123,7 +123,7 @@ def test_it_trains_resumes_reloads_and_draws(tmp_path: Path, tiny: Tiny, dataset
         apply_networks([choice], models, merge=True, **settings)
         torch.testing.assert_close(outputs(models), applied, atol=1e-4, rtol=1e-3)
     else:
-        with pytest.raises(UserError, match="rightly only where alpha is the rank"):
+        with pytest.raises(UserError, match="correctly only where alpha is the rank"):
             apply_networks([choice], models, merge=True, **settings)
 
 

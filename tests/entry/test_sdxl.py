@@ -65,7 +65,7 @@ def test_rates_and_long_captions_of_both_encoders(
         "clip_skip": 2,
     }
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "second", **more), script=SCRIPT)
-    assert "--clip_skip has no effect as SDXL always takes the last but one layer" in capsys.readouterr().err
+    assert "--clip_skip has no effect as SDXL always uses the last but one layer" in capsys.readouterr().err
     trained = load_file(tmp_path / "second" / "tiny.safetensors")
     assert any("lora_unet_input_blocks_4_1" in name for name in trained)
     moved = {name.split("_")[1] for name, tensor in trained.items() if "lora_up" in name and tensor.any()}
@@ -82,11 +82,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     numbers: list[tuple[int, ...]] = []
     predict = StableDiffusionXL.predict
 
-    def spy(self, denoiser, noisy, timesteps, conditioning):
+    def spy(self, denoiser, noisy, timesteps, conditioning, control=None):
         height, width = (8 * side for side in noisy.shape[-2:])
         assert conditioning["sizes"][:, 4:].tolist() == [[height, width]] * len(noisy)
         numbers.extend(tuple(row) for row in conditioning["sizes"].tolist())
-        return predict(self, denoiser, noisy, timesteps, conditioning)
+        return predict(self, denoiser, noisy, timesteps, conditioning, control)
 
     monkeypatch.setattr(StableDiffusionXL, "predict", spy)
     return numbers
@@ -194,9 +194,9 @@ def test_v_prediction_with_zero_terminal_snr_from_a_folder(
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     predict = StableDiffusionXL.predict
 
-    def spy(self, denoiser, noisy, timesteps, conditioning):
+    def spy(self, denoiser, noisy, timesteps, conditioning, control=None):
         assert timesteps.tolist() == [999]
-        said = predict(self, denoiser, noisy, timesteps, conditioning)
+        said = predict(self, denoiser, noisy, timesteps, conditioning, control)
         seen.append((noisy.detach().clone(), said.detach().clone()))
         return said
 

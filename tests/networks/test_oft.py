@@ -214,4 +214,4 @@ def test_a_learning_rate_of_text_encoders_is_passed_over(tiny_text_encoder, tiny
     network = create_network(1.0, 4, 1e-3, None, tiny_text_encoder, tiny_unet)
     groups, _ = network.prepare_optimizer_params_with_multiple_te_lrs([1e-4], 1e-4, 1e-3)
     assert {group["lr"] for group in groups} == {1e-4}
-    assert caplog.messages == ["--text_encoder_lr has no effect: networks.oft adapts no text encoder"]
+    assert caplog.messages[-1] == "--text_encoder_lr has no effect: networks.oft adapts no text encoder"
