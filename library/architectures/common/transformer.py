@@ -31,3 +31,10 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         shift: (B, 1, D); ``scale`` too.
     """
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn neighbouring pairs of features (B, L, H, d) by cosines and sines that broadcast to (B, L, H, d/2)."""
+    cos, sin = turn
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, L, H, d/2) each
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, check_backend
+from library.architectures.common.transformer import modulated_norm, rotate
 from library.architectures.flux.controlnet import residuals
 from library.architectures.flux.packing import pack_latents, unpack_latents
 from library.architectures.flux.sizes import PATCH, FluxSizes
@@ -69,13 +70,6 @@ def rotation(
     return turned.cos().float(), turned.sin().float()
 
 
-def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """Turn neighbouring pairs of features, (B, L, H, d)."""
-    cos, sin = turn
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, L, H, d/2) each
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
-
-
 class MLPEmbedder(nn.Module):
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
@@ -117,11 +111,6 @@ class Modulation(nn.Module):
 
     def forward(self, vector: Tensor) -> Tensor:
         return self.lin(F.silu(vector)).unflatten(-1, (self.parts, -1))
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without weights of its own (Peebles & Xie 2023, "adaLN", arXiv:2212.09748); shift, scale (B, 1, D)."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
 
 
 def parts_of(modulation: Tensor) -> tuple[Tensor, ...]:

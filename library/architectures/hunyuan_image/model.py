@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, check_backend
-from library.architectures.common.transformer import modulated_norm
+from library.architectures.common.transformer import modulated_norm, rotate
 from library.architectures.hunyuan_image.sizes import HunyuanSizes
 from library.architectures.hunyuan_image.text_blocks import (
     MLP,
@@ -50,13 +50,6 @@ def rotation(rows: int, columns: int, axes: tuple[int, int], device: Any) -> Rot
         angles.append(position.reshape(-1, 1) * ROPE_THETA**-powers)  # (N, width/2)
     turned = torch.cat(angles, dim=1)[:, None]  # (N, 1, d/2)
     return turned.cos().float(), turned.sin().float()
-
-
-def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """Turn neighbouring pairs of features, (B, N, H, d)."""
-    cos, sin = turn
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, H, d/2) each
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

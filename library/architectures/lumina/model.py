@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, check_backend
-from library.architectures.common.transformer import sinusoids
+from library.architectures.common.transformer import rotate, sinusoids
 from library.architectures.lumina.sizes import PATCH, NextDiTSizes
 
 #: of the norms of blocks, captions, queries and keys
@@ -49,13 +49,6 @@ def rotation(positions: Tensor, axes: Sequence[int]) -> Rotation:
         angles.append(positions[..., axis, None] * ROPE_THETA**-powers)  # (B, L, width/2)
     turned = torch.cat(angles, dim=-1)[:, :, None]  # (B, L, 1, d/2)
     return turned.cos().float(), turned.sin().float()
-
-
-def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """Turn neighbouring pairs of features, (B, L, H, d)."""
-    cos, sin = turn
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, L, H, d/2) each
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 # ---- parts of blocks ----
