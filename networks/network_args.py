@@ -27,6 +27,16 @@ def read_bool(text: str) -> bool:
     raise ValueError("must be true or false")
 
 
+def is_switched_on(words: Iterable[str] | None, key: str) -> bool:
+    """Whether ``--network_args`` have ``key=True``; network modules refuse values that are not booleans."""
+    pairs = (word.partition("=") for word in words or ())
+    given = [value for name, _, value in pairs if name.strip() == key]
+    try:
+        return bool(given) and read_bool(given[-1])
+    except ValueError:
+        return False
+
+
 def read_rank(text: str) -> int:
     """Read a whole number from 0; 0 means no adapter."""
     try:

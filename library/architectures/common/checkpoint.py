@@ -47,6 +47,24 @@ def _path_hint(given: str) -> str:
     return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
+def locate_part(given: str, flag: str, subfolder: str) -> Path:
+    """Return the local file or folder that an option names for a part of the model; of a pipeline's folder its own.
+
+    Args:
+        subfolder: where a pipeline has the part.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return path / subfolder if (path / subfolder).is_dir() else path
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise UserError(f"{flag} {given}: no such file{did_you_mean(path.name, siblings)}")
+
+
 def locate_model(path_or_id: str, components: tuple[str, ...]) -> Path:
     """Return the file or folder of the base model, see ``locate``.
 

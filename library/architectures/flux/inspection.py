@@ -8,7 +8,7 @@ from pathlib import Path
 from library.architectures.base import ModelInfo
 from library.architectures.common import ae as vae
 from library.architectures.common import t5
-from library.architectures.common.checkpoint import MODEL_FLAG
+from library.architectures.common.checkpoint import MODEL_FLAG, locate_part
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.tokenizer_files import T5, locate_tokenizer
 from library.architectures.flux import checkpoint as files
@@ -16,7 +16,7 @@ from library.architectures.flux.checkpoint import TransformerCheckpoint
 from library.architectures.flux.controlnet import controlnet_source
 from library.architectures.flux.options import CHROMA, FluxModelOptions
 from library.architectures.flux.sizes import FluxSizes
-from library.errors import UserError, did_you_mean, naming
+from library.errors import UserError, naming
 from library.files.safetensors_io import is_pickle, read_header
 
 #: Hub repository (and sub-folder) of CLIP-L's tokenizer
@@ -58,11 +58,11 @@ def inspect_model(
         files.check_model_type(options.model_type, transformer)
     encoders, folders = [], []
     if not is_chroma:
-        path = _part(options.clip_l, "--clip_l", "text_encoder")
+        path = locate_part(options.clip_l or "", "--clip_l", "text_encoder")
         with naming("--clip_l", options.clip_l):
             encoders.append(files.clip_l_source(path))
         folders.append(locate_tokenizer((CLIP_TOKENIZER,), model_folder=path.parent, cache_dir=tokenizer_cache_dir))
-    path = _part(options.t5xxl, "--t5xxl", _t5_folder(options))
+    path = locate_part(options.t5xxl or "", "--t5xxl", _t5_folder(options))
     with naming("--t5xxl", options.t5xxl):
         encoders.append(t5.t5_source(path))
     # a pipeline with one encoder has its tokenizer in "tokenizer"
@@ -125,18 +125,6 @@ def with_own_parts(path_or_id: str, options: FluxModelOptions) -> FluxModelOptio
             names = read_header(path).tensors
         own = [part for part in wanted if any(name.startswith(prefixes[part]) for name in names)]
     return replace(options, **dict.fromkeys(own, str(path)))
-
-
-def _part(given: str | None, flag: str, subfolder: str) -> Path:
-    """Return the file or folder of an encoder that an option names, also within a pipeline's folder. Raises
-    UserError."""
-    path = Path(given or "").expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return path / subfolder if (path / subfolder).is_dir() else path
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise UserError(f"{flag} {given}: no such file{did_you_mean(path.name, siblings)}")
 
 
 def _check_widths(transformer: TransformerCheckpoint, encoders: list[ModelSource], options: FluxModelOptions) -> None:

@@ -10,7 +10,7 @@ from library.config import block_swap
 from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined, warning
 from library.config.fields import option
 from library.config.flow import FLOW
-from networks.network_args import read_bool
+from networks.network_args import is_switched_on
 
 FLUX, CHROMA = "flux", "chroma"
 
@@ -86,12 +86,7 @@ def chroma_mask(o: Any, facts: Facts) -> Iterator[Finding]:
 
 def trains_t5(network: Any) -> bool:
     """Whether ``--network_args`` has ``train_t5xxl=True``; the network module refuses wrong values."""
-    words = (word.partition("=") for word in network.network_args or [])
-    given = [value for name, _, value in words if name.strip() == "train_t5xxl"]
-    try:
-        return bool(given) and read_bool(given[-1])
-    except ValueError:
-        return False
+    return is_switched_on(network.network_args, "train_t5xxl")
 
 
 @idle("text_encoder_lr", reason="with Chroma, whose T5-XXL is trained with train_t5xxl=True in --network_args only")

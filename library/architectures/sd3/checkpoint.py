@@ -9,7 +9,7 @@ from typing import Any
 
 from library.architectures.base import ModelInfo
 from library.architectures.common import clip, t5
-from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, vae_at
+from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, locate_part, vae_at
 from library.architectures.common.diffusers_folder import read_json
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource
@@ -21,7 +21,7 @@ from library.architectures.common.tokenizer_files import T5, locate_tokenizer
 from library.architectures.sd3.names import PREFIX, SIGN, file_prefix, in_diffusers_layout, open_diffusers_transformer
 from library.architectures.sd3.options import SD3Options
 from library.architectures.sd3.sizes import MMDiTSizes, infer_sizes
-from library.errors import UserError, did_you_mean, naming
+from library.errors import UserError, naming
 
 COMPONENTS = (
     "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3",
@@ -135,7 +135,7 @@ def _text_encoders(path: Path, options: SD3Options) -> dict[str, ModelSource]:
         given = getattr(options, name)
         if given:
             with naming(f"--{name}", given):
-                place = _place(given, f"--{name}", subfolder)
+                place = locate_part(given, f"--{name}", subfolder)
                 found[name] = t5.t5_source(place) if name == "t5xxl" else _clip_source(name, open_weights(place))
         elif own is None and (path / subfolder).is_dir():
             place = path / subfolder
@@ -146,16 +146,6 @@ def _text_encoders(path: Path, options: SD3Options) -> dict[str, ModelSource]:
     if missing:
         raise UserError("\n".join(f"--{name}: {path} has none; name {name}.safetensors" for name in missing))
     return found
-
-
-def _place(given: str, flag: str, subfolder: str) -> Path:
-    path = Path(given).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return path / subfolder if (path / subfolder).is_dir() else path
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise UserError(f"{flag} {given}: no such file{did_you_mean(path.name, siblings)}")
 
 
 def _clip_source(name: str, file: WeightFile) -> ModelSource:

@@ -10,7 +10,7 @@ from library.config import block_swap
 from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
 from library.config.fields import option
 from library.config.flow import WEIGHTING
-from networks.network_args import read_bool
+from networks.network_args import is_switched_on
 
 if TYPE_CHECKING:
     import torch
@@ -95,13 +95,8 @@ class SD3Options:
 
 
 def trains_t5(network: Any) -> bool:
-    """Whether ``--network_args`` has ``train_t5xxl=True``; the network module refuses values that are not booleans."""
-    words = (word.partition("=") for word in getattr(network, "network_args", None) or [])
-    given = [value for name, _, value in words if name.strip() == "train_t5xxl"]
-    try:
-        return bool(given) and read_bool(given[-1])
-    except ValueError:
-        return False
+    """Whether ``--network_args`` has ``train_t5xxl=True``; the network module refuses wrong values."""
+    return is_switched_on(network.network_args, "train_t5xxl")
 
 
 def own_dtype(name: str | None) -> torch.dtype | None:
