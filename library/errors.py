@@ -21,7 +21,7 @@ INTERRUPTED_EXIT_CODE = 130  # as shells report Ctrl-C
 
 #: what torch, its allocators and the system say when memory runs out
 _NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory",
-              "can't start new thread", "Resource temporarily unavailable")  # fmt: skip
+              "can't start new thread", "Resource temporarily unavailable", "failed to map segment")  # fmt: skip
 #: what gloo and NCCL say when another process is gone
 _LOST_PROCESS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
@@ -118,9 +118,10 @@ def known_ending(error: BaseException) -> str:
             f"a name has characters that this locale's encoding ({sys.getfilesystemencoding()}) does not have: set "
             "LC_ALL=C.UTF-8 or PYTHONUTF8=1, or give another name"
         )
+    # packages that do not fit raise ImportError, or OSError without a number
+    if isinstance(error, (RuntimeError, ImportError, OSError)) and any(words in str(error) for words in _NO_MEMORY):
+        return _out_of_memory(first if isinstance(error, RuntimeError) else str(error).splitlines()[-1])
     if isinstance(error, RuntimeError):
-        if any(words in str(error) for words in _NO_MEMORY):
-            return _out_of_memory(first)
         if kinds & {"DistBackendError", "DistNetworkError"} or any(words in str(error) for words in _LOST_PROCESS):
             return (
                 "another process of this run has ended or cannot be reached; its own messages say why. Start all of "

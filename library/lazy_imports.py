@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from library.errors import exits_on_user_error
 
 
 class _Deferred(ModuleType):
@@ -83,3 +86,13 @@ def made_by(module: str, **makers: Callable[[], Any]) -> Callable[[str], Any]:
         return made
 
     return get
+
+
+@exits_on_user_error
+def run_trainer(trainer: Callable[[], type], args: argparse.Namespace) -> None:
+    """Import the trainer of a script and train.
+
+    Raises:
+        SystemExit: with code 2, after clear lines, also where memory ends while packages are imported.
+    """
+    trainer()().train(args)
