@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +42,25 @@ def is_clear(error: Exception) -> bool:
     on_meta = torch.get_default_device().type == "meta" or "meta tensor" in str(error)
     lacks_weights = isinstance(error, RuntimeError) and on_meta
     return lacks_weights or isinstance(error, (UserError, MemoryError, torch.cuda.OutOfMemoryError))
+
+
+def fault_of(module_name: str, error: Exception) -> str:
+    """Describe an error raised by the code of a third-party network; empty for any other.
+
+    The innermost function outside of torch decides: a network's forward pass may hand wrong shapes to torch.
+    """
+    module = sys.modules.get(module_name)
+    if is_ours(module_name) or is_clear(error) or module is None or not getattr(module, "__file__", None):
+        return ""
+    package = sys.modules.get(module_name.partition(".")[0], module)
+    # a module file of the user is the whole of it; a package is all of its folder
+    theirs = Path(str(package.__file__)).parent if hasattr(package, "__path__") else Path(str(module.__file__))
+    within_torch = Path(str(torch.__file__)).parent
+    frames = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    place = next((path for path in reversed(frames) if not path.is_relative_to(within_torch)), None)
+    if place is None or not place.is_relative_to(theirs):
+        return ""
+    return f"--network_module {module_name}: it failed during training: {describe(error)}"
 
 
 def describe(error: Exception) -> str:

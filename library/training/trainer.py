@@ -18,7 +18,7 @@ from library.config.config_file import origins_of
 from library.config.declaration import joined
 from library.config.explain import print_explanation
 from library.data.conditioning import Role
-from library.errors import exits_on_user_error
+from library.errors import UserError, exits_on_user_error
 from library.interrupt import Interrupt
 from library.training.debug_dataset import show_dataset
 from library.training.dry_run import dry_run
@@ -125,6 +125,11 @@ class Trainer:
                 on_nan=run.options.training.on_nan,
                 keeps_copies=loaded.kind.keeps_copies,
             )
+        except Exception as error:
+            if not (fault := loaded.kind.fault_of(error)):
+                raise
+            logger.debug("the whole traceback:", exc_info=error)
+            raise UserError(f"{fault}; --console_log_level DEBUG shows all of it") from error
         finally:
             hooks.close()
         if steps < run.plan.total_steps and not hooks.is_over():

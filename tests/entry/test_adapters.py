@@ -154,6 +154,22 @@ def test_a_network_module_of_anyone_s(
     assert_same(rest / "tiny.safetensors", whole / "tiny.safetensors")
 
 
+def test_its_failure_in_the_forward_pass_is_one_line(
+    tmp_path: Path,
+    tiny_sd: MadeCheckpoint,
+    dataset: Path,
+    plug_in: dict[str, object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tmp_path / "shift_network.py"
+    source.write_text(PLUG_IN.replace("+ self.shift", "+ torch.cat([self.shift, self.shift])"))
+    with pytest.raises(SystemExit) as ended:
+        train_here(*lora_arguments(tiny_sd, dataset, tmp_path / "out", **plug_in))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and "shift_network: it failed during training: RuntimeError: The size of" in line
+    assert "shift_network.py:" in line
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

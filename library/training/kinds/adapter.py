@@ -28,7 +28,7 @@ from library.training.network_module import NetworkModule
 from library.training.precision import cast_trained, trained_dtype
 from networks.merge_together import merge_together
 from networks.third_party import refuse_wrong_merge, text_argument
-from networks.third_party_trial import check_states, keep_states_plain, try_saving
+from networks.third_party_trial import check_states, fault_of, keep_states_plain, try_saving
 
 logger = logging.getLogger(__name__)
 
@@ -267,6 +267,9 @@ class Adapter(Kind[TrainNetworkOptions]):
         scaled, mean, maximum = self._network.apply_max_norm_regularization(limit, device)
         norms = {"max_norm/keys_scaled": scaled, "norm/avg_key_norm": mean, "max_norm/max_key_norm": maximum}
         return {name: torch.as_tensor(value, device=device) for name, value in norms.items()}
+
+    def fault_of(self, error: Exception) -> str:
+        return fault_of(self._module.module.__name__, error)
 
     # ---- files and records ----
 

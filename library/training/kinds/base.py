@@ -240,6 +240,10 @@ class Kind(ABC, Generic[O]):
         for module in self.modules():
             module.train(training)
 
+    def fault_of(self, error: Exception) -> str:
+        """Return one line on an error that code of another project raised in training; empty for any other."""
+        return ""
+
     # ---- files and records ----
 
     @abstractmethod
