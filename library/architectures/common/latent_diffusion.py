@@ -17,12 +17,14 @@ from library.architectures.base import (
     Architecture,
     BlockNumbering,
     CaptionLength,
+    Conditioning,
     Control,
     LoraTarget,
     ModelInfo,
 )
 from library.architectures.common import clip, clip_text, kl_vae, ldm_unet
 from library.architectures.common.checkpoint import vae_identity
+from library.architectures.common.controlnet import residuals
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.model_writing import (
@@ -214,6 +216,37 @@ class LatentDiffusion(Architecture):
         return kl_vae.decode_latents(vae, latents / self.latent.scale + self.latent.shift)
 
     # ---- diffusion ----
+
+    @abstractmethod
+    def unet_inputs(self, conditioning: Conditioning) -> dict[str, Any]:
+        """Return the arguments of U-Net and ControlNet that follow from the conditioning."""
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
+        inputs = {**self.unet_inputs(conditioning), **unet_control(control)}
+        return denoiser(noisy, timesteps, return_dict=False, **inputs)[0]
+
+    #: how several ControlNets act: the "mean" of their outputs, or "alternate" from one call of the model to the next
+    control_mixing = "alternate"
+
+    def control(
+        self,
+        controlnet: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        image: Tensor,
+        *,
+        weight: float = 1.0,
+    ) -> Control:
+        """Return what a ControlNet adds to ``predict``, see ``controlnet.residuals``."""
+        return residuals(controlnet, noisy, timesteps, self.unet_inputs(conditioning), image, weight=weight)
 
     def noise_schedule(self, *, zero_terminal_snr: bool) -> NoiseSchedule:
         from library.diffusion.ddpm import NoiseSchedule

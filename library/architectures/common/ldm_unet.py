@@ -41,38 +41,53 @@ ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_emb
 
 
 def ldm_unet_layout(config: Mapping[str, Any], *, prefix: str = LDM_PREFIX) -> TensorLayout:
-    """The LDM layout of a U-Net with this diffusers configuration.
+    """The LDM layout of a U-Net with this diffusers configuration."""
+    return TensorLayout(KeyMap([*OUTER, *encoder_pairs(config), *_decoder_pairs(config)]), prefix)
+
+
+def _resnet(ldm: str, diffusers: str) -> list[tuple[str, str]]:
+    return [(f"{ldm}.{a}", f"{diffusers}.{b}") for a, b in RESNET]
+
+
+def _levels(config: Mapping[str, Any]) -> tuple[list[bool], int]:
+    """Return whether each level has attention, and the layers of a level."""
+    return ["CrossAttn" in kind for kind in config["down_block_types"]], int(config["layers_per_block"])
+
+
+def encoder_pairs(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (LDM, diffusers) names of the way down and the middle, which a ControlNet copies.
 
     LDM numbers blocks across levels, diffusers within a level. Transformers keep their inner names.
     """
-    attention = ["CrossAttn" in kind for kind in config["down_block_types"]]
-    levels, layers = len(attention), int(config["layers_per_block"])
-
-    def resnet(ldm: str, diffusers: str) -> list[tuple[str, str]]:
-        return [(f"{ldm}.{a}", f"{diffusers}.{b}") for a, b in RESNET]
-
-    pairs = [*OUTER, *(ADDED if config.get("addition_embed_type") else ())]
+    attention, layers = _levels(config)
+    levels = len(attention)
+    pairs = list(ADDED if config.get("addition_embed_type") else ())
     for level in range(levels):
         first, block = 1 + level * (layers + 1), f"down_blocks.{level}"
         for layer in range(layers):
-            pairs += resnet(f"input_blocks.{first + layer}.0", f"{block}.resnets.{layer}")
+            pairs += _resnet(f"input_blocks.{first + layer}.0", f"{block}.resnets.{layer}")
             if attention[level]:
                 pairs.append((f"input_blocks.{first + layer}.1", f"{block}.attentions.{layer}"))
         if level < levels - 1:
             pairs.append((f"input_blocks.{first + layers}.0.op", f"{block}.downsamplers.0.conv"))
-    pairs += resnet("middle_block.0", "mid_block.resnets.0")
+    pairs += _resnet("middle_block.0", "mid_block.resnets.0")
     pairs.append(("middle_block.1", "mid_block.attentions.0"))
-    pairs += resnet("middle_block.2", "mid_block.resnets.1")
+    return pairs + _resnet("middle_block.2", "mid_block.resnets.1")
+
+
+def _decoder_pairs(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    attention, layers = _levels(config)
+    pairs: list[tuple[str, str]] = []
     for step, has_attention in enumerate(reversed(attention)):
         first, block = step * (layers + 1), f"up_blocks.{step}"
         for layer in range(layers + 1):
-            pairs += resnet(f"output_blocks.{first + layer}.0", f"{block}.resnets.{layer}")
+            pairs += _resnet(f"output_blocks.{first + layer}.0", f"{block}.resnets.{layer}")
             if has_attention:
                 pairs.append((f"output_blocks.{first + layer}.1", f"{block}.attentions.{layer}"))
-        if step < levels - 1:
+        if step < len(attention) - 1:
             place = 2 if has_attention else 1
             pairs.append((f"output_blocks.{first + layers}.{place}.conv", f"{block}.upsamplers.0.conv"))
-    return TensorLayout(KeyMap(pairs), prefix)
+    return pairs
 
 
 def infer_unet_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str = LDM_PREFIX) -> dict[str, Any]:

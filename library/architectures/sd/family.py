@@ -14,7 +14,6 @@ from library.architectures.base import (
     LORA_TARGET,
     BlockNumbering,
     Conditioning,
-    Control,
     LatentFormat,
     LoraTarget,
     ModelInfo,
@@ -29,7 +28,6 @@ from library.architectures.common.latent_diffusion import (
     NOISE_SETTINGS,
     LatentDiffusion,
     text_part,
-    unet_control,
     unet_part,
     unet_target,
     vae_part,
@@ -144,16 +142,8 @@ class StableDiffusion(LatentDiffusion):
 
     # ---- diffusion ----
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        control: Control | None = None,
-    ) -> Tensor:
-        context, added = conditioning["context"], unet_control(control)
-        return denoiser(noisy, timesteps, encoder_hidden_states=context, return_dict=False, **added)[0]
+    def unet_inputs(self, conditioning: Conditioning) -> dict[str, Any]:
+        return {"encoder_hidden_states": conditioning["context"]}
 
     # ---- records ----
 

@@ -15,7 +15,6 @@ from library.architectures.base import (
     LORA_TARGET,
     BlockNumbering,
     Conditioning,
-    Control,
     LatentFormat,
     LoraTarget,
     ModelInfo,
@@ -31,7 +30,6 @@ from library.architectures.common.latent_diffusion import (
     NOISE_SETTINGS,
     LatentDiffusion,
     text_part,
-    unet_control,
     unet_part,
     unet_target,
     vae_part,
@@ -187,18 +185,12 @@ class StableDiffusionXL(LatentDiffusion):
 
     # ---- diffusion ----
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
-        control: Control | None = None,
-    ) -> Tensor:
+    control_mixing = "mean"
+
+    def unet_inputs(self, conditioning: Conditioning) -> dict[str, Any]:
         context = torch.cat([conditioning["hidden_state1"], conditioning["hidden_state2"]], dim=-1)  # (B, T, D1 + D2)
         added = {"text_embeds": conditioning["pool2"], "time_ids": conditioning["sizes"]}
-        given = {"added_cond_kwargs": added, **unet_control(control)}
-        return denoiser(noisy, timesteps, encoder_hidden_states=context, return_dict=False, **given)[0]
+        return {"encoder_hidden_states": context, "added_cond_kwargs": added}
 
     def shrink_points(self, denoiser: nn.Module) -> Sequence[nn.Module]:
         """Number the input blocks one by one, as published: the first convolution, ResNets and downsamplers."""
