@@ -16,8 +16,8 @@ from library.architectures.sdxl import SDXL
 from library.errors import UserError
 from networks.lllite import LLLiteNetwork
 from tests.fixtures.control import save_lllite
-from tests.fixtures.tiny_sdxl import make_tiny_sdxl, sdxl_configs
 from tests.fixtures.tiny_sdxl import full_sizes as full_sdxl_sizes
+from tests.fixtures.tiny_sdxl import make_tiny_sdxl, sdxl_configs
 
 
 @pytest.fixture(scope="module")
