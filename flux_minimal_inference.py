@@ -1,4 +1,4 @@
-"""Draw images from text with FLUX.1 or Chroma, with or without LoRA.
+"""Generate images from text with FLUX.1 or Chroma, with or without LoRA.
 
     python flux_minimal_inference.py --ckpt_path flux1-dev.safetensors \\
         --clip_l clip_l.safetensors --t5xxl t5xxl_fp16.safetensors --ae ae.safetensors \\
@@ -12,25 +12,16 @@ from __future__ import annotations
 
 import argparse
 
-from library.config.arguments import build_parser
-from library.config.help import split_doc
-from library.errors import exits_on_user_error
-from library.inference.flux_options import GROUPS, FluxInferenceOptions, check_options
+from library.architectures.flux.inference import INFERENCE
+from library.inference.minimal_script import generate_minimal, minimal_parser
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    summary, example, more = split_doc(__doc__)
-    return build_parser(GROUPS, description=summary, epilog=example, more=more)
+    return minimal_parser(__doc__, INFERENCE)
 
 
-@exits_on_user_error
 def main(args: argparse.Namespace) -> None:
-    options = FluxInferenceOptions.from_args(args)
-    check_options(options)
-    # only now, as torch takes seconds to load
-    from library.inference.flux_minimal import draw_images
-
-    draw_images(options)
+    generate_minimal(INFERENCE, args)
 
 
 if __name__ == "__main__":

@@ -12,25 +12,16 @@ from __future__ import annotations
 
 import argparse
 
-from library.config.arguments import build_parser
-from library.config.help import split_doc
-from library.errors import exits_on_user_error
-from library.inference.sd3_options import GROUPS, SD3InferenceOptions, check_options
+from library.architectures.sd3.inference import INFERENCE
+from library.inference.minimal_script import generate_minimal, minimal_parser
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    summary, example, more = split_doc(__doc__)
-    return build_parser(GROUPS, description=summary, epilog=example, more=more)
+    return minimal_parser(__doc__, INFERENCE)
 
 
-@exits_on_user_error
 def main(args: argparse.Namespace) -> None:
-    options = SD3InferenceOptions.from_args(args)
-    check_options(options)
-    # only now, as torch takes seconds to load
-    from library.inference.sd3_minimal import generate_images
-
-    generate_images(options)
+    generate_minimal(INFERENCE, args)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from library.config.declaration import Declaration, Facts
+from library.config.prompt_options import TextRole
 from library.inference.prompt_line import DDPM_FIELDS
 from library.randomness import Draw
 
@@ -199,6 +200,8 @@ class Architecture(ABC):
     idle_sample_fields: Mapping[str, str] = MappingProxyType({})
     #: whether a model of it reads the images of ``conditioning_data_dir``, which ``encode_control`` prepares
     takes_images: bool = False
+    #: file of ``library/inference/features/`` with the guidance of its images
+    guidance: str = "guidance"
     sample_size_step: int = 8  # sides of sample images are multiples of this many pixels
 
     #: values of the family's own option groups; empty until it is configured. Instances never change, copies do
@@ -382,6 +385,13 @@ class Architecture(ABC):
         return []
 
     # ---- text ----
+
+    def worded(self, text: str, role: TextRole) -> str:
+        """Return what the text encoders read for a text in its role, such as with a system prompt before it.
+
+        ``tokenize`` and ``caption_length`` get the result; equal results have equal encodings.
+        """
+        return text
 
     @abstractmethod
     def tokenize(

@@ -1,18 +1,21 @@
 """The model families: one line for each, and questions to all of them.
 
 Everything else about a family is in its folder: ``about.py`` (names of its files, folders and scripts),
-``adapters.py`` (``ADAPTERS``: the names of its adapters in files), ``family.py`` (the family itself).
+``adapters.py`` (``ADAPTERS``: the names of its adapters in files), ``family.py`` (the family itself), and for families
+with a minimal inference script ``inference.py`` (``INFERENCE``).
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from library.architectures.adapters import AdapterFamily
     from library.architectures.base import Architecture
+    from library.architectures.minimal_inference import MinimalInference
     from library.architectures.signs import About
 
 #: folders of the families, in the order in which files are compared with them: the most specific names first
@@ -59,3 +62,13 @@ def adapter_families() -> Iterator[AdapterFamily]:
     """Yield the adapter names of each family; several for a family with several kinds of models."""
     for folder in FOLDERS:
         yield from importlib.import_module(f"{__package__}.{folder}.adapters").ADAPTERS
+
+
+def minimal_inferences() -> dict[str, MinimalInference]:
+    """Return the minimal inference scripts by the folders of their families; no model is imported."""
+    names = {folder: f"{__package__}.{folder}.inference" for folder in FOLDERS}
+    return {
+        folder: importlib.import_module(name).INFERENCE
+        for folder, name in names.items()
+        if importlib.util.find_spec(name)
+    }

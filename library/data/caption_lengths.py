@@ -35,7 +35,7 @@ def measure_of(
 ) -> Measure:
     """Return a function that counts a caption's tokens as a run's text encoders do."""
     return lambda caption: architecture.caption_length(
-        tokenizers, caption, max_token_length=max_token_length, weighted=weighted
+        tokenizers, architecture.worded(caption, "caption"), max_token_length=max_token_length, weighted=weighted
     )
 
 

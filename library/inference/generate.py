@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture, CaptionLength, Conditioning, SampleFacts
+from library.config.prompt_options import TextRole
 from library.data.caption_lengths import shortened
 from library.inference.denoise import Feature, Generation, run
 from library.inference.failures import NotFinite, cause_in
-from library.inference.features.guidance import Guidance
+from library.inference.features import feature
 from library.inference.models import GenerateOptions, ImageModels, on_device
 from library.inference.settings import ImageSettings
 
@@ -98,7 +99,7 @@ def generate_latents(
     with undisturbed(models.modules(), options.device), _precise(options):
         generation = begin(models, batch, options, {} if encoded is None else encoded)
         positive = generation.conditioning
-        latents = run(generation, [Guidance(), *features])
+        latents = run(generation, [feature(models.architecture.guidance)(), *features])
         if not torch.isfinite(latents).all():
             raise NotFinite(f"no image: {_why_not_finite(models, positive)}")
         return latents
@@ -121,6 +122,8 @@ def begin(
     scheduler = objective.scheduler(first.sampler, first.steps, shape[2:], options.device)
 
     def encode(texts: Sequence[str], negative: bool = False) -> Conditioning:
+        role: TextRole = "negative" if negative else "prompt"
+        texts = [models.architecture.worded(text, role) for text in texts]
         return _sized(models, _encode(models, texts, options, encoded), first, negative=negative)
 
     return Generation(
@@ -168,7 +171,11 @@ def encode_texts(
     texts: Sequence[str],
     options: GenerateOptions,
 ) -> dict[str, Conditioning]:
-    """Return text -> conditioning, encoded before images are generated."""
+    """Return text -> conditioning, encoded before images are generated.
+
+    Args:
+        texts: as ``worded`` gives them.
+    """
     with undisturbed(text_encoders, options.device), _precise(options):
         return _encode_each(architecture, tokenizers, text_encoders, texts, options)
 

@@ -1,33 +1,37 @@
 """Generate images with one model at a time in memory: shared by the families' minimal inference scripts.
 
-A family's script gives a ``MinimalModel``, which is a table of its parts and settings; everything else is here: check
-every file, encode, sample, decode, save.
+A family's script opens a model (``library/architectures/minimal_inference.py``); everything else is here: check every
+file, encode, sample, decode, save.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Architecture, Conditioning
+from library.architectures.base import Conditioning
+from library.architectures.minimal_inference import ImageRequest, MinimalInference, ModelPart, OpenedModel
+from library.diffusion.objective import FLOW_SAMPLERS
 from library.errors import UserError
 from library.inference.adapter_files import adapt, open_adapters, read_choice
 from library.inference.failures import naming_memory
 from library.inference.file_names import FileNames, try_folder
 from library.inference.generate import decode_images, encode_texts, generate_latents
 from library.inference.interactive import generate_lines
+from library.inference.messages import for_images
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.part_dtypes import PartDtype
 from library.inference.parts import Parts
 from library.inference.plan import PlannedImage, Repetition, plan_images
 from library.inference.png import save_png
-from library.inference.prompt_line import ImagePrompt
+from library.inference.prompt_line import ImagePrompt, parse_minimal_prompt
 from library.inference.settings import ImageSettings, random_seed
 from library.memory.fp8 import store_in_fp8
 
@@ -42,85 +46,44 @@ MEMORY_REMEDY = "try a smaller one, or --offload"
 KEPT_TEXTS = 16
 
 
-@dataclass(frozen=True)
-class ModelPart:
-    """One part of the model: its name in the flags, and how it is kept in memory."""
-
-    name: str
-    dtype: PartDtype
-
-    @property
-    def compute(self) -> torch.dtype:
-        return getattr(torch, self.dtype.compute)
-
-
-@dataclass(frozen=True)
-class MinimalModel:
-    """A family's description of its model.
-
-    Attributes:
-        family: as used with this checkpoint.
-        common: settings that prompts do not set.
-        encoders: text encoders, in the family's order.
-        takes_guidance: whether the model has an input for embedded guidance.
-        read_prompt: (typed line, its name in messages) -> prompt.
-    """
-
-    family: Architecture
-    checkpoint: Any
-    common: ImageSettings
-    encoders: Sequence[ModelPart]
-    denoiser: ModelPart
-    vae: ModelPart
-    takes_guidance: bool
-    read_prompt: Callable[[str, str], ImagePrompt]
-
-
-@dataclass(frozen=True)
-class MinimalOptions:
-    """Options that all minimal inference scripts have."""
-
-    lora_weights: Sequence[str]  # "file;strength"
-    merge_lora_weights: bool
-    offload: bool
-    output_dir: Path
-    seed: int | None
-
-
 class ImageSession:
     """A model that is ready to generate. No weights are read before the first image.
 
     Args:
         model: its files are checked here.
-        options: of the script.
+        request: of the script's command line.
 
     Raises:
         UserError: files that are missing, damaged or of other models; all are checked here.
     """
 
-    def __init__(self, model: MinimalModel, options: MinimalOptions) -> None:
+    def __init__(self, inference: MinimalInference, model: OpenedModel, request: ImageRequest) -> None:
+        self._inference = inference
         self._model = model
-        self._options = options
+        self._request = request
+        self._common = _common_settings(model, request)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._text_device = torch.device("cpu") if model.encodes_on_host else self._device
         self._checkpoint, self._family = model.checkpoint, model.family
         logger.info("model: %s, %s", self._checkpoint.path, self._checkpoint.info.description)
         dtypes = (*model.encoders, model.denoiser, model.vae)
         logger.info("on %s in %s", self._device, ", ".join(f"{part.name} {part.dtype}" for part in dtypes))
         # names and shapes of the whole model: every file is checked before the first weight is read
         self._outlines = self._load_outlines()
-        choices = [read_choice(text, "--lora_weights") for text in options.lora_weights]
+        choices = [read_choice(text, inference.lora_flag) for text in request.lora_weights]
         self._adapters = open_adapters(choices, *self._outlines)
         self._strengths = [file.strength for file in self._adapters]
         self._tokenizers = self._family.load_tokenizers(self._checkpoint)
         loaders = {TEXT: self._load_text_encoders, DENOISER: self._load_denoiser, VAE: self._load_vae}
-        self._parts = Parts(loaders, one_at_a_time=options.offload, device=self._device)
+        self._parts = Parts(loaders, one_at_a_time=request.offload, device=self._device)
         self._encoded: dict[str, Conditioning] = {}
-        try_folder(options.output_dir)
-        self._files = FileNames(options.output_dir)
+        try_folder(Path(request.output_dir))
+        self._files = FileNames(Path(request.output_dir))
 
     def read_prompt(self, line: str, where: str) -> ImagePrompt:
         """Parse one typed line. Raises UserError: a mistake in it, named with ``where`` it is."""
-        return self._model.read_prompt(line, where)
+        own, step = self._inference.prompt_options, self._inference.size_step
+        return parse_minimal_prompt(line, where=where, size_step=step, options=own)
 
     # ---- generating ----
 
@@ -149,15 +112,16 @@ class ImageSession:
     # each step drops its models, so that the next one can use their memory
 
     def _encode(self, settings: ImageSettings) -> None:
-        known = [text for text in settings.texts() if text in self._encoded]
+        wanted = settings.texts(self._family.worded)
+        known = [text for text in wanted if text in self._encoded]
         self._encoded |= {text: self._encoded.pop(text) for text in known}  # the most recently used are last
-        texts = [text for text in settings.texts() if text not in self._encoded]
+        texts = [text for text in wanted if text not in self._encoded]
         if not texts:
             return
         encoders, _ = self._parts.get(TEXT)
         # without autocast: each text encoder computes in its own dtype, which need not be the transformer's
-        drawing = self._drawing(torch.float32)
-        for text, found in encode_texts(self._family, self._tokenizers, encoders, texts, drawing).items():
+        how = replace(self._how(torch.float32), device=self._text_device)
+        for text, found in encode_texts(self._family, self._tokenizers, encoders, texts, how).items():
             self._encoded[text] = found.to(self._device, torch.float32)
         for text in list(self._encoded)[:-KEPT_TEXTS]:
             del self._encoded[text]
@@ -165,13 +129,13 @@ class ImageSession:
     def _sample(self, settings: ImageSettings) -> Tensor:
         denoiser, _ = self._parts.get(DENOISER)
         models = ImageModels(self._family, denoiser=denoiser)
-        return generate_latents(models, [settings], self._drawing(self._model.denoiser.compute), self._encoded)
+        return generate_latents(models, [settings], self._how(_compute(self._model.denoiser)), self._encoded)
 
     def _decode(self, latents: Tensor) -> Image:
         models = ImageModels(self._family, vae=self._parts.get(VAE))
-        return decode_images(models, latents, self._drawing(torch.float32))[0]
+        return decode_images(models, latents, self._how(torch.float32))[0]
 
-    def _drawing(self, autocast: torch.dtype) -> GenerateOptions:
+    def _how(self, autocast: torch.dtype) -> GenerateOptions:
         remedy = "try --ae_dtype float32, or --dtype bfloat16"
         return GenerateOptions(self._device, autocast, weighted=False, nan_remedy=remedy)
 
@@ -180,21 +144,23 @@ class ImageSession:
         self._parts.free()
 
     def _plan(self, prompt: ImagePrompt) -> PlannedImage:
-        if prompt.guidance_scale is not None and not self._model.takes_guidance:
+        if prompt.guidance_scale is not None and self._common.guidance_scale is None:
             logger.warning("--g has no effect with %s", self._checkpoint.info.description)
             prompt = replace(prompt, guidance_scale=None)
-        seed = self._options.seed
-        (planned,) = plan_images([prompt], self._model.common, Repetition(random_seed() if seed is None else seed))
+        seed = self._request.seed
+        (planned,) = plan_images([prompt], self._common, Repetition(random_seed() if seed is None else seed))
         if planned.settings.negative_prompt and planned.settings.scale == 1.0:
             logger.warning("the negative prompt has no effect at CFG scale 1; set --cfg_scale (--c in a prompt)")
         return planned
 
     def _set_strengths(self, given: Sequence[float]) -> None:
         """Set the strengths of the prompt, and of the command line for the remaining files."""
-        if given and self._options.merge_lora_weights:
+        if given and self._request.merge_lora_weights:
             raise UserError("--m: strengths are fixed with --merge_lora_weights; leave that out to change them")
         if len(given) > len(self._adapters):
-            raise UserError(f"--m: {len(given)} strengths for {len(self._adapters)} files of --lora_weights")
+            raise UserError(
+                f"--m: {len(given)} strengths for {len(self._adapters)} files of {self._inference.lora_flag}"
+            )
         wanted = [*given, *(file.strength for file in self._adapters[len(given) :])]
         changed = [file for file, old, new in zip(self._adapters, self._strengths, wanted, strict=True) if old != new]
         if any(file.adapts_text for file in changed):
@@ -218,24 +184,32 @@ class ImageSession:
         parts = self._model.encoders
         encoders = []
         for place, part in enumerate(parts):  # each in its own dtype
-            device = self._loading_device(part)
-            encoders.append(self._family.load_text_encoder(self._checkpoint, place, dtype=part.compute, device=device))
-        return encoders, self._finished(encoders, parts, encoders, self._outlines[1])
+            device = self._loading_device(part, self._text_device)
+            encoder = self._family.load_text_encoder(self._checkpoint, place, dtype=_compute(part), device=device)
+            self._model.prepare(f"text_encoder_{place + 1}", encoder)
+            encoders.append(encoder)
+        return encoders, self._finished(encoders, parts, encoders, self._outlines[1], self._text_device)
 
     def _load_denoiser(self) -> tuple[nn.Module, list[nn.Module | None]]:
         part = self._model.denoiser
-        denoiser = self._family.load_denoiser(self._checkpoint, dtype=part.compute, device=self._loading_device(part))
-        return denoiser, self._finished([denoiser], [part], self._outlines[0], denoiser)
+        denoiser = self._family.load_denoiser(
+            self._checkpoint, dtype=_compute(part), device=self._loading_device(part, self._device)
+        )
+        self._model.prepare("denoiser", denoiser)
+        return denoiser, self._finished([denoiser], [part], self._outlines[0], denoiser, self._device)
 
     def _load_vae(self) -> nn.Module:
-        return self._family.load_vae(self._checkpoint, dtype=self._model.vae.compute, device=str(self._device))
+        vae = self._family.load_vae(self._checkpoint, dtype=_compute(self._model.vae), device=str(self._device))
+        self._model.prepare("vae", vae)
+        return vae
 
-    def _loading_device(self, part: ModelPart) -> str:
+    @staticmethod
+    def _loading_device(part: ModelPart, device: torch.device) -> str:
         """Return the device to load to.
 
         fp8 weights are made on the host, layer by layer, so that the device never holds more.
         """
-        return "cpu" if part.dtype.is_fp8 else str(self._device)
+        return "cpu" if part.dtype.is_fp8 else str(device)
 
     def _finished(
         self,
@@ -243,28 +217,38 @@ class ImageSession:
         parts: Sequence[ModelPart],
         encoders: Sequence[nn.Module],
         denoiser: nn.Module,
+        device: torch.device,
     ) -> list[nn.Module | None]:
         """Convert loaded models, move them to the device and apply their adapters; returns the applied networks."""
-        merge = self._options.merge_lora_weights
+        merge = self._request.merge_lora_weights
 
         def adapted() -> list[nn.Module | None]:
             is_text = models is encoders
-            return adapt(
-                self._adapters, self._strengths, encoders, denoiser, text=is_text, merge=merge, device=self._device
-            )
+            return adapt(self._adapters, self._strengths, encoders, denoiser, text=is_text, merge=merge, device=device)
 
         networks = adapted() if merge else []  # nothing can be merged into fp8
         for model, part in zip(models, parts, strict=True):
             if part.dtype.is_fp8:
-                store_in_fp8(model, self._device)
+                store_in_fp8(model, device)
         return networks if merge else adapted()
 
 
-def generate_for(model: MinimalModel, options: Any, default_prompt: str, lines: TextIO) -> list[Path]:
+def _compute(part: ModelPart) -> torch.dtype:
+    return getattr(torch, part.dtype.compute)
+
+
+def _common_settings(model: OpenedModel, request: ImageRequest) -> ImageSettings:
+    """Return the settings that a prompt does not give: those of the request, then the model's own."""
+    given = {name: value for name, value in request.settings.items() if value is not None}
+    plain = {"prompt": "", "negative_prompt": "", "sampler": FLOW_SAMPLERS[0], "seed": 0}
+    return ImageSettings(**{**plain, **model.settings, **given})
+
+
+def generate_for(inference: MinimalInference, options: Any, lines: TextIO) -> list[Path]:
     """Generate the prompt of a script's command line, or with ``--interactive`` prompts that are typed.
 
     Args:
-        options: of a script, with the groups ``image``, ``networks`` and ``precision``.
+        options: of the script, checked.
         lines: source of typed prompts.
 
     Returns:
@@ -273,20 +257,27 @@ def generate_for(model: MinimalModel, options: Any, default_prompt: str, lines: 
     Raises:
         UserError: wrong or missing files; errors of typed prompts are printed, and the next prompt is read.
     """
-    image = options.image
-    session = ImageSession(
-        model,
-        MinimalOptions(
-            lora_weights=options.networks.lora_weights,
-            merge_lora_weights=options.networks.merge_lora_weights,
-            offload=options.precision.offload,
-            output_dir=Path(image.output_dir),
-            seed=image.seed,
-        ),
-    )
-    if not image.interactive:
+    request = inference.request(options)
+    if not request.interactive and re.search(r"\s--[a-z]", request.prompt):
+        logger.warning("--prompt is taken as it is; options within a prompt are read with --interactive only")
+    session = ImageSession(inference, open_model(inference, options), request)
+    if not request.interactive:
         with naming_memory(MEMORY_REMEDY):
-            return [session.draw(ImagePrompt(image.prompt))]
-    if image.prompt != default_prompt:
+            return [session.draw(ImagePrompt(request.prompt))]
+    default = inference.request(inference.options.from_args(argparse.Namespace())).prompt
+    if request.prompt != default:
         logger.warning("--prompt has no effect with --interactive, which reads prompts from the keyboard")
     return generate_lines(session, lines, MEMORY_REMEDY)
+
+
+def open_model(inference: MinimalInference, options: Any) -> OpenedModel:
+    """Find the model's files; errors name the script's flags instead of those of training.
+
+    Raises:
+        UserError: files that are missing, or are of other models.
+    """
+    try:
+        return inference.open(options)
+    except UserError as error:
+        text = for_images(str(error), inference.model_flag)
+        raise UserError(text.replace("with --network_weights", f"with {inference.lora_flag}")) from None

@@ -10,9 +10,10 @@ from typing import Any
 
 from library.config.arguments import ConsoleOptions
 from library.config.fields import option
+from library.config.prompt_options import MAX_SEED
 from library.diffusion.samplers import SAMPLER_NAMES, check_sampler
 from library.errors import UserError
-from library.inference.prompt_line import MAX_SEED, MAX_STEPS
+from library.inference.prompt_line import MAX_STEPS
 
 
 def _refused(default: Any, why: str, **more: Any) -> Any:

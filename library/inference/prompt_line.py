@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
+from library.config import prompt_options as read
+from library.config.prompt_options import PromptOption
 from library.config.toml_file import load_toml
-from library.diffusion.samplers import SAMPLER_NAMES
 from library.errors import UserError, did_you_mean
 from library.inference.dynamic_prompts import enumerates, expanded, is_dynamic
 
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 MIN_SIZE = 64  # pixels
 MAX_SIZE = 16_384  # pixels; more would not fit into memory, and checking the request alone would take minutes
 MAX_STEPS = 1000
-MAX_SEED = 2**63 - 1
 
 _OPTION_START = re.compile(r"(?:^|\s+)--(?=[A-Za-z])")
 
@@ -92,143 +91,60 @@ class PromptTemplate:
         return [self.read(line) for line in expanded(self.line, seed)]
 
 
-@dataclass(frozen=True)
-class PromptOption:
-    """``--name value`` in a prompt line: the field of the value and its parser."""
-
-    name: str
-    field: str
-    read: Callable[[str], Any]  # raises ValueError that says what is expected
-    long: str = ""  # an alternative word, which may be abbreviated
-    own: bool = False  # whether the field is one of ``ImagePrompt.own``
-
-
-def _text(value: str) -> str:
-    return value
-
-
-def _path(value: str) -> str:
-    if not value:
-        raise ValueError("a file is needed")
-    return value
-
-
-def _name_below(value: str) -> str:
-    path = PurePath(_path(value))
-    if path.is_absolute() or ".." in path.parts or path.anchor:
-        raise ValueError("a name below --outdir is needed")
-    return value
-
-
-def _whole(value: str) -> int:
-    if not re.fullmatch(r"[0-9]+", value):
-        raise ValueError("a whole number is needed")
-    return int(value)
-
-
-def _seed(value: str) -> int:
-    seed = _whole(value)
-    if seed > MAX_SEED:
-        raise ValueError(f"a seed is at most {MAX_SEED}")
-    return seed
-
-
-def _number(value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError("a number is needed") from None
-    if not math.isfinite(number):
-        raise ValueError("a finite number is needed")
-    return number
-
-
-def _number_or_none(value: str) -> float | None:
-    return None if value.lower() == "none" else _number(value)
-
-
-def _share(value: str) -> float:
-    number = _number(value)
-    if not 0 <= number <= 1:
-        raise ValueError("a number from 0 to 1 is needed")
-    return number
-
-
-def _ratio(value: str) -> float:
-    number = _number(value)
-    if not 0 < number <= 1:
-        raise ValueError("a number above 0, and at most 1, is needed")
-    return number
-
-
-def _sampler(value: str) -> str:
-    if value not in SAMPLER_NAMES:
-        raise ValueError(f"no such sampler{did_you_mean(value, SAMPLER_NAMES)}; there are {', '.join(SAMPLER_NAMES)}")
-    return value
-
-
-def _text_or_dash(value: str) -> str:
-    return "" if value == "-" else value
-
-
-def _list_of(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    return lambda value: tuple(read(part.strip()) for part in value.split(","))
-
-
 #: options of the sample prompts of training
 TRAINING_OPTIONS = (
-    PromptOption("w", "width", _whole),
-    PromptOption("h", "height", _whole),
-    PromptOption("d", "seed", _seed),
-    PromptOption("s", "sample_steps", _whole),
-    PromptOption("l", "scale", _number),
-    PromptOption("g", "guidance_scale", _number),
-    PromptOption("n", "negative_prompt", _text),
-    PromptOption("ss", "sample_sampler", _sampler),
-    PromptOption("cn", "controlnet_image", _path),
-    PromptOption("ctr", "cfg_trunc_ratio", _number),
-    PromptOption("rcfg", "renorm_cfg", _number),
-    PromptOption("fs", "flow_shift", _number),
+    PromptOption("w", "width", read.whole),
+    PromptOption("h", "height", read.whole),
+    PromptOption("d", "seed", read.seed),
+    PromptOption("s", "sample_steps", read.whole),
+    PromptOption("l", "scale", read.number),
+    PromptOption("g", "guidance_scale", read.number),
+    PromptOption("n", "negative_prompt", read.text),
+    PromptOption("ss", "sample_sampler", read.sampler),
+    PromptOption("cn", "controlnet_image", read.path),
+    PromptOption("ctr", "cfg_trunc_ratio", read.number),
+    PromptOption("rcfg", "renorm_cfg", read.number),
+    PromptOption("fs", "flow_shift", read.number),
 )
 
 #: options of the prompts of gen_img.py
 IMAGE_OPTIONS = (
-    PromptOption("w", "width", _whole),
-    PromptOption("h", "height", _whole),
-    PromptOption("s", "sample_steps", _whole),
-    PromptOption("d", "seeds", _list_of(_seed)),
-    PromptOption("l", "scale", _number),
-    PromptOption("n", "negative_prompt", _text),
-    PromptOption("am", "multipliers", _list_of(_number)),
-    PromptOption("f", "file_name", _name_below),
-    PromptOption("t", "strength", _share, own=True),
-    PromptOption("nl", "negative_scale", _number_or_none, own=True),
-    PromptOption("ow", "original_width", _whole, own=True),
-    PromptOption("oh", "original_height", _whole, own=True),
-    PromptOption("nw", "original_width_negative", _whole, own=True),
-    PromptOption("nh", "original_height_negative", _whole, own=True),
-    PromptOption("ct", "crop_top", _whole, own=True),
-    PromptOption("cl", "crop_left", _whole, own=True),
-    PromptOption("dsd1", "ds_depth_1", _whole, own=True),
-    PromptOption("dst1", "ds_timesteps_1", _whole, own=True),
-    PromptOption("dsd2", "ds_depth_2", _whole, own=True),
-    PromptOption("dst2", "ds_timesteps_2", _whole, own=True),
-    PromptOption("dsr", "ds_ratio", _ratio, own=True),
+    PromptOption("w", "width", read.whole),
+    PromptOption("h", "height", read.whole),
+    PromptOption("s", "sample_steps", read.whole),
+    PromptOption("d", "seeds", read.list_of(read.seed)),
+    PromptOption("l", "scale", read.number),
+    PromptOption("n", "negative_prompt", read.text),
+    PromptOption("am", "multipliers", read.list_of(read.number)),
+    PromptOption("f", "file_name", read.name_below),
+    PromptOption("t", "strength", read.share, own=True),
+    PromptOption("nl", "negative_scale", read.number_or_none, own=True),
+    PromptOption("ow", "original_width", read.whole, own=True),
+    PromptOption("oh", "original_height", read.whole, own=True),
+    PromptOption("nw", "original_width_negative", read.whole, own=True),
+    PromptOption("nh", "original_height_negative", read.whole, own=True),
+    PromptOption("ct", "crop_top", read.whole, own=True),
+    PromptOption("cl", "crop_left", read.whole, own=True),
+    PromptOption("dsd1", "ds_depth_1", read.whole, own=True),
+    PromptOption("dst1", "ds_timesteps_1", read.whole, own=True),
+    PromptOption("dsd2", "ds_depth_2", read.whole, own=True),
+    PromptOption("dst2", "ds_timesteps_2", read.whole, own=True),
+    PromptOption("dsr", "ds_ratio", read.ratio, own=True),
 )
 
-#: options of the lines that flux_minimal_inference.py reads; published ones count by their first letter alone
-FLUX_OPTIONS = (
-    PromptOption("w", "width", _whole, "width"),
-    PromptOption("h", "height", _whole, "height"),
-    PromptOption("s", "sample_steps", _whole, "steps"),
-    PromptOption("d", "seeds", lambda value: (_seed(value),)),
-    PromptOption("g", "guidance_scale", _number, "guidance"),
-    PromptOption("m", "multipliers", _list_of(_number), "multipliers"),
-    PromptOption("n", "negative_prompt", _text_or_dash, "negative_prompt"),
-    PromptOption("c", "scale", _number, "cfg_scale"),
+#: options of the lines that minimal inference scripts read; published ones count by their first letter alone
+MINIMAL_OPTIONS = (
+    PromptOption("w", "width", read.whole, "width"),
+    PromptOption("h", "height", read.whole, "height"),
+    PromptOption("s", "sample_steps", read.whole, "steps"),
+    PromptOption("d", "seeds", lambda value: (read.seed(value),)),
+    PromptOption("g", "guidance_scale", read.number_from_zero, "guidance"),
+    PromptOption("m", "multipliers", read.list_of(read.number), "multipliers"),
+    PromptOption("n", "negative_prompt", read.text_or_dash, "negative_prompt"),
+    PromptOption("c", "scale", read.number, "cfg_scale"),
 )
 #: words that begin with the letter of another option
-REFUSED_FLUX_OPTIONS: Mapping[str, str] = {"seed": "write --d for the seed, --s for the steps"}
+REFUSED_MINIMAL_OPTIONS: Mapping[str, str] = {"seed": "write --d for the seed, --s for the steps"}
 
 _GRADUAL_LATENT = "Gradual Latent is not available in this version"
 
@@ -274,28 +190,31 @@ def parse_image_prompt(line: str, *, where: str = "--prompt", size_multiple: int
     With choices in braces the result is one of those that the line stands for, and ``template`` the line itself.
     """
     if is_dynamic(line):
-        read = partial(parse_image_prompt, where=where, size_multiple=size_multiple)
-        return replace(read(expanded(line, 0)[0]), template=PromptTemplate(line, read))
+        parse = partial(parse_image_prompt, where=where, size_multiple=size_multiple)
+        return replace(parse(expanded(line, 0)[0]), template=PromptTemplate(line, parse))
     prompt, values = _parse(line, IMAGE_OPTIONS, REFUSED_IMAGE_OPTIONS, where)
     own = {o.field: values.pop(o.field) for o in IMAGE_OPTIONS if o.own and o.field in values}
     return ImagePrompt(prompt, **_within_limits(values, where, size_multiple), own=own)
 
 
-def parse_flux_prompt(line: str, *, where: str, size_step: int) -> ImagePrompt:
-    """Read one line of ``flux_minimal_inference.py --interactive``.
+def parse_minimal_prompt(line: str, *, where: str, size_step: int, options: Sequence[PromptOption] = ()) -> ImagePrompt:
+    """Read one line of a minimal inference script with ``--interactive``.
+
+    Args:
+        options: further ones, of the family.
 
     Raises:
         UserError: unknown option, bad value, a side that is no multiple of ``size_step`` pixels.
     """
-    prompt, values = _parse(line, FLUX_OPTIONS, REFUSED_FLUX_OPTIONS, where)
+    table = (*MINIMAL_OPTIONS, *options)
+    prompt, values = _parse(line, table, REFUSED_MINIMAL_OPTIONS, where)
     for name in ("width", "height"):
         if name in values:
             check_size(values[name], f"{where}: {name}", size_step)
     if not 1 <= values.get("sample_steps", 1) <= MAX_STEPS:
         raise UserError(f"{where}: steps {values['sample_steps']}: must be 1 to {MAX_STEPS}")
-    if values.get("guidance_scale", 0.0) < 0:
-        raise UserError(f"{where}: guidance {values['guidance_scale']:g}: must be at least 0")
-    return ImagePrompt(prompt, **values)
+    own = {option.field: values.pop(option.field) for option in table if option.own and option.field in values}
+    return ImagePrompt(prompt, **values, own=own)
 
 
 def read_image_prompts(path: Path, *, size_multiple: int = 8) -> list[ImagePrompt]:
@@ -451,25 +370,25 @@ def _read_json(path: Path, size_multiple: int, used: Collection[str]) -> list[Sa
 
 
 def _from_object(values: Mapping[str, Any], where: str, size_multiple: int, used: Collection[str]) -> SamplePrompt:
-    readers = {option.field: option.read for option in TRAINING_OPTIONS} | {"prompt": _text}
-    read: dict[str, Any] = {}
+    readers = {option.field: option.read for option in TRAINING_OPTIONS} | {"prompt": read.text}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if name not in readers:
             raise UserError(f'{where}: unknown key "{name}"{did_you_mean(name, readers)}')
         if value is None:  # JSON null: not set
             continue
         # a boolean is an int in Python, but never valid here
-        text_wanted = readers[name] in (_text, _path, _sampler)
+        text_wanted = readers[name] in (read.text, read.path, read.sampler)
         if isinstance(value, bool) or not isinstance(value, str if text_wanted else (int, float, str)):
             wanted = "text" if text_wanted else "a number"
             raise UserError(f"{where}: {name} = {json.dumps(value, default=str)}: {wanted} is needed")
         try:
-            read[name] = readers[name](str(value))
+            found[name] = readers[name](str(value))
         except ValueError as error:
             raise UserError(f"{where}: {name} = {json.dumps(value)}: {error}") from None
-    if "prompt" not in read:
+    if "prompt" not in found:
         raise UserError(f'{where}: has no "prompt"')
-    return _sample_prompt(read.pop("prompt"), read, None, where, size_multiple, used)
+    return _sample_prompt(found.pop("prompt"), found, None, where, size_multiple, used)
 
 
 # ---- limits ----

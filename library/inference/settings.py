@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from library.config.prompt_options import TextRole
 from library.inference.prompt_line import SamplePrompt
 
 MAX_RANDOM_SEED = 2**32 - 1
@@ -70,12 +71,17 @@ class ImageSettings:
                 record[name] = value.name if isinstance(value, Path) else f"{value:g}"
         return {**record, "network": network} if network else record
 
-    def texts(self) -> tuple[str, ...]:
-        """Return the texts to encode."""
+    def texts(self, worded: Callable[[str, TextRole], str]) -> tuple[str, ...]:
+        """Return the texts to encode.
+
+        Args:
+            worded: of the architecture.
+        """
+        prompt = worded(self.prompt, "prompt")
         if self.scale == 1.0:
-            return (self.prompt,)
-        empty = ("",) if self.negative_scale is not None else ()
-        return (self.prompt, self.negative_prompt, *empty)
+            return (prompt,)
+        empty = (worded("", "prompt"),) if self.negative_scale is not None else ()
+        return (prompt, worded(self.negative_prompt, "negative"), *empty)
 
     def drawn_with(self, other: ImageSettings) -> bool:
         """Whether both images may share a batch: everything is equal but text, seed and source images."""

@@ -155,7 +155,9 @@ def current_prompts(run: Run, encoded: Mapping[str, Conditioning]) -> SampleProm
     return SamplePrompts(
         run.checked.prompts,
         read,
-        texts_of=lambda prompt: settings_for(prompt, architecture.sample_defaults, sampler="").texts(),
+        texts_of=lambda prompt: settings_for(prompt, architecture.sample_defaults, sampler="").texts(
+            architecture.worded
+        ),
         encoded=encoded if any(run.cached_encoders) else None,
     )
 
@@ -170,7 +172,7 @@ def encode_prompts(
     texts: dict[str, None] = {}
     for prompt in prompts:
         settings = settings_for(prompt, architecture.sample_defaults, sampler="")
-        texts |= dict.fromkeys(settings.texts())
+        texts |= dict.fromkeys(settings.texts(architecture.worded))
     encoded = encode_texts(architecture, models.tokenizers, models.encoders, list(texts), options)
     return {text: found.to("cpu") for text, found in encoded.items()}
 

@@ -64,8 +64,9 @@ class Tokenize:
     weighted: bool
 
     def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        worded = [self.architecture.worded(caption, "caption") for caption in captions]
         return self.architecture.tokenize(
-            self.tokenizers, captions, max_token_length=self.max_token_length, weighted=self.weighted
+            self.tokenizers, worded, max_token_length=self.max_token_length, weighted=self.weighted
         )
 
 

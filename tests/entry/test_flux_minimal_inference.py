@@ -21,10 +21,10 @@ import torch
 import flux_minimal_inference
 import gen_img
 from library.architectures.flux import Flux
+from library.architectures.flux.inference import INFERENCE
 from library.errors import UserError
-from library.inference.flux_minimal import draw_images
-from library.inference.flux_options import FluxInferenceOptions, check_options
 from library.inference.minimal import ImageSession
+from library.inference.minimal_script import check_options, generate_with
 from tests.fixtures.drawn import pixels, text_of
 from tests.fixtures.loaded_flux import make_adapter
 from tests.fixtures.runs import ROOT, environment, lora_arguments, run_script, train_here, write_dataset
@@ -85,9 +85,8 @@ def draw(made: MadeFlux, out: Path, *more: object, lines: str | io.TextIOBase = 
     root.handlers = []  # so that setting up the console does not close pytest's
     try:
         parsed = flux_minimal_inference.setup_parser().parse_args(words(made, out, *more, **changed))
-        options = FluxInferenceOptions.from_args(parsed)
-        check_options(options)
-        return draw_images(options, io.StringIO(lines) if isinstance(lines, str) else lines)
+        options = INFERENCE.options.from_args(parsed)
+        return generate_with(INFERENCE, options, io.StringIO(lines) if isinstance(lines, str) else lines)
     finally:
         root.handlers[:], root.level = handlers, level
 
@@ -486,4 +485,4 @@ def test_the_documented_commands_are_taken() -> None:
         program, script, *arguments = shlex.split(command)
         assert (program, script) == ("python", "flux_minimal_inference.py")
         options = flux_minimal_inference.setup_parser().parse_args(arguments)
-        check_options(FluxInferenceOptions.from_args(options))
+        check_options(INFERENCE, INFERENCE.options.from_args(options))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor
 
+from library.architectures.base import Conditioning
+from library.architectures.sd import SD
 from library.inference import denoise
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo, wanted_features
 from library.inference.features.guidance import Guidance
@@ -100,3 +105,39 @@ def test_without_guidance_the_model_is_asked_once(
     generate_latents(models, [replace(settings, scale=1.0)], options)
     generate_latents(models, [settings], options)
     assert rows == [1] * settings.steps + [2] * settings.steps
+
+
+class Worded(type(SD)):  # type: ignore[misc]
+    """A family with a text before its prompts alone."""
+
+    def worded(self, text: str, role: str) -> str:
+        return f"photo of the {text}" if role == "prompt" else text
+
+
+def test_texts_are_worded_by_their_role(models: ImageModels, options: GenerateOptions, settings: ImageSettings) -> None:
+    plain = replace(settings, prompt="photo of the cat", negative_prompt="cat")
+    encoded: dict[str, Conditioning] = {}
+    worded = replace(models, architecture=Worded())
+    found = generate_latents(worded, [replace(plain, prompt="cat")], options, encoded)
+    assert torch.equal(found, generate_latents(models, [plain], options))
+    assert set(encoded) == {"photo of the cat", "cat"} == set(replace(plain, prompt="cat").texts(Worded().worded))
+
+
+def test_a_family_names_its_guidance(
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Doubled(type(SD)):  # type: ignore[misc]
+        guidance = "doubled_guidance"
+
+    class DoubledGuidance(Guidance):
+        def prepare(self, generation: Generation) -> None:
+            super().prepare(generation)
+            self._scale *= 2
+
+    name = "library.inference.features.doubled_guidance"
+    DoubledGuidance.__module__ = name
+    module = ModuleType(name)
+    module.DoubledGuidance, module.Guidance = DoubledGuidance, Guidance  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+    found = generate_latents(replace(models, architecture=Doubled()), [settings], options)
+    assert torch.equal(found, generate_latents(models, [replace(settings, scale=2 * settings.scale)], options))

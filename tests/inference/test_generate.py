@@ -297,8 +297,9 @@ def test_prompts_that_are_cut_are_told_of_once(
     models: ImageModels, options: GenerateOptions, settings: ImageSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = replace(settings, prompt="cat " * 76 + "photo of the dog", negative_prompt="dog")
+    texts = long.texts(models.architecture.worded)
     for _ in range(2):
-        encode_texts(models.architecture, models.tokenizers, models.text_encoders, long.texts(), options)
+        encode_texts(models.architecture, models.tokenizers, models.text_encoders, texts, options)
     assert caplog.text.count("is cut: it has 80 tokens, of which the text encoder reads 75") == 1
     assert 'it loses "cat photo of the dog"' in caplog.text and '"dog" is cut' not in caplog.text
 

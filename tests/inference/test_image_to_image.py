@@ -168,7 +168,7 @@ def test_a_scale_of_the_negative_prompt_is_the_published_formula(
     denoise.run(begin(models, [one], options, {}), [Kept("all"), Guidance()])
     expected = found["e"] + 4.0 * (found["c"] - found["e"]) - 1.5 * (found["n"] - found["e"])
     torch.testing.assert_close(found["all"], expected, atol=1e-5, rtol=1e-4)
-    assert one.texts() == (one.prompt, one.negative_prompt, "")
+    assert one.texts(models.architecture.worded) == (one.prompt, one.negative_prompt, "")
 
 
 # ---- highres fix ----

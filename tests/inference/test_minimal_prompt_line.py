@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.inference.prompt_line import FLUX_OPTIONS, ImagePrompt, parse_flux_prompt
+from library.inference.prompt_line import MINIMAL_OPTIONS, ImagePrompt, parse_minimal_prompt
 
 
 def parse(line: str) -> ImagePrompt:
-    return parse_flux_prompt(line, where="prompt 1", size_step=16)
+    return parse_minimal_prompt(line, where="prompt 1", size_step=16)
 
 
 def test_options_are_the_published_ones() -> None:
     path = Path(__file__).parents[1] / "compat/data/interactive_options.json"
     published = json.loads(path.read_text())["flux_minimal_inference.py"]["options"]
-    assert {f"--{option.name}" for option in FLUX_OPTIONS} == {option["option"] for option in published}
+    assert {f"--{option.name}" for option in MINIMAL_OPTIONS} == {option["option"] for option in published}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_lines(line: str, expected: ImagePrompt) -> None:
         ("a --w 500", "prompt 1: width 500: must be a multiple of 16, such as 496 or 512"),
         ("a --h 48", "prompt 1: height 48: must be at least 64 pixels"),
         ("a --s 0", "prompt 1: steps 0: must be 1 to 1000"),
-        ("a --g -1", "prompt 1: guidance -1: must be at least 0"),
+        ("a --g -1", "prompt 1: --g -1: must be at least 0"),
         ("a --seed 3", "prompt 1: --seed: write --d for the seed, --s for the steps"),
         ("a --d 1,2", "prompt 1: --d 1,2: a whole number is needed"),
         ("a --m 1,x", "prompt 1: --m 1,x: a number is needed"),
