@@ -481,6 +481,11 @@ class Architecture(ABC):
         """Prepare control images (B, 3, H, W) in [-1, 1] for ``predict``, in families with ``takes_images``."""
         raise NotImplementedError(f"{self.name} reads no images")
 
+    def text_layers(self, denoiser: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
+        """Return the cross-attention modules of each layer that can read a text of its own, by published names, in the
+        order in which they run; none where the denoiser has no such layers."""
+        return {}
+
     def shrink_points(self, denoiser: nn.Module) -> Sequence[nn.Module]:
         """Return the modules of a U-Net's way down before which features may be shrunk, by depth; none without one."""
         return ()

@@ -44,7 +44,12 @@ from library.inference.png import save_png
 from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_image_prompts, usable_size
 from library.inference.settings import ImageSettings, random_seed
 from library.inference.sources import Sources, find_sources, prompts_of_images
-from library.inference.textual_inversion import add_embeddings, read_vectors
+from library.inference.textual_inversion import (
+    add_embeddings,
+    add_layered_embeddings,
+    read_layered_vectors,
+    read_vectors,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,6 +93,8 @@ def draw_images(options: ImageOptions, architecture: Architecture, lines: TextIO
     logger.info("model: %s, %s", checkpoint.path, checkpoint.info.description)
     for path in _embeddings(options):
         read_vectors(path, len(architecture.text_encoder_targets))
+    for path in _layered_embeddings(options):
+        read_layered_vectors(path)
     if options.networks.network_show_meta:
         _show_metadata(choices)
     common = _common_settings(options, architecture, checkpoint)
@@ -346,6 +353,10 @@ def _embeddings(options: ImageOptions) -> list[Path]:
     return [Path(path) for path in options.model.textual_inversion_embeddings or []]
 
 
+def _layered_embeddings(options: ImageOptions) -> list[Path]:
+    return [Path(path) for path in options.model.XTI_embeddings or []]
+
+
 def _load(
     options: ImageOptions, architecture: Architecture, checkpoint: Any, dtype: torch.dtype, device: torch.device
 ) -> ImageModels:
@@ -357,6 +368,8 @@ def _load(
     tokenizers = architecture.load_tokenizers(checkpoint)
     encoders = architecture.load_text_encoders(checkpoint, dtype=dtype, device=str(device))
     add_embeddings(_embeddings(options), tokenizers, encoders)
+    layers = architecture.text_layers(denoiser)
+    add_layered_embeddings(_layered_embeddings(options), tokenizers[0], encoders[0], layers)
     return ImageModels(
         architecture=architecture,
         tokenizers=tokenizers,

@@ -52,6 +52,11 @@ class ImageModelOptions:
     textual_inversion_embeddings: list[str] | None = option(
         None, "embedding files; each is used by its name without the ending as a word of a prompt", nargs="*"
     )
+    XTI_embeddings: list[str] | None = option(
+        None,
+        "embedding files with vectors for each layer, of train_textual_inversion_XTI.py (SD 1.x and 2.x)",
+        nargs="*",
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.common.clip_text import EXPANSIONS
+from library.architectures.common.grown_embedding import GrownEmbedding, give_each_layer
 from library.errors import UserError
 from library.files.safetensors_io import is_pickle, load_tensors
 
 logger = logging.getLogger(__name__)
 
+#: names of layers in files with vectors for each of them
+_LAYER = re.compile(r"(IN|OUT)\d\d|MID")
 #: names of the vectors of SDXL's two encoders, in the encoders' order
 _OF_SDXL = ("clip_l", "clip_g")
 
@@ -38,6 +42,41 @@ def add_embeddings(paths: Sequence[Path], tokenizers: Sequence[Any], encoders: S
         logger.info('embedding "%s": %d tokens', word, len(vectors[0]))
 
 
+def add_layered_embeddings(
+    paths: Sequence[Path], tokenizer: Any, encoder: nn.Module, layers: Mapping[str, Sequence[nn.Module]]
+) -> None:
+    """Teach words with other vectors for each layer to a tokenizer and its text encoder, in place; after all others.
+
+    Args:
+        layers: the cross-attentions of the denoiser, see ``Architecture.text_layers``; they are changed, too.
+
+    Raises:
+        UserError: a file of another kind or for another model; a word that is known already.
+    """
+    if not paths:
+        return
+    if not layers:
+        raise UserError("--XTI_embeddings: this model has no layers that read texts of their own; give SD 1.x or 2.x")
+    table, words, first = encoder.get_input_embeddings(), [], 0  # type: ignore[operator]
+    for path in paths:
+        flag = f"--XTI_embeddings {path}"
+        rows = in_layer_order(read_layered_vectors(path), layers, flag=flag)
+        if rows.shape[1] != table.weight.shape[1]:
+            raise UserError(
+                f"{flag}: its vectors have {rows.shape[1]} numbers, the text encoder's {table.weight.shape[1]}; it is "
+                "for another model"
+            )
+        words.append(rows.reshape(len(layers), -1, rows.shape[1]))  # (L, tokens, D)
+        ids = new_tokens(tokenizer, path.stem, words[-1].shape[1], flag=flag)
+        first = first or ids[0]
+        setattr(tokenizer, EXPANSIONS, {**getattr(tokenizer, EXPANSIONS, {}), ids[0]: ids})
+        logger.info('embedding "%s": %d tokens in each of %d layers', path.stem, len(ids), len(layers))
+    joined = torch.cat(words, dim=1).flatten(0, 1).to(table.weight)  # (L * all tokens, D)
+    grown = GrownEmbedding(table.weight, nn.Parameter(joined, requires_grad=False), first, len(layers))
+    encoder.set_input_embeddings(grown)  # type: ignore[operator]
+    give_each_layer(list(layers.values()))
+
+
 def vector_names(encoders: int) -> tuple[str, ...]:
     """Return the published names of the vectors of each encoder in a file."""
     return _OF_SDXL if encoders > 1 else ("emb_params",)
@@ -53,10 +92,13 @@ def read_vectors(path: Path, encoders: int, *, flag: str = "--textual_inversion_
         UserError: the file holds no embedding, or not one for so many encoders.
     """
     flag = f"{flag} {path}"
-    if not path.is_file():
-        raise UserError(f"{flag}: no such file")
-    content = _unpickled(path, flag) if is_pickle(path) else load_tensors(path)
+    content = _content(path, flag)
     found: list[Tensor]
+    if any(map(_LAYER.fullmatch, content)):
+        raise UserError(
+            f"{flag}: is an embedding with vectors for each layer (XTI), for train_textual_inversion_XTI.py and "
+            "--XTI_embeddings"
+        )
     if encoders > 1:
         if not all(name in content for name in _OF_SDXL):
             raise UserError(f"{flag}: holds no {' and '.join(_OF_SDXL)}; give an embedding for SDXL")
@@ -73,9 +115,53 @@ def read_vectors(path: Path, encoders: int, *, flag: str = "--textual_inversion_
     vectors = [values.detach().float().reshape(-1, values.shape[-1]) for values in found]
     if len({len(values) for values in vectors}) > 1:
         raise UserError(f"{flag}: holds other numbers of tokens for each text encoder; the file is damaged")
+    _check_finite(vectors, flag)
+    return vectors
+
+
+def read_layered_vectors(path: Path, *, flag: str = "--XTI_embeddings") -> dict[str, Tensor]:
+    """Return the vectors (tokens, width) of each layer by the layers' names, in the file's order.
+
+    Raises:
+        UserError: the file holds no embedding of this kind.
+    """
+    flag = f"{flag} {path}"
+    content = _content(path, flag)
+    if not content or not all(map(_LAYER.fullmatch, content)):
+        raise UserError(f"{flag}: holds no vectors for each layer (IN01 to OUT11); give a file of XTI")
+    vectors = {name: values.detach().float().reshape(-1, values.shape[-1]) for name, values in content.items()}
+    if len({values.shape for values in vectors.values()}) > 1:
+        raise UserError(f"{flag}: holds other sizes for each layer; the file is damaged")
+    _check_finite(vectors.values(), flag)
+    return vectors
+
+
+def in_layer_order(vectors: Mapping[str, Tensor], layers: Collection[str], *, flag: str) -> Tensor:
+    """Return the vectors (L * tokens, width), layer by layer.
+
+    Args:
+        vectors: what ``read_layered_vectors`` gives.
+        layers: names of the model's layers, in their order.
+        flag: option and file, for messages.
+
+    Raises:
+        UserError: the file has other layers than the model.
+    """
+    if vectors.keys() != set(layers):
+        other = sorted(vectors.keys() ^ set(layers))
+        raise UserError(f"{flag}: has other layers than the model ({', '.join(other[:3])}); it is for another model")
+    return torch.cat([vectors[name] for name in layers])
+
+
+def _check_finite(vectors: Iterable[Tensor], flag: str) -> None:
     if not all(torch.isfinite(values).all() for values in vectors):
         raise UserError(f"{flag}: holds NaN or infinity; the file is damaged")
-    return vectors
+
+
+def _content(path: Path, flag: str) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{flag}: no such file")
+    return _unpickled(path, flag) if is_pickle(path) else load_tensors(path)
 
 
 def _unpickled(path: Path, flag: str) -> Mapping[str, Any]:

@@ -14,7 +14,11 @@ from library.training.kinds.adapter_options import TrainNetworkOptions
 CLI = Path(__file__).parent / "data" / "cli"
 ADAPTERS = {"train_network": 193, "sdxl_train_network": 196, "flux_train_network": 215, "sd3_train_network": 218}
 WHOLE_MODELS = {"fine_tune": 167, "train_db": 169, "sdxl_train": 176, "flux_train": 194, "sd3_train": 201}
-EMBEDDINGS = {"train_textual_inversion": 169, "sdxl_train_textual_inversion": 170}
+EMBEDDINGS = {
+    "train_textual_inversion": 169,
+    "sdxl_train_textual_inversion": 170,
+    "train_textual_inversion_XTI": 168,
+}
 SCRIPTS = ADAPTERS | WHOLE_MODELS | EMBEDDINGS
 PUBLISHED = {script: json.loads((CLI / f"{script}.json").read_text())["options"] for script in SCRIPTS}
 

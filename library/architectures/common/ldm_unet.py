@@ -155,6 +155,20 @@ def _count(pattern: str, names: Mapping[str, object]) -> int:
     return max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=0)
 
 
+def text_layers(unet: nn.Module) -> dict[str, list[nn.Module]]:
+    """Return the cross-attentions of a U-Net by the published names of its layers, in the order in which they run:
+    IN01, IN02, IN04, ..., MID, OUT03, ... of SD 1.x and 2.x, numbered as LDM's input and output blocks."""
+    numbered: list[tuple[str, nn.Module]] = []
+    for side, first, blocks in (("IN", 1, unet.down_blocks), ("OUT", 0, unet.up_blocks)):
+        if side == "OUT":
+            numbered.append(("MID", unet.mid_block.attentions[0]))  # type: ignore[union-attr, index]
+        for block in blocks:  # type: ignore[union-attr]
+            attentions = getattr(block, "attentions", ())
+            numbered += [(f"{side}{first + index:02d}", attention) for index, attention in enumerate(attentions)]
+            first += len(block.resnets) + (side == "IN")
+    return {name: [block.attn2 for block in found.transformer_blocks] for name, found in numbered}  # type: ignore
+
+
 def build_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 

@@ -20,7 +20,7 @@ from library.architectures.base import (
     TextFormat,
     WeightsIdentity,
 )
-from library.architectures.common import clip, clip_text
+from library.architectures.common import clip, clip_text, ldm_unet
 from library.architectures.common.identity import weights_identity
 from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.latent_diffusion import (
@@ -144,6 +144,9 @@ class StableDiffusion(LatentDiffusion):
 
     def unet_inputs(self, conditioning: Conditioning) -> dict[str, Any]:
         return {"encoder_hidden_states": conditioning["context"]}
+
+    def text_layers(self, denoiser: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
+        return ldm_unet.text_layers(denoiser)
 
     # ---- records ----
 

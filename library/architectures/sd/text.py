@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library.architectures.base import Conditioning
 from library.architectures.common import clip_text
 from library.architectures.common.clip_text import WINDOW, emphasise, join_windows
+from library.architectures.common.grown_embedding import by_layer, joined_layers, layers_of
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -26,10 +27,14 @@ def load_tokenizer(folder: Path, *, v2: bool) -> CLIPTokenizer:
 def encode_text(text_encoder: nn.Module, tokens: Mapping[str, Tensor], *, clip_skip: int | None) -> Conditioning:
     """Encode tokens on the encoder's device to ``context`` (B, T, D), in the encoder's dtype.
 
+    If a word has other vectors for each layer of the U-Net, each caption is encoded for each of them: (B, L * T, D).
+
     Args:
         clip_skip: None or 1 takes the last layer, 2 the one before it, and so on; the encoder's final norm is applied
             in any case. SD 2.x's encoder is loaded without its unused last block, so the same counting holds.
     """
+    if (layers := layers_of(text_encoder)) > 1:
+        tokens = by_layer(text_encoder, tokens)
     ids = tokens["input_ids"]
     batch, windows, _ = ids.shape
     flat = ids.reshape(batch * windows, WINDOW)
@@ -41,4 +46,4 @@ def encode_text(text_encoder: nn.Module, tokens: Mapping[str, Tensor], *, clip_s
     states = join_windows(states.reshape(batch, windows, WINDOW, -1))  # (B, n, 77, D) -> (B, T, D)
     if "weights" in tokens:
         states = emphasise(states, join_windows(tokens["weights"].unsqueeze(-1)))
-    return Conditioning({"context": states})
+    return Conditioning({"context": joined_layers(states, layers)})

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture
 from library.architectures.common.clip_text import EXPANSIONS
+from library.architectures.common.grown_embedding import GrownEmbedding
 from library.data.dataset import TrainingData
 from library.data.dataset_spec import DatasetConfig
 from library.errors import UserError
@@ -46,27 +46,6 @@ STYLE_TEMPLATES = (
 )  # fmt: skip
 
 
-class GrownEmbedding(nn.Module):
-    """A frozen table of vectors followed by trained ones.
-
-    Args:
-        table: (tokens, width) of the vocabulary.
-        rows: (n, width) of the new tokens, whose ids begin at ``first``.
-    """
-
-    def __init__(self, table: nn.Parameter, rows: nn.Parameter, first: int) -> None:
-        super().__init__()
-        self.weight = table
-        self.rows = rows
-        self.first = first
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the vectors (..., width) of token ids."""
-        known = F.embedding(ids.clamp(max=len(self.weight) - 1), self.weight)
-        new = F.embedding((ids - self.first).clamp(0, len(self.rows) - 1), self.rows)
-        return torch.where((ids >= self.first).unsqueeze(-1), new.to(known.dtype), known)
-
-
 class Embedding(Kind):
     """Train the vectors of one new word."""
 
@@ -81,6 +60,7 @@ class Embedding(Kind):
     def __init__(self, architecture: Architecture, options: Any, checkpoint: Any, **more: Any) -> None:
         super().__init__(architecture, options, checkpoint, **more)
         self._rows = nn.ParameterDict()
+        self.layers = 1  # with vectors of their own
 
     # ---- before anything is loaded ----
 
@@ -95,7 +75,16 @@ class Embedding(Kind):
         if not architecture.has_own_encoders:
             raise UserError("textual inversion: this model does not read captions with CLIP alone; train an adapter")
         if options.embedding.weights:
-            read_vectors(Path(options.embedding.weights), len(architecture.text_encoder_targets), flag="--weights")
+            cls.check_start(Path(options.embedding.weights), len(architecture.text_encoder_targets))
+
+    @classmethod
+    def check_start(cls, path: Path, encoders: int) -> None:
+        """Refuse a file of ``--weights`` that cannot be used. Raises UserError."""
+        read_vectors(path, encoders, flag="--weights")
+
+    def read_start(self, path: Path, encoders: int) -> list[Tensor]:
+        """Return the vectors (layers * n, width) of each encoder in the file of ``--weights``. Raises UserError."""
+        return read_vectors(path, encoders, flag="--weights")
 
     @classmethod
     def trained_encoders(cls, architecture: Architecture, options: Any) -> tuple[bool, ...]:
@@ -145,7 +134,7 @@ class Embedding(Kind):
         own, groups = self.options.embedding, []
         tokenizers = models.tokenizers or self.architecture.load_tokenizers(self.checkpoint)
         count = len(models.text_encoders)
-        given = read_vectors(Path(own.weights), count, flag="--weights") if own.weights else [None] * count
+        given = self.read_start(Path(own.weights), count) if own.weights else [None] * count
         for index, (tokenizer, encoder, start) in enumerate(zip(tokenizers, models.text_encoders, given, strict=True)):
             name = text_encoder_name(index + 1)
             rows = self._attach(tokenizer, encoder, start)
@@ -161,18 +150,19 @@ class Embedding(Kind):
             tokenizer, own.token_string, own.num_vectors_per_token, flag=f"--token_string {own.token_string}"
         )
         if start is None:
-            rows = table.detach()[[init[i % len(init)] for i in range(len(ids))]]
-        elif start.shape != (len(ids), table.shape[1]):
+            rows = table.detach()[[init[i % len(init)] for i in range(len(ids))]].repeat(self.layers, 1)
+        elif start.shape != (self.layers * len(ids), table.shape[1]):
+            there = len(start) // self.layers
             raise UserError(
-                f"--weights {own.weights}: holds {len(start)} vectors of {start.shape[1]} numbers, needed are {len(ids)} "
-                f"of {table.shape[1]}; give --num_vectors_per_token {len(start)}, or a file for this model"
+                f"--weights {own.weights}: holds {there} vectors of {start.shape[1]} numbers, needed are {len(ids)} "
+                f"of {table.shape[1]}; give --num_vectors_per_token {there}, or a file for this model"
             )
         else:
             rows = start.to(table)
         if ids != list(range(ids[0], ids[0] + len(ids))):
             raise UserError("the tokenizer's ids of new words are not consecutive; it cannot be used")
         parameter = nn.Parameter(rows.clone().contiguous())
-        encoder.set_input_embeddings(GrownEmbedding(table, parameter, ids[0]))
+        encoder.set_input_embeddings(GrownEmbedding(table, parameter, ids[0], self.layers))
         setattr(tokenizer, EXPANSIONS, {**getattr(tokenizer, EXPANSIONS, {}), ids[0]: ids})
         return parameter
 
@@ -197,13 +187,16 @@ class Embedding(Kind):
         self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], *, step: int, epoch: int
     ) -> None:
         make_folder(path.parent)
-        names = vector_names(len(self._rows))
-        rows = [row.detach().to("cpu", dtype or torch.float32, copy=True).contiguous() for row in self._rows.values()]
-        tensors = dict(zip(names, rows, strict=True))
+        tensors = self.tensors(dtype)
         if path.suffix == ".safetensors":
             save_tensors(path, tensors, metadata)
         else:
             save_pickle(path, tensors)
+
+    def tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """Return copies of the vectors by their published names, in float32 unless another dtype is given."""
+        rows = [row.detach().to("cpu", dtype or torch.float32, copy=True).contiguous() for row in self._rows.values()]
+        return dict(zip(vector_names(len(rows)), rows, strict=True))
 
     def rows(self, count: int) -> list[tuple[str, str]]:
         own = self.options.embedding
