@@ -1,4 +1,4 @@
-"""Train all weights of the transformer of Stable Diffusion 3 or 3.5.
+"""Train the transformer of Stable Diffusion 3 or 3.5, and its text encoders if asked for.
 
     accelerate launch sd3_train.py \\
         --pretrained_model_name_or_path sd3_medium_incl_clips_t5xxlfp16.safetensors \\
@@ -31,13 +31,13 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def _trainer() -> type:
     # only now: the command line needs neither torch nor models, which take seconds to import
-    from library.architectures.sd3 import SD3
+    from library.architectures.sd3.whole import SD3_WHOLE
     from library.training import full_trainer
 
     class Sd3Trainer(full_trainer.FullTrainer):
-        """Train all weights of the transformer of Stable Diffusion 3 or 3.5."""
+        """Train the transformer of Stable Diffusion 3 or 3.5, and its text encoders if asked for."""
 
-        architecture = SD3
+        architecture = SD3_WHOLE
 
     return Sd3Trainer
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from library.architectures.whole_models import WholeModels
 from library.config.declaration import Declaration, Facts
 from library.config.prompt_options import TextRole
 from library.inference.prompt_line import DDPM_FIELDS
@@ -29,7 +30,6 @@ from library.randomness import Draw
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from library.architectures.common.loading import ModelSource
     from library.config.arguments import RunOptions
     from library.diffusion.objective import Objective
     from library.inference.settings import ImageSettings
@@ -180,7 +180,7 @@ class CaptionLength:
     cut: str  # the end of the caption that is cut off; empty if everything fits
 
 
-class Architecture(ABC):
+class Architecture(WholeModels, ABC):
     """A model family. Instances hold no weights and no state of a run."""
 
     name: str
@@ -247,6 +247,10 @@ class Architecture(ABC):
         name = next(name for name, group in self.declaration.groups.items() if issubclass(group, kind))
         group = dataclasses.replace(self.chosen(kind), **values)
         return self._with_chosen({**self._chosen, name: group})
+
+    def normalized(self, options: O) -> O:
+        """Return the options of a training run with the consequences of own options for others."""
+        return options
 
     def _with_chosen(self, groups: dict[str, Any]) -> Self:
         made = copy.copy(self)
@@ -316,6 +320,14 @@ class Architecture(ABC):
         """How many of the denoiser's blocks wait in host memory, as its own option says."""
         return 0
 
+    def live_encoders(self, trained: Sequence[bool]) -> tuple[bool, ...]:
+        """For each text encoder, return whether it runs in each step where ``trained`` ones are trained.
+
+        The outputs of the others may come from a cache. Families that encode with some encoders beside cached outputs
+        of others have their own answer.
+        """
+        return (any(trained),) * len(trained)
+
     def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
         """For each text encoder, return whether a network with these options may train it."""
         return (not network.network_train_unet_only,) * len(self.text_encoder_targets)
@@ -335,54 +347,6 @@ class Architecture(ABC):
     @abstractmethod
     def load_denoiser(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
         """Load the denoiser, frozen, in eval mode; streamed, so that peak memory is about one copy."""
-
-    # ---- whole models ----
-
-    #: whether its text encoders are trained and saved with the denoiser, or are files of their own
-    has_own_encoders: bool = True
-    #: forms in which a trained model can be saved: "safetensors", "ckpt", "diffusers", "diffusers_safetensors"
-    model_forms: tuple[str, ...] = ()
-
-    def parts(self, checkpoint: Any) -> dict[str, ModelSource]:
-        """Return where each part of the model is: ``denoiser``, ``vae``, ``text_encoder_1`` and so on."""
-        raise NotImplementedError(f"whole models of {self.name} are not trained")
-
-    def write(
-        self,
-        path: Path,
-        checkpoint: Any,
-        trained: Mapping[str, nn.Module],
-        form: str,
-        *,
-        tokenizers: Sequence[Any],
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        counters: Mapping[str, int],
-    ) -> None:
-        """Write a whole model: the trained parts, and the others bit by bit as they were; streamed.
-
-        Args:
-            path: a file, or for "diffusers" forms a folder.
-            trained: modules by the names of ``parts``.
-            form: one of ``model_forms``.
-            dtype: cast floating-point tensors to it; ``None`` keeps each one's own.
-            metadata: of safetensors files.
-            counters: what ``.ckpt`` files hold beside weights: ``epoch`` and ``global_step``.
-
-        Raises:
-            UserError: the disk is full, or the place cannot be written.
-        """
-        raise NotImplementedError(f"whole models of {self.name} are not saved")
-
-    def unused_modules(self, name: str, part: nn.Module, *, clip_skip: int | None) -> list[nn.Module]:
-        """Return the modules of a part whose outputs the model never uses: they get no gradients and do not change."""
-        return []
-
-    has_learning_rate_blocks: bool = False
-
-    def learning_rate_blocks(self, denoiser: nn.Module) -> list[list[nn.Parameter]]:
-        """The denoiser's parameters by the block that a list of learning rates counts them to; none without blocks."""
-        return []
 
     # ---- text ----
 

@@ -35,6 +35,8 @@ class Facts:
 
     #: for each text encoder of the model, whether it may be trained with these options
     trained_encoders: tuple[bool, ...] = ()
+    #: for each, whether it runs in each step, so that its outputs cannot come from a cache
+    live_encoders: tuple[bool, ...] = ()
 
     @property
     def text_encoders(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def pages(declared: Mapping[str, Declaration] | None = None) -> dict[str, str]:
     groups, of_kinds = CORE.groups, kinds()
     found = scripts() if declared is None else declared
     own = {script: family for script, family in found.items() if family.groups}
+    known = {script: _known(module.KIND, module.FAMILY) for script, module in _modules().items()}
     index = _MADE + _INTRODUCTION
     index += _index("", ((_title(g), name, len(dataclasses.fields(g))) for name, g in groups.items()))
     index += _index(
@@ -90,7 +91,7 @@ def pages(declared: Mapping[str, Declaration] | None = None) -> dict[str, str]:
         {"README.md": index}
         | {f"{name}.md": _page(group) for name, group in groups.items()}
         | {f"{name}.md": _kind_page(kind) for name, kind in of_kinds.items()}
-        | {f"{script}.md": _script_page(script, family) for script, family in own.items()}
+        | {f"{script}.md": _script_page(script, family, known.get(script)) for script, family in own.items()}
     )
 
 
@@ -133,18 +134,31 @@ def _kind_page(kind: Declaration) -> str:
     return f"{text}{_others(kind)}[All options](README.md)\n"
 
 
-def _script_page(script: str, own: Declaration) -> str:
+def _script_page(script: str, own: Declaration, known: Collection[str] | None) -> str:
     """Return the page of the family's own options, and of common options that it refuses or ignores."""
     text = f"{_MADE}# Options of `{script}.py` alone\n\n"
     for group in own.groups.values():
         text += f"## {_title(group)}\n\n{_options(dataclasses.fields(group), own.idle)}\n"
-    return f"{text}{_others(own)}[All options](README.md)\n"
+    return f"{text}{_others(own, known)}[All options](README.md)\n"
 
 
-def _others(own: Declaration) -> str:
-    """Return the section of options that an owner refuses or ignores."""
-    others = [[f"`--{name}`", f"refused: {why}"] for name, why in own.refused.items()]
-    others += [[f"`--{name}`", f"no effect {why}"] for name, why in own.unused.items()]
+def _known(kind: Declaration, own: Declaration) -> set[str]:
+    """Return the names of all options of a script."""
+    groups = {**CORE.groups, **kind.groups, **own.groups}
+    return {field.name for group in groups.values() for field in dataclasses.fields(group)}
+
+
+def _others(own: Declaration, known: Collection[str] | None = None) -> str:
+    """Return the section of options that an owner refuses or ignores.
+
+    Args:
+        known: leave out options that are not among these.
+    """
+
+    def told(table: Mapping[str, str], words: str) -> list[list[str]]:
+        return [[f"`--{n}`", f"{words}{why}"] for n, why in table.items() if known is None or n in known]
+
+    others = told(own.refused, "refused: ") + told(own.unused, "no effect ")
     return f"## Options that are not for this script\n\n{_table(('option', 'why'), others)}\n" if others else ""
 
 

@@ -43,12 +43,11 @@ def _applying(options: RunOptions, own: Declaration) -> Iterator[IdleRule]:
     # the caching tools have the families' options in another group, and report irrelevant ones themselves
     rules = own.idle if set(own.groups) <= set(options.groups()) else ()
     yield from (rule for rule in (*CORE.idle, *rules) if rule.applies(options))
-    yield from (IdleRule((name,), why, lambda o: True) for name, why in own.unused.items())
 
 
 def idle_names(options: RunOptions, own: Declaration) -> set[str]:
     """Return the names of all options without effect in this run, given or not."""
-    return {name for rule in _applying(options, own) for name in rule.names}
+    return {name for rule in _applying(options, own) for name in rule.names} | own.unused.keys()
 
 
 def reasons(options: RunOptions, own: Declaration) -> list[tuple[list[str], str]]:
@@ -58,8 +57,11 @@ def reasons(options: RunOptions, own: Declaration) -> list[tuple[list[str], str]
         own: what the family and the kind declare.
     """
     changed = given(options)
-    found = (([n for n in rule.names if n in changed], rule.reason) for rule in _applying(options, own))
-    return [(names, reason) for names, reason in found if names]
+    # where an option is never used, that is the only reason that helps
+    never = [([name], why) for name, why in own.unused.items() if name in changed]
+    left = changed - own.unused.keys()
+    found = (([n for n in rule.names if n in left], rule.reason) for rule in _applying(options, own))
+    return [*((names, reason) for names, reason in found if names), *never]
 
 
 def without_effect(options: RunOptions, own: Declaration) -> list[NoEffect]:

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from library.errors import UserError
@@ -35,10 +36,18 @@ _OLD = 600
 _SHOWN = 3
 
 
-def refuse_bad_targets(files: Sequence[PlannedFile], *, averaged: bool, folders: Iterable[Path], tried: bool) -> None:
+def refuse_bad_targets(
+    files: Sequence[PlannedFile],
+    *,
+    averaged: bool,
+    folders: Iterable[Path],
+    tried: bool,
+    beside: Callable[[Path], Sequence[Path]] = lambda path: (),
+) -> None:
     """Check before the work whether everything that a run will write can be written.
 
     Args:
+        beside: gives the files that belong to a file of weights.
         averaged: whether moving averages are written beside weights.
         folders: folders that are written to, such as ``sample``.
         tried: create the folders and write to them; otherwise, as in a dry run, only look.
@@ -49,6 +58,8 @@ def refuse_bad_targets(files: Sequence[PlannedFile], *, averaged: bool, folders:
     problems = []
     for file in files:
         paths = [file.path, ema_path(file.path)] if averaged and not file.is_state else [file.path]
+        if not file.is_state:
+            paths += [other for path in list(paths) for other in beside(path)]
         problems += [problem for path in paths if (problem := _problem_of(path, is_state=file.is_state))]
     if problems:
         more = len(problems) - _SHOWN
@@ -148,7 +159,13 @@ def check_output(run: Run, *, tried: bool) -> None:
     folders = [names.directory, run.checked.trackers.directory]
     if run.checked.prompts:
         folders.append(names.directory / "sample")
-    refuse_bad_targets(files, averaged=options.optimizer.ema_decay is not None, folders=folders, tried=tried)
+    refuse_bad_targets(
+        files,
+        averaged=options.optimizer.ema_decay is not None,
+        folders=folders,
+        tried=tried,
+        beside=partial(run.kind.files_beside, run.architecture, options),
+    )
 
 
 def own_files(resumed: TrainState | None, state_folder: Path | None, names: OutputNames) -> set[str] | None:
@@ -206,7 +223,7 @@ def clear_leftovers(names: OutputNames) -> None:
     """Finish or remove what a killed run of this name was writing, and old temporary files of safetensors."""
     stem = re.escape(names.stem) if names.stem else "(last|at|epoch)"
     ours = re.compile(
-        rf"\.(?P<target>{stem}(-\d{{6}}|-step\d{{8}})?(-best)?(-ema)?(-state|\.[a-z]+)?)"
+        rf"\.(?P<target>{stem}(-\d{{6}}|-step\d{{8}})?(-best)?(-ema)?(-state|(_[a-z0-9_]+)?\.[a-z]+)?)"
         r"(\.old|\.removed|\.[0-9a-f]{12})?\.tmp"
     )
     for entry in sorted(names.directory.iterdir()):

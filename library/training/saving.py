@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -51,8 +51,13 @@ class Saver:
             self._wrote(path)
             logger.info("saved weights: %s", path)
             for written in (path, ema_path(path)) if self._update.average is not None else (path,):
-                self._run.uploads.add(written)
+                for file in (*self._beside(written), written):
+                    self._run.uploads.add(file)
         self.set_training(True)
+
+    def _beside(self, path: Path) -> Sequence[Path]:
+        """Return the files that belong to a file of weights."""
+        return self._run.kind.files_beside(self._run.architecture, self._run.options, path)
 
     def _write(self, path: Path, step: int, epoch: int) -> None:
         output = self._run.options.output
@@ -107,5 +112,7 @@ class Saver:
                 return
             self._written.discard(path.name)
         uploads = self._run.uploads
+        for file in (*self._beside(path), *self._beside(ema_path(path))):
+            uploads.when_free(file, remove_outdated)
         # averages are removed with their weights, so both must be uploaded
         uploads.when_free(ema_path(path), lambda _: uploads.when_free(path, remove_outdated))

@@ -61,7 +61,8 @@ def objective_of(architecture: Architecture, options: RunOptions, info: ModelInf
 def cached_encoders(architecture: Architecture, kind: type[Kind], options: RunOptions) -> tuple[bool, ...]:
     """For each text encoder, whether its outputs come from a cache."""
     caches = caches_texts(options.dataset)
-    return tuple(caches and not trained for trained in kind.trained_encoders(architecture, options))
+    live = architecture.live_encoders(kind.trained_encoders(architecture, options))
+    return tuple(caches and not runs for runs in live)
 
 
 def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) -> Run:
@@ -74,7 +75,7 @@ def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) ->
         UserError: one line for each finding.
     """
     setup_console(options.console)
-    options = kind.normalized(options)
+    options = architecture.normalized(kind.normalized(options))
     strict = options.config.strict
     checked = check(architecture, kind, options)
     architecture = checked.architecture
@@ -147,7 +148,7 @@ def check(architecture: Architecture, kind: type[Kind], options: RunOptions) -> 
     folder = state_folder(options)
     resumed = read_state(folder) if folder else None
     if resumed is not None:
-        shaping = kind.shaping_options(options)
+        shaping = [*kind.shaping_options(options), *architecture.shaping_options]
         check_fits(resumed, options, optimizer, shaping=shaping, starts_from=kind.starts_from)
     check_validation(dataset_config, options.validation, resumed)
     trackers = tracker_settings(options, default_name=kind.tracker_name)

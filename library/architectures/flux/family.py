@@ -195,6 +195,9 @@ class Flux(FlowMatching, Architecture):
     def blocks_to_swap(self) -> int:
         return self.chosen(FluxModelOptions).swapped
 
+    def live_encoders(self, trained: Sequence[bool]) -> tuple[bool, ...]:
+        return tuple(trained)
+
     def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
         with_t5 = not network.network_train_unet_only and trains_t5(network)
         return (with_t5,) if self.is_chroma else (not network.network_train_unet_only, with_t5)

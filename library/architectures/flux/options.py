@@ -10,6 +10,7 @@ from library.config import block_swap
 from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined, warning
 from library.config.fields import option
 from library.config.flow import FLOW
+from library.config.frozen_encoders import FROZEN_ENCODERS
 from networks.network_args import is_switched_on
 
 FLUX, CHROMA = "flux", "chroma"
@@ -139,6 +140,7 @@ def blocks_win(o: Any) -> bool:
 DECLARATION = joined(
     Declaration(groups={"flux": FluxModelOptions}),
     FLOW,
+    FROZEN_ENCODERS,
     Declaration(
         texts={
             "network_module": "what is trained: networks.lora_flux (or oft_flux), or a third-party module such as "

@@ -27,11 +27,10 @@ from library.architectures.base import (
 from library.architectures.common import clip, clip_text, kl_vae, t5
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.identity import weights_identity
-from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
-from library.architectures.common.model_writing import LazyTensors, laid_out, refuse_own_source, state_of, write_file
+from library.architectures.common.loading import load_frozen, without_mapping
 from library.architectures.common.tokenizer_files import T5, find_tokenizer, has_tokenizer
 from library.architectures.sd3 import text as sd3_text
-from library.architectures.sd3.checkpoint import SD3Checkpoint, inspect_model, pooled_width, published_layout
+from library.architectures.sd3.checkpoint import SD3Checkpoint, inspect_model, pooled_width
 from library.architectures.sd3.model import MMDiT
 from library.architectures.sd3.options import DECLARATION, SD3Options, own_dtype, trains_t5
 from library.architectures.sd3.positions import PositionTables, random_crops
@@ -180,6 +179,10 @@ class StableDiffusion3(Architecture):
     def blocks_to_swap(self) -> int:
         return self.chosen(SD3Options).blocks_to_swap or 0
 
+    def live_encoders(self, trained: Sequence[bool]) -> tuple[bool, ...]:
+        # the outputs of both CLIPs are joined
+        return (any(trained[:2]),) * 2 + tuple(trained[2:])
+
     def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
         text = not network.network_train_unet_only
         return (text, text, text and trains_t5(network))[: len(self.text_encoder_targets)]
@@ -200,39 +203,8 @@ class StableDiffusion3(Architecture):
         setattr(denoiser, LORA_TARGET, DENOISER)
         return denoiser
 
-    # ---- whole models ----
-
+    # files of their own
     has_own_encoders = False
-    model_forms = ("safetensors",)
-
-    def parts(self, checkpoint: SD3Checkpoint) -> dict[str, ModelSource]:
-        encoders = enumerate(checkpoint.text_encoders, start=1)
-        return {
-            "denoiser": checkpoint.transformer,
-            "vae": checkpoint.vae,
-            **{f"text_encoder_{number}": source for number, source in encoders},
-        }
-
-    def write(
-        self,
-        path: Path,
-        checkpoint: SD3Checkpoint,
-        trained: Mapping[str, nn.Module],
-        form: str,
-        *,
-        tokenizers: Sequence[Any],
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        counters: Mapping[str, int],
-    ) -> None:
-        """Write the transformer and the VAE to one file, as in sd-scripts; text encoders have their own files."""
-        parts = self.parts(checkpoint)
-        refuse_own_source(path, parts)
-        layouts = {"denoiser": published_layout(), "vae": kl_vae.ldm_vae_layout(parts["vae"].config)}
-        tensors: LazyTensors = {}
-        for name, layout in layouts.items():
-            tensors |= laid_out(layout, state_of(name, parts, trained))
-        write_file(path, tensors, dtype=dtype, metadata=metadata, counters=counters)
 
     # ---- text ----
 

@@ -25,11 +25,17 @@ _DTYPES = {
 class SD3FullOptions:
     """Text encoders and blocks of Stable Diffusion 3 in full training."""
 
-    train_t5xxl: bool = option(False, "train T5-XXL")
-    use_t5xxl_cache_only: bool = option(False, "cache only T5-XXL's outputs, and train the other text encoders")
-    learning_rate_te3: float | None = option(None, "learning rate of T5-XXL", type=float, unit="")
+    train_t5xxl: bool = option(False, "train T5-XXL too; with --train_text_encoder")
+    use_t5xxl_cache_only: bool = option(False, "cache the outputs of T5-XXL while CLIP-L and CLIP-G are trained")
+    learning_rate_te3: float | None = option(
+        None,
+        "learning rate of T5-XXL (as --learning_rate, if not given); 0 freezes it",
+        type=float,
+        unit="rate",
+        minimum=0,
+    )
     num_last_block_to_freeze: int | None = option(
-        None, "number of blocks at the end that are not trained", type=int, unit="blocks"
+        None, "number of blocks at the end that are not trained", type=int, unit="blocks", minimum=0, neutral=(0,)
     )
 
 
@@ -161,19 +167,43 @@ DECLARATION = joined(
     ),
 )
 
-_ENCODERS_FROZEN = (
-    "the text encoders of Stable Diffusion 3 are files of their own, which are not trained yet; remove it"
-)
-#: what ``sd3_train.py`` has besides
+
+# ---- whole models ----
+
+
+def trained_t5(o: Any, facts: Facts) -> Iterator[Finding]:
+    if not o.sd3_full.train_t5xxl:
+        return
+    if not o.full.train_text_encoder:
+        yield error("--train_t5xxl: trains T5-XXL beside the other text encoders; add --train_text_encoder")
+    if o.sd3_full.use_t5xxl_cache_only:
+        yield error("--train_t5xxl: not with --use_t5xxl_cache_only, which needs a frozen T5-XXL; remove one of them")
+    for name in ("t5xxl_device", "t5xxl_dtype"):
+        if getattr(o.sd3, name) is not None:
+            yield error(f"--{name}: a trained T5-XXL has the device and the dtype of the run; remove it")
+
+
+@idle("learning_rate_te3", reason="where T5-XXL is not trained; --train_text_encoder --train_t5xxl trains it")
+def t5_is_frozen(o: Any) -> bool:
+    return not o.sd3_full.train_t5xxl
+
+
+def t5_cache(o: Any) -> Implied | None:
+    return Implied(True, "follows from --use_t5xxl_cache_only") if o.sd3_full.use_t5xxl_cache_only else None
+
+
+#: of ``sd3_train.py``
 FULL_DECLARATION = joined(
     DECLARATION,
     Declaration(
         groups={"sd3_full": SD3FullOptions},
-        refused={
-            "train_t5xxl": _ENCODERS_FROZEN,
-            "use_t5xxl_cache_only": _ENCODERS_FROZEN,
-            "learning_rate_te3": _ENCODERS_FROZEN,
-            "num_last_block_to_freeze": "all blocks are trained; remove it",
+        rules=(trained_t5,),
+        idle=(t5_is_frozen,),
+        follows={"cache_text_encoder_outputs": t5_cache},
+        texts={
+            "learning_rate_te": "learning rate of all text encoders (as --learning_rate, if not given); 0 freezes them",
+            "learning_rate_te1": "learning rate of CLIP-L; 0 freezes it",
+            "learning_rate_te2": "learning rate of CLIP-G; 0 freezes it",
         },
     ),
 )

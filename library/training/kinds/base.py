@@ -60,7 +60,8 @@ class RunSubject:
 
     def facts(self, options: Any) -> Facts:
         """Return what rules ask."""
-        return Facts(trained_encoders=self.kind.trained_encoders(self.architecture, options))
+        trained = self.kind.trained_encoders(self.architecture, options)
+        return Facts(trained_encoders=trained, live_encoders=self.architecture.live_encoders(trained))
 
 
 class Kind(ABC, Generic[O]):
@@ -142,6 +143,11 @@ class Kind(ABC, Generic[O]):
     @classmethod
     def check_data(cls, options: Any, data: TrainingData) -> None:
         """Refuse data that this kind cannot train on. Raises UserError."""
+
+    @classmethod
+    def files_beside(cls, architecture: Architecture, options: Any, path: Path) -> Sequence[Path]:
+        """Return the files that ``save`` writes beside ``path``."""
+        return ()
 
     @classmethod
     def check_place(cls, architecture: Architecture, checkpoint: Any, path: Path) -> None:

@@ -60,7 +60,7 @@ class Full(Kind[Any]):
         full = options.full
         if not architecture.model_forms:
             raise UserError("whole models of this family cannot be trained yet; train an adapter")
-        if full.train_text_encoder and not architecture.has_own_encoders:
+        if full.train_text_encoder and not any(architecture.trainable_encoders):
             raise UserError(
                 "--train_text_encoder: the text encoders of this model are files of their own, which are not trained "
                 "with it; remove it"
@@ -77,17 +77,22 @@ class Full(Kind[Any]):
     @classmethod
     def trained_encoders(cls, architecture: Architecture, options: Any) -> tuple[bool, ...]:
         stop = options.full.stop_text_encoder_training
-        trains = options.full.train_text_encoder and (stop is None or stop > 0) and architecture.has_own_encoders
-        return tuple(trains and rate != 0 for rate in cls._text_rates(architecture, options))
+        trains = options.full.train_text_encoder and (stop is None or stop > 0)
+        rates = cls._text_rates(architecture, options)
+        return tuple(
+            trains and can and rate != 0 for can, rate in zip(architecture.trainable_encoders, rates, strict=True)
+        )
 
     @classmethod
     def _text_rates(cls, architecture: Architecture, options: Any) -> list[float]:
         """Return the learning rate of each text encoder."""
         full, default = options.full, options.optimizer.learning_rate
         count = len(architecture.text_encoder_targets)
-        numbered = (full.learning_rate_te1, full.learning_rate_te2) if count == 2 else ()
-        own = [*numbered, *[None] * (count - len(numbered))]
-        is_numbered = any(rate is not None for rate in numbered)
+        if count < 2:
+            return [default if full.learning_rate_te is None else full.learning_rate_te] * count
+        numbered = [full.learning_rate_te1, full.learning_rate_te2, *architecture.further_encoder_rates]
+        own = [*numbered, *[None] * count][:count]
+        is_numbered = any(rate is not None for rate in own)
         shared = default if full.learning_rate_te is None or is_numbered else full.learning_rate_te
         return [shared if rate is None else rate for rate in own]
 
@@ -115,8 +120,15 @@ class Full(Kind[Any]):
         return "diffusers_safetensors" if given == "diffusers" and full.use_safetensors else given
 
     @classmethod
+    def files_beside(cls, architecture: Architecture, options: Any, path: Path) -> Sequence[Path]:
+        trained = cls.trained_encoders(architecture, options)
+        names = [text_encoder_name(number) for number, is_trained in enumerate(trained, start=1) if is_trained]
+        return list(architecture.files_beside(path, names).values())
+
+    @classmethod
     def check_place(cls, architecture: Architecture, checkpoint: Any, path: Path) -> None:
-        refuse_own_source(path, architecture.parts(checkpoint))
+        parts = architecture.parts(checkpoint)
+        refuse_own_source(path, parts)
 
     @classmethod
     def extension(cls, architecture: Architecture, options: Any, checkpoint: Any) -> str:
@@ -148,7 +160,10 @@ class Full(Kind[Any]):
 
     def _make_trainable(self, name: str, part: nn.Module) -> None:
         clip_skip = self.options.model.clip_skip
-        unused = self.architecture.unused_modules(name, part, clip_skip=clip_skip)
+        unused = [
+            *self.architecture.unused_modules(name, part, clip_skip=clip_skip),
+            *self.architecture.frozen_modules(name, part),
+        ]
         without = {id(parameter) for module in unused for parameter in module.parameters()}
         for parameter in part.parameters():
             if parameter.device.type == "cpu":

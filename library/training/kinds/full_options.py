@@ -30,10 +30,14 @@ class FullOptions:
         minimum=0,
     )
     learning_rate_te1: float | None = option(
-        None, "the same for the first of two text encoders (CLIP-L)", type=float, unit="rate", minimum=0
+        None, "the same for the first of several text encoders (CLIP-L)", type=float, unit="rate", minimum=0
     )
     learning_rate_te2: float | None = option(
-        None, "the same for the second (OpenCLIP ViT-bigG of SDXL)", type=float, unit="rate", minimum=0
+        None,
+        "the same for the second (OpenCLIP ViT-bigG of SDXL and Stable Diffusion 3)",
+        type=float,
+        unit="rate",
+        minimum=0,
     )
     stop_text_encoder_training: int | None = option(
         None, "train the text encoder up to this step; 0 or less: not at all", type=int, unit="step"
@@ -107,17 +111,14 @@ def trained_encoders(o: Any, facts: Facts) -> Iterator[Finding]:
     """Check the number of learning rates of text encoders, and that trained encoders are not cached."""
     full = o.full
     numbered = [n for n in ("learning_rate_te1", "learning_rate_te2") if getattr(full, n) is not None]
-    if numbered and facts.text_encoders != 2:
-        yield warning(
-            f"{message(numbered, 'with this model')}, which has not two text encoders but {facts.text_encoders}; "
-            "--learning_rate_te is for it"
-        )
+    if numbered and facts.text_encoders < 2:
+        yield warning(f"{message(numbered, 'with this model')}, which has one text encoder; use --learning_rate_te")
     elif numbered and full.learning_rate_te is not None:
         yield warning(
             f"{message(['learning_rate_te'], 'beside --learning_rate_te1 or --learning_rate_te2, which win')}"
         )
     caches = o.dataset.cache_text_encoder_outputs or o.dataset.cache_text_encoder_outputs_to_disk
-    if caches and any(facts.trained_encoders):
+    if caches and any(facts.trained_encoders) and all(facts.live_encoders):
         yield error(
             "--cache_text_encoder_outputs: not while a text encoder is trained, whose outputs change; remove it, or "
             "train the denoiser alone"

@@ -18,7 +18,7 @@ def one_thread() -> None:
 
 
 #: their runs take longest
-_SLOW = ("sdxl_train", "flux_train-chroma")
+_SLOW = ("sdxl_train", "flux_train-chroma", "sd3_train")
 
 
 @pytest.fixture(
@@ -47,6 +47,11 @@ def sdxl_train(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 @pytest.fixture(scope="session")
 def flux_train(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return make_whole("flux_train", tmp_path_factory.mktemp("flux_train"))
+
+
+@pytest.fixture(scope="session")
+def sd3_train(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return make_whole("sd3_train", tmp_path_factory.mktemp("sd3_train"))
 
 
 @pytest.fixture(scope="session")

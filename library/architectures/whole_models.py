@@ -1,0 +1,89 @@
+"""What a model family answers so that its whole models can be trained and saved; a part of ``Architecture``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from library.architectures.common.loading import ModelSource
+
+
+class WholeModels:
+    """The part of a family on training and saving whole models. By default it has none."""
+
+    name: str
+    text_encoder_targets: tuple[Any, ...]
+
+    #: whether its text encoders are trained and saved with the denoiser, or are files of their own
+    has_own_encoders: bool = True
+
+    @property
+    def trainable_encoders(self) -> tuple[bool, ...]:
+        """For each text encoder, whether ``--train_text_encoder`` trains it."""
+        return (self.has_own_encoders,) * len(self.text_encoder_targets)
+
+    #: learning rates of the text encoders after the second, as own options say
+    further_encoder_rates: tuple[float | None, ...] = ()
+
+    #: own options that decide which tensors a state holds
+    shaping_options: tuple[str, ...] = ()
+    #: forms in which a trained model can be saved: "safetensors", "ckpt", "diffusers", "diffusers_safetensors"
+    model_forms: tuple[str, ...] = ()
+
+    def parts(self, checkpoint: Any) -> dict[str, ModelSource]:
+        """Return where each part of the model is: ``denoiser``, ``vae``, ``text_encoder_1`` and so on."""
+        raise NotImplementedError(f"whole models of {self.name} are not trained")
+
+    def write(
+        self,
+        path: Path,
+        checkpoint: Any,
+        trained: Mapping[str, nn.Module],
+        form: str,
+        *,
+        tokenizers: Sequence[Any],
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        counters: Mapping[str, int],
+    ) -> None:
+        """Write a whole model: the trained parts, and the others bit by bit as they were; streamed.
+
+        Args:
+            path: a file, or for "diffusers" forms a folder.
+            trained: modules by the names of ``parts``.
+            form: one of ``model_forms``.
+            dtype: cast floating-point tensors to it; ``None`` keeps each one's own.
+            metadata: of safetensors files.
+            counters: what ``.ckpt`` files hold beside weights: ``epoch`` and ``global_step``.
+
+        Raises:
+            UserError: the disk is full, or the place cannot be written.
+        """
+        raise NotImplementedError(f"whole models of {self.name} are not saved")
+
+    def unused_modules(self, name: str, part: nn.Module, *, clip_skip: int | None) -> list[nn.Module]:
+        """Return the modules of a part whose outputs the model never uses: they get no gradients and do not change."""
+        return []
+
+    def frozen_modules(self, name: str, part: nn.Module) -> Sequence[nn.Module]:
+        """Return the modules of a trained part that own options leave untrained."""
+        return ()
+
+    def files_beside(self, path: Path, trained: Collection[str]) -> Mapping[str, Path]:
+        """Return the files that ``write`` makes beside ``path``, by the names of their parts.
+
+        Args:
+            trained: names of parts.
+        """
+        return {}
+
+    has_learning_rate_blocks: bool = False
+
+    def learning_rate_blocks(self, denoiser: nn.Module) -> list[list[nn.Parameter]]:
+        """The denoiser's parameters by the block that a list of learning rates counts them to; none without blocks."""
+        return []
