@@ -24,8 +24,9 @@ from library.data.caption_lengths import shortened
 from library.inference.denoise import Feature, Generation, run
 from library.inference.failures import NotFinite, cause_in
 from library.inference.features import feature
-from library.inference.models import GenerateOptions, ImageModels, on_device
+from library.inference.models import GenerateOptions, ImageModels
 from library.inference.settings import ImageSettings
+from library.memory.placing import on_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image

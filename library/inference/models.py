@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from library.architectures.base import Architecture, Conditioning
+from library.memory.placing import on_device
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,3 @@ class GenerateOptions:
     nan_remedy: str = "try --no_half_vae or bf16"  # advice for images that are not finite
     #: called before each denoising step; an exception from it ends the generation
     check: Callable[[], None] = lambda: None
-
-
-@contextlib.contextmanager
-def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move a module that may be elsewhere (such as a VAE in host memory) to ``device`` within the context."""
-    parameter = next(module.parameters(), None)
-    home = parameter.device if parameter is not None else device
-    if home == device:
-        yield
-        return
-    # weights that are moved in inference mode cannot be moved again outside of it
-    with torch.inference_mode(False):
-        module.to(device)
-    try:
-        yield
-    finally:
-        with torch.inference_mode(False):
-            module.to(home)

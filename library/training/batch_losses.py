@@ -39,7 +39,6 @@ class BatchLosses:
         noise: NoiseSettings,
         loss: LossSettings,
         dtype: torch.dtype,
-        device: torch.device,
         autocast: Callable[[], AbstractContextManager[object]],
         activations: Callable[[], AbstractContextManager[object]],
     ) -> None:
@@ -51,7 +50,6 @@ class BatchLosses:
         self._noise = noise
         self._loss = loss
         self._dtype = dtype
-        self._device = device
         self._activations = activations
         self.autocast = autocast
 
@@ -104,7 +102,6 @@ class BatchLosses:
     def _control(self, batch: Batch) -> Control | None:
         if batch.conditioning_images is None:
             return None
-        vae = self._models.vae.to(self._device)  # after caching latents the VAE is on the host
         with torch.no_grad():
             generators = Draw(batch.visits).generators("conditioning latents")
-            return self._architecture.encode_control(vae, batch.conditioning_images, generators)
+            return self._architecture.encode_control(self._models.vae, batch.conditioning_images, generators)

@@ -84,7 +84,7 @@ def cache_latents(job: CacheJob, *, keep_vae: bool = False) -> nn.Module | None:
     """Complete the latent cache: on disk by all processes together, in memory by each process for itself.
 
     Args:
-        keep_vae: return the VAE on the host, even if it was not needed; otherwise it is freed.
+        keep_vae: return the VAE, even if it was not needed; otherwise it is freed.
 
     Raises:
         UserError: an image that cannot be read; latents that are not finite; a full disk.
@@ -124,9 +124,9 @@ def cache_latents(job: CacheJob, *, keep_vae: bool = False) -> nn.Module | None:
         shared = job.accelerator.num_processes if options.cache_latents_to_disk else 1
         by = f" by {shared} processes" if made and shared > 1 else ""
         logger.info("latents: %d encoded%s, %d from the cache", made, by, job.data.image_count() - made)
-    if keep_vae:
-        vae = (vae if vae is not None else job.load_vae()).to("cpu")
-    else:
+    if keep_vae and vae is None:
+        vae = job.load_vae()
+    elif not keep_vae:
         vae = None
     job.release_memory()
     return vae

@@ -95,7 +95,11 @@ def make_caches(run: Run, interrupt: Interrupt) -> Cached:
         interrupt=interrupt,
     )
     if run.caches_latents:
-        vae = cache_latents(job, keep_vae=memory_plan(run, kind)[VAE].home == "host")
+        plan = memory_plan(run, kind)
+        vae = cache_latents(job, keep_vae=plan[VAE].home != "none")
+        if vae is not None:
+            plan.rest(VAE, vae)
+            job.release_memory()
     else:
         vae = job.load_vae()
     if not caches_texts(options.dataset):
@@ -228,7 +232,6 @@ def _losses(run: Run, models: Models, kind: Kind) -> BatchLosses:
         noise=noise_settings(run.options),
         loss=loss_settings(run.options),
         dtype=next(models.denoiser.parameters()).dtype if DENOISER in kind.needs() else run.weight_dtype,
-        device=run.device,
         autocast=run.accelerator.autocast,
         activations=partial(precision.activations, run.options.training),
     )

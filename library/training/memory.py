@@ -19,8 +19,8 @@ def memory_plan(run: Run, kind: Kind) -> MemoryPlan:
     encoders = [text_encoder_name(number) for number in range(1, len(run.cached_encoders) + 1)]
     cached = frozenset(name for name, is_cached in zip(encoders, run.cached_encoders, strict=True) if is_cached)
     vae_home: Home = "device"
-    if run.caches_latents:
-        vae_home = "host" if run.checked.prompts or architecture.takes_images else "none"
+    if run.caches_latents and not architecture.takes_images:
+        vae_home = "host" if run.checked.prompts else "none"
     return MemoryPlan.of(
         run.device,
         frozen=run.weight_dtype,

@@ -196,7 +196,6 @@ def test_the_mean_of_a_batch_weighs_regularization_images(monkeypatch: pytest.Mo
         noise=NoiseSettings(),
         loss=LossSettings(),
         dtype=torch.float32,
-        device=torch.device("cpu"),
         autocast=nullcontext,
         activations=nullcontext,
     )
