@@ -194,9 +194,11 @@ class TransformerArgs(LoraArgs):
     def _is_trained(self, path: str) -> bool:
         """Whether the block that a module is in, if any, is adapted."""
         for one in self.table.blocks:
+            chosen = self.blocks_trained.get(one.kind)
             if block := one.path.match(path):
-                chosen = self.blocks_trained.get(one.kind)
                 return chosen is None or int(block[1]) in chosen
+            if one.also is not None and one.also.match(path):
+                return chosen is None or bool(chosen)
         return True
 
     def _size_in_unet(self, found: FoundModule, rank: int, alpha: float, block: int | None) -> tuple[int, float]:

@@ -21,11 +21,13 @@ class BlockList:
         kind: for messages and for ``LoraTable.choices``.
         path: of modules in it; the first group is the block's number.
         key: the network arg that chooses blocks by number; "" for none.
+        also: further modules, adapted unless the whole list is left out.
     """
 
     kind: str
     path: re.Pattern[str]
     key: str = ""
+    also: re.Pattern[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 #: folders of the families, in the order in which files are compared with them: the most specific names first
 FOLDERS = (
+    "lumina",
     "sd3",
     "flux",
     "sdxl",

@@ -14,8 +14,6 @@ from networks.file_names import PEFT_ROOT
 _OTHERS = {
     "img_mlp_fc1": "HunyuanImage",
     "img_mod_linear": "HunyuanImage",
-    "context_refiner": "Lumina",
-    "cap_embedder": "Lumina",
     "lora_unet_blocks_": "Anima",
     "diffusion_model.blocks.": "a video model or Anima",
 }

@@ -12,7 +12,10 @@ import pytest
 from library.training.kinds.adapter_options import TrainNetworkOptions
 
 CLI = Path(__file__).parent / "data" / "cli"
-ADAPTERS = {"train_network": 193, "sdxl_train_network": 196, "flux_train_network": 215, "sd3_train_network": 218}
+ADAPTERS = {
+    "train_network": 193, "sdxl_train_network": 196, "flux_train_network": 215, "sd3_train_network": 218,
+    "lumina_train_network": 213,
+}  # fmt: skip
 WHOLE_MODELS = {"fine_tune": 167, "train_db": 169, "sdxl_train": 176, "flux_train": 194, "sd3_train": 201}
 EMBEDDINGS = {
     "train_textual_inversion": 169,

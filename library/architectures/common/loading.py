@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -46,11 +47,21 @@ def without_mapping(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, **changed)  # type: ignore[type-var]
 
 
-def load_frozen(source: ModelSource, build: Callable[[], nn.Module], *, dtype: torch.dtype, device: str) -> nn.Module:
+def load_frozen(
+    source: ModelSource,
+    build: Callable[[], nn.Module],
+    *,
+    dtype: torch.dtype,
+    device: str,
+    computed: Mapping[str, Tensor] = MappingProxyType({}),
+) -> nn.Module:
     """Build a model on the meta device and fill it, tensor by tensor, on its target device and in its target dtype.
 
     On the host and in the file's own dtype nothing is copied at all: parameters are views of the mapped file. On the
     meta device nothing is read either: names and shapes are checked, and the model has no weights.
+
+    Args:
+        computed: buffers that files do not hold, such as frequencies of positions; they keep their dtype.
 
     Returns:
         The model in eval mode, without gradients.
@@ -66,6 +77,7 @@ def load_frozen(source: ModelSource, build: Callable[[], nn.Module], *, dtype: t
     own = model.state_dict().keys()
     used = {name for name in names if own & set(source.layout.model_names(name))}
     _fill(model, source.layout.read(read(names)), source, dtype=dtype, device=device)
+    _fill_buffers(model, computed, device)
     kept = (name for name in source.file.shapes if not name.startswith(source.spare))
     warn_of_unused(source.file.path, source.title, kept, used, source.layout.prefix)
     return model.eval()
@@ -110,15 +122,22 @@ def _fill(
         )
     if bad := check.bad():
         raise UserError(_not_finite(source, bad, dtype))
+
+
+def _fill_buffers(model: nn.Module, computed: Mapping[str, Tensor], device: str) -> None:
+    """Set the buffers that are not in files."""
+    state = model.state_dict(keep_vars=True)
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
-        if name in stored:
+        if name in state:
             continue
-        if leaf == "position_ids":  # CLIP's, computed and never stored
-            positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
-            model.get_submodule(owner)._buffers[leaf] = positions
+        if name in computed:
+            made = computed[name].to(device)
+        elif leaf == "position_ids":  # CLIP's, computed and never stored
+            made = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
         else:
             raise AssertionError(f"{type(model).__name__} has a buffer that loading does not fill: {name}")
+        model.get_submodule(owner)._buffers[leaf] = made
 
 
 def _in_file(source: ModelSource, name: str) -> str:

@@ -22,7 +22,6 @@ _FIRST = (
         ("txt_in.individual_token_refiner.",),
         Recognised("a HunyuanImage model", _UNSUPPORTED),
     ),
-    Sign(("cap_embedder.",), Recognised("a Lumina Image 2.0 model", _UNSUPPORTED)),
 )
 #: compared after the signs of the families
 _LAST = (
@@ -44,11 +43,15 @@ _LAST = (
         ("encoder.block.", ".SelfAttention."),
         Recognised("a T5 text encoder", "give the transformer here and this file with --t5xxl", "t5"),
     ),
+    Sign(
+        (".pre_feedforward_layernorm.",),
+        Recognised("a Gemma2 text encoder", "give the transformer here and this file with --gemma2", "gemma2"),
+    ),
 )
 
 #: see ``About.pipelines``
 _OTHER_PIPELINES: tuple[tuple[str, Recognised], ...] = (
-    ("Lumina", Recognised("a Lumina model", _UNSUPPORTED)),
+    ("Lumina", Recognised("a Lumina-Next model", _UNSUPPORTED)),
     ("HunyuanImage", Recognised("a HunyuanImage model", _UNSUPPORTED)),
 )
 

@@ -20,6 +20,7 @@ class TokenizerKind:
     enough: tuple[tuple[str, ...], ...]  # any one of these sets of files
     hint: str  # for messages
     model: str  # the type in tokenizer.json
+    token: str = ""  # in its vocabulary, to tell it from others of the type
 
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -35,7 +36,14 @@ T5 = TokenizerKind(
     hint="its tokenizer.json or spiece.model",
     model="Unigram",
 )
-ALL_FILES = tuple(dict.fromkeys((*CLIP.files, *T5.files)))
+GEMMA = TokenizerKind(
+    files=("tokenizer.json", "tokenizer.model", *_SETTINGS),
+    enough=(("tokenizer.json",), ("tokenizer.model",)),
+    hint="Gemma's tokenizer.json or tokenizer.model",
+    model="BPE",
+    token="<start_of_turn>",
+)
+ALL_FILES = tuple(dict.fromkeys((*CLIP.files, *T5.files, *GEMMA.files)))
 
 
 def has_tokenizer(folder: Path, kind: TokenizerKind = CLIP) -> bool:
@@ -48,7 +56,8 @@ def _is_kind(folder: Path, kind: TokenizerKind) -> bool:
     if not path.is_file():
         return True
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["model"].get("type", kind.model) == kind.model
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        return model.get("type", kind.model) == kind.model and (not kind.token or kind.token in model["vocab"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return True  # the reader of the file reports what is wrong with it
 

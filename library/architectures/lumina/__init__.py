@@ -1,1 +1,5 @@
-"""Lumina-Image 2.0: the transformer, its sizes and its names; the family itself is still to come."""
+"""Lumina-Image 2.0."""
+
+from library.lazy_imports import found_in
+
+__getattr__ = found_in("library.architectures.lumina.family", "LUMINA", "LuminaImage2")

@@ -226,8 +226,9 @@ class NextDiT(nn.Module):
         self.t_embedder = TimestepEmbedder(sizes)
         self.cap_embedder = nn.Sequential(RMSNorm(sizes.caption), nn.Linear(sizes.caption, sizes.hidden))
         self.layers = nn.ModuleList(JointTransformerBlock(sizes, modulation=True) for _ in range(sizes.layers))
-        #: in the published file, and used by nothing
-        self.norm_final = RMSNorm(sizes.hidden)
+        if sizes.final_norm:
+            #: in the published file, and used by nothing
+            self.norm_final = RMSNorm(sizes.hidden)
         self.final_layer = FinalLayer(sizes)
 
     def set_attention(self, backend: str) -> None:

@@ -30,9 +30,13 @@ OUTER: Table = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear_1",),
     "final_layer.linear": ("norm_out.linear_2",),
 }
+#: query, key and value in one layer
+QKV = "attention.qkv"
+#: query heads for each head of keys and values in the published model
+_GROUP = 3
 #: of a block of each list, without the modulation
 BLOCK: Table = {
-    "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    QKV: ("attn.to_q", "attn.to_k", "attn.to_v"),
     "attention.out": ("attn.to_out.0",),
     "feed_forward.w1": ("feed_forward.linear_1",),
     "feed_forward.w2": ("feed_forward.linear_2",),
@@ -77,7 +81,7 @@ def _count(names: Iterable[str], blocks: str) -> int:
 
 
 #: layers without a bias
-_NO_BIAS = ("attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+_NO_BIAS = (QKV, "attention.out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
 
 def tensor_pairs(variant: Variant) -> Iterator[Pair]:
@@ -96,8 +100,14 @@ def tensor_pairs(variant: Variant) -> Iterator[Pair]:
                 yield Pair(f"{blocks}.{number}.{published}.weight", (f"{blocks}.{number}.{parts[0]}.weight",))
 
 
+def qkv_widths(inputs: int, outputs: int | None) -> tuple[int, int, int]:
+    """Return the rows of query, key and value in their joint layer; without ``outputs`` those of the published model."""
+    shared = inputs // _GROUP if outputs is None else (outputs - inputs) // 2
+    return (inputs, shared, shared)
+
+
 def file_prefix(names: Iterable[str]) -> str:
-    """What precedes every name of the transformer's in a file of the published layout."""
+    """Return the prefix of all names of the transformer in a file of the published layout."""
     return next((name.removesuffix(SIGN) for name in names if name.endswith(SIGN)), "")
 
 
@@ -107,10 +117,15 @@ def in_diffusers_layout(names: Iterable[str]) -> bool:
 
 
 def diffusers_plan(shapes: Shapes) -> Plan:
-    """Every published tensor as rows of those of a transformer in diffusers' layout."""
+    """Return every published tensor as rows of the tensors in diffusers' layout."""
     return published_plan(list(tensor_pairs(Variant.of(shapes))), shapes, title="Lumina-Image 2.0")
 
 
+def published_view(file: ShardedFile) -> JoinedFile:
+    """Return a transformer in diffusers' layout with published names. Raises UserError if tensors are missing."""
+    return JoinedFile.of(file, diffusers_plan)
+
+
 def open_diffusers_transformer(path: Path) -> JoinedFile:
-    """A transformer in diffusers' layout, a folder or a file, by its published names. Raises UserError."""
-    return JoinedFile.of(ShardedFile.open(path), diffusers_plan)
+    """Return the same from a folder or a file."""
+    return published_view(ShardedFile.open(path))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from library.architectures.common.expected import check_count, check_layers
 from library.architectures.common.tensor_files import Shapes
 from library.errors import UserError
 
 #: latent cells per token, in both directions
 PATCH = 2
+#: layers by width
+_LAYERS = {2304: {26}}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class NextDiTSizes:
     caption: int = 2304  # width of the text encoder's states
     time: int = 256  # sines and cosines of the timestep
     condition: int = 1024  # width of the embedded timestep
+    final_norm: bool = True  # whether the file has the norm that nothing uses, and diffusers leaves out
 
     @property
     def rope_axes(self) -> tuple[int, int, int]:
@@ -57,16 +61,20 @@ def infer_sizes(shapes: Shapes) -> NextDiTSizes:
     rows = shape("layers.0.attention.qkv.weight")[0]
     if head % 6 or hidden % head or (rows - hidden) % (2 * head):
         raise UserError(f"attention heads of width {head} do not fit {hidden} features; the file is damaged")
+    layers, refiners = count("layers"), count("context_refiner")
+    check_layers("transformer", layers, hidden, _LAYERS)
+    check_count("transformer", "blocks of noise_refiner", count("noise_refiner"), refiners)
     return NextDiTSizes(
         hidden=hidden,
         head=head,
         heads=hidden // head,
         kv_heads=(rows - hidden) // (2 * head),
         mlp=shape("layers.0.feed_forward.w1.weight")[0],
-        layers=count("layers"),
-        refiners=count("context_refiner"),
+        layers=layers,
+        refiners=refiners,
         channels=inputs // PATCH**2,
         caption=shape("cap_embedder.0.weight", 1)[0],
         time=shape("t_embedder.mlp.0.weight")[1],
         condition=shape("t_embedder.mlp.0.weight")[0],
+        final_norm="norm_final.weight" in shapes,
     )

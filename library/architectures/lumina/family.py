@@ -1,0 +1,245 @@
+"""Lumina-Image 2.0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import (
+    LORA_TARGET,
+    Architecture,
+    CaptionLength,
+    Conditioning,
+    Control,
+    LatentFormat,
+    ModelInfo,
+    TextFormat,
+    WeightsIdentity,
+)
+from library.architectures.common import ae, clip, kl_vae
+from library.architectures.common.checkpoint import vae_identity
+from library.architectures.common.flow_matching import FlowMatching
+from library.architectures.common.identity import weights_identity
+from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
+from library.architectures.common.model_writing import laid_out, refuse_own_source, write_file
+from library.architectures.common.tokenizer_files import GEMMA, find_tokenizer
+from library.architectures.lumina import gemma2
+from library.architectures.lumina.adapters import RECORD
+from library.architectures.lumina.checkpoint import LuminaCheckpoint, inspect_model, published_layout
+from library.architectures.lumina.model import NextDiT
+from library.architectures.lumina.options import DECLARATION, LENGTH, LuminaOptions
+from library.architectures.lumina.targets import DENOISER, GEMMA2
+from library.config.flow import FlowOptions
+
+#: between the system prompt and a caption
+PROMPT_START = "<Prompt Start>"
+
+
+class LuminaImage2(FlowMatching, Architecture):
+    """Qin et al. 2025, "Lumina-Image 2.0: A Unified and Efficient Image Generative Framework" (arXiv:2503.21758)."""
+
+    name = "lumina"
+    latent = LatentFormat(
+        channels=ae.CHANNELS,
+        stride=8,
+        scale=ae.SCALE,
+        shift=ae.SHIFT,
+        cache_suffix="_lumina.npz",
+        multi_resolution=True,
+        stored_scaled=True,
+        bucket_step=16,
+    )
+    text_encoder_targets = (GEMMA2,)
+    denoiser_target = DENOISER
+    compiled_blocks = ("JointTransformerBlock",)
+    declaration = DECLARATION
+    sampling_shift = 6.0
+    sample_defaults = {
+        "width": 1024, "height": 1024, "sample_steps": 36, "scale": 3.5, "cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0,
+    }  # fmt: skip
+    sample_fields = FlowMatching.sample_fields | {"cfg_trunc_ratio", "renorm_cfg"}
+    sample_size_step = 16
+
+    @property
+    def text_length(self) -> int:
+        """Return the tokens of a caption."""
+        return self.chosen(LuminaOptions).gemma2_max_token_length or LENGTH
+
+    @property
+    def text(self) -> TextFormat:  # type: ignore[override]
+        return TextFormat(
+            cache_suffix="_lumina_te.npz",
+            arrays={"hidden_state": ("T", "D"), "attention_mask": ("T",), "input_ids": ("T",)},
+            settings={
+                "gemma2_max_token_length": self.text_length,
+                "system_prompt": self.chosen(LuminaOptions).system_prompt,
+            },
+        )
+
+    # ---- files ----
+
+    def inspect(
+        self,
+        path_or_id: str,
+        *,
+        v2: bool = False,
+        v_parameterization: bool = False,
+        vae: str | None = None,
+        tokenizer_cache_dir: str | None,
+        disable_mmap: bool = False,
+    ) -> LuminaCheckpoint:
+        own = self.chosen(LuminaOptions)
+        checkpoint = inspect_model(path_or_id, own, tokenizer_cache_dir=tokenizer_cache_dir)
+        return without_mapping(checkpoint) if disable_mmap else checkpoint
+
+    def load_tokenizers(self, checkpoint: LuminaCheckpoint) -> list[Any]:
+        return [gemma2.load_tokenizer(checkpoint.tokenizer_folder)]
+
+    def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
+        return [gemma2.load_tokenizer(find_tokenizer(folder, GEMMA))]
+
+    def load_text_encoder(
+        self, checkpoint: LuminaCheckpoint, index: int, *, dtype: torch.dtype, device: str
+    ) -> nn.Module:
+        encoder = gemma2.load(checkpoint.text_encoder, dtype=dtype, device=device)
+        setattr(encoder, LORA_TARGET, GEMMA2)
+        return encoder
+
+    def block_lists(self, denoiser: nn.Module) -> Sequence[Sequence[nn.Module]]:
+        return (list(denoiser.layers),)
+
+    @property
+    def blocks_to_swap(self) -> int:
+        return self.chosen(LuminaOptions).blocks_to_swap or 0
+
+    def load_vae(self, checkpoint: LuminaCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
+        return ae.load_ae(checkpoint.vae, dtype=dtype, device=device)
+
+    def vae_identity(self, checkpoint: LuminaCheckpoint) -> str:
+        return vae_identity(checkpoint.vae)
+
+    def text_identity(self, checkpoint: LuminaCheckpoint) -> WeightsIdentity:
+        return weights_identity((checkpoint.text_encoder,), (checkpoint.tokenizer_folder,))
+
+    def load_denoiser(self, checkpoint: LuminaCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
+        source = checkpoint.transformer
+        denoiser = load_frozen(source, partial(NextDiT, checkpoint.sizes), dtype=dtype, device=device)
+        setattr(denoiser, LORA_TARGET, DENOISER)
+        return denoiser
+
+    # ---- whole models ----
+
+    has_own_encoders = False
+    model_forms = ("safetensors",)
+
+    def parts(self, checkpoint: LuminaCheckpoint) -> dict[str, ModelSource]:
+        return {
+            "denoiser": checkpoint.transformer,
+            "vae": checkpoint.vae,
+            "text_encoder_1": checkpoint.text_encoder,
+        }
+
+    def write(
+        self,
+        path: Path,
+        checkpoint: LuminaCheckpoint,
+        trained: Mapping[str, nn.Module],
+        form: str,
+        *,
+        tokenizers: Sequence[Any],
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        counters: Mapping[str, int],
+    ) -> None:
+        """Write the transformer alone, by its published names; the other parts are files of their own."""
+        refuse_own_source(path, self.parts(checkpoint))
+        tensors = laid_out(published_layout(), trained["denoiser"].state_dict())
+        write_file(path, tensors, dtype=dtype, metadata=metadata, counters=counters)
+
+    def unused_modules(self, name: str, part: nn.Module, *, clip_skip: int | None) -> list[nn.Module]:
+        return [part.norm_final] if name == "denoiser" and part.sizes.final_norm else []
+
+    # ---- text ----
+
+    def with_system_prompt(self, caption: str) -> str:
+        """Return the text that Gemma2 reads for a caption; an empty one, which stands for no caption, stays empty."""
+        system = self.chosen(LuminaOptions).system_prompt
+        return f"{system} {PROMPT_START} {caption}" if system and caption else caption
+
+    def tokenize(
+        self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
+    ) -> dict[str, Tensor]:
+        texts = [self.with_system_prompt(caption) for caption in captions]
+        ids, mask = gemma2.tokenize(tokenizers[0], texts, length=self.text_length)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def caption_length(
+        self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
+    ) -> CaptionLength:
+        return gemma2.caption_length(tokenizers[0], self.with_system_prompt(caption), length=self.text_length)
+
+    def encode_text(
+        self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
+    ) -> Conditioning:
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        states = gemma2.encode(text_encoders[0], ids, mask)
+        return Conditioning({"hidden_state": states, "attention_mask": mask, "input_ids": ids})
+
+    # ---- latents ----
+
+    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return (kl_vae.encode_images(vae, pixels, generators) - self.latent.shift) * self.latent.scale
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        return kl_vae.decode_latents(vae, latents / self.latent.scale + self.latent.shift)
+
+    # ---- diffusion ----
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
+        """See ``Architecture.predict``.
+
+        The model's time runs from noise (0) to the image (1), and so does its velocity: the output is turned round.
+        What is added to the noisy image (additive) points to the image already.
+        """
+        context = conditioning["hidden_state"].to(noisy.dtype)
+        found = denoiser(noisy, 1 - timesteps / 1000, context, conditioning["attention_mask"])
+        return found if self.chosen(FlowOptions).model_prediction_type == "additive" else -found
+
+    # ---- memory and speed ----
+
+    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
+        own = self.chosen(LuminaOptions)
+        denoiser.set_attention("flash" if own.use_flash_attn else "sageattn" if own.use_sage_attn else backend)
+
+    def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
+        denoiser.enable_gradient_checkpointing()
+        for text_encoder in text_encoders:
+            clip.enable_gradient_checkpointing(text_encoder)
+
+    # ---- records ----
+
+    def metadata(self, info: ModelInfo) -> dict[str, str]:
+        return {"ss_v2": "False", "ss_base_model_version": info.version} | self.flow_metadata()
+
+    def modelspec(self, info: ModelInfo) -> dict[str, str]:
+        # no prediction type, as published
+        return {
+            "architecture": RECORD.architecture,
+            "implementation": RECORD.implementation,
+            "default_resolution": RECORD.resolution,
+        }
+
+
+LUMINA = LuminaImage2()

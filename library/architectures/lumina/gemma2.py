@@ -1,0 +1,164 @@
+"""Gemma2 (Gemma Team 2024, arXiv:2408.00118) as a text encoder: files, tokens and states.
+
+Shape legend: B captions, T tokens, D features.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import CaptionLength
+from library.architectures.common.expected import check_layers
+from library.architectures.common.key_map import KeyMap, TensorLayout
+from library.architectures.common.loading import ModelSource, load_frozen
+from library.architectures.common.recognise import recognise_tensors, refuse_scaled
+from library.architectures.common.sharded_file import open_weights
+from library.architectures.common.tensor_files import Shapes
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import Gemma2Model
+
+FLAG = "--gemma2"
+#: Hub repositories (and sub-folder) of the tokenizer; Google's own asks for an account
+TOKENIZERS = (("Alpha-VLLM/Lumina-Image-2.0", "tokenizer"), ("google/gemma-2-2b", None))
+#: before its names in files that hold a whole model, as ComfyUI writes them
+BUNDLED = "text_encoders.gemma2_2b.transformer.model."
+#: layers by width
+_LAYERS = {2304: {26}}
+#: width of an attention head, which names and shapes do not show
+_HEAD = 256
+_TABLE = "embed_tokens.weight"
+_MARK = "layers.0.pre_feedforward_layernorm.weight"
+_TOP = ("embed_tokens", "layers", "norm")
+#: tokens are padded to a multiple of this, as published
+_MULTIPLE = 8
+
+
+# ---- files ----
+
+
+def gemma2_source(path: Path) -> ModelSource:
+    """Return the encoder in its own file or folder, or in the file of a whole model.
+
+    Raises:
+        UserError: the file holds something else, or is incomplete.
+    """
+    file = open_weights(path)
+    prefix = next((prefix for prefix in (BUNDLED, "model.", "") if prefix + _MARK in file.shapes), None)
+    if prefix is None:
+        other = recognise_tensors(file.shapes.keys(), "gemma2")
+        what = f"it is {other.what}" if other else f"no {_MARK}"
+        raise UserError(f"{FLAG} {path}: not a Gemma2 text encoder ({what}); give gemma_2_2b_fp16.safetensors")
+    shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
+    try:
+        refuse_scaled(shapes)
+        layout = TensorLayout(KeyMap((name, name) for name in _TOP), prefix)
+        return ModelSource("Gemma2", file, layout, infer_config(shapes))
+    except UserError as error:
+        raise UserError(f"{FLAG} {path}: {error}") from None
+
+
+def infer_config(shapes: Shapes) -> dict[str, Any]:
+    """Return settings of transformers' Gemma2Config, from names and shapes alone.
+
+    Raises:
+        UserError: the names do not add up to Gemma2.
+    """
+    table, inner = shapes.get(_TABLE), shapes.get("layers.0.mlp.gate_proj.weight")
+    query, key = (shapes.get(f"layers.0.self_attn.{x}_proj.weight") for x in "qk")
+    if table is None or inner is None or query is None or key is None:
+        raise UserError("Gemma2's tensors are incomplete; download the file again")
+    if query[0] % _HEAD or key[0] % _HEAD:
+        raise UserError(f"its attention has {query[0]} and {key[0]} rows, no multiples of {_HEAD}; give Gemma2 2B")
+    layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"layers\.(\d+)\.", name)))
+    check_layers("Gemma2 text encoder", layers, table[1], _LAYERS)
+    return {
+        "vocab_size": table[0],
+        "hidden_size": table[1],
+        "intermediate_size": inner[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": query[0] // _HEAD,
+        "num_key_value_heads": key[0] // _HEAD,
+        "head_dim": _HEAD,
+        "use_cache": False,
+    }
+
+
+def build(config: Mapping[str, Any]) -> Gemma2Model:
+    from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2Model
+
+    # scores of attention are capped, which torch's fused attention cannot do
+    return Gemma2Model(Gemma2Config(**config, attn_implementation="eager"))
+
+
+def load(source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Module:
+    """Load the encoder, frozen, in eval mode."""
+    # the buffers do not depend on the number of layers and tokens
+    small = build({**source.config, "num_hidden_layers": 0, "vocab_size": 8})
+    computed = dict(small.named_buffers())
+    return load_frozen(source, partial(build, source.config), dtype=dtype, device=device, computed=computed)
+
+
+# ---- text ----
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load Gemma's tokenizer from its tokenizer.json, or from the published tokenizer.model.
+
+    Raises:
+        UserError: the file is damaged, or tokenizer.model cannot be read here.
+    """
+    from transformers import GemmaTokenizer
+
+    if not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{folder / 'tokenizer.model'}: reading it needs the package sentencepiece, which is not installed; "
+            "pip install sentencepiece, or put Gemma2's tokenizer.json beside it"
+        )
+    try:
+        return GemmaTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # damaged files raise many kinds of errors
+        raise UserError(f"{folder}: Gemma2's tokenizer cannot be read ({error!r}); download it again") from None
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], *, length: int) -> tuple[Tensor, Tensor]:
+    """Tokenize texts, truncated to ``length`` tokens, the start token included, and padded on the right.
+
+    Returns:
+        ids (B, T) int64 and mask (B, T) int64, 1 for the start token and the text, 0 for padding. T is ``length``,
+        rounded up to a multiple of 8.
+    """
+    padded = -(-length // _MULTIPLE) * _MULTIPLE
+    ids = torch.full((len(texts), padded), tokenizer.pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        # texts are tokenized one by one: batches would start threads, which must not exist before a fork
+        found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        found = [tokenizer.bos_token_id, *found][:length]
+        ids[row, : len(found)] = torch.tensor(found)
+        mask[row, : len(found)] = 1
+    return ids, mask
+
+
+def caption_length(tokenizer: Any, text: str, *, length: int) -> CaptionLength:
+    """Return the number of tokens of a text, and its end that ``tokenize`` cuts off."""
+    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    count, limit = len(found.input_ids), length - 1
+    cut = text[found.offset_mapping[limit][0] :].strip() if count > limit else ""
+    return CaptionLength(count, limit, cut)
+
+
+def encode(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Encode ids (B, T) to the states of the second-to-last layer (B, T, D), without the final norm."""
+    output = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    return output.hidden_states[-2]
