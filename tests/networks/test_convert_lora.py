@@ -450,7 +450,7 @@ PLAIN = linear(random(2, 8), random(24, 2), 2.0)
         (named("oft_unet_x", {"oft_blocks": random(2, 3, 3)}), "comfyui", "oft_unet_x.alpha is missing"),
         (named("oft_unet_down_blocks_0_attentions_0_proj_in", {"oft_blocks": random(2, 3, 3), "alpha": random(1)}), "diffusers",
          "for plain LoRA and DoRA only"),
-        (named("lora_unet_cap_embedder_1", PLAIN), "comfyui", "made for Lumina"),
+        (named("lora_unet_blocks_1_x", PLAIN), "comfyui", "made for Anima"),
         (named("lora_unet_joint_blocks_0_x", PLAIN), "comfyui", "no module of Stable Diffusion 3"),
         (named("unet.mid_block.attentions.0.proj_in", PLAIN), "kohya", "say which with --family"),
         (named(SD_Q, linear(random(2, 8) / 0, random(24, 2), 2.0)), "comfyui", "holds NaN or infinity"),

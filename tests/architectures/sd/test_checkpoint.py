@@ -83,7 +83,7 @@ def test_prediction_flag_that_contradicts_the_folder(tmp_path: Path) -> None:
         (["conditioner.embedders.0.transformer.x", "model.diffusion_model.input_blocks.0.0.weight"], "XL.*sdxl_train"),
         (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "Diffusion 3.*sd3_train_network.py"),
         (["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"], "FLUX.*flux_train_network.py"),
-        (["cap_embedder.0.weight"], "Lumina.*not supported yet"),
+        (["cap_embedder.0.weight"], "Lumina-Image 2.0.*lumina_train_network.py"),
         (["lora_unet_mid_block.lora_down.weight"], "LoRA file.*--network_weights"),
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], "VAE.*--vae"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "no text encoder"),
