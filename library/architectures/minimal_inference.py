@@ -42,6 +42,7 @@ class ImageRequest:
         prompt: with ``interactive``, prompts are typed instead.
         settings: by the names of ``ImageSettings``; None: the model's own.
         lora_weights: ``file;strength``.
+        device: None: the GPU, if there is one.
     """
 
     prompt: str
@@ -52,6 +53,7 @@ class ImageRequest:
     lora_weights: Sequence[str] = ()
     merge_lora_weights: bool = False
     offload: bool = False
+    device: str | None = None
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class ImageSession:
         self._model = model
         self._request = request
         self._common = _common_settings(model, request)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = _device(request.device)
         self._text_device = torch.device("cpu") if model.encodes_on_host else self._device
         self._checkpoint, self._family = model.checkpoint, model.family
         logger.info("model: %s, %s", self._checkpoint.path, self._checkpoint.info.description)
@@ -150,7 +150,8 @@ class ImageSession:
         seed = self._request.seed
         (planned,) = plan_images([prompt], self._common, Repetition(random_seed() if seed is None else seed))
         if planned.settings.negative_prompt and planned.settings.scale == 1.0:
-            logger.warning("the negative prompt has no effect at CFG scale 1; set --cfg_scale (--c in a prompt)")
+            flag = self._inference.flags.get("scale", "scale")
+            logger.warning("the negative prompt has no effect at CFG scale 1; set --%s (--c in a prompt)", flag)
         return planned
 
     def _set_strengths(self, given: Sequence[float]) -> None:
@@ -231,6 +232,16 @@ class ImageSession:
             if part.dtype.is_fp8:
                 store_in_fp8(model, device)
         return networks if merge else adapted()
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the device of ``--device``; None for the GPU, if there is one. Raises UserError: there is none of it."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: there is no such device here; use cpu, or cuda with a GPU") from None
+    return device
 
 
 def _compute(part: ModelPart) -> torch.dtype:

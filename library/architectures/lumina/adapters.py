@@ -57,7 +57,9 @@ GEMMA2 = AdapterNaming(
     usual=re.compile(r"\.(self_attn|mlp)\."),
 )
 
-_NAMES = re.compile(r"context_refiner|noise_refiner|cap_embedder|time_caption_embed|layers_\d+_(attention|feed_forward)_")
+_NAMES = re.compile(
+    r"context_refiner|noise_refiner|cap_embedder|time_caption_embed|layers_\d+_(attention|feed_forward)_"
+)
 #: of an encoder without the transformer: names that other families' encoders of this prefix lack
 _GEMMA2_ONLY = re.compile(r"lora_te_layers_\d+_(self_attn_o_proj|mlp_gate_proj)")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,10 @@ from library.architectures.lumina.model import NextDiT
 from library.architectures.lumina.options import DECLARATION, LENGTH, LuminaOptions
 from library.architectures.lumina.targets import DENOISER, GEMMA2
 from library.config.flow import FlowOptions
+from library.config.prompt_options import TextRole
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: between the system prompt and a caption
 PROMPT_START = "<Prompt Start>"
@@ -64,6 +69,15 @@ class LuminaImage2(FlowMatching, Architecture):
     }  # fmt: skip
     sample_fields = FlowMatching.sample_fields | {"cfg_trunc_ratio", "renorm_cfg"}
     sample_size_step = 16
+    guidance = "normed_guidance"
+
+    _system_prompt_in_negative = False
+
+    def with_system_prompt_in_negative(self) -> Self:
+        """Return this family with the system prompt before negative prompts, too."""
+        made = copy.copy(self)
+        made._system_prompt_in_negative = True
+        return made
 
     @property
     def text_length(self) -> int:
@@ -166,22 +180,23 @@ class LuminaImage2(FlowMatching, Architecture):
 
     # ---- text ----
 
-    def with_system_prompt(self, caption: str) -> str:
-        """Return the text that Gemma2 reads for a caption; an empty one, which stands for no caption, stays empty."""
+    def worded(self, text: str, role: TextRole) -> str:
+        """Return captions and prompts behind the system prompt; empty ones stand for no caption, and stay empty."""
         system = self.chosen(LuminaOptions).system_prompt
-        return f"{system} {PROMPT_START} {caption}" if system and caption else caption
+        if not system or not text or (role == "negative" and not self._system_prompt_in_negative):
+            return text
+        return f"{system} {PROMPT_START} {text}"
 
     def tokenize(
         self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
     ) -> dict[str, Tensor]:
-        texts = [self.with_system_prompt(caption) for caption in captions]
-        ids, mask = gemma2.tokenize(tokenizers[0], texts, length=self.text_length)
+        ids, mask = gemma2.tokenize(tokenizers[0], captions, length=self.text_length)
         return {"input_ids": ids, "attention_mask": mask}
 
     def caption_length(
         self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
     ) -> CaptionLength:
-        return gemma2.caption_length(tokenizers[0], self.with_system_prompt(caption), length=self.text_length)
+        return gemma2.caption_length(tokenizers[0], caption, length=self.text_length)
 
     def encode_text(
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None

@@ -77,9 +77,7 @@ def flash_package(o: Any, facts: Facts) -> Iterator[Finding]:
     if not o.lumina.use_flash_attn:
         return
     if importlib.util.find_spec("flash_attn") is None:
-        yield error(
-            "--use_flash_attn: the package flash_attn is not installed; pip install flash-attn, or use --sdpa"
-        )
+        yield error("--use_flash_attn: the package flash_attn is not installed; pip install flash-attn, or use --sdpa")
     if o.training.mixed_precision == "no":
         yield error("--use_flash_attn: works in half precision only; add --mixed_precision bf16, or use --sdpa")
 

@@ -18,9 +18,7 @@ def stacked_widths(path: str, layer: nn.Module) -> tuple[int, ...]:
     return qkv_widths(columns, rows) if path.endswith(QKV) else ()
 
 
-GEMMA2 = LoraTarget(
-    adapters.GEMMA2.prefix, ("Gemma2Attention", "Gemma2MLP"), diffusers_root=adapters.GEMMA2.diffusers
-)
+GEMMA2 = LoraTarget(adapters.GEMMA2.prefix, ("Gemma2Attention", "Gemma2MLP"), diffusers_root=adapters.GEMMA2.diffusers)
 DENOISER = LoraTarget(
     adapters.TRANSFORMER.prefix,
     ("JointTransformerBlock", "FinalLayer"),
