@@ -259,6 +259,7 @@ class Evidence:
         told: the metadata's words on the model, in lower case.
         attention_widths: inputs of cross-attention layers.
         text_widths: inputs of a text encoder's attention layers.
+        block_widths: inputs of layers in the blocks of a transformer by diffusers' names.
     """
 
     text: str
@@ -266,6 +267,7 @@ class Evidence:
     metadata: Mapping[str, str]
     attention_widths: frozenset[int]
     text_widths: frozenset[int]
+    block_widths: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ TABLES = {
     "lora_flux_in_dims": ("flux", "FLUX.1"),
     "lora_flux_split_qkv": ("flux", "FLUX.1"),
     "lora_chroma_t5xxl": ("flux", "FLUX.1 or Chroma"),
+    "lora_sd3_medium_clip_lg_t5xxl": ("sd3", "Stable Diffusion 3"),
+    "lora_sd35_medium_clip_lg": ("sd3", "Stable Diffusion 3"),
 }
 
 
@@ -72,6 +74,19 @@ def named(module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", TABLES)
 def test_families_are_recognised_from_published_names(name):
     assert detect_family(table(name), {}, "file").title == TABLES[name][1]
+
+
+@pytest.mark.parametrize(
+    ("width", "title"), [(1536, "Stable Diffusion 3"), (2432, "Stable Diffusion 3"), (3072, "FLUX.1 or Chroma")]
+)
+@pytest.mark.parametrize("layer", ["attn.add_q_proj", "attn.to_q", "ff.net.2"])
+@pytest.mark.parametrize("program", ["transformer.{}.lora_A.weight", "lora_transformer_{}.lora_down.weight"])
+def test_widths_tell_transformers_with_diffusers_names_apart(width, title, layer, program):
+    """Without metadata, and without a layer that only one of them has."""
+    path = f"transformer_blocks.7.{layer}"
+    name = program.format(path if "lora_A" in program else path.replace(".", "_"))
+    shapes = {name: (4, width * 4 if layer == "ff.net.2" else width)}
+    assert detect_family(shapes, {}, "file").title == title
 
 
 @pytest.mark.parametrize("to", ["diffusers", "peft", "comfyui"])

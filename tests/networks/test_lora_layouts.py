@@ -154,3 +154,49 @@ def test_names_and_shapes_of_flux_equal_the_published_tables(flux_models, name):
     state = state_of_a_new_network(f"{kind}_flux", table, *flux_models[family])
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert {name: list(tensor.shape) for name, tensor in state.items()} == table["keys"]
+
+
+def sd3_models(checkpoint: str):
+    """CLIP-L, CLIP-G, T5-XXL and the transformer in their published sizes, on the meta device."""
+    from library.architectures.base import LORA_TARGET
+    from library.architectures.common.clip import build_clip_with_projection, infer_clip_config
+    from library.architectures.common.t5 import build_t5, infer_t5_config
+    from library.architectures.sd3.model import MMDiT
+    from library.architectures.sd3.names import PREFIX
+    from library.architectures.sd3.sizes import infer_sizes
+    from library.architectures.sd3.targets import CLIP_G, CLIP_L, DENOISER, T5XXL
+
+    def shapes(name: str) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(shape) for key, shape in table_of(name)["keys"].items()}
+
+    transformer = {n.removeprefix(PREFIX): s for n, s in shapes(checkpoint).items() if n.startswith(PREFIX)}
+    clips = (
+        infer_clip_config(shapes(name), prefix="text_model.", activation="gelu") | {"projection_dim": width}
+        for name, width in (("clip_l", 768), ("clip_g", 1280))
+    )
+    with torch.device("meta"):
+        t5 = build_t5(infer_t5_config(shapes("t5xxl_encoder")))
+        models = [*map(build_clip_with_projection, clips), t5, MMDiT(infer_sizes(transformer))]
+    for model, target in zip(models, (CLIP_L, CLIP_G, T5XXL, DENOISER), strict=True):
+        setattr(model, LORA_TARGET, target)
+    # every published tensor is the model's, and the other way round
+    assert {n: tuple(t.shape) for n, t in models[-1].state_dict().items()} == transformer
+    return models[:-1], models[-1]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("sd3_medium_checkpoint", "lora_sd3_medium_clip_lg"),
+        ("sd3_medium_checkpoint", "lora_sd3_medium_clip_lg_t5xxl"),
+        ("sd3_medium_checkpoint", "lora_sd3_medium_emb_dims"),
+        ("sd3_medium_checkpoint", "lora_sd3_medium_split_qkv"),
+        ("sd35_medium_checkpoint", "lora_sd35_medium_clip_lg"),
+        ("sd35_large_checkpoint", "lora_sd35_large_clip_lg"),
+    ],
+)
+def test_names_and_shapes_of_sd3_equal_the_published_tables(checkpoint, name):
+    table = table_of(name)
+    state = state_of_a_new_network("lora_sd3", table, *sd3_models(checkpoint))
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == table["keys"]

@@ -41,13 +41,17 @@ CLIP_G = clip_naming(
 )
 T5XXL = t5_naming(("lora_te3_",), "text_encoder_3")
 
+#: inputs of layers in the blocks of each size of the model; diffusers names these layers as in other transformers
+_WIDTHS = frozenset(scale * width for width in (1536, 2432) for scale in (1, 4))
 _NOT_HERE = re.compile(r"single_transformer_blocks|double_blocks|single_blocks")
 
 
 def _claims(found: Evidence) -> bool:
     if _NOT_HERE.search(found.text):
         return False
-    return "joint_blocks_" in found.text or "stable-diffusion-3" in found.told or "sd3" in found.told
+    is_told = "stable-diffusion-3" in found.told or "sd3" in found.told
+    # metadata that tells of another model counts more than widths
+    return is_told or "joint_blocks_" in found.text or (not found.told and bool(found.block_widths & _WIDTHS))
 
 
 #: by ``ss_base_model_version``
