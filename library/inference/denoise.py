@@ -12,12 +12,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from library.architectures.base import Conditioning
+from library.config.declaration import Declaration
+from library.config.prompt_options import PromptOption
 from library.diffusion.objective import Objective
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.settings import ImageSettings
@@ -79,6 +81,13 @@ class Generation:
 
 class Feature:
     """One change to a generation; a new object for each batch."""
+
+    #: its options within prompts; with ``own=True`` a value is in ``ImageSettings.own`` under the option's ``field``
+    prompt_options: ClassVar[tuple[PromptOption, ...]] = ()
+    #: its options on the command line of ``gen_img.py``, in a file without torch (``feature_options/``)
+    declaration: ClassVar[Declaration] = Declaration()
+    #: place among the features that are prepared and wrapped; the first is the outermost
+    order: ClassVar[int] = 100
 
     @classmethod
     def is_wanted(cls, settings: ImageSettings) -> bool:

@@ -17,11 +17,9 @@ from library.architectures.base import Architecture, Conditioning
 from library.config.console import setup_console
 from library.errors import UserError
 from library.files.safetensors_io import read_header
-from library.inference.denoise import Feature, wanted_features
+from library.inference.denoise import wanted_features
 from library.inference.failures import naming_memory
-from library.inference.features.deep_shrink import DeepShrink
-from library.inference.features.image_to_image import ImageToImage
-from library.inference.features.inpainting import Inpainting
+from library.inference.features import all_features, prompt_options
 from library.inference.file_names import FileNames, try_folder
 from library.inference.generate import generate_images
 from library.inference.grid import Axis, combinations, draw_sheet, read_axes
@@ -55,7 +53,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 #: what images may get, in the order in which it is prepared and wrapped
-FEATURES: tuple[type[Feature], ...] = (DeepShrink, ImageToImage, Inpainting)
+FEATURES = all_features()
 
 MEMORY_REMEDY = "try a smaller one, a smaller --batch_size, or --bf16"
 
@@ -150,7 +148,8 @@ class _Session:
 
     def generate_typed(self, line: str, where: str) -> list[Path]:
         """Generate the images of one typed line."""
-        prompt = parse_image_prompt(line, where=where, size_multiple=self._models.architecture.latent.stride)
+        multiple = self._models.architecture.latent.stride
+        prompt = parse_image_prompt(line, where=where, size_multiple=multiple, options=prompt_options())
         _check_multipliers([prompt], self._choices, self._merged)
         planned = self._sources.assigned(plan_images([prompt], self._common, _repetition(self._options)), self._typed)
         self._typed += len(planned)
@@ -249,9 +248,9 @@ def _read_prompts(options: ImageOptions, architecture: Architecture) -> list[Ima
     if given.interactive:
         return []
     if given.from_file is not None:
-        prompts = read_image_prompts(Path(given.from_file), size_multiple=multiple)
+        prompts = read_image_prompts(Path(given.from_file), size_multiple=multiple, options=prompt_options())
     elif given.prompt is not None:
-        prompts = [parse_image_prompt(given.prompt, size_multiple=multiple)]
+        prompts = [parse_image_prompt(given.prompt, size_multiple=multiple, options=prompt_options())]
     else:
         prompts = prompts_of_images(find_sources(Path(options.image.image_path or ""), "--image_path"))
     return prompts

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from library.inference.prompt_line import ImagePrompt
-from library.inference.settings import ImageSettings
+from library.inference.settings import FIELDS, ImageSettings
 from library.randomness import key, python_rng
 
 _SEEDS = 2**32
@@ -89,7 +89,9 @@ def _settings(prompt: ImagePrompt, common: ImageSettings, seed: int) -> ImageSet
         "guidance_scale": prompt.guidance_scale,
     }
     own = {name: value for name, value in own.items() if value is not None}
-    return replace(common, prompt=prompt.prompt, seed=seed, **own, **prompt.own)
+    known = {name: value for name, value in prompt.own.items() if name in FIELDS}
+    further = {name: value for name, value in prompt.own.items() if name not in FIELDS}
+    return replace(common, prompt=prompt.prompt, seed=seed, **own, **known, own={**common.own, **further})
 
 
 def batches(planned: Sequence[PlannedImage], batch_size: int) -> Iterator[list[PlannedImage]]:

@@ -184,16 +184,22 @@ def parse_prompt_line(
     return _sample_prompt(prompt, values, defaults, where, size_multiple, used)
 
 
-def parse_image_prompt(line: str, *, where: str = "--prompt", size_multiple: int = 8) -> ImagePrompt:
+def parse_image_prompt(
+    line: str, *, where: str = "--prompt", size_multiple: int = 8, options: Sequence[PromptOption] = ()
+) -> ImagePrompt:
     """Read one prompt of ``gen_img.py``; arguments and errors as those of ``parse_prompt_line``.
+
+    Args:
+        options: further ones, of features.
 
     With choices in braces the result is one of those that the line stands for, and ``template`` the line itself.
     """
     if is_dynamic(line):
-        parse = partial(parse_image_prompt, where=where, size_multiple=size_multiple)
+        parse = partial(parse_image_prompt, where=where, size_multiple=size_multiple, options=options)
         return replace(parse(expanded(line, 0)[0]), template=PromptTemplate(line, parse))
-    prompt, values = _parse(line, IMAGE_OPTIONS, REFUSED_IMAGE_OPTIONS, where)
-    own = {o.field: values.pop(o.field) for o in IMAGE_OPTIONS if o.own and o.field in values}
+    table = (*IMAGE_OPTIONS, *options)
+    prompt, values = _parse(line, table, REFUSED_IMAGE_OPTIONS, where)
+    own = {o.field: values.pop(o.field) for o in table if o.own and o.field in values}
     return ImagePrompt(prompt, **_within_limits(values, where, size_multiple), own=own)
 
 
@@ -217,14 +223,16 @@ def parse_minimal_prompt(line: str, *, where: str, size_step: int, options: Sequ
     return ImagePrompt(prompt, **values, own=own)
 
 
-def read_image_prompts(path: Path, *, size_multiple: int = 8) -> list[ImagePrompt]:
+def read_image_prompts(
+    path: Path, *, size_multiple: int = 8, options: Sequence[PromptOption] = ()
+) -> list[ImagePrompt]:
     """Read a ``.txt`` file of prompts for ``gen_img.py``: one per line, without blank and ``#`` lines.
 
     Raises:
         UserError: file missing, not text, empty, or a line is wrong.
     """
-    prompts = [parse_image_prompt(line, where=where, size_multiple=size_multiple) for where, line in _lines(path)]
-    return _not_empty(prompts, path)
+    read_line = partial(parse_image_prompt, size_multiple=size_multiple, options=options)
+    return _not_empty([read_line(line, where=where) for where, line in _lines(path)], path)
 
 
 def read_prompt_file(path: Path, *, size_multiple: int = 8, used: Collection[str] = DDPM_FIELDS) -> list[SamplePrompt]:
@@ -290,7 +298,7 @@ def _parse(
     for segment in segments:
         word, *rest = segment.split(None, 1)
         name, text = word.lower(), rest[0].strip() if rest else ""
-        if name in refused:
+        if name in refused and name not in table:
             raise UserError(f"{where}: --{name}: {refused[name]}")
         if name not in table:
             raise UserError(

@@ -53,6 +53,8 @@ class ImageSettings:
     ds_depth_2: int | None = None
     ds_timesteps_2: int | None = None
     ds_ratio: float | None = None
+    #: what features and families read under the names of their own prompt options
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self, *, model: str, network: str = "") -> dict[str, str]:
         """Return text for ``save_png``; ``model`` and ``network`` are names for people."""
@@ -68,7 +70,8 @@ class ImageSettings:
         }
         for name in OPTIONAL:
             if (value := getattr(self, name)) is not None:
-                record[name] = value.name if isinstance(value, Path) else f"{value:g}"
+                record[name] = _shown(value)
+        record |= {name: _shown(value) for name, value in self.own.items() if value is not None}
         return {**record, "network": network} if network else record
 
     def texts(self, worded: Callable[[str, TextRole], str]) -> tuple[str, ...]:
@@ -92,6 +95,7 @@ class ImageSettings:
         return True
 
 
+FIELDS = frozenset(f.name for f in fields(ImageSettings))
 #: settings that may be None; prompts that have fields or options of these names give them
 OPTIONAL = tuple(f.name for f in fields(ImageSettings) if f.default is None)
 
@@ -119,6 +123,12 @@ def settings_for(
         seed=full.seed if full.seed is not None else random_seed(),
         **{name: getattr(full, name) for name in OPTIONAL if hasattr(full, name)},
     )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Path):
+        return value.name
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def random_seed() -> int:

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from library.architectures.base import Conditioning
 from library.architectures.sd import SD
-from library.inference import denoise
+from library.errors import UserError
+from library.inference import denoise, features
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo, wanted_features
+from library.inference.features.deep_shrink import DeepShrink
 from library.inference.features.guidance import Guidance
 from library.inference.features.image_to_image import ImageToImage
+from library.inference.features.inpainting import Inpainting
 from library.inference.gen_img import FEATURES
 from library.inference.generate import begin, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
+from library.inference.plan import Repetition, batches, plan_images
+from library.inference.prompt_line import parse_image_prompt
 from library.inference.settings import ImageSettings
 
 
@@ -56,7 +61,8 @@ def test_the_order_of_features(models: ImageModels, options: GenerateOptions, se
 
 def test_which_images_get_a_feature(settings: ImageSettings) -> None:
     asked = replace(settings, image=Path("a.png"), mask=Path("b.png"), ds_ratio=0.5)
-    assert [type(feature) for feature in wanted_features(asked, FEATURES)] == list(FEATURES)
+    found = [type(feature) for feature in wanted_features(asked, FEATURES)]
+    assert found == [DeepShrink, ImageToImage, Inpainting]
     assert wanted_features(settings, FEATURES) == []
     assert [type(f) for f in wanted_features(replace(settings, image=Path("a.png")), FEATURES)] == [ImageToImage]
 
@@ -141,3 +147,46 @@ def test_a_family_names_its_guidance(
     monkeypatch.setitem(sys.modules, name, module)
     found = generate_latents(replace(models, architecture=Doubled()), [settings], options)
     assert torch.equal(found, generate_latents(models, [replace(settings, scale=2 * settings.scale)], options))
+
+
+BRIGHTER = """
+from library.config import prompt_options as read
+from library.config.prompt_options import PromptOption
+from library.inference.denoise import Feature
+
+class Brighter(Feature):
+    prompt_options = (PromptOption("br", "brighter", read.number, own=True),)
+
+    @classmethod
+    def is_wanted(cls, settings):
+        return "brighter" in settings.own
+
+    def prepare(self, generation):
+        self._more = generation.first.own["brighter"]
+
+    def after_step(self, latents, step):
+        return latents + self._more
+"""
+
+
+@torch.inference_mode()
+def test_a_feature_with_a_prompt_option_is_one_file(
+    models: ImageModels,
+    options: GenerateOptions,
+    settings: ImageSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "brighter.py").write_text(BRIGHTER)
+    monkeypatch.setattr(features, "__path__", [*features.__path__, str(tmp_path)])
+    with pytest.raises(UserError, match="--br x: a number"):
+        parse_image_prompt("a cat --br x", options=features.prompt_options())
+    prompts = [parse_image_prompt(line, options=features.prompt_options()) for line in ("cat", "cat --br 0.5 --d 7")]
+    plain, bright = plan_images(prompts, replace(settings, steps=1), Repetition(7))
+    assert bright.settings.own == {"brighter": 0.5} and bright.settings.record(model="m")["brighter"] == "0.5"
+    assert len(list(batches([replace(plain, settings=replace(plain.settings, seed=7)), bright], 2))) == 2
+    wanted = wanted_features(bright.settings, features.all_features())
+    assert [type(one).__name__ for one in wanted] == ["Brighter"]
+    without = generate_latents(models, [replace(bright.settings, own={})], options)
+    assert torch.equal(generate_latents(models, [bright.settings], options, features=wanted), without + 0.5)
+    monkeypatch.delitem(sys.modules, "library.inference.features.brighter")

@@ -27,6 +27,8 @@ DEPTH, TIMESTEPS, RATIO = 3, 650, 0.5
 class DeepShrink(Feature):
     """Shrink before one block until a timestep, then before another block until a second timestep."""
 
+    order = 10
+
     def __init__(self) -> None:
         self._unet: nn.Module | None = None
         self._places: list[nn.Module] = []  # of the two depths

@@ -29,6 +29,8 @@ class ImageToImage(Feature):
         sources: latents (B, C, h, w) as the denoiser sees them; None reads the images of the settings.
     """
 
+    order = 20
+
     def __init__(self, sources: Tensor | None = None) -> None:
         self._sources = sources
 

@@ -18,6 +18,8 @@ from library.inference.sources import read_mask
 class Inpainting(Feature):
     """Set the latents under the black parts of the masks to those of the sources; after ``ImageToImage``."""
 
+    order = 30
+
     def __init__(self) -> None:
         self._generation: Generation | None = None
         self._repainted: Tensor | None = None  # (B, 1, h, w) in [0, 1]
