@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from library.architectures.ragged import joined
 from library.architectures.whole_models import WholeModels
 from library.config.declaration import Declaration, Facts
 from library.config.prompt_options import TextRole
@@ -61,6 +62,10 @@ class TextFormat:
     settings: Mapping[str, Any] = field(default_factory=dict)
     #: makes further arrays, which other programs read, from the tensors of one caption
     extras: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+    #: tensors, of tokens and conditioning, that are as long as their caption: name -> their mask; see ``ragged.py``
+    ragged: Mapping[str, str] = field(default_factory=dict)
+    #: the lengths that files have of some of them all the same, for other programs
+    stored_lengths: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,9 +152,9 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenate along the batch; token axes must be equal."""
+        """Concatenate along the batch; token axes of different lengths are padded with zeros."""
         names = parts[0].tensors.keys()
-        return Conditioning({name: torch.cat([p.tensors[name] for p in parts]) for name in names})
+        return Conditioning({name: joined([p.tensors[name] for p in parts]) for name in names})
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FOLDERS = (
     "lumina",
     "sd3",
+    "hunyuan_image",
     "flux",
     "sdxl",
     "sd",

@@ -97,7 +97,9 @@ class BatchMaker:
             crop_top_lefts=torch.tensor([s.crop_top_left for s in samples]),
             flipped=[s.flipped for s in samples],
             network_multiplier=spec.network_multiplier,
-            text=stack_rows(texts, [s.record.path for s in samples]) if texts else None,
+            text=None
+            if self.texts is None
+            else stack_rows(texts, [s.record.path for s in samples], self.texts.store.ragged),
             custom_attributes=[self._datasets[ref.dataset].subset(use.record).custom_attributes for use in ref.uses],
         )
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from library.architectures.base import TextFormat
+from library.architectures.ragged import PackedRows, joined, trimmed
 from library.data.captions import CaptionRules, is_dropped, written_caption
 from library.data.latent_encoding import THREADS
 from library.data.records import ImageRecord
@@ -115,6 +117,7 @@ class TextEncoding:
     encode: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]  # outputs on any device, batch first
     dtype: torch.dtype
     batch_size: int
+    ragged: Mapping[str, str] = field(default_factory=dict)  # see ``TextFormat``
 
     def rows(self, captions: Sequence[str]) -> Iterator[tuple[str, Row]]:
         """Encode captions in batches; yields conditioning on the host.
@@ -146,8 +149,9 @@ class TextEncoding:
             for name, values in started.items()
         }
         for place, caption in enumerate(batch):
+            own = trimmed({name: values[place] for name, values in outputs.items()}, self.ragged)
             # a copy, as a view would keep the whole batch in memory
-            row = {name: values[place].clone() for name, values in outputs.items()}
+            row = {name: values.clone() for name, values in own.items()}
             if not all(values.isfinite().all() for values in row.values()):
                 raise UserError(
                     f"caption {caption[:80]!r}: the text encoder gives values that are not finite; use "
@@ -199,6 +203,7 @@ class DiskTexts:
 
     def __init__(self, format: TextFormat, dtype: torch.dtype, *, trust: bool) -> None:
         self._format = format
+        self.ragged = format.ragged
         self._dtype = dtype
         self._trust = trust
 
@@ -222,25 +227,41 @@ class DiskTexts:
 
 
 class MemoryTexts:
-    """Conditioning in memory, one tensor per name, which loader workers share however they are started."""
+    """Conditioning in memory, one tensor per name, which loader workers share however they are started.
 
-    def __init__(self, captions: Iterable[str]) -> None:
+    Args:
+        ragged: see ``TextFormat``.
+    """
+
+    def __init__(self, captions: Iterable[str], ragged: Mapping[str, str] = MappingProxyType({})) -> None:
         self._places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
         self._stacks: dict[str, Tensor] = {}
+        self.ragged = dict(ragged)
+        self._packed: dict[str, PackedRows] = {}
 
     @property
     def captions(self) -> list[str]:
         return list(self._places)
 
     def put(self, caption: str, row: Row) -> None:
-        for name, values in row.items():
+        for name, values in trimmed(row, self.ragged).items():
+            if name in self.ragged:
+                self._packed.setdefault(name, PackedRows(len(self._places))).put(self._places[caption], values)
+                continue
             if name not in self._stacks:
                 self._stacks[name] = values.new_empty(len(self._places), *values.shape)
             self._stacks[name][self._places[caption]] = values
 
+    def complete(self) -> None:
+        """Say that all captions were put."""
+        for rows in self._packed.values():
+            rows.pack()
+
     def get(self, image: Path, caption: str, place: int) -> Row:
         """See ``DiskTexts.get``."""
-        return {name: stack[self._places[caption]] for name, stack in self._stacks.items()}
+        index = self._places[caption]
+        whole = {name: stack[index] for name, stack in self._stacks.items()}
+        return {**whole, **{name: rows.get(index) for name, rows in self._packed.items()}}
 
 
 @dataclass(frozen=True)
@@ -266,14 +287,17 @@ class CachedTexts:
         return caption, self.store.get(record.path, caption, place)
 
 
-def stack_rows(rows: Sequence[Row], paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Stack rows to tensors with a batch axis.
+def stack_rows(rows: Sequence[Row], paths: Sequence[Path], ragged: Collection[str] = frozenset()) -> dict[str, Tensor]:
+    """Stack rows to tensors with a batch axis; those named in ``ragged`` are padded to the longest.
 
     Raises:
         UserError: files that were trusted hold outputs of different sizes.
     """
     try:
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return {
+            name: joined([row[name][None] for row in rows]) if name in ragged else torch.stack([r[name] for r in rows])
+            for name in rows[0]
+        }
     except RuntimeError:
         names = ", ".join(str(path) for path in paths)
         raise UserError(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from library.architectures.base import TextFormat, WeightsIdentity
 from library.architectures.common.clean_text import is_changed_by_cleaning
+from library.architectures.ragged import padded, trimmed
 from library.data.array_file import ArrayFile, open_arrays
 from library.data.cache_format import STAMP
 from library.files.atomic import atomic_path
@@ -117,7 +118,9 @@ def write_texts(path: Path, rows: Sequence[Row], stamp: TextStamp, format: TextF
     It is atomic, also when several programs write the same file.
     """
     arrays = {
-        _array_name(name, place): _to_numpy(row[name]) for place, row in enumerate(rows) for name in format.arrays
+        _array_name(name, place): _to_numpy(_stored(row[name], format.stored_lengths.get(name)))
+        for place, row in enumerate(rows)
+        for name in format.arrays
     }
     if format.extras is not None:
         arrays |= {name: _to_numpy(values) for name, values in format.extras(rows[0]).items()}
@@ -168,9 +171,14 @@ def read_row(path: Path, caption: str, place: int, format: TextFormat, *, trust:
             names = {name: _array_name(name, place) for name in format.arrays}
             if not set(names.values()) <= set(file.files):
                 return None
-            return {name: torch.from_numpy(file[stored]) for name, stored in names.items()}
+            row = {name: torch.from_numpy(file[stored]) for name, stored in names.items()}
+            return trimmed(row, format.ragged)
     except FileNotFoundError:
         return None
+
+
+def _stored(values: Tensor, length: int | None) -> Tensor:
+    return values if length is None else padded(values, length)
 
 
 def _array_name(name: str, place: int) -> str:

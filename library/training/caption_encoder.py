@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning
+from library.architectures.ragged import trimmed
 from library.data.batch import Batch
 
 
@@ -36,7 +38,7 @@ class CaptionEncoder:
         self._device = device
         self._clip_skip = clip_skip
         self._trains = trains
-        self._memo = None if trains() else TextMemo(self.encode)
+        self._memo = None if trains() else TextMemo(self.encode, architecture.text.ragged)
 
     def __call__(self, batch: Batch) -> Conditioning:
         """Return the conditioning of a batch, without the part that depends on its images."""
@@ -63,8 +65,15 @@ class TextMemo:
     Only for encoders that do not change during the run: the result is then a function of the tokens.
     """
 
-    def __init__(self, encode: Callable[[dict[str, Tensor]], Conditioning], *, max_bytes: int = 512 * 1024**2) -> None:
+    def __init__(
+        self,
+        encode: Callable[[dict[str, Tensor]], Conditioning],
+        ragged: Mapping[str, str] = MappingProxyType({}),
+        *,
+        max_bytes: int = 512 * 1024**2,
+    ) -> None:
         self._encode = encode
+        self._ragged = ragged
         self._max_bytes = max_bytes
         self._bytes = 0
         self._known: OrderedDict[bytes, Conditioning] = OrderedDict()
@@ -76,6 +85,7 @@ class TextMemo:
         return Conditioning.cat(parts) if len(parts) > 1 else parts[0]
 
     def _one(self, tokens: dict[str, Tensor], device: torch.device) -> Conditioning:
+        tokens = trimmed(tokens, self._ragged, axis=1)  # the batch's padding is not the caption's
         name = b"|".join(tokens[key].contiguous().numpy().tobytes() for key in sorted(tokens))
         known = self._known.get(name)
         if known is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture
+from library.architectures.ragged import joined, padded
 from library.config.arguments import DatasetOptions, ModelOptions
 from library.data.cache_format import check_places
 from library.data.caption_lengths import measure_of, warn_of_cut_captions
@@ -112,8 +113,9 @@ def cache_texts(job: CacheJob, use: Callable[[TextModels], T] | None = None, *, 
             store = DiskTexts(architecture.text, job.weight_dtype, trust=options.skip_cache_check)
             text = f"{made} files made, {len(files) - made} from the cache"
         else:
-            store = MemoryTexts(caption for file in files for caption in file.captions)
+            store = MemoryTexts((caption for file in files for caption in file.captions), architecture.text.ragged)
             _fill(store, _encoding(job, load()), job.accelerator, report)
+            store.complete()
             text = f"{len(store.captions)} captions encoded"
     if job.accelerator.is_main_process:
         logger.info("text encoder outputs: %s", text)
@@ -153,6 +155,7 @@ def _encoding(job: CacheJob, models: TextModels) -> TextEncoding:
         encode,
         dtype=job.weight_dtype,
         batch_size=job.options.dataset.text_encoder_batch_size or BATCH_SIZE,
+        ragged=architecture.text.ragged,
     )
 
 
@@ -189,9 +192,12 @@ def _fill(memory: MemoryTexts, encoding: TextEncoding, accelerator: Accelerator,
         if len(gathered) < encoding.batch_size and done < len(shares[0]):
             continue
         first = done - len(gathered)
-        stacked = {name: torch.stack([row[name] for _, row in gathered]) for name in row}
+        stacked = {name: joined([row[name][None] for _, row in gathered]) for name in row}
         if count > 1:
-            stacked = {name: _gather(values, accelerator) for name, values in stacked.items()}
+            stacked = {
+                name: _gather(_as_long(values, accelerator) if name in memory.ragged else values, accelerator)
+                for name, values in stacked.items()
+            }
         captions = [caption for share in shares for caption in share[first:done]]
         for place, name_of_row in enumerate(captions):
             memory.put(name_of_row, {name: values[place] for name, values in stacked.items()})
@@ -205,6 +211,12 @@ def _equal_shares(captions: Sequence[str], count: int) -> list[list[str]]:
     length = -(-len(captions) // count)
     padded = (list(captions) * count)[: length * count]
     return [padded[place::count] for place in range(count)]
+
+
+def _as_long(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return (B, T, ...) padded to the longest T of all processes."""
+    own = torch.tensor([values.shape[1]], device=accelerator.device)
+    return padded(values, int(accelerator.gather(own).max()), axis=1)
 
 
 def _gather(values: Tensor, accelerator: Accelerator) -> Tensor:

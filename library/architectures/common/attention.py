@@ -51,7 +51,13 @@ def check_backend(backend: str) -> str:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, *, backend: str = "torch"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    backend: str = "torch",
+    split: bool = False,
 ) -> Tensor:
     """Attention of all heads.
 
@@ -60,10 +66,15 @@ def attend(
         key: (B, K, H, d); ``value`` too.
         key_mask: (B, K) bool, False for masked keys. Each row must have a key.
         backend: one of ``BACKENDS``, checked beforehand by ``check_backend``.
+        split: compute row by row of the batch, which takes less memory.
 
     Returns:
         (B, Q, H, d).
     """
+    if split and len(query) > 1:
+        masks = [None] * len(query) if key_mask is None else key_mask.split(1)
+        rows = zip(query.split(1), key.split(1), value.split(1), masks, strict=True)
+        return torch.cat([_IMPLEMENTATIONS[backend](*row) for row in rows])
     return _IMPLEMENTATIONS[backend](query, key, value, key_mask)
 
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 #: layers of published text encoders, by width; OpenCLIP's ViT-H is used without its last one
 CLIP_LAYERS = {768: {12}, 1024: {23, 24}, 1280: {32}}
-T5_LAYERS = {4096: {24}}
+T5_LAYERS = {1472: {12}, 4096: {24}}
 
 #: endings of tensors in files that no model needs
 _HARMLESS = (".position_ids", ".attn_mask", ".num_batches_tracked")

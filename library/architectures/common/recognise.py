@@ -17,11 +17,6 @@ _UNSUPPORTED = "this family is not supported yet; give a model of another"
 _FIRST = (
     Sign(("lora_",), Recognised("a LoRA file, not a base model", _WITH_BASE)),
     Sign(("hada_w1_",), Recognised("a LyCORIS file, not a base model", _WITH_BASE)),
-    # models of unsupported families, whose names resemble those of others
-    Sign(
-        ("txt_in.individual_token_refiner.",),
-        Recognised("a HunyuanImage model", _UNSUPPORTED),
-    ),
 )
 #: compared after the signs of the families
 _LAST = (
@@ -40,6 +35,10 @@ _LAST = (
         Recognised("a bare CLIP text encoder", "give a whole checkpoint here (FLUX: the transformer)", "clip"),
     ),
     Sign(
+        ("visual.blocks.", ".self_attn.q_proj."),
+        Recognised("Qwen2.5-VL", "give the transformer here and this file with --text_encoder", "qwen"),
+    ),
+    Sign(
         ("encoder.block.", ".SelfAttention."),
         Recognised("a T5 text encoder", "give the transformer here and this file with --t5xxl", "t5"),
     ),
@@ -50,10 +49,7 @@ _LAST = (
 )
 
 #: see ``About.pipelines``
-_OTHER_PIPELINES: tuple[tuple[str, Recognised], ...] = (
-    ("Lumina", Recognised("a Lumina-Next model", _UNSUPPORTED)),
-    ("HunyuanImage", Recognised("a HunyuanImage model", _UNSUPPORTED)),
-)
+_OTHER_PIPELINES: tuple[tuple[str, Recognised], ...] = (("Lumina", Recognised("a Lumina-Next model", _UNSUPPORTED)),)
 
 
 def _signs() -> Iterator[Sign]:

@@ -42,9 +42,12 @@ _BIAS = f"{_ATTENTION}.relative_attention_bias.weight"
 # ---- files ----
 
 
-def t5_source(path: Path, *, flag: str = "--t5xxl") -> ModelSource:
+def t5_source(path: Path, *, flag: str = "--t5xxl", example: str = "t5xxl_fp16.safetensors or the like") -> ModelSource:
     """Return the encoder in a stand-alone file, with or without the rest of T5, in a folder, or in a whole model's
     file.
+
+    Args:
+        example: the name of the published file, for messages.
 
     Raises:
         UserError: the file holds something else, or is incomplete.
@@ -55,7 +58,7 @@ def t5_source(path: Path, *, flag: str = "--t5xxl") -> ModelSource:
     if _BIAS not in shapes:
         other = recognise_tensors(file.shapes.keys(), "t5")
         what = f"it is {other.what}" if other else f"no {_BIAS}"
-        raise UserError(f"{flag} {path}: not a T5 encoder ({what}); give t5xxl_fp16.safetensors or the like")
+        raise UserError(f"{flag} {path}: not a T5 encoder ({what}); give {example}")
     try:
         refuse_scaled(shapes)
         layout = replace(t5_layout(shapes), prefix=prefix)

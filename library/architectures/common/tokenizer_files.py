@@ -43,7 +43,14 @@ GEMMA = TokenizerKind(
     model="BPE",
     token="<start_of_turn>",
 )
-ALL_FILES = tuple(dict.fromkeys((*CLIP.files, *T5.files, *GEMMA.files)))
+QWEN = TokenizerKind(
+    files=(*CLIP.files, "added_tokens.json"),
+    enough=CLIP.enough,
+    hint="Qwen2.5-VL's tokenizer.json",
+    model="BPE",
+    token="<|im_start|>",
+)
+ALL_FILES = tuple(dict.fromkeys((*CLIP.files, *T5.files, *GEMMA.files, *QWEN.files)))
 
 
 def has_tokenizer(folder: Path, kind: TokenizerKind = CLIP) -> bool:
@@ -56,8 +63,10 @@ def _is_kind(folder: Path, kind: TokenizerKind) -> bool:
     if not path.is_file():
         return True
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        return model.get("type", kind.model) == kind.model and (not kind.token or kind.token in model["vocab"])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model, added = content["model"], [token["content"] for token in content.get("added_tokens") or ()]
+        has_token = not kind.token or kind.token in model["vocab"] or kind.token in added
+        return model.get("type", kind.model) == kind.model and has_token
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return True  # the reader of the file reports what is wrong with it
 

@@ -85,6 +85,7 @@ class MMDoubleStreamBlock(nn.Module):
     """Image and text with weights of their own, attending to each other."""
 
     attention = "torch"  # see common/attention.py
+    split_attention = False
 
     def __init__(self, sizes: HunyuanSizes) -> None:
         super().__init__()
@@ -103,14 +104,14 @@ class MMDoubleStreamBlock(nn.Module):
         self.txt_mlp = MLP(sizes, nn.GELU(approximate="tanh"))
 
     def forward(
-        self, image: Tensor, text: Tensor, vector: Tensor, turn: Rotation, mask: Tensor
+        self, image: Tensor, text: Tensor, vector: Tensor, turn: Rotation, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
             image: (B, N, D).
             text: (B, T, D).
             vector: (B, D).
-            mask: (B, L) bool of tokens that are attended to, the image's first.
+            mask: (B, L) bool of tokens that are attended to, the image's first; ``None`` for all.
         """
         i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2 = self.img_mod(vector)
         t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = self.txt_mod(vector)
@@ -121,7 +122,8 @@ class MMDoubleStreamBlock(nn.Module):
         query = torch.cat([rotate(i_query, turn), t_query], dim=1)
         key = torch.cat([rotate(i_key, turn), t_key], dim=1)
         value = torch.cat([i_value, t_value], dim=1)
-        mixed = attend(query, key, value, mask, backend=self.attention).flatten(2)  # (B, L, D)
+        mixed = attend(query, key, value, mask, backend=self.attention, split=self.split_attention)
+        mixed = mixed.flatten(2)  # (B, L, D)
         from_image, from_text = mixed.split([image.shape[1], text.shape[1]], dim=1)
         image = image + i_gate * self.img_attn_proj(from_image)
         image = image + i_gate2 * self.img_mlp(modulated_norm(image, i_shift2, i_scale2))
@@ -134,6 +136,7 @@ class MMSingleStreamBlock(nn.Module):
     """Image and text as one stream; attention and MLP side by side in two linear layers."""
 
     attention = "torch"
+    split_attention = False
 
     def __init__(self, sizes: HunyuanSizes) -> None:
         super().__init__()
@@ -144,12 +147,12 @@ class MMSingleStreamBlock(nn.Module):
         self.k_norm = RMSNorm(sizes.head)
         self.modulation = Modulation(hidden, 3)
 
-    def forward(self, x: Tensor, vector: Tensor, turn: Rotation, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, vector: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
         """
         Args:
             x: (B, L, D), the image's tokens first.
             vector: (B, D).
-            mask: (B, L) bool.
+            mask: (B, L) bool; ``None`` for all.
         """
         shift, scale, gate = self.modulation(vector)
         qkv, inner = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)  # (B, L, 3D), (B, L, M)
@@ -157,7 +160,8 @@ class MMSingleStreamBlock(nn.Module):
         count = turn[0].shape[0]  # image tokens
         query = torch.cat([rotate(query[:, :count], turn), query[:, count:]], dim=1)
         key = torch.cat([rotate(key[:, :count], turn), key[:, count:]], dim=1)
-        mixed = attend(query, key, value, mask, backend=self.attention).flatten(2)  # (B, L, D)
+        mixed = attend(query, key, value, mask, backend=self.attention, split=self.split_attention)
+        mixed = mixed.flatten(2)  # (B, L, D)
         return x + gate * self.linear2(torch.cat([mixed, F.gelu(inner, approximate="tanh")], dim=-1))
 
 
@@ -199,12 +203,16 @@ class HunyuanImage(nn.Module):
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(sizes) for _ in range(sizes.single_blocks))
         self.final_layer = FinalLayer(sizes)
 
-    def set_attention(self, backend: str) -> None:
-        """Choose the implementation of attention. Raises UserError for one that is not there."""
+    def set_attention(self, backend: str, *, split: bool = False) -> None:
+        """Choose the implementation of attention, and whether each image is computed by itself.
+
+        Raises:
+            UserError: the implementation is not there.
+        """
         check_backend(backend)
         for module in self.modules():
             if isinstance(module, (MMDoubleStreamBlock, MMSingleStreamBlock, TokenRefinerBlock)):
-                module.attention = backend
+                module.attention, module.split_attention = backend, split
 
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True
@@ -214,9 +222,9 @@ class HunyuanImage(nn.Module):
         latents: Tensor,
         timesteps: Tensor,
         context: Tensor,
-        text_mask: Tensor,
+        text_mask: Tensor | None,
         glyphs: Tensor,
-        glyphs_mask: Tensor,
+        glyphs_mask: Tensor | None,
     ) -> Tensor:
         """Predict the velocity, noise minus latents.
 
@@ -225,19 +233,23 @@ class HunyuanImage(nn.Module):
             timesteps: (B,), 0 to 1000; 1000 is pure noise.
             context: (B, tokens, width of Qwen2.5-VL's states).
             text_mask: (B, tokens), nonzero for a caption's tokens; each caption has one.
-            glyphs: (B, tokens, width of byT5's states).
-            glyphs_mask: (B, tokens), nonzero for the tokens of quoted text.
+            glyphs: (B, tokens, width of byT5's states); there may be no tokens.
+            glyphs_mask: (B, tokens), nonzero for the tokens of quoted text; ``None`` as ``text_mask`` where no text is
+                padded.
 
         Returns:
             (B, C, h, w).
         """
         h, w = latents.shape[2:]
-        text_mask, glyphs_mask = text_mask.bool(), glyphs_mask.bool()
         image = self.img_in(latents)  # (B, N, D)
         vector = self.time_in(timesteps, latents.dtype)  # (B, D)
-        text = self.txt_in(context, timesteps, text_mask)
-        text, mask = glyphs_first(text, text_mask, self.byt5_in(glyphs), glyphs_mask)
-        mask = torch.cat([mask.new_ones(image.shape[:2]), mask], dim=1)  # (B, L)
+        if text_mask is None or glyphs_mask is None:
+            mask = None
+            text = torch.cat([self.byt5_in(glyphs), self.txt_in(context, timesteps, None)], dim=1)
+        else:
+            text = self.txt_in(context, timesteps, text_mask.bool())
+            text, mask = glyphs_first(text, text_mask.bool(), self.byt5_in(glyphs), glyphs_mask.bool())
+            mask = torch.cat([mask.new_ones(image.shape[:2]), mask], dim=1)  # (B, L)
         turn = rotation(h, w, self.sizes.rope_axes, image.device)
         for block in self.double_blocks:
             image, text = self._run(block, image, text, vector, turn, mask)

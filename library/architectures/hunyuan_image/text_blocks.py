@@ -67,6 +67,7 @@ class MLP(nn.Module):
 
 class TokenRefinerBlock(nn.Module):
     attention = "torch"  # see common/attention.py
+    split_attention = False
 
     def __init__(self, sizes: HunyuanSizes) -> None:
         super().__init__()
@@ -79,16 +80,17 @@ class TokenRefinerBlock(nn.Module):
         self.mlp = MLP(sizes, nn.SiLU())
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None) -> Tensor:
         """
         Args:
             x: (B, T, D).
             condition: (B, D).
-            mask: (B, T) bool of tokens that are attended to.
+            mask: (B, T) bool of tokens that are attended to; ``None`` for all.
         """
         gate, gate_mlp = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D)
         query, key, value = self.self_attn_qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        mixed = attend(query, key, value, mask, backend=self.attention).flatten(2)  # (B, T, D)
+        mixed = attend(query, key, value, mask, backend=self.attention, split=self.split_attention)
+        mixed = mixed.flatten(2)  # (B, T, D)
         x = x + gate * self.self_attn_proj(mixed)
         return x + gate_mlp * self.mlp(self.norm2(x))
 
@@ -109,10 +111,13 @@ class TokenRefiner(nn.Module):
         self.c_embedder = TextProjection(sizes.context, sizes.hidden)
         self.individual_token_refiner = _Blocks(sizes)
 
-    def forward(self, states: Tensor, timesteps: Tensor, mask: Tensor) -> Tensor:
-        """Args: ``mask`` (B, T) is True for a caption's tokens."""
-        seen = mask[..., None].to(states.dtype)
-        mean = (states * seen).sum(dim=1) / seen.sum(dim=1)  # (B, width)
+    def forward(self, states: Tensor, timesteps: Tensor, mask: Tensor | None) -> Tensor:
+        """Args: ``mask`` (B, T) is True for a caption's tokens; ``None`` if all are."""
+        if mask is None:
+            mean = states.mean(dim=1)  # (B, width)
+        else:
+            seen = mask[..., None].to(states.dtype)
+            mean = (states * seen).sum(dim=1) / seen.sum(dim=1)
         condition = self.t_embedder(timesteps, states.dtype) + self.c_embedder(mean)
         x = self.input_embedder(states)
         for block in self.individual_token_refiner.blocks:

@@ -1,0 +1,28 @@
+"""Names of the files and scripts of HunyuanImage-2.1."""
+
+from __future__ import annotations
+
+from library.architectures.signs import About, Recognised, Sign
+
+_USE = "use hunyuan_image_train_network.py or hunyuan_image_train.py"
+
+ABOUT = About(
+    instance="HUNYUAN_IMAGE",
+    script="hunyuan_image_train_network",
+    training=_USE,
+    images="use hunyuan_image_train_network.py with --sample_prompts",
+    tool_flag=None,
+    signs=(
+        Sign(("byt5_in.", "double_blocks."), Recognised("a HunyuanImage-2.1 model", _USE, "hunyuan_image")),
+        Sign(
+            ("context_embedder_2.", "single_transformer_blocks."),
+            Recognised("a HunyuanImage-2.1 transformer", _USE, "hunyuan_image"),
+        ),
+        Sign(
+            ("txt_in.individual_token_refiner.",),
+            Recognised("a HunyuanVideo model", "this family is not supported; give a model of another"),
+        ),
+    ),
+    pipelines=(("HunyuanImage", Recognised("a HunyuanImage-2.1 model", _USE, "hunyuan_image")),),
+    adapter_keys=("hunyuan_image",),
+)

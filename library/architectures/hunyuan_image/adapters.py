@@ -1,0 +1,75 @@
+"""Names of adapters of HunyuanImage-2.1."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from library.architectures.adapters import (
+    AdapterFamily,
+    AdapterNaming,
+    Evidence,
+    ModelRecord,
+    TablePaths,
+    places_below,
+)
+from library.architectures.common.sharded_file import ShardedFile
+from library.architectures.hunyuan_image.names import FINAL, LINEARS, SIGN, in_diffusers_layout, published_view
+
+
+class HunyuanPaths(TablePaths):
+    """Double blocks stack query, key and value; single blocks the MLP's first layer too."""
+
+    def rows(self, original: str, *, inputs: int, outputs: int | None) -> list[int]:
+        parts = len(self.to_diffusers(original))
+        if parts < 4:
+            return super().rows(original, inputs=inputs, outputs=outputs)
+        return [inputs] * 3 + [4 * inputs if outputs is None else outputs - 3 * inputs]
+
+
+TRANSFORMER = AdapterNaming(
+    "transformer",
+    # the names of the blocks are also those of FLUX.1
+    HunyuanPaths(LINEARS, swapped=frozenset({FINAL}), own_roots=frozenset()),
+    kohya=("lora_unet_",),
+    diffusers="transformer",
+    comfyui=("diffusion_model",),
+    locate=partial(places_below, sign=SIGN),
+    usual=re.compile(r"^(double|single)_blocks\."),
+)
+#: what FLUX.1 calls img_mlp_0, img_mod_lin and modulation_lin
+_NAMES = re.compile(r"_blocks_\d+_((img|txt)_(mlp_fc|mod_linear)|modulation_linear)")
+
+
+def _claims(found: Evidence) -> bool:
+    return "hunyuan" in found.told or bool(_NAMES.search(found.text))
+
+
+RECORD = ModelRecord("hunyuan-image-2.1", False, "hunyuan-image-2.1", "diffusers", "512x512")
+
+
+def _opened(path: Path) -> Any:
+    """Return a transformer in diffusers' layout with its published names; None for anything else."""
+    inner = path / "transformer"
+    place = inner if inner.is_dir() else path
+    if place.is_dir() and not any(place.glob("*.safetensors")):
+        return None
+    if not place.is_dir() and place.suffix != ".safetensors":
+        return None
+    file = ShardedFile.open(place)
+    return published_view(file) if in_diffusers_layout(file.shapes) else None
+
+
+ADAPTERS = (
+    AdapterFamily(
+        "hunyuan_image",
+        "HunyuanImage-2.1",
+        (TRANSFORMER,),
+        _claims,
+        (RECORD,),
+        "networks.lora_hunyuan_image",
+        opens=_opened,
+    ),
+)

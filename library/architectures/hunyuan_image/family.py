@@ -1,0 +1,244 @@
+"""HunyuanImage-2.1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.architectures.base import (
+    LORA_TARGET,
+    Architecture,
+    CaptionLength,
+    Conditioning,
+    Control,
+    LatentFormat,
+    ModelInfo,
+    TextFormat,
+    WeightsIdentity,
+)
+from library.architectures.common import kl_vae, t5
+from library.architectures.common.checkpoint import vae_identity
+from library.architectures.common.flow_matching import FlowMatching
+from library.architectures.common.identity import weights_identity
+from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
+from library.architectures.common.model_writing import laid_out, refuse_own_source, write_file
+from library.architectures.common.tokenizer_files import QWEN as QWEN_FILES
+from library.architectures.common.tokenizer_files import find_tokenizer
+from library.architectures.hunyuan_image import qwen, text, vae
+from library.architectures.hunyuan_image.adapters import RECORD
+from library.architectures.hunyuan_image.checkpoint import HunyuanCheckpoint, inspect_model, published_layout
+from library.architectures.hunyuan_image.model import HunyuanImage
+from library.architectures.hunyuan_image.options import DECLARATION, HunyuanOptions
+from library.architectures.hunyuan_image.targets import BYT5, DENOISER, QWEN
+from library.memory.fp8 import store_in_fp8
+from library.memory.placing import STAYS
+
+if TYPE_CHECKING:
+    from transformers import ByT5Tokenizer
+
+
+class HunyuanImage21(FlowMatching, Architecture):
+    """Tencent Hunyuan 2025, "HunyuanImage 2.1"."""
+
+    name = "hunyuan_image"
+    latent = LatentFormat(
+        channels=vae.CHANNELS,
+        stride=vae.STRIDE,
+        scale=vae.SCALE,
+        shift=0.0,
+        cache_suffix="_hi.npz",
+        multi_resolution=True,
+        bucket_step=32,
+    )
+    text = TextFormat(
+        cache_suffix="_hi_te.npz",
+        arrays=text.ARRAYS,
+        extras=text.published_extras,
+        ragged=text.RAGGED,
+        stored_lengths={"byt5_embed": text.GLYPH_LENGTH, "byt5_mask": text.GLYPH_LENGTH},
+    )
+    text_encoder_targets = (QWEN, BYT5)
+    denoiser_target = DENOISER
+    compiled_blocks = ("MMDoubleStreamBlock", "MMSingleStreamBlock")
+    declaration = DECLARATION
+    sampling_shift = 5.0
+    sample_defaults = MappingProxyType({"width": 512, "height": 512, "sample_steps": 20, "scale": 3.5})
+    sample_size_step = 32
+
+    # ---- files ----
+
+    def inspect(
+        self,
+        path_or_id: str,
+        *,
+        v2: bool = False,
+        v_parameterization: bool = False,
+        vae: str | None = None,
+        tokenizer_cache_dir: str | None,
+        disable_mmap: bool = False,
+    ) -> HunyuanCheckpoint:
+        own = self.chosen(HunyuanOptions)
+        checkpoint = inspect_model(path_or_id, own, vae=vae, tokenizer_cache_dir=tokenizer_cache_dir)
+        return without_mapping(checkpoint) if disable_mmap else checkpoint
+
+    def load_tokenizers(self, checkpoint: HunyuanCheckpoint) -> list[Any]:
+        return [qwen.load_tokenizer(checkpoint.tokenizer_folder), _byte_tokenizer()]
+
+    def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
+        return [qwen.load_tokenizer(find_tokenizer(folder, QWEN_FILES)), _byte_tokenizer()]
+
+    def load_text_encoder(
+        self, checkpoint: HunyuanCheckpoint, index: int, *, dtype: torch.dtype, device: str
+    ) -> nn.Module:
+        own, source = self.chosen(HunyuanOptions), checkpoint.text_encoders[index]
+        is_qwen = self.text_encoder_targets[index] is QWEN
+        place = "cpu" if own.text_encoder_cpu and device != "meta" else device
+        in_fp8 = is_qwen and own.fp8_vl and device != "meta"
+        load = qwen.load_qwen if is_qwen else t5.load_t5
+        # what is converted is read from the file on the host, layer by layer
+        encoder = load(source, dtype=dtype, device="cpu" if in_fp8 else place)
+        if in_fp8:
+            store_in_fp8(encoder, torch.device(place))
+        setattr(encoder, LORA_TARGET, self.text_encoder_targets[index])
+        setattr(encoder, STAYS, own.text_encoder_cpu)
+        return encoder
+
+    def block_lists(self, denoiser: nn.Module) -> Sequence[Sequence[nn.Module]]:
+        return list(denoiser.double_blocks), list(denoiser.single_blocks)
+
+    @property
+    def blocks_to_swap(self) -> int:
+        return self.chosen(HunyuanOptions).blocks_to_swap or 0
+
+    def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
+        return (False, False)
+
+    def load_vae(self, checkpoint: HunyuanCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
+        chunk_size = self.chosen(HunyuanOptions).vae_chunk_size
+        return vae.load_vae(checkpoint.vae, dtype=dtype, device=device, chunk_size=chunk_size)
+
+    def vae_identity(self, checkpoint: HunyuanCheckpoint) -> str:
+        return vae_identity(checkpoint.vae)
+
+    def text_identity(self, checkpoint: HunyuanCheckpoint) -> WeightsIdentity:
+        return weights_identity(checkpoint.text_encoders, (checkpoint.tokenizer_folder,))
+
+    def load_denoiser(self, checkpoint: HunyuanCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
+        sizes = checkpoint.sizes
+        denoiser = load_frozen(checkpoint.transformer, lambda: HunyuanImage(sizes), dtype=dtype, device=device)
+        setattr(denoiser, LORA_TARGET, DENOISER)
+        return denoiser
+
+    # ---- whole models ----
+
+    has_own_encoders = False
+    model_forms = ("safetensors",)
+
+    def parts(self, checkpoint: HunyuanCheckpoint) -> dict[str, ModelSource]:
+        encoders = enumerate(checkpoint.text_encoders, start=1)
+        return {
+            "denoiser": checkpoint.transformer,
+            "vae": checkpoint.vae,
+            **{f"text_encoder_{number}": source for number, source in encoders},
+        }
+
+    def write(
+        self,
+        path: Path,
+        checkpoint: HunyuanCheckpoint,
+        trained: Mapping[str, nn.Module],
+        form: str,
+        *,
+        tokenizers: Sequence[Any],
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        counters: Mapping[str, int],
+    ) -> None:
+        """Write the transformer alone, by its published names; the other parts are files of their own."""
+        refuse_own_source(path, self.parts(checkpoint))
+        tensors = laid_out(published_layout(), trained["denoiser"].state_dict())
+        write_file(path, tensors, dtype=dtype, metadata=metadata, counters=counters)
+
+    # ---- text ----
+
+    def tokenize(
+        self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
+    ) -> dict[str, Tensor]:
+        return text.tokenize(tokenizers, captions)
+
+    def caption_length(
+        self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
+    ) -> CaptionLength:
+        return qwen.caption_length(tokenizers[0], caption)
+
+    def encode_text(
+        self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
+    ) -> Conditioning:
+        return text.encode_text(text_encoders, tokens)
+
+    # ---- latents ----
+
+    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return kl_vae.encode_images(vae, pixels, generators)
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        return kl_vae.decode_latents(vae, latents / self.latent.scale)
+
+    # ---- diffusion ----
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Control | None = None,
+    ) -> Tensor:
+        # a single caption has no padding, see ``TextFormat.ragged``; attention without a mask is faster
+        is_padded = len(noisy) > 1
+        return denoiser(
+            noisy,
+            timesteps,
+            conditioning["vlm_embed"].to(noisy.dtype),
+            conditioning["vlm_mask"] if is_padded else None,
+            conditioning["byt5_embed"].to(noisy.dtype),
+            conditioning["byt5_mask"] if is_padded else None,
+        )
+
+    # ---- memory and speed ----
+
+    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
+        own = self.chosen(HunyuanOptions)
+        # torch's kernels are the default, as published, where other families compute the plain formula
+        chosen = own.attn_mode or ("torch" if backend == "math" else backend)
+        denoiser.set_attention("torch" if chosen == "sdpa" else chosen, split=own.split_attn)
+
+    def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
+        denoiser.enable_gradient_checkpointing()
+
+    # ---- records ----
+
+    def metadata(self, info: ModelInfo) -> dict[str, str]:
+        return {"ss_v2": "False", "ss_base_model_version": info.version} | self.flow_metadata()
+
+    def modelspec(self, info: ModelInfo) -> dict[str, str]:
+        # no prediction type, as that of FLUX.1: "epsilon", as published, would be wrong
+        return {
+            "architecture": RECORD.architecture,
+            "implementation": RECORD.implementation,
+            "default_resolution": RECORD.resolution,
+        }
+
+
+def _byte_tokenizer() -> ByT5Tokenizer:
+    from transformers import ByT5Tokenizer
+
+    return ByT5Tokenizer()
+
+
+HUNYUAN_IMAGE = HunyuanImage21()

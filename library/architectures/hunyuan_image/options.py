@@ -1,0 +1,118 @@
+"""Options that only HunyuanImage-2.1 has, and their rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from library.config import block_swap
+from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
+from library.config.fields import option
+from library.config.flow import FLOW, FlowOptions
+
+
+@dataclass(frozen=True)
+class HunyuanFlowOptions(FlowOptions):
+    """Flow matching of HunyuanImage-2.1."""
+
+    model_prediction_type: str = option(
+        "raw",
+        "how the model's output is compared: as velocity (raw), times the noise level (sigma_scaled), or added "
+        "to the noisy image (additive)",
+        choices=["raw", "additive", "sigma_scaled"],
+    )
+    discrete_flow_shift: float = option(
+        5.0, "shift of --timestep_sampling sigma and shift; above 1 trains more noise", type=float, unit="", above=0
+    )
+
+
+@dataclass(frozen=True)
+class HunyuanOptions:
+    """HunyuanImage-2.1."""
+
+    text_encoder: str | None = option(
+        None, "text encoder Qwen2.5-VL 7B: a .safetensors file, or a folder of its shards", weights=True
+    )
+    byt5: str | None = option(
+        None, "text encoder byT5 for quoted text: a .safetensors file, or a Diffusers folder", weights=True
+    )
+    fp8_vl: bool = option(False, "keep Qwen2.5-VL in scaled fp8")
+    text_encoder_cpu: bool = option(False, "encode captions on the CPU, whose memory is larger", harmless=True)
+    vae_chunk_size: int | None = option(
+        None,
+        "rows that a convolution of the VAE computes at once; fewer take less memory (default: all)",
+        type=int,
+        unit="rows",
+        minimum=1,
+        harmless=True,
+    )
+    attn_mode: str | None = option(
+        None,
+        "implementation of attention (default: torch); sdpa is another name for torch, and sageattn cannot train",
+        choices=["torch", "xformers", "flash", "sageattn", "sdpa"],
+    )
+    split_attn: bool = option(False, "compute attention image by image, which takes less memory")
+    blocks_to_swap: int | None = option(
+        None,
+        "blocks that wait in host memory until they run; turns on gradient checkpointing",
+        type=int,
+        unit="blocks",
+        minimum=0,
+        harmless=True,
+        neutral=(0,),
+    )
+
+
+@idle("xformers", "sdpa", "mem_eff_attn", reason="beside --attn_mode, which wins")
+def attention_is_named(o: Any) -> bool:
+    return o.hunyuan_image.attn_mode is not None
+
+
+@idle("split_attn", reason="at --train_batch_size 1 without a dataset file, as there is one image at a time")
+def one_at_a_time(o: Any) -> bool:
+    return o.dataset.dataset_config is None and o.dataset.train_batch_size == 1
+
+
+def attention(o: Any, facts: Facts) -> Iterator[Finding]:
+    if o.hunyuan_image.attn_mode == "sageattn":
+        yield error(
+            "--attn_mode sageattn: has no backward pass and is for generating only; use torch, xformers or flash"
+        )
+
+
+def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
+    yield from block_swap.misfits(o, o.hunyuan_image.blocks_to_swap)
+
+
+def checkpointing(o: Any) -> Implied | None:
+    return block_swap.checkpointing(o.hunyuan_image.blocks_to_swap)
+
+
+_FROZEN_TEXT = "the text encoders of HunyuanImage-2.1 are not trained"
+
+DECLARATION = joined(
+    Declaration(groups={"hunyuan_image": HunyuanOptions}),
+    FLOW,
+    Declaration(
+        groups={"flow": HunyuanFlowOptions},
+        texts={
+            "network_module": "what is trained: networks.lora_hunyuan_image, or a third-party module such as "
+            "lycoris.kohya",
+            "network_train_unet_only": "train the transformer's adapters only, as always with HunyuanImage-2.1",
+            "unet_lr": "learning rate of the transformer's adapters (as --learning_rate, if not given)",
+            "vae": "VAE of HunyuanImage-2.1: a .safetensors file, or a Diffusers folder; required",
+        },
+        rules=(attention, swapping),
+        follows={"gradient_checkpointing": checkpointing},
+        idle=(attention_is_named, one_at_a_time),
+        unused={
+            "v2": "with HunyuanImage-2.1, which is not Stable Diffusion 2.x",
+            "clip_skip": "with HunyuanImage-2.1, which has no CLIP",
+            "max_token_length": "with HunyuanImage-2.1, which reads up to 1024 tokens of a caption",
+            "weighted_captions": "with HunyuanImage-2.1, whose text encoders read plain text",
+            "text_encoder_lr": f"as {_FROZEN_TEXT}",
+        },
+        refused={"network_train_text_encoder_only": f"{_FROZEN_TEXT}; remove it"},
+    ),
+)
