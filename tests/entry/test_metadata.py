@@ -93,7 +93,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Path:
 @pytest.mark.every_family
 def test_keys_and_types_of_a_plain_run(tiny: Tiny, plain: Path) -> None:
     entries = metadata_of(plain)
-    local_model = ("when local path exists", "with --dataset_config")
+    local_model = ["when local path exists", "with --dataset_config"]
+    if "vae" in tiny.model.flags:
+        local_model += ["when --vae given", "when --vae local"]
     assert set(entries) == expected_keys(tiny, *local_model) | {"ss_sd_model_name"}
     assert_types(tiny, entries)
     assert not set(TABLE["never"]) & set(entries)
