@@ -333,6 +333,11 @@ class Architecture(WholeModels, ABC):
         """
         return (any(trained),) * len(trained)
 
+    @property
+    def fp8_encoders(self) -> tuple[int, ...]:
+        """Return the text encoders, counted from 0, that its own options keep in fp8."""
+        return ()
+
     def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
         """For each text encoder, return whether a network with these options may train it."""
         return (not network.network_train_unet_only,) * len(self.text_encoder_targets)

@@ -33,7 +33,7 @@ from library.inference.plan import PlannedImage, Repetition, plan_images
 from library.inference.png import save_png
 from library.inference.prompt_line import ImagePrompt, parse_minimal_prompt
 from library.inference.settings import ImageSettings, random_seed
-from library.memory.fp8 import store_in_fp8
+from library.memory.stored_layers import store_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -230,7 +230,7 @@ class ImageSession:
         networks = adapted() if merge else []  # nothing can be merged into fp8
         for model, part in zip(models, parts, strict=True):
             if part.dtype.is_fp8:
-                store_in_fp8(model, device)
+                store_weights(model, "fp8", device)
         return networks if merge else adapted()
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
 
+from library.memory.forms import FORMS
 from library.memory.placing import move, on_device
 
-#: plain: in its dtype; fp8: scaled 8-bit numbers; sharded: in pieces over the processes; swapped: some blocks wait on
-#: the host; cached: only its outputs are needed, so it has no weights in training
-Storage = Literal["plain", "fp8", "sharded", "swapped", "fp8, swapped", "cached"]
+#: plain: whole, in one place; sharded: in pieces over the processes; swapped: some blocks wait on the host; cached:
+#: only its outputs are needed, so it has no weights in training
+Storage = Literal["plain", "sharded", "swapped", "cached"]
 #: where a part is between its uses
 Home = Literal["device", "host", "none"]
 
@@ -33,23 +34,20 @@ class PartPlan:
     home: Home = "device"
     trained: bool = False
     swapped: int = 0  # blocks, as asked for
+    form: str | None = None  # of the weights of its blocks, in ``FORMS``; None for ``dtype``
 
     @property
     def title(self) -> str:
         """Return the name for messages."""
         return "VAE" if self.name == "vae" else self.name.replace("_", " ")
 
-    @property
-    def in_fp8(self) -> bool:
-        return self.storage.startswith("fp8")
-
     def describe(self) -> str:
         """Return a description: ``bfloat16, frozen, in scaled fp8, on the device``."""
         if self.storage == "cached":
             return "only its cached outputs are used"
         words = [str(self.dtype).removeprefix("torch."), "trained" if self.trained else "frozen"]
-        if self.in_fp8:
-            words.append("in scaled fp8")
+        if self.form is not None:
+            words.append(f"in {FORMS[self.form].title}")
         if self.storage == "sharded":
             words.append("sharded over the processes")
         places = {
@@ -65,7 +63,8 @@ class PartPlan:
 class PlannedStorage:
     """The options on how the parts of a model are kept."""
 
-    fp8: frozenset[str] = frozenset()  # names of parts
+    forms: Mapping[str, str] = field(default_factory=dict)  # name of a part -> in ``FORMS``
+    fp8_matmul: bool = False  # multiply fp8 numbers where layers allow it
     sharded: bool = False  # the denoiser
     blocks_to_swap: int = 0  # of the denoiser
     cached: frozenset[str] = frozenset()  # parts whose outputs come from a cache
@@ -77,6 +76,7 @@ class MemoryPlan:
 
     device: torch.device
     parts: Mapping[str, PartPlan]
+    fp8_matmul: bool = False
 
     @staticmethod
     def of(
@@ -102,20 +102,25 @@ class MemoryPlan:
         parts = {}
         for name in encoders:
             cached = name in storage.cached
-            form: Storage = "cached" if cached else "fp8" if name in storage.fp8 else "plain"
-            home: Home = "none" if cached else "device"
-            parts[name] = PartPlan(name, trained.get(name, frozen), form, home, name in trained)
+            parts[name] = PartPlan(
+                name,
+                trained.get(name, frozen),
+                "cached" if cached else "plain",
+                "none" if cached else "device",
+                name in trained,
+                form=None if cached else storage.forms.get(name),
+            )
         swaps = storage.blocks_to_swap
-        form = "sharded" if storage.sharded else "plain"
-        if denoiser in storage.fp8:
-            form = "fp8, swapped" if swaps else "fp8"
-        elif swaps:
-            form = "swapped"
         parts[denoiser] = PartPlan(
-            denoiser, trained.get(denoiser, frozen), form, trained=denoiser in trained, swapped=swaps
+            denoiser,
+            trained.get(denoiser, frozen),
+            "sharded" if storage.sharded else "swapped" if swaps else "plain",
+            trained=denoiser in trained,
+            swapped=swaps,
+            form=storage.forms.get(denoiser),
         )
         parts[vae] = PartPlan(vae, vae_dtype, home=vae_home)
-        return MemoryPlan(device, parts)
+        return MemoryPlan(device, parts, storage.fp8_matmul)
 
     def __getitem__(self, name: str) -> PartPlan:
         return self.parts[name]
@@ -125,15 +130,26 @@ class MemoryPlan:
         part = self.parts[name]
         if part.storage == "cached":
             return "meta"
-        return str(self.device) if part.storage == "plain" else "cpu"
+        return str(self.device) if part.storage == "plain" and part.form is None else "cpu"
 
-    def store(self, name: str, module: nn.Module) -> None:
-        """Convert a loaded part to its dtype and form; nothing may be merged into it afterwards."""
+    def store(self, name: str, module: nn.Module, blocks: Sequence[Sequence[nn.Module]] = ()) -> None:
+        """Convert a loaded part to its form; nothing may be merged into it afterwards.
+
+        Args:
+            blocks: the part's lists of repeated blocks, if its family names them.
+        """
         part = self.parts[name]
-        if part.in_fp8:
-            from library.memory.fp8 import store_in_fp8
+        if part.form is not None:
+            from library.memory.stored_layers import store_weights
 
-            store_in_fp8(module, self.device, home="cpu" if part.swapped else None)
+            store_weights(
+                module,
+                part.form,
+                self.device,
+                home="cpu" if part.swapped else None,
+                blocks=blocks,
+                products_in_fp8=self.fp8_matmul,
+            )
 
     def place(self, name: str, module: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> None:
         """Move a part with blocks on the host to its places, after everything that changes whole weights.

@@ -154,7 +154,7 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
 
 
 def _load_models(run: Run, cached: Cached, kind: Kind, plan: MemoryPlan) -> Models:
-    """Load the models in their final numbers: changed by the kind, in fp8 if asked for."""
+    """Load the models in their final numbers: changed by the kind, in a small form if asked for."""
     architecture, checkpoint, training = run.architecture, run.checked.checkpoint, run.options.training
     tokenizers = architecture.load_tokenizers(checkpoint)
     if run.accelerator.is_main_process and not caches_texts(run.options.dataset):
@@ -178,8 +178,9 @@ def _load_models(run: Run, cached: Cached, kind: Kind, plan: MemoryPlan) -> Mode
         architecture.enable_gradient_checkpointing(denoiser, text_encoders)
     models = Models(tokenizers, text_encoders, denoiser, cached.vae, run.cached_encoders)
     kind.change_models(models, dtype=run.weight_dtype, device=run.device)
-    for name in (*names, DENOISER):
+    for name in names:
         plan.store(name, models.part(name))
+    plan.store(DENOISER, denoiser, architecture.block_lists(denoiser))
     return models
 
 

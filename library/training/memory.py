@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from library.architectures.base import Architecture
 from library.config.arguments import TrainingOptions
 from library.errors import UserError
 from library.memory.block_stream import swapped_counts
+from library.memory.forms import FORMS
 from library.memory.plan import Home, MemoryPlan, PlannedStorage
 from library.training.kinds.base import Kind
 from library.training.models import DENOISER, VAE, Models, text_encoder_name
@@ -16,6 +18,7 @@ from library.training.text_caching import caches_texts
 def memory_plan(run: Run, kind: Kind) -> MemoryPlan:
     """How each part of the run's model is kept."""
     architecture, options = run.architecture, run.options
+    trained = {name: need.dtype for name, need in kind.needs().items()}
     encoders = [text_encoder_name(number) for number in range(1, len(run.cached_encoders) + 1)]
     cached = frozenset(name for name, is_cached in zip(encoders, run.cached_encoders, strict=True) if is_cached)
     vae_home: Home = "device"
@@ -27,9 +30,16 @@ def memory_plan(run: Run, kind: Kind) -> MemoryPlan:
         encoders=encoders,
         denoiser=DENOISER,
         vae=VAE,
-        trained={name: need.dtype for name, need in kind.needs().items()},
+        trained=trained,
         storage=PlannedStorage(
-            fp8=_parts_in_fp8(options.training, encoders, caches=caches_texts(options.dataset)),
+            forms={
+                name: form
+                for name, form in _forms(
+                    options.training, architecture, encoders, caches=caches_texts(options.dataset)
+                ).items()
+                if name not in trained
+            },
+            fp8_matmul=options.training.fp8_matmul,
             sharded=run.sharding is not None,
             blocks_to_swap=architecture.blocks_to_swap,
             cached=cached,
@@ -39,11 +49,23 @@ def memory_plan(run: Run, kind: Kind) -> MemoryPlan:
     )
 
 
-def _parts_in_fp8(options: TrainingOptions, encoders: list[str], *, caches: bool) -> frozenset[str]:
-    denoiser = {DENOISER} if options.fp8_base or options.fp8_base_unet else set()
-    # beside cached outputs only the encoders that are trained are there, which are the small ones
-    both = options.fp8_base and not options.fp8_base_unet and not caches
-    return frozenset(denoiser | (set(encoders) if both else set()))
+def _forms(
+    options: TrainingOptions, architecture: Architecture, encoders: list[str], *, caches: bool
+) -> dict[str, str]:
+    """Return the form of each frozen part that is not kept in its dtype."""
+    found: dict[str, str] = {}
+    if options.quantize_base is not None:
+        found[DENOISER] = options.quantize_base
+    elif options.fp8_scaled:
+        found[DENOISER] = "fp8_scaled"
+    elif options.fp8_base or options.fp8_base_unet:
+        found[DENOISER] = "fp8"
+    if options.fp8_te or (options.fp8_base and not options.fp8_base_unet and options.quantize_base is None):
+        # beside cached outputs only the encoders that are trained are there, which are the small ones
+        found |= {} if caches else dict.fromkeys(encoders, "fp8")
+    else:
+        found |= {encoders[number]: "fp8" for number in architecture.fp8_encoders if not caches}
+    return found
 
 
 def check_swapping(run: Run, models: Models) -> None:
@@ -64,5 +86,9 @@ def frozen_dtype_text(plan: MemoryPlan) -> str:
     """``bfloat16 (denoiser in scaled fp8)``, for the row on precision."""
     frozen = [part for part in plan.parts.values() if not part.trained and part.name != VAE]
     dtypes = dict.fromkeys(str(part.dtype).removeprefix("torch.") for part in frozen) or {"none": None}
-    in_fp8 = [part.title for part in frozen if part.in_fp8]
-    return " and ".join(dtypes) + (f" ({' and '.join(in_fp8)} in scaled fp8)" if in_fp8 else "")
+    small: dict[str, list[str]] = {}
+    for part in frozen:
+        if part.form is not None:
+            small.setdefault(FORMS[part.form].title, []).append(part.title)
+    forms = ", ".join(f"{' and '.join(parts)} in {form}" for form, parts in small.items())
+    return " and ".join(dtypes) + (f" ({forms})" if forms else "")

@@ -38,9 +38,17 @@ def check_device(options: TrainingOptions, device: torch.device) -> list[str]:
         from library.memory.compiling import check_backend
 
         check_backend(options.dynamo_backend, device)
+    warnings = []
     if options.cpu_offload_checkpointing and options.gradient_checkpointing and device.type == "cpu":
-        return [NoEffect(message(["cpu_offload_checkpointing"], "on a CPU, where activations are on the host anyway"))]
-    return []
+        why = "on a CPU, where activations are on the host anyway"
+        warnings.append(NoEffect(message(["cpu_offload_checkpointing"], why)))
+    if options.fp8_matmul and (options.fp8_base or options.fp8_base_unet or options.fp8_te):
+        from library.memory.stored_layers import multiplies_fp8
+
+        if not multiplies_fp8(device):
+            why = f"on this device ({device}), which does not multiply fp8 numbers; weights are dequantized instead"
+            warnings.append(NoEffect(message(["fp8_matmul"], why)))
+    return warnings
 
 
 def activations(options: TrainingOptions) -> AbstractContextManager[object]:

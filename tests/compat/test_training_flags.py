@@ -38,7 +38,11 @@ OURS = {
     "text_encoder_lr2",
     "early_stopping_patience",
     "save_best",
+    "fp8_te",
+    "fp8_matmul",
+    "quantize_base",
     # published for other scripts
+    "fp8_scaled",
     "disable_mmap_load_safetensors",
     "cache_text_encoder_outputs",
     "cache_text_encoder_outputs_to_disk",

@@ -98,6 +98,10 @@ CASES = [
     Case("sdpa", {"sdpa": True, "xformers": True}, {"xformers": False}, "--xformers"),
     Case("max_train_steps", {"max_train_steps": 10, "max_train_epochs": 2}, {"max_train_epochs": None}),
     Case("fp8_base", {"fp8_base": True, "fp8_base_unet": True}, {"fp8_base_unet": False}, "--fp8_base_unet"),
+    Case("fp8_base_unet", {"fp8_base_unet": True, "fp8_scaled": True}, {"fp8_scaled": False}, "--fp8_scaled"),
+    Case("fp8_te", {"fp8_te": True, "fp8_base": True}, {"fp8_base": False}, "--fp8_base"),
+    Case("fp8_te", {"fp8_te": True, "cache_text_encoder_outputs": True}, {"cache_text_encoder_outputs": False}),
+    Case("fp8_matmul", {"fp8_matmul": True}, {"fp8_base_unet": True}),
     Case("dynamo_backend", {"dynamo_backend": "eager"}, {"torch_compile": True}),
     Case("cpu_offload_checkpointing", {"cpu_offload_checkpointing": True}, {"gradient_checkpointing": True}),
     Case("zero_stage", {"zero_stage": 3}, {"deepspeed": True}),
@@ -340,7 +344,7 @@ ALWAYS = set(
     scale_weight_norms base_weights base_weights_multiplier network_dropout
     optimizer_type use_8bit_adam use_lion_optimizer optimizer_args max_grad_norm
     max_train_epochs seed gradient_accumulation_steps gradient_checkpointing mixed_precision torch_compile
-    mem_eff_attn full_fp16 full_bf16 fp8_base_unet fused_backward_pass
+    mem_eff_attn full_fp16 full_bf16 fp8_scaled quantize_base fused_backward_pass
     deepspeed zero_terminal_snr min_timestep max_timestep noise_offset multires_noise_iterations ip_noise_gamma
     min_snr_gamma v_pred_like_loss
     loss_type scale_v_pred_loss_like_noise_pred debiased_estimation_loss masked_loss

@@ -47,6 +47,9 @@ SETS = {
         "mem_eff_attn": True,
     },
     "fp8": {**FP8, "network_args": ["dora=True"], "gradient_checkpointing": True, "sdpa": True},
+    "int8": {"quantize_base": "int8", "mixed_precision": "bf16", "fp8_te": True},
+    "nf4": {"quantize_base": "nf4", "mixed_precision": "bf16", "gradient_checkpointing": True},
+    "fp8 in blocks": {"fp8_scaled": True, "fp8_te": True, "fp8_matmul": True, "mixed_precision": "bf16"},
     "fp8 and bf16, lycoris": {
         **FP8,
         **HALF,
@@ -85,7 +88,11 @@ def test_runs_save_draw_and_resume_exactly(
     tiny.train(dataset, rest, **more, resume=state)
     assert_same(rest / "tiny.safetensors", whole / "tiny.safetensors")
     shown = capsys.readouterr()
-    assert ("in scaled fp8" in shown.out + shown.err) == ("fp8_base" in settings)
+    said = shown.out + shown.err
+    assert ("in scaled fp8" in said) == ("fp8_base" in settings or "fp8_te" in settings)
+    assert ("in block-scaled fp8" in said) == ("fp8_scaled" in settings)
+    small = {"int8": "denoiser in int8", "nf4": "denoiser in NF4"}.get(str(settings.get("quantize_base")))
+    assert small is None or small in said
     assert "not exactly" not in shown.out + shown.err
 
 
@@ -175,4 +182,4 @@ def test_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_the_page_has_commands() -> None:
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5

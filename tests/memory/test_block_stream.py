@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
 from library.memory.block_stream import BlockStream, spread, stream_blocks, swapped_counts
-from library.memory.fp8 import store_in_fp8
+from library.memory.stored_layers import store_weights
 
 
 class Block(nn.Module):
@@ -114,7 +114,7 @@ def test_training_and_sampling_are_the_same(count: int, form: str) -> None:
     def made() -> Model:
         model = Model()
         if form == "fp8":
-            store_in_fp8(model, torch.device("cpu"), home="cpu")
+            store_weights(model, "fp8", torch.device("cpu"), home="cpu")
         return model.to(torch.bfloat16).float() if form == "bf16" else model
 
     plain = made()
@@ -174,7 +174,7 @@ def test_without_checkpointing_the_backward_pass_is_refused(form: str) -> None:
     model = Model()
     model.checkpointing = False
     if form == "fp8":
-        store_in_fp8(model, torch.device("cpu"), home="cpu")
+        store_weights(model, "fp8", torch.device("cpu"), home="cpu")
     stream_blocks(model, model.lists, 4, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         train(model, steps=1)

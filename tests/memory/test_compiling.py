@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from library.architectures.sd import SD
 from library.errors import UserError
 from library.memory.compiling import check_backend, compile_blocks, uncompiled
-from library.memory.fp8 import store_in_fp8
+from library.memory.stored_layers import store_weights
 from networks.lora import create_network
 from tests.networks.conftest import make_tiny_text_encoder, make_tiny_unet
 
@@ -25,7 +25,7 @@ def fresh_compiler() -> None:
 def adapted(*, fp8: bool = False, device: str = "cpu") -> tuple[nn.Module, nn.Module]:
     unet, text = make_tiny_unet(), make_tiny_text_encoder()
     if fp8:
-        store_in_fp8(unet, torch.device("cpu"))
+        store_weights(unet, "fp8", torch.device("cpu"))
     torch.manual_seed(3)
     network = create_network(1.0, 2, 1.0, None, [text], unet)
     network.apply_to([text], unet, False, True)

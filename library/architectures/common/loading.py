@@ -15,6 +15,7 @@ from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.tensor_files import WeightFile
 from library.errors import UserError
 from library.files.finite import FiniteCheck, not_finite, some_of
+from library.memory.stored_layers import PUBLISHED_SCALE
 
 Checkpoint = TypeVar("Checkpoint")
 
@@ -113,7 +114,10 @@ def _fill(
         if name in stored:
             module._buffers[leaf] = moved
         else:
-            module._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
+            filled = nn.Parameter(moved, requires_grad=False)
+            if (scale := getattr(tensor, PUBLISHED_SCALE, None)) is not None:
+                setattr(filled, PUBLISHED_SCALE, scale)
+            module._parameters[leaf] = filled
     if expected:
         first = next(iter(expected))
         raise UserError(

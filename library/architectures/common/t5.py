@@ -22,6 +22,7 @@ from library.architectures.common.expected import T5_LAYERS, check_layers
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import recognise_tensors, refuse_scaled
+from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes
 from library.errors import UserError
@@ -52,7 +53,7 @@ def t5_source(path: Path, *, flag: str = "--t5xxl", example: str = "t5xxl_fp16.s
     Raises:
         UserError: the file holds something else, or is incomplete.
     """
-    file = open_weights(path)
+    file = with_plain_numbers(open_weights(path))
     prefix = BUNDLED if BUNDLED + _BIAS in file.shapes else ""
     shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
     if _BIAS not in shapes:

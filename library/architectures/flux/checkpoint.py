@@ -16,6 +16,7 @@ from library.architectures.common.joined_layout import JoinedFile
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import recognise_pipeline, recognise_tensors, refuse_scaled
+from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import is_shard, open_weights
 from library.architectures.common.sources import clip_prefix, in_file
 from library.architectures.common.tensor_files import Shapes, TensorFile, WeightFile
@@ -96,6 +97,7 @@ def transformer_in(file: WeightFile) -> TransformerCheckpoint:
     Raises:
         UserError: the file is something else or incomplete.
     """
+    file = with_plain_numbers(file)
     other = recognise_tensors(file.shapes.keys(), "flux")
     if other is not None:
         raise UserError(f"{file.path} is {other.what}; {other.remedy}")

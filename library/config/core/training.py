@@ -91,6 +91,16 @@ class TrainingOptions:
         choices=["stop", "skip", "rollback"],
         harmless=True,
     )
+    fp8_scaled: bool = option(
+        False, "keep the frozen denoiser in fp8 with a scale for every 64 inputs of a layer, finer than --fp8_base_unet"
+    )
+    fp8_te: bool = option(False, "keep frozen text encoders in scaled fp8")
+    fp8_matmul: bool = option(
+        False, "with a base in fp8: round inputs to fp8 as well, and multiply fp8 numbers where the device can"
+    )
+    quantize_base: str | None = option(
+        None, "keep the frozen denoiser in int8 or nf4 (4 bits)", choices=[None, "int8", "nf4"]
+    )
 
 
 # ---- what cannot work ----
@@ -117,6 +127,17 @@ def deepspeed(o: Any, facts: Facts) -> Iterator[Finding]:
     for name in ("full_bf16", "full_fp16", "fused_backward_pass"):
         if getattr(o.optimizer if name == "fused_backward_pass" else o.training, name):
             yield error(f"--{name}: {NOT_WITH_DEEPSPEED[name]}")
+
+
+def one_form(o: Any, facts: Facts) -> Iterator[Finding]:
+    t = o.training
+    if t.quantize_base is None:
+        return
+    for name in ("fp8_base", "fp8_base_unet", "fp8_scaled"):
+        if getattr(t, name):
+            yield error(
+                f"--quantize_base {t.quantize_base}: not with --{name}, another form of the same weights; remove one"
+            )
 
 
 def attention_package(o: Any, facts: Facts) -> Iterator[Finding]:
@@ -155,6 +176,28 @@ def no_checkpointing(o: Any) -> bool:
 @idle("fp8_base", reason="beside --fp8_base_unet, which leaves the text encoders as they are")
 def only_the_denoiser(o: Any) -> bool:
     return o.training.fp8_base_unet
+
+
+@idle("fp8_base_unet", reason="beside --fp8_scaled, which is finer")
+def blocks_have_scales(o: Any) -> bool:
+    return o.training.fp8_scaled
+
+
+@idle("fp8_te", reason="beside --fp8_base, which stores the text encoders in fp8")
+def encoders_in_fp8_anyway(o: Any) -> bool:
+    return o.training.fp8_base and not o.training.fp8_base_unet
+
+
+@idle("fp8_te", reason="beside cached text encoder outputs")
+def encoders_are_cached(o: Any) -> bool:
+    return o.dataset.cache_text_encoder_outputs or o.dataset.cache_text_encoder_outputs_to_disk
+
+
+@idle("fp8_matmul", reason="without --fp8_base or --fp8_base_unet, whose scales are for whole rows")
+def nothing_in_rows_of_fp8(o: Any) -> bool:
+    t = o.training
+    encoders = t.fp8_te or (t.fp8_base and not t.fp8_base_unet)
+    return not encoders and (t.fp8_scaled or not t.fp8_base_unet)
 
 
 @idle(
@@ -217,6 +260,7 @@ DECLARATION = Declaration(
     rules=(
         half_precision,
         deepspeed,
+        one_form,
         attention_package,
     ),
     idle=(
@@ -226,6 +270,10 @@ DECLARATION = Declaration(
         xformers_wins,
         no_checkpointing,
         only_the_denoiser,
+        blocks_have_scales,
+        encoders_in_fp8_anyway,
+        encoders_are_cached,
+        nothing_in_rows_of_fp8,
         one_process,
         no_deepspeed,
         parameters_are_not_split,

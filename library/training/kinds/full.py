@@ -16,7 +16,7 @@ from library.data.batch import Batch
 from library.errors import UserError
 from library.optim.fused_backward import Part, by_block, in_groups
 from library.training.kinds.base import Kind, Need, ParameterGroup
-from library.training.kinds.full_options import DECLARATION, TrainFullOptions, block_rates
+from library.training.kinds.full_options import DECLARATION, FP8_OF_DENOISER, TrainFullOptions, block_rates
 from library.training.models import DENOISER, Models, text_encoder_name
 from library.training.precision import trained_dtype
 
@@ -50,7 +50,7 @@ class Full(Kind[Any]):
         full, dataset, training = options.full, options.dataset, options.training
         if full.skip_latents_validity_check:
             dataset = replace(dataset, skip_cache_check=True)
-        training = replace(training, fp8_base=False, fp8_base_unet=False)
+        training = replace(training, **dict.fromkeys(FP8_OF_DENOISER, False), quantize_base=None)
         if full.diffusers_xformers:
             training = replace(training, xformers=True)
         return replace(options, dataset=dataset, training=training)

@@ -237,6 +237,9 @@ def captions_are_padded(o: Any) -> bool:
     return True
 
 
+#: options that store a frozen denoiser in fp8
+FP8_OF_DENOISER = ("fp8_base", "fp8_base_unet", "fp8_scaled", "fp8_matmul")
+
 _SWAP = "moving blocks to host memory is not supported yet; use --gradient_checkpointing and a fused update"
 
 DECLARATION = Declaration(
@@ -245,7 +248,9 @@ DECLARATION = Declaration(
     idle=(text_is_frozen, nothing_to_stop, saves_are_streamed, captions_are_padded),
     refused={"double_blocks_to_swap": _SWAP, "single_blocks_to_swap": _SWAP},
     unused={
-        **dict.fromkeys(("fp8_base", "fp8_base_unet"), "where whole models are trained, for which fp8 is too coarse"),
+        **dict.fromkeys(
+            (*FP8_OF_DENOISER, "quantize_base"), "where whole models are trained, for which fp8 is too coarse"
+        ),
         "no_metadata": "where whole models are trained, whose files have no such metadata",
         "training_comment": "where whole models are trained, whose files have no such metadata",
     },

@@ -21,7 +21,7 @@ from library.architectures.flux.chroma import Chroma
 from library.architectures.flux.model import Flux
 from library.architectures.flux.sizes import ApproximatorSizes
 from library.errors import UserError
-from library.memory.fp8 import ScaledFp8Linear, store_in_fp8
+from library.memory.stored_layers import StoredLinear, store_weights
 from tests.fixtures.layouts import table as published
 from tests.fixtures.tiny_flux import (
     FluxFileSizes,
@@ -125,9 +125,9 @@ def test_load_then_save_is_bit_identical(tmp_path: Path, kind: str, dtype: torch
 def test_weights_of_an_fp8_file_stay_its_numbers(tmp_path: Path) -> None:
     made = make_tiny_flux(tmp_path, dtype=torch.float8_e4m3fn)
     model = flux.load_transformer(flux.inspect_transformer(str(made.path)), dtype=torch.bfloat16, device="cpu")
-    store_in_fp8(model, torch.device("cpu"))
+    store_weights(model, "fp8", torch.device("cpu"))
     linear = model.double_blocks[1].img_mlp[0]
-    assert isinstance(linear, ScaledFp8Linear) and (linear.scale == 1).all()
+    assert isinstance(linear, StoredLinear) and (linear.scale == 1).all()
     stored = load_file(made.path)["double_blocks.1.img_mlp.0.weight"]
     assert torch.equal(linear.numbers.view(torch.uint8), stored.view(torch.uint8))
     generator = torch.Generator().manual_seed(1)
@@ -136,6 +136,47 @@ def test_weights_of_an_fp8_file_stay_its_numbers(tmp_path: Path) -> None:
     plain = flux.load_transformer(flux.inspect_transformer(str(made.path)), dtype=torch.bfloat16, device="cpu")
     with torch.no_grad():
         torch.testing.assert_close(model(*inputs), plain(*inputs), rtol=1e-5, atol=1e-5)
+
+
+SCALES = {"one": lambda out: (), "rows": lambda out: (out, 1), "blocks": lambda out: (out, 2, 1)}
+
+
+@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("shape", SCALES)
+def test_fp8_files_with_scales(tmp_path: Path, suffix: str, shape: str) -> None:
+    """As ComfyUI publishes them: weights are numbers times scales, and storing them in fp8 gives the same numbers."""
+    made = make_tiny_flux(tmp_path)
+    tensors = load_file(made.path)
+    name = "double_blocks.1.img_mlp.0.weight"
+    numbers = (tensors[name] * 50).to(torch.float8_e4m3fn)
+    own = SCALES[shape](len(numbers))
+    scale = 0.02 + 0.013 * torch.rand(own, generator=torch.Generator().manual_seed(3))
+    tensors |= {name: numbers, name.replace("weight", suffix): scale, "scaled_fp8": torch.zeros(0, dtype=numbers.dtype)}
+    tensors[name.replace("weight", "scale_input")] = torch.ones(())
+    save_file(tensors, made.path)
+    model = flux.load_transformer(flux.inspect_transformer(str(made.path)), dtype=torch.bfloat16, device="cpu")
+    linear = model.double_blocks[1].img_mlp[0]
+    whole = scale.repeat_interleave(numbers.shape[1] // 2, 1).flatten(1) if shape == "blocks" else scale
+    assert torch.equal(linear.weight, (numbers.float() * whole).to(torch.bfloat16))
+    store_weights(model, "fp8", torch.device("cpu"), blocks=[model.double_blocks, model.single_blocks])
+    if shape != "blocks":
+        assert torch.equal(linear.numbers.view(torch.uint8), numbers.view(torch.uint8))
+        assert torch.equal(linear.scale, scale.expand(len(numbers), 1))
+
+
+def test_other_formats_with_scales_are_refused(tmp_path: Path) -> None:
+    made = make_tiny_flux(tmp_path)
+    tensors = load_file(made.path)
+    name = "double_blocks.1.img_mlp.0.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    mark = torch.frombuffer(bytearray(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    for changes, message in (
+        ({name.replace("weight", "weight_scale"): torch.ones(3)}, r"has shape \[3\], which does not fit"),
+        ({name.replace("weight", "comfy_quant"): mark}, "says that weights are in nvfp4"),
+    ):
+        save_file({**tensors, **changes}, made.path)
+        with pytest.raises(UserError, match=message):
+            flux.inspect_transformer(str(made.path))
 
 
 def test_autoencoder_file_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -191,7 +232,10 @@ def test_incomplete_and_quantised_transformers(tmp_path: Path) -> None:
         r"tensor single_blocks.0.linear1.bias has shape \[3\] where \[224\] is expected": {
             "single_blocks.0.linear1.bias": torch.zeros(3)
         },
-        "quantised with scales of their own": {"double_blocks.0.img_attn.qkv.scale_weight": torch.ones(1)},
+        "qkv.scale_weight is a scale, and .*qkv.weight has no fp8 numbers": {
+            "double_blocks.0.img_attn.qkv.scale_weight": torch.ones(1)
+        },
+        "quantised with scales of their own": {"double_blocks.0.img_attn.qkv.absmax": torch.ones(1)},
         r"FLUX.1 Fill.*takes 384 channels for a token and gives 64": {"img_in.weight": torch.zeros(32, 384)},
         "heads of width 24 do not fit": {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(24)},
     }
@@ -217,7 +261,7 @@ def test_wrong_files_behind_the_flags_of_the_parts(tmp_path: Path) -> None:
         flux.clip_l_source(made.t5xxl)
     scaled = {**load_file(made.t5xxl), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": torch.ones(1)}
     save_file(scaled, made.t5xxl)
-    with pytest.raises(UserError, match=r"--t5xxl .*quantised with scales of their own"):
+    with pytest.raises(UserError, match=r"t5xxl.*q.scale_weight is a scale, and .*has no fp8 numbers"):
         t5.t5_source(made.t5xxl)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from library.architectures.flux import FLUX, Flux
 from library.architectures.flux.options import FluxModelOptions
 from library.config.config_file import read_args
-from library.memory import fp8
+from library.memory import stored_layers
 from tests.fixtures.runs import (
     ROOT,
     logged,
@@ -432,9 +432,11 @@ def test_files_in_fp8(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     made = make_tiny_flux(tmp_path / "fp8", dtype=torch.float8_e4m3fn)
     settings = {"mixed_precision": "bf16", "fp8_base": True, "gradient_checkpointing": True, "model": made}
     kept: list[str] = []
-    store = fp8.store_in_fp8
+    store = stored_layers.store_weights
     monkeypatch.setattr(
-        fp8, "store_in_fp8", lambda model, device: kept.append(type(model).__name__) or store(model, device)
+        stored_layers,
+        "store_weights",
+        lambda model, *args, **more: kept.append(type(model).__name__) or store(model, *args, **more),
     )
     # the transformer alone, then the encoders, too
     train("alone", fp8_base_unet=True, max_train_steps=1, **settings)
