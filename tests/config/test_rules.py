@@ -93,6 +93,7 @@ ERRORS = [
     ({"full_bf16": True, "full_fp16": True, "mixed_precision": "bf16"}, "exclude each other"),
     ({"full_bf16": True}, "--mixed_precision bf16"),
     ({"full_fp16": True, "mixed_precision": "bf16"}, "--mixed_precision fp16"),
+    ({"quantize_base": "nf4", "fp8_scaled": True}, "--quantize_base nf4: not with --fp8_scaled"),
     ({"fused_backward_pass": True}, "--max_grad_norm 0"),
     ({"fused_backward_pass": True, "max_grad_norm": 0.0, "mixed_precision": "fp16"}, "use bf16"),
     ({"fused_backward_pass": True, "max_grad_norm": 0.0, "on_nan": "skip"}, "not with --on_nan skip"),

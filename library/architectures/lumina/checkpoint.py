@@ -12,6 +12,7 @@ from library.architectures.common.diffusers_folder import read_json
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.recognise import recognise_pipeline, recognise_tensors, refuse_scaled
+from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import is_shard
 from library.architectures.common.sources import in_file
 from library.architectures.common.tensor_files import TensorFile, WeightFile
@@ -114,7 +115,7 @@ def _transformer_source(path: Path) -> ModelSource:
         return _described(open_diffusers_transformer(inner if inner.is_dir() else path), "")
     if is_shard(path):
         return _described(open_diffusers_transformer(path), "")
-    file = TensorFile.open(path)
+    file = with_plain_numbers(TensorFile.open(path))
     other = recognise_tensors(file.shapes.keys(), "lumina")
     if other is not None:
         raise UserError(f"{path} is {other.what}; {other.remedy}")

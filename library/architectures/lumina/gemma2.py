@@ -20,6 +20,7 @@ from library.architectures.common.expected import check_layers
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import recognise_tensors, refuse_scaled
+from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes
 from library.errors import UserError
@@ -52,7 +53,7 @@ def gemma2_source(path: Path) -> ModelSource:
     Raises:
         UserError: the file holds something else, or is incomplete.
     """
-    file = open_weights(path)
+    file = with_plain_numbers(open_weights(path))
     prefix = next((prefix for prefix in (BUNDLED, "model.", "") if prefix + _MARK in file.shapes), None)
     if prefix is None:
         other = recognise_tensors(file.shapes.keys(), "gemma2")
