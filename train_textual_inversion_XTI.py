@@ -17,7 +17,7 @@ from library.architectures.sd.options import DECLARATION as FAMILY
 from library.config.arguments import script_parser
 from library.config.config_file import read_args
 from library.config.declaration import joined
-from library.lazy_imports import made_by
+from library.lazy_imports import made_by, run_trainer
 from library.training.kinds.embedding_options import DECLARATION as KIND
 from library.training.kinds.embedding_options import TrainEmbeddingOptions
 
@@ -45,5 +45,4 @@ def _trainer() -> type:
 __getattr__ = made_by(__name__, XTITrainer=_trainer)
 
 if __name__ == "__main__":
-    arguments = read_args(setup_parser())
-    _trainer()().train(arguments)
+    run_trainer(_trainer, read_args(setup_parser()))

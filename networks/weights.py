@@ -26,6 +26,7 @@ from library.files.safetensors_io import (
     save_pickle,
     save_tensors,
 )
+from networks.bundled_words import is_bundled
 from networks.damaged import refuse_damaged
 from networks.file_names import with_alphas
 from networks.part import NetworkPart
@@ -64,7 +65,9 @@ def check_adapter_file(path: Path) -> None:
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
-    """Read all tensors of a ``.safetensors`` file, or of a pickled one, which is opened without running its code.
+    """Read the tensors of a ``.safetensors`` file, or of a pickled one, which is opened without running its code.
+
+    Words that are bundled with the adapter are left out.
 
     Raises:
         UserError: missing, unreadable or damaged file.
@@ -76,6 +79,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         weights = load_pickle(path)
     else:
         weights = with_alphas(load_tensors(path), read_header(path).metadata, str(path))
+    weights = {name: tensor for name, tensor in weights.items() if not is_bundled(name)}
     refuse_damaged(weights, str(path))
     return weights
 

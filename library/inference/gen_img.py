@@ -43,6 +43,7 @@ from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_
 from library.inference.settings import ImageSettings, random_seed
 from library.inference.sources import Sources, find_sources, prompts_of_images
 from library.inference.textual_inversion import (
+    add_bundled_words,
     add_embeddings,
     add_layered_embeddings,
     read_layered_vectors,
@@ -367,6 +368,8 @@ def _load(
     tokenizers = architecture.load_tokenizers(checkpoint)
     encoders = architecture.load_text_encoders(checkpoint, dtype=dtype, device=str(device))
     add_embeddings(_embeddings(options), tokenizers, encoders)
+    for network in options.networks.network_weights or []:
+        add_bundled_words(Path(network), tokenizers, encoders)
     layers = architecture.text_layers(denoiser)
     add_layered_embeddings(_layered_embeddings(options), tokenizers[0], encoders[0], layers)
     return ImageModels(

@@ -20,6 +20,7 @@ from library.architectures.common.clip_text import EXPANSIONS
 from library.architectures.common.grown_embedding import GrownEmbedding, give_each_layer
 from library.errors import UserError
 from library.files.safetensors_io import is_pickle, load_tensors
+from networks.bundled_words import bundled_words
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,22 @@ def add_embeddings(paths: Sequence[Path], tokenizers: Sequence[Any], encoders: S
     for path in paths:
         word, vectors = path.stem, read_vectors(path, len(encoders))
         for tokenizer, encoder, values in zip(tokenizers, encoders, vectors, strict=True):
-            _add(path, word, values, tokenizer, encoder)
+            _add(f"--textual_inversion_embeddings {path}", word, values, tokenizer, encoder)
         logger.info('embedding "%s": %d tokens', word, len(vectors[0]))
+
+
+def add_bundled_words(adapter: Path, tokenizers: Sequence[Any], encoders: Sequence[nn.Module]) -> None:
+    """Teach the words within an adapter file to tokenizers and text encoders, in place.
+
+    Raises:
+        UserError: see ``add_embeddings``.
+    """
+    for word, content in bundled_words(adapter).items():
+        flag = f"--network_weights {adapter}"
+        vectors = vectors_in(content, len(encoders), flag=flag)
+        for tokenizer, encoder, values in zip(tokenizers, encoders, vectors, strict=True):
+            _add(flag, word, values, tokenizer, encoder)
+        logger.info('embedding "%s" of %s: %d tokens', word, adapter, len(vectors[0]))
 
 
 def add_layered_embeddings(
@@ -92,7 +107,15 @@ def read_vectors(path: Path, encoders: int, *, flag: str = "--textual_inversion_
         UserError: the file holds no embedding, or not one for so many encoders.
     """
     flag = f"{flag} {path}"
-    content = _content(path, flag)
+    return vectors_in(_content(path, flag), encoders, flag=flag)
+
+
+def vectors_in(content: Mapping[str, Any], encoders: int, *, flag: str) -> list[Tensor]:
+    """Return the vectors of each encoder in the content of an embedding file; errors as those of ``read_vectors``.
+
+    Args:
+        flag: option and file, for messages.
+    """
     found: list[Tensor]
     if any(map(_LAYER.fullmatch, content)):
         raise UserError(
@@ -177,14 +200,14 @@ def _unpickled(path: Path, flag: str) -> Mapping[str, Any]:
     return content
 
 
-def _add(path: Path, word: str, vectors: Tensor, tokenizer: Any, encoder: nn.Module) -> None:
+def _add(flag: str, word: str, vectors: Tensor, tokenizer: Any, encoder: nn.Module) -> None:
     table = encoder.get_input_embeddings()
     if vectors.shape[1] != table.weight.shape[1]:
         raise UserError(
-            f"--textual_inversion_embeddings {path}: its vectors have {vectors.shape[1]} numbers, the text encoder's "
+            f"{flag}: its vectors have {vectors.shape[1]} numbers, the text encoder's "
             f"{table.weight.shape[1]}; it is for another model"
         )
-    ids = new_tokens(tokenizer, word, len(vectors), flag=f"--textual_inversion_embeddings {path}")
+    ids = new_tokens(tokenizer, word, len(vectors), flag=flag)
     weight = table.weight.detach()
     rows = torch.zeros(max(len(weight), max(ids) + 1), weight.shape[1], dtype=weight.dtype, device=weight.device)
     rows[: len(weight)] = weight

@@ -223,7 +223,7 @@ def clear_leftovers(names: OutputNames) -> None:
     """Finish or remove what a killed run of this name was writing, and old temporary files of safetensors."""
     stem = re.escape(names.stem) if names.stem else "(last|at|epoch)"
     ours = re.compile(
-        rf"\.(?P<target>{stem}(-\d{{6}}|-step\d{{8}})?(-best)?(-ema)?(-state|(_[a-z0-9_]+)?\.[a-z]+)?)"
+        rf"\.(?P<target>{stem}(-\d{{6}}|-step\d{{8}})?(-best)?(-ema)?(-state|(_[\w-]+)?\.[a-z]+)?)"
         r"(\.old|\.removed|\.[0-9a-f]{12})?\.tmp"
     )
     for entry in sorted(names.directory.iterdir()):

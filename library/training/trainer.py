@@ -94,7 +94,7 @@ class Trainer:
 
     def setup(self, options: RunOptions) -> Run:
         """Check everything, scan the data, and set up the run; no weights are loaded yet."""
-        return set_up(self.architecture.configured(options), self._kind, options)
+        return set_up(self.architecture.configured(options), self._kind.for_options(options), options)
 
     def cache(self, run: Run, interrupt: Interrupt) -> Cached:
         """Make or read the caches; afterwards the VAE is kept only if it is still needed."""

@@ -29,7 +29,8 @@ def test_every_option_is_on_a_page(tmp_path: Path) -> None:
     write(tmp_path)
     assert {path.name for path in tmp_path.glob("*.md")} == set(pages())
     # the scripts' own pages name options once more that are not for them
-    text = "".join((tmp_path / f"{name}.md").read_text(encoding="utf-8") for name in TrainNetworkOptions.groups())
+    groups = [name for name in TrainNetworkOptions.groups() if f"{name}.md" in pages()]  # some share their kind's page
+    text = "".join((tmp_path / f"{name}.md").read_text(encoding="utf-8") for name in groups)
     for field in FIELDS:
         (row,) = re.findall(rf"^\| `--{field.name}` \|.*$", text, re.MULTILINE)
         assert len(re.findall(r"(?<!\\)\|", row)) == 7, row

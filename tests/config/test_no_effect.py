@@ -92,6 +92,29 @@ CASES = [
     Case("network_alpha", {"network_alpha": 8.0, "dim_from_weights": True}, {"dim_from_weights": False}),
     Case("network_weights", {"network_weights": "w.safetensors", "resume": "s"}, {"resume": None}),
     Case("network_weights", {"network_weights": "w.safetensors", "resume": "s"}, {"dim_from_weights": True}),
+    # a word beside the network
+    *(
+        Case(name, {name: value}, {"train_embedding": "qux"}, "--train_embedding")
+        for name, value in (
+            ("embedding_init_word", "cat"),
+            ("embedding_vectors", 2),
+            ("embedding_weights", "w.pt"),
+            ("embedding_lr", 1e-3),
+            ("bundle_embedding", True),
+        )
+    ),
+    Case(
+        "embedding_init_word",
+        {"train_embedding": "qux", "embedding_init_word": "cat", "embedding_weights": "w.pt"},
+        {"embedding_weights": None},
+        "--embedding_weights",
+    ),
+    Case(
+        "embedding_weights",
+        {"train_embedding": "qux", "embedding_weights": "w.pt", "resume": "s"},
+        {"resume": None},
+        "--resume",
+    ),
     # length of the run, memory, processes
     Case("xformers", {"xformers": True, "mem_eff_attn": True}, {"mem_eff_attn": False}, "--mem_eff_attn"),
     Case("sdpa", {"sdpa": True, "mem_eff_attn": True}, {"mem_eff_attn": False}, "--mem_eff_attn"),
@@ -341,7 +364,7 @@ ALWAYS = set(
     cache_text_encoder_outputs_to_disk on_bad_image max_data_loader_n_workers
     output_dir output_name save_model_as save_precision save_state huggingface_repo_id resume
     network_module network_args network_train_unet_only network_train_text_encoder_only dim_from_weights
-    scale_weight_norms base_weights base_weights_multiplier network_dropout
+    scale_weight_norms base_weights base_weights_multiplier network_dropout train_embedding
     optimizer_type use_8bit_adam use_lion_optimizer optimizer_args max_grad_norm
     max_train_epochs seed gradient_accumulation_steps gradient_checkpointing mixed_precision torch_compile
     mem_eff_attn full_fp16 full_bf16 fp8_scaled quantize_base fused_backward_pass

@@ -8,9 +8,11 @@ from typing import Any
 
 from library.config.arguments import RunOptions
 from library.config.core.optimizer import OptimizerOptions
-from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, warning
+from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined, warning
 from library.config.fields import option
 from library.config.paths import no_file
+from library.training.kinds.adapter_word_options import DECLARATION as WORD
+from library.training.kinds.adapter_word_options import WordOptions
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,13 @@ class TrainNetworkOptions(RunOptions):
 
     optimizer: AdapterOptimizerOptions
     network: NetworkOptions
+    word: WordOptions
 
     @classmethod
     def groups(cls) -> dict[str, type]:
         """Return the dataclass of each attribute, in the order of ``--help``."""
         (first, second, *rest) = super().groups().items()
-        return dict([first, second, ("network", NetworkOptions), *rest])
+        return dict([first, second, ("network", NetworkOptions), ("word", WordOptions), *rest])
 
 
 # ---- what cannot work ----
@@ -194,7 +197,7 @@ def cached_texts(o: Any, facts: Facts) -> Iterator[Finding]:
     if not (d.cache_text_encoder_outputs or d.cache_text_encoder_outputs_to_disk):
         return
     flag = "--cache_text_encoder_outputs" + ("_to_disk" if d.cache_text_encoder_outputs_to_disk else "")
-    if all(facts.trained_encoders):
+    if all(facts.trained_encoders) and not o.word.train_embedding:
         yield error(
             f"{flag}: not while the text encoder is trained, whose outputs change; "
             "add --network_train_unet_only, or remove it"
@@ -286,7 +289,7 @@ def _multipliers(o: Any) -> Implied | None:
     return Implied([1.0] * len(files), "follows from --base_weights") if files else None
 
 
-DECLARATION = Declaration(
+_OWN = Declaration(
     groups={"network": NetworkOptions, "optimizer": AdapterOptimizerOptions},
     follows={"unet_lr": _unet_rate, "text_encoder_lr": _text_rate, "base_weights_multiplier": _multipliers},
     rules=(
@@ -307,3 +310,5 @@ DECLARATION = Declaration(
         weights_come_from_the_state,
     ),
 )
+
+DECLARATION = joined(_OWN, WORD)

@@ -112,6 +112,11 @@ class Kind(ABC, Generic[O]):
     # ---- before anything is loaded ----
 
     @classmethod
+    def for_options(cls, options: O) -> type[Kind]:
+        """Return the kind that runs with these options are of; the scripts of a kind may offer others beside it."""
+        return cls
+
+    @classmethod
     def normalized(cls, options: O) -> O:
         """Return the options with the consequences of some for others."""
         return options

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,12 @@ class Embedding(Kind):
     keeps_copies = True
     starts_from = "--weights"
     tracker_name = "textual_inversion"
+    #: the end of the advice on captions without the word
+    other_captions: ClassVar[str] = ", or use --use_object_template or --use_style_template"
+    #: option -> the flag that sets it, for messages
+    flags: ClassVar[Mapping[str, str]] = {
+        name: f"--{name}" for name in ("token_string", "init_word", "num_vectors_per_token", "weights")
+    }
 
     def __init__(self, architecture: Architecture, options: Any, checkpoint: Any, **more: Any) -> None:
         super().__init__(architecture, options, checkpoint, **more)
@@ -73,18 +79,20 @@ class Embedding(Kind):
     @classmethod
     def check_options(cls, architecture: Architecture, options: Any) -> None:
         if not architecture.has_own_encoders:
-            raise UserError("textual inversion: this model does not read captions with CLIP alone; train an adapter")
+            raise UserError(
+                f"{cls.flags['token_string']}: this model does not read captions with CLIP alone; train an adapter"
+            )
         if options.embedding.weights:
-            cls.check_start(Path(options.embedding.weights), len(architecture.text_encoder_targets))
+            cls.start_of(options, len(architecture.text_encoder_targets))
 
     @classmethod
-    def check_start(cls, path: Path, encoders: int) -> None:
-        """Refuse a file of ``--weights`` that cannot be used. Raises UserError."""
-        read_vectors(path, encoders, flag="--weights")
+    def start_of(cls, options: Any, encoders: int) -> list[Tensor]:
+        """Return the vectors of each encoder in the file of ``--weights``. Raises UserError."""
+        return read_vectors(Path(options.embedding.weights), encoders, flag=cls.flags["weights"])
 
-    def read_start(self, path: Path, encoders: int) -> list[Tensor]:
+    def read_start(self, encoders: int) -> list[Tensor]:
         """Return the vectors (layers * n, width) of each encoder in the file of ``--weights``. Raises UserError."""
-        return read_vectors(path, encoders, flag="--weights")
+        return self.start_of(self.options, encoders)
 
     @classmethod
     def trained_encoders(cls, architecture: Architecture, options: Any) -> tuple[bool, ...]:
@@ -119,8 +127,8 @@ class Embedding(Kind):
         token = options.embedding.token_string.lower()
         if not any(rules.templates or token in record.caption.lower() for record, rules in data.captioned()):
             raise UserError(
-                f"--token_string {token}: no caption has this word; write it into captions, give it as class_tokens, "
-                "or use --use_object_template or --use_style_template"
+                f"{cls.flags['token_string']} {token}: no caption has this word; write it into captions, give it as "
+                f"class_tokens{cls.other_captions}"
             )
 
     # ---- setting up ----
@@ -134,7 +142,7 @@ class Embedding(Kind):
         own, groups = self.options.embedding, []
         tokenizers = models.tokenizers or self.architecture.load_tokenizers(self.checkpoint)
         count = len(models.text_encoders)
-        given = self.read_start(Path(own.weights), count) if own.weights else [None] * count
+        given = self.read_start(count) if own.weights else [None] * count
         for index, (tokenizer, encoder, start) in enumerate(zip(tokenizers, models.text_encoders, given, strict=True)):
             name = text_encoder_name(index + 1)
             rows = self._attach(tokenizer, encoder, start)
@@ -147,15 +155,18 @@ class Embedding(Kind):
         table = encoder.get_input_embeddings().weight
         init = [] if start is not None else self._initial_tokens(tokenizer)
         ids = new_tokens(
-            tokenizer, own.token_string, own.num_vectors_per_token, flag=f"--token_string {own.token_string}"
+            tokenizer,
+            own.token_string,
+            own.num_vectors_per_token,
+            flag=f"{self.flags['token_string']} {own.token_string}",
         )
         if start is None:
             rows = table.detach()[[init[i % len(init)] for i in range(len(ids))]].repeat(self.layers, 1)
         elif start.shape != (self.layers * len(ids), table.shape[1]):
             there = len(start) // self.layers
             raise UserError(
-                f"--weights {own.weights}: holds {there} vectors of {start.shape[1]} numbers, needed are {len(ids)} "
-                f"of {table.shape[1]}; give --num_vectors_per_token {there}, or a file for this model"
+                f"{self.flags['weights']} {own.weights}: holds {there} vectors of {start.shape[1]} numbers, needed are {len(ids)} "
+                f"of {table.shape[1]}; give {self.flags['num_vectors_per_token']} {there}, or a file for this model"
             )
         else:
             rows = start.to(table)
@@ -170,11 +181,12 @@ class Embedding(Kind):
         own = self.options.embedding
         found = list(tokenizer(own.init_word, add_special_tokens=False).input_ids)
         if not found:
-            raise UserError(f"--init_word {own.init_word!r}: has no tokens; name a known word")
+            raise UserError(f"{self.flags['init_word']} {own.init_word!r}: has no tokens; name a known word")
         if len(found) > 1 and len(found) != own.num_vectors_per_token:
             logger.warning(
-                "--init_word %s: %d tokens, for --num_vectors_per_token %d vectors, which start from them in turn",
-                *(own.init_word, len(found), own.num_vectors_per_token),
+                "%s %s: %d tokens, for %s %d vectors, which start from them in turn",
+                *(self.flags["init_word"], own.init_word, len(found)),
+                *(self.flags["num_vectors_per_token"], own.num_vectors_per_token),
             )
         return found
 

@@ -31,10 +31,11 @@ class LayeredEmbedding(Embedding):
         self._names: tuple[str, ...] = ()  # of the layers
 
     @classmethod
-    def check_start(cls, path: Path, encoders: int) -> None:
-        read_layered_vectors(path, flag="--weights")
+    def start_of(cls, options: Any, encoders: int) -> list[Tensor]:
+        return list(read_layered_vectors(Path(options.embedding.weights), flag="--weights").values())
 
-    def read_start(self, path: Path, encoders: int) -> list[Tensor]:
+    def read_start(self, encoders: int) -> list[Tensor]:
+        path = Path(self.options.embedding.weights)
         return [in_layer_order(read_layered_vectors(path, flag="--weights"), self._names, flag=f"--weights {path}")]
 
     def attach(self, models: Models) -> list[ParameterGroup]:
