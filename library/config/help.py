@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,17 @@ from library.config.declaration import Declaration
 from library.errors import did_you_mean
 
 ALL = "all"
+_COMMANDS = ("accelerate launch ", "python ")
 
 
 def split_doc(doc: str | None) -> tuple[str, str, str]:
     """Split a script's docstring: a summary line, an example command, and the rest."""
     summary, _, rest = (doc or "").strip().partition("\n\n")
-    example = "\n".join(line for line in rest.splitlines() if line.startswith("    "))
-    more = "\n".join(line for line in rest.splitlines() if not line.startswith("    ")).strip()
+    paragraphs = rest.split("\n\n")
+    # from Python 3.13 on, an example that ends a docstring has lost its indentation
+    examples = [text for text in paragraphs if text.startswith("    ") or text.lstrip().startswith(_COMMANDS)]
+    more = "\n\n".join(text for text in paragraphs if text not in examples).strip()
+    example = textwrap.indent(textwrap.dedent("\n\n".join(examples)), "    ")
     return " ".join(summary.split()), example, more
 
 

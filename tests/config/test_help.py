@@ -13,6 +13,7 @@ import pytest
 import flux_train_network
 import sdxl_train_network
 import train_network
+from library.config.help import split_doc
 from library.config.parser import SuggestingParser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,3 +114,11 @@ def test_it_is_there_at_once() -> None:
         took.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert done.stdout.startswith("usage: train_network.py")
     assert min(took) < 1.0, took
+
+
+@pytest.mark.parametrize("indent", ["", "    "])
+def test_docstrings_are_read_alike_with_and_without_indentation(indent: str) -> None:
+    """Python 3.13 takes the indentation away where the whole rest of a docstring is the example."""
+    doc = f"What it\ndoes.\n\n{indent}python a.py \\\\\n{indent}    --flag\n"
+    assert split_doc(doc) == ("What it does.", "    python a.py \\\\\n        --flag", "")
+    assert split_doc(f"{doc}\nMore.\n") == ("What it does.", "    python a.py \\\\\n        --flag", "More.")
