@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -89,13 +89,38 @@ def download_components(repository: str, components: Iterable[str], *, flag: str
     Raises:
         UserError: unknown repository, or offline and not in the cache.
     """
+    return hub_snapshot(repository, lambda names: _wanted(names, components), flag=flag)
+
+
+def hub_file(repository: str, name: str, *, flag: str) -> Path:
+    """Download one file of a Hub repository, or use the local cache when offline.
+
+    Raises:
+        UserError: unknown repository, a file that it does not have, or offline and not in the cache.
+    """
+    path = hub_snapshot(repository, lambda names: [name], flag=flag) / name
+    if not path.is_file():
+        raise UserError(f"{flag} {repository}: has no {name}")
+    return path
+
+
+def hub_snapshot(repository: str, choose: Callable[[Collection[str]], Sequence[str]], *, flag: str) -> Path:
+    """Download the chosen files of a Hub repository, or use the local cache when offline.
+
+    Args:
+        choose: the names of all its files -> patterns of those that are needed.
+        flag: the option that named the repository, for messages.
+
+    Raises:
+        UserError: unknown repository, or offline and not in the cache.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         found = HfApi().model_info(repository, timeout=HUB_TIMEOUT).siblings or []
         names = {file.rfilename for file in found}
-        return Path(snapshot_download(repository, allow_patterns=_wanted(names, components)))
+        return Path(snapshot_download(repository, allow_patterns=choose(names)))
     except GatedRepoError:
         raise UserError(
             f"{flag} {repository}: access must be requested on the Hub; then log in with: hf auth login"
