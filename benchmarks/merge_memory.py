@@ -90,7 +90,9 @@ def main() -> None:
     held, seconds = peak([sys.executable, str(TOOL), *map(str, words)])
     largest = max(shapes.values(), key=math.prod)
     print(f"inputs {model.stat().st_size / 1e9:.2f} + {lora.stat().st_size / 1e9:.2f} GB, merged in {seconds:.0f} s")
-    print(f"anonymous memory: {held:.0f} MB at most, {idle:.0f} MB after the imports alone, so {held - idle:.0f} MB more")
+    print(
+        f"anonymous memory: {held:.0f} MB at most, {idle:.0f} MB after the imports alone, so {held - idle:.0f} MB more"
+    )
     print(f"the largest tensor, {'x'.join(map(str, largest))}: {4 * math.prod(largest) / 1e6:.0f} MB in float32")
     merged.unlink()
 

@@ -142,8 +142,8 @@ def _write_copies(image: Path, target: Path, sizes: list[Size], ending: str, arg
         resized = pixels if size == own else resize(pixels, size, method)
         left, top, right, bottom = middle(size, args.divisible_by)
         path = target / f"{image.stem}+{resolution[0]}x{resolution[1]}{ending}"
-        settings = {} if args.save_as_png else {"quality": 100}
-        save_image(resized[top:bottom, left:right], path, **settings)
+        quality = None if args.save_as_png else 100
+        save_image(resized[top:bottom, left:right], path, quality=quality)
 
 
 if __name__ == "__main__":

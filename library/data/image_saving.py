@@ -27,12 +27,12 @@ def image_format(path: Path, flag: str) -> str:
     return kind
 
 
-def save_image(pixels: np.ndarray, path: Path, flag: str = "", **settings: Any) -> None:
+def save_image(pixels: np.ndarray, path: Path, flag: str = "", *, quality: int | None = None) -> None:
     """Write uint8 (H, W) or (H, W, 3) RGB atomically; the folder is created if it is missing.
 
     Args:
         flag: the option that named the file, for messages.
-        settings: of Pillow's writer, such as ``quality``.
+        quality: of formats that have one, 1 to 100; Pillow's default if it is not given.
 
     Raises:
         UserError: an unknown ending; a file that cannot be written.
@@ -40,6 +40,7 @@ def save_image(pixels: np.ndarray, path: Path, flag: str = "", **settings: Any) 
     from PIL import Image
 
     data = io.BytesIO()
+    settings: dict[str, Any] = {} if quality is None else {"quality": quality}
     try:
         Image.fromarray(pixels).save(data, format=image_format(path, flag), **settings)
     except (OSError, ValueError) as error:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
-from tests.fixtures.file_tools import ROOT, TOOLS
+from tests.fixtures.file_tools import ROOT, TOOLS, check_option, published_options
 
 MODULES = {tool: importlib.import_module(tool.removesuffix(".py").replace("/", ".")) for tool in TOOLS}
 OURS = {"networks/convert_lora.py", "tools/lora.py"}
@@ -20,19 +18,11 @@ MORE = {("networks/lora_interrogator.py", "tokenizer_cache_dir")}
 
 @pytest.mark.parametrize("tool", sorted(MODULES.keys() - OURS))
 def test_flags(tool: str) -> None:
-    file = f"{tool.removesuffix('.py').replace('/', '__')}.json"
-    published = json.loads((Path(__file__).parent / "data" / "cli" / file).read_text())["options"]
+    published = published_options(tool)
     actions = {action.dest: action for action in MODULES[tool].setup_parser()._actions if action.dest != "help"}
     assert actions.keys() - {dest for tool_name, dest in MORE if tool_name == tool} == {o["dest"] for o in published}
     for option in published:
-        action = actions[option["dest"]]
-        assert action.option_strings == option["flags"]
-        assert (action.default, action.required) == (option["default"], option["required"]), option["dest"]
-        assert action.nargs == (0 if option["action"] == "store_true" else option["nargs"]), option["dest"]
-        assert (list(action.choices) if action.choices else None) == option["choices"], option["dest"]
-        converter = "bool" if action.nargs == 0 else getattr(action.type, "__name__", "str")
-        assert converter == option["type"], option["dest"]
-        assert action.help
+        check_option(actions[option["dest"]], option)
 
 
 def test_the_documented_commands_are_taken() -> None:
