@@ -47,6 +47,7 @@ class AdapterModule(nn.Module, ABC):
         multiplier: strength; 1 as trained.
         enabled: whether the forward applies the adapter.
         trained: whether its parameters get gradients.
+        gate: what is left of the change of an output, such as within a region of an image; None leaves all of it.
     """
 
     alpha: Tensor  # () float; saved with the weights
@@ -61,6 +62,7 @@ class AdapterModule(nn.Module, ABC):
         self.dropouts = dropouts
         self.enabled = True
         self.trained = True
+        self.gate: Callable[[Tensor], Tensor] | None = None
         self.register_buffer("alpha", torch.tensor(float(size.alpha), dtype=torch.float32))
         self.scale = float(size.alpha) / size.rank
         self._original_forward: Callable[..., Tensor] | None = None
@@ -104,6 +106,9 @@ class AdapterModule(nn.Module, ABC):
             return self._original_forward(x, *args, **kwargs)
         if self.training and self.dropouts.module and self.is_left_out():
             return self._original_forward(x, *args, **kwargs)
+        if self.gate is not None:
+            plain = self._original_forward(x, *args, **kwargs)
+            return plain + self.gate(self.changed_output(x, *args, **kwargs) - plain)
         return self.changed_output(x, *args, **kwargs)
 
     def is_left_out(self) -> bool:

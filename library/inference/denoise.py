@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from library.architectures.base import Conditioning
+from library.architectures.base import Architecture, Conditioning, Control
 from library.config.declaration import Declaration
 from library.config.prompt_options import PromptOption
 from library.diffusion.objective import Objective
@@ -46,12 +46,19 @@ class StepInfo:
 Denoise = Callable[[Tensor, Tensor, StepInfo], Tensor]
 
 
+#: name, among the facts of a generation, of modules with the U-Net's way down that run beside it
+WAYS_DOWN = "ways down"
+#: the same of the conditioning of such modules, where it is not the U-Net's
+CONTROL_CONDITIONING = "control conditioning"
+
+
 @dataclass
 class Generation:
     """One batch to generate: features change it before the first step.
 
     Attributes:
         settings: of each image; only text and seed differ.
+        encode_afresh: the same without what was encoded before, for encoders that a feature changes.
         encode: (texts, one for each image; whether they are negative) -> conditioning (B, T, D) with the image's size.
         conditioning: of the prediction; a feature that adds rows to a batch adds them here too.
         scheduler: with its timesteps set.
@@ -65,6 +72,7 @@ class Generation:
     options: GenerateOptions
     objective: Objective
     encode: Callable[[Sequence[str], bool], Conditioning]
+    encode_afresh: Callable[[Sequence[str], bool], Conditioning]
     conditioning: Conditioning
     scheduler: Any
     generators: Sequence[torch.Generator]
@@ -72,6 +80,8 @@ class Generation:
     latents: Tensor
     timesteps: Tensor
     facts: dict[str, Any] = field(default_factory=dict)  # what features share with each other
+    #: what is added inside of the denoiser in a call with these arguments; None for nothing
+    control: Callable[[Tensor, Tensor, StepInfo], Control | None] | None = None
 
     @property
     def first(self) -> ImageSettings:
@@ -93,6 +103,17 @@ class Feature:
     def is_wanted(cls, settings: ImageSettings) -> bool:
         """Whether images of these settings get it; asked by ``wanted_features``."""
         return False
+
+    @classmethod
+    def check(cls, options: Any, architecture: Architecture, checkpoint: Any) -> None:
+        """Refuse files of ``gen_img.py``'s options before anything is loaded. Raises UserError."""
+
+    @classmethod
+    def load(
+        cls, options: Any, models: ImageModels, checkpoint: Any, dtype: torch.dtype, device: torch.device
+    ) -> Any | None:
+        """Return the models that it needs with these options; ``ImageModels.of_features`` holds them from then on."""
+        return None
 
     def prepare(self, generation: Generation) -> None:
         """Change the start, the conditioning or the steps."""
@@ -130,7 +151,8 @@ def _prediction(generation: Generation) -> Denoise:
     models, objective = generation.models, generation.objective
 
     def predict(noisy: Tensor, timesteps: Tensor, step: StepInfo) -> Tensor:
-        output = models.architecture.predict(models.denoiser, noisy, timesteps, generation.conditioning)
+        control = generation.control(noisy, timesteps, step) if generation.control is not None else None
+        output = models.architecture.predict(models.denoiser, noisy, timesteps, generation.conditioning, control)
         return objective.for_sampler(output.float(), timesteps)
 
     return predict

@@ -28,11 +28,10 @@ from library.inference.interactive import generate_lines
 from library.inference.messages import for_images
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.native_size import native_size
-from library.inference.networks import NetworkChoice, apply_networks, choose_networks
+from library.inference.networks import NetworkChoice, apply_networks, choose_networks, set_multipliers
 from library.inference.options import (
     SHRINK_NAMES,
     SIZE_NAMES,
-    HighresFixOptions,
     ImageOptions,
     SpeedOptions,
     idle_options,
@@ -98,7 +97,9 @@ def draw_images(options: ImageOptions, architecture: Architecture, lines: TextIO
         _show_metadata(choices)
     common = _common_settings(options, architecture, checkpoint)
     _warn_of_sizes(architecture, common, prompts)
-    sources = Sources.of(options.image)
+    for feature in FEATURES:
+        feature.check(options, architecture, checkpoint)
+    sources = Sources.of(options.image, options.control, networks=len(choices) - merged)
     planned = sources.assigned(plan_images(prompts, common, _repetition(options)))
     session = _Session(options, architecture, checkpoint, common, sources, choices)
     if options.prompts.interactive:
@@ -127,7 +128,9 @@ class _Session:
         self._axes = _axes(options, choices)
         networks = apply_networks(choices, models, merge=self._merged, dtype=dtype, device=device)
         names = [Path(choice.weights).name for choice in choices[self._merged :]]
-        self._models = replace(models, adapters=networks, adapter_names=names)
+        models = replace(models, adapters=networks, adapter_names=names)
+        loaded = {feature: feature.load(options, models, checkpoint, dtype, device) for feature in FEATURES}
+        self._models = replace(models, of_features={kind: one for kind, one in loaded.items() if one is not None})
         self._how = GenerateOptions(
             device=device,
             dtype=dtype,
@@ -140,7 +143,7 @@ class _Session:
         self._common = common
         self._sources = sources
         self._choices = choices
-        self._fix = _highres_fix(options.highres)
+        self._fix = _highres_fix(options)
         self._model_name = Path(options.model.ckpt or "").name
         self._files = FileNames(Path(options.image.outdir), sequential=options.image.sequential_file_name)
         self._encoded: dict[str, Conditioning] = {}
@@ -217,8 +220,8 @@ class _Session:
     def _set_multipliers(self, wanted: tuple[float, ...]) -> None:
         if wanted == self._multipliers:
             return
-        for network, multiplier in zip(self._models.adapters, wanted[self._merged :], strict=True):
-            network.set_multiplier(multiplier)
+        merges_each = self._options.networks.network_pre_calc and self._sources.regions is None
+        set_multipliers(self._models, wanted[self._merged :], merges_each=merges_each)
         self._multipliers = wanted
         self._encoded.clear()
 
@@ -228,7 +231,8 @@ def _vae_batch_size(options: SpeedOptions) -> int:
     return max(int(size if size >= 1 else size * options.batch_size), 1)
 
 
-def _highres_fix(options: HighresFixOptions) -> HighresFix | None:
+def _highres_fix(all_options: ImageOptions) -> HighresFix | None:
+    options = all_options.highres
     if options.highres_fix_scale is None:
         return None
     return HighresFix(
@@ -237,6 +241,7 @@ def _highres_fix(options: HighresFixOptions) -> HighresFix | None:
         strength=options.highres_fix_strength,
         saves_first=options.highres_fix_save_1st,
         in_latents=options.highres_fix_latents_upscaling,
+        keeps_control=not all_options.control.highres_fix_disable_control_net,
     )
 
 

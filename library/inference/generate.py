@@ -127,12 +127,16 @@ def begin(
         texts = [models.architecture.worded(text, role) for text in texts]
         return _sized(models, _encode(models, texts, options, encoded), first, negative=negative)
 
+    def encode_afresh(texts: Sequence[str], negative: bool = False) -> Conditioning:
+        return _sized(models, _encode(models, texts, options, {}), first, negative=negative)
+
     return Generation(
         models=models,
         settings=batch,
         options=options,
         objective=objective,
         encode=encode,
+        encode_afresh=encode_afresh,
         conditioning=encode([settings.prompt for settings in batch]),
         scheduler=scheduler,
         generators=generators,

@@ -39,6 +39,7 @@ class HighresFix:
         strength: of the first stage, if it starts from an image; None for that of the settings.
         saves_first: whether the small images are saved too.
         in_latents: enlarge the latents, without decoding and encoding them.
+        keeps_control: whether the second stage has the ControlNets of the first.
     """
 
     scale: float
@@ -46,6 +47,7 @@ class HighresFix:
     strength: float | None = None
     saves_first: bool = False
     in_latents: bool = False
+    keeps_control: bool = True
 
     def first(self, settings: ImageSettings) -> ImageSettings:
         """Return the settings of the first stage."""
@@ -60,7 +62,8 @@ class HighresFix:
     def second(self, settings: ImageSettings) -> ImageSettings:
         """Return the settings of the second stage, with the noise of the next seed."""
         strength = STRENGTH if settings.strength is None else settings.strength
-        return replace(settings, seed=settings.seed + 1, image=None, mask=None, strength=strength)
+        control = settings.control if self.keeps_control else None
+        return replace(settings, seed=settings.seed + 1, image=None, mask=None, strength=strength, control=control)
 
 
 def generate_in_two_stages(

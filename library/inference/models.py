@@ -29,6 +29,8 @@ class ImageModels:
     v_prediction: bool = False
     adapters: Sequence[nn.Module] = ()  # networks applied to the other models, so that their dropout is off too
     adapter_names: Sequence[str] = ()  # their files, for messages
+    #: further models, by the class of the feature that uses them
+    of_features: Mapping[type, Any] = field(default_factory=dict)
     #: text -> conditioning, for encoders that are not loaded
     cached_texts: Mapping[str, Conditioning] = field(default_factory=dict)
 

@@ -150,3 +150,21 @@ def apply_networks(
         applied.append(network)
     merge_together(to_merge, text, dtype=dtype, device=device)
     return applied
+
+
+def set_multipliers(models: ImageModels, multipliers: Sequence[float], *, merges_each: bool) -> None:
+    """Set the strengths of the applied networks.
+
+    Args:
+        merges_each: merge them into the models' weights with these strengths, and what was merged before out of them.
+    """
+    able = [network for network in models.adapters if merges_each and hasattr(network, "pre_calculation")]
+    for network in reversed(able):
+        network.restore_weights()
+    for network, multiplier in zip(models.adapters, multipliers, strict=True):
+        network.set_multiplier(multiplier)
+    for network in able:
+        network.backup_weights()
+        network.pre_calculation()
+    if merges_each and len(able) < len(models.adapters):
+        logger.warning("--network_pre_calc: not all networks can be merged; the others are applied as usual")

@@ -13,6 +13,8 @@ from library.config.fields import option
 from library.config.prompt_options import MAX_SEED
 from library.diffusion.samplers import SAMPLER_NAMES, check_sampler
 from library.errors import UserError
+from library.inference.feature_options import control_net
+from library.inference.feature_options.control_net import ControlOptions
 from library.inference.prompt_line import MAX_STEPS
 
 
@@ -26,9 +28,7 @@ _CLIP_VISION = "this version has no CLIP vision conditioning"
 _MODULE = "give prompts with --prompt, --from_file or --interactive"
 _TRAINED_NOISE = "it is only for the initial noise of special models"
 _UPSCALER = "images are enlarged with Lanczos, latents with --highres_fix_latents_upscaling"
-_CONTROL = "this version has no ControlNet"
 _GRADUAL = "this version has no Gradual Latent"
-_REGIONS = "this version has no regional prompts"
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,14 @@ class ImageOutputOptions:
     force_scheduler_zero_steps_offset: bool = _refused(False, "samplers use the offset the models were released with")
     image_path: str | None = option(None, "image to start from (img2img), or a folder of images used in turn")
     mask_path: str | None = option(
-        None, "mask for --image_path: white is repainted, black is kept; or a folder of masks"
+        None,
+        "mask for --image_path: white is repainted, black is kept; or, with networks or without --image_path, a map "
+        "of the regions of the prompt's parts; or a folder of masks",
     )
     strength: float | None = option(
         None, "how much --image_path is changed: the share of the steps that are run, 0 to 1 (default 0.8)", type=float
     )
     clip_vision_strength: float | None = _refused(None, _CLIP_VISION, type=float)
-    guide_image_path: list[str] | None = _refused(None, _CONTROL, nargs="*")
     original_height: int | None = option(
         None, "original height of the image as a condition of the model, pixels (SDXL)", type=int
     )
@@ -150,8 +151,14 @@ class ImageNetworkOptions:
         None, "merge the first n networks alone, and apply the others", type=int
     )
     network_show_meta: bool = option(False, "show the metadata of the networks' files")
-    network_pre_calc: bool = _refused(False, "use --network_merge")
-    network_regional_mask_max_color_codes: int | None = _refused(None, _REGIONS, type=int)
+    network_pre_calc: bool = option(
+        False, "merge the networks before each batch and restore the model after: faster steps, and --am can be used"
+    )
+    network_regional_mask_max_color_codes: int | None = option(
+        None,
+        "number of regions that pure colors of --mask_path tell, 1 to 8; default is one for each channel",
+        type=int,
+    )
 
 
 @dataclass(frozen=True)
@@ -188,12 +195,6 @@ class ExtraOptions:
 
     highres_fix_upscaler: str | None = _refused(None, _UPSCALER)
     highres_fix_upscaler_args: str | None = _refused(None, _UPSCALER)
-    highres_fix_disable_control_net: bool = _refused(False, _CONTROL)
-    control_net_lllite_models: list[str] | None = _refused(None, _CONTROL, nargs="*")
-    control_net_models: list[str] | None = _refused(None, _CONTROL, nargs="*")
-    control_net_preps: list[str] | None = _refused(None, _CONTROL, nargs="*")
-    control_net_multipliers: list[float] | None = _refused(None, _CONTROL, type=float, nargs="*")
-    control_net_ratios: list[float] | None = _refused(None, _CONTROL, type=float, nargs="*")
     gradual_latent_timesteps: int | None = _refused(None, _GRADUAL, type=int)
     gradual_latent_ratio: float = _refused(0.5, _GRADUAL, type=float)
     gradual_latent_ratio_step: float = _refused(0.125, _GRADUAL, type=float)
@@ -219,6 +220,7 @@ GROUPS = (
     ImageNetworkOptions,
     HighresFixOptions,
     DeepShrinkOptions,
+    ControlOptions,
     ExtraOptions,
 )
 
@@ -235,6 +237,7 @@ class ImageOptions:
     networks: ImageNetworkOptions
     highres: HighresFixOptions
     deep_shrink: DeepShrinkOptions
+    control: ControlOptions
     extras: ExtraOptions
 
     @staticmethod
@@ -338,10 +341,9 @@ def _numbers_are_finite(options: ImageOptions) -> Iterator[str]:
 
 def _sources(options: ImageOptions) -> Iterator[str]:
     image = options.image
-    if image.mask_path and not image.image_path:
-        yield "--mask_path: there is no image to repaint; give --image_path"
-    if image.mask_path and (options.networks.network_module or options.networks.network_weights):
-        yield "--mask_path with --network_module: this version has no regions of networks; give one of them"
+    codes = options.networks.network_regional_mask_max_color_codes
+    if codes is not None and not 1 <= codes <= 8:
+        yield f"--network_regional_mask_max_color_codes {codes}: must be 1 to 8"
     if image.strength is not None and not 0 <= image.strength <= 1:
         yield f"--strength {image.strength:g}: must be 0 to 1"
 
@@ -392,6 +394,7 @@ _RULES: tuple[Callable[[ImageOptions], Iterator[str]], ...] = (
     _sources,
     _highres_fix,
     _deep_shrink,
+    control_net.rules,
     _folder_fits,
     _sampler_fits,
 )
@@ -419,6 +422,11 @@ def idle_options(options: ImageOptions) -> list[str]:
     if options.deep_shrink.ds_depth_1 is None:
         changed = (f.name for f in fields(DeepShrinkOptions) if getattr(options.deep_shrink, f.name) != f.default)
         found += [f"--{name} has no effect without --ds_depth_1" for name in changed]
+    found += control_net.idle(options)
+    if options.networks.network_regional_mask_max_color_codes is not None and not image.mask_path:
+        found.append("--network_regional_mask_max_color_codes has no effect without --mask_path")
+    if options.networks.network_pre_calc and options.networks.network_merge:
+        found.append("--network_pre_calc has no effect with --network_merge")
     if image.negative_scale is not None and image.scale == 1.0:
         found.append("--negative_scale has no effect with --scale 1")
     return found

@@ -40,6 +40,10 @@ class ImageSettings:
     image: Path | None = field(default=None, metadata=_VARIES)  # to start from
     mask: Path | None = field(default=None, metadata=_VARIES)  # what of it is repainted, white
     strength: float | None = None  # share of the steps that are run on the image, 0 to 1
+    regions: Path | None = None  # image of the regions of the prompt's parts
+    region_count: int | None = None  # parts of the prompt
+    control: tuple[Path, ...] | None = field(default=None, metadata=_VARIES)  # an image for each ControlNet
+    guide: Path | None = field(default=None, metadata=_VARIES)  # image that CLIP or VGG16 guidance moves towards
     # that families with size conditioning are told, pixels; None: those of the image, without a crop
     original_height: int | None = None
     original_width: int | None = None
@@ -126,6 +130,8 @@ def settings_for(
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_shown, value))
     if isinstance(value, Path):
         return value.name
     return value if isinstance(value, str) else f"{value:g}"

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from library.data.image_io import is_image_name, read_image, read_size, resize
 from library.errors import UserError
+from library.inference.feature_options.control_net import ControlOptions
 from library.inference.options import ImageOutputOptions
 from library.inference.plan import PlannedImage
 from library.inference.png import read_texts
 from library.inference.prompt_line import ImagePrompt, usable_size
+from library.inference.region_masks import parts_of
+from library.inference.settings import ImageSettings
 
 #: default share of the steps that are run on an image
 STRENGTH = 0.8
@@ -29,29 +32,50 @@ SIZE_STEP = 32
 
 @dataclass(frozen=True)
 class Sources:
-    """The images of ``--image_path`` and ``--mask_path``, which the planned images take in turn.
+    """The images of ``--image_path``, ``--mask_path`` and ``--guide_image_path``, which the planned images take in turn.
 
     Attributes:
+        guides: images of ``--guide_image_path``; each planned image takes ``guides_each`` of them.
+        controlled: whether they are for ControlNets.
         size: (W, H) that source images are resized to; None: each gives the size of its image.
+        regions: the map of regions of the prompts' parts.
     """
 
     images: Sequence[Path] = ()
     masks: Sequence[Path] = ()
+    guides: Sequence[Path] = ()
+    guides_each: int = 1
+    controlled: bool = False
     size: tuple[int, int] | None = None
+    regions: Path | None = None
 
     @staticmethod
-    def of(options: ImageOutputOptions) -> Sources:
-        """Find them, and read their headers. Raises UserError: missing or unreadable files."""
+    def of(options: ImageOutputOptions, control: ControlOptions, *, networks: int = 0) -> Sources:
+        """Find them, and read their headers.
+
+        Args:
+            networks: that are applied; with any, or without an image to start from, the mask is a map of regions.
+
+        Raises:
+            UserError: missing or unreadable files.
+        """
         images = find_sources(Path(options.image_path), "--image_path") if options.image_path else []
         masks = find_sources(Path(options.mask_path), "--mask_path") if options.mask_path else []
-        for path in (*images, *masks):
+        flag = "--guide_image_path"
+        guides = [found for path in control.guide_image_path or [] for found in find_sources(Path(path), flag)]
+        models = len(control.control_net_models or control.control_net_lllite_models or [])
+        if len(guides) < models:
+            raise UserError(f"{flag}: {len(guides)} images for {models} ControlNets; give one for each at least")
+        for path in (*images, *masks, *guides):
             read_size(path)
         if options.use_original_file_name:
             _keep_sources(images, (*images, *masks), Path(options.outdir))
         size = None
         if options.W is not None and options.H is not None:
             size = usable_size(options.W, "--W", SIZE_STEP), usable_size(options.H, "--H", SIZE_STEP)
-        return Sources(images, masks, size)
+        regions = masks[0] if masks and (networks or not images) else None
+        masks = masks if regions is None else []
+        return Sources(images, masks, guides, max(models, 1), models > 0, size, regions)
 
     def assigned(self, planned: Sequence[PlannedImage], first: int = 0) -> list[PlannedImage]:
         """Give each planned image its source, mask, strength and size.
@@ -59,9 +83,19 @@ class Sources:
         Args:
             first: how many images were generated before, in an interactive session.
         """
-        return [self._assigned(image, first + image.place) for image in planned] if self.images else list(planned)
+        guided = [self._guided(image, first + image.place) for image in planned]
+        return [self._started(image, first + image.place) for image in guided] if self.images else guided
 
-    def _assigned(self, image: PlannedImage, place: int) -> PlannedImage:
+    def _guided(self, image: PlannedImage, place: int) -> PlannedImage:
+        image = replace(image, settings=with_regions(image.settings, self.regions))
+        if not self.guides:
+            return image
+        start = place % (len(self.guides) // self.guides_each) * self.guides_each
+        chosen = tuple(self.guides[start : start + self.guides_each])
+        given = {"control": chosen} if self.controlled else {"guide": chosen[0]}
+        return replace(image, settings=replace(image.settings, **given))
+
+    def _started(self, image: PlannedImage, place: int) -> PlannedImage:
         source = self.images[place % len(self.images)]
         width, height = self.size or size_of_source(source)
         settings = replace(
@@ -73,6 +107,20 @@ class Sources:
             height=height,
         )
         return replace(image, settings=settings)
+
+
+def with_regions(settings: ImageSettings, regions: Path | None) -> ImageSettings:
+    """Return settings with the map of regions, for a prompt of parts.
+
+    Raises:
+        UserError: the prompt has parts, and there is no map.
+    """
+    count = len(parts_of(settings.prompt))
+    if regions is not None:
+        return replace(settings, regions=regions, region_count=count)
+    if count > 1:
+        raise UserError(f'prompt "{settings.prompt}": parts joined with AND need a map of their regions, --mask_path')
+    return settings
 
 
 def _keep_sources(images: Sequence[Path], kept: Sequence[Path], outdir: Path) -> None:

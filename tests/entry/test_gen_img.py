@@ -167,6 +167,21 @@ def test_lora_multiplier_changes_the_image(model: MadeCheckpoint, lora: Path, tm
     (merged,) = drawn(draw(model, out, "--prompt", "cat --d 1", *unnamed, "--network_mul", 0.8, "--network_merge"), out)
     assert np.abs(pixels(merged) - applied).max() <= 1
 
+    out = tmp_path / "precalc"
+    calculated = ("--network_weights", lora, lora, "--network_mul", 0.3, 0, "--network_pre_calc", "--seed", 1)
+    prompts.write_text("cat --d 1 --am 0.8\ncat --d 1 --am 0\ncat --d 1 --am 0.3,0.5\n")
+    finished = draw(model, out, "--sequential_file_name", "--from_file", prompts, *calculated)
+    strong, none, joined = (pixels(path) for path in drawn(finished, out))
+    assert (
+        np.abs(strong - applied).max() <= 1 and np.abs(none - zero).max() <= 1 and np.abs(joined - applied).max() <= 1
+    )
+
+    out = tmp_path / "regions"
+    Image.fromarray(np.full((8, 8, 3), (255, 0, 0), np.uint8)).save(tmp_path / "red.png")
+    regional = ("--network_weights", lora, "--mask_path", tmp_path / "red.png", "--network_pre_calc")
+    (region,) = drawn(draw(model, out, "--prompt", "cat AND cat --d 1 --l 1", *regional), out)
+    assert text_of(region)["regions"] == "red.png" and pixels(region).shape == (64, 64, 3)
+
     out = tmp_path / "grid"
     compared = ("--network_weights", lora, lora, "--network_mul", 0.8, 0, "--grid", "file", "seed=1,2")
     finished = draw(model, out, "--prompt", "cat", *compared, "--sequential_file_name")
@@ -292,12 +307,12 @@ def test_a_session(model: MadeCheckpoint, tmp_path: Path) -> None:
     [
         (["--from_module", "m.py"], ["--from_module: not available", "--from_file", "nothing to generate"]),
         (
-            ["--prompt", "a", "--vae_slices", "5", "--guide_image_path", "a"],
-            ["--vae_slices: not available", "--guide_image_path: not"],
+            ["--prompt", "a", "--vae_slices", "5", "--control_net_models", "a", "--control_net_preps", "cany"],
+            ["--vae_slices: not available", "give --guide_image_path", 'no such preparation "cany"'],
         ),
         (
             ["--prompt", "a", "--mask_path", "m.png", "--strength", "2"],
-            ["--mask_path: there is no", "--strength 2: must"],
+            ["--strength 2: must"],
         ),
         (["--prompt", "a", "--image_path", "gone.png"], ["--image_path gone.png: no such file or folder"]),
         (["--prompt", "a", "--highres_fix_scale", "1.5"], ["--highres_fix_scale 1.5: must be above 0 and below 1"]),
@@ -307,6 +322,7 @@ def test_a_session(model: MadeCheckpoint, tmp_path: Path) -> None:
         (["--prompt", "a", "--v2"], ["1.x"]),
         (["--prompt", "a", "--zero_terminal_snr"], ["v-prediction"]),
         (["--prompt", "a", "--scale", "nan", "--network_mul", "inf"], ["--scale nan: must be", "--network_mul inf"]),
+        (["--prompt", "a AND b"], ['prompt "a AND b": parts joined with AND need a map of their regions, --mask_path']),
         (["--prompt", "a --am 1"], ["--am has 1 values for 0 networks"]),
         (["--prompt", "a", "--network_module", "networks.lora"], ["--network_weights: 0 files for 1"]),
         (["--prompt", "a", "--network_module", "networks.lora", "--network_weights", "gone.pt"], ["gone.pt: no such"]),

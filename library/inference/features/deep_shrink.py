@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from library.errors import UserError
-from library.inference.denoise import Denoise, Feature, Generation, StepInfo
+from library.inference.denoise import WAYS_DOWN, Denoise, Feature, Generation, StepInfo
 from library.inference.options import SHRINK_NAMES
 from library.inference.settings import ImageSettings
 
@@ -30,8 +30,8 @@ class DeepShrink(Feature):
     order = 10
 
     def __init__(self) -> None:
-        self._unet: nn.Module | None = None
-        self._places: list[nn.Module] = []  # of the two depths
+        self._generation: Generation | None = None
+        self._depths: list[int] = []
         self._until: list[int] = []
         self._ratio = 1.0
 
@@ -50,33 +50,58 @@ class DeepShrink(Feature):
             if not 0 <= depth < len(points):
                 raise UserError(f"Deep Shrink: depth {depth}: this model has depths 0 to {len(points) - 1}")
         until = (first.ds_timesteps_1, first.ds_timesteps_2)
-        self._unet = unet
-        self._places = [points[depth] for depth in depths]
+        self._generation = generation
+        self._depths = depths
         self._until = [TIMESTEPS if timestep is None else timestep for timestep in until]
         self._ratio = RATIO if first.ds_ratio is None else first.ds_ratio
 
     def wrap(self, denoise: Denoise) -> Denoise:
         def shrunk(noisy: Tensor, timesteps: Tensor, step: StepInfo) -> Tensor:
-            place = self._place(float(step.timestep))
-            if place is None or self._unet is None:
+            depth = self._depth(float(step.timestep))
+            if depth is None or self._generation is None:
                 return denoise(noisy, timesteps, step)
-            with shrinking(self._unet, place, self._ratio):
+            models = self._generation.models
+            assert models.denoiser is not None
+            with contextlib.ExitStack() as hooks:
+                hooks.enter_context(shrinking(models.denoiser, self._place(models.denoiser, depth), self._ratio))
+                for module in self._generation.facts.get(WAYS_DOWN, ()):  # so that their outputs fit
+                    hooks.enter_context(shrinking_input(self._place(module, depth), self._ratio))
+                    if depth == 0 and (hint := getattr(module, "controlnet_cond_embedding", None)) is not None:
+                        hooks.enter_context(resizing_output(hint, self._place(module, depth), self._ratio))
                 prediction = denoise(noisy, timesteps, step)
             return _resized(prediction, noisy)
 
         return shrunk
 
-    def _place(self, timestep: float) -> nn.Module | None:
+    def _place(self, module: nn.Module, depth: int) -> nn.Module:
+        assert self._generation is not None
+        return self._generation.models.architecture.shrink_points(module)[depth]
+
+    def _depth(self, timestep: float) -> int | None:
         if timestep >= self._until[0]:
-            return self._places[0]
-        if len(self._places) > 1 and timestep >= self._until[1]:
-            return self._places[1]
+            return self._depths[0]
+        if len(self._depths) > 1 and timestep >= self._until[1]:
+            return self._depths[1]
         return None
 
 
 @contextlib.contextmanager
 def shrinking(unet: nn.Module, place: nn.Module, ratio: float) -> Iterator[None]:
     """Resize the features that reach a module of a diffusers U-Net by ``ratio``, and back at each skip connection."""
+    blocks: list[Any] = list(unet.up_blocks)  # type: ignore[arg-type]
+    with shrinking_input(place, ratio):
+        try:
+            for block in blocks:
+                block.forward = partial(_up, block)
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+
+@contextlib.contextmanager
+def shrinking_input(place: nn.Module, ratio: float) -> Iterator[None]:
+    """Resize the features that reach a module by ``ratio``."""
 
     def shrink(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
@@ -84,15 +109,23 @@ def shrinking(unet: nn.Module, place: nn.Module, ratio: float) -> Iterator[None]
         return args, {**kwargs, "hidden_states": _scaled(kwargs["hidden_states"], ratio)}
 
     hook = place.register_forward_pre_hook(shrink, with_kwargs=True)
-    blocks: list[Any] = list(unet.up_blocks)
     try:
-        for block in blocks:
-            block.forward = partial(_up, block)
         yield
     finally:
         hook.remove()
-        for block in blocks:
-            del block.forward
+
+
+@contextlib.contextmanager
+def resizing_output(module: nn.Module, place: nn.Module, ratio: float) -> Iterator[None]:
+    """Resize a ControlNet's embedding of its image, which is added behind the first convolution, if that is shrunk."""
+    if not isinstance(place, nn.Conv2d):
+        yield
+        return
+    hook = module.register_forward_hook(lambda _module, _args, output: _scaled(output, ratio))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _up(
