@@ -50,7 +50,7 @@ class Sources:
     regions: Path | None = None
 
     @staticmethod
-    def of(options: ImageOutputOptions, control: ControlOptions, *, networks: int = 0) -> Sources:
+    def of(options: ImageOutputOptions, control: ControlOptions = ControlOptions(), *, networks: int = 0) -> Sources:
         """Find them, and read their headers.
 
         Args:
