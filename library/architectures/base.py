@@ -207,6 +207,8 @@ class Architecture(WholeModels, ABC):
     takes_images: bool = False
     #: file of ``library/inference/features/`` with the guidance of its images
     guidance: str = "guidance"
+    #: sample images of equal settings that are generated together
+    sample_batch_size: int = 1
     sample_size_step: int = 8  # sides of sample images are multiples of this many pixels
 
     #: values of the family's own option groups; empty until it is configured. Instances never change, copies do

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,24 +103,39 @@ class PreviewGenerator:
             adapters=modules,
         )
 
-    def __call__(self, prompt: SamplePrompt, path: Path | None, check: Callable[[], None] = lambda: None) -> Image:
-        """Generate one image, and save it with its settings if a path is given.
+    @property
+    def batch_size(self) -> int:
+        """Return how many images of equal settings are generated together."""
+        return self._architecture.sample_batch_size
+
+    def __call__(
+        self,
+        prompts: Sequence[SamplePrompt],
+        paths: Sequence[Path | None],
+        check: Callable[[], None] = lambda: None,
+    ) -> list[Image]:
+        """Generate a batch of images, and save each with its settings if it has a path.
 
         Args:
+            prompts: of equal settings; only texts and seeds may differ.
             check: called before each denoising step; an exception from it ends the generation.
         """
-        from library.inference.generate import generate_image
+        from library.inference.generate import generate_images
         from library.inference.png import save_png
         from library.inference.settings import settings_for
 
-        sampler = self._objective.sampler(prompt.sample_sampler, self._options.sample.sample_sampler)
-        settings = settings_for(prompt, self._architecture.sample_defaults, sampler=sampler)
+        defaults, usual = self._architecture.sample_defaults, self._options.sample.sample_sampler
+        batch = [
+            settings_for(prompt, defaults, sampler=self._objective.sampler(prompt.sample_sampler, usual))
+            for prompt in prompts
+        ]
         with precision.drawing(self._options.training):
-            image = generate_image(self._models, settings, replace(self._how, check=check))
-        if path is not None:
-            name = Path(self._options.model.pretrained_model_name_or_path).name
-            save_png(image, path, settings.record(model=name, network=self._options.output.output_name or ""))
-        return image
+            images = generate_images(self._models, batch, replace(self._how, check=check))
+        name = Path(self._options.model.pretrained_model_name_or_path).name
+        for settings, image, path in zip(batch, images, paths, strict=True):
+            if path is not None:
+                save_png(image, path, settings.record(model=name, network=self._options.output.output_name or ""))
+        return images
 
 
 def generate_options(options: RunOptions, *, device: torch.device, dtype: torch.dtype) -> GenerateOptions:
@@ -179,40 +194,72 @@ def encode_prompts(
 
 def generate_previews(
     prompts: Sequence[SamplePrompt],
-    draw: Callable[[SamplePrompt, Path | None], Image],
+    draw: Callable[[Sequence[SamplePrompt], Sequence[Path | None]], Sequence[Image]],
     path_of: Callable[[int, SamplePrompt], Path],
     *,
     rank: int,
     world_size: int,
     together: bool = False,
+    batch_size: int = 1,
 ) -> dict[str, Image]:
     """Generate and save this process's part of the images; returns them under the trackers' names.
 
     Args:
-        draw: saves to the path, if given; may raise Stopped, which ends the rest, and NotFinite.
+        draw: (prompts, paths) -> images, which it saves to the paths that are given; may raise Stopped, which ends the
+            rest, and NotFinite.
         together: every process generates all images, because a sharded model needs all processes; the first one keeps
-        them.
+            them.
+        batch_size: the most images of equal settings that are generated together.
     """
-    from library.inference.failures import NotFinite
-
     drawn: dict[str, Image] = {}
-    for index, prompt in enumerate(prompts):
-        is_mine = rank == (0 if together else index % world_size)
-        if not is_mine and not together:
-            continue
-        path = path_of(index, prompt) if is_mine else None
+    mine = [index for index in range(len(prompts)) if together or index % world_size == rank]
+    for batch in _batches(mine, prompts, batch_size):
+        keeps = rank == 0 or not together
+        paths = {index: path_of(index, prompts[index]) if keeps else None for index in batch}
         try:
-            image = draw(prompt, path)
+            images = _finite_images(batch, prompts, draw, paths)
         except Stopped:
             logger.warning("sample images: stopped after %d of %d", len(drawn), len(prompts))
             break
-        except NotFinite as error:  # the run itself reports what is not finite
-            logger.warning('sample image of "%s" left out: %s', prompt.prompt, error)
-            continue
-        if is_mine:
+        for index, image in images.items() if keeps else ():
             drawn[f"sample_{index}"] = image
-            logger.info("sample image: %s", path)
-    return drawn
+            logger.info("sample image: %s", paths[index])
+    return dict(sorted(drawn.items(), key=lambda pair: int(pair[0].removeprefix("sample_"))))
+
+
+def _batches(mine: Sequence[int], prompts: Sequence[SamplePrompt], size: int) -> Iterator[list[int]]:
+    """Yield the places of prompts that are generated together: of equal settings, at most ``size``."""
+    left = list(mine)
+    while left:
+        settings = _without_texts(prompts[left[0]])
+        batch = [index for index in left if _without_texts(prompts[index]) == settings][:size]
+        left = [index for index in left if index not in batch]
+        yield batch
+
+
+def _without_texts(prompt: SamplePrompt) -> SamplePrompt:
+    """Return the settings that all images of a batch share."""
+    return replace(prompt, prompt="", negative_prompt=None, seed=None)
+
+
+def _finite_images(
+    batch: Sequence[int],
+    prompts: Sequence[SamplePrompt],
+    draw: Callable[[Sequence[SamplePrompt], Sequence[Path | None]], Sequence[Image]],
+    paths: Mapping[int, Path | None],
+) -> dict[int, Image]:
+    """Return the images of a batch by their place; one that is not finite is left out, the others are not."""
+    from library.inference.failures import NotFinite
+
+    try:
+        images = draw([prompts[index] for index in batch], [paths[index] for index in batch])
+    except NotFinite as error:
+        if len(batch) > 1:
+            return {i: image for one in batch for i, image in _finite_images([one], prompts, draw, paths).items()}
+        # the run itself reports what is not finite
+        logger.warning('sample image of "%s" left out: %s', prompts[batch[0]].prompt, error)
+        return {}
+    return dict(zip(batch, images, strict=True))
 
 
 def of_all_processes(drawn: dict[str, Image]) -> dict[str, Image]:

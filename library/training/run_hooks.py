@@ -191,13 +191,14 @@ class RunHooks:
         self._saver.set_training(False)
         images = generate_previews(
             of_main_process(self._loaded.prompts.current() if run.accelerator.is_main_process else ()),
-            draw=lambda prompt, path: self._loaded.previews(prompt, path, self._check),
+            draw=lambda prompts, paths: self._loaded.previews(prompts, paths, self._check),
             path_of=lambda index, prompt: preview_path(
                 run.names.directory, run.names.stem, epoch=epoch, step=step, index=index, seed=prompt.seed
             ),
             rank=run.accelerator.process_index,
             world_size=run.accelerator.num_processes,
             together=run.sharding is not None,
+            batch_size=self._loaded.previews.batch_size,
         )
         self._trackers.images(of_all_processes(images), step)
         self._saver.set_training(True)

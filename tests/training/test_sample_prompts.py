@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -65,17 +65,34 @@ def test_new_texts_need_encoders(file: Path, caplog: pytest.LogCaptureFixture) -
 
 
 def generated(failures: dict[str, Exception], caplog: pytest.LogCaptureFixture, **processes: object) -> list[str]:
-    def draw(prompt: SamplePrompt, path: Path | None) -> str:
-        if prompt.prompt in failures:
-            raise failures[prompt.prompt]
-        return prompt.prompt
+    def draw(prompts: Sequence[SamplePrompt], paths: Sequence[Path | None]) -> list[str]:
+        batches.append([prompt.prompt for prompt in prompts])
+        for prompt in prompts:
+            if prompt.prompt in failures:
+                raise failures[prompt.prompt]
+        return batches[-1]
 
-    prompts = [SamplePrompt(text) for text in ("cat", "dog", "bird")]
+    batches: list[list[str]] = []
+    prompts = [SamplePrompt("cat", seed=1), SamplePrompt("dog", width=64), SamplePrompt("bird", seed=2)]
     with caplog.at_level(logging.INFO):
         found = generate_previews(
             prompts, draw, lambda index, prompt: Path(f"{index}.png"), **{"rank": 0, "world_size": 1, **processes}
         )
+    made.extend(batches)
     return [f"{name} {image}" for name, image in found.items()]
+
+
+made: list[list[str]] = []
+
+
+def test_images_of_equal_settings_are_generated_together(caplog: pytest.LogCaptureFixture) -> None:
+    made.clear()
+    assert generated({}, caplog, batch_size=2) == ["sample_0 cat", "sample_1 dog", "sample_2 bird"]
+    assert made == [["cat", "bird"], ["dog"]]
+    made.clear()
+    found = generated({"bird": NotFinite("no image: the weight x")}, caplog, batch_size=2)
+    assert found == ["sample_0 cat", "sample_1 dog"], "the others of its batch are not left out"
+    assert made == [["cat", "bird"], ["cat"], ["bird"], ["dog"]]
 
 
 def test_an_interrupt_leaves_the_images_that_are_complete(caplog: pytest.LogCaptureFixture) -> None:

@@ -209,7 +209,7 @@ def test_the_sampler_of_sample_images(monkeypatch: pytest.MonkeyPatch) -> None:
     from library.inference import generate
 
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(generate, "generate_image", lambda models, settings, how: settings)
+    monkeypatch.setattr(generate, "generate_images", lambda models, batch, how: batch)
     preview = PreviewGenerator(
         SD,
         MODELS,
@@ -221,7 +221,7 @@ def test_the_sampler_of_sample_images(monkeypatch: pytest.MonkeyPatch) -> None:
         dtype=torch.float32,
         prompts={},
     )
-    preview(SamplePrompt("a cat", sample_sampler="lms"), None)
+    preview([SamplePrompt("a cat", sample_sampler="lms")], [None])
     assert asked == [("lms", "euler_a")]
 
 

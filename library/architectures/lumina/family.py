@@ -80,6 +80,10 @@ class LuminaImage2(FlowMatching, Architecture):
         return made
 
     @property
+    def sample_batch_size(self) -> int:  # type: ignore[override]
+        return self.chosen(LuminaOptions).sample_batch_size or 1
+
+    @property
     def text_length(self) -> int:
         """Return the tokens of a caption."""
         return self.chosen(LuminaOptions).gemma2_max_token_length or LENGTH
