@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.adapters import PEFT_ROOT
-from library.architectures.base import LoraTarget
+from library.architectures.lora_target import LoraTarget
 from library.errors import UserError
 from networks.targets import find_modules
 

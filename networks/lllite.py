@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.architectures.base import LORA_TARGET, LoraTarget
 from library.architectures.common.token_grid import token_grid
+from library.architectures.lora_target import LORA_TARGET, LoraTarget
 from library.errors import UserError
 from networks.targets import FoundModule, find_modules
 from networks.weights import read_weights, write_weights

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from library.architectures.base import LoraTarget
+from library.architectures.lora_target import LoraTarget
 from library.architectures.sd import SD
 from library.errors import UserError
 from networks.adapter_module import AdapterModule, Dropouts

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.architectures.base import BlockNumbering
+from library.architectures.lora_target import BlockNumbering
 from library.errors import UserError
 from networks.adapter_module import Dropouts
 from networks.network_args import (

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import LoraTarget
+from library.architectures.lora_target import LoraTarget
 from library.errors import UserError
 from networks.adapter_module import AdapterModule, Dropouts
 from networks.base import NetworkPart, as_list

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from library.architectures.base import LoraTarget
+from library.architectures.lora_target import LoraTarget
 from networks.adapter_module import AdapterModule
 
 

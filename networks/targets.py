@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from library.architectures.base import LORA_TARGET, LoraTarget
+from library.architectures.lora_target import LORA_TARGET, LoraTarget
 from library.errors import UserError
 
 #: the features that have magnitudes in a DoRA

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.architectures.base import LORA_TARGET, LoraTarget
+from library.architectures.lora_target import LORA_TARGET, LoraTarget
 from library.errors import UserError
 
 

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import LoraTarget
 from library.architectures.lora_table import LoraTable
+from library.architectures.lora_target import LoraTarget
 from library.errors import UserError
 from networks import ggpo
 from networks.base import NetworkPart

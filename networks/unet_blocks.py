@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 
-from library.architectures.base import BlockNumbering
+from library.architectures.lora_target import BlockNumbering
 from library.architectures.sd import SD
 
 SD_BLOCKS: BlockNumbering = SD.denoiser_target.blocks

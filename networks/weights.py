@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from library.architectures.base import LoraTarget
 from library.architectures.common.recognise import recognise_tensors
+from library.architectures.lora_target import LoraTarget
 from library.errors import UserError
 from library.files.hashes import with_hashes
 from library.files.safetensors_io import (

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from library.architectures.lora_target import LoraTarget
+from library.architectures.part import DENOISER, VAE, text_encoder_name
 from library.architectures.ragged import joined
 from library.architectures.whole_models import WholeModels
 from library.config.declaration import Declaration, Facts
@@ -89,49 +91,6 @@ class ModelInfo:
     description: str  # for people: "Stable Diffusion 1.x, epsilon prediction"
     v_prediction: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)  # family's own (configs, sizes)
-
-
-@dataclass(frozen=True)
-class BlockNumbering:
-    """The lengths of lists by U-Net block: down, middle and up blocks in this order, with ``ends`` before and after."""
-
-    down: int
-    mid: int  # 1: the middle block as a whole; 3: ResNet, attention, ResNet
-    up: int
-    ends: int = 0  # numbers before the first and after the last block, of parts that carry no adapters
-
-    @property
-    def count(self) -> int:
-        return self.down + self.mid + self.up + 2 * self.ends
-
-
-@dataclass(frozen=True)
-class LoraTarget:
-    """The modules of one model that carry adapters, and their names in files."""
-
-    prefix: str  # "lora_unet", "lora_te", "lora_te1"
-    module_classes: tuple[str, ...]  # class names whose Linear and Conv2d children are adapted
-    conv_classes: tuple[str, ...] = ()  # further classes, for networks that adapt 3x3 convolutions too
-    blocks: BlockNumbering | None = None  # of a U-Net
-    #: module path -> path in files, where they differ
-    file_path: Callable[[str], str | None] | None = None
-    diffusers_root: str = ""  # prefix of module paths in files of diffusers and PEFT: "unet"
-    attention_classes: tuple[str, ...] = ()  # class names of the attention layers within ``module_classes``
-    #: paths of further modules whose ``Linear`` layers are adapted
-    module_paths: tuple[str, ...] = ()
-    #: (path, layer) -> output widths of the projections stacked in a layer; () for a single projection
-    stacked_widths: Callable[[str, nn.Module], tuple[int, ...]] | None = None
-    #: the family's own network modules, LoRA first, where the modules for U-Nets do not adapt it
-    network_modules: tuple[str, ...] = ()
-    #: other models whose modules have the same names: (``ss_base_model_version`` of their adapters, name for people)
-    namesakes: tuple[tuple[str, str], ...] = ()
-
-    def with_convs(self) -> LoraTarget:
-        return replace(self, module_classes=self.module_classes + self.conv_classes)
-
-
-#: attribute of a loaded model that holds its ``LoraTarget``
-LORA_TARGET = "lora_target"
 
 
 @dataclass
@@ -306,9 +265,9 @@ class Architecture(WholeModels, ABC):
     @abstractmethod
     def load_tokenizers(self, checkpoint: Any) -> list[Any]: ...
 
-    @abstractmethod
     def load_text_encoder(self, checkpoint: Any, index: int, *, dtype: torch.dtype, device: str) -> nn.Module:
         """Load one text encoder, frozen, in eval mode; ``index`` counts from 0, in the order of the targets."""
+        return self.parts(checkpoint)[text_encoder_name(index + 1)].load(dtype=dtype, device=device)
 
     def load_text_encoders(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> list[nn.Module]:
         """Load all text encoders, in their order."""
@@ -344,9 +303,9 @@ class Architecture(WholeModels, ABC):
         """For each text encoder, return whether a network with these options may train it."""
         return (not network.network_train_unet_only,) * len(self.text_encoder_targets)
 
-    @abstractmethod
     def load_vae(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
         """Load the VAE, frozen, in eval mode; ``--vae`` wins over the checkpoint's own."""
+        return self.parts(checkpoint)[VAE].load(dtype=dtype, device=device)
 
     @abstractmethod
     def vae_identity(self, checkpoint: Any) -> str:
@@ -356,9 +315,9 @@ class Architecture(WholeModels, ABC):
     def text_identity(self, checkpoint: Any) -> WeightsIdentity:
         """Return the identity of text encoders and tokenizers, for the stamp of caches of encoded captions."""
 
-    @abstractmethod
     def load_denoiser(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
         """Load the denoiser, frozen, in eval mode; streamed, so that peak memory is about one copy."""
+        return self.parts(checkpoint)[DENOISER].load(dtype=dtype, device=device)
 
     # ---- text ----
 

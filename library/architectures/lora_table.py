@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from library.architectures.base import LoraTarget
+    from library.architectures.lora_target import LoraTarget
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from library.architectures.part import Part, sources_of
+
 if TYPE_CHECKING:
     from library.architectures.common.loading import ModelSource
 
 
-class WholeModels:
+@dataclass(frozen=True)
+class SavedModel:
+    """How a whole model is written.
+
+    Attributes:
+        form: one of ``model_forms``.
+        tokenizers: for forms that hold them.
+        dtype: of floating-point tensors; ``None`` keeps each one's own.
+        metadata: of safetensors files.
+        counters: what ``.ckpt`` files hold beside weights: ``epoch`` and ``global_step``.
+    """
+
+    form: str
+    tokenizers: Sequence[Any] = ()
+    dtype: torch.dtype | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+class WholeModels(ABC):
     """The part of a family on training and saving whole models. By default it has none."""
 
     name: str
@@ -35,31 +58,20 @@ class WholeModels:
     #: forms in which a trained model can be saved: "safetensors", "ckpt", "diffusers", "diffusers_safetensors"
     model_forms: tuple[str, ...] = ()
 
-    def parts(self, checkpoint: Any) -> dict[str, ModelSource]:
-        """Return where each part of the model is: ``denoiser``, ``vae``, ``text_encoder_1`` and so on."""
-        raise NotImplementedError(f"whole models of {self.name} are not trained")
+    @abstractmethod
+    def parts(self, checkpoint: Any) -> dict[str, Part]:
+        """Return the model's parts by name, the text encoders first: ``text_encoder_1``, ``denoiser``, ``vae``."""
 
-    def write(
-        self,
-        path: Path,
-        checkpoint: Any,
-        trained: Mapping[str, nn.Module],
-        form: str,
-        *,
-        tokenizers: Sequence[Any],
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        counters: Mapping[str, int],
-    ) -> None:
+    def sources(self, checkpoint: Any) -> dict[str, ModelSource]:
+        """Return the files of the parts, by name."""
+        return sources_of(self.parts(checkpoint))
+
+    def write(self, path: Path, checkpoint: Any, trained: Mapping[str, nn.Module], saved: SavedModel) -> None:
         """Write a whole model: the trained parts, and the others bit by bit as they were; streamed.
 
         Args:
             path: a file, or for "diffusers" forms a folder.
             trained: modules by the names of ``parts``.
-            form: one of ``model_forms``.
-            dtype: cast floating-point tensors to it; ``None`` keeps each one's own.
-            metadata: of safetensors files.
-            counters: what ``.ckpt`` files hold beside weights: ``epoch`` and ``global_step``.
 
         Raises:
             UserError: the disk is full, or the place cannot be written.

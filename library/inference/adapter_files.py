@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import LORA_TARGET, LoraTarget
+from library.architectures.lora_target import LORA_TARGET, LoraTarget
 from library.errors import UserError, did_you_mean
 from networks.adapter_module import AdapterModule, merge_all_forever
 from networks.third_party import text_argument

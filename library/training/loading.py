@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from library.architectures.part import DENOISER, VAE, text_encoder_name
 from library.config.arguments import DatasetOptions
 from library.data import describe
 from library.interrupt import Interrupt
@@ -26,7 +27,7 @@ from library.training.kinds.base import Kind, ParameterGroup
 from library.training.loaded import LoadedRun
 from library.training.memory import check_swapping, memory_plan
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
-from library.training.models import DENOISER, VAE, Models, load_on_meta, text_encoder_name
+from library.training.models import Models, load_on_meta
 from library.training.outputs import check_space
 from library.training.previews import PreviewGenerator, current_prompts, encode_prompts, generate_options
 from library.training.resume import choice_of, load_state, name_changes

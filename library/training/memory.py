@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from library.architectures.base import Architecture
+from library.architectures.part import DENOISER, VAE, text_encoder_name
 from library.config.arguments import TrainingOptions
 from library.errors import UserError
 from library.memory.block_stream import swapped_counts
 from library.memory.forms import FORMS
 from library.memory.plan import Home, MemoryPlan, PlannedStorage
 from library.training.kinds.base import Kind
-from library.training.models import DENOISER, VAE, Models, text_encoder_name
+from library.training.models import Models
 from library.training.precision import vae_dtype
 from library.training.run import Run
 from library.training.text_caching import caches_texts

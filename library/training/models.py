@@ -10,15 +10,7 @@ import torch
 from torch import nn
 
 from library.architectures.base import Architecture
-
-#: name of a part in ``Architecture.parts``
-DENOISER = "denoiser"
-VAE = "vae"
-
-
-def text_encoder_name(number: int) -> str:
-    """Return the name of a text encoder, counted from 1."""
-    return f"text_encoder_{number}"
+from library.architectures.part import DENOISER, text_encoder_name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from library.architectures.base import LoraTarget
+from library.architectures.lora_target import LoraTarget
 from library.errors import UserError, naming
 from library.training.kinds.adapter_options import NetworkOptions
 from library.training.models import Models

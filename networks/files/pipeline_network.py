@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import LORA_TARGET
 from library.architectures.common.ldm_unet import ldm_unet_layout
+from library.architectures.lora_target import LORA_TARGET
 from library.architectures.sd import SD
 from library.architectures.sdxl import SDXL
 from library.errors import UserError

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from library.architectures.base import LORA_TARGET, LoraTarget
+from library.architectures.lora_target import LORA_TARGET, LoraTarget
 from library.architectures.sd import SD
 from library.errors import UserError
 from library.memory.sharding import Sharding, find_units, shard_model, shard_sizes

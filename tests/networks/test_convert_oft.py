@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.architectures.base import LORA_TARGET
 from library.architectures.flux.targets import CHROMA_DENOISER
+from library.architectures.lora_target import LORA_TARGET
 from library.errors import UserError
 from networks import lora_flux, oft, oft_flux
 from networks.files.convert import convert

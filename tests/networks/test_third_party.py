@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.base import LORA_TARGET
 from library.architectures.common.ldm_unet import ldm_unet_layout
+from library.architectures.lora_target import LORA_TARGET
 from networks.third_party import denoiser_argument, text_argument
 from tests.networks.test_lora_layouts import sdxl_models as published_models
 from tests.networks.test_lora_layouts import table_of

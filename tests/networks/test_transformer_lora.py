@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.architectures.base import LoraTarget
 from library.architectures.lora_table import BlockList, LoraTable
+from library.architectures.lora_target import LoraTarget
 from library.errors import UserError
 from networks.transformer_lora import preset
 

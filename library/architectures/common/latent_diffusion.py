@@ -12,21 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.adapters import AdapterNaming
-from library.architectures.base import (
-    LORA_TARGET,
-    Architecture,
-    BlockNumbering,
-    CaptionLength,
-    Conditioning,
-    Control,
-    LoraTarget,
-    ModelInfo,
-)
+from library.architectures.base import Architecture, CaptionLength, Conditioning, Control, ModelInfo
 from library.architectures.common import clip, clip_text, kl_vae, ldm_unet
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.controlnet import residuals
 from library.architectures.common.key_map import KeyMap, TensorLayout
-from library.architectures.common.loading import ModelSource, load_frozen
+from library.architectures.common.loading import ModelSource
 from library.architectures.common.model_writing import (
     LazyTensors,
     like_its_source,
@@ -35,6 +26,9 @@ from library.architectures.common.model_writing import (
     write_file,
 )
 from library.architectures.common.pipeline_writing import Pipeline, PipelinePart, write_pipeline
+from library.architectures.lora_target import BlockNumbering, LoraTarget
+from library.architectures.part import DENOISER, VAE, Part, built_by, by_name
+from library.architectures.whole_models import SavedModel
 
 if TYPE_CHECKING:
     from library.diffusion.ddpm import NoiseSchedule
@@ -120,18 +114,8 @@ class LatentDiffusion(Architecture):
 
     # ---- files ----
 
-    def load_vae(self, checkpoint: HasUnetAndVae, *, dtype: torch.dtype, device: str) -> nn.Module:
-        source = checkpoint.vae
-        return load_frozen(source, partial(kl_vae.build_vae, source.config), dtype=dtype, device=device)
-
     def vae_identity(self, checkpoint: HasUnetAndVae) -> str:
         return vae_identity(checkpoint.vae)
-
-    def load_denoiser(self, checkpoint: HasUnetAndVae, *, dtype: torch.dtype, device: str) -> nn.Module:
-        source = checkpoint.unet
-        unet = load_frozen(source, partial(ldm_unet.build_unet, source.config), dtype=dtype, device=device)
-        setattr(unet, LORA_TARGET, self.denoiser_target_of(source))
-        return unet
 
     def denoiser_target_of(self, source: ModelSource) -> LoraTarget:
         """Return the adapter target of this U-Net; file names may depend on its sizes."""
@@ -141,16 +125,12 @@ class LatentDiffusion(Architecture):
 
     model_forms = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
 
-    def parts(self, checkpoint: HasUnetAndVae) -> dict[str, ModelSource]:
-        encoders = enumerate(self.text_sources(checkpoint), start=1)
-        return {
-            "denoiser": checkpoint.unet,
-            "vae": checkpoint.vae,
-            **{f"text_encoder_{number}": source for number, source in encoders},
-        }
+    def parts(self, checkpoint: HasUnetAndVae) -> dict[str, Part]:
+        unet = Part(DENOISER, checkpoint.unet, built_by(ldm_unet.build_unet), self.denoiser_target_of(checkpoint.unet))
+        return by_name(self.text_parts(checkpoint), unet, Part(VAE, checkpoint.vae, built_by(kl_vae.build_vae)))
 
     @abstractmethod
-    def text_sources(self, checkpoint: Any) -> Sequence[ModelSource]:
+    def text_parts(self, checkpoint: Any) -> Sequence[Part]:
         """The text encoders, in their order."""
 
     @abstractmethod
@@ -172,32 +152,21 @@ class LatentDiffusion(Architecture):
     ) -> Pipeline:
         """The model as a Diffusers folder holds it."""
 
-    def write(
-        self,
-        path: Path,
-        checkpoint: HasUnetAndVae,
-        trained: Mapping[str, nn.Module],
-        form: str,
-        *,
-        tokenizers: Sequence[Any],
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        counters: Mapping[str, int],
-    ) -> None:
-        parts, place = self.parts(checkpoint), Path(checkpoint.path)
+    def write(self, path: Path, checkpoint: HasUnetAndVae, trained: Mapping[str, nn.Module], saved: SavedModel) -> None:
+        parts, place = self.sources(checkpoint), Path(checkpoint.path)
         refuse_own_source(path, parts)
-        if form.startswith("diffusers"):
+        if saved.form.startswith("diffusers"):
             source = place if place.is_dir() else None
             pipeline = self.pipeline(
-                parts, lambda name: state_of(name, parts, trained), tokenizers, checkpoint.info, source
+                parts, lambda name: state_of(name, parts, trained), saved.tokenizers, checkpoint.info, source
             )
-            write_pipeline(path, pipeline, dtype=dtype, safetensors=form == "diffusers_safetensors")
+            write_pipeline(path, pipeline, dtype=saved.dtype, safetensors=saved.form == "diffusers_safetensors")
             return
         if place.is_dir():
             tensors = self.single_file(parts, {name: state_of(name, parts, trained) for name in parts})
         else:
             tensors = like_its_source(checkpoint.unet.file, parts, trained, self.single_file_layouts(parts))
-        write_file(path, tensors, dtype=dtype, metadata=metadata, counters=counters)
+        write_file(path, tensors, dtype=saved.dtype, metadata=saved.metadata, counters=saved.counters)
 
     # ---- text ----
 

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import (
-    LORA_TARGET,
     Architecture,
     CaptionLength,
     Conditioning,
     Control,
     LatentFormat,
-    LoraTarget,
     ModelInfo,
     TextFormat,
     WeightsIdentity,
@@ -28,9 +26,10 @@ from library.architectures.common import clip, clip_text, kl_vae, t5
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.flow_matching import FlowMatching
 from library.architectures.common.identity import weights_identity
-from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
-from library.architectures.common.model_writing import laid_out, refuse_own_source, write_file
+from library.architectures.common.key_map import TensorLayout
+from library.architectures.common.loading import ModelSource, without_mapping
 from library.architectures.common.tokenizer_files import T5, find_tokenizer
+from library.architectures.common.transformer_file import TransformerFile
 from library.architectures.flux import text as flux_text
 from library.architectures.flux.adapters import RECORDS
 from library.architectures.flux.checkpoint import load_transformer, published_layout
@@ -38,7 +37,10 @@ from library.architectures.flux.controlnet import load_controlnet
 from library.architectures.flux.inspection import FluxCheckpoint, inspect_model, refuse_other_variant
 from library.architectures.flux.names import DEV, SCHNELL
 from library.architectures.flux.options import CHROMA, DECLARATION, FluxModelOptions, trains_t5
-from library.architectures.flux.targets import CHROMA_DENOISER, CLIP_L, DENOISER, T5XXL
+from library.architectures.flux.targets import CHROMA_DENOISER, CLIP_L, T5XXL
+from library.architectures.flux.targets import DENOISER as DENOISER_TARGET
+from library.architectures.lora_target import LoraTarget
+from library.architectures.part import DENOISER, VAE, Part, built_by, by_name, text_encoder_name
 from library.config.declaration import message
 from library.config.no_effect import report
 from library.errors import NoEffect, naming
@@ -59,7 +61,7 @@ _T5_ARRAYS = {"t5_out": ("T", "D"), "t5_attn_mask": ("T",)}
 _SCHNELL_IS_TOLD_NONE = "with FLUX.1 schnell, which is told no guidance scale"
 
 
-class Flux(FlowMatching, Architecture):
+class Flux(FlowMatching, TransformerFile, Architecture):
     """FLUX.1 (Black Forest Labs 2024) and Chroma1 (Rock 2025), which ``--model_type`` chooses."""
 
     name = "flux"
@@ -73,7 +75,7 @@ class Flux(FlowMatching, Architecture):
         stored_scaled=True,
         bucket_step=16,
     )
-    denoiser_target = DENOISER
+    denoiser_target = DENOISER_TARGET
     compiled_blocks = ("DoubleStreamBlock", "SingleStreamBlock")
     declaration = DECLARATION
     sample_fields = FlowMatching.sample_fields | {"guidance_scale"}
@@ -177,17 +179,6 @@ class Flux(FlowMatching, Architecture):
         *clip_folders, t5_folder = folders
         return [*map(clip_text.load_tokenizer, clip_folders), t5.load_tokenizer(t5_folder)]
 
-    def load_text_encoder(
-        self, checkpoint: FluxCheckpoint, index: int, *, dtype: torch.dtype, device: str
-    ) -> nn.Module:
-        source, target = checkpoint.text_encoders[index], self.text_encoder_targets[index]
-        if target is T5XXL:
-            encoder = t5.load_t5(source, dtype=dtype, device=device)
-        else:
-            encoder = load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=device)
-        setattr(encoder, LORA_TARGET, target)
-        return encoder
-
     def block_lists(self, denoiser: nn.Module) -> Sequence[Sequence[nn.Module]]:
         return list(denoiser.double_blocks), list(denoiser.single_blocks)
 
@@ -202,51 +193,37 @@ class Flux(FlowMatching, Architecture):
         with_t5 = not network.network_train_unet_only and trains_t5(network)
         return (with_t5,) if self.is_chroma else (not network.network_train_unet_only, with_t5)
 
-    def load_vae(self, checkpoint: FluxCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
-        return flux_vae.load_ae(checkpoint.vae, dtype=dtype, device=device)
-
     def vae_identity(self, checkpoint: FluxCheckpoint) -> str:
         return vae_identity(checkpoint.vae)
 
     def text_identity(self, checkpoint: FluxCheckpoint) -> WeightsIdentity:
         return weights_identity(checkpoint.text_encoders, checkpoint.tokenizer_folders)
 
-    def load_denoiser(self, checkpoint: FluxCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
-        denoiser = load_transformer(checkpoint.found, dtype=dtype, device=device)
-        if checkpoint.controlnet is not None:
-            denoiser.controlnet = load_controlnet(checkpoint.controlnet, dtype=dtype, device=device)
-        setattr(denoiser, LORA_TARGET, CHROMA_DENOISER if self.is_chroma else DENOISER)
-        return denoiser
+    def parts(self, checkpoint: FluxCheckpoint) -> dict[str, Part]:
+        encoders = [
+            Part(
+                text_encoder_name(number),
+                source,
+                t5.load_t5 if naming is T5XXL else built_by(clip.build_clip),
+                naming,
+            )
+            for number, (source, naming) in enumerate(
+                zip(checkpoint.text_encoders, self.text_encoder_targets, strict=True), start=1
+            )
+        ]
 
-    # ---- whole models ----
+        def read(source: ModelSource, /, *, dtype: torch.dtype, device: str) -> nn.Module:
+            denoiser = load_transformer(checkpoint.found, dtype=dtype, device=device)
+            if checkpoint.controlnet is not None:
+                denoiser.controlnet = load_controlnet(checkpoint.controlnet, dtype=dtype, device=device)
+            return denoiser
 
-    has_own_encoders = False
-    model_forms = ("safetensors",)
+        naming = CHROMA_DENOISER if self.is_chroma else DENOISER_TARGET
+        denoiser = Part(DENOISER, checkpoint.found.source, read, naming, self.block_lists)
+        return by_name(encoders, denoiser, Part(VAE, checkpoint.vae, flux_vae.load_ae))
 
-    def parts(self, checkpoint: FluxCheckpoint) -> dict[str, ModelSource]:
-        encoders = enumerate(checkpoint.text_encoders, start=1)
-        return {
-            "denoiser": checkpoint.found.source,
-            "vae": checkpoint.vae,
-            **{f"text_encoder_{number}": source for number, source in encoders},
-        }
-
-    def write(
-        self,
-        path: Path,
-        checkpoint: FluxCheckpoint,
-        trained: Mapping[str, nn.Module],
-        form: str,
-        *,
-        tokenizers: Sequence[Any],
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        counters: Mapping[str, int],
-    ) -> None:
-        """Write the transformer alone, by its published names; the other parts are files of their own."""
-        refuse_own_source(path, self.parts(checkpoint))
-        tensors = laid_out(published_layout(), trained["denoiser"].state_dict())
-        write_file(path, tensors, dtype=dtype, metadata=metadata, counters=counters)
+    def saved_layout(self, checkpoint: FluxCheckpoint) -> TensorLayout:
+        return published_layout()
 
     # ---- text ----
 

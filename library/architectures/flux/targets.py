@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from library.architectures.base import LoraTarget
 from library.architectures.common.latent_diffusion import CLIP_MODULES
 from library.architectures.flux import adapters
 from library.architectures.flux.names import CHROMA, DEV
+from library.architectures.lora_target import LoraTarget
 
 T5_MODULES = ("T5Attention", "T5DenseGatedActDense")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import (
-    LORA_TARGET,
     Architecture,
     CaptionLength,
     Conditioning,
@@ -25,24 +25,25 @@ from library.architectures.common import kl_vae, t5
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.flow_matching import FlowMatching
 from library.architectures.common.identity import weights_identity
-from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
-from library.architectures.common.model_writing import laid_out, refuse_own_source, write_file
+from library.architectures.common.key_map import TensorLayout
+from library.architectures.common.loading import without_mapping
 from library.architectures.common.tokenizer_files import QWEN as QWEN_FILES
 from library.architectures.common.tokenizer_files import find_tokenizer
+from library.architectures.common.transformer_file import TransformerFile
 from library.architectures.hunyuan_image import qwen, text, vae
 from library.architectures.hunyuan_image.adapters import RECORD
 from library.architectures.hunyuan_image.checkpoint import HunyuanCheckpoint, inspect_model, published_layout
 from library.architectures.hunyuan_image.model import HunyuanImage
 from library.architectures.hunyuan_image.options import DECLARATION, HunyuanOptions
-from library.architectures.hunyuan_image.targets import BYT5, DENOISER, QWEN
-from library.memory.fp8 import store_in_fp8
-from library.memory.placing import STAYS
+from library.architectures.hunyuan_image.targets import BYT5, QWEN
+from library.architectures.hunyuan_image.targets import DENOISER as DENOISER_TARGET
+from library.architectures.part import DENOISER, VAE, Part, built_by, by_name, text_encoder_name
 
 if TYPE_CHECKING:
     from transformers import ByT5Tokenizer
 
 
-class HunyuanImage21(FlowMatching, Architecture):
+class HunyuanImage21(FlowMatching, TransformerFile, Architecture):
     """Tencent Hunyuan 2025, "HunyuanImage 2.1"."""
 
     name = "hunyuan_image"
@@ -63,7 +64,7 @@ class HunyuanImage21(FlowMatching, Architecture):
         stored_lengths={"byt5_embed": text.GLYPH_LENGTH, "byt5_mask": text.GLYPH_LENGTH},
     )
     text_encoder_targets = (QWEN, BYT5)
-    denoiser_target = DENOISER
+    denoiser_target = DENOISER_TARGET
     compiled_blocks = ("MMDoubleStreamBlock", "MMSingleStreamBlock")
     declaration = DECLARATION
     sampling_shift = 5.0
@@ -92,21 +93,22 @@ class HunyuanImage21(FlowMatching, Architecture):
     def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
         return [qwen.load_tokenizer(find_tokenizer(folder, QWEN_FILES)), _byte_tokenizer()]
 
-    def load_text_encoder(
-        self, checkpoint: HunyuanCheckpoint, index: int, *, dtype: torch.dtype, device: str
-    ) -> nn.Module:
-        own, source = self.chosen(HunyuanOptions), checkpoint.text_encoders[index]
-        is_qwen = self.text_encoder_targets[index] is QWEN
-        place = "cpu" if own.text_encoder_cpu and device != "meta" else device
-        in_fp8 = is_qwen and own.fp8_vl and device != "meta"
-        load = qwen.load_qwen if is_qwen else t5.load_t5
-        # what is converted is read from the file on the host, layer by layer
-        encoder = load(source, dtype=dtype, device="cpu" if in_fp8 else place)
-        if in_fp8:
-            store_in_fp8(encoder, torch.device(place))
-        setattr(encoder, LORA_TARGET, self.text_encoder_targets[index])
-        setattr(encoder, STAYS, own.text_encoder_cpu)
-        return encoder
+    def parts(self, checkpoint: HunyuanCheckpoint) -> dict[str, Part]:
+        own, sizes = self.chosen(HunyuanOptions), checkpoint.sizes
+        place = "cpu" if own.text_encoder_cpu else None
+        readers = (qwen.load_in_fp8 if own.fp8_vl else qwen.load_qwen, t5.load_t5)
+        found = zip(checkpoint.text_encoders, readers, self.text_encoder_targets, strict=True)
+        encoders = [
+            Part(text_encoder_name(number), source, read, naming, device=place)
+            for number, (source, read, naming) in enumerate(found, start=1)
+        ]
+        transformer = built_by(lambda _: HunyuanImage(sizes))
+        denoiser = Part(DENOISER, checkpoint.transformer, transformer, self.denoiser_target, self.block_lists)
+        autoencoder = partial(vae.load_vae, chunk_size=own.vae_chunk_size)
+        return by_name(encoders, denoiser, Part(VAE, checkpoint.vae, autoencoder))
+
+    def saved_layout(self, checkpoint: HunyuanCheckpoint) -> TensorLayout:
+        return published_layout()
 
     def block_lists(self, denoiser: nn.Module) -> Sequence[Sequence[nn.Module]]:
         return list(denoiser.double_blocks), list(denoiser.single_blocks)
@@ -118,51 +120,11 @@ class HunyuanImage21(FlowMatching, Architecture):
     def adapted_encoders(self, network: Any) -> tuple[bool, ...]:
         return (False, False)
 
-    def load_vae(self, checkpoint: HunyuanCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
-        chunk_size = self.chosen(HunyuanOptions).vae_chunk_size
-        return vae.load_vae(checkpoint.vae, dtype=dtype, device=device, chunk_size=chunk_size)
-
     def vae_identity(self, checkpoint: HunyuanCheckpoint) -> str:
         return vae_identity(checkpoint.vae)
 
     def text_identity(self, checkpoint: HunyuanCheckpoint) -> WeightsIdentity:
         return weights_identity(checkpoint.text_encoders, (checkpoint.tokenizer_folder,))
-
-    def load_denoiser(self, checkpoint: HunyuanCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
-        sizes = checkpoint.sizes
-        denoiser = load_frozen(checkpoint.transformer, lambda: HunyuanImage(sizes), dtype=dtype, device=device)
-        setattr(denoiser, LORA_TARGET, DENOISER)
-        return denoiser
-
-    # ---- whole models ----
-
-    has_own_encoders = False
-    model_forms = ("safetensors",)
-
-    def parts(self, checkpoint: HunyuanCheckpoint) -> dict[str, ModelSource]:
-        encoders = enumerate(checkpoint.text_encoders, start=1)
-        return {
-            "denoiser": checkpoint.transformer,
-            "vae": checkpoint.vae,
-            **{f"text_encoder_{number}": source for number, source in encoders},
-        }
-
-    def write(
-        self,
-        path: Path,
-        checkpoint: HunyuanCheckpoint,
-        trained: Mapping[str, nn.Module],
-        form: str,
-        *,
-        tokenizers: Sequence[Any],
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        counters: Mapping[str, int],
-    ) -> None:
-        """Write the transformer alone, by its published names; the other parts are files of their own."""
-        refuse_own_source(path, self.parts(checkpoint))
-        tensors = laid_out(published_layout(), trained["denoiser"].state_dict())
-        write_file(path, tensors, dtype=dtype, metadata=metadata, counters=counters)
 
     # ---- text ----
 

@@ -25,6 +25,7 @@ from library.architectures.common.recognise import recognise_tensors, refuse_sca
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes
 from library.errors import UserError
+from library.memory.stored_layers import store_weights
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLTextModel
@@ -126,6 +127,13 @@ def load_qwen(source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Mod
     with torch.device(device):
         model.rotary_emb = Qwen2_5_VLRotaryEmbedding(model.config)
     return model
+
+
+def load_in_fp8(source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Module:
+    """Load the encoder with its weights in scaled fp8; it is read on the host and converted layer by layer."""
+    if device == "meta":
+        return load_qwen(source, dtype=dtype, device=device)
+    return store_weights(load_qwen(source, dtype=dtype, device="cpu"), "fp8", torch.device(device))
 
 
 # ---- text ----

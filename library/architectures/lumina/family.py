@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import (
-    LORA_TARGET,
     Architecture,
     CaptionLength,
     Conditioning,
@@ -26,15 +24,18 @@ from library.architectures.common import ae, clip, kl_vae
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.flow_matching import FlowMatching
 from library.architectures.common.identity import weights_identity
-from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
-from library.architectures.common.model_writing import laid_out, refuse_own_source, write_file
+from library.architectures.common.key_map import TensorLayout
+from library.architectures.common.loading import without_mapping
 from library.architectures.common.tokenizer_files import GEMMA, find_tokenizer
+from library.architectures.common.transformer_file import TransformerFile
 from library.architectures.lumina import gemma2
 from library.architectures.lumina.adapters import RECORD
 from library.architectures.lumina.checkpoint import LuminaCheckpoint, inspect_model, published_layout
 from library.architectures.lumina.model import NextDiT
 from library.architectures.lumina.options import DECLARATION, LENGTH, LuminaOptions
-from library.architectures.lumina.targets import DENOISER, GEMMA2
+from library.architectures.lumina.targets import DENOISER as DENOISER_TARGET
+from library.architectures.lumina.targets import GEMMA2
+from library.architectures.part import DENOISER, VAE, Part, built_by, by_name, text_encoder_name
 from library.config.flow import FlowOptions
 from library.config.prompt_options import TextRole
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 PROMPT_START = "<Prompt Start>"
 
 
-class LuminaImage2(FlowMatching, Architecture):
+class LuminaImage2(FlowMatching, TransformerFile, Architecture):
     """Qin et al. 2025, "Lumina-Image 2.0: A Unified and Efficient Image Generative Framework" (arXiv:2503.21758)."""
 
     name = "lumina"
@@ -60,7 +61,7 @@ class LuminaImage2(FlowMatching, Architecture):
         bucket_step=16,
     )
     text_encoder_targets = (GEMMA2,)
-    denoiser_target = DENOISER
+    denoiser_target = DENOISER_TARGET
     compiled_blocks = ("JointTransformerBlock",)
     declaration = DECLARATION
     sampling_shift = 6.0
@@ -121,13 +122,6 @@ class LuminaImage2(FlowMatching, Architecture):
     def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
         return [gemma2.load_tokenizer(find_tokenizer(folder, GEMMA))]
 
-    def load_text_encoder(
-        self, checkpoint: LuminaCheckpoint, index: int, *, dtype: torch.dtype, device: str
-    ) -> nn.Module:
-        encoder = gemma2.load(checkpoint.text_encoder, dtype=dtype, device=device)
-        setattr(encoder, LORA_TARGET, GEMMA2)
-        return encoder
-
     def block_lists(self, denoiser: nn.Module) -> Sequence[Sequence[nn.Module]]:
         return (list(denoiser.layers),)
 
@@ -135,49 +129,24 @@ class LuminaImage2(FlowMatching, Architecture):
     def blocks_to_swap(self) -> int:
         return self.chosen(LuminaOptions).blocks_to_swap or 0
 
-    def load_vae(self, checkpoint: LuminaCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
-        return ae.load_ae(checkpoint.vae, dtype=dtype, device=device)
-
     def vae_identity(self, checkpoint: LuminaCheckpoint) -> str:
         return vae_identity(checkpoint.vae)
 
     def text_identity(self, checkpoint: LuminaCheckpoint) -> WeightsIdentity:
         return weights_identity((checkpoint.text_encoder,), (checkpoint.tokenizer_folder,))
 
-    def load_denoiser(self, checkpoint: LuminaCheckpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
-        source = checkpoint.transformer
-        denoiser = load_frozen(source, partial(NextDiT, checkpoint.sizes), dtype=dtype, device=device)
-        setattr(denoiser, LORA_TARGET, DENOISER)
-        return denoiser
+    def parts(self, checkpoint: LuminaCheckpoint) -> dict[str, Part]:
+        sizes = checkpoint.sizes
+        denoiser = Part(
+            DENOISER, checkpoint.transformer, built_by(lambda _: NextDiT(sizes)), self.denoiser_target, self.block_lists
+        )
+        encoder = Part(text_encoder_name(1), checkpoint.text_encoder, gemma2.load, GEMMA2)
+        return by_name([encoder], denoiser, Part(VAE, checkpoint.vae, ae.load_ae))
+
+    def saved_layout(self, checkpoint: LuminaCheckpoint) -> TensorLayout:
+        return published_layout()
 
     # ---- whole models ----
-
-    has_own_encoders = False
-    model_forms = ("safetensors",)
-
-    def parts(self, checkpoint: LuminaCheckpoint) -> dict[str, ModelSource]:
-        return {
-            "denoiser": checkpoint.transformer,
-            "vae": checkpoint.vae,
-            "text_encoder_1": checkpoint.text_encoder,
-        }
-
-    def write(
-        self,
-        path: Path,
-        checkpoint: LuminaCheckpoint,
-        trained: Mapping[str, nn.Module],
-        form: str,
-        *,
-        tokenizers: Sequence[Any],
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        counters: Mapping[str, int],
-    ) -> None:
-        """Write the transformer alone, by its published names; the other parts are files of their own."""
-        refuse_own_source(path, self.parts(checkpoint))
-        tensors = laid_out(published_layout(), trained["denoiser"].state_dict())
-        write_file(path, tensors, dtype=dtype, metadata=metadata, counters=counters)
 
     def unused_modules(self, name: str, part: nn.Module, *, clip_skip: int | None) -> list[nn.Module]:
         return [part.norm_final] if name == "denoiser" and part.sizes.final_norm else []

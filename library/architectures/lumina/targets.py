@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from library.architectures.base import LoraTarget
+from library.architectures.lora_target import LoraTarget
 from library.architectures.lumina import adapters
 from library.architectures.lumina.names import QKV, qkv_widths
 

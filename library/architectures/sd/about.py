@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from library.architectures.signs import About, Recognised, Sign
 
-_USE = "use train_network.py, fine_tune.py, train_db.py or train_textual_inversion.py"
+_USE = "use train_network.py, fine_tune.py, train_db.py, train_textual_inversion.py or train_textual_inversion_XTI.py"
 
 ABOUT = About(
     instance="SD",

@@ -7,19 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from library.architectures.base import (
-    LORA_TARGET,
-    BlockNumbering,
-    Conditioning,
-    LatentFormat,
-    LoraTarget,
-    ModelInfo,
-    TextFormat,
-    WeightsIdentity,
-)
+from library.architectures.base import Conditioning, LatentFormat, ModelInfo, TextFormat, WeightsIdentity
 from library.architectures.common import clip, clip_text, ldm_unet
 from library.architectures.common.identity import weights_identity
 from library.architectures.common.key_map import TensorLayout
@@ -32,10 +22,12 @@ from library.architectures.common.latent_diffusion import (
     unet_target,
     vae_part,
 )
-from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
+from library.architectures.common.loading import ModelSource, without_mapping
 from library.architectures.common.model_writing import LazyTensors
 from library.architectures.common.pipeline_writing import Pipeline
 from library.architectures.common.tokenizer_files import find_tokenizer
+from library.architectures.lora_target import BlockNumbering, LoraTarget
+from library.architectures.part import Part, built_by, text_encoder_name
 from library.architectures.sd import text as sd_text
 from library.architectures.sd import weights as sd_weights
 from library.architectures.sd.adapters import TEXT_ENCODER, UNET
@@ -77,19 +69,14 @@ class StableDiffusion(LatentDiffusion):
     def load_tokenizers(self, checkpoint: SDCheckpoint) -> list[Any]:
         return [sd_text.load_tokenizer(checkpoint.tokenizer_folder, v2=checkpoint.v2)]
 
-    def load_text_encoder(self, checkpoint: SDCheckpoint, index: int, *, dtype: torch.dtype, device: str) -> nn.Module:
-        source = checkpoint.text_encoder
-        encoder = load_frozen(source, partial(clip.build_clip, source.config), dtype=dtype, device=device)
-        setattr(encoder, LORA_TARGET, self.text_encoder_targets[index])
-        return encoder
-
     def text_identity(self, checkpoint: SDCheckpoint) -> WeightsIdentity:
         return weights_identity([checkpoint.text_encoder], [checkpoint.tokenizer_folder])
 
     # ---- whole models ----
 
-    def text_sources(self, checkpoint: SDCheckpoint) -> Sequence[ModelSource]:
-        return (checkpoint.text_encoder,)
+    def text_parts(self, checkpoint: SDCheckpoint) -> Sequence[Part]:
+        (naming,) = self.text_encoder_targets
+        return (Part(text_encoder_name(1), checkpoint.text_encoder, built_by(clip.build_clip), naming),)
 
     def single_file_layouts(self, parts: Mapping[str, ModelSource]) -> dict[str, TensorLayout]:
         return sd_weights.layouts(parts, v2=_is_v2(parts))

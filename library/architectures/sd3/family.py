@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import (
-    LORA_TARGET,
     Architecture,
     CaptionLength,
     Conditioning,
     Control,
     LatentFormat,
-    LoraTarget,
     ModelInfo,
     SampleFacts,
     TextFormat,
@@ -27,14 +25,17 @@ from library.architectures.base import (
 from library.architectures.common import clip, clip_text, kl_vae, t5
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.identity import weights_identity
-from library.architectures.common.loading import load_frozen, without_mapping
+from library.architectures.common.loading import ModelSource, without_mapping
 from library.architectures.common.tokenizer_files import T5, find_tokenizer, has_tokenizer
+from library.architectures.lora_target import LoraTarget
+from library.architectures.part import DENOISER, VAE, Part, built_by, by_name, text_encoder_name
 from library.architectures.sd3 import text as sd3_text
 from library.architectures.sd3.checkpoint import SD3Checkpoint, inspect_model, pooled_width
 from library.architectures.sd3.model import MMDiT
 from library.architectures.sd3.options import DECLARATION, SD3Options, own_dtype, trains_t5
 from library.architectures.sd3.positions import PositionTables, random_crops
-from library.architectures.sd3.targets import CLIP_G, CLIP_L, DENOISER, T5XXL
+from library.architectures.sd3.targets import CLIP_G, CLIP_L, T5XXL
+from library.architectures.sd3.targets import DENOISER as DENOISER_TARGET
 from library.config.flow import WeightingOptions
 from library.inference.prompt_line import DDPM_FIELDS
 from library.randomness import Draw
@@ -71,7 +72,7 @@ class StableDiffusion3(Architecture):
         multi_resolution=True,
         bucket_step=16,
     )
-    denoiser_target = DENOISER
+    denoiser_target = DENOISER_TARGET
     compiled_blocks = ("MMDiTBlock",)
     declaration = DECLARATION
     sample_defaults = {"width": 512, "height": 512, "sample_steps": 30, "scale": 7.5}
@@ -159,18 +160,26 @@ class StableDiffusion3(Architecture):
         third = next((f for f in (folder, folder / "tokenizer_3") if has_tokenizer(f, T5)), None)
         return sd3_text.load_tokenizers(clip_folder, clip_folder, third)
 
-    def load_text_encoder(self, checkpoint: SD3Checkpoint, index: int, *, dtype: torch.dtype, device: str) -> nn.Module:
-        own = self.chosen(SD3Options)
-        source, target = checkpoint.text_encoders[index], self.text_encoder_targets[index]
-        if target is T5XXL:
-            place = own.t5xxl_device if own.t5xxl_device and device != "meta" else device
-            encoder = t5.load_t5(source, dtype=own_dtype(own.t5xxl_dtype) or dtype, device=place)
-        else:
-            has_projection = "projection_dim" in source.config
-            build = clip.build_clip_with_projection if has_projection else clip.build_clip
-            encoder = load_frozen(source, partial(build, source.config), dtype=dtype, device=device)
-        setattr(encoder, LORA_TARGET, target)
-        return encoder
+    def parts(self, checkpoint: SD3Checkpoint) -> dict[str, Part]:
+        sizes = checkpoint.sizes
+        found = zip(checkpoint.text_encoders, self.text_encoder_targets, strict=True)
+        encoders = [
+            self._text_part(text_encoder_name(number), source, naming)
+            for number, (source, naming) in enumerate(found, start=1)
+        ]
+        denoiser = Part(
+            DENOISER, checkpoint.transformer, built_by(lambda _: MMDiT(sizes)), self.denoiser_target, self.block_lists
+        )
+        return by_name(encoders, denoiser, Part(VAE, checkpoint.vae, built_by(kl_vae.build_vae)))
+
+    def _text_part(self, name: str, source: ModelSource, naming: LoraTarget) -> Part:
+        if naming is T5XXL:
+            own = self.chosen(SD3Options)
+            return Part(
+                name, source, t5.load_t5, naming, dtype=own_dtype(own.t5xxl_dtype), device=own.t5xxl_device or None
+            )
+        projection = "projection_dim" in source.config
+        return Part(name, source, built_by(clip.build_clip_with_projection if projection else clip.build_clip), naming)
 
     def block_lists(self, denoiser: nn.Module) -> Sequence[Sequence[nn.Module]]:
         return (list(denoiser.joint_blocks),)
@@ -187,21 +196,11 @@ class StableDiffusion3(Architecture):
         text = not network.network_train_unet_only
         return (text, text, text and trains_t5(network))[: len(self.text_encoder_targets)]
 
-    def load_vae(self, checkpoint: SD3Checkpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
-        source = checkpoint.vae
-        return load_frozen(source, partial(kl_vae.build_vae, source.config), dtype=dtype, device=device)
-
     def vae_identity(self, checkpoint: SD3Checkpoint) -> str:
         return vae_identity(checkpoint.vae)
 
     def text_identity(self, checkpoint: SD3Checkpoint) -> WeightsIdentity:
         return weights_identity(checkpoint.text_encoders, checkpoint.tokenizer_folders)
-
-    def load_denoiser(self, checkpoint: SD3Checkpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
-        source = checkpoint.transformer
-        denoiser = load_frozen(source, partial(MMDiT, checkpoint.sizes), dtype=dtype, device=device)
-        setattr(denoiser, LORA_TARGET, DENOISER)
-        return denoiser
 
     # files of their own
     has_own_encoders = False

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from library.architectures.base import LoraTarget
 from library.architectures.common.latent_diffusion import CLIP_MODULES
+from library.architectures.lora_target import LoraTarget
 
 T5_MODULES = ("T5Attention", "T5DenseGatedActDense")
 

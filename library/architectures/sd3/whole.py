@@ -10,9 +10,8 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from library.architectures.base import ModelInfo
@@ -29,6 +28,7 @@ from library.architectures.common.model_writing import (
 from library.architectures.sd3.checkpoint import SD3Checkpoint, published_layout
 from library.architectures.sd3.family import StableDiffusion3
 from library.architectures.sd3.options import FULL_DECLARATION, SD3FullOptions, SD3Options
+from library.architectures.whole_models import SavedModel
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,14 +88,6 @@ class WholeStableDiffusion3(StableDiffusion3):
 
     # ---- files ----
 
-    def parts(self, checkpoint: SD3Checkpoint) -> dict[str, ModelSource]:
-        encoders = enumerate(checkpoint.text_encoders, start=1)
-        return {
-            "denoiser": checkpoint.transformer,
-            "vae": checkpoint.vae,
-            **{f"text_encoder_{number}": source for number, source in encoders},
-        }
-
     def files_beside(self, path: Path, trained: Collection[str]) -> dict[str, Path]:
         own = self.chosen(SD3Options)
         saved = {"clip_l": own.save_clip, "clip_g": own.save_clip, "t5xxl": own.save_t5xxl}
@@ -106,20 +98,9 @@ class WholeStableDiffusion3(StableDiffusion3):
             if part in trained or saved[name]
         }
 
-    def write(
-        self,
-        path: Path,
-        checkpoint: SD3Checkpoint,
-        trained: Mapping[str, nn.Module],
-        form: str,
-        *,
-        tokenizers: Sequence[Any],
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        counters: Mapping[str, int],
-    ) -> None:
+    def write(self, path: Path, checkpoint: SD3Checkpoint, trained: Mapping[str, nn.Module], saved: SavedModel) -> None:
         """Write the transformer and the VAE to one file, as in sd-scripts, and trained text encoders beside it."""
-        parts = self.parts(checkpoint)
+        parts = self.sources(checkpoint)
         beside = self.files_beside(path, trained)
         for place in (path, *beside.values()):
             refuse_own_source(place, parts)
@@ -129,9 +110,9 @@ class WholeStableDiffusion3(StableDiffusion3):
             tensors |= laid_out(layout, state_of(name, parts, trained))
         for part, place in beside.items():
             own = _encoder_tensors(part, state_of(part, parts, trained), parts[part])
-            write_file(place, own, dtype=dtype, metadata={}, counters=counters)
+            write_file(place, own, dtype=saved.dtype, metadata={}, counters=saved.counters)
         # last, so that a complete model has all its files
-        write_file(path, tensors, dtype=dtype, metadata=metadata, counters=counters)
+        write_file(path, tensors, dtype=saved.dtype, metadata=saved.metadata, counters=saved.counters)
 
 
 def _encoder_tensors(part: str, state: Mapping[str, Tensor], source: ModelSource) -> LazyTensors:

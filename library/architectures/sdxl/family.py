@@ -11,17 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import (
-    LORA_TARGET,
-    BlockNumbering,
-    Conditioning,
-    LatentFormat,
-    LoraTarget,
-    ModelInfo,
-    SampleFacts,
-    TextFormat,
-    WeightsIdentity,
-)
+from library.architectures.base import Conditioning, LatentFormat, ModelInfo, SampleFacts, TextFormat, WeightsIdentity
 from library.architectures.common import clip
 from library.architectures.common.identity import weights_identity
 from library.architectures.common.key_map import TensorLayout
@@ -35,10 +25,12 @@ from library.architectures.common.latent_diffusion import (
     vae_part,
 )
 from library.architectures.common.ldm_unet import ldm_unet_layout
-from library.architectures.common.loading import ModelSource, load_frozen, without_mapping
+from library.architectures.common.loading import ModelSource, without_mapping
 from library.architectures.common.model_writing import LazyTensors
 from library.architectures.common.pipeline_writing import Pipeline
 from library.architectures.common.tokenizer_files import find_tokenizer
+from library.architectures.lora_target import BlockNumbering, LoraTarget
+from library.architectures.part import Part, built_by, text_encoder_name
 from library.architectures.sdxl import text as sdxl_text
 from library.architectures.sdxl import weights as sdxl_weights
 from library.architectures.sdxl.adapters import TEXT_ENCODER_1, TEXT_ENCODER_2, UNET
@@ -90,15 +82,6 @@ class StableDiffusionXL(LatentDiffusion):
     def load_tokenizers(self, checkpoint: SDXLCheckpoint) -> list[Any]:
         return sdxl_text.load_tokenizers(*checkpoint.tokenizer_folders)
 
-    def load_text_encoder(
-        self, checkpoint: SDXLCheckpoint, index: int, *, dtype: torch.dtype, device: str
-    ) -> nn.Module:
-        source = checkpoint.text_encoders[index]
-        build = (clip.build_clip, clip.build_clip_with_projection)[index]
-        encoder = load_frozen(source, partial(build, source.config), dtype=dtype, device=device)
-        setattr(encoder, LORA_TARGET, self.text_encoder_targets[index])
-        return encoder
-
     def text_identity(self, checkpoint: SDXLCheckpoint) -> WeightsIdentity:
         return weights_identity(checkpoint.text_encoders, checkpoint.tokenizer_folders)
 
@@ -108,8 +91,13 @@ class StableDiffusionXL(LatentDiffusion):
 
     # ---- whole models ----
 
-    def text_sources(self, checkpoint: SDXLCheckpoint) -> Sequence[ModelSource]:
-        return checkpoint.text_encoders
+    def text_parts(self, checkpoint: SDXLCheckpoint) -> Sequence[Part]:
+        builders = (clip.build_clip, clip.build_clip_with_projection)
+        found = zip(checkpoint.text_encoders, builders, self.text_encoder_targets, strict=True)
+        return [
+            Part(text_encoder_name(number), source, built_by(build), naming)
+            for number, (source, build, naming) in enumerate(found, start=1)
+        ]
 
     def single_file_layouts(self, parts: Mapping[str, ModelSource]) -> dict[str, TensorLayout]:
         return sdxl_weights.layouts(parts)

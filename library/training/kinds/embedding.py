@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from library.architectures.base import Architecture
 from library.architectures.common.clip_text import EXPANSIONS
 from library.architectures.common.grown_embedding import GrownEmbedding
+from library.architectures.part import text_encoder_name
 from library.data.dataset import TrainingData
 from library.data.dataset_spec import DatasetConfig
 from library.errors import UserError
@@ -26,7 +27,7 @@ from library.files.safetensors_io import save_pickle, save_tensors
 from library.inference.textual_inversion import new_tokens, read_vectors, vector_names
 from library.training.kinds.base import Kind, Need, ParameterGroup
 from library.training.kinds.embedding_options import DECLARATION, TrainEmbeddingOptions
-from library.training.models import Models, text_encoder_name
+from library.training.models import Models
 from library.training.precision import trained_dtype
 
 logger = logging.getLogger(__name__)

@@ -12,12 +12,14 @@ from torch import nn
 
 from library.architectures.base import Architecture
 from library.architectures.common.model_writing import refuse_own_source
+from library.architectures.part import DENOISER, text_encoder_name
+from library.architectures.whole_models import SavedModel
 from library.data.batch import Batch
 from library.errors import UserError
 from library.optim.fused_backward import Part, by_block, in_groups
 from library.training.kinds.base import Kind, Need, ParameterGroup
 from library.training.kinds.full_options import DECLARATION, FP8_OF_DENOISER, TrainFullOptions, block_rates
-from library.training.models import DENOISER, Models, text_encoder_name
+from library.training.models import Models
 from library.training.precision import trained_dtype
 
 
@@ -127,8 +129,7 @@ class Full(Kind[Any]):
 
     @classmethod
     def check_place(cls, architecture: Architecture, checkpoint: Any, path: Path) -> None:
-        parts = architecture.parts(checkpoint)
-        refuse_own_source(path, parts)
+        refuse_own_source(path, architecture.sources(checkpoint))
 
     @classmethod
     def extension(cls, architecture: Architecture, options: Any, checkpoint: Any) -> str:
@@ -244,11 +245,13 @@ class Full(Kind[Any]):
             path,
             self.checkpoint,
             self._parts,
-            self.form(self.architecture, self.options, self.checkpoint),
-            tokenizers=self._tokenizers,
-            dtype=dtype,
-            metadata=metadata,
-            counters={"epoch": epoch, "global_step": step},
+            SavedModel(
+                self.form(self.architecture, self.options, self.checkpoint),
+                tokenizers=self._tokenizers,
+                dtype=dtype,
+                metadata=metadata,
+                counters={"epoch": epoch, "global_step": step},
+            ),
         )
 
     def rows(self, count: int) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from library.architectures.lumina.checkpoint import LuminaCheckpoint
 from library.architectures.lumina.model import NextDiT
 from library.architectures.lumina.options import LuminaFlowOptions, LuminaOptions
 from library.architectures.lumina.sizes import NextDiTSizes, infer_sizes
+from library.architectures.whole_models import SavedModel
 from library.errors import UserError
 from tests.architectures.lumina.opened import in_diffusers_names, opened
 from tests.fixtures.layouts import LAYOUTS, table
@@ -81,19 +82,14 @@ def test_a_saved_transformer_is_the_source_bit_for_bit(tmp_path: Path) -> None:
     family, checkpoint = opened(made)
     denoiser = family.load_denoiser(checkpoint, dtype=torch.bfloat16, device="cpu")
     path = tmp_path / "saved.safetensors"
-    family.write(
-        path, checkpoint, {"denoiser": denoiser}, "safetensors", tokenizers=[], dtype=None, metadata={}, counters={}
-    )
+    family.write(path, checkpoint, {"denoiser": denoiser}, SavedModel("safetensors"))
     source, saved = load_file(made.path), load_file(path)
     assert source.keys() == saved.keys()
     assert all(
         torch.equal(tensor, saved[name]) and tensor.dtype == saved[name].dtype for name, tensor in source.items()
     )
     with pytest.raises(UserError, match="would overwrite"):
-        family.write(
-            made.path, checkpoint, {"denoiser": denoiser}, "safetensors", tokenizers=[], dtype=None, metadata={},
-            counters={},
-        )  # fmt: skip
+        family.write(made.path, checkpoint, {"denoiser": denoiser}, SavedModel("safetensors"))
 
 
 def test_published_names_and_shapes() -> None:
