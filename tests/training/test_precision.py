@@ -6,8 +6,9 @@ import argparse
 
 import pytest
 
+from library.architectures.sd import SD
 from library.training.kinds.adapter_options import TrainNetworkOptions
-from library.training.memory import _parts_in_fp8
+from library.training.memory import _forms
 from library.training.text_caching import caches_texts
 
 
@@ -24,4 +25,5 @@ from library.training.text_caching import caches_texts
 )
 def test_parts_in_fp8(given: dict[str, object], parts: set[str]) -> None:
     options = TrainNetworkOptions.from_args(argparse.Namespace(**given))
-    assert _parts_in_fp8(options.training, ["text_encoder_1"], caches=caches_texts(options.dataset)) == parts
+    forms = _forms(options.training, SD, ["text_encoder_1"], caches=caches_texts(options.dataset))
+    assert forms == dict.fromkeys(parts, "fp8")
