@@ -55,7 +55,7 @@ FIELDS: Mapping[str, Callable[[Path, str], str]] = {
 
 
 def read_prompt(prompt: str | None, file: str | None, text_ending: str) -> Prompt:
-    """Return the prompt of ``--prompt`` or ``--prompt_file``.
+    """Return the prompt of ``--prompt`` or ``--prompt_file``, whose first line may be a comment.
 
     Raises:
         UserError: both are given; a file that cannot be read; an unknown field.
@@ -66,4 +66,5 @@ def read_prompt(prompt: str | None, file: str | None, text_ending: str) -> Promp
         raise UserError("--prompt and --prompt_file exclude each other: give one of them")
     if not Path(file).is_file():
         raise UserError(f"--prompt_file {file}: no such file")
-    return Prompt(read_caption(file), text_ending)
+    first, _, rest = read_caption(file).partition("\n")
+    return Prompt(rest if first.startswith("#") else f"{first}\n{rest}".strip(), text_ending)

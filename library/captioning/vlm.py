@@ -83,7 +83,11 @@ class VisionLanguageModel:
         texts = [self._text(self._prompt.of(image.path)) for image in images]
         # one list for each text, which processors of conversations ask for; those of one image a text take them flat
         pictures: Any = [[image.prepared] for image in images] if self._converses else [i.prepared for i in images]
-        inputs = self._processor(images=pictures, text=texts, return_tensors="pt", padding=True)
+        try:
+            inputs = self._processor(images=pictures, text=texts, return_tensors="pt", padding=True)
+        except ValueError as error:  # such as of a prompt without the model's word for an image
+            reason = str(error).splitlines()[0][:300]
+            raise UserError(f"--prompt: the model's processor refuses it ({reason})") from None
         inputs = inputs.to(self._device, self._dtype)
         seed_batch(self._answer.seed, [image.path.name for image in images])
         with torch.inference_mode():

@@ -17,7 +17,13 @@ from library.captioning.review import doubts
 from library.captioning.vlm import one_line
 from library.captioning.written_words import without_written_words
 from library.errors import UserError
-from tests.fixtures.tiny_captioners import write_tiny_blip, write_tiny_git, write_tiny_llava
+from tests.fixtures.tiny_captioners import (
+    write_tiny_blip,
+    write_tiny_florence,
+    write_tiny_git,
+    write_tiny_llava,
+    write_tiny_qwen,
+)
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
@@ -231,7 +237,7 @@ def test_a_conversation(images: Path, llava: Path, tmp_path: Path, capsys: pytes
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     (images / "one.tags").write_text("red cat")
-    (tmp_path / "prompt.txt").write_text("the {text} with {name}\n")
+    (tmp_path / "prompt.txt").write_text("# prompt.txt\nthe {text} with {name}\n")
     words = (images, "--model_id", llava, "--prompt_file", tmp_path / "prompt.txt", "--max_new_tokens", 6)
     review = tmp_path / "review.html"
     run(make_captions_by_vlm, *words, "--system_prompt", "a girl", "--batch_size", 2, "--review", review, "--recursive")
@@ -267,7 +273,36 @@ def test_a_model_without_conversations(images: Path, tmp_path: Path, capsys: pyt
     run(make_captions_by_vlm, images, "--model_id", folder, "--prompt", "<image> a", "--max_new_tokens", 4)
     assert len(texts(images, ".txt")) == 2
     words = (images, "--model_id", folder, "--overwrite")
+    assert "--prompt: the model's processor refuses it" in refused(capsys, make_captions_by_vlm, *words)
     assert "has no conversations" in refused(capsys, make_captions_by_vlm, *words, "--system_prompt", "x")
+
+
+def test_florence(images: Path, tmp_path: Path) -> None:
+    """An encoder and a decoder: the answer has no prompt before it."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder, task = write_tiny_florence(tmp_path / "florence"), "<MORE_DETAILED_CAPTION>"
+    words = (images, "--model_id", folder, "--prompt", task, "--max_new_tokens", 7)
+    run(make_captions_by_vlm, *words, "--batch_size", 2)
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=Image.open(images / "one.png"), text=task, return_tensors="pt")
+    answer = model.generate(**inputs, max_new_tokens=7, do_sample=False)
+    assert texts(images, ".txt")["one"].strip() == processor.decode(answer[0], skip_special_tokens=True).strip() != ""
+
+
+def test_qwen(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # the latter of one that is for another torch
+        pytest.skip(f"torchvision: {error}")
+    folder = write_tiny_qwen(tmp_path / "qwen")
+    Image.new("RGB", (90, 30)).save(images / "wide.png")  # of another number of tokens
+    words = (images, "--model_id", folder, "--prompt", "the cat", "--max_new_tokens", 6)
+    run(make_captions_by_vlm, *words)
+    alone = texts(images, ".txt")
+    assert alone.keys() == {"one", "two", "wide"} and all(text.strip() for text in alone.values())
+    run(make_captions_by_vlm, *words, "--batch_size", 3, "--overwrite")
+    assert texts(images, ".txt") == alone  # padding changes nothing
 
 
 def test_ctrl_c_keeps_what_is_made(images: Path, llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,47 @@
+"""The commands of docs/tools.md, run as they stand; and its table names every script."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.fixtures.pages import commands_of
+from tests.fixtures.runs import ROOT
+from tests.fixtures.tiny_yunet import write_tiny_yunet
+
+pytestmark = pytest.mark.usefixtures("own_root_logger")
+
+PAGE = ROOT / "docs" / "tools.md"
+#: scripts for working on this project, not with it
+OWN = {"check_code.py", "environment.py", "pin_requirements.py"}
+
+
+def test_the_page_names_every_tool() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    missing = {path.name for path in (ROOT / "tools").glob("*.py")} - OWN
+    assert not [name for name in missing if f"tools/{name}" not in text]
+
+
+def test_every_command_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 60, (640, 800, 3), dtype=np.uint8)
+    pixels[:] = 0
+    pixels[320:352, 320:352, 0] = 255
+    Image.fromarray(pixels).save("images/one.png")
+    Image.fromarray(pixels).save("photo.png")
+    Path("images/one.txt").write_text("a face")
+    write_tiny_yunet(Path("face_detection_yunet_2023mar.onnx"))
+    for command in commands_of(PAGE):
+        module = importlib.import_module(command.script.removesuffix(".py").replace("/", "."))
+        assert not module.main(module.setup_parser().parse_args(list(command.words)))
+    assert {path.name for path in Path("resized").iterdir()} == {
+        *(f"one+{size}.{ending}" for size in ("512x512", "256x256") for ending in ("jpg", "txt")), "one.txt",
+    }  # fmt: skip
+    assert Path("edges.png").exists() and Path("edges/one.png").exists()
+    sizes = {Image.open(path).size for path in Path("faces").iterdir()}
+    assert sizes == {(128, 192), (512, 768)}
