@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from library.config.declaration import Finding, Implied, error
+from library.errors import UserError
+
+O = TypeVar("O")
 
 _ONE_OF_THEM = "remove one of them"
 
@@ -19,10 +23,10 @@ def misfits(o: Any, count: int) -> Iterator[Finding]:
     """
     if not count:
         return
-    if "full" in o.groups():
+    if "full" in o.groups() and not (o.optimizer.fused_backward_pass or o.full.blockwise_fused_optimizers):
         yield error(
-            "--blocks_to_swap: only with adapters so far, whose model is frozen; to train the whole model, use "
-            "--gradient_checkpointing and a fused update"
+            "--blocks_to_swap: trained blocks are updated while they are on the device; add "
+            "--blockwise_fused_optimizers or --fused_backward_pass"
         )
     if o.training.cpu_offload_checkpointing:
         yield error(f"--blocks_to_swap: not with --cpu_offload_checkpointing; {_ONE_OF_THEM}")
@@ -30,6 +34,28 @@ def misfits(o: Any, count: int) -> Iterator[Finding]:
         yield error(
             f"--blocks_to_swap: not with --torch_compile, whose blocks must stay where they are; {_ONE_OF_THEM}"
         )
+
+
+def with_count(options: O, count: int) -> O:
+    """Return the options with this ``--blocks_to_swap``.
+
+    Raises:
+        UserError: the family has no such option.
+    """
+    for group in dataclasses.fields(options):  # type: ignore[arg-type]
+        values = getattr(options, group.name)
+        if any(field.name == "blocks_to_swap" for field in dataclasses.fields(values)):
+            changed = dataclasses.replace(values, blocks_to_swap=count)
+            return dataclasses.replace(options, **{group.name: changed})  # type: ignore[type-var]
+    raise UserError(
+        "--double_blocks_to_swap, --single_blocks_to_swap: blocks of this model cannot be swapped; remove it"
+    )
+
+
+def is_given(options: Any) -> bool:
+    """Whether ``--blocks_to_swap`` is given."""
+    groups = (getattr(options, field.name) for field in dataclasses.fields(options))
+    return any(getattr(group, "blocks_to_swap", None) for group in groups)
 
 
 def checkpointing(count: int) -> Implied | None:

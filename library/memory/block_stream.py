@@ -1,7 +1,7 @@
-"""Keep blocks of a frozen model in host memory, and copy each to the device when it runs (``--blocks_to_swap``).
+"""Keep blocks of a model in host memory, and copy each to the device when it runs (``--blocks_to_swap``).
 
 The blocks that wait on the host are spread evenly between those that stay, so that the copy of one runs while others
-compute. Host copies are pinned and never change, so nothing is copied back. On the device each shape of block has two
+compute. Host copies are pinned; those of frozen blocks never change, so nothing is copied back. On the device each shape of block has two
 buffers: one for the block that runs, one for the next block, which a second stream copies at the same time. In the
 backward pass, with gradient checkpointing, blocks run again in reverse order. The two blocks at the turn are still in
 their buffers there, and at the end of the backward pass the first blocks are there for the next forward pass.
@@ -10,6 +10,10 @@ A block is known to run by a hook before its forward pass. Adapters within a blo
 weights there as well; their own weights stay on the device. Without checkpointing autograd would keep the buffers'
 contents, which the next block overwrites, so loading turns checkpointing on; where it is not, torch finds that saved
 tensors have changed, and raises an error in the backward pass.
+
+Trained blocks are updated within the backward pass, while they are in their buffers (``library.optim.fused_backward``).
+What has changed is copied back when the buffer is needed for another block. ``settle`` waits for these copies, before
+the host reads weights.
 """
 
 from __future__ import annotations
@@ -78,11 +82,14 @@ class _Block:
     host: dict[torch.dtype, Tensor]  # their numbers, pinned where the device wants that
     views: list[Tensor]  # of ``host``
     signature: Signature
+    trained: bool = False
+    ran_backward: bool = False  # since it was copied to the device
+    version: int = 0  # of its tensors when it was copied to the device
     buffer: _Buffer | None = field(default=None)
 
 
 class BlockStream:
-    """Streams blocks of a frozen model to a device.
+    """Streams blocks of a model to a device.
 
     Args:
         lists: lists of blocks, in the order in which they run; host blocks may be anywhere in them.
@@ -97,6 +104,7 @@ class BlockStream:
         self._buffers: dict[Signature, list[_Buffer]] = {}
         self._running: int | None = None
         self.copied = 0  # blocks copied to the device so far
+        self.returned = 0  # blocks copied back to the host so far
         for blocks, count in zip(lists, counts, strict=True):
             waiting = set(spread(len(blocks), count)) if count else set()
             for place, module in enumerate(blocks):
@@ -122,8 +130,7 @@ class BlockStream:
 
     def _add(self, module: nn.Module) -> None:
         tensors = [*module.parameters(), *module.buffers()]
-        if any(tensor.requires_grad for tensor in tensors):
-            raise ValueError("only frozen blocks are streamed: trained weights would have to be copied back")
+        trained = any(tensor.requires_grad for tensor in tensors)
         signature = tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
         host = {dtype: self._copies.host_memory(size, dtype) for dtype, size in _sizes(tensors).items()}
         views = _views(host, tensors)
@@ -131,7 +138,7 @@ class BlockStream:
             view.copy_(tensor.detach())
             tensor.data = view
         number = len(self._blocks)
-        self._blocks.append(_Block(tensors, host, views, signature))
+        self._blocks.append(_Block(tensors, host, views, signature, trained))
         self._buffers.setdefault(signature, [])
         module.register_forward_pre_hook(lambda *_: self._need(number))
 
@@ -149,13 +156,14 @@ class BlockStream:
         assert block.buffer is not None
         self._copies.wait(block.buffer.arrived)
         self._running = number
+        block.ran_backward |= _in_backward()
         following = self._following(number)
         if following is not None and self._blocks[following].buffer is None:
             self._fetch(following)
 
     def _following(self, number: int) -> int | None:
         """Return the next block, if it should be copied now."""
-        if torch._C._current_graph_task_id() != -1:  # within the backward pass, where blocks run again in reverse
+        if _in_backward():  # where blocks run again in reverse
             return number - 1 if number else None
         if number + 1 < len(self._blocks):
             return number + 1
@@ -171,13 +179,37 @@ class BlockStream:
             free = [b for b in buffers if b.block != self._running]
             # the one farthest from what runs next
             buffer = max(free, key=lambda b: abs((b.block or 0) - number))
-            old = self._blocks[buffer.block or 0]
-            _bind(old.tensors, old.views)
-            old.buffer = None
+            self._put_back(self._blocks[buffer.block or 0], buffer)
         buffer.block, block.buffer = number, buffer
         buffer.arrived = self._copies.start([(buffer.pieces[dtype], piece) for dtype, piece in block.host.items()])
         self.copied += 1
         _bind(block.tensors, buffer.views)
+        block.version, block.ran_backward = _version(block.tensors), False
+
+    @torch.no_grad()
+    def _put_back(self, block: _Block, buffer: _Buffer) -> None:
+        """Release the buffer of a block; first copy to the host what may have changed."""
+        if block.trained and (block.ran_backward or _version(block.tensors) != block.version):
+            for tensor, view in zip(block.tensors, buffer.views, strict=True):
+                if not torch._C._is_alias_of(tensor, view):  # an optimizer has made a new one
+                    view.copy_(tensor)
+            self._copies.start([(piece, buffer.pieces[dtype]) for dtype, piece in block.host.items()])
+            self.returned += 1
+        _bind(block.tensors, block.views)
+        block.buffer = None
+
+    def settle(self) -> None:
+        """Wait until all copies have arrived, so that the host can read and change the weights."""
+        self._copies.settle()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _version(tensors: Sequence[Tensor]) -> int:
+    """Return a number that changes when a tensor is changed in place."""
+    return sum(tensor._version for tensor in tensors)
 
 
 def _bind(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
@@ -189,7 +221,7 @@ def _bind(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
 
 
 class _Copies:
-    """Copies from pinned host memory, parallel to the computation if the device has streams; otherwise at once."""
+    """Copies from and to pinned host memory, parallel to the computation if the device has streams; otherwise at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._module: Any = getattr(torch, device.type, None) if device.type in ("cuda", "xpu") else None
@@ -212,6 +244,11 @@ class _Copies:
             event = self._module.Event()
             event.record(self._stream)
         return event
+
+    def settle(self) -> None:
+        """Make the host wait for all copies."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def wait(self, event: Any) -> None:
         """Make the computation wait for a copy, but not the host."""
@@ -246,7 +283,7 @@ def _views(pieces: dict[torch.dtype, Tensor], tensors: Sequence[Tensor]) -> list
 def stream_blocks(
     model: nn.Module, lists: Sequence[Sequence[nn.Module]], count: int, device: torch.device
 ) -> BlockStream:
-    """Keep ``count`` blocks of a frozen model on the host, and move the rest of it to ``device``.
+    """Keep ``count`` blocks of a model on the host, and move the rest of it to ``device``.
 
     Raises:
         UserError: too many.

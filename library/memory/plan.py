@@ -7,7 +7,7 @@ modules their final form; the table of ``--dry_run`` prints it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -151,8 +151,11 @@ class MemoryPlan:
                 products_in_fp8=self.fp8_matmul,
             )
 
-    def place(self, name: str, module: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> None:
+    def place(self, name: str, module: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> Callable[[], None]:
         """Move a part with blocks on the host to its places, after everything that changes whole weights.
+
+        Returns:
+            a function that waits until the host can read all its weights, which are copied behind the work.
 
         Raises:
             UserError: more blocks than can be swapped.
@@ -161,7 +164,8 @@ class MemoryPlan:
         if part.swapped:
             from library.memory.block_stream import stream_blocks
 
-            stream_blocks(module, blocks, part.swapped, self.device)
+            return stream_blocks(module, blocks, part.swapped, self.device).settle
+        return lambda: None
 
     def rest(self, name: str, module: nn.Module) -> None:
         """Move a part to its home, where it is while it is not used."""

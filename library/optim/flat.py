@@ -42,7 +42,11 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return a 0-dim bool on the device of the first tensor; counters that some optimizers keep on the host are
     ignored."""
     device = tensors[0].device
-    flags = [t.isfinite().all() for t in tensors if t.is_floating_point() and t.device == device]
+    flags = [
+        t.isfinite().all().to(device, non_blocking=True)
+        for t in tensors
+        if t.is_floating_point() and (t.device == device or t.dim())
+    ]
     return torch.stack(flags).all()
 
 

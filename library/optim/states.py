@@ -1,4 +1,4 @@
-"""Load optimizer states as they were saved."""
+"""Load optimizer states as they were saved, to the device of the updates."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 
-def keep_state_dtypes(optimizer: torch.optim.Optimizer) -> None:
-    """Make ``load_state_dict`` keep the dtype that every tensor was saved in; torch casts all to the parameter's."""
+def keep_state_dtypes(optimizer: torch.optim.Optimizer, device: torch.device | None = None) -> None:
+    """Make ``load_state_dict`` keep the dtype that every tensor was saved in; torch casts all to the parameter's.
+
+    Args:
+        device: of the updates, if parameters may be on the host between them; torch loads the state to the parameter's.
+    """
     load = optimizer.load_state_dict
 
     def load_state_dict(state: Mapping[str, Any]) -> None:
@@ -20,8 +24,15 @@ def keep_state_dtypes(optimizer: torch.optim.Optimizer) -> None:
             for name, value in saved.items():
                 if name in current:
                     current[name] = _as_saved(current[name], value)
+            if device is not None and parameter.device != device:
+                optimizer.state[parameter] = {name: _on(device, value) for name, value in current.items()}
 
     optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Return a loaded value on the device; counters stay where they are."""
+    return value.to(device) if isinstance(value, Tensor) and value.dim() else value
 
 
 def _as_saved(current: Any, saved: Any) -> Any:

@@ -94,16 +94,14 @@ def train_in_half(optimizer: torch.optim.Optimizer, seed: int, *, alone: bool) -
         parts = _parts(halves) if alone else [halves]
 
         def widened_step(part: Sequence[Tensor], step: Callable[[], Any]) -> Any:
-            dtypes = {p: p.dtype for p in part}
-            for parameter in part:
-                _widen(parameter, self.state.get(parameter, {}))
+            homes = {p: _widen(p, self.state.get(p, {})) for p in part}
             try:
                 return step()
             finally:
-                for parameter, dtype in dtypes.items():
+                for parameter, home in homes.items():
                     draws = torch.Generator(device=parameter.device)
                     draws.manual_seed(key(seed, "rounding", update, places[parameter]))
-                    _narrow(parameter, self.state.get(parameter, {}), dtype, draws)
+                    _narrow(parameter, self.state.get(parameter, {}), home, draws)
 
         if len(parts) == 1:
             result = widened_step(halves, step if closure is None else lambda: step(closure))
@@ -143,20 +141,24 @@ class HalfGradScaler(torch.amp.GradScaler):
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
 
 
-def _widen(parameter: Tensor, state: dict[str, Any]) -> None:
-    """Convert parameter, gradient and their half-precision state to float32, in place."""
+def _widen(parameter: Tensor, state: dict[str, Any]) -> Tensor:
+    """Convert parameter, gradient and their half-precision state to float32; return the parameter's own memory."""
+    home = parameter.data
     gradient, parameter.grad = parameter.grad, None
     for name, value in state.items():
         if isinstance(value, Tensor) and value.dtype == parameter.dtype:
             state[name] = value.float()
     parameter.data = parameter.data.float()
     parameter.grad = gradient.float()
+    return home
 
 
-def _narrow(parameter: Tensor, state: dict[str, Any], dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Convert the parameter and state of its shape to ``dtype``, in place; free the used gradient."""
+def _narrow(parameter: Tensor, state: dict[str, Any], home: Tensor, generator: torch.Generator) -> None:
+    """Write the rounded parameter to its own memory, and round state of its shape; free the used gradient."""
+    dtype = home.dtype
     parameter.grad = None
-    parameter.data = round_stochastically(parameter.data, dtype, generator)
+    home.copy_(round_stochastically(parameter.data, dtype, generator))
+    parameter.data = home
     for name, value in state.items():
         # rows, columns and counters stay in float32: they are small
         if isinstance(value, Tensor) and value.dtype == torch.float32 and value.shape == parameter.shape:

@@ -74,6 +74,7 @@ class Update:
         fused: parameters that are updated together within the backward pass; ``None`` for the usual step.
         fused_flag: the option that asks for ``fused``, for messages.
         before_update: called before the optimizer uses gradients.
+        settle: waits until the host can read weights that are copied behind the work of the device.
 
     Raises:
         UserError: the optimizer cannot be used in this way.
@@ -94,7 +95,9 @@ class Update:
         fused: Sequence[Part] | None = None,
         fused_flag: str = "--fused_backward_pass",
         before_update: Callable[[], None] | None = None,
+        settle: Callable[[], None] | None = None,
     ) -> None:
+        self.settle = settle or (lambda: None)
         self._accelerator, self._choice, self._settings, self._names = accelerator, choice, settings, names
         optimizer = choice.create(groups)
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
@@ -105,7 +108,7 @@ class Update:
             raise ValueError("a fused update never sees all gradients: it cannot clip, average or scale them")
         alone = (half or fused is not None) and updates_alone(choice, self.parameters[0].device)
         self._settle_memory_formats(choice)
-        keep_state_dtypes(optimizer)
+        keep_state_dtypes(optimizer, accelerator.device)
         if half:
             train_in_half(optimizer, settings.seed, alone=alone)
         if settings.zero is not None:
@@ -187,6 +190,7 @@ class Update:
     def end_step(self, step: int) -> None:
         """Finish ``step``, counted from 1, after all changes of the weights."""
         if self.average is not None:
+            self.settle()
             self.average.update(step)
 
     # ---- between steps ----

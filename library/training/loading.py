@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -122,7 +122,12 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
     plan = memory_plan(run, kind)
     models = _load_models(run, cached, kind, plan)
     options = run.options
-    update = _update(run, kind, kind.attach(models))
+    groups = kind.attach(models)
+    blocks_of = run.architecture.block_lists
+    # trained blocks have their places before the optimizer is made, which must not move them
+    swaps_trained = plan[DENOISER].trained and plan[DENOISER].swapped > 0
+    settle = plan.place(DENOISER, models.denoiser, blocks_of(models.denoiser)) if swaps_trained else None
+    update = _update(run, kind, groups, settle)
     width = save_dtype(options.output)
     check_space(run.names.directory, sum(p.numel() * (width or p.dtype).itemsize for p in update.parameters))
     record = _record(run, kind)
@@ -130,7 +135,8 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
     blocks = run.architecture.compiled_blocks
     if run.sharding is not None:
         shard_model(models.denoiser, blocks, run.sharding, run.device)
-    plan.place(DENOISER, models.denoiser, run.architecture.block_lists(models.denoiser))
+    if settle is None:
+        plan.place(DENOISER, models.denoiser, blocks_of(models.denoiser))
     if options.training.torch_compile:
         precision.compile_denoiser(models.denoiser, blocks, backend=options.training.dynamo_backend)
     losses = _losses(run, models, kind)
@@ -185,14 +191,19 @@ def _load_models(run: Run, cached: Cached, kind: Kind, plan: MemoryPlan) -> Mode
     return models
 
 
-def _update(run: Run, kind: Kind, groups: Sequence[ParameterGroup]) -> Update:
+def _update(run: Run, kind: Kind, groups: Sequence[ParameterGroup], settle: Callable[[], None] | None = None) -> Update:
+    """Make the optimizer and everything around it.
+
+    Args:
+        settle: see ``MemoryPlan.place``; the trained modules then have their places already.
+    """
     options, accelerator, checked = run.options, run.accelerator, run.checked
     if accelerator.is_main_process:
         kind.try_saving(run.names.final(), save_dtype(options.output))
     for module in kind.modules():
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism: adapters work
         # inside the frozen model's forward, see gradient_exchange.py
-        accelerator.prepare_model(module, evaluation_mode=True)
+        accelerator.prepare_model(module, device_placement=settle is None, evaluation_mode=True)
     if not kind.keeps_copies:
         stream_weights(accelerator)
     kind.set_training(True)
@@ -214,6 +225,7 @@ def _update(run: Run, kind: Kind, groups: Sequence[ParameterGroup]) -> Update:
         fused=kind.fused_parts([p for group in groups for p in group.parameters]) if flag else None,
         fused_flag=flag or "",
         before_update=kind.before_update,
+        settle=settle,
     )
 
 

@@ -179,6 +179,7 @@ class StepGuard:
 
     def check(self, step: int) -> BadStep | None:
         """Check weights, averages and optimizer before a save, with all metrics read. Waits for the device."""
+        self._update.settle()
         state = self._update.optimizer.state.values()
         tensors = [*self._parameters, *(v for values in state for v in values.values() if isinstance(v, Tensor))]
         average = self._update.average  # which may be in host memory

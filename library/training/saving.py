@@ -46,6 +46,7 @@ class Saver:
     def save_weights(self, path: Path, *, step: int, epoch: int) -> None:
         """Write the weights, and their averages beside them."""
         self.set_training(False)
+        self._update.settle()
         if self._run.accelerator.is_main_process:
             self._write(path, step, epoch)
             self._wrote(path)
@@ -94,6 +95,7 @@ class Saver:
             origin_epoch=run.plan.origin.epoch,
             written=None if self._written is None else sorted(self._written),
         )
+        self._update.settle()
         # in training mode: schedule-free optimizers resume from their training weights
         save_state(run.accelerator, path, state)
         if run.options.output.save_state_to_huggingface:

@@ -76,6 +76,7 @@ def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) ->
     """
     setup_console(options.console)
     options = architecture.normalized(kind.normalized(options))
+    architecture = architecture.configured(options)
     strict = options.config.strict
     checked = check(architecture, kind, options)
     architecture = checked.architecture

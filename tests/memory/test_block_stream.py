@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
-from library.memory.block_stream import BlockStream, spread, stream_blocks, swapped_counts
+from library.memory.block_stream import _BUFFERS, BlockStream, spread, stream_blocks, swapped_counts
 from library.memory.stored_layers import store_weights
 
 
@@ -180,12 +180,6 @@ def test_without_checkpointing_the_backward_pass_is_refused(form: str) -> None:
         train(model, steps=1)
 
 
-def test_trained_blocks_are_refused() -> None:
-    model = Model().requires_grad_(True)
-    with pytest.raises(ValueError, match="only frozen blocks"):
-        stream_blocks(model, model.lists, 4, torch.device("cpu"))
-
-
 class Streams:
     """The part of ``torch.cuda`` that copies use, for a device whose order of work is looked at."""
 
@@ -246,3 +240,74 @@ def test_order_of_copies_and_computation() -> None:
         "block 4",
         "compute waits for copy 2", "copies waits for compute", "copy 3 on copies", "block 5",
     ]  # fmt: skip
+
+
+# ---- trained blocks ----
+
+
+def whole(model: Model) -> list[Tensor]:
+    """Train the model's own weights, each updated as soon as its gradient is there, as fused updates do."""
+    parameters = list(model.requires_grad_(True).parameters())
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-2) for p in parameters}
+
+    def update(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(update)
+    return parameters
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4])
+def test_trained_blocks_are_copied_back(count: int) -> None:
+    """With sample images between the steps, in which nothing changes."""
+    torch.manual_seed(0)
+    plain, swapped = Model(), Model()
+    expected = whole(plain)
+    swapped.requires_grad_(True)
+    stream = stream_blocks(swapped, swapped.lists, count, torch.device("cpu")) if count else None
+    found = whole(swapped)
+    for step in range(4):
+        batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        for model in (plain, swapped):
+            model(batch).square().mean().backward()
+        before = stream.returned if stream else 0
+        for _ in range(3):
+            with torch.inference_mode():
+                assert torch.equal(plain(batch), swapped(batch))
+        # the two in their buffers at the end of the backward pass at most
+        assert stream is None or stream.returned - before <= 2 * _BUFFERS
+    if stream is not None:
+        stream.settle()
+        waiting = sum(swapped_counts([5, 7], count))
+        assert stream.returned >= 4 * (waiting - 2 * _BUFFERS)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_weights_changed_from_outside_are_kept() -> None:
+    """A rollback writes into weights, some of which are in buffers just then."""
+    model = Model()
+    model.requires_grad_(True)
+    stream_blocks(model, model.lists, 4, torch.device("cpu"))
+    batch = torch.randn(4, 3)
+    with torch.no_grad():
+        model(batch)
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+        first = model(batch)
+        assert all((p == 0.01).all() for p in model.parameters())
+        assert torch.equal(first, model(batch))
+
+
+def test_weights_that_an_optimizer_replaces_are_kept() -> None:
+    model = Model()
+    model.requires_grad_(True)
+    stream_blocks(model, model.lists, 4, torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "data", torch.full_like(p, 0.5)))
+    model(torch.randn(4, 3)).sum().backward()
+    with torch.no_grad():
+        model(torch.randn(4, 3))
+    for parameter in (*model.heavy.parameters(), *model.light.parameters()):
+        assert (parameter == 0.5).all()

@@ -14,6 +14,7 @@ from library.architectures.base import Architecture
 from library.architectures.common.model_writing import refuse_own_source
 from library.architectures.part import DENOISER, text_encoder_name
 from library.architectures.whole_models import SavedModel
+from library.config import block_swap
 from library.data.batch import Batch
 from library.errors import UserError
 from library.optim.fused_backward import Part, by_block, in_groups
@@ -55,7 +56,12 @@ class Full(Kind[Any]):
         training = replace(training, **dict.fromkeys(FP8_OF_DENOISER, False), quantize_base=None)
         if full.diffusers_xformers:
             training = replace(training, xformers=True)
-        return replace(options, dataset=dataset, training=training)
+        options = replace(options, dataset=dataset, training=training)
+        old = (full.double_blocks_to_swap or 0) + (full.single_blocks_to_swap or 0) // 2
+        if not old or block_swap.is_given(options):
+            return options
+        options = replace(options, full=replace(full, double_blocks_to_swap=None, single_blocks_to_swap=None))
+        return block_swap.with_count(options, old)
 
     @classmethod
     def check_options(cls, architecture: Architecture, options: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from library.config import block_swap
 from library.config.arguments import RunOptions, options_of
 from library.config.core.output import OutputOptions
 from library.config.declaration import Declaration, Facts, Finding, error, idle, message, warning
@@ -65,10 +66,10 @@ class FullOptions:
     )
     skip_latents_validity_check: bool = option(False, "old spelling of --skip_cache_check", harmless=True)
     double_blocks_to_swap: int | None = option(
-        None, "old form of --blocks_to_swap", type=int, unit="blocks", neutral=(0,)
+        None, "old form of --blocks_to_swap, to which it is added", type=int, unit="blocks", neutral=(0,), minimum=0
     )
     single_blocks_to_swap: int | None = option(
-        None, "old form of --blocks_to_swap", type=int, unit="blocks", neutral=(0,)
+        None, "the same, of which half is added", type=int, unit="blocks", neutral=(0,), minimum=0
     )
 
 
@@ -240,13 +241,16 @@ def captions_are_padded(o: Any) -> bool:
 #: options that store a frozen denoiser in fp8
 FP8_OF_DENOISER = ("fp8_base", "fp8_base_unet", "fp8_scaled", "fp8_matmul")
 
-_SWAP = "moving blocks to host memory is not supported yet; use --gradient_checkpointing and a fused update"
+
+@idle("double_blocks_to_swap", "single_blocks_to_swap", reason="beside --blocks_to_swap, which wins")
+def new_form_wins(o: Any) -> bool:
+    return block_swap.is_given(o)
+
 
 DECLARATION = Declaration(
     groups={"full": FullOptions},
     rules=(trained_encoders, something_to_train, blocks, forms, fused, stops, no_second_copy),
-    idle=(text_is_frozen, nothing_to_stop, saves_are_streamed, captions_are_padded),
-    refused={"double_blocks_to_swap": _SWAP, "single_blocks_to_swap": _SWAP},
+    idle=(text_is_frozen, nothing_to_stop, saves_are_streamed, captions_are_padded, new_form_wins),
     unused={
         **dict.fromkeys(
             (*FP8_OF_DENOISER, "quantize_base"), "where whole models are trained, for which fp8 is too coarse"
