@@ -223,6 +223,10 @@ class Architecture(WholeModels, ABC):
         made._chosen = groups
         return made
 
+    def guidance_settings(self, settings: ImageSettings) -> Mapping[str, Any]:
+        """Return what the family's guidance needs to know of an image beside its scale, by the names of the feature."""
+        return {}
+
     def for_image(self, settings: ImageSettings) -> Self:
         """Return this family with the settings of one image, such as the guidance of its prompt."""
         return self

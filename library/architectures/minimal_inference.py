@@ -7,7 +7,7 @@ imports torch and models within functions only.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,14 @@ class ImageRequest:
     merge_lora_weights: bool = False
     offload: bool = False
     device: str | None = None
+    prompt_file: str | None = None  # prompts with options, a line each, instead of ``prompt``
+    latent_files: Sequence[str] = ()  # decoded instead
+    image_file: str | None = None  # of the first image, instead of a name of the session's own; ends with .png
+    saves: Collection[str] = ("image",)  # "image", "latent" or both
+    with_metadata: bool = True
+    blocks_to_swap: int = 0
+    lora_patterns: tuple[Sequence[str], Sequence[str]] = ((), ())  # regular expressions: only these names, not these
+    merged_file: str | None = None  # the denoiser with its LoRA, saved instead of images
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class ModelPart:
 
     name: str
     dtype: PartDtype
+    form: str = "fp8"  # of its weights in fp8, see ``library/memory/forms.py``
 
 
 def _unchanged(part: str, module: nn.Module) -> None:

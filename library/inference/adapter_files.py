@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +74,17 @@ def read_choice(text: str, flag: str) -> tuple[Path, float]:
 
 
 def open_adapters(
-    choices: Sequence[tuple[Path, float]], text_encoders: Sequence[nn.Module], denoiser: nn.Module
+    choices: Sequence[tuple[Path, float]],
+    text_encoders: Sequence[nn.Module],
+    denoiser: nn.Module,
+    *,
+    patterns: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> list[AdapterFile]:
     """Read the files and check them against the models.
 
     Args:
+        patterns: regular expressions: only tensors whose names have a match of one of the first are used, if there are
+            any, and none with a match of one of the second.
         text_encoders, denoiser: with their ``LoraTarget``; best on the meta device, because only names and shapes are
         used.
 
@@ -87,7 +94,7 @@ def open_adapters(
     opened = []
     target: LoraTarget = getattr(denoiser, LORA_TARGET)
     for path, strength in choices:
-        weights = read_weights(path)
+        weights = _chosen(read_weights(path), path, *patterns)
         module = importlib.import_module(_module_for(weights, target, path))
         network, weights = module.create_network_from_weights(
             strength, str(path), None, text_argument(text_encoders), denoiser, weights_sd=weights, for_inference=True
@@ -95,6 +102,21 @@ def open_adapters(
         adapts_text, adapts_denoiser = bool(network.text_encoder_loras), bool(network.unet_loras)
         opened.append(AdapterFile(path, strength, weights, module, adapts_text, adapts_denoiser))
     return opened
+
+
+def _chosen(
+    weights: Mapping[str, Tensor], path: Path, include: Sequence[str], exclude: Sequence[str]
+) -> Mapping[str, Tensor]:
+    """Return the tensors whose names the patterns choose. Raises UserError: none is left."""
+    found = {
+        name: tensor
+        for name, tensor in weights.items()
+        if (not include or any(re.search(pattern, name) for pattern in include))
+        and not any(re.search(pattern, name) for pattern in exclude)
+    }
+    if weights and not found:
+        raise UserError(f"{path}: --include_patterns and --exclude_patterns leave none of its {len(weights)} tensors")
+    return found
 
 
 def _module_for(weights: Mapping[str, Tensor], target: LoraTarget, path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,6 +21,7 @@ from library.architectures.base import Conditioning
 from library.architectures.minimal_inference import ImageRequest, MinimalInference, ModelPart, OpenedModel
 from library.diffusion.objective import FLOW_SAMPLERS
 from library.errors import UserError
+from library.inference import latent_files
 from library.inference.adapter_files import adapt, open_adapters, read_choice
 from library.inference.failures import naming_memory
 from library.inference.file_names import FileNames, try_folder
@@ -31,8 +32,9 @@ from library.inference.models import GenerateOptions, ImageModels
 from library.inference.parts import Parts
 from library.inference.plan import PlannedImage, Repetition, plan_images
 from library.inference.png import save_png
-from library.inference.prompt_line import ImagePrompt, parse_minimal_prompt
+from library.inference.prompt_line import ImagePrompt, parse_minimal_prompt, read_minimal_prompts
 from library.inference.settings import ImageSettings, random_seed
+from library.memory.block_stream import stream_blocks, swapped_counts
 from library.memory.stored_layers import store_weights
 
 if TYPE_CHECKING:
@@ -71,7 +73,10 @@ class ImageSession:
         # names and shapes of the whole model: every file is checked before the first weight is read
         self._outlines = self._load_outlines()
         choices = [read_choice(text, inference.lora_flag) for text in request.lora_weights]
-        self._adapters = open_adapters(choices, *self._outlines)
+        self._adapters = open_adapters(choices, *self._outlines, patterns=request.lora_patterns)
+        self._blocks = self._family.block_lists(self._outlines[1])
+        if request.blocks_to_swap:
+            swapped_counts([len(blocks) for blocks in self._blocks], request.blocks_to_swap)
         self._strengths = [file.strength for file in self._adapters]
         self._tokenizers = self._family.load_tokenizers(self._checkpoint)
         loaders = {TEXT: self._load_text_encoders, DENOISER: self._load_denoiser, VAE: self._load_vae}
@@ -101,12 +106,47 @@ class ImageSession:
         settings = planned.settings
         self._set_strengths(planned.multipliers)
         self._encode(settings)
-        image = self._decode(self._sample(settings))
-        path = self._files.next(settings.seed)
+        latents = self._sample(settings)
+        name = self._request.image_file
+        path = self._files.named(name) if name else self._files.next(settings.seed)
         strengths = zip(self._adapters, self._strengths, strict=True)
         network = ", ".join(f"{file.path.name}:{strength:g}" for file, strength in strengths)
-        save_png(image, path, settings.record(model=Path(self._checkpoint.path).name, network=network))
-        logger.info("image: %s (seed %d)", path, settings.seed)
+        record = settings.record(model=Path(self._checkpoint.path).name, network=network)
+        if "latent" in self._request.saves:
+            path = latent_files.write(path.with_suffix(latent_files.SUFFIX), latents, record)
+            logger.info("latents: %s (seed %d)", path, settings.seed)
+        if "image" not in self._request.saves:
+            return path
+        return self._save(latents, path.with_suffix(".png"), record)
+
+    def decode_file(self, file: Path) -> Path:
+        """Decode a file of latents that was saved before, and save the image.
+
+        Raises:
+            UserError: it is no such file, or of another family.
+        """
+        latents, record = latent_files.read(file, self._family.latent.channels)
+        return self._save(latents.to(self._device), self._files.named(self._request.image_file or file.stem), record)
+
+    def _save(self, latents: Tensor, path: Path, record: Mapping[str, str]) -> Path:
+        save_png(self._decode(latents), path, record if self._request.with_metadata else {})
+        logger.info("image: %s (seed %s)", path, record.get("seed", "unknown"))
+        return path
+
+    def save_merged(self, path: Path) -> Path:
+        """Save the denoiser with its adapters merged into it."""
+        denoiser, _ = self._parts.get(DENOISER)
+        self._family.write(
+            path,
+            self._checkpoint,
+            {"denoiser": denoiser},
+            "safetensors",
+            tokenizers=self._tokenizers,
+            dtype=None,
+            metadata={},
+            counters={},
+        )
+        logger.info("merged model: %s", path)
         return path
 
     # each step drops its models, so that the next one can use their memory
@@ -192,12 +232,15 @@ class ImageSession:
         return encoders, self._finished(encoders, parts, encoders, self._outlines[1], self._text_device)
 
     def _load_denoiser(self) -> tuple[nn.Module, list[nn.Module | None]]:
-        part = self._model.denoiser
-        denoiser = self._family.load_denoiser(
-            self._checkpoint, dtype=_compute(part), device=self._loading_device(part, self._device)
-        )
+        part, swapped = self._model.denoiser, self._request.blocks_to_swap
+        place = "cpu" if swapped else self._loading_device(part, self._device)
+        denoiser = self._family.load_denoiser(self._checkpoint, dtype=_compute(part), device=place)
         self._model.prepare("denoiser", denoiser)
-        return denoiser, self._finished([denoiser], [part], self._outlines[0], denoiser, self._device)
+        home = "cpu" if swapped else None
+        networks = self._finished([denoiser], [part], self._outlines[0], denoiser, self._device, home=home)
+        if swapped:  # after everything that changes whole weights
+            stream_blocks(denoiser, self._family.block_lists(denoiser), swapped, self._device)
+        return denoiser, networks
 
     def _load_vae(self) -> nn.Module:
         vae = self._family.load_vae(self._checkpoint, dtype=_compute(self._model.vae), device=str(self._device))
@@ -219,9 +262,14 @@ class ImageSession:
         encoders: Sequence[nn.Module],
         denoiser: nn.Module,
         device: torch.device,
+        home: str | None = None,
     ) -> list[nn.Module | None]:
-        """Convert loaded models, move them to the device and apply their adapters; returns the applied networks."""
-        merge = self._request.merge_lora_weights
+        """Convert loaded models, move them to the device and apply their adapters; returns the applied networks.
+
+        Args:
+            home: where converted models are kept, if not on the device.
+        """
+        merge = self._request.merge_lora_weights or self._request.merged_file is not None
 
         def adapted() -> list[nn.Module | None]:
             is_text = models is encoders
@@ -230,7 +278,8 @@ class ImageSession:
         networks = adapted() if merge else []  # nothing can be merged into fp8
         for model, part in zip(models, parts, strict=True):
             if part.dtype.is_fp8:
-                store_weights(model, "fp8", device)
+                blocks = self._family.block_lists(model) if model is denoiser else ()
+                store_weights(model, part.form, device, home=home, blocks=blocks)
         return networks if merge else adapted()
 
 
@@ -271,10 +320,19 @@ def generate_for(inference: MinimalInference, options: Any, lines: TextIO) -> li
     request = inference.request(options)
     if not request.interactive and re.search(r"\s--[a-z]", request.prompt):
         logger.warning("--prompt is taken as it is; options within a prompt are read with --interactive only")
+    latents = [Path(file) for file in request.latent_files]
     session = ImageSession(inference, open_model(inference, options), request)
-    if not request.interactive:
+    if request.merged_file is not None:
+        return [session.save_merged(Path(request.merged_file))]
+    if latents:
         with naming_memory(MEMORY_REMEDY):
-            return [session.draw(ImagePrompt(request.prompt))]
+            return [session.decode_file(file) for file in latents]
+    if not request.interactive:
+        prompts = [ImagePrompt(request.prompt)]
+        if request.prompt_file is not None:
+            prompts = read_minimal_prompts(Path(request.prompt_file), session.read_prompt)
+        with naming_memory(MEMORY_REMEDY):
+            return [session.draw(prompt) for prompt in prompts]
     default = inference.request(inference.options.from_args(argparse.Namespace())).prompt
     if request.prompt != default:
         logger.warning("--prompt has no effect with --interactive, which reads prompts from the keyboard")

@@ -223,6 +223,18 @@ def parse_minimal_prompt(line: str, *, where: str, size_step: int, options: Sequ
     return ImagePrompt(prompt, **values, own=own)
 
 
+def read_minimal_prompts(path: Path, parse: Callable[[str, str], ImagePrompt]) -> list[ImagePrompt]:
+    """Read a ``.txt`` file of prompts for a minimal inference script: one per line, without blank and ``#`` lines.
+
+    Args:
+        parse: (line, its name in messages) -> prompt.
+
+    Raises:
+        UserError: file missing, not text, empty, or a line is wrong.
+    """
+    return _not_empty([parse(line, where) for where, line in _lines(path)], path)
+
+
 def read_image_prompts(
     path: Path, *, size_multiple: int = 8, options: Sequence[PromptOption] = ()
 ) -> list[ImagePrompt]:

@@ -10,7 +10,7 @@ ABOUT = About(
     instance="HUNYUAN_IMAGE",
     script="hunyuan_image_train_network",
     training=_USE,
-    images="use hunyuan_image_train_network.py with --sample_prompts",
+    images="use hunyuan_image_minimal_inference.py",
     tool_flag=None,
     signs=(
         Sign(("byt5_in.", "double_blocks."), Recognised("a HunyuanImage-2.1 model", _USE, "hunyuan_image")),

@@ -12,6 +12,7 @@ from library.architectures.common.diffusers_folder import read_json
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.recognise import recognise_pipeline, recognise_tensors, refuse_scaled
+from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.sources import in_file
 from library.architectures.common.tensor_files import WeightFile
@@ -98,7 +99,7 @@ def transformer_source(path: Path) -> ModelSource:
         if other is not None:
             raise UserError(f"{path} is {other.what} ({name}); {other.remedy}")
     inner = path / "transformer"
-    file = open_weights(inner if inner.is_dir() else path)
+    file = with_plain_numbers(open_weights(inner if inner.is_dir() else path))
     other = recognise_tensors(file.shapes.keys(), "hunyuan_image")
     if other is not None:
         raise UserError(f"{path} is {other.what}; {other.remedy}")

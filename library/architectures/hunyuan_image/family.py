@@ -42,6 +42,13 @@ from library.architectures.part import DENOISER, VAE, Part, built_by, by_name, t
 if TYPE_CHECKING:
     from transformers import ByT5Tokenizer
 
+    from library.inference.settings import ImageSettings
+
+#: what projected guidance does, if nothing else is asked for; as published
+GUIDANCE = {
+    "apg_start_step_general": 5, "apg_start_step_ocr": 38, "guidance_rescale": 0.0, "guidance_rescale_apg": 0.0,
+}  # fmt: skip
+
 
 class HunyuanImage21(FlowMatching, TransformerFile, Architecture):
     """Tencent Hunyuan 2025, "HunyuanImage 2.1"."""
@@ -70,6 +77,7 @@ class HunyuanImage21(FlowMatching, TransformerFile, Architecture):
     sampling_shift = 5.0
     sample_defaults = MappingProxyType({"width": 512, "height": 512, "sample_steps": 20, "scale": 3.5})
     sample_size_step = 32
+    guidance = "projected_guidance"
 
     # ---- files ----
 
@@ -142,6 +150,16 @@ class HunyuanImage21(FlowMatching, TransformerFile, Architecture):
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
     ) -> Conditioning:
         return text.encode_text(text_encoders, tokens)
+
+    def guidance_settings(self, settings: ImageSettings) -> Mapping[str, Any]:
+        """Return ``start``, ``rescale`` and ``rescale_projected`` of an image; text within it is guided longer."""
+        own = {**GUIDANCE, **settings.own}
+        quotes = bool(text.glyph_text(settings.prompt))
+        return {
+            "start": own["apg_start_step_ocr" if quotes else "apg_start_step_general"],
+            "rescale": own["guidance_rescale"],
+            "rescale_projected": own["guidance_rescale_apg"],
+        }
 
     # ---- latents ----
 

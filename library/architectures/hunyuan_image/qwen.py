@@ -22,6 +22,7 @@ from library.architectures.common.expected import check_layers
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import recognise_tensors, refuse_scaled
+from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes
 from library.errors import UserError
@@ -63,7 +64,7 @@ def qwen_source(path: Path) -> ModelSource:
     Raises:
         UserError: the file holds something else, or is incomplete.
     """
-    file = open_weights(path)
+    file = with_plain_numbers(open_weights(path))
     root = next((root for root in _ROOTS if f"{root}layers.0.self_attn.q_proj.bias" in file.shapes), None)
     if root is None:
         other = recognise_tensors(file.shapes.keys(), "qwen")

@@ -72,7 +72,7 @@ LISTS = (
 )
 
 
-def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_diffusers(state: dict[str, Tensor], sizes: HunyuanSizes = SIZES) -> dict[str, Tensor]:
     out = {}
     for name, tensor in state.items():
         layer, _, leaf = name.rpartition(".")
@@ -84,7 +84,7 @@ def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         root, other, table = next(entry for entry in LISTS if layer.startswith(entry[0]))
         number, _, inner = layer[len(root) + 1 :].partition(".")
         parts = table[inner]
-        rows = [64, 64, 64, 256] if len(parts) == 4 else [len(tensor) // len(parts)] * len(parts)
+        rows = [*[sizes.hidden] * 3, sizes.mlp] if len(parts) == 4 else [len(tensor) // len(parts)] * len(parts)
         for part, piece in zip(parts, tensor.split(rows), strict=True):
             out[f"{other}.{number}.{part}.{leaf}"] = piece
     return out
@@ -101,11 +101,14 @@ def ours() -> HunyuanImage:
 def theirs(model: HunyuanImage) -> nn.Module:
     from diffusers import HunyuanImageTransformer2DModel
 
+    sizes = model.sizes
     other = HunyuanImageTransformer2DModel(
-        in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=16, num_layers=2, num_single_layers=2,
-        num_refiner_layers=2, text_embed_dim=32, text_embed_2_dim=24, rope_axes_dim=(8, 8),
+        in_channels=sizes.channels, out_channels=sizes.channels, num_attention_heads=sizes.heads,
+        attention_head_dim=sizes.head, num_layers=sizes.double_blocks, num_single_layers=sizes.single_blocks,
+        num_refiner_layers=sizes.refiners, text_embed_dim=sizes.context, text_embed_2_dim=sizes.glyphs,
+        rope_axes_dim=(sizes.head // 2, sizes.head // 2), mlp_ratio=sizes.mlp / sizes.hidden,
     )  # fmt: skip
-    other.load_state_dict(to_diffusers(model.state_dict()))
+    other.load_state_dict(to_diffusers(model.state_dict(), sizes))
     return other
 
 
