@@ -28,7 +28,8 @@ def save_png(image: Image, path: Path | str, settings: Mapping[str, str]) -> Non
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    info.add_text("parameters", _parameters(settings))
+    if settings:
+        info.add_text("parameters", _parameters(settings))
     for name, value in settings.items():
         info.add_text(name, value)  # tEXt, or iTXt where Latin-1 does not suffice
     data = io.BytesIO()

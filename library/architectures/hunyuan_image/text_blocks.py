@@ -28,6 +28,13 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(sinusoids(timesteps, self.width).to(dtype))
 
 
+class LayerNorm(nn.LayerNorm):
+    """A layer norm whose weights follow the dtype of its input, which autocast leaves as it is on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class TextProjection(nn.Module):
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
@@ -43,7 +50,7 @@ class GlyphMapper(nn.Module):
 
     def __init__(self, sizes: HunyuanSizes) -> None:
         super().__init__()
-        self.layernorm = nn.LayerNorm(sizes.glyphs)
+        self.layernorm = LayerNorm(sizes.glyphs)
         self.fc1 = nn.Linear(sizes.glyphs, sizes.glyphs_inner)
         self.fc2 = nn.Linear(sizes.glyphs_inner, sizes.glyphs_inner)
         self.fc3 = nn.Linear(sizes.glyphs_inner, sizes.hidden)
@@ -73,10 +80,10 @@ class TokenRefinerBlock(nn.Module):
         super().__init__()
         hidden = sizes.hidden
         self.heads = sizes.heads
-        self.norm1 = nn.LayerNorm(hidden, eps=NORM_EPS)
+        self.norm1 = LayerNorm(hidden, eps=NORM_EPS)
         self.self_attn_qkv = nn.Linear(hidden, 3 * hidden)
         self.self_attn_proj = nn.Linear(hidden, hidden)
-        self.norm2 = nn.LayerNorm(hidden, eps=NORM_EPS)
+        self.norm2 = LayerNorm(hidden, eps=NORM_EPS)
         self.mlp = MLP(sizes, nn.SiLU())
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
