@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import Conditioning
 from library.architectures.minimal_inference import ImageRequest, MinimalInference, ModelPart, OpenedModel
+from library.architectures.whole_models import SavedModel
 from library.diffusion.objective import FLOW_SAMPLERS
 from library.errors import UserError
 from library.inference import latent_files
@@ -136,16 +137,7 @@ class ImageSession:
     def save_merged(self, path: Path) -> Path:
         """Save the denoiser with its adapters merged into it."""
         denoiser, _ = self._parts.get(DENOISER)
-        self._family.write(
-            path,
-            self._checkpoint,
-            {"denoiser": denoiser},
-            "safetensors",
-            tokenizers=self._tokenizers,
-            dtype=None,
-            metadata={},
-            counters={},
-        )
+        self._family.write(path, self._checkpoint, {"denoiser": denoiser}, SavedModel("safetensors"))
         logger.info("merged model: %s", path)
         return path
 

@@ -129,6 +129,8 @@ def _findings(options: Any) -> Iterator[str]:
         )
     if networks.save_merged_model and not networks.lora_weight:
         yield "--save_merged_model: there is nothing to merge; give --lora_weight"
+    if networks.save_merged_model and (memory.fp8 or memory.fp8_scaled or memory.blocks_to_swap):
+        yield "--save_merged_model: not with --fp8, --fp8_scaled or --blocks_to_swap; the model is saved in --dtype"
     if (networks.include_patterns or networks.exclude_patterns) and not networks.lora_weight:
         yield "--include_patterns and --exclude_patterns choose tensors of LoRA files; give --lora_weight"
     for flag in ("include_patterns", "exclude_patterns"):
