@@ -12,8 +12,6 @@ from networks.file_names import PEFT_ROOT
 
 #: names that only files of unsupported families hold
 _OTHERS = {
-    "img_mlp_fc1": "HunyuanImage",
-    "img_mod_linear": "HunyuanImage",
     "lora_unet_blocks_": "Anima",
     "diffusion_model.blocks.": "a video model or Anima",
 }

@@ -32,6 +32,10 @@ TABLES = {
     "lora_chroma_t5xxl": ("flux", "FLUX.1 or Chroma"),
     "lora_sd3_medium_clip_lg_t5xxl": ("sd3", "Stable Diffusion 3"),
     "lora_sd35_medium_clip_lg": ("sd3", "Stable Diffusion 3"),
+    "lora_lumina_embedder_dims": ("lumina", "Lumina-Image 2.0"),
+    "lora_lumina_gemma2": ("lumina", "Lumina-Image 2.0"),
+    "lora_hunyuan_image": ("hunyuan_image", "HunyuanImage-2.1"),
+    "lora_hunyuan_image_split_qkv": ("hunyuan_image", "HunyuanImage-2.1"),
 }
 
 
