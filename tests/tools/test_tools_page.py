@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from library.architectures.sd import SD
+from tests.fixtures.control import random_controlnet, save_original
 from tests.fixtures.pages import commands_of
 from tests.fixtures.runs import ROOT
+from tests.fixtures.tiny_sd import make_tiny_sd
 from tests.fixtures.tiny_yunet import write_tiny_yunet
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
@@ -35,6 +39,12 @@ def test_every_command_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     Image.fromarray(pixels).save("images/one.png")
     Image.fromarray(pixels).save("photo.png")
     Path("images/one.txt").write_text("a face")
+    made = make_tiny_sd(Path("model.safetensors"))
+    found = SD.inspect(
+        str(made.path), v2=False, v_parameterization=False, vae=None, tokenizer_cache_dir=str(made.tokenizer_cache_dir)
+    )
+    unet = SD.load_denoiser(found, dtype=torch.float32, device="cpu")
+    save_original(random_controlnet(unet), Path("control.safetensors"))
     write_tiny_yunet(Path("face_detection_yunet_2023mar.onnx"))
     for command in commands_of(PAGE):
         module = importlib.import_module(command.script.removesuffix(".py").replace("/", "."))
@@ -42,6 +52,7 @@ def test_every_command_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {path.name for path in Path("resized").iterdir()} == {
         *(f"one+{size}.{ending}" for size in ("512x512", "256x256") for ending in ("jpg", "txt")), "one.txt",
     }  # fmt: skip
+    assert Path("original.safetensors").exists() and Path("control_folder/config.json").exists()
     assert Path("edges.png").exists() and Path("edges/one.png").exists()
     sizes = {Image.open(path).size for path in Path("faces").iterdir()}
     assert sizes == {(128, 192), (512, 768)}
