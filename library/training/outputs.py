@@ -74,7 +74,7 @@ def _problem_of(path: Path, *, is_state: bool) -> str:
     try:
         os.lstat(path)
     except FileNotFoundError:
-        return ""
+        return _problem_of_names(path)
     except OSError as error:  # a name that is too long; a file among the folders above
         return f"{path}: cannot be written ({error.strerror}); give another --output_name or --output_dir"
     if not is_state and is_folder_of_weights(path):
@@ -89,6 +89,19 @@ def _problem_of(path: Path, *, is_state: bool) -> str:
         return f"{path}: is a file, but the folder of a state must be written there; {remedy}"
     if not is_state_or_empty(path):
         return f"{path}: this folder holds no state of training, and a state would replace it; {remedy}"
+    return ""
+
+
+def _problem_of_names(path: Path) -> str:
+    """Return why a path in a folder that is still to be made is impossible; empty if it is not."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    for name in path.absolute().relative_to(above).parts:
+        try:  # within a folder that is missing, the system calls no name too long
+            os.lstat(above / name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return f"{path}: cannot be written ({error.strerror}); give another --output_name or --output_dir"
     return ""
 
 

@@ -49,6 +49,8 @@ def test_what_lies_in_the_way(tmp_path: Path) -> None:
         check(state(tmp_path / "images-state"))
     with pytest.raises(UserError, match=f"{'n' * 300}: cannot be written .File name too long"):
         check(weights(tmp_path / ("n" * 300)))
+    with pytest.raises(UserError, match=f"{'n' * 300}: cannot be written .File name too long"):
+        check(weights(tmp_path / "to be made" / ("n" * 300)), tried=False)
     with pytest.raises(UserError, match="file-state/x: cannot be written .Not a directory"):
         check(weights(tmp_path / "file-state" / "x"))
 
