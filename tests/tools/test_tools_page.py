@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from library.architectures.sd import SD
 from tests.fixtures.control import random_controlnet, save_original
+from tests.fixtures.file_tools import saved
 from tests.fixtures.pages import commands_of
 from tests.fixtures.runs import ROOT
 from tests.fixtures.tiny_sd import make_tiny_sd
@@ -45,6 +47,9 @@ def test_every_command_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     unet = SD.load_denoiser(found, dtype=torch.float32, device="cpu")
     save_original(random_controlnet(unet), Path("control.safetensors"))
+    name = "lora_unet_blocks_0_self_attn_q_proj"
+    lora = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    saved(Path("anima_lora.safetensors"), lora)
     write_tiny_yunet(Path("face_detection_yunet_2023mar.onnx"))
     for command in commands_of(PAGE):
         module = importlib.import_module(command.script.removesuffix(".py").replace("/", "."))
@@ -52,6 +57,7 @@ def test_every_command_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {path.name for path in Path("resized").iterdir()} == {
         *(f"one+{size}.{ending}" for size in ("512x512", "256x256") for ending in ("jpg", "txt")), "one.txt",
     }  # fmt: skip
+    assert load_file("anima_again.safetensors").keys() == load_file("anima_lora.safetensors").keys()
     assert Path("original.safetensors").exists() and Path("control_folder/config.json").exists()
     assert Path("edges.png").exists() and Path("edges/one.png").exists()
     sizes = {Image.open(path).size for path in Path("faces").iterdir()}

@@ -1,0 +1,111 @@
+"""Convert a LoRA of Anima to the names that ComfyUI reads, and back.
+
+    python networks/convert_anima_lora_to_comfy.py my_lora.safetensors my_lora_comfyui.safetensors
+    python networks/convert_anima_lora_to_comfy.py --reverse my_lora_comfyui.safetensors my_lora.safetensors
+
+Only names change. Metadata are kept, and their hashes computed again.
+
+Exit codes: 0 converted, 1 the file already has these names, 2 it cannot be converted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+if __package__ in (None, ""):  # run as a script: the repository is one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.config.tool_parser import tool_parser
+from library.errors import UserError, exits_on_user_error
+
+T = TypeVar("T")
+
+#: published prefix -> ComfyUI's
+_PREFIXES = {"lora_unet_": "diffusion_model.", "lora_te_": "text_encoders.qwen3_06b.transformer.model."}
+#: published last part of a tensor's name -> ComfyUI's
+_LEAVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "alpha": "alpha"}
+#: parts of the model's names that have underscores of their own
+_COMPOUND = """
+    adaln_modulation_cross_attn adaln_modulation_mlp adaln_modulation_self_attn adaln_modulation
+    cross_attn self_attn k_norm q_norm k_proj q_proj v_proj o_proj out_proj output_proj up_proj down_proj gate_proj
+    norm_cross_attn norm_mlp norm_self_attn final_layer llm_adapter pos_embedder t_embedder t_embedding_norm x_embedder
+    linear_1 linear_2 embed_tokens input_layernorm post_attention_layernorm
+""".split()
+#: one part, the longest that fits
+_PART = re.compile("|".join([*sorted((rf"{name}(?=_|$)" for name in _COMPOUND), key=len, reverse=True), "[^_]+"]))
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    parser = tool_parser(__doc__)
+    parser.add_argument("src_path", type=str, default=None, help="LoRA to convert")
+    parser.add_argument("dst_path", type=str, default=None, help=".safetensors file to write")
+    parser.add_argument("--reverse", action="store_true", help="convert from ComfyUI's names to the published ones")
+    return parser
+
+
+def comfyui_name(name: str) -> str | None:
+    """Return ComfyUI's name of a tensor with a published name; None for other names."""
+    module, _, leaf = name.partition(".")
+    for published, comfyui in _PREFIXES.items():
+        if module.startswith(published) and leaf in _LEAVES:
+            parts = _PART.findall(module.removeprefix(published))
+            return f"{comfyui}{'.'.join(parts)}.{_LEAVES[leaf]}"
+    return None
+
+
+def published_name(name: str) -> str | None:
+    """Return the published name of a tensor with ComfyUI's name; None for other names."""
+    for published, comfyui in _PREFIXES.items():
+        for leaf, theirs in _LEAVES.items():
+            if name.startswith(comfyui) and name.endswith(f".{theirs}"):
+                module = name.removeprefix(comfyui).removesuffix(f".{theirs}")
+                return f"{published}{module.replace('.', '_')}.{leaf}"
+    return None
+
+
+def renamed(weights: Mapping[str, T], *, reverse: bool) -> tuple[dict[str, T], list[str]]:
+    """Return the tensors under the other names, and those names that are not known and stay."""
+    convert = published_name if reverse else comfyui_name
+    found, unknown = {}, []
+    for name, tensor in weights.items():
+        new = convert(name)
+        if new is None:
+            unknown.append(name)
+        found[new or name] = tensor
+    return found, unknown
+
+
+@exits_on_user_error
+def main(args: argparse.Namespace) -> int:
+    """Convert, print what was done, and return the exit code."""
+    # only now, as torch takes seconds to load
+    from library.files.safetensors_io import is_pickle, read_header
+    from library.files.streamed import check_target
+    from networks.weights import read_weights, write_weights
+
+    source, target = Path(args.src_path), Path(args.dst_path)
+    weights = read_weights(source)
+    check_target(target, "dst_path", sources=[source])
+    state, unknown = renamed(weights, reverse=args.reverse)
+    if len(unknown) == len(weights):
+        there = comfyui_name if args.reverse else published_name
+        names = "the published names" if args.reverse else "ComfyUI's names"
+        if any(there(name) is not None for name in weights):
+            print(f"{source}: already has {names}; nothing to do", file=sys.stderr)
+            return 1
+        raise UserError(f"{source}: not a LoRA of Anima (its first tensor is {next(iter(weights), 'none')})")
+    if unknown:
+        print(f"warning: {len(unknown)} names are not known and stay, such as {unknown[0]}", file=sys.stderr)
+    metadata = {} if is_pickle(source) else dict(read_header(source).metadata)
+    write_weights(target, state, None, metadata or None)
+    print(f"renamed {len(state) - len(unknown)} of {len(state)} tensors\nwritten: {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(setup_parser().parse_args()))
