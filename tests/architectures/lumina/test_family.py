@@ -110,7 +110,10 @@ def test_published_names_and_shapes() -> None:
     [
         (lambda s: s.pop("cap_embedder.0.weight"), r"not a Lumina-Image 2.0 transformer"),
         (lambda s: s.pop("layers.1.attention.qkv.weight"), "1 of the transformer's tensors are missing"),
-        (lambda s: s.update({"layers.0.feed_forward.w1.weight_scale": torch.ones(1)}), r"w1.weight_scale is a scale, and .*has no fp8 numbers"),
+        (
+            lambda s: s.update({"layers.0.feed_forward.w1.weight_scale": torch.ones(1)}),
+            r"w1.weight_scale is a scale, and .*has no fp8 numbers",
+        ),
         (lambda s: s.update({"x_embedder.weight": s["x_embedder.weight"] / 0}), "holds NaN or infinity"),
     ],
 )
