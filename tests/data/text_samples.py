@@ -53,6 +53,9 @@ class Encoders:
         self.loaded += 1
         return ["encoder"]
 
+    def worded(self, text: str, role: str) -> str:
+        return text
+
     def caption_length(
         self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
     ) -> CaptionLength:
