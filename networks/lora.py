@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from library.architectures.lora_target import LoraTarget
-from library.architectures.sd import SD
+from library.architectures.registry import default_architecture
 from library.errors import UserError
 from networks.adapter_module import AdapterModule, Dropouts
 from networks.base import AdapterNetwork, NetworkPart, RateGroup, as_list
@@ -53,8 +53,9 @@ if TYPE_CHECKING:
 
 DEFAULT_RANK = 4
 
-#: models that no family has loaded count as SD 1.x/2.x
-TEXT_ENCODER, UNET = SD.text_encoder_targets[0], SD.denoiser_target
+#: models that no family has loaded count as those of the default one
+_FAMILY = default_architecture()
+TEXT_ENCODER, UNET = _FAMILY.text_encoder_targets[0], _FAMILY.denoiser_target
 
 
 class LoraNetwork(AdapterNetwork):

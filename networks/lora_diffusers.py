@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     for file in demonstrate(
         args.model_id,
         weights,
-        sdxl=args.sdxl,
+        flag="sdxl" if args.sdxl else "",
         prompt=args.prompt,
         negative_prompt=args.negative_prompt,
         seed=args.seed,

@@ -63,14 +63,16 @@ def main(args: argparse.Namespace) -> None:
     # only now, as torch takes seconds to load
     import torch
 
-    from library.architectures.sd import SD
+    from library.architectures.registry import default_architecture
+
+    family = default_architecture()
     from networks.lora import create_network_from_weights
     from networks.weights import read_weights
 
     weights = read_weights(file)
-    if not any(name.startswith(SD.text_encoder_targets[0].prefix) for name in weights):
+    if not any(name.startswith(family.text_encoder_targets[0].prefix) for name in weights):
         raise UserError(f"--model {file}: has nothing for the text encoder, so that no token changes")
-    checkpoint = SD.inspect(
+    checkpoint = family.inspect(
         args.sd_model, v2=args.v2, v_parameterization=args.v2, vae=None, tokenizer_cache_dir=args.tokenizer_cache_dir
     )
     layers = checkpoint.info.settings["text_layers"]
@@ -78,10 +80,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--clip_skip {args.clip_skip}: the text encoder has {layers} layers; give 1 to {layers}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
-    (tokenizer,) = SD.load_tokenizers(checkpoint)
-    (encoder,) = SD.load_text_encoders(checkpoint, dtype=dtype, device=device)
+    (tokenizer,) = family.load_tokenizers(checkpoint)
+    (encoder,) = family.load_text_encoders(checkpoint, dtype=dtype, device=device)
     # names and shapes alone: the denoiser in the file is checked but not used
-    denoiser = SD.load_denoiser(checkpoint, dtype=dtype, device="meta")
+    denoiser = family.load_denoiser(checkpoint, dtype=dtype, device="meta")
     tokens = torch.arange(max(tokenizer.all_special_ids) + 1)
     before = encodings(encoder, tokenizer, tokens, args.batch_size, args.clip_skip)
     network, _ = create_network_from_weights(1.0, str(file), None, encoder, denoiser, weights, for_inference=True)

@@ -13,9 +13,11 @@ from __future__ import annotations
 import re
 
 from library.architectures.lora_target import BlockNumbering
-from library.architectures.sd import SD
+from library.architectures.registry import default_architecture
 
-SD_BLOCKS: BlockNumbering = SD.denoiser_target.blocks
+_NUMBERING = default_architecture().denoiser_target.blocks
+assert _NUMBERING is not None
+SD_BLOCKS: BlockNumbering = _NUMBERING
 
 _LEVEL_SIZE = 3  # input or output blocks per resolution level
 _DOWN = re.compile(r"down_blocks\.(\d+)\.(attentions|resnets|downsamplers)\.(\d+)\.")

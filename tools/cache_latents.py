@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.architectures.tool_families import cache_options  # noqa: E402
 from library.config.config_file import read_args  # noqa: E402
 from library.lazy_imports import made_by  # noqa: E402
 from library.training.cache_tool_options import (  # noqa: E402
     CAPTION_AND_BATCH_OPTIONS,
-    FLUX_MODEL_OPTIONS,
     SHARED_OPTIONS,
     TEXT_CACHE_OPTIONS,
     CacheToolOptions,
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from library.training.caching import CacheJob
 
 #: options that matter
-RELEVANT = SHARED_OPTIONS - CAPTION_AND_BATCH_OPTIONS - TEXT_CACHE_OPTIONS | FLUX_MODEL_OPTIONS | {"vae", "no_half_vae"}
+RELEVANT = (
+    SHARED_OPTIONS - CAPTION_AND_BATCH_OPTIONS - TEXT_CACHE_OPTIONS | cache_options(text=False) | {"vae", "no_half_vae"}
+)
 
 
 def setup_parser() -> argparse.ArgumentParser:

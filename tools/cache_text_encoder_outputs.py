@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.architectures.tool_families import cache_options  # noqa: E402
 from library.config.config_file import read_args  # noqa: E402
 from library.lazy_imports import made_by  # noqa: E402
 from library.training.cache_tool_options import (  # noqa: E402
-    FLUX_MODEL_OPTIONS,
-    FLUX_TEXT_OPTIONS,
     LATENT_CACHE_OPTIONS,
     SHARED_OPTIONS,
     CacheToolOptions,
@@ -35,8 +34,7 @@ if TYPE_CHECKING:
 #: options that matter
 RELEVANT = (
     SHARED_OPTIONS - LATENT_CACHE_OPTIONS
-    | FLUX_MODEL_OPTIONS
-    | FLUX_TEXT_OPTIONS
+    | cache_options(text=True)
     | {"max_token_length", "clip_skip", "weighted_captions"}
 )
 

@@ -21,11 +21,13 @@ import argparse
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.architectures.tool_families import chosen_family
 from library.config.config_file import read_args
 from library.config.console import setup_console
 from library.data.report import options as check_options
@@ -45,11 +47,10 @@ def main(args: argparse.Namespace) -> int:
     """Check, write what is asked for, and return the exit code."""
     wanted = check_options.CheckOptions.from_args(args)
     options = AllTrainingOptions.from_args(args)
+    chosen = chosen_family(args, options.family)
     setup_console(options.console)
     # only now, as torch takes seconds to load
-    from library.architectures.flux import FLUX
-    from library.architectures.sd import SD
-    from library.architectures.sdxl import SDXL
+    from library.architectures.registry import architecture
     from library.data.report.page import make_page
     from library.data.report.survey import check_data
     from library.data.report.tables import print_report
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     ignored = check_options.not_looked_at(options)
     if ignored:
         logger.info("ignored, as it does not concern the data: %s", ", ".join(ignored))
-    family = (SDXL if wanted.sdxl else FLUX if wanted.flux else SD).configured(options)
+    family = architecture(chosen.folder).configured(replace(options, family=chosen.options))
     report = check_data(options, wanted, family)
     print_report(report)
     if wanted.html is not None:

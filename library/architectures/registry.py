@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from library.architectures.base import Architecture
     from library.architectures.minimal_inference import MinimalInference
     from library.architectures.signs import About
+    from library.config.declaration import Declaration
 
 #: folders of the families, in the order in which files are compared with them: the most specific names first
 FOLDERS = (
@@ -39,6 +40,11 @@ def abouts() -> Iterator[About]:
     return map(about, FOLDERS)
 
 
+def declaration(folder: str) -> Declaration:
+    """Return the own options of a family; no model is imported."""
+    return importlib.import_module(f"{__package__}.{folder}.options").DECLARATION
+
+
 def architecture(folder: str) -> Architecture:
     """Return the family of a folder; its models are imported."""
     return getattr(importlib.import_module(f"{__package__}.{folder}"), about(folder).instance)
@@ -49,10 +55,14 @@ def architectures() -> Iterator[Architecture]:
     return map(architecture, FOLDERS)
 
 
+def default_architecture() -> Architecture:
+    """Return the family that tools take where no flag names another, which networks without a family are for."""
+    return architecture(next(folder for folder in FOLDERS if not about(folder).tool_flag))
+
+
 def by_tool_flag() -> dict[str, Architecture]:
     """Return the families by the flag that tools for several families know them by; "" is the one without a flag."""
-    flags = {folder: about(folder).tool_flag for folder in FOLDERS}
-    return {flag: architecture(folder) for folder, flag in flags.items() if flag is not None}
+    return {about(folder).tool_flag: architecture(folder) for folder in FOLDERS}
 
 
 def tool_flags() -> list[str]:

@@ -29,8 +29,8 @@ class About:
         script: name of its LoRA script, without ``.py``.
         training: the remedy of its signs, which names all scripts that train it.
         images: the same with the program that generates with it.
-        tool_flag: the flag for this family in tools for several families, without dashes; "" for the default family,
-            ``None`` if they do not have one.
+        title: name for people.
+        tool_flag: the flag for this family in tools for several families, without dashes; "" for the default family.
         signs: how to recognize single files; the first that fits wins.
         pipelines: beginnings of ``_class_name`` in model_index.json, and what such a folder is.
         adapter_keys: ``AdapterFamily.key`` of its adapters, the values of the tools' ``--family``.
@@ -40,9 +40,14 @@ class About:
     script: str
     training: str
     images: str
-    tool_flag: str | None
+    title: str
+    tool_flag: str
     signs: tuple[Sign, ...]
     pipelines: tuple[tuple[str, Recognised], ...]
     adapter_keys: tuple[str, ...]
+    #: own options that name its files and say what they are
+    model_options: tuple[str, ...] = ()
+    #: own options that encoded captions depend on
+    text_options: tuple[str, ...] = ()
     #: whether gen_img.py generates with it
     in_gen_img: bool = False

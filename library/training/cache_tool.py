@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import ClassVar
 
 from library.architectures.base import Architecture
-from library.architectures.registry import by_tool_flag, tool_flags
+from library.architectures.registry import architecture as registry_architecture
+from library.architectures.tool_families import chosen_family
 from library.config.console import setup_console
 from library.config.core import CORE
 from library.config.core.output import needs_output
@@ -23,10 +24,9 @@ from library.config.rules import check as check_rules
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
 from library.data.unread_captions import unread_captions
-from library.errors import UserError, exits_on_user_error
+from library.errors import exits_on_user_error
 from library.interrupt import Interrupt
-from library.training.cache_tool_options import CacheToolOptions, names_of
-from library.training.cache_tool_options import FamilyToolOptions as _FamilyOptions
+from library.training.cache_tool_options import CacheToolOptions
 from library.training.caching import CacheJob, inspect_model
 from library.training.debug_dataset import show_dataset
 from library.training.processes import finalizing, make_accelerator, weight_dtype
@@ -63,7 +63,8 @@ class CacheTool(ABC):
         given = CacheToolOptions.from_args(args)
         setup_console(given.console)
         with Interrupt("stopping: what is being encoded is finished and written") as interrupt:
-            architecture = self._family(given).configured(given)
+            chosen = chosen_family(given.tool, given.family)
+            architecture = registry_architecture(chosen.folder).configured(replace(given, family=chosen.options))
             options, ignored = given.narrowed(self.relevant)
             if ignored:
                 logger.info("no effect on %s: %s", self.product, ", ".join(f"--{name}" for name in ignored))
@@ -94,18 +95,3 @@ class CacheTool(ABC):
             weight_dtype=weight_dtype(options.training),
             interrupt=interrupt,
         )
-
-    def _family(self, options: CacheToolOptions) -> Architecture:
-        """Return the chosen family. Raises UserError for two families, and for options of others."""
-        chosen = [flag for flag in tool_flags() if getattr(options.tool, flag)]
-        if len(chosen) > 1:
-            flags = " and ".join(f"--{flag}" for flag in reversed(chosen))
-            raise UserError(f"{flags} exclude each other: give the one that the model is")
-        flag = chosen[0] if chosen else ""
-        own = names_of(_FamilyOptions)
-        if flag != "flux" and (
-            others := [name for name in own if getattr(options.family, name) != getattr(_FamilyOptions, name)]
-        ):
-            names = ", ".join(f"--{name}" for name in sorted(others))
-            raise UserError(f"{names}: only for FLUX.1; remove it, or add --flux")
-        return by_tool_flag()[flag]

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from library.architectures.tool_families import family_options, family_switches
 from library.config.arguments import (
     ConfigFileOptions,
     ConsoleOptions,
@@ -20,46 +21,34 @@ from library.config.arguments import (
     with_groups,
 )
 from library.config.fields import option
-from library.config.flow import FlowOptions, WeightingOptions
 from library.config.help import split_doc
 from library.training.kinds.adapter_options import TrainNetworkOptions
 
 O = TypeVar("O", bound="CacheToolOptions")  # noqa: E741
 
 
-@dataclass(frozen=True)
-class ToolOptions:
-    """Caching."""
-
-    sdxl: bool = option(False, "the model is Stable Diffusion XL")
-    flux: bool = option(False, "the model is FLUX.1")
-    skip_existing: bool = option(
-        False, "skip images with an existing cache file, without checking it (as --skip_cache_check)"
-    )
-
-
-@dataclass(frozen=True)
-class FamilyToolOptions(FlowOptions, WeightingOptions):
-    """Options of FLUX.1 and Stable Diffusion 3 alone."""
-
-    blocks_to_swap: int | None = option(None, "blocks kept in host memory", type=int)
-    clip_l: str | None = option(None, "CLIP-L file")
-    t5xxl: str | None = option(None, "T5-XXL file")
-    t5xxl_dtype: str | None = option(None, "precision of T5-XXL")
-    ae: str | None = option(None, "autoencoder file")
-    controlnet_model_name_or_path: str | None = option(None, "ControlNet file")
-    t5xxl_max_token_length: int | None = option(None, "tokens of a caption for T5-XXL", type=int)
-    apply_t5_attn_mask: bool = option(False, "mask the padding tokens of T5-XXL")
-    guidance_scale: float = option(3.5, "guidance of FLUX.1 dev", type=float)
-    model_type: str = option("flux", "kind of FLUX model", choices=["flux", "chroma"])
+ToolOptions = dataclasses.make_dataclass(
+    "ToolOptions",
+    [
+        *family_switches("the model is"),
+        (
+            "skip_existing",
+            bool,
+            option(False, "skip images with an existing cache file, without checking it (as --skip_cache_check)"),
+        ),
+    ],
+    namespace={"__doc__": "Caching."},
+    frozen=True,
+)
+FamilyToolOptions = family_options()
 
 
 @dataclass(frozen=True)
 class CacheToolOptions(TrainNetworkOptions):
     """All options of a caching tool, by group."""
 
-    tool: ToolOptions
-    family: FamilyToolOptions
+    tool: Any  # of ``ToolOptions``
+    family: Any  # of ``FamilyToolOptions``
 
     @classmethod
     def groups(cls) -> dict[str, type]:
@@ -79,15 +68,8 @@ class CacheToolOptions(TrainNetworkOptions):
         return dataclasses.replace(self, **changed), dropped
 
 
-@dataclass(frozen=True)
-class AllFamilyOptions(FamilyToolOptions):
-    """Options of FLUX.1 alone."""
-
-    split_mode: bool = option(False, "an old way of saving memory")
-
-
 #: the options of training adapters, of every family: what a tool takes that checks the data of any training command
-AllTrainingOptions = with_groups(TrainNetworkOptions, {"family": AllFamilyOptions})
+AllTrainingOptions = with_groups(TrainNetworkOptions, {"family": FamilyToolOptions})
 
 
 def names_of(*groups: type) -> frozenset[str]:
@@ -101,13 +83,8 @@ SHARED_OPTIONS = (
     - {"max_data_loader_n_workers", "persistent_data_loader_workers"}
 ) | {
     "pretrained_model_name_or_path", "v2", "v_parameterization", "tokenizer_cache_dir", "mixed_precision",
-    "disable_mmap_load_safetensors", "ddp_timeout", "highvram", "sdxl", "flux", "skip_existing",
-}  # fmt: skip
-
-#: options that name the files of a FLUX.1 or Chroma model
-FLUX_MODEL_OPTIONS = frozenset({"model_type", "clip_l", "t5xxl", "ae"})
-#: options of encoding its captions
-FLUX_TEXT_OPTIONS = frozenset({"t5xxl_max_token_length", "apply_t5_attn_mask"})
+    "disable_mmap_load_safetensors", "ddp_timeout", "highvram",
+} | names_of(ToolOptions)  # fmt: skip
 
 #: data options of caching latents
 LATENT_CACHE_OPTIONS = frozenset({"cache_latents", "cache_latents_to_disk", "vae_batch_size"})

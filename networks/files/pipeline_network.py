@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from library.architectures.common.ldm_unet import ldm_unet_layout
+from library.architectures.common.latent_diffusion import LatentDiffusion
 from library.architectures.lora_target import LORA_TARGET
-from library.architectures.sd import SD
-from library.architectures.sdxl import SDXL
+from library.architectures.registry import architectures, by_tool_flag
 from library.errors import UserError
 from library.files.atomic import atomic_path
 from networks.base import as_list
@@ -86,17 +84,21 @@ class PipelineNetwork:
         self.network.restore_weights()
 
 
+def families() -> Iterator[LatentDiffusion]:
+    """Yield the families with a U-Net of diffusers."""
+    return (family for family in architectures() if isinstance(family, LatentDiffusion))
+
+
 def mark_targets(text_encoders: Sequence[nn.Module], unet: nn.Module) -> None:
     """Say which family the models are of, as its own loaders do; the U-Net's configuration tells."""
     if getattr(unet, LORA_TARGET, None) is not None:
         return
-    is_sdxl = getattr(unet.config, "addition_embed_type", None) == "text_time"
-    family = SDXL if is_sdxl else SD
+    kind = getattr(unet.config, "addition_embed_type", None)
+    family = next(family for family in families() if family.addition_embed_type == kind)
     if len(text_encoders) not in (0, len(family.text_encoder_targets)):
         needed = len(family.text_encoder_targets)
         raise UserError(f"{len(text_encoders)} text encoders are given where the model has {needed}")
-    file_path = ldm_unet_layout(unet.config).keys.to_file if is_sdxl else None
-    setattr(unet, LORA_TARGET, replace(family.denoiser_target, file_path=file_path))
+    setattr(unet, LORA_TARGET, family.denoiser_target_of(unet))
     for encoder, target in zip(text_encoders, family.text_encoder_targets, strict=False):
         setattr(encoder, LORA_TARGET, target)
 
@@ -105,11 +107,12 @@ def mark_targets(text_encoders: Sequence[nn.Module], unet: nn.Module) -> None:
 
 
 def demonstrate(
-    model_id: str, lora: Path, *, sdxl: bool, prompt: str, negative_prompt: str, seed: int, **settings: Any
+    model_id: str, lora: Path, *, flag: str, prompt: str, negative_prompt: str, seed: int, **settings: Any
 ) -> Iterator[Path]:
     """Generate an image for each state of the LoRA; files are in the working folder.
 
     Args:
+        flag: of the family, as tools know it.
         settings: of the pipeline's call, such as ``num_inference_steps``.
 
     Raises:
@@ -120,7 +123,9 @@ def demonstrate(
     weights = read_weights(lora)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
-    kind = diffusers.StableDiffusionXLPipeline if sdxl else diffusers.StableDiffusionPipeline
+    family = by_tool_flag()[flag]
+    assert isinstance(family, LatentDiffusion)
+    kind = getattr(diffusers, family.pipeline_class)
     try:
         pipe = kind.from_pretrained(model_id, torch_dtype=dtype).to(device)
     except (OSError, ValueError) as error:
@@ -136,7 +141,8 @@ def demonstrate(
         return path
 
     yield image("original")
-    encoders = [pipe.text_encoder, pipe.text_encoder_2] if sdxl else [pipe.text_encoder]
+    names = ("text_encoder", "text_encoder_2")[: len(family.text_encoder_targets)]
+    encoders = [getattr(pipe, name) for name in names]
     network = PipelineNetwork(encoders, pipe.unet, weights)
     network.load_state_dict(weights)
     network.to(device, dtype)

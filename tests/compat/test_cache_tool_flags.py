@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from library.architectures.tool_families import family_flags, family_options
 from library.config.arguments import build_parser
 from library.training.kinds.adapter_options import TrainNetworkOptions
 from tools import cache_latents, cache_text_encoder_outputs
@@ -29,6 +30,7 @@ def test_no_flag_is_missing_or_new(tool: str) -> None:
     assert len(published(tool)) == COUNTS[tool]
     training = build_parser(list(TrainNetworkOptions.groups().values()), description=None, epilog=None)
     known = {action.dest for action in training._actions} | {o["dest"] for name in TOOLS for o in published(name)}
+    known |= {*family_options().__dataclass_fields__, *family_flags()}
     assert {option["dest"] for option in published(tool)} <= set(actions(tool)) <= known
 
 
@@ -70,7 +72,10 @@ def test_help_shows_what_matters_only(tool: str, relevant: set[str], there: set[
     ("words", "message"),
     [
         (["--flux", "--sdxl"], "--sdxl and --flux exclude each other"),
-        (["--t5xxl", "t5.safetensors"], "--t5xxl: only for FLUX.1; remove it, or add --flux"),
+        (
+            ["--t5xxl", "t5.safetensors"],
+            "--t5xxl: not for Stable Diffusion 1.x and 2.x; remove it, or add --flux or --sd3",
+        ),
     ],
 )
 @pytest.mark.parametrize("tool", TOOLS)

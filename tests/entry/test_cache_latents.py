@@ -26,7 +26,6 @@ ONLY_TRAINING = ("output_dir", "output_name", "network_module", "network_dim", "
 
 
 def tool_arguments(tiny: Tiny, dataset: Path, **more: object) -> list[object]:
-    tiny.needs_cache_tools()
     without = dict.fromkeys((*ONLY_TRAINING, "learning_rate", "max_data_loader_n_workers"))
     return [*tiny.words(dataset, Path(), **{**without, **more}), *tiny.family.tool_flags]
 
@@ -100,7 +99,10 @@ def test_ctrl_c_keeps_what_is_made(tmp_path: Path, tiny: Tiny) -> None:
     ("flags", "words"),
     [
         (["--flux", "--clip_l", "l", "--t5xxl", "t5"], ["--ae: name the autoencoder"]),
-        (["--ae", "ae.safetensors", "--clip_l", "l.safetensors"], ["--ae, --clip_l", "only for FLUX.1"]),
+        (
+            ["--ae", "ae.safetensors", "--clip_l", "l.safetensors"],
+            ["--ae, --clip_l", "not for Stable Diffusion 1.x and 2.x"],
+        ),
         (["--sdxl", "--flux"], ["--sdxl and --flux exclude each other"]),
         (["--vae_batch_siez", "2"], ["--vae_batch_siez", 'did you mean "--vae_batch_size"']),
         (["--vae_batch_size", "-1"], ["--vae_batch_size -1", "at least 1"]),

@@ -26,7 +26,6 @@ def made(tmp_path: Path) -> set[str]:
 
 def test_training_finds_what_the_tool_made(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
     # one set of flags serves both; those of the network and latents have no effect on the tool
-    tiny.needs_cache_tools()
     words = tiny.words(
         dataset,
         tmp_path / "out",
@@ -57,7 +56,6 @@ def test_training_finds_what_the_tool_made(tmp_path: Path, tiny: Tiny, dataset: 
 @pytest.mark.parametrize("script", [TOOL, None], ids=["tool", "training"])
 def test_processes_share_the_encoding(tmp_path: Path, tiny: Tiny, dataset: Path, script: str | None) -> None:
     """On disk, and in memory, where each process needs all outputs."""
-    tiny.needs_cache_tools()
     words = tiny.words(
         dataset,
         tmp_path / "out",

@@ -158,9 +158,9 @@ def test_names_and_shapes_of_flux_equal_the_published_tables(flux_models, name):
 
 def sd3_models(checkpoint: str):
     """CLIP-L, CLIP-G, T5-XXL and the transformer in their published sizes, on the meta device."""
-    from library.architectures.base import LORA_TARGET
     from library.architectures.common.clip import build_clip_with_projection, infer_clip_config
     from library.architectures.common.t5 import build_t5, infer_t5_config
+    from library.architectures.lora_target import LORA_TARGET
     from library.architectures.sd3.model import MMDiT
     from library.architectures.sd3.names import PREFIX
     from library.architectures.sd3.sizes import infer_sizes

@@ -98,6 +98,13 @@ def _own_names(build: Callable[[], nn.Module]) -> TensorLayout:
     return TensorLayout(KeyMap((name, name) for name in sorted(names)))
 
 
+class HasConfig(Protocol):
+    """A U-Net of diffusers, or its source."""
+
+    @property
+    def config(self) -> Any: ...
+
+
 class HasUnetAndVae(Protocol):
     """A family's checkpoint."""
 
@@ -111,14 +118,17 @@ class LatentDiffusion(Architecture):
     """Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv:2112.10752)."""
 
     compiled_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
+    #: diffusers' class of its pipelines, and of their U-Nets' configuration what no other family has
+    pipeline_class: str
+    addition_embed_type: str | None = None
 
     # ---- files ----
 
     def vae_identity(self, checkpoint: HasUnetAndVae) -> str:
         return vae_identity(checkpoint.vae)
 
-    def denoiser_target_of(self, source: ModelSource) -> LoraTarget:
-        """Return the adapter target of this U-Net; file names may depend on its sizes."""
+    def denoiser_target_of(self, unet: HasConfig) -> LoraTarget:
+        """Return the adapter target of a U-Net, or of its source; file names may depend on its sizes."""
         return self.denoiser_target
 
     # ---- whole models ----

@@ -11,6 +11,7 @@ ABOUT = About(
     script="flux_train_network",
     training=_USE,
     images="use flux_minimal_inference.py",
+    title="FLUX.1 or Chroma",
     tool_flag="flux",
     signs=(
         Sign(("distilled_guidance_layer.",), Recognised("a Chroma checkpoint", _USE, "flux")),
@@ -23,4 +24,6 @@ ABOUT = About(
         ("Chroma", Recognised("a Chroma model", _USE, "flux")),
     ),
     adapter_keys=("flux", "chroma"),
+    model_options=("model_type", "clip_l", "t5xxl", "ae"),
+    text_options=("t5xxl_max_token_length", "apply_t5_attn_mask"),
 )

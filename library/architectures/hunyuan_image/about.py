@@ -11,7 +11,8 @@ ABOUT = About(
     script="hunyuan_image_train_network",
     training=_USE,
     images="use hunyuan_image_minimal_inference.py",
-    tool_flag=None,
+    title="HunyuanImage-2.1",
+    tool_flag="hunyuan_image",
     signs=(
         Sign(("byt5_in.", "double_blocks."), Recognised("a HunyuanImage-2.1 model", _USE, "hunyuan_image")),
         Sign(
@@ -25,4 +26,6 @@ ABOUT = About(
     ),
     pipelines=(("HunyuanImage", Recognised("a HunyuanImage-2.1 model", _USE, "hunyuan_image")),),
     adapter_keys=("hunyuan_image",),
+    model_options=("text_encoder", "byt5", "vae", "vae_chunk_size"),
+    text_options=("fp8_vl", "text_encoder_cpu"),
 )

@@ -11,6 +11,7 @@ ABOUT = About(
     script="train_network",
     training=_USE,
     images="use gen_img.py",
+    title="Stable Diffusion 1.x and 2.x",
     tool_flag="",
     signs=(
         Sign(

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 class StableDiffusion(LatentDiffusion):
     name = "sd"
+    pipeline_class = "StableDiffusionPipeline"
     latent = LatentFormat(
         channels=4, stride=8, scale=0.18215, shift=0.0, cache_suffix="_sd.npz", multi_resolution=False
     )

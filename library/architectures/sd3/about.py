@@ -11,7 +11,8 @@ ABOUT = About(
     script="sd3_train_network",
     training=_USE,
     images="use sd3_minimal_inference.py",
-    tool_flag=None,
+    title="Stable Diffusion 3",
+    tool_flag="sd3",
     signs=(
         Sign(("joint_blocks.",), Recognised("a Stable Diffusion 3 checkpoint", _USE, "sd3")),
         Sign(
@@ -20,4 +21,6 @@ ABOUT = About(
     ),
     pipelines=(("StableDiffusion3", Recognised("a Stable Diffusion 3 model", _USE, "sd3")),),
     adapter_keys=("sd3",),
+    model_options=("clip_l", "clip_g", "t5xxl"),
+    text_options=("t5xxl_device", "t5xxl_dtype", "t5xxl_max_token_length", "apply_lg_attn_mask", "apply_t5_attn_mask"),
 )

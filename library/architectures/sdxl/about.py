@@ -11,6 +11,7 @@ ABOUT = About(
     script="sdxl_train_network",
     training=_USE,
     images="use gen_img.py --sdxl",
+    title="Stable Diffusion XL",
     tool_flag="sdxl",
     signs=(
         Sign(

@@ -18,6 +18,7 @@ from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.latent_diffusion import (
     CLIP_MODULES,
     NOISE_SETTINGS,
+    HasConfig,
     LatentDiffusion,
     text_part,
     unet_part,
@@ -41,6 +42,8 @@ from library.randomness import Draw
 
 class StableDiffusionXL(LatentDiffusion):
     name = "sdxl"
+    pipeline_class = "StableDiffusionXLPipeline"
+    addition_embed_type = "text_time"
     latent = LatentFormat(
         channels=4,
         stride=8,
@@ -85,9 +88,9 @@ class StableDiffusionXL(LatentDiffusion):
     def text_identity(self, checkpoint: SDXLCheckpoint) -> WeightsIdentity:
         return weights_identity(checkpoint.text_encoders, checkpoint.tokenizer_folders)
 
-    def denoiser_target_of(self, source: ModelSource) -> LoraTarget:
+    def denoiser_target_of(self, unet: HasConfig) -> LoraTarget:
         # adapter files use the original names: lora_unet_input_blocks_4_1_...
-        return replace(self.denoiser_target, file_path=ldm_unet_layout(source.config).keys.to_file)
+        return replace(self.denoiser_target, file_path=ldm_unet_layout(unet.config).keys.to_file)
 
     # ---- whole models ----
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from library.architectures.tool_families import cache_options, family_switches
 from library.config.arguments import DatasetOptions, ModelOptions, RunOptions, TrainingOptions, build_parser, flat
 from library.config.fields import option
 from library.config.help import split_doc
@@ -18,8 +19,6 @@ from library.errors import UserError
 class CheckOptions:
     """Report."""
 
-    sdxl: bool = option(False, "the data are for Stable Diffusion XL, whose buckets are multiples of 32 pixels")
-    flux: bool = option(False, "the data are for FLUX.1 or Chroma, whose buckets are multiples of 16 pixels")
     html: Path | None = option(None, "write the report as one HTML file with small images in it", type=Path)
     json: Path | None = option(None, "write everything that was found as JSON, for scripts", type=Path)
     tokenizer: Path | None = option(
@@ -39,8 +38,6 @@ class CheckOptions:
     def from_args(cls, args: argparse.Namespace) -> CheckOptions:
         """Raises UserError: values that cannot work."""
         found = cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
-        if found.sdxl and found.flux:
-            raise UserError("--sdxl and --flux exclude each other: give the one that the data are for")
         if not 0 <= found.hash_distance <= 32:
             raise UserError(f"--hash_distance {found.hash_distance}: must be between 0 and 32")
         if found.max_thumbnails < 0:
@@ -53,6 +50,11 @@ class CheckOptions:
         return found
 
 
+#: which family the data are for, whose buckets and captions are its own
+FamilyOptions = make_dataclass(
+    "FamilyOptions", family_switches("the data are for"), namespace={"__doc__": "Model family."}, frozen=True
+)
+
 #: data options that do not change the training data
 _NOT_LOOKED_AT = (
     "dataset_class", "vae_batch_size", "skip_cache_check", "debug_dataset", "max_data_loader_n_workers",
@@ -62,13 +64,14 @@ _NOT_LOOKED_AT = (
 _ALSO_LOOKED_AT = (
     "gradient_accumulation_steps", "max_train_steps", "max_train_epochs", "validation_split", "validation_seed",
     "seed", "strict", "console_log_level", "console_log_file", "console_log_simple", "config_file", "output_config",
-    "model_type", "clip_l", "t5xxl", "ae", "t5xxl_max_token_length",
 )  # fmt: skip
 
 
 def _is_looked_at(name: str) -> bool:
     of_data = {field.name for group in (ModelOptions, DatasetOptions) for field in fields(group)}
-    return name in _ALSO_LOOKED_AT or (name in of_data and name not in _NOT_LOOKED_AT)
+    return (
+        name in _ALSO_LOOKED_AT or name in cache_options(text=True) or (name in of_data and name not in _NOT_LOOKED_AT)
+    )
 
 
 def parser(doc: str | None, training: type[RunOptions]) -> argparse.ArgumentParser:
@@ -78,9 +81,9 @@ def parser(doc: str | None, training: type[RunOptions]) -> argparse.ArgumentPars
         training: the class of all options of training.
     """
     summary, example, more = split_doc(doc)
-    groups = {"report": CheckOptions, **training.groups()}
+    groups = {"report": CheckOptions, "for": FamilyOptions, **training.groups()}
     made = build_parser(groups, description=summary, epilog=example, more=more)
-    own = {*CheckOptions.__dataclass_fields__, "help"}
+    own = {*CheckOptions.__dataclass_fields__, *FamilyOptions.__dataclass_fields__, "help"}
     for action in made._actions:
         if action.dest == "strict":
             action.help = "end with code 1 for warnings too, not only for errors"
