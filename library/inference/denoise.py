@@ -10,7 +10,7 @@ Shape legend: B images, C latent channels, (h, w) latent size, D features.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -50,6 +50,10 @@ Denoise = Callable[[Tensor, Tensor, StepInfo], Tensor]
 WAYS_DOWN = "ways down"
 #: the same of the conditioning of such modules, where it is not the U-Net's
 CONTROL_CONDITIONING = "control conditioning"
+
+
+#: name, among the further settings of an image, of the channels that the denoiser reads, if these are not its latents'
+CHANNELS = "input_channels"
 
 
 @dataclass
@@ -103,6 +107,11 @@ class Feature:
     def is_wanted(cls, settings: ImageSettings) -> bool:
         """Whether images of these settings get it; asked by ``wanted_features``."""
         return False
+
+    @classmethod
+    def given(cls, options: Any) -> Mapping[str, Any]:
+        """Return what ``gen_img.py``'s options give all images, for ``ImageSettings.own``."""
+        return {}
 
     @classmethod
     def check(cls, options: Any, architecture: Architecture, checkpoint: Any) -> None:

@@ -100,7 +100,8 @@ def generate_latents(
     with undisturbed(models.modules(), options.device), _precise(options):
         generation = begin(models, batch, options, {} if encoded is None else encoded)
         positive = generation.conditioning
-        latents = run(generation, [feature(models.architecture.guidance)(), *features])
+        guidance = feature(models.architecture.guidance)()
+        latents = run(generation, sorted([guidance, *features], key=lambda one: one.order))
         if not torch.isfinite(latents).all():
             raise NotFinite(f"no image: {_why_not_finite(models, positive)}")
         return latents
@@ -121,6 +122,9 @@ def begin(
     generators = [torch.Generator(device="cpu").manual_seed(settings.seed) for settings in batch]
     noise = torch.cat([torch.randn(shape, generator=g) for g in generators]).to(options.device)
     scheduler = objective.scheduler(first.sampler, first.steps, shape[2:], options.device)
+    if options.zero_steps_offset and getattr(scheduler.config, "steps_offset", 0) != 0:
+        scheduler.register_to_config(steps_offset=0)
+        scheduler.set_timesteps(first.steps, device=options.device)
 
     def encode(texts: Sequence[str], negative: bool = False) -> Conditioning:
         role: TextRole = "negative" if negative else "prompt"

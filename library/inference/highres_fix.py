@@ -6,19 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from library.architectures.base import Conditioning
-from library.data.image_io import resize
 from library.inference.denoise import Feature
 from library.inference.features.image_to_image import ImageToImage, encode_sources
 from library.inference.generate import decode_images, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.options import SIZE_NAMES
 from library.inference.settings import ImageSettings
+from library.inference.upscaling import Upscaler, enlarged
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +38,7 @@ class HighresFix:
         strength: of the first stage, if it starts from an image; None for that of the settings.
         saves_first: whether the small images are saved too.
         in_latents: enlarge the latents, without decoding and encoding them.
+        upscaler: what enlarges, instead of Lanczos.
         keeps_control: whether the second stage has the ControlNets of the first.
     """
 
@@ -48,6 +48,7 @@ class HighresFix:
     saves_first: bool = False
     in_latents: bool = False
     keeps_control: bool = True
+    upscaler: Upscaler | None = None
 
     def first(self, settings: ImageSettings) -> ImageSettings:
         """Return the settings of the first stage."""
@@ -66,7 +67,7 @@ class HighresFix:
         return replace(settings, seed=settings.seed + 1, image=None, mask=None, strength=strength, control=control)
 
 
-def generate_in_two_stages(
+def latents_of_two_stages(
     models: ImageModels,
     batch: Sequence[ImageSettings],
     options: GenerateOptions,
@@ -74,30 +75,27 @@ def generate_in_two_stages(
     fix: HighresFix,
     features: Sequence[Feature] = (),
     features_of_second: Sequence[Feature] = (),
-) -> tuple[list[Image], list[Image]]:
-    """Generate a batch.
+) -> tuple[list[Image], Tensor]:
+    """Generate the latents of a batch.
 
     Args:
         features, features_of_second: of the two stages.
 
     Returns:
-        the small images, if they are needed, and the large ones.
+        the small images, if they are needed, and the latents (B, C, h, w) of the large ones.
     """
     first, second = [fix.first(s) for s in batch], [fix.second(s) for s in batch]
     latents = generate_latents(models, first, options, encoded, features)
-    small = decode_images(models, latents, options) if fix.saves_first or not fix.in_latents else []
-    if fix.in_latents:
+    in_latents = fix.in_latents or (fix.upscaler is not None and fix.upscaler.reads_latents)
+    small = decode_images(models, latents, options) if fix.saves_first or not in_latents else []
+    if fix.upscaler is not None:
+        size = (second[0].width, second[0].height)
+        sources = fix.upscaler.sources(models, latents, small, size, [s.seed for s in second], options)
+    elif fix.in_latents:
         stride = models.architecture.latent.stride
         size = (second[0].height // stride, second[0].width // stride)  # (h, w)
         sources = functional.interpolate(latents.float(), size, mode="bicubic", align_corners=False)
     else:
-        pixels = torch.stack([_enlarged(image, (second[0].width, second[0].height)) for image in small])
+        pixels = torch.stack([enlarged(image, (second[0].width, second[0].height)) for image in small])
         sources = encode_sources(models, pixels, [s.seed for s in second], options.device)
-    large = generate_latents(models, second, options, encoded, [*features_of_second, ImageToImage(sources)])
-    return small, decode_images(models, large, options)
-
-
-def _enlarged(image: Image, size: tuple[int, int]) -> Tensor:
-    """Return an image (3, H, W) in [-1, 1], resized to (W, H)."""
-    pixels = resize(np.asarray(image), size, "lanczos")
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 127.5 - 1.0
+    return small, generate_latents(models, second, options, encoded, [*features_of_second, ImageToImage(sources)])

@@ -53,6 +53,7 @@ class GenerateOptions:
     device: torch.device
     dtype: torch.dtype = torch.float32  # dtype of autocast in text encoders and denoiser; float32 for no autocast
     zero_terminal_snr: bool = False
+    zero_steps_offset: bool = False  # timesteps without the offset that the models were released with
     clip_skip: int | None = None
     max_token_length: int | None = None  # text window in tokens: 75 (or None), 150 or 225
     weighted: bool = True  # whether (word:1.2) and [word] in prompts are emphasis

@@ -1,10 +1,10 @@
-"""The command line of ``gen_img.py``: one field per published flag; some are refused in this version."""
+"""The command line of ``gen_img.py``: one field per published flag."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,11 @@ from library.config.fields import option
 from library.config.prompt_options import MAX_SEED
 from library.diffusion.samplers import SAMPLER_NAMES, check_sampler
 from library.errors import UserError
-from library.inference.feature_options import control_net
+from library.inference.feature_options import control_net, gradual_latent, image_guidance
 from library.inference.feature_options.control_net import ControlOptions
+from library.inference.feature_options.gradual_latent import GradualLatentOptions
+from library.inference.feature_options.image_guidance import ImageGuidanceOptions
 from library.inference.prompt_line import MAX_STEPS
-
-
-def _refused(default: Any, why: str, **more: Any) -> Any:
-    """A flag of sd-scripts that this version refuses, with the alternative."""
-    metadata = option(default, f"not available: {why}", **more).metadata
-    return field(default=default, metadata={**metadata, "refused": why})
-
-
-_CLIP_VISION = "this version has no CLIP vision conditioning"
-_MODULE = "give prompts with --prompt, --from_file or --interactive"
-_TRAINED_NOISE = "it is only for the initial noise of special models"
-_UPSCALER = "images are enlarged with Lanczos, latents with --highres_fix_latents_upscaling"
-_GRADUAL = "this version has no Gradual Latent"
 
 
 @dataclass(frozen=True)
@@ -46,9 +35,10 @@ class ImageModelOptions:
     tokenizer_cache_dir: str | None = option(None, "folder that holds the tokenizer, for use without network")
     clip_skip: int | None = option(None, "text encoder layer to use, counted from the last, 1", type=int)
     max_embeddings_multiples: int | None = option(None, "text window in units of 75 tokens, 1 to 3", type=int)
-    emb_normalize_mode: str = _refused(
-        "original", "emphasis always keeps the mean of the embedding", choices=["original", "none", "abs"]
-    )
+    emb_normalize_mode: str = option(
+        "original", "what emphasis keeps of a text's encoding: its mean, nothing, or its mean size",
+        choices=["original", "none", "abs"],
+    )  # fmt: skip
     textual_inversion_embeddings: list[str] | None = option(
         None, "embedding files; each is used by its name without the ending as a word of a prompt", nargs="*"
     )
@@ -65,8 +55,8 @@ class PromptOptions:
 
     prompt: str | None = option(None, "prompt, with options such as --n and --w in the same text")
     from_file: str | None = option(None, "text file with one prompt per line; # begins a comment")
-    from_module: str | None = _refused(None, _MODULE)
-    prompter_module_args: str | None = _refused(None, _MODULE)
+    from_module: str | None = option(None, "Python file whose get_prompter(args, models, networks) makes the prompts")
+    prompter_module_args: str | None = option(None, "text for that file, which reads it from args")
     interactive: bool = option(False, "read prompts with options from the keyboard, one per line, until an empty line")
     no_preview: bool = option(False, "do not show images on the screen; this version never does")
     shuffle_prompts: bool = option(False, "shuffle the prompts of each iteration")
@@ -94,7 +84,9 @@ class ImageOutputOptions:
     negative_scale: float | None = option(
         None, "guidance scale of the negative prompt alone; --scale is then that of the prompt", type=float
     )
-    force_scheduler_zero_steps_offset: bool = _refused(False, "samplers use the offset the models were released with")
+    force_scheduler_zero_steps_offset: bool = option(
+        False, "timesteps without the offset of 1 that the models were released with (ddim, pndm)"
+    )
     image_path: str | None = option(None, "image to start from (img2img), or a folder of images used in turn")
     mask_path: str | None = option(
         None,
@@ -104,7 +96,6 @@ class ImageOutputOptions:
     strength: float | None = option(
         None, "how much --image_path is changed: the share of the steps that are run, 0 to 1 (default 0.8)", type=float
     )
-    clip_vision_strength: float | None = _refused(None, _CLIP_VISION, type=float)
     original_height: int | None = option(
         None, "original height of the image as a condition of the model, pixels (SDXL)", type=int
     )
@@ -115,10 +106,16 @@ class ImageOutputOptions:
     original_width_negative: int | None = option(None, "the same of its width", type=int)
     crop_top: int | None = option(None, "pixels cropped off at the top as a condition of the model (SDXL)", type=int)
     crop_left: int | None = option(None, "the same at the left", type=int)
-    pyramid_noise_prob: float | None = _refused(None, _TRAINED_NOISE, type=float)
-    pyramid_noise_discount_range: list[float] | None = _refused(None, _TRAINED_NOISE, nargs=2, type=float)
-    noise_offset_prob: float | None = _refused(None, _TRAINED_NOISE, type=float)
-    noise_offset_range: list[float] | None = _refused(None, _TRAINED_NOISE, nargs=2, type=float)
+    pyramid_noise_prob: float | None = option(
+        None, "share of the images that start from noise of several sizes, for models trained with it", type=float
+    )
+    pyramid_noise_discount_range: list[float] | None = option(
+        None, "range of the factor from size to size, two numbers; 0.4 if not given", nargs=2, type=float
+    )
+    noise_offset_prob: float | None = option(
+        None, "share of the images whose noise gets an offset, for models trained with one", type=float
+    )
+    noise_offset_range: list[float] | None = option(None, "range of the offset, two numbers", nargs=2, type=float)
 
 
 @dataclass(frozen=True)
@@ -130,12 +127,14 @@ class SpeedOptions:
     bf16: bool = option(False, "compute in bfloat16")
     xformers: bool = option(False, "attention by xformers")
     sdpa: bool = option(False, "attention by PyTorch's scaled_dot_product_attention, which is the default")
-    diffusers_xformers: bool = _refused(False, "use --xformers")
+    diffusers_xformers: bool = option(False, "the same as --xformers")
     opt_channels_last: bool = option(False, "keep the U-Net's weights in the memory format channels_last")
     vae_batch_size: float | None = option(
         None, "images decoded at once, or below 1 their share of --batch_size; default is 1", type=float
     )
-    vae_slices: int | None = _refused(None, "images are decoded one at a time; see --vae_batch_size", type=int)
+    vae_slices: int | None = option(
+        None, "strips of rows in which the VAE works, such as 16: less memory, the same images", type=int
+    )
 
 
 @dataclass(frozen=True)
@@ -174,6 +173,8 @@ class HighresFixOptions:
     )
     highres_fix_save_1st: bool = option(False, "save the small images too")
     highres_fix_latents_upscaling: bool = option(False, "enlarge the latents instead of the decoded image")
+    highres_fix_upscaler: str | None = option(None, "module that enlarges instead of Lanczos: tools.latent_upscaler")
+    highres_fix_upscaler_args: str | None = option(None, "its arguments, such as weights=upscaler.safetensors")
 
 
 @dataclass(frozen=True)
@@ -187,20 +188,6 @@ class DeepShrinkOptions:
     ds_depth_2: int | None = option(None, "block before which they are shrunk after that", type=int)
     ds_timesteps_2: int = option(650, "down to this timestep", type=int)
     ds_ratio: float = option(0.5, "share of the features' sides that is left, above 0 to 1", type=float)
-
-
-@dataclass(frozen=True)
-class ExtraOptions:
-    """Not available in this version."""
-
-    highres_fix_upscaler: str | None = _refused(None, _UPSCALER)
-    highres_fix_upscaler_args: str | None = _refused(None, _UPSCALER)
-    gradual_latent_timesteps: int | None = _refused(None, _GRADUAL, type=int)
-    gradual_latent_ratio: float = _refused(0.5, _GRADUAL, type=float)
-    gradual_latent_ratio_step: float = _refused(0.125, _GRADUAL, type=float)
-    gradual_latent_every_n_steps: int = _refused(3, _GRADUAL, type=int)
-    gradual_latent_s_noise: float = _refused(1.0, _GRADUAL, type=float)
-    gradual_latent_unsharp_params: str | None = _refused(None, _GRADUAL)
 
 
 #: options and settings of Deep Shrink
@@ -221,7 +208,8 @@ GROUPS = (
     HighresFixOptions,
     DeepShrinkOptions,
     ControlOptions,
-    ExtraOptions,
+    GradualLatentOptions,
+    ImageGuidanceOptions,
 )
 
 
@@ -238,7 +226,8 @@ class ImageOptions:
     highres: HighresFixOptions
     deep_shrink: DeepShrinkOptions
     control: ControlOptions
-    extras: ExtraOptions
+    gradual_latent: GradualLatentOptions
+    image_guidance: ImageGuidanceOptions
 
     @staticmethod
     def from_args(args: argparse.Namespace) -> ImageOptions:
@@ -256,13 +245,7 @@ def check_options(options: ImageOptions) -> None:
     Raises:
         UserError: one line per finding.
     """
-    findings = [
-        f"--{f.name}: not available: {f.metadata['refused']}"
-        for group in vars(options).values()
-        for f in fields(group)
-        if "refused" in f.metadata and getattr(group, f.name) != f.default
-    ]
-    findings += [finding for rule in _RULES for finding in rule(options)]
+    findings = [finding for rule in _RULES for finding in rule(options)]
     if findings:
         raise UserError("\n".join(findings))
 
@@ -271,10 +254,12 @@ def _prompts_given(options: ImageOptions) -> Iterator[str]:
     given = options.prompts
     if given.interactive:
         return
-    if given.prompt is None and given.from_file is None and not options.image.image_path:
-        yield "nothing to generate: give --prompt, --from_file, or --interactive"
-    elif given.prompt is not None and given.from_file is not None:
-        yield "--prompt and --from_file were both given; give one of them"
+    sources = {"prompt": given.prompt, "from_file": given.from_file, "from_module": given.from_module}
+    named = [f"--{name}" for name, value in sources.items() if value is not None]
+    if not named and not options.image.image_path:
+        yield "nothing to generate: give --prompt, --from_file, --from_module or --interactive"
+    elif len(named) > 1:
+        yield f"{' and '.join(named)} were both given; give one of them"
 
 
 def _model_given(options: ImageOptions) -> Iterator[str]:
@@ -292,7 +277,7 @@ def _one_precision(options: ImageOptions) -> Iterator[str]:
 
 
 def _one_attention(options: ImageOptions) -> Iterator[str]:
-    if options.speed.xformers and options.speed.sdpa:
+    if (options.speed.xformers or options.speed.diffusers_xformers) and options.speed.sdpa:
         yield "--xformers and --sdpa were both given; give one of them"
 
 
@@ -304,6 +289,7 @@ def _ranges(options: ImageOptions) -> Iterator[str]:
         "clip_skip": options.model.clip_skip,
         "W": options.image.W,
         "H": options.image.H,
+        "vae_slices": options.speed.vae_slices,
         "network_merge_n_models": options.networks.network_merge_n_models,
         **{name: getattr(options.image, name) for name in SIZE_NAMES[:4]},
     }
@@ -346,6 +332,12 @@ def _sources(options: ImageOptions) -> Iterator[str]:
         yield f"--network_regional_mask_max_color_codes {codes}: must be 1 to 8"
     if image.strength is not None and not 0 <= image.strength <= 1:
         yield f"--strength {image.strength:g}: must be 0 to 1"
+    for name in ("pyramid_noise_prob", "noise_offset_prob"):
+        share = getattr(image, name)
+        if share is not None and not 0 <= share <= 1:
+            yield f"--{name} {share:g}: must be 0 to 1"
+    if image.noise_offset_prob and image.noise_offset_range is None:
+        yield "--noise_offset_prob: give the range of the offset with --noise_offset_range"
 
 
 def _highres_fix(options: ImageOptions) -> Iterator[str]:
@@ -395,6 +387,8 @@ _RULES: tuple[Callable[[ImageOptions], Iterator[str]], ...] = (
     _highres_fix,
     _deep_shrink,
     control_net.rules,
+    gradual_latent.rules,
+    image_guidance.rules,
     _folder_fits,
     _sampler_fits,
 )
@@ -405,7 +399,7 @@ def idle_options(options: ImageOptions) -> list[str]:
     image, fix = options.image, options.highres
     found = []
     if options.prompts.interactive:
-        for name in ("prompt", "from_file"):
+        for name in ("prompt", "from_file", "from_module"):
             if getattr(options.prompts, name) is not None:
                 found.append(f"--{name} has no effect with --interactive, which reads prompts from the keyboard")
     if not image.image_path:
@@ -415,14 +409,29 @@ def idle_options(options: ImageOptions) -> list[str]:
             found.append("--use_original_file_name has no effect without --image_path")
         if fix.highres_fix_strength is not None:
             found.append("--highres_fix_strength has no effect without --image_path")
+    for share, name in (
+        ("pyramid_noise_prob", "pyramid_noise_discount_range"),
+        ("noise_offset_prob", "noise_offset_range"),
+    ):
+        if getattr(image, name) is not None and not getattr(image, share):
+            found.append(f"--{name} has no effect without --{share}")
+    if image.force_scheduler_zero_steps_offset and image.sampler not in ("ddim", "pndm"):
+        found.append(f"--force_scheduler_zero_steps_offset has no effect with --sampler {image.sampler}")
+    if options.prompts.prompter_module_args is not None and options.prompts.from_module is None:
+        found.append("--prompter_module_args has no effect without --from_module")
+    if fix.highres_fix_upscaler_args is not None and fix.highres_fix_upscaler is None:
+        found.append("--highres_fix_upscaler_args has no effect without --highres_fix_upscaler")
+    if fix.highres_fix_upscaler is not None and fix.highres_fix_latents_upscaling:
+        found.append("--highres_fix_latents_upscaling has no effect with --highres_fix_upscaler")
     if fix.highres_fix_scale is None:
-        names = ("highres_fix_steps", "highres_fix_save_1st", "highres_fix_latents_upscaling")
+        names = ("highres_fix_steps", "highres_fix_save_1st", "highres_fix_latents_upscaling", "highres_fix_upscaler")
         given = [f"--{name}" for name in names if getattr(fix, name) != getattr(HighresFixOptions, name)]
         found += [f"{flag} has no effect without --highres_fix_scale" for flag in given]
     if options.deep_shrink.ds_depth_1 is None:
         changed = (f.name for f in fields(DeepShrinkOptions) if getattr(options.deep_shrink, f.name) != f.default)
         found += [f"--{name} has no effect without --ds_depth_1" for name in changed]
-    found += control_net.idle(options)
+    for feature in (control_net, gradual_latent, image_guidance):
+        found += feature.idle(options)
     if options.networks.network_regional_mask_max_color_codes is not None and not image.mask_path:
         found.append("--network_regional_mask_max_color_codes has no effect without --mask_path")
     if options.networks.network_pre_calc and options.networks.network_merge:

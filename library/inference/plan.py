@@ -9,7 +9,8 @@ from library.inference.prompt_line import ImagePrompt
 from library.inference.settings import FIELDS, ImageSettings
 from library.randomness import key, python_rng
 
-_SEEDS = 2**32
+#: number of seeds that are drawn
+SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _base_seed(repetition: Repetition, iteration: int, index: int, num_prompts: 
         return repetition.seed + iteration * repetition.images_per_prompt
     if repetition.n_iter * num_prompts == 1:
         return repetition.seed
-    return key(repetition.seed, "image", iteration, index) % _SEEDS
+    return key(repetition.seed, "image", iteration, index) % SEEDS
 
 
 def _seed(prompt: ImagePrompt, base: int, i: int) -> int:

@@ -146,14 +146,6 @@ MINIMAL_OPTIONS = (
 #: words that begin with the letter of another option
 REFUSED_MINIMAL_OPTIONS: Mapping[str, str] = {"seed": "write --d for the seed, --s for the steps"}
 
-_GRADUAL_LATENT = "Gradual Latent is not available in this version"
-
-#: published options of gen_img.py's prompts that this version refuses, with the reason
-REFUSED_IMAGE_OPTIONS: Mapping[str, str] = {
-    "c": "CLIP guidance is not available in this version",
-    **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), _GRADUAL_LATENT),
-}
-
 #: settings of a sample prompt that families with a DDPM schedule (SD 1.x, 2.x, SDXL) use
 DDPM_FIELDS = frozenset(
     ("prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "sample_sampler")
@@ -198,7 +190,7 @@ def parse_image_prompt(
         parse = partial(parse_image_prompt, where=where, size_multiple=size_multiple, options=options)
         return replace(parse(expanded(line, 0)[0]), template=PromptTemplate(line, parse))
     table = (*IMAGE_OPTIONS, *options)
-    prompt, values = _parse(line, table, REFUSED_IMAGE_OPTIONS, where)
+    prompt, values = _parse(line, table, {}, where)
     own = {o.field: values.pop(o.field) for o in table if o.own and o.field in values}
     return ImagePrompt(prompt, **_within_limits(values, where, size_multiple), own=own)
 

@@ -201,12 +201,8 @@ def _unpickled(path: Path, flag: str) -> Mapping[str, Any]:
 
 
 def _add(flag: str, word: str, vectors: Tensor, tokenizer: Any, encoder: nn.Module) -> None:
+    check_width(flag, vectors, encoder)
     table = encoder.get_input_embeddings()
-    if vectors.shape[1] != table.weight.shape[1]:
-        raise UserError(
-            f"{flag}: its vectors have {vectors.shape[1]} numbers, the text encoder's "
-            f"{table.weight.shape[1]}; it is for another model"
-        )
     ids = new_tokens(tokenizer, word, len(vectors), flag=flag)
     weight = table.weight.detach()
     rows = torch.zeros(max(len(weight), max(ids) + 1), weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -214,6 +210,15 @@ def _add(flag: str, word: str, vectors: Tensor, tokenizer: Any, encoder: nn.Modu
     rows[ids] = vectors.to(rows)
     encoder.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=True))
     setattr(tokenizer, EXPANSIONS, {**getattr(tokenizer, EXPANSIONS, {}), ids[0]: ids})
+
+
+def check_width(flag: str, vectors: Tensor, encoder: nn.Module) -> None:
+    """Refuse vectors (tokens, width) of another width than the text encoder's; messages begin with ``flag``."""
+    width = encoder.get_input_embeddings().weight.shape[1]
+    if vectors.shape[1] != width:
+        raise UserError(
+            f"{flag}: its vectors have {vectors.shape[1]} numbers, the text encoder's {width}; it is for another model"
+        )
 
 
 def new_tokens(tokenizer: Any, word: str, count: int, *, flag: str) -> list[int]:

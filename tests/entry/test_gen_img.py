@@ -22,7 +22,14 @@ from tests.fixtures.runs import ROOT, Finished, environment, run_script
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 
 PUBLISHED = json.loads((ROOT / "tests/compat/data/cli/gen_img.json").read_text())["options"]
-OURS = {"grid"}
+OURS = {
+    "XTI_embeddings",
+    "clip_guidance_scale",
+    "clip_image_guidance_scale",
+    "vgg16_guidance_scale",
+    "vgg16_guidance_layer",
+    "grid",
+}
 TYPES = {"str": str, "int": int, "float": float, "bool": None}
 
 
@@ -305,10 +312,26 @@ def test_a_session(model: MadeCheckpoint, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--from_module", "m.py"], ["--from_module: not available", "--from_file", "nothing to generate"]),
+        ([], ["nothing to generate: give --prompt, --from_file, --from_module or --interactive"]),
+        (["--from_module", "gone.py"], ["--from_module gone.py: no such Python file"]),
+        (["--from_module", "m.py", "--prompt", "a"], ["--prompt and --from_module were both given"]),
+        (["--prompt", "a", "--ds_depth_1", "9"], ["--ds_depth_1 9: Deep Shrink: this model has depths 0 to 1"]),
+        (["--prompt", "a --dsd2 7"], ['prompt "a": ds_depth_2 7: Deep Shrink']),
+        (["--prompt", "a", "--gradual_latent_timesteps", "700"], ["works with --sampler euler_a alone"]),
+        (["--prompt", "a --glus 2,1"], ["--prompt: --glus 2,1: an odd size"]),
         (
-            ["--prompt", "a", "--vae_slices", "5", "--control_net_models", "a", "--control_net_preps", "cany"],
-            ["--vae_slices: not available", "give --guide_image_path", 'no such preparation "cany"'],
+            ["--prompt", "a", "--clip_guidance_scale", "10", "--sampler", "euler", "--vgg16_guidance_scale", "nan"],
+            ["--clip_guidance_scale: works with the samplers ddim", "--vgg16_guidance_scale nan: must be a finite"],
+        ),
+        (["--prompt", "a", "--clip_image_guidance_scale", "10"], ["there is no image to move towards"]),
+        (["--prompt", "a", "--clip_vision_strength", "1"], ["there is no image to see; give --image_path"]),
+        (
+            ["--prompt", "a", "--noise_offset_prob", "2"],
+            ["--noise_offset_prob 2: must be 0 to 1", "--noise_offset_range"],
+        ),
+        (
+            ["--prompt", "a", "--vae_slices", "0", "--control_net_models", "a", "--control_net_preps", "cany"],
+            ["--vae_slices 0: must be at least 1", "give --guide_image_path", 'no such preparation "cany"'],
         ),
         (
             ["--prompt", "a", "--mask_path", "m.png", "--strength", "2"],
@@ -318,7 +341,6 @@ def test_a_session(model: MadeCheckpoint, tmp_path: Path) -> None:
         (["--prompt", "a", "--highres_fix_scale", "1.5"], ["--highres_fix_scale 1.5: must be above 0 and below 1"]),
         (["--prompt", "a", "--fp16", "--bf16", "--batch_size", "0"], ["--fp16 and --bf16", "--batch_size 0"]),
         (["--prompt", "a --q 1"], ["--prompt: unknown option --q"]),
-        (["--prompt", "a --glt 700"], ["--prompt: --glt: Gradual Latent"]),
         (["--prompt", "a", "--v2"], ["1.x"]),
         (["--prompt", "a", "--zero_terminal_snr"], ["v-prediction"]),
         (["--prompt", "a", "--scale", "nan", "--network_mul", "inf"], ["--scale nan: must be", "--network_mul inf"]),

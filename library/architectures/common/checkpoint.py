@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -161,10 +163,25 @@ def check_prediction(title: str, told: str | None, where: str, *, v_parameteriza
     raise UserError(f"{title} is trained for {told} ({where}); {remedy}")
 
 
+#: channels that the U-Net of an inpainting model reads: latents, mask, latents of the kept part
+INPAINTING_CHANNELS = 2 * LATENT_CHANNELS + 1
+_accepted: ContextVar[tuple[int, ...]] = ContextVar("accepted", default=(LATENT_CHANNELS,))
+
+
+@contextmanager
+def accepting_inpainting() -> Iterator[None]:
+    """Accept inpainting models within, for programs that generate with them."""
+    token = _accepted.set((LATENT_CHANNELS, INPAINTING_CHANNELS))
+    try:
+        yield
+    finally:
+        _accepted.reset(token)
+
+
 def check_unet_channels(path: Path, unet: ModelSource, family: str) -> None:
-    """Refuse U-Nets that cannot be trained here."""
+    """Refuse U-Nets that cannot be trained here, or not be generated with within ``accepting_inpainting``."""
     channels = unet.config.get("in_channels", LATENT_CHANNELS)
-    if channels != LATENT_CHANNELS:
+    if channels not in _accepted.get():
         raise UserError(
             f"{path} is an inpainting or other special model (its U-Net takes {channels} channels, not "
             f"{LATENT_CHANNELS}); use a plain {family} checkpoint"

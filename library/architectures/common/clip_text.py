@@ -5,6 +5,7 @@ Shape legend: B captions, n windows of 77 tokens (start, 75 of the caption, end)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,10 @@ BODY = WINDOW - 2  # tokens of the caption in one window
 
 #: attribute of a tokenizer: tokens that stand for several, as a word of an embedding file may
 EXPANSIONS = "token_expansions"
+
+#: a word of weighted captions behind which the next window of tokens begins
+BREAK = "BREAK"
+_BREAKS = re.compile(r"\s*\b(BREAK)\b\s*")
 
 OPENCLIP_PADDING = "!"  # id 0, as OpenCLIP pads
 
@@ -57,10 +62,14 @@ def tokenize(
     rows: list[list[list[int]]] = []
     weights = torch.ones(len(captions), windows, WINDOW) if weighted else None
     for row, caption in enumerate(captions):
-        pieces = parse_emphasis(caption) if weighted else [(caption, 1.0)]
         tokens: list[int] = []
         token_weights: list[float] = []
-        for text, weight in pieces:
+        for text, weight in _pieces(caption, weighted):
+            if text == BREAK:
+                filling = -len(tokens) % BODY
+                tokens += [padding] * filling
+                token_weights += [1.0] * filling
+                continue
             # captions are tokenized one by one: batches would start threads, which must not exist before a fork
             found = tokenizer(clean_text(text), add_special_tokens=False, verbose=False).input_ids
             found = [token for one in found for token in expansions.get(one, (one,))]
@@ -77,6 +86,18 @@ def tokenize(
     return {"input_ids": ids} if weights is None else {"input_ids": ids, "weights": weights}
 
 
+def _pieces(caption: str, weighted: bool) -> list[tuple[str, float]]:
+    """Return the parts of a caption with their weights; ``BREAK`` is a part by itself in weighted ones."""
+    if not weighted:
+        return [(caption, 1.0)]
+    return [
+        (part, weight)
+        for text, weight in parse_emphasis(caption)
+        for part in (_BREAKS.split(text) if BREAK in text else [text])
+        if part or not text
+    ]
+
+
 def _windows(max_token_length: int | None) -> int:
     return max((max_token_length or BODY) // BODY, 1)
 
@@ -86,9 +107,12 @@ def caption_length(
 ) -> CaptionLength:
     """Return the number of tokens of a caption, and the text that ``tokenize`` cuts off."""
     limit = _windows(max_token_length) * BODY
-    pieces = [text for text, _ in parse_emphasis(caption)] if weighted else [caption]
     count, cut = 0, ""
-    for text in map(clean_text, pieces):
+    for piece, _ in _pieces(caption, weighted):
+        if piece == BREAK:
+            count += -count % BODY
+            continue
+        text = clean_text(piece)
         # where each token begins in the text
         places = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True).offset_mapping
         room = limit - count
@@ -108,10 +132,18 @@ def join_windows(states: Tensor) -> Tensor:
     return torch.cat([states[:, 0, :1], bodies, states[:, -1, -1:]], dim=1)
 
 
-def emphasise(states: Tensor, weights: Tensor) -> Tensor:
-    """Multiply token states (B, T, D) by weights (B, T, 1) and keep each caption's mean, in float32."""
+def emphasise(states: Tensor, weights: Tensor, keeps: str = "original") -> Tensor:
+    """Multiply token states (B, T, D) by weights (B, T, 1), in float32.
+
+    Args:
+        keeps: what stays as it was for each caption: "original" for the mean, "abs" for the mean size, "none".
+    """
     plain = states.float()
     weighted = plain * weights
-    before, after = plain.mean(dim=(1, 2), keepdim=True), weighted.mean(dim=(1, 2), keepdim=True)
+    if keeps == "none":
+        return weighted.to(states.dtype)
+    before, after = (
+        (values.abs() if keeps == "abs" else values).mean(dim=(1, 2), keepdim=True) for values in (plain, weighted)
+    )
     scale = torch.where(after == 0, torch.ones_like(after), before / after)
     return (weighted * scale).to(states.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,6 +32,8 @@ from library.architectures.part import DENOISER, VAE, Part, built_by, by_name
 from library.architectures.whole_models import SavedModel
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from library.diffusion.ddpm import NoiseSchedule
     from library.diffusion.objective import Objective
 
@@ -179,6 +182,15 @@ class LatentDiffusion(Architecture):
         write_file(path, tensors, dtype=saved.dtype, metadata=saved.metadata, counters=saved.counters)
 
     # ---- text ----
+
+    #: what emphasis keeps of a text's encoding, see ``clip_text.emphasise``
+    emphasis = "original"
+
+    def with_emphasis(self, keeps: str) -> Self:
+        """Return a copy whose emphasis keeps something else."""
+        made = copy.copy(self)
+        made.emphasis = keeps
+        return made
 
     def caption_length(
         self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool

@@ -126,7 +126,7 @@ class StableDiffusion(LatentDiffusion):
     def encode_text(
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
     ) -> Conditioning:
-        return sd_text.encode_text(text_encoders[0], tokens, clip_skip=clip_skip)
+        return sd_text.encode_text(text_encoders[0], tokens, clip_skip=clip_skip, emphasis=self.emphasis)
 
     # ---- diffusion ----
 

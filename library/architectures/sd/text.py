@@ -24,7 +24,9 @@ def load_tokenizer(folder: Path, *, v2: bool) -> CLIPTokenizer:
     return clip_text.load_tokenizer(folder, padding=clip_text.OPENCLIP_PADDING if v2 else None)
 
 
-def encode_text(text_encoder: nn.Module, tokens: Mapping[str, Tensor], *, clip_skip: int | None) -> Conditioning:
+def encode_text(
+    text_encoder: nn.Module, tokens: Mapping[str, Tensor], *, clip_skip: int | None, emphasis: str = "original"
+) -> Conditioning:
     """Encode tokens on the encoder's device to ``context`` (B, T, D), in the encoder's dtype.
 
     If a word has other vectors for each layer of the U-Net, each caption is encoded for each of them: (B, L * T, D).
@@ -32,6 +34,7 @@ def encode_text(text_encoder: nn.Module, tokens: Mapping[str, Tensor], *, clip_s
     Args:
         clip_skip: None or 1 takes the last layer, 2 the one before it, and so on; the encoder's final norm is applied
             in any case. SD 2.x's encoder is loaded without its unused last block, so the same counting holds.
+        emphasis: what it keeps, see ``emphasise``.
     """
     if (layers := layers_of(text_encoder)) > 1:
         tokens = by_layer(text_encoder, tokens)
@@ -45,5 +48,5 @@ def encode_text(text_encoder: nn.Module, tokens: Mapping[str, Tensor], *, clip_s
         states = text_encoder.final_layer_norm(hidden[-clip_skip])
     states = join_windows(states.reshape(batch, windows, WINDOW, -1))  # (B, n, 77, D) -> (B, T, D)
     if "weights" in tokens:
-        states = emphasise(states, join_windows(tokens["weights"].unsqueeze(-1)))
+        states = emphasise(states, join_windows(tokens["weights"].unsqueeze(-1)), emphasis)
     return Conditioning({"context": joined_layers(states, layers)})

@@ -166,7 +166,7 @@ class StableDiffusionXL(LatentDiffusion):
     def encode_text(
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None
     ) -> Conditioning:
-        return sdxl_text.encode_text(text_encoders, tokens)
+        return sdxl_text.encode_text(text_encoders, tokens, emphasis=self.emphasis)
 
     def condition(self, encoded: Conditioning, facts: SampleFacts, draw: Draw | None) -> Conditioning:
         """Add ``sizes`` (B, 6): Podell et al. 2023, section 2.2."""

@@ -49,18 +49,21 @@ def tokenize(
     return tokens
 
 
-def encode_text(text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor]) -> Conditioning:
+def encode_text(
+    text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, emphasis: str = "original"
+) -> Conditioning:
     """Encode tokens to ``hidden_state1`` (B, T, D1), ``hidden_state2`` (B, T, D2), ``pool2`` (B, P).
 
-    The penultimate layers' states have no final norm. The pooled output is the first window's.
+    The penultimate layers' states have no final norm. The pooled output is the first window's. ``emphasis`` is what
+    emphasis keeps, see ``emphasise``.
     """
     first, second = text_encoders
     states1, _ = _encode(first, tokens["input_ids1"])
     states2, final = _encode(second, tokens["input_ids2"])
     end = final[torch.arange(len(final), device=final.device), tokens["end"]]  # (B, 77, D2) -> (B, D2)
     if "weights1" in tokens:
-        states1 = emphasise(states1, join_windows(tokens["weights1"].unsqueeze(-1)))
-        states2 = emphasise(states2, join_windows(tokens["weights2"].unsqueeze(-1)))
+        states1 = emphasise(states1, join_windows(tokens["weights1"].unsqueeze(-1)), emphasis)
+        states2 = emphasise(states2, join_windows(tokens["weights2"].unsqueeze(-1)), emphasis)
     # row by row: the rounding of a product with few rows depends on their number, so caches, and steps with and without
     # them, would differ in the last bit
     pooled = torch.cat([second.text_projection(row) for row in end.split(1)])

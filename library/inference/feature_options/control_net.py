@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ def rules(options: Any) -> Iterator[str]:
     models = nets or lllites
     if models and not given.guide_image_path:
         yield "--control_net_models: there is no image to read; give --guide_image_path"
-    counted = {
+    counted: dict[str, Sequence[object] | None] = {
         "control_net_preps": given.control_net_preps,
         "control_net_multipliers": given.control_net_multipliers,
         "control_net_ratios": given.control_net_ratios,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from library.architectures.base import Architecture, Control
 from library.architectures.common.controlnet import controlnet_source, load_controlnet, mean_of
@@ -55,15 +56,23 @@ class ControlNets(Feature):
             return
         images = [(pixels + 1) / 2 for pixels in control_images(generation, loaded)]  # in [0, 1]
         architecture: Any = generation.models.architecture
+        stride = architecture.latent.stride
 
         def control(noisy: Tensor, timesteps: Tensor, step: StepInfo) -> Control | None:
             places = range(len(loaded))
             if architecture.control_mixing == "alternate":
                 places = range(step.index % len(loaded), step.index % len(loaded) + 1)
+            channels = generation.noise.shape[1]
+            noisy = noisy[:, :channels]  # inpainting models read more
             conditioning = generation.facts.get(CONTROL_CONDITIONING, generation.conditioning)
             found = [
                 architecture.control(
-                    loaded[n].model, noisy, timesteps, conditioning, images[n], weight=loaded[n].weight
+                    loaded[n].model,
+                    noisy,
+                    timesteps,
+                    conditioning,
+                    _fitting(images[n], noisy, stride),
+                    weight=loaded[n].weight,
                 )
                 for n in places
                 if loaded[n].acts(step) and loaded[n].weight
@@ -72,3 +81,11 @@ class ControlNets(Feature):
 
         generation.control = control
         generation.facts[WAYS_DOWN] = [one.model for one in loaded]
+
+
+def _fitting(images: Tensor, noisy: Tensor, stride: int) -> Tensor:
+    """Return images (B, 3, H, W) of the size of latents (R, C, h, w), which may grow from step to step."""
+    size = noisy.shape[-2] * stride, noisy.shape[-1] * stride
+    if images.shape[-2:] == size:
+        return images
+    return functional.interpolate(images, size, mode="bicubic", align_corners=False).clamp(0, 1)

@@ -19,6 +19,8 @@ class Guidance(Feature):
     prompt, and away from the negative one.
     """
 
+    order = 0  # around all that changes the prediction itself
+
     def __init__(self) -> None:
         self._scale = 1.0
         self._negative_scale: float | None = None

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from library.errors import UserError
 from library.inference.denoise import Feature, Generation
 from library.inference.models import ImageModels
 from library.inference.settings import ImageSettings
@@ -45,8 +44,9 @@ class ImageToImage(Feature):
         scheduler, first = generation.scheduler, generation.first
         start = _start(len(generation.timesteps), first.steps, first.strength, int(getattr(scheduler, "order", 1)))
         generation.timesteps = generation.timesteps[start:]
-        if not len(generation.timesteps):
-            raise UserError(f"strength {first.strength:g} of {first.steps} steps: no step is left; raise one of them")
+        if not len(generation.timesteps):  # the source as the VAE gives it back
+            generation.latents = source
+            return
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)
         if start == 0 and first.strength == 1.0:

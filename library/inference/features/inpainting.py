@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from library.inference.denoise import Feature, Generation, StepInfo
+from library.inference.denoise import CHANNELS, Feature, Generation, StepInfo
 from library.inference.features.image_to_image import SOURCE
 from library.inference.settings import ImageSettings
 from library.inference.sources import read_mask
@@ -26,8 +26,8 @@ class Inpainting(Feature):
 
     @classmethod
     def is_wanted(cls, settings: ImageSettings) -> bool:
-        """Whether there is a mask of the image to start from."""
-        return settings.image is not None and settings.mask is not None
+        """Whether there is a mask of the image to start from, and the model does not read it itself."""
+        return settings.image is not None and settings.mask is not None and CHANNELS not in settings.own
 
     def prepare(self, generation: Generation) -> None:
         self._generation = generation

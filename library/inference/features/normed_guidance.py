@@ -20,6 +20,8 @@ class NormedGuidance(Feature):
     for no limit. No effect at a scale of 1.
     """
 
+    order = 0  # around all that changes the prediction itself
+
     def __init__(self) -> None:
         self._scale = 1.0
         self._part = 1.0

@@ -1,0 +1,80 @@
+"""Decode and save images while the next ones are generated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.inference.generate import decode_images
+from library.inference.models import GenerateOptions, ImageModels
+from library.inference.png import save_png
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Finisher:
+    """Decodes and saves batches in a thread of its own, one at a time.
+
+    On an accelerator the decoding has a stream of its own. On the CPU, where it would only take the cores from the
+    generation, the batch is decoded at once, and saved in the thread. Leaving the context waits, and raises what went
+    wrong; so does the next batch.
+    """
+
+    def __init__(self, models: ImageModels, options: GenerateOptions) -> None:
+        self._models, self._options = models, options
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finisher")
+        self._pending: Future[None] | None = None
+        on_cuda = options.device.type == "cuda"
+        self._stream = torch.cuda.Stream(options.device) if on_cuda else None
+
+    def __enter__(self) -> Finisher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._wait()
+        finally:
+            self._thread.shutdown(wait=True)
+
+    def finish(self, latents: Tensor, paths: Sequence[Path], records: Sequence[Mapping[str, str]]) -> None:
+        """Decode latents (B, C, h, w) and write each image to its path with its PNG texts."""
+        self._wait()
+        if self._stream is None:
+            images = decode_images(self._models, latents, self._options)
+            self._pending = self._thread.submit(_save, images, paths, records)
+            return
+        ready = torch.cuda.Event()
+        ready.record()
+        self._pending = self._thread.submit(self._decode_and_save, latents, ready, paths, records)
+
+    def _decode_and_save(
+        self, latents: Tensor, ready: torch.cuda.Event, paths: Sequence[Path], records: Sequence[Mapping[str, str]]
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            if self._stream is not None:
+                stack.enter_context(torch.cuda.stream(self._stream))
+                self._stream.wait_event(ready)
+                latents.record_stream(self._stream)
+            images = decode_images(self._models, latents, self._options)
+        _save(images, paths, records)
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _save(images: Sequence[Image], paths: Sequence[Path], records: Sequence[Mapping[str, str]]) -> None:
+    for image, path, record in zip(images, paths, records, strict=True):
+        save_png(image, path, record)
