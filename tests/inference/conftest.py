@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from library.architectures.sd import SD
 from library.inference.models import GenerateOptions, ImageModels
@@ -43,3 +47,11 @@ def options() -> GenerateOptions:
 @pytest.fixture
 def settings() -> ImageSettings:
     return ImageSettings("a photo of the cat", "dog", 64, 64, steps=3, scale=5.0, sampler="ddim", seed=7)
+
+
+@pytest.fixture
+def hint(tmp_path: Path) -> Path:
+    """An image for ControlNets to read."""
+    values = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "hint.png")
+    return tmp_path / "hint.png"

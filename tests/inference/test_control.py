@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,13 +17,6 @@ from library.inference.models import GenerateOptions, ImageModels
 from library.inference.settings import ImageSettings
 from tests.fixtures.control import random_controlnet
 from tests.fixtures.tiny_sd import MadeCheckpoint
-
-
-@pytest.fixture
-def hint(tmp_path: Path) -> Path:
-    values = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(values).save(tmp_path / "hint.png")
-    return tmp_path / "hint.png"
 
 
 def latents(

@@ -22,8 +22,8 @@ from library.inference.features.guidance import Guidance
 from library.inference.features.image_to_image import ImageToImage, encode_sources
 from library.inference.features.inpainting import Inpainting
 from library.inference.file_names import FileNames
-from library.inference.generate import begin, generate_image, generate_latents
-from library.inference.highres_fix import HighresFix, generate_in_two_stages
+from library.inference.generate import begin, decode_images, generate_image, generate_latents
+from library.inference.highres_fix import HighresFix, latents_of_two_stages
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.options import ImageOutputOptions
 from library.inference.png import save_png
@@ -117,9 +117,12 @@ def test_all_of_the_strength_leaves_nothing_of_the_image(
     assert torch.equal(found, plain)
 
 
-def test_a_strength_without_a_step(models: ImageModels, options: GenerateOptions, settings: ImageSettings) -> None:
-    with pytest.raises(UserError, match=r"strength 0.2 of 3 steps: no step is left"):
-        generate_latents(models, [replace(settings, strength=0.2)], options, features=[ImageToImage(SOURCE)])
+@pytest.mark.parametrize("strength", [0.0, 0.2])
+def test_a_strength_without_a_step_leaves_the_image(
+    models: ImageModels, options: GenerateOptions, settings: ImageSettings, strength: float
+) -> None:
+    one = replace(settings, strength=strength)
+    assert torch.equal(generate_latents(models, [one], options, features=[ImageToImage(SOURCE)]), SOURCE)
 
 
 def test_images_from_files_do_not_depend_on_their_batch(
@@ -180,7 +183,8 @@ def test_highres_fix_is_two_images(
 ) -> None:
     large = replace(settings, width=128, height=128, steps=5, strength=0.6)
     fix = HighresFix(0.5, steps=2, in_latents=in_latents, saves_first=True)
-    (small,), (image,) = generate_in_two_stages(models, [large], options, {}, fix)
+    (small,), found = latents_of_two_stages(models, [large], options, {}, fix)
+    (image,) = decode_images(models, found, options)
     alone = replace(settings, steps=2)
     assert np.array_equal(np.asarray(small), np.asarray(generate_image(models, alone, options)))
     assert image.size == (128, 128)
@@ -193,7 +197,6 @@ def test_highres_fix_is_two_images(
         sources = encode_sources(models, pixels, [settings.seed + 1], options.device)
     second = replace(large, seed=settings.seed + 1)
     again = generate_latents(models, [second], options, features=[ImageToImage(sources)])
-    from library.inference.generate import decode_images
 
     assert np.abs(np.asarray(decode_images(models, again, options)[0]).astype(int) - np.asarray(image)).max() <= 1
 
