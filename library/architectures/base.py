@@ -164,6 +164,8 @@ class Architecture(WholeModels, ABC):
     idle_sample_fields: Mapping[str, str] = MappingProxyType({})
     #: whether a model of it reads the images of ``conditioning_data_dir``, which ``encode_control`` prepares
     takes_images: bool = False
+    #: the option that sets how many tokens of a caption are read; empty for none
+    length_option: str = "max_token_length"
     #: file of ``library/inference/features/`` with the guidance of its images
     guidance: str = "guidance"
     #: sample images of equal settings that are generated together

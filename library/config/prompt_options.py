@@ -89,6 +89,13 @@ def number_from_zero(value: str) -> float:
     return found
 
 
+def number_above_zero(value: str) -> float:
+    found = number(value)
+    if found <= 0:
+        raise ValueError("must be above 0")
+    return found
+
+
 def share(value: str) -> float:
     found = number(value)
     if not 0 <= found <= 1:

@@ -67,14 +67,19 @@ def length_of_longest(measure: Measure) -> Callable[[str, CaptionRules], Caption
     return longest
 
 
-def warn_of_cut_captions(captioned: Iterable[tuple[ImageRecord, CaptionRules]], measure: Measure) -> None:
+def warn_of_cut_captions(
+    captioned: Iterable[tuple[ImageRecord, CaptionRules]], measure: Measure, *, length_option: str = ""
+) -> None:
     """Warn once of captions that are cut, with their number and the longest.
 
     Args:
         captioned: every image of a run with the rules of its caption.
         measure: counts the tokens of a caption.
+        length_option: the option that makes the text encoder read more; empty for none.
     """
-    limit = measure("").limit
+    shortest = measure("a")
+    # without the tokens of a system prompt, which every caption has
+    limit = shortest.limit - max(shortest.tokens - 1, 0)
     # a token has at least one byte of text, so short captions need not be tokenized
     uses = ((record, use) for record, rules in captioned for use in longest_uses(record.caption, rules))
     long = [(record, use) for record, use in uses if len(use.encode("utf-8", "replace")) >= limit]
@@ -93,11 +98,11 @@ def warn_of_cut_captions(captioned: Iterable[tuple[ImageRecord, CaptionRules]], 
     record, length = longest
     at_least = "at least " if len(long) > _MOST_COUNTED else ""
     images = "1 image" if len(cut) == 1 else f"{len(cut)} images"
+    remedy = f", or let it read more with --{length_option}" if length_option else ""
     logger.warning(
         "the captions of %s%s are cut, as the text encoder reads %d tokens; the longest is that of %s with %d, which "
-        'loses "%s": shorten them, or let the encoder read more where it can (--max_token_length, '
-        "--t5xxl_max_token_length)",
-        *(at_least, images, limit, record.path, length.tokens, shortened(length.cut)),
+        'loses "%s": shorten them%s',
+        *(at_least, images, length.limit, record.path, length.tokens, shortened(length.cut), remedy),
     )
 
 

@@ -102,9 +102,9 @@ TRAINING_OPTIONS = (
     PromptOption("n", "negative_prompt", read.text),
     PromptOption("ss", "sample_sampler", read.sampler),
     PromptOption("cn", "controlnet_image", read.path),
-    PromptOption("ctr", "cfg_trunc_ratio", read.number),
-    PromptOption("rcfg", "renorm_cfg", read.number),
-    PromptOption("fs", "flow_shift", read.number),
+    PromptOption("ctr", "cfg_trunc_ratio", read.number_from_zero),
+    PromptOption("rcfg", "renorm_cfg", read.number_from_zero),
+    PromptOption("fs", "flow_shift", read.number_above_zero),
 )
 
 #: options of the prompts of gen_img.py

@@ -52,7 +52,7 @@ def warn_of_cut(
     measure = measure_of(
         architecture, tokenizers, max_token_length=options.max_token_length, weighted=options.weighted_captions
     )
-    warn_of_cut_captions(data.captioned(), measure)
+    warn_of_cut_captions(data.captioned(), measure, length_option=architecture.length_option)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,23 @@ def test_no_caption_that_is_cut_is_passed_over(measure: caption_lengths.Measure)
         assert measure(text).tokens <= len(text.encode())
 
 
+def test_a_system_prompt_counts(caplog: pytest.LogCaptureFixture) -> None:
+    """A caption of fewer bytes than the encoder reads tokens is cut, where something stands before it."""
+
+    def measure(text: str) -> CaptionLength:
+        whole = f"system {text}" if text else ""
+        return CaptionLength(len(whole), 10, whole[10:])
+
+    (line,) = said(["abc", "abcdef"], measure, caplog)
+    assert "captions of 1 image are cut, as the text encoder reads 10 tokens" in line and 'loses "def"' in line
+
+
+def test_the_option_that_lets_it_read_more_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    given = [(record, CaptionRules()) for record in records(["cat"])]
+    warn_of_cut_captions(given, lambda text: CaptionLength(len(text), 2, text[2:]), length_option="some_length")
+    assert caplog.messages[0].endswith("shorten them, or let it read more with --some_length")
+
+
 def test_of_very_many_the_longest_are_counted(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,4 +92,4 @@ def test_of_very_many_the_longest_are_counted(
 
     (line,) = said(["x" * n for n in range(4, 12)], measure, caplog)
     assert "at least 3 images" in line and "images/7.png with 11" in line
-    assert len(counted) == 4  # with the empty one, for the limit
+    assert len(counted) == 4  # with a short one, for the limit

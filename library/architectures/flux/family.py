@@ -78,6 +78,7 @@ class Flux(FlowMatching, TransformerFile, Architecture):
     denoiser_target = DENOISER_TARGET
     compiled_blocks = ("DoubleStreamBlock", "SingleStreamBlock")
     declaration = DECLARATION
+    length_option = "t5xxl_max_token_length"
     sample_fields = FlowMatching.sample_fields | {"guidance_scale"}
     sample_size_step = 16
 

@@ -74,6 +74,7 @@ class HunyuanImage21(FlowMatching, TransformerFile, Architecture):
     denoiser_target = DENOISER_TARGET
     compiled_blocks = ("MMDoubleStreamBlock", "MMSingleStreamBlock")
     declaration = DECLARATION
+    length_option = ""
     sampling_shift = 5.0
     sample_defaults = MappingProxyType({"width": 512, "height": 512, "sample_steps": 20, "scale": 3.5})
     sample_size_step = 32

@@ -64,6 +64,7 @@ class LuminaImage2(FlowMatching, TransformerFile, Architecture):
     denoiser_target = DENOISER_TARGET
     compiled_blocks = ("JointTransformerBlock",)
     declaration = DECLARATION
+    length_option = "gemma2_max_token_length"
     sampling_shift = 6.0
     sample_defaults = {
         "width": 1024, "height": 1024, "sample_steps": 36, "scale": 3.5, "cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0,

@@ -174,13 +174,6 @@ def _open(options: Any) -> OpenedModel:
     )
 
 
-def _above_zero(value: str) -> float:
-    found = read.number(value)
-    if found <= 0:
-        raise ValueError("must be above 0")
-    return found
-
-
 INFERENCE = MinimalInference(
     groups={
         "files": LuminaFilesOptions,
@@ -196,7 +189,7 @@ INFERENCE = MinimalInference(
         PromptOption("g", "scale", read.number, "guidance_scale"),
         PromptOption("ctr", "cfg_trunc_ratio", read.share, own=True),
         PromptOption("rcfg", "renorm_cfg", read.number_from_zero, own=True),
-        PromptOption("fs", "flow_shift", _above_zero, own=True),
+        PromptOption("fs", "flow_shift", read.number_above_zero, own=True),
     ),
     model_flag="--pretrained_model_name_or_path",
 )

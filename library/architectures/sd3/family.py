@@ -87,6 +87,10 @@ class StableDiffusion3(Architecture):
     _tables: PositionTables | None = None
 
     @property
+    def length_option(self) -> str:  # type: ignore[override]
+        return "t5xxl_max_token_length" if self._has_t5 else ""
+
+    @property
     def _masks(self) -> sd3_text.Masks:
         own = self.chosen(SD3Options)
         return sd3_text.Masks(clip=own.apply_lg_attn_mask, t5=own.apply_t5_attn_mask)
