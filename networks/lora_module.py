@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.adapter_module import AdapterModule, Dropouts
+from networks.low_rank import AddLowRank, LinearWithLowRank
 from networks.targets import FoundModule, RankAlpha
 
 
@@ -42,7 +44,36 @@ class LoraModule(AdapterModule):
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
 
+    def changed_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own_sum = type(self).add_change is LoraModule.add_change
+        if args or kwargs or not own_sum or not self._sums_in_products or not self._is_plain_linear(x):
+            return super().changed_output(x, *args, **kwargs)
+        weight, bias = self.original.weight, self.original.bias
+        return LinearWithLowRank.apply(weight, bias, x, *self.halves_in_use(), self.multiplier * self.scale_in_use)
+
+    @property
+    def _sums_in_products(self) -> bool:
+        """Whether nothing acts between the two halves, so that the sum can be part of a matrix product."""
+        if self.training and (self.dropouts.neuron or self.dropouts.rank):
+            return False
+        return isinstance(self.original, nn.Linear) and type(self).low_rank_output is LoraModule.low_rank_output
+
+    def _is_plain_linear(self, x: Tensor) -> bool:
+        """Whether the module computes the usual product, in the dtype of its frozen weight."""
+        original, kind = self.original, x.device.type
+        # the function of the class, not that of a wrapper, such as another adapter on the same module
+        if (
+            type(original) is not nn.Linear
+            or getattr(self._original_forward, "__func__", None) is not nn.Linear.forward
+        ):
+            return False
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        weight = original.weight
+        return weight.dtype == dtype and not weight.requires_grad and type(weight) is nn.Parameter
+
     def add_change(self, out: Tensor, x: Tensor) -> Tensor:
+        if self._sums_in_products:
+            return AddLowRank.apply(out, x, *self.halves_in_use(), self.multiplier * self.scale_in_use)
         # scaling within the addition saves one pass over the output
         return torch.add(out, self.low_rank_output(x), alpha=self.multiplier * self.scale_in_use)
 

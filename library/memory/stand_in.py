@@ -29,6 +29,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 NAME = "standin"
 #: operators that autocast computes in half precision, as on a GPU
 _IN_HALF = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv2d", "_convolution")
+#: operators that launch nothing: they give memory, or another shape to what is there
+_NO_KERNEL = frozenset(
+    f"aten::{name}" for name in ("empty.memory_format", "empty_like", "empty_strided", "new_empty", "_unsafe_view")
+)
 #: registrations end with these objects
 _libraries: list[torch.library.Library] = []
 
@@ -51,6 +55,7 @@ def install() -> torch.device:
             aten.impl(name, _in_half(getattr(torch.ops.aten, name)))
         _libraries.extend([others, aten])
         _fuse_attention()
+        _fuse_norm()
     return torch.device(NAME, 0)
 
 
@@ -72,7 +77,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
+        out = torch.zeros(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)  # one kernel
         rows = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, out, rows)
         return out
@@ -80,7 +85,7 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return _one_kernel(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _fuse_attention() -> None:
@@ -95,6 +100,37 @@ def _fuse_attention() -> None:
         return _FusedAttention.apply(query, key, value)
 
     nn.functional.scaled_dot_product_attention = attend
+
+
+class _FusedNorm(torch.autograd.Function):
+    """What a fused root mean square norm keeps: its input and a float32 number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows = torch.empty(x.shape[: x.dim() - weight.dim()], dtype=torch.float32, device=x.device)
+        ctx.save_for_backward(x, weight, rows)
+        return _one_kernel(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        return _one_kernel(x), _one_kernel(weight) if ctx.needs_input_grad[1] else None
+
+
+def _one_kernel(like: Tensor) -> Tensor:
+    return torch.zeros_like(like)
+
+
+def _fuse_norm() -> None:
+    """Replace ``rms_norm`` on the device, which is one kernel on GPUs and which torch would spell out here."""
+    plain = nn.functional.rms_norm
+
+    def norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        if x.device.type != NAME or weight is None or weight.dtype != x.dtype:
+            return plain(x, shape, weight, eps)
+        return _FusedNorm.apply(x, weight)
+
+    nn.functional.rms_norm = norm
 
 
 @contextmanager
@@ -174,7 +210,7 @@ class Trace(TorchDispatchMode):
             out = func(*tree_map(_without_numbers, args), **tree_map(_without_numbers, kwargs))
         leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         on_device = any(leaf.device.type == self._device_type for leaf in leaves)
-        self.kernels += on_device and func.namespace == "aten" and not func.is_view
+        self.kernels += on_device and func.namespace == "aten" and not func.is_view and func.name() not in _NO_KERNEL
         for leaf in leaves:
             self.track(leaf)
         return out

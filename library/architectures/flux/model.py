@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, check_backend
-from library.architectures.common.transformer import modulated_norm, rotate
+from library.architectures.common.fused import add_gated, modulated_norm, rotate
 from library.architectures.flux.controlnet import residuals
 from library.architectures.flux.packing import pack_latents, unpack_latents
 from library.architectures.flux.sizes import PATCH, FluxSizes
@@ -194,10 +194,10 @@ class DoubleStreamBlock(nn.Module):
         query, key = rotate(query, turn).to(value.dtype), rotate(key, turn).to(value.dtype)
         mixed = attend(query, key, value, mask, backend=self.attention).flatten(2)  # (B, L, D)
         from_image, from_text = part(mixed, image.shape[1], self.text_first)
-        image = image + i_gate * self.img_attn.proj(from_image)
-        image = image + i_gate2 * self.img_mlp(modulated_norm(image, i_shift2, i_scale2))
-        text = text + t_gate * self.txt_attn.proj(from_text)
-        text = text + t_gate2 * self.txt_mlp(modulated_norm(text, t_shift2, t_scale2))
+        image = add_gated(image, i_gate, self.img_attn.proj(from_image))
+        image = add_gated(image, i_gate2, self.img_mlp(modulated_norm(image, i_shift2, i_scale2)))
+        text = add_gated(text, t_gate, self.txt_attn.proj(from_text))
+        text = add_gated(text, t_gate2, self.txt_mlp(modulated_norm(text, t_shift2, t_scale2)))
         return within_half(image), within_half(text)
 
 
@@ -230,7 +230,8 @@ class SingleStreamBlock(nn.Module):
         query, key, value = split_heads(qkv, self.heads, self.norm)
         query, key = rotate(query, turn).to(value.dtype), rotate(key, turn).to(value.dtype)
         mixed = attend(query, key, value, mask, backend=self.attention).flatten(2)  # (B, L, D)
-        return within_half(x + gate * self.linear2(torch.cat([mixed, F.gelu(inner, approximate="tanh")], dim=-1)))
+        inner = F.gelu(inner, approximate="tanh")
+        return within_half(add_gated(x, gate, self.linear2(torch.cat([mixed, inner], dim=-1))))
 
 
 class LastLayer(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, check_backend
-from library.architectures.common.transformer import modulated_norm, rotate
+from library.architectures.common.fused import add_gated, modulated_norm, rotate
 from library.architectures.hunyuan_image.sizes import HunyuanSizes
 from library.architectures.hunyuan_image.text_blocks import (
     MLP,
@@ -125,10 +125,10 @@ class MMDoubleStreamBlock(nn.Module):
         mixed = attend(query, key, value, mask, backend=self.attention, split=self.split_attention)
         mixed = mixed.flatten(2)  # (B, L, D)
         from_image, from_text = mixed.split([image.shape[1], text.shape[1]], dim=1)
-        image = image + i_gate * self.img_attn_proj(from_image)
-        image = image + i_gate2 * self.img_mlp(modulated_norm(image, i_shift2, i_scale2))
-        text = text + t_gate * self.txt_attn_proj(from_text)
-        text = text + t_gate2 * self.txt_mlp(modulated_norm(text, t_shift2, t_scale2))
+        image = add_gated(image, i_gate, self.img_attn_proj(from_image))
+        image = add_gated(image, i_gate2, self.img_mlp(modulated_norm(image, i_shift2, i_scale2)))
+        text = add_gated(text, t_gate, self.txt_attn_proj(from_text))
+        text = add_gated(text, t_gate2, self.txt_mlp(modulated_norm(text, t_shift2, t_scale2)))
         return image, text
 
 
@@ -162,7 +162,7 @@ class MMSingleStreamBlock(nn.Module):
         key = torch.cat([rotate(key[:, :count], turn), key[:, count:]], dim=1)
         mixed = attend(query, key, value, mask, backend=self.attention, split=self.split_attention)
         mixed = mixed.flatten(2)  # (B, L, D)
-        return x + gate * self.linear2(torch.cat([mixed, F.gelu(inner, approximate="tanh")], dim=-1))
+        return add_gated(x, gate, self.linear2(torch.cat([mixed, F.gelu(inner, approximate="tanh")], dim=-1)))
 
 
 class ImageEmbed(nn.Module):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, check_backend
-from library.architectures.common.transformer import rotate, sinusoids
+from library.architectures.common.fused import add_gated, rotate
+from library.architectures.common.transformer import sinusoids
 from library.architectures.lumina.sizes import PATCH, NextDiTSizes
 
 #: of the norms of blocks, captions, queries and keys
@@ -55,14 +56,14 @@ def rotation(positions: Tensor, axes: Sequence[int]) -> Rotation:
 
 
 class RMSNorm(nn.Module):
-    """Zhang & Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv:1910.07467), eq. 4; in float32."""
+    """Zhang & Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv:1910.07467), eq. 4."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (F.rms_norm(x.float(), self.weight.shape, eps=NORM_EPS) * self.weight.float()).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPS)
 
 
 class TimestepEmbedder(nn.Module):
@@ -147,8 +148,8 @@ class JointTransformerBlock(nn.Module):
         parts = self.adaLN_modulation(condition).unflatten(-1, (4, -1)).unsqueeze(2).unbind(1)  # (B, 1, D) each
         scale, gate, scale_mlp, gate_mlp = parts
         mixed = self.attention(self.attention_norm1(x) * (1 + scale), turn, mask)
-        x = x + gate.tanh() * self.attention_norm2(mixed)
-        return x + gate_mlp.tanh() * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp)))
+        x = add_gated(x, gate.tanh(), self.attention_norm2(mixed))
+        return add_gated(x, gate_mlp.tanh(), self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))))
 
 
 class FinalLayer(nn.Module):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, check_backend
-from library.architectures.common.transformer import modulated_norm, sinusoids
+from library.architectures.common.fused import add_gated, modulated_norm
+from library.architectures.common.transformer import sinusoids
 from library.architectures.sd3.positions import cropped
 from library.architectures.sd3.sizes import MMDiTSizes
 
@@ -141,10 +142,10 @@ class SingleDiTBlock(nn.Module):
 
     def after(self, x: Tensor, mixed: Tensor, modulated: Modulated, second: Tensor | None) -> Tensor:
         """Add attention (B, tokens, D), the second one, and the MLP to the stream."""
-        x = x + modulated.gate * self.attn.proj(mixed)
+        x = add_gated(x, modulated.gate, self.attn.proj(mixed))
         if second is not None:
             x = x + second
-        return x + modulated.gate_mlp * self.mlp(modulated_norm(x, modulated.shift_mlp, modulated.scale_mlp))
+        return add_gated(x, modulated.gate_mlp, self.mlp(modulated_norm(x, modulated.shift_mlp, modulated.scale_mlp)))
 
 
 class MMDiTBlock(nn.Module):
