@@ -11,7 +11,8 @@ from library.errors import UserError
 
 O = TypeVar("O")
 
-_ONE_OF_THEM = "remove one of them"
+#: modes of inductor that record CUDA graphs
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 def misfits(o: Any, count: int) -> Iterator[Finding]:
@@ -28,11 +29,13 @@ def misfits(o: Any, count: int) -> Iterator[Finding]:
             "--blocks_to_swap: trained blocks are updated while they are on the device; add "
             "--blockwise_fused_optimizers or --fused_backward_pass"
         )
-    if o.training.cpu_offload_checkpointing:
-        yield error(f"--blocks_to_swap: not with --cpu_offload_checkpointing; {_ONE_OF_THEM}")
-    if o.training.torch_compile:
+    for flag in ("torch_compile", "compile", "cpu_offload_checkpointing") if "full" in o.groups() else ():
+        if getattr(o.training, flag):
+            yield error(f"--blocks_to_swap: not with --{flag} where whole models are trained; remove one of them")
+    if o.training.compile and o.training.compile_mode in _CUDA_GRAPHS:
         yield error(
-            f"--blocks_to_swap: not with --torch_compile, whose blocks must stay where they are; {_ONE_OF_THEM}"
+            f"--blocks_to_swap: not with --compile_mode {o.training.compile_mode}, whose CUDA graphs need weights that "
+            "stay where they are; use max-autotune-no-cudagraphs"
         )
 
 

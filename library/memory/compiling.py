@@ -1,8 +1,9 @@
-"""Compiling a model's blocks (``--torch_compile``, ``--dynamo_backend``).
+"""Compiling a model's blocks (``--torch_compile`` or ``--compile``, with its settings).
 
 A family names the classes of its blocks. Each block is compiled by itself, adapters included. Blocks of a class are
-alike, so the compiler works once for all of them and not on a graph of the whole model. Shapes are static: each bucket
-gets its own code. Modules keep their classes and names, so no ``_orig_mod`` appears in files.
+alike, so the compiler works once for all of them and not on a graph of the whole model. Shapes are static, unless dynamic
+ones are asked for: each bucket gets its own code. Modules keep their classes and names, so no ``_orig_mod`` appears in
+files. What is compiled is the blocks' ``forward``, so that hooks run before it, such as those of ``BlockStream``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -23,8 +25,8 @@ from library.errors import UserError, did_you_mean
 _LIMIT = 1024
 
 
-def check_backend(backend: str, device: torch.device | str) -> None:
-    """Refuse a compiler that is not installed.
+def check_backend(backend: str, device: torch.device | str, *, flag: str = "--dynamo_backend") -> None:
+    """Refuse a compiler that is not installed; ``flag`` is the option that names it.
 
     Raises:
         UserError: with what to install or to choose.
@@ -34,7 +36,7 @@ def check_backend(backend: str, device: torch.device | str) -> None:
     known = list_backends(exclude_tags=())
     if backend not in known:
         raise UserError(
-            f"--dynamo_backend {backend}: torch {torch.__version__} has no such compiler here"
+            f"{flag} {backend}: torch {torch.__version__} has no such compiler here"
             f"{did_you_mean(backend, known)}; use inductor, or install the package that brings it"
         )
     if backend != "inductor":
@@ -49,17 +51,37 @@ def check_backend(backend: str, device: torch.device | str) -> None:
         )
 
 
-def compile_blocks(model: nn.Module, classes: Iterable[str], *, backend: str) -> int:
+@dataclass(frozen=True)
+class CompileSettings:
+    """How blocks are compiled; see ``torch.compile``."""
+
+    backend: str = "inductor"
+    mode: str | None = None
+    dynamic: bool | None = False  # None: torch decides when sizes change
+    fullgraph: bool = False
+    recompile_limit: int | None = None  # of one function; None for one that no data set reaches
+
+
+def compile_blocks(model: nn.Module, classes: Iterable[str], settings: CompileSettings) -> int:
     """Mark the modules of these classes for compilation, in place, and return how many. They are compiled when they
     first run."""
     from torch._dynamo import config
 
-    config.recompile_limit = max(config.recompile_limit, _LIMIT)
+    if settings.recompile_limit is not None:
+        config.recompile_limit = settings.recompile_limit
+    else:
+        config.recompile_limit = max(config.recompile_limit, _LIMIT)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * _LIMIT)
     names = frozenset(classes)
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     for block in blocks:
-        block.compile(backend=backend, dynamic=False)
+        block.forward = torch.compile(
+            block.forward,
+            backend=settings.backend,
+            mode=settings.mode,
+            dynamic=settings.dynamic,
+            fullgraph=settings.fullgraph,
+        )
     return len(blocks)
 
 

@@ -137,8 +137,8 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
         shard_model(models.denoiser, blocks, run.sharding, run.device)
     if settle is None:
         plan.place(DENOISER, models.denoiser, blocks_of(models.denoiser))
-    if options.training.torch_compile:
-        precision.compile_denoiser(models.denoiser, blocks, backend=options.training.dynamo_backend)
+    precision.set_cuda_switches(options.training)
+    precision.compile_denoiser(models.denoiser, blocks, options.training)
     losses = _losses(run, models, kind)
     saver = Saver(run, kind, update, record)
     loading = batch_preparation(run, models)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,6 +11,9 @@ from torch import nn
 from library.config.arguments import ModelOptions, TrainingOptions
 from library.config.declaration import message
 from library.errors import NoEffect, UserError
+
+if TYPE_CHECKING:
+    from library.memory.compiling import CompileSettings
 
 
 def vae_dtype(options: ModelOptions, frozen: torch.dtype) -> torch.dtype:
@@ -34,11 +38,15 @@ def check_device(options: TrainingOptions, device: torch.device) -> list[str]:
     Raises:
         UserError: the options need something that this machine does not have.
     """
-    if options.torch_compile:
+    if (settings := compile_settings(options)) is not None:
         from library.memory.compiling import check_backend
 
-        check_backend(options.dynamo_backend, device)
+        flag = "--compile_backend" if options.compile else "--dynamo_backend"
+        check_backend(settings.backend, device, flag=flag)
     warnings = []
+    switches = [name for name in ("cuda_allow_tf32", "cuda_cudnn_benchmark") if getattr(options, name)]
+    if switches and device.type != "cuda":
+        warnings.append(NoEffect(message(switches, "without an NVIDIA GPU")))
     if options.cpu_offload_checkpointing and options.gradient_checkpointing and device.type == "cpu":
         why = "on a CPU, where activations are on the host anyway"
         warnings.append(NoEffect(message(["cpu_offload_checkpointing"], why)))
@@ -62,23 +70,53 @@ def activations(options: TrainingOptions) -> AbstractContextManager[object]:
 
 def drawing(options: TrainingOptions) -> AbstractContextManager[None]:
     """Return the context of generating sample images."""
-    if options.torch_compile:
+    if options.torch_compile or options.compile:
         from library.memory.compiling import uncompiled
 
         return uncompiled()
     return nullcontext()
 
 
-def compile_denoiser(denoiser: nn.Module, classes: tuple[str, ...], *, backend: str) -> None:
-    """``--torch_compile``.
+def compile_settings(options: TrainingOptions) -> CompileSettings | None:
+    """Return how the denoiser's blocks are compiled, if they are."""
+    from library.memory.compiling import CompileSettings
+
+    if options.torch_compile:
+        return CompileSettings(options.dynamo_backend)
+    if not options.compile:
+        return None
+    return CompileSettings(
+        options.compile_backend,
+        None if options.compile_mode == "default" else options.compile_mode,
+        {"true": True, "auto": None}.get(options.compile_dynamic or "false", False),
+        options.compile_fullgraph,
+        options.compile_cache_size_limit,
+    )
+
+
+def compile_denoiser(denoiser: nn.Module, classes: tuple[str, ...], options: TrainingOptions) -> None:
+    """Compile the denoiser's blocks, if the options ask for it.
 
     Raises:
         UserError: the family names no blocks.
     """
+    settings = compile_settings(options)
+    if settings is None:
+        return
     from library.memory.compiling import compile_blocks
 
-    if not compile_blocks(denoiser, classes, backend=backend):
-        raise UserError("--torch_compile: this model has no blocks that can be compiled one by one; remove it")
+    if not compile_blocks(denoiser, classes, settings):
+        flag = "--compile" if options.compile else "--torch_compile"
+        raise UserError(f"{flag}: this model has no blocks that can be compiled one by one; remove it")
+
+
+def set_cuda_switches(options: TrainingOptions) -> None:
+    """Set torch's switches for NVIDIA GPUs that are asked for; without effect on other devices."""
+    if options.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if options.cuda_cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
 
 
 def precision_row(options: TrainingOptions, frozen: str, device: torch.device) -> str:

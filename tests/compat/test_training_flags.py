@@ -47,6 +47,15 @@ OURS = {
     "fp8_te",
     "fp8_matmul",
     "quantize_base",
+    # published for anima_train_network.py
+    "compile",
+    "compile_backend",
+    "compile_mode",
+    "compile_dynamic",
+    "compile_fullgraph",
+    "compile_cache_size_limit",
+    "cuda_allow_tf32",
+    "cuda_cudnn_benchmark",
     # published for other scripts
     "fp8_scaled",
     "disable_mmap_load_safetensors",

@@ -125,6 +125,16 @@ CASES = [
     Case("fp8_te", {"fp8_te": True, "fp8_base": True}, {"fp8_base": False}, "--fp8_base"),
     Case("fp8_te", {"fp8_te": True, "cache_text_encoder_outputs": True}, {"cache_text_encoder_outputs": False}),
     Case("fp8_matmul", {"fp8_matmul": True}, {"fp8_base_unet": True}),
+    *(
+        Case(name, {name: value}, {"compile": True})
+        for name, value in (
+            ("compile_backend", "eager"),
+            ("compile_mode", "max-autotune"),
+            ("compile_dynamic", "true"),
+            ("compile_fullgraph", True),
+            ("compile_cache_size_limit", 32),
+        )
+    ),
     Case("dynamo_backend", {"dynamo_backend": "eager"}, {"torch_compile": True}),
     Case("cpu_offload_checkpointing", {"cpu_offload_checkpointing": True}, {"gradient_checkpointing": True}),
     Case("zero_stage", {"zero_stage": 3}, {"deepspeed": True}),
@@ -367,6 +377,7 @@ ALWAYS = set(
     scale_weight_norms base_weights base_weights_multiplier network_dropout train_embedding
     optimizer_type use_8bit_adam use_lion_optimizer optimizer_args max_grad_norm
     max_train_epochs seed gradient_accumulation_steps gradient_checkpointing mixed_precision torch_compile
+    compile cuda_allow_tf32 cuda_cudnn_benchmark
     mem_eff_attn full_fp16 full_bf16 fp8_scaled quantize_base fused_backward_pass
     deepspeed zero_terminal_snr min_timestep max_timestep noise_offset multires_noise_iterations ip_noise_gamma
     min_snr_gamma v_pred_like_loss

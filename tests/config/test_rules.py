@@ -94,6 +94,8 @@ ERRORS = [
     ({"full_bf16": True}, "--mixed_precision bf16"),
     ({"full_fp16": True, "mixed_precision": "bf16"}, "--mixed_precision fp16"),
     ({"quantize_base": "nf4", "fp8_scaled": True}, "--quantize_base nf4: not with --fp8_scaled"),
+    ({"compile": True, "torch_compile": True}, "--compile: not with --torch_compile"),
+    ({"compile": True, "compile_mode": "max-autotune", "compile_backend": "eager"}, "a mode of inductor"),
     ({"fused_backward_pass": True}, "--max_grad_norm 0"),
     ({"fused_backward_pass": True, "max_grad_norm": 0.0, "mixed_precision": "fp16"}, "use bf16"),
     ({"fused_backward_pass": True, "max_grad_norm": 0.0, "on_nan": "skip"}, "not with --on_nan skip"),

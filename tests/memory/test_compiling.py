@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.architectures.sd import SD
 from library.errors import UserError
-from library.memory.compiling import check_backend, compile_blocks, uncompiled
+from library.memory.compiling import CompileSettings, check_backend, compile_blocks, uncompiled
 from library.memory.stored_layers import store_weights
 from networks.lora import create_network
 from tests.networks.conftest import make_tiny_text_encoder, make_tiny_unet
@@ -49,7 +49,7 @@ def assert_compiled_is_the_same(backend: str, *, fp8: bool = False, device: str 
     unet, network = adapted(fp8=fp8, device=device)
     plain = step(unet, network, device)
     names, adapters = list(unet.state_dict()), list(network.state_dict())
-    count = compile_blocks(unet, SD.compiled_blocks, backend=backend)
+    count = compile_blocks(unet, SD.compiled_blocks, CompileSettings(backend))
     assert count == 12
     compiled = step(unet, network, device)
     bound = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-3, "atol": 1e-6}
@@ -70,6 +70,27 @@ def assert_compiled_is_the_same(backend: str, *, fp8: bool = False, device: str 
 @pytest.mark.slow
 def test_eager_backend_is_bit_for_bit_the_same() -> None:
     assert_compiled_is_the_same("eager", exact=True)
+
+
+def test_each_bucket_is_compiled_once() -> None:
+    """Whatever the order in which buckets come again."""
+    unet, network = adapted()
+    compile_blocks(unet, SD.compiled_blocks, CompileSettings("eager"))
+    made = []
+    for height in (8, 16, 8, 16, 16, 8):
+        step(unet, network, height=height)
+        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < made[0] < made[1] and set(made[2:]) == {made[1]}
+
+
+def test_dynamic_shapes_need_no_code_for_a_third_bucket() -> None:
+    unet, network = adapted()
+    compile_blocks(unet, SD.compiled_blocks, CompileSettings("eager", dynamic=None, fullgraph=True))
+    made = []
+    for height in (8, 16, 24, 32):
+        step(unet, network, height=height)
+        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert made[0] < made[1] == made[2] == made[3]
 
 
 @pytest.mark.slow

@@ -98,6 +98,31 @@ class TrainingOptions:
     fp8_matmul: bool = option(
         False, "with a base in fp8: round inputs to fp8 as well, and multiply fp8 numbers where the device can"
     )
+    compile: bool = option(False, "compile the model's blocks, with the settings below instead of --dynamo_backend")
+    compile_backend: str = option("inductor", "compiler of --compile")
+    compile_mode: str | None = option(
+        None,
+        "inductor's mode of --compile",
+        choices=[None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+        neutral=("default",),
+    )
+    compile_dynamic: str | None = option(
+        None,
+        "code for any size: true, false, or auto, where torch decides (false, if not given: code for each bucket)",
+        choices=[None, "true", "false", "auto"],
+        neutral=("false",),
+    )
+    compile_fullgraph: bool = option(False, "an error where a block cannot be compiled as one graph")
+    compile_cache_size_limit: int | None = option(
+        None,
+        "compiled versions of one block at most (no limit that matters, if not given)",
+        type=int,
+        unit="versions",
+        minimum=1,
+        neutral=(0,),
+    )
+    cuda_allow_tf32: bool = option(False, "compute products of float32 numbers in TF32 on NVIDIA GPUs", harmless=True)
+    cuda_cudnn_benchmark: bool = option(False, "let cuDNN try its algorithms for each size", harmless=True)
     quantize_base: str | None = option(
         None, "keep the frozen denoiser in int8 or nf4 (4 bits)", choices=[None, "int8", "nf4"]
     )
@@ -140,6 +165,17 @@ def one_form(o: Any, facts: Facts) -> Iterator[Finding]:
             )
 
 
+def compilers(o: Any, facts: Facts) -> Iterator[Finding]:
+    t = o.training
+    if t.compile and t.torch_compile:
+        yield error("--compile: not with --torch_compile, which compiles the same blocks; remove one of them")
+    if t.compile and t.compile_mode not in (None, "default") and t.compile_backend != "inductor":
+        yield error(
+            f"--compile_mode {t.compile_mode}: a mode of inductor, not of --compile_backend {t.compile_backend}; "
+            "remove one of them"
+        )
+
+
 def attention_package(o: Any, facts: Facts) -> Iterator[Finding]:
     if o.training.xformers and importlib.util.find_spec("xformers") is None:
         yield error("--xformers: the package xformers is not installed; pip install xformers, or use --sdpa")
@@ -156,6 +192,18 @@ def epochs_win(o: Any) -> bool:
 @idle("dynamo_backend", reason="without --torch_compile")
 def nothing_is_compiled(o: Any) -> bool:
     return not o.training.torch_compile
+
+
+@idle(
+    "compile_backend",
+    "compile_mode",
+    "compile_dynamic",
+    "compile_fullgraph",
+    "compile_cache_size_limit",
+    reason="without --compile",
+)
+def nothing_is_compiled_anew(o: Any) -> bool:
+    return not o.training.compile
 
 
 @idle("xformers", "sdpa", reason="beside --mem_eff_attn, which wins")
@@ -261,11 +309,13 @@ DECLARATION = Declaration(
         half_precision,
         deepspeed,
         one_form,
+        compilers,
         attention_package,
     ),
     idle=(
         epochs_win,
         nothing_is_compiled,
+        nothing_is_compiled_anew,
         memory_efficient_attention_wins,
         xformers_wins,
         no_checkpointing,

@@ -53,6 +53,12 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         pytest.param(
             {"mixed_precision": "bf16", "network_args": ["dora=True"]}, id="bf16-dora", marks=pytest.mark.slow
         ),
+        pytest.param({"torch_compile": True, "dynamo_backend": "eager"}, id="compiled"),
+        pytest.param(
+            {"compile": True, "compile_backend": "aot_eager", "compile_fullgraph": True},
+            id="traced",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"network_module": "networks.oft_flux", "network_dim": 4}, id="oft", marks=pytest.mark.slow),
         pytest.param({"network_dropout": 0.3, "ema_decay": 0.9}, id="dropout-ema", marks=pytest.mark.slow),
     ],
@@ -96,10 +102,9 @@ def test_resuming_with_another_number_of_blocks_is_exact(train: Train, tmp_path:
         ({"split_mode": True}, "--blocks_to_swap 18: the model has 4 and 6 blocks, of which 4 can be swapped"),
         ({"blocks_to_swap": -1}, "--blocks_to_swap -1: must be at least 0"),
         (
-            {"blocks_to_swap": 1, "gradient_checkpointing": True, "cpu_offload_checkpointing": True},
-            "not with --cpu_offload_checkpointing",
+            {"blocks_to_swap": 1, "compile": True, "compile_mode": "reduce-overhead"},
+            "--blocks_to_swap: not with --compile_mode reduce-overhead",
         ),
-        ({"blocks_to_swap": 1, "torch_compile": True}, "not with --torch_compile"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [False, True])
