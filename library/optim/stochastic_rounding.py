@@ -99,8 +99,7 @@ def train_in_half(optimizer: torch.optim.Optimizer, seed: int, *, alone: bool) -
                 return step()
             finally:
                 for parameter, home in homes.items():
-                    draws = torch.Generator(device=parameter.device)
-                    draws.manual_seed(key(seed, "rounding", update, places[parameter]))
+                    draws = _generator(parameter.device, key(seed, "rounding", update, places[parameter]))
                     _narrow(parameter, self.state.get(parameter, {}), home, draws)
 
         if len(parts) == 1:
@@ -116,6 +115,10 @@ def train_in_half(optimizer: torch.optim.Optimizer, seed: int, *, alone: bool) -
 
     # a bound method, because torch's schedulers use its attributes
     optimizer.step = MethodType(rounded_step, optimizer)  # type: ignore[method-assign]
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(seed)
 
 
 def _parts(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
