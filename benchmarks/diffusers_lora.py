@@ -4,7 +4,8 @@
 
 LoRA on the attention of the U-Net of Stable Diffusion 1.x or XL, whichever the folder holds, with AdamW. Latents are
 encoded beforehand, captions in each step, unless flags say otherwise. It prints ``first step`` when set-up is over and
-one JSON line at the end: wall times of its steps (seconds) and peak device memory (GB). Needs peft.
+one JSON line at the end: wall times of its steps (seconds) and peak device memory (GB). Needs peft. With ``--full`` all
+weights of the U-Net are trained instead, in float32, without clipping.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rank", type=int, default=8, help="LoRA rank")
+    parser.add_argument("--full", action="store_true", help="train all weights of the U-Net")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations of the U-Net")
     parser.add_argument("--cache_text", action="store_true", help="encode captions beforehand")
     parser.add_argument("--uncached", action="store_true", help="encode images in each step")
@@ -92,7 +94,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
 
-    def load(kind, name):
+    def load(kind, name, dtype=dtype):
         return kind.from_pretrained(args.model, subfolder=name, torch_dtype=dtype).requires_grad_(False).to(device)
 
     image_files = sorted(args.images.glob("*.png"))
@@ -105,8 +107,11 @@ def main() -> None:
     if args.cache_text:
         texts = [encode([caption]) for caption in captions]
         del encode
-    unet = load(UNet2DConditionModel, "unet")
-    unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=ATTENTION))
+    if args.full:
+        unet = load(UNet2DConditionModel, "unet", torch.float32).requires_grad_(True)
+    else:
+        unet = load(UNet2DConditionModel, "unet")
+        unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=ATTENTION))
     trained = [p for p in unet.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
@@ -145,11 +150,12 @@ def main() -> None:
                 side = 8 * clean.shape[-1]
                 sizes = torch.tensor([[side, side, 0, 0, side, side]] * args.batch_size, device=device)
                 added = {"text_embeds": text.pooled, "time_ids": sizes}
-            noisy = schedule.add_noise(clean, noise, t).to(dtype)
+            noisy = schedule.add_noise(clean, noise, t).to(unet.dtype)
             prediction = unet(noisy, t, text.context, added_cond_kwargs=added).sample
         loss = F.mse_loss(prediction.float(), noise)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not args.full:
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()

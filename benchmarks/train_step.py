@@ -5,12 +5,15 @@
     python benchmarks/train_step.py --size full --precision bf16 --compare 3
     python benchmarks/train_step.py --arch sdxl --size full --resolution 1024 --batch_size 4 --checkpointing \
         --cache_text --adamw8bit --compare 3
+    python benchmarks/train_step.py --kind full --size full --precision bf16 --steps 4 --compare 1
 
 The run is the real script in its own process. A step's time is taken from the wall times in its TensorBoard
 log, without the first step, and so is the share of that time in which the step waited for data; peak host memory is the
 process's maximum resident set. With ``--compare`` each run is
 followed by one of ``diffusers_lora.py``, the same work written plainly against diffusers and peft, and the ratios are
 printed: they hold on any machine, seconds do not. Flags that change the work (``--checkpointing``, ...) hold for both.
+``--kind full`` trains all weights of the U-Net, with updates within the backward pass and without clipping; the plain
+loop does not clip either.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SCRIPTS = {"sd": "train_network.py", "sdxl": "sdxl_train_network.py"}
+SCRIPTS = {
+    "adapter": {"sd": "train_network.py", "sdxl": "sdxl_train_network.py"},
+    "full": {"sd": "fine_tune.py", "sdxl": "sdxl_train.py"},
+}
 
 #: printed by the trainer when set-up is over; see library/training/run_hooks.py
 FIRST_STEP_MARK = "first step"
@@ -54,6 +60,7 @@ class Case:
     uncached: bool = False  # encode images in each step, not beforehand
     adamw8bit: bool = False  # bitsandbytes' AdamW, not torch's
     compile: bool = False  # blocks of the U-Net
+    kind: str = "adapter"  # what is trained
 
     def switches(self) -> list[str]:
         """The script's options for what is switched on."""
@@ -64,7 +71,16 @@ class Case:
     def reference_switches(self) -> list[str]:
         """The same for the plain loop."""
         names = ("checkpointing", "cache_text", "uncached", "adamw8bit", "compile")
-        return [f"--{name}" for name in names if getattr(self, name)]
+        return [f"--{name}" for name in names if getattr(self, name)] + ["--full"] * (self.kind == "full")
+
+    def trained(self) -> list[str]:
+        """The script's options for what is trained."""
+        if self.kind == "full":
+            return ["--learning_rate", "1e-6", "--fused_backward_pass", "--max_grad_norm", "0"]
+        return [
+            *("--network_module", "networks.lora", "--network_dim", str(self.rank), "--network_train_unet_only"),
+            *("--learning_rate", "1e-4"),
+        ]
 
 
 @dataclass(frozen=True)
@@ -122,10 +138,9 @@ def run_case(case: Case, model: Path, workspace: Path) -> Figures:
         encoding="utf-8",
     )
     output = workspace / "output"
-    command = [sys.executable, str(ROOT / SCRIPTS[case.arch]), "--pretrained_model_name_or_path", str(model)]
+    command = [sys.executable, str(ROOT / SCRIPTS[case.kind][case.arch]), "--pretrained_model_name_or_path", str(model)]
     command += ["--dataset_config", str(config), "--output_dir", str(output), "--output_name", "bench"]
-    command += ["--network_module", "networks.lora", "--network_dim", str(case.rank), "--network_train_unet_only"]
-    command += ["--learning_rate", "1e-4", "--max_train_steps", str(case.steps), "--seed", "0"]
+    command += [*case.trained(), "--max_train_steps", str(case.steps), "--seed", "0"]
     command += ["--mixed_precision", case.precision, "--sdpa", "--console_log_simple"]
     command += [*case.switches(), *case.extra]
     ran = _run(command)
@@ -217,7 +232,8 @@ def _step_times(logs: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=list(SCRIPTS), default="sd", help="model family")
+    parser.add_argument("--arch", choices=list(SCRIPTS["adapter"]), default="sd", help="model family")
+    parser.add_argument("--kind", choices=list(SCRIPTS), default="adapter", help="a LoRA, or all weights of the U-Net")
     parser.add_argument("--size", choices=["full", "tiny"], default="tiny", help="published sizes, or tiny ones")
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="bf16")
     parser.add_argument("--resolution", type=int, default=256, help="pixels, square")

@@ -42,7 +42,9 @@ Metrics = dict[str, Tensor]
 class Watch(Protocol):
     """An observer of a step before and after its update, such as the guard against losses that are not finite."""
 
-    def before_update(self, grad_norm: Tensor | None) -> None: ...
+    def before_update(self, grad_norm: Tensor | None) -> bool:
+        """Return whether the update is made; if not, weights and optimizer stay as they are."""
+        ...
 
     def after_update(self) -> Metrics: ...
 
@@ -174,12 +176,11 @@ class Update:
         self._exchange.average()
         if self._settings.max_grad_norm > 0:
             metrics["grad_norm"] = self._accelerator.clip_grad_norm_(self.parameters, self._settings.max_grad_norm)
-        if watch is not None:
-            watch.before_update(metrics.get("grad_norm"))
-        if self._fused is None:
-            self._prepared.step()
-        else:
-            self._pieces.end_step()
+        if watch is None or watch.before_update(metrics.get("grad_norm")):
+            if self._fused is None:
+                self._prepared.step()
+            else:
+                self._pieces.end_step()
         if watch is not None:
             metrics |= watch.after_update()
         if not self._prepared.step_was_skipped:

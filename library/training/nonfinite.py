@@ -3,7 +3,8 @@
 A step is *bad* when its loss, averaged over processes, or the norm of its gradients is not finite. The flag is computed
 on the device and read with the step's metrics, one step later (``library.training.metrics``). Until then the weights
 before the step are kept, so that the step can be repeated (``library.training.replay``). In full training, where the
-device has no memory for a copy, nothing is kept: a bad step ends the run without a recording.
+device has no memory for a copy, nothing is kept, and a bad step is not recorded. ``skip`` and ``rollback`` then read the
+flag before the update, which waits for the device once a step, and leave the whole update out.
 
 ``stop``
     The run ends when the flag is read; nothing has been saved since.
@@ -90,14 +91,13 @@ class StepGuard:
     one of the gradients; ``rollback`` keeps up to two of weights, optimizer and averages in host memory.
 
     Args:
-        keeps_copies: whether the device has memory for copies; only ``stop`` works without.
+        keeps_copies: whether the device has memory for copies; without, ``skip`` and ``rollback`` wait in each step.
     """
 
     def __init__(self, update: Update, accelerator: Accelerator, mode: OnNan, *, keeps_copies: bool = True) -> None:
-        if mode != "stop" and not keeps_copies:
-            raise ValueError(f"{mode} needs copies of the weights")
         self.mode = mode
         self._keeps_copies = keeps_copies
+        self._accelerator = accelerator
         self._update = update
         self._parameters = [p for p in update.parameters if p.requires_grad]
         self._scaled = accelerator.scaler is not None
@@ -127,19 +127,36 @@ class StepGuard:
         """Set the loss of the whole step, the same on all processes."""
         self._flag = torch.isfinite(loss.detach())
 
-    def before_update(self, grad_norm: Tensor | None) -> None:
-        """Check the step's loss and gradient norm, which are the same on all processes."""
+    def before_update(self, grad_norm: Tensor | None) -> bool:
+        """Check the step's loss and gradient norm, which are the same on all processes.
+
+        Returns:
+            whether the update is made.
+        """
         flag = self._flag
         if not self._scaled:
             flag = flag & torch.isfinite(self._gradient_norm() if grad_norm is None else grad_norm)
-            if self.mode != "stop":
-                self._clear_gradients_unless(flag)
         self._flag = flag
+        if self.mode == "stop":
+            return True
+        if self._scaled:  # the scaler leaves out updates with infinite gradients by itself
+            return True
+        if not self._keeps_copies:
+            return self._is_well_everywhere(flag)
+        self._clear_gradients_unless(flag)
+        return True
+
+    def _is_well_everywhere(self, flag: Tensor) -> bool:
+        """Read a flag now, on all processes alike; waits for the device."""
+        if self._accelerator.num_processes > 1:
+            flag = self._accelerator.reduce(flag.float(), reduction="mean") == 1
+            self._flag = flag
+        return bool(flag)
 
     def after_update(self) -> dict[str, Tensor]:
         """Restore the weights of a bad step; returns values to read with the step's metrics."""
         now = self._pending[-1]
-        if self.mode != "stop":
+        if self.mode != "stop" and self._keeps_copies:
             after = self._flat.read(self._parameters)
             for flat in after:
                 self._flag = self._flag & torch.isfinite(flat).all()

@@ -122,5 +122,9 @@ def test_the_guard_of_whole_models_keeps_no_weights(accelerator: Accelerator) ->
         guard.start(1)
         assert bool(guard._pending[-1].before) is keeps_copies
         assert guard.check(1) is None
-    with pytest.raises(ValueError, match="skip needs copies"):
-        StepGuard(update, accelerator, "skip", keeps_copies=False)
+    for loss, well in ((1.0, True), (float("nan"), False)):
+        guard = StepGuard(update, accelerator, "skip", keeps_copies=False)
+        guard.start(1)
+        assert not guard._pending[-1].before
+        guard.saw_step(torch.tensor(loss))
+        assert guard.before_update(torch.tensor(1.0)) is well

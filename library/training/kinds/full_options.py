@@ -198,11 +198,13 @@ def stops(o: Any, facts: Facts) -> Iterator[Finding]:
         )
 
 
-def no_second_copy(o: Any, facts: Facts) -> Iterator[Finding]:
-    if o.training.on_nan != "stop":
+def no_way_back(o: Any, facts: Facts) -> Iterator[Finding]:
+    """Check that updates can be left out: a fused one is made before all gradients are known."""
+    flags = [f"--{name}" for name in _FUSED[1:] if getattr(o.full, name)]
+    if o.training.on_nan != "stop" and flags:
         yield error(
-            f"--on_nan {o.training.on_nan}: keeps a copy of all trained weights, which a whole model leaves no memory "
-            "for; remove it, and resume from a state of --save_state after a bad step"
+            f"{flags[0]}: not with --on_nan {o.training.on_nan}, as the update is made before all gradients are known; "
+            "remove one of them"
         )
 
 
@@ -249,7 +251,7 @@ def new_form_wins(o: Any) -> bool:
 
 DECLARATION = Declaration(
     groups={"full": FullOptions},
-    rules=(trained_encoders, something_to_train, blocks, forms, fused, stops, no_second_copy),
+    rules=(trained_encoders, something_to_train, blocks, forms, fused, stops, no_way_back),
     idle=(text_is_frozen, nothing_to_stop, saves_are_streamed, captions_are_padded, new_form_wins),
     unused={
         **dict.fromkeys(

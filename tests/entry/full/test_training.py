@@ -201,7 +201,11 @@ def test_folders_and_metadata_files(tmp_path: Path, fine_tune: Whole, train_db: 
             "--cache_text_encoder_outputs: not while a text encoder is trained",
         ),
         ("fine_tune", {"learning_rate": 0}, "nothing to train"),
-        ("fine_tune", {"on_nan": "skip"}, "--on_nan skip: keeps a copy of all trained weights"),
+        (
+            "fine_tune",
+            {"on_nan": "skip", "blockwise_fused_optimizers": True, "max_grad_norm": 0},
+            "--blockwise_fused_optimizers: not with --on_nan skip",
+        ),
         ("fine_tune", {"fused_optimizer_groups": 2}, "--fused_optimizer_groups: the gradient cannot be clipped"),
         (
             "fine_tune",
