@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from library.memory.stand_in import Measured, measure
-from tests.fixtures.runs import run_script
+from tests.fixtures.runs import Finished, run_script
 
 #: what steps took when they were last recorded: python tests/fixtures/traced_steps.py NAME [--short]
 RECORDED = json.loads((Path(__file__).parent / "recorded_steps.json").read_text(encoding="utf-8"))
@@ -20,14 +20,30 @@ TOLERANCE = 0.05
 CASES = [pytest.param(name, marks=() if name.endswith("--short") else pytest.mark.slow) for name in RECORDED]
 
 
+#: the same where whole models are trained: python tests/fixtures/traced_full.py NAME [--short]
+RECORDED_FULL = json.loads((Path(__file__).parent / "recorded_full_steps.json").read_text(encoding="utf-8"))
+FULL = [
+    pytest.param(name, marks=() if name == "sd3 --short" else pytest.mark.slow, id=f"full {name}")
+    for name in RECORDED_FULL
+]
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_step_of_a_whole_model_takes_what_was_recorded(case: str) -> None:
+    compare(run_script("tests/fixtures/traced_full.py", *case.split()), RECORDED_FULL[case])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_takes_what_was_recorded(case: str) -> None:
-    done = run_script("tests/fixtures/traced_steps.py", *case.split())
+    compare(run_script("tests/fixtures/traced_steps.py", *case.split()), RECORDED[case])
+
+
+def compare(done: Finished, recorded: dict[str, int]) -> None:
     assert done.code == 0, done.text
     found = json.loads(done.out)
-    assert found.keys() == RECORDED[case].keys()
+    assert found.keys() == recorded.keys()
     for name, value in found.items():
-        assert value == pytest.approx(RECORDED[case][name], rel=TOLERANCE), f"{name}: {found}, not {RECORDED[case]}"
+        assert value == pytest.approx(recorded[name], rel=TOLERANCE), f"{name}: {found}, not {recorded}"
 
 
 def test_a_step_that_waits_or_mixes_devices_fails() -> None:
