@@ -16,7 +16,9 @@ ADAPTERS = {
     "train_network": 193, "sdxl_train_network": 196, "flux_train_network": 215, "sd3_train_network": 218,
     "lumina_train_network": 213,
 }  # fmt: skip
-WHOLE_MODELS = {"fine_tune": 167, "train_db": 169, "sdxl_train": 176, "flux_train": 194, "sd3_train": 201}
+WHOLE_MODELS = {
+    "fine_tune": 167, "train_db": 169, "sdxl_train": 176, "flux_train": 194, "sd3_train": 201, "lumina_train": 191,
+}  # fmt: skip
 EMBEDDINGS = {
     "train_textual_inversion": 169,
     "sdxl_train_textual_inversion": 170,

@@ -68,8 +68,10 @@ def words(made: MadeLumina, out: Path, *more: object, **changed: object) -> list
         "ae_dtype": "fp32",
         **changed,
     }
-    given = [word for name, value in values.items() if value is not None for word in (f"--{name}", value)]
-    return [str(word) for word in (*given, *more)]
+    switches = [f"--{name}" for name, value in values.items() if value is True]
+    valued = {name: value for name, value in values.items() if value is not None and value is not True}
+    given = [word for name, value in valued.items() for word in (f"--{name}", value)]
+    return [str(word) for word in (*given, *switches, *more)]
 
 
 def draw(made: MadeLumina, out: Path, *more: object, lines: str = "", **changed: object) -> list[Path]:
@@ -189,6 +191,7 @@ def test_all_mistakes_are_named_before_anything_is_loaded(made: MadeLumina, tmp_
         ({"device": "gpu"}, "--device gpu: there is no such device here"),
         ({"gemma2_path": None}, "--gemma2_path: name the Gemma2 text encoder"),
         ({"ae_path": "nothing.safetensors"}, "--ae_path nothing.safetensors: no such file"),
+        ({"device": "gpu", "use_sage_attn": True}, "--use_sage_attn: works in half precision only; use --dtype bf16"),
     ],
 )
 def test_wrong_files_and_devices(made: MadeLumina, tmp_path: Path, changed: dict[str, object], message: str) -> None:

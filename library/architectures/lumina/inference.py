@@ -103,6 +103,8 @@ def _findings(options: Any) -> Iterator[str]:
     if precision.use_flash_attn and precision.use_sage_attn:
         yield "--use_flash_attn and --use_sage_attn exclude each other; leave one out"
     for flag, (package, name) in _PACKAGES.items():
+        if getattr(precision, flag) and precision.dtype in ("fp32", "float", "float32"):
+            yield f"--{flag}: works in half precision only; use --dtype bf16, or leave it out"
         if getattr(precision, flag) and importlib.util.find_spec(package) is None:
             yield f"--{flag}: the package {package} is not installed; pip install {name}, or leave it out"
     try:
