@@ -44,8 +44,6 @@ _OTHER_KINDS = {
     ".hada_w1": "it is a LoHa; use the network module that made it (lycoris.kohya)",
     ".lokr_": "it is a LoKr; use the network module that made it (lycoris.kohya)",
     ".oft_": "it is an OFT; use the network module that made it (networks.oft, networks.oft_flux or lycoris.kohya)",
-    "lora_unet_joint_blocks_": "it was made for SD3",
-    "lora_unet_layers_": "it was made for Lumina",
 }
 
 
