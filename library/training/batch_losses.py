@@ -102,6 +102,8 @@ class BatchLosses:
     def _control(self, batch: Batch) -> Control | None:
         if batch.conditioning_images is None:
             return None
+        if self._kind.takes_images:
+            return {"pixels": batch.conditioning_images}
         with torch.no_grad():
             generators = Draw(batch.visits).generators("conditioning latents")
             return self._architecture.encode_control(self._models.vae, batch.conditioning_images, generators)

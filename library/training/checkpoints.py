@@ -128,8 +128,9 @@ def is_state(path: Path) -> bool:
 
 
 def is_model(path: Path) -> bool:
-    """Whether a folder is a model that a run saved."""
-    return (path / "model_index.json").is_file() and (path / MANIFEST_NAME).is_file()
+    """Whether a folder is a model that a run saved: a pipeline, or a ControlNet."""
+    described = any((path / name).is_file() for name in ("model_index.json", "config.json"))
+    return described and (path / MANIFEST_NAME).is_file()
 
 
 def remove_outdated(path: Path) -> None:

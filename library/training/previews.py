@@ -162,7 +162,8 @@ def current_prompts(run: Run, encoded: Mapping[str, Conditioning]) -> SampleProm
     options, architecture = run.options, run.architecture
 
     def read() -> tuple[SamplePrompt, ...]:
-        prompts = for_model(sample_prompts(options, architecture), architecture)
+        read = sample_prompts(options, architecture, reads_images=run.kind.takes_images)
+        prompts = for_model(read, architecture)
         for prompt in prompts:
             run.objective.sampler(prompt.sample_sampler, options.sample.sample_sampler)
         return prompts

@@ -10,8 +10,9 @@ from typing import Any
 from library.architectures.base import Architecture
 from library.config.arguments import RunOptions
 from library.config.toml_file import load_toml
+from library.data.image_io import read_size
 from library.diffusion.objective import LossSettings
-from library.errors import UserError
+from library.errors import UserError, naming
 from library.files.hub import HubTarget, RemoteFolder, download_folder
 from library.inference.prompt_line import SamplePrompt, read_prompt_file, without_idle_settings
 from library.optim.schedulers import ScheduleSettings
@@ -26,17 +27,32 @@ from library.training.step import NoiseSettings
 logger = logging.getLogger(__name__)
 
 
-def sample_prompts(options: RunOptions, architecture: Architecture) -> tuple[SamplePrompt, ...]:
+def sample_prompts(
+    options: RunOptions, architecture: Architecture, *, reads_images: bool = False
+) -> tuple[SamplePrompt, ...]:
     """Read the prompts of a run that generates sample images.
 
+    Args:
+        reads_images: whether each prompt needs a conditioning image.
+
     Raises:
-        UserError: the file cannot be read, or holds none.
+        UserError: the file cannot be read, holds none, or a prompt lacks its conditioning image.
     """
     wanted = options.sample
     if not wanted.sample_prompts or not wanted.is_asked_for:
         return ()
     step, used = architecture.sample_size_step, architecture.sample_fields
-    return tuple(read_prompt_file(Path(wanted.sample_prompts), size_multiple=step, used=used))
+    if reads_images:
+        used = used | {"controlnet_image"}
+    prompts = tuple(read_prompt_file(Path(wanted.sample_prompts), size_multiple=step, used=used))
+    for prompt in prompts if reads_images else ():
+        if not prompt.controlnet_image:
+            raise UserError(
+                f'{wanted.sample_prompts}: the prompt "{prompt.prompt}" has no conditioning image; add --cn image.png'
+            )
+        with naming(str(wanted.sample_prompts), "--cn"):
+            read_size(Path(prompt.controlnet_image))
+    return prompts
 
 
 def for_model(prompts: tuple[SamplePrompt, ...], architecture: Architecture) -> tuple[SamplePrompt, ...]:

@@ -48,9 +48,9 @@ from library.training.validation import check_validation
 from library.training.zero import check_zero
 
 
-def images_as(architecture: Architecture) -> Role:
+def images_as(architecture: Architecture, kind: type[Kind]) -> Role:
     """Return the role of the images in ``conditioning_data_dir``."""
-    return "image" if architecture.takes_images else "mask"
+    return "image" if architecture.takes_images or kind.takes_images else "mask"
 
 
 def objective_of(architecture: Architecture, options: RunOptions, info: ModelInfo) -> Objective:
@@ -95,7 +95,7 @@ def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) ->
         seed=checked.seed,
         latent=architecture.latent,
         prior_loss_weight=options.loss.prior_loss_weight,
-        conditioning_as=images_as(architecture),
+        conditioning_as=images_as(architecture, kind),
         order=checked.resumed.order if checked.resumed is not None else "by step",
     )
     kind.check_data(options, data)
@@ -140,12 +140,12 @@ def check(architecture: Architecture, kind: type[Kind], options: RunOptions) -> 
     dataset_config = load_dataset_config(options.dataset.dataset_config, options.dataset, options.validation)
     dataset_config = kind.prepared_data(options, dataset_config)
     report((*without_effect_on_data(options, dataset_config), *unread_captions(dataset_config)), strict=strict)
-    check_roles(dataset_config, images_as(architecture), masked_loss=options.loss.masked_loss)
+    check_roles(dataset_config, images_as(architecture, kind), masked_loss=options.loss.masked_loss)
     optimizer = _optimizer(kind, options)
     schedule = schedule_settings(options)
     report((*optimizer.warnings, *check_scheduler(optimizer, schedule)), strict=strict)
     kind.check_options(architecture, options)
-    prompts = sample_prompts(options, architecture)
+    prompts = sample_prompts(options, architecture, reads_images=kind.takes_images)
     folder = state_folder(options)
     resumed = read_state(folder) if folder else None
     if resumed is not None:
@@ -159,6 +159,7 @@ def check(architecture: Architecture, kind: type[Kind], options: RunOptions) -> 
     resolutions = [dataset.buckets.resolution for dataset in dataset_config.datasets]
     architecture = architecture.for_resolutions(resolutions)
     architecture.check_options(options, checkpoint.info)
+    kind.check_checkpoint(architecture, options, checkpoint)
     prompts = for_model(prompts, architecture)
     objective = objective_of(architecture, options, checkpoint.info)
     objective.check(noise_settings(options).timesteps)

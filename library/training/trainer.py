@@ -148,7 +148,7 @@ class Trainer:
             logger.info("finished: %d steps, model saved as %s", steps, run.names.final())
 
     def _images_as(self, options: RunOptions) -> Role:
-        return images_as(self.architecture.configured(options))
+        return images_as(self.architecture.configured(options), self._kind)
 
 
 def _summary(loaded: LoadedRun) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ PUBLISHED_PREFIX = "control_model."
 DIFFERENCE = "difference"
 
 _OWN = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
-_SHARED = ("conv_in", "time_embedding", "add_embedding", "class_embedding", "down_blocks", "mid_block")
+SHARED = ("conv_in", "time_embedding", "add_embedding", "class_embedding", "down_blocks", "mid_block")
 _HINT = ("conv_in", *(f"blocks.{n}" for n in range(6)), "conv_out")
 
 
@@ -47,7 +47,7 @@ _HINT = ("conv_in", *(f"blocks.{n}" for n in range(6)), "conv_out")
 
 def diffusers_layout() -> TensorLayout:
     """Return the layout of files with diffusers' names."""
-    return TensorLayout(KeyMap((name, name) for name in (*_OWN, *_SHARED)))
+    return TensorLayout(KeyMap((name, name) for name in (*_OWN, *SHARED)))
 
 
 def original_layout(config: Mapping[str, Any], *, prefix: str = "") -> TensorLayout:
@@ -104,7 +104,7 @@ def _in_file(path: Path, unet: ModelSource) -> ModelSource:
     source = ModelSource("ControlNet", file, layout, {})
     shapes = {name: file.shapes[at] for name, at in _places(source).items()}
     config = _infer_config(shapes, unet.config, inner=prefix is None)
-    missing = [name for name in _places(unet) if name.startswith(_SHARED) and name not in shapes]
+    missing = [name for name in _places(unet) if name.startswith(SHARED) and name not in shapes]
     if DIFFERENCE not in file.shapes and not missing:
         return ModelSource("ControlNet", file, layout, config)
     return ModelSource("ControlNet", OverUnet.of(source, unet), diffusers_layout(), config)
@@ -181,7 +181,7 @@ class OverUnet(WeightFile):
     @staticmethod
     def of(control: ModelSource, unet: ModelSource) -> OverUnet:
         own, theirs = _places(control), _places(unet)
-        shapes = {name: unet.file.shapes[at] for name, at in theirs.items() if name.startswith(_SHARED)}
+        shapes = {name: unet.file.shapes[at] for name, at in theirs.items() if name.startswith(SHARED)}
         shapes |= {name: control.file.shapes[at] for name, at in own.items()}
         return OverUnet(control.file.path, shapes, control, unet)
 

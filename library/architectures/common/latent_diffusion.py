@@ -16,7 +16,19 @@ from library.architectures.adapters import AdapterNaming
 from library.architectures.base import Architecture, CaptionLength, Conditioning, Control, ModelInfo
 from library.architectures.common import clip, clip_text, kl_vae, ldm_unet
 from library.architectures.common.checkpoint import vae_identity
-from library.architectures.common.controlnet import residuals
+from library.architectures.common.controlnet import (
+    PUBLISHED_PREFIX,
+    controlnet_source,
+    diffusers_layout,
+    load_controlnet,
+    original_layout,
+    residuals,
+)
+from library.architectures.common.controlnet_training import (
+    start_from_unet,
+    write_controlnet_file,
+    write_diffusers_controlnet,
+)
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.model_writing import (
@@ -27,6 +39,7 @@ from library.architectures.common.model_writing import (
     write_file,
 )
 from library.architectures.common.pipeline_writing import Pipeline, PipelinePart, write_pipeline
+from library.architectures.controlnets import DIFFUSERS, PREFIXED, PUBLISHED, HasControlNets
 from library.architectures.lora_target import BlockNumbering, LoraTarget
 from library.architectures.part import DENOISER, VAE, Part, built_by, by_name
 from library.architectures.whole_models import SavedModel
@@ -117,7 +130,7 @@ class HasUnetAndVae(Protocol):
     vae: ModelSource
 
 
-class LatentDiffusion(Architecture):
+class LatentDiffusion(HasControlNets, Architecture):
     """Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv:2112.10752)."""
 
     compiled_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -254,6 +267,46 @@ class LatentDiffusion(Architecture):
 
     def shrink_points(self, denoiser: nn.Module) -> Sequence[nn.Module]:
         return list(denoiser.down_blocks)  # type: ignore[arg-type]
+
+    # ---- ControlNets ----
+
+    controlnet_layouts = (PUBLISHED, PREFIXED, DIFFUSERS)
+    #: whether the usual file of a ControlNet has diffusers' names, instead of the original ones
+    controlnets_in_diffusers_names = False
+
+    def controlnet_source(self, path_or_id: str, checkpoint: HasUnetAndVae, *, flag: str) -> ModelSource:
+        return controlnet_source(path_or_id, checkpoint.unet, flag=flag)
+
+    def load_controlnet(self, source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Module:
+        return load_controlnet(source, dtype=dtype, device=device)
+
+    def new_controlnet(self, checkpoint: HasUnetAndVae, *, device: str) -> nn.Module:
+        return start_from_unet(checkpoint.unet, device=device)
+
+    def control_image(self, pixels: Tensor) -> Tensor:
+        return (pixels + 1) / 2
+
+    def set_controlnet_attention(self, controlnet: nn.Module, backend: str) -> None:
+        ldm_unet.set_unet_attention(controlnet, backend)
+
+    def write_controlnet(
+        self,
+        path: Path,
+        controlnet: nn.Module,
+        layout: str,
+        checkpoint: HasUnetAndVae,
+        *,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+    ) -> None:
+        if layout == DIFFUSERS:
+            write_diffusers_controlnet(path, controlnet, dtype=dtype)
+            return
+        if layout == PUBLISHED and self.controlnets_in_diffusers_names:
+            names = diffusers_layout()
+        else:
+            names = original_layout(controlnet.config, prefix=PUBLISHED_PREFIX if layout == PREFIXED else "")  # type: ignore[arg-type]
+        write_controlnet_file(path, controlnet, names, dtype=dtype, metadata=metadata)
 
     # ---- memory and speed ----
 

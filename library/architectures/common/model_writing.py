@@ -125,11 +125,23 @@ def write_file(
         UserError: the disk is full, or the file cannot be written.
     """
     if path.suffix == ".safetensors":
-        infos = {name: tensor_info(_target(t, dtype), t.shape) for name, t in tensors.items()}
-        write_streamed(path, infos, lambda name: _cast(tensors[name], dtype), metadata)
+        write_tensors(path, tensors, dtype=dtype, metadata=metadata)
         return
     state = {name: _cast(tensor, dtype).to("cpu").contiguous() for name, tensor in tensors.items()}
     save_pickle(path, {"state_dict": state, **counters})
+
+
+def write_tensors(path: Path, tensors: LazyTensors, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    """Write one ``.safetensors`` file, or with another extension a pickled dict of the tensors alone.
+
+    Raises:
+        UserError: the disk is full, or the file cannot be written.
+    """
+    if path.suffix == ".safetensors":
+        infos = {name: tensor_info(_target(t, dtype), t.shape) for name, t in tensors.items()}
+        write_streamed(path, infos, lambda name: _cast(tensors[name], dtype), metadata)
+        return
+    save_pickle(path, {name: _cast(tensor, dtype).to("cpu").contiguous() for name, tensor in tensors.items()})
 
 
 def _target(tensor: LazyTensor, dtype: torch.dtype | None) -> torch.dtype:

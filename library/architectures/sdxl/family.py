@@ -177,6 +177,7 @@ class StableDiffusionXL(LatentDiffusion):
     # ---- diffusion ----
 
     control_mixing = "mean"
+    controlnets_in_diffusers_names = True
 
     def unet_inputs(self, conditioning: Conditioning) -> dict[str, Any]:
         context = torch.cat([conditioning["hidden_state1"], conditioning["hidden_state2"]], dim=-1)  # (B, T, D1 + D2)

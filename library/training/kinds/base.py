@@ -88,6 +88,9 @@ class Kind(ABC, Generic[O]):
     #: whether the trained weights are small beside the model, so that the device has memory for copies: the moving
     #: average, and the weights before a step. Otherwise averages are in host memory, and there are no other copies
     keeps_copies: ClassVar[bool] = False
+    #: whether the images of ``conditioning_data_dir`` are its input: ``predict`` gets them as ``control["pixels"]``,
+    #: (B, 3, H, W) in [-1, 1], and sample prompts need images of their own (``--cn``)
+    takes_images: ClassVar[bool] = False
     #: option that starts a new run with the weights of another one
     starts_from: ClassVar[str] = "--pretrained_model_name_or_path"
 
@@ -153,6 +156,10 @@ class Kind(ABC, Generic[O]):
     def files_beside(cls, architecture: Architecture, options: Any, path: Path) -> Sequence[Path]:
         """Return the files that ``save`` writes beside ``path``."""
         return ()
+
+    @classmethod
+    def check_checkpoint(cls, architecture: Architecture, options: O, checkpoint: Any) -> None:
+        """Refuse further files that do not fit the model, from their headers. Raises UserError."""
 
     @classmethod
     def check_place(cls, architecture: Architecture, checkpoint: Any, path: Path) -> None:

@@ -1,0 +1,225 @@
+"""ControlNets trained by the real scripts: a step is that of a plain loop, and other programs read the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from library.training import batch_losses
+from library.training.batch_losses import BatchLosses
+from library.training.run_hooks import RunHooks
+from tests.entry.full.test_step import Seen, their_clip, their_unet
+from tests.fixtures.families import SD, SDXL
+from tests.fixtures.guides import make_pairs
+from tests.fixtures.runs import logged, metadata_of
+from tests.fixtures.tiny_sd import make_tiny_sd
+from tests.fixtures.whole import Whole
+
+SCRIPTS = {"sd": ("train_control_net", SD), "sdxl": ("sdxl_train_control_net", SDXL)}
+
+
+@pytest.fixture(scope="module", params=["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+def controlnet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    torch.set_num_threads(1)
+    script, family = SCRIPTS[request.param]
+    return Whole(script, family, family.make(tmp_path_factory.mktemp(request.param)))
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    torch.set_num_threads(1)
+    return Whole("train_control_net", SD, SD.make(tmp_path_factory.mktemp("sd")))
+
+
+class Guides:
+    """The conditioning images that the step was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images: list[Tensor] = []
+        at = BatchLosses.at
+
+        def record(losses: BatchLosses, batch: Any, *args: Any, **more: Any) -> Tensor:
+            self.images.append(batch.conditioning_images.clone())
+            return at(losses, batch, *args, **more)
+
+        monkeypatch.setattr(batch_losses.BatchLosses, "at", record)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_is_that_of_a_plain_diffusers_loop(
+    tmp_path: Path, sd: Whole, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """With plain SGD at a rate of 1 the weights move by their gradient. The second step has outputs that are not zero."""
+    from diffusers import ControlNetModel, DDPMScheduler
+    from transformers import CLIPTokenizer
+
+    dataset = make_pairs(tmp_path)
+    seen, guides = Seen(monkeypatch), Guides(monkeypatch)
+    descent = {"optimizer_type": "torch.optim.SGD", "learning_rate": 1.0, "max_grad_norm": 0}
+    sd.train(
+        dataset, tmp_path / "out", **descent, max_train_steps=2, save_every_n_steps=1, controlnet_layout="diffusers",
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    path = sd.model.path
+    unet, clip = their_unet(path), their_clip(path)
+    unet.requires_grad_(False)
+    folder = sd.model.tokenizer_cache_dir / "openai_clip-vit-large-patch14"  # type: ignore[attr-defined]
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+    schedule = DDPMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    first = ControlNetModel.from_pretrained(tmp_path / "out" / "tiny-step00000001")
+    last = ControlNetModel.from_pretrained(tmp_path / "out" / "tiny").state_dict()
+    read = tokenizer(seen.captions[2:4], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    context = clip(read.input_ids).last_hidden_state.detach()
+    latents, noise, timesteps = seen.latents[1], seen.noise[1], seen.timesteps[1]
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    down, middle = first(noisy, timesteps, context, (guides.images[1] + 1) / 2, return_dict=False)
+    assert middle.abs().max() > 0
+    prediction = unet(
+        noisy, timesteps, context, down_block_additional_residuals=down, mid_block_additional_residual=middle
+    ).sample
+    loss = F.mse_loss(prediction, noise)
+    loss.backward()
+    assert logged(tmp_path / "out", "loss/current")[1] == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in first.named_parameters():
+        moved = parameter.detach() - last[name]
+        torch.testing.assert_close(moved, parameter.grad, rtol=1e-3, atol=2e-6, msg=name)
+
+
+def test_it_starts_from_the_unet_and_changes_nothing(tmp_path: Path, controlnet: Whole) -> None:
+    """The copied layers are the U-Net's bits, the outputs are zero; the loss of the first step is that without it."""
+    dataset = make_pairs(tmp_path)
+    still = {"learning_rate": 1e-30, "max_train_steps": 1}
+    if controlnet.family is SDXL:
+        still["control_net_lr"] = 1e-30
+    controlnet.train(dataset, tmp_path / "out", **still, controlnet_layout="control_model")
+    saved, base = load_file(tmp_path / "out" / "tiny.safetensors"), load_file(controlnet.model.path)
+    assert {name.partition(".")[0] for name in saved} == {"control_model"}
+    copied = 0
+    for name, tensor in saved.items():
+        theirs = base.get(name.replace("control_model.", "model.diffusion_model."))
+        if theirs is not None:
+            assert torch.equal(tensor, theirs), name
+            copied += 1
+        elif ".zero_convs." in name or ".middle_block_out." in name or ".input_hint_block.14." in name:
+            assert tensor.abs().max() < 1e-29, name
+    assert copied > 30
+
+
+class Killed(Exception):
+    """What nothing catches."""
+
+
+def test_it_is_trained_resumed_and_read_again(
+    tmp_path: Path, controlnet: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed and resumed the run ends with the bits of one left alone; another run starts from its file."""
+    dataset = make_pairs(tmp_path)
+    options = {"max_train_steps": 4, "save_every_n_steps": 1, "save_state": True, "ema_decay": 0.9,
+               "save_last_n_steps": 1}  # fmt: skip
+    controlnet.train(dataset, tmp_path / "alone", **options)
+    original = RunHooks.step_ended
+
+    def dies(self: RunHooks, step: int, epoch: int) -> object:
+        if step == 3:
+            raise Killed
+        return original(self, step, epoch)
+
+    monkeypatch.setattr(RunHooks, "step_ended", dies)
+    with pytest.raises(Killed):
+        controlnet.train(dataset, tmp_path / "out", **options)
+    monkeypatch.undo()
+    controlnet.train(dataset, tmp_path / "out", **options, resume=tmp_path / "out" / "tiny-step00000002-state")
+    for name in ("tiny", "tiny-ema"):
+        alone, resumed = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("alone", "out"))
+        assert alone and all(torch.equal(tensor, resumed[key]) for key, tensor in alone.items())
+    assert metadata_of(tmp_path / "alone" / "tiny.safetensors")["modelspec.architecture"].endswith("/controlnet")
+    group = "control_net" if controlnet.family is SDXL else "controlnet"
+    assert logged(tmp_path / "alone", f"lr/{group}") == pytest.approx([1e-4 if group == "control_net" else 1e-3] * 4)
+
+    start = tmp_path / "alone" / "tiny.safetensors"
+    still = {"learning_rate": 1e-30, "max_train_steps": 1}
+    if controlnet.family is SDXL:
+        still["control_net_lr"] = 1e-30
+    controlnet.train(dataset, tmp_path / "again", **still, controlnet_model_name_or_path=start)
+    again, alone = load_file(tmp_path / "again" / "tiny.safetensors"), load_file(start)
+    assert alone.keys() == again.keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in alone.items())
+
+
+def test_the_published_names(tmp_path: Path, controlnet: Whole) -> None:
+    """Bare original names for SD, diffusers' names for SDXL; in pickles too."""
+    dataset = make_pairs(tmp_path)
+    controlnet.train(dataset, tmp_path / "out", max_train_steps=1, save_model_as="pt", save_precision="fp16")
+    saved = torch.load(tmp_path / "out" / "tiny.pt", weights_only=True)
+    assert all(tensor.dtype == torch.float16 for tensor in saved.values())
+    expected = (
+        {"controlnet_cond_embedding.conv_in.weight", "controlnet_down_blocks.0.weight", "down_blocks.0.resnets.0.conv1.bias"}
+        if controlnet.family is SDXL
+        else {"input_hint_block.14.weight", "zero_convs.0.0.bias", "middle_block_out.0.weight", "time_embed.0.weight"}
+    )  # fmt: skip
+    assert expected <= saved.keys()
+
+
+@pytest.mark.slow
+def test_diffusers_generates_with_the_folder(tmp_path: Path) -> None:
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+    from PIL import Image
+
+    model = make_tiny_sd(tmp_path / "model", layout="diffusers")
+    dataset = make_pairs(tmp_path)
+    trained = Whole("train_controlnet", SD, model)
+    trained.train(dataset, tmp_path / "out", controlnet_layout="diffusers", learning_rate=0.01)
+    network = ControlNetModel.from_pretrained(tmp_path / "out" / "tiny")
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+        tmp_path / "model", controlnet=network, local_files_only=True, safety_checker=None
+    )
+    guide = Image.open(tmp_path / "guides" / "0.png")
+    image = pipeline("a cat", image=guide, num_inference_steps=2, height=64, width=64).images[0]
+    assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"masked_loss": True}, "--masked_loss: the images of conditioning_data_dir are what a ControlNet reads"),
+        ({"learning_rate": 0}, "nothing to train: --learning_rate is 0"),
+        ({"on_nan": "skip"}, "--on_nan skip: keeps a copy"),
+        ({"controlnet_model_name_or_path": "absent.safetensors"}, "--controlnet_model_name_or_path absent.safetensors"),
+        ({"controlnet_model_name_or_path": "MODEL"}, "the file holds no ControlNet"),
+        ({"sample_prompts": "PROMPTS", "sample_at_first": True}, 'the prompt "a cat" has no conditioning image'),
+        ({"dataset_config": "PLAIN"}, "conditioning_data_dir: is missing"),
+        ({"dataset_config": "EXTRA"}, "no image has the name of 9.png"),
+        ({"dataset_config": "LESS"}, "has no image of the same name for 0.png"),
+    ],
+)  # fmt: skip
+def test_mistakes(
+    tmp_path: Path, sd: Whole, options: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.fixtures.runs import write_dataset
+
+    dataset = make_pairs(tmp_path)
+    options = dict(options)
+    if options.get("controlnet_model_name_or_path") == "MODEL":
+        options["controlnet_model_name_or_path"] = sd.model.path
+    if "sample_prompts" in options:
+        options["sample_prompts"] = tmp_path / "prompts.txt"
+        options["sample_prompts"].write_text("a cat\n")
+    kind = options.pop("dataset_config", None)
+    if kind == "PLAIN":
+        dataset = write_dataset(tmp_path / "plain.toml", tmp_path / "images")
+    elif kind == "EXTRA":
+        (tmp_path / "guides" / "9.png").write_bytes((tmp_path / "guides" / "0.png").read_bytes())
+    elif kind == "LESS":
+        (tmp_path / "guides" / "0.png").unlink()
+    with pytest.raises(SystemExit) as ended:
+        sd.train(dataset, tmp_path / "out", **options)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and len(lines) == 1 and words in lines[0], lines
