@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.architectures.common.ldm_unet import ldm_unet_layout
 from library.architectures.common.token_grid import token_grid
 from library.architectures.lora_target import LORA_TARGET, LoraTarget
 from library.errors import UserError
@@ -142,10 +143,11 @@ class LLLiteNetwork(nn.Module):
         return [module for module in self.children() if isinstance(module, LLLiteModule)]
 
     @staticmethod
-    def from_file(path: Path | str, denoiser: nn.Module, *, flag: str) -> LLLiteNetwork:
+    def from_file(path: Path | str, denoiser: nn.Module, *, flag: str, dropout: float = 0.0) -> LLLiteNetwork:
         """Make the network of a file, with its weights.
 
         Args:
+            dropout: of training.
             flag: the option that named the file, for messages.
 
         Raises:
@@ -155,7 +157,7 @@ class LLLiteNetwork(nn.Module):
             raise UserError(f"{flag} {path}: no such file")
         weights = read_weights(path)
         sizes = sizes_in(weights, f"{flag} {path}")
-        network = LLLiteNetwork(denoiser, sizes=sizes)
+        network = LLLiteNetwork(denoiser, sizes=sizes, dropout=dropout)
         made = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         for name, tensor in weights.items():
             if made.get(name) != tuple(tensor.shape):
@@ -192,18 +194,24 @@ class LLLiteNetwork(nn.Module):
 def adapted_layers(denoiser: nn.Module) -> list[FoundModule]:
     """Return the layers that published files adapt, in the model's order.
 
+    In U-Nets of more than three levels, as those of Stable Diffusion 1.x, the middle is left out: the embeddings of
+    images, which shrink them 32 times at most, are finer than it.
+
     Raises:
-        UserError: the model has none: it is not SDXL's U-Net.
+        UserError: the model has none: it is no U-Net with the original names.
     """
     target: LoraTarget | None = getattr(denoiser, LORA_TARGET, None)
+    levels = getattr(denoiser, "down_blocks", ())
     found = []
-    if target is not None and target.file_path is not None:
-        for module in find_modules(denoiser, replace(target, prefix=PREFIX)):
-            place = target.file_path(module.path)
-            if place is not None and _LAYERS.fullmatch(place):
+    if target is not None and levels:
+        to_file = target.file_path or ldm_unet_layout(denoiser.config).keys.to_file  # type: ignore[arg-type]
+        for module in find_modules(denoiser, replace(target, prefix=PREFIX, file_path=to_file)):
+            place = to_file(module.path)
+            is_coarse = len(levels) > len(_KERNELS) and module.path.startswith("mid_block.")
+            if place is not None and _LAYERS.fullmatch(place) and not is_coarse:
                 found.append(module)
     if not found:
-        raise UserError("ControlNet-LLLite is for the U-Net of SDXL; this model has no such layers")
+        raise UserError("ControlNet-LLLite is for the U-Nets of SD 1.x, 2.x and SDXL; this model has no such layers")
     return found
 
 

@@ -37,13 +37,15 @@ logger = logging.getLogger(__name__)
 # ---- images ----
 
 
-def generate_image(models: ImageModels, settings: ImageSettings, options: GenerateOptions) -> Image:
+def generate_image(
+    models: ImageModels, settings: ImageSettings, options: GenerateOptions, features: Sequence[Feature] = ()
+) -> Image:
     """Generate one image.
 
     Raises:
         UserError: the sampler cannot work with the model.
     """
-    return generate_images(models, [settings], options)[0]
+    return generate_images(models, [settings], options, features=features)[0]
 
 
 def generate_images(

@@ -262,6 +262,7 @@ def _previews(run: Run, models: Models, kind: Kind, cached: Cached) -> PreviewGe
         device=run.device,
         dtype=run.weight_dtype,
         prompts=cached.prompts,
+        of_features=kind.features(),
     )
 
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from library.training.text_caching import TextModels
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from library.inference.denoise import Feature
     from library.inference.models import GenerateOptions
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class PreviewGenerator:
         modules: trained modules beside the models; in eval mode during sampling.
         prompts: conditioning by text, where texts are cached.
         options: of the run.
+        of_features: models that are used by features, see ``Kind.features``.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class PreviewGenerator:
         device: torch.device,
         dtype: torch.dtype,
         prompts: Mapping[str, Conditioning],
+        of_features: Mapping[type[Feature], Any] = MappingProxyType({}),
     ) -> None:
         from library.inference.models import ImageModels
 
@@ -101,6 +105,7 @@ class PreviewGenerator:
             vae=models.vae,
             v_prediction=info.v_prediction,
             adapters=modules,
+            of_features=of_features,
         )
 
     @property
@@ -129,8 +134,13 @@ class PreviewGenerator:
             settings_for(prompt, defaults, sampler=self._objective.sampler(prompt.sample_sampler, usual))
             for prompt in prompts
         ]
+        images_read = [prompt.controlnet_image for prompt in prompts]
+        batch = [
+            replace(s, control=(Path(image),)) if image else s for s, image in zip(batch, images_read, strict=True)
+        ]
+        features = [feature() for feature in self._models.of_features]
         with precision.drawing(self._options.training):
-            images = generate_images(self._models, batch, replace(self._how, check=check))
+            images = generate_images(self._models, batch, replace(self._how, check=check), features=features)
         name = Path(self._options.model.pretrained_model_name_or_path).name
         for settings, image, path in zip(batch, images, paths, strict=True):
             if path is not None:

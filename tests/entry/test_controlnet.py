@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -122,9 +123,16 @@ def test_it_is_trained_resumed_and_read_again(
 ) -> None:
     """Killed and resumed the run ends with the bits of one left alone; another run starts from its file."""
     dataset = make_pairs(tmp_path)
-    options = {"max_train_steps": 4, "save_every_n_steps": 1, "save_state": True, "ema_decay": 0.9,
+    options: dict[str, Any] = {"max_train_steps": 4, "save_every_n_steps": 1, "save_state": True, "ema_decay": 0.9,
                "save_last_n_steps": 1}  # fmt: skip
+    prompts, guides = tmp_path / "prompts.txt", tmp_path / "guides"
+    prompts.write_text(
+        "".join(f"a cat --w 64 --h 64 --s 2 --d 1 --l 3 --n dog --cn {guides}/{n}.png\n" for n in (0, 1))
+    )
+    options |= {"sample_prompts": prompts, "sample_every_n_steps": 4}
     controlnet.train(dataset, tmp_path / "alone", **options)
+    first, second = (Image.open(image).tobytes() for image in sorted((tmp_path / "alone" / "sample").glob("*.png")))
+    assert first != second
     original = RunHooks.step_ended
 
     def dies(self: RunHooks, step: int, epoch: int) -> object:
@@ -171,7 +179,6 @@ def test_the_published_names(tmp_path: Path, controlnet: Whole) -> None:
 @pytest.mark.slow
 def test_diffusers_generates_with_the_folder(tmp_path: Path) -> None:
     from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-    from PIL import Image
 
     model = make_tiny_sd(tmp_path / "model", layout="diffusers")
     dataset = make_pairs(tmp_path)

@@ -164,5 +164,5 @@ def test_wrong_files_are_refused(unet: nn.Module, tmp_path: Path) -> None:
             LLLiteNetwork.from_file(path, unet, flag=flag)
     with pytest.raises(UserError, match=f"{flag} none: no such file"):
         LLLiteNetwork.from_file("none", unet, flag=flag)
-    with pytest.raises(UserError, match="is for the U-Net of SDXL"):
+    with pytest.raises(UserError, match="is for the U-Nets of SD 1.x, 2.x and SDXL"):
         LLLiteNetwork(nn.Linear(2, 2))

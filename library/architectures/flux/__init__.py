@@ -2,4 +2,4 @@
 
 from library.lazy_imports import found_in
 
-__getattr__ = found_in("library.architectures.flux.family", "FLUX", "Flux")
+__getattr__ = found_in("library.architectures.flux.family", "FLUX", "FLUX_FOR_CONTROLNETS", "Flux")

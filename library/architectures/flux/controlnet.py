@@ -21,6 +21,7 @@ from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.sharded_file import ShardedFile
 from library.architectures.common.tensor_files import Shapes
+from library.architectures.flux.controlnet_files import SIGN, infer_published
 from library.architectures.flux.packing import pack_latents
 from library.architectures.flux.sizes import PATCH, FluxSizes
 from library.errors import UserError
@@ -28,18 +29,19 @@ from library.errors import UserError
 FLAG = "--controlnet_model_name_or_path"
 _TOP = (
     "x_embedder", "context_embedder", "time_text_embed", "transformer_blocks", "single_transformer_blocks",
-    "controlnet_blocks", "controlnet_single_blocks", "controlnet_x_embedder",
+    "controlnet_blocks", "controlnet_single_blocks", "controlnet_x_embedder", "input_hint_block",
 )  # fmt: skip
 
 #: outputs to add behind the transformer's blocks of two streams and of one, (B, N, D) each
 Residuals = tuple[list[Tensor] | None, list[Tensor] | None]
 
 
-def controlnet_source(path_or_id: str, transformer: FluxSizes) -> ModelSource:
-    """Return the ControlNet in a file, a folder or a Hub repository in diffusers' layout, from its names and shapes.
+def controlnet_source(path_or_id: str, transformer: FluxSizes, *, pixels: bool = False) -> ModelSource:
+    """Return the ControlNet in a file, a folder or a Hub repository, from its names and shapes.
 
     Args:
         transformer: that it must fit.
+        pixels: whether it must read pixels, in diffusers' or the published layout; else latents, in diffusers'.
 
     Raises:
         UserError: nothing there, something else, or a ControlNet that cannot be used.
@@ -48,13 +50,15 @@ def controlnet_source(path_or_id: str, transformer: FluxSizes) -> ModelSource:
     inner = path / "controlnet"
     file = ShardedFile.open(inner if inner.is_dir() else path)
     try:
-        config = infer_config(file.shapes, transformer)
+        if pixels and SIGN in file.shapes:
+            return ModelSource("ControlNet", file, *infer_published(file.shapes, transformer))
+        config = infer_config(file.shapes, transformer, pixels=pixels)
     except UserError as error:
         raise UserError(f"{FLAG} {path_or_id}: {error}") from None
     return ModelSource("ControlNet", file, TensorLayout(KeyMap((name, name) for name in _TOP)), config)
 
 
-def infer_config(shapes: Shapes, transformer: FluxSizes) -> dict[str, Any]:
+def infer_config(shapes: Shapes, transformer: FluxSizes, *, pixels: bool = False) -> dict[str, Any]:
     """Return settings of ``FluxControlNetModel``.
 
     Raises:
@@ -74,8 +78,11 @@ def infer_config(shapes: Shapes, transformer: FluxSizes) -> dict[str, Any]:
         )
     if "controlnet_mode_embedder.weight" in shapes:
         raise UserError("a union ControlNet, which must be told its mode, is not supported; give one of a single kind")
-    if any(name.startswith("input_hint_block.") for name in shapes):
+    hint = shapes.get("input_hint_block.conv_out.weight")
+    if not pixels and any(name.startswith("input_hint_block.") for name in shapes):
         raise UserError("it reads pixels instead of latents, which is not supported; give one that reads latents")
+    if pixels and hint is None:
+        raise UserError("it reads latents; give one that reads pixels, such as this program trains")
     found = {what: shapes[name] for what, name in needed.items()}
     width, channels = found["latents"]
     if found["image"][1] != channels:
@@ -85,7 +92,9 @@ def infer_config(shapes: Shapes, transformer: FluxSizes) -> dict[str, Any]:
     if theirs != ours:
         raise UserError(f"it is of other sizes than the transformer (widths {theirs} and {ours}); give one of FLUX.1")
     head = found["head"][0]
+    own = {} if hint is None else {"patch_size": PATCH, "conditioning_embedding_channels": hint[0]}
     return {
+        **own,
         "in_channels": channels,
         "num_layers": _count(r"transformer_blocks\.(\d+)\.", shapes),
         "num_single_layers": _count(r"single_transformer_blocks\.(\d+)\.", shapes),
@@ -104,10 +113,10 @@ def _count(pattern: str, names: Shapes) -> int:
 
 def load_controlnet(source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Module:
     """Frozen, in eval mode."""
-    return load_frozen(source, partial(_build, source.config), dtype=dtype, device=device)
+    return load_frozen(source, partial(build, source.config), dtype=dtype, device=device)
 
 
-def _build(config: Mapping[str, Any]) -> nn.Module:
+def build(config: Mapping[str, Any]) -> nn.Module:
     from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 
     return FluxControlNetModel(**config)
@@ -127,15 +136,16 @@ def residuals(
 
     Args:
         latents, timesteps, context, pooled, guidance: as ``Flux.forward`` is given them; latents (B, C/4, h, w).
-        image: latents (B, C/4, h, w) of the image that it reads.
+        image: latents (B, C/4, h, w) of the image that it reads, or its pixels (B, 3, H, W) in [-1, 1].
     """
     h, w = (side // PATCH for side in latents.shape[2:])
+    reads_pixels = controlnet.config.conditioning_embedding_channels is not None
     image_ids = torch.zeros(h, w, 3, device=latents.device)
     image_ids[..., 1] += torch.arange(h, device=latents.device)[:, None]
     image_ids[..., 2] += torch.arange(w, device=latents.device)
     return controlnet(
         hidden_states=pack_latents(latents),
-        controlnet_cond=pack_latents(image.to(latents.dtype)),
+        controlnet_cond=image.to(latents.dtype) if reads_pixels else pack_latents(image.to(latents.dtype)),
         timestep=timesteps,
         encoder_hidden_states=context,
         pooled_projections=pooled,

@@ -24,19 +24,24 @@ from library.architectures.base import (
 from library.architectures.common import ae as flux_vae
 from library.architectures.common import clip, clip_text, kl_vae, t5
 from library.architectures.common.checkpoint import vae_identity
+from library.architectures.common.controlnet_training import write_controlnet_file, write_diffusers_controlnet
 from library.architectures.common.flow_matching import FlowMatching
 from library.architectures.common.identity import weights_identity
 from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.loading import ModelSource, without_mapping
 from library.architectures.common.tokenizer_files import T5, find_tokenizer
 from library.architectures.common.transformer_file import TransformerFile
+from library.architectures.controlnets import DIFFUSERS, HasControlNets
 from library.architectures.flux import text as flux_text
 from library.architectures.flux.adapters import RECORDS
 from library.architectures.flux.checkpoint import load_transformer, published_layout
-from library.architectures.flux.controlnet import load_controlnet
+from library.architectures.flux.controlnet import build as build_controlnet
+from library.architectures.flux.controlnet import controlnet_source, load_controlnet, residuals
+from library.architectures.flux.controlnet_files import published_layout as published_controlnet_layout
+from library.architectures.flux.controlnet_files import start_from_transformer
 from library.architectures.flux.inspection import FluxCheckpoint, inspect_model, refuse_other_variant
 from library.architectures.flux.names import DEV, SCHNELL
-from library.architectures.flux.options import CHROMA, DECLARATION, FluxModelOptions, trains_t5
+from library.architectures.flux.options import CHROMA, DECLARATION, TRAINS_CONTROLNETS, FluxModelOptions, trains_t5
 from library.architectures.flux.targets import CHROMA_DENOISER, CLIP_L, T5XXL
 from library.architectures.flux.targets import DENOISER as DENOISER_TARGET
 from library.architectures.lora_target import LoraTarget
@@ -61,7 +66,7 @@ _T5_ARRAYS = {"t5_out": ("T", "D"), "t5_attn_mask": ("T",)}
 _SCHNELL_IS_TOLD_NONE = "with FLUX.1 schnell, which is told no guidance scale"
 
 
-class Flux(FlowMatching, TransformerFile, Architecture):
+class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
     """FLUX.1 (Black Forest Labs 2024) and Chroma1 (Rock 2025), which ``--model_type`` chooses."""
 
     name = "flux"
@@ -87,7 +92,7 @@ class Flux(FlowMatching, TransformerFile, Architecture):
 
     @property
     def takes_images(self) -> bool:  # type: ignore[override]
-        return bool(self.chosen(FluxModelOptions).controlnet_model_name_or_path)
+        return bool(getattr(self.chosen(FluxModelOptions), "controlnet_model_name_or_path", None))
 
     @property
     def is_chroma(self) -> bool:
@@ -274,11 +279,68 @@ class Flux(FlowMatching, TransformerFile, Architecture):
             return denoiser(noisy, timesteps / 1000, context, mask, guidance)
         pooled = conditioning["l_pooled"].to(noisy.dtype)
         mask = mask if self.masks_text else None
-        image = None if control is None else control["image"]
-        return denoiser(noisy, timesteps / 1000, context, pooled, guidance, text_mask=mask, image=image)
+        added = {} if control is None else dict(control)
+        if "residuals" in added:  # a list for fewer blocks, which take them in turn
+            given, blocks = added.pop("residuals"), len(denoiser.double_blocks)  # type: ignore[arg-type]
+            added["double_residuals"] = [given[index % len(given)] for index in range(blocks)]
+        return denoiser(noisy, timesteps / 1000, context, pooled, guidance, text_mask=mask, **added)
 
     def encode_control(self, vae: nn.Module, images: Tensor, generators: Sequence[torch.Generator]) -> Control:
         return {"image": self.scale_latents(self.encode_images(vae, images, generators))}
+
+    # ---- ControlNets ----
+
+    def controlnet_source(self, path_or_id: str, checkpoint: FluxCheckpoint, *, flag: str) -> ModelSource:
+        return controlnet_source(path_or_id, checkpoint.sizes, pixels=True)
+
+    def load_controlnet(self, source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Module:
+        return load_controlnet(source, dtype=dtype, device=device)
+
+    def new_controlnet(self, checkpoint: FluxCheckpoint, *, device: str) -> nn.Module:
+        return start_from_transformer(build_controlnet, checkpoint.transformer, checkpoint.sizes, device=device)
+
+    def control_image(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+    #: of several ControlNets, the mean of the outputs is added
+    control_mixing = "mean"
+
+    def control(
+        self,
+        controlnet: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        image: Tensor,
+        *,
+        weight: float = 1.0,
+    ) -> Control:
+        guidance = torch.full_like(timesteps, self.chosen(FluxModelOptions).guidance_scale)  # (B,)
+        context, pooled = conditioning["t5_out"].to(noisy.dtype), conditioning["l_pooled"].to(noisy.dtype)
+        image = image.repeat(len(noisy) // len(image), 1, 1, 1)
+        found, _ = residuals(controlnet, noisy, timesteps / 1000, context, pooled, guidance, image=image)
+        return {"residuals": [residual * weight for residual in found or []]}
+
+    def set_controlnet_attention(self, controlnet: nn.Module, backend: str) -> None:
+        names = {"torch": "native", "efficient": "_native_efficient", "math": "_native_math", "xformers": "xformers"}
+        controlnet.set_attention_backend(names[backend])  # type: ignore[operator]
+
+    def write_controlnet(
+        self,
+        path: Path,
+        controlnet: nn.Module,
+        layout: str,
+        checkpoint: FluxCheckpoint,
+        *,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+    ) -> None:
+        if layout == DIFFUSERS:
+            write_diffusers_controlnet(path, controlnet, dtype=dtype)
+            return
+        config: Any = controlnet.config
+        names = published_controlnet_layout(config.num_layers, guidance=config.guidance_embeds)
+        write_controlnet_file(path, controlnet, names, dtype=dtype, metadata=metadata)
 
     def check_options(self, options: RunOptions, info: ModelInfo) -> None:
         scale = self.chosen(FluxModelOptions).guidance_scale
@@ -328,3 +390,12 @@ class Flux(FlowMatching, TransformerFile, Architecture):
 
 
 FLUX = Flux()
+
+
+class FluxForControlNets(Flux):
+    """FLUX.1 where a ControlNet is trained, instead of another one used beside."""
+
+    declaration = TRAINS_CONTROLNETS
+
+
+FLUX_FOR_CONTROLNETS = FluxForControlNets()

@@ -79,7 +79,7 @@ def inspect_model(
     _check_widths(transformer, encoders, options)
     with naming("--ae", options.ae):
         autoencoder = vae.ae_source(options.ae or "")
-    given = options.controlnet_model_name_or_path
+    given = getattr(options, "controlnet_model_name_or_path", None)  # not where ControlNets are trained
     info = ModelInfo(family="flux", version=VERSIONS[transformer.kind], description=transformer.title)
     return FluxCheckpoint(
         info=info,

@@ -29,12 +29,6 @@ class FluxModelOptions:
     )
     t5xxl: str | None = option(None, "T5-XXL text encoder: a .safetensors file, or a Diffusers folder", weights=True)
     ae: str | None = option(None, "autoencoder: a .safetensors file, a Diffusers folder, or a Hub id", weights=True)
-    controlnet_model_name_or_path: str | None = option(
-        None,
-        "ControlNet of FLUX.1 to train beside, in diffusers' layout: a file, a folder, or a Hub id; it reads "
-        "the images of conditioning_data_dir",
-        weights=True,
-    )
     t5xxl_max_token_length: int | None = option(
         None,
         "tokens of a caption for T5-XXL (512 if not given, 256 with FLUX.1 schnell)",
@@ -67,6 +61,18 @@ class FluxModelOptions:
     def swapped(self) -> int:
         """How many blocks wait in host memory."""
         return self.blocks_to_swap or (SPLIT_MODE if self.split_mode else 0)
+
+
+@dataclass(frozen=True)
+class FluxWithControlNetOptions(FluxModelOptions):
+    """FLUX.1 and Chroma."""
+
+    controlnet_model_name_or_path: str | None = option(
+        None,
+        "ControlNet of FLUX.1 to train beside, in diffusers' layout: a file, a folder, or a Hub id; it reads "
+        "the images of conditioning_data_dir",
+        weights=True,
+    )
 
 
 @idle("clip_l", reason="with --model_type chroma, which has no CLIP-L")
@@ -137,8 +143,12 @@ def blocks_win(o: Any) -> bool:
     return bool(o.flux.blocks_to_swap)
 
 
-DECLARATION = joined(
-    Declaration(groups={"flux": FluxModelOptions}),
+def no_chroma(o: Any, facts: Facts) -> Iterator[Finding]:
+    if o.flux.model_type == CHROMA:
+        yield error("--model_type chroma: ControlNets are trained for FLUX.1; give a file of that")
+
+
+_COMMON = joined(
     FLOW,
     FROZEN_ENCODERS,
     Declaration(
@@ -150,7 +160,7 @@ DECLARATION = joined(
             "text_encoder_lr": "learning rate of the text encoders' adapters: one, or one for each of CLIP-L and T5-XXL",
             "text_encoder_lr2": "the same of T5-XXL, which is trained with train_t5xxl=True in --network_args only",
         },
-        rules=(guidance, chroma_mask, controlnet, what_is_trained, swapping),
+        rules=(guidance, chroma_mask, what_is_trained, swapping),
         follows={"gradient_checkpointing": checkpointing},
         idle=(no_clip, t5_is_frozen, blocks_win),
         unused={
@@ -163,3 +173,7 @@ DECLARATION = joined(
         refused={},
     ),
 )
+
+DECLARATION = joined(Declaration(groups={"flux": FluxWithControlNetOptions}, rules=(controlnet,)), _COMMON)
+#: where ControlNets are trained, of which the option names the start
+TRAINS_CONTROLNETS = joined(Declaration(groups={"flux": FluxModelOptions}, rules=(no_chroma,)), _COMMON)

@@ -54,8 +54,8 @@ class ControlNets(Feature):
         loaded = generation.models.of_features.get(ControlNets)
         if not loaded:
             return
-        images = [(pixels + 1) / 2 for pixels in control_images(generation, loaded)]  # in [0, 1]
         architecture: Any = generation.models.architecture
+        images = [architecture.control_image(pixels) for pixels in control_images(generation, loaded)]
         stride = architecture.latent.stride
 
         def control(noisy: Tensor, timesteps: Tensor, step: StepInfo) -> Control | None:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from library.data.dataset_spec import DatasetConfig
 from library.optim.fused_backward import Part, one_by_one
 from library.optim.update import Metrics
 from library.training.models import Models
+
+if TYPE_CHECKING:
+    from library.inference.denoise import Feature
 
 O = TypeVar("O", bound=RunOptions)
 
@@ -248,6 +251,10 @@ class Kind(ABC, Generic[O]):
     ) -> Tensor:
         """Return the model's raw prediction; see ``Architecture.predict``."""
         return self.architecture.predict(denoiser, noisy, timesteps, conditioning, control)
+
+    def features(self) -> Mapping[type[Feature], Any]:
+        """Return features that sample images need, with their models, see ``ImageModels.of_features``."""
+        return {}
 
     def after_step(self, step: int, device: torch.device) -> Metrics:
         """Called after each update; may return metrics."""

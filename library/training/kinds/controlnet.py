@@ -153,6 +153,12 @@ class ControlNet(Kind[Any]):
         made = self._family.control(self._controlnet, noisy, timesteps, conditioning, image)
         return super().predict(denoiser, noisy, timesteps, conditioning, made)
 
+    def features(self) -> Mapping[type, Any]:
+        from library.inference.control_models import ControlModel
+        from library.inference.features.control_net import ControlNets
+
+        return {ControlNets: [ControlModel(self._controlnet)]}
+
     # ---- files and records ----
 
     def save(
