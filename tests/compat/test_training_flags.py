@@ -24,7 +24,15 @@ EMBEDDINGS = {
     "sdxl_train_textual_inversion": 170,
     "train_textual_inversion_XTI": 168,
 }
-SCRIPTS = ADAPTERS | WHOLE_MODELS | EMBEDDINGS
+CONTROLNETS = {
+    "train_control_net": 153,
+    "train_controlnet": 153,
+    "sdxl_train_control_net": 169,
+    "flux_train_control_net": 193,
+    "sdxl_train_control_net_lllite": 171,
+    "sdxl_train_control_net_lllite_old": 171,
+}
+SCRIPTS = ADAPTERS | WHOLE_MODELS | EMBEDDINGS | CONTROLNETS
 PUBLISHED = {script: json.loads((CLI / f"{script}.json").read_text())["options"] for script in SCRIPTS}
 
 #: flags of this project that the published command line of train_network.py does not have
@@ -85,13 +93,13 @@ def test_no_flag_is_missing_or_new(script: str, actions: dict[str, dict[str, arg
     assert script != "train_network" or not OURS & published
 
 
-@pytest.mark.parametrize("script", [*WHOLE_MODELS, *EMBEDDINGS])
+@pytest.mark.parametrize("script", [*WHOLE_MODELS, *EMBEDDINGS, *CONTROLNETS])
 def test_no_flag_of_other_kinds_is_missing(script: str, actions: dict[str, dict[str, argparse.Action]]) -> None:
     """What adapter training can, other kinds can too: further flags are published for other scripts, or ours."""
     published = {option["dest"] for option in PUBLISHED[script]}
     assert len(PUBLISHED[script]) == SCRIPTS[script] and published <= set(actions[script])
     elsewhere = {option["dest"] for options in PUBLISHED.values() for option in options}
-    assert set(actions[script]) - published <= elsewhere | OURS
+    assert set(actions[script]) - published <= elsewhere | OURS | {"controlnet_layout"}
 
 
 @pytest.mark.parametrize("name", sorted(OURS))

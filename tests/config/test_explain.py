@@ -122,6 +122,8 @@ IMPLIED = [
     ("optimizer_type", {"use_lion_optimizer": True}, "Lion", "follows from --use_lion_optimizer"),
     ("unet_lr", {"learning_rate": 0.5}, 0.5, "follows from --learning_rate"),
     ("unet_lr", {"network_train_text_encoder_only": True}, None, ""),
+    ("embedding_lr", {"learning_rate": 0.5, "train_embedding": "qux"}, 0.5, "follows from --learning_rate"),
+    ("embedding_lr", {"learning_rate": 0.5}, None, ""),
     ("text_encoder_lr", {"learning_rate": 0.5}, [0.5], "follows from --learning_rate"),
     ("text_encoder_lr", {"network_train_unet_only": True}, None, ""),
     ("text_encoder_lr", {"learning_rate": 0.5, "text_encoder_lr2": 0.1}, [0.5, 0.1], "follows from --text_encoder_lr2"),

@@ -59,6 +59,8 @@ ERRORS = [
     ({"dataset_config": None}, "no data"),
     ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "exclude each other"),
     ({"dim_from_weights": True}, "--network_weights"),
+    ({"train_embedding": "a b", "embedding_init_word": "cat"}, "--train_embedding 'a b': must be one word"),
+    ({"train_embedding": "qux"}, "--embedding_init_word: name a known word"),
     ({"learning_rate": 0.0}, "nothing to train"),
     ({"unet_lr": 0.0, "text_encoder_lr": [0.0]}, "nothing to train"),
     ({"unet_lr": 0.0, **UNET_ONLY}, "nothing to train"),

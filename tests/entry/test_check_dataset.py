@@ -9,6 +9,7 @@ import pytest
 
 from library.config.config_file import read_args
 from tests.data.report.test_near_duplicates import scene
+from tests.fixtures.guides import make_pairs
 from tests.fixtures.runs import THREE_SHAPES, make_images, run_script
 from tests.fixtures.tiny_sd import MadeCheckpoint
 from tools.check_dataset import main, setup_parser
@@ -50,6 +51,20 @@ def test_one_report_of_everything(tmp_path: Path, tiny_sd: MadeCheckpoint) -> No
     assert page.startswith("<!DOCTYPE html>") and "data:image/jpeg;base64," in page
     # nothing was left beside the images
     assert sorted(path.suffix for path in train.iterdir()) == [".caption"] + [".png"] * 7
+
+
+def test_pairs_are_shown(tmp_path: Path) -> None:
+    """Images stand beside their conditioning images; one without is named."""
+    dataset = make_pairs(tmp_path)
+    (tmp_path / "guides" / "3.png").unlink()
+    page = tmp_path / "page.html"
+    assert main(read_args(setup_parser(), ["--dataset_config", str(dataset), "--html", str(page)])) == 1
+    assert "has no image of the same name for 3.png" in page.read_text(encoding="utf-8")
+    (tmp_path / "images" / "3.png").unlink()
+    assert main(read_args(setup_parser(), ["--dataset_config", str(dataset), "--html", str(page)])) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "mask or conditioning image" in text
+    assert text.count(f'<figure title="{tmp_path}/guides/') == text.count(f'<figure title="{tmp_path}/images/') >= 3
 
 
 def test_exit_codes(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ class ImageRow:
     caption: str  # as in its file
     tokens: int | None  # of the longest possible caption; None: not counted
     validation: bool = False  # held out for validation
+    conditioning: Path | None = None  # its mask or conditioning image
 
 
 @dataclass(frozen=True)

@@ -134,9 +134,11 @@ def _most_cut(report: Report) -> list[ImageRow]:
 
 
 def _images(report: Report, thumbnails: Mapping[Path, str]) -> str:
+    paired = any(row.conditioning for row in report.images)
     rows = (
         (
             _figure(row.path, thumbnails),
+            *([_figure(row.conditioning, thumbnails) if row.conditioning else ""] if paired else []),
             f"{row.dataset}.{row.subset}",
             f"{row.size[0]}x{row.size[1]}",
             f"{row.bucket[0]}x{row.bucket[1]}",
@@ -147,7 +149,17 @@ def _images(report: Report, thumbnails: Mapping[Path, str]) -> str:
         )
         for row in _most_cut(report)
     )
-    columns = ("image", "dataset.subset", "size", "bucket", "resized by", "cut off", "tokens", "caption")
+    columns = (
+        "image",
+        *(("mask or conditioning image",) if paired else ()),
+        "dataset.subset",
+        "size",
+        "bucket",
+        "resized by",
+        "cut off",
+        "tokens",
+        "caption",
+    )
     more = _more(len(report.images) - MOST_IMAGES)
     return (
         "<details><summary>All images, those that lose most by the crop first</summary>"
@@ -176,7 +188,10 @@ def _images_on_page(report: Report) -> Iterable[Path]:
         for finding in findings[:MOST_FINDINGS]:
             if finding.kind != "unreadable":
                 yield from finding.images[:MOST_OF_FINDING]
-    yield from (row.path for row in _most_cut(report))
+    for row in _most_cut(report):
+        yield row.path
+        if row.conditioning is not None:
+            yield row.conditioning
 
 
 def _make_thumbnails(paths: Sequence[Path], rows: Mapping[Path, ImageRow]) -> dict[Path, str]:

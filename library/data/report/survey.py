@@ -71,7 +71,7 @@ def check_data(options: RunOptions, wanted: CheckOptions, architecture: Architec
             latent=architecture.latent,
             find=images.find,
         )
-        _check_masks(config, images, faults, collector)
+        conditioning = _check_masks(config, images, faults, collector)
     for warning in unread_captions(config):
         collector.add("settings", "warning", warning)
     looks, unreadable = look_at_all(images.paths(), WorkProgress("looking at images", "images", simple=True).update)
@@ -83,6 +83,7 @@ def check_data(options: RunOptions, wanted: CheckOptions, architecture: Architec
             collector.add("turned", "info", "turned or mirrored by EXIF; training turns it upright", [path])
     numbers = {s.where: number for number, dataset in enumerate(config.datasets, start=1) for s in dataset.subsets}
     rows = _image_rows(data, numbers, faults, measure, collector)
+    rows = [replace(row, conditioning=conditioning.get(row.path)) for row in rows]
     _check_rows(rows, collector)
     return Report(
         source=config.source,
@@ -134,7 +135,10 @@ def _without_masks(config: DatasetConfig) -> DatasetConfig:
     return replace(config, datasets=tuple(datasets))
 
 
-def _check_masks(config: DatasetConfig, images: _Images, faults: Faults, collector: Collector) -> None:
+def _check_masks(
+    config: DatasetConfig, images: _Images, faults: Faults, collector: Collector
+) -> dict[Path, Path | None]:
+    """Report masks and conditioning images that are missing or too many; returns those that belong to images."""
     paired: list[tuple[SubsetSpec, list[ImageRecord]]] = []
     incomplete: set[Path] = set()  # folders of masks that belong to images which were not found
     for subset in (subset for dataset in config.datasets for subset in dataset.subsets):
@@ -154,6 +158,7 @@ def _check_masks(config: DatasetConfig, images: _Images, faults: Faults, collect
     except UserError as error:
         for line in str(error).splitlines():
             collector.add("masks", "error", line)
+    return {record.path: record.conditioning for _, records in paired for record in records}
 
 
 def _report_faults(faults: Faults, unreadable: Mapping[Path, str], collector: Collector) -> None:
