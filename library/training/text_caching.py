@@ -222,5 +222,7 @@ def _as_long(values: Tensor, accelerator: Accelerator) -> Tensor:
 def _gather(values: Tensor, accelerator: Accelerator) -> Tensor:
     """Gather (B, ...) of every process to (processes * B, ...), in their order, as bytes: not all backends support all
     dtypes."""
+    if not values.numel():  # such as of an encoder that no caption has words for
+        return values.new_empty((len(values) * accelerator.num_processes, *values.shape[1:]))
     own = values.contiguous().view(torch.uint8).to(accelerator.device)
     return accelerator.gather(own).cpu().view(values.dtype)
