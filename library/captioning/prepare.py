@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.architectures.common.checkpoint import LATENT_CHANNELS, vae_at
+from library.architectures.common import kl_vae
+from library.architectures.common.checkpoint import LATENT_CHANNELS, vae_at, vae_identity
 from library.architectures.common.latent_diffusion import LatentDiffusion
 from library.architectures.common.loading import ModelSource
+from library.architectures.part import VAE, Part, built_by
 from library.captioning.hub_models import device_for
 from library.captioning.metadata import Metadata
 from library.data.buckets import BucketRules, Buckets, mean_aspect_error
@@ -104,13 +106,6 @@ def add_buckets(metadata: Metadata, prepared: Sequence[Prepared]) -> None:
 
 
 @dataclass(frozen=True)
-class VaeAlone:
-    """What ``load_vae`` and ``vae_identity`` of the latent diffusion families need of a checkpoint."""
-
-    vae: ModelSource
-
-
-@dataclass(frozen=True)
 class Encoding:
     """How latents are made."""
 
@@ -122,7 +117,7 @@ class Encoding:
     trust: bool  # use files that exist without checking them
 
 
-def open_vae(architecture: Architecture, path_or_id: str, flag: str) -> VaeAlone:
+def open_vae(architecture: Architecture, path_or_id: str, flag: str) -> ModelSource:
     """Find the VAE in a checkpoint, in its own file or folder, or on the Hub.
 
     Raises:
@@ -139,10 +134,10 @@ def open_vae(architecture: Architecture, path_or_id: str, flag: str) -> VaeAlone
     channels = source.config.get("latent_channels", LATENT_CHANNELS)
     if channels != LATENT_CHANNELS:
         raise UserError(f"model_name_or_path {path_or_id}: this VAE has {channels} latent channels, not 4")
-    return VaeAlone(source)
+    return source
 
 
-def make_latents(prepared: Sequence[Prepared], architecture: Architecture, vae: VaeAlone, how: Encoding) -> int:
+def make_latents(prepared: Sequence[Prepared], architecture: Architecture, vae: ModelSource, how: Encoding) -> int:
     """Write the latents that are missing, where and as training reads them; return how many there were.
 
     Raises:
@@ -155,7 +150,7 @@ def make_latents(prepared: Sequence[Prepared], architecture: Architecture, vae: 
         import torch
 
         device = device_for(how.device)
-        model = architecture.load_vae(vae, dtype=how.dtype, device=str(device))  # type: ignore[arg-type]
+        model = Part(VAE, vae, built_by(kl_vae.build_vae)).load(dtype=how.dtype, device=str(device))
 
         def encode(pixels: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
             with torch.no_grad():
@@ -180,7 +175,7 @@ def make_latents(prepared: Sequence[Prepared], architecture: Architecture, vae: 
             architecture.latent,
             batch_size=how.batch_size,
             to_disk=True,
-            vae_identity=architecture.vae_identity(vae),  # type: ignore[arg-type]
+            vae_identity=vae_identity(vae),
             trust=how.trust,
             report=tell,
         )
