@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from library.architectures.network_args import Reader, read_rank
 from library.errors import UserError
 from library.randomness import python_rng
 from networks.adapter_module import Dropouts
@@ -39,7 +40,6 @@ from networks.base import NetworkPart
 from networks.lora import LoraNetwork
 from networks.lora_args import LoraArgs
 from networks.lora_in_pieces import LoraInPieces
-from networks.network_args import Reader, read_rank
 from networks.targets import FoundModule, RankAlpha, find_modules
 
 if TYPE_CHECKING:

@@ -11,9 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.architectures.lora_target import BlockNumbering
-from library.errors import UserError
-from networks.adapter_module import Dropouts
-from networks.network_args import (
+from library.architectures.network_args import (
     PatternValues,
     Reader,
     list_reader,
@@ -27,6 +25,8 @@ from networks.network_args import (
     read_rank,
     read_rate,
 )
+from library.errors import UserError
+from networks.adapter_module import Dropouts
 from networks.targets import DoraAxis, FoundModule, RankAlpha
 from networks.unet_blocks import SD_BLOCKS, unet_block_index
 

@@ -34,12 +34,12 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.lora_target import LoraTarget
+from library.architectures.network_args import Reader, read_bool
 from library.errors import UserError
 from networks.adapter_module import AdapterModule, Dropouts
 from networks.base import NetworkPart, as_list
 from networks.lora import LoraNetwork
 from networks.lora_args import LoraArgs
-from networks.network_args import Reader, read_bool
 from networks.own_product import own_product
 from networks.targets import FoundModule, RankAlpha, target_of
 

@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from library.architectures.lora_table import BlockList, LoraTable
+from library.architectures.network_args import Reader, list_reader, read_bool, read_number, read_rank
 from library.errors import UserError
 from networks.ggpo import Perturbation
 from networks.lora_args import RANK_KEYS, LoraArgs
-from networks.network_args import Reader, list_reader, read_bool, read_number, read_rank
 from networks.targets import FoundModule, RankAlpha
 
 #: keys of ``networks.lora`` that only a U-Net has a use for

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.lora_table import LoraTable
+from library.architectures.network_args import Reader, read_bool
 from library.errors import UserError
 from networks.adapter_module import AdapterModule, Dropouts
-from networks.network_args import Reader, read_bool
 from networks.oft import OftArgs, OftNetwork, generator_of, moved_by
 from networks.own_product import own_product
 from networks.targets import FoundModule, RankAlpha

@@ -5,26 +5,12 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
 from functools import cache
 
 import pytest
 
 from tests.fixtures.runs import ROOT
 
-#: imports that point upward, "*" for any file of a folder; this list may only shrink
-UPWARD = {
-    ("library.architectures.*", "library.inference.prompt_line"),
-    ("library.architectures.*", "library.inference.settings"),
-    ("library.architectures.*", "networks.network_args"),
-    ("library.architectures.common.clip_text", "library.inference.emphasis"),
-    ("library.architectures.sd3.family", "library.inference.generate"),
-    ("library.config.core.data", "library.data.dataset_keys"),
-    ("library.data.dataset", "library.training.plan"),
-    ("library.data.report.survey", "library.training.plan"),
-    ("library.data.report.survey", "library.training.work_progress"),
-    ("networks.files.*", "library.training.work_progress"),
-}
 #: files that import each other; this list may only shrink
 CIRCLES: set[frozenset[str]] = set()
 #: files outside the order: one reads all owners of options to write their pages, the others serve programs of others
@@ -86,9 +72,7 @@ def test_no_import_points_upward() -> None:
         for target in targets
         if layer(target) > layer(module) and module not in OUTSIDE
     }
-    known = {(m, t): {name for name in UPWARD if fnmatch(m, name[0]) and t == name[1]} for m, t in found}
-    assert not [pair for pair, names in known.items() if not names], "import from a layer below, or move things down"
-    assert not UPWARD - set().union(*known.values()), "these are gone: strike them from UPWARD"
+    assert not found, "import from a layer below, or move things down"
 
 
 def test_no_files_import_each_other() -> None:

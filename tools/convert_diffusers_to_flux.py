@@ -62,9 +62,9 @@ def main(args: argparse.Namespace) -> None:
 
     from library.architectures.flux.adapters import RECORDS
     from library.architectures.flux.diffusers_layout import open_diffusers_transformer, variant_of
+    from library.config.work_progress import WorkProgress
     from library.files.precisions import SAVED, parse_precision
     from library.files.streamed import check_target, write_model
-    from library.training.work_progress import WorkProgress
     from networks.files.records import model_metadata
 
     target = Path(args.save_to)

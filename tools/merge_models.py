@@ -63,9 +63,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--ratios {' '.join(map(str, ratios))}: must be finite numbers")
     # only now, as torch takes seconds to load
     from library.config.devices import parse_device
+    from library.config.work_progress import WorkProgress
     from library.files.precisions import COMPUTE, parse_precision
     from library.files.streamed import check_target
-    from library.training.work_progress import WorkProgress
     from networks.files.blend import Source, plan, write_blend
     from networks.files.families import family_of_model
     from networks.files.merging import metadata_of

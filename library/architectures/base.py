@@ -26,16 +26,15 @@ from library.architectures.part import DENOISER, VAE, text_encoder_name
 from library.architectures.ragged import joined
 from library.architectures.whole_models import WholeModels
 from library.config.declaration import Declaration, Facts
-from library.config.prompt_options import TextRole
-from library.inference.prompt_line import DDPM_FIELDS
+from library.config.prompt_options import DDPM_FIELDS, TextRole
 from library.randomness import Draw
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from library.config.arguments import RunOptions
+    from library.config.image_settings import ImageSettings
     from library.diffusion.objective import Objective
-    from library.inference.settings import ImageSettings
 
 O = TypeVar("O")
 

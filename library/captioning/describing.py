@@ -16,10 +16,10 @@ import numpy as np
 
 from library.captioning.caption_files import Size, Target
 from library.captioning.options import Work
+from library.config.work_progress import WorkProgress
 from library.data.image_io import read_image
 from library.errors import UserError
 from library.interrupt import Interrupt
-from library.training.work_progress import WorkProgress
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from library.architectures.common.loading import ModelSource
 from library.architectures.part import VAE, Part, built_by
 from library.captioning.hub_models import device_for
 from library.captioning.metadata import Metadata
+from library.config.work_progress import WorkProgress
 from library.data.buckets import BucketRules, Buckets, mean_aspect_error
 from library.data.image_io import read_size
 from library.data.latent_cache import Wanted, fill
 from library.errors import UserError
 from library.interrupt import Interrupt
-from library.training.work_progress import WorkProgress
 
 if TYPE_CHECKING:
     import torch

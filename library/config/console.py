@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: loggers whose lines are for their developers
 _NOISY = ("accelerate", "PIL", "httpx", "httpx2", "urllib3", "matplotlib", "filelock", "fsspec", "diffusers")
 
+#: seconds between two plain progress lines where there is no terminal
+PLAIN_LINE_INTERVAL = 10.0
+
 
 class _Formatter(logging.Formatter):
     """Escapes control characters, which file names may contain."""

@@ -20,6 +20,11 @@ TextRole = Literal["caption", "prompt", "negative"]
 
 MAX_SEED = 2**63 - 1
 
+#: settings of a sample prompt that families with a DDPM schedule (SD 1.x, 2.x, SDXL) use
+DDPM_FIELDS = frozenset(
+    ("prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "sample_sampler")
+)
+
 
 @dataclass(frozen=True)
 class PromptOption:

@@ -28,7 +28,7 @@ from library.data.validation_split import for_validation, split_records
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from library.training.plan import RunPlan
+    from library.data.run_plan import RunPlan
 
 Size = tuple[int, int]
 

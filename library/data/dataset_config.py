@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from library.config.arguments import DatasetOptions, ValidationOptions
-from library.config.mistakes import home_hint
-from library.config.toml_file import load_toml
-from library.data.buckets import MAX_SIDE, MAX_SIZES, BucketRules, make_sizes, size_count
-from library.data.captions import CaptionRules
-from library.data.dataset_keys import (
+from library.config.dataset_keys import (
     CHECKS,
     DATASET,
     FROM_COMMAND_LINE,
@@ -34,6 +30,10 @@ from library.data.dataset_keys import (
     number_range,
     parse_size,
 )
+from library.config.mistakes import home_hint
+from library.config.toml_file import load_toml
+from library.data.buckets import MAX_SIDE, MAX_SIZES, BucketRules, make_sizes, size_count
+from library.data.captions import CaptionRules
 from library.data.dataset_spec import DatasetConfig, DatasetSpec, SubsetSpec
 from library.data.effects import Place, Unused
 from library.data.image_io import EXTENSIONS, is_image_name

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from library.architectures.base import Architecture, Conditioning, Control
 from library.config.declaration import Declaration
+from library.config.image_settings import ImageSettings
 from library.config.prompt_options import PromptOption
 from library.diffusion.objective import Objective
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 
 
 @dataclass(frozen=True)

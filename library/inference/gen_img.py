@@ -15,6 +15,7 @@ from library.architectures.base import Architecture
 from library.architectures.common.checkpoint import INPAINTING_CHANNELS, accepting_inpainting
 from library.architectures.common.latent_diffusion import LatentDiffusion
 from library.config.console import setup_console
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.files.safetensors_io import read_header
 from library.inference.denoise import CHANNELS
@@ -30,7 +31,6 @@ from library.inference.plan import plan_images
 from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_image_prompts, usable_size
 from library.inference.prompt_module import read_module
 from library.inference.session import FEATURES, Session, repetition
-from library.inference.settings import ImageSettings
 from library.inference.sources import Sources, find_sources, prompts_of_images
 from library.inference.strengths import axes_of, check_multipliers, merged_count
 from library.inference.textual_inversion import check_width, read_layered_vectors, read_vectors
@@ -65,7 +65,7 @@ def draw_images(options: ImageOptions, architecture: Architecture, lines: TextIO
         options.networks.network_module,
         options.networks.network_weights,
         options.networks.network_mul,
-        options.networks.network_args,
+        options.library.architectures.network_args,
     )
     merged = merged_count(options, choices)
     axes_of(options, choices)  # its mistakes are found before anything is loaded

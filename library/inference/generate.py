@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture, CaptionLength, Conditioning, SampleFacts
+from library.config.image_settings import ImageSettings
 from library.config.prompt_options import TextRole
 from library.data.caption_lengths import shortened
 from library.inference.denoise import Feature, Generation, run
 from library.inference.failures import NotFinite, cause_in
 from library.inference.features import feature
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from library.memory.placing import on_device
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from library.architectures.base import Conditioning
+from library.config.image_settings import ImageSettings
 from library.inference.denoise import Feature
 from library.inference.features.image_to_image import ImageToImage, encode_sources
 from library.inference.generate import decode_images, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.options import SIZE_NAMES
-from library.inference.settings import ImageSettings
 from library.inference.upscaling import Upscaler, enlarged
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from library.architectures.base import Conditioning
 from library.architectures.minimal_inference import ImageRequest, MinimalInference, ModelPart, OpenedModel
 from library.architectures.whole_models import SavedModel
+from library.config.image_settings import ImageSettings
 from library.diffusion.objective import FLOW_SAMPLERS
 from library.errors import UserError
 from library.inference import latent_files
@@ -34,7 +35,7 @@ from library.inference.parts import Parts
 from library.inference.plan import PlannedImage, Repetition, plan_images
 from library.inference.png import save_png
 from library.inference.prompt_line import ImagePrompt, parse_minimal_prompt, read_minimal_prompts
-from library.inference.settings import ImageSettings, random_seed
+from library.inference.settings import random_seed
 from library.memory.block_stream import stream_blocks, swapped_counts
 from library.memory.stored_layers import store_weights
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from library.config.image_settings import FIELDS, ImageSettings
 from library.inference.prompt_line import ImagePrompt
-from library.inference.settings import FIELDS, ImageSettings
 from library.randomness import key, python_rng
 
 #: number of seeds that are drawn

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from library.config import prompt_options as read
-from library.config.prompt_options import PromptOption
+from library.config.prompt_options import DDPM_FIELDS, PromptOption
 from library.config.toml_file import load_toml
 from library.errors import UserError, did_you_mean
 from library.inference.dynamic_prompts import enumerates, expanded, is_dynamic
@@ -145,11 +145,6 @@ MINIMAL_OPTIONS = (
 )
 #: words that begin with the letter of another option
 REFUSED_MINIMAL_OPTIONS: Mapping[str, str] = {"seed": "write --d for the seed, --s for the steps"}
-
-#: settings of a sample prompt that families with a DDPM schedule (SD 1.x, 2.x, SDXL) use
-DDPM_FIELDS = frozenset(
-    ("prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "sample_sampler")
-)
 
 
 def parse_prompt_line(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from library.architectures.common.emphasis import parse_emphasis
 from library.errors import UserError
-from library.inference.emphasis import parse_emphasis
 
 #: Hub repositories of the published programs
 CLIP = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"

@@ -12,6 +12,7 @@ import PIL.Image
 import torch
 
 from library.architectures.base import Architecture, Conditioning
+from library.config.image_settings import ImageSettings
 from library.inference.denoise import wanted_features
 from library.inference.features import all_features, prompt_options
 from library.inference.file_names import FileNames, try_folder
@@ -27,7 +28,7 @@ from library.inference.plan import SEEDS, PlannedImage, Repetition, batches, pla
 from library.inference.png import save_png
 from library.inference.prompt_line import parse_image_prompt
 from library.inference.prompt_module import PromptModule
-from library.inference.settings import ImageSettings, random_seed
+from library.inference.settings import random_seed
 from library.inference.sources import Sources
 from library.inference.strengths import axes_of, check_multipliers, merged_count, multipliers_of
 from library.inference.upscaling import load_upscaler

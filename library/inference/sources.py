@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.config.image_settings import ImageSettings
 from library.data.image_io import is_image_name, read_image, read_size, resize
 from library.errors import UserError
 from library.inference.feature_options.control_net import ControlOptions
@@ -19,7 +20,6 @@ from library.inference.plan import PlannedImage
 from library.inference.png import read_texts
 from library.inference.prompt_line import ImagePrompt, usable_size
 from library.inference.region_masks import parts_of
-from library.inference.settings import ImageSettings
 
 #: default share of the steps that are run on an image
 STRENGTH = 0.8

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from library.architectures.base import Architecture
 from library.config.arguments import ModelOptions, RunOptions
+from library.config.work_progress import WorkProgress
 from library.data.dataset import TrainingData
 from library.data.latent_cache import Encode
 from library.interrupt import Interrupt
 from library.training.precision import vae_dtype
 from library.training.processes import peers_of
-from library.training.work_progress import WorkProgress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -24,9 +24,9 @@ from library.data.contact_sheet import LIST_NAME, SheetWriter, Shown, draw_sheet
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
 from library.data.image_io import opencv
+from library.data.run_plan import RunPlan
 from library.data.unread_captions import unread_captions
 from library.launched import is_first_process, process_count
-from library.training.plan import RunPlan
 from library.training.processes import choose_seed
 
 if TYPE_CHECKING:

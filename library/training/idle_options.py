@@ -5,8 +5,8 @@ from __future__ import annotations
 from library.config.arguments import RunOptions
 from library.config.declaration import message
 from library.config.no_effect import given
+from library.data.run_plan import RunPlan
 from library.errors import NoEffect
-from library.training.plan import RunPlan
 
 #: options that count optimizer steps, completed epochs, and epochs before the last
 STEPS = ("save_every_n_steps", "sample_every_n_steps")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.config.console import is_rich, make_bar, stderr_console
+from library.config.console import PLAIN_LINE_INTERVAL, is_rich, make_bar, stderr_console
 from library.errors import NoEffect, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
-
-#: seconds between two plain progress lines where there is no terminal
-PLAIN_LINE_INTERVAL = 10.0
 
 
 @dataclass(frozen=True)

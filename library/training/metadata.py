@@ -15,7 +15,7 @@ from pathlib import Path
 
 from library.architectures.base import Architecture, ModelInfo
 from library.config.arguments import RunOptions
-from library.data.dataset_keys import number_range
+from library.config.dataset_keys import number_range
 from library.files.hashes import HashInBackground, model_hash
 from library.files.modelspec import build_modelspec
 

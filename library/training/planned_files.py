@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.data.run_plan import RunPlan
 from library.training.checkpoints import OutputNames, SavePolicy
-from library.training.plan import RunPlan
 
 
 @dataclass(frozen=True)

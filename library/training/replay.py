@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from library.config.arguments import RunOptions, flat, without_secrets
 from library.data.batch import Batch
+from library.data.run_plan import Origin, RunPlan
 from library.errors import UserError
 from library.files.safetensors_io import save_tensors
 from library.interrupt import Interrupt
@@ -26,7 +27,6 @@ from library.randomness import key
 from library.training.first_nonfinite import FirstNonFinite
 from library.training.loaded import LoadedRun
 from library.training.nonfinite import BadStep, BatchNote
-from library.training.plan import Origin, RunPlan
 from library.training.run import Run
 
 _ENTRY, _VERSION = "replay", 1

@@ -49,7 +49,7 @@ class TrainState:
     losses: list[float] = field(default_factory=list)
     #: the best validation so far, as ``library.training.validation.BestSoFar`` writes it
     validation: dict[str, float] = field(default_factory=dict)
-    #: start of the run's data, see ``library.training.plan.Origin``
+    #: start of the run's data, see ``library.data.run_plan.Origin``
     origin_step: int = 0
     origin_epoch: int = 0
     #: names of the files and states that the run wrote to the folder of this state; None if unknown

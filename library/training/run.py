@@ -15,6 +15,7 @@ from library.architectures.base import Architecture, Conditioning, ModelInfo
 from library.config.arguments import RunOptions
 from library.data.dataset import TrainingData
 from library.data.dataset_spec import DatasetConfig
+from library.data.run_plan import RunPlan
 from library.diffusion.objective import Objective
 from library.files.hub import HubTarget, Uploads
 from library.inference.prompt_line import SamplePrompt
@@ -24,7 +25,6 @@ from library.training.checkpoints import OutputNames, SavePolicy
 from library.training.fingerprint import fingerprint
 from library.training.kinds.base import Kind
 from library.training.logs import TrackerSettings
-from library.training.plan import RunPlan
 from library.training.resume import TrainState
 from library.training.sharding import Sharding
 

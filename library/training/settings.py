@@ -11,6 +11,7 @@ from library.architectures.base import Architecture
 from library.config.arguments import RunOptions
 from library.config.toml_file import load_toml
 from library.data.image_io import read_size
+from library.data.run_plan import Origin, RunPlan
 from library.diffusion.objective import LossSettings
 from library.errors import UserError, naming
 from library.files.hub import HubTarget, RemoteFolder, download_folder
@@ -20,7 +21,6 @@ from library.optim.update import UpdateSettings
 from library.optim.zero import Zero
 from library.training.checkpoints import SavePolicy
 from library.training.logs import TrackerSettings
-from library.training.plan import Origin, RunPlan
 from library.training.resume import TrainState
 from library.training.step import NoiseSettings
 

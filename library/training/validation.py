@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from library.config.arguments import ValidationOptions
+from library.config.work_progress import WorkProgress
 from library.data.batch import Batch
 from library.data.dataset_spec import DatasetConfig
 from library.data.idle_options import NO_VALIDATION
+from library.data.run_plan import RunPlan
 from library.data.validation_data import ValidationData
 from library.errors import UserError
 from library.inference.generate import undisturbed
@@ -27,12 +29,10 @@ from library.training.batch_losses import BatchLosses
 from library.training.kinds.base import Kind
 from library.training.logs import Trackers
 from library.training.models import Models
-from library.training.plan import RunPlan
 from library.training.resume import TrainState
 from library.training.run import Run
 from library.training.saving import Saver
 from library.training.settings import noise_settings
-from library.training.work_progress import WorkProgress
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from library.architectures.common.diffusers_folder import download_components, i
 from library.architectures.common.model_writing import own_tensors, write_file
 from library.architectures.common.pipeline_writing import Pipeline, write_pipeline
 from library.architectures.registry import FOLDERS, about, architectures
+from library.config.work_progress import WorkProgress
 from library.errors import UserError, naming
 from library.files.safetensors_io import PICKLE_SUFFIXES, is_pickle
 from library.files.streamed import check_folder_of, check_target, write_model
-from library.training.work_progress import WorkProgress
 from networks.files.model_file import family_of, open_model
 
 logger = logging.getLogger(__name__)

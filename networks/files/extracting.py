@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from library.architectures.adapters import AdapterFamily, ModelRecord
+from library.config.work_progress import WorkProgress
 from library.errors import UserError
 from library.files.streamed import check_target
-from library.training.work_progress import WorkProgress
 from networks.files.extract import Sizes, common_modules, extract, ranks_of, text_encoders_differ
 from networks.files.model_file import Model, family_of, open_model
 from networks.files.records import adapter_metadata

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from library.architectures.adapters import AdapterFamily, AdapterNaming, ModelRecord
+from library.config.work_progress import WorkProgress
 from library.errors import UserError
 from library.files.safetensors_io import is_pickle, read_header
 from library.files.streamed import write_model
-from library.training.work_progress import WorkProgress
 from networks.files.block_weights import BlockWeights
 from networks.files.lora_file import LoraFile
 from networks.files.merge_files import Combined, combine, concatenate

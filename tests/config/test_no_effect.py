@@ -20,13 +20,13 @@ from library.config.rules import check
 from library.data.dataset_config import load_dataset_config
 from library.data.idle_options import ON_VALIDATION, without_effect_on_data
 from library.data.idle_options import OPTIONS as DATA_OPTIONS
+from library.data.run_plan import RunPlan
 from library.errors import NoEffect, UserError
 from library.optim.optimizers import resolve_optimizer
 from library.optim.schedule_checks import check_scheduler
 from library.training.idle_options import without_effect_in_plan
 from library.training.kinds.adapter import Adapter
 from library.training.kinds.adapter_options import TrainNetworkOptions
-from library.training.plan import RunPlan
 from library.training.settings import schedule_settings
 from tests.fixtures.runs import make_images
 from tests.fixtures.subjects import SD

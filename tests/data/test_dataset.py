@@ -20,8 +20,8 @@ from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
 from library.data.image_io import read_image, resize
 from library.data.latent_cache import to_pixels
+from library.data.run_plan import RunPlan
 from library.errors import UserError
-from library.training.plan import RunPlan
 from tests.data.samples import SD, SIZES, Encoder, dataset_file, draw, tokenize
 
 Make = Callable[..., TrainingData]

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from library.architectures.sd import SD
+from library.config.image_settings import ImageSettings
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 
 

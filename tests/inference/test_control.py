@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from library.config.image_settings import ImageSettings
 from library.inference.control_models import ControlModel, edges
 from library.inference.features.control_net import ControlNets
 from library.inference.features.deep_shrink import DeepShrink
 from library.inference.generate import generate_latents
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from tests.fixtures.control import random_controlnet
 from tests.fixtures.tiny_sd import MadeCheckpoint
 

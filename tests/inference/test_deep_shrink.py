@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from library.architectures.sd import SD
 from library.architectures.sdxl import SDXL
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference import denoise
 from library.inference.features.deep_shrink import DeepShrink, shrinking
 from library.inference.features.guidance import Guidance
 from library.inference.generate import begin, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 
 

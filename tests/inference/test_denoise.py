@@ -13,6 +13,7 @@ from torch import Tensor
 
 from library.architectures.base import Conditioning
 from library.architectures.sd import SD
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference import denoise, features
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo, wanted_features
@@ -25,7 +26,6 @@ from library.inference.generate import begin, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.plan import Repetition, batches, plan_images
 from library.inference.prompt_line import parse_image_prompt
-from library.inference.settings import ImageSettings
 
 
 class Recorder(Feature):

@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.dynamic_prompts import MAX_LINES, enumerates, expanded, is_dynamic
 from library.inference.plan import Repetition, plan_images
 from library.inference.prompt_line import parse_image_prompt
-from library.inference.settings import ImageSettings
 
 COMMON = ImageSettings("", "", 64, 64, 2, 5.0, "ddim", 0)
 

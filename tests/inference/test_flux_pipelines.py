@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.architectures.flux.packing import unpack_latents
+from library.config.image_settings import ImageSettings
 from library.inference.generate import decode_images, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from tests.architectures.flux.oracle import diffusers_model
 from tests.fixtures.loaded_flux import models_of
 from tests.fixtures.tiny_flux import FluxFileSizes, MadeFlux, make_tiny_flux

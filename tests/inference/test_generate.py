@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from library.config.image_settings import ImageSettings
 from library.diffusion.samplers import SAMPLER_NAMES
 from library.errors import UserError
 from library.inference.failures import NotFinite, OutOfMemory, naming_memory
 from library.inference.generate import encode_texts, generate_image, generate_images, generate_latents, to_image
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.prompt_line import SamplePrompt
-from library.inference.settings import ImageSettings, settings_for
+from library.inference.settings import settings_for
 from library.interrupt import Stopped
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 from tests.inference.conftest import load_models

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.feature_options.gradual_latent import read_unsharp
 from library.inference.features.gradual_latent import GradualLatent, GrowingEulerAncestral, Growth
 from library.inference.generate import generate_latents
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 
 
 def asked(settings: ImageSettings, **own: object) -> ImageSettings:

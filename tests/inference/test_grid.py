@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.grid import combinations, draw_sheet, read_axes
 from library.inference.plan import PlannedImage
-from library.inference.settings import ImageSettings
 
 IMAGE = PlannedImage(ImageSettings("cat", "", 64, 64, 2, 5.0, "ddim", 7))
 FILES = [Path("a-000001.safetensors"), Path("a-000002.safetensors")]

@@ -10,10 +10,10 @@ from torch import nn
 
 from library.architectures.hunyuan_image import HUNYUAN_IMAGE
 from library.architectures.hunyuan_image.options import HunyuanOptions
+from library.config.image_settings import ImageSettings
 from library.inference.features.projected_guidance import ProjectedGuidance, orthogonal, rescaled
 from library.inference.generate import decode_images, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from tests.architectures.hunyuan_image.test_model import theirs as diffusers_transformer
 from tests.fixtures.tiny_hunyuan_image import HunyuanFileSizes, MadeHunyuan, make_tiny_hunyuan
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.features.clip_vision import ClipVision
 from library.inference.features.image_guidance import ImageGuidance, Seers
 from library.inference.generate import begin, decode_images, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.seeing_models import ClipSeer, VggSeer
-from library.inference.settings import ImageSettings
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from library.config.image_settings import ImageSettings
 from library.data.image_io import read_image
 from library.diffusion.samplers import SAMPLER_NAMES, create_scheduler_for
 from library.errors import UserError
@@ -27,7 +28,6 @@ from library.inference.highres_fix import HighresFix, latents_of_two_stages
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.options import ImageOutputOptions
 from library.inference.png import save_png
-from library.inference.settings import ImageSettings
 from library.inference.sources import Sources, find_sources, prompts_of_images, read_mask, size_of_source
 from tests.fixtures.tiny_sd import MadeCheckpoint
 

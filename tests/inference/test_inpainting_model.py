@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from library.architectures.common.checkpoint import accepting_inpainting
+from library.config.image_settings import ImageSettings
 from library.inference.features.image_to_image import ImageToImage
 from library.inference.features.inpainting_model import InpaintingModel
 from library.inference.generate import generate_latents
 from library.inference.models import GenerateOptions
-from library.inference.settings import ImageSettings
 from tests.fixtures.tiny_sd import MadeCheckpoint, Sizes, make_tiny_sd
 from tests.inference.conftest import load_models
 

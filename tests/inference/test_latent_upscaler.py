@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.highres_fix import HighresFix, latents_of_two_stages
 from library.inference.latent_upscaler import LatentUpscaler, load_latent_upscaler
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from library.inference.upscaling import load_upscaler
 from tests.fixtures.drawn import pixels
 from tests.fixtures.runs import run_script

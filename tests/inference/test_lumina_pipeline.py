@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from library.config.image_settings import ImageSettings
 from library.inference.features.normed_guidance import limited
 from library.inference.generate import decode_images, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from tests.architectures.lumina.opened import diffusers_transformer, opened
 from tests.fixtures.tiny_lumina import make_tiny_lumina
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from library.architectures.common.latent_diffusion import LatentDiffusion
 from library.architectures.sd import SD
 from library.architectures.sdxl import SDXL
+from library.config.image_settings import ImageSettings
 from library.diffusion.samplers import SAMPLER_NAMES, create_scheduler_for
 from library.inference.control_models import ControlModel
 from library.inference.features.control_net import ControlNets
 from library.inference.features.image_to_image import ImageToImage
 from library.inference.generate import generate_latents
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from tests.fixtures.control import random_controlnet
 from tests.fixtures.tiny_sd import make_tiny_sd
 from tests.fixtures.tiny_sdxl import make_tiny_sdxl

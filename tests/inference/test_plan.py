@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from library.config.image_settings import ImageSettings
 from library.inference.plan import Repetition, batches, plan_images
 from library.inference.prompt_line import ImagePrompt
-from library.inference.settings import ImageSettings
 
 COMMON = ImageSettings("", "", 64, 64, 10, 7.0, "ddim", 0)
 A, B, C = ImagePrompt("a"), ImagePrompt("b"), ImagePrompt("c", "n", 72, 80, 5, -1.0, (5, 6), (0.5,))

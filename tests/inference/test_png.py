@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.png import save_png
-from library.inference.settings import ImageSettings
 
 
 def test_settings_are_in_the_file(tmp_path: Path) -> None:

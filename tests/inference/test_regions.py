@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.features.regions import Regions
 from library.inference.generate import generate_latents
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.region_masks import read_regions
-from library.inference.settings import ImageSettings
 from library.inference.sources import with_regions
 from networks import lora
 

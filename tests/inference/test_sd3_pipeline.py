@@ -10,9 +10,9 @@ import torch
 
 from library.architectures.sd3 import SD3
 from library.architectures.sd3.options import SD3Options
+from library.config.image_settings import ImageSettings
 from library.inference.generate import decode_images, generate_latents
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from tests.architectures.sd3.test_model import theirs as diffusers_transformer
 from tests.fixtures.tiny_sd3 import MODELS, make_tiny_sd3
 

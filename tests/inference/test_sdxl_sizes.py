@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from library.architectures.sdxl import SDXL
+from library.config.image_settings import ImageSettings
 from library.diffusion.samplers import create_scheduler_for
 from library.inference.generate import generate_latents
 from library.inference.highres_fix import HighresFix
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

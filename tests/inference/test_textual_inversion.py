@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.config.image_settings import ImageSettings
 from library.diffusion.samplers import create_scheduler_for
 from library.errors import UserError
 from library.inference.generate import generate_latents
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.settings import ImageSettings
 from library.inference.textual_inversion import add_embeddings, read_vectors
 from tests.fixtures.tiny_sd import MadeCheckpoint
 

@@ -17,10 +17,10 @@ from library.config.arguments import DatasetOptions
 from library.data.contact_sheet import Shown, draw_sheet
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config
+from library.data.run_plan import RunPlan
 from library.training import debug_dataset
 from library.training.debug_dataset import batches_of, browse, why_no_windows, write_sheets
 from library.training.kinds.adapter_options import TrainNetworkOptions
-from library.training.plan import RunPlan
 from tests.data.samples import SD, SIZES, dataset_file, draw, tokenize
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from library.data.run_plan import RunPlan
 from library.training.checkpoints import OutputNames, SavePolicy
 from library.training.dry_run import PlannedFile, _lines, planned_files, print_plan
-from library.training.plan import RunPlan
 
 NAMES = OutputNames(Path("out"), "tiny", "safetensors")
 

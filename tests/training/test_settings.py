@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from library.config.arguments import LossOptions, NoiseOptions, SchedulerOptions
+from library.data.run_plan import RunPlan
 from library.training.kinds.adapter import Adapter
 from library.training.kinds.adapter_options import TrainNetworkOptions
-from library.training.plan import RunPlan
 from library.training.settings import (
     hub_target,
     loss_settings,

@@ -11,9 +11,9 @@ import pytest
 from library.config.arguments import DatasetOptions, ValidationOptions
 from library.data.dataset_config import load_dataset_config
 from library.data.dataset_spec import DatasetConfig
+from library.data.run_plan import RunPlan
 from library.diffusion.timesteps import spread_timesteps
 from library.errors import UserError
-from library.training.plan import RunPlan
 from library.training.resume import STATE_FILE, read_state
 from library.training.validation import BestSoFar, ValidationPolicy, check_validation
 from tests.data.samples import draw

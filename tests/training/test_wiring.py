@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from library.architectures.sd import SD
+from library.data.run_plan import RunPlan
 from library.inference.prompt_line import SamplePrompt
 from library.training import caching, validation
 from library.training.caching import CacheJob, cache_latents, inspect_model
@@ -20,7 +21,6 @@ from library.training.kinds.adapter_options import TrainNetworkOptions
 from library.training.loading import batch_preparation
 from library.training.models import Models
 from library.training.network_module import NetworkModule
-from library.training.plan import RunPlan
 from library.training.previews import PreviewGenerator, generate_options
 from library.training.processes import make_accelerator
 from library.training.setup import objective_of

@@ -19,7 +19,8 @@ from PIL import Image
 from examples.quickstart.recipe.images import SIZE, Scene, random_scene
 from examples.quickstart.recipe.recognise import recognise
 from library.architectures.sd import SD
-from library.inference.generate import GenerateOptions, ImageModels, ImageSettings, generate_images
+from library.config.image_settings import ImageSettings
+from library.inference.generate import GenerateOptions, ImageModels, generate_images
 
 WANTED = 0.9
 STEPS = 20

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from library.architectures.base import CaptionLength
 from library.architectures.common.clean_text import clean_text
-from library.inference.emphasis import parse_emphasis
+from library.architectures.common.emphasis import parse_emphasis
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from library.architectures.base import Architecture
 from library.config.flow import FLOW, FlowOptions, WeightingOptions
-from library.inference.prompt_line import DDPM_FIELDS
+from library.config.prompt_options import DDPM_FIELDS
 
 if TYPE_CHECKING:
+    from library.config.image_settings import ImageSettings
     from library.diffusion.objective import FlowObjective
-    from library.inference.settings import ImageSettings
 
 
 class FlowMatching(Architecture):

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from library.config.arguments import RunOptions
-    from library.inference.settings import ImageSettings
+    from library.config.image_settings import ImageSettings
 
 #: sampling steps, if not given; sample images have their own
 DRAWING_STEPS, DRAWING_STEPS_SCHNELL = 50, 4

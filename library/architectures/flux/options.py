@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from library.architectures.network_args import is_switched_on
 from library.config import block_swap
 from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined, warning
 from library.config.fields import option
 from library.config.flow import FLOW
 from library.config.frozen_encoders import FROZEN_ENCODERS
-from networks.network_args import is_switched_on
 
 FLUX, CHROMA = "flux", "chroma"
 

@@ -42,7 +42,7 @@ from library.architectures.part import DENOISER, VAE, Part, built_by, by_name, t
 if TYPE_CHECKING:
     from transformers import ByT5Tokenizer
 
-    from library.inference.settings import ImageSettings
+    from library.config.image_settings import ImageSettings
 
 #: what projected guidance does, if nothing else is asked for; as published
 GUIDANCE = {

@@ -37,14 +37,14 @@ from library.architectures.sd3.positions import PositionTables, random_crops
 from library.architectures.sd3.targets import CLIP_G, CLIP_L, T5XXL
 from library.architectures.sd3.targets import DENOISER as DENOISER_TARGET
 from library.config.flow import WeightingOptions
-from library.inference.prompt_line import DDPM_FIELDS
+from library.config.prompt_options import DDPM_FIELDS
 from library.randomness import Draw
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from library.config.image_settings import ImageSettings
     from library.diffusion.objective import FlowObjective
-    from library.inference.generate import ImageSettings
 
 #: the shift of timesteps in generation
 SAMPLING_SHIFT = 3.0

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from library.architectures.network_args import is_switched_on
 from library.config import block_swap
 from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
 from library.config.fields import option
 from library.config.flow import WEIGHTING
-from networks.network_args import is_switched_on
 
 if TYPE_CHECKING:
     import torch

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from library.config.dataset_keys import NOT_WITH_CACHED_LATENTS
 from library.config.declaration import Declaration, Facts, Finding, error, idle
 from library.config.fields import option
 from library.config.paths import no_file, no_folder
-from library.data.dataset_keys import NOT_WITH_CACHED_LATENTS
 
 
 @dataclass(frozen=True)

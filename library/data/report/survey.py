@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from library.config.arguments import RunOptions
 from library.config.rules import DATA_RULES, check
+from library.config.work_progress import WorkProgress
 from library.data import describe
 from library.data.caption_lengths import Measure, length_of_longest, measure_of
 from library.data.conditioning import check_none_is_extra, pair
@@ -30,10 +31,9 @@ from library.data.report.findings import BucketRow, Collector, Finding, ImageRow
 from library.data.report.looks import Look, look_at_all
 from library.data.report.near_duplicates import equal_files, look_alikes, on_both_sides
 from library.data.report.options import CheckOptions, about_data
+from library.data.run_plan import RunPlan
 from library.data.unread_captions import unread_captions
 from library.errors import UserError
-from library.training.plan import RunPlan
-from library.training.work_progress import WorkProgress
 
 if TYPE_CHECKING:
     from library.architectures.base import Architecture

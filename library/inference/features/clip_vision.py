@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from library.architectures.base import Architecture, Conditioning
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import Feature, Generation
 from library.inference.models import ImageModels
 from library.inference.seeing_models import clip_pixels, load_clip_vision
-from library.inference.settings import ImageSettings
 from library.inference.sources import read_pixels
 
 STRENGTH = "clip_vision_strength"

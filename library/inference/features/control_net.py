@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from library.architectures.base import Architecture, Control
 from library.architectures.common.controlnet import controlnet_source, load_controlnet, mean_of
+from library.config.image_settings import ImageSettings
 from library.inference.control_models import ControlModel, control_images, used_as_given
 from library.inference.denoise import CONTROL_CONDITIONING, WAYS_DOWN, Feature, Generation, StepInfo
 from library.inference.feature_options.control_net import ControlOptions
 from library.inference.models import ImageModels
-from library.inference.settings import ImageSettings
 
 FLAG = "--control_net_models"
 

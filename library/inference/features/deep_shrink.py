@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import WAYS_DOWN, Denoise, Feature, Generation, StepInfo
 from library.inference.options import SHRINK_NAMES
-from library.inference.settings import ImageSettings
 
 #: default values if any option of Deep Shrink is given
 DEPTH, TIMESTEPS, RATIO = 3, 650, 0.5

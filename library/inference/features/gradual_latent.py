@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn import functional
 
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import Feature, Generation, StepInfo
 from library.inference.feature_options.gradual_latent import (
@@ -29,7 +30,6 @@ from library.inference.feature_options.gradual_latent import (
     GradualLatentOptions,
     read_unsharp,
 )
-from library.inference.settings import ImageSettings
 
 #: sides of growing latents are multiples of this many cells
 _CELLS = 8

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from library.architectures.base import Conditioning
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo
 from library.inference.feature_options.image_guidance import PROMPT_OPTIONS, SAMPLERS, SCALES, ImageGuidanceOptions
 from library.inference.models import ImageModels
 from library.inference.seeing_models import ClipSeer, VggSeer, load_clip, load_vgg16
-from library.inference.settings import ImageSettings
 from library.inference.sources import read_pixels
 
 #: (decoded images (B, 3, H, W) in [0, 1]) -> difference of each from its goal (B,)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from library.config.image_settings import ImageSettings
 from library.inference.denoise import Feature, Generation
 from library.inference.models import ImageModels
-from library.inference.settings import ImageSettings
 from library.inference.sources import read_pixels
 from library.randomness import torch_generator
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from library.config.image_settings import ImageSettings
 from library.inference.denoise import CHANNELS, Feature, Generation, StepInfo
 from library.inference.features.image_to_image import SOURCE
-from library.inference.settings import ImageSettings
 from library.inference.sources import read_mask
 
 

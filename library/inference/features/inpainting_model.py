@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from library.config.image_settings import ImageSettings
 from library.inference.denoise import CHANNELS, Denoise, Feature, Generation, StepInfo
 from library.inference.features.image_to_image import encode_sources
-from library.inference.settings import ImageSettings
 from library.inference.sources import read_mask, read_pixels
 
 

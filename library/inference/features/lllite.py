@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from library.architectures.base import Architecture
+from library.config.image_settings import ImageSettings
 from library.inference.control_models import ControlModel, control_images, used_as_given
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo
 from library.inference.feature_options.control_net import ControlOptions
 from library.inference.models import ImageModels
-from library.inference.settings import ImageSettings
 from networks.lllite import LLLiteNetwork
 
 FLAG = "--control_net_lllite_models"

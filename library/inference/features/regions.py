@@ -20,11 +20,11 @@ from torch import Tensor
 
 from library.architectures.base import Conditioning
 from library.architectures.common.token_grid import token_grid
+from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import CONTROL_CONDITIONING, Denoise, Feature, Generation, StepInfo
 from library.inference.models import ImageModels
 from library.inference.region_masks import parts_of, read_regions, resized
-from library.inference.settings import ImageSettings
 from networks.base import AdapterNetwork
 
 #: keeps the blend finite where no part has a region

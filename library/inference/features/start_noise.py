@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from library.config.image_settings import ImageSettings
 from library.inference.denoise import Feature, Generation
-from library.inference.settings import ImageSettings
 from library.randomness import python_rng, torch_generator
 
 _LEVELS = 6

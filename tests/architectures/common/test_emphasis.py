@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.inference.emphasis import parse_emphasis
+from library.architectures.common.emphasis import parse_emphasis
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 

@@ -7,8 +7,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from library.config.console import is_rich, make_bar
-from library.training.logs import PLAIN_LINE_INTERVAL
+from library.config.console import PLAIN_LINE_INTERVAL, is_rich, make_bar
 
 logger = logging.getLogger(__name__)
 

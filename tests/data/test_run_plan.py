@@ -2,7 +2,7 @@
 
 import pytest
 
-from library.training.plan import Origin, Position, RunPlan
+from library.data.run_plan import Origin, Position, RunPlan
 
 
 def make(batches: int, accumulation: int, steps: int = 1600, epochs: int | None = None) -> RunPlan:

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from library.training import work_progress
-from library.training.work_progress import WorkProgress
+from library.config import work_progress
+from library.config.work_progress import WorkProgress
 
 
 def test_lines_now_and_then(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from library.architectures.network_args import patterns_reader, rates_reader, read_bool, read_network_args, read_rank
 from library.errors import UserError
 from networks.lora import check_network_args
-from networks.network_args import patterns_reader, rates_reader, read_bool, read_network_args, read_rank
 
 
 @pytest.mark.parametrize("text", ["true", "True", "1", "yes", "ON"])
