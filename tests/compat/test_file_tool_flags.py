@@ -27,7 +27,7 @@ def test_flags(tool: str) -> None:
 
 def test_the_documented_commands_are_taken() -> None:
     seen = set()
-    for page in ("flux_tools", "adapters", "adapter_tools", "sd3", "tools"):
+    for page in ("flux_tools", "adapters", "adapter_tools", "sd3", "hunyuan_image", "tools"):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").replace("\\\n", " ")
         for command in re.findall(r"^python ((?:networks|tools)/.*)$", text, re.MULTILINE):
             script, *words = shlex.split(command)

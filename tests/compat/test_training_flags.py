@@ -14,7 +14,7 @@ from library.training.kinds.adapter_options import TrainNetworkOptions
 CLI = Path(__file__).parent / "data" / "cli"
 ADAPTERS = {
     "train_network": 193, "sdxl_train_network": 196, "flux_train_network": 215, "sd3_train_network": 218,
-    "lumina_train_network": 213,
+    "lumina_train_network": 213, "hunyuan_image_train_network": 214,
 }  # fmt: skip
 WHOLE_MODELS = {
     "fine_tune": 167, "train_db": 169, "sdxl_train": 176, "flux_train": 194, "sd3_train": 201, "lumina_train": 191,

@@ -66,7 +66,7 @@ def has(command: Command, *names: str) -> bool:
 def is_part(command: Command) -> bool:
     """Whether the page shows options of training alone, which belong to a whole command elsewhere."""
     return "/" not in command.script and not has(
-        command, "pretrained_model_name_or_path", "config_file", "dataset_config", "ckpt", "ckpt_path", "replay"
+        command, "pretrained_model_name_or_path", "config_file", "dataset_config", "ckpt", "ckpt_path", "dit", "replay"
     )
 
 

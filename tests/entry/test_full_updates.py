@@ -13,7 +13,13 @@ from library.optim.pieces import Pieces
 from tests.fixtures.families import FAMILIES, Tiny
 from tests.fixtures.runs import lora_arguments, make_images, train_here, write_dataset
 
-SCRIPTS = {"sd": "fine_tune", "sdxl": "sdxl_train", "flux": "flux_train", "sd3": "sd3_train"}
+SCRIPTS = {
+    "sd": "fine_tune",
+    "sdxl": "sdxl_train",
+    "flux": "flux_train",
+    "sd3": "sd3_train",
+    "hunyuan_image": "hunyuan_image_train",
+}
 #: a warm-up, so that a stale learning rate shows; clipping off, as a fused update never sees all gradients
 USUAL = {
     "learning_rate": 1e-3,
@@ -88,7 +94,7 @@ def test_a_fused_run_is_the_plain_run(tmp_path: Path, sd: Tiny, dataset: Path, n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sdxl", "flux", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", "flux", "sd3", "hunyuan_image"])
 @pytest.mark.parametrize("form", ["groups", "blocks"])
 def test_of_every_family(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, family: str, form: str) -> None:
     tiny = Tiny(FAMILIES[family], FAMILIES[family].make(tmp_path_factory.mktemp(family)))

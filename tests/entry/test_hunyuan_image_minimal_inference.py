@@ -18,7 +18,7 @@ from library.errors import UserError
 from library.inference.minimal_script import check_options, generate_with
 from tests.fixtures.drawn import pixels, text_of
 from tests.fixtures.runs import ROOT, lora_arguments, make_images, run_script, train_here, write_dataset
-from tests.fixtures.tiny_hunyuan_image import MadeHunyuan, make_tiny_hunyuan
+from tests.fixtures.tiny_hunyuan_image import HunyuanFileSizes, MadeHunyuan, make_tiny_hunyuan
 
 PUBLISHED = json.loads((ROOT / "tests/compat/data/cli/hunyuan_image_minimal_inference.json").read_text())["options"]
 OURS = {"tokenizer_cache_dir", "merge_lora_weights", "dtype", "offload", "vae_tiling"}
@@ -152,6 +152,15 @@ def test_saved_latents_are_decoded_to_the_same_image(made: MadeHunyuan, tmp_path
     assert torch.equal(load_file(only)["latent"], load_file(latents)["latent"])
     (tiled,) = draw(made, tmp_path / "tiled", "--latent_path", latents, "--vae_tiling", "--no_metadata", prompt=None)
     assert pixels(tiled).shape == pixels(image).shape and not text_of(tiled)
+
+
+def test_blocks_in_host_memory_change_nothing(tmp_path: Path) -> None:
+    made = make_tiny_hunyuan(tmp_path / "model", sizes=HunyuanFileSizes(double_blocks=4, single_blocks=6))
+    plain, swapped = (
+        pixels(draw(made, tmp_path / name, *more, "--fp8_scaled")[0])
+        for name, more in (("plain", ()), ("swapped", ("--blocks_to_swap", 3)))
+    )
+    assert np.array_equal(plain, swapped)
 
 
 def test_tiles_cover_images_larger_than_one(made: MadeHunyuan, tmp_path: Path) -> None:

@@ -200,3 +200,18 @@ def test_names_and_shapes_of_sd3_equal_the_published_tables(checkpoint, name):
     state = state_of_a_new_network("lora_sd3", table, *sd3_models(checkpoint))
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert {name: list(tensor.shape) for name, tensor in state.items()} == table["keys"]
+
+
+@pytest.mark.parametrize("name", ["lora_hunyuan_image", "lora_hunyuan_image_split_qkv"])
+def test_names_and_shapes_of_hunyuan_image_equal_the_published_tables(name):
+    from library.architectures.hunyuan_image.model import HunyuanImage
+    from library.architectures.hunyuan_image.sizes import infer_sizes
+
+    checkpoint = {key: tuple(shape) for key, shape in table_of("hunyuan_image_21_dit")["keys"].items()}
+    with torch.device("meta"):
+        transformer = HunyuanImage(infer_sizes(checkpoint))
+    assert {key: tuple(tensor.shape) for key, tensor in transformer.state_dict().items()} == checkpoint
+    table = table_of(name)
+    state = state_of_a_new_network("lora_hunyuan_image", table, [], transformer)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert {key: list(tensor.shape) for key, tensor in state.items()} == table["keys"]

@@ -18,7 +18,7 @@ def one_thread() -> None:
 
 
 #: their runs take longest
-_SLOW = ("sdxl_train", "flux_train-chroma", "sd3_train", "lumina_train")
+_SLOW = ("sdxl_train", "flux_train-chroma", "sd3_train", "lumina_train", "hunyuan_image_train")
 
 
 @pytest.fixture(
