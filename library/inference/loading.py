@@ -12,6 +12,7 @@ from library.inference.models import ImageModels
 from library.inference.options import ImageOptions
 from library.inference.textual_inversion import add_bundled_words, add_embeddings, add_layered_embeddings
 from library.inference.vae_slices import slice_vae
+from library.memory.compiling import check_backend, compile_blocks
 
 
 def embeddings(options: ImageOptions) -> list[Path]:
@@ -32,6 +33,9 @@ def load_models(
     architecture.set_attention(
         denoiser, "xformers" if options.speed.xformers or options.speed.diffusers_xformers else "torch"
     )
+    if options.speed.torch_compile:
+        check_backend(options.speed.dynamo_backend, device)
+        compile_blocks(denoiser, architecture.compiled_blocks, backend=options.speed.dynamo_backend)
     vae_dtype = torch.float32 if options.model.no_half_vae else dtype
     tokenizers = architecture.load_tokenizers(checkpoint)
     encoders = architecture.load_text_encoders(checkpoint, dtype=dtype, device=str(device))
@@ -39,6 +43,8 @@ def load_models(
     for network in options.networks.network_weights or []:
         add_bundled_words(Path(network), tokenizers, encoders)
     vae = architecture.load_vae(checkpoint, dtype=vae_dtype, device=str(device))
+    if options.speed.vae_tiling:
+        vae.enable_tiling()
     if options.speed.vae_slices is not None:
         slice_vae(vae, options.speed.vae_slices)
     layers = architecture.text_layers(denoiser)

@@ -87,11 +87,14 @@ class ImageOutputOptions:
     force_scheduler_zero_steps_offset: bool = option(
         False, "timesteps without the offset of 1 that the models were released with (ddim, pndm)"
     )
-    image_path: str | None = option(None, "image to start from (img2img), or a folder of images used in turn")
+    image_path: str | None = option(
+        None, "image to start from (img2img), or a folder of images used in turn", aliases=("--img_path",)
+    )
     mask_path: str | None = option(
         None,
         "mask for --image_path: white is repainted, black is kept; or, with networks or without --image_path, a map "
         "of the regions of the prompt's parts; or a folder of masks",
+        aliases=("--mask_image",),
     )
     strength: float | None = option(
         None, "how much --image_path is changed: the share of the steps that are run, 0 to 1 (default 0.8)", type=float
@@ -128,6 +131,9 @@ class SpeedOptions:
     xformers: bool = option(False, "attention by xformers")
     sdpa: bool = option(False, "attention by PyTorch's scaled_dot_product_attention, which is the default")
     diffusers_xformers: bool = option(False, "the same as --xformers")
+    torch_compile: bool = option(False, "compile the U-Net's blocks: the first image of each size waits for it")
+    dynamo_backend: str = option("inductor", "compiler of --torch_compile")
+    vae_tiling: bool = option(False, "decode large images in tiles, which blend: less memory, slightly other images")
     opt_channels_last: bool = option(False, "keep the U-Net's weights in the memory format channels_last")
     vae_batch_size: float | None = option(
         None, "images decoded at once, or below 1 their share of --batch_size; default is 1", type=float
@@ -417,6 +423,8 @@ def idle_options(options: ImageOptions) -> list[str]:
             found.append(f"--{name} has no effect without --{share}")
     if image.force_scheduler_zero_steps_offset and image.sampler not in ("ddim", "pndm"):
         found.append(f"--force_scheduler_zero_steps_offset has no effect with --sampler {image.sampler}")
+    if options.speed.dynamo_backend != SpeedOptions.dynamo_backend and not options.speed.torch_compile:
+        found.append("--dynamo_backend has no effect without --torch_compile")
     if options.prompts.prompter_module_args is not None and options.prompts.from_module is None:
         found.append("--prompter_module_args has no effect without --from_module")
     if fix.highres_fix_upscaler_args is not None and fix.highres_fix_upscaler is None:

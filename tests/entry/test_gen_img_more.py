@@ -13,6 +13,7 @@ from library.inference.latent_upscaler import LatentUpscaler
 from tests.fixtures.drawn import pixels, text_of
 from tests.fixtures.runs import Finished, run_script
 from tests.fixtures.tiny_sd import MadeCheckpoint, Sizes, make_tiny_sd
+from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 
 MODULE = """
 class Prompter:
@@ -82,6 +83,31 @@ def test_growing_latents_other_noise_and_emphasis(model: MadeCheckpoint, tmp_pat
         one = ("--prompt", "(cat:1.8) dog --d 1", "--emb_normalize_mode", mode, "--force_scheduler_zero_steps_offset")
         modes += images(draw(model, tmp_path / mode, *one, "--scale", 20), tmp_path / mode)
     assert len({image.tobytes() for image in modes}) == 3
+
+
+#: an example of the guide to ControlNet-LLLite
+LONG = (
+    "{portrait|digital art|anime screen cap|detailed illustration} of 1girl, "
+    "{standing|sitting|walking|running|dancing} on {classroom|street|town|beach|indoors|outdoors}, "
+    "{looking at viewer|looking away|looking at another}, {in|wearing} {shirt and skirt|school uniform|casual wear} "
+    "{ |, dynamic pose}, (solo), teen age, {0-1$$smile,|blush,|kind smile,|expression less,|happy,|sadness,} "
+    "{0-1$$upper body,|full body,|cowboy shot,|face focus,} trending on pixiv, "
+    "{0-2$$depth of fields,|8k wallpaper,|highly detailed,|pov,} {0-1$$summer, |winter, |spring, |autumn, } "
+    "beautiful face { |, from below|, from above|, from side|, from behind|, from back} "
+    "--n nsfw, bad face, lowres, low quality, worst quality, low effort, watermark, signature, ugly, poorly drawn"
+)
+
+
+def test_the_long_example_of_choices(tmp_path: Path) -> None:
+    model = make_tiny_sdxl(tmp_path / "xl.safetensors")
+    words = ("--n_iter", 1, "--scale", 10, "--steps", 2, "--original_width", 2048, "--original_height", 2048, "--bf16")
+    more = ("--sampler", "ddim", "--batch_size", 4, "--vae_batch_size", 2, "--images_per_prompt", 6)
+    compiled = ("--torch_compile", "--dynamo_backend", "eager", "--vae_tiling", "--max_embeddings_multiples", 3)
+    finished = draw(model, tmp_path / "out", *words, *more, *compiled, "--prompt", LONG)
+    assert len(images(finished, tmp_path / "out")) == 6
+    texts = [text_of(path) for path in sorted((tmp_path / "out").iterdir())]
+    assert len({text["prompt"] for text in texts}) == 6 and not any("{" in text["prompt"] for text in texts)
+    assert {text["negative_prompt"] for text in texts} == {LONG.partition("--n ")[2]}
 
 
 def test_strength_0_upscalers_and_inpainting_models(model: MadeCheckpoint, tmp_path: Path) -> None:
