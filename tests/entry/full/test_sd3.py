@@ -140,3 +140,14 @@ def test_a_model_without_t5(
     assert "--train_t5xxl: the model has no T5-XXL" in capsys.readouterr().err
     whole.train(dataset, tmp_path, train_text_encoder=True)
     assert (tmp_path / "tiny_clip_g.safetensors").exists() and not (tmp_path / "tiny_t5xxl.safetensors").exists()
+
+
+def test_dropped_encoders_are_the_same_with_cached_outputs(tmp_path: Path, sd3_train: Whole, dataset: Path) -> None:
+    """And masks of padding, which both ways of encoding know; without dropout the run is another."""
+    masks = {"apply_lg_attn_mask": True, "apply_t5_attn_mask": True}
+    rates = {"clip_l_dropout_rate": 0.5, "clip_g_dropout_rate": 0.5, "t5_dropout_rate": 0.5}
+    sd3_train.train(dataset, tmp_path / "live", **masks, **rates)
+    sd3_train.train(dataset, tmp_path / "cached", **masks, **rates, cache_text_encoder_outputs=True)
+    sd3_train.train(dataset, tmp_path / "whole", **masks, cache_text_encoder_outputs=True)
+    assert not changed(weights(tmp_path / "live"), weights(tmp_path / "cached"))
+    assert changed(weights(tmp_path / "cached"), weights(tmp_path / "whole"))

@@ -137,3 +137,55 @@ def test_a_step_of_flux_train(tmp_path: Path, drawn: Drawn, kind: str) -> None: 
         ours = join(plan, name, moved.__getitem__)
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
     assert seen == len(plan)
+
+
+def test_a_step_of_sd3_train(tmp_path: Path, sd3_train: Whole, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transformer and both CLIPs, against diffusers' transformer and its pipeline's encoding of captions."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    from library.architectures.sd3 import SD3
+    from tests.architectures.sd3.test_model import theirs
+    from tests.fixtures.tiny_sd3 import MODELS
+
+    seen, made = Seen(monkeypatch), sd3_train.model
+    sd3_train.train(dataset, tmp_path, **SGD, train_text_encoder=True, training_shift=2.0)
+    checkpoint = SD3.inspect(str(made.path), vae=None, tokenizer_cache_dir=str(made.tokenizer_cache_dir))
+    encoders = SD3.load_text_encoders(checkpoint, dtype=torch.float32, device="cpu")
+    tokenizers = SD3.load_tokenizers(checkpoint)
+    for encoder in encoders[:2]:  # the tiny tokenizer's end token is not the last of the tiny vocabulary
+        encoder.text_model.eos_token_id = tokenizers[0].eos_token_id
+        encoder.requires_grad_(True)
+    transformer = theirs(MODELS["medium"])
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=SD3.load_vae(checkpoint, dtype=torch.float32, device="cpu"),
+        **{f"text_encoder{n}": encoder for n, encoder in zip(("", "_2", "_3"), encoders, strict=True)},
+        **{f"tokenizer{n}": tokenizer for n, tokenizer in zip(("", "_2", "_3"), tokenizers, strict=True)},
+    )
+    context, _, pooled, _ = pipeline.encode_prompt(
+        seen.captions, None, None, do_classifier_free_guidance=False, max_sequence_length=24
+    )
+    # the target is the velocity times sigma, for which clean latents are compared
+    latents, added, timesteps = seen.latents[0], seen.noise[0], seen.timesteps[0]
+    sigma = (timesteps / 1000).view(-1, 1, 1, 1)
+    noisy = latents + added
+    output = transformer(noisy, encoder_hidden_states=context, pooled_projections=pooled, timestep=timesteps).sample
+    loss = F.mse_loss(noisy - sigma * output, latents)
+    loss.backward()
+    assert logged(tmp_path, "loss/current") == pytest.approx([loss.item()], rel=1e-6)
+
+    before, after = load_file(made.path), load_file(tmp_path / "tiny.safetensors")
+    moved = gradients({name: before[name] for name in after}, after, "model.diffusion_model.")
+    assert not moved["pos_embed"].any()
+    ours = convert_sd3_transformer_checkpoint_to_diffusers(dict(moved))
+    for name, parameter in transformer.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    for option, encoder in zip(("clip_l", "clip_g"), encoders, strict=False):
+        prefix = f"text_encoders.{option}.transformer."
+        own = {name.removeprefix(prefix): tensor for name, tensor in before.items() if name.startswith(prefix)}
+        text = gradients(own, load_file(tmp_path / f"tiny_{option}.safetensors"), "")
+        for name, parameter in encoder.named_parameters():
+            found = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            torch.testing.assert_close(text[name], found, rtol=1e-4, atol=1e-6, msg=f"{option} {name}")
