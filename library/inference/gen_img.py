@@ -65,7 +65,7 @@ def draw_images(options: ImageOptions, architecture: Architecture, lines: TextIO
         options.networks.network_module,
         options.networks.network_weights,
         options.networks.network_mul,
-        options.library.architectures.network_args,
+        options.networks.network_args,
     )
     merged = merged_count(options, choices)
     axes_of(options, choices)  # its mistakes are found before anything is loaded
