@@ -81,7 +81,7 @@ def _convert(wanted: Conversion) -> None:
         _rewrite(model, path, wanted)
         return
     architecture, checkpoint, scheduler = _inspected(family.key, path, wanted)
-    parts = architecture.parts(checkpoint)
+    parts = architecture.sources(checkpoint)
     states = {name: own_tensors(source) for name, source in parts.items()}
     if to_file:
         tensors = architecture.single_file(parts, states)  # type: ignore[attr-defined]
