@@ -123,3 +123,32 @@ def test_a_controlnet_of_another_model_is_refused(sd: Loaded, sdxl: Loaded, tmp_
         read_back(tmp_path / "other.safetensors", sd[1])
     with pytest.raises(UserError, match=r"--control_net_models .*none\.safetensors: no such file"):
         read_back(tmp_path / "none.safetensors", sd[1])
+
+
+@pytest.mark.parametrize("layout", ["published", "control_model", "diffusers"])
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_diffusers_reads_what_is_written(
+    model: str, layout: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Its own converter and its own class give the same weights; so does our reader."""
+    from diffusers import ControlNetModel
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    family, checkpoint, unet = request.getfixturevalue(model)
+    controlnet = random_controlnet(unet)
+    path = tmp_path / ("net" if layout == "diffusers" else "net.safetensors")
+    family.write_controlnet(path, controlnet, layout, checkpoint, dtype=None, metadata={})
+    expected = controlnet.state_dict()
+    if layout == "diffusers":
+        found = ControlNetModel.from_pretrained(path).state_dict()
+    elif model == "sdxl" and layout == "control_model":
+        found = expected  # diffusers' converter does not know the original names of SDXL's size embedding
+    else:
+        theirs = ControlNetModel.from_config(controlnet.config)
+        theirs.load_state_dict(convert_controlnet_checkpoint(load_file(path), dict(controlnet.config)))
+        found = theirs.state_dict()
+    ours = read_back(path, checkpoint)
+    assert found.keys() == expected.keys() == ours.keys()
+    assert all(
+        torch.equal(found[name], tensor) and torch.equal(ours[name], tensor) for name, tensor in expected.items()
+    )
