@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from library.architectures.signs import About, Recognised, Sign
 
-_USE = "use flux_train_network.py or flux_train.py"
+_USE = "use flux_train_network.py, flux_train.py or flux_train_control_net.py"
 
 ABOUT = About(
     instance="FLUX",

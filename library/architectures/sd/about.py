@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from library.architectures.signs import About, Recognised, Sign
 
-_USE = "use train_network.py, fine_tune.py, train_db.py, train_textual_inversion.py or train_textual_inversion_XTI.py"
+_USE = (
+    "use train_network.py, fine_tune.py, train_db.py, train_textual_inversion.py, train_textual_inversion_XTI.py, "
+    "train_control_net.py or train_control_net_lllite.py"
+)
 
 ABOUT = About(
     instance="SD",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from library.architectures.signs import About, Recognised, Sign
 
-_USE = "use sdxl_train_network.py, sdxl_train.py or sdxl_train_textual_inversion.py"
+_USE = (
+    "use sdxl_train_network.py, sdxl_train.py, sdxl_train_textual_inversion.py, sdxl_train_control_net.py or "
+    "sdxl_train_control_net_lllite.py"
+)
 
 ABOUT = About(
     instance="SDXL",
