@@ -70,6 +70,7 @@ def test_text_encoders_alone(tmp_path: Path, sd3_train: Whole, dataset: Path) ->
     names = ("model.", "first_stage_model.")
     before = {n: t for n, t in load_file(sd3_train.model.path).items() if n.startswith(names)}
     assert not changed(before, weights(tmp_path))
+    assert logged(tmp_path, "lr/text_encoder1") and not logged(tmp_path, "lr/unet"), "named by part, not by position"
     assert moved(sd3_train, tmp_path, "clip_l") and moved(sd3_train, tmp_path, "clip_g")
     assert not moved(sd3_train, tmp_path, "t5xxl")
 
@@ -147,7 +148,11 @@ def test_dropped_encoders_are_the_same_with_cached_outputs(tmp_path: Path, sd3_t
     masks = {"apply_lg_attn_mask": True, "apply_t5_attn_mask": True}
     rates = {"clip_l_dropout_rate": 0.5, "clip_g_dropout_rate": 0.5, "t5_dropout_rate": 0.5}
     sd3_train.train(dataset, tmp_path / "live", **masks, **rates)
-    sd3_train.train(dataset, tmp_path / "cached", **masks, **rates, cache_text_encoder_outputs=True)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1\n")
+    more = {"cache_text_encoder_outputs": True, "sample_prompts": prompts, "sample_every_n_steps": 1}
+    sd3_train.train(dataset, tmp_path / "cached", **masks, **rates, **more)
+    assert len(list((tmp_path / "cached" / "sample").glob("*.png"))) == 2
     sd3_train.train(dataset, tmp_path / "whole", **masks, cache_text_encoder_outputs=True)
     assert not changed(weights(tmp_path / "live"), weights(tmp_path / "cached"))
     assert changed(weights(tmp_path / "cached"), weights(tmp_path / "whole"))

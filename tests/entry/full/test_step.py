@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from library.training import batch_losses
 from library.training.batch_losses import BatchLosses
 from tests.entry.flux.test_step import T5_LENGTH, Drawn, drawn, images, mean_square, plain_step  # noqa: F401
-from tests.fixtures.runs import logged, write_dataset
+from tests.fixtures.runs import logged, make_images, write_dataset
 from tests.fixtures.tiny_flux import make_tiny_flux
 from tests.fixtures.tiny_sd import Sizes, diffusers_configs
+from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 from tests.fixtures.whole import Whole
 
 #: rates that keep the loss of significance in ``before - after`` small
@@ -189,3 +190,47 @@ def test_a_step_of_sd3_train(tmp_path: Path, sd3_train: Whole, dataset: Path, mo
         for name, parameter in encoder.named_parameters():
             found = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             torch.testing.assert_close(text[name], found, rtol=1e-4, atol=1e-6, msg=f"{option} {name}")
+
+
+@pytest.mark.slow
+def test_a_step_of_sdxl_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The U-Net and both text encoders, from a folder, against diffusers' pipeline of the same folder."""
+    from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    seen, made = Seen(monkeypatch), make_tiny_sdxl(tmp_path / "model", layout="diffusers")
+    data = write_dataset(
+        tmp_path / "d.toml", make_images(tmp_path / "images", [(64, 64)] * 2), dataset="batch_size = 2"
+    )
+    Whole("sdxl_train", None, made).train(data, tmp_path, **SGD, train_text_encoder=True)  # type: ignore[arg-type]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(made.path), torch_dtype=torch.float32)
+    # the tiny tokenizer's end token is not the largest id of the vocabulary
+    pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        part.requires_grad_(True)
+    context, _, pooled, _ = pipeline.encode_prompt(seen.captions, do_classifier_free_guidance=False)
+    schedule = DDPMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    latents, noise, timesteps = seen.latents[0], seen.noise[0], seen.timesteps[0]
+    sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * 2)
+    prediction = pipeline.unet(
+        schedule.add_noise(latents, noise, timesteps),
+        timesteps,
+        context,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
+    ).sample
+    loss = F.mse_loss(prediction, noise)
+    loss.backward()
+    assert logged(tmp_path, "loss/current") == pytest.approx([loss.item()], rel=1e-6)
+
+    for folder, kind, part in (
+        ("unet", UNet2DConditionModel, pipeline.unet),
+        ("text_encoder", CLIPTextModel, pipeline.text_encoder),
+        ("text_encoder_2", CLIPTextModelWithProjection, pipeline.text_encoder_2),
+    ):
+        after = dict(kind.from_pretrained(tmp_path / "tiny" / folder, torch_dtype=torch.float32).named_parameters())
+        for name, parameter in part.named_parameters():
+            expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            found = (parameter.detach().double() - after[name].detach().double()).float()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=f"{folder} {name}")
