@@ -81,6 +81,15 @@ def locate_model(path_or_id: str, components: tuple[str, ...]) -> Path:
     return path
 
 
+def check_pipeline(folder: Path, family: str) -> None:
+    """Raise UserError for the folder of another family's pipeline; ``family`` is the name in ``recognise_pipeline``."""
+    index = folder / "model_index.json"
+    name = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+    other = recognise_pipeline(name, family)
+    if other is not None:
+        raise UserError(f"{folder} is {other.what} ({name}); {other.remedy}")
+
+
 def check_folder(folder: Path, *, family: str, title: str, needed: tuple[str, ...]) -> None:
     """Refuse Diffusers folders of other families, and incomplete ones.
 
@@ -88,11 +97,7 @@ def check_folder(folder: Path, *, family: str, title: str, needed: tuple[str, ..
         family: name in ``recognise_pipeline``; ``title`` is its name in messages.
         needed: the parts' folders.
     """
-    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    class_name = str(index.get("_class_name", ""))
-    other = recognise_pipeline(class_name, family)
-    if other is not None:
-        raise UserError(f"{folder} is {other.what} ({class_name}); {other.remedy}")
+    check_pipeline(folder, family)
     missing = [part for part in needed if not (folder / part / "config.json").is_file()]
     if missing:
         files = sorted(p.name for p in folder.glob("*.safetensors")) + sorted(p.name for p in folder.glob("*.ckpt"))

@@ -91,6 +91,26 @@ def join(plan: Plan, name: str, read: Callable[[str], Tensor]) -> Tensor:
     return torch.cat(pieces)
 
 
+def open_theirs(
+    path: Path, is_theirs: Callable[[Collection[str]], bool], view: Callable[[ShardedFile], JoinedFile]
+) -> JoinedFile | None:
+    """Open a transformer in diffusers' layout with published names; None for anything else.
+
+    Args:
+        path: a file, the transformer's folder, or that of its pipeline.
+        is_theirs: whether names are those of diffusers' layout.
+        view: gives the file its published names.
+    """
+    inner = path / "transformer"
+    place = inner if inner.is_dir() else path
+    if place.is_dir() and not any(place.glob("*.safetensors")):
+        return None
+    if not place.is_dir() and place.suffix != ".safetensors":
+        return None
+    file = ShardedFile.open(place)
+    return view(file) if is_theirs(file.shapes) else None
+
+
 @dataclass(frozen=True)
 class JoinedFile(WeightFile):
     """A transformer in diffusers' layout, read by its published names.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from library.architectures.adapters import (
     AdapterFamily,
@@ -18,7 +16,7 @@ from library.architectures.adapters import (
     places_below,
 )
 from library.architectures.common.adapter_names import clip_naming, t5_naming
-from library.architectures.common.sharded_file import ShardedFile
+from library.architectures.common.joined_layout import open_theirs
 from library.architectures.flux.diffusers_layout import in_diffusers_layout, published_view
 from library.architectures.flux.names import (
     CHROMA,
@@ -100,19 +98,15 @@ def _model_record(shapes: Shapes) -> ModelRecord:
 def _family(key: str, title: str, claims: Callable[[Evidence], bool], *kinds: str) -> AdapterFamily:
     records = tuple(RECORDS[kind] for kind in kinds)
     return AdapterFamily(
-        key, title, _PARTS, claims, records, "networks.lora_flux", opens=_opened, model_record=_model_record
+        key,
+        title,
+        _PARTS,
+        claims,
+        records,
+        "networks.lora_flux",
+        opens=partial(open_theirs, is_theirs=in_diffusers_layout, view=published_view),
+        model_record=_model_record,
     )
-
-
-def _opened(path: Path) -> Any:
-    """A transformer in diffusers' layout by its published names; None for anything else."""
-    inner = path / "transformer"
-    if not (inner.is_dir() or path.is_dir() or path.suffix == ".safetensors"):
-        return None
-    if path.is_dir() and not inner.is_dir() and not any(path.glob("*.safetensors")):
-        return None
-    file = ShardedFile.open(inner if inner.is_dir() else path)
-    return published_view(file) if in_diffusers_layout(file.shapes) else None
 
 
 #: the same names for both, so that the third is what names alone often tell

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 
 from library.architectures.common import clip
-from library.architectures.common.checkpoint import locate_model
-from library.architectures.common.diffusers_folder import read_json
+from library.architectures.common.checkpoint import check_pipeline, locate_model
 from library.architectures.common.joined_layout import JoinedFile
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
-from library.architectures.common.recognise import recognise_pipeline, recognise_tensors, refuse_scaled
+from library.architectures.common.recognise import recognise_tensors, refuse_scaled
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import is_shard, open_weights
 from library.architectures.common.sources import clip_prefix, in_file
@@ -71,7 +70,7 @@ def inspect_transformer(path_or_id: str) -> TransformerCheckpoint:
     """
     path = locate_model(path_or_id, ("transformer",))
     if path.is_dir():
-        check_pipeline(path)
+        check_pipeline(path, "flux")
     elif not is_shard(path):
         file = TensorFile.open(path)
         if not in_diffusers_layout(file.shapes):
@@ -80,15 +79,6 @@ def inspect_transformer(path_or_id: str) -> TransformerCheckpoint:
     if isinstance(opened, JoinedFile):
         return in_file(path, lambda found: described(found, published_layout(), found.shapes), opened)
     return transformer_in(opened)
-
-
-def check_pipeline(folder: Path) -> None:
-    """Raise UserError for the folder of another family's pipeline."""
-    index = folder / "model_index.json"
-    name = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    other = recognise_pipeline(name, "flux")
-    if other is not None:
-        raise UserError(f"{folder} is {other.what} ({name}); {other.remedy}")
 
 
 def transformer_in(file: WeightFile) -> TransformerCheckpoint:

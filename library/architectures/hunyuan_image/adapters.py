@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from library.architectures.adapters import (
     AdapterFamily,
@@ -15,7 +13,7 @@ from library.architectures.adapters import (
     TablePaths,
     places_below,
 )
-from library.architectures.common.sharded_file import ShardedFile
+from library.architectures.common.joined_layout import open_theirs
 from library.architectures.hunyuan_image.names import FINAL, LINEARS, SIGN, in_diffusers_layout, published_view
 
 
@@ -50,18 +48,6 @@ def _claims(found: Evidence) -> bool:
 RECORD = ModelRecord("hunyuan-image-2.1", False, "hunyuan-image-2.1", "diffusers", "512x512")
 
 
-def _opened(path: Path) -> Any:
-    """Return a transformer in diffusers' layout with its published names; None for anything else."""
-    inner = path / "transformer"
-    place = inner if inner.is_dir() else path
-    if place.is_dir() and not any(place.glob("*.safetensors")):
-        return None
-    if not place.is_dir() and place.suffix != ".safetensors":
-        return None
-    file = ShardedFile.open(place)
-    return published_view(file) if in_diffusers_layout(file.shapes) else None
-
-
 ADAPTERS = (
     AdapterFamily(
         "hunyuan_image",
@@ -70,6 +56,6 @@ ADAPTERS = (
         _claims,
         (RECORD,),
         "networks.lora_hunyuan_image",
-        opens=_opened,
+        opens=partial(open_theirs, is_theirs=in_diffusers_layout, view=published_view),
     ),
 )

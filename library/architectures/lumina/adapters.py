@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from library.architectures.adapters import (
     AdapterFamily,
@@ -16,7 +14,7 @@ from library.architectures.adapters import (
     TablePaths,
     places_below,
 )
-from library.architectures.common.sharded_file import ShardedFile
+from library.architectures.common.joined_layout import open_theirs
 from library.architectures.lumina.names import LINEARS, QKV, SIGN, in_diffusers_layout, published_view, qkv_widths
 
 
@@ -71,18 +69,6 @@ def _claims(found: Evidence) -> bool:
 RECORD = ModelRecord("lumina2", False, "lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0", "1024x1024")
 
 
-def _opened(path: Path) -> Any:
-    """Return a transformer in diffusers' layout with its published names; None for anything else."""
-    inner = path / "transformer"
-    place = inner if inner.is_dir() else path
-    if place.is_dir() and not any(place.glob("*.safetensors")):
-        return None
-    if not place.is_dir() and place.suffix != ".safetensors":
-        return None
-    file = ShardedFile.open(place)
-    return published_view(file) if in_diffusers_layout(file.shapes) else None
-
-
 ADAPTERS = (
     AdapterFamily(
         "lumina",
@@ -91,6 +77,6 @@ ADAPTERS = (
         _claims,
         (RECORD,),
         "networks.lora_lumina",
-        opens=_opened,
+        opens=partial(open_theirs, is_theirs=in_diffusers_layout, view=published_view),
     ),
 )

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from library.architectures.base import ModelInfo
 from library.architectures.common import ae
-from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, locate_part
-from library.architectures.common.diffusers_folder import read_json
+from library.architectures.common.checkpoint import MODEL_FLAG, check_pipeline, locate_model, locate_part
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.recognise import recognise_pipeline, recognise_tensors, refuse_scaled
+from library.architectures.common.recognise import recognise_tensors, refuse_scaled
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import is_shard
 from library.architectures.common.sources import in_file
@@ -110,7 +109,7 @@ def _own_parts(path: Path) -> dict[str, str]:
 
 def _transformer_source(path: Path) -> ModelSource:
     if path.is_dir():
-        _check_pipeline(path)
+        check_pipeline(path, "lumina")
         inner = path / "transformer"
         return _described(open_diffusers_transformer(inner if inner.is_dir() else path), "")
     if is_shard(path):
@@ -140,11 +139,3 @@ def _described(file: WeightFile, prefix: str) -> ModelSource:
 def published_layout(prefix: str = "") -> TensorLayout:
     """Return the published layout; the model's own names are the published ones."""
     return TensorLayout(KeyMap((name, name) for name in TOP), prefix)
-
-
-def _check_pipeline(folder: Path) -> None:
-    index = folder / "model_index.json"
-    name = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    other = recognise_pipeline(name, "lumina")
-    if other is not None:
-        raise UserError(f"{folder} is {other.what} ({name}); {other.remedy}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from library.architectures.adapters import (
     AdapterFamily,
@@ -17,7 +15,7 @@ from library.architectures.adapters import (
     places_below,
 )
 from library.architectures.common.adapter_names import clip_naming, t5_naming
-from library.architectures.common.sharded_file import ShardedFile
+from library.architectures.common.joined_layout import open_theirs
 from library.architectures.sd3.names import LINEARS, SIGN, file_prefix, in_diffusers_layout, published_view
 
 TRANSFORMER = AdapterNaming(
@@ -68,18 +66,6 @@ def _model_record(shapes: Shapes) -> ModelRecord:
     return RECORDS["medium" if not has_norm else "5-medium" if is_dual else "5-large"]
 
 
-def _opened(path: Path) -> Any:
-    """Return a transformer in diffusers' layout with its published names; None for anything else."""
-    inner = path / "transformer"
-    place = inner if inner.is_dir() else path
-    if place.is_dir() and not any(place.glob("*.safetensors")):
-        return None
-    if not place.is_dir() and place.suffix != ".safetensors":
-        return None
-    file = ShardedFile.open(place)
-    return published_view(file) if in_diffusers_layout(file.shapes) else None
-
-
 ADAPTERS = (
     AdapterFamily(
         "sd3",
@@ -88,7 +74,7 @@ ADAPTERS = (
         _claims,
         tuple(RECORDS.values()),
         "networks.lora_sd3",
-        opens=_opened,
+        opens=partial(open_theirs, is_theirs=in_diffusers_layout, view=published_view),
         model_record=_model_record,
     ),
 )

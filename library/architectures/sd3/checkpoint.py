@@ -9,11 +9,10 @@ from typing import Any
 
 from library.architectures.base import ModelInfo
 from library.architectures.common import clip, t5
-from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, locate_part, vae_at
-from library.architectures.common.diffusers_folder import read_json
+from library.architectures.common.checkpoint import MODEL_FLAG, check_pipeline, locate_model, locate_part, vae_at
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.recognise import recognise_pipeline, recognise_tensors, refuse_scaled
+from library.architectures.common.recognise import recognise_tensors, refuse_scaled
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.sources import diffusers_vae_source, in_file, vae_source
@@ -85,7 +84,7 @@ def inspect_model(
 
 def _transformer_source(path: Path) -> ModelSource:
     if path.is_dir():
-        _check_pipeline(path)
+        check_pipeline(path, "sd3")
         inner = path / "transformer"
         return _described(open_diffusers_transformer(inner if inner.is_dir() else path), "")
     file = with_plain_numbers(TensorFile.open(path))
@@ -110,14 +109,6 @@ def _described(file: WeightFile, prefix: str) -> ModelSource:
 def published_layout(prefix: str = PREFIX) -> TensorLayout:
     """Return the published layout; the model's own names are the published ones."""
     return TensorLayout(KeyMap((name, name) for name in TOP), prefix)
-
-
-def _check_pipeline(folder: Path) -> None:
-    index = folder / "model_index.json"
-    name = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    other = recognise_pipeline(name, "sd3")
-    if other is not None:
-        raise UserError(f"{folder} is {other.what} ({name}); {other.remedy}")
 
 
 # ---- text encoders ----
