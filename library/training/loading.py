@@ -139,7 +139,7 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
         plan.place(DENOISER, models.denoiser, blocks_of(models.denoiser))
     precision.set_cuda_switches(options.training)
     precision.compile_denoiser(models.denoiser, blocks, options.training)
-    losses = _losses(run, models, kind)
+    losses = batch_losses(run, models, kind)
     saver = Saver(run, kind, update, record)
     loading = batch_preparation(run, models)
     loaded = LoadedRun(
@@ -229,7 +229,8 @@ def _update(run: Run, kind: Kind, groups: Sequence[ParameterGroup], settle: Call
     )
 
 
-def _losses(run: Run, models: Models, kind: Kind) -> BatchLosses:
+def batch_losses(run: Run, models: Models, kind: Kind) -> BatchLosses:
+    """Return the losses of a run's batches."""
     captions = CaptionEncoder(
         run.architecture,
         models.encoding,

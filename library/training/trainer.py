@@ -84,6 +84,10 @@ class Trainer:
             return show_dataset(options, self.architecture.configured(options), self._images_as(options))
         with Interrupt() as interrupt:
             run = self.setup(options)
+            if options.training.memory_plan is not None:
+                from library.training.memory_choice import planned
+
+                run = self.setup(planned(run))
             with finalizing(run.accelerator):
                 if options.config.dry_run:
                     return dry_run(run)

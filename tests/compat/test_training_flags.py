@@ -57,6 +57,7 @@ OURS = {
     "fp8_te",
     "fp8_matmul",
     "quantize_base",
+    "memory_plan",
     # published for anima_train_network.py
     "compile",
     "compile_backend",

@@ -377,7 +377,7 @@ ALWAYS = set(
     scale_weight_norms base_weights base_weights_multiplier network_dropout train_embedding
     optimizer_type use_8bit_adam use_lion_optimizer optimizer_args max_grad_norm
     max_train_epochs seed gradient_accumulation_steps gradient_checkpointing mixed_precision torch_compile
-    compile cuda_allow_tf32 cuda_cudnn_benchmark
+    compile memory_plan cuda_allow_tf32 cuda_cudnn_benchmark
     mem_eff_attn full_fp16 full_bf16 fp8_scaled quantize_base fused_backward_pass
     deepspeed zero_terminal_snr min_timestep max_timestep noise_offset multires_noise_iterations ip_noise_gamma
     min_snr_gamma v_pred_like_loss

@@ -96,6 +96,7 @@ ERRORS = [
     ({"full_bf16": True}, "--mixed_precision bf16"),
     ({"full_fp16": True, "mixed_precision": "bf16"}, "--mixed_precision fp16"),
     ({"quantize_base": "nf4", "fp8_scaled": True}, "--quantize_base nf4: not with --fp8_scaled"),
+    ({"memory_plan": "much"}, "--memory_plan much: give gigabytes"),
     ({"compile": True, "torch_compile": True}, "--compile: not with --torch_compile"),
     ({"compile": True, "compile_mode": "max-autotune", "compile_backend": "eager"}, "a mode of inductor"),
     ({"fused_backward_pass": True}, "--max_grad_norm 0"),

@@ -98,6 +98,12 @@ class TrainingOptions:
     fp8_matmul: bool = option(
         False, "with a base in fp8: round inputs to fp8 as well, and multiply fp8 numbers where the device can"
     )
+    memory_plan: str | None = option(
+        None,
+        "GB of device memory, or auto for what is free: trace a step before loading, print what it takes, and choose "
+        "checkpointing, fp8 and swapped blocks so that it fits",
+        harmless=True,
+    )
     compile: bool = option(False, "compile the model's blocks, with the settings below instead of --dynamo_backend")
     compile_backend: str = option("inductor", "compiler of --compile")
     compile_mode: str | None = option(
@@ -163,6 +169,18 @@ def one_form(o: Any, facts: Facts) -> Iterator[Finding]:
             yield error(
                 f"--quantize_base {t.quantize_base}: not with --{name}, another form of the same weights; remove one"
             )
+
+
+def memory_budget(o: Any, facts: Facts) -> Iterator[Finding]:
+    given = o.training.memory_plan
+    if given is None or given == "auto":
+        return
+    try:
+        is_size = 0 < float(given) < 1e6
+    except ValueError:
+        is_size = False
+    if not is_size:
+        yield error(f"--memory_plan {given}: give gigabytes, such as 12 or 7.5, or auto")
 
 
 def compilers(o: Any, facts: Facts) -> Iterator[Finding]:
@@ -309,6 +327,7 @@ DECLARATION = Declaration(
         half_precision,
         deepspeed,
         one_form,
+        memory_budget,
         compilers,
         attention_package,
     ),

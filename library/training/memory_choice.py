@@ -1,0 +1,161 @@
+"""``--memory_plan GB`` or ``auto``: trace the run, print what a step takes, and choose options that fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from library.architectures.part import DENOISER, text_encoder_name
+from library.config import block_swap
+from library.errors import UserError
+from library.memory.budget import Choice, Parts, choices, denoiser_bytes, most_swapped
+from library.optim.optimizers import resolve_optimizer
+from library.training.kinds.base import Kind
+from library.training.loading import make_kind
+from library.training.memory import memory_plan
+from library.training.memory_trace import TracedRun, state_bytes, trace
+from library.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+_GB = 2**30
+#: what a CUDA device holds beside torch's tensors, and the part of the budget that the allocator's gaps take
+_OF_CUDA, _GAPS = int(0.6 * _GB), 0.05
+_FLAGS = {
+    "fp8": "--fp8_base_unet",
+    "fp8_scaled": "--fp8_scaled",
+    "int8": "--quantize_base int8",
+    "nf4": "--quantize_base nf4",
+}
+
+
+def planned(run: Run) -> Any:
+    """Return the options of the run with those that make it fit.
+
+    Raises:
+        UserError: nothing fits; the message says what takes the least.
+    """
+    budget = _budget(run)
+    usable = int(budget * (1 - _GAPS)) - _OF_CUDA if run.device.type == "cuda" else budget
+    traces = {True: trace(run, checkpointing=True)}
+    if not run.options.training.gradient_checkpointing:
+        traces[False] = trace(run, checkpointing=False)
+    kind = make_kind(run)
+    found = [
+        (choice, _parts(run, kind, traces[choice.checkpointing], choice)) for choice in _choices(run, kind, traces)
+    ]
+    chosen = next(((choice, parts) for choice, parts in found if parts.total <= usable), None)
+    for line in _table(traces, found, chosen):
+        logger.info("%s", line)
+    if chosen is None:
+        least, parts = min(found, key=lambda pair: pair[1].total)
+        raise UserError(
+            f"--memory_plan {run.options.training.memory_plan}: a step of this run takes at least "
+            f"{_gb(parts.total)} (with {least.describe(_FLAGS)}); of that activations and gradients take "
+            f"{_gb(parts.step)}: lower the resolution or train_batch_size, or raise the budget"
+        )
+    return _with(run.options, chosen[0])
+
+
+def _budget(run: Run) -> int:
+    given = run.options.training.memory_plan
+    if given != "auto":
+        return int(float(given) * _GB)
+    if run.device.type == "cuda":
+        return torch.cuda.mem_get_info(run.device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _choices(run: Run, kind: Kind, traces: dict[bool, TracedRun]) -> list[Choice]:
+    architecture, options = run.architecture, run.options
+    plan = memory_plan(run, kind)
+    present = plan[DENOISER].form
+    is_frozen = not plan[DENOISER].trained
+    forms: list[str | None] = [present] if present is not None or not is_frozen else [None, "fp8"]
+    blocks = architecture.block_lists(traces[True].models.denoiser)
+    can_swap = is_frozen and run.sharding is None and _has_swapping(options)
+    plain_adam = not options.optimizer.optimizer_type or options.optimizer.optimizer_type.lower() == "adamw"
+    plain_adam &= not (options.optimizer.use_8bit_adam or options.optimizer.use_lion_optimizer)
+    return list(
+        choices(
+            checkpointing=options.training.gradient_checkpointing,
+            forms=forms,
+            most_swapped=most_swapped(blocks) if can_swap else 0,
+            swapped=architecture.blocks_to_swap,
+            small_states=[False, True] if plain_adam and run.device.type == "cuda" else [False],
+        )
+    )
+
+
+def _has_swapping(options: Any) -> bool:
+    try:
+        block_swap.with_count(options, 1)
+    except UserError:
+        return False
+    return True
+
+
+def _parts(run: Run, kind: Kind, traced: TracedRun, choice: Choice) -> Parts:
+    plan, models = memory_plan(run, kind), traced.models
+    trained = {id(p): p for p in traced.trained}
+    numbers, weights = sum(p.numel() for p in trained.values()), sum(p.nbytes for p in trained.values())
+    frozen = denoiser_bytes(models.denoiser, run.architecture.block_lists(models.denoiser), choice)
+    frozen -= sum(p.nbytes for p in models.denoiser.parameters() if id(p) in trained)
+    for number, encoder in enumerate(models.text_encoders, start=1):
+        part = plan[text_encoder_name(number)]
+        if part.storage != "cached":
+            frozen += denoiser_bytes(encoder, (), Choice(False, part.form))
+            frozen -= sum(p.nbytes for p in encoder.parameters() if id(p) in trained)
+    if models.vae is not None and not run.caches_latents:
+        frozen += sum(t.nbytes for t in (*models.vae.parameters(), *models.vae.buffers()))
+    optimizer = run.checked.optimizer
+    if choice.small_state:
+        optimizer = resolve_optimizer("AdamW8bit", False, False, run.options.optimizer.optimizer_args, 1e-4)
+    dtype = next(iter(trained.values())).dtype
+    state = 2 * numbers if choice.small_state else state_bytes(optimizer, numbers, dtype)
+    return Parts(frozen, weights, state, traced.worst.peak)
+
+
+def _with(options: Any, choice: Choice) -> Any:
+    """Return the options with a choice."""
+    training = replace(
+        options.training,
+        memory_plan=None,
+        gradient_checkpointing=choice.checkpointing,
+        fp8_base_unet=options.training.fp8_base_unet or choice.form == "fp8" and not options.training.fp8_base,
+    )
+    options = replace(options, training=training)
+    if choice.small_state:
+        options = replace(options, optimizer=replace(options.optimizer, optimizer_type="AdamW8bit"))
+    return block_swap.with_count(options, choice.swapped) if choice.swapped else options
+
+
+def _table(
+    traces: dict[bool, TracedRun], found: Sequence[tuple[Choice, Parts]], chosen: tuple[Choice, Parts] | None
+) -> list[str]:
+    lines = ["memory plan: all values are estimates from a traced step"]
+    for with_checkpointing, traced in sorted(traces.items()):
+        for step in traced.steps:
+            how = "with" if with_checkpointing else "without"
+            lines.append(
+                f"  bucket {step.bucket[0]}x{step.bucket[1]}, batch {step.batch_size}, {how} checkpointing: "
+                f"activations and gradients {_gb(step.peak)}, of that gradients {_gb(step.gradients)}"
+            )
+    lines.append("  weights | trained | optimizer state | step | total | options")
+    shown = [found[0], *([chosen] if chosen is not None and chosen != found[0] else []), found[-1]]
+    for choice, parts in dict.fromkeys(shown):
+        values = " | ".join(map(_gb, (parts.frozen, parts.trained, parts.state, parts.step, parts.total)))
+        lines.append(f"  {values} | {choice.describe(_FLAGS)}")
+    if chosen is not None:
+        lines.append(f"  chosen: {chosen[0].describe(_FLAGS)}, about {_gb(chosen[1].total)}")
+    return lines
+
+
+def _gb(count: int) -> str:
+    return f"{count / _GB:.2f} GB" if count >= 0.1 * _GB else f"{count / 2**20:.1f} MB"
