@@ -54,7 +54,8 @@ def _rows(weight: Tensor, published: Tensor | None = None) -> tuple[Tensor, Tens
     numbers, the numbers are those of the file.
     """
     exact = weight.float()
-    ones = torch.ones_like(exact[(slice(None), *(slice(1),) * (exact.dim() - 1))])
+    first = (slice(None), *(slice(1),) * (exact.dim() - 1))  # of each row
+    ones = torch.ones_like(exact[first])
     if published is not None and published.numel() in (1, len(exact)):
         scale = published.to(exact).reshape(-1, *(1,) * (exact.dim() - 1)) * ones
         return _divided(exact, scale), scale
