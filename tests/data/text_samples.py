@@ -37,6 +37,7 @@ class Encoders:
     encoded: list[int] = field(default_factory=list)  # captions of each call
     loaded: int = 0
     read: int = 0  # how often the weights were read for their identity
+    length_option = "max_token_length"
     text = TextFormat("_x_te.npz", {"context": ("T", "D"), "pooled": ("D",), "mask": ("T",), "has_text": ()})
 
     def text_identity(self, checkpoint: object) -> WeightsIdentity:
