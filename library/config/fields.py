@@ -17,7 +17,7 @@ def option(
     *,
     type: Callable[[str], Any] | None = None,
     choices: Sequence[Any] | None = None,
-    nargs: str | None = None,
+    nargs: str | int | None = None,
     const: Any = None,
     aliases: Sequence[str] = (),
     secret: bool = False,

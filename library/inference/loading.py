@@ -12,7 +12,7 @@ from library.inference.models import ImageModels
 from library.inference.options import ImageOptions
 from library.inference.textual_inversion import add_bundled_words, add_embeddings, add_layered_embeddings
 from library.inference.vae_slices import slice_vae
-from library.memory.compiling import check_backend, compile_blocks
+from library.memory.compiling import CompileSettings, check_backend, compile_blocks
 
 
 def embeddings(options: ImageOptions) -> list[Path]:
@@ -35,7 +35,7 @@ def load_models(
     )
     if options.speed.torch_compile:
         check_backend(options.speed.dynamo_backend, device)
-        compile_blocks(denoiser, architecture.compiled_blocks, backend=options.speed.dynamo_backend)
+        compile_blocks(denoiser, architecture.compiled_blocks, CompileSettings(backend=options.speed.dynamo_backend))
     vae_dtype = torch.float32 if options.model.no_half_vae else dtype
     tokenizers = architecture.load_tokenizers(checkpoint)
     encoders = architecture.load_text_encoders(checkpoint, dtype=dtype, device=str(device))
