@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -52,6 +54,48 @@ def defer_import(name: str) -> None:
     module.__spec__, module.__loader__, module.__file__ = spec, spec.loader, spec.origin
     # no __path__ yet: importing a submodule asks for it, and the package must be executed before
     sys.modules[name] = module
+
+
+class _Hiding(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Lets one module be executed as if some packages were not installed."""
+
+    def __init__(self, module: str, packages: tuple[str, ...]) -> None:
+        self._module = module
+        self._packages = packages
+        self._loader: Any = None
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != self._module or self._loader is not None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is None or spec.loader is None:
+            return None
+        self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        hidden = [name for name in self._packages if name not in sys.modules]
+        sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+        try:
+            self._loader.exec_module(module)
+        finally:
+            for name in hidden:
+                del sys.modules[name]
+
+
+def hide_from(module: str, *packages: str) -> None:
+    """Let a module that looks for installed packages not find these; everything else does.
+
+    It is for packages that another one imports with everything if they are installed, and that nothing here uses.
+
+    Args:
+        module: the full name of a module that is not imported yet; afterwards this has no effect.
+    """
+    if module not in sys.modules:
+        sys.meta_path.insert(0, _Hiding(module, packages))
 
 
 def found_in(module: str, *names: str) -> Callable[[str], Any]:

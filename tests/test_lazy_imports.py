@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from library.lazy_imports import defer_import
+from library.lazy_imports import defer_import, hide_from
+from tests.fixtures.runs import ROOT
 
 NAME = "deferred_example"
 
@@ -66,3 +67,25 @@ def test_models_are_imported_without_the_compiler() -> None:
     )
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
+
+
+def test_a_package_is_hidden_from_one_module_alone(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "looking.py").write_text(f"from importlib.util import find_spec\nFOUND = find_spec({NAME!r})\n")
+    hide_from("looking", NAME)
+    try:
+        assert importlib.import_module("looking").FOUND is None
+        assert importlib.import_module(NAME).VALUE == 3
+        assert importlib.reload(sys.modules["looking"]).FOUND is not None
+    finally:
+        del sys.modules["looking"], sys.meta_path[0]
+
+
+def test_optimizers_import_no_compiler_and_models_no_torchao() -> None:
+    code = (
+        "import sys, torch; from library.optim.optimizers import leave_compiler_out; leave_compiler_out();"
+        "o = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]); o.zero_grad(); o.state_dict();"
+        "print('torch._dynamo' in sys.modules);"
+        "import library.architectures; from diffusers import UNet2DConditionModel; print('torchao' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -12,7 +12,7 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -147,6 +147,7 @@ class OptimizerChoice:
                     "--text_encoder_lr, and no LoRA+ ratios and block rates"
                 )
         kind = _import_class(self.path)
+        leave_compiler_out()
         args = dict(self.args)
         if self.path in _QUICKER_FUSED and not _OTHER_FORMS & args.keys() and _are_float32_on_host(groups):
             args["fused"] = True
@@ -154,6 +155,19 @@ class OptimizerChoice:
             return kind(groups, lr=rate, **args)
         except Exception as error:  # a third-party class: any error is about its arguments
             raise UserError(f"--optimizer_type {self.name}: {_one_line(error)}; see --optimizer_args") from error
+
+
+def leave_compiler_out() -> None:
+    """Keep optimizers from importing torch's compiler, which takes a second.
+
+    Some methods of ``torch.optim.Optimizer`` import it at their first call, to be left out of compiled code. Only blocks
+    of models are compiled here, never an optimizer.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        plain = getattr(method, "__wrapped__", None)
+        # the wrappers of torch._compile alone; others of these methods are wrapped for other reasons
+        if isinstance(method, FunctionType) and plain and method.__code__.co_filename == torch._compile.__file__:
+            vars(plain).setdefault("__dynamo_disable", plain)
 
 
 def _are_float32_on_host(groups: Sequence[Mapping[str, Any]]) -> bool:
