@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,11 @@ EVERYTHING = {"checkpointing": True, "cache_text": True, "adamw8bit": True}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", SCRIPTS)
-@pytest.mark.parametrize("options", [{"uncached": True}, EVERYTHING], ids=["uncached", "everything"])
-def test_a_run_and_the_plain_loop(tmp_path: Path, arch: str, options: dict[str, bool]) -> None:
+@pytest.mark.parametrize("arch", SCRIPTS["adapter"])
+@pytest.mark.parametrize(
+    "options", [{"uncached": True}, EVERYTHING, {"kind": "full"}], ids=["uncached", "everything", "full"]
+)
+def test_a_run_and_the_plain_loop(tmp_path: Path, arch: str, options: dict[str, Any]) -> None:
     pytest.importorskip("peft")
     if "adamw8bit" in options:
         pytest.importorskip("bitsandbytes")
@@ -39,7 +42,7 @@ def test_switches_hold_for_both() -> None:
     assert CASE.switches() == ["--cache_latents"] and CASE.reference_switches() == []
 
 
-@pytest.mark.parametrize("arch", SCRIPTS)
+@pytest.mark.parametrize("arch", SCRIPTS["adapter"])
 def test_the_plain_loop_trains_the_same_modules(tmp_path: Path, arch: str) -> None:
     pytest.importorskip("peft")
     from diffusers import UNet2DConditionModel
