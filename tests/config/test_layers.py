@@ -8,12 +8,12 @@ from pathlib import Path
 CONFIG = Path(__file__).resolve().parents[2] / "library" / "config"
 #: it reads all owners to write their pages, and nothing imports it
 GENERATOR = "document.py"
+#: ``library.diffusion`` is none of them: it is a layer below, whose names of samplers prompts are read with
 OWNERS = (
     "library.architectures",
     "library.training",
     "library.inference",
     "library.optim",
-    "library.diffusion",
     "networks",
 )
 

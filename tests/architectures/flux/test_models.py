@@ -199,11 +199,12 @@ def test_plain_attention_gives_the_same_gradients(masked: bool) -> None:
 
 
 def test_blocks_compile_one_by_one_and_are_checkpointed() -> None:
-    from library.memory.compiling import compile_blocks
+    from library.memory.compiling import CompileSettings, compile_blocks
 
     def compiled(model: FluxTransformer) -> None:
         model.enable_gradient_checkpointing()
-        assert compile_blocks(model, ("DoubleStreamBlock", "SingleStreamBlock"), backend="aot_eager") == 4
+        settings = CompileSettings("aot_eager")
+        assert compile_blocks(model, ("DoubleStreamBlock", "SingleStreamBlock"), settings) == 4
 
     for mine, other in zip(gradients_of("dev", compiled), gradients_of("dev", lambda model: None), strict=True):
         close(mine, other, atol=1e-4)
