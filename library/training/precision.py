@@ -43,7 +43,7 @@ def check_device(options: TrainingOptions, device: torch.device) -> list[str]:
 
         flag = "--compile_backend" if options.compile else "--dynamo_backend"
         check_backend(settings.backend, device, flag=flag)
-    warnings = []
+    warnings: list[str] = []
     switches = [name for name in ("cuda_allow_tf32", "cuda_cudnn_benchmark") if getattr(options, name)]
     if switches and device.type != "cuda":
         warnings.append(NoEffect(message(switches, "without an NVIDIA GPU")))

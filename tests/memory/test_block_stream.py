@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.errors import UserError
 from library.memory.block_stream import _BUFFERS, BlockStream, spread, stream_blocks, swapped_counts
+from library.memory.host_activations import HostActivations
 from library.memory.stored_layers import store_weights
 
 
@@ -126,6 +127,31 @@ def test_training_and_sampling_are_the_same(count: int, form: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(trained, parameters, strict=True))
     for name, tensor in plain.state_dict().items():  # frozen weights never change
         assert torch.equal(tensor, streamed.state_dict()[name])
+
+
+def test_activations_on_the_host_as_well() -> None:
+    """``--cpu_offload_checkpointing`` beside swapped blocks: losses and weights stay the same."""
+
+    def on_host(model: Model) -> Model:
+        plain = model.forward
+
+        def forward(x: Tensor) -> Tensor:
+            context = HostActivations(least_bytes=0, from_host=True)
+            with context:
+                out = plain(x)
+            moved.append(context.moved_bytes)
+            return out
+
+        model.forward = forward
+        return model
+
+    moved: list[int] = []
+    expected, trained = train(Model())
+    streamed = Model()
+    stream_blocks(streamed, streamed.lists, 4, torch.device("cpu"))
+    losses, parameters = train(on_host(streamed))
+    assert losses == expected and max(moved) > 0
+    assert all(torch.equal(one, other) for one, other in zip(trained, parameters, strict=True))
 
 
 def test_no_block_is_copied_twice_in_a_pass() -> None:
