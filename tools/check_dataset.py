@@ -23,6 +23,7 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,7 +47,7 @@ def setup_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Check, write what is asked for, and return the exit code."""
     wanted = check_options.CheckOptions.from_args(args)
-    options = AllTrainingOptions.from_args(args)
+    options: Any = AllTrainingOptions.from_args(args)  # its class is made of all families' options
     chosen = chosen_family(args, options.family)
     setup_console(options.console)
     # only now, as torch takes seconds to load

@@ -83,7 +83,7 @@ def parser(doc: str | None, training: type[RunOptions]) -> argparse.ArgumentPars
     summary, example, more = split_doc(doc)
     groups = {"report": CheckOptions, "for": FamilyOptions, **training.groups()}
     made = build_parser(groups, description=summary, epilog=example, more=more)
-    own = {*CheckOptions.__dataclass_fields__, *FamilyOptions.__dataclass_fields__, "help"}
+    own = {field.name for group in (CheckOptions, FamilyOptions) for field in fields(group)} | {"help"}
     for action in made._actions:
         if action.dest == "strict":
             action.help = "end with code 1 for warnings too, not only for errors"
