@@ -1,6 +1,6 @@
 """Options within a prompt, such as ``a cat --w 512``: their names, and the readers of their values.
 
-A model family or a drawing feature declares its own; ``library/inference/prompt_line.py`` reads the lines.
+A model family or a feature of generating images declares its own; ``library/inference/prompt_line.py`` reads the lines.
 """
 
 from __future__ import annotations
