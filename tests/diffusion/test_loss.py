@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from library.architectures.sd import SD
 from library.diffusion.ddpm import NoiseSchedule, add_noise, velocity
 from library.diffusion.loss import conditional_loss, huber_threshold, masked
+from library.diffusion.objective import LossSettings
 from library.diffusion.weighting import debiased_weight, min_snr_weight, scale_v_pred_like_noise, v_pred_like_weight
 
 #: alpha_bar 0.8 and 0.2: SNR 4 and 0.25; sigma 0.5 and 2
@@ -168,3 +170,22 @@ def test_no_value_is_read_back() -> None:
             assert min_snr_weight(t, schedule, 5.0, v_prediction).shape == (2,)
             assert debiased_weight(t, schedule, v_prediction).shape == (2,)
         assert scale_v_pred_like_noise(t, schedule).shape == v_pred_like_weight(t, schedule, 0.5).shape == (2,)
+
+
+def test_weights_by_snr_know_the_schedule_that_ends_in_noise() -> None:
+    """As in diffusers' schedule; the ratios of the schedule before would be others."""
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
+    ).alphas_cumprod[:999]
+    snr = theirs / (1 - theirs)
+    at = torch.arange(999)
+    ours = SD.objective(v_prediction=True, zero_terminal_snr=True).weighted(
+        torch.ones(999), at, LossSettings(min_snr_gamma=5.0)
+    )
+    torch.testing.assert_close(ours, snr.clamp(max=5.0) / (snr + 1), rtol=1e-3, atol=1e-6)
+    old = SD.objective(v_prediction=True, zero_terminal_snr=False).weighted(
+        torch.ones(999), at, LossSettings(min_snr_gamma=5.0)
+    )
+    assert (old[-1] / ours[-1]) > 10

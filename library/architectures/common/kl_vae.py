@@ -124,7 +124,8 @@ def encode_images(vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Gen
         (B, C, h, w) unscaled latents, float32.
     """
     weight = next(vae.parameters())
-    moments = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.parameters  # (B, 2C, h, w)
+    with _in_its_dtype(weight):
+        moments = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.parameters  # (B, 2C, h, w)
     mean, log_variance = moments.float().chunk(2, dim=1)  # (B, C, h, w) each
     std = torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE))
     noise = torch.stack([torch.randn(mean.shape[1:], generator=g, device=g.device) for g in generators])
@@ -136,4 +137,10 @@ def encode_images(vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Gen
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     """(B, C, h, w) unscaled latents -> (B, 3, H, W) pixels in [-1, 1], float32."""
     weight = next(vae.parameters())
-    return vae.decode(latents.to(weight.device, weight.dtype)).sample.float().clamp(-1, 1)
+    with _in_its_dtype(weight):
+        return vae.decode(latents.to(weight.device, weight.dtype)).sample.float().clamp(-1, 1)
+
+
+def _in_its_dtype(weight: Tensor) -> torch.autocast:
+    """Return a context in which autocast changes nothing: a VAE in float32 (``--no_half_vae``) overflows in half."""
+    return torch.autocast(weight.device.type, enabled=False)
