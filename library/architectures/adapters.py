@@ -293,6 +293,7 @@ class AdapterFamily:
         records: possible metadata; the first if nothing is known.
         network_module: our module that reads its LoRAs.
         old_names: beginnings of names in old files, and the advice for such files.
+        unwritten: namings that the program of that naming would not read, and the advice instead.
         opens: opens a model file or folder by its published names, if the family needs its own reader; returns None
             for other models.
         model_record: the record of a model file, if its tensors show it.
@@ -306,6 +307,7 @@ class AdapterFamily:
     records: tuple[ModelRecord, ...]
     network_module: str
     old_names: Mapping[str, str] = field(default_factory=dict)
+    unwritten: Mapping[Naming, str] = field(default_factory=dict)
     opens: Callable[[Path], Any] | None = None
     model_record: Callable[[Shapes], ModelRecord] | None = None
     fits: Callable[[Shapes], bool] = lambda shapes: True

@@ -135,6 +135,8 @@ def convert(
     file = read_adapter(source, family_named(family) if family else None)
     if expected is not None and file.naming != expected:
         raise UserError(f"{source}: has {_TITLES[file.naming]}, not {_TITLES[expected]}")
+    if to in file.family.unwritten:
+        raise UserError(f"{source}: {file.family.title} cannot have {_TITLES[to]} here: {file.family.unwritten[to]}")
     if (
         file.naming == to
         and not file.is_own_oft

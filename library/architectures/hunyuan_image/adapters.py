@@ -56,6 +56,10 @@ ADAPTERS = (
         _claims,
         (RECORD,),
         "networks.lora_hunyuan_image",
+        unwritten={
+            "comfyui": "ComfyUI has other names for these layers than the model's files; "
+            "use networks/convert_hunyuan_image_lora_to_comfy.py"
+        },
         opens=partial(open_theirs, is_theirs=in_diffusers_layout, view=published_view),
     ),
 )
