@@ -10,6 +10,7 @@ from library.config import block_swap
 from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
 from library.config.fields import option
 from library.config.flow import FLOW, FlowOptions
+from library.config.frozen_encoders import FROZEN_ENCODERS
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ _FROZEN_TEXT = "the text encoders of HunyuanImage-2.1 are not trained"
 DECLARATION = joined(
     Declaration(groups={"hunyuan_image": HunyuanOptions}),
     FLOW,
+    FROZEN_ENCODERS,
     Declaration(
         groups={"flow": HunyuanFlowOptions},
         texts={

@@ -11,6 +11,7 @@ from library.config import block_swap
 from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
 from library.config.fields import option
 from library.config.flow import FLOW, FlowOptions
+from library.config.frozen_encoders import FROZEN_ENCODERS
 
 #: tokens of a caption, if not given
 LENGTH = 256
@@ -97,6 +98,7 @@ def checkpointing(o: Any) -> Implied | None:
 
 DECLARATION = joined(
     FLOW,
+    FROZEN_ENCODERS,
     Declaration(
         groups={"flow": LuminaFlowOptions, "lumina": LuminaOptions},
         texts={

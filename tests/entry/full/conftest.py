@@ -55,5 +55,15 @@ def sd3_train(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 @pytest.fixture(scope="session")
+def lumina_train(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return make_whole("lumina_train", tmp_path_factory.mktemp("lumina_train"))
+
+
+@pytest.fixture(scope="session")
+def hunyuan_image_train(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return make_whole("hunyuan_image_train", tmp_path_factory.mktemp("hunyuan_image_train"))
+
+
+@pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset") / "data.toml", images, dataset="batch_size = 2")

@@ -191,10 +191,14 @@ def test_folders_and_metadata_files(tmp_path: Path, fine_tune: Whole, train_db: 
         ("fine_tune", {"block_lr": ",".join(["1"] * 23)}, "--block_lr: this model's denoiser has no numbered blocks"),
         ("fine_tune", {"save_model_as": "ckpt", "use_safetensors": True}, "exclude each other"),
         ("flux_train", {"train_text_encoder": True}, "--train_text_encoder: the text encoders of this model are files"),
-        (
-            "flux_train",
-            {"learning_rate_te1": 1e-5, "strict": True},
-            "--learning_rate_te1 has no effect with this model, whose text encoders are files of their own",
+        *(
+            pytest.param(
+                script,
+                {"learning_rate_te1": 1e-5, "strict": True},
+                "--learning_rate_te1 has no effect with this model, whose text encoders are files of their own",
+                id=f"{script} text encoders",
+            )
+            for script in ("flux_train", "lumina_train", "hunyuan_image_train")
         ),
         ("flux_train", {"save_model_as": "diffusers"}, "--save_model_as diffusers: this model is saved as safetensors"),
         (
