@@ -433,11 +433,15 @@ class Architecture(WholeModels, ABC):
     # ---- memory and speed ----
 
     @abstractmethod
-    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
-        """``backend``: "torch" (SDPA), "efficient" (SDPA's memory-efficient kernel), "math" (plain) or "xformers".
+    def set_attention(self, denoiser: nn.Module, backend: str, *, split: bool = False) -> None:
+        """Choose the implementation of attention.
+
+        Args:
+            backend: one of ``BACKENDS`` of common/attention.py.
+            split: compute image by image, which takes less memory.
 
         Raises:
-            UserError: not installed.
+            UserError: it is not available.
         """
 
     @abstractmethod

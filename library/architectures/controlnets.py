@@ -72,7 +72,7 @@ class HasControlNets(ABC):
         """
 
     @abstractmethod
-    def set_controlnet_attention(self, controlnet: nn.Module, backend: str) -> None:
+    def set_controlnet_attention(self, controlnet: nn.Module, backend: str, *, split: bool = False) -> None:
         """Choose how a ControlNet attends, see ``Architecture.set_attention``."""
 
     @abstractmethod

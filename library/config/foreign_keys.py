@@ -31,7 +31,7 @@ _OF_PROGRAMS = frozenset(
 #: published options of other scripts of the suite
 _OF_OTHER_SCRIPTS = frozenset(
     {
-        "ae", "apply_lg_attn_mask", "apply_t5_attn_mask", "attn_mode", "block_lr", "blocks_to_swap",
+        "ae", "apply_lg_attn_mask", "apply_t5_attn_mask", "block_lr", "blocks_to_swap",
         "blockwise_fused_optimizers", "byt5", "clip_g", "clip_g_dropout_rate", "clip_l", "clip_l_dropout_rate",
         "cond_emb_dim", "control_net_lr", "controlnet_model_name_or_path", "cross_attn_lr", "diffusers_xformers",
         "discrete_flow_shift", "double_blocks_to_swap", "enable_scaled_pos_embed", "fp8_scaled", "fp8_vl",
@@ -41,7 +41,7 @@ _OF_OTHER_SCRIPTS = frozenset(
         "model_prediction_type", "model_type", "no_token_padding", "num_last_block_to_freeze",
         "num_vectors_per_token", "pos_emb_random_crop_rate", "qwen3", "qwen3_max_token_length", "sample_batch_size",
         "save_clip", "save_t5xxl", "self_attn_lr", "sigmoid_scale", "single_blocks_to_swap",
-        "skip_latents_validity_check", "split_attn", "split_mode", "stop_text_encoder_training", "system_prompt",
+        "skip_latents_validity_check", "split_mode", "stop_text_encoder_training", "system_prompt",
         "t5_dropout_rate", "t5_max_token_length", "t5_tokenizer_path", "t5xxl", "t5xxl_device", "t5xxl_dtype",
         "t5xxl_max_token_length", "text_encoder", "text_encoder_cpu", "timestep_sampling", "token_string",
         "train_t5xxl", "train_text_encoder", "training_shift", "unsloth_offload_checkpointing", "use_flash_attn",

@@ -19,6 +19,8 @@ from library.config.arguments import TrainingOptions
 
 def attention_backend(options: TrainingOptions) -> str:
     """Return the backend's name for ``Architecture.set_attention``."""
+    if options.attn_mode is not None:
+        return "torch" if options.attn_mode == "sdpa" else options.attn_mode
     if options.mem_eff_attn:
         return "efficient"
     return "xformers" if options.xformers else "torch" if options.sdpa else "math"

@@ -66,6 +66,7 @@ def models_on_meta(run: Run) -> Models:
         dtype=run.weight_dtype,
         vae_dtype=precision.vae_dtype(run.options.model, run.weight_dtype),
         attention=attention_backend(run.options.training),
+        split_attention=run.options.training.split_attn,
         cached=run.cached_encoders,
     )
 
@@ -178,7 +179,7 @@ def _load_models(run: Run, cached: Cached, kind: Kind, plan: MemoryPlan) -> Mode
         home=plan.loads_on(DENOISER),
         sharded=run.sharding is not None,
     )
-    architecture.set_attention(denoiser, attention_backend(training))
+    architecture.set_attention(denoiser, attention_backend(training), split=training.split_attn)
     if run.device.type == "cpu":
         use_host_kernels(denoiser, convolutions=run.sharding is None)
     if training.gradient_checkpointing or plan[DENOISER].swapped:

@@ -18,6 +18,7 @@ from library.architectures.base import Conditioning
 from library.config.console import quiet
 from library.data.batch import Batch
 from library.memory import stand_in
+from library.memory.attention import attention_backend
 from library.memory.host import use_host_kernels
 from library.optim.optimizers import OptimizerChoice
 from library.training.kinds.base import Kind
@@ -65,6 +66,9 @@ def trace(run: Run, *, checkpointing: bool, most: int = 2) -> TracedRun:
         UserError: headers that lack tensors, or whose shapes do not fit.
     """
     models = models_on_meta(run)
+    if attention_backend(run.options.training) not in ("torch", "efficient", "math"):
+        # the kernels of packages do not run without numbers; they take as much memory as torch's
+        run.architecture.set_attention(models.denoiser, "torch", split=run.options.training.split_attn)
     kind = make_kind(run)
     architecture = run.architecture
     with stand_in.without_weights(), quiet(logging.INFO):

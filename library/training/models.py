@@ -56,6 +56,7 @@ def load_on_meta(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     attention: str,
+    split_attention: bool = False,
     tokenizers: Sequence[Any] = (),
     cached: Sequence[bool] = (),
 ) -> Models:
@@ -65,7 +66,7 @@ def load_on_meta(
         UserError: headers that lack tensors, or whose shapes do not fit.
     """
     denoiser = architecture.load_denoiser(checkpoint, dtype=dtype, device="meta")
-    architecture.set_attention(denoiser, attention)
+    architecture.set_attention(denoiser, attention, split=split_attention)
     return Models(
         tokenizers=tokenizers,
         text_encoders=architecture.load_text_encoders(checkpoint, dtype=dtype, device="meta"),

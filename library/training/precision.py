@@ -43,6 +43,8 @@ def check_device(options: TrainingOptions, device: torch.device) -> list[str]:
 
         flag = "--compile_backend" if options.compile else "--dynamo_backend"
         check_backend(settings.backend, device, flag=flag)
+    if options.attn_mode == "flex" and device.type == "cpu":
+        raise UserError("--attn_mode flex: has no backward pass on a CPU; use --sdpa")
     warnings: list[str] = []
     switches = [name for name in ("cuda_allow_tf32", "cuda_cudnn_benchmark") if getattr(options, name)]
     if switches and device.type != "cuda":

@@ -58,6 +58,9 @@ OURS = {
     "fp8_matmul",
     "quantize_base",
     "memory_plan",
+    # published for hunyuan_image_train_network.py
+    "attn_mode",
+    "split_attn",
     # published for anima_train_network.py
     "compile",
     "compile_backend",
@@ -124,7 +127,8 @@ def test_flag(script: str, option: dict, actions: dict[str, dict[str, argparse.A
     assert set(option["flags"]) <= set(action.option_strings)
     assert action.default == option["default"]
     assert action.nargs == (0 if option["action"] == "store_true" else option["nargs"])
-    assert (list(action.choices) if action.choices else None) == option["choices"]
+    further = {"attn_mode": ["flex"]}.get(option["dest"], [])
+    assert (list(action.choices) if action.choices else None) == (option["choices"] and option["choices"] + further)
     converter = "bool" if action.nargs == 0 else getattr(action.type, "__name__", "str")
     assert converter == option["type"]
     assert action.help

@@ -116,6 +116,10 @@ CASES = [
         "--resume",
     ),
     # length of the run, memory, processes
+    Case("mem_eff_attn", {"mem_eff_attn": True, "attn_mode": "torch"}, {"attn_mode": None}, "--attn_mode"),
+    Case("xformers", {"xformers": True, "attn_mode": "torch"}, {"attn_mode": None}, "--attn_mode"),
+    Case("sdpa", {"sdpa": True, "attn_mode": "torch"}, {"attn_mode": None}, "--attn_mode"),
+    Case("split_attn", {"split_attn": True}, {"train_batch_size": 2}, "one image"),
     Case("xformers", {"xformers": True, "mem_eff_attn": True}, {"mem_eff_attn": False}, "--mem_eff_attn"),
     Case("sdpa", {"sdpa": True, "mem_eff_attn": True}, {"mem_eff_attn": False}, "--mem_eff_attn"),
     Case("sdpa", {"sdpa": True, "xformers": True}, {"xformers": False}, "--xformers"),
@@ -378,7 +382,7 @@ ALWAYS = set(
     optimizer_type use_8bit_adam use_lion_optimizer optimizer_args max_grad_norm
     max_train_epochs seed gradient_accumulation_steps gradient_checkpointing mixed_precision torch_compile
     compile memory_plan cuda_allow_tf32 cuda_cudnn_benchmark
-    mem_eff_attn full_fp16 full_bf16 fp8_scaled quantize_base fused_backward_pass
+    attn_mode full_fp16 full_bf16 fp8_scaled quantize_base fused_backward_pass
     deepspeed zero_terminal_snr min_timestep max_timestep noise_offset multires_noise_iterations ip_noise_gamma
     min_snr_gamma v_pred_like_loss
     loss_type scale_v_pred_loss_like_noise_pred debiased_estimation_loss masked_loss

@@ -248,7 +248,7 @@ def test_every_rule_has_a_case() -> None:
         for rule in (*CORE.rules, *SD.declaration.rules)
         if not any(list(rule(case, SD.facts(case))) for case in cases)
     ]
-    assert set(found) <= {"numbered_rates", "attention_package"}  # which have tests of their own
+    assert set(found) <= {"numbered_rates", "attention_that_works"}  # which have tests of their own
 
 
 def test_the_familys_reason_wins_and_is_said_once() -> None:
@@ -300,8 +300,20 @@ def test_a_missing_package_is_told_before_loading(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--xformers: the package xformers is not installed"):
         check(options(xformers=True), SD)
+    with pytest.raises(
+        UserError, match="--attn_mode flash: the package flash_attn is not installed; pip install flash-attn"
+    ):
+        check(options(attn_mode="flash", mixed_precision="bf16"), SD)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert check(options(xformers=True), SD) == []
+    assert check(options(attn_mode="flash", mixed_precision="bf16"), SD) == []
+    with pytest.raises(UserError, match="--attn_mode flash: works in half precision only"):
+        check(options(attn_mode="flash"), SD)
+
+
+def test_attention_without_a_backward_pass_is_refused() -> None:
+    with pytest.raises(UserError, match="--attn_mode sageattn: has no backward pass and is for generating only"):
+        check(options(attn_mode="sageattn"), SD)
 
 
 def test_trackers_see_no_folders(tmp_path: Path) -> None:

@@ -53,6 +53,16 @@ def test_it_predicts_the_same_and_never_uses_the_plain_formula() -> None:
     assert not [name for name in kernels if "_math" in name]
 
 
+@pytest.mark.parametrize(("backend", "split"), [("torch", True), ("math", True), ("efficient", True), ("flex", False)])
+def test_the_implementations_of_the_transformers_serve_a_unet(backend: str, split: bool) -> None:
+    unet = make_tiny_unet()
+    with torch.no_grad():
+        set_unet_attention(unet, "torch")
+        expected = predict(unet)
+        set_unet_attention(unet, backend, split=split)
+        torch.testing.assert_close(predict(unet), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_xformers_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError) as found:

@@ -8,28 +8,24 @@ Shape legend: B batch, H heads, d width of a head, Q queries, K keys and values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from library.config.attention import PACKAGES
 from library.errors import UserError, did_you_mean
 from library.memory.attention import memory_efficient
 
 #: implementation -> the package that it needs beside torch
 BACKENDS: dict[str, str | None] = {
-    "torch": None,  # torch chooses the kernel
     "efficient": None,  # torch's kernels without a matrix of all tokens by all tokens
     "math": None,  # the plain formula
-    "flex": None,  # torch's compiled FlexAttention
-    "xformers": "xformers",
-    "flash": "flash_attn",
-    "sageattn": "sageattention",
-}
+} | {name: None if needed is None else needed[0] for name, needed in PACKAGES.items()}
 
 
 def check_backend(backend: str) -> str:
@@ -48,6 +44,17 @@ def check_backend(backend: str) -> str:
             f'attention "{backend}" needs the package {package}, which is not installed; install it, or use --sdpa'
         )
     return backend
+
+
+def choose_attention(blocks: Iterable[nn.Module], backend: str, *, split: bool) -> None:
+    """Set the implementation of attention of blocks that call ``attend``.
+
+    Raises:
+        UserError: it is not available.
+    """
+    check_backend(backend)
+    for block in blocks:
+        block.attention, block.split_attention = backend, split  # type: ignore[assignment]
 
 
 def attend(

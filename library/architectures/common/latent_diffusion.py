@@ -286,8 +286,8 @@ class LatentDiffusion(HasControlNets, Architecture):
     def control_image(self, pixels: Tensor) -> Tensor:
         return (pixels + 1) / 2
 
-    def set_controlnet_attention(self, controlnet: nn.Module, backend: str) -> None:
-        ldm_unet.set_unet_attention(controlnet, backend)
+    def set_controlnet_attention(self, controlnet: nn.Module, backend: str, *, split: bool = False) -> None:
+        ldm_unet.set_unet_attention(controlnet, backend, split=split)
 
     def write_controlnet(
         self,
@@ -310,8 +310,8 @@ class LatentDiffusion(HasControlNets, Architecture):
 
     # ---- memory and speed ----
 
-    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
-        ldm_unet.set_unet_attention(denoiser, backend)
+    def set_attention(self, denoiser: nn.Module, backend: str, *, split: bool = False) -> None:
+        ldm_unet.set_unet_attention(denoiser, backend, split=split)
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
         denoiser.enable_gradient_checkpointing()

@@ -175,7 +175,7 @@ def build_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_config(dict(config))
 
 
-def set_unet_attention(unet: nn.Module, backend: str) -> None:
+def set_unet_attention(unet: nn.Module, backend: str, *, split: bool = False) -> None:
     """Choose how a diffusers U-Net attends, see ``Architecture.set_attention``.
 
     Raises:
@@ -183,7 +183,11 @@ def set_unet_attention(unet: nn.Module, backend: str) -> None:
     """
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 
-    if backend == "xformers":
+    if split or backend in ("flash", "flex", "sageattn"):
+        from library.architectures.common.unet_attention import UnetAttention
+
+        unet.set_attn_processor(UnetAttention(backend, split=split))
+    elif backend == "xformers":
         from importlib.util import find_spec
 
         if find_spec("xformers") is None:

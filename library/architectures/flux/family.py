@@ -23,6 +23,7 @@ from library.architectures.base import (
 )
 from library.architectures.common import ae as flux_vae
 from library.architectures.common import clip, clip_text, kl_vae, t5
+from library.architectures.common.attention import check_backend
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.controlnet_training import write_controlnet_file, write_diffusers_controlnet
 from library.architectures.common.flow_matching import FlowMatching
@@ -48,7 +49,7 @@ from library.architectures.lora_target import LoraTarget
 from library.architectures.part import DENOISER, VAE, Part, built_by, by_name, text_encoder_name
 from library.config.declaration import message
 from library.config.no_effect import report
-from library.errors import NoEffect, naming
+from library.errors import NoEffect, UserError, naming
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -321,8 +322,14 @@ class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
         found, _ = residuals(controlnet, noisy, timesteps / 1000, context, pooled, guidance, image=image)
         return {"residuals": [residual * weight for residual in found or []]}
 
-    def set_controlnet_attention(self, controlnet: nn.Module, backend: str) -> None:
-        names = {"torch": "native", "efficient": "_native_efficient", "math": "_native_math", "xformers": "xformers"}
+    def set_controlnet_attention(self, controlnet: nn.Module, backend: str, *, split: bool = False) -> None:
+        if split:
+            raise UserError("--split_attn: not in ControlNets of FLUX.1, which attend to a whole batch; remove it")
+        names = {
+            "torch": "native", "efficient": "_native_efficient", "math": "_native_math", "xformers": "xformers",
+            "flash": "flash", "flex": "flex", "sageattn": "sage",
+        }  # fmt: skip
+        check_backend(backend)
         controlnet.set_attention_backend(names[backend])  # type: ignore[operator]
 
     def write_controlnet(
@@ -357,8 +364,8 @@ class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
 
     # ---- memory and speed ----
 
-    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
-        denoiser.set_attention(backend)
+    def set_attention(self, denoiser: nn.Module, backend: str, *, split: bool = False) -> None:
+        denoiser.set_attention(backend, split=split)
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
         denoiser.enable_gradient_checkpointing()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.architectures.common.attention import attend, check_backend
+from library.architectures.common.attention import attend, choose_attention
 from library.architectures.common.fused import add_gated, modulated_norm, rotate
 from library.architectures.flux.controlnet import residuals
 from library.architectures.flux.packing import pack_latents, unpack_latents
@@ -161,6 +161,7 @@ class DoubleStreamBlock(nn.Module):
     """
 
     attention = "torch"  # see common/attention.py
+    split_attention = False
 
     def __init__(self, sizes: FluxSizes, *, modulation: bool, text_first: bool) -> None:
         super().__init__()
@@ -192,7 +193,9 @@ class DoubleStreamBlock(nn.Module):
         text_qkv = self.txt_attn.queries_keys_values(modulated_norm(text, t_shift, t_scale))
         query, key, value = (join(i, t, self.text_first) for i, t in zip(image_qkv, text_qkv, strict=True))
         query, key = rotate(query, turn).to(value.dtype), rotate(key, turn).to(value.dtype)
-        mixed = attend(query, key, value, mask, backend=self.attention).flatten(2)  # (B, L, D)
+        mixed = attend(query, key, value, mask, backend=self.attention, split=self.split_attention).flatten(
+            2
+        )  # (B, L, D)
         from_image, from_text = part(mixed, image.shape[1], self.text_first)
         image = add_gated(image, i_gate, self.img_attn.proj(from_image))
         image = add_gated(image, i_gate2, self.img_mlp(modulated_norm(image, i_shift2, i_scale2)))
@@ -209,6 +212,7 @@ class SingleStreamBlock(nn.Module):
     """
 
     attention = "torch"
+    split_attention = False
 
     def __init__(self, sizes: FluxSizes, *, modulation: bool) -> None:
         super().__init__()
@@ -229,7 +233,9 @@ class SingleStreamBlock(nn.Module):
         qkv, inner = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)  # (B, L, 3D), (B, L, M)
         query, key, value = split_heads(qkv, self.heads, self.norm)
         query, key = rotate(query, turn).to(value.dtype), rotate(key, turn).to(value.dtype)
-        mixed = attend(query, key, value, mask, backend=self.attention).flatten(2)  # (B, L, D)
+        mixed = attend(query, key, value, mask, backend=self.attention, split=self.split_attention).flatten(
+            2
+        )  # (B, L, D)
         inner = F.gelu(inner, approximate="tanh")
         return within_half(add_gated(x, gate, self.linear2(torch.cat([mixed, inner], dim=-1))))
 
@@ -294,11 +300,9 @@ class FluxTransformer(nn.Module):
         )
         self.final_layer = LastLayer(sizes, modulation=modulation)
 
-    def set_attention(self, backend: str) -> None:
+    def set_attention(self, backend: str, *, split: bool = False) -> None:
         """Args: ``backend`` as in common/attention.py. Raises UserError where it is not installed."""
-        check_backend(backend)
-        for block in (*self.double_blocks, *self.single_blocks):
-            block.attention = backend
+        choose_attention((*self.double_blocks, *self.single_blocks), backend, split=split)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the blocks' inputs for the backward pass (Chen et al. 2016, arXiv:1604.06174)."""

@@ -193,11 +193,9 @@ class HunyuanImage21(FlowMatching, TransformerFile, Architecture):
 
     # ---- memory and speed ----
 
-    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
-        own = self.chosen(HunyuanOptions)
+    def set_attention(self, denoiser: nn.Module, backend: str, *, split: bool = False) -> None:
         # torch's kernels are the default, as published, where other families compute the plain formula
-        chosen = own.attn_mode or ("torch" if backend == "math" else backend)
-        denoiser.set_attention("torch" if chosen == "sdpa" else chosen, split=own.split_attn)
+        denoiser.set_attention("torch" if backend == "math" else backend, split=split)
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
         denoiser.enable_gradient_checkpointing()

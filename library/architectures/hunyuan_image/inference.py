@@ -225,13 +225,12 @@ def _open(options: Any) -> OpenedModel:
         byt5=files.byt5,
         text_encoder_cpu=memory.text_encoder_cpu,
         vae_chunk_size=memory.vae_chunk_size,
-        attn_mode=memory.attn_mode,
     )
     checkpoint = family.inspect(files.dit or "", vae=files.vae, tokenizer_cache_dir=files.tokenizer_cache_dir)
 
     def prepare(name: str, module: Any) -> None:
         if name == "denoiser":
-            family.set_attention(module, "torch")
+            family.set_attention(module, "torch" if memory.attn_mode == "sdpa" else memory.attn_mode)
         if name == "vae" and memory.vae_tiling:
             module.enable_tiling()
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.architectures.common.attention import attend, check_backend
+from library.architectures.common.attention import attend, choose_attention
 from library.architectures.common.fused import add_gated, modulated_norm, rotate
 from library.architectures.hunyuan_image.sizes import HunyuanSizes
 from library.architectures.hunyuan_image.text_blocks import (
@@ -209,10 +209,8 @@ class HunyuanImage(nn.Module):
         Raises:
             UserError: the implementation is not there.
         """
-        check_backend(backend)
-        for module in self.modules():
-            if isinstance(module, (MMDoubleStreamBlock, MMSingleStreamBlock, TokenRefinerBlock)):
-                module.attention, module.split_attention = backend, split
+        kinds = (MMDoubleStreamBlock, MMSingleStreamBlock, TokenRefinerBlock)
+        choose_attention((module for module in self.modules() if isinstance(module, kinds)), backend, split=split)
 
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.config import block_swap
-from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
+from library.config.declaration import Declaration, Facts, Finding, Implied, joined
 from library.config.fields import option
 from library.config.flow import FLOW, FlowOptions
 from library.config.frozen_encoders import FROZEN_ENCODERS
@@ -48,12 +48,6 @@ class HunyuanOptions:
         minimum=1,
         harmless=True,
     )
-    attn_mode: str | None = option(
-        None,
-        "implementation of attention (default: torch); sdpa is another name for torch, and sageattn cannot train",
-        choices=["torch", "xformers", "flash", "sageattn", "sdpa"],
-    )
-    split_attn: bool = option(False, "compute attention image by image, which takes less memory")
     blocks_to_swap: int | None = option(
         None,
         "blocks that wait in host memory until they run; turns on gradient checkpointing",
@@ -63,23 +57,6 @@ class HunyuanOptions:
         harmless=True,
         neutral=(0,),
     )
-
-
-@idle("xformers", "sdpa", "mem_eff_attn", reason="beside --attn_mode, which wins")
-def attention_is_named(o: Any) -> bool:
-    return o.hunyuan_image.attn_mode is not None
-
-
-@idle("split_attn", reason="at --train_batch_size 1 without a dataset file, as there is one image at a time")
-def one_at_a_time(o: Any) -> bool:
-    return o.dataset.dataset_config is None and o.dataset.train_batch_size == 1
-
-
-def attention(o: Any, facts: Facts) -> Iterator[Finding]:
-    if o.hunyuan_image.attn_mode == "sageattn":
-        yield error(
-            "--attn_mode sageattn: has no backward pass and is for generating only; use torch, xformers or flash"
-        )
 
 
 def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
@@ -105,9 +82,8 @@ DECLARATION = joined(
             "unet_lr": "learning rate of the transformer's adapters (as --learning_rate, if not given)",
             "vae": "VAE of HunyuanImage-2.1: a .safetensors file, or a Diffusers folder; required",
         },
-        rules=(attention, swapping),
+        rules=(swapping,),
         follows={"gradient_checkpointing": checkpointing},
-        idle=(attention_is_named, one_at_a_time),
         unused={
             "v2": "with HunyuanImage-2.1, which is not Stable Diffusion 2.x",
             "clip_skip": "with HunyuanImage-2.1, which has no CLIP",

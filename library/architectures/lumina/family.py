@@ -208,9 +208,10 @@ class LuminaImage2(FlowMatching, TransformerFile, Architecture):
 
     # ---- memory and speed ----
 
-    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
+    def set_attention(self, denoiser: nn.Module, backend: str, *, split: bool = False) -> None:
         own = self.chosen(LuminaOptions)
-        denoiser.set_attention("flash" if own.use_flash_attn else "sageattn" if own.use_sage_attn else backend)
+        chosen = "flash" if own.use_flash_attn else "sageattn" if own.use_sage_attn else backend
+        denoiser.set_attention(chosen, split=split)
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
         denoiser.enable_gradient_checkpointing()

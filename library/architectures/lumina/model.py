@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.architectures.common.attention import attend, check_backend
+from library.architectures.common.attention import attend, choose_attention
 from library.architectures.common.fused import add_gated, rotate
 from library.architectures.common.transformer import sinusoids
 from library.architectures.lumina.sizes import PATCH, NextDiTSizes
@@ -81,6 +81,7 @@ class JointAttention(nn.Module):
     """Attention whose queries share keys and values in groups (Ainslie et al. 2023, "GQA", arXiv:2305.13245)."""
 
     attention = "torch"  # see common/attention.py
+    split_attention = False
 
     def __init__(self, sizes: NextDiTSizes) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class JointAttention(nn.Module):
         query, key = rotate(self.q_norm(query), turn), rotate(self.k_norm(key), turn)
         times = self.split[0] // self.split[1]
         key, value = (t.repeat_interleave(times, dim=2) for t in (key, value))
-        return self.out(attend(query, key, value, mask, backend=self.attention).flatten(2))
+        return self.out(attend(query, key, value, mask, backend=self.attention, split=self.split_attention).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -232,12 +233,9 @@ class NextDiT(nn.Module):
             self.norm_final = RMSNorm(sizes.hidden)
         self.final_layer = FinalLayer(sizes)
 
-    def set_attention(self, backend: str) -> None:
+    def set_attention(self, backend: str, *, split: bool = False) -> None:
         """Choose the implementation of attention. Raises UserError for one that is not there."""
-        check_backend(backend)
-        for module in self.modules():
-            if isinstance(module, JointAttention):
-                module.attention = backend
+        choose_attention((m for m in self.modules() if isinstance(m, JointAttention)), backend, split=split)
 
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from library.config import block_swap
+from library.config.attention import missing_package
 from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
 from library.config.fields import option
 from library.config.flow import FLOW, FlowOptions
@@ -77,10 +77,13 @@ class LuminaOptions:
 def flash_package(o: Any, facts: Facts) -> Iterator[Finding]:
     if not o.lumina.use_flash_attn:
         return
-    if importlib.util.find_spec("flash_attn") is None:
-        yield error("--use_flash_attn: the package flash_attn is not installed; pip install flash-attn, or use --sdpa")
+    if missing := missing_package("flash", "--use_flash_attn"):
+        yield error(missing)
     if o.training.mixed_precision == "no":
         yield error("--use_flash_attn: works in half precision only; add --mixed_precision bf16, or use --sdpa")
+
+    if o.training.attn_mode not in (None, "flash"):
+        yield error(f"--use_flash_attn: not with --attn_mode {o.training.attn_mode}, another attention; remove one")
 
 
 @idle("sdpa", "xformers", "mem_eff_attn", reason="beside --use_flash_attn, which wins")

@@ -291,8 +291,8 @@ class StableDiffusion3(Architecture):
 
     # ---- memory and speed ----
 
-    def set_attention(self, denoiser: nn.Module, backend: str) -> None:
-        denoiser.set_attention(backend)
+    def set_attention(self, denoiser: nn.Module, backend: str, *, split: bool = False) -> None:
+        denoiser.set_attention(backend, split=split)
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
         denoiser.enable_gradient_checkpointing()

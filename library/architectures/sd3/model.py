@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.architectures.common.attention import attend, check_backend
+from library.architectures.common.attention import attend, choose_attention
 from library.architectures.common.fused import add_gated, modulated_norm
 from library.architectures.common.transformer import sinusoids
 from library.architectures.sd3.positions import cropped
@@ -110,6 +110,7 @@ class SingleDiTBlock(nn.Module):
     """
 
     attention = "torch"  # see common/attention.py
+    split_attention = False
 
     def __init__(self, sizes: MMDiTSizes, *, pre_only: bool = False, dual: bool = False) -> None:
         super().__init__()
@@ -136,7 +137,11 @@ class SingleDiTBlock(nn.Module):
         second = None
         if self.attn2 is not None:
             shift_2, scale_2, gate_2 = parts[6:]
-            mixed = attend(*self.attn2.split(modulated_norm(x, shift_2, scale_2)), backend=self.attention)
+            mixed = attend(
+                *self.attn2.split(modulated_norm(x, shift_2, scale_2)),
+                backend=self.attention,
+                split=self.split_attention,
+            )
             second = gate_2 * self.attn2.proj(mixed.flatten(2))
         return heads, Modulated(gate, shift_mlp, scale_mlp, gate_mlp), second
 
@@ -152,6 +157,7 @@ class MMDiTBlock(nn.Module):
     """Text and image streams with separate weights and joint attention."""
 
     attention = "torch"
+    split_attention = False
 
     def __init__(self, sizes: MMDiTSizes, index: int) -> None:
         super().__init__()
@@ -171,7 +177,7 @@ class MMDiTBlock(nn.Module):
         text_heads, text_parts, text_second = self.context_block.before(context, condition)
         image_heads, image_parts, image_second = self.x_block.before(x, condition)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(text_heads, image_heads, strict=True))
-        mixed = attend(query, key, value, backend=self.attention).flatten(2)  # (B, L, D)
+        mixed = attend(query, key, value, backend=self.attention, split=self.split_attention).flatten(2)  # (B, L, D)
         from_text, from_image = mixed.split([context.shape[1], x.shape[1]], dim=1)
         assert image_parts is not None
         if text_parts is not None:
@@ -207,12 +213,10 @@ class MMDiT(nn.Module):
         self.joint_blocks = nn.ModuleList(MMDiTBlock(sizes, index) for index in range(sizes.depth))
         self.final_layer = FinalLayer(sizes)
 
-    def set_attention(self, backend: str) -> None:
+    def set_attention(self, backend: str, *, split: bool = False) -> None:
         """Choose the implementation of attention. Raises UserError if it is not available."""
-        check_backend(backend)
-        for module in self.modules():
-            if isinstance(module, (MMDiTBlock, SingleDiTBlock)):
-                module.attention = backend
+        blocks = (module for module in self.modules() if isinstance(module, (MMDiTBlock, SingleDiTBlock)))
+        choose_attention(blocks, backend, split=split)
 
     def enable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = True

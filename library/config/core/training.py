@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +41,13 @@ class TrainingOptions:
     sdpa: bool = option(False, "use torch's scaled dot product attention")
     xformers: bool = option(False, "use xformers' attention")
     mem_eff_attn: bool = option(False, "use torch's attention with the kernel that takes the least memory")
+    attn_mode: str | None = option(
+        None,
+        "implementation of attention, instead of --sdpa, --xformers and --mem_eff_attn; sdpa is another name for "
+        "torch, and sageattn cannot train",
+        choices=["torch", "xformers", "flash", "sageattn", "sdpa", "flex"],
+    )
+    split_attn: bool = option(False, "compute attention image by image, which takes less memory")
     torch_compile: bool = option(False, "compile the model's blocks")
     dynamo_backend: str = option(
         "inductor",
@@ -194,11 +200,6 @@ def compilers(o: Any, facts: Facts) -> Iterator[Finding]:
         )
 
 
-def attention_package(o: Any, facts: Facts) -> Iterator[Finding]:
-    if o.training.xformers and importlib.util.find_spec("xformers") is None:
-        yield error("--xformers: the package xformers is not installed; pip install xformers, or use --sdpa")
-
-
 # ---- what has no effect ----
 
 
@@ -222,16 +223,6 @@ def nothing_is_compiled(o: Any) -> bool:
 )
 def nothing_is_compiled_anew(o: Any) -> bool:
     return not o.training.compile
-
-
-@idle("xformers", "sdpa", reason="beside --mem_eff_attn, which wins")
-def memory_efficient_attention_wins(o: Any) -> bool:
-    return o.training.mem_eff_attn
-
-
-@idle("sdpa", reason="beside --xformers, which wins")
-def xformers_wins(o: Any) -> bool:
-    return o.training.xformers
 
 
 @idle("cpu_offload_checkpointing", reason="without --gradient_checkpointing")
@@ -329,14 +320,11 @@ DECLARATION = Declaration(
         one_form,
         memory_budget,
         compilers,
-        attention_package,
     ),
     idle=(
         epochs_win,
         nothing_is_compiled,
         nothing_is_compiled_anew,
-        memory_efficient_attention_wins,
-        xformers_wins,
         no_checkpointing,
         only_the_denoiser,
         blocks_have_scales,

@@ -11,7 +11,6 @@ import hunyuan_image_train_network
 from library.architectures.common import attention
 from library.architectures.hunyuan_image import HUNYUAN_IMAGE
 from library.architectures.hunyuan_image.model import HunyuanImage, MMDoubleStreamBlock
-from library.architectures.hunyuan_image.options import HunyuanOptions
 from library.config.flow import FlowOptions
 from library.errors import UserError
 from tests.architectures.hunyuan_image.test_model import SIZES
@@ -40,25 +39,18 @@ def test_published_defaults() -> None:
     assert sigmas.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("own", "asked", "backend"),
-    [
-        ({}, "math", "torch"),
-        ({}, "efficient", "efficient"),
-        ({"attn_mode": "sdpa"}, "math", "torch"),
-        ({"attn_mode": "torch"}, "efficient", "torch"),
-    ],
-)
-def test_the_attention_that_is_used(own: dict[str, object], asked: str, backend: str) -> None:
-    made = model()
-    HUNYUAN_IMAGE.changed(HunyuanOptions, **own).set_attention(made, asked)
-    blocks = [*made.double_blocks, *made.single_blocks, *made.txt_in.individual_token_refiner.blocks]
-    assert {block.attention for block in blocks} == {backend}
+def test_torchs_kernels_are_the_default() -> None:
+    """As published; other families compute the plain formula without a flag."""
+    for asked, used in (("math", "torch"), ("efficient", "efficient"), ("flex", "flex")):
+        made = model()
+        HUNYUAN_IMAGE.set_attention(made, asked)
+        blocks = [*made.double_blocks, *made.single_blocks, *made.txt_in.individual_token_refiner.blocks]
+        assert {block.attention for block in blocks} == {used}
 
 
 def test_a_package_that_is_not_installed() -> None:
     with pytest.raises(UserError, match="needs the package flash_attn, which is not installed"):
-        HUNYUAN_IMAGE.changed(HunyuanOptions, attn_mode="flash").set_attention(model(), "torch")
+        HUNYUAN_IMAGE.set_attention(model(), "flash")
 
 
 def test_attention_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +64,7 @@ def test_attention_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = (latents, torch.tensor([200.0, 900.0]), context, masks[0], glyphs, masks[1])
     with torch.no_grad():
         whole = made(*inputs)
-        HUNYUAN_IMAGE.changed(HunyuanOptions, split_attn=True).set_attention(made, "torch")
+        HUNYUAN_IMAGE.set_attention(made, "torch", split=True)
         rows: list[int] = []
         plain = attention._IMPLEMENTATIONS["torch"]
         monkeypatch.setitem(
