@@ -1,4 +1,4 @@
-"""Draw images from text with a Stable Diffusion 1.x, 2.x or XL model, with or without LoRA.
+"""Generate images from text with a Stable Diffusion 1.x, 2.x or XL model, with or without LoRA.
 
     python gen_img.py --ckpt model.safetensors --outdir outputs --bf16 \\
         --network_module networks.lora --network_weights my_lora.safetensors \\
@@ -12,17 +12,17 @@ import argparse
 from library.config.arguments import build_parser
 from library.config.help import split_doc
 from library.errors import exits_on_user_error
-from library.inference.options import GROUPS, ImageOptions, check_options
+from library.inference.options import check_options, image_groups, image_options
 
 
 def setup_parser() -> argparse.ArgumentParser:
     summary, example, more = split_doc(__doc__)
-    return build_parser(GROUPS, description=summary, epilog=example, more=more)
+    return build_parser(image_groups(), description=summary, epilog=example, more=more)
 
 
 @exits_on_user_error
 def main(args: argparse.Namespace) -> None:
-    options = ImageOptions.from_args(args)
+    options = image_options(args)
     check_options(options)
     # only now, as torch takes seconds to load
     from library.inference.families import family_of

@@ -98,7 +98,7 @@ class Feature:
 
     #: its options within prompts; with ``own=True`` a value is in ``ImageSettings.own`` under the option's ``field``
     prompt_options: ClassVar[tuple[PromptOption, ...]] = ()
-    #: its options on the command line of ``gen_img.py``, in a file without torch (``feature_options/``)
+    #: its options on the command line of ``gen_img.py``: the ``DECLARATION`` of a file in ``feature_options/``
     declaration: ClassVar[Declaration] = Declaration()
     #: place among the features that are prepared and wrapped; the first is the outermost
     order: ClassVar[int] = 100

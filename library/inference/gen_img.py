@@ -20,13 +20,15 @@ from library.errors import UserError
 from library.files.safetensors_io import read_header
 from library.inference.denoise import CHANNELS
 from library.inference.failures import naming_memory
+from library.inference.feature_options.control_net import ControlOptions
+from library.inference.feature_options.deep_shrink import SHRINK_NAMES, DeepShrinkOptions
 from library.inference.features import prompt_options
 from library.inference.interactive import generate_lines
 from library.inference.loading import embeddings, layered_embeddings
 from library.inference.messages import for_images
 from library.inference.native_size import native_size
 from library.inference.networks import NetworkChoice, choose_networks
-from library.inference.options import SHRINK_NAMES, SIZE_NAMES, ImageOptions, idle_options
+from library.inference.options import SIZE_NAMES, ImageOptions, idle_options
 from library.inference.plan import plan_images
 from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_image_prompts, usable_size
 from library.inference.prompt_module import read_module
@@ -82,7 +84,7 @@ def draw_images(options: ImageOptions, architecture: Architecture, lines: TextIO
     _warn_of_sizes(architecture, common, prompts)
     for feature in FEATURES:
         feature.check(options, architecture, checkpoint)
-    sources = Sources.of(options.image, options.control, networks=len(choices) - merged)
+    sources = Sources.of(options.image, options.of(ControlOptions), networks=len(choices) - merged)
     planned = sources.assigned(plan_images(prompts, common, repetition(options))) if prompts else []
     module = None if options.prompts.from_module is None else read_module(Path(options.prompts.from_module))
     session = Session(options, architecture, checkpoint, common, sources, choices)
@@ -152,7 +154,7 @@ def _check_depths(
     options: ImageOptions, architecture: Architecture, checkpoint: Any, prompts: Sequence[ImagePrompt]
 ) -> None:
     """Refuse depths of Deep Shrink that the model does not have."""
-    shrink = options.deep_shrink
+    shrink = options.of(DeepShrinkOptions)
     given = [(name, getattr(shrink, name), f"--{name}") for name in DEPTHS]
     given += [
         (name, prompt.own.get(name), f'prompt "{prompt.prompt}": {name}') for prompt in prompts for name in DEPTHS
@@ -174,7 +176,7 @@ def _show_metadata(choices: Sequence[NetworkChoice]) -> None:
 
 def _common_settings(options: ImageOptions, architecture: Architecture, checkpoint: Any) -> ImageSettings:
     native = native_size(Path(checkpoint.path), architecture.modelspec(checkpoint.info)["default_resolution"])
-    image, shrink = options.image, options.deep_shrink
+    image, shrink = options.image, options.of(DeepShrinkOptions)
     multiple = architecture.latent.stride
     return ImageSettings(
         prompt="",

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from library.config.arguments import ConsoleOptions
+from library.config.arguments import ConsoleOptions, Options, flat, with_groups
+from library.config.declaration import Facts, message
 from library.config.fields import option
 from library.config.prompt_options import MAX_SEED
 from library.diffusion.samplers import SAMPLER_NAMES, check_sampler
 from library.errors import UserError
-from library.inference.feature_options import control_net, gradual_latent, image_guidance
-from library.inference.feature_options.control_net import ControlOptions
-from library.inference.feature_options.gradual_latent import GradualLatentOptions
-from library.inference.feature_options.image_guidance import ImageGuidanceOptions
+from library.inference import feature_options
 from library.inference.prompt_line import MAX_STEPS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -183,45 +183,16 @@ class HighresFixOptions:
     highres_fix_upscaler_args: str | None = option(None, "its arguments, such as weights=upscaler.safetensors")
 
 
-@dataclass(frozen=True)
-class DeepShrinkOptions:
-    """Deep Shrink: smaller features deep in the U-Net during the first steps of large images."""
-
-    ds_depth_1: int | None = option(
-        None, "block before which features are shrunk, from 0; 3 is usual; turns Deep Shrink on", type=int
-    )
-    ds_timesteps_1: int = option(650, "down to this timestep", type=int)
-    ds_depth_2: int | None = option(None, "block before which they are shrunk after that", type=int)
-    ds_timesteps_2: int = option(650, "down to this timestep", type=int)
-    ds_ratio: float = option(0.5, "share of the features' sides that is left, above 0 to 1", type=float)
-
-
-#: options and settings of Deep Shrink
-SHRINK_NAMES = tuple(f.name for f in fields(DeepShrinkOptions))
-#: options and settings of what the model is told about sizes
+#: options and settings of the sizes that condition the model
 SIZE_NAMES = (
     *("original_height", "original_width", "original_height_negative", "original_width_negative"),
     *("crop_top", "crop_left"),
 )
 
-GROUPS = (
-    ConsoleOptions,
-    ImageModelOptions,
-    PromptOptions,
-    ImageOutputOptions,
-    SpeedOptions,
-    ImageNetworkOptions,
-    HighresFixOptions,
-    DeepShrinkOptions,
-    ControlOptions,
-    GradualLatentOptions,
-    ImageGuidanceOptions,
-)
-
 
 @dataclass(frozen=True)
-class ImageOptions:
-    """All options of ``gen_img.py``."""
+class ImageOptions(Options):
+    """The options of ``gen_img.py``, by group; features of generation have further ones, see ``feature_options``."""
 
     console: ConsoleOptions
     model: ImageModelOptions
@@ -230,19 +201,20 @@ class ImageOptions:
     speed: SpeedOptions
     networks: ImageNetworkOptions
     highres: HighresFixOptions
-    deep_shrink: DeepShrinkOptions
-    control: ControlOptions
-    gradual_latent: GradualLatentOptions
-    image_guidance: ImageGuidanceOptions
 
-    @staticmethod
-    def from_args(args: argparse.Namespace) -> ImageOptions:
-        """Read the options from a namespace; missing attributes have their defaults."""
+    def of(self, group: type[T]) -> T:
+        """Return the options of a feature: the group of this class."""
+        return next(value for value in vars(self).values() if isinstance(value, group))
 
-        def group(options: type) -> Any:
-            return options(**{f.name: getattr(args, f.name, f.default) for f in fields(options)})
 
-        return ImageOptions(*(group(options) for options in GROUPS))
+def image_groups() -> dict[str, type]:
+    """Return all groups of options, those of features last."""
+    return {**ImageOptions.groups(), **feature_options.declared().groups}
+
+
+def image_options(args: argparse.Namespace) -> ImageOptions:
+    """Read the options from a namespace; missing attributes have their defaults."""
+    return with_groups(ImageOptions, feature_options.declared().groups).from_args(args)
 
 
 def check_options(options: ImageOptions) -> None:
@@ -252,6 +224,7 @@ def check_options(options: ImageOptions) -> None:
         UserError: one line per finding.
     """
     findings = [finding for rule in _RULES for finding in rule(options)]
+    findings += [finding.text for rule in feature_options.declared().rules for finding in rule(options, Facts())]
     if findings:
         raise UserError("\n".join(findings))
 
@@ -356,15 +329,6 @@ def _highres_fix(options: ImageOptions) -> Iterator[str]:
         yield f"--highres_fix_strength {fix.highres_fix_strength:g}: must be 0 to 1"
 
 
-def _deep_shrink(options: ImageOptions) -> Iterator[str]:
-    shrink = options.deep_shrink
-    if not 0 < shrink.ds_ratio <= 1:
-        yield f"--ds_ratio {shrink.ds_ratio:g}: must be above 0, and at most 1"
-    for name in ("ds_depth_1", "ds_depth_2"):
-        if (depth := getattr(shrink, name)) is not None and depth < 0:
-            yield f"--{name} {depth}: must be at least 0"
-
-
 def _folder_fits(options: ImageOptions) -> Iterator[str]:
     if Path(options.image.outdir).exists() and not Path(options.image.outdir).is_dir():
         yield f"--outdir {options.image.outdir}: is a file; give a folder"
@@ -391,10 +355,6 @@ _RULES: tuple[Callable[[ImageOptions], Iterator[str]], ...] = (
     _numbers_are_finite,
     _sources,
     _highres_fix,
-    _deep_shrink,
-    control_net.rules,
-    gradual_latent.rules,
-    image_guidance.rules,
     _folder_fits,
     _sampler_fits,
 )
@@ -435,11 +395,10 @@ def idle_options(options: ImageOptions) -> list[str]:
         names = ("highres_fix_steps", "highres_fix_save_1st", "highres_fix_latents_upscaling", "highres_fix_upscaler")
         given = [f"--{name}" for name in names if getattr(fix, name) != getattr(HighresFixOptions, name)]
         found += [f"{flag} has no effect without --highres_fix_scale" for flag in given]
-    if options.deep_shrink.ds_depth_1 is None:
-        changed = (f.name for f in fields(DeepShrinkOptions) if getattr(options.deep_shrink, f.name) != f.default)
-        found += [f"--{name} has no effect without --ds_depth_1" for name in changed]
-    for feature in (control_net, gradual_latent, image_guidance):
-        found += feature.idle(options)
+    for rule in feature_options.declared().idle:
+        if rule.applies(options):
+            changed = [f.name for f, value in flat(options) if f.name in rule.names and value != f.default]
+            found += [message([name], rule.reason) for name in changed]
     if options.networks.network_regional_mask_max_color_codes is not None and not image.mask_path:
         found.append("--network_regional_mask_max_color_codes has no effect without --mask_path")
     if options.networks.network_pre_calc and options.networks.network_merge:

@@ -14,6 +14,7 @@ import torch
 from library.architectures.base import Architecture, Conditioning
 from library.config.image_settings import ImageSettings
 from library.inference.denoise import wanted_features
+from library.inference.feature_options.control_net import ControlOptions
 from library.inference.features import all_features, prompt_options
 from library.inference.file_names import FileNames, try_folder
 from library.inference.finishing import Finisher
@@ -203,7 +204,7 @@ def _highres_fix(all_options: ImageOptions, device: torch.device, dtype: torch.d
         saves_first=options.highres_fix_save_1st,
         in_latents=options.highres_fix_latents_upscaling,
         upscaler=upscaler,
-        keeps_control=not all_options.control.highres_fix_disable_control_net,
+        keeps_control=not all_options.of(ControlOptions).highres_fix_disable_control_net,
     )
 
 

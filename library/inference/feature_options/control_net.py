@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from library.config.declaration import Declaration, Facts, Finding, error, idle
 from library.config.fields import option
 
 #: thresholds of canny where none are given
@@ -54,15 +55,14 @@ def read_preparation(text: str) -> tuple[int, int] | None:
     return low, high
 
 
-def rules(options: Any) -> Iterator[str]:
-    """Return what cannot work."""
+def _cannot_work(options: Any, facts: Facts) -> Iterator[Finding]:
     given: ControlOptions = options.control
     nets, lllites = given.control_net_models or [], given.control_net_lllite_models or []
     if nets and lllites:
-        yield "--control_net_models and --control_net_lllite_models were both given; give one of them"
+        yield error("--control_net_models and --control_net_lllite_models were both given; give one of them")
     models = nets or lllites
     if models and not given.guide_image_path:
-        yield "--control_net_models: there is no image to read; give --guide_image_path"
+        yield error("--control_net_models: there is no image to read; give --guide_image_path")
     counted: dict[str, Sequence[object] | None] = {
         "control_net_preps": given.control_net_preps,
         "control_net_multipliers": given.control_net_multipliers,
@@ -70,25 +70,30 @@ def rules(options: Any) -> Iterator[str]:
     }
     for name, values in counted.items():
         if len(values or []) > len(models):
-            yield f"--{name}: {len(values or [])} values for {len(models)} ControlNets"
+            yield error(f"--{name}: {len(values or [])} values for {len(models)} ControlNets")
     for text in given.control_net_preps or []:
         try:
             read_preparation(text)
-        except ValueError as error:
-            yield f"--control_net_preps: {error}"
+        except ValueError as wrong:
+            yield error(f"--control_net_preps: {wrong}")
     for value in given.control_net_multipliers or []:
         if not abs(value) < float("inf"):
-            yield f"--control_net_multipliers {value}: must be a finite number"
+            yield error(f"--control_net_multipliers {value}: must be a finite number")
     for ratio in given.control_net_ratios or []:
         if not 0 <= ratio <= 1:
-            yield f"--control_net_ratios {ratio:g}: must be 0 to 1"
+            yield error(f"--control_net_ratios {ratio:g}: must be 0 to 1")
 
 
-def idle(options: Any) -> Iterator[str]:
-    """Return a warning for each option without effect."""
+@idle("highres_fix_disable_control_net", reason="without --highres_fix_scale")
+def _one_stage(options: Any) -> object:
+    return options.highres.highres_fix_scale is None
+
+
+@idle("highres_fix_disable_control_net", reason="without a ControlNet")
+def _no_models(options: Any) -> object:
     given: ControlOptions = options.control
-    if given.highres_fix_disable_control_net:
-        if options.highres.highres_fix_scale is None:
-            yield "--highres_fix_disable_control_net has no effect without --highres_fix_scale"
-        elif not given.control_net_models and not given.control_net_lllite_models:
-            yield "--highres_fix_disable_control_net has no effect without a ControlNet"
+    models = given.control_net_models or given.control_net_lllite_models
+    return options.highres.highres_fix_scale is not None and not models
+
+
+DECLARATION = Declaration(groups={"control": ControlOptions}, rules=(_cannot_work,), idle=(_one_stage, _no_models))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from library.config import prompt_options as read
+from library.config.declaration import Declaration, Facts, Finding, error, idle
 from library.config.fields import option
 from library.config.prompt_options import PromptOption
 
@@ -58,31 +59,35 @@ PROMPT_OPTIONS = (
 )
 
 
-def rules(options: Any) -> Iterator[str]:
-    """Return what cannot work."""
+def _cannot_work(options: Any, facts: Facts) -> Iterator[Finding]:
     given: GradualLatentOptions = options.gradual_latent
     for name in ("gradual_latent_ratio", "gradual_latent_ratio_step"):
         if not 0 < getattr(given, name) <= 1:
-            yield f"--{name} {getattr(given, name):g}: must be above 0, and at most 1"
+            yield error(f"--{name} {getattr(given, name):g}: must be above 0, and at most 1")
     if given.gradual_latent_every_n_steps < 1:
-        yield f"--gradual_latent_every_n_steps {given.gradual_latent_every_n_steps}: must be at least 1"
+        yield error(f"--gradual_latent_every_n_steps {given.gradual_latent_every_n_steps}: must be at least 1")
     if given.gradual_latent_unsharp_params is not None:
         try:
             read_unsharp(given.gradual_latent_unsharp_params)
-        except ValueError as error:
-            yield f"--gradual_latent_unsharp_params {given.gradual_latent_unsharp_params}: {error}"
+        except ValueError as wrong:
+            yield error(f"--gradual_latent_unsharp_params {given.gradual_latent_unsharp_params}: {wrong}")
     if given.gradual_latent_timesteps is not None:
         if options.image.sampler not in SAMPLERS:
-            yield f"--gradual_latent_timesteps: works with --sampler euler_a alone, not with {options.image.sampler}"
+            yield error(
+                f"--gradual_latent_timesteps: works with --sampler euler_a alone, not with {options.image.sampler}"
+            )
         if options.image.image_path and options.image.mask_path:
-            yield "--gradual_latent_timesteps with a mask: the kept part has no smaller latents; give one of them"
+            yield error(
+                "--gradual_latent_timesteps with a mask: the kept part has no smaller latents; give one of them"
+            )
 
 
-def idle(options: Any) -> Iterator[str]:
-    """Return a warning for each option without effect."""
-    given = options.gradual_latent
-    if given.gradual_latent_timesteps is not None:
-        return
-    for name, usual in vars(GradualLatentOptions()).items():
-        if getattr(given, name) != usual:
-            yield f"--{name} has no effect without --gradual_latent_timesteps, or --glt in a prompt"
+@idle(
+    *(f.name for f in fields(GradualLatentOptions)),
+    reason="without --gradual_latent_timesteps, or --glt in a prompt",
+)
+def _off(options: Any) -> object:
+    return options.gradual_latent.gradual_latent_timesteps is None
+
+
+DECLARATION = Declaration(groups={"gradual_latent": GradualLatentOptions}, rules=(_cannot_work,), idle=(_off,))

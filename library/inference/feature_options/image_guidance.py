@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.config import prompt_options as read
+from library.config.declaration import Declaration, Facts, Finding, error, idle
 from library.config.fields import option
 from library.config.prompt_options import PromptOption
 
@@ -42,34 +43,42 @@ class ImageGuidanceOptions:
 PROMPT_OPTIONS = (PromptOption("c", "clip_prompt", read.text, own=True),)
 
 
-def rules(options: Any) -> Iterator[str]:
-    """Return what cannot work."""
+def _cannot_work(options: Any, facts: Facts) -> Iterator[Finding]:
     given: ImageGuidanceOptions = options.image_guidance
     for name in (*SCALES, "clip_vision_strength"):
         value = getattr(given, name)
         if value is not None and not abs(value) < float("inf"):
-            yield f"--{name} {value}: must be a finite number"
+            yield error(f"--{name} {value}: must be a finite number")
     wanted = [name for name in SCALES if getattr(given, name)]
     if wanted and options.image.sampler not in SAMPLERS:
-        yield f"--{wanted[0]}: works with the samplers {', '.join(SAMPLERS)}, not with {options.image.sampler}"
+        yield error(f"--{wanted[0]}: works with the samplers {', '.join(SAMPLERS)}, not with {options.image.sampler}")
     for name in SCALES[1:]:
         if getattr(given, name) and not options.control.guide_image_path:
-            yield f"--{name}: there is no image to move towards; give --guide_image_path"
+            yield error(f"--{name}: there is no image to move towards; give --guide_image_path")
     if any(getattr(given, name) for name in SCALES[1:]) and (
         options.control.control_net_models or options.control.control_net_lllite_models
     ):
-        yield "--guide_image_path: is read by ControlNets, and cannot be for CLIP or VGG16 guidance in the same run"
+        yield error(
+            "--guide_image_path: is read by ControlNets, and cannot be for CLIP or VGG16 guidance in the same run"
+        )
     if not 0 <= given.vgg16_guidance_layer < VGG16_LAYERS:
-        yield f"--vgg16_guidance_layer {given.vgg16_guidance_layer}: must be 0 to {VGG16_LAYERS - 1}"
+        yield error(f"--vgg16_guidance_layer {given.vgg16_guidance_layer}: must be 0 to {VGG16_LAYERS - 1}")
     if given.clip_vision_strength is not None and not options.image.image_path:
-        yield "--clip_vision_strength: there is no image to see; give --image_path"
+        yield error("--clip_vision_strength: there is no image to see; give --image_path")
 
 
-def idle(options: Any) -> Iterator[str]:
-    """Return a warning for each option without effect."""
-    given: ImageGuidanceOptions = options.image_guidance
-    if given.vgg16_guidance_layer != ImageGuidanceOptions.vgg16_guidance_layer and not given.vgg16_guidance_scale:
-        yield "--vgg16_guidance_layer has no effect without --vgg16_guidance_scale"
-    read_by = [options.control.control_net_models, options.control.control_net_lllite_models]
-    if options.control.guide_image_path and not any(read_by) and not any(getattr(given, n) for n in SCALES[1:]):
-        yield "--guide_image_path has no effect without a ControlNet, or CLIP-image or VGG16 guidance"
+@idle("vgg16_guidance_layer", reason="without --vgg16_guidance_scale")
+def _no_vgg16(options: Any) -> object:
+    return not options.image_guidance.vgg16_guidance_scale
+
+
+@idle("guide_image_path", reason="without a ControlNet, or CLIP-image or VGG16 guidance")
+def _nothing_reads_guides(options: Any) -> object:
+    control, guidance = options.control, options.image_guidance
+    models = control.control_net_models or control.control_net_lllite_models
+    return not models and not any(getattr(guidance, name) for name in SCALES[1:])
+
+
+DECLARATION = Declaration(
+    groups={"image_guidance": ImageGuidanceOptions}, rules=(_cannot_work,), idle=(_no_vgg16, _nothing_reads_guides)
+)

@@ -14,6 +14,7 @@ from library.architectures.base import Architecture, Conditioning
 from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import Feature, Generation
+from library.inference.feature_options.image_guidance import DECLARATION
 from library.inference.models import ImageModels
 from library.inference.seeing_models import clip_pixels, load_clip_vision
 from library.inference.sources import read_pixels
@@ -27,6 +28,7 @@ class ClipVision(Feature):
     """Replace the pooled text of the prompts, but not of the negative prompts."""
 
     order = -5  # before the guidance adds the negative prompts
+    declaration = DECLARATION
 
     @classmethod
     def is_wanted(cls, settings: ImageSettings) -> bool:

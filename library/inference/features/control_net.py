@@ -20,7 +20,7 @@ from library.architectures.common.controlnet import controlnet_source, load_cont
 from library.config.image_settings import ImageSettings
 from library.inference.control_models import ControlModel, control_images, used_as_given
 from library.inference.denoise import CONTROL_CONDITIONING, WAYS_DOWN, Feature, Generation, StepInfo
-from library.inference.feature_options.control_net import ControlOptions
+from library.inference.feature_options.control_net import DECLARATION, ControlOptions
 from library.inference.models import ImageModels
 
 FLAG = "--control_net_models"
@@ -30,6 +30,7 @@ class ControlNets(Feature):
     """Add the outputs of ControlNets that read the images ``control`` of the settings."""
 
     order = 40
+    declaration = DECLARATION
 
     @classmethod
     def is_wanted(cls, settings: ImageSettings) -> bool:

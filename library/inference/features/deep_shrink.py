@@ -18,7 +18,7 @@ from torch.nn import functional
 from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import WAYS_DOWN, Denoise, Feature, Generation, StepInfo
-from library.inference.options import SHRINK_NAMES
+from library.inference.feature_options.deep_shrink import DECLARATION, SHRINK_NAMES
 
 #: default values if any option of Deep Shrink is given
 DEPTH, TIMESTEPS, RATIO = 3, 650, 0.5
@@ -28,6 +28,7 @@ class DeepShrink(Feature):
     """Shrink before one block until a timestep, then before another block until a second timestep."""
 
     order = 10
+    declaration = DECLARATION
 
     def __init__(self) -> None:
         self._generation: Generation | None = None

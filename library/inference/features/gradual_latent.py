@@ -24,6 +24,7 @@ from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import Feature, Generation, StepInfo
 from library.inference.feature_options.gradual_latent import (
+    DECLARATION,
     PROMPT_OPTIONS,
     SAMPLERS,
     START,
@@ -40,6 +41,7 @@ class GradualLatent(Feature):
 
     order = 60
     prompt_options = PROMPT_OPTIONS
+    declaration = DECLARATION
 
     def __init__(self) -> None:
         self._size = (0, 0)  # (h, w) at the end

@@ -20,7 +20,13 @@ from library.architectures.base import Conditioning
 from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo
-from library.inference.feature_options.image_guidance import PROMPT_OPTIONS, SAMPLERS, SCALES, ImageGuidanceOptions
+from library.inference.feature_options.image_guidance import (
+    DECLARATION,
+    PROMPT_OPTIONS,
+    SAMPLERS,
+    SCALES,
+    ImageGuidanceOptions,
+)
 from library.inference.models import ImageModels
 from library.inference.seeing_models import ClipSeer, VggSeer, load_clip, load_vgg16
 from library.inference.sources import read_pixels
@@ -42,6 +48,7 @@ class ImageGuidance(Feature):
 
     order = -10  # outside of the guidance by the negative prompt, whose result it changes
     prompt_options = PROMPT_OPTIONS
+    declaration = DECLARATION
 
     def __init__(self) -> None:
         self._generation: Generation | None = None

@@ -15,7 +15,7 @@ from library.architectures.base import Architecture
 from library.config.image_settings import ImageSettings
 from library.inference.control_models import ControlModel, control_images, used_as_given
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo
-from library.inference.feature_options.control_net import ControlOptions
+from library.inference.feature_options.control_net import DECLARATION, ControlOptions
 from library.inference.models import ImageModels
 from networks.lllite import LLLiteNetwork
 
@@ -26,6 +26,7 @@ class LLLites(Feature):
     """Change the inputs of attention layers by ControlNet-LLLites."""
 
     order = 50
+    declaration = DECLARATION
 
     def __init__(self) -> None:
         self._models: Sequence[ControlModel] = ()
