@@ -101,7 +101,11 @@ def test_lllites(folder: Path, tmp_path: Path) -> None:
         ("sd", ("--control_net_models", "gone.safetensors"), "--control_net_models gone.safetensors: no such file"),
         ("sd", ("--control_net_models", "{}/xl_net1.safetensors"), "it is for another model"),
         ("sd", ("--control_net_models", "{}/lllite1.safetensors"), "give it as --control_net_lllite_models"),
-        ("sd", ("--control_net_lllite_models", "{}/lllite1.safetensors"), "is for the U-Net of SDXL"),
+        (
+            "sd",
+            ("--control_net_lllite_models", "{}/lllite1.safetensors"),
+            "fits no layer of this model; it is for another one",
+        ),
         ("xl", ("--control_net_lllite_models", "gone.pt"), "--control_net_lllite_models gone.pt: no such file"),
         ("xl", ("--control_net_lllite_models", "{}/xl_net1.safetensors"), "holds no ControlNet-LLLite"),
         (
