@@ -230,3 +230,26 @@ def test_mistakes(
         sd.train(dataset, tmp_path / "out", **options)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert ended.value.code == 2 and len(lines) == 1 and words in lines[0], lines
+
+
+def test_it_trains_in_half_precision(tmp_path: Path, sd: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it adds to the features of the denoiser has their dtype, also in sample images."""
+    from library.architectures.common import latent_diffusion
+
+    found: list[torch.dtype] = []
+    original = latent_diffusion.residuals
+
+    def noted(*args: Any, **more: Any) -> Any:
+        made = original(*args, **more)
+        found.extend(part.dtype for part in [*made["down"], made["mid"]])
+        return made
+
+    monkeypatch.setattr(latent_diffusion, "residuals", noted)
+    dataset, prompts = make_pairs(tmp_path), tmp_path / "prompts.txt"
+    prompts.write_text(f"a cat --w 64 --h 64 --s 1 --d 1 --l 1 --cn {tmp_path}/guides/0.png\n")
+    sd.train(
+        dataset, tmp_path / "out", mixed_precision="bf16", max_train_steps=2, cache_latents=True,
+        sample_prompts=prompts, sample_every_n_steps=2,
+    )  # fmt: skip
+    assert found and set(found) == {torch.bfloat16}
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1

@@ -100,7 +100,11 @@ def test_lllites(folder: Path, tmp_path: Path) -> None:
     [
         ("sd", ("--control_net_models", "gone.safetensors"), "--control_net_models gone.safetensors: no such file"),
         ("sd", ("--control_net_models", "{}/xl_net1.safetensors"), "it is for another model"),
-        ("sd", ("--control_net_models", "{}/lllite1.safetensors"), "give it as --control_net_lllite_models"),
+        (
+            "sd",
+            ("--control_net_models", "{}/lllite1.safetensors"),
+            "gen_img.py reads it with --control_net_lllite_models",
+        ),
         (
             "sd",
             ("--control_net_lllite_models", "{}/lllite1.safetensors"),

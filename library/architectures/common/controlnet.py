@@ -98,7 +98,7 @@ def _in_file(path: Path, unet: ModelSource) -> ModelSource:
     prefix = next((p for p in (PUBLISHED_PREFIX, "") if p + hint in file.shapes), None)
     if prefix is None and "controlnet_cond_embedding.conv_in.weight" not in file.shapes:
         what = "a ControlNet-LLLite" if any(name.startswith("lllite_") for name in file.shapes) else "no ControlNet"
-        remedy = "; give it as --control_net_lllite_models" if "LLLite" in what else ""
+        remedy = "; gen_img.py reads it with --control_net_lllite_models" if "LLLite" in what else ""
         raise UserError(f"the file holds {what} (its first tensor is {next(iter(file.shapes), 'none')}){remedy}")
     layout = diffusers_layout() if prefix is None else original_layout(unet.config, prefix=prefix)
     source = ModelSource("ControlNet", file, layout, {})
@@ -131,7 +131,7 @@ def _infer_config(shapes: Shapes, unet: Mapping[str, Any], *, inner: bool) -> di
     """
     hint = [shapes.get(f"controlnet_cond_embedding.{part}.weight", ()) for part in _HINT]
     if not all(hint) or "controlnet_mid_block.weight" not in shapes:
-        raise UserError("the ControlNet's tensors are incomplete; download the file again")
+        raise UserError("lacks layers of a U-Net's ControlNet: it is for another kind of model, or incomplete")
     config = unet_settings(unet)
     config["conditioning_channels"] = hint[0][1]
     config["conditioning_embedding_out_channels"] = (hint[0][0], hint[2][0], hint[4][0], hint[6][0])
@@ -244,7 +244,17 @@ def residuals(
     down, mid = controlnet(
         noisy, timesteps, controlnet_cond=image, conditioning_scale=weight, return_dict=False, **inputs
     )
-    return {"down": list(down), "mid": mid}
+    return {"down": [as_features(part) for part in down], "mid": as_features(mid)}
+
+
+def as_features(made: Tensor) -> Tensor:
+    """Return an output of a ControlNet in the dtype of the denoiser's features.
+
+    A ControlNet that is trained gives float32, as its forward was wrapped for mixed precision. Added to half-precision
+    features it would make all later ones float32.
+    """
+    kind = made.device.type
+    return made.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else made
 
 
 def mean_of(controls: list[Control]) -> Control:

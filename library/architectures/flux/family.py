@@ -25,6 +25,7 @@ from library.architectures.common import ae as flux_vae
 from library.architectures.common import clip, clip_text, kl_vae, t5
 from library.architectures.common.attention import check_backend
 from library.architectures.common.checkpoint import vae_identity
+from library.architectures.common.controlnet import as_features
 from library.architectures.common.controlnet_training import write_controlnet_file, write_diffusers_controlnet
 from library.architectures.common.flow_matching import FlowMatching
 from library.architectures.common.identity import weights_identity
@@ -320,7 +321,7 @@ class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
         context, pooled = conditioning["t5_out"].to(noisy.dtype), conditioning["l_pooled"].to(noisy.dtype)
         image = image.repeat(len(noisy) // len(image), 1, 1, 1)
         found, _ = residuals(controlnet, noisy, timesteps / 1000, context, pooled, guidance, image=image)
-        return {"residuals": [residual * weight for residual in found or []]}
+        return {"residuals": [as_features(residual * weight) for residual in found or []]}
 
     def set_controlnet_attention(self, controlnet: nn.Module, backend: str, *, split: bool = False) -> None:
         if split:
