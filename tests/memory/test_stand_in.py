@@ -33,6 +33,24 @@ def test_a_step_of_a_whole_model_takes_what_was_recorded(case: str) -> None:
     compare(run_script("tests/fixtures/traced_full.py", *case.split()), RECORDED_FULL[case])
 
 
+#: the same for what is trained beside a frozen model: python tests/fixtures/traced_kinds.py "NAME KIND [--short]" ...
+RECORDED_KINDS = json.loads((Path(__file__).parent / "recorded_kind_steps.json").read_text(encoding="utf-8"))
+
+
+def is_quick(case: str) -> bool:
+    return case.startswith("sd ") and case.endswith("--short")
+
+
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["short", "all others"])
+def test_steps_of_second_models_and_words_take_what_was_recorded(quick: bool) -> None:
+    cases = [case for case in RECORDED_KINDS if is_quick(case) == quick]
+    done = run_script("tests/fixtures/traced_kinds.py", *cases)
+    assert done.code == 0, done.text
+    found = json.loads(done.out)
+    for case in cases:
+        agrees(found[case], RECORDED_KINDS[case], case)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_takes_what_was_recorded(case: str) -> None:
     compare(run_script("tests/fixtures/traced_steps.py", *case.split()), RECORDED[case])
@@ -40,10 +58,13 @@ def test_a_step_takes_what_was_recorded(case: str) -> None:
 
 def compare(done: Finished, recorded: dict[str, int]) -> None:
     assert done.code == 0, done.text
-    found = json.loads(done.out)
+    agrees(json.loads(done.out), recorded)
+
+
+def agrees(found: dict[str, int], recorded: dict[str, int], case: str = "") -> None:
     assert found.keys() == recorded.keys()
     for name, value in found.items():
-        assert value == pytest.approx(recorded[name], rel=TOLERANCE), f"{name}: {found}, not {recorded}"
+        assert value == pytest.approx(recorded[name], rel=TOLERANCE), f"{case} {name}: {found}, not {recorded}"
 
 
 def test_a_step_that_waits_or_mixes_devices_fails() -> None:
