@@ -6,7 +6,7 @@ Metrics are read one step late (``library.training.metrics``), so no step waits 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -91,25 +91,10 @@ def run_loop(
     Raises:
         NonFiniteLoss: a value is not finite and ``on_nan`` ends the run; found before the next save.
     """
-    metrics = DeferredMetrics()
     times = StepTimes()
     guard = StepGuard(update, accelerator, on_nan, keeps_copies=keeps_copies)
+    results = _Results(guard, hooks, rolls_back=on_nan == "rollback")
     several = accelerator.num_processes > 1
-    stop_asked = False
-
-    def collect(keep: int) -> None:
-        nonlocal stop_asked
-        for ready in metrics.pop(keep=keep):
-            stop_asked = stop_asked or ready.values.pop("interrupt", 0.0) > 0
-            if (bad := guard.judge(ready)) is None:
-                hooks.metrics_ready(ready)
-            else:
-                failed(bad)
-
-    def failed(bad: BadStep) -> None:
-        ends_run = guard.ends_run(bad)
-        back_to = guard.roll_back() if on_nan == "rollback" and not ends_run else None
-        hooks.step_failed(bad, ends_run=ends_run, back_to=back_to)
 
     step = start_step
     while step < plan.total_steps:
@@ -122,7 +107,7 @@ def run_loop(
             count = plan.batches_of_step(batch_in_epoch)
             guard.start(step + 1)
             update.start_step(count)
-            loss_sum = None
+            losses = []
             for index in range(count):
                 batch = times.waiting(batches)
                 hooks.batch_started(batch, step)
@@ -130,15 +115,11 @@ def run_loop(
                 torch.manual_seed(key(seed, "batch", step, index, accelerator.process_index))
                 loss = hooks.loss(batch)
                 update.backward(loss)
-                guard.saw(batch, loss.detach())
-                loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
+                losses.append(loss.detach())
+                guard.saw(batch, losses[-1])
             batch_in_epoch += count
 
-            packed = {"loss": loss_sum / count}
-            if several:
-                flag = 1.0 if interrupt.requested else 0.0
-                packed["interrupt"] = torch.tensor(flag, device=accelerator.device)
-                packed = _across_processes(accelerator, packed)
+            packed = _across_processes(accelerator, sum(losses[1:], losses[0]) / count, interrupt)
             guard.saw_step(packed["loss"])
             packed |= update.step(guard)
             step += 1
@@ -146,12 +127,12 @@ def run_loop(
             packed |= hooks.step_ended(step, epoch)
             update.end_step(step)
             guard.step_ended(step)
-            metrics.push(step, packed, measured=times.end_step())
-            stops = stop_asked or (interrupt.requested and not several)
+            results.push(step, packed, measured=times.end_step())
+            stops = results.stop_asked or (interrupt.requested and not several)
             saves = hooks.is_save_due(step) or stops or step == plan.total_steps
-            collect(keep=0 if saves or batch_in_epoch >= plan.batches_per_epoch else 1)
-            if saves and (bad := guard.check(step)) is not None:
-                failed(bad)
+            results.collect(keep=0 if saves or batch_in_epoch >= plan.batches_per_epoch else 1)
+            if saves:
+                results.check(step)
             hooks.save_after_step(step, epoch)
             if batch_in_epoch >= plan.batches_per_epoch:
                 hooks.save_after_epoch(step, epoch)
@@ -159,22 +140,56 @@ def run_loop(
                 return step
             if not several and not stops and interrupt.requested:  # while sample images were generated
                 stops = True
-                collect(keep=0)
-                if (bad := guard.check(step)) is not None:
-                    failed(bad)
+                results.collect(keep=0)
+                results.check(step)
             if stops and step < plan.total_steps:
                 with interrupt.finishing():
                     hooks.interrupted(step, epoch)
                 return step
-    collect(keep=0)
+    results.collect(keep=0)
     return step
 
 
-def _across_processes(accelerator: Accelerator, metrics: Metrics) -> Metrics:
+class _Results:
+    """The metrics of steps, which are read late, and what follows if they are not finite."""
+
+    def __init__(self, guard: StepGuard, hooks: LoopHooks, *, rolls_back: bool) -> None:
+        self._guard = guard
+        self._hooks = hooks
+        self._rolls_back = rolls_back
+        self._metrics = DeferredMetrics()
+        self.stop_asked = False  # by any process
+
+    def push(self, step: int, metrics: Metrics, *, measured: Mapping[str, float]) -> None:
+        self._metrics.push(step, metrics, measured=measured)
+
+    def collect(self, keep: int) -> None:
+        """Read the metrics of all steps but the last ``keep``."""
+        for ready in self._metrics.pop(keep=keep):
+            self.stop_asked = self.stop_asked or ready.values.pop("interrupt", 0.0) > 0
+            if (bad := self._guard.judge(ready)) is None:
+                self._hooks.metrics_ready(ready)
+            else:
+                self._failed(bad)
+
+    def check(self, step: int) -> None:
+        """Check the weights before they are saved."""
+        if (bad := self._guard.check(step)) is not None:
+            self._failed(bad)
+
+    def _failed(self, bad: BadStep) -> None:
+        ends_run = self._guard.ends_run(bad)
+        back_to = self._guard.roll_back() if self._rolls_back and not ends_run else None
+        self._hooks.step_failed(bad, ends_run=ends_run, back_to=back_to)
+
+
+def _across_processes(accelerator: Accelerator, loss: Tensor, interrupt: Interrupt) -> Metrics:
+    """Return the mean loss of all processes and, of several, whether any was asked to stop."""
     if accelerator.num_processes == 1:
-        return metrics
-    packed = torch.stack([value.detach().float() for value in metrics.values()])
-    return dict(zip(metrics, accelerator.reduce(packed, reduction="mean").unbind(), strict=True))
+        return {"loss": loss}
+    stop = torch.tensor(1.0 if interrupt.requested else 0.0, device=accelerator.device)
+    packed = torch.stack([loss.float(), stop])
+    return dict(zip(("loss", "interrupt"), accelerator.reduce(packed, reduction="mean").unbind(), strict=True))
 
 
 def _ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from library.architectures.flux.model import Conditions, FluxTransformer, MLPEmbedder, RMSNorm, sinusoids
+from library.architectures.common.transformer import RMSNorm
+from library.architectures.flux.model import Conditions, FluxTransformer, MLPEmbedder, thousandths
 from library.architectures.flux.sizes import ApproximatorSizes, FluxSizes
 
 #: padding tokens that stay visible after a caption, as in Chroma's own training
@@ -25,7 +26,7 @@ class Approximator(nn.Module):
         super().__init__()
         self.in_proj = nn.Linear(sizes.inputs, sizes.hidden)
         self.layers = nn.ModuleList(MLPEmbedder(sizes.hidden, sizes.hidden) for _ in range(sizes.layers))
-        self.norms = nn.ModuleList(RMSNorm(sizes.hidden) for _ in range(sizes.layers))
+        self.norms = nn.ModuleList(RMSNorm(sizes.hidden, parameter="scale") for _ in range(sizes.layers))
         self.out_proj = nn.Linear(sizes.hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class Chroma(FluxTransformer):
         """(B,), (B,) -> (B, R, D)."""
         assert self.sizes.approximator is not None
         quarter, rows = self.sizes.approximator.inputs // 4, self.sizes.modulation_rows
-        shared = torch.cat([sinusoids(timesteps, quarter), sinusoids(guidance, quarter)], dim=-1)  # (B, inputs/2)
-        numbers = sinusoids(torch.arange(rows, device=timesteps.device), 2 * quarter)  # (R, inputs/2)
+        shared = torch.cat([thousandths(timesteps, quarter), thousandths(guidance, quarter)], dim=-1)  # (B, inputs/2)
+        numbers = thousandths(torch.arange(rows, device=timesteps.device), 2 * quarter)  # (R, inputs/2)
         pairs = [shared[:, None].expand(-1, rows, -1), numbers.expand(len(shared), -1, -1)]
         return self.distilled_guidance_layer(torch.cat(pairs, dim=-1).to(dtype))

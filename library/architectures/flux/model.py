@@ -23,13 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, choose_attention
 from library.architectures.common.fused import add_gated, modulated_norm, rotate
+from library.architectures.common.transformer import RMSNorm, sinusoids
 from library.architectures.flux.controlnet import residuals
 from library.architectures.flux.packing import pack_latents, unpack_latents
 from library.architectures.flux.sizes import PATCH, FluxSizes
 
-NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
-MAX_PERIOD = 10_000.0
 #: timesteps and guidance are embedded as thousandths
 TIME_FACTOR = 1000.0
 
@@ -40,12 +39,9 @@ Rotation = tuple[Tensor, Tensor]
 # ---- embeddings ----
 
 
-def sinusoids(values: Tensor, width: int) -> Tensor:
-    """(B,) in [0, 1] -> (B, width) float32: cosines, then sines, of falling frequencies (Vaswani et al. 2017, 3.5)."""
-    half = width // 2
-    powers = torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angles = TIME_FACTOR * values.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * powers)  # (B, width/2)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+def thousandths(values: Tensor, width: int) -> Tensor:
+    """(B,) in [0, 1] -> (B, width) float32, see ``sinusoids``."""
+    return sinusoids(TIME_FACTOR * values.float(), width)
 
 
 def rotation(
@@ -83,22 +79,11 @@ class MLPEmbedder(nn.Module):
 # ---- parts of blocks ----
 
 
-class RMSNorm(nn.Module):
-    """Zhang & Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv:1910.07467), eq. 4."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), NORM_EPS)
-
-
 class QKNorm(nn.Module):
     def __init__(self, head: int) -> None:
         super().__init__()
-        self.query_norm = RMSNorm(head)
-        self.key_norm = RMSNorm(head)
+        self.query_norm = RMSNorm(head, parameter="scale")
+        self.key_norm = RMSNorm(head, parameter="scale")
 
 
 class Modulation(nn.Module):
@@ -425,11 +410,11 @@ class Flux(FluxTransformer):
                 self.controlnet, latents, timesteps, context, pooled, guidance, image=image
             )
         dtype = latents.dtype
-        vector = self.time_in(sinusoids(timesteps, self.sizes.time).to(dtype))  # (B, D)
+        vector = self.time_in(thousandths(timesteps, self.sizes.time).to(dtype))  # (B, D)
         if self.guidance_in is not None:
             if guidance is None:
                 raise ValueError("this model embeds the guidance scale and was given none")
-            vector = vector + self.guidance_in(sinusoids(guidance, self.sizes.time).to(dtype))
+            vector = vector + self.guidance_in(thousandths(guidance, self.sizes.time).to(dtype))
         vector = vector + self.vector_in(pooled)
         return self._predict(
             latents,

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, choose_attention
 from library.architectures.common.fused import add_gated, modulated_norm, rotate
+from library.architectures.common.transformer import RMSNorm
 from library.architectures.hunyuan_image.sizes import HunyuanSizes
 from library.architectures.hunyuan_image.text_blocks import (
     MLP,
@@ -29,7 +30,6 @@ from library.architectures.hunyuan_image.text_blocks import (
     glyphs_first,
 )
 
-NORM_EPS = 1e-6
 ROPE_THETA = 256.0
 
 #: cos and sin, (N, 1, d/2) float32 each
@@ -50,17 +50,6 @@ def rotation(rows: int, columns: int, axes: tuple[int, int], device: Any) -> Rot
         angles.append(position.reshape(-1, 1) * ROPE_THETA**-powers)  # (N, width/2)
     turned = torch.cat(angles, dim=1)[:, None]  # (N, 1, d/2)
     return turned.cos().float(), turned.sin().float()
-
-
-class RMSNorm(nn.Module):
-    """Zhang & Sennrich 2019 (arXiv:1910.07467), eq. 4."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPS)
 
 
 class Modulation(nn.Module):

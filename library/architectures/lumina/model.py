@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, choose_attention
 from library.architectures.common.fused import add_gated, rotate
-from library.architectures.common.transformer import sinusoids
+from library.architectures.common.transformer import RMSNorm, sinusoids
 from library.architectures.lumina.sizes import PATCH, NextDiTSizes
 
 #: of the norms of blocks, captions, queries and keys
@@ -55,17 +55,6 @@ def rotation(positions: Tensor, axes: Sequence[int]) -> Rotation:
 # ---- parts of blocks ----
 
 
-class RMSNorm(nn.Module):
-    """Zhang & Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv:1910.07467), eq. 4."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPS)
-
-
 class TimestepEmbedder(nn.Module):
     def __init__(self, sizes: NextDiTSizes) -> None:
         super().__init__()
@@ -87,8 +76,8 @@ class JointAttention(nn.Module):
         super().__init__()
         self.split = (sizes.heads, sizes.kv_heads, sizes.kv_heads)
         self.qkv = nn.Linear(sizes.hidden, sum(self.split) * sizes.head, bias=False)
-        self.q_norm = RMSNorm(sizes.head)
-        self.k_norm = RMSNorm(sizes.head)
+        self.q_norm = RMSNorm(sizes.head, eps=NORM_EPS)
+        self.k_norm = RMSNorm(sizes.head, eps=NORM_EPS)
         self.out = nn.Linear(sizes.hidden, sizes.hidden, bias=False)
 
     def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
@@ -128,10 +117,10 @@ class JointTransformerBlock(nn.Module):
         super().__init__()
         self.attention = JointAttention(sizes)
         self.feed_forward = FeedForward(sizes)
-        self.attention_norm1 = RMSNorm(sizes.hidden)
-        self.ffn_norm1 = RMSNorm(sizes.hidden)
-        self.attention_norm2 = RMSNorm(sizes.hidden)
-        self.ffn_norm2 = RMSNorm(sizes.hidden)
+        self.attention_norm1 = RMSNorm(sizes.hidden, eps=NORM_EPS)
+        self.ffn_norm1 = RMSNorm(sizes.hidden, eps=NORM_EPS)
+        self.attention_norm2 = RMSNorm(sizes.hidden, eps=NORM_EPS)
+        self.ffn_norm2 = RMSNorm(sizes.hidden, eps=NORM_EPS)
         self.adaLN_modulation = (
             nn.Sequential(nn.SiLU(), nn.Linear(sizes.condition, 4 * sizes.hidden)) if modulation else None
         )
@@ -226,11 +215,11 @@ class NextDiT(nn.Module):
             JointTransformerBlock(sizes, modulation=False) for _ in range(sizes.refiners)
         )
         self.t_embedder = TimestepEmbedder(sizes)
-        self.cap_embedder = nn.Sequential(RMSNorm(sizes.caption), nn.Linear(sizes.caption, sizes.hidden))
+        self.cap_embedder = nn.Sequential(RMSNorm(sizes.caption, eps=NORM_EPS), nn.Linear(sizes.caption, sizes.hidden))
         self.layers = nn.ModuleList(JointTransformerBlock(sizes, modulation=True) for _ in range(sizes.layers))
         if sizes.final_norm:
             #: in the published file, and used by nothing
-            self.norm_final = RMSNorm(sizes.hidden)
+            self.norm_final = RMSNorm(sizes.hidden, eps=NORM_EPS)
         self.final_layer = FinalLayer(sizes)
 
     def set_attention(self, backend: str, *, split: bool = False) -> None:

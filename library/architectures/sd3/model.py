@@ -20,11 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from library.architectures.common.attention import attend, choose_attention
 from library.architectures.common.fused import add_gated, modulated_norm
-from library.architectures.common.transformer import sinusoids
+from library.architectures.common.transformer import RMSNorm, sinusoids
 from library.architectures.sd3.positions import cropped
 from library.architectures.sd3.sizes import MMDiTSizes
-
-NORM_EPS = 1e-6
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -48,17 +46,6 @@ class PatchEmbed(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, N, D), row by row."""
         return self.proj(latents).flatten(2).transpose(1, 2)
-
-
-class RMSNorm(nn.Module):
-    """Zhang & Sennrich 2019 (arXiv:1910.07467), eq. 4, over the features of a head."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPS)
 
 
 class SelfAttention(nn.Module):
