@@ -1,8 +1,8 @@
-"""Measure what recording a step costs: figures to the host, TensorBoard, the running mean, and progress.
+"""Measure what recording a step costs: metrics to the host, TensorBoard, the running mean, and progress.
 
     python benchmarks/logging_cost.py
 
-What a run does beside the model's work, for 2000 steps with the figures of a usual LoRA run: the loop's, two learning
+What a run does beside the model's work, for 2000 steps with the metrics of a usual LoRA run: the loop's, two learning
 rates, no terminal. Wanted: under 1% of a step of 20 ms, that is 0.2 ms.
 """
 

@@ -218,14 +218,14 @@ def _step_times(logs: Path) -> tuple[float, float]:
 
     ended: list[float] = []
     waited = took = 0.0
-    for events in logs.rglob("events.out.tfevents.*"):  # one for figures, one for the run's settings
+    for events in logs.rglob("events.out.tfevents.*"):  # one for metrics, one for the run's settings
         accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
         accumulator.Reload()
         if "loss/current" in accumulator.Tags()["scalars"]:
             ended = [event.wall_time for event in accumulator.Scalars("loss/current")]
             waited = sum(event.value for event in accumulator.Scalars("time/data_wait")[1:])
             took = sum(event.value for event in accumulator.Scalars("time/step")[1:])
-    # a step's figures are logged at the end of the next one, and the last two together: first entry = end of
+    # a step's metrics are logged at the end of the next one, and the last two together: first entry = end of
     # step 2, last entry = end of the last step
     return (ended[-1] - ended[0]) / (len(ended) - 2), waited / took
 

@@ -2,7 +2,7 @@
 
 import os
 
-# The threads of a step on the CPU wait for each other hundreds of times. Spinning, as OpenMP does unless it is told
-# otherwise before torch is loaded, they take the core from the one they wait for where other work runs: measured with
+# The threads of a step on the CPU wait for each other hundreds of times. Spinning, as OpenMP does unless a
+# setting that is there before torch is loaded says otherwise, they take the core from the one they wait for where other work runs: measured with
 # both cores in use, 4 s a step instead of 0.15 s (benchmarks/RESULTS.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

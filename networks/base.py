@@ -260,7 +260,7 @@ class AdapterNetwork(nn.Module, ABC):
         A rate of 0 leaves the part untrained: no group, no gradients.
 
         Raises:
-            UserError: the number of text encoder rates fits no text encoder, or every rate is 0.
+            UserError: the number of learning rates fits no text encoder, or all learning rates are 0.
         """
         text_parts = [part for part in self.parts if part.is_text_encoder]
         text_rates = list(text_encoder_lr) if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]

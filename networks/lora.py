@@ -136,7 +136,7 @@ class LoraNetwork(AdapterNetwork):
         Args:
             file: read unless ``weights_sd`` holds its tensors already.
             for_inference: without gradients and in eval mode.
-            kwargs: network args that do not give ranks (dropouts, rates), as text.
+            kwargs: network args that do not give ranks (dropouts, learning rates), as text.
 
         Raises:
             UserError: unreadable file, tensors that fit no module of the models, or wrong network args.

@@ -256,14 +256,14 @@ class Evidence:
 
     Attributes:
         text: all names, one per line, with underscores for dots.
-        told: the metadata's words on the model, in lower case.
+        recorded: what the metadata says of the model, in lower case.
         attention_widths: inputs of cross-attention layers.
         text_widths: inputs of a text encoder's attention layers.
         block_widths: inputs of layers in the blocks of a transformer by diffusers' names.
     """
 
     text: str
-    told: str
+    recorded: str
     metadata: Mapping[str, str]
     attention_widths: frozenset[int]
     text_widths: frozenset[int]

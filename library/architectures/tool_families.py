@@ -1,4 +1,4 @@
-"""The options of all model families on the command line of one tool, which learns from a flag which family is meant.
+"""The options of all model families on the command line of one tool, where a flag names the family.
 
 torch is not imported.
 """

@@ -40,7 +40,7 @@ class ImageSettings:
     region_count: int | None = None  # parts of the prompt
     control: tuple[Path, ...] | None = field(default=None, metadata=_VARIES)  # an image for each ControlNet
     guide: Path | None = field(default=None, metadata=_VARIES)  # image that CLIP or VGG16 guidance moves towards
-    # that families with size conditioning are told, pixels; None: those of the image, without a crop
+    # the conditions of families with size conditioning, pixels; None: those of the image, without a crop
     original_height: int | None = None
     original_width: int | None = None
     original_height_negative: int | None = None  # beside the negative prompt; None: as beside the prompt

@@ -83,12 +83,12 @@ def _evidence(shapes: Shapes, metadata: Mapping[str, str]) -> Evidence:
     def widths(pattern: str) -> frozenset[int]:
         return frozenset(s[1] for name, s in shapes.items() if len(s) > 1 and re.search(pattern, name))
 
-    told = (
+    recorded = (
         " ".join(metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version")).strip().lower()
     )
     return Evidence(
         text="\n".join(shapes).replace(".", "_"),
-        told=told,
+        recorded=recorded,
         metadata=metadata,
         attention_widths=widths(r"attn2[._]to_[kv]\.[\w.]*(down|_A)"),
         text_widths=widths(r"self_attn.q_proj\.[\w.]*(down|_A)"),

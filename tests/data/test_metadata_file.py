@@ -248,7 +248,7 @@ def test_both_methods_in_one_dataset_are_refused(tmp_path: Path, folder: Path) -
 
 
 def test_keys_of_caption_files_in_general(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """They may be meant for another dataset of the file; if there is none, they are warned of."""
+    """They may be for another dataset of the file; if there is none, they are warned of."""
     file = write(tmp_path / "meta.json", {"a.png": {"tags": "x"}})
     other = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{folder}'\n"
     for lines, said in (("", True), (other, False)):

@@ -1,4 +1,4 @@
-"""A step never waits for the device: whatever would, is counted, and may only happen where figures are read late."""
+"""A step never waits for the device: whatever would, is counted, and may only happen where metrics are read late."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.fixtures.runs import ROOT, lora_arguments, train_here, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
 WAITING = ("item", "cpu", "tolist", "nonzero", "numpy", "__bool__", "__float__", "__int__", "__index__")
-#: numbers that are drawn and kept on the host, and the figures, which are read when they have arrived
+#: numbers that are drawn and kept on the host, and the metrics, which are read when they have arrived
 ALLOWED = ("library/randomness.py", "library/data/", "library/diffusion/timesteps.py", "library/training/metrics.py")
 
 

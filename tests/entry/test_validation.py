@@ -46,7 +46,7 @@ class Ended:
     output: Path
 
     def curve(self, key: str) -> dict[int, float]:
-        """A tracker's figures by its axis."""
+        """A tracker's metrics by its axis."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         found = {}

@@ -210,7 +210,7 @@ def test_settings_for() -> None:
 
 
 def train_lora(folder: MadeCheckpoint, draw_with: ImageSettings | None) -> tuple[dict[str, torch.Tensor], list[Any]]:
-    """Three steps of LoRA training with dropout, drawing after each if told to."""
+    """Three steps of LoRA training with dropout, with sample images after each if asked for."""
     from networks import lora
 
     models = load_models(folder)

@@ -1,4 +1,4 @@
-"""What SDXL is told about sizes: equal to diffusers' pipeline, beside the prompt and the negative prompt."""
+"""The size conditioning of SDXL: equal to diffusers' pipeline, beside the prompt and the negative prompt."""
 
 from __future__ import annotations
 

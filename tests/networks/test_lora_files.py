@@ -214,7 +214,7 @@ def test_diffusers_gives_the_same_output(tmp_path, tiny_unet, tiny_text_encoder,
 
 
 def test_models_are_no_adapters(tmp_path, tiny_unet):
-    """Told by the header, before anything is loaded."""
+    """The header shows it, before anything is loaded."""
     make_network(None, tiny_unet).save_weights(tmp_path / "lora.safetensors", None, {})
     check_adapter_file(tmp_path / "lora.safetensors")
     for name in ("transformer.single_transformer_blocks.0.attn.to_q.lora.down.weight", "lycoris_a.lokr_w1"):

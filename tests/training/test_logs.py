@@ -1,4 +1,4 @@
-"""What trackers are told: names and settings when they open, figures of an epoch over epochs (but in wandb)."""
+"""Records of trackers: names and settings when they open, metrics of an epoch over epochs (but in wandb)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from library.training.settings import tracker_settings
 
 
 class Told:
-    """A tracker that keeps what it is told."""
+    """A tracker that keeps what it is given."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""Deferred figures: read one step late, averaged over a window."""
+"""Deferred metrics: read one step late, averaged over a window."""
 
 import time
 from collections.abc import Iterator

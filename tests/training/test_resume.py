@@ -1,4 +1,4 @@
-"""States that cannot be gone on from: told before anything is loaded, and nothing of them is run."""
+"""States that cannot be resumed: an error before anything is loaded, and nothing in them is executed."""
 
 from __future__ import annotations
 

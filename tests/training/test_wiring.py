@@ -1,4 +1,4 @@
-"""Options that a run on a CPU would not miss, or of which its result tells nothing: who is told of them."""
+"""Options that do not change the result of a run on a CPU reach the code that needs them."""
 
 from __future__ import annotations
 

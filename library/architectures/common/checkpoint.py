@@ -160,12 +160,12 @@ def folder_prediction(folder: Path) -> str | None:
     return read_json(path).get("prediction_type", "epsilon") if path.is_file() else None
 
 
-def check_prediction(title: str, told: str | None, where: str, *, v_parameterization: bool) -> None:
-    """Raise UserError if --v_parameterization contradicts the prediction type ``told`` at ``where``."""
-    if told is None or (told == "v_prediction") == v_parameterization:
+def check_prediction(title: str, recorded: str | None, where: str, *, v_parameterization: bool) -> None:
+    """Raise UserError if --v_parameterization contradicts the prediction type ``recorded`` at ``where``."""
+    if recorded is None or (recorded == "v_prediction") == v_parameterization:
         return
-    remedy = "add --v_parameterization" if told == "v_prediction" else "drop --v_parameterization"
-    raise UserError(f"{title} is trained for {told} ({where}); {remedy}")
+    remedy = "add --v_parameterization" if recorded == "v_prediction" else "drop --v_parameterization"
+    raise UserError(f"{title} is trained for {recorded} ({where}); {remedy}")
 
 
 #: channels that the U-Net of an inpainting model reads: latents, mask, latents of the kept part

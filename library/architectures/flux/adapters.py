@@ -69,15 +69,15 @@ _FLUX_ONLY = re.compile(
 
 
 def _is_either(found: Evidence) -> bool:
-    return bool(_NAMES.search(found.text)) or "flux" in found.told or "chroma" in found.told
+    return bool(_NAMES.search(found.text)) or "flux" in found.recorded or "chroma" in found.recorded
 
 
 def _is_chroma(found: Evidence) -> bool:
-    return _is_either(found) and ("chroma" in found.told or "distilled_guidance" in found.text)
+    return _is_either(found) and ("chroma" in found.recorded or "distilled_guidance" in found.text)
 
 
 def _is_flux(found: Evidence) -> bool:
-    return _is_either(found) and ("flux" in found.told or bool(_FLUX_ONLY.search(found.text)))
+    return _is_either(found) and ("flux" in found.recorded or bool(_FLUX_ONLY.search(found.text)))
 
 
 _BFL = "https://github.com/black-forest-labs/flux"

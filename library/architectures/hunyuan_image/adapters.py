@@ -42,7 +42,7 @@ _NAMES = re.compile(r"_blocks_\d+_((img|txt)_(mlp_fc|mod_linear)|modulation_line
 
 
 def _claims(found: Evidence) -> bool:
-    return "hunyuan" in found.told or bool(_NAMES.search(found.text))
+    return "hunyuan" in found.recorded or bool(_NAMES.search(found.text))
 
 
 RECORD = ModelRecord("hunyuan-image-2.1", False, "hunyuan-image-2.1", "diffusers", "512x512")

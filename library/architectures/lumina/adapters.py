@@ -63,7 +63,7 @@ _GEMMA2_ONLY = re.compile(r"lora_te_layers_\d+_(self_attn_o_proj|mlp_gate_proj)"
 
 
 def _claims(found: Evidence) -> bool:
-    return bool(_NAMES.search(found.text) or _GEMMA2_ONLY.search(found.text)) or "lumina" in found.told
+    return bool(_NAMES.search(found.text) or _GEMMA2_ONLY.search(found.text)) or "lumina" in found.recorded
 
 
 RECORD = ModelRecord("lumina2", False, "lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0", "1024x1024")

@@ -21,13 +21,13 @@ _FIRST_LEVEL = re.compile(r"down_blocks_0_attentions|input_blocks_[12]_1_|output
 
 def _is_sd2(found: Evidence) -> bool:
     wide = 1024 in found.attention_widths | found.text_widths
-    told = "stable-diffusion-v2" in found.told or found.told.strip().startswith("sd_v2")
-    return wide or found.metadata.get("ss_v2") == "True" or "_clip_h_" in found.text or told
+    named_v2 = "stable-diffusion-v2" in found.recorded or found.recorded.strip().startswith("sd_v2")
+    return wide or found.metadata.get("ss_v2") == "True" or "_clip_h_" in found.text or named_v2
 
 
 def _is_sd1(found: Evidence) -> bool:
     named = _FIRST_LEVEL.search(found.text) or "lora_te_" in found.text or 768 in found.attention_widths
-    return bool(named) or "sd_v1" in found.told or "stable-diffusion-v1" in found.told
+    return bool(named) or "sd_v1" in found.recorded or "stable-diffusion-v1" in found.recorded
 
 
 def _has_linear_projections(shapes: Shapes) -> bool:

@@ -47,9 +47,9 @@ _NOT_HERE = re.compile(r"single_transformer_blocks|double_blocks|single_blocks")
 def _claims(found: Evidence) -> bool:
     if _NOT_HERE.search(found.text):
         return False
-    is_told = "stable-diffusion-3" in found.told or "sd3" in found.told
+    is_recorded = "stable-diffusion-3" in found.recorded or "sd3" in found.recorded
     # metadata that tells of another model counts more than widths
-    return is_told or "joint_blocks_" in found.text or (not found.told and bool(found.block_widths & _WIDTHS))
+    return is_recorded or "joint_blocks_" in found.text or (not found.recorded and bool(found.block_widths & _WIDTHS))
 
 
 #: by ``ss_base_model_version``

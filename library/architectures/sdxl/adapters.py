@@ -28,7 +28,7 @@ _NAMES = re.compile(
 def _claims(found: Evidence) -> bool:
     if _NOT_HERE.search(found.text):
         return False
-    return bool(_NAMES.search(found.text)) or 2048 in found.attention_widths or "xl" in found.told
+    return bool(_NAMES.search(found.text)) or 2048 in found.attention_widths or "xl" in found.recorded
 
 
 _IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"

@@ -78,7 +78,7 @@ class Regions(Feature):
     def load(
         cls, options: Any, models: ImageModels, checkpoint: Any, dtype: torch.dtype, device: torch.device
     ) -> int | None:
-        """Return how many regions are told by pure colors; None for channels."""
+        """Return how many regions pure colors mark; None for channels."""
         return options.networks.network_regional_mask_max_color_codes
 
     def prepare(self, generation: Generation) -> None:

@@ -1,7 +1,7 @@
 """Computing on the CPU: kernels that train faster there than torch's, behind one call.
 
-They change no result beyond rounding, and step aside wherever torch's own are quicker. tools/environment.sh has what the
-C library needs to be told.
+They change no result beyond rounding, and step aside wherever torch's own are quicker. tools/environment.sh has the
+settings of the C library.
 """
 
 from __future__ import annotations

@@ -148,12 +148,12 @@ def network_files(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def rates(o: Any, facts: Facts) -> Iterator[Finding]:
-    """Rates of 0 leave a part as it is; without any other, a run would end when its models are loaded."""
+    """Learning rates of 0 leave a part as it is; without any other, a run would end when its models are loaded."""
     n, chosen = o.network, o.optimizer
     if n.network_train_unet_only and n.network_train_text_encoder_only:
         return  # which is an error of its own
     if any(word.partition("=")[0].strip() == "network_reg_lrs" for word in n.network_args or []):
-        return  # rates that replace those of the parts
+        return  # learning rates that replace those of the parts
     denoiser = chosen.learning_rate if chosen.unet_lr is None else chosen.unet_lr
     text = max(chosen.text_encoder_lr or [chosen.learning_rate])
     if (n.network_train_text_encoder_only or denoiser == 0) and (n.network_train_unet_only or text == 0):

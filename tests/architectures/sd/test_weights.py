@@ -150,7 +150,7 @@ def test_loading_in_the_files_dtype_copies_nothing(tmp_path: Path) -> None:
     assert torch.equal(position_ids, torch.arange(77).unsqueeze(0))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory figures")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's record of memory")
 def test_loading_takes_no_copy_of_the_file(tmp_path: Path) -> None:
     def own_memory() -> int:  # MiB that are not pages of files
         status = Path("/proc/self/status").read_text()
