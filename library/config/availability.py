@@ -11,8 +11,8 @@ _ZERO_3 = (
 
 NO_STAGE_3 = (
     "between passes it leaves empty tensors in place of all weights, the trained ones too, which files, averages and "
-    "the checks of each step must find whole; choose FSDP version 2 in accelerate config, which shards the frozen "
-    "model (docs/multi_gpu.md), or stage 0, 1 or 2"
+    "the checks of each step must find whole; for adapters choose FSDP version 2 in accelerate config, which shards "
+    "the frozen model, and for whole models stage 2, which shards the optimizer's states (docs/multi_gpu.md)"
 )
 NO_NVME = "DeepSpeed keeps states on a disk with ZeRO stage 3 only, which cannot be; use cpu, or leave it out"
 

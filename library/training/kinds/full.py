@@ -38,8 +38,9 @@ class Full(Kind[Any]):
         super().__init__(architecture, options, checkpoint, seed=seed, sharded=sharded)
         if sharded:
             raise UserError(
-                "accelerate's configuration asks for FSDP, which shards frozen models only; for whole models choose "
-                "DeepSpeed's ZeRO, or one process"
+                "accelerate's configuration asks for FSDP, which shards frozen models only: saves, averages and the "
+                "exchange of gradients need whole trained weights in each process; choose --multi_gpu with DeepSpeed's "
+                "ZeRO stage 2, which shards the optimizer's states, or one process (docs/multi_gpu.md)"
             )
         self._parts: dict[str, nn.Module] = {}
         self._trained = nn.ModuleDict()
