@@ -32,17 +32,23 @@ _OPTION_START = re.compile(r"(?:^|\s+)--(?=[A-Za-z])")
 
 
 @dataclass(frozen=True)
-class SamplePrompt:
-    """One sample image of training; ``None`` leaves a setting to the family's default."""
+class Prompt:
+    """The settings that every prompt may have; ``None`` leaves one to the command line or the family."""
 
     prompt: str
     negative_prompt: str | None = None
     width: int | None = None  # pixels
     height: int | None = None  # pixels
-    seed: int | None = None  # None: another one each time
     sample_steps: int | None = None
     scale: float | None = None  # classifier-free guidance
     guidance_scale: float | None = None  # embedded (distilled) guidance
+
+
+@dataclass(frozen=True)
+class SamplePrompt(Prompt):
+    """One sample image of training, by the keys of prompt files."""
+
+    seed: int | None = None  # None: another one each time
     sample_sampler: str | None = None
     controlnet_image: str | None = None
     cfg_trunc_ratio: float | None = None
@@ -56,18 +62,11 @@ class SamplePrompt:
 
 
 @dataclass(frozen=True)
-class ImagePrompt:
-    """One prompt line of an inference script; ``None`` and empty leave a setting to the command line."""
+class ImagePrompt(Prompt):
+    """One prompt line of an inference script, which may stand for several images."""
 
-    prompt: str
-    negative_prompt: str | None = None
-    width: int | None = None  # pixels
-    height: int | None = None  # pixels
-    sample_steps: int | None = None
-    scale: float | None = None  # classifier-free guidance
     seeds: tuple[int, ...] = ()  # of the prompt's images, in order
     multipliers: tuple[float, ...] = ()  # of the additional networks, in order
-    guidance_scale: float | None = None  # embedded (distilled) guidance
     file_name: str | None = None  # of the first image
     #: further settings, by the names that ``ImageSettings`` has for them
     own: Mapping[str, Any] = field(default_factory=dict)

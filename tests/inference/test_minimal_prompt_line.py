@@ -27,12 +27,12 @@ def test_options_are_the_published_ones() -> None:
         ("a cat", ImagePrompt("a cat")),
         (
             "w 3, d 2 --w 512 --h 768 --s 8 --d 5 --g 2.5 --m 0.5,1 --n red dog --c 3",
-            ImagePrompt("w 3, d 2", "red dog", 512, 768, 8, 3.0, (5,), (0.5, 1.0), 2.5),
+            ImagePrompt("w 3, d 2", "red dog", 512, 768, 8, 3.0, 2.5, (5,), (0.5, 1.0)),
         ),
         # words count by their first letter
         (
             "a cat --width 64 --height 80 --steps 2 --guidance 1 --multipliers 0 --negative x --cfg 2",
-            ImagePrompt("a cat", "x", 64, 80, 2, 2.0, (), (0.0,), 1.0),
+            ImagePrompt("a cat", "x", 64, 80, 2, 2.0, 1.0, multipliers=(0.0,)),
         ),
         ("a cat --n -", ImagePrompt("a cat", "")),
         ("a cat --c -1", ImagePrompt("a cat", scale=-1.0)),

@@ -7,7 +7,7 @@ from library.inference.plan import Repetition, batches, plan_images
 from library.inference.prompt_line import ImagePrompt
 
 COMMON = ImageSettings("", "", 64, 64, 10, 7.0, "ddim", 0)
-A, B, C = ImagePrompt("a"), ImagePrompt("b"), ImagePrompt("c", "n", 72, 80, 5, -1.0, (5, 6), (0.5,))
+A, B, C = ImagePrompt("a"), ImagePrompt("b"), ImagePrompt("c", "n", 72, 80, 5, -1.0, seeds=(5, 6), multipliers=(0.5,))
 
 
 def seeds(prompts: list[ImagePrompt], repetition: Repetition) -> list[tuple[str, int]]:

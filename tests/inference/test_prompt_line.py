@@ -45,7 +45,7 @@ EVERYTHING = frozenset(option.field for option in TRAINING_OPTIONS) | {"prompt"}
         # every option
         (
             "p --n a b --w 72 --h 80 --d 1 --s 3 --l 7.5 --ss k_euler_a",
-            SamplePrompt("p", "a b", 72, 80, 1, 3, 7.5, sample_sampler="k_euler_a"),
+            SamplePrompt("p", "a b", 72, 80, 3, 7.5, seed=1, sample_sampler="k_euler_a"),
         ),
         (
             "p --g 3.5 --cn dir/c d.png --ctr 0.25 --rcfg 1.0 --fs 3.0",
