@@ -423,7 +423,7 @@ class Architecture(WholeModels, ABC):
 
     def text_layers(self, denoiser: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
         """Return the cross-attention modules of each layer that can read a text of its own, by published names, in the
-        order in which they run; none where the denoiser has no such layers."""
+        order in which they run; none where the denoiser has no such layers. It may be a ControlNet of one, too."""
         return {}
 
     def shrink_points(self, denoiser: nn.Module) -> Sequence[nn.Module]:

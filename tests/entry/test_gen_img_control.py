@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,3 +128,45 @@ def test_mistakes(folder: Path, tmp_path: Path, model: str, arguments: tuple[str
     )
     assert finished.code == 2 and said in finished.err and "Traceback" not in finished.text
     assert not (tmp_path / "out").exists()
+
+
+def test_each_layer_of_a_controlnet_reads_its_own_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --XTI_embeddings a ControlNet's layers read the texts of the U-Net's layers that they are copies of."""
+    import gen_img
+    from library.architectures.common import latent_diffusion
+
+    texts: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
+    original = latent_diffusion.residuals
+
+    def noted(controlnet: Any, *args: Any, **more: Any) -> Any:
+        layers = [*controlnet.down_blocks[0].attentions, *controlnet.mid_block.attentions]
+        hooks = [
+            layer.transformer_blocks[0].attn2.register_forward_pre_hook(
+                lambda module, args, given: seen.append(given["encoder_hidden_states"]), with_kwargs=True
+            )
+            for layer in layers
+        ]
+        texts.append(args[2]["encoder_hidden_states"])
+        made = original(controlnet, *args, **more)
+        for hook in hooks:
+            hook.remove()
+        return made
+
+    monkeypatch.setattr(latent_diffusion, "residuals", noted)
+    layers = ("IN01", "MID", "OUT02", "OUT03")  # of the tiny U-Net
+    save_file({name: torch.randn(2, 32) for name in layers}, tmp_path / "qux.safetensors")
+    words = (
+        *("--ckpt", folder / "sd.safetensors", "--tokenizer_cache_dir", folder / "tokenizers", "--outdir", tmp_path / "a"),
+        *("--W", 64, "--H", 64, "--steps", 1, "--seed", 1, "--prompt", "qux", "--images_per_prompt", 1),
+        *("--XTI_embeddings", tmp_path / "qux.safetensors", "--guide_image_path", folder / "a.png"),
+        *("--control_net_models", folder / "sd_net1.safetensors"),
+    )  # fmt: skip
+    gen_img.main(gen_img.setup_parser().parse_args([str(word) for word in words]))
+    assert texts and len(seen) == 2 * len(texts)
+    for call, joined in enumerate(texts):
+        first, middle = seen[2 * call : 2 * call + 2]
+        parts = joined.chunk(len(layers), dim=1)
+        assert torch.equal(first, parts[0]) and torch.equal(middle, parts[1]) and not torch.equal(first, middle)

@@ -157,9 +157,12 @@ def _count(pattern: str, names: Mapping[str, object]) -> int:
 
 def text_layers(unet: nn.Module) -> dict[str, list[nn.Module]]:
     """Return the cross-attentions of a U-Net by the published names of its layers, in the order in which they run:
-    IN01, IN02, IN04, ..., MID, OUT03, ... of SD 1.x and 2.x, numbered as LDM's input and output blocks."""
+    IN01, IN02, IN04, ..., MID, OUT03, ... of SD 1.x and 2.x, numbered as LDM's input and output blocks.
+
+    A ControlNet of a U-Net has the first of them, to MID.
+    """
     numbered: list[tuple[str, nn.Module]] = []
-    for side, first, blocks in (("IN", 1, unet.down_blocks), ("OUT", 0, unet.up_blocks)):
+    for side, first, blocks in (("IN", 1, unet.down_blocks), ("OUT", 0, getattr(unet, "up_blocks", ()))):
         if side == "OUT":
             numbered.append(("MID", unet.mid_block.attentions[0]))  # type: ignore[union-attr, index]
         for block in blocks:  # type: ignore[union-attr]

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from library.architectures.base import Architecture, Control
 from library.architectures.common.controlnet import controlnet_source, load_controlnet, mean_of
+from library.architectures.common.grown_embedding import give_each_layer
 from library.config.image_settings import ImageSettings
 from library.inference.control_models import ControlModel, control_images, used_as_given
 from library.inference.denoise import CONTROL_CONDITIONING, WAYS_DOWN, Feature, Generation, StepInfo
@@ -49,6 +50,11 @@ class ControlNets(Feature):
         given: ControlOptions = options.control
         sources = [controlnet_source(path, checkpoint.unet, flag=FLAG) for path in given.control_net_models or []]
         loaded = [load_controlnet(source, dtype=dtype, device=str(device)) for source in sources]
+        if options.model.XTI_embeddings and models.denoiser is not None:
+            layers = models.architecture.text_layers(models.denoiser)
+            for controlnet in loaded:  # each of its layers reads the text of the denoiser's layer that it is a copy of
+                own = models.architecture.text_layers(controlnet)
+                give_each_layer([own.get(name, ()) for name in layers])
         return used_as_given(loaded, given) or None
 
     def prepare(self, generation: Generation) -> None:
