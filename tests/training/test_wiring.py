@@ -209,7 +209,7 @@ def test_the_sampler_of_sample_images(monkeypatch: pytest.MonkeyPatch) -> None:
     from library.inference import generate
 
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(generate, "generate_images", lambda models, batch, how: batch)
+    monkeypatch.setattr(generate, "generate_images", lambda models, batch, how, features: batch)
     preview = PreviewGenerator(
         SD,
         MODELS,
