@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,10 +41,10 @@ def planned(run: Run) -> Any:
         UserError: nothing fits; the message says what takes the least.
     """
     budget = _budget(run)
-    usable = int(budget * (1 - _GAPS)) - _OF_CUDA if run.device.type == "cuda" else budget
-    traces = {True: trace(run, checkpointing=True)}
+    usable = int(budget * (1 - _GAPS)) - _OF_CUDA if for_gpu(run) else budget
+    traces = {True: trace(run, checkpointing=True, host_kernels=not for_gpu(run))}
     if not run.options.training.gradient_checkpointing:
-        traces[False] = trace(run, checkpointing=False)
+        traces[False] = trace(run, checkpointing=False, host_kernels=not for_gpu(run))
     kind = make_kind(run)
     found = [
         (choice, _parts(run, kind, traces[choice.checkpointing], choice)) for choice in _choices(run, kind, traces)
@@ -59,6 +60,13 @@ def planned(run: Run) -> Any:
             f"{_gb(parts.step)}: lower the resolution or train_batch_size, or raise the budget"
         )
     return _with(run.options, chosen[0])
+
+
+def for_gpu(run: Run) -> bool:
+    """Return whether the budget is that of a CUDA device: the run's own, or the one that a dry run on a CPU asks about."""
+    options = run.options
+    asked = options.config.dry_run and options.training.memory_plan != "auto" and run.device.type == "cpu"
+    return run.device.type == "cuda" or asked
 
 
 def _budget(run: Run) -> int:
@@ -88,7 +96,7 @@ def _choices(run: Run, kind: Kind, traces: dict[bool, TracedRun]) -> list[Choice
             forms=forms,
             most_swapped=most_swapped(blocks) if can_swap else 0,
             swapped=architecture.blocks_to_swap,
-            small_states=[False, True] if plain_adam and run.device.type == "cuda" else [False],
+            small_states=[False, True] if plain_adam and for_gpu(run) and find_spec("bitsandbytes") else [False],
         )
     )
 

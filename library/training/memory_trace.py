@@ -56,11 +56,12 @@ class TracedRun:
         return max(self.steps, key=lambda step: step.peak)
 
 
-def trace(run: Run, *, checkpointing: bool, most: int = 2) -> TracedRun:
+def trace(run: Run, *, checkpointing: bool, most: int = 2, host_kernels: bool = True) -> TracedRun:
     """Trace steps on the largest buckets.
 
     Args:
         most: buckets to trace at most.
+        host_kernels: use the kernels of a run on a CPU there.
 
     Raises:
         UserError: headers that lack tensors, or whose shapes do not fit.
@@ -79,7 +80,7 @@ def trace(run: Run, *, checkpointing: bool, most: int = 2) -> TracedRun:
             if not any(module is model for model in models.modules()):
                 stand_in.place_without_numbers(module, run.device)
         modules = [*models.modules(), *kind.modules()]
-        if run.device.type == "cpu":
+        if host_kernels and run.device.type == "cpu":
             use_host_kernels(models.denoiser, convolutions=True)
         if checkpointing:
             architecture.enable_gradient_checkpointing(models.denoiser, models.text_encoders)

@@ -15,6 +15,7 @@ from typing import ClassVar
 from library.architectures.base import Architecture
 from library.config.arguments import RunOptions, hide_secrets, script_parser, with_groups
 from library.config.config_file import origins_of
+from library.config.console import quiet
 from library.config.declaration import joined
 from library.config.explain import print_explanation
 from library.data.conditioning import Role
@@ -83,11 +84,13 @@ class Trainer:
         if options.dataset.debug_dataset:
             return show_dataset(options, self.architecture.configured(options), self._images_as(options))
         with Interrupt() as interrupt:
-            run = self.setup(options)
             if options.training.memory_plan is not None:
                 from library.training.memory_choice import planned
 
-                run = self.setup(planned(run))
+                with quiet(logging.WARNING):  # the setup with the chosen options says it all
+                    run = self.setup(options)
+                options = planned(run)
+            run = self.setup(options)
             with finalizing(run.accelerator):
                 if options.config.dry_run:
                     return dry_run(run)
