@@ -36,6 +36,11 @@ _COMPOUND = """
     norm_cross_attn norm_mlp norm_self_attn final_layer llm_adapter pos_embedder t_embedder t_embedding_norm x_embedder
     linear_1 linear_2 embed_tokens input_layernorm post_attention_layernorm
 """.split()
+#: how paths of layers begin, by the published prefix
+_ROOTS = {
+    "lora_unet_": re.compile(r"(blocks_\d|llm_adapter_|final_layer_|[tx]_embedder_|pos_embedder_|t_embedding_norm)"),
+    "lora_te_": re.compile(r"(layers_\d|embed_tokens|norm)"),
+}
 #: one part, the longest that fits
 _PART = re.compile("|".join([*sorted((rf"{name}(?=_|$)" for name in _COMPOUND), key=len, reverse=True), "[^_]+"]))
 
@@ -52,9 +57,9 @@ def comfyui_name(name: str) -> str | None:
     """Return ComfyUI's name of a tensor with a published name; None for other names."""
     module, _, leaf = name.partition(".")
     for published, comfyui in _PREFIXES.items():
-        if module.startswith(published) and leaf in _LEAVES:
-            parts = _PART.findall(module.removeprefix(published))
-            return f"{comfyui}{'.'.join(parts)}.{_LEAVES[leaf]}"
+        path = module.removeprefix(published)
+        if module.startswith(published) and leaf in _LEAVES and _ROOTS[published].match(path):
+            return f"{comfyui}{'.'.join(_PART.findall(path))}.{_LEAVES[leaf]}"
     return None
 
 
@@ -84,6 +89,7 @@ def renamed(weights: Mapping[str, T], *, reverse: bool) -> tuple[dict[str, T], l
 def main(args: argparse.Namespace) -> int:
     """Convert, print what was done, and return the exit code."""
     # only now, as torch takes seconds to load
+    from library.architectures.registry import adapter_families
     from library.files.safetensors_io import is_pickle, read_header
     from library.files.streamed import check_target
     from networks.weights import read_weights, write_weights
@@ -91,6 +97,10 @@ def main(args: argparse.Namespace) -> int:
     source, target = Path(args.src_path), Path(args.dst_path)
     weights = read_weights(source)
     check_target(target, "dst_path", sources=[source])
+    metadata = {} if is_pickle(source) else dict(read_header(source).metadata)
+    version = metadata.get("ss_base_model_version", "")
+    if any(version == record.base_version for family in adapter_families() for record in family.records):
+        raise UserError(f"{source}: not a LoRA of Anima, but of another model ({version})")
     state, unknown = renamed(weights, reverse=args.reverse)
     if len(unknown) == len(weights):
         there = comfyui_name if args.reverse else published_name
@@ -101,7 +111,6 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"{source}: not a LoRA of Anima (its first tensor is {next(iter(weights), 'none')})")
     if unknown:
         print(f"warning: {len(unknown)} names are not known and stay, such as {unknown[0]}", file=sys.stderr)
-    metadata = {} if is_pickle(source) else dict(read_header(source).metadata)
     write_weights(target, state, None, metadata or None)
     print(f"renamed {len(state) - len(unknown)} of {len(state)} tensors\nwritten: {target}")
     return 0

@@ -48,6 +48,8 @@ def main(args: argparse.Namespace) -> None:
     from library.data.image_tree import list_images
 
     source, target = Path(args.input), Path(args.output)
+    if not source.exists():
+        raise UserError(f"--input {source}: no such file or folder")
     jobs = [(source, target)]
     if source.is_dir():
         jobs = [(image, target / f"{image.stem}.png") for image in list_images(source, recursive=False, flag="--input")]
@@ -58,10 +60,17 @@ def main(args: argparse.Namespace) -> None:
     if any(image.resolve() == out.resolve() for image, out in jobs):
         raise UserError(f"--output {target}: would replace its source; name another place")
     cv2 = opencv()
+    problems: list[str] = []
     for image, out in jobs:
-        grey = cv2.cvtColor(read_image(image), cv2.COLOR_RGB2GRAY)
+        try:
+            grey = cv2.cvtColor(read_image(image), cv2.COLOR_RGB2GRAY)
+        except UserError as error:
+            problems.append(str(error))
+            continue
         save_image(cv2.Canny(grey, args.thres1, args.thres2), out, "--output")
         print(f"{out}")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -79,3 +79,20 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             run(*words)
         assert end.value.code == 2 and not out.exists()
     assert "not a LoRA of Anima" in capsys.readouterr().err
+
+
+def test_loras_of_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are told by their layers, and by their metadata where layers have the same names."""
+    out = tmp_path / "out.safetensors"
+    for module, metadata in (
+        ("lora_unet_layers_0_attention_qkv", {}),
+        ("lora_unet_double_blocks_0_img_attn_qkv", {}),
+        ("lora_unet_input_blocks_4_1_proj_in", {}),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", {}),
+        ("lora_unet_final_layer_linear", {"ss_base_model_version": "lumina2"}),
+    ):
+        source = saved(tmp_path / "a.safetensors", {f"{module}.alpha": torch.tensor(1.0)}, metadata)
+        with pytest.raises(SystemExit) as end:
+            run(source, out)
+        assert end.value.code == 2 and not out.exists()
+        assert "not a LoRA of Anima" in capsys.readouterr().err

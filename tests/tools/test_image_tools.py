@@ -62,6 +62,10 @@ def test_edges(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str])
     assert "--thres1 -1" in refused(capsys, canny, "--input", folder, "--output", "x", "--thres1", -1)
     assert "notes.md: not an image" in refused(capsys, canny, "--input", folder / "notes.md", "--output", "x.png")
     assert "must end with" in refused(capsys, canny, "--input", folder / "wide.png", "--output", tmp_path / "x")
+    assert "--input absent: no such file or folder" in refused(capsys, canny, "--input", "absent", "--output", "x")
+    (folder / "bad.png").write_text("no image")
+    assert "bad.png: not an image" in refused(capsys, canny, "--input", folder, "--output", tmp_path / "rest")
+    assert sorted(path.name for path in (tmp_path / "rest").iterdir()) == ["turned.png", "wide.png"]
     same = ("--input", folder / "wide.png", "--output", folder / "wide.png")
     assert "would replace its source" in refused(capsys, canny, *same)
 
