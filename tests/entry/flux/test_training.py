@@ -208,7 +208,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def spy(self: Any, latents: Any, timesteps: Any, context: Any, pooled: Any, guidance: Any, **more: Any) -> Any:
         told = {"times": timesteps.tolist(), "guidance": guidance.tolist(), "mask": more["text_mask"]}
-        calls.append({**told, "tokens": context.shape[1], "image": more["image"]})
+        calls.append({**told, "tokens": context.shape[1], "image": more.get("image")})
         return forward(self, latents, timesteps, context, pooled, guidance, **more)
 
     monkeypatch.setattr(Model, "forward", spy)
