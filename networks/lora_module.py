@@ -54,7 +54,7 @@ class LoraModule(AdapterModule):
     @property
     def _sums_in_products(self) -> bool:
         """Whether nothing acts between the two halves, so that the sum can be part of a matrix product."""
-        if self.training and (self.dropouts.neuron or self.dropouts.rank):
+        if self.training and self._drops_between_halves:
             return False
         return isinstance(self.original, nn.Linear) and type(self).low_rank_output is LoraModule.low_rank_output
 
@@ -109,6 +109,11 @@ class LoraModule(AdapterModule):
         if self.training:
             hidden = self._drop(hidden, rank_axis=1 if is_conv else hidden.dim() - 1)
         return F.conv2d(hidden, up) if is_conv else F.linear(hidden, up)
+
+    @property
+    def _drops_between_halves(self) -> bool:
+        """Whether ``_drop`` changes anything."""
+        return bool(self.dropouts.neuron or self.dropouts.rank)
 
     def _drop(self, hidden: Tensor, rank_axis: int) -> Tensor:
         if self.dropouts.neuron:

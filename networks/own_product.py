@@ -1,4 +1,4 @@
-"""Compute Compute W x of an adapted module, for adapters whose change depends on its weight W: DoRA and OFT."""
+"""Compute W x of an adapted module, for adapters whose change depends on its weight W: DoRA and OFT."""
 
 from __future__ import annotations
 

@@ -66,6 +66,10 @@ class SplitLoraModule(LoraInPieces):
         """Return False: each projection's LoRA is dropped by itself."""
         return False
 
+    @property
+    def _drops_between_halves(self) -> bool:
+        return super()._drops_between_halves or bool(self.dropouts.module)
+
     def _drop(self, hidden: Tensor, rank_axis: int) -> Tensor:
         hidden = super()._drop(hidden, rank_axis)
         if self.dropouts.module:
