@@ -43,6 +43,13 @@ class OptimizerOptions:
         below=1,
     )
 
+    @property
+    def finds_learning_rate(self) -> bool:
+        """Whether the optimizer finds the learning rate by itself."""
+        name = self.optimizer_type.lower().rpartition(".")[2]
+        fixed = any(word.replace(" ", "") == "relative_step=False" for word in self.optimizer_args or [])
+        return name.startswith(("dadapt", "prodigy")) or (name == "adafactor" and not fixed)
+
 
 @dataclass(frozen=True)
 class SchedulerOptions:

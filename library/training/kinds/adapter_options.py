@@ -167,13 +167,9 @@ _LOW_LEARNING_RATE = 5e-6
 def low_learning_rate(o: Any, facts: Facts) -> Iterator[Finding]:
     """A default that no one should train with; optimizers that find the learning rate warn by themselves."""
     n, chosen = o.network, o.optimizer
-    name, words = chosen.optimizer_type.lower().rpartition(".")[2], chosen.optimizer_args or []
-    finds_it = name.startswith(("dadapt", "prodigy")) or (
-        name == "adafactor" and not any(word.replace(" ", "") == "relative_step=False" for word in words)
-    )
     if (
         not n.network_module
-        or finds_it
+        or chosen.finds_learning_rate
         or any(word.partition("=")[0].strip() == "network_reg_lrs" for word in n.network_args or [])
     ):
         return

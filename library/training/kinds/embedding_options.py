@@ -8,7 +8,7 @@ from typing import Any
 
 from library.config.arguments import RunOptions, options_of
 from library.config.core.output import OutputOptions
-from library.config.declaration import Declaration, Facts, Finding, error
+from library.config.declaration import Declaration, Facts, Finding, error, warning
 from library.config.fields import option
 from library.config.paths import no_file
 
@@ -69,8 +69,14 @@ def cached_texts(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def learning_rate(o: Any, facts: Facts) -> Iterator[Finding]:
-    if o.optimizer.learning_rate == 0:
+    chosen = o.optimizer
+    if chosen.learning_rate == 0:
         yield error("nothing to train: --learning_rate is 0; 1e-3 to 5e-3 are common for embeddings")
+    elif chosen.learning_rate == type(chosen).learning_rate and not chosen.finds_learning_rate:
+        yield warning(
+            f"--learning_rate {chosen.learning_rate:g} (the default): teaches a word next to nothing; 1e-3 to 5e-3 are "
+            "common for embeddings (docs/textual_inversion.md)"
+        )
 
 
 DECLARATION = Declaration(
