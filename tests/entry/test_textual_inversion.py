@@ -226,6 +226,15 @@ def test_mistakes(
     assert ended.value.code == 2 and len(lines) == 1 and words in lines[0], lines
 
 
+def test_a_default_that_teaches_nothing_is_named(
+    tmp_path: Path, sd_word: Whole, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rate, optimizer, named in ((2e-6, "AdamW", True), (2e-6, "Prodigy", False), (1e-3, "AdamW", False)):
+        options = {"learning_rate": rate, "optimizer_type": optimizer, "dry_run": True}
+        sd_word.train(dataset, tmp_path / "out", **{**WORD, **options})
+        assert ("teaches a word next to nothing; 1e-3 to 5e-3" in capsys.readouterr().err) == named
+
+
 def test_the_vocabulary_is_no_parameter(tmp_path: Path, sd_word: Whole, dataset: Path) -> None:
     assert Embedding.keeps_copies and not Embedding.records_run
     sd_word.train(dataset, tmp_path, **WORD, dry_run=True)
