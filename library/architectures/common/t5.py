@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from library.architectures.common.recognise import recognise_tensors, refuse_sca
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes
+from library.architectures.common.tokenizer_files import sentencepiece_tokenizer
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -145,15 +145,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import T5Tokenizer
 
-    if not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
-        raise UserError(
-            f"{folder / 'spiece.model'}: reading it needs the package sentencepiece, which is not installed; "
-            "pip install sentencepiece, or put T5's tokenizer.json beside it"
-        )
-    try:
-        return T5Tokenizer.from_pretrained(str(folder))
-    except Exception as error:  # damaged files raise many kinds of errors
-        raise UserError(f"{folder}: T5's tokenizer cannot be read ({error!r}); download it again") from None
+    return sentencepiece_tokenizer(T5Tokenizer, folder, of="T5", file="spiece.model")
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int) -> tuple[Tensor, Tensor]:

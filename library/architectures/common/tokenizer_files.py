@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from library.errors import UserError
 from library.files.atomic import atomic_path
@@ -147,3 +149,25 @@ def _copy(source: Path, target: Path, kind: TokenizerKind) -> Path:
             with atomic_path(target / name) as part:
                 shutil.copyfile(source / name, part)
     return target
+
+
+def sentencepiece_tokenizer(kind: Any, folder: Path, *, of: str, file: str) -> Any:
+    """Load a tokenizer of transformers from its tokenizer.json, or from the published model of sentencepiece.
+
+    Args:
+        kind: the tokenizer's class.
+        of: the model's name, for messages.
+        file: name of the model of sentencepiece.
+
+    Raises:
+        UserError: the file is damaged, or the model of sentencepiece cannot be read here.
+    """
+    if not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{folder / file}: reading it needs the package sentencepiece, which is not installed; "
+            f"pip install sentencepiece, or put {of}'s tokenizer.json beside it"
+        )
+    try:
+        return kind.from_pretrained(str(folder))
+    except Exception as error:  # damaged files raise many kinds of errors
+        raise UserError(f"{folder}: {of}'s tokenizer cannot be read ({error!r}); download it again") from None

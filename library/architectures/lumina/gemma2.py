@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from library.architectures.common.recognise import recognise_tensors, refuse_sca
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes
+from library.architectures.common.tokenizer_files import sentencepiece_tokenizer
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,15 +121,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import GemmaTokenizer
 
-    if not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
-        raise UserError(
-            f"{folder / 'tokenizer.model'}: reading it needs the package sentencepiece, which is not installed; "
-            "pip install sentencepiece, or put Gemma2's tokenizer.json beside it"
-        )
-    try:
-        return GemmaTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # damaged files raise many kinds of errors
-        raise UserError(f"{folder}: Gemma2's tokenizer cannot be read ({error!r}); download it again") from None
+    return sentencepiece_tokenizer(GemmaTokenizer, folder, of="Gemma2", file="tokenizer.model")
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], *, length: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.architectures.common import clip, clip_text, t5
+from library.architectures.common import clip, clip_text, t5, tokenizer_files
 from library.architectures.common.ae import SCALE, SHIFT, ae_source, load_ae
 from library.architectures.common.kl_vae import decode_latents, encode_images
 from library.architectures.common.loading import load_frozen
@@ -173,7 +173,7 @@ def test_t5_tokens_end_are_cut_and_filled_up(made: MadeFlux) -> None:
 
 def test_t5_tokenizers_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "spiece.model").write_bytes(b"not a model")
-    monkeypatch.setattr(t5, "find_spec", lambda _name: None)
+    monkeypatch.setattr(tokenizer_files, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match="spiece.model: reading it needs the package sentencepiece"):
         t5.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
