@@ -98,6 +98,12 @@ def test_stop_and_replay(tmp_path: Path, tiny: Tiny, poisoned: Path, capsys: pyt
 #: by the usual module of a family, one whose networks draw something in every step
 DRAWING_NETWORKS: dict[str, tuple[str, str, dict[str, object]]] = {
     "networks.lora_sd3": ("networks.lora_sd3", "LoraSD3Network", {"network_args": ["rank_dropout=0.5"]}),
+    "networks.lora_lumina": ("networks.lora_lumina", "LoraLuminaNetwork", {"network_args": ["rank_dropout=0.5"]}),
+    "networks.lora_hunyuan_image": (
+        "networks.lora_hunyuan_image",
+        "LoraHunyuanImageNetwork",
+        {"network_args": ["rank_dropout=0.5"]},
+    ),
     "networks.lora": ("networks.dylora", "DyLoraNetwork", {"network_dim": 8}),
     "networks.lora_flux": (
         "networks.lora_flux",
