@@ -263,17 +263,19 @@ class AdapterNetwork(nn.Module, ABC):
             UserError: the number of learning rates fits no text encoder, or all learning rates are 0.
         """
         text_parts = [part for part in self.parts if part.is_text_encoder]
-        text_rates = list(text_encoder_lr) if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
+        text_rates: list[Any] = (
+            list(text_encoder_lr) if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
+        )
         if len(text_rates) <= 1:
             text_rates = (text_rates or [None]) * len(text_parts)
         elif len(text_rates) != len(text_parts):
             counts = f"{len(text_rates)} values, and text encoders are {len(text_parts)}"
             raise UserError(f"--text_encoder_lr has {counts}; give one for all, or one for each")
-        text_rates = iter(text_rates)
+        rates_of_encoders = iter(text_rates)
         groups: list[dict[str, Any]] = []
         descriptions: list[str] = []
         for part in self.parts:
-            part_rate = next(text_rates) if part.is_text_encoder else unet_lr
+            part_rate = next(rates_of_encoders) if part.is_text_encoder else unet_lr
             part_rate = default_lr if part_rate is None else part_rate
             for rate_group in self.rate_groups(part):
                 rate = part_rate if rate_group.rate is None else rate_group.rate

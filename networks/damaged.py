@@ -23,7 +23,8 @@ def refuse_damaged(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         UserError: naming the first tensor of the kind.
     """
     check = FiniteCheck()
-    zero_alphas, low_rank = [], set()
+    zero_alphas: list[str] = []
+    low_rank: set[str] = set()
     for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
         if name.endswith(".alpha"):
             if tensor.numel() != 1:

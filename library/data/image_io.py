@@ -86,7 +86,7 @@ def read_image(path: Path | str, *, background: str = "white") -> np.ndarray:
     Raises:
         UserError: not an image, empty, cut short, or of a kind that needs a package.
     """
-    return _decode(path, lambda image: [_to_rgb(image, background)])[0]
+    return _decode(Path(path), lambda image: [_to_rgb(image, background)])[0]
 
 
 def read_image_and_alpha(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -52,7 +52,7 @@ def encode_text(
     Args:
         apply_t5_mask: keep T5 from attending to padding (--apply_t5_attn_mask).
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     if t5_encoder is not None:
         mask = tokens["t5_mask"]
         states = t5.encode(t5_encoder, tokens["t5_ids"], mask if apply_t5_mask else None)

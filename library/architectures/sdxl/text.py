@@ -40,7 +40,7 @@ def tokenize(
         window of the second, which the pooled output is taken from; if ``weighted``, ``weights1``, ``weights2``
         (B, n, 77) float32.
     """
-    tokens = {}
+    tokens: dict[str, Tensor] = {}
     for number, tokenizer in enumerate(tokenizers, start=1):
         found = clip_text.tokenize(tokenizer, captions, max_token_length=max_token_length, weighted=weighted)
         tokens |= {f"{name}{number}": values for name, values in found.items()}

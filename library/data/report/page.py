@@ -96,11 +96,11 @@ def _kind(kind: str, findings: Sequence[Finding], thumbnails: Mapping[Path, str]
         images += f"and {more} more" if more > 0 else ""
         what = f"<span class={finding.severity}>{finding.severity}</span>: {_text(finding.text)}{detail}"
         rows.append((images, what) if finding.images else ("", what))
-    more = _more(len(findings) - MOST_FINDINGS)
+    rest = _more(len(findings) - MOST_FINDINGS)
     open_ = " open" if any(finding.severity != "info" for finding in findings) else ""
     return (
         f"<details{open_}><summary>{_text(KINDS[kind])}: {len(findings)}</summary>"
-        f"{_table(('images', 'what'), rows)}{more}</details>"
+        f"{_table(('images', 'what'), rows)}{rest}</details>"
     )
 
 

@@ -195,7 +195,8 @@ def _warnings_as_findings(collector: Collector) -> Iterator[None]:
 
 def _sides(images: _Images, data: TrainingData) -> Iterator[tuple[str, list[ImageRecord], list[ImageRecord]]]:
     """Return pairs of image sets that must be disjoint, with a name for each pair."""
-    train, regularization = [], []
+    train: list[ImageRecord] = []
+    regularization: list[ImageRecord] = []
     for subset, records in images.by_subset:
         (regularization if subset.is_reg else train).extend(records)
     yield "regularization and training", regularization, train
