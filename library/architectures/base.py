@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from library.architectures.common import kl_vae
 from library.architectures.lora_target import LoraTarget
 from library.architectures.part import DENOISER, VAE, text_encoder_name
 from library.architectures.ragged import joined
@@ -376,19 +377,21 @@ class Architecture(WholeModels, ABC):
 
     # ---- latents ----
 
-    @abstractmethod
     def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) latents as cache files store them, one draw per generator."""
+        latents = kl_vae.encode_images(vae, pixels, generators)
+        return self._scaled(latents) if self.latent.stored_scaled else latents
 
     def scale_latents(self, latents: Tensor) -> Tensor:
         """Scale stored latents for the denoiser."""
-        if self.latent.stored_scaled:
-            return latents
+        return latents if self.latent.stored_scaled else self._scaled(latents)
+
+    def _scaled(self, latents: Tensor) -> Tensor:
         return (latents - self.latent.shift) * self.latent.scale
 
-    @abstractmethod
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Denoiser latents (B, C, h, w) -> pixels (B, 3, H, W) in [-1, 1], float32."""
+        return kl_vae.decode_latents(vae, latents / self.latent.scale + self.latent.shift)
 
     # ---- diffusion ----
 

@@ -211,14 +211,6 @@ class LatentDiffusion(HasControlNets, Architecture):
         # the tokenizers of a family differ only in their padding
         return clip_text.caption_length(tokenizers[0], caption, max_token_length=max_token_length, weighted=weighted)
 
-    # ---- latents ----
-
-    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        return kl_vae.encode_images(vae, pixels, generators)
-
-    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return kl_vae.decode_latents(vae, latents / self.latent.scale + self.latent.shift)
-
     # ---- diffusion ----
 
     @abstractmethod

@@ -22,7 +22,7 @@ from library.architectures.base import (
     WeightsIdentity,
 )
 from library.architectures.common import ae as flux_vae
-from library.architectures.common import clip, clip_text, kl_vae, t5
+from library.architectures.common import clip, clip_text, t5
 from library.architectures.common.attention import check_backend
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.controlnet import as_features
@@ -254,14 +254,6 @@ class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
         *clip_encoders, t5_encoder = text_encoders
         clip_encoder = clip_encoders[0] if clip_encoders else None
         return flux_text.encode_text(clip_encoder, t5_encoder, tokens, apply_t5_mask=self.masks_text)
-
-    # ---- latents ----
-
-    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        return (kl_vae.encode_images(vae, pixels, generators) - self.latent.shift) * self.latent.scale
-
-    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return kl_vae.decode_latents(vae, latents / self.latent.scale + self.latent.shift)
 
     # ---- diffusion ----
 

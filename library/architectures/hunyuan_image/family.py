@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from library.architectures.base import (
@@ -21,7 +20,7 @@ from library.architectures.base import (
     TextFormat,
     WeightsIdentity,
 )
-from library.architectures.common import kl_vae, t5
+from library.architectures.common import t5
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.flow_matching import FlowMatching
 from library.architectures.common.identity import weights_identity
@@ -161,14 +160,6 @@ class HunyuanImage21(FlowMatching, TransformerFile, Architecture):
             "rescale": own["guidance_rescale"],
             "rescale_projected": own["guidance_rescale_apg"],
         }
-
-    # ---- latents ----
-
-    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        return kl_vae.encode_images(vae, pixels, generators)
-
-    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return kl_vae.decode_latents(vae, latents / self.latent.scale)
 
     # ---- diffusion ----
 

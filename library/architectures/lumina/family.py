@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from library.architectures.base import (
@@ -20,7 +19,7 @@ from library.architectures.base import (
     TextFormat,
     WeightsIdentity,
 )
-from library.architectures.common import ae, clip, kl_vae
+from library.architectures.common import ae, clip
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.flow_matching import FlowMatching
 from library.architectures.common.identity import weights_identity
@@ -178,14 +177,6 @@ class LuminaImage2(FlowMatching, TransformerFile, Architecture):
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         states = gemma2.encode(text_encoders[0], ids, mask)
         return Conditioning({"hidden_state": states, "attention_mask": mask, "input_ids": ids})
-
-    # ---- latents ----
-
-    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        return (kl_vae.encode_images(vae, pixels, generators) - self.latent.shift) * self.latent.scale
-
-    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return kl_vae.decode_latents(vae, latents / self.latent.scale + self.latent.shift)
 
     # ---- diffusion ----
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from library.architectures.base import (
@@ -243,14 +242,6 @@ class StableDiffusion3(Architecture):
             device = encoded["lg_out"].device
             encoded = Conditioning({**encoded.tensors, "crop": drawn.to(device, non_blocking=True)})
         return encoded
-
-    # ---- latents ----
-
-    def encode_images(self, vae: nn.Module, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        return kl_vae.encode_images(vae, pixels, generators)
-
-    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        return kl_vae.decode_latents(vae, latents / self.latent.scale + self.latent.shift)
 
     # ---- diffusion ----
 
