@@ -281,6 +281,15 @@ class ModelRecord:
     resolution: str
     prediction_type: str | None = None
 
+    def modelspec(self) -> dict[str, str]:
+        """Return the answer of ``Architecture.modelspec``, without a prediction type where there is none."""
+        found = {
+            "architecture": self.architecture,
+            "implementation": self.implementation,
+            "default_resolution": self.resolution,
+        }
+        return found if self.prediction_type is None else {**found, "prediction_type": self.prediction_type}
+
 
 @dataclass(frozen=True)
 class AdapterFamily:

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from library.config.declaration import Finding, Implied, error
+from library.config.declaration import Declaration, Facts, Finding, Implied, error
+from library.config.fields import option
 from library.errors import UserError
 
 O = TypeVar("O")
@@ -15,14 +16,29 @@ O = TypeVar("O")
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
-def misfits(o: Any, count: int) -> Iterator[Finding]:
-    """Yield what blocks in host memory do not go with.
+def count_option() -> Any:
+    """Return the field ``blocks_to_swap`` of a family's options, which joins ``SWAPPING`` to its declaration."""
+    return option(
+        None,
+        "blocks that wait in host memory until they run; turns on gradient checkpointing",
+        type=int,
+        unit="blocks",
+        minimum=0,
+        harmless=True,
+        neutral=(0,),
+    )
 
-    Args:
-        o: all options.
-        count: blocks that wait there; 0 or None for none.
-    """
-    if not count:
+
+def count_of(options: Any) -> int:
+    """Return how many blocks wait in host memory; a family with another spelling says it as ``swapped``."""
+    groups = (getattr(options, field.name) for field in dataclasses.fields(options))
+    counts = (getattr(group, "swapped", None) or getattr(group, "blocks_to_swap", None) for group in groups)
+    return next(filter(None, counts), 0)
+
+
+def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
+    """Blocks in host memory do not go with everything."""
+    if not count_of(o):
         return
     if "full" in o.groups() and not (o.optimizer.fused_backward_pass or o.full.blockwise_fused_optimizers):
         yield error(
@@ -61,6 +77,9 @@ def is_given(options: Any) -> bool:
     return any(getattr(group, "blocks_to_swap", None) for group in groups)
 
 
-def checkpointing(count: int) -> Implied | None:
-    """Return that gradient checkpointing is on, where blocks are swapped."""
-    return Implied(True, "follows from --blocks_to_swap") if count else None
+def checkpointing(o: Any) -> Implied | None:
+    """Gradient checkpointing is on where blocks are swapped."""
+    return Implied(True, "follows from --blocks_to_swap") if count_of(o) else None
+
+
+SWAPPING = Declaration(rules=(swapping,), follows={"gradient_checkpointing": checkpointing})

@@ -381,12 +381,7 @@ class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
 
     def modelspec(self, info: ModelInfo) -> dict[str, str]:
         # no prediction type, as published
-        record = RECORDS[self._kind or DEV]
-        return {
-            "architecture": record.architecture,
-            "implementation": record.implementation,
-            "default_resolution": record.resolution,
-        }
+        return RECORDS[self._kind or DEV].modelspec()
 
 
 FLUX = Flux()

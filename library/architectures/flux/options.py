@@ -8,7 +8,7 @@ from typing import Any
 
 from library.architectures.network_args import is_switched_on
 from library.config import block_swap
-from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined, warning
+from library.config.declaration import Declaration, Facts, Finding, error, idle, joined, warning
 from library.config.fields import option
 from library.config.flow import FLOW
 from library.config.frozen_encoders import FROZEN_ENCODERS
@@ -46,15 +46,7 @@ class FluxModelOptions:
         unit="",
         minimum=0,
     )
-    blocks_to_swap: int | None = option(
-        None,
-        "blocks that wait in host memory until they run; turns on gradient checkpointing",
-        type=int,
-        unit="blocks",
-        minimum=0,
-        harmless=True,
-        neutral=(0,),
-    )
+    blocks_to_swap: int | None = block_swap.count_option()
     split_mode: bool = option(False, "old form of --blocks_to_swap 18", harmless=True)
 
     @property
@@ -128,14 +120,9 @@ def controlnet(o: Any, facts: Facts) -> Iterator[Finding]:
         )
 
 
-def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
+def split_mode(o: Any, facts: Facts) -> Iterator[Finding]:
     if o.flux.split_mode and not o.flux.blocks_to_swap:
         yield warning(f"--split_mode: taken as --blocks_to_swap {SPLIT_MODE}, which replaced it")
-    yield from block_swap.misfits(o, o.flux.swapped)
-
-
-def checkpointing(o: Any) -> Implied | None:
-    return block_swap.checkpointing(o.flux.swapped)
 
 
 @idle("split_mode", reason="beside --blocks_to_swap, which wins")
@@ -151,6 +138,7 @@ def no_chroma(o: Any, facts: Facts) -> Iterator[Finding]:
 _COMMON = joined(
     FLOW,
     FROZEN_ENCODERS,
+    block_swap.SWAPPING,
     Declaration(
         texts={
             "network_module": "what is trained: networks.lora_flux (or oft_flux), or a third-party module such as "
@@ -160,8 +148,7 @@ _COMMON = joined(
             "text_encoder_lr": "learning rate of the text encoders' adapters: one, or one for each of CLIP-L and T5-XXL",
             "text_encoder_lr2": "the same of T5-XXL, which is trained with train_t5xxl=True in --network_args only",
         },
-        rules=(guidance, chroma_mask, what_is_trained, swapping),
-        follows={"gradient_checkpointing": checkpointing},
+        rules=(guidance, chroma_mask, what_is_trained, split_mode),
         idle=(no_clip, t5_is_frozen, blocks_win),
         unused={
             "v2": "with FLUX.1, which is no Stable Diffusion 2.x",

@@ -198,11 +198,7 @@ class HunyuanImage21(FlowMatching, TransformerFile, Architecture):
 
     def modelspec(self, info: ModelInfo) -> dict[str, str]:
         # no prediction type, as that of FLUX.1: "epsilon", as published, would be wrong
-        return {
-            "architecture": RECORD.architecture,
-            "implementation": RECORD.implementation,
-            "default_resolution": RECORD.resolution,
-        }
+        return RECORD.modelspec()
 
 
 def _byte_tokenizer() -> ByT5Tokenizer:

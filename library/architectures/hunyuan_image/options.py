@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from library.config import block_swap
-from library.config.declaration import Declaration, Facts, Finding, Implied, joined
+from library.config.declaration import Declaration, joined
 from library.config.fields import option
 from library.config.flow import FLOW, FlowOptions
 from library.config.frozen_encoders import FROZEN_ENCODERS
@@ -48,23 +46,7 @@ class HunyuanOptions:
         minimum=1,
         harmless=True,
     )
-    blocks_to_swap: int | None = option(
-        None,
-        "blocks that wait in host memory until they run; turns on gradient checkpointing",
-        type=int,
-        unit="blocks",
-        minimum=0,
-        harmless=True,
-        neutral=(0,),
-    )
-
-
-def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
-    yield from block_swap.misfits(o, o.hunyuan_image.blocks_to_swap)
-
-
-def checkpointing(o: Any) -> Implied | None:
-    return block_swap.checkpointing(o.hunyuan_image.blocks_to_swap)
+    blocks_to_swap: int | None = block_swap.count_option()
 
 
 _FROZEN_TEXT = "the text encoders of HunyuanImage-2.1 are not trained"
@@ -73,6 +55,7 @@ DECLARATION = joined(
     Declaration(groups={"hunyuan_image": HunyuanOptions}),
     FLOW,
     FROZEN_ENCODERS,
+    block_swap.SWAPPING,
     Declaration(
         groups={"flow": HunyuanFlowOptions},
         texts={
@@ -82,8 +65,6 @@ DECLARATION = joined(
             "unet_lr": "learning rate of the transformer's adapters (as --learning_rate, if not given)",
             "vae": "VAE of HunyuanImage-2.1: a .safetensors file, or a Diffusers folder; required",
         },
-        rules=(swapping,),
-        follows={"gradient_checkpointing": checkpointing},
         unused={
             "v2": "with HunyuanImage-2.1, which is not Stable Diffusion 2.x",
             "clip_skip": "with HunyuanImage-2.1, which has no CLIP",

@@ -216,11 +216,7 @@ class LuminaImage2(FlowMatching, TransformerFile, Architecture):
 
     def modelspec(self, info: ModelInfo) -> dict[str, str]:
         # no prediction type, as published
-        return {
-            "architecture": RECORD.architecture,
-            "implementation": RECORD.implementation,
-            "default_resolution": RECORD.resolution,
-        }
+        return RECORD.modelspec()
 
 
 LUMINA = LuminaImage2()

@@ -8,7 +8,7 @@ from typing import Any
 
 from library.config import block_swap
 from library.config.attention import missing_package
-from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
+from library.config.declaration import Declaration, Facts, Finding, error, idle, joined
 from library.config.fields import option
 from library.config.flow import FLOW, FlowOptions
 from library.config.frozen_encoders import FROZEN_ENCODERS
@@ -63,15 +63,7 @@ class LuminaOptions:
     sample_batch_size: int | None = option(
         None, "sample images that are generated together", type=int, unit="images", minimum=1, harmless=True
     )
-    blocks_to_swap: int | None = option(
-        None,
-        "blocks that wait in host memory until they run; turns on gradient checkpointing",
-        type=int,
-        unit="blocks",
-        minimum=0,
-        harmless=True,
-        neutral=(0,),
-    )
+    blocks_to_swap: int | None = block_swap.count_option()
 
 
 def flash_package(o: Any, facts: Facts) -> Iterator[Finding]:
@@ -91,17 +83,10 @@ def flash_wins(o: Any) -> bool:
     return o.lumina.use_flash_attn
 
 
-def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
-    yield from block_swap.misfits(o, o.lumina.blocks_to_swap)
-
-
-def checkpointing(o: Any) -> Implied | None:
-    return block_swap.checkpointing(o.lumina.blocks_to_swap)
-
-
 DECLARATION = joined(
     FLOW,
     FROZEN_ENCODERS,
+    block_swap.SWAPPING,
     Declaration(
         groups={"flow": LuminaFlowOptions, "lumina": LuminaOptions},
         texts={
@@ -110,8 +95,7 @@ DECLARATION = joined(
             "unet_lr": "learning rate of the transformer's adapters (as --learning_rate, if not given)",
             "text_encoder_lr": "learning rate of Gemma2's adapters",
         },
-        rules=(flash_package, swapping),
-        follows={"gradient_checkpointing": checkpointing},
+        rules=(flash_package,),
         idle=(flash_wins,),
         refused={
             "use_sage_attn": "its attention has no backward pass, so nothing can be trained with it; use "

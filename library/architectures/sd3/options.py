@@ -89,15 +89,7 @@ class SD3Options:
     training_shift: float = option(
         1.0, "shift of the training timesteps; above 1 trains noisier images more often", type=float, unit="", above=0
     )
-    blocks_to_swap: int | None = option(
-        None,
-        "blocks that wait in host memory until they run; turns on gradient checkpointing",
-        type=int,
-        unit="blocks",
-        minimum=0,
-        harmless=True,
-        neutral=(0,),
-    )
+    blocks_to_swap: int | None = block_swap.count_option()
 
 
 def trains_t5(network: Any) -> bool:
@@ -135,17 +127,10 @@ def what_is_trained(o: Any, facts: Facts) -> Iterator[Finding]:
         yield error("--network_args train_t5xxl=True: not with --network_train_unet_only; remove one of them")
 
 
-def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
-    yield from block_swap.misfits(o, o.sd3.blocks_to_swap)
-
-
-def checkpointing(o: Any) -> Implied | None:
-    return block_swap.checkpointing(o.sd3.blocks_to_swap)
-
-
 DECLARATION = joined(
     Declaration(groups={"sd3": SD3Options}),
     WEIGHTING,
+    block_swap.SWAPPING,
     Declaration(
         texts={
             "network_module": "what is trained: networks.lora_sd3, or a third-party module such as lycoris.kohya",
@@ -154,8 +139,7 @@ DECLARATION = joined(
             "text_encoder_lr": "learning rate of the text encoders' adapters: one, or one for each of CLIP-L, CLIP-G and "
             "T5-XXL",
         },
-        rules=(devices, what_is_trained, swapping),
-        follows={"gradient_checkpointing": checkpointing},
+        rules=(devices, what_is_trained),
         idle=(saves_no_encoders,),
         unused={
             "v2": "with Stable Diffusion 3, which is not Stable Diffusion 2.x",
