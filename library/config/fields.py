@@ -72,6 +72,11 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def with_default(group: type, name: str, default: Any) -> Any:
+    """Declare again, in a subclass, the option of a group that differs in its default alone."""
+    return dataclasses.field(default=default, metadata=group.__dataclass_fields__[name].metadata)  # type: ignore[attr-defined]
+
+
 def out_of_range(field: dataclasses.Field[Any], value: Any) -> str | None:
     """Return what is wrong with a number, or with one of a list, by the option's limits; None if nothing is."""
     for number in value if isinstance(value, (list, tuple)) else [value]:

@@ -9,7 +9,7 @@ from typing import Any
 from library.config import block_swap
 from library.config.attention import missing_package
 from library.config.declaration import Declaration, Facts, Finding, error, idle, joined
-from library.config.fields import option
+from library.config.fields import option, with_default
 from library.config.flow import FLOW, FlowOptions
 from library.config.frozen_encoders import FROZEN_ENCODERS
 
@@ -28,15 +28,8 @@ class LuminaFlowOptions(FlowOptions):
         "moved by the image's size (nextdit_shift)",
         choices=["sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"],
     )
-    model_prediction_type: str = option(
-        "raw",
-        "how the model's output is compared: as velocity (raw), times the noise level (sigma_scaled), or added "
-        "to the noisy image (additive)",
-        choices=["raw", "additive", "sigma_scaled"],
-    )
-    discrete_flow_shift: float = option(
-        6.0, "shift of --timestep_sampling sigma and shift; above 1 trains more noise", type=float, unit="", above=0
-    )
+    model_prediction_type: str = with_default(FlowOptions, "model_prediction_type", "raw")
+    discrete_flow_shift: float = with_default(FlowOptions, "discrete_flow_shift", 6.0)
 
 
 @dataclass(frozen=True)
