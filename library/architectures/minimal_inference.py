@@ -64,6 +64,32 @@ class ImageRequest:
     merged_file: str | None = None  # the denoiser with its LoRA, saved instead of images
 
 
+#: settings that every script has
+_SETTINGS = ("negative_prompt", "width", "height", "steps", "scale")
+
+
+def usual_request(options: Any, flags: Mapping[str, str], **more: Any) -> ImageRequest:
+    """Return the request of a script whose options are in groups and fields of the usual names.
+
+    Args:
+        options: with the groups ``image``, ``networks`` and ``precision``.
+        flags: of ``MinimalInference``.
+        more: further settings.
+    """
+    image, networks = options.image, options.networks
+    settings = {name: getattr(image, flags.get(name, name)) for name in _SETTINGS}
+    return ImageRequest(
+        prompt=image.prompt,
+        interactive=image.interactive,
+        output_dir=image.output_dir,
+        seed=image.seed,
+        settings={**settings, **more},
+        lora_weights=networks.lora_weights,
+        merge_lora_weights=networks.merge_lora_weights,
+        offload=options.precision.offload,
+    )
+
+
 @dataclass(frozen=True)
 class ModelPart:
     """One part of the model: its name in the flags, and how it is kept in memory."""

@@ -18,12 +18,16 @@ PACKAGES: dict[str, tuple[str, str] | None] = {
 }
 
 
-def missing_package(mode: str, flag: str) -> str | None:
-    """Return the error for an implementation whose package is not installed, or ``None``."""
+def missing_package(mode: str, flag: str, *, otherwise: str = ", or use --sdpa") -> str | None:
+    """Return the error for an implementation whose package is not installed, or ``None``.
+
+    Args:
+        otherwise: the end of the advice.
+    """
     needed = PACKAGES.get(mode)
     if needed is None or importlib.util.find_spec(needed[0]) is not None:
         return None
-    return f"{flag}: the package {needed[0]} is not installed; pip install {needed[1]}, or use --sdpa"
+    return f"{flag}: the package {needed[0]} is not installed; pip install {needed[1]}{otherwise}"
 
 
 def attention_that_works(o: Any, facts: Facts) -> Iterator[Finding]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from library.architectures.minimal_inference import (
-    ImageRequest,
     LoraWeightsOptions,
     MinimalInference,
     ModelPart,
     OpenedModel,
+    usual_request,
 )
 from library.config.fields import option
 from library.errors import UserError
@@ -93,26 +94,6 @@ def _findings(options: Any) -> Iterator[str]:
         yield str(error)
 
 
-def _request(options: Any) -> ImageRequest:
-    image, networks = options.image, options.networks
-    return ImageRequest(
-        prompt=image.prompt,
-        interactive=image.interactive,
-        output_dir=image.output_dir,
-        seed=image.seed,
-        settings={
-            "negative_prompt": image.negative_prompt,
-            "width": image.width,
-            "height": image.height,
-            "steps": image.steps,
-            "scale": image.cfg_scale,
-        },
-        lora_weights=networks.lora_weights,
-        merge_lora_weights=networks.merge_lora_weights,
-        offload=options.precision.offload,
-    )
-
-
 def _open(options: Any) -> OpenedModel:
     from library.architectures.flux.options import FluxModelOptions
 
@@ -155,6 +136,7 @@ def _inspect(given: FluxFilesOptions) -> tuple[FluxCheckpoint, Flux]:
     return checkpoint, family.for_model(checkpoint)
 
 
+_FLAGS = {"scale": "cfg_scale"}
 INFERENCE = MinimalInference(
     groups={
         "files": FluxFilesOptions,
@@ -162,8 +144,8 @@ INFERENCE = MinimalInference(
         "networks": LoraWeightsOptions,
         "precision": FluxPrecisionOptions,
     },
-    request=_request,
+    request=partial(usual_request, flags=_FLAGS),
     open=_open,
     findings=_findings,
-    flags={"scale": "cfg_scale"},
+    flags=_FLAGS,
 )

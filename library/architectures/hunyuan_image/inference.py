@@ -5,7 +5,6 @@ This file imports torch and models within functions only, because ``--help`` rea
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,16 +13,11 @@ from typing import Any
 
 from library.architectures.minimal_inference import ImageRequest, MinimalInference, ModelPart, OpenedModel
 from library.config import prompt_options as read
+from library.config.attention import missing_package
 from library.config.fields import option
 from library.config.prompt_options import PromptOption
 from library.memory.part_dtypes import PartDtype
 
-#: --attn_mode -> (the package that it needs, the name in pip)
-_PACKAGES = {
-    "flash": ("flash_attn", "flash-attn"),
-    "sageattn": ("sageattention", "sageattention"),
-    "xformers": ("xformers", "xformers"),
-}
 _OUTPUTS = {"images": ("image",), "latent": ("latent",), "latent_images": ("image", "latent")}
 
 
@@ -165,9 +159,8 @@ def _findings(options: Any) -> Iterator[str]:
         yield f"--vae_chunk_size {memory.vae_chunk_size}: must be at least 1"
     if memory.blocks_to_swap < 0:
         yield f"--blocks_to_swap {memory.blocks_to_swap}: must be at least 0"
-    package, name = _PACKAGES.get(memory.attn_mode, ("", ""))
-    if package and importlib.util.find_spec(package) is None:
-        yield f"--attn_mode {memory.attn_mode}: the package {package} is not installed; pip install {name}"
+    if missing := missing_package(memory.attn_mode, f"--attn_mode {memory.attn_mode}", otherwise=""):
+        yield missing
     save = Path(image.save_path or "")
     if save.suffix.lower() == ".png" and (image.from_file or image.interactive or len(image.latent_path) > 1):
         yield f"--save_path {save}: names one image, and there may be several; give a folder"

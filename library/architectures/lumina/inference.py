@@ -5,9 +5,8 @@ This file imports torch and models within functions only, because ``--help`` rea
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from library.architectures.minimal_inference import (
@@ -16,15 +15,18 @@ from library.architectures.minimal_inference import (
     MinimalInference,
     ModelPart,
     OpenedModel,
+    usual_request,
 )
 from library.config import prompt_options as read
+from library.config.attention import missing_package
 from library.config.fields import option
 from library.config.prompt_options import PromptOption
 from library.errors import UserError
 from library.memory.part_dtypes import PartDtype, read_part_dtypes
 
-#: flag of an attention -> (the package that it needs, the name in pip)
-_PACKAGES = {"use_flash_attn": ("flash_attn", "flash-attn"), "use_sage_attn": ("sageattention", "sageattention")}
+_FLAGS = {"width": "image_width", "height": "image_height", "scale": "guidance_scale"}
+#: flag of an attention -> the implementation
+_ATTENTION = {"use_flash_attn": "flash", "use_sage_attn": "sageattn"}
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,11 @@ def _findings(options: Any) -> Iterator[str]:
         yield "--add_system_prompt_to_negative_prompt: there is none; give --system_prompt"
     if precision.use_flash_attn and precision.use_sage_attn:
         yield "--use_flash_attn and --use_sage_attn exclude each other; leave one out"
-    for flag, (package, name) in _PACKAGES.items():
+    for flag, mode in _ATTENTION.items():
         if getattr(precision, flag) and precision.dtype in ("fp32", "float", "float32"):
             yield f"--{flag}: works in half precision only; use --dtype bf16, or leave it out"
-        if getattr(precision, flag) and importlib.util.find_spec(package) is None:
-            yield f"--{flag}: the package {package} is not installed; pip install {name}, or leave it out"
+        if getattr(precision, flag) and (missing := missing_package(mode, f"--{flag}", otherwise=", or leave it out")):
+            yield missing
     try:
         part_dtypes(precision)
     except UserError as error:
@@ -114,28 +116,15 @@ def _findings(options: Any) -> Iterator[str]:
 
 
 def _request(options: Any) -> ImageRequest:
-    image, networks = options.image, options.networks
-    settings: Mapping[str, Any] = {
-        "negative_prompt": image.negative_prompt,
-        "width": image.image_width,
-        "height": image.image_height,
-        "steps": image.steps,
-        "scale": image.guidance_scale,
-        "flow_shift": image.discrete_flow_shift,
-        "cfg_trunc_ratio": image.cfg_trunc_ratio,
-        "renorm_cfg": image.renorm_cfg,
-    }
-    return ImageRequest(
-        prompt=image.prompt,
-        interactive=image.interactive,
-        output_dir=image.output_dir,
-        seed=image.seed,
-        settings=settings,
-        lora_weights=networks.lora_weights,
-        merge_lora_weights=networks.merge_lora_weights,
-        offload=options.precision.offload,
-        device=options.precision.device,
+    image = options.image
+    made = usual_request(
+        options,
+        _FLAGS,
+        flow_shift=image.discrete_flow_shift,
+        cfg_trunc_ratio=image.cfg_trunc_ratio,
+        renorm_cfg=image.renorm_cfg,
     )
+    return replace(made, device=options.precision.device)
 
 
 def _open(options: Any) -> OpenedModel:
@@ -186,7 +175,7 @@ INFERENCE = MinimalInference(
     request=_request,
     open=_open,
     findings=_findings,
-    flags={"width": "image_width", "height": "image_height", "scale": "guidance_scale"},
+    flags=_FLAGS,
     prompt_options=(
         PromptOption("g", "scale", read.number, "guidance_scale"),
         PromptOption("ctr", "cfg_trunc_ratio", read.share, own=True),

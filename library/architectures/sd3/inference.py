@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from library.architectures.minimal_inference import (
-    ImageRequest,
     LoraWeightsOptions,
     MinimalInference,
     ModelPart,
     OpenedModel,
+    usual_request,
 )
 from library.config.fields import option
 from library.memory.part_dtypes import read_part_dtypes
@@ -77,26 +78,6 @@ def _findings(options: Any) -> Iterator[str]:
         yield f"--t5xxl_token_length {options.files.t5xxl_token_length}: must be at least 1"
 
 
-def _request(options: Any) -> ImageRequest:
-    image, networks = options.image, options.networks
-    return ImageRequest(
-        prompt=image.prompt,
-        interactive=image.interactive,
-        output_dir=image.output_dir,
-        seed=image.seed,
-        settings={
-            "negative_prompt": image.negative_prompt,
-            "width": image.width,
-            "height": image.height,
-            "steps": image.steps,
-            "scale": image.cfg_scale,
-        },
-        lora_weights=networks.lora_weights,
-        merge_lora_weights=networks.merge_lora_weights,
-        offload=options.precision.offload,
-    )
-
-
 def _open(options: Any) -> OpenedModel:
     from library.architectures.sd3.family import SD3
     from library.architectures.sd3.options import SD3Options
@@ -123,6 +104,7 @@ def _open(options: Any) -> OpenedModel:
     )
 
 
+_FLAGS = {"scale": "cfg_scale"}
 INFERENCE = MinimalInference(
     groups={
         "files": SD3FilesOptions,
@@ -130,8 +112,8 @@ INFERENCE = MinimalInference(
         "networks": LoraWeightsOptions,
         "precision": SD3PrecisionOptions,
     },
-    request=_request,
+    request=partial(usual_request, flags=_FLAGS),
     open=_open,
     findings=_findings,
-    flags={"scale": "cfg_scale"},
+    flags=_FLAGS,
 )
