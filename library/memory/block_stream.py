@@ -46,17 +46,24 @@ def swapped_counts(lengths: Sequence[int], count: int) -> list[int]:
         UserError: more than the lists have, naming the largest possible number.
     """
 
-    def split(number: int) -> list[int]:
-        return [number] if len(lengths) == 1 else [number // 2, 2 * (number - number // 2)]
-
-    def fits(number: int) -> bool:
-        return all(part <= length - _STAY for part, length in zip(split(number), lengths, strict=True))
-
-    if not fits(count):
-        largest = next(number for number in range(count, -1, -1) if fits(number))
+    largest = largest_count(lengths, count)
+    if largest < count:
         what = " and ".join(map(str, lengths))
         raise UserError(f"--blocks_to_swap {count}: the model has {what} blocks, of which {largest} can be swapped")
-    return split(count)
+    return _split(lengths, count)
+
+
+def largest_count(lengths: Sequence[int], count: int) -> int:
+    """Return the largest number up to ``count`` that ``swapped_counts`` takes."""
+
+    def fits(number: int) -> bool:
+        return all(part <= length - _STAY for part, length in zip(_split(lengths, number), lengths, strict=True))
+
+    return next((number for number in range(count, -1, -1) if fits(number)), 0)
+
+
+def _split(lengths: Sequence[int], count: int) -> list[int]:
+    return [count] if len(lengths) == 1 else [count // 2, 2 * (count - count // 2)]
 
 
 def spread(length: int, count: int) -> list[int]:

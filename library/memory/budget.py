@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from library.memory.block_stream import spread, swapped_counts
+from library.memory.block_stream import largest_count, spread, swapped_counts
 from library.memory.forms import BLOCK
 from library.memory.stored_layers import stored_layers_of
 
@@ -83,23 +83,11 @@ def choices(
 
 def most_swapped(blocks: Sequence[Sequence[nn.Module]]) -> int:
     """Return how many blocks can be swapped."""
-    from library.errors import UserError
-
     lengths = [len(listed) for listed in blocks]
-    if not lengths:
-        return 0
-    for count in range(sum(lengths), 0, -1):
-        try:
-            swapped_counts(lengths, count)
-        except UserError:
-            continue
-        return count
-    return 0
+    return largest_count(lengths, sum(lengths)) if lengths else 0
 
 
-def denoiser_bytes(
-    model: nn.Module, blocks: Sequence[Sequence[nn.Module]], choice: Choice, *, trained: bool = False
-) -> int:
+def denoiser_bytes(model: nn.Module, blocks: Sequence[Sequence[nn.Module]], choice: Choice) -> int:
     """Return the bytes of a model's weights on the device, and of one layer at full size where it is dequantized."""
     small = {} if choice.form is None else {id(m.weight): m.weight for m, _ in stored_layers_of(model, blocks)}
     sizes = {id(t): _size(t, choice.form if id(t) in small else None) for t in (*model.parameters(), *model.buffers())}

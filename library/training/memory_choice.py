@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from library.architectures.part import DENOISER, text_encoder_name
 from library.config import block_swap
 from library.errors import UserError
 from library.memory.budget import Choice, Parts, choices, denoiser_bytes, most_swapped
-from library.optim.optimizers import resolve_optimizer
-from library.training.kinds.base import Kind
+from library.memory.plan import MemoryPlan
 from library.training.loading import make_kind
 from library.training.memory import memory_plan
 from library.training.memory_trace import TracedRun, state_bytes, trace
@@ -45,9 +45,10 @@ def planned(run: Run) -> Any:
     traces = {True: trace(run, checkpointing=True, host_kernels=not for_gpu(run))}
     if not run.options.training.gradient_checkpointing:
         traces[False] = trace(run, checkpointing=False, host_kernels=not for_gpu(run))
-    kind = make_kind(run)
+    plan = memory_plan(run, make_kind(run))
+    always = _always_there(run, plan, traces[True])
     found = [
-        (choice, _parts(run, kind, traces[choice.checkpointing], choice)) for choice in _choices(run, kind, traces)
+        (choice, _parts(run, always, traces[choice.checkpointing], choice)) for choice in _choices(run, plan, traces)
     ]
     chosen = next(((choice, parts) for choice, parts in found if parts.total <= usable), None)
     for line in _table(traces, found, chosen):
@@ -80,9 +81,8 @@ def _budget(run: Run) -> int:
     return psutil.virtual_memory().available
 
 
-def _choices(run: Run, kind: Kind, traces: dict[bool, TracedRun]) -> list[Choice]:
+def _choices(run: Run, plan: MemoryPlan, traces: dict[bool, TracedRun]) -> list[Choice]:
     architecture, options = run.architecture, run.options
-    plan = memory_plan(run, kind)
     present = plan[DENOISER].form
     is_frozen = not plan[DENOISER].trained
     forms: list[str | None] = [present] if present is not None or not is_frozen else [None, "fp8"]
@@ -109,25 +109,42 @@ def _has_swapping(options: Any) -> bool:
     return True
 
 
-def _parts(run: Run, kind: Kind, traced: TracedRun, choice: Choice) -> Parts:
-    plan, models = memory_plan(run, kind), traced.models
-    trained = {id(p): p for p in traced.trained}
-    numbers, weights = sum(p.numel() for p in trained.values()), sum(p.nbytes for p in trained.values())
-    frozen = denoiser_bytes(models.denoiser, run.architecture.block_lists(models.denoiser), choice)
-    frozen -= sum(p.nbytes for p in models.denoiser.parameters() if id(p) in trained)
+@dataclass(frozen=True)
+class _AlwaysThere:
+    """Bytes that no choice changes, and those of the optimizer's states."""
+
+    frozen: int  # text encoders and VAE
+    trained: int
+    state: int
+    small_state: int  # of 8 bits
+
+
+def _always_there(run: Run, plan: MemoryPlan, traced: TracedRun) -> _AlwaysThere:
+    models, trained = traced.models, list({id(p): p for p in traced.trained}.values())
+    frozen = 0
     for number, encoder in enumerate(models.text_encoders, start=1):
         part = plan[text_encoder_name(number)]
         if part.storage != "cached":
-            frozen += denoiser_bytes(encoder, (), Choice(False, part.form))
-            frozen -= sum(p.nbytes for p in encoder.parameters() if id(p) in trained)
+            frozen += denoiser_bytes(encoder, (), Choice(False, part.form)) - _trained_bytes(encoder, trained)
     if models.vae is not None and not run.caches_latents:
         frozen += sum(t.nbytes for t in (*models.vae.parameters(), *models.vae.buffers()))
-    optimizer = run.checked.optimizer
-    if choice.small_state:
-        optimizer = resolve_optimizer("AdamW8bit", False, False, run.options.optimizer.optimizer_args, 1e-4)
-    dtype = next(iter(trained.values())).dtype
-    state = 2 * numbers if choice.small_state else state_bytes(optimizer, numbers, dtype)
-    return Parts(frozen, weights, state, traced.worst.peak)
+    numbers = sum(p.numel() for p in trained)
+    state = state_bytes(run.checked.optimizer, numbers, trained[0].dtype)
+    return _AlwaysThere(frozen, sum(p.nbytes for p in trained), state, 2 * numbers)
+
+
+def _trained_bytes(model: nn.Module, trained: Sequence[nn.Parameter]) -> int:
+    """Return the bytes of a model's own parameters that are trained."""
+    ids = {id(p) for p in trained}
+    return sum(p.nbytes for p in model.parameters() if id(p) in ids)
+
+
+def _parts(run: Run, always: _AlwaysThere, traced: TracedRun, choice: Choice) -> Parts:
+    denoiser = traced.models.denoiser
+    frozen = denoiser_bytes(denoiser, run.architecture.block_lists(denoiser), choice)
+    frozen += always.frozen - _trained_bytes(denoiser, traced.trained)
+    state = always.small_state if choice.small_state else always.state
+    return Parts(frozen, always.trained, state, traced.worst.peak)
 
 
 def _with(options: Any, choice: Choice) -> Any:
