@@ -20,8 +20,8 @@ from typing import TypeVar
 if __package__ in (None, ""):  # run as a script: the repository is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config.tool_parser import tool_parser
 from library.errors import UserError, exits_on_user_error
+from networks.files.comfyui_script import Renaming, renaming_parser
 
 T = TypeVar("T")
 
@@ -46,11 +46,7 @@ _PART = re.compile("|".join([*sorted((rf"{name}(?=_|$)" for name in _COMPOUND), 
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = tool_parser(__doc__)
-    parser.add_argument("src_path", type=str, default=None, help="LoRA to convert")
-    parser.add_argument("dst_path", type=str, default=None, help=".safetensors file to write")
-    parser.add_argument("--reverse", action="store_true", help="convert from ComfyUI's names to the published ones")
-    return parser
+    return renaming_parser(__doc__)
 
 
 def comfyui_name(name: str) -> str | None:
@@ -88,32 +84,22 @@ def renamed(weights: Mapping[str, T], *, reverse: bool) -> tuple[dict[str, T], l
 @exits_on_user_error
 def main(args: argparse.Namespace) -> int:
     """Convert, print what was done, and return the exit code."""
+    renaming = Renaming.of(args)
+    source, weights = renaming.source, renaming.weights
     # only now, as torch takes seconds to load
     from library.architectures.registry import adapter_families
-    from library.files.safetensors_io import is_pickle, read_header
-    from library.files.streamed import check_target
-    from networks.weights import read_weights, write_weights
 
-    source, target = Path(args.src_path), Path(args.dst_path)
-    weights = read_weights(source)
-    check_target(target, "dst_path", sources=[source])
-    metadata = {} if is_pickle(source) else dict(read_header(source).metadata)
-    version = metadata.get("ss_base_model_version", "")
-    if any(version == record.base_version for family in adapter_families() for record in family.records):
-        raise UserError(f"{source}: not a LoRA of Anima, but of another model ({version})")
+    if any(renaming.version == record.base_version for family in adapter_families() for record in family.records):
+        raise UserError(f"{source}: not a LoRA of Anima, but of another model ({renaming.version})")
     state, unknown = renamed(weights, reverse=args.reverse)
     if len(unknown) == len(weights):
         there = comfyui_name if args.reverse else published_name
-        names = "the published names" if args.reverse else "ComfyUI's names"
         if any(there(name) is not None for name in weights):
-            print(f"{source}: already has {names}; nothing to do", file=sys.stderr)
-            return 1
-        raise UserError(f"{source}: not a LoRA of Anima (its first tensor is {next(iter(weights), 'none')})")
+            return renaming.done_already()
+        raise UserError(f"{source}: not a LoRA of Anima (its first tensor is {renaming.first})")
     if unknown:
         print(f"warning: {len(unknown)} names are not known and stay, such as {unknown[0]}", file=sys.stderr)
-    write_weights(target, state, None, metadata or None)
-    print(f"renamed {len(state) - len(unknown)} of {len(state)} tensors\nwritten: {target}")
-    return 0
+    return renaming.write(state, len(state) - len(unknown))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the suite is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config.tool_parser import tool_parser
 from library.errors import UserError, exits_on_user_error
+from networks.files.comfyui_script import Renaming, renaming_parser
 
 #: endings of modules' names -> those of ComfyUI
 _NAMES = {
@@ -36,11 +36,7 @@ _MODULE = re.compile(r"(lora_unet_(?:double|single)_blocks_\d+_)(\w+)")
 
 
 def setup_parser() -> argparse.ArgumentParser:
-    parser = tool_parser(__doc__)
-    parser.add_argument("src_path", type=str, default=None, help="LoRA to convert")
-    parser.add_argument("dst_path", type=str, default=None, help=".safetensors file to write")
-    parser.add_argument("--reverse", action="store_true", help="convert from ComfyUI's names to the published ones")
-    return parser
+    return renaming_parser(__doc__)
 
 
 def renamed(name: str, *, reverse: bool) -> str:
@@ -54,29 +50,15 @@ def renamed(name: str, *, reverse: bool) -> str:
 @exits_on_user_error
 def main(args: argparse.Namespace) -> int:
     """Convert, print what was done, and return the exit code."""
-    # only now, as torch takes seconds to load
-    from library.files.safetensors_io import is_pickle, read_header
-    from library.files.streamed import check_target
-    from networks.weights import read_weights, write_weights
-
-    source, target = Path(args.src_path), Path(args.dst_path)
-    weights = read_weights(source)
-    check_target(target, "dst_path", sources=[source])
-    metadata = {} if is_pickle(source) else dict(read_header(source).metadata)
-    version = metadata.get("ss_base_model_version", "")
-    if version and "hunyuan-image" not in version:
-        raise UserError(f"{source}: a LoRA of another model ({version}); its names need no conversion")
+    renaming = Renaming.of(args)
+    source, weights = renaming.source, renaming.weights
+    if renaming.version and "hunyuan-image" not in renaming.version:
+        raise UserError(f"{source}: a LoRA of another model ({renaming.version}); its names need no conversion")
     if not any(_MODULE.fullmatch(name.partition(".")[0]) for name in weights):
-        raise UserError(f"{source}: not a LoRA of HunyuanImage-2.1 (its first tensor is {next(iter(weights), 'none')})")
+        raise UserError(f"{source}: not a LoRA of HunyuanImage-2.1 (its first tensor is {renaming.first})")
     state = {renamed(name, reverse=args.reverse): tensor for name, tensor in weights.items()}
     changed = len(state.keys() - weights.keys())
-    if not changed:
-        names = "the published names" if args.reverse else "ComfyUI's names"
-        print(f"{source}: already has {names}; nothing to do", file=sys.stderr)
-        return 1
-    write_weights(target, state, None, metadata or None)
-    print(f"renamed {changed} of {len(state)} tensors\nwritten: {target}")
-    return 0
+    return renaming.write(state, changed) if changed else renaming.done_already()
 
 
 if __name__ == "__main__":
