@@ -76,6 +76,12 @@ def options_of(name: str, groups: Mapping[str, type]) -> type[Any]:
     return _options_of(name, tuple(groups.items()))
 
 
+def options_of_kind(name: str, group: str, own: type, output: type) -> type[Any]:
+    """A class of a run's options with the own group of a kind of training after the first, and its output options."""
+    (first, *rest) = RunOptions.groups().items()
+    return options_of(name, dict([first, (group, own), *rest]) | {"output": output})
+
+
 @functools.cache
 def _options_of(name: str, groups: tuple[tuple[str, type], ...]) -> type[Any]:
     found = dict(groups)

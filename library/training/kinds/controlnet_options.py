@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.config.arguments import RunOptions, options_of
+from library.config.arguments import options_of_kind
 from library.config.core.output import OutputOptions
 from library.config.declaration import Declaration, Facts, Finding, error, idle, joined
 from library.config.fields import option
@@ -81,18 +81,16 @@ class ControlNetForTransformersOutputOptions(OutputOptions):
     )
 
 
-def _options(name: str, own: type, output: type) -> type[RunOptions]:
-    (first, *rest) = RunOptions.groups().items()
-    return options_of(name, dict([first, ("controlnet", own), *rest]) | {"output": output})
-
-
 #: all options of the scripts, except the families'
-TrainControlNetOptions = _options("TrainControlNetOptions", ControlNetOptions, ControlNetOutputOptions)
-TrainControlNetWithRateOptions = _options(
-    "TrainControlNetWithRateOptions", ControlNetWithRateOptions, ControlNetOutputOptions
+TrainControlNetOptions = options_of_kind(
+    "TrainControlNetOptions", "controlnet", ControlNetOptions, ControlNetOutputOptions
 )
-TrainControlNetForTransformersOptions = _options(
+TrainControlNetWithRateOptions = options_of_kind(
+    "TrainControlNetWithRateOptions", "controlnet", ControlNetWithRateOptions, ControlNetOutputOptions
+)
+TrainControlNetForTransformersOptions = options_of_kind(
     "TrainControlNetForTransformersOptions",
+    "controlnet",
     ControlNetForTransformersOptions,
     ControlNetForTransformersOutputOptions,
 )

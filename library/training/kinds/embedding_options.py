@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.config.arguments import RunOptions, options_of
+from library.config.arguments import options_of_kind
 from library.config.core.output import OutputOptions
 from library.config.declaration import Declaration, Facts, Finding, error, warning
 from library.config.fields import option
@@ -34,13 +34,8 @@ class EmbeddingOutputOptions(OutputOptions):
     save_model_as: str = option("pt", "format of the embedding", choices=[None, "ckpt", "pt", "safetensors"])
 
 
-def _groups() -> dict[str, type]:
-    (first, *rest) = RunOptions.groups().items()
-    return dict([first, ("embedding", EmbeddingOptions), *rest]) | {"output": EmbeddingOutputOptions}
-
-
 #: all options of the scripts of textual inversion, except the families'
-TrainEmbeddingOptions = options_of("TrainEmbeddingOptions", _groups())
+TrainEmbeddingOptions = options_of_kind("TrainEmbeddingOptions", "embedding", EmbeddingOptions, EmbeddingOutputOptions)
 
 
 def word(o: Any, facts: Facts) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.config import block_swap
-from library.config.arguments import RunOptions, options_of
+from library.config.arguments import options_of_kind
 from library.config.core.output import OutputOptions
 from library.config.declaration import Declaration, Facts, Finding, error, idle, message, warning
 from library.config.fields import option
@@ -84,13 +84,8 @@ class FullOutputOptions(OutputOptions):
     )
 
 
-def _groups() -> dict[str, type]:
-    (first, *rest) = RunOptions.groups().items()
-    return dict([first, ("full", FullOptions), *rest]) | {"output": FullOutputOptions}
-
-
 #: all options of the scripts that train whole models, except the families'
-TrainFullOptions = options_of("TrainFullOptions", _groups())
+TrainFullOptions = options_of_kind("TrainFullOptions", "full", FullOptions, FullOutputOptions)
 
 
 def block_rates(text: str) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.config.arguments import RunOptions, options_of
+from library.config.arguments import options_of_kind
 from library.config.core.output import OutputOptions
 from library.config.declaration import Declaration, Facts, Finding, error, idle
 from library.config.fields import option
@@ -46,13 +46,8 @@ class LLLiteOutputOptions(OutputOptions):
     save_model_as: str | None = option("safetensors", "format of the file", choices=[None, "ckpt", "pt", "safetensors"])
 
 
-def _groups() -> dict[str, type]:
-    (first, *rest) = RunOptions.groups().items()
-    return dict([first, ("lllite", LLLiteOptions), *rest]) | {"output": LLLiteOutputOptions}
-
-
 #: all options of the scripts, except the families'
-TrainLLLiteOptions = options_of("TrainLLLiteOptions", _groups())
+TrainLLLiteOptions = options_of_kind("TrainLLLiteOptions", "lllite", LLLiteOptions, LLLiteOutputOptions)
 
 
 def sizes(o: Any, facts: Facts) -> Iterator[Finding]:
