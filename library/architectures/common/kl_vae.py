@@ -82,17 +82,44 @@ def infer_vae_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str = LDM
         UserError: the names do not add up to an autoencoder.
     """
     shapes = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
-    blocks = re.compile(r"encoder\.(?:down\.(\d+)\.block|down_blocks\.(\d+)\.resnets)\.(\d+)\.conv1\.weight")
+    sizes = infer_sizes(shapes, _DOWN_BLOCK, _UP_LEVEL)
+    levels = len(sizes["block_out_channels"])
+    return {
+        **sizes,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
+
+
+_DOWN_BLOCK = re.compile(r"encoder\.(?:down\.(\d+)\.block|down_blocks\.(\d+)\.resnets)\.(\d+)\.conv1\.weight")
+
+
+def infer_sizes(
+    shapes: Mapping[str, tuple[int, ...]], down_block: re.Pattern[str], up_level: re.Pattern[str]
+) -> dict[str, Any]:
+    """The entries of a diffusers configuration on the sizes of an autoencoder with levels of ResNet blocks.
+
+    Args:
+        down_block: of the first convolutions of the encoder's blocks; its groups are the level, in one of several
+            spellings, and the number of the block in it.
+        up_level: of the decoder's tensors; its groups are the level, in one of several spellings.
+
+    Raises:
+        UserError: the names do not add up to an autoencoder.
+    """
     widths: dict[int, int] = {}
     layers = 0
     for name, shape in shapes.items():
-        if found := blocks.fullmatch(name):
-            widths[int(found[1] or found[2] or 0)] = shape[0]
-            layers = max(layers, int(found[3]) + 1)
+        if found := down_block.fullmatch(name):
+            *level, block = found.groups()
+            widths[int(next(filter(None, level)))] = shape[0]
+            layers = max(layers, int(block) + 1)
     latent = shapes.get("decoder.conv_in.weight")
     if not widths or sorted(widths) != list(range(len(widths))) or latent is None:
         raise UserError("the VAE's tensors are incomplete; download the file again")
-    ups = {found[1] or found[2] for name in shapes if (found := _UP_LEVEL.match(name))}
+    ups = {next(filter(None, found.groups())) for name in shapes if (found := up_level.match(name))}
     check_count("VAE", "levels in its decoder", len(ups), len(widths))
     return {
         "in_channels": 3,
@@ -100,10 +127,6 @@ def infer_vae_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str = LDM
         "latent_channels": latent[1],
         "block_out_channels": tuple(widths[level] for level in sorted(widths)),
         "layers_per_block": layers,
-        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
-        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
     }
 
 

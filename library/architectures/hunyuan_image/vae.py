@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from library.architectures.common.checkpoint import locate
 from library.architectures.common.diffusers_folder import read_json
-from library.architectures.common.expected import check_count
 from library.architectures.common.key_map import KeyMap, TensorLayout
+from library.architectures.common.kl_vae import infer_sizes
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import recognise_tensors
 from library.architectures.common.sharded_file import open_weights
@@ -78,30 +78,20 @@ def _published(file: WeightFile) -> ModelSource:
     return ModelSource("VAE", file, published_layout(config), config)
 
 
+_DOWN_BLOCK = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight")
+_UP_LEVEL = re.compile(r"decoder\.up\.(\d+)\.")
+
+
 def infer_config(shapes: Shapes) -> dict[str, Any]:
     """Return diffusers' configuration of a published file, from names and shapes alone.
 
     Raises:
         UserError: the names do not add up to an autoencoder.
     """
-    widths: dict[int, int] = {}
-    layers = 0
-    for name, shape in shapes.items():
-        if found := re.fullmatch(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight", name):
-            widths[int(found[1])] = shape[0]
-            layers = max(layers, int(found[2]) + 1)
-    latent = shapes.get("decoder.conv_in.weight")
-    if not widths or sorted(widths) != list(range(len(widths))) or latent is None:
-        raise UserError("the VAE's tensors are incomplete; download the file again")
-    ups = {found[1] for name in shapes if (found := re.match(r"decoder\.up\.(\d+)\.", name))}
-    check_count("VAE", "levels in its decoder", len(ups), len(widths))
+    sizes = infer_sizes(shapes, _DOWN_BLOCK, _UP_LEVEL)
     return {
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": latent[1],
-        "block_out_channels": tuple(widths[level] for level in sorted(widths)),
-        "layers_per_block": layers,
-        "spatial_compression_ratio": 2 ** (len(widths) - 1),
+        **sizes,
+        "spatial_compression_ratio": 2 ** (len(sizes["block_out_channels"]) - 1),
         "sample_size": TILE,
         "scaling_factor": SCALE,
     }
