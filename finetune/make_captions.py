@@ -51,8 +51,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise UserError for numbers out of range."""
     if args.num_beams < 1:
         raise UserError(f"--num_beams {args.num_beams}: must be at least 1")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top_p {args.top_p}: must be more than 0 and at most 1")
+    options.check_top_p(args)
     if not 0 <= args.min_length <= args.max_length or args.max_length < 1:
         raise UserError(f"--min_length {args.min_length}, --max_length {args.max_length}: the first is the larger one")
 
@@ -71,9 +70,8 @@ def main(args: argparse.Namespace) -> None:
     from library.captioning.blip import Blip, Search
     from library.captioning.caption_files import CaptionFiles, without_twins
     from library.captioning.describing import describe_all
-    from library.data.image_tree import list_images
 
-    images = list_images(options.folder_of(args), recursive=args.recursive, flag="train_data_dir")
+    images = options.images_of(args)
     search = Search(args.num_beams if args.beam_search else 0, args.top_p, args.max_length, args.min_length, args.seed)
     describe_all(
         without_twins(images, ending),

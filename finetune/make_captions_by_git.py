@@ -49,9 +49,8 @@ def main(args: argparse.Namespace) -> None:
     from library.captioning.caption_files import CaptionFiles, without_twins
     from library.captioning.describing import describe_all
     from library.captioning.git import Git
-    from library.data.image_tree import list_images
 
-    images = list_images(options.folder_of(args), recursive=args.recursive, flag="train_data_dir")
+    images = options.images_of(args)
     describe_all(
         without_twins(images, ending),
         CaptionFiles(ending, overwrite=work.overwrite),

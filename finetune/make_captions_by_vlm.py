@@ -61,8 +61,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
     if args.temperature < 0:
         raise UserError(f"--temperature {args.temperature}: must be at least 0")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top_p {args.top_p}: must be more than 0 and at most 1")
+    options.check_top_p(args)
     if args.review and not args.review.endswith((".html", ".htm")):
         raise UserError(f"--review {args.review}: must end with .html")
 
@@ -83,12 +82,11 @@ def main(args: argparse.Namespace) -> None:
     from library.captioning.prompts import read_prompt
     from library.captioning.review import review_page
     from library.captioning.vlm import Answer, VisionLanguageModel
-    from library.data.image_tree import list_images
     from library.files.atomic import write_text
 
     prompt = read_prompt(args.prompt, args.prompt_file, args.text_extension)
     answer = Answer(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    images = list_images(options.folder_of(args), recursive=args.recursive, flag="train_data_dir")
+    images = options.images_of(args)
     images = list(without_twins(images, ending))
     target = CaptionFiles(ending, overwrite=work.overwrite)
 

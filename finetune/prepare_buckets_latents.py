@@ -100,7 +100,6 @@ def main(args: argparse.Namespace) -> None:
     from library.captioning import prepare
     from library.captioning.metadata import keys_of, read_metadata, write_metadata
     from library.data.buckets import BucketRules
-    from library.data.image_tree import list_images
 
     flag = chosen[0] if chosen else ""
     architecture = by_tool_flag()[flag]
@@ -113,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
         no_upscale=args.bucket_no_upscale,
     )
     prepare.check_rules(rules, architecture.latent.bucket_step)
-    images = list_images(options.folder_of(args), recursive=args.recursive, flag="train_data_dir")
+    images = options.images_of(args)
     metadata = read_metadata(Path(args.in_json), "in_json")
     vae = prepare.open_vae(architecture, args.model_name_or_path, f"--{flag}")
     found = prepare.assign_buckets(

@@ -138,9 +138,8 @@ def main(args: argparse.Namespace) -> None:
     from library.captioning.caption_files import without_twins
     from library.captioning.describing import describe_all
     from library.captioning.tagger.tag_files import TagFiles, TagTable
-    from library.data.image_tree import list_images
 
-    images = list_images(options.folder_of(args), recursive=args.recursive, flag="train_data_dir")
+    images = options.images_of(args)
     how = {"overwrite": work.overwrite, "append": args.append_tags}
     separator = args.caption_separator
     counts: Counter[str] = Counter()

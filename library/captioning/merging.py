@@ -10,7 +10,6 @@ from library.captioning import options
 from library.captioning.metadata import Merge, keys_of, merge_texts, read_metadata, write_metadata
 from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
-from library.data.image_tree import list_images
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ def run_merge(args: argparse.Namespace, *, field: str) -> None:
     ending = options.ending_of(args)
     if args.recursive and not args.full_path:
         raise UserError("--recursive: needs --full_path, as images of different folders may have the same name")
-    images = list_images(options.folder_of(args), recursive=args.recursive, flag="train_data_dir")
+    images = options.images_of(args)
     target = Path(args.out_json)
     source = Path(args.in_json) if args.in_json else target if target.is_file() else None
     metadata = read_metadata(source, "--in_json" if args.in_json else "out_json") if source else {}

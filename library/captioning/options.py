@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +72,22 @@ class Work:
         return cls(args.batch_size, readers, args.debug, args.overwrite, args.on_bad_image == "stop", args.dry_run)
 
 
-def folder_of(args: argparse.Namespace) -> Path:
-    return Path(args.train_data_dir)
+def images_of(args: argparse.Namespace) -> Sequence[Path]:
+    """Return the images of ``add_folder``, in order.
+
+    Raises:
+        UserError: no such folder, or none in it.
+    """
+    # only now, for ``--help``
+    from library.data.image_tree import list_images
+
+    return list_images(Path(args.train_data_dir), recursive=args.recursive, flag="train_data_dir")
+
+
+def check_top_p(args: argparse.Namespace) -> None:
+    """Raise UserError for a share of the probability that is none."""
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p {args.top_p}: must be more than 0 and at most 1")
 
 
 def add_metadata_files(parser: argparse.ArgumentParser) -> None:
