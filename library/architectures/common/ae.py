@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from library.architectures.common import kl_vae
 from library.architectures.common.checkpoint import locate
 from library.architectures.common.loading import ModelSource, load_frozen
-from library.architectures.common.recognise import recognise_tensors
+from library.architectures.common.recognise import what_it_is
 from library.architectures.common.sources import diffusers_vae_source, in_file, vae_source
 from library.architectures.common.tensor_files import TensorFile
 from library.errors import UserError
@@ -34,8 +34,7 @@ def ae_source(path_or_id: str, *, flag: str = "--ae") -> ModelSource:
         file = TensorFile.open(path)
         found = in_file(path, vae_source, file)
         if found is None:
-            other = recognise_tensors(file.shapes.keys(), "flux_ae")
-            what = f"it is {other.what}" if other else "no encoder.conv_in.weight"
+            what = what_it_is(file.shapes.keys(), "flux_ae", "encoder.conv_in.weight")
             raise UserError(f"{flag} {path}: not an autoencoder ({what}); give ae.safetensors of FLUX.1")
         source = found
     channels = source.config["latent_channels"]

@@ -6,6 +6,7 @@ Families describe their files in ``about.py``; files of no family are described 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 
 from library.architectures.registry import abouts
 from library.architectures.signs import Recognised, Sign
@@ -65,6 +66,24 @@ def recognise_tensors(names: Collection[str], family: str) -> Recognised | None:
         if all(any(fragment in name for name in names) for fragment in sign.fragments):
             return sign.found if sign.found.family != family else None
     return None
+
+
+def refuse_other(path: Path | str, names: Collection[str], family: str) -> None:
+    """Raise UserError if a single file is known, and of another family."""
+    other = recognise_tensors(names, family)
+    if other is not None:
+        raise UserError(f"{path} is {other.what}; {other.remedy}")
+
+
+def unknown(path: Path | str, names: Collection[str], wanted: str) -> UserError:
+    """Return the error for a file that is nothing known, where ``wanted`` is needed."""
+    return UserError(f"{path} is not a {wanted} (its first tensor is {next(iter(names), 'none')})")
+
+
+def what_it_is(names: Collection[str], family: str, missing: str) -> str:
+    """Return what a file is instead of ``family``, or else that it has no tensor called ``missing``."""
+    other = recognise_tensors(names, family)
+    return f"it is {other.what}" if other else f"no {missing}"
 
 
 def recognise_pipeline(class_name: str, family: str) -> Recognised | None:

@@ -20,7 +20,7 @@ from library.architectures.base import CaptionLength
 from library.architectures.common.expected import T5_LAYERS, check_layers
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
-from library.architectures.common.recognise import recognise_tensors, refuse_scaled
+from library.architectures.common.recognise import refuse_scaled, what_it_is
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes
@@ -57,8 +57,7 @@ def t5_source(path: Path, *, flag: str = "--t5xxl", example: str = "t5xxl_fp16.s
     prefix = BUNDLED if BUNDLED + _BIAS in file.shapes else ""
     shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
     if _BIAS not in shapes:
-        other = recognise_tensors(file.shapes.keys(), "t5")
-        what = f"it is {other.what}" if other else f"no {_BIAS}"
+        what = what_it_is(file.shapes.keys(), "t5", _BIAS)
         raise UserError(f"{flag} {path}: not a T5 encoder ({what}); give {example}")
     try:
         refuse_scaled(shapes)

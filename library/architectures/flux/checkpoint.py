@@ -14,7 +14,7 @@ from library.architectures.common.checkpoint import check_pipeline, locate_model
 from library.architectures.common.joined_layout import JoinedFile
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
-from library.architectures.common.recognise import recognise_tensors, refuse_scaled
+from library.architectures.common.recognise import refuse_other, refuse_scaled, unknown, what_it_is
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import is_shard, open_weights
 from library.architectures.common.sources import clip_prefix, in_file
@@ -88,13 +88,10 @@ def transformer_in(file: WeightFile) -> TransformerCheckpoint:
         UserError: the file is something else or incomplete.
     """
     file = with_plain_numbers(file)
-    other = recognise_tensors(file.shapes.keys(), "flux")
-    if other is not None:
-        raise UserError(f"{file.path} is {other.what}; {other.remedy}")
+    refuse_other(file.path, file.shapes.keys(), "flux")
     prefix = file_prefix(file.shapes)
     if prefix + SIGN not in file.shapes:
-        first = next(iter(file.shapes), "none")
-        raise UserError(f"{file.path} is not a FLUX.1 or Chroma transformer (its first tensor is {first})")
+        raise unknown(file.path, file.shapes.keys(), "FLUX.1 or Chroma transformer")
     shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
     return in_file(file.path, lambda _: described(file, published_layout(prefix), shapes), file)
 
@@ -194,8 +191,7 @@ def clip_l_source(path: Path, *, flag: str = "--clip_l") -> ModelSource:
     bundled = any(name.startswith(BUNDLED_CLIP_L) for name in file.shapes)
     prefix = clip_prefix(file.shapes, BUNDLED_CLIP_L if bundled else "")
     if f"{prefix}embeddings.token_embedding.weight" not in file.shapes:
-        other = recognise_tensors(file.shapes.keys(), "clip")
-        what = f"it is {other.what}" if other else f"no {clip.TEXT_MODEL}embeddings.token_embedding.weight"
+        what = what_it_is(file.shapes.keys(), "clip", f"{clip.TEXT_MODEL}embeddings.token_embedding.weight")
         raise UserError(f"{flag} {path}: not a CLIP text encoder ({what}); give clip_l.safetensors")
     config = in_file(path, lambda f: clip.infer_clip_config(f.shapes, prefix=prefix, activation="quick_gelu"), file)
     return ModelSource("CLIP-L", file, clip.clip_layout(prefix=prefix), config)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from library.architectures.base import ModelInfo
 from library.architectures.common import t5
-from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, locate_part
-from library.architectures.common.diffusers_folder import read_json
+from library.architectures.common.checkpoint import MODEL_FLAG, check_pipeline, locate_model, locate_part
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.recognise import recognise_pipeline, recognise_tensors, refuse_scaled
+from library.architectures.common.recognise import refuse_other, refuse_scaled, unknown
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.sources import in_file
@@ -93,24 +92,17 @@ def transformer_source(path: Path) -> ModelSource:
         UserError: something else, or a distilled model.
     """
     if path.is_dir():
-        index = path / "model_index.json"
-        name = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-        other = recognise_pipeline(name, "hunyuan_image")
-        if other is not None:
-            raise UserError(f"{path} is {other.what} ({name}); {other.remedy}")
+        check_pipeline(path, "hunyuan_image")
     inner = path / "transformer"
     file = with_plain_numbers(open_weights(inner if inner.is_dir() else path))
-    other = recognise_tensors(file.shapes.keys(), "hunyuan_image")
-    if other is not None:
-        raise UserError(f"{path} is {other.what}; {other.remedy}")
+    refuse_other(path, file.shapes.keys(), "hunyuan_image")
     distilled = {"guidance_embedder", "timestep_embedder_r"}
     if in_diffusers_layout(file.shapes):
         _refuse_distilled(path, any(part in name for part in distilled for name in file.shapes))
         return _described(open_diffusers_transformer(inner if inner.is_dir() else path), "")
     prefix = file_prefix(file.shapes)
     if prefix + SIGN not in file.shapes:
-        first = next(iter(file.shapes), "none")
-        raise UserError(f"{path} is not a HunyuanImage-2.1 transformer (its first tensor is {first})")
+        raise unknown(path, file.shapes.keys(), "HunyuanImage-2.1 transformer")
     _refuse_distilled(
         path, any(name.startswith(tuple(f"{prefix}{part}." for part in DISTILLED)) for name in file.shapes)
     )

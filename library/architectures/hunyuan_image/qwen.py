@@ -21,7 +21,7 @@ from library.architectures.base import CaptionLength
 from library.architectures.common.expected import check_layers
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
-from library.architectures.common.recognise import recognise_tensors, refuse_scaled
+from library.architectures.common.recognise import refuse_scaled, what_it_is
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes
@@ -67,8 +67,7 @@ def qwen_source(path: Path) -> ModelSource:
     file = with_plain_numbers(open_weights(path))
     root = next((root for root in _ROOTS if f"{root}layers.0.self_attn.q_proj.bias" in file.shapes), None)
     if root is None:
-        other = recognise_tensors(file.shapes.keys(), "qwen")
-        what = f"it is {other.what}" if other else "no model.layers.0.self_attn.q_proj.bias"
+        what = what_it_is(file.shapes.keys(), "qwen", "model.layers.0.self_attn.q_proj.bias")
         raise UserError(f"not Qwen2.5-VL ({what}); give qwen_2.5_vl_7b.safetensors")
     refuse_scaled(name for name in file.shapes if name.startswith(root))
     shapes = {name[len(root) :]: shape for name, shape in file.shapes.items() if name.startswith(root)}

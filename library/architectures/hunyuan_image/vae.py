@@ -20,7 +20,7 @@ from library.architectures.common.diffusers_folder import read_json
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.kl_vae import infer_sizes
 from library.architectures.common.loading import ModelSource, load_frozen
-from library.architectures.common.recognise import recognise_tensors
+from library.architectures.common.recognise import what_it_is
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.sources import in_file
 from library.architectures.common.tensor_files import Shapes, WeightFile
@@ -66,8 +66,7 @@ def vae_source(path_or_id: str) -> ModelSource:
 
 def _published(file: WeightFile) -> ModelSource:
     if "encoder.down.0.downsample.conv.weight" not in file.shapes or "encoder.conv_in.weight" not in file.shapes:
-        other = recognise_tensors(file.shapes.keys(), "hunyuan_image_vae")
-        what = f"it is {other.what}" if other else "no encoder.conv_in.weight"
+        what = what_it_is(file.shapes.keys(), "hunyuan_image_vae", "encoder.conv_in.weight")
         raise UserError(f"not the VAE of HunyuanImage-2.1 ({what}); give hunyuan_image_2.1_vae_fp16.safetensors")
     config = infer_config(file.shapes)
     if config["latent_channels"] != CHANNELS or config["spatial_compression_ratio"] != STRIDE:

@@ -10,7 +10,7 @@ from library.architectures.common import ae
 from library.architectures.common.checkpoint import MODEL_FLAG, check_pipeline, locate_model, locate_part
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.recognise import recognise_tensors, refuse_scaled
+from library.architectures.common.recognise import refuse_other, refuse_scaled, unknown
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import is_shard
 from library.architectures.common.sources import in_file
@@ -115,14 +115,11 @@ def _transformer_source(path: Path) -> ModelSource:
     if is_shard(path):
         return _described(open_diffusers_transformer(path), "")
     file = with_plain_numbers(TensorFile.open(path))
-    other = recognise_tensors(file.shapes.keys(), "lumina")
-    if other is not None:
-        raise UserError(f"{path} is {other.what}; {other.remedy}")
+    refuse_other(path, file.shapes.keys(), "lumina")
     if in_diffusers_layout(file.shapes):
         return _described(open_diffusers_transformer(path), "")
     if not any(name.endswith(SIGN) for name in file.shapes):
-        first = next(iter(file.shapes), "none")
-        raise UserError(f"{path} is not a Lumina-Image 2.0 transformer (its first tensor is {first})")
+        raise unknown(path, file.shapes.keys(), "Lumina-Image 2.0 transformer")
     return _described(file, file_prefix(file.shapes))
 
 

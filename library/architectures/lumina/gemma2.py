@@ -18,7 +18,7 @@ from library.architectures.base import CaptionLength
 from library.architectures.common.expected import check_layers
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
-from library.architectures.common.recognise import recognise_tensors, refuse_scaled
+from library.architectures.common.recognise import refuse_scaled, what_it_is
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes
@@ -56,8 +56,7 @@ def gemma2_source(path: Path) -> ModelSource:
     file = with_plain_numbers(open_weights(path))
     prefix = next((prefix for prefix in (BUNDLED, "model.", "") if prefix + _MARK in file.shapes), None)
     if prefix is None:
-        other = recognise_tensors(file.shapes.keys(), "gemma2")
-        what = f"it is {other.what}" if other else f"no {_MARK}"
+        what = what_it_is(file.shapes.keys(), "gemma2", _MARK)
         raise UserError(f"{FLAG} {path}: not a Gemma2 text encoder ({what}); give gemma_2_2b_fp16.safetensors")
     shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
     try:

@@ -16,7 +16,7 @@ from library.architectures.common.checkpoint import (
     locate_model,
 )
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.recognise import recognise_tensors
+from library.architectures.common.recognise import refuse_other, unknown
 from library.architectures.common.sources import (
     diffusers_text_source,
     diffusers_unet_source,
@@ -101,13 +101,10 @@ def _inspect_file(path: Path) -> _Parts:
     has_unet = any(name.startswith("model.diffusion_model.input_blocks.") for name in names)
     text = {v2: any(name.startswith(prefix) for name in names) for v2, prefix in _TEXT_PREFIXES.items()}
     if not has_unet or not any(text.values()):
-        other = recognise_tensors(names.keys(), "sd")
-        if other is not None:
-            raise UserError(f"{path} is {other.what}; {other.remedy}")
+        refuse_other(path, names.keys(), "sd")
         if has_unet:
             raise UserError(f"{path} has a U-Net but no text encoder; give a whole Stable Diffusion checkpoint")
-        first = next(iter(names), "none")
-        raise UserError(f"{path} is not a Stable Diffusion checkpoint (its first tensor is {first})")
+        raise unknown(path, names.keys(), "Stable Diffusion checkpoint")
     v2 = text[True]
     unet = in_file(path, ldm_unet_source, file)
     if unet.config["use_linear_projection"] != v2:

@@ -12,7 +12,7 @@ from library.architectures.common import clip, t5
 from library.architectures.common.checkpoint import MODEL_FLAG, check_pipeline, locate_model, locate_part, vae_at
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.recognise import recognise_tensors, refuse_scaled
+from library.architectures.common.recognise import refuse_other, refuse_scaled, unknown, what_it_is
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.sources import diffusers_vae_source, in_file, vae_source
@@ -88,14 +88,11 @@ def _transformer_source(path: Path) -> ModelSource:
         inner = path / "transformer"
         return _described(open_diffusers_transformer(inner if inner.is_dir() else path), "")
     file = with_plain_numbers(TensorFile.open(path))
-    other = recognise_tensors(file.shapes.keys(), "sd3")
-    if other is not None:
-        raise UserError(f"{path} is {other.what}; {other.remedy}")
+    refuse_other(path, file.shapes.keys(), "sd3")
     if in_diffusers_layout(file.shapes):
         return _described(open_diffusers_transformer(path), "")
     if not any(name.endswith(SIGN) for name in file.shapes):
-        first = next(iter(file.shapes), "none")
-        raise UserError(f"{path} is not a Stable Diffusion 3 checkpoint (its first tensor is {first})")
+        raise unknown(path, file.shapes.keys(), "Stable Diffusion 3 checkpoint")
     return _described(file, file_prefix(file.shapes))
 
 
@@ -149,8 +146,7 @@ def _clip_source(name: str, file: WeightFile) -> ModelSource:
     mark = "text_model.embeddings.token_embedding.weight"
     root = next((root for root in roots if root + mark in file.shapes), None)
     if root is None:
-        other = recognise_tensors(file.shapes.keys(), "clip")
-        what = f"it is {other.what}" if other else f"no {mark}"
+        what = what_it_is(file.shapes.keys(), "clip", mark)
         raise UserError(f"{file.path}: not a CLIP text encoder ({what}); give {name}.safetensors")
     activation = "quick_gelu" if name == "clip_l" else "gelu"
     config = in_file(

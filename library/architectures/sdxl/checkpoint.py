@@ -17,7 +17,7 @@ from library.architectures.common.checkpoint import (
 )
 from library.architectures.common.ldm_unet import SIZE_WIDTH
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.recognise import recognise_tensors
+from library.architectures.common.recognise import recognise_tensors, unknown
 from library.architectures.common.sources import (
     diffusers_text_source,
     diffusers_unet_source,
@@ -103,8 +103,7 @@ def _inspect_file(path: Path) -> _Parts:
                 else (f"{path} has no {' and no '.join(missing)}; give a whole Stable Diffusion XL checkpoint")
             )
             raise UserError(why)
-        first = next(iter(names), "none")
-        raise UserError(f"{path} is not a Stable Diffusion XL checkpoint (its first tensor is {first})")
+        raise unknown(path, names.keys(), "Stable Diffusion XL checkpoint")
     encoders = (in_file(path, weights.text_1_source, file), in_file(path, weights.text_2_source, file))
     prediction = "v_prediction" if V_MARK in names else None
     vae = in_file(path, vae_source, file)
