@@ -16,9 +16,6 @@ from torch import Tensor
 #: timesteps are noise levels times this
 TIMESTEPS = 1000
 
-#: values of ``--model_prediction_type``: interpretations of a model's output
-PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
-
 Number = TypeVar("Number", float, Tensor)
 
 

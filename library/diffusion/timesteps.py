@@ -83,10 +83,6 @@ class LogitNormal:
         return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
 
 
-#: scales between which f_mode rises all the way (Esser et al. 2024, below eq. 20)
-MODE_SCALES = (-1.0, 2.0 / (math.pi - 2.0))
-
-
 @dataclass(frozen=True)
 class Mode:
     """sigma = f_mode(u), u uniform: more in the middle for scales above 0, more at the ends below (eq. 20).
@@ -177,10 +173,6 @@ class Truncated:
 def sample_share(generator: torch.Generator) -> float:
     """Draw a number from [0, 1) in double precision, the argument of a quantile."""
     return torch.rand((), generator=generator, dtype=torch.float64).item()
-
-
-#: densities by name; "sigma" is that of ``--weighting_scheme``
-TIMESTEP_SAMPLINGS = ("sigma", "weighting", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift")
 
 
 def density_of(

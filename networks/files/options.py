@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from library.errors import UserError
@@ -70,12 +70,3 @@ def required(flag: str, value: str | None, what: str) -> Path:
     if not value:
         raise UserError(f"--{flag}: {what}")
     return Path(value)
-
-
-def existing(paths: Iterable[str | Path]) -> list[Path]:
-    """Raise UserError for the first path that does not exist."""
-    found = [Path(path) for path in paths]
-    for path in found:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-    return found

@@ -127,4 +127,3 @@ _NEEDED: dict[str, Callable[[Tensor, float], int]] = {
     "sv_cumulative": _until,
     "sv_fro": lambda values, share: _until(values.square(), share**2),
 }
-DYNAMIC_METHODS = tuple(_NEEDED)
