@@ -42,12 +42,12 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return a 0-dim bool on the device of the first tensor; counters that some optimizers keep on the host are
     ignored."""
     device = tensors[0].device
-    flags = [
-        t.isfinite().all().to(device, non_blocking=True)
-        for t in tensors
-        if t.is_floating_point() and (t.device == device or t.dim())
+    checked = [t for t in tensors if t.is_floating_point() and t.numel() and (t.device == device or t.dim())]
+    # the extremes hold every inf, and NaN if there is one; ``isfinite`` of a whole tensor makes copies of it
+    extremes = [
+        extreme(t).isfinite().to(device, non_blocking=True) for t in checked for extreme in (torch.amin, torch.amax)
     ]
-    return torch.stack(flags).all()
+    return torch.stack(extremes).all()
 
 
 class HostCopies:
