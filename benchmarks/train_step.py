@@ -76,7 +76,12 @@ class Case:
     def trained(self) -> list[str]:
         """The script's options for what is trained."""
         if self.kind == "full":
-            return ["--learning_rate", "1e-6", "--fused_backward_pass", "--max_grad_norm", "0"]
+            words = ["--learning_rate", "1e-6", "--fused_backward_pass", "--max_grad_norm", "0"]
+            return [
+                *words,
+                "--save_model_as",
+                "diffusers_safetensors",
+            ]  # streamed; a .bin file is put together in memory
         return [
             *("--network_module", "networks.lora", "--network_dim", str(self.rank), "--network_train_unet_only"),
             *("--learning_rate", "1e-4"),
