@@ -48,7 +48,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Metrics:
     busy_share: float  # of the time after the first batch
     images_per_second: float  # in that time
     seconds_total: float  # until all is on disk
@@ -56,7 +56,7 @@ class Figures:
 
 @dataclass
 class Watch:
-    """When the VAE was at work, in seconds; by events on a GPU, as calls return before it is done."""
+    """The times in seconds at which the VAE was at work; by events on a GPU, where calls return before it is done."""
 
     on_gpu: bool
     marks: list[tuple[Any, Any]] = field(default_factory=list)
@@ -113,7 +113,7 @@ def make_vae(case: Case) -> nn.Module:
     return vae.requires_grad_(False).eval().to(case.device, dtype)
 
 
-def measure(case: Case) -> Figures:
+def measure(case: Case) -> Metrics:
     import torch
 
     from library.architectures.common.kl_vae import encode_images
@@ -167,7 +167,7 @@ def measure(case: Case) -> Figures:
         if on_gpu:
             torch.cuda.synchronize()
     share, seconds = watch.busy_share()
-    return Figures(
+    return Metrics(
         busy_share=round(share, 3),
         images_per_second=round((done - case.batch_size) / seconds, 2),
         seconds_total=round(total, 2),

@@ -1,4 +1,4 @@
-"""How long ``tools/check_dataset.py`` takes over a folder of images, and the search for look-alikes alone.
+"""Measure the time of ``tools/check_dataset.py`` over a folder of images, and of its search for look-alikes alone.
 
     python benchmarks/check_dataset.py --count 2000
 
@@ -27,7 +27,7 @@ COPIES = 100
 
 
 @dataclass(frozen=True)
-class Figures:
+class Metrics:
     count: int
     seconds: float  # of the whole tool
     look_alikes_found: int
@@ -68,7 +68,7 @@ def search(count: int) -> float:
     return time.perf_counter() - began
 
 
-def measure(count: int, search_count: int, size: tuple[int, int] = (1024, 768)) -> Figures:
+def measure(count: int, search_count: int, size: tuple[int, int] = (1024, 768)) -> Metrics:
     """Make the images, run the tool in its own process, and time it.
 
     Raises:
@@ -88,7 +88,7 @@ def measure(count: int, search_count: int, size: tuple[int, int] = (1024, 768)) 
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - began
         found = json.loads(report.read_text(encoding="utf-8"))["counts_by_kind"].get("near_duplicate", 0)
-    return Figures(count, round(seconds, 2), found, search_count, round(search(search_count), 2))
+    return Metrics(count, round(seconds, 2), found, search_count, round(search(search_count), 2))
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 
 @dataclass(frozen=True)
-class Figures:
+class Metrics:
     count: int
     seconds_plain: float  # without cache_info
     seconds_first: float  # with cache_info, which writes the file
@@ -103,7 +103,7 @@ def in_process(folder: Path, kind: str) -> float:
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def measure(count: int, repeat: int, *, pillow: bool) -> Figures:
+def measure(count: int, repeat: int, *, pillow: bool) -> Metrics:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_images(folder, count)
@@ -113,7 +113,7 @@ def measure(count: int, repeat: int, *, pillow: bool) -> Figures:
         for _ in range(repeat):
             cache.unlink(missing_ok=True)
             first.append(in_process(folder, "cached"))
-        return Figures(
+        return Metrics(
             count=count,
             seconds_plain=round(plain, 2),
             seconds_first=round(min(first), 2),

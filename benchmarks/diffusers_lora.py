@@ -55,7 +55,7 @@ def encode_images(vae: AutoencoderKL, *paths: Path) -> torch.Tensor:
 
 
 def text_encoding(model: Path, load: Callable) -> Callable[[list[str]], Encoded]:
-    """How captions are encoded: SD's one encoder, or the last but one layers of SDXL's two."""
+    """Return the function that encodes captions: SD's one encoder, or the last but one layers of SDXL's two."""
     xl = (model / "text_encoder_2").is_dir()
     names = ("", "_2") if xl else ("",)
     tokenizers = [CLIPTokenizer.from_pretrained(model, subfolder=f"tokenizer{name}") for name in names]

@@ -30,7 +30,7 @@ TOKENIZER = ROOT / "examples" / "quickstart" / "model" / "tokenizer"
 
 
 @dataclass(frozen=True)
-class Figures:
+class Metrics:
     samples: int
     batch_size: int
     workers: int
@@ -50,11 +50,11 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def random_latents(pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """In the place of a VAE: (B, 3, H, W) -> (B, 4, H / 8, W / 8)."""
+    """Return random latents in place of a VAE's: (B, 3, H, W) -> (B, 4, H / 8, W / 8)."""
     return torch.randn(pixels.shape[0], 4, pixels.shape[2] // 8, pixels.shape[3] // 8)
 
 
-def measure(count: int, batch_size: int, workers: int, epochs: int) -> Figures:
+def measure(count: int, batch_size: int, workers: int, epochs: int) -> Metrics:
     from library.architectures.sd import SD
     from library.architectures.sd.text import load_tokenizer
     from library.config.arguments import DatasetOptions
@@ -82,7 +82,7 @@ def measure(count: int, batch_size: int, workers: int, epochs: int) -> Figures:
 
         seconds(0)
         fastest = min(seconds(epoch) for epoch in range(1, epochs + 1))
-    return Figures(count, batch_size, workers, round(count / fastest), round(1000 * fastest * batch_size / count, 2))
+    return Metrics(count, batch_size, workers, round(count / fastest), round(1000 * fastest * batch_size / count, 2))
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def milliseconds_per_step(steps: int, folder: Path) -> dict[str, float]:
     metrics, average = DeferredMetrics(), LossAverage(1000)
     device = accelerator.device
     packed = {name: torch.tensor(1.0, device=device) for name in ("loss", "grad_norm", "finite", "batch 0")}
-    times: dict[str, list[float]] = {"figures": [], "trackers": [], "progress": []}
+    times: dict[str, list[float]] = {"metrics": [], "trackers": [], "progress": []}
     for step in range(1, steps + 1):
         started = time.perf_counter()
         metrics.push(step, packed)

@@ -89,7 +89,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Metrics:
     seconds_before_first_step: float
     seconds_per_step: float
     samples_per_second: float
@@ -129,7 +129,7 @@ def make_images(folder: Path, count: int, side: int) -> Path:
     return folder
 
 
-def run_case(case: Case, model: Path, workspace: Path) -> Figures:
+def run_case(case: Case, model: Path, workspace: Path) -> Metrics:
     """Run the family's script once.
 
     Raises:
@@ -151,10 +151,10 @@ def run_case(case: Case, model: Path, workspace: Path) -> Figures:
     ran = _run(command)
     per_step, data_wait = _step_times(output / "logs")
     peak_device = next((float(line.rsplit(" ", 2)[-2]) for line in ran.lines if "peak device memory" in line), None)
-    return _figures(ran, per_step, case.batch_size, peak_device, data_wait)
+    return _metrics(ran, per_step, case.batch_size, peak_device, data_wait)
 
 
-def run_reference(case: Case, model: Path, workspace: Path) -> Figures:
+def run_reference(case: Case, model: Path, workspace: Path) -> Metrics:
     """Run the plain loop of ``diffusers_lora.py`` once, on the same model and images.
 
     Raises:
@@ -165,9 +165,9 @@ def run_reference(case: Case, model: Path, workspace: Path) -> Figures:
     command += ["--images", str(images), "--precision", case.precision, "--batch_size", str(case.batch_size)]
     command += ["--steps", str(case.steps), "--rank", str(case.rank), *case.reference_switches()]
     ran = _run(command)
-    told = json.loads(ran.lines[-1])
-    seconds = told["seconds"][1:]
-    return _figures(ran, sum(seconds) / len(seconds), case.batch_size, told["peak_device_gb"])
+    report = json.loads(ran.lines[-1])
+    seconds = report["seconds"][1:]
+    return _metrics(ran, sum(seconds) / len(seconds), case.batch_size, report["peak_device_gb"])
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,10 @@ def _run(command: list[str]) -> Ran:
     return Ran(lines, first_step[0] - began, time.perf_counter() - began, usage.ru_maxrss * 1024)
 
 
-def _figures(
+def _metrics(
     ran: Ran, per_step: float, batch_size: int, peak_device: float | None, data_wait: float | None = None
-) -> Figures:
-    return Figures(
+) -> Metrics:
+    return Metrics(
         seconds_before_first_step=round(ran.before_first_step, 2),
         seconds_per_step=round(per_step, 3),
         samples_per_second=round(batch_size / per_step, 2),
@@ -267,7 +267,7 @@ def main() -> None:
             ours.append(run_case(case, model, workspace))
             if args.compare:
                 reference.append(run_reference(case, model, workspace))
-    print(json.dumps({"case": asdict(case), "figures": [asdict(metrics) for metrics in ours]}, indent=1))
+    print(json.dumps({"case": asdict(case), "metrics": [asdict(metrics) for metrics in ours]}, indent=1))
     if reference:
         print(json.dumps({"diffusers": [asdict(metrics) for metrics in reference]}, indent=1))
         print(f"seconds per step, of diffusers': {_ratio(ours, reference, 'seconds_per_step'):.2f}")
@@ -276,8 +276,8 @@ def main() -> None:
             print(f"peak device memory, of diffusers': {_ratio(ours, reference, 'peak_device_gb'):.2f}")
 
 
-def _ratio(ours: list[Figures], reference: list[Figures], name: str) -> float:
-    """Of the medians over the rounds."""
+def _ratio(ours: list[Metrics], reference: list[Metrics], name: str) -> float:
+    """Return the ratio of the medians over the rounds."""
     return median(getattr(f, name) for f in ours) / median(getattr(f, name) for f in reference)
 
 

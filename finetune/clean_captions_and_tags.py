@@ -70,12 +70,12 @@ def main(args: argparse.Namespace) -> None:
             changed += 1
             if args.debug:
                 print(f"{name}: {field}:\n  {before}\n  {after}")
-    told = f"{changed} texts of {len(metadata)} images changed"
+    outcome = f"{changed} texts of {len(metadata)} images changed"
     if args.dry_run:
-        logger.info("dry run: %s; nothing is written", told)
+        logger.info("dry run: %s; nothing is written", outcome)
         return
     write_metadata(target, metadata)
-    logger.info("%s: %s", target, told)
+    logger.info("%s: %s", target, outcome)
 
 
 if __name__ == "__main__":

@@ -79,20 +79,20 @@ def with_alphas(weights: dict[str, Tensor], metadata: Mapping[str, str], title: 
         raise UserError(f"{title}: its metadata {ADAPTER_METADATA}, which tell the alphas, are damaged") from None
 
 
-def _alphas(weights: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Tensor]:
+def _alphas(weights: Mapping[str, Tensor], adapter_metadata: Mapping[str, Any]) -> dict[str, Tensor]:
     alphas: dict[str, Tensor] = {}
     for key, tensor in weights.items():
         module, ending, _ = key.partition(".lora_A.")
         root, _, path = module.partition(".")
-        alpha = told.get(f"{root}.lora_alpha") if ending else None
+        alpha = adapter_metadata.get(f"{root}.lora_alpha") if ending else None
         if alpha is None:
             continue
-        for pattern, own in (told.get(f"{root}.alpha_pattern") or {}).items():
+        for pattern, own in (adapter_metadata.get(f"{root}.alpha_pattern") or {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern})", path):
                 alpha = own
                 break
         rank = tensor.shape[0]
         # PEFT's rank-stabilized factor is alpha / sqrt(rank); our files have alpha / rank
-        scaled = alpha * math.sqrt(rank) if told.get(f"{root}.use_rslora") else alpha
+        scaled = alpha * math.sqrt(rank) if adapter_metadata.get(f"{root}.use_rslora") else alpha
         alphas[f"{module}.alpha"] = torch.tensor(float(scaled))
     return alphas

@@ -90,7 +90,7 @@ class PerturbedLoraModule(LoraModule):
 
     @torch.compiler.disable  # the hash and the generator are not for a graph
     def _perturbed(self, x: Tensor) -> Tensor:
-        """E x."""
+        """Return E x."""
         assert self._step is not None
         seed, step = self._step
         return _Perturbed.apply(x, self.row_scales(), key(seed, "ggpo", step, self.lora_name))

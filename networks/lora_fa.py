@@ -34,7 +34,7 @@ _NO_DORA = "its magnitudes would need the gradients that are saved here; network
 
 
 class LoraFaArgs(LoraArgs):
-    """Those of ``networks.lora``, without what needs two trained halves."""
+    """The args of ``networks.lora``, except those that need two trained halves."""
 
     module_name = MODULE_NAME
     refused: ClassVar[Mapping[str, str]] = MappingProxyType(

@@ -35,7 +35,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 @exits_on_user_error
 def main(args: argparse.Namespace) -> None:
-    """As in ``merge_lora``."""
+    """Run ``merge_lora``."""
     from networks.files.merge_script import run  # only now, as torch takes seconds to load
 
     run(args, FAMILIES, modelspec=False)

@@ -62,7 +62,7 @@ class TransformerLoraNetwork(LoraNetwork):
         apply_text_encoder: bool = True,
         apply_unet: bool = True,
     ) -> None:
-        """As in the base class."""
+        """Apply as the base class does; args without effect cause a warning."""
         for key, prefix in self.table.encoders.items():
             if prefix in self.args.encoders_on and not apply_text_encoder:
                 logger.warning("--network_args %s=True has no effect with --network_train_unet_only", key)
@@ -178,7 +178,7 @@ class TransformerLoraNetwork(LoraNetwork):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        """As in the base class."""
+        """Write as the base class does, without the norms of gradients, which only states need."""
         state = {name: tensor for name, tensor in self.state_dict().items() if name != GRADIENT_NORMS}
         write_weights(file, state, dtype, metadata)
 

@@ -162,7 +162,7 @@ def _kind(name: str) -> str:
 
 
 class HasParts(Protocol):
-    """What a network shows of itself to match a file's tensors; see ``AdapterNetwork``."""
+    """The attributes of a network that matching a file's tensors needs; see ``AdapterNetwork``."""
 
     module_name: str
     parts: list[NetworkPart]

@@ -30,7 +30,7 @@ TOY = ToyFlow()
 
 
 class Killed(Exception):
-    """What nothing catches."""
+    """Raised to end a run; no code catches it."""
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ OUTSIDE = {"library.config.document", "library.train_util", "library.flux_train_
 
 @cache
 def imports() -> Mapping[str, frozenset[str]]:
-    """Which modules of the product each module imports, anywhere in its file."""
+    """Return the modules of the product that each module imports, anywhere in its file."""
     paths = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for folder in ("library", "networks")

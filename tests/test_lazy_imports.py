@@ -59,7 +59,7 @@ def test_missing_packages_are_left_alone() -> None:
 
 
 def test_models_are_imported_without_the_compiler() -> None:
-    """What defers bitsandbytes is there before the first import of diffusers."""
+    """The code that defers bitsandbytes runs before the first import of diffusers."""
     program = (
         "import sys, train_network\n"
         "from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel\n"

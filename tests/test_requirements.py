@@ -1,4 +1,4 @@
-"""What the commands of README.md install: exact releases, all of them within the ranges of the requirements files."""
+"""README.md's commands install exact releases, all of them within the ranges of the requirements files."""
 
 from __future__ import annotations
 

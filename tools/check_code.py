@@ -26,20 +26,20 @@ MEDIAN_LINES, FILE_LINES, FUNCTION_LINES = 200, 500, 80
 
 
 def product_files() -> list[Path]:
-    """The files that users run: packages and entry scripts, without tests."""
+    """Return the files that users run: packages and entry scripts, without tests."""
     inside = [path for folder in PRODUCT for path in (ROOT / folder).rglob("*.py")]
     return sorted([*ROOT.glob("*.py"), *inside])
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
-    """Name and number of lines of each function."""
+    """Yield the name and the number of lines of each function."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
             yield node.name, node.end_lineno - node.lineno + 1
 
 
 def report_sizes() -> list[str]:
-    """Lines on the sizes of files and functions, the ones beyond the aims first."""
+    """Return lines on the sizes of files and functions, the ones beyond the aims first."""
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in product_files()}
     large = sorted(((size, path) for path, size in lines.items() if size > FILE_LINES), reverse=True)
     longs = sorted(

@@ -95,6 +95,6 @@ def _run(*command: str, failed: str) -> None:
 
 
 def _asked(python: str, program: str) -> str:
-    """What a program prints; nothing where it fails."""
+    """Return the output of a program; nothing where it fails."""
     done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,4 +1,4 @@
-"""How a family names its adapters in files: one description for the trainer, the loader and every file tool.
+"""The names of a family's adapters in files: one description for the trainer, the loader and every file tool.
 
 A denoiser has two sets of module paths: those of its original checkpoint and those of diffusers. Most modules exist in
 both. Joint projections (FLUX.1's ``qkv``, ``linear1``) are several modules in diffusers: they share the input, and
@@ -252,7 +252,7 @@ def places_below(shapes: Shapes, sign: str, *, level: str = "") -> dict[str, Wei
 
 @dataclass(frozen=True)
 class Evidence:
-    """What names, shapes and metadata of an adapter file show about its model.
+    """Names, shapes and metadata of an adapter file that identify its model.
 
     Attributes:
         text: all names, one per line, with underscores for dots.

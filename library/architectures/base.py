@@ -1,4 +1,4 @@
-"""What a model family declares: the one interface between trainers and models.
+"""The interface of a model family, which is all that trainers know of its models.
 
 A family's folder holds a subclass of ``Architecture`` and one instance of it (``SD``, ``SDXL``, ...).
 Nothing outside the folder compares a family's name or class: this interface covers what differs.
@@ -84,7 +84,7 @@ class WeightsIdentity:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a checkpoint's keys, shapes or configuration say about it."""
+    """The facts about a checkpoint that its keys, shapes or configuration give."""
 
     family: str
     version: str  # as recorded in ss_base_model_version, e.g. "sd_v1", "sd_v2_v"
@@ -152,7 +152,7 @@ class Architecture(WholeModels, ABC):
     text: TextFormat
     text_encoder_targets: tuple[LoraTarget, ...]  # one per text encoder, in the encoders' order
     denoiser_target: LoraTarget
-    #: class names of the denoiser's blocks: ``--torch_compile`` compiles each by itself, FSDP shares each out by itself
+    #: class names of the denoiser's blocks: ``--torch_compile`` compiles and FSDP shards each by itself
     compiled_blocks: tuple[str, ...] = ()
     #: its own groups of options with their rules, and what becomes of those of all families: they join the command line,
     #: the configuration file, ``--explain``, ``docs/options/`` and what a resumed run must share
@@ -263,7 +263,7 @@ class Architecture(WholeModels, ABC):
         return self
 
     def for_resolutions(self, resolutions: Sequence[tuple[int, int]]) -> Self:
-        """This family as it works with data sets of these (width, height) in pixels, one for each."""
+        """Return this family for data sets of these (width, height) in pixels, one for each."""
         return self
 
     # the loaders below also take the device "meta": they check the header's names and shapes and read no weights
@@ -289,7 +289,7 @@ class Architecture(WholeModels, ABC):
 
     @property
     def blocks_to_swap(self) -> int:
-        """How many of the denoiser's blocks wait in host memory, as its own option says."""
+        """Return the number of the denoiser's blocks that wait in host memory, as its own option says."""
         return 0
 
     def live_encoders(self, trained: Sequence[bool]) -> tuple[bool, ...]:

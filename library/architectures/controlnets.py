@@ -1,4 +1,4 @@
-"""What families with ControlNets answer, beside ``Architecture``: the interface of training and applying them.
+"""The interface of families with ControlNets, beside ``Architecture``, for training and applying them.
 
 Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv:2302.05543).
 

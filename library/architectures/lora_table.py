@@ -1,4 +1,4 @@
-"""What a family of transformers says of its LoRAs: one table, from which its network module is made."""
+"""The table that describes the LoRAs of a family of transformers; its network module is made from it."""
 
 from __future__ import annotations
 

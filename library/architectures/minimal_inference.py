@@ -1,4 +1,4 @@
-"""What a family says about its minimal inference script: its options, and how they open a model.
+"""The interface of a family for its minimal inference script: its options, and how they open a model.
 
 ``INFERENCE`` in a family's ``inference.py`` is a ``MinimalInference``. The script reads it for ``--help``, so that file
 imports torch and models within functions only.

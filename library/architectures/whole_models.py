@@ -1,4 +1,4 @@
-"""What a model family answers so that its whole models can be trained and saved; a part of ``Architecture``."""
+"""The part of ``Architecture`` for training and saving whole models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """How a whole model is written.
+    """The settings of writing a whole model.
 
     Attributes:
         form: one of ``model_forms``.
@@ -37,7 +37,7 @@ class SavedModel:
 
 
 class WholeModels(ABC):
-    """The part of a family on training and saving whole models. By default it has none."""
+    """The questions about training and saving whole models; by default a family has none."""
 
     name: str
     text_encoder_targets: tuple[Any, ...]
@@ -47,7 +47,7 @@ class WholeModels(ABC):
 
     @property
     def trainable_encoders(self) -> tuple[bool, ...]:
-        """For each text encoder, whether ``--train_text_encoder`` trains it."""
+        """For each text encoder, return whether ``--train_text_encoder`` trains it."""
         return (self.has_own_encoders,) * len(self.text_encoder_targets)
 
     #: learning rates of the text encoders after the second, as own options say

@@ -23,7 +23,7 @@ PROMPT = "a picture of "
 
 @dataclass(frozen=True)
 class Search:
-    """How texts are made: beams, or (``beams`` 0) sampling among the likeliest words of probability ``top_p``.
+    """The settings of generating text: beams, or (``beams`` 0) sampling among the likeliest words, up to ``top_p``.
 
     Lengths are tokens, the prompt's included.
     """

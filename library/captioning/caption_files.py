@@ -16,7 +16,7 @@ Size = tuple[int, int]
 
 
 class Target(Protocol):
-    """Where texts of images are written."""
+    """The place where texts of images are written."""
 
     def kept(self, image: Path) -> bool:
         """Whether the image has a text that stays."""
@@ -58,7 +58,7 @@ class CaptionFiles:
         return read_caption(path) if path.exists() else None
 
     def close(self) -> None:
-        """Everything is written already."""
+        """Do nothing: ``put`` has written everything."""
 
 
 def without_twins(images: Iterable[Path], ending: str) -> Sequence[Path]:

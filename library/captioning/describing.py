@@ -51,7 +51,7 @@ class Describer(Protocol):
 
 @dataclass
 class Outcome:
-    """How many texts were written and kept, and which images could not be read."""
+    """The numbers of texts that were written and kept, and the images that could not be read."""
 
     written: int = 0
     kept: int = 0

@@ -1,4 +1,4 @@
-"""What the two scripts that merge texts into metadata do."""
+"""Merge texts into metadata: the work of the two scripts that do it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def run_merge(args: argparse.Namespace, *, field: str) -> None:
     metadata = read_metadata(source, "--in_json" if args.in_json else "out_json") if source else {}
     before = len(metadata)
     count = merge_texts(metadata, keys_of(images, full_path=args.full_path), Merge(field, ending, args.debug))
-    told = (
+    outcome = (
         f"{count} {field if field == 'tags' else 'captions'}, {len(metadata) - before} new entries of {len(metadata)}"
     )
     if args.dry_run:
-        logger.info("dry run: %s; nothing is written", told)
+        logger.info("dry run: %s; nothing is written", outcome)
         return
     write_metadata(target, metadata)
-    logger.info("%s: %s", target, told)
+    logger.info("%s: %s", target, outcome)

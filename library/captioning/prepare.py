@@ -107,7 +107,7 @@ def add_buckets(metadata: Metadata, prepared: Sequence[Prepared]) -> None:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How latents are made."""
+    """The settings of encoding latents."""
 
     batch_size: int
     dtype: torch.dtype

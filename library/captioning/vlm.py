@@ -17,7 +17,7 @@ from library.errors import UserError
 
 @dataclass(frozen=True)
 class Answer:
-    """How answers are made: ``temperature`` 0 takes the likeliest word at every step."""
+    """The settings of generating an answer; ``temperature`` 0 takes the likeliest word at every step."""
 
     max_new_tokens: int
     temperature: float
@@ -82,9 +82,9 @@ class VisionLanguageModel:
 
         texts = [self._text(self._prompt.of(image.path)) for image in images]
         # one list for each text, which processors of conversations ask for; those of one image a text take them flat
-        pictures: Any = [[image.prepared] for image in images] if self._converses else [i.prepared for i in images]
+        prepared: Any = [[image.prepared] for image in images] if self._converses else [i.prepared for i in images]
         try:
-            inputs = self._processor(images=pictures, text=texts, return_tensors="pt", padding=True)
+            inputs = self._processor(images=prepared, text=texts, return_tensors="pt", padding=True)
         except ValueError as error:  # such as of a prompt without the model's word for an image
             reason = str(error).splitlines()[0][:300]
             raise UserError(f"--prompt: the model's processor refuses it ({reason})") from None

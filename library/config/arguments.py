@@ -46,7 +46,7 @@ class Options:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self:
-        """Options from a namespace; attributes that are missing take their defaults."""
+        """Return the options of a namespace; attributes that are missing take their defaults."""
         return cls(**{name: _group_from_args(group, args) for name, group in cls.groups().items()})
 
 
@@ -155,7 +155,7 @@ def script_parser(doc: str | None, options_class: type[RunOptions], own: Declara
 
 
 def flat(options: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
-    """Every option's field and value, group by group."""
+    """Yield every option's field and value, group by group."""
     for group_field in dataclasses.fields(options):
         group = getattr(options, group_field.name)
         for field in dataclasses.fields(group):
@@ -163,12 +163,12 @@ def flat(options: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
 
 
 def without_secrets(options: Any) -> dict[str, Any]:
-    """Option values by name, without tokens and keys; for logs and trackers."""
+    """Return option values by name, without tokens and keys; for logs and trackers."""
     return {field.name: value for field, value in flat(options) if not field.metadata["secret"]}
 
 
 def for_others(options: Any) -> dict[str, Any]:
-    """Option values by name, for trackers that others may see: no secrets, no folders, of files only their names."""
+    """Return option values by name, for trackers that others may see: no secrets, no folders, of files only their names."""
     known = without_secrets(options)
     return {name: _without_folder(value) for name, value in known.items() if not name.endswith(("_dir", "_nvme_path"))}
 

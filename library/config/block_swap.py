@@ -1,4 +1,4 @@
-"""What ``--blocks_to_swap`` implies and excludes, for every family that has it."""
+"""The rules and consequences of ``--blocks_to_swap``, for every family that has it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def count_of(options: Any) -> int:
 
 
 def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
-    """Blocks in host memory do not go with everything."""
+    """Blocks in host memory exclude some options."""
     if not count_of(o):
         return
     if "full" in o.groups() and not (o.optimizer.fused_backward_pass or o.full.blockwise_fused_optimizers):

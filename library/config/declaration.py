@@ -31,7 +31,7 @@ def warning(text: str) -> Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What rules may ask about the model family and the kind of training."""
+    """The facts that rules may ask about the model family and the kind of training."""
 
     #: for each text encoder of the model, whether it may be trained with these options
     trained_encoders: tuple[bool, ...] = ()

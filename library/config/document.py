@@ -155,10 +155,10 @@ def _others(own: Declaration, known: Collection[str] | None = None) -> str:
         known: leave out options that are not among these.
     """
 
-    def told(table: Mapping[str, str], words: str) -> list[list[str]]:
+    def listed(table: Mapping[str, str], words: str) -> list[list[str]]:
         return [[f"`--{n}`", f"{words}{why}"] for n, why in table.items() if known is None or n in known]
 
-    others = told(own.refused, "refused: ") + told(own.unused, "no effect ")
+    others = listed(own.refused, "refused: ") + listed(own.unused, "no effect ")
     return f"## Options that are not for this script\n\n{_table(('option', 'why'), others)}\n" if others else ""
 
 

@@ -149,7 +149,7 @@ class BucketedDataset:
         return [ref for refs, _ in self.batches_by_bucket(seed, epoch, index) for ref in refs]
 
     def batches_by_bucket(self, seed: int, epoch: int, index: int) -> Iterator[tuple[list[BatchRef], bool]]:
-        """For each bucket, its batches of an epoch, and whether the last of them is short."""
+        """Yield each bucket's batches of an epoch, and whether the last of them is short."""
         for bucket in sorted(self.uses_by_bucket):
             uses = self.uses_by_bucket[bucket]
             order = permutation(len(uses), seed, "order", epoch, index, bucket[0], bucket[1])

@@ -189,10 +189,10 @@ class _Reader:
         for name, value in table.items():
             if name == "subsets" and level == DATASET:
                 continue
-            meant = OTHER_NAMES.get(name, name)
-            key = KEYS.get(meant)
-            if name != meant and meant in table:
-                self._problem(where, name, f"means the same as {meant}; write one of them")
+            published = OTHER_NAMES.get(name, name)
+            key = KEYS.get(published)
+            if name != published and published in table:
+                self._problem(where, name, f"means the same as {published}; write one of them")
             elif name in OPTIONS_ONLY:
                 self._problem(where, name, f"belongs on the command line: --{name}")
             elif key is None:
@@ -202,7 +202,7 @@ class _Reader:
             elif not CHECKS[key.kind][0](value):
                 self._problem(where, name, f"{value!r}: write {CHECKS[key.kind][1]}")
             else:
-                good[meant] = value
+                good[published] = value
         return good
 
     def _lookup(self, *tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a checked dataset file says: its datasets and their subsets."""
+"""The content of a checked dataset file: datasets and their subsets."""
 
 from __future__ import annotations
 

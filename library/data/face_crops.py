@@ -14,7 +14,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Face:
-    """Where a face is: centre, width, height, and how far it leans, in degrees clockwise."""
+    """The place of a face: centre, width, height, and its lean in degrees clockwise."""
 
     x: float
     y: float
@@ -30,7 +30,7 @@ class Face:
 
 @dataclass(frozen=True)
 class Crop:
-    """What is cut out around a face.
+    """The region to cut out around a face.
 
     ``size`` is (W, H) of the result, or ``ratio`` gives it as multiples of the face's side; ``None`` for both: the
     whole image. ``face_side``: the face becomes this large. ``fit``: the image becomes as small as the crop allows.

@@ -95,7 +95,7 @@ def _way(wanted: Wanted) -> str:
 def find_current(
     wanted: Sequence[Wanted], format: LatentFormat, *, vae_identity: str, trust: bool
 ) -> dict[Wanted, bool]:
-    """For each wanted image, whether its latents on disk can be used; warnings name damaged and outdated files.
+    """For each wanted image, return whether its latents on disk can be used; warnings name damaged and outdated files.
 
     Args:
         trust: use existing files without a check (``--skip_cache_check``).

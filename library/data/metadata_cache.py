@@ -30,7 +30,7 @@ _MANY = 4_000_000
 
 
 class Entry(TypedDict):
-    """What is known about one image, as in the file."""
+    """The entry of one image in the file."""
 
     caption: str  # the caption file's text, or the class tokens
     resolution: Size  # (W, H) pixels; read back as a list

@@ -253,12 +253,12 @@ class MemoryTexts:
             self._stacks[name][self._places[caption]] = values
 
     def complete(self) -> None:
-        """Say that all captions were put."""
+        """Pack the rows; called when all captions were put."""
         for rows in self._packed.values():
             rows.pack()
 
     def get(self, image: Path, caption: str, place: int) -> Row:
-        """See ``DiskTexts.get``."""
+        """Return the encoding of a caption; see ``DiskTexts.get``."""
         index = self._places[caption]
         whole = {name: stack[index] for name, stack in self._stacks.items()}
         return {**whole, **{name: rows.get(index) for name, rows in self._packed.items()}}

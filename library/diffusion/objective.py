@@ -24,7 +24,7 @@ from library.diffusion.samplers import check_sampler, create_scheduler_for, set_
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How prediction and target are compared; see ``library.diffusion.loss`` and ``weighting``."""
+    """The settings of comparing prediction and target; see ``library.diffusion.loss`` and ``weighting``."""
 
     loss_type: str = "l2"
     huber_schedule: str = "snr"
@@ -80,7 +80,7 @@ class Objective(ABC):
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What ``comparable`` of the model's output should be (B, C, h, w)."""
+        """Return the value (B, C, h, w) that ``comparable`` of the model's output should have."""
 
     def comparable(self, output: Tensor, timesteps: Tensor) -> Tensor:
         """The model's output (B, C, h, w), float32, as it is compared with the target."""
@@ -189,7 +189,7 @@ class DdpmObjective(Objective):
 
     @property
     def _draws_with_zero_snr(self) -> bool:
-        """Samplers cannot start from pure noise with a model that predicts it; training with it only warns."""
+        """Whether samplers use it: they cannot start from pure noise with a model that predicts it; training only warns."""
         return self.zero_terminal_snr and self.v_prediction
 
 
@@ -227,7 +227,7 @@ class FlowObjective(Objective):
         self.density(within, (64, 64))
 
     def density(self, within: TimestepRange, size: tuple[int, int]) -> times.Density:
-        """Of the noise levels sigma at which images with latents of this (h, w) are trained.
+        """Return the density of the noise levels sigma at which images with latents of this (h, w) are trained.
 
         Raises:
             UserError: next to nothing of it lies within the range.
@@ -277,7 +277,7 @@ class FlowObjective(Objective):
 
 @lru_cache(maxsize=64)
 def _density(objective: FlowObjective, within: TimestepRange, size: tuple[int, int]) -> times.Density:
-    """Made once for each size of a run's images."""
+    """Return the density, which is made once for each size of a run's images."""
     density = times.density_of(
         objective.timestep_sampling,
         weighting_scheme=objective.weighting_scheme,

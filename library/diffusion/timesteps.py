@@ -54,7 +54,7 @@ class Density(Protocol):
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every noise level alike."""
+    """All noise levels are equally likely."""
 
     def cdf(self, sigma: float) -> float:
         return sigma

@@ -33,7 +33,7 @@ _LONGEST_REASON = 300  # characters of the Hub's own messages
 
 @dataclass(frozen=True)
 class HubTarget:
-    """Where saves are uploaded to, and how."""
+    """The repository that saves are uploaded to, and the way of uploading."""
 
     repo_id: str  # user/name
     repo_type: str = "model"
@@ -94,10 +94,10 @@ def check_target(target: HubTarget, *, create: bool) -> HubTarget:
         raise UserError(
             f"{where}: cannot be uploaded to ({why}); check name, --huggingface_token and connection"
         ) from None
-    standing = "private" if found.private else "public"
-    if target.visibility is not None and target.visibility != standing:
+    visibility = "private" if found.private else "public"
+    if target.visibility is not None and target.visibility != visibility:
         raise UserError(
-            f"--huggingface_repo_visibility {target.visibility}: {target.repo_id} is {standing} already; change "
+            f"--huggingface_repo_visibility {target.visibility}: {target.repo_id} is {visibility} already; change "
             "that on the Hub, or remove the option"
         )
     return target

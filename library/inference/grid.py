@@ -140,19 +140,19 @@ def combinations(image: PlannedImage, axes: Sequence[Axis], multipliers: Sequenc
 
 def draw_sheet(images: Sequence[Image], axes: Sequence[Axis]) -> Image:
     """Lay out images, row by row, on one sheet with the labels of their columns and rows."""
-    from PIL import Image as pictures
+    import PIL.Image
     from PIL import ImageDraw, ImageFont
 
     columns = axes[0].labels
     rows = [", ".join(reversed(labels)) for labels in itertools.product(*(axis.labels for axis in reversed(axes[1:])))]
     font = ImageFont.load_default(max(12, images[0].width // 24))
-    measure = ImageDraw.Draw(pictures.new("RGB", (1, 1)))
+    measure = ImageDraw.Draw(PIL.Image.new("RGB", (1, 1)))
     width = max((int(measure.textlength(row, font)) for row in rows), default=0)
     left = width + 2 * _GAP if width else _GAP
     top = int(font.size) + 2 * _GAP
     cell = max(image.width for image in images), max(image.height for image in images)
     size = left + len(columns) * (cell[0] + _GAP), top + len(rows) * (cell[1] + _GAP)
-    sheet = pictures.new("RGB", size, "white")
+    sheet = PIL.Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for place, image in enumerate(images):
         row, column = divmod(place, len(columns))

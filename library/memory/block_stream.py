@@ -36,8 +36,10 @@ Signature = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
 
 
 def swapped_counts(lengths: Sequence[int], count: int) -> list[int]:
-    """How many blocks of each list wait on the host, as published: half of ``count`` in a first list of heavy blocks,
-    and two light blocks of a second list for each of the other half.
+    """Return the number of blocks of each list that wait on the host.
+
+    As published: half of ``count`` in a first list of heavy blocks, and two light blocks of a second list for each
+    of the other half.
 
     Args:
         lengths: of the lists: one, or heavy blocks before light ones.

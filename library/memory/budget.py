@@ -22,7 +22,7 @@ _BYTES = {"fp8": 1.0, "fp8_scaled": 1.0, "int8": 1.0, "nf4": 0.5}
 
 @dataclass(frozen=True)
 class Choice:
-    """How the denoiser is kept."""
+    """A way of keeping the denoiser."""
 
     checkpointing: bool
     form: str | None = None  # in ``FORMS``

@@ -53,7 +53,7 @@ def check_backend(backend: str, device: torch.device | str, *, flag: str = "--dy
 
 @dataclass(frozen=True)
 class CompileSettings:
-    """How blocks are compiled; see ``torch.compile``."""
+    """The settings of compiling blocks; see ``torch.compile``."""
 
     backend: str = "inductor"
     mode: str | None = None

@@ -31,7 +31,7 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class Form:
-    """How the weights (out, ...) of one layer are stored.
+    """A way of storing the weights (out, ...) of one layer.
 
     Attributes:
         title: for tables and messages.

@@ -1,4 +1,4 @@
-"""How the parts of a model are kept during a run: dtype, storage and place, decided here and nowhere else.
+"""The dtype, storage and place of each part of a model during a run, decided here and nowhere else.
 
 A plan holds no weights. Loading asks it where a part is loaded to and in which dtype, and lets it give the loaded
 modules their final form; the table of ``--dry_run`` prints it.
@@ -26,7 +26,7 @@ Home = Literal["device", "host", "none"]
 
 @dataclass(frozen=True)
 class PartPlan:
-    """How one part is kept in training."""
+    """The dtype, storage and place of one part in training."""
 
     name: str  # "denoiser", "text_encoder_1", "vae"
     dtype: torch.dtype  # of its weights, or that they are computed in

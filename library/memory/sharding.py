@@ -21,7 +21,7 @@ from library.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the weights are sharded; messages use the names of accelerate's configuration."""
+    """The settings of sharding weights; messages use the names of accelerate's configuration."""
 
     free_after_forward: bool = True  # free a block's weights between its forward and its backward pass
     on_host: bool = False  # keep the shards in host memory

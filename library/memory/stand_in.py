@@ -38,7 +38,7 @@ _libraries: list[torch.library.Library] = []
 
 
 class _Backend(backend_registration._DummyBackendModule):
-    """What torch asks a device's module."""
+    """The module of the device, with the answers that torch asks for."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -73,7 +73,7 @@ def _in_half(operator: Any) -> Callable[..., Any]:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused attention keeps: query, key, value, output, and the log-sum-exp of each row in float32."""
+    """Allocates as a fused attention does: it keeps query, key, value, output, and a float32 number for each row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _fuse_attention() -> None:
 
 
 class _FusedNorm(torch.autograd.Function):
-    """What a fused root mean square norm keeps: its input and a float32 number for each row."""
+    """Allocates as a fused root mean square norm does: it keeps its input and a float32 number for each row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def place_without_numbers(module: nn.Module, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a step takes."""
+    """The memory and the kernels of a step."""
 
     resident: int  # bytes of weights and other tensors that were there before
     peak: int  # bytes at the worst moment, the resident ones included

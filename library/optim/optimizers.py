@@ -222,7 +222,7 @@ def resolve_optimizer(
 
 
 def _adafactor(args: dict[str, Any], learning_rates: Sequence[str]) -> list[str]:
-    """Published implications: relative step by default, forced by warmup_init; no given learning rate is used then."""
+    """Apply the published implications: relative step by default, forced by warmup_init, ignores a given learning rate."""
     args.setdefault("relative_step", True)
     warnings: list[str] = []
     if args.get("warmup_init") and not args["relative_step"]:

@@ -121,7 +121,7 @@ def _check_step_rules(settings: ScheduleSettings) -> None:
 
 
 def _check_arguments(choice: OptimizerChoice, settings: ScheduleSettings) -> None:
-    """Arguments of a named schedule, which its function in transformers takes; it is made once, for their values."""
+    """Check arguments of a named schedule: its function in transformers takes them; it is made once, for their values."""
     given = parse_keyword_arguments("--lr_scheduler_args", settings.args)
     if not given:
         return

@@ -75,7 +75,9 @@ def _quietly() -> Iterator[None]:
 
 
 def is_schedule_free(choice: OptimizerChoice) -> bool:
-    """Defazio et al. 2024 (arXiv:2405.15682): no schedule, and other weights for use than for training.
+    """Whether an optimizer needs no schedule and has other weights for use than for training.
+
+    Defazio et al. 2024 (arXiv:2405.15682).
 
     The optimizer object decides, because packages use different class names.
     """

@@ -30,7 +30,7 @@ _MOST_AT_ONCE = 50_000_000
 
 @dataclass(frozen=True)
 class Zero:
-    """What is sharded."""
+    """The settings of sharding an optimizer."""
 
     stage: int  # 0 nothing; 1 the optimizer's states; 2 the averaged gradients too
     on_host: bool = False  # states and update in host memory
@@ -138,7 +138,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def numbers_here(self) -> int:
-        """How many trained numbers this process updates and keeps states of; the last one's may be padded."""
+        """Return the number of trained numbers that this process updates; those of the last process may be padded."""
         return sum(p.numel() for group in self._inner.param_groups for p in group["params"])
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     # ---- whole states ----
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the same optimizer without DeepSpeed; all processes must call it."""
+        """Return the state of the same optimizer without DeepSpeed; all processes must call it."""
         groups, state, first = [], {}, 0
         inner = self._inner.state_dict()
         if not self._is_split:
@@ -207,7 +207,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.state = self._inner.state
 
     def _piece(self, wholes: Sequence[Tensor], like: Tensor) -> Tensor:
-        """This process's part of tensors in a row, filled up with zeros."""
+        """Return this process's part of tensors in a row, filled up with zeros."""
         size = like.numel()
         part = torch.zeros(size, dtype=wholes[0].dtype, device=wholes[0].device)
         begin = -size * torch.distributed.get_rank()  # of a tensor, counted from where the part begins
@@ -269,7 +269,7 @@ def _is_same(one: object, other: object) -> bool:
 
 @contextlib.contextmanager
 def _local_rank() -> Iterator[None]:
-    """DeepSpeed asks for the variable, which only launchers set."""
+    """Set the variable that DeepSpeed reads and that only launchers set."""
     if "LOCAL_RANK" in os.environ:
         yield
         return
@@ -281,7 +281,7 @@ def _local_rank() -> Iterator[None]:
 
 
 def _start(weights: _Weights, optimizer: torch.optim.Optimizer, zero: Zero, device: torch.device) -> Any:
-    """DeepSpeed's engine, with what this program does by itself left out."""
+    """Return DeepSpeed's engine, without the features that this program has itself."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)

@@ -81,11 +81,11 @@ def option_values(options: RunOptions) -> Iterator[tuple[str, Any]]:
         if getattr(type(group), "harmless", False):
             continue
         for field in dataclasses.fields(group):
-            told = field.metadata
-            if told["secret"] or told["harmless"]:
+            metadata = field.metadata
+            if metadata["secret"] or metadata["harmless"]:
                 continue
             value = getattr(group, field.name)
-            yield f"--{field.name}", content_of(value) if told["weights"] else value
+            yield f"--{field.name}", content_of(value) if metadata["weights"] else value
 
 
 def dataset_values(dataset: BucketedDataset, name: str) -> dict[str, object]:

@@ -17,7 +17,7 @@ from library.training.text_caching import caches_texts
 
 
 def memory_plan(run: Run, kind: Kind) -> MemoryPlan:
-    """How each part of the run's model is kept."""
+    """Return the plan of the run: dtype, storage and place of each part."""
     architecture, options = run.architecture, run.options
     trained = {name: need.dtype for name, need in kind.needs().items()}
     encoders = [text_encoder_name(number) for number in range(1, len(run.cached_encoders) + 1)]

@@ -34,7 +34,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class TracedStep:
-    """What a step on batches of one bucket takes, in bytes."""
+    """The memory in bytes of a step on batches of one bucket."""
 
     bucket: Size  # (W, H)
     batch_size: int

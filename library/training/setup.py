@@ -59,7 +59,7 @@ def objective_of(architecture: Architecture, options: RunOptions, info: ModelInf
 
 
 def cached_encoders(architecture: Architecture, kind: type[Kind], options: RunOptions) -> tuple[bool, ...]:
-    """For each text encoder, whether its outputs come from a cache."""
+    """For each text encoder, return whether its outputs come from a cache."""
     caches = caches_texts(options.dataset)
     live = architecture.live_encoders(kind.trained_encoders(architecture, options))
     return tuple(caches and not runs for runs in live)

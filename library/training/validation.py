@@ -202,9 +202,9 @@ class Validation:
 
     def _say(self, step: int, loss: float, is_best: bool, seconds: float) -> None:
         count = self._data.image_count
-        standing = "the lowest so far" if is_best else f"the lowest is {self.best.loss:.6f}, of step {self.best.step}"
+        comparison = "the lowest so far" if is_best else f"the lowest is {self.best.loss:.6f}, of step {self.best.step}"
         logger.info(
-            "validation after step %d: loss %.6f on %d images (%s), %.1f s", step, loss, count, standing, seconds
+            "validation after step %d: loss %.6f on %d images (%s), %.1f s", step, loss, count, comparison, seconds
         )
         if not math.isfinite(loss):
             logger.warning("the validation loss of step %d is not finite, and counts as no better", step)

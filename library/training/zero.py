@@ -166,10 +166,7 @@ def zero_of(options: TrainingOptions, accelerator: Accelerator) -> Zero | None:
 def zero_rows(
     optimizer: torch.optim.Optimizer | None, parameters: Sequence[torch.nn.Parameter], options: TrainingOptions
 ) -> list[tuple[str, str]]:
-    """Return rows for the table before the first step; a dry run has no optimizer. @@ library/memory/attention.py
-    Attention that never holds a matrix of all tokens by all tokens (``--mem_eff_attn``), and which attention a run
-    uses. => The attention backend of a run, and attention without a matrix of all tokens by all tokens
-    (``--mem_eff_attn``)."""
+    """Return rows for the table before the first step; a dry run has no optimizer."""
     if not isinstance(optimizer, ZeroOptimizer):
         return []
     zero = asked_zero(options)

@@ -41,7 +41,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Blend:
-    """What will be written, and how the sources differ.
+    """The model that will be written, and the differences of its sources.
 
     Attributes:
         first_only: tensors that are copied from the first model.

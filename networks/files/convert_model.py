@@ -160,10 +160,10 @@ def _inspected(key: str, path: Path, wanted: Conversion) -> tuple[Architecture, 
             reference = download_components(wanted.reference, ("tokenizer", "scheduler"), flag="--reference_model")
         if not (reference / "tokenizer").is_dir():
             raise UserError(f"--reference_model {wanted.reference}: has no folder tokenizer")
-    told = None if reference is None else folder_prediction(reference)
+    recorded = None if reference is None else folder_prediction(reference)
     is_v2 = key == "sd2"
     # a single file of Stable Diffusion 2.x does not say which; most predict v
-    predicts_v = told == "v_prediction" if told is not None else is_v2 or _says_v(path)
+    predicts_v = recorded == "v_prediction" if recorded is not None else is_v2 or _says_v(path)
     with naming("the source", wanted.source):
         checkpoint = architecture.inspect(
             str(path),

@@ -40,7 +40,7 @@ WeightOf = Callable[[str], Tensor]
 
 
 def compare(one: LoraFile, other: LoraFile, weight_of: WeightOf | None = None) -> list[Layer]:
-    """Every module of either file, in the first one's order, at the files' ratios.
+    """Compare every module of either file, in the first one's order, at the files' ratios.
 
     Args:
         weight_of: for kinds whose change depends on the weight.
@@ -138,7 +138,7 @@ def _texts(layer: Layer) -> tuple[str, ...]:
 
 
 def write_csv(path: Path, layers: Sequence[Layer]) -> None:
-    """All layers, in order."""
+    """Write all layers, in order."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(_HEADER)

@@ -1,4 +1,4 @@
-"""What the scripts that extract share: all steps from the options to the written file."""
+"""Extract adapters: all steps from the options to the written file, for every script that extracts."""
 
 from __future__ import annotations
 

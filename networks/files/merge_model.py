@@ -24,7 +24,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Change:
-    """What one module of a file changes in one tensor of the model."""
+    """The change of one tensor of the model by one module of a file."""
 
     module: Module
     strength: float

@@ -1,4 +1,4 @@
-"""What the scripts that merge share: all steps from the options to the written files."""
+"""Merge adapters: all steps from the options to the written files, for every script that merges."""
 
 from __future__ import annotations
 
@@ -152,14 +152,14 @@ def merge_files(
     else:
         merged = combine(files, rank_of=rank_of, conv_rank_of=conv_rank_of, **settings)
     sizes = sizes_of(merged.tensors).values()
-    told = next((file.metadata for file in files if file.metadata.get("ss_base_model_version")), {})
+    recorded = next((file.metadata for file in files if file.metadata.get("ss_base_model_version")), {})
     versions = {v for file in files if (v := file.metadata.get("ss_base_model_version"))}
     if len(versions) > 1:
         logger.warning("the LoRA files were made for different models: %s", ", ".join(sorted(versions)))
-    spec = next((file.metadata for file in files if file.metadata.get("modelspec.architecture")), told)
+    spec = next((file.metadata for file in files if file.metadata.get("modelspec.architecture")), recorded)
     family = files[0].family
     metadata = adapter_metadata(
-        family.record_of({**told, **{k: v for k, v in spec.items() if k == "modelspec.architecture"}}),
+        family.record_of({**recorded, **{k: v for k, v in spec.items() if k == "modelspec.architecture"}}),
         family.network_module,
         ranks=[size.rank for size in sizes],
         alphas=[size.alpha for size in sizes],
@@ -169,7 +169,7 @@ def merge_files(
         network_args=None if network_args is None else json.dumps(network_args),
     )
     # what the first source says of its base model is more exact than what the family says
-    metadata |= {key: told[key] for key in ("ss_v2", "ss_base_model_version") if key in told}
+    metadata |= {key: recorded[key] for key in ("ss_v2", "ss_base_model_version") if key in recorded}
     write_weights(target, merged.tensors, computing.save_dtype, metadata)
     if merged.error:
         logger.info(

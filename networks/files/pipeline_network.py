@@ -52,7 +52,7 @@ class PipelineNetwork:
         self.network.to(device)
 
     def to(self, *args: Any, **kwargs: Any) -> PipelineNetwork:
-        """As of a module; returns the network itself."""
+        """Move and cast the network, as a module does; returns the network itself."""
         self.network.to(*args, **kwargs)
         return self
 

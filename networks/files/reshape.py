@@ -224,8 +224,8 @@ def restore_strength(module: Module, record: Mapping[str, Any] | None) -> Module
     if not module.is_lora:
         return module
     if record is not None:
-        told = _alpha_of(record)
-        strength = 1.0 if told is None else float(told.sum()) / module.rank
+        alpha = _alpha_of(record)
+        strength = 1.0 if alpha is None else float(alpha.sum()) / module.rank
         folded = record.get("folded")
         fits = True
         if folded in (UP, DOWN) and module.strength == 1.0 and strength:
@@ -238,8 +238,8 @@ def restore_strength(module: Module, record: Mapping[str, Any] | None) -> Module
             fits = math.isclose(module.strength, strength, rel_tol=1e-6)
         if fits:
             tensors.pop(ALPHA, None)
-            if told is not None:
-                tensors[ALPHA] = told
+            if alpha is not None:
+                tensors[ALPHA] = alpha
             return replace(module, tensors=tensors)
     if ALPHA not in tensors:
         rank = torch.tensor(float(module.rank))
@@ -267,8 +267,8 @@ def read_record(metadata: Mapping[str, str], module: str) -> dict[str, Any] | No
 
 
 def _alpha_of(record: Mapping[str, Any]) -> Tensor | None:
-    told = record["alpha"]
-    return None if told is None else torch.tensor(told, dtype=_dtype(record.get("alpha_dtype"), torch.float32))
+    value = record["alpha"]
+    return None if value is None else torch.tensor(value, dtype=_dtype(record.get("alpha_dtype"), torch.float32))
 
 
 def _dtype(name: object, default: torch.dtype) -> torch.dtype:

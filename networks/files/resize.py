@@ -34,7 +34,7 @@ _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, sorted(_ENDINGS, key=len, 
 
 @dataclass(frozen=True)
 class Module:
-    """What resizing did to one module.
+    """The result of resizing one module.
 
     Attributes:
         sum_kept, norm_kept: shares of the singular values' sum, and of their norm, that the new rank keeps.

@@ -1,4 +1,4 @@
-"""What an adapter file holds, in a few lines."""
+"""Describe the content of an adapter file in a few lines."""
 
 from __future__ import annotations
 

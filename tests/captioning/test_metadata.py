@@ -114,9 +114,9 @@ def test_the_whole_way(images: Path, tmp_path: Path, sd: MadeCheckpoint, capsys:
     assert not prepared.exists() and not list(images.glob("*.npz"))
     capsys.readouterr()
     run(prepare_buckets_latents, *words)
-    told = capsys.readouterr().err
-    assert "bucket 64x64: 3 images" in told and "mean difference of aspect ratios: " in told
-    assert "7 images, 7 latents encoded, 0 were there" in told
+    output = capsys.readouterr().err
+    assert "bucket 64x64: 3 images" in output and "mean difference of aspect ratios: " in output
+    assert "7 images, 7 latents encoded, 0 were there" in output
     content = json.loads(prepared.read_text())
     assert content["0"]["train_resolution"] == [64, 64] and content["2"]["train_resolution"] == [96, 32]
     assert content["0"]["caption"] == "a cat" and "red background" in content["0"]["tags"]

@@ -99,7 +99,7 @@ def test_no_flag_is_missing_or_new(script: str, actions: dict[str, dict[str, arg
 
 @pytest.mark.parametrize("script", [*WHOLE_MODELS, *EMBEDDINGS, *CONTROLNETS])
 def test_no_flag_of_other_kinds_is_missing(script: str, actions: dict[str, dict[str, argparse.Action]]) -> None:
-    """What adapter training can, other kinds can too: further flags are published for other scripts, or ours."""
+    """Other kinds have every flag of adapter training; further flags are published for other scripts, or ours."""
     published = {option["dest"] for option in PUBLISHED[script]}
     assert len(PUBLISHED[script]) == SCRIPTS[script] and published <= set(actions[script])
     elsewhere = {option["dest"] for options in PUBLISHED.values() for option in options}

@@ -85,7 +85,7 @@ def test_every_script_shows_an_example(script: str) -> None:
 
 
 def test_the_command_line_needs_no_torch() -> None:
-    """Which takes seconds to import; the trainer is made when a program asks for it."""
+    """It takes seconds to import; the trainer is made when a program asks for it."""
     for script in SCRIPTS:
         program = f"import sys, {script} as s; s.setup_parser().parse_args([]); sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0, script

@@ -34,7 +34,7 @@ GOOD = {
 
 @pytest.fixture(autouse=True)
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the tables below name, in the working directory."""
+    """Make the files that the tables below name, in the working directory."""
     monkeypatch.chdir(tmp_path)
     for name in ("data.toml", "p.txt", "m.json", "w.safetensors", "v.safetensors"):
         Path(name).touch()

@@ -1,4 +1,4 @@
-"""What programs that start the scripts write for options that are not set: all of their fields, many of them empty."""
+"""Options that are not set, as programs that start the scripts write them: all of their fields, many of them empty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far caching is: lines now and then, or a bar on a terminal."""
+"""The progress of caching: lines now and then, or a bar on a terminal."""
 
 from __future__ import annotations
 

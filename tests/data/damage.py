@@ -1,4 +1,4 @@
-"""What can have happened to a cache file."""
+"""Damage that a cache file can have."""
 
 from __future__ import annotations
 

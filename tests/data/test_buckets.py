@@ -1,4 +1,4 @@
-"""What every bucket and every assignment must satisfy, over many settings."""
+"""Conditions on every bucket and every assignment, over many settings."""
 
 from __future__ import annotations
 

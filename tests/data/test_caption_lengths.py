@@ -1,4 +1,4 @@
-"""Captions that are cut are told of once, with the number and the longest."""
+"""One message on captions that are cut has their number and the longest."""
 
 from __future__ import annotations
 

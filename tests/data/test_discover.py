@@ -1,4 +1,4 @@
-"""Which images and captions of a folder are found, and what is said when some are missing."""
+"""Images and captions of a folder are found; messages name missing ones."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def warnings(
     images: bool = False,
     **options: object,
 ) -> list[str]:
-    """What is warned of when the file is read and, with ``images``, when they are found."""
+    """Return the warnings on reading the file and, with ``images``, on finding them."""
     path = folder.parent / "data.toml"
     path.write_text(
         f"[general]\ncaption_extension = '.txt'\n{general}\n[[datasets]]\nresolution = 512\n{dataset}\n"

@@ -48,7 +48,7 @@ class Processes:
         return Peers(rank, self._count, gather)
 
     def run(self, one: Callable[[int, Peers], Any]) -> list[Any]:
-        """What each returns, or the exception that ended it."""
+        """Return the result of each, or the exception that ended it."""
         results: list[Any] = [None] * self._count
 
         def work(rank: int) -> None:

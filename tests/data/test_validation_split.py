@@ -1,4 +1,4 @@
-"""What is kept for validation: the asked share of files, keyed, and never a file that is trained on."""
+"""Images kept for validation: the asked share of files, keyed, and never a file that is trained on."""
 
 from __future__ import annotations
 

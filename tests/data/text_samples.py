@@ -82,7 +82,7 @@ class Encoders:
 
 
 class OneProcess:
-    """What of an accelerator is used."""
+    """The attributes of an accelerator that caching uses."""
 
     num_processes, process_index, is_main_process, device = 1, 0, True, torch.device("cpu")
 
@@ -143,7 +143,7 @@ def no_tokens(captions: Sequence[str]) -> dict[str, Tensor]:
 
 
 def outputs_of(caption: str, encoders: Encoders | None = None, **settings: Any) -> dict[str, Tensor]:
-    """What encoding one caption by itself gives."""
+    """Return the encoding of one caption by itself."""
     encoders = encoders or Encoders()
     settings = {"max_token_length": None, "weighted": False, **settings}
     tokens = encoders.tokenize([], [caption], **settings)

@@ -1,4 +1,4 @@
-"""What docs/flow_matching.md says is so: its table of densities, its numbers, and the options it names."""
+"""docs/flow_matching.md is true: its table of densities, its numbers, and the options it names."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_draws_follow_the_formula(options: dict[str, object], cdf: Cdf) -> None:
 
 @pytest.mark.parametrize(("options", "cdf"), DENSITIES, ids=name_of)
 def test_a_range_cuts_the_density_off(options: dict[str, object], cdf: Cdf) -> None:
-    """What is drawn within keeps its shape, and nothing else is drawn."""
+    """The density within the range keeps its shape, and nothing outside of it is drawn."""
     within = TimestepRange(300, 850)
     found = drawn(FlowObjective(**options), within)
     assert 0.3 <= found[0] and found[-1] < 0.85

@@ -115,7 +115,7 @@ def test_it_starts_from_the_unet_and_changes_nothing(tmp_path: Path, controlnet:
 
 
 class Killed(Exception):
-    """What nothing catches."""
+    """Raised to end a run; no code catches it."""
 
 
 def test_it_is_trained_resumed_and_read_again(
@@ -233,7 +233,7 @@ def test_mistakes(
 
 
 def test_it_trains_in_half_precision(tmp_path: Path, sd: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it adds to the features of the denoiser has their dtype, also in sample images."""
+    """The residuals that it adds to features of the denoiser have their dtype, also in sample images."""
     from library.architectures.common import latent_diffusion
 
     found: list[torch.dtype] = []

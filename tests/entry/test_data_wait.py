@@ -1,4 +1,4 @@
-"""How long the steps of a run wait for their data, as the trackers and the end of the run tell it."""
+"""The time that steps wait for their data, in the trackers and at the end of a run."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def test_no_step_waits_for_data(
     # the first step in which torch and the caches are warm is the second
     share = sum(waited[1:]) / sum(took[1:])
     assert share < 0.2
-    told = re.search(r"waiting for data: ([\d.]+)% of the time between steps", capfd.readouterr().err)
-    assert told is not None and float(told[1]) == pytest.approx(100 * share, abs=0.1)
+    found = re.search(r"waiting for data: ([\d.]+)% of the time between steps", capfd.readouterr().err)
+    assert found is not None and float(found[1]) == pytest.approx(100 * share, abs=0.1)

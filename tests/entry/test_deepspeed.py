@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 
 @pytest.fixture(scope="module")
 def configured() -> dict[str, str]:
-    """What ``accelerate launch --config_file`` gives to the processes that it starts."""
+    """Return the environment that ``accelerate launch --config_file`` gives to the processes that it starts."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 

@@ -160,7 +160,7 @@ def test_published_command_in_a_process_of_its_own(
 def count_loading(
     monkeypatch: pytest.MonkeyPatch, *, one_at_a_time: bool = False
 ) -> tuple[list[str], list[weakref.ref]]:
-    """What is loaded, in its order, and the models.
+    """Record which models are loaded, in their order.
 
     Args:
         one_at_a_time: check that nothing that was loaded before is still there.

@@ -30,7 +30,7 @@ from tests.fixtures.tiny_flux import make_tiny_controlnet
 
 
 def of_configuration(path: Path) -> dict[str, str]:
-    """What ``accelerate launch --config_file`` gives to the processes that it starts."""
+    """Return the environment that ``accelerate launch --config_file`` gives to the processes that it starts."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 

@@ -1,4 +1,4 @@
-"""How whole models are updated: fused in each form, 8-bit and paged optimizers, Adafactor, averages; resumed exactly."""
+"""Updates of whole models: fused in each form, 8-bit and paged optimizers, Adafactor, averages; resumed exactly."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_what_needs_all_gradients_is_refused(
 def test_gradients_never_exist_all_at_once(
     tmp_path: Path, sd: Tiny, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When a part is updated, the gradients there are those of this part and of parts that are not complete."""
+    """The update of a part finds only gradients of this part, and of parts that are not complete."""
     largest: dict[str, int] = {}
     original = Pieces.update
     for form, options in FORMS.items():

@@ -71,10 +71,10 @@ def test_up_and_back_again(
         words = [*lora_arguments(tiny_sd, dataset, output, **settings), "--output_config", "--config_file", config]
         read_args(train_network.setup_parser(), [str(word) for word in words])
     assert not ended.value.code and "huggingface_path_in_repo" in config.read_text()
-    told = capfd.readouterr()
+    captured = capfd.readouterr()
     written = [config, *(file for file in output.rglob("*") if file.is_file())]
     texts = [*(file.read_bytes() for file in written), *files.values()]
-    texts += [part.encode() for part in (said.out, said.err, told.out, told.err)]
+    texts += [part.encode() for part in (said.out, said.err, captured.out, captured.err)]
     assert list(output.glob("logs/**/events.out*")) and any(b"a comment" in text for text in texts)
     assert not any(secret.encode() in text for text in texts for secret in (TOKEN, KEY))
 

@@ -118,7 +118,7 @@ def test_dropout_acts_with_and_without_checkpointing(tmp_path: Path, sd: Whole) 
 
 
 class Killed(Exception):
-    """What nothing catches."""
+    """Raised to end a run; no code catches it."""
 
 
 def test_it_is_trained_resumed_and_read_again(tmp_path: Path, lllite: Whole, monkeypatch: pytest.MonkeyPatch) -> None:

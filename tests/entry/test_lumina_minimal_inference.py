@@ -110,9 +110,9 @@ def test_the_published_command_in_a_process_of_its_own(made: MadeLumina, lora: P
     assert finished.code == 0, finished.text
     (image,) = out.iterdir()
     assert pixels(image).shape == (64, 80, 3)
-    told = text_of(image)
+    texts = text_of(image)
     expected = {"prompt": PROMPT, "seed": "1234", "scale": "3.5", "cfg_trunc_ratio": "0.25", "renorm_cfg": "1"}
-    assert told.items() >= {**expected, "flow_shift": "6", "network": "lora.safetensors:0.5"}.items()
+    assert texts.items() >= {**expected, "flow_shift": "6", "network": "lora.safetensors:0.5"}.items()
 
 
 def test_merged_adapters_give_the_same_image_and_change_it(made: MadeLumina, lora: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gemma_states(made: MadeLumina, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """What transformers' Gemma2 gives before its last layer, and the mask."""
+    """Return the states of transformers' Gemma2 before its last layer, and the mask."""
     from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
 
     sizes, state = LuminaFileSizes(), load_file(str(made.gemma2))

@@ -55,7 +55,7 @@ def models_of(tiny: Tiny) -> SimpleNamespace:
 
 
 def outputs(models: SimpleNamespace) -> torch.Tensor:
-    """What the denoiser makes of noise and a caption."""
+    """Return the denoiser's outputs for noise and a caption."""
     architecture = models.architecture
     noise = torch.randn(1, architecture.latent.channels, 8, 8, generator=torch.Generator().manual_seed(0))
     tokens = architecture.tokenize(models.tokenizers, ["a cat"], max_token_length=None, weighted=False)

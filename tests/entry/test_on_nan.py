@@ -123,21 +123,21 @@ def test_what_a_network_draws_for_a_step_is_drawn_again(
 ) -> None:
     module, name, settings = DRAWING_NETWORKS[tiny.family.network_module]
     network = getattr(importlib.import_module(module), name)
-    told: list[tuple[int, int]] = []
+    recorded: list[tuple[int, int]] = []
     begin_step = network.begin_step
 
     def spy(self: Any, seed: int, step: int) -> None:
-        told.append((seed, step))
+        recorded.append((seed, step))
         begin_step(self, seed, step)
 
     monkeypatch.setattr(network, "begin_step", spy)
     with pytest.raises(SystemExit):
         tiny.train(poisoned, tmp_path, **options(network_module=module, **settings))
     step = int(re.search(r"step (\d+) \(seed", capsys.readouterr().err).group(1))
-    assert (1, step - 1) in told
-    told.clear()
+    assert (1, step - 1) in recorded
+    recorded.clear()
     train_here("--replay", next(tmp_path.glob("*.replay")), script=tiny.family.script)
-    assert set(told) == {(1, step - 1)}
+    assert set(recorded) == {(1, step - 1)}
     assert "the step is not finite again" in capsys.readouterr().out
 
 

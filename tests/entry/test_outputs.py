@@ -1,4 +1,4 @@
-"""What a run does to its output folder: nothing is lost, nothing of others is removed, and it is told beforehand."""
+"""The output folder of a run: nothing is lost, nothing of others is removed, and messages come beforehand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("own_root_logger")
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
-    return write_dataset(folder / "data.toml", make_images(folder / "pictures", [(64, 64)]))
+    return write_dataset(folder / "data.toml", make_images(folder / "images", [(64, 64)]))
 
 
 def train(sd: Tiny, dataset: Path, output: Path, **more: object) -> None:
@@ -87,16 +87,16 @@ def test_what_lies_in_the_way_is_found_before_caching(
     before = sorted(images.iterdir())
     (tmp_path / "out" / "tiny-state").mkdir(parents=True)
     (tmp_path / "out" / "tiny-state" / "holiday.png").touch()
-    told = {"cache_latents_to_disk": True, "dry_run": dry_run}
-    text = refused(capsys, sd, data, tmp_path / "out", save_state=True, **told)
+    given = {"cache_latents_to_disk": True, "dry_run": dry_run}
+    text = refused(capsys, sd, data, tmp_path / "out", save_state=True, **given)
     assert "tiny-state: this folder holds no state of training, and a state would replace it" in text
     (tmp_path / "out" / "tiny-ema.safetensors").mkdir()
-    text = refused(capsys, sd, data, tmp_path / "out", ema_decay=0.9, **told)
+    text = refused(capsys, sd, data, tmp_path / "out", ema_decay=0.9, **given)
     assert "tiny-ema.safetensors: is a folder, but a file of weights must be written there" in text
-    text = refused(capsys, sd, data, tmp_path / "out", output_name="n" * 250, **told)
+    text = refused(capsys, sd, data, tmp_path / "out", output_name="n" * 250, **given)
     assert "cannot be written (File name too long)" in text
     (tmp_path / "file").touch()
-    assert "file" in refused(capsys, sd, data, tmp_path / "file", **told)
+    assert "file" in refused(capsys, sd, data, tmp_path / "file", **given)
     assert sorted(images.iterdir()) == before and (tmp_path / "out" / "tiny-state" / "holiday.png").exists()
 
 

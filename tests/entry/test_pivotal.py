@@ -36,7 +36,7 @@ def dataset(tmp_path: Path) -> Path:
 
 
 class Killed(Exception):
-    """What nothing catches."""
+    """Raised to end a run; no code catches it."""
 
 
 def test_both_are_trained_and_resumed(

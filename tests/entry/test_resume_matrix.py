@@ -78,7 +78,7 @@ FAST = "AdamW8bit, accumulation"
 
 
 class Killed(Exception):
-    """What nothing catches."""
+    """Raised to end a run; no code catches it."""
 
 
 def two_datasets(folder: Path, lines: str) -> Path:

@@ -1,4 +1,4 @@
-"""What whole runs leave on the disk: forms, precisions, retention of weights and states, and numbers in metadata."""
+"""The files of whole runs: forms, precisions, retention of weights and states, and numbers in metadata."""
 
 from __future__ import annotations
 

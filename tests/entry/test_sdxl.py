@@ -1,4 +1,4 @@
-"""What is Stable Diffusion XL's own in whole runs; what it shares with others is in the tests of ``tiny``."""
+"""Whole runs of Stable Diffusion XL: only what is its own; the tests of ``tiny`` cover what all families share."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_rates_and_long_captions_of_both_encoders(
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """What the U-Net is told in each use of an image of the next runs: (H, W), (top, left), (H, W)."""
+def model_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Record the U-Net's sizes for each use of an image in the next runs: (H, W), (top, left), (H, W)."""
     from library.architectures.sdxl import StableDiffusionXL
 
     numbers: list[tuple[int, ...]] = []
@@ -113,7 +113,7 @@ def crops(size: tuple[int, int], target: tuple[int, int]) -> set[tuple[int, int]
 
 @pytest.mark.parametrize("no_upscale", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_unet_is_told_real_sizes_from_caches_too(
-    tmp_path: Path, tiny_sdxl: MadeCheckpoint, told: list[tuple[int, ...]], no_upscale: bool
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, model_sizes: list[tuple[int, ...]], no_upscale: bool
 ) -> None:
     folder = images_of_all_shapes(tmp_path / "images")
     general = f"flip_aug = true\nbucket_no_upscale = {str(no_upscale).lower()}"
@@ -124,8 +124,8 @@ def test_the_unet_is_told_real_sizes_from_caches_too(
             continue
         more = {"max_train_steps": None, "max_train_epochs": 1, "network_train_unet_only": True, **caches}
         train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / name, **more), script=SCRIPT)
-        runs.append(list(told))
-        told.clear()
+        runs.append(list(model_sizes))
+        model_sizes.clear()
     assert all(run == runs[0] for run in runs[1:])
     seen = {(height, width): set() for height, width, *_ in runs[0]}
     assert seen.keys() == {(64, 64), (50, 113), (47, 100), (96, 41), (37, 40), (120, 47)}
@@ -138,16 +138,16 @@ def test_the_unet_is_told_real_sizes_from_caches_too(
 
 
 def test_the_unet_is_told_real_sizes_of_random_crops(
-    tmp_path: Path, tiny_sdxl: MadeCheckpoint, told: list[tuple[int, ...]]
+    tmp_path: Path, tiny_sdxl: MadeCheckpoint, model_sizes: list[tuple[int, ...]]
 ) -> None:
     folder = images_of_all_shapes(tmp_path / "images")
     general = "flip_aug = true\nrandom_crop = true"
     dataset = write_dataset(tmp_path / "data.toml", folder, general=general, dataset="batch_size = 2")
     more = {"max_train_steps": None, "max_train_epochs": 3, "network_train_unet_only": True}
     train_here(*lora_arguments(tiny_sdxl, dataset, tmp_path / "out", **more), script=SCRIPT)
-    assert {(height, width) for height, width, *_ in told} >= {(120, 47), (50, 113)}
+    assert {(height, width) for height, width, *_ in model_sizes} >= {(120, 47), (50, 113)}
     outside = []
-    for height, width, top, left, *target in told:
+    for height, width, top, left, *target in model_sizes:
         scale = max(target[0] / height, target[1] / width)
         assert 0 <= top <= round(height * scale) - target[0] and 0 <= left <= round(width * scale) - target[1]
         outside.append((top, left) not in crops((height, width), tuple(target)))

@@ -58,7 +58,7 @@ def names_of(word: Whole) -> list[str]:
 
 
 class Killed(Exception):
-    """What nothing catches."""
+    """Raised to end a run; no code catches it."""
 
 
 def test_a_word_is_trained_and_resumed(

@@ -1,4 +1,4 @@
-"""The wandb tracker in a real run, with a stand-in for its package that writes down what it is told."""
+"""The wandb tracker in a real run, with a stand-in for its package that writes down its calls."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def test_run_is_told_to_wandb_and_the_key_stays_secret(wandb: tuple[dict[str, st
         env=environment,
     )
     assert done.code == 0, done.text
-    told = [json.loads(line) for line in notes.read_text().splitlines()]
-    assert told[0] == ["login", "k3y-of-mine"]
-    assert told[1][:3] == ["init", "cats", "first"]
-    assert "***" in told[1][3] and not any("k3y" in word for word in told[1][3]), "wandb records the command line"
-    assert [entry[2] for entry in told if entry[0] == "log" and "loss/current" in entry[1]] == [1, 2]
-    assert told[-1] == ["finish"]
+    calls = [json.loads(line) for line in notes.read_text().splitlines()]
+    assert calls[0] == ["login", "k3y-of-mine"]
+    assert calls[1][:3] == ["init", "cats", "first"]
+    assert "***" in calls[1][3] and not any("k3y" in word for word in calls[1][3]), "wandb records the command line"
+    assert [entry[2] for entry in calls if entry[0] == "log" and "loss/current" in entry[1]] == [1, 2]
+    assert calls[-1] == ["finish"]
     assert "k3y-of-mine" not in done.text
     written = [file for file in output.rglob("*") if file.is_file()]
     assert written and not any(b"k3y-of-mine" in file.read_bytes() for file in written)

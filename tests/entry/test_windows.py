@@ -1,4 +1,4 @@
-"""What Windows is without, tried here: no POSIX modules, workers that are spawned, a console of few characters."""
+"""The limits of Windows, tried here: no POSIX modules, workers that are spawned, a console of few characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No file of a user may run code: ``torch.load`` unpickles, unless it is told to read tensors only."""
+"""No file of a user may run code: ``torch.load`` unpickles, unless it reads tensors only."""
 
 from __future__ import annotations
 

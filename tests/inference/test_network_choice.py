@@ -1,4 +1,4 @@
-"""Which network module reads a file, where the command line does not say it."""
+"""The network module that reads a file, where the command line does not name one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which images a run draws, with which seeds, in which batches."""
+"""The images that a run generates, their seeds and their batches."""
 
 from __future__ import annotations
 

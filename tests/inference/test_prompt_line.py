@@ -132,8 +132,8 @@ def test_what_a_model_has_no_use_for_is_said_once(caplog: pytest.LogCaptureFixtu
     prompts = [
         parse_prompt_line(line, used=EVERYTHING) for line in ("p --g 3.5 --n q", "p --g 0 --n q --l 4", "p --g 2")
     ]
-    told = without_idle_settings(prompts, {"guidance_scale": "with this model"}, scale=1.0)
-    assert [prompt.guidance_scale for prompt in told] == [None] * 3 and told[1].scale == 4.0
+    used = without_idle_settings(prompts, {"guidance_scale": "with this model"}, scale=1.0)
+    assert [prompt.guidance_scale for prompt in used] == [None] * 3 and used[1].scale == 4.0
     assert caplog.messages == [
         "--g of 2 sample prompts has no effect with this model",
         "--n of a sample prompt has no effect at a guidance scale of 1; add --l 4, say",

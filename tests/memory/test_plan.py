@@ -1,4 +1,4 @@
-"""Which parts of a model are on the device, while and after they are used."""
+"""The parts of a model that are on the device, while and after they are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model shared out by FSDP computes what it did, in a group of one process; tests/entry/test_fsdp.py has two."""
+"""A model sharded by FSDP computes the same, in a group of one process; tests/entry/test_fsdp.py has two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What LoRA-FA, DyLoRA and OFT share with the LoRA: files, merging, strengths and drawing, on SD and SDXL."""
+"""LoRA-FA, DyLoRA and OFT have files, merging, strengths and sample images like the LoRA, on SD and SDXL."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_loras_of_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are told by their layers, and by their metadata where layers have the same names."""
+    """Their layers identify them, and their metadata where layers have the same names."""
     out = tmp_path / "out.safetensors"
     for module, metadata in (
         ("lora_unet_layers_0_attention_qkv", {}),

@@ -256,11 +256,11 @@ def test_alphas_in_the_metadata_of_diffusers_count_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "told", ["nonsense", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}']
+    "metadata", ["nonsense", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}']
 )
-def test_alphas_that_cannot_be_understood_are_an_error(tmp_path, told):
+def test_alphas_that_cannot_be_understood_are_an_error(tmp_path, metadata):
     tensors = {f"{SD_Q_DIFFUSERS}.lora_A.weight": random(4, 8), f"{SD_Q_DIFFUSERS}.lora_B.weight": random(8, 4)}
-    source = saved(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": told})
+    source = saved(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": metadata})
     with pytest.raises(UserError, match=r"a\.safetensors: its metadata lora_adapter_metadata"):
         convert(source, tmp_path / "b.safetensors", "kohya")
 

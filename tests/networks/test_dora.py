@@ -190,7 +190,7 @@ def test_files_of_other_kinds_are_named(tiny_unet):
 
 
 def comfy_weight(weight, scale, up, down, factor, strength):
-    """What ComfyUI makes of magnitudes for the inputs: shape (1, in, ...) against norms over the outputs."""
+    """Return ComfyUI's weight with magnitudes for the inputs: shape (1, in, ...) against norms over the outputs."""
     assert scale.shape[0] != weight.shape[0]
     moved = weight + factor * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
     axes = [axis for axis in range(weight.dim()) if axis != 1]

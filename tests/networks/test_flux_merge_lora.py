@@ -221,8 +221,8 @@ def test_diffusers_names_against_peft(tmp_path, model_name):
     if model_name == "flux1_dev":  # alphas as AI-toolkit writes them, else as diffusers does
         file = saved(tmp_path / "l.safetensors", weights | alphas)
     else:
-        told = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8})}
-        file = saved(tmp_path / "l.safetensors", weights, told)
+        metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8})}
+        file = saved(tmp_path / "l.safetensors", weights, metadata)
     model.fuse_lora(lora_scale=0.5)
     model.unload_lora()
     model.save_pretrained(tmp_path / "fused")

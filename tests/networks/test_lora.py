@@ -1,4 +1,4 @@
-"""What a LoRA computes: forward, merge, dropouts, hooks."""
+"""The computations of a LoRA: forward, merge, dropouts, hooks."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_only_the_up_half_is_trained(tiny_unet, tiny_text_encoder, unet_inputs):
 
 
 def test_the_inputs_of_modules_are_not_kept_for_the_backward_pass():
-    """What the paper is about: D x is kept, not x."""
+    """The point of the paper: D x is kept, not x."""
     from networks.lora_fa import LoraFaModule
     from networks.lora_module import LoraModule
     from networks.targets import FoundModule, RankAlpha

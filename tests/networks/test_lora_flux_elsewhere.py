@@ -41,7 +41,7 @@ def pipeline_of(tensors, sizes, clip=None):
 
 
 def predicted_by(pipeline, chroma):
-    """What the pipeline's transformer computes of ``flux_inputs``."""
+    """Return the prediction of the pipeline's transformer for ``flux_inputs``."""
     given = flux_inputs()
     rows, columns = torch.meshgrid(torch.arange(H // 2), torch.arange(W // 2), indexing="ij")
     ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()

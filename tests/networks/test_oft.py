@@ -66,7 +66,7 @@ def energy(weight):
 
 @pytest.mark.parametrize(("make", "shape"), MODULES)
 def test_the_rotation_is_orthogonal_and_keeps_norms_and_energy(make, shape):
-    """What is turned are the columns of W, the effects of each input: W^T W stays in every block."""
+    """OFT turns the columns of W, the effects of each input: W^T W stays in every block."""
     module = make()
     adapter = oft_on(module, std=2.0)
     rotation = adapter.rotation().detach()

@@ -1,4 +1,4 @@
-"""What network modules of other projects are given: models with the module paths of published files."""
+"""Network modules of other projects get models with the module paths of published files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is tried with a network of another project before the first step."""
+"""The trial of a network of another project before the first step."""
 
 from __future__ import annotations
 

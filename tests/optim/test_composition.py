@@ -1,4 +1,4 @@
-"""What belongs to an update, in pairs: each pair equals the plain run under a warm-up schedule, or is refused.
+"""The pieces of an update, in pairs: each pair equals the plain run under a warm-up schedule, or is refused.
 
 The plain run is written out in torch: AdamW, a schedule, a moving average, and nothing around them.
 """

@@ -45,7 +45,7 @@ def draw(
 
 
 def shares(images: Sequence[Image.Image]) -> tuple[float, float]:
-    """How many concept prompts show the concept, and how many known scenes what they say."""
+    """Return the shares of concept prompts that show the concept, and of known scenes that show what they say."""
     concepts, known = images[: len(CONCEPT_PROMPTS)], images[len(CONCEPT_PROMPTS) :]
     seen = [recognise(image) for image in known]
     right = [(s.shape, s.color) == (scene.shape, scene.color) for s, scene in zip(seen, KNOWN_SCENES, strict=True)]

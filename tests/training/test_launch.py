@@ -1,4 +1,4 @@
-"""What accelerate's configuration asks for is had, or refused by name."""
+"""The requests of accelerate's configuration are met, or refused by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from library.training.zero import asked_zero, check_zero
 
 
 def processes(count: int, device: str = "cuda") -> SimpleNamespace:
-    """What is asked of an accelerator."""
+    """The attributes of an accelerator that the checks read."""
     return SimpleNamespace(num_processes=count, device=SimpleNamespace(type=device))
 
 

@@ -1,4 +1,4 @@
-"""What a saved file says of its options: each under its key, as it was given."""
+"""The options in a saved file's metadata: each under its key, as it was given."""
 
 from __future__ import annotations
 

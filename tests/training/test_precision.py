@@ -1,4 +1,4 @@
-"""Where a run keeps its models."""
+"""The places and dtypes in which a run keeps its models."""
 
 from __future__ import annotations
 

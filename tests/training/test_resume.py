@@ -107,7 +107,7 @@ def test_edited_files_of_a_state(
 
 
 def test_a_state_of_another_network(tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the options alone do not tell, such as ``--network_args conv_dim=8``."""
+    """Differences that the options alone do not show, such as ``--network_args conv_dim=8``."""
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Sequential(torch.nn.Linear(1, 1))
     prepare(accelerator, model)

@@ -23,7 +23,7 @@ from library.training.settings import (
     tracker_settings,
 )
 
-#: option -> (its value, the setting it is, what that is told)
+#: option -> (its value, the setting it is, the value of that)
 Table = dict[str, tuple[object, str, object]]
 
 NOISE: Table = {
@@ -105,10 +105,10 @@ def options(**given: object) -> TrainNetworkOptions:
 def test_an_option_is_its_setting(piece: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.strftime", lambda *_: "now")  # stands in the name of the trackers' folder
     make, table = MAKERS[piece]
-    value, setting, told = table[option]
+    value, setting, expected = table[option]
     before, after = vars(make(options())), vars(make(options(**{option: value})))
-    assert before[setting] != told
-    assert after == {**before, setting: told}
+    assert before[setting] != expected
+    assert after == {**before, setting: expected}
 
 
 @pytest.mark.parametrize(

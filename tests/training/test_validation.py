@@ -1,4 +1,4 @@
-"""When validations are due, what counts as better, and settings that cannot do anything."""
+"""Steps at which validations are due, the best result, and settings that have no effect."""
 
 from __future__ import annotations
 

@@ -38,11 +38,11 @@ class Listener:
 
     def __init__(self, **answers: Any) -> None:
         self._answers = answers
-        self.told: dict[str, Mapping[str, Any]] = {}
+        self.received: dict[str, Mapping[str, Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
         def method(*_: Any, **given: Any) -> Any:
-            self.told[name] = given
+            self.received[name] = given
             return self._answers.get(name)
 
         return method
@@ -55,9 +55,9 @@ def test_the_model_is_looked_for_as_the_options_say() -> None:
     }  # fmt: skip
     family = Listener()
     inspect_model(family, options(pretrained_model_name_or_path="m", **given).model)  # type: ignore[arg-type]
-    told = dict(family.told["inspect"])
-    assert told.pop("disable_mmap") is given.pop("disable_mmap_load_safetensors")
-    assert told == given
+    received = dict(family.received["inspect"])
+    assert received.pop("disable_mmap") is given.pop("disable_mmap_load_safetensors")
+    assert received == given
 
 
 def job(device: str = "cpu", **given: object) -> CacheJob:
@@ -78,11 +78,11 @@ def job(device: str = "cpu", **given: object) -> CacheJob:
 def test_the_precision_of_the_vae(given: dict[str, object], dtype: torch.dtype) -> None:
     made = job(**given)
     made.load_vae()
-    assert made.architecture.told["load_vae"]["dtype"] == dtype
+    assert made.architecture.received["load_vae"]["dtype"] == dtype
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         ({}, {"batch_size": 1, "to_disk": False, "trust": False}),
         ({"vae_batch_size": 4}, {"batch_size": 4, "to_disk": False, "trust": False}),
@@ -90,10 +90,10 @@ def test_the_precision_of_the_vae(given: dict[str, object], dtype: torch.dtype) 
         ({"skip_cache_check": True}, {"batch_size": 1, "to_disk": False, "trust": True}),
     ],
 )
-def test_how_latents_are_cached(given: dict[str, object], told: dict[str, object]) -> None:
+def test_how_latents_are_cached(given: dict[str, object], expected: dict[str, object]) -> None:
     made = job(**given)
     cache_latents(made)
-    assert made.data.told["cache_latents"].items() >= told.items()
+    assert made.data.received["cache_latents"].items() >= expected.items()
 
 
 def test_highvram_keeps_memory_between_stages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +113,9 @@ def test_the_time_that_processes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     made.device = torch.device("cuda")
     made.num_processes = 1
     make_accelerator(options().training)
-    assert made.told["Accelerator"]["kwargs_handlers"] == []
+    assert made.received["Accelerator"]["kwargs_handlers"] == []
     make_accelerator(options(ddp_timeout=7).training)
-    (handler,) = made.told["Accelerator"]["kwargs_handlers"]
+    (handler,) = made.received["Accelerator"]["kwargs_handlers"]
     assert handler.timeout == timedelta(minutes=7)
 
 
@@ -154,8 +154,8 @@ def test_sample_images_are_drawn_as_is_trained() -> None:
 
 
 def test_how_often_and_how_long_is_validated(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, Any] = {}
-    monkeypatch.setattr(validation, "ValidationData", lambda data, **given: told.update(given))
+    received: dict[str, Any] = {}
+    monkeypatch.setattr(validation, "ValidationData", lambda data, **given: received.update(given))
     run = SimpleNamespace(
         options=options(
             validate_every_n_steps=3,
@@ -171,7 +171,7 @@ def test_how_often_and_how_long_is_validated(monkeypatch: pytest.MonkeyPatch) ->
         accelerator=SimpleNamespace(process_index=0, num_processes=1),
     )
     made = validation.Validation(run, *(None,) * 4, loading={})  # type: ignore[arg-type]
-    assert told["max_batches"] == 5
+    assert received["max_batches"] == 5
     assert (made._policy.every_n_steps, made._policy.every_n_epochs) == (3, 2)
     assert (made._noise.ip_gamma, made._noise.offset) == (None, 0.2)
 
@@ -186,7 +186,7 @@ def test_zero_terminal_snr_changes_the_schedule() -> None:
 def test_captions_are_encoded_by_the_layer_asked_for() -> None:
     family: Any = Listener()
     CaptionEncoder(family, [], device=torch.device("cpu"), clip_skip=2, trains=lambda: True).encode({})
-    assert family.told["encode_text"] == {"clip_skip": 2}
+    assert family.received["encode_text"] == {"clip_skip": 2}
 
 
 def ours(multiplier: float, dim: int, alpha: float, vae: Any, text: Any, unet: Any, neuron_dropout: Any, **more: Any):
@@ -231,5 +231,5 @@ def test_the_strength_of_what_is_merged_first() -> None:
         create_network_from_weights=lambda multiplier, path, *_, for_inference: (multiplier, path)
     )
     found = NetworkModule(made, given.network, {}).base_networks(MODELS)
-    told = [(path, strength, merged.network, merged.weights) for path, strength, merged in found]
-    assert told == [("a", 0.5, 0.5, "a"), ("b", 1.0, 1.0, "b")]
+    merges = [(path, strength, merged.network, merged.weights) for path, strength, merged in found]
+    assert merges == [("a", 0.5, 0.5, "a"), ("b", 1.0, 1.0, "b")]

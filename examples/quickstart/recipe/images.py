@@ -35,7 +35,7 @@ RADII = {"small": 0.18, "large": 0.27}  # share of the image's side
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows, in words of the tables above."""
+    """The content of an image, in words of the tables above."""
 
     shape: str
     color: str

@@ -87,8 +87,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200, help="how many prompts")
     args = parser.parse_args()
     found = measure(load_models(args.model), asked_scenes(args.prompts))
-    told = f"shape {found.shape:.1%}, colour {found.color:.1%}, both {found.both:.1%}; place {found.position:.1%}"
-    print(f"{args.prompts} prompts: {told}")
+    shares = f"shape {found.shape:.1%}, colour {found.color:.1%}, both {found.both:.1%}; place {found.position:.1%}"
+    print(f"{args.prompts} prompts: {shares}")
     if found.both < WANTED:
         raise SystemExit(1)
 

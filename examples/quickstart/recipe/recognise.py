@@ -1,7 +1,7 @@
-"""From pixels back to words: which shape, which colour, and whether it is the concept.
+"""Recognise shape, colour and concept from pixels, without a model.
 
-No model is involved. What differs from the image's border is the shape; its outline is compared with each
-shape drawn by ``images``, its colour with the named ones.
+The pixels that differ from the image's border are the shape. Its outline is compared with each shape drawn by
+``images``, its colour with the named ones.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def unet_naming(attention: Sequence[bool], published: Space, **config: Any) -> A
 
 
 def _unet_places(shapes: Shapes, *, published: Space) -> dict[str, WeightPlace]:
-    """Every weight of a U-Net, in an original file or in a diffusers folder."""
+    """Return the place of every weight of a U-Net, in an original file or in a diffusers folder."""
     if f"{LDM_PREFIX}input_blocks.0.0.weight" in shapes:
         keys = ldm_unet_layout(infer_unet_config(shapes)).keys
         return {

@@ -29,7 +29,7 @@ BACKENDS: dict[str, str | None] = {
 
 
 def check_backend(backend: str) -> str:
-    """The name itself.
+    """Return the name of a backend that can be used.
 
     Raises:
         UserError: no such backend, or its package is not installed.

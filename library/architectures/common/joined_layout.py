@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 
 
 def published_plan(pairs: Sequence[Pair], shapes: Shapes, *, title: str, unused: tuple[str, ...] = ()) -> Plan:
-    """Every tensor of the published layout as rows of those in diffusers'.
+    """Return every tensor of the published layout as rows of those in diffusers'.
 
     Args:
         shapes: names and shapes in diffusers' layout.

@@ -31,7 +31,7 @@ class PipelinePart:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """All that a folder holds."""
+    """The content of a pipeline folder."""
 
     name: str  # of the pipeline's class
     parts: Sequence[PipelinePart]

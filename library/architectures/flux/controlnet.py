@@ -77,7 +77,9 @@ def infer_config(shapes: Shapes, transformer: FluxSizes, *, pixels: bool = False
             f"{next(iter(shapes), 'none')})"
         )
     if "controlnet_mode_embedder.weight" in shapes:
-        raise UserError("a union ControlNet, which must be told its mode, is not supported; give one of a single kind")
+        raise UserError(
+            "a union ControlNet, which takes a mode as a condition, is not supported; give one of a single kind"
+        )
     hint = shapes.get("input_hint_block.conv_out.weight")
     if not pixels and any(name.startswith("input_hint_block.") for name in shapes):
         raise UserError("it reads pixels instead of latents, which is not supported; give one that reads latents")
@@ -112,7 +114,7 @@ def _count(pattern: str, names: Shapes) -> int:
 
 
 def load_controlnet(source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Module:
-    """Frozen, in eval mode."""
+    """Load a ControlNet, frozen, in eval mode."""
     return load_frozen(source, partial(build, source.config), dtype=dtype, device=device)
 
 

@@ -65,7 +65,7 @@ T5_LENGTH, T5_LENGTH_SCHNELL = 512, 256
 
 _T5_ARRAYS = {"t5_out": ("T", "D"), "t5_attn_mask": ("T",)}
 
-_SCHNELL_IS_TOLD_NONE = "with FLUX.1 schnell, which is told no guidance scale"
+_SCHNELL_HAS_NO_GUIDANCE = "with FLUX.1 schnell, which takes no guidance scale"
 
 
 class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
@@ -145,7 +145,7 @@ class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
     def idle_sample_fields(self) -> Mapping[str, str]:  # type: ignore[override]
         if self.takes_guidance:
             return {}
-        return {"guidance_scale": "with Chroma, which is made for 0" if self.is_chroma else _SCHNELL_IS_TOLD_NONE}
+        return {"guidance_scale": "with Chroma, which is made for 0" if self.is_chroma else _SCHNELL_HAS_NO_GUIDANCE}
 
     def for_model(self, checkpoint: FluxCheckpoint) -> Self:
         made = copy.copy(self)
@@ -345,7 +345,7 @@ class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
     def check_options(self, options: RunOptions, info: ModelInfo) -> None:
         scale = self.chosen(FluxModelOptions).guidance_scale
         if self._kind == SCHNELL and scale != FluxModelOptions.guidance_scale:
-            said = NoEffect(message(["guidance_scale"], _SCHNELL_IS_TOLD_NONE))
+            said = NoEffect(message(["guidance_scale"], _SCHNELL_HAS_NO_GUIDANCE))
             report([said], strict=options.config.strict)
         if "network" not in options.groups():
             return  # whole models are trained

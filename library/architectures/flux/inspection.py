@@ -47,7 +47,7 @@ class FluxCheckpoint:
 def inspect_model(
     path_or_id: str | None, options: FluxModelOptions, *, tokenizer_cache_dir: str | None
 ) -> FluxCheckpoint:
-    """See ``Architecture.inspect``."""
+    """Find and recognize the model; see ``Architecture.inspect``."""
     options = with_own_parts(path_or_id or "", options)
     is_chroma = options.model_type == CHROMA
     missing = [name for name in _parts_of(options) if not getattr(options, name)]
@@ -107,7 +107,7 @@ def _parts_of(options: FluxModelOptions) -> tuple[str, ...]:
 
 
 def _t5_folder(options: FluxModelOptions) -> str:
-    """Of a pipeline."""
+    """Return the folder of T5 in a pipeline."""
     return "text_encoder" if options.model_type == CHROMA else "text_encoder_2"
 
 

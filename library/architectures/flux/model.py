@@ -247,7 +247,7 @@ class LastLayer(nn.Module):
 
 
 def join(image: Tensor, text: Tensor, text_first: bool) -> Tensor:
-    """Along the token axis, (B, N, ...) and (B, T, ...) -> (B, L, ...)."""
+    """Join along the token axis, (B, N, ...) and (B, T, ...) -> (B, L, ...)."""
     return torch.cat([text, image] if text_first else [image, text], dim=1)
 
 

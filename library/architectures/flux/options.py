@@ -51,7 +51,7 @@ class FluxModelOptions:
 
     @property
     def swapped(self) -> int:
-        """How many blocks wait in host memory."""
+        """Return the number of blocks that wait in host memory."""
         return self.blocks_to_swap or (SPLIT_MODE if self.split_mode else 0)
 
 

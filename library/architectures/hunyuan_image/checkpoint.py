@@ -57,7 +57,7 @@ class HunyuanCheckpoint:
 def inspect_model(
     path_or_id: str | None, options: HunyuanOptions, *, vae: str | None, tokenizer_cache_dir: str | None
 ) -> HunyuanCheckpoint:
-    """See ``Architecture.inspect``."""
+    """Find and recognize the model; see ``Architecture.inspect``."""
     path = locate_model(path_or_id or "", COMPONENTS)
     with naming(MODEL_FLAG, path_or_id):
         transformer = transformer_source(path)

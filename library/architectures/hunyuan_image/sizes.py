@@ -1,4 +1,4 @@
-"""Every size of a HunyuanImage-2.1 transformer, from the names and shapes of its file."""
+"""Infer every size of a HunyuanImage-2.1 transformer from the names and shapes of its file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the transformer of HunyuanImage-2.1 makes of text before its blocks, with the published tensor names.
+"""The text modules before the blocks of HunyuanImage-2.1's transformer, with the published tensor names.
 
 Shape legend: B batch, T tokens of Qwen2.5-VL, G tokens of byT5, D features of a token, H heads, d features of a head.
 """

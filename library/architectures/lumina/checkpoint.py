@@ -59,7 +59,7 @@ class LuminaCheckpoint:
 def inspect_model(
     path_or_id: str | None, options: LuminaOptions, *, tokenizer_cache_dir: str | None
 ) -> LuminaCheckpoint:
-    """See ``Architecture.inspect``."""
+    """Find and recognize the model; see ``Architecture.inspect``."""
     path = locate_model(path_or_id or "", COMPONENTS)
     with naming(MODEL_FLAG, path_or_id):
         transformer = _transformer_source(path)

@@ -188,7 +188,7 @@ class LuminaImage2(FlowMatching, TransformerFile, Architecture):
         conditioning: Conditioning,
         control: Control | None = None,
     ) -> Tensor:
-        """See ``Architecture.predict``.
+        """Predict as ``Architecture.predict`` says.
 
         The model's time runs from noise (0) to the image (1), and so does its velocity: the output is turned round.
         What is added to the noisy image (additive) points to the image already.

@@ -159,7 +159,7 @@ class FinalLayer(nn.Module):
 
 
 class TokenSequence(NamedTuple):
-    """Where captions and images of a batch lie in one sequence each: caption, image, padding."""
+    """The layout of each sample's sequence: caption, image, padding."""
 
     source: Tensor  # (B, L) int64, the place of each token among (caption with padding, image)
     positions: Tensor  # (B, L, 3)

@@ -65,13 +65,13 @@ _NORMS: Table = {
 
 @dataclass(frozen=True)
 class Variant:
-    """How many blocks each list has."""
+    """The number of blocks in each list."""
 
     counts: Mapping[str, int]
 
     @staticmethod
     def of(names: Iterable[str]) -> Variant:
-        """By the names of either layout, without prefix."""
+        """Count the blocks by the names of either layout, without prefix."""
         names = list(names)
         return Variant({blocks: _count(names, blocks) for blocks in LISTS})
 
@@ -85,7 +85,7 @@ _NO_BIAS = (QKV, "attention.out", "feed_forward.w1", "feed_forward.w2", "feed_fo
 
 
 def tensor_pairs(variant: Variant) -> Iterator[Pair]:
-    """Every tensor of a transformer in diffusers' layout."""
+    """Yield every tensor of a transformer in diffusers' layout."""
     yield Pair("cap_embedder.0.weight", (f"{_TEXT}.caption_embedder.0.weight",))
     for template, parts in LINEARS.items():
         blocks = template.partition(".")[0]

@@ -1,4 +1,4 @@
-"""Every size of a Lumina-Image 2.0 transformer, from the names and shapes of its file."""
+"""Infer every size of a Lumina-Image 2.0 transformer from the names and shapes of its file."""
 
 from __future__ import annotations
 

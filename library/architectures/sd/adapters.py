@@ -31,7 +31,7 @@ def _is_sd1(found: Evidence) -> bool:
 
 
 def _has_linear_projections(shapes: Shapes) -> bool:
-    """Around the transformers of the U-Net; in 1.x they are 1x1 convolutions."""
+    """Whether the projections around the U-Net's transformers are linear; in 1.x they are 1x1 convolutions."""
     return any(name.endswith(".proj_in.weight") and len(shape) == 2 for name, shape in shapes.items())
 
 

@@ -101,7 +101,7 @@ def single_file(
 
 
 def _stand_in_models(layers: int) -> tuple[str, ...]:
-    """What stand-ins are made from."""
+    """Return the prefixes of the tensors that stand-ins are copied from."""
     return (f"{V2_TEXT}transformer.resblocks.{layers - 1}.", f"{V2_TEXT}ln_final.")
 
 

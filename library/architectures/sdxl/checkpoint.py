@@ -55,7 +55,7 @@ class SDXLCheckpoint:
 def inspect_checkpoint(
     path_or_id: str, *, v_parameterization: bool, vae: str | None, tokenizer_cache_dir: str | None
 ) -> SDXLCheckpoint:
-    """See ``Architecture.inspect``."""
+    """Find and recognize the model; see ``Architecture.inspect``."""
     path = locate_model(path_or_id, COMPONENTS)
     with naming(MODEL_FLAG, path_or_id):
         parts = _inspect_folder(path) if path.is_dir() else _inspect_file(path)

@@ -1,4 +1,4 @@
-"""What becomes of the options of all scripts with Stable Diffusion XL."""
+"""The options of all scripts that Stable Diffusion XL refuses, ignores or words in its own way."""
 
 from __future__ import annotations
 

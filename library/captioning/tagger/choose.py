@@ -1,4 +1,4 @@
-"""From a tagger's probabilities to the tags of an image: thresholds, names, order. Functions alone, no model."""
+"""Choose the tags of an image by a tagger's probabilities: thresholds, names, order. Functions alone, no model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHORT = 3
 
 @dataclass(frozen=True)
 class Names:
-    """How tags are spelled: underscores, then replacements, then expansion."""
+    """The spelling of tags: underscores, then replacements, then expansion."""
 
     remove_underscore: bool = False
     replacements: Mapping[str, str] = field(default_factory=dict)
@@ -71,11 +71,11 @@ def parse_tags(text: str | None, separator: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is chosen, and in which order.
+    """The choice of tags and their order.
 
     Args:
         thresholds: category -> least probability; 1 or more chooses none. Ratings and quality have none.
-        ratings, quality: "first", "last" or "" for where the likeliest of each stands, if at all.
+        ratings, quality: the place of the likeliest of each: "first", "last", or "" for none.
         always_first: tags that are moved to the front, one after the other, so that the last named is the first.
         least: probability below which nothing counts, ratings and quality neither.
         by_probability: the likeliest tag first; otherwise general tags, then characters, in the model's order.

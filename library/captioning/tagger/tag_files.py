@@ -1,4 +1,4 @@
-"""Where tags are written: a text file beside each image, or all in one JSON file."""
+"""Write tags: a text file beside each image, or all in one JSON file."""
 
 from __future__ import annotations
 

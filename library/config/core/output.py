@@ -109,11 +109,11 @@ def needs_output(o: Any, facts: Facts) -> Iterator[Finding]:
     folders = {"output_dir": o.output.output_dir, "logging_dir": o.logging.logging_dir}
     for flag, folder in ((flag, Path(given)) for flag, given in folders.items() if given):
         # the folder itself, or its nearest existing parent
-        standing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not standing.is_dir():
-            yield error(f"--{flag} {folder}: {standing} is a file, not a folder")
-        elif not os.access(standing, os.W_OK):
-            yield error(f"--{flag} {folder}: {standing} may not be written to; name another folder")
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not existing.is_dir():
+            yield error(f"--{flag} {folder}: {existing} is a file, not a folder")
+        elif not os.access(existing, os.W_OK):
+            yield error(f"--{flag} {folder}: {existing} may not be written to; name another folder")
         if hint := home_hint(folder):
             yield error(f"--{flag} {folder}{hint}")
     name = o.output.output_name

@@ -134,7 +134,7 @@ class Kind(ABC, Generic[O]):
     @classmethod
     @abstractmethod
     def trained_encoders(cls, architecture: Architecture, options: O) -> tuple[bool, ...]:
-        """For each text encoder, whether it may be trained; outputs of the others may be cached."""
+        """For each text encoder, return whether it may be trained; outputs of the others may be cached."""
 
     @classmethod
     def learning_rate_flags(cls, options: O) -> list[str]:

@@ -173,14 +173,14 @@ class ControlNet(Kind[Any]):
 
 
 class ControlNetWithRate(ControlNet):
-    """With a learning rate of its own for layers that the denoiser does not have."""
+    """A ControlNet with a learning rate of its own for layers that the denoiser does not have."""
 
     declaration = WITH_RATE
     options_class = TrainControlNetWithRateOptions
 
 
 class ControlNetForTransformers(ControlNet):
-    """With the published options of the scripts for transformers."""
+    """A ControlNet with the published options of the scripts for transformers."""
 
     declaration = FOR_TRANSFORMERS
     options_class = TrainControlNetForTransformersOptions

@@ -1,4 +1,4 @@
-"""What the tools for adapter files do with those of Lumina-Image 2.0, on files as training writes them."""
+"""The tools for adapter files, on files of Lumina-Image 2.0 as training writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is found to be, and what is said of files and flags that do not fit."""
+"""Checkpoints are recognized; messages name files and flags that do not fit."""
 
 from __future__ import annotations
 

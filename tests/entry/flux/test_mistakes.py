@@ -1,4 +1,4 @@
-"""What a user of flux_train_network.py gets wrong is one line, before any weights are loaded."""
+"""A mistake of a user of flux_train_network.py is one line, before any weights are loaded."""
 
 from __future__ import annotations
 

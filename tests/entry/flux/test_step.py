@@ -52,7 +52,7 @@ MODULATIONS = {
 
 @dataclass
 class Drawn:
-    """What the script drew at random, in the batch's order."""
+    """The numbers that the script drew at random, in the batch's order."""
 
     paths: list[str] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What is FLUX.1's and Chroma's own in whole runs; what they share with others is in the tests of ``tiny``."""
+"""Whole runs of FLUX.1 and Chroma: only what is their own; the tests of ``tiny`` cover what all families share."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_is_trained_and_which_outputs_may_be_cached(
 def test_a_network_that_adapts_t5_is_refused_before_its_outputs_are_cached(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a file's contents nor what a third-party module adapts is told by the options; by a dry run, too."""
+    """Options show neither a file's contents nor what a third-party module adapts; a dry run refuses both, too."""
     train("t5", max_train_steps=1, **T5)
     train("clip", max_train_steps=1)
     of_files = {
@@ -199,30 +199,30 @@ def test_chromas_only_encoder_is_t5(train: Train, chroma: MadeFlux) -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What each call of FLUX.1's transformer was given."""
+def model_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Record the inputs of each call of FLUX.1's transformer."""
     from library.architectures.flux.model import Flux as Model
 
     calls: list[dict[str, Any]] = []
     forward = Model.forward
 
     def spy(self: Any, latents: Any, timesteps: Any, context: Any, pooled: Any, guidance: Any, **more: Any) -> Any:
-        told = {"times": timesteps.tolist(), "guidance": guidance.tolist(), "mask": more["text_mask"]}
-        calls.append({**told, "tokens": context.shape[1], "image": more.get("image")})
+        seen = {"times": timesteps.tolist(), "guidance": guidance.tolist(), "mask": more["text_mask"]}
+        calls.append({**seen, "tokens": context.shape[1], "image": more.get("image")})
         return forward(self, latents, timesteps, context, pooled, guidance, **more)
 
     monkeypatch.setattr(Model, "forward", spy)
     return calls
 
 
-def test_guidance_timesteps_and_mask(train: Train, tmp_path: Path, told: list[dict[str, Any]]) -> None:
+def test_guidance_timesteps_and_mask(train: Train, tmp_path: Path, model_calls: list[dict[str, Any]]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(
         "a cat --w 64 --h 64 --s 2 --d 5\na cat --w 64 --h 64 --s 2 --d 5 --g 1.5 --l 3 --n a dog --fs 4\n"
     )
     draws = {"sample_prompts": prompts, "sample_every_n_steps": 3, "network_train_unet_only": True}
     train("plain", guidance_scale=1.0, min_timestep=100, max_timestep=200, timestep_sampling="flux_shift", **draws)
-    steps, (first, second, guided, last) = told[:-4], told[-4:]
+    steps, (first, second, guided, last) = model_calls[:-4], model_calls[-4:]
     assert len(steps) == 3
     for call in steps:
         assert set(call["guidance"]) == {1.0} and call["mask"] is None and call["tokens"] == 24
@@ -234,10 +234,10 @@ def test_guidance_timesteps_and_mask(train: Train, tmp_path: Path, told: list[di
     assert (entries["ss_guidance_scale"], entries["ss_timestep_sampling"]) == ("1.0", "flux_shift")
     assert entries["ss_apply_t5_attn_mask"] == "False" and entries["modelspec.timestep_range"] == "100,200"
 
-    told.clear()
+    model_calls.clear()
     masked = train("masked", apply_t5_attn_mask=True, t5xxl_max_token_length=32, **draws)
     # the tags of a caption and its end, not what it is filled up with
-    assert all(call["tokens"] == 32 and 10 < int(call["mask"][0].sum()) < 32 for call in told[:3])
+    assert all(call["tokens"] == 32 and 10 < int(call["mask"][0].sum()) < 32 for call in model_calls[:3])
     assert metadata_of(tmp_path / "masked" / "tiny.safetensors")["ss_apply_t5_attn_mask"] == "True"
     assert moved(masked) == {"unet"}
 
@@ -247,7 +247,7 @@ def test_schnell(
     train: Train,
     tmp_path: Path,
     schnell: MadeFlux,
-    told: list[dict[str, Any]],
+    model_calls: list[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prompts = tmp_path / "prompts.txt"
@@ -270,8 +270,8 @@ def test_schnell(
     with Image.open(next((tmp_path / "out" / "sample").glob("*_00_*.png"))) as image:
         assert "guidance_scale" not in image.text
     assert "lora_unet_img_in.lora_up.weight" in weights and not any("guidance_in" in name for name in weights)
-    assert {call["tokens"] for call in told} == {256}
-    assert [call["times"] for call in told[3:]] == [[1.0], [0.75], [0.5], [0.25], [1.0]]
+    assert {call["tokens"] for call in model_calls} == {256}
+    assert [call["times"] for call in model_calls[3:]] == [[1.0], [0.75], [0.5], [0.25], [1.0]]
     entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
     assert entries["modelspec.architecture"] == "flux-1-schnell/lora" and entries["ss_base_model_version"] == "flux1"
 
@@ -353,7 +353,7 @@ def test_caches_change_nothing_and_have_the_published_layout(
 
 
 def test_files_of_other_programs_are_read(
-    train: Train, folder: Path, told: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    train: Train, folder: Path, model_calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Written here by hand as published: no word on what they are of, half precision, another length of captions."""
     generator, tokens = np.random.default_rng(0), 16
@@ -381,7 +381,7 @@ def test_files_of_other_programs_are_read(
     assert "latents: 0 encoded, 3 from the cache" in said
     assert "text encoder outputs: 0 files made, 3 from the cache" in said
     assert {path: path.read_bytes() for path in folder.glob("*.npz")} == before
-    assert {call["tokens"] for call in told} == {tokens}
+    assert {call["tokens"] for call in model_calls} == {tokens}
     # that they are of these captions nobody knows: without --skip_cache_check encoded captions are made again
     train("checked", **settings)
     said = capsys.readouterr().err
@@ -475,7 +475,7 @@ def test_network_modules_resume_exactly(train: Train, tmp_path: Path, settings: 
 def test_beside_a_controlnet(
     train: Train,
     tmp_path: Path,
-    told: list[dict[str, Any]],
+    model_calls: list[dict[str, Any]],
     dev: MadeFlux,
     chroma: MadeFlux,
     capsys: pytest.CaptureFixture[str],
@@ -488,7 +488,7 @@ def test_beside_a_controlnet(
     settings = {"controlnet_model_name_or_path": net, "subset": subset, "cache_latents": True, "save_state": True}
     settings |= {"sample_prompts": prompts, "sample_every_n_steps": 3, "gradient_checkpointing": True}
     beside = train("beside", **settings)
-    steps, drawn = told[:3], told[3:]
+    steps, drawn = model_calls[:3], model_calls[3:]
     assert all(call["image"].any() for call in steps) and len({call["image"].shape[1:] for call in steps}) >= 2
     assert [call["image"] for call in drawn] == [None]
     # the LoRA is one of the transformer and CLIP-L as ever, and another than without the ControlNet

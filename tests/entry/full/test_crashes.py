@@ -56,7 +56,7 @@ class Case:
         )
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """What stands under its own name, which must be whole."""
+        """Return the files under their own names, which must be whole."""
         for state in self.output.glob("*-state"):
             verify_directory(state)
         return {path.name: load_file(path) for path in self.output.glob("*.safetensors")}

@@ -29,7 +29,7 @@ SGD = {"optimizer_type": "torch.optim.SGD", "learning_rate": RATE, "max_grad_nor
 
 
 class Seen:
-    """What the step was given: drawn numbers and data, none of what the models make of it."""
+    """The inputs of the step: drawn numbers and data, and nothing that models compute from them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.latents, self.noise, self.timesteps = [], [], []

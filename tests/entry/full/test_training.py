@@ -30,7 +30,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 class Killed(Exception):
-    """What nothing catches."""
+    """Raised to end a run; no code catches it."""
 
 
 def test_killed_twice(tmp_path: Path, whole: Whole, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

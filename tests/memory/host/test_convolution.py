@@ -24,7 +24,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def products_of(layer: nn.Module, image: Tensor) -> set[str]:
-    """Which of the two ways a forward goes."""
+    """Record which of the two ways a forward pass goes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         layer(image)
     return {event.name for event in profile.events() or ()} & {"_AsProduct", "aten::conv2d"}
