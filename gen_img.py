@@ -26,9 +26,9 @@ def main(args: argparse.Namespace) -> None:
     check_options(options)
     # only now, as torch takes seconds to load
     from library.inference.families import family_of
-    from library.inference.gen_img import draw_images
+    from library.inference.gen_img import generate_all
 
-    draw_images(options, family_of(options.model))
+    generate_all(options, family_of(options.model))
 
 
 if __name__ == "__main__":

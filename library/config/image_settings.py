@@ -86,7 +86,7 @@ class ImageSettings:
         empty = (worded("", "prompt"),) if self.negative_scale is not None else ()
         return (prompt, worded(self.negative_prompt, "negative"), *empty)
 
-    def drawn_with(self, other: ImageSettings) -> bool:
+    def shares_batch_with(self, other: ImageSettings) -> bool:
         """Whether both images may share a batch: everything is equal but text, seed and source images."""
         for f in fields(self):
             one, two = getattr(self, f.name), getattr(other, f.name)

@@ -86,7 +86,7 @@ def velocity_of_output(output: Tensor, sigmas: Tensor, prediction_type: str) -> 
     return -output / like_samples(sigmas, output) if prediction_type == "additive" else output
 
 
-# ---- drawing ----
+# ---- sampling ----
 
 
 def sampling_sigmas(steps: int, shift: float, end: float | None = None) -> Tensor:

@@ -97,7 +97,7 @@ class Objective(ABC):
     def to(self, device: torch.device | str) -> Objective:
         return self
 
-    # ---- drawing ----
+    # ---- sampling ----
 
     @abstractmethod
     def sampler(self, named: str | None, default: str) -> str:
@@ -173,22 +173,22 @@ class DdpmObjective(Objective):
     def to(self, device: torch.device | str) -> DdpmObjective:
         return replace(self, schedule=self.schedule.to(device))
 
-    # ---- drawing ----
+    # ---- sampling ----
 
     def sampler(self, named: str | None, default: str) -> str:
         chosen = named or default
-        check_sampler(chosen, v_prediction=self.v_prediction, zero_terminal_snr=self._draws_with_zero_snr)
+        check_sampler(chosen, v_prediction=self.v_prediction, zero_terminal_snr=self._samples_with_zero_snr)
         return chosen
 
     def scheduler(self, sampler: str, steps: int, size: tuple[int, int], device: torch.device) -> Any:
         made = create_scheduler_for(
-            sampler, v_prediction=self.v_prediction, zero_terminal_snr=self._draws_with_zero_snr
+            sampler, v_prediction=self.v_prediction, zero_terminal_snr=self._samples_with_zero_snr
         )
         set_timesteps(made, steps, device)
         return made
 
     @property
-    def _draws_with_zero_snr(self) -> bool:
+    def _samples_with_zero_snr(self) -> bool:
         """Whether samplers use it: they cannot start from pure noise with a model that predicts it; training only warns."""
         return self.zero_terminal_snr and self.v_prediction
 
@@ -259,7 +259,7 @@ class FlowObjective(Objective):
     def weighted(self, loss: Tensor, timesteps: Tensor, settings: LossSettings) -> Tensor:
         return loss * weighting.flow_weight(timesteps / flow.TIMESTEPS, self.weighting_scheme)
 
-    # ---- drawing ----
+    # ---- sampling ----
 
     def sampler(self, named: str | None, default: str) -> str:
         return FLOW_SAMPLERS[0]

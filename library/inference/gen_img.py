@@ -43,7 +43,7 @@ MEMORY_REMEDY = "try a smaller one, a smaller --batch_size, or --bf16"
 logger = logging.getLogger(__name__)
 
 
-def draw_images(options: ImageOptions, architecture: Architecture, lines: TextIO | None = None) -> list[Path]:
+def generate_all(options: ImageOptions, architecture: Architecture, lines: TextIO | None = None) -> list[Path]:
     """Generate all images that the options ask for.
 
     Args:

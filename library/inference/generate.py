@@ -96,7 +96,7 @@ def generate_latents(
 ) -> Tensor:
     """Sample the latents (B, C, h, w), float32, as the denoiser sees them; arguments as ``generate_images``."""
     first = batch[0]
-    if not all(first.drawn_with(settings) for settings in batch):
+    if not all(first.shares_batch_with(settings) for settings in batch):
         raise ValueError("images of one batch must agree in all settings but text and seed")
     models = replace(models, architecture=models.architecture.for_image(first))
     with undisturbed(models.modules(), options.device), _precise(options):

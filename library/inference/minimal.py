@@ -95,10 +95,10 @@ class ImageSession:
     # ---- generating ----
 
     def generate_typed(self, line: str, where: str) -> list[Path]:
-        """Generate one typed prompt; raises UserError as ``draw``."""
-        return [self.draw(self.read_prompt(line, where))]
+        """Generate one typed prompt; raises UserError as ``generate``."""
+        return [self.generate(self.read_prompt(line, where))]
 
-    def draw(self, prompt: ImagePrompt) -> Path:
+    def generate(self, prompt: ImagePrompt) -> Path:
         """Generate an image of one prompt and save it.
 
         Raises:
@@ -325,7 +325,7 @@ def generate_for(inference: MinimalInference, options: Any, lines: TextIO) -> li
         if request.prompt_file is not None:
             prompts = read_minimal_prompts(Path(request.prompt_file), session.read_prompt)
         with naming_memory(MEMORY_REMEDY):
-            return [session.draw(prompt) for prompt in prompts]
+            return [session.generate(prompt) for prompt in prompts]
     default = inference.request(inference.options.from_args(argparse.Namespace())).prompt
     if request.prompt != default:
         logger.warning("--prompt has no effect with --interactive, which reads prompts from the keyboard")

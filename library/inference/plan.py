@@ -99,7 +99,9 @@ def batches(planned: Sequence[PlannedImage], batch_size: int) -> Iterator[list[P
     """Yield neighbours that differ only in text and seed, up to ``batch_size`` at once."""
     batch: list[PlannedImage] = []
     for image in planned:
-        fits = not batch or (batch[0].settings.drawn_with(image.settings) and batch[0].multipliers == image.multipliers)
+        fits = not batch or (
+            batch[0].settings.shares_batch_with(image.settings) and batch[0].multipliers == image.multipliers
+        )
         if batch and (not fits or len(batch) == batch_size):
             yield batch
             batch = []

@@ -70,7 +70,7 @@ def activations(options: TrainingOptions) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def drawing(options: TrainingOptions) -> AbstractContextManager[None]:
+def generating(options: TrainingOptions) -> AbstractContextManager[None]:
     """Return the context of generating sample images."""
     if options.torch_compile or options.compile:
         from library.memory.compiling import uncompiled

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from library.inference.denoise import Feature
     from library.inference.models import GenerateOptions
 
+    #: (prompts, paths) -> images, which it saves to the paths that are given
+    Generate = Callable[[Sequence[SamplePrompt], Sequence[Path | None]], Sequence[Image]]
+
 logger = logging.getLogger(__name__)
 
 
@@ -139,7 +142,7 @@ class PreviewGenerator:
             replace(s, control=(Path(image),)) if image else s for s, image in zip(batch, images_read, strict=True)
         ]
         features = [feature() for feature in self._models.of_features]
-        with precision.drawing(self._options.training):
+        with precision.generating(self._options.training):
             images = generate_images(self._models, batch, replace(self._how, check=check), features=features)
         name = Path(self._options.model.pretrained_model_name_or_path).name
         for settings, image, path in zip(batch, images, paths, strict=True):
@@ -205,7 +208,7 @@ def encode_prompts(
 
 def generate_previews(
     prompts: Sequence[SamplePrompt],
-    draw: Callable[[Sequence[SamplePrompt], Sequence[Path | None]], Sequence[Image]],
+    generate: Generate,
     path_of: Callable[[int, SamplePrompt], Path],
     *,
     rank: int,
@@ -216,26 +219,25 @@ def generate_previews(
     """Generate and save this process's part of the images; returns them under the trackers' names.
 
     Args:
-        draw: (prompts, paths) -> images, which it saves to the paths that are given; may raise Stopped, which ends the
-            rest, and NotFinite.
+        generate: may raise Stopped, which ends the rest, and NotFinite.
         together: every process generates all images, because a sharded model needs all processes; the first one keeps
             them.
         batch_size: the most images of equal settings that are generated together.
     """
-    drawn: dict[str, Image] = {}
+    found: dict[str, Image] = {}
     mine = [index for index in range(len(prompts)) if together or index % world_size == rank]
     for batch in _batches(mine, prompts, batch_size):
         keeps = rank == 0 or not together
         paths = {index: path_of(index, prompts[index]) if keeps else None for index in batch}
         try:
-            images = _finite_images(batch, prompts, draw, paths)
+            images = _finite_images(batch, prompts, generate, paths)
         except Stopped:
-            logger.warning("sample images: stopped after %d of %d", len(drawn), len(prompts))
+            logger.warning("sample images: stopped after %d of %d", len(found), len(prompts))
             break
         for index, image in images.items() if keeps else ():
-            drawn[f"sample_{index}"] = image
+            found[f"sample_{index}"] = image
             logger.info("sample image: %s", paths[index])
-    return dict(sorted(drawn.items(), key=lambda pair: int(pair[0].removeprefix("sample_"))))
+    return dict(sorted(found.items(), key=lambda pair: int(pair[0].removeprefix("sample_"))))
 
 
 def _batches(mine: Sequence[int], prompts: Sequence[SamplePrompt], size: int) -> Iterator[list[int]]:
@@ -256,25 +258,25 @@ def _without_texts(prompt: SamplePrompt) -> SamplePrompt:
 def _finite_images(
     batch: Sequence[int],
     prompts: Sequence[SamplePrompt],
-    draw: Callable[[Sequence[SamplePrompt], Sequence[Path | None]], Sequence[Image]],
+    generate: Generate,
     paths: Mapping[int, Path | None],
 ) -> dict[int, Image]:
     """Return the images of a batch by their place; one that is not finite is left out, the others are not."""
     from library.inference.failures import NotFinite
 
     try:
-        images = draw([prompts[index] for index in batch], [paths[index] for index in batch])
+        images = generate([prompts[index] for index in batch], [paths[index] for index in batch])
     except NotFinite as error:
         if len(batch) > 1:
-            return {i: image for one in batch for i, image in _finite_images([one], prompts, draw, paths).items()}
+            return {i: image for one in batch for i, image in _finite_images([one], prompts, generate, paths).items()}
         # the run itself reports what is not finite
         logger.warning('sample image of "%s" left out: %s', prompts[batch[0]].prompt, error)
         return {}
     return dict(zip(batch, images, strict=True))
 
 
-def of_all_processes(drawn: dict[str, Image]) -> dict[str, Image]:
+def of_all_processes(images: dict[str, Image]) -> dict[str, Image]:
     """Gather the images of all processes on each of them, for the main one's trackers. All must take part."""
     from accelerate.utils import gather_object
 
-    return {name: image for share in gather_object([drawn]) for name, image in share.items()}
+    return {name: image for share in gather_object([images]) for name, image in share.items()}

@@ -65,7 +65,7 @@ class RunHooks:
             print_summary(self._summary, simple=run.options.console.console_log_simple)
         self._saver.set_training(True)
         if run.checked.resumed is None and self._previews.due_at_start():
-            self._draw(step=run.start_step, epoch=None)
+            self._generate_previews(step=run.start_step, epoch=None)
 
     def start(self) -> None:
         """Announce the first step; an interrupt from here on is answered after a step, with all that was done saved."""
@@ -154,7 +154,7 @@ class RunHooks:
                 if policy.save_state and (old := policy.step_state_to_remove(step)) is not None:
                     self._saver.remove(run.names.step_state(old))
         if self._previews.due_after_step(step):
-            self._draw(step=step, epoch=None)
+            self._generate_previews(step=step, epoch=None)
 
     def save_after_epoch(self, step: int, epoch: int) -> None:
         run, policy = self._run, self._run.policy
@@ -169,7 +169,7 @@ class RunHooks:
                 if policy.save_state and (old := policy.epoch_state_to_remove(epoch)) is not None:
                     self._saver.remove(run.names.epoch_state(old))
         if self._previews.due_after_epoch(epoch):
-            self._draw(step=step, epoch=epoch)
+            self._generate_previews(step=step, epoch=epoch)
 
     def interrupted(self, step: int, epoch: int) -> None:
         """Save weights and state so that nothing is lost, and log how to resume."""
@@ -186,12 +186,12 @@ class RunHooks:
 
     # ---- previews ----
 
-    def _draw(self, *, step: int, epoch: int | None) -> None:
+    def _generate_previews(self, *, step: int, epoch: int | None) -> None:
         run = self._run
         self._saver.set_training(False)
         images = generate_previews(
             of_main_process(self._loaded.prompts.current() if run.accelerator.is_main_process else ()),
-            draw=lambda prompts, paths: self._loaded.previews(prompts, paths, self._check),
+            generate=lambda prompts, paths: self._loaded.previews(prompts, paths, self._check),
             path_of=lambda index, prompt: preview_path(
                 run.names.directory, run.names.stem, epoch=epoch, step=step, index=index, seed=prompt.seed
             ),

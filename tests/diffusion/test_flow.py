@@ -140,7 +140,7 @@ def test_weights_are_those_of_diffusers(scheme: str) -> None:
     assert flow_weight(torch.zeros(3), scheme).isfinite().all()
 
 
-# ---- drawing ----
+# ---- sampling ----
 
 
 def follow(scheduler: object, model: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> Tensor:

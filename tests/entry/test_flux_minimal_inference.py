@@ -154,7 +154,7 @@ def test_published_command_in_a_process_of_its_own(
     assert "FLUX.1 dev" in finished.err and "flux fp8 (bfloat16)" in finished.err
 
 
-# ---- drawing ----
+# ---- generating ----
 
 
 def count_loading(

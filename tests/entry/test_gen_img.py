@@ -103,7 +103,7 @@ def test_flags_are_the_published_ones() -> None:
         assert action.help, option["dest"]
 
 
-# ---- drawing ----
+# ---- generating ----
 
 
 def test_prompt_and_options_in_it(model: MadeCheckpoint, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_images_from_files_do_not_depend_on_their_batch(
         replace(settings, strength=0.7, seed=seed, image=tmp_path / f"{name}.png")
         for name, seed in (("a", 1), ("b", 2))
     ]
-    assert batch[0].drawn_with(batch[1]) and not batch[0].drawn_with(settings)
+    assert batch[0].shares_batch_with(batch[1]) and not batch[0].shares_batch_with(settings)
     together = generate_latents(models, batch, options, features=[ImageToImage()])
     alone = [generate_latents(models, [one], options, features=[ImageToImage()]) for one in batch]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)

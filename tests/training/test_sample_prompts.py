@@ -65,7 +65,7 @@ def test_new_texts_need_encoders(file: Path, caplog: pytest.LogCaptureFixture) -
 
 
 def generated(failures: dict[str, Exception], caplog: pytest.LogCaptureFixture, **processes: object) -> list[str]:
-    def draw(prompts: Sequence[SamplePrompt], paths: Sequence[Path | None]) -> list[str]:
+    def generate(prompts: Sequence[SamplePrompt], paths: Sequence[Path | None]) -> list[str]:
         batches.append([prompt.prompt for prompt in prompts])
         for prompt in prompts:
             if prompt.prompt in failures:
@@ -76,7 +76,7 @@ def generated(failures: dict[str, Exception], caplog: pytest.LogCaptureFixture, 
     prompts = [SamplePrompt("cat", seed=1), SamplePrompt("dog", width=64), SamplePrompt("bird", seed=2)]
     with caplog.at_level(logging.INFO):
         found = generate_previews(
-            prompts, draw, lambda index, prompt: Path(f"{index}.png"), **{"rank": 0, "world_size": 1, **processes}
+            prompts, generate, lambda index, prompt: Path(f"{index}.png"), **{"rank": 0, "world_size": 1, **processes}
         )
     made.extend(batches)
     return [f"{name} {image}" for name, image in found.items()]

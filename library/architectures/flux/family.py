@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from library.config.image_settings import ImageSettings
 
 #: sampling steps, if not given; sample images have their own
-DRAWING_STEPS, DRAWING_STEPS_SCHNELL = 50, 4
+SAMPLING_STEPS, SAMPLING_STEPS_SCHNELL = 50, 4
 #: tokens of a caption for T5, if not given
 T5_LENGTH, T5_LENGTH_SCHNELL = 512, 256
 
@@ -117,9 +117,9 @@ class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
         return given or (T5_LENGTH_SCHNELL if self._kind == SCHNELL else T5_LENGTH)
 
     @property
-    def drawing_steps(self) -> int:
+    def sampling_steps(self) -> int:
         """Return the published script's default steps."""
-        return DRAWING_STEPS_SCHNELL if self._kind == SCHNELL else DRAWING_STEPS
+        return SAMPLING_STEPS_SCHNELL if self._kind == SCHNELL else SAMPLING_STEPS
 
     # ---- what depends on the kind of model ----
 

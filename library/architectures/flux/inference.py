@@ -114,7 +114,7 @@ def _open(options: Any) -> OpenedModel:
         denoiser=parts["flux"],
         vae=parts["ae"],
         settings={
-            "steps": family.drawing_steps,
+            "steps": family.sampling_steps,
             "guidance_scale": image.guidance if family.takes_guidance else None,
         },
     )
