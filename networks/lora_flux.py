@@ -1,6 +1,6 @@
 """LoRA for FLUX.1 and Chroma (``--network_module networks.lora_flux``), on transformer, CLIP-L and T5-XXL.
 
-Adapted are all linear layers of the blocks, the modulations too (Chroma has none), as
+It adapts all linear layers of the blocks, the modulations too (Chroma has none), as
 ``lora_unet_double_blocks_0_img_attn_qkv``, ``lora_unet_single_blocks_0_linear1``; CLIP-L (``lora_te1_*``) unless the
 transformer alone is trained, and with ``train_t5xxl=True`` T5-XXL (``lora_te3_*``).
 

@@ -33,7 +33,7 @@ class Batch:
     network_multiplier: float = 1.0
     #: conditioning from a cache, batch first; tokens are there then only if some encoders are trained
     text: dict[str, Tensor] | None = None
-    #: of each sample's subset, for scripts and network modules of one's own; nothing here looks into them
+    #: of each sample's subset, for scripts and network modules of other projects; nothing here reads them
     custom_attributes: list[Mapping[str, Any]] = field(default_factory=list)
 
     @property

@@ -11,7 +11,7 @@ flag before the update, which waits for the device once a step, and leave the wh
 ``skip``
     The update is not applied, by the device itself: gradients of a bad step are set to zero before the optimizer's
     step, and afterwards the weights are put back as they were. The optimizer's own state is then that of one step
-    with a zero gradient: momenta shrink by their betas and its count goes on, as does the learning rate's schedule.
+    with a zero gradient: momenta shrink by their betas and its count continues, as does the learning rate's schedule.
 ``rollback``
     As ``skip``, and when the flag is read, weights, optimizer and averages return to the last snapshot, at most
     ``KEPT_EVERY`` steps and one old (``library.training.kept_state``). The data, the step count and the schedule

@@ -57,7 +57,7 @@ class TrainState:
 
     @property
     def order(self) -> Order:
-        """The order of images in which the run goes on exactly."""
+        """Return the order of images in which the run continues exactly."""
         is_older = bool(self.fingerprint) and "order of images" not in self.fingerprint
         return "by batch" if is_older else "by step"
 
