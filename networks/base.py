@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,41 +262,49 @@ class AdapterNetwork(nn.Module, ABC):
         Raises:
             UserError: the number of learning rates fits no text encoder, or all learning rates are 0.
         """
-        text_parts = [part for part in self.parts if part.is_text_encoder]
-        text_rates: list[Any] = (
-            list(text_encoder_lr) if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
-        )
-        if len(text_rates) <= 1:
-            text_rates = (text_rates or [None]) * len(text_parts)
-        elif len(text_rates) != len(text_parts):
-            counts = f"{len(text_rates)} values, and text encoders are {len(text_parts)}"
-            raise UserError(f"--text_encoder_lr has {counts}; give one for all, or one for each")
-        rates_of_encoders = iter(text_rates)
         groups: list[dict[str, Any]] = []
         descriptions: list[str] = []
-        for part in self.parts:
-            part_rate = next(rates_of_encoders) if part.is_text_encoder else unet_lr
-            part_rate = default_lr if part_rate is None else part_rate
+        for part, rate in self._rates_of_parts(text_encoder_lr, unet_lr):
             for rate_group in self.rate_groups(part):
-                rate = part_rate if rate_group.rate is None else rate_group.rate
-                trained = rate != 0 and rate_group.factor != 0
-                for adapter in rate_group.adapters:
-                    adapter.trained = trained
-                    adapter.requires_grad_(trained)
-                if not trained:
-                    continue
-                for suffix, ratio, parameters in self.split_parameters(part, rate_group.adapters):
-                    group: dict[str, Any] = {"params": parameters}
-                    if rate is not None:
-                        group["lr"] = rate * rate_group.factor * ratio
-                    elif rate_group.factor * ratio != 1:
-                        raise UserError(f"{part.label}: rates relative to others need a learning rate to start from")
-                    if parameters:
-                        groups.append(group)
-                        descriptions.append(rate_group.description + suffix)
+                for suffix, group in self._groups_at_rate(part, rate_group, default_lr if rate is None else rate):
+                    groups.append(group)
+                    descriptions.append(rate_group.description + suffix)
         if not groups:
             raise UserError("nothing to train: --learning_rate, --unet_lr and --text_encoder_lr leave every rate at 0")
         return groups, descriptions
+
+    def _rates_of_parts(
+        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None
+    ) -> Iterator[tuple[NetworkPart, float | None]]:
+        """Yield each part with its learning rate. Raises UserError if the number of rates fits no text encoder."""
+        count = sum(part.is_text_encoder for part in self.parts)
+        rates: list[Any] = list(text_encoder_lr) if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
+        if len(rates) <= 1:
+            rates = (rates or [None]) * count
+        elif len(rates) != count:
+            counts = f"{len(rates)} values, and text encoders are {count}"
+            raise UserError(f"--text_encoder_lr has {counts}; give one for all, or one for each")
+        remaining = iter(rates)
+        for part in self.parts:
+            yield part, next(remaining) if part.is_text_encoder else unet_lr
+
+    def _groups_at_rate(
+        self, part: NetworkPart, rate_group: RateGroup, part_rate: float | None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (description suffix, optimizer group) of adapters that share a rate; none if they are not trained."""
+        rate = part_rate if rate_group.rate is None else rate_group.rate
+        trained = rate != 0 and rate_group.factor != 0
+        for adapter in rate_group.adapters:
+            adapter.trained = trained
+            adapter.requires_grad_(trained)
+        for suffix, ratio, parameters in self.split_parameters(part, rate_group.adapters) if trained else ():
+            if rate is None and rate_group.factor * ratio != 1:
+                raise UserError(f"{part.label}: rates relative to others need a learning rate to start from")
+            if parameters:
+                yield (
+                    suffix,
+                    {"params": parameters} | ({} if rate is None else {"lr": rate * rate_group.factor * ratio}),
+                )
 
     def rate_groups(self, part: NetworkPart) -> list[RateGroup]:
         """Divide a part's adapters by learning rate; one group unless a subclass overrides it."""
@@ -305,7 +313,7 @@ class AdapterNetwork(nn.Module, ABC):
     def split_parameters(
         self, part: NetworkPart, adapters: Sequence[AdapterModule]
     ) -> list[tuple[str, float, list[nn.Parameter]]]:
-        """Yield (description suffix, factor of the learning rate, parameters); one entry unless a subclass overrides
+        """Return (description suffix, factor of the learning rate, parameters); one entry unless a subclass overrides
         it."""
         return [("", 1.0, [parameter for adapter in adapters for parameter in adapter.parameters()])]
 
@@ -334,7 +342,7 @@ class AdapterNetwork(nn.Module, ABC):
             adapter.scale_change(ratio)
         scaled = norms * ratios
         metrics = ((ratios < 1).sum(), scaled.mean(), scaled.max())
-        return metrics if device is None else tuple(figure.to(device) for figure in metrics)
+        return metrics if device is None else tuple(metric.to(device) for metric in metrics)
 
     # ---- files ----
 

@@ -335,21 +335,7 @@ class _Reader:
             is_reg=values["is_reg"],
             class_tokens=values["class_tokens"],
             caption_extension=extension if extension.startswith(".") or not extension else f".{extension}",
-            captions=CaptionRules(
-                prefix=values["caption_prefix"],
-                suffix=values["caption_suffix"],
-                separator=values["caption_separator"],
-                secondary_separator=values["secondary_separator"],
-                shuffle=values["shuffle_caption"],
-                keep_tokens=values["keep_tokens"],
-                keep_tokens_separator=values["keep_tokens_separator"],
-                wildcards=values["enable_wildcard"],
-                dropout_rate=values["caption_dropout_rate"],
-                dropout_every_n_epochs=values["caption_dropout_every_n_epochs"],
-                tag_dropout_rate=values["caption_tag_dropout_rate"],
-                warmup_min=values["token_warmup_min"],
-                warmup_step=values["token_warmup_step"],
-            ),
+            captions=_caption_rules(values),
             flip_aug=values["flip_aug"],
             random_crop=values["random_crop"],
             face_crop_range=number_range(values["face_crop_aug_range"]),
@@ -403,6 +389,24 @@ class _Reader:
         elif not any(_has_images(Path(folder))):
             self._problem(where, "image_dir", f"{folder}: holds no images ({', '.join(EXTENSIONS)}){_inside(folder)}")
         return len(self._problems) == before
+
+
+def _caption_rules(values: Mapping[str, Any]) -> CaptionRules:
+    return CaptionRules(
+        prefix=values["caption_prefix"],
+        suffix=values["caption_suffix"],
+        separator=values["caption_separator"],
+        secondary_separator=values["secondary_separator"],
+        shuffle=values["shuffle_caption"],
+        keep_tokens=values["keep_tokens"],
+        keep_tokens_separator=values["keep_tokens_separator"],
+        wildcards=values["enable_wildcard"],
+        dropout_rate=values["caption_dropout_rate"],
+        dropout_every_n_epochs=values["caption_dropout_every_n_epochs"],
+        tag_dropout_rate=values["caption_tag_dropout_rate"],
+        warmup_min=values["token_warmup_min"],
+        warmup_step=values["token_warmup_step"],
+    )
 
 
 def _folder_problem(folder: str) -> str | None:

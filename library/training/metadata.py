@@ -94,11 +94,8 @@ class RunRecord:
     def _modelspec(self) -> dict[str, str]:
         options = self.options
         spec = self.architecture.modelspec(self.info)
-        timestep_range = None
-        if options.noise.min_timestep is not None or options.noise.max_timestep is not None:
-            low = options.noise.min_timestep if options.noise.min_timestep is not None else 0
-            high = options.noise.max_timestep if options.noise.max_timestep is not None else 1000
-            timestep_range = (low, high)
+        low, high = options.noise.min_timestep, options.noise.max_timestep
+        is_limited = low is not None or high is not None
         given = options.modelspec
         return build_modelspec(
             architecture_id=spec["architecture"] + self.modelspec_suffix,
@@ -107,7 +104,7 @@ class RunRecord:
             resolution=options.dataset.resolution,
             default_resolution=spec["default_resolution"],
             prediction_type=spec.get("prediction_type"),
-            timestep_range=timestep_range,
+            timestep_range=(low or 0, 1000 if high is None else high) if is_limited else None,
             encoder_layer=options.model.clip_skip,
             source_revision=source_revision(),
             author=given.metadata_author,

@@ -133,26 +133,9 @@ def convert(
     assert to in NAMINGS
     check_paths(source, save_to, to, flag)
     file = read_adapter(source, family_named(family) if family else None)
-    if expected is not None and file.naming != expected:
-        raise UserError(f"{source}: has {_TITLES[file.naming]}, not {_TITLES[expected]}")
-    if to in file.family.unwritten:
-        raise UserError(f"{source}: {file.family.title} cannot have {_TITLES[to]} here: {file.family.unwritten[to]}")
-    if (
-        file.naming == to
-        and not file.is_own_oft
-        and all(module.space == module.part.space(to) for module in file.modules)
-    ):
-        raise AlreadyConverted(f"{source}: already has {_TITLES[to]}; nothing to do")
-    if file.is_own_oft and dtype not in (None, torch.float32):
-        raise UserError("--save_precision: rotations of an OFT are kept in float; leave it out")
+    _check_target(file, to, dtype, expected)
     modules, records, widened = _converted(file, to)
-
-    metadata = {k: v for k, v in file.metadata.items() if k not in (ADAPTER_METADATA, RECORD, *SSHS_KEYS)}
-    hashed = to == "kohya" or any(name in file.metadata for name in SSHS_KEYS)
-    if file.is_own_oft:  # it has their layout now
-        metadata |= {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "diag-oft"})}
-    if records:
-        metadata[RECORD] = write_record(records)
+    metadata = _metadata_of(file, records)
     if to == "peft":
         with atomic_directory(save_to) as folder:
             count = _write_peft(folder, modules, metadata, dtype)
@@ -160,13 +143,38 @@ def convert(
     else:
         tensors = _cast(_named(modules, to), dtype)
         count = len(tensors)
-        if hashed:
+        if to == "kohya" or any(name in file.metadata for name in SSHS_KEYS):
             metadata = with_hashes(tensors, metadata)
         with atomic_path(save_to) as temporary:
             save_tensors(temporary, tensors, metadata)
             difference = _prove(file, temporary, save_to, dtype)
     widened = 0 if dtype else widened
     return Report(file.family.title, file.naming, to, count, difference, widened, _notes(file, modules, to))
+
+
+def _check_target(file: AdapterFile, to: Naming, dtype: torch.dtype | None, expected: Naming | None) -> None:
+    """Refuse names and a dtype that the adapter cannot have, or has already."""
+    if expected is not None and file.naming != expected:
+        raise UserError(f"{file.path}: has {_TITLES[file.naming]}, not {_TITLES[expected]}")
+    if to in file.family.unwritten:
+        raise UserError(f"{file.path}: {file.family.title} cannot have {_TITLES[to]} here: {file.family.unwritten[to]}")
+    has_paths = all(module.space == module.part.space(to) for module in file.modules)
+    if file.naming == to and not file.is_own_oft and has_paths:
+        raise AlreadyConverted(f"{file.path}: already has {_TITLES[to]}; nothing to do")
+    if file.is_own_oft and dtype not in (None, torch.float32):
+        raise UserError("--save_precision: rotations of an OFT are kept in float; leave it out")
+
+
+def _metadata_of(file: AdapterFile, records: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the metadata of the new file, without hashes.
+
+    Args:
+        records: by module, the changes that a conversion back undoes.
+    """
+    metadata = {k: v for k, v in file.metadata.items() if k not in (ADAPTER_METADATA, RECORD, *SSHS_KEYS)}
+    if file.is_own_oft:  # it has the layout of LyCORIS now
+        metadata |= {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "diag-oft"})}
+    return metadata | ({RECORD: write_record(records)} if records else {})
 
 
 def _converted(file: AdapterFile, to: Naming) -> tuple[list[Module], dict[str, dict[str, Any]], int]:
