@@ -149,7 +149,7 @@ def convert(
             save_tensors(temporary, tensors, metadata)
             difference = _prove(file, temporary, save_to, dtype)
     widened = 0 if dtype else widened
-    return Report(file.family.title, file.naming, to, count, difference, widened, _notes(file, modules, to))
+    return Report(file.family.title, file.naming, to, count, difference, widened, _notes(modules, to))
 
 
 def _check_target(file: AdapterFile, to: Naming, dtype: torch.dtype | None, expected: Naming | None) -> None:
@@ -308,7 +308,7 @@ def _prove(file: AdapterFile, written: Path, title: Path, dtype: torch.dtype | N
     return difference
 
 
-def _notes(file: AdapterFile, modules: list[Module], to: Naming) -> tuple[str, ...]:
+def _notes(modules: list[Module], to: Naming) -> tuple[str, ...]:
     t5 = any(".SelfAttention." in module.path or ".DenseReluDense." in module.path for module in modules)
     return ("diffusers' pipelines read no adapters of T5: text_encoder_2.* is for other programs",) * (
         t5 and to == "diffusers"

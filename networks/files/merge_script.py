@@ -77,7 +77,7 @@ def run(
     changes = check_model(model, family.parts, files)
     metadata = None
     if modelspec:
-        metadata = model_record_metadata(_record(args, family.records), target, Path(args.sd_model), files)
+        metadata = model_record_metadata(_record(family.records), target, Path(args.sd_model), files)
     merge_into_model(model, changes, target, computing, flag="--save_to", title=family.title, metadata=metadata)
 
 
@@ -85,7 +85,7 @@ def _only(families: Sequence[str]):  # noqa: ANN202
     return family_named(families[0]) if len(families) == 1 else None
 
 
-def _record(args: argparse.Namespace, records: Sequence[ModelRecord]) -> ModelRecord:
+def _record(records: Sequence[ModelRecord]) -> ModelRecord:
     """Return the metadata of the result; no tensor tells what Stable Diffusion 2.x predicts."""
     record = records[0]
     if record.v2:

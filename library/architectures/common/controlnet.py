@@ -79,14 +79,14 @@ def controlnet_source(path_or_id: str, unet: ModelSource, *, flag: str) -> Model
     """
     path = locate(path_or_id, flag=flag, components=("",))
     try:
-        source = _in_folder(path, unet) if path.is_dir() else _in_file(path, unet)
+        source = _in_folder(path) if path.is_dir() else _in_file(path, unet)
         _check_fits(source, unet)
     except UserError as error:
         raise UserError(f"{flag} {path_or_id}: {error}") from None
     return source
 
 
-def _in_folder(path: Path, unet: ModelSource) -> ModelSource:
+def _in_folder(path: Path) -> ModelSource:
     folder = path / "controlnet" if (path / "controlnet").is_dir() else path
     config = {k: v for k, v in read_json(folder / "config.json").items() if not k.startswith("_")}
     return ModelSource("ControlNet", TensorFile.open(weight_file(folder)), diffusers_layout(), config)
