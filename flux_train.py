@@ -7,7 +7,8 @@
         --learning_rate 5e-5 --max_train_steps 5000 --mixed_precision bf16 --full_bf16 --sdpa \\
         --cache_latents --cache_text_encoder_outputs --gradient_checkpointing --max_grad_norm 0 \\
         --timestep_sampling flux_shift --model_prediction_type raw --guidance_scale 1 \\
-        --blockwise_fused_optimizers --optimizer_type Adafactor --optimizer_args relative_step=False scale_parameter=False
+        --blockwise_fused_optimizers --optimizer_type Adafactor \\
+        --optimizer_args relative_step=False scale_parameter=False
 
 docs/flux_train.md explains every part of it.
 """

@@ -22,7 +22,8 @@ def main() -> int:
     if os.environ.get("NEWEST", "") not in ("", "0"):
         os.environ.setdefault("VENV", ".venv-newest")
     python = set_up("requirements-dev.txt")
-    # one worker for each core; each keeps to one thread (tests/conftest.py), and takes over from one that has more to do
+    # one worker for each core; each keeps to one thread (tests/conftest.py), and takes over from one that has more to
+    # do
     words = ["-q", "-n", "auto", "--dist", "worksteal", *words]
     return subprocess.run([str(python), "-m", "pytest", *words], cwd=ROOT, check=False).returncode
 

@@ -5,7 +5,8 @@
         --dataset_config dataset.toml --output_dir output --output_name my_model --save_precision bf16 \\
         --learning_rate 1e-5 --max_train_steps 5000 --mixed_precision bf16 --full_bf16 --sdpa \\
         --cache_latents --cache_text_encoder_outputs --gradient_checkpointing --max_grad_norm 0 \\
-        --blockwise_fused_optimizers --optimizer_type Adafactor --optimizer_args relative_step=False scale_parameter=False
+        --blockwise_fused_optimizers --optimizer_type Adafactor \\
+        --optimizer_args relative_step=False scale_parameter=False
 
 docs/sd3.md explains every part of it.
 """

@@ -3,8 +3,8 @@
     python benchmarks/merge_memory.py --folder /tmp/merge --rank 64
 
 The checkpoint has the names and shapes of Stable Diffusion XL in fp16 and takes no space on the disk (its numbers are
-zeros in a sparse file); the LoRA is random. Measured on Linux: the largest anonymous memory of the process, which is all
-memory but that of mapped files, sampled every 5 ms, and the same of a process that only imports.
+zeros in a sparse file); the LoRA is random. Measured on Linux: the largest anonymous memory of the process, which is
+all memory but that of mapped files, sampled every 5 ms, and the same of a process that only imports.
 """
 
 from __future__ import annotations

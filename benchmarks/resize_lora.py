@@ -2,7 +2,8 @@
 
     python benchmarks/resize_lora.py --rank 128 --new_rank 32 --every 40
 
-Modules are those of a LoRA of Stable Diffusion XL, of the published shapes and with random numbers; every 40th is taken.
+Modules are those of a LoRA of Stable Diffusion XL, of the published shapes and with random numbers; every 40th is
+taken.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@
     python finetune/make_captions_by_vlm.py images --model_id florence-community/Florence-2-large \\
         --prompt "<MORE_DETAILED_CAPTION>"
 
-The model is any that transformers' AutoModelForImageTextToText loads: a folder, or an id on the Hub. Captions that exist
-are kept unless --overwrite is given, so the same command continues after it was stopped. More: docs/captioning.md.
+The model is any that transformers' AutoModelForImageTextToText loads: a folder, or an id on the Hub. Captions that
+exist are kept unless --overwrite is given, so the same command continues after it was stopped. More:
+docs/captioning.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def setup_parser() -> argparse.ArgumentParser:
     add(
         "--prompt_file",
         metavar="FILE",
-        help="a file with it; {name}, {folder} and {text} in it are the image's name, its folder's, and its --text_extension file",
+        help="a file with it; {name}, {folder} and {text} in it are the image's name, its folder's, and its "
+        "--text_extension file",
     )
     add("--text_extension", default=".tags", metavar="ENDING", help="of the files of {text} in a prompt (.tags)")
     add("--system_prompt", metavar="TEXT", help="what the conversation begins with")

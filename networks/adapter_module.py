@@ -142,8 +142,8 @@ class AdapterModule(nn.Module, ABC):
         weight = self.original.weight
         if not isinstance(weight, nn.Parameter):
             raise UserError(
-                f"{self.lora_name}: its module's weight is kept in fp8 or fewer bits, into which nothing can be merged; merge into "
-                "the model as it is in its file"
+                f"{self.lora_name}: its module's weight is kept in fp8 or fewer bits, into which nothing can be "
+                "merged; merge into the model as it is in its file"
             )
         return weight
 

@@ -48,9 +48,8 @@ def main(args: argparse.Namespace) -> None:
     for name, tensor in shown.items():
         size = "-".join(map(str, tensor.shape))
         values = tensor.float().abs()
-        print(
-            f"{name},({size}),{float(values.mean()) if values.numel() else 0.0},{float(values.min()) if values.numel() else 0.0}"
-        )
+        mean, least = (float(values.mean()), float(values.min())) if values.numel() else (0.0, 0.0)
+        print(f"{name},({size}),{mean},{least}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ It adapts all linear layers of the blocks, the modulations too (Chroma has none)
 ``lora_unet_double_blocks_0_img_attn_qkv``, ``lora_unet_single_blocks_0_linear1``; CLIP-L (``lora_te1_*``) unless the
 transformer alone is trained, and with ``train_t5xxl=True`` T5-XXL (``lora_te3_*``).
 
-Network args are those of the table (ranks of layers such as ``img_attn_dim``, of ``in_dims``, blocks by number and kind)
-and of ``networks/transformer_lora.py``; docs/adapters.md lists them.
+Network args are those of the table (ranks of layers such as ``img_attn_dim``, of ``in_dims``, blocks by number and
+kind) and of ``networks/transformer_lora.py``; docs/adapters.md lists them.
 """
 
 from library.architectures.flux.lora import LORA

@@ -1,7 +1,7 @@
 """The product of a linear layer with a low-rank adapter, in few kernels.
 
-Shape legend: N tokens of all samples, r rank, in/out features. With y = x W^T + b + s (x D^T) U^T (Hu et al. 2021, eq. 3)
-and a gradient g of y, that of x is g W + s (g U) D, that of U is s g^T (x D^T), and that of D is s (g U)^T x.
+Shape legend: N tokens of all samples, r rank, in/out features. With y = x W^T + b + s (x D^T) U^T (Hu et al. 2021, eq.
+3) and a gradient g of y, that of x is g W + s (g U) D, that of U is s g^T (x D^T), and that of D is s (g U)^T x.
 
 Sums and factors are part of the matrix products. Weights and gradients of the adapter are cast to the dtype of the
 product, as autocast does.

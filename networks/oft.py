@@ -19,7 +19,8 @@ rotations.
 
 The text encoders are not adapted. Network args: ``enable_all_linear`` (all linear layers and 1x1 convolutions of
 the attention blocks, not only those of the attentions), ``enable_conv`` (ResNet blocks, downsamplers, upsamplers too);
-``module_dropout``; ``network_reg_dims`` and ``network_reg_lrs``, and the learning rates of blocks, as in ``networks.lora``.
+``module_dropout``; ``network_reg_dims`` and ``network_reg_lrs``, and the learning rates of blocks, as in
+``networks.lora``.
 """
 
 from __future__ import annotations

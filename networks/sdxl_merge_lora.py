@@ -3,13 +3,12 @@
     python networks/sdxl_merge_lora.py --sd_model sdxl.safetensors --save_to merged.safetensors \\
         --models a.safetensors b.safetensors --ratios 0.8 0.5 --save_precision fp16
     python networks/sdxl_merge_lora.py --models a.safetensors b.safetensors --ratios 0.7 0.5 --save_to both.safetensors
-    python networks/sdxl_merge_lora.py --sd_model sdxl.safetensors --save_to merged.safetensors --models a.safetensors \\
+    python networks/sdxl_merge_lora.py --sd_model sdxl.safetensors --save_to merged.safetensors \\
         --lbws "[1,1,1,1,1,0,1,1,1,0.5,0.5,0.5]"
 
 Like networks/merge_lora.py, with --lbws: factors of the ratio for each block of the U-Net, one list for each file.
 Lists of 12 and 20 numbers are for SDXL, of 17 and 26 for Stable Diffusion; the first number is for text encoders. OFT
-files are
-merged into a model at their ratio. docs/adapter_tools.md says more.
+files are merged into a model at their ratio. docs/adapter_tools.md says more.
 """
 
 from __future__ import annotations

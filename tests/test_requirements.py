@@ -79,7 +79,6 @@ def test_the_newest_releases_in_the_ranges_work(tmp_path: Path) -> None:
     target = tmp_path / "packages"
     subprocess.run([*pip, "--no-deps", "--target", str(target), *newer], check=True)
     env = {**environment(), "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *SMOKE], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *SMOKE]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"with {', '.join(newer)}:\n{done.stdout}{done.stderr}"

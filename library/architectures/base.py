@@ -154,8 +154,8 @@ class Architecture(WholeModels, ABC):
     denoiser_target: LoraTarget
     #: class names of the denoiser's blocks: ``--torch_compile`` compiles and FSDP shards each by itself
     compiled_blocks: tuple[str, ...] = ()
-    #: its own groups of options with their rules, and what becomes of those of all families: they join the command line,
-    #: the configuration file, ``--explain``, ``docs/options/`` and what a resumed run must share
+    #: its own groups of options with their rules, and what becomes of those of all families: they join the command
+    #: line, the configuration file, ``--explain``, ``docs/options/`` and what a resumed run must share
     declaration: Declaration = Declaration()
     sample_defaults: Mapping[str, Any] = MappingProxyType({})  # width, height, steps, guidance scale of sample images
     #: settings of a sample prompt that are used; a warning names others

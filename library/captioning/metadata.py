@@ -1,4 +1,4 @@
-"""Metadata files of the fine-tuning method: read, change, write. ``library/data/metadata_file.py`` reads them to train."""
+"""Read, change and write metadata files of the fine-tuning method; training reads them in ``data/metadata_file.py``."""
 
 from __future__ import annotations
 

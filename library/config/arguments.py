@@ -168,7 +168,7 @@ def without_secrets(options: Any) -> dict[str, Any]:
 
 
 def for_others(options: Any) -> dict[str, Any]:
-    """Return option values by name, for trackers that others may see: no secrets, no folders, of files only their names."""
+    """Return option values by name, for trackers that others may see: no secrets, no folders, only names of files."""
     known = without_secrets(options)
     return {name: _without_folder(value) for name, value in known.items() if not name.endswith(("_dir", "_nvme_path"))}
 

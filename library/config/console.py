@@ -87,7 +87,7 @@ def stderr_console() -> Console:
 
 
 def make_bar(title: str) -> Progress:
-    """A progress bar on the terminal: title, share, counts, labelled times and the task's description; to be started."""
+    """Return a progress bar for the terminal: title, share, counts, labelled times, the task's text; to be started."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

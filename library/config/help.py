@@ -1,4 +1,4 @@
-"""``--help``: a short page with a working example and the topics; ``--help TOPIC``, ``--help OPTION``, ``--help all``."""
+"""``--help``: a short page with an example and the topics; ``--help TOPIC``, ``--help OPTION``, ``--help all``."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from library.randomness import permutation
 
 T = TypeVar("T")
 
-#: "by batch": all batches shuffled, and dealt to the processes in turn, as older versions of this program did; a run that
-#: continues from a state of theirs keeps that order to its end
+#: "by batch": all batches shuffled, and dealt to the processes in turn, as older versions of this program did; a run
+#: that continues from a state of theirs keeps that order to its end
 Order = Literal["by step", "by batch"]
 
 

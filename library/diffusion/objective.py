@@ -189,7 +189,7 @@ class DdpmObjective(Objective):
 
     @property
     def _samples_with_zero_snr(self) -> bool:
-        """Whether samplers use it: they cannot start from pure noise with a model that predicts it; training only warns."""
+        """Whether samplers begin with pure noise, which a model that predicts noise cannot; training only warns."""
         return self.zero_terminal_snr and self.v_prediction
 
 

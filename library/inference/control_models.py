@@ -35,7 +35,7 @@ class ControlModel:
 
 
 def used_as_given(models: Sequence[nn.Module], given: ControlOptions) -> list[ControlModel]:
-    """Return models, which may be none, with their strengths, shares of the steps and preparations; the usual where none are given."""
+    """Return models with their strengths, shares of the steps and preparations; the usual ones where none are given."""
 
     def values(found: Sequence[Any] | None, usual: Any) -> list[Any]:
         return [*(found or []), *[usual] * (len(models) - len(found or []))]
@@ -50,7 +50,7 @@ def control_images(generation: Generation, models: Sequence[ControlModel]) -> li
     first = generation.first
     size = first.width, first.height
     return [
-        torch.stack([_prepared(settings.control[n], size, model) for settings in generation.settings if settings.control])
+        torch.stack([_prepared(one.control[n], size, model) for one in generation.settings if one.control])
         .to(generation.noise)
         for n, model in enumerate(models)
     ]  # fmt: skip

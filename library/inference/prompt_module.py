@@ -21,9 +21,9 @@ FLAG = "--from_module"
 class PromptModule:
     """A file with ``get_prompter(args, models, networks)``.
 
-    The prompter is called as ``prompter(args, models, random, seed, index, step)`` until it returns None, which ends the
-    iteration; ``random`` is a ``random.Random``, ``seed`` that of the iteration, ``index`` counts the prompts of the
-    iteration and ``step`` those of the run.
+    The prompter is called as ``prompter(args, models, random, seed, index, step)`` until it returns None, which ends
+    the iteration; ``random`` is a ``random.Random``, ``seed`` that of the iteration, ``index`` counts the prompts of
+    the iteration and ``step`` those of the run.
     """
 
     def __init__(self, path: Path, module: ModuleType) -> None:

@@ -23,8 +23,8 @@ def parts_of(prompt: str) -> list[str]:
 def read_regions(path: Path, count: int, color_codes: int | None = None) -> Tensor:
     """Return the masks (count, H, W) in [0, 1] of the first parts, of the image's own size.
 
-    The red, green and blue channel are for parts 1, 2 and 3; a channel without any light, and further parts, are for the
-    whole image.
+    The red, green and blue channel are for parts 1, 2 and 3; a channel without any light, and further parts, are for
+    the whole image.
 
     Args:
         color_codes: instead, that many parts have the pixels of one pure color each: red, green, yellow, blue, magenta,

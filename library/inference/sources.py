@@ -32,7 +32,8 @@ SIZE_STEP = 32
 
 @dataclass(frozen=True)
 class Sources:
-    """The images of ``--image_path``, ``--mask_path`` and ``--guide_image_path``, which the planned images take in turn.
+    """The images of ``--image_path``, ``--mask_path`` and ``--guide_image_path``, which the planned images take in
+    turn.
 
     Attributes:
         guides: images of ``--guide_image_path``; each planned image takes ``guides_each`` of them.

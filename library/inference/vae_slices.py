@@ -1,7 +1,7 @@
 """Run a VAE's layers on strips of rows, which needs less memory and gives the same images.
 
-The statistics of group norms are those of the whole image. Only one strip at a time is normalized and convolved, so that
-of a ResNet block the input and two outputs are held, and nothing else of the image's size.
+The statistics of group norms are those of the whole image. Only one strip at a time is normalized and convolved, so
+that of a ResNet block the input and two outputs are held, and nothing else of the image's size.
 
 Shape legend: B images, C channels, (H, W) features.
 """

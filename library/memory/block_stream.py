@@ -1,10 +1,11 @@
 """Keep blocks of a model in host memory, and copy each to the device when it runs (``--blocks_to_swap``).
 
 The blocks that wait on the host are spread evenly between those that stay, so that the copy of one runs while others
-compute. Host copies are pinned; those of frozen blocks never change, so nothing is copied back. On the device each shape of block has two
-buffers: one for the block that runs, one for the next block, which a second stream copies at the same time. In the
-backward pass, with gradient checkpointing, blocks run again in reverse order. The two blocks at the turn are still in
-their buffers there, and at the end of the backward pass the first blocks are there for the next forward pass.
+compute. Host copies are pinned; those of frozen blocks never change, so nothing is copied back. On the device each
+shape of block has two buffers: one for the block that runs, one for the next block, which a second stream copies at the
+same time. In the backward pass, with gradient checkpointing, blocks run again in reverse order. The two blocks at the
+turn are still in their buffers there, and at the end of the backward pass the first blocks are there for the next
+forward pass.
 
 A block is known to run by a hook before its forward pass. Adapters within a block use its layers, so they find the
 weights there as well; their own weights stay on the device. Without checkpointing autograd would keep the buffers'
@@ -230,7 +231,7 @@ def _bind(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
 
 
 class _Copies:
-    """Copies from and to pinned host memory, parallel to the computation if the device has streams; otherwise at once."""
+    """Copies from and to pinned host memory, parallel to the computation if the device has streams; else at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._module: Any = getattr(torch, device.type, None) if device.type in ("cuda", "xpu") else None

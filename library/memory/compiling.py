@@ -1,9 +1,10 @@
 """Compiling a model's blocks (``--torch_compile`` or ``--compile``, with its settings).
 
 A family names the classes of its blocks. Each block is compiled by itself, adapters included. Blocks of a class are
-alike, so the compiler works once for all of them and not on a graph of the whole model. Shapes are static, unless dynamic
-ones are asked for: each bucket gets its own code. Modules keep their classes and names, so no ``_orig_mod`` appears in
-files. What is compiled is the blocks' ``forward``, so that hooks run before it, such as those of ``BlockStream``.
+alike, so the compiler works once for all of them and not on a graph of the whole model. Shapes are static, unless
+dynamic ones are asked for: each bucket gets its own code. Modules keep their classes and names, so no ``_orig_mod``
+appears in files. What is compiled is the blocks' ``forward``, so that hooks run before it, such as those of
+``BlockStream``.
 """
 
 from __future__ import annotations

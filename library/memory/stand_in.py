@@ -1,15 +1,16 @@
 """A stand-in accelerator for machines without a GPU: full-size models step on it in seconds, without weights.
 
-``install`` registers a device ("standin", PrivateUse1) from Python. Under ``without_weights`` every tensor has a device,
-a shape and a dtype, but no numbers. A step then fails for three kinds of fault that a run on the CPU does not show:
+``install`` registers a device ("standin", PrivateUse1) from Python. Under ``without_weights`` every tensor has a
+device, a shape and a dtype, but no numbers. A step then fails for three kinds of fault that a run on the CPU does not
+show:
 
 - Tensors of different devices meet.
 - The step waits for the device (``.item()``, ``bool(tensor)``): DataDependentOutputException.
 - It takes more memory than before: ``Trace`` counts the bytes of live storages, and the kernels.
 
-The device needs a process of its own, because it changes torch for good. How models get onto it, in short: build modules
-under ``torch.device(install())`` with the default dtype set; ``.to(dtype)`` of a whole module does not work, and no other
-random number than those of CPU generators can be drawn.
+The device needs a process of its own, because it changes torch for good. How models get onto it, in short: build
+modules under ``torch.device(install())`` with the default dtype set; ``.to(dtype)`` of a whole module does not work,
+and no other random number than those of CPU generators can be drawn.
 """
 
 from __future__ import annotations

@@ -160,8 +160,8 @@ class OptimizerChoice:
 def leave_compiler_out() -> None:
     """Keep optimizers from importing torch's compiler, which takes a second.
 
-    Some methods of ``torch.optim.Optimizer`` import it at their first call, to be left out of compiled code. Only blocks
-    of models are compiled here, never an optimizer.
+    Some methods of ``torch.optim.Optimizer`` import it at their first call, to be left out of compiled code. Only
+    blocks of models are compiled here, never an optimizer.
     """
     for method in vars(torch.optim.Optimizer).values():
         plain = getattr(method, "__wrapped__", None)
@@ -222,7 +222,7 @@ def resolve_optimizer(
 
 
 def _adafactor(args: dict[str, Any], learning_rates: Sequence[str]) -> list[str]:
-    """Apply the published implications: relative step by default, forced by warmup_init, ignores a given learning rate."""
+    """Apply the published implications: relative step is the default, and ignores a given learning rate."""
     args.setdefault("relative_step", True)
     warnings: list[str] = []
     if args.get("warmup_init") and not args["relative_step"]:

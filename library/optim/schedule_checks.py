@@ -121,7 +121,7 @@ def _check_step_rules(settings: ScheduleSettings) -> None:
 
 
 def _check_arguments(choice: OptimizerChoice, settings: ScheduleSettings) -> None:
-    """Check arguments of a named schedule: its function in transformers takes them; it is made once, for their values."""
+    """Check the arguments that transformers' function of a named schedule takes; it is made once, for their values."""
     given = parse_keyword_arguments("--lr_scheduler_args", settings.args)
     if not given:
         return
@@ -160,7 +160,8 @@ def _check_numbers(choice: OptimizerChoice, settings: ScheduleSettings) -> None:
         raise UserError(f"--lr_scheduler_power {settings.power:g}: must be at least 0")
     if settings.name == "polynomial" and choice.learning_rate <= given.get("lr_end", POLYNOMIAL_END):
         raise UserError(
-            f"--lr_scheduler polynomial: ends at a rate of {given.get('lr_end', POLYNOMIAL_END):g}, so --learning_rate must be above it"
+            f"--lr_scheduler polynomial: ends at a rate of {given.get('lr_end', POLYNOMIAL_END):g}, so "
+            "--learning_rate must be above it"
         )
 
 

@@ -150,8 +150,8 @@ def check_by_trial(choice: OptimizerChoice, device: torch.device, *, keeps_state
             ) from error
         if not tried.has_changed:
             raise UserError(
-                f"--optimizer_type {choice.name}: it cannot be used for training here: {_STEPS_UNTIL_CHANGE} steps on a small "
-                "tensor change nothing; choose another one, or other --optimizer_args"
+                f"--optimizer_type {choice.name}: it cannot be used for training here: {_STEPS_UNTIL_CHANGE} steps on "
+                "a small tensor change nothing; choose another one, or other --optimizer_args"
             )
         try:
             is_exact = _resumes_exactly(choice, tried, device)

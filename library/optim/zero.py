@@ -1,7 +1,7 @@
 """Shard the optimizer's states and update over processes with DeepSpeed's ZeRO (Rajbhandari et al. 2020).
 
-DeepSpeed needs a module whose forward pass computes the loss. Adapters work inside the frozen model's layers, so there is
-none; and the loop averages, clips and checks gradients, as in every run. So DeepSpeed gets a module of the trained
+DeepSpeed needs a module whose forward pass computes the loss. Adapters work inside the frozen model's layers, so there
+is none; and the loop averages, clips and checks gradients, as in every run. So DeepSpeed gets a module of the trained
 weights only, and the step's gradients through a loss that is linear in them. It averages values that are equal on all
 processes, keeps its part, updates it, and gathers the new weights.
 """

@@ -64,7 +64,7 @@ def planned(run: Run) -> Any:
 
 
 def for_gpu(run: Run) -> bool:
-    """Return whether the budget is that of a CUDA device: the run's own, or the one that a dry run on a CPU asks about."""
+    """Return whether the budget is that of a CUDA device: the run's, or the one that a dry run on a CPU asks about."""
     options = run.options
     asked = options.config.dry_run and options.training.memory_plan != "auto" and run.device.type == "cpu"
     return run.device.type == "cuda" or asked

@@ -1,7 +1,7 @@
 """Trace a training step of a run without weights, to know what it takes before anything is loaded (``--memory_plan``).
 
-Models are built from their files' headers. Loss and backward pass are the run's own, on tensors of the run's device that
-have shapes and dtypes but no numbers; every allocation is counted. See ``library/memory/stand_in.py``.
+Models are built from their files' headers. Loss and backward pass are the run's own, on tensors of the run's device
+that have shapes and dtypes but no numbers; every allocation is counted. See ``library/memory/stand_in.py``.
 """
 
 from __future__ import annotations

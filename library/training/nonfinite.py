@@ -3,8 +3,8 @@
 A step is *bad* when its loss, averaged over processes, or the norm of its gradients is not finite. The flag is computed
 on the device and read with the step's metrics, one step later (``library.training.metrics``). Until then the weights
 before the step are kept, so that the step can be repeated (``library.training.replay``). In full training, where the
-device has no memory for a copy, nothing is kept, and a bad step is not recorded. ``skip`` and ``rollback`` then read the
-flag before the update, which waits for the device once a step, and leave the whole update out.
+device has no memory for a copy, nothing is kept, and a bad step is not recorded. ``skip`` and ``rollback`` then read
+the flag before the update, which waits for the device once a step, and leave the whole update out.
 
 ``stop``
     The run ends when the flag is read; nothing has been saved since.

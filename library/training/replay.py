@@ -1,7 +1,8 @@
 """Repeat one step (``--replay``): a bad step is recorded in a file, from which its loss is computed again.
 
 A recording is a safetensors file: the trained parameters before the step, and in its metadata the run's options
-(without tokens and keys), the step's position and its batches. Model and images are read where the run read them. All randomness is keyed (``library.randomness``), so noise, timesteps, captions and dropout are the same.
+(without tokens and keys), the step's position and its batches. Model and images are read where the run read them. All
+randomness is keyed (``library.randomness``), so noise, timesteps, captions and dropout are the same.
 """
 
 from __future__ import annotations

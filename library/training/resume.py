@@ -197,7 +197,8 @@ def _schedule_problems(state: TrainState, options: RunOptions) -> Iterator[str]:
         was_custom = bool(state.fingerprint.get("--lr_scheduler_type"))
         if (was_custom or options.scheduler.lr_scheduler_type) and (before or None) != (now or None):
             yield (
-                f"--resume {options.resume.resume}: it was saved with --lr_scheduler_{name} {before or 'not given'}, not "
+                f"--resume {options.resume.resume}: it was saved with --lr_scheduler_{name} {before or 'not given'}, "
+                "not "
                 f"{now or 'without it'}; a schedule of --lr_scheduler_type continues from its own state: give what "
                 "that run had, or begin a new one with its weights (--network_weights)"
             )

@@ -152,7 +152,8 @@ def extract(
             progress(done, len(pairs))
     if not tensors:
         raise UserError(
-            f"{titles[1]}: its weights are those of {titles[0]}, or were only rounded to a smaller type; nothing to extract"
+            f"{titles[1]}: its weights are those of {titles[0]}, or were only rounded to a smaller type; nothing to "
+            "extract"
         )
     if rounded:
         logger.info("%d of %d modules have not changed, or were only rounded: left out", rounded, len(pairs))

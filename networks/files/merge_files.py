@@ -155,8 +155,8 @@ def _most(members: Sequence[tuple[LoraFile, Module]], name: str) -> int:
     if not max(ranks):
         file, module = members[0]
         raise UserError(
-            f"{file.path}: {kind_of(module)} ({name}) has no rank of its own; networks/svd_merge_lora.py --new_rank says "
-            "how large it becomes"
+            f"{file.path}: {kind_of(module)} ({name}) has no rank of its own; networks/svd_merge_lora.py --new_rank "
+            "says how large it becomes"
         )
     return max(ranks)
 

@@ -25,7 +25,8 @@ PUBLISHED = json.loads((ROOT / "tests/compat/data/cli/gen_img.json").read_text()
 OURS = {
     "grid", "torch_compile", "dynamo_backend", "vae_tiling",
     # of the published gen_img_diffusers.py
-    "XTI_embeddings", "clip_guidance_scale", "clip_image_guidance_scale", "vgg16_guidance_scale", "vgg16_guidance_layer",
+    "XTI_embeddings", "clip_guidance_scale", "clip_image_guidance_scale", "vgg16_guidance_scale",
+    "vgg16_guidance_layer",
 }  # fmt: skip
 TYPES = {"str": str, "int": int, "float": float, "bool": None}
 

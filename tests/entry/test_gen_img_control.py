@@ -159,7 +159,8 @@ def test_each_layer_of_a_controlnet_reads_its_own_text(
     layers = ("IN01", "MID", "OUT02", "OUT03")  # of the tiny U-Net
     save_file({name: torch.randn(2, 32) for name in layers}, tmp_path / "qux.safetensors")
     words = (
-        *("--ckpt", folder / "sd.safetensors", "--tokenizer_cache_dir", folder / "tokenizers", "--outdir", tmp_path / "a"),
+        *("--ckpt", folder / "sd.safetensors", "--tokenizer_cache_dir", folder / "tokenizers"),
+        *("--outdir", tmp_path / "a"),
         *("--W", 64, "--H", 64, "--steps", 1, "--seed", 1, "--prompt", "qux", "--images_per_prompt", 1),
         *("--XTI_embeddings", tmp_path / "qux.safetensors", "--guide_image_path", folder / "a.png"),
         *("--control_net_models", folder / "sd_net1.safetensors"),

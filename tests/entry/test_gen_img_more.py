@@ -1,4 +1,4 @@
-"""Further features of ``gen_img.py`` as a user runs it: prompt modules, growing latents, other noise, strips, upscalers."""
+"""Further features of ``gen_img.py``, as a user runs it: prompt modules, growing latents, noise, strips, upscalers."""
 
 from __future__ import annotations
 

@@ -224,7 +224,10 @@ def test_files_of_other_kinds_are_named(made: MadeHunyuan, lora: Path, tmp_path:
         "--byt5": ({"byt5": made.text_encoder}, "not a T5 encoder (it is Qwen2.5-VL); give byt5_small"),
         "--vae": ({"vae": made.byt5}, "not the VAE of HunyuanImage-2.1 (it is a T5 text encoder)"),
         "--text_encoder": ({"text_encoder": made.vae}, "not Qwen2.5-VL (it is a VAE"),
-        "--dit": ({"dit": lora}, "is a LoRA file, not a base model; give the base model here and this file with --lora"),
+        "--dit": (
+            {"dit": lora},
+            "is a LoRA file, not a base model; give the base model here and this file with --lora",
+        ),
         "swap": ({"blocks_to_swap": 9}, "--blocks_to_swap 9: the model has 2 and 2 blocks, of which 0 can be swapped"),
         "no byt5": ({"byt5": None}, "--byt5 is required: name byt5_small_glyphxl_fp16.safetensors"),
         "latents": ({"prompt": None, "latent_path": lora}, "not latents of this family (no tensor latent"),

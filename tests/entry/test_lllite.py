@@ -66,7 +66,7 @@ def hook_plain(unet: nn.Module, weights: dict[str, Tensor], images: Tensor) -> N
 def test_a_step_is_that_of_a_plain_loop(
     tmp_path: Path, sd: Whole, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
-    """With plain SGD at a rate of 1 the weights move by their gradient. The second step has outputs that are not zero."""
+    """With plain SGD at a rate of 1 weights move by their gradient. The second step has outputs that are not zero."""
     from diffusers import DDPMScheduler
     from transformers import CLIPTokenizer
 

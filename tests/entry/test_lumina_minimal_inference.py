@@ -178,7 +178,8 @@ def test_all_mistakes_are_named_before_anything_is_loaded(made: MadeLumina, tmp_
         check_options(INFERENCE, INFERENCE.options.from_args(parsed))
     text = str(error.value)
     for word in (
-        "--image_width 60", "--steps 0", "--guidance_scale nan", "--cfg_trunc_ratio 2: must be 0 to 1", "--renorm_cfg -1",
+        "--image_width 60", "--steps 0", "--guidance_scale nan", "--cfg_trunc_ratio 2: must be 0 to 1",
+        "--renorm_cfg -1",
         "--discrete_flow_shift 0", "--gemma2_max_token_length 0", "--dtype fp8", "--output_dir", "--merge_lora_weights",
         "--use_flash_attn: the package flash_attn is not installed", "--add_system_prompt_to_negative_prompt: there",
     ):  # fmt: skip

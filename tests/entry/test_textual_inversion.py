@@ -101,7 +101,7 @@ def test_a_word_is_trained_and_resumed(
 
 
 def test_every_form_is_read_again(tmp_path: Path, word: Whole, dataset: Path) -> None:
-    """By --weights, and by gen_img.py; the vectors of --weights and a rate that moves nothing come back as they were."""
+    """By --weights, and by gen_img.py; the vectors of --weights come back unchanged with a rate that moves nothing."""
     options = {**WORD, "max_train_steps": 1, "learning_rate": 0.05}
     saved: dict[str, Tensor] = {}
     for form in ("pt", "ckpt", "safetensors"):

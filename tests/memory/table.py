@@ -1,7 +1,7 @@
 """Writes the tables of recorded and planned memory in docs/memory.md: python tests/memory/table.py
 
-The first comes from the recorded traces beside this file. The second takes the first choice of ``--memory_plan`` that fits
-each size of GPU, with the sizes of the published models.
+The first comes from the recorded traces beside this file. The second takes the first choice of ``--memory_plan`` that
+fits each size of GPU, with the sizes of the published models.
 """
 
 from __future__ import annotations

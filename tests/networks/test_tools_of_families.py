@@ -1,4 +1,4 @@
-"""The tools for adapters with files of every family of transformers: each result against float64, from a trained file."""
+"""The tools for adapters with files of every family of transformers: results of a trained file against float64."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """ControlNets of U-Nets: read, complete, name for files, and apply.
 
 Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv:2302.05543): a copy of the
-U-Net's way down reads an image beside the noisy latents, and its outputs are added to the skip connections. The class is
-diffusers' ``ControlNetModel``. Files have the original names, with or without ``control_model.``, or diffusers'.
+U-Net's way down reads an image beside the noisy latents, and its outputs are added to the skip connections. The class
+is diffusers' ``ControlNetModel``. Files have the original names, with or without ``control_model.``, or diffusers'.
 
 Shape legend: B images, R rows of a batch, C latent channels, (h, w) latent size, (H, W) pixels.
 """

@@ -33,7 +33,8 @@ def check_layers(title: str, layers: int, width: int, published: Mapping[int, Co
     if expected and layers not in expected:
         what = "incomplete: download it again" if layers < max(expected) else "of another model, or damaged"
         raise UserError(
-            f"the {title} has {layers} layers, and those of its width ({width}) have {max(expected)}; the file is {what}"
+            f"the {title} has {layers} layers, and those of its width ({width}) have {max(expected)}; the file is "
+            f"{what}"
         )
 
 
@@ -68,6 +69,7 @@ def warn_of_unused(path: Path, title: str, names: Iterable[str], used: Collectio
 @functools.cache
 def _warn(path: Path, title: str, count: int, first: str) -> None:
     logger.warning(
-        "%s: among the tensors of the %s are %d that it does not use, the first is %s; is the file of another kind of model?",
+        "%s: among the tensors of the %s are %d that it does not use, the first is %s; is the file of another kind of "
+        "model?",
         *(path, title, count, first),
     )

@@ -1,8 +1,8 @@
 """Weight files in fp8 with scales beside the numbers, as ComfyUI and others publish them.
 
-A weight ``x.weight`` of e4m3 or e5m2 numbers has ``x.scale_weight`` or ``x.weight_scale``: one scale, one for each output
-channel, or one for each block of inputs (out, in / block, 1). Scales of inputs serve other programs' products in fp8 and
-are left out, as are marks of the format.
+A weight ``x.weight`` of e4m3 or e5m2 numbers has ``x.scale_weight`` or ``x.weight_scale``: one scale, one for each
+output channel, or one for each block of inputs (out, in / block, 1). Scales of inputs serve other programs' products in
+fp8 and are left out, as are marks of the format.
 """
 
 from __future__ import annotations

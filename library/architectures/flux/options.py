@@ -145,7 +145,8 @@ _COMMON = joined(
             "lycoris.kohya",
             "network_train_unet_only": "train the transformer's adapters only",
             "unet_lr": "learning rate of the transformer's adapters (as --learning_rate, if not given)",
-            "text_encoder_lr": "learning rate of the text encoders' adapters: one, or one for each of CLIP-L and T5-XXL",
+            "text_encoder_lr": "learning rate of the text encoders' adapters: one, or one for each of CLIP-L "
+            "and T5-XXL",
             "text_encoder_lr2": "the same of T5-XXL, which is trained with train_t5xxl=True in --network_args only",
         },
         rules=(guidance, chroma_mask, what_is_trained, split_mode),

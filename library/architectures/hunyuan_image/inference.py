@@ -118,8 +118,8 @@ def _findings(options: Any) -> Iterator[str]:
     image, memory, networks = options.image, options.memory, options.networks
     if networks.lycoris:
         yield (
-            "--lycoris: its LoHa, LoKr and other files are not read here; remove it for LoRA files, and merge others into "
-            "the model with LyCORIS' own tools"
+            "--lycoris: its LoHa, LoKr and other files are not read here; remove it for LoRA files, and merge others "
+            "into the model with LyCORIS' own tools"
         )
     if networks.save_merged_model and not networks.lora_weight:
         yield "--save_merged_model: there is nothing to merge; give --lora_weight"

@@ -71,8 +71,8 @@ def _published(file: WeightFile) -> ModelSource:
     config = infer_config(file.shapes)
     if config["latent_channels"] != CHANNELS or config["spatial_compression_ratio"] != STRIDE:
         raise UserError(
-            f"this VAE has {config['latent_channels']} latent channels for {config['spatial_compression_ratio']} pixels, "
-            f"HunyuanImage-2.1 needs {CHANNELS} for {STRIDE}; give hunyuan_image_2.1_vae_fp16.safetensors"
+            f"this VAE has {config['latent_channels']} latent channels for {config['spatial_compression_ratio']} "
+            f"pixels, HunyuanImage-2.1 needs {CHANNELS} for {STRIDE}; give hunyuan_image_2.1_vae_fp16.safetensors"
         )
     return ModelSource("VAE", file, published_layout(config), config)
 

@@ -101,7 +101,7 @@ def tensor_pairs(variant: Variant) -> Iterator[Pair]:
 
 
 def qkv_widths(inputs: int, outputs: int | None) -> tuple[int, int, int]:
-    """Return the rows of query, key and value in their joint layer; without ``outputs`` those of the published model."""
+    """Return the rows of query, key and value in their joint layer; without ``outputs`` those as published."""
     shared = inputs // _GROUP if outputs is None else (outputs - inputs) // 2
     return (inputs, shared, shared)
 

@@ -1,7 +1,7 @@
 """Whole models of Stable Diffusion 3 and 3.5: which parts are trained, and the files they are saved in.
 
-The transformer and the VAE share a file. Text encoders have files of their own, which every script takes as ``--clip_l``,
-``--clip_g`` and ``--t5xxl``.
+The transformer and the VAE share a file. Text encoders have files of their own, which every script takes as
+``--clip_l``, ``--clip_g`` and ``--t5xxl``.
 """
 
 from __future__ import annotations

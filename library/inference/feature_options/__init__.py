@@ -1,7 +1,7 @@
 """Options of ``gen_img.py`` for one feature of generation each, with their rules; without torch.
 
-A file has a ``DECLARATION`` and is found by being here. The features in ``library/inference/features/`` that its options
-are for name it as their ``declaration``.
+A file has a ``DECLARATION`` and is found by being here. The features in ``library/inference/features/`` that its
+options are for name it as their ``declaration``.
 """
 
 from __future__ import annotations

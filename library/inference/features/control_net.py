@@ -1,7 +1,7 @@
 """Guide images by ControlNets: their outputs are added inside of the U-Net.
 
-Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv:2302.05543). Several ControlNets
-take turns from call to call, or the mean of their outputs is added, as the family says.
+Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv:2302.05543). Several
+ControlNets take turns from call to call, or the mean of their outputs is added, as the family says.
 
 Shape legend: B images, R rows of the model's batch, C latent channels, (h, w) latent size, (H, W) pixels.
 """

@@ -1,7 +1,7 @@
 """Gradual Latent: small latents at first, which grow to the size of the image from step to step.
 
-An image's composition is decided early, at a size near that of the training; its details come later. The step is that of
-ancestral Euler sampling, and growth happens within it.
+An image's composition is decided early, at a size near that of the training; its details come later. The step is that
+of ancestral Euler sampling, and growth happens within it.
 
 Shape legend: B images, C latent channels, (h, w) size of latents.
 """

@@ -61,7 +61,7 @@ class NormedGuidance(Feature):
 
 
 def limited(guided: Tensor, with_prompt: Tensor, limit: float) -> Tensor:
-    """Return guided predictions (B, C, h, w) with norms of at most ``limit`` times those with the prompt; 0: unchanged."""
+    """Return guided predictions (B, C, h, w) with norms up to ``limit`` times those with the prompt; 0: unchanged."""
     if limit <= 0:
         return guided
     norms, most = (x.float().flatten(1).norm(dim=1) for x in (guided, with_prompt))  # (B,) each

@@ -3,8 +3,8 @@
 Each part of the prompt is attended to by itself, and the results are blended by the masks behind the cross-attention.
 Network i acts for part i alone: in its text, its keys and values, and elsewhere within its mask.
 
-Shape legend: B images, n parts, R rows of the U-Net (negative B, prompt B, empty B, where there are those), E rows of the
-text (negative B, then B of each part, empty B), T tokens of an image's features, D features.
+Shape legend: B images, n parts, R rows of the U-Net (negative B, prompt B, empty B, where there are those), E rows of
+the text (negative B, then B of each part, empty B), T tokens of an image's features, D features.
 """
 
 from __future__ import annotations

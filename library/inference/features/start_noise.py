@@ -1,7 +1,7 @@
 """Other noise to start from, for models that were trained with it: pyramid noise, or an offset.
 
-Pyramid noise: Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training": noise of smaller and smaller sizes is
-enlarged and added. An offset is one number for the whole image.
+Pyramid noise: Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training": noise of smaller and smaller sizes
+is enlarged and added. An offset is one number for the whole image.
 
 Shape legend: C latent channels, (h, w) latent size.
 """

@@ -48,8 +48,8 @@ def word(o: Any, facts: Facts) -> Iterator[Finding]:
     room = o.model.max_token_length or 75
     if own.embedding_vectors > room:
         yield error(
-            f"--embedding_vectors {own.embedding_vectors}: a caption has {room} tokens, one for each vector; give fewer "
-            "(up to 16 is usual), or --max_token_length"
+            f"--embedding_vectors {own.embedding_vectors}: a caption has {room} tokens, one for each vector; give "
+            "fewer (up to 16 is usual), or --max_token_length"
         )
     if o.dataset.cache_text_encoder_outputs or o.dataset.cache_text_encoder_outputs_to_disk:
         yield error(

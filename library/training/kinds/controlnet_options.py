@@ -116,7 +116,8 @@ def layouts(o: Any, facts: Facts) -> Iterator[Finding]:
     given = o.controlnet.controlnet_layout
     if given not in (None, "diffusers") and (o.output.save_model_as or "").startswith("diffusers"):
         yield error(
-            f"--controlnet_layout {given}: not with --save_model_as {o.output.save_model_as}, a folder; give one of them"
+            f"--controlnet_layout {given}: not with --save_model_as {o.output.save_model_as}, a folder; give one of "
+            "them"
         )
 
 
@@ -128,8 +129,8 @@ def something_to_train(o: Any, facts: Facts) -> Iterator[Finding]:
 def no_second_copy(o: Any, facts: Facts) -> Iterator[Finding]:
     if o.training.on_nan != "stop":
         yield error(
-            f"--on_nan {o.training.on_nan}: keeps a copy of all trained weights, which a ControlNet leaves no memory for; "
-            "remove it, and resume from a state of --save_state after a bad step"
+            f"--on_nan {o.training.on_nan}: keeps a copy of all trained weights, which a ControlNet leaves no memory "
+            "for; remove it, and resume from a state of --save_state after a bad step"
         )
 
 

@@ -43,7 +43,8 @@ STYLE_TEMPLATES = (
     "a painting in the style of {}", "a picture in the style of {}", "a drawing in the style of {}",
     "an image in the style of {}", "a rendering in the style of {}", "a small painting in the style of {}",
     "a large painting in the style of {}", "a bright painting in the style of {}", "a dark painting in the style of {}",
-    "a cropped painting in the style of {}", "a close painting in the style of {}", "a fine painting in the style of {}",
+    "a cropped painting in the style of {}", "a close painting in the style of {}",
+    "a fine painting in the style of {}",
 )  # fmt: skip
 
 
@@ -166,8 +167,9 @@ class Embedding(Kind):
         elif start.shape != (self.layers * len(ids), table.shape[1]):
             there = len(start) // self.layers
             raise UserError(
-                f"{self.flags['weights']} {own.weights}: holds {there} vectors of {start.shape[1]} numbers, needed are {len(ids)} "
-                f"of {table.shape[1]}; give {self.flags['num_vectors_per_token']} {there}, or a file for this model"
+                f"{self.flags['weights']} {own.weights}: holds {there} vectors of {start.shape[1]} numbers, needed are "
+                f"{len(ids)} of {table.shape[1]}; give {self.flags['num_vectors_per_token']} {there}, or a file for "
+                "this model"
             )
         else:
             rows = start.to(table)

@@ -264,7 +264,10 @@ def test_names_and_shapes_of_adapters_are_published(full_models, name: str) -> N
           "final_layer_adaLN_modulation_1": None, "final_layer_linear": 4}),
         ({"train_blocks": "refiners"}, {"layers_0_attention_qkv": None, "context_refiner_1_attention_qkv": 4,
           "noise_refiner_1_attention_qkv": 4, "final_layer_linear": None}),
-        ({"train_blocks": "noise_refiner"}, {"context_refiner_1_attention_qkv": None, "noise_refiner_1_attention_qkv": 4}),
+        (
+            {"train_blocks": "noise_refiner"},
+            {"context_refiner_1_attention_qkv": None, "noise_refiner_1_attention_qkv": 4},
+        ),
         ({"train_blocks": "transformer"}, {"layers_9_attention_out": 4, "noise_refiner_0_attention_out": None,
           "final_layer_linear": 4}),
         ({"train_block_indices": "0,20-25"}, {"layers_0_attention_qkv": 4, "layers_19_attention_qkv": None,

@@ -50,8 +50,13 @@ class Controlled(nn.Module):
         )
         assert max(block.abs().max() for block in blocks) > 0
         return self.transformer(
-            tokens, states, controlnet_block_samples=blocks, controlnet_blocks_repeat=True, return_dict=False, **settings
-        )  # fmt: skip
+            tokens,
+            states,
+            controlnet_block_samples=blocks,
+            controlnet_blocks_repeat=True,
+            return_dict=False,
+            **settings,
+        )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
