@@ -13,8 +13,7 @@ from library.architectures.adapters import (
     TablePaths,
     places_below,
 )
-from library.architectures.common.joined_layout import open_theirs
-from library.architectures.hunyuan_image.names import FINAL, LINEARS, SIGN, in_diffusers_layout, published_view
+from library.architectures.hunyuan_image.names import FINAL, LAYOUTS, LINEARS, SIGN
 
 
 class HunyuanPaths(TablePaths):
@@ -60,6 +59,6 @@ ADAPTERS = (
             "comfyui": "ComfyUI has other names for these layers than the model's files; "
             "use networks/convert_hunyuan_image_lora_to_comfy.py"
         },
-        opens=partial(open_theirs, is_theirs=in_diffusers_layout, view=published_view),
+        opens=LAYOUTS.open_theirs,
     ),
 )

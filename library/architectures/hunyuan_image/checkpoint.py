@@ -7,23 +7,13 @@ from pathlib import Path
 
 from library.architectures.base import ModelInfo
 from library.architectures.common import t5
-from library.architectures.common.checkpoint import MODEL_FLAG, check_pipeline, locate_model, locate_part
-from library.architectures.common.key_map import KeyMap, TensorLayout
+from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, locate_part
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.recognise import refuse_other, refuse_scaled, unknown
-from library.architectures.common.scaled_file import with_plain_numbers
-from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.sources import in_file
-from library.architectures.common.tensor_files import WeightFile
+from library.architectures.common.tensor_files import Shapes
 from library.architectures.common.tokenizer_files import QWEN, locate_tokenizer
 from library.architectures.hunyuan_image import qwen
-from library.architectures.hunyuan_image.names import (
-    DISTILLED,
-    SIGN,
-    file_prefix,
-    in_diffusers_layout,
-    open_diffusers_transformer,
-)
+from library.architectures.hunyuan_image.names import DISTILLED, LAYOUTS
 from library.architectures.hunyuan_image.options import HunyuanOptions
 from library.architectures.hunyuan_image.sizes import HunyuanSizes, infer_sizes
 from library.architectures.hunyuan_image.vae import vae_source
@@ -31,8 +21,6 @@ from library.errors import UserError, naming
 
 VERSION = "hunyuan-image-2.1"
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer")
-#: the transformer's own names
-TOP = ("img_in", "txt_in", "byt5_in", "time_in", "double_blocks", "single_blocks", "final_layer")
 #: option -> (folder of a pipeline, the published file)
 FILES = {
     "text_encoder": ("text_encoder", "qwen_2.5_vl_7b.safetensors"),
@@ -91,42 +79,17 @@ def transformer_source(path: Path) -> ModelSource:
     Raises:
         UserError: something else, or a distilled model.
     """
-    if path.is_dir():
-        check_pipeline(path, "hunyuan_image")
-    inner = path / "transformer"
-    file = with_plain_numbers(open_weights(inner if inner.is_dir() else path))
-    refuse_other(path, file.shapes.keys(), "hunyuan_image")
-    distilled = {"guidance_embedder", "timestep_embedder_r"}
-    if in_diffusers_layout(file.shapes):
-        _refuse_distilled(path, any(part in name for part in distilled for name in file.shapes))
-        return _described(open_diffusers_transformer(inner if inner.is_dir() else path), "")
-    prefix = file_prefix(file.shapes)
-    if prefix + SIGN not in file.shapes:
-        raise unknown(path, file.shapes.keys(), "HunyuanImage-2.1 transformer")
-    _refuse_distilled(
-        path, any(name.startswith(tuple(f"{prefix}{part}." for part in DISTILLED)) for name in file.shapes)
-    )
-    return _described(file, prefix)
+    return LAYOUTS.source(path, infer_sizes, _refuse_distilled)
 
 
-def _refuse_distilled(path: Path, is_distilled: bool) -> None:
-    if is_distilled:
+def _refuse_distilled(path: Path, shapes: Shapes) -> None:
+    published = tuple(f"{LAYOUTS.prefix(shapes)}{module}." for module in DISTILLED)
+    theirs = ("guidance_embedder", "timestep_embedder_r")
+    if any(name.startswith(published) or any(part in name for part in theirs) for name in shapes):
         raise UserError(
             f"{path} is the distilled HunyuanImage-2.1, which is made for few steps and is not trained; give the base "
             "model, hunyuanimage2.1.safetensors"
         )
-
-
-def _described(file: WeightFile, prefix: str) -> ModelSource:
-    shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
-    refuse_scaled(shapes)
-    sizes = in_file(file.path, lambda _: infer_sizes(shapes), file)
-    return ModelSource("transformer", file, published_layout(prefix), {"sizes": sizes})
-
-
-def published_layout(prefix: str = "") -> TensorLayout:
-    """Return the published layout; the model's own names are the published ones."""
-    return TensorLayout(KeyMap((name, name) for name in TOP), prefix)
 
 
 def _places(path: Path, given: dict[str, str | None]) -> dict[str, Path]:

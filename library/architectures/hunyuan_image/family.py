@@ -31,8 +31,9 @@ from library.architectures.common.tokenizer_files import find_tokenizer
 from library.architectures.common.transformer_file import TransformerFile
 from library.architectures.hunyuan_image import qwen, text, vae
 from library.architectures.hunyuan_image.adapters import RECORD
-from library.architectures.hunyuan_image.checkpoint import HunyuanCheckpoint, inspect_model, published_layout
+from library.architectures.hunyuan_image.checkpoint import HunyuanCheckpoint, inspect_model
 from library.architectures.hunyuan_image.model import HunyuanImage
+from library.architectures.hunyuan_image.names import LAYOUTS
 from library.architectures.hunyuan_image.options import DECLARATION, HunyuanOptions
 from library.architectures.hunyuan_image.targets import BYT5, QWEN
 from library.architectures.hunyuan_image.targets import DENOISER as DENOISER_TARGET
@@ -116,7 +117,7 @@ class HunyuanImage21(FlowMatching, TransformerFile, Architecture):
         return by_name(encoders, denoiser, Part(VAE, checkpoint.vae, autoencoder))
 
     def saved_layout(self, checkpoint: HunyuanCheckpoint) -> TensorLayout:
-        return published_layout()
+        return LAYOUTS.published()
 
     def block_lists(self, denoiser: nn.Module) -> Sequence[Sequence[nn.Module]]:
         return list(denoiser.double_blocks), list(denoiser.single_blocks)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
-from library.architectures.common.joined_layout import JoinedFile, Pair, Plan, published_plan
-from library.architectures.common.sharded_file import ShardedFile
+from library.architectures.common.joined_layout import Pair, Plan, published_plan
 from library.architectures.common.tensor_files import Shapes
+from library.architectures.common.transformer_layouts import TransformerLayouts
 
 #: published layer -> diffusers' layers, in the order of its rows
 Table = Mapping[str, tuple[str, ...]]
@@ -118,26 +117,16 @@ def tensor_pairs(names: Iterable[str]) -> Iterator[Pair]:
                     yield Pair(f"{name}.{leaf}", (f"{parts[0]}.{leaf}",))
 
 
-def file_prefix(names: Iterable[str]) -> str:
-    """Return the prefix of all names of the transformer in a file of the published layout."""
-    return next((name.removesuffix(SIGN) for name in names if name.endswith(SIGN)), "")
-
-
-def in_diffusers_layout(names: Iterable[str]) -> bool:
-    """Whether these are the names of a transformer in diffusers' layout."""
-    return any(name.startswith("context_embedder_2.") for name in names)
-
-
 def diffusers_plan(shapes: Shapes) -> Plan:
     """Return every published tensor as rows of the tensors in diffusers' layout."""
     return published_plan(list(tensor_pairs(shapes)), shapes, title="HunyuanImage-2.1")
 
 
-def published_view(file: ShardedFile) -> JoinedFile:
-    """Return a transformer in diffusers' layout with published names. Raises UserError if tensors are missing."""
-    return JoinedFile.of(file, diffusers_plan)
-
-
-def open_diffusers_transformer(path: Path) -> JoinedFile:
-    """Return the same from a folder or a file."""
-    return published_view(ShardedFile.open(path))
+LAYOUTS = TransformerLayouts(
+    "hunyuan_image",
+    "HunyuanImage-2.1 transformer",
+    modules=("img_in", "txt_in", "byt5_in", "time_in", "double_blocks", "single_blocks", "final_layer"),
+    sign=SIGN,
+    theirs="context_embedder_2.",
+    plan=diffusers_plan,
+)  # fmt: skip

@@ -14,8 +14,7 @@ from library.architectures.adapters import (
     TablePaths,
     places_below,
 )
-from library.architectures.common.joined_layout import open_theirs
-from library.architectures.lumina.names import LINEARS, QKV, SIGN, in_diffusers_layout, published_view, qkv_widths
+from library.architectures.lumina.names import LAYOUTS, LINEARS, QKV, SIGN, qkv_widths
 
 
 class LuminaPaths(TablePaths):
@@ -77,6 +76,6 @@ ADAPTERS = (
         _claims,
         (RECORD,),
         "networks.lora_lumina",
-        opens=partial(open_theirs, is_theirs=in_diffusers_layout, view=published_view),
+        opens=LAYOUTS.open_theirs,
     ),
 )

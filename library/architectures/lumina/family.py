@@ -29,8 +29,9 @@ from library.architectures.common.tokenizer_files import GEMMA, find_tokenizer
 from library.architectures.common.transformer_file import TransformerFile
 from library.architectures.lumina import gemma2
 from library.architectures.lumina.adapters import RECORD
-from library.architectures.lumina.checkpoint import LuminaCheckpoint, inspect_model, published_layout
+from library.architectures.lumina.checkpoint import LuminaCheckpoint, inspect_model
 from library.architectures.lumina.model import NextDiT
+from library.architectures.lumina.names import LAYOUTS
 from library.architectures.lumina.options import DECLARATION, LENGTH, LuminaOptions
 from library.architectures.lumina.targets import DENOISER as DENOISER_TARGET
 from library.architectures.lumina.targets import GEMMA2
@@ -144,7 +145,7 @@ class LuminaImage2(FlowMatching, TransformerFile, Architecture):
         return by_name([encoder], denoiser, Part(VAE, checkpoint.vae, ae.load_ae))
 
     def saved_layout(self, checkpoint: LuminaCheckpoint) -> TensorLayout:
-        return published_layout()
+        return LAYOUTS.published()
 
     # ---- whole models ----
 

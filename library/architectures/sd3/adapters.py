@@ -15,8 +15,7 @@ from library.architectures.adapters import (
     places_below,
 )
 from library.architectures.common.adapter_names import clip_naming, t5_naming
-from library.architectures.common.joined_layout import open_theirs
-from library.architectures.sd3.names import LINEARS, SIGN, file_prefix, in_diffusers_layout, published_view
+from library.architectures.sd3.names import LAYOUTS, LINEARS, SIGN
 
 TRANSFORMER = AdapterNaming(
     "transformer",
@@ -60,7 +59,7 @@ RECORDS = {
 
 
 def _model_record(shapes: Shapes) -> ModelRecord:
-    prefix = file_prefix(shapes)
+    prefix = LAYOUTS.prefix(shapes)
     has_norm = f"{prefix}joint_blocks.0.context_block.attn.ln_k.weight" in shapes
     is_dual = f"{prefix}joint_blocks.0.x_block.attn2.ln_k.weight" in shapes
     return RECORDS["medium" if not has_norm else "5-medium" if is_dual else "5-large"]
@@ -74,7 +73,7 @@ ADAPTERS = (
         _claims,
         tuple(RECORDS.values()),
         "networks.lora_sd3",
-        opens=partial(open_theirs, is_theirs=in_diffusers_layout, view=published_view),
+        opens=LAYOUTS.open_theirs,
         model_record=_model_record,
     ),
 )

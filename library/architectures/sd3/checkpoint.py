@@ -9,16 +9,14 @@ from typing import Any
 
 from library.architectures.base import ModelInfo
 from library.architectures.common import clip, t5
-from library.architectures.common.checkpoint import MODEL_FLAG, check_pipeline, locate_model, locate_part, vae_at
-from library.architectures.common.key_map import KeyMap, TensorLayout
+from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, locate_part, vae_at
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.recognise import refuse_other, refuse_scaled, unknown, what_it_is
-from library.architectures.common.scaled_file import with_plain_numbers
+from library.architectures.common.recognise import what_it_is
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.sources import diffusers_vae_source, in_file, vae_source
 from library.architectures.common.tensor_files import TensorFile, WeightFile
 from library.architectures.common.tokenizer_files import T5, locate_tokenizer
-from library.architectures.sd3.names import PREFIX, SIGN, file_prefix, in_diffusers_layout, open_diffusers_transformer
+from library.architectures.sd3.names import LAYOUTS
 from library.architectures.sd3.options import SD3Options
 from library.architectures.sd3.sizes import MMDiTSizes, infer_sizes
 from library.errors import UserError, naming
@@ -32,10 +30,6 @@ CLIP_TOKENIZER = ("openai/clip-vit-large-patch14", None)
 OPENCLIP_TOKENIZER = ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", None)
 #: prefix of the names of text encoders in files of a whole model
 BUNDLED = {"clip_l": "text_encoders.clip_l.", "clip_g": "text_encoders.clip_g."}
-#: the transformer's own names
-TOP = (
-    "pos_embed", "x_embedder", "t_embedder", "y_embedder", "context_embedder", "joint_blocks", "final_layer",
-)  # fmt: skip
 TITLES = {"medium": "Stable Diffusion 3 medium", "5-medium": "Stable Diffusion 3.5 medium"}
 
 
@@ -62,7 +56,7 @@ def inspect_model(
     """Find and recognize the model; see ``Architecture.inspect``."""
     path = locate_model(path_or_id or "", COMPONENTS)
     with naming(MODEL_FLAG, path_or_id):
-        transformer = _transformer_source(path)
+        transformer = LAYOUTS.source(path, infer_sizes)
     sizes = transformer.config["sizes"]
     encoders = _text_encoders(path, options)
     _check_widths(sizes, encoders, path)
@@ -77,35 +71,6 @@ def inspect_model(
         vae=_vae(path, vae),
         tokenizer_folders=_tokenizers(path, with_t5="t5xxl" in encoders, cache_dir=tokenizer_cache_dir),
     )
-
-
-# ---- the transformer ----
-
-
-def _transformer_source(path: Path) -> ModelSource:
-    if path.is_dir():
-        check_pipeline(path, "sd3")
-        inner = path / "transformer"
-        return _described(open_diffusers_transformer(inner if inner.is_dir() else path), "")
-    file = with_plain_numbers(TensorFile.open(path))
-    refuse_other(path, file.shapes.keys(), "sd3")
-    if in_diffusers_layout(file.shapes):
-        return _described(open_diffusers_transformer(path), "")
-    if not any(name.endswith(SIGN) for name in file.shapes):
-        raise unknown(path, file.shapes.keys(), "Stable Diffusion 3 checkpoint")
-    return _described(file, file_prefix(file.shapes))
-
-
-def _described(file: WeightFile, prefix: str) -> ModelSource:
-    shapes = {name[len(prefix) :]: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
-    refuse_scaled(shapes)
-    sizes = in_file(file.path, lambda _: infer_sizes(shapes), file)
-    return ModelSource("transformer", file, published_layout(prefix), {"sizes": sizes})
-
-
-def published_layout(prefix: str = PREFIX) -> TensorLayout:
-    """Return the published layout; the model's own names are the published ones."""
-    return TensorLayout(KeyMap((name, name) for name in TOP), prefix)
 
 
 # ---- text encoders ----

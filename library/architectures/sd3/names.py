@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from library.architectures.common.joined_layout import JoinedFile, Pair, Plan, published_plan
-from library.architectures.common.sharded_file import ShardedFile
+from library.architectures.common.joined_layout import Pair, Plan, published_plan
 from library.architectures.common.tensor_files import Shapes
+from library.architectures.common.transformer_layouts import TransformerLayouts
 
 #: published layer -> diffusers' layers, in the order of its rows
 Table = Mapping[str, tuple[str, ...]]
@@ -133,26 +132,18 @@ def _at(template: str, number: int) -> str:
     return template.replace("{}", str(number))
 
 
-def file_prefix(names: Iterable[str]) -> str:
-    """Return the prefix of all names of the transformer in a file of the published layout."""
-    return next((name.removesuffix(SIGN) for name in names if name.endswith(SIGN)), "")
-
-
-def in_diffusers_layout(names: Iterable[str]) -> bool:
-    """Whether these are the names of a transformer in diffusers' layout."""
-    return any(name.startswith("pos_embed.pos_embed") for name in names)
-
-
 def diffusers_plan(shapes: Shapes) -> Plan:
     """Return every published tensor as rows of the tensors in diffusers' layout."""
     return published_plan(list(tensor_pairs(Variant.of(shapes))), shapes, title="Stable Diffusion 3")
 
 
-def published_view(file: ShardedFile) -> JoinedFile:
-    """Return a transformer in diffusers' layout with published names. Raises UserError if tensors are missing."""
-    return JoinedFile.of(file, diffusers_plan)
-
-
-def open_diffusers_transformer(path: Path) -> JoinedFile:
-    """Return the same from a folder or a file."""
-    return published_view(ShardedFile.open(path))
+LAYOUTS = TransformerLayouts(
+    "sd3",
+    "Stable Diffusion 3 checkpoint",
+    modules=(
+        "pos_embed", "x_embedder", "t_embedder", "y_embedder", "context_embedder", "joint_blocks", "final_layer",
+    ),
+    sign=SIGN,
+    theirs="pos_embed.pos_embed",
+    plan=diffusers_plan,
+)  # fmt: skip

@@ -25,8 +25,9 @@ from library.architectures.common.model_writing import (
     state_of,
     write_file,
 )
-from library.architectures.sd3.checkpoint import SD3Checkpoint, published_layout
+from library.architectures.sd3.checkpoint import SD3Checkpoint
 from library.architectures.sd3.family import StableDiffusion3
+from library.architectures.sd3.names import LAYOUTS, PREFIX
 from library.architectures.sd3.options import FULL_DECLARATION, SD3FullOptions, SD3Options
 from library.architectures.whole_models import SavedModel
 from library.errors import UserError
@@ -104,7 +105,7 @@ class WholeStableDiffusion3(StableDiffusion3):
         beside = self.files_beside(path, trained)
         for place in (path, *beside.values()):
             refuse_own_source(place, parts)
-        layouts = {"denoiser": published_layout(), "vae": kl_vae.ldm_vae_layout(parts["vae"].config)}
+        layouts = {"denoiser": LAYOUTS.published(PREFIX), "vae": kl_vae.ldm_vae_layout(parts["vae"].config)}
         tensors: LazyTensors = {}
         for name, layout in layouts.items():
             tensors |= laid_out(layout, state_of(name, parts, trained))
