@@ -33,6 +33,29 @@ def memory_efficient(device_type: str) -> Iterator[None]:
         yield
 
 
+def projected(attn: Any, states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value (B, L, H, D) of an attention of diffusers' U-Nets, which has no norms.
+
+    Args:
+        states: (B, T, C).
+        text: (B, S, C'); None for self-attention.
+    """
+    context = states if text is None else text
+    query, key, value = (
+        layer(x).unflatten(-1, (attn.heads, -1))
+        for layer, x in ((attn.to_q, states), (attn.to_k, context), (attn.to_v, context))
+    )
+    return query, key, value
+
+
+def output(attn: Any, attended: Tensor) -> Tensor:
+    """Return the output (B, T, C) of an attention of diffusers' U-Nets for its heads (B, T, H, D)."""
+    states = attended.flatten(2)
+    for layer in attn.to_out:
+        states = layer(states)
+    return states
+
+
 class MemoryEfficientAttention:
     """A diffusers attention processor around another that calls ``scaled_dot_product_attention``."""
 

@@ -18,6 +18,7 @@ from library.architectures.registry import architecture as registry_architecture
 from library.architectures.tool_families import chosen_family
 from library.config.console import setup_console
 from library.config.core import CORE
+from library.config.core.data import trusting_caches
 from library.config.core.output import needs_output
 from library.config.no_effect import report
 from library.config.rules import check as check_rules
@@ -72,7 +73,7 @@ class CacheTool(ABC):
                 return show_dataset(options, architecture, "mask")
             options = self.enabled(options)
             if options.tool.skip_existing:
-                options = replace(options, dataset=replace(options.dataset, skip_cache_check=True))
+                options = trusting_caches(options)
             job = self._job(architecture, options, interrupt)
             with finalizing(job.accelerator):
                 self.make(job)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from library.architectures.common.attention import attend, check_backend
+from library.memory.attention import output, projected
 
 
 class UnetAttention:
@@ -29,12 +30,5 @@ class UnetAttention:
         """(B, Q, C) and (B, K, D), or None for self-attention -> (B, Q, C)."""
         if attention_mask is not None:
             raise NotImplementedError("texts of U-Nets have no mask")
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            layer(x).unflatten(-1, (attn.heads, -1))  # (B, L, H, d)
-            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        mixed = attend(query, key, value, backend=self._backend, split=self._split).flatten(2)
-        for layer in attn.to_out:
-            mixed = layer(mixed)
-        return mixed
+        heads = projected(attn, hidden_states, encoder_hidden_states)  # (B, L, H, d) each
+        return output(attn, attend(*heads, backend=self._backend, split=self._split))

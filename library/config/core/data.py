@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,6 +128,11 @@ class DatasetOptions:
         unit="captions an image",
         minimum=1,
     )
+
+
+def trusting_caches(options: Any) -> Any:
+    """Return the options of a run that uses cache files without checking them."""
+    return replace(options, dataset=replace(options.dataset, skip_cache_check=True))
 
 
 # ---- what cannot work ----

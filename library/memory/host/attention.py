@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from library.memory.attention import output, projected
+
 #: most elements of a kept matrix of probabilities: 64 MB in half precision
 MOST_KEPT = 32 * 2**20
 
@@ -100,14 +102,10 @@ class HostAttention:
     ) -> Tensor:
         if hidden_states.device.type != "cpu" or attention_mask is not None:
             return self._inner(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        projected = (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)  # (B, H, T, D)
+        heads = projected(attn, hidden_states, encoder_hidden_states)
+        query, key, value = (x.transpose(1, 2) for x in heads)  # (B, H, L, D)
         if is_quicker(query, key):
             attended = attend(query, key, value)
         else:
             attended = functional.scaled_dot_product_attention(query, key, value)
-        attended = attended.transpose(1, 2).flatten(2)  # (B, T, H*D)
-        for layer in attn.to_out:
-            attended = layer(attended)
-        return attended
+        return output(attn, attended.transpose(1, 2))

@@ -7,7 +7,6 @@ frozen; what the ControlNet gives goes through the prediction's ``control``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning, Control
 from library.architectures.controlnets import DIFFUSERS, PUBLISHED, HasControlNets
+from library.config.core.data import trusting_caches
 from library.errors import UserError
 from library.memory.attention import attention_backend
 from library.randomness import key
@@ -60,7 +60,7 @@ class ControlNet(Kind[Any]):
     @classmethod
     def normalized(cls, options: Any) -> Any:
         if getattr(options.controlnet, "skip_latents_validity_check", False):
-            options = replace(options, dataset=replace(options.dataset, skip_cache_check=True))
+            return trusting_caches(options)
         return options
 
     @classmethod

@@ -15,6 +15,7 @@ from library.architectures.common.model_writing import refuse_own_source
 from library.architectures.part import DENOISER, text_encoder_name
 from library.architectures.whole_models import SavedModel
 from library.config import block_swap
+from library.config.core.data import trusting_caches
 from library.data.batch import Batch
 from library.errors import UserError
 from library.optim.fused_backward import Part, by_block, in_groups
@@ -51,13 +52,13 @@ class Full(Kind[Any]):
 
     @classmethod
     def normalized(cls, options: Any) -> Any:
-        full, dataset, training = options.full, options.dataset, options.training
+        full, training = options.full, options.training
         if full.skip_latents_validity_check:
-            dataset = replace(dataset, skip_cache_check=True)
+            options = trusting_caches(options)
         training = replace(training, **dict.fromkeys(FP8_OF_DENOISER, False), quantize_base=None)
         if full.diffusers_xformers:
             training = replace(training, xformers=True)
-        options = replace(options, dataset=dataset, training=training)
+        options = replace(options, training=training)
         old = (full.double_blocks_to_swap or 0) + (full.single_blocks_to_swap or 0) // 2
         if not old or block_swap.is_given(options):
             return options
