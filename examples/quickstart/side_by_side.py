@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.files.atomic import atomic_path
-from library.inference.prompt_line import read_prompt_file
+from library.inference.prompt_file import read_prompt_file
 
 CELL = 192  # pixels of a drawing in the image; drawings are enlarged to it
 GAP = 6  # between the drawings of a pair

@@ -62,8 +62,8 @@ class Generation:
 
     Attributes:
         settings: of each image; only text and seed differ.
-        encode_afresh: the same without what was encoded before, for encoders that a feature changes.
         encode: (texts, one for each image; whether they are negative) -> conditioning (B, T, D) with the image's size.
+        encode_afresh: the same without what was encoded before, for encoders that a feature changes.
         conditioning: of the prediction; a feature that adds rows to a batch adds them here too.
         scheduler: with its timesteps set.
         generators: one for each image, keyed by its seed, for all random numbers of that image.

@@ -30,7 +30,8 @@ from library.inference.native_size import native_size
 from library.inference.networks import NetworkChoice, choose_networks
 from library.inference.options import SIZE_NAMES, ImageOptions, idle_options
 from library.inference.plan import plan_images
-from library.inference.prompt_line import ImagePrompt, parse_image_prompt, read_image_prompts, usable_size
+from library.inference.prompt_file import read_image_prompts
+from library.inference.prompt_line import ImagePrompt, parse_image_prompt, usable_size
 from library.inference.prompt_module import read_module
 from library.inference.session import FEATURES, Session, repetition
 from library.inference.sources import Sources, find_sources, prompts_of_images

@@ -34,7 +34,8 @@ from library.inference.models import GenerateOptions, ImageModels
 from library.inference.parts import Parts
 from library.inference.plan import PlannedImage, Repetition, plan_images
 from library.inference.png import save_png
-from library.inference.prompt_line import ImagePrompt, parse_minimal_prompt, read_minimal_prompts
+from library.inference.prompt_file import read_minimal_prompts
+from library.inference.prompt_line import ImagePrompt, parse_minimal_prompt
 from library.inference.settings import random_seed
 from library.memory.block_stream import stream_blocks, swapped_counts
 from library.memory.stored_layers import store_weights

@@ -15,7 +15,8 @@ from library.data.run_plan import Origin, RunPlan
 from library.diffusion.objective import LossSettings
 from library.errors import UserError, naming
 from library.files.hub import HubTarget, RemoteFolder, download_folder
-from library.inference.prompt_line import SamplePrompt, read_prompt_file, without_idle_settings
+from library.inference.prompt_file import read_prompt_file
+from library.inference.prompt_line import SamplePrompt, without_idle_settings
 from library.optim.schedulers import ScheduleSettings
 from library.optim.update import UpdateSettings
 from library.optim.zero import Zero

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
+from library.inference.prompt_file import read_image_prompts, read_prompt_file
 from library.inference.prompt_line import (
     DDPM_FIELDS,
     TRAINING_OPTIONS,
@@ -18,8 +19,6 @@ from library.inference.prompt_line import (
     SamplePrompt,
     parse_image_prompt,
     parse_prompt_line,
-    read_image_prompts,
-    read_prompt_file,
     without_idle_settings,
 )
 
@@ -276,5 +275,5 @@ def test_image_prompt_file(tmp_path: Path) -> None:
 
 
 def test_does_not_import_torch() -> None:
-    code = "import sys, library.inference.prompt_line; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    code = "import sys, library.inference.prompt_file; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from library.inference.failures import NotFinite
-from library.inference.prompt_line import SamplePrompt, read_prompt_file
+from library.inference.prompt_file import read_prompt_file
+from library.inference.prompt_line import SamplePrompt
 from library.interrupt import Stopped
 from library.training.previews import generate_previews
 from library.training.sample_prompts import SamplePrompts
