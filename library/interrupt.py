@@ -14,6 +14,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from types import FrameType, TracebackType
+from typing import Any, TextIO
 
 #: a terminal that closes, and the same on Windows, where the system has these signals
 _HANGUP = getattr(signal, "SIGHUP", None)
@@ -42,7 +43,7 @@ class Interrupt:
         self._promise = promise
         self.signal_number: int | None = None
         self._owner = os.getpid()
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self._finishing = False
 
     @property
@@ -82,7 +83,7 @@ class Interrupt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
@@ -126,7 +127,7 @@ def _print_to_nowhere() -> None:
 class _WithoutErrors(io.TextIOBase):
     """A text stream that ignores write errors."""
 
-    def __init__(self, stream: io.TextIOBase) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:

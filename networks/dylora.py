@@ -179,6 +179,7 @@ class DyLoraNetwork(LoraNetwork):
 
     module_name = MODULE_NAME
     args_class = DyLoraArgs
+    args: DyLoraArgs
 
     def make_adapter(self, found: FoundModule, size: RankAlpha, **settings: Any) -> DyLoraModule:
         return DyLoraModule(found, size, unit=self.args.unit, **settings)

@@ -78,13 +78,13 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
         raise UserError(f"--model {model}: holds no lora_down tensors, so it is no DyLoRA")
     if not metadata:
         logger.warning("%s does not say how it was trained; it is taken for a DyLoRA", model)
-    weights = with_sdxl_encoder_named(weights)
+    named = with_sdxl_encoder_named(weights)
     arguments = _network_args(metadata)
     whole = max(size.rank for size in sizes.values())
     unit = _unit(unit, arguments, whole)
     # without an alpha, readers use the rank, which changes with the cut
-    alphas = {f"{name}.alpha": torch.tensor(size.alpha) for name, size in sizes_of(weights).items()}
-    weights = {**alphas, **weights}
+    alphas = {f"{name}.alpha": torch.tensor(size.alpha) for name, size in sizes_of(named).items()}
+    weights = {**alphas, **named}
     ranks = range(unit, whole + 1, unit)
     files = [save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}") for rank in ranks]
     for file in files:

@@ -196,6 +196,7 @@ class OftNetwork(LoraNetwork):
         # parts without modules, so that the protocol's counts of text encoders hold
         nothing = LoraTarget("oft_te", ())
         parts = [NetworkPart("textencoder", model, nothing, True) for model in as_list(text_encoder)]
+        assert args is None or isinstance(args, OftArgs)
         target = replace(target_of(unet, cls.default_denoiser), prefix=PREFIX)
         if args is not None and not args.enable_all_linear:
             target = replace(target, module_classes=target.attention_classes)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -155,7 +156,7 @@ def write_cache(path: Path, cached: CachedLatents, stamp: Stamp, format: LatentF
         UserError: the disk is full, or the folder cannot be written.
     """
     suffix = array_suffix(stamp.bucket, format)
-    arrays = _kept(path, stamp, suffix, format)
+    arrays: dict[str, Any] = _kept(path, stamp, suffix, format)
     arrays[f"latents{suffix}"] = cached.latents.astype(np.float32)
     arrays[f"original_size{suffix}"] = np.array(cached.original_size, dtype=np.int64)
     arrays[f"crop_ltrb{suffix}"] = np.array(cached.crop_ltrb, dtype=np.int64)

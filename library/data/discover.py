@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from library.data.dataset_spec import SubsetSpec
 from library.data.image_folder import ImageFolder
@@ -195,13 +195,13 @@ def _with_faults(
     return whole
 
 
-def _shared(size: Size, shared: dict[object, object]) -> Size:
+def _shared(size: Size, shared: dict[Any, Any]) -> Size:
     """Return one object for equal sizes and sides, which many images share."""
     kept = shared.get(size)
     if kept is None:
         width, height = (shared.setdefault(side, side) for side in size)
         kept = shared[size] = (width, height)
-    return kept  # type: ignore[return-value]
+    return kept
 
 
 # ---- files ----
@@ -235,7 +235,7 @@ class _Look:
         self._files = files
         self._cache = cache
         self._known = known
-        self._shared: dict[object, object] = {}
+        self._shared: dict[Any, Any] = {}
 
     def __call__(self, images: Sequence[str]) -> list[_Found | ImageRecord]:
         if self._cache is None:
@@ -250,7 +250,8 @@ class _Look:
                 if (read := self._read(image, stamp)) is not None:
                     found.append(read)
                 continue
-            size = tuple(entry["resolution"])
+            width, height = entry["resolution"]
+            size = (width, height)
             caption = entry["caption"] if has_caption(stamp) else self._class_tokens
             if caption is None:
                 found.append(_Found(image, size, None, entry, is_new=False))

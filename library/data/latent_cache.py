@@ -303,7 +303,8 @@ def _share(wanted: Sequence[Wanted], indices: Iterable[int], format: LatentForma
 @contextlib.contextmanager
 def together(peers: Peers) -> Iterator[None]:
     """A barrier for all processes at the end of the context, also after an error; an error of one ends all."""
-    code, error = 0, None
+    code: str | int | None = 0
+    error: BaseException | None = None
     try:
         yield
     except (UserError, SystemExit) as raised:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,7 @@ def encode_all(
     to_disk: bool,
     vae_identity: str,
     pin_memory: bool = False,
-) -> Iterator[tuple[Wanted, CachedLatents]]:
+) -> Generator[tuple[Wanted, CachedLatents], None, None]:
     """Encode images, those of one bucket together; yields each as it is done.
 
     The sample from the VAE's posterior is keyed by the image's name and bucket, not by its batch. A caller that stops

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ def write_texts(path: Path, rows: Sequence[Row], stamp: TextStamp, format: TextF
 
     It is atomic, also when several programs write the same file.
     """
-    arrays = {
+    arrays: dict[str, Any] = {
         _array_name(name, place): _to_numpy(_stored(row[name], format.stored_lengths.get(name)))
         for place, row in enumerate(rows)
         for name in format.arrays

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def _open_locked(path: Path) -> int:
 
 def _lock(handle: int) -> bool:
     """Lock a file if nobody else has; also true where the file system knows no locks."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)

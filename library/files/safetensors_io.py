@@ -12,8 +12,9 @@ import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.files.atomic import atomic_path
@@ -247,7 +248,7 @@ class TensorReader:
         self._map = None
 
 
-def _read(file: BinaryIO, info: TensorInfo, title: str) -> Tensor:
+def _read(file: BufferedReader, info: TensorInfo, title: str) -> Tensor:
     data = bytearray(math.prod(info.shape) * torch_dtype(info, title).itemsize)
     file.seek(info.offset)
     file.readinto(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from library.config.image_settings import FIELDS, ImageSettings
 from library.inference.prompt_line import ImagePrompt
@@ -81,7 +82,7 @@ def _seed(prompt: ImagePrompt, base: int, i: int) -> int:
 
 
 def _settings(prompt: ImagePrompt, common: ImageSettings, seed: int) -> ImageSettings:
-    own = {
+    own: dict[str, Any] = {
         "negative_prompt": prompt.negative_prompt,
         "width": prompt.width,
         "height": prompt.height,

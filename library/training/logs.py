@@ -116,7 +116,9 @@ def _settings_of(tracker: str) -> list[str] | None:
 
         opens: Callable[..., Any] = wandb.init
     else:
-        from torch.utils.tensorboard import SummaryWriter as opens
+        from torch.utils.tensorboard import SummaryWriter
+
+        opens = SummaryWriter
     parameters = inspect.signature(opens).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return None

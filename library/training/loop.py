@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from library.config.core.training import OnNan
 from library.data.dataset import Batch
 from library.data.run_plan import RunPlan
 from library.interrupt import Interrupt
 from library.optim.update import Metrics, Update
 from library.randomness import key
 from library.training.metrics import DeferredMetrics, StepMetrics, StepTimes
-from library.training.nonfinite import BadStep, OnNan, StepGuard
+from library.training.nonfinite import BadStep, StepGuard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -25,11 +25,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from library.config.core.training import OnNan
 from library.data.batch import Batch
 from library.errors import UserError
 from library.optim.flat import Flat, all_finite
@@ -40,8 +41,6 @@ from library.training.metrics import StepMetrics
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-
-OnNan = Literal["stop", "skip", "rollback"]
 
 #: bad steps in a row (for rollback: without a new snapshot in between) before the run stops in any case
 MOST_IN_A_ROW = 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def planned_files(plan: RunPlan, policy: SavePolicy, names: OutputNames, *, afte
     for step, epoch in _save_moments(plan, policy):
         if step <= after_step:
             continue
+        outdated: tuple[Callable[[int], Path], ...]
         if epoch is None:
             weights, state = names.step(step), names.step_state(step)
             old = policy.step_to_remove(step), policy.step_state_to_remove(step)

@@ -175,7 +175,8 @@ def check_fits(
     Raises:
         UserError: one line for each.
     """
-    pairs = [("the optimizer", _class_of(state.fingerprint.get("optimizer")), _class_of(optimizer.metadata_name))]
+    before, after = _class_of(state.fingerprint.get("optimizer")), _class_of(optimizer.metadata_name)
+    pairs: list[tuple[str, object, object]] = [("the optimizer", before, after)]
     now = {field.name: value for field, value in flat(options)}
     pairs += [(f"--{n}", state.fingerprint.get(f"--{n}"), now[n]) for n in shaping]
     problems = [

@@ -152,8 +152,8 @@ def _differences(options: RunOptions) -> list[str]:
         if (theirs := config.get(name, "auto")) != "auto":
             found.append(f"accelerate's {name} {theirs} is not used, as the dataset's batch_size decides")
     for name in ("bf16", "fp16"):
-        if config.get(name, {}).get("enabled") is True and (ours := options.training.mixed_precision) != name:
-            found.append(f"DeepSpeed's {name} is not used, as --mixed_precision {ours} decides")
+        if config.get(name, {}).get("enabled") is True and (precision := options.training.mixed_precision) != name:
+            found.append(f"DeepSpeed's {name} is not used, as --mixed_precision {precision} decides")
     return found
 
 

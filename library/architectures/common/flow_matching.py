@@ -14,6 +14,8 @@ from library.config.flow import FLOW, FlowOptions, WeightingOptions
 from library.config.prompt_options import DDPM_FIELDS
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from library.config.image_settings import ImageSettings
     from library.diffusion.objective import FlowObjective
 
@@ -45,7 +47,7 @@ class FlowMatching(Architecture):
             sampling_shift=self.sampling_shift,
         )
 
-    def for_image(self, settings: ImageSettings) -> FlowMatching:
+    def for_image(self, settings: ImageSettings) -> Self:
         """Return this family with the prompt's ``--fs``."""
         if settings.flow_shift is None:
             return self

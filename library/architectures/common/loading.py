@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from library.errors import UserError
 from library.files.finite import FiniteCheck, not_finite, some_of
 from library.memory.stored_layers import PUBLISHED_SCALE
 
-Checkpoint = TypeVar("Checkpoint")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Checkpoint = TypeVar("Checkpoint", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ def without_mapping(checkpoint: Checkpoint) -> Checkpoint:
             return replace(value, file=replace(value.file, mapped=False))
         return tuple(map(unmapped, value)) if isinstance(value, tuple) else value
 
-    changed = {field.name: unmapped(getattr(checkpoint, field.name)) for field in fields(checkpoint)}  # type: ignore[arg-type]
-    return replace(checkpoint, **changed)  # type: ignore[type-var]
+    changed = {field.name: unmapped(getattr(checkpoint, field.name)) for field in fields(checkpoint)}
+    return replace(checkpoint, **changed)
 
 
 def load_frozen(

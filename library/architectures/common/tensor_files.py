@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class WeightFile(ABC):
     shapes: Shapes
     dtypes: Mapping[str, torch.dtype]
     mapped: bool  # whether tensors are views of the mapped files
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def files(self) -> set[Path]:

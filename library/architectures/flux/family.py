@@ -347,9 +347,9 @@ class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
         if self._kind == SCHNELL and scale != FluxModelOptions.guidance_scale:
             said = NoEffect(message(["guidance_scale"], _SCHNELL_HAS_NO_GUIDANCE))
             report([said], strict=options.config.strict)
-        if "network" not in options.groups():
+        network = getattr(options, "network", None)
+        if network is None:
             return  # whole models are trained
-        network = options.network
         for flag, paths in (("network_weights", [network.network_weights]), ("base_weights", network.base_weights)):
             for path in filter(None, paths or []):
                 with naming(f"--{flag}", path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from library.architectures.base import ModelInfo
 from library.architectures.common import ae as vae
@@ -124,7 +125,8 @@ def with_own_parts(path_or_id: str, options: FluxModelOptions) -> FluxModelOptio
         with naming(MODEL_FLAG, path_or_id):
             names = read_header(path).tensors
         own = [part for part in wanted if any(name.startswith(prefixes[part]) for name in names)]
-    return replace(options, **dict.fromkeys(own, str(path)))
+    named: dict[str, Any] = dict.fromkeys(own, str(path))
+    return replace(options, **named)
 
 
 def _check_widths(transformer: TransformerCheckpoint, encoders: list[ModelSource], options: FluxModelOptions) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from library.config.availability import NO_NVME, NO_STAGE_3, NOT_WITH_DEEPSPEED, OF_STAGE_3
 from library.config.declaration import Declaration, Facts, Finding, error, idle
 from library.config.fields import option
 from library.launched import USE_DEEPSPEED, is_on, process_count
+
+OnNan = Literal["stop", "skip", "rollback"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class TrainingOptions:
     zero3_init_flag: bool = option(False, "DeepSpeed: split large models while they are made")
     zero3_save_16bit_model: bool = option(False, "DeepSpeed: save 16-bit weights under ZeRO stage 3")
     fp16_master_weights_and_gradients: bool = option(False, "DeepSpeed: fp16 master weights")
-    on_nan: str = option(
+    on_nan: OnNan = option(
         "stop",
         "on a NaN or infinite loss or gradient: stop, skip the update, or rollback to the last snapshot in memory",
         choices=["stop", "skip", "rollback"],
