@@ -146,15 +146,21 @@ def without_weights() -> Iterator[None]:
 
 
 def place_without_numbers(module: nn.Module, device: torch.device) -> None:
-    """Give the parameters and buffers of a module places on the device; call it within ``without_weights``."""
+    """Give the parameters and buffers of a module places on the device; call it within ``without_weights``.
+
+    Those that have places there keep them, as another module may hold them too.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
     made: dict[int, Any] = {}  # tied parameters stay one
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None and id(parameter) not in made:
+            if parameter is None or (isinstance(parameter, FakeTensor) and parameter.device.type == device.type):
+                continue
+            if id(parameter) not in made:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 made[id(parameter)] = (nn.Parameter(empty, parameter.requires_grad), parameter)
-            if parameter is not None:
-                part._parameters[name] = made[id(parameter)][0]
+            part._parameters[name] = made[id(parameter)][0]
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)

@@ -66,6 +66,7 @@ def trace(run: Run, *, checkpointing: bool, most: int = 2, host_kernels: bool = 
     Raises:
         UserError: headers that lack tensors, or whose shapes do not fit.
     """
+    run = _with_checkpointing(run, checkpointing)
     models = models_on_meta(run)
     if attention_backend(run.options.training) not in ("torch", "efficient", "math"):
         # the kernels of packages do not run without numbers; they take as much memory as torch's
@@ -75,7 +76,7 @@ def trace(run: Run, *, checkpointing: bool, most: int = 2, host_kernels: bool = 
     with stand_in.without_weights(), quiet(logging.INFO):
         for module in models.modules():
             stand_in.place_without_numbers(module, run.device)
-        kind.attach(models)
+        kind.attach_without_numbers(models)
         for module in kind.modules():
             if not any(module is model for model in models.modules()):
                 stand_in.place_without_numbers(module, run.device)
@@ -95,6 +96,13 @@ def trace(run: Run, *, checkpointing: bool, most: int = 2, host_kernels: bool = 
             for bucket, count in _largest(run, most)
         )
     return TracedRun(checkpointing, steps, models, trained)
+
+
+def _with_checkpointing(run: Run, checkpointing: bool) -> Run:
+    """Return the run with or without gradient checkpointing, which kinds ask their options for."""
+    options = run.options
+    options = replace(options, training=replace(options.training, gradient_checkpointing=checkpointing))
+    return replace(run, checked=replace(run.checked, options=options))
 
 
 def _largest(run: Run, most: int) -> list[tuple[Size, int]]:
@@ -165,7 +173,7 @@ def _batch(run: Run, bucket: Size, count: int, text: tuple[dict[str, Tensor], di
         else None,
         images=None if run.caches_latents else pixels,
         loss_masks=None,
-        conditioning_images=pixels if run.architecture.takes_images else None,
+        conditioning_images=pixels if run.data.conditioning_as == "image" else None,
         captions=[""] * count,
         tokens={name: tensor.repeat(count, *(1,) * (tensor.dim() - 1)) for name, tensor in tokens.items()},
         visits=list(range(count)),

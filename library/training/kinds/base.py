@@ -202,6 +202,10 @@ class Kind(ABC, Generic[O]):
         """Attach to models without weights, to count parameters and to check that everything fits."""
         return self.attach(models)
 
+    def attach_without_numbers(self, models: Models) -> list[ParameterGroup]:
+        """Attach to models that are on the device without numbers, to trace a step; see ``memory_trace.py``."""
+        return self.attach(models)
+
     def try_saving(self, path: Path, dtype: torch.dtype | None) -> None:
         """Check at the start whether the trained weights can be saved; called on the main process only.
 

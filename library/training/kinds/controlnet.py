@@ -100,6 +100,9 @@ class ControlNet(Kind[Any]):
     def attach_on_meta(self, models: Models) -> list[ParameterGroup]:
         return self._made("meta")
 
+    def attach_without_numbers(self, models: Models) -> list[ParameterGroup]:
+        return self._made("meta")  # no file is read; the trace gives it its place
+
     def _made(self, device: str) -> list[ParameterGroup]:
         training, given = self.options.training, self.options.controlnet.controlnet_model_name_or_path
         if given and not self.options.resume.resume:
