@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture, Conditioning, Control
-from library.errors import UserError
 from library.files.atomic import make_folder
 from library.randomness import key
 from library.training.kinds.base import Kind, ParameterGroup
@@ -40,11 +39,6 @@ class LLLite(Kind[Any]):
 
     def __init__(self, architecture: Architecture, options: Any, checkpoint: Any, **more: Any) -> None:
         super().__init__(architecture, options, checkpoint, **more)
-        if self.sharded:
-            raise UserError(
-                "accelerate's configuration asks for FSDP, which these networks were not made for; choose one process, "
-                "or plain data parallelism"
-            )
         self._network: LLLiteNetwork | None = None
 
     # ---- before anything is loaded ----
