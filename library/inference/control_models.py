@@ -57,7 +57,7 @@ def control_images(generation: Generation, models: Sequence[ControlModel]) -> li
 
 
 def _prepared(path: Path, size: tuple[int, int], model: ControlModel) -> Tensor:
-    pixels = read_pixels(path, size)
+    pixels = read_pixels(path, size, background="black")  # as in training
     return pixels if model.canny is None else edges(pixels, *model.canny)
 
 

@@ -176,9 +176,13 @@ def size_of_source(path: Path) -> tuple[int, int]:
     return usable[0], usable[1]
 
 
-def read_pixels(path: Path, size: tuple[int, int]) -> Tensor:
-    """Return an image (3, H, W) in [-1, 1], resized to (W, H). Raises UserError: it cannot be read."""
-    pixels = read_image(path)
+def read_pixels(path: Path, size: tuple[int, int], *, background: str = "white") -> Tensor:
+    """Return an image (3, H, W) in [-1, 1], resized to (W, H), transparency on ``background``.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    pixels = read_image(path, background=background)
     if (pixels.shape[1], pixels.shape[0]) != size:
         pixels = resize(pixels, size, "lanczos")
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 127.5 - 1.0
