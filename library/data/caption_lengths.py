@@ -68,7 +68,11 @@ def length_of_longest(measure: Measure) -> Callable[[str, CaptionRules], Caption
 
 
 def warn_of_cut_captions(
-    captioned: Iterable[tuple[ImageRecord, CaptionRules]], measure: Measure, *, length_option: str = ""
+    captioned: Iterable[tuple[ImageRecord, CaptionRules]],
+    measure: Measure,
+    *,
+    length_option: str = "",
+    tokens_of_words: int = 0,
 ) -> None:
     """Warn once of captions that are cut, with their number and the longest.
 
@@ -76,11 +80,13 @@ def warn_of_cut_captions(
         captioned: every image of a run with the rules of its caption.
         measure: counts the tokens of a caption.
         length_option: the option that makes the text encoder read more; empty for none.
+        tokens_of_words: how many tokens more than one the words of embeddings have.
     """
     shortest = measure("a")
     # without the tokens of a system prompt, which every caption has
     limit = shortest.limit - max(shortest.tokens - 1, 0)
-    # a token has at least one byte of text, so short captions need not be tokenized
+    # a token has at least one byte of text, save those of embeddings; so short captions need not be tokenized
+    limit -= tokens_of_words
     uses = ((record, use) for record, rules in captioned for use in longest_uses(record.caption, rules))
     long = [(record, use) for record, use in uses if len(use.encode("utf-8", "replace")) >= limit]
     long.sort(key=lambda pair: -len(pair[1]))

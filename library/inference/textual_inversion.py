@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.architectures.common.clean_text import clean_text
 from library.architectures.common.clip_text import EXPANSIONS
 from library.architectures.common.grown_embedding import GrownEmbedding, give_each_layer
 from library.errors import UserError
@@ -116,30 +117,51 @@ def vectors_in(content: Mapping[str, Any], encoders: int, *, flag: str) -> list[
     Args:
         flag: option and file, for messages.
     """
-    found: list[Tensor]
-    if any(map(_LAYER.fullmatch, content)):
+    if any(_LAYER.fullmatch(str(name)) for name in content):
         raise UserError(
             f"{flag}: is an embedding with vectors for each layer (XTI), for train_textual_inversion_XTI.py and "
             "--XTI_embeddings"
         )
     if encoders > 1:
-        if not all(name in content for name in _OF_SDXL):
+        if not all(_are_vectors(content.get(name)) for name in _OF_SDXL):
             raise UserError(f"{flag}: holds no {' and '.join(_OF_SDXL)}; give an embedding for SDXL")
         found = [content[name] for name in _OF_SDXL]
     else:
         if all(name in content for name in _OF_SDXL):
             raise UserError(f"{flag}: is an embedding for SDXL; give one for this model")
-        inner = content.get("string_to_param")
-        source = inner if isinstance(inner, Mapping) else content
-        tensors = [values for values in source.values() if isinstance(values, Tensor) and values.is_floating_point()]
-        if not tensors:
-            raise UserError(f"{flag}: holds no embedding")
-        found = tensors[:1]
+        found = [_only_word(content, flag)]
     vectors = [values.detach().float().reshape(-1, values.shape[-1]) for values in found]
     if len({len(values) for values in vectors}) > 1:
         raise UserError(f"{flag}: holds other numbers of tokens for each text encoder; the file is damaged")
     _check_finite(vectors, flag)
     return vectors
+
+
+def _only_word(content: Mapping[str, Any], flag: str) -> Tensor:
+    """Return the vectors of a file for one text encoder: ``emb_params``, A1111's ``string_to_param``, or diffusers'
+    ``{word: vectors}``. Raises UserError: none, or those of several words."""
+    inner = content.get("string_to_param", content)
+    # early files hold a torch module
+    source = inner._parameters if isinstance(inner, nn.ParameterDict) else inner
+    words = source if isinstance(source, Mapping) else {}
+    found = {str(name): values for name, values in words.items() if _are_vectors(values)}
+    for name in ("emb_params", "*"):
+        if name in found:
+            return found[name]
+    if len(found) > 1:
+        names = ", ".join(list(found)[:3])
+        raise UserError(
+            f"{flag}: holds {len(found)} words or tensors ({names}{', ...' if len(found) > 3 else ''}), not one "
+            "embedding; give a file of one word"
+        )
+    if not found:
+        raise UserError(f"{flag}: holds no embedding")
+    return next(iter(found.values()))
+
+
+def _are_vectors(values: object) -> bool:
+    """Whether these may be vectors (tokens, width), or a single one (width)."""
+    return isinstance(values, Tensor) and values.is_floating_point() and values.dim() in (1, 2) and values.numel() > 0
 
 
 def read_layered_vectors(path: Path, *, flag: str = "--XTI_embeddings") -> dict[str, Tensor]:
@@ -150,7 +172,7 @@ def read_layered_vectors(path: Path, *, flag: str = "--XTI_embeddings") -> dict[
     """
     flag = f"{flag} {path}"
     content = _content(path, flag)
-    if not content or not all(map(_LAYER.fullmatch, content)):
+    if not content or not all(_LAYER.fullmatch(str(name)) and _are_vectors(values) for name, values in content.items()):
         raise UserError(f"{flag}: holds no vectors for each layer (IN01 to OUT11); give a file of XTI")
     vectors = {name: values.detach().float().reshape(-1, values.shape[-1]) for name, values in content.items()}
     if len({values.shape for values in vectors.values()}) > 1:
@@ -230,12 +252,23 @@ def new_tokens(tokenizer: Any, word: str, count: int, *, flag: str) -> list[int]
     Raises:
         UserError: a word that is known already.
     """
-    words = [word, *(f"{word}{number}" for number in range(1, count))]
+    first = as_read(word)
+    words = [first, *(f"{first}{number}" for number in range(1, count))]
     known = set(tokenizer.get_vocab())
-    if taken := [name for name in words if name.lower() in known or f"{name.lower()}</w>" in known]:
+    if taken := [name for name in words if name in known or f"{name}</w>" in known]:
         raise UserError(f'{flag}: "{taken[0]}" is a known word already; give another name')
     from tokenizers import AddedToken
 
-    # in lower case as all of the text, and not as a part of longer words
-    tokenizer.add_tokens([AddedToken(name.lower(), single_word=True, normalized=True) for name in words])
-    return list(tokenizer.convert_tokens_to_ids([name.lower() for name in words]))
+    # not as a part of longer words
+    tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in words])
+    return list(tokenizer.convert_tokens_to_ids(words))
+
+
+def as_read(text: str) -> str:
+    """Return a word or caption as tokenizers see it: cleaned, in lower case."""
+    return clean_text(text).lower()
+
+
+def finder(word: str) -> re.Pattern[str]:
+    """Return a pattern that finds a new word in captions of ``as_read``, where tokenizers find it."""
+    return re.compile(rf"(?<!\w){re.escape(as_read(word))}(?!\w)")

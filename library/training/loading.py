@@ -124,6 +124,8 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
     models = _load_models(run, cached, kind, plan)
     options = run.options
     groups = kind.attach(models)
+    if run.accelerator.is_main_process and not caches_texts(options.dataset):
+        warn_of_cut(run.data, run.architecture, models.tokenizers, options.model)  # with the tokens of new words
     blocks_of = run.architecture.block_lists
     # trained blocks have their places before the optimizer is made, which must not move them
     swaps_trained = plan[DENOISER].trained and plan[DENOISER].swapped > 0
@@ -165,8 +167,6 @@ def _load_models(run: Run, cached: Cached, kind: Kind, plan: MemoryPlan) -> Mode
     """Load the models in their final numbers: changed by the kind, in a small form if asked for."""
     architecture, checkpoint, training = run.architecture, run.checked.checkpoint, run.options.training
     tokenizers = architecture.load_tokenizers(checkpoint)
-    if run.accelerator.is_main_process and not caches_texts(run.options.dataset):
-        warn_of_cut(run.data, architecture, tokenizers, run.options.model)
     names = [text_encoder_name(number) for number in range(1, len(run.cached_encoders) + 1)]
     text_encoders = [
         architecture.load_text_encoder(checkpoint, index, dtype=plan[name].dtype, device=plan.loads_on(name))

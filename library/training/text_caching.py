@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import Architecture
+from library.architectures.common.clip_text import tokens_of_words
 from library.architectures.ragged import joined, padded
 from library.config.arguments import DatasetOptions, ModelOptions
 from library.data.cache_format import check_places
@@ -52,7 +53,12 @@ def warn_of_cut(
     measure = measure_of(
         architecture, tokenizers, max_token_length=options.max_token_length, weighted=options.weighted_captions
     )
-    warn_of_cut_captions(data.captioned(), measure, length_option=architecture.length_option)
+    warn_of_cut_captions(
+        data.captioned(),
+        measure,
+        length_option=architecture.length_option,
+        tokens_of_words=max(map(tokens_of_words, tokenizers), default=0),
+    )
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,32 @@ def test_one_bundle(tmp_path: Path, pivotal: Tiny, dataset: Path) -> None:
         assert generated(tmp_path / "with", pivotal, file, 1) != generated(tmp_path / "off", pivotal, file, 0)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_diffusers_reads_both_files(tmp_path: Path, dataset: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from tests.fixtures.tiny_sd import make_tiny_sd
+
+    model = make_tiny_sd(tmp_path / "model", layout="diffusers")
+    Tiny(SD, model).train(dataset, tmp_path / "out", **{**WORD, "learning_rate": 0.2}, max_train_steps=3)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
+
+    def drawn() -> Any:
+        return pipeline(
+            "a photo of qux", num_inference_steps=2, width=64, height=64, generator=torch.Generator().manual_seed(1),
+            output_type="np",
+        ).images[0]  # fmt: skip
+
+    base = drawn()
+    pipeline.load_textual_inversion(str(tmp_path / "out" / "tiny_qux.safetensors"), token="qux")
+    ids = pipeline.tokenizer.convert_tokens_to_ids(["qux", "qux_1"])
+    vectors = load_file(tmp_path / "out" / "tiny_qux.safetensors")["emb_params"]
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[ids], vectors)
+    with_word = drawn()
+    pipeline.load_lora_weights(str(tmp_path / "out" / "tiny.safetensors"))
+    assert abs(with_word - base).max() > 0 and abs(drawn() - with_word).max() > 0
+
+
 def generated(folder: Path, pivotal: Tiny, network: Path, strength: float) -> bytes:
     done = run_script(
         "gen_img.py",

@@ -17,6 +17,7 @@ from library.training.run_hooks import RunHooks
 from tests.entry.full.test_step import Seen, their_clip, their_unet
 from tests.fixtures.families import SD, SDXL
 from tests.fixtures.runs import logged, make_images, metadata_of, run_script, write_dataset
+from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 from tests.fixtures.whole import Whole
 
 SCRIPTS = {
@@ -172,6 +173,55 @@ def test_a_step_is_that_of_a_plain_loop(
     torch.testing.assert_close(moved, table.grad[ids], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_step_of_sdxl_is_that_of_a_plain_loop(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vectors of both encoders, against diffusers' pipeline of the same folder with added words."""
+    from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+
+    made = make_tiny_sdxl(tmp_path / "model", layout="diffusers")
+    seen = Seen(monkeypatch)
+    descent = {"optimizer_type": "torch.optim.SGD", "learning_rate": 1.0, "max_grad_norm": 0, "max_train_steps": 1}
+    Whole("sdxl_train_textual_inversion", SDXL, made).train(dataset, tmp_path / "out", **WORD, **descent)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(made.path), torch_dtype=torch.float32)
+    tables, places, before = {}, {}, {}
+    names = ["quxa", "quxb", "quxc"]
+    for name, tokenizer, encoder in (
+        ("clip_l", pipeline.tokenizer, pipeline.text_encoder), ("clip_g", pipeline.tokenizer_2, pipeline.text_encoder_2)
+    ):  # fmt: skip
+        init = tokenizer("cat", add_special_tokens=False).input_ids
+        # the tiny tokenizer's end token is not the largest id of the vocabulary
+        encoder.text_model.eos_token_id = tokenizer.eos_token_id
+        assert tokenizer.add_tokens(names) == 3
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        tables[name] = encoder.get_input_embeddings().weight
+        places[name] = tokenizer.convert_tokens_to_ids(names)
+        with torch.no_grad():
+            tables[name][places[name]] = tables[name][[init[i % len(init)] for i in range(3)]].clone()
+        tables[name].requires_grad_()
+        before[name] = tables[name].detach()[places[name]].clone()
+    captions = [caption.replace("qux", " ".join(names)) for caption in seen.captions]
+    context, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+    schedule = DDPMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    latents, noise, timesteps = seen.latents[0], seen.noise[0], seen.timesteps[0]
+    height, width = (8 * side for side in latents.shape[-2:])
+    sizes = torch.tensor([[*seen.sizes[i], *seen.corners[i], height, width] for i in range(len(captions))])
+    prediction = pipeline.unet.requires_grad_(False)(
+        schedule.add_noise(latents, noise, timesteps), timesteps, context,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
+    ).sample  # fmt: skip
+    loss = F.mse_loss(prediction, noise)
+    loss.backward()
+    assert logged(tmp_path / "out", "loss/current") == pytest.approx([loss.item()], rel=1e-6)
+    saved = load_file(tmp_path / "out" / "tiny.safetensors")
+    assert set(saved) == set(tables)
+    for name, tensor in saved.items():
+        moved = before[name] - tensor
+        assert moved.abs().max() > 1e-6
+        torch.testing.assert_close(moved, tables[name].grad[places[name]], rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_templates_replace_captions(
     tmp_path: Path, sd_word: Whole, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,10 +238,73 @@ def test_templates_replace_captions(
     assert set(texts[0]) <= {template.format("qux") for template in OBJECT_TEMPLATES}
 
 
+def test_captions_without_the_word_teach_it_nothing(tmp_path: Path, sd_word: Whole, dataset: Path) -> None:
+    """Dropped ones and those of regularization images; the loss is that of the images all the same."""
+    others = make_images(tmp_path / "others", [(64, 64)] * 2)
+    moved = []
+    for rate in (1.0, 0.5):
+        data = tmp_path / f"{rate}.toml"
+        data.write_text(
+            dataset.read_text()
+            + f"caption_dropout_rate = {rate}\n[[datasets.subsets]]\nimage_dir = '{others}'\nis_reg = true\n"
+            "class_tokens = 'dog'\n"
+        )
+        descent = {"optimizer_type": "torch.optim.SGD", "learning_rate": 1.0, "max_grad_norm": 0, "max_train_steps": 4}
+        sd_word.train(data, tmp_path / str(rate), **WORD, **descent, save_every_n_steps=1, prior_loss_weight=0.5)
+        assert all(loss > 0 for loss in logged(tmp_path / str(rate), "loss/current"))
+        first, last = (
+            load_file(tmp_path / str(rate) / f"tiny{step}.safetensors")["emb_params"] for step in ("-step00000001", "")
+        )
+        moved.append(not torch.equal(first, last))
+    assert moved == [False, True]
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_captions_that_the_word_makes_too_long_are_named(
+    tmp_path: Path, sd_word: Whole, dataset: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images" / "0.txt").write_text("a " * 60 + "qux a cat")
+    options = {**WORD, "num_vectors_per_token": count, "max_train_steps": 1}
+    sd_word.train(dataset, tmp_path / "out", **options)
+    said = "".join(capsys.readouterr())
+    assert ("the captions of 1 image are cut, as the text encoder reads 75 tokens" in said) == (count == 20), said
+    assert load_file(tmp_path / "out" / "tiny.safetensors")["emb_params"].shape == (count, 32)
+    if count == 20:
+        sd_word.train(dataset, tmp_path / "long", **options, max_token_length=150)
+        assert "are cut" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", ["<Cat-Toy>", "Café-猫", "x2024"])
+def test_a_word_of_any_letters(tmp_path: Path, sd_word: Whole, dataset: Path, token: str) -> None:
+    """As captions write it, in a file of its name, and in prompts."""
+    for caption in (tmp_path / "images").glob("*.txt"):
+        caption.write_text(f"a photo of {token.upper()}, dog", encoding="utf-8")
+    options = {**WORD, "token_string": token, "output_name": None, "learning_rate": 0.5}
+    sd_word.train(dataset, tmp_path / "out", **options)
+    images = []
+    for name, more in (
+        ("with", ["--textual_inversion_embeddings", tmp_path / "out" / f"{token}.safetensors"]),
+        ("not", []),
+    ):
+        done = run_script(
+            "gen_img.py", "--ckpt", sd_word.model.path, "--prompt", f"{token} --d 1", "--outdir", tmp_path / name,
+            "--tokenizer_cache_dir", sd_word.model.flags["tokenizer_cache_dir"], "--W", 64, "--H", 64, "--steps", 2,
+            "--images_per_prompt", 1, *more,
+        )  # fmt: skip
+        assert done.code == 0, done.text
+        images.append(Image.open(next((tmp_path / name).glob("*.png"))).tobytes())
+    assert images[0] != images[1]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"token_string": None}, "--token_string: name the new word"),
+        ({"token_string": "my/cat"}, "--token_string my/cat: must have no / and no"),
+        ({"token_string": "qu"}, "--token_string qu: no caption has this word"),  # only as a part of a longer one
+        ({"token_string": "dog"}, '--token_string dog: "dog" is a known word already'),
+        ({"weights": "LORA"}, "holds 4 words or tensors (lora_0, lora_1, lora_2, ...), not one embedding"),
         ({"token_string": "my cat"}, "--token_string 'my cat': must be one word without spaces"),
         ({"token_string": "cat"}, '--token_string cat: "cat" is a known word already'),
         ({"token_string": "absent"}, "--token_string absent: no caption has this word"),
@@ -214,8 +327,12 @@ def test_mistakes(
 ) -> None:
     if kind := options.get("weights"):
         file = tmp_path / "weights.safetensors"
-        tensors = {"emb_params": torch.zeros(2, 32)}
-        save_file(tensors if kind == "TWO" else {"clip_l": torch.zeros(3, 32), "clip_g": torch.zeros(3, 64)}, file)
+        tensors = {
+            "TWO": {"emb_params": torch.zeros(2, 32)},
+            "XL": {"clip_l": torch.zeros(3, 32), "clip_g": torch.zeros(3, 64)},
+            "LORA": {f"lora_{n}": torch.zeros(2, 32) for n in range(4)},
+        }
+        save_file(tensors[kind], file)
         options = {"weights": file}
     if options.get("token_string") == "cat":
         for caption in (tmp_path / "images").glob("*.txt"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from library.diffusion.samplers import create_scheduler_for
 from library.errors import UserError
 from library.inference.generate import generate_latents
 from library.inference.models import GenerateOptions, ImageModels
-from library.inference.textual_inversion import add_embeddings, read_vectors
+from library.inference.textual_inversion import (
+    add_embeddings,
+    as_read,
+    finder,
+    new_tokens,
+    read_layered_vectors,
+    read_vectors,
+)
 from tests.fixtures.tiny_sd import MadeCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -86,6 +94,82 @@ def test_words_and_weights(models: ImageModels, tmp_path: Path) -> None:
     torch.testing.assert_close(table[ids_of(models, "two")[0]], VECTORS[0])
     tokens = models.architecture.tokenize(models.tokenizers, ["(onetok:1.5) cat"], max_token_length=None, weighted=True)
     assert tokens["weights"][0, 0, 1:5].tolist() == [1.5, 1.5, 1.5, 1.0]
+
+
+OTHER = torch.ones(2, 32)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(VECTORS)}), "string_to_token": {"*": 265}},
+        {"string_to_param": {"*": VECTORS, "another": OTHER}},  # the first is the word in all programs
+        {"string_to_param": {"my cat": VECTORS.bfloat16()}, "name": "x", "sd_checkpoint": None},
+        {"<cat-toy>": VECTORS.half()},  # as diffusers' example writes it
+        {"emb_params": VECTORS, "step": torch.tensor([3.0])},
+        {"clip_l": VECTORS},
+        {"step": torch.tensor(3.0), "*": torch.nn.Parameter(VECTORS)},
+    ],
+    ids=["module", "star", "bf16", "diffusers", "emb_params", "clip_l", "scalar"],
+)
+def test_files_of_other_programs(tmp_path: Path, content: dict[str, Any]) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    (found,) = read_vectors(tmp_path / "x.pt", 1)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    torch.testing.assert_close(found, VECTORS, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("content", "encoders", "message"),
+    [
+        ({"string_to_param": {"a": VECTORS, "b": OTHER}}, 1, r"holds 2 words or tensors \(a, b\), not one embedding"),
+        ({"string_to_param": [VECTORS]}, 1, "holds no embedding"),
+        ({"clip_l": [1.0], "clip_g": VECTORS}, 2, "holds no clip_l and clip_g"),
+        ({"clip_g": VECTORS}, 2, "holds no clip_l and clip_g"),
+        ({1: VECTORS.int()}, 1, "holds no embedding"),
+        ([VECTORS], 1, "holds no embedding"),
+        ({f"lora_{n}.up": OTHER for n in range(9)}, 1, "holds 9 words or tensors .*, ..."),
+    ],
+)
+def test_pickles_that_are_refused(tmp_path: Path, content: Any, encoders: int, message: str) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=rf"--textual_inversion_embeddings .*x\.pt: {message}"):
+        read_vectors(tmp_path / "x.pt", encoders)
+
+
+@pytest.mark.parametrize("content", [{"IN01": [1.0]}, {"IN01": torch.tensor(1.0)}, {1: VECTORS}])
+def test_layered_pickles_that_are_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="holds no vectors for each layer"):
+        read_layered_vectors(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("word", ["<cat-toy>", "MyCat", "my_cat", "caf\u00e9", "cafe\u0301s", "日本猫", "v1.5x", "x9"])
+def test_words_of_all_sorts(models: ImageModels, word: str) -> None:
+    """Tokenizers find them where the check of captions does, however captions are written."""
+    ids = new_tokens(models.tokenizers[0], word, 2, flag="--token_string")
+    for before, after, is_there in (
+        ("a photo of ", "", True), ("", ", red", True), ("(", ":1.2)", True), ("the ", "'s tail", True),
+        ("a ", "ful cat", False), ("a ", "_2", False),
+    ):  # fmt: skip
+        for spelt in (word, word.upper(), unicodedata.normalize("NFD", word)):
+            caption = f"{before}{spelt}{after}"
+            assert (ids[0] in ids_of(models, caption)) == is_there, caption
+            assert (finder(word).search(as_read(caption)) is not None) == is_there, caption
+
+
+def test_the_tokens_of_a_word_count(models: ImageModels, tmp_path: Path) -> None:
+    """Captions that are cut are those whose tokens are too many with all vectors of their words."""
+    from library.data.caption_lengths import measure_of
+
+    vectors = VECTORS[:1].repeat(20, 1)
+    measure = measure_of(models.architecture, models.tokenizers, max_token_length=None, weighted=False)
+    caption = "a " * 50 + "longone a cat"
+    before = measure(caption).tokens
+    add_embeddings([written(tmp_path / "longone.pt", vectors)], models.tokenizers, models.text_encoders)
+    assert measure("longone").tokens == 20
+    after = measure("a " * 50 + "longone " + "a " * 7)
+    assert (after.tokens, after.cut) == (77, "a a") and before < 75
 
 
 @pytest.mark.parametrize(

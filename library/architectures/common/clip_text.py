@@ -102,19 +102,27 @@ def _windows(max_token_length: int | None) -> int:
     return max((max_token_length or BODY) // BODY, 1)
 
 
+def tokens_of_words(tokenizer: CLIPTokenizer) -> int:
+    """Return how many tokens more than one the words of embeddings have, all together."""
+    return sum(len(tokens) - 1 for tokens in getattr(tokenizer, EXPANSIONS, {}).values())
+
+
 def caption_length(
     tokenizer: CLIPTokenizer, caption: str, *, max_token_length: int | None, weighted: bool
 ) -> CaptionLength:
     """Return the number of tokens of a caption, and the text that ``tokenize`` cuts off."""
     limit = _windows(max_token_length) * BODY
+    expansions = getattr(tokenizer, EXPANSIONS, {})
     count, cut = 0, ""
     for piece, _ in _pieces(caption, weighted):
         if piece == BREAK:
             count += -count % BODY
             continue
         text = clean_text(piece)
+        read = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
         # where each token begins in the text
-        places = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True).offset_mapping
+        found = zip(read.input_ids, read.offset_mapping, strict=True)
+        places = [place for token, place in found for _ in expansions.get(token, (token,))]
         room = limit - count
         if room <= 0:
             cut += text

@@ -19,12 +19,13 @@ from library.architectures.base import Architecture
 from library.architectures.common.clip_text import EXPANSIONS
 from library.architectures.common.grown_embedding import GrownEmbedding
 from library.architectures.part import text_encoder_name
+from library.data.caption_lengths import longest_uses
 from library.data.dataset import TrainingData
 from library.data.dataset_spec import DatasetConfig
 from library.errors import UserError
 from library.files.atomic import make_folder
 from library.files.safetensors_io import save_pickle, save_tensors
-from library.inference.textual_inversion import new_tokens, read_vectors, vector_names
+from library.inference.textual_inversion import as_read, finder, new_tokens, read_vectors, vector_names
 from library.training.kinds.base import Kind, Need, ParameterGroup
 from library.training.kinds.embedding_options import DECLARATION, TrainEmbeddingOptions
 from library.training.models import Models
@@ -126,8 +127,12 @@ class Embedding(Kind):
     @classmethod
     def check_data(cls, options: Any, data: TrainingData) -> None:
         """Refuse data without the word in any caption. Raises UserError."""
-        token = options.embedding.token_string.lower()
-        if not any(rules.templates or token in record.caption.lower() for record, rules in data.captioned()):
+        token = options.embedding.token_string
+        word = finder(token)
+        if not any(
+            rules.templates or any(word.search(as_read(use)) for use in longest_uses(record.caption, rules))
+            for record, rules in data.captioned()
+        ):
             raise UserError(
                 f"{cls.flags['token_string']} {token}: no caption has this word; write it into captions, give it as "
                 f"class_tokens{cls.other_captions}"

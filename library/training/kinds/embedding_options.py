@@ -45,6 +45,8 @@ def word(o: Any, facts: Facts) -> Iterator[Finding]:
         yield error("--token_string: name the new word, e.g. --token_string my_cat")
     elif len(token.split()) != 1:
         yield error(f"--token_string {token!r}: must be one word without spaces")
+    elif "/" in token or "\\" in token:
+        yield error(f"--token_string {token}: must have no / and no \\, as programs take the word from the file's name")
     if not own.init_word and not own.weights:
         yield error("--init_word: name a known word to start from, e.g. cat, or a file with --weights")
     yield from no_file("weights", own.weights)

@@ -34,6 +34,8 @@ class Seen:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.latents, self.noise, self.timesteps = [], [], []
         self.captions: list[str] = []
+        self.sizes: list[list[int]] = []  # (H, W) of the images, and the corners of their crops
+        self.corners: list[list[int]] = []
         noisy, at = batch_losses.make_noisy, BatchLosses.at
 
         def make_noisy(latents: Tensor, *args: Any, **more: Any) -> Any:
@@ -45,6 +47,8 @@ class Seen:
 
         def record(losses: BatchLosses, batch: Any, *args: Any, **more: Any) -> Tensor:
             self.captions += batch.captions
+            self.sizes += batch.original_sizes.tolist()
+            self.corners += batch.crop_top_lefts.tolist()
             return at(losses, batch, *args, **more)
 
         monkeypatch.setattr(batch_losses, "make_noisy", make_noisy)
