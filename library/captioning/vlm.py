@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,11 @@ class VisionLanguageModel:
         self, model_id: str, prompt: Prompt, answer: Answer, *, system: str | None, precision: str, device: str | None
     ) -> None:
         import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         flag = "--model_id"
         folder = model_folder(model_id, flag)
-        self._processor = load_pretrained(AutoProcessor, folder, flag)
+        self._processor = _processor_of(folder, flag)
         tokenizer = getattr(self._processor, "tokenizer", None)
         if tokenizer is None or getattr(self._processor, "image_processor", None) is None:
             raise UserError(f"{flag} {model_id}: has no processor of images and text; it is no vision-language model")
@@ -104,6 +105,31 @@ class VisionLanguageModel:
         if self._system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self._system}]})
         return self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def _processor_of(folder: Path, flag: str) -> Any:
+    """Load the processor of a model. That of models which see videos too is one of images alone without torchvision,
+    which only videos need.
+
+    Raises:
+        UserError: there is none that transformers can load.
+    """
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        return load_pretrained(AutoProcessor, folder, flag)
+    config = type(load_pretrained(AutoConfig, folder, flag))
+    kind: Any = PROCESSOR_MAPPING[config] if config in PROCESSOR_MAPPING else AutoProcessor
+    if "video_processor" not in getattr(kind, "get_attributes", list)():
+        return load_pretrained(AutoProcessor, folder, flag)
+
+    def attributes(cls: Any) -> list[str]:
+        return [name for name in kind.get_attributes() if name != "video_processor"]
+
+    of_images = type(kind.__name__, (kind,), {"get_attributes": classmethod(attributes)})
+    return load_pretrained(of_images, folder, flag)
 
 
 def one_line(text: str) -> str:

@@ -16,6 +16,7 @@ from tests.fixtures.tiny_captioners import (
     write_tiny_florence,
     write_tiny_git,
     write_tiny_llava,
+    write_tiny_qwen,
     write_wd_onnx,
 )
 from tests.fixtures.tiny_sd import make_tiny_sd
@@ -23,11 +24,11 @@ from tests.fixtures.tiny_sd import make_tiny_sd
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
 PAGE = ROOT / "docs" / "captioning.md"
-#: the page's models and what stands for them; Qwen's has torchvision's needs, and a test of its own
+#: the page's models and what stands for them
 MODELS = {
     "Salesforce/blip-image-captioning-large": write_tiny_blip,
     "microsoft/git-large-textcaps": write_tiny_git,
-    "Qwen/Qwen3-VL-4B-Instruct": write_tiny_llava,
+    "Qwen/Qwen3-VL-4B-Instruct": write_tiny_qwen,
     "fancyfeast/llama-joycaption-beta-one-hf-llava": write_tiny_llava,
     "florence-community/Florence-2-large": write_tiny_florence,
     "SmilingWolf/wd-swinv2-tagger-v3": write_wd_onnx,
