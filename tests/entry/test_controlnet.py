@@ -20,6 +20,7 @@ from tests.fixtures.families import SD, SDXL
 from tests.fixtures.guides import make_pairs
 from tests.fixtures.runs import logged, metadata_of
 from tests.fixtures.tiny_sd import make_tiny_sd
+from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 from tests.fixtures.whole import Whole
 
 SCRIPTS = {"sd": ("train_control_net", SD), "sdxl": ("sdxl_train_control_net", SDXL)}
@@ -92,6 +93,45 @@ def test_a_step_is_that_of_a_plain_diffusers_loop(
     for name, parameter in first.named_parameters():
         moved = parameter.detach() - last[name]
         torch.testing.assert_close(moved, parameter.grad, rtol=1e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_a_step_of_sdxl_is_that_of_a_plain_diffusers_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With both learning rates at 1; the texts are those of diffusers' pipeline of the same folder."""
+    from diffusers import ControlNetModel, DDPMScheduler, StableDiffusionXLPipeline
+
+    made = make_tiny_sdxl(tmp_path / "model", layout="diffusers")
+    dataset = make_pairs(tmp_path, ((64, 64),) * 2)
+    seen, guides = Seen(monkeypatch), Guides(monkeypatch)
+    descent = {"optimizer_type": "torch.optim.SGD", "learning_rate": 1.0, "control_net_lr": 1.0, "max_grad_norm": 0}
+    Whole("sdxl_train_control_net", SDXL, made).train(
+        dataset, tmp_path / "out", **descent, max_train_steps=2, save_every_n_steps=1, controlnet_layout="diffusers"
+    )
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(made.path), torch_dtype=torch.float32)
+    # the tiny tokenizer's end token is not the largest id of the vocabulary
+    pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
+    with torch.no_grad():
+        context, _, pooled, _ = pipeline.encode_prompt(seen.captions[2:4], do_classifier_free_guidance=False)
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * 2)}
+    schedule = DDPMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    first = ControlNetModel.from_pretrained(tmp_path / "out" / "tiny-step00000001")
+    last = ControlNetModel.from_pretrained(tmp_path / "out" / "tiny").state_dict()
+    latents, noise, timesteps = seen.latents[1], seen.noise[1], seen.timesteps[1]
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    image = (guides.images[1] + 1) / 2
+    down, middle = first(noisy, timesteps, context, image, added_cond_kwargs=added, return_dict=False)
+    assert middle.abs().max() > 0
+    prediction = pipeline.unet.requires_grad_(False)(
+        noisy, timesteps, context, down_block_additional_residuals=down, mid_block_additional_residual=middle,
+        added_cond_kwargs=added,
+    ).sample  # fmt: skip
+    loss = F.mse_loss(prediction, noise)
+    loss.backward()
+    assert logged(tmp_path / "out", "loss/current")[1] == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in first.named_parameters():
+        torch.testing.assert_close(parameter.detach() - last[name], parameter.grad, rtol=1e-3, atol=2e-6, msg=name)
 
 
 def test_it_starts_from_the_unet_and_changes_nothing(tmp_path: Path, controlnet: Whole) -> None:

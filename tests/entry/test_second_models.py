@@ -1,4 +1,4 @@
-"""ControlNets, ControlNet-LLLites and layered words in all that a trainer must do: crashes, processes, NaN."""
+"""ControlNets, ControlNet-LLLites and words in all that a trainer must do: crashes, processes, NaN, resuming."""
 
 from __future__ import annotations
 
@@ -8,49 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from library.training.batch_losses import BatchLosses
+from library.training.run_hooks import RunHooks
 from tests.entry import test_crashes
 from tests.entry.test_crashes import EVERYTHING, check_full_disk, check_kill
 from tests.entry.test_crashes import Whole as Uninterrupted
 from tests.fixtures.crashes import Ended, fork_run
 from tests.fixtures.families import SD
-from tests.fixtures.guides import make_pairs
-from tests.fixtures.runs import launch_script
+from tests.fixtures.runs import THREE_SHAPES, launch_script, logged, metadata_of
+from tests.fixtures.second_models import PARAMETERS, SCRIPTS, data_of, reads_images
 from tests.fixtures.whole import Whole
 
-#: script -> its own options
-SCRIPTS: dict[str, dict[str, object]] = {
-    "train_control_net": {},
-    "train_control_net_lllite": {"cond_emb_dim": 4, "network_dim": 8},
-    "train_textual_inversion_XTI": {
-        "token_string": "qux", "init_word": "cat", "use_object_template": True, "save_model_as": "safetensors",
-    },
-}  # fmt: skip
 
-
-def reads_images(script: str) -> bool:
-    return "control" in script
-
-
-@pytest.fixture(scope="module", params=["train_control_net_lllite", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS if name != "train_control_net_lllite"
-)])  # fmt: skip
+@pytest.fixture(scope="module", params=PARAMETERS)
 def script(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    torch.set_num_threads(1)
-    return Whole(request.param, SD, SD.make(tmp_path_factory.mktemp(request.param)))
-
-
-def data_of(script: Whole, folder: Path, *, batch: int = 2) -> Path:
-    """Pairs, or images alone for what reads none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = make_pairs(folder, sizes=((64, 64),) * 5)
-    text = path.read_text(encoding="utf-8").replace("batch_size = 2", f"batch_size = {batch}")
-    if not reads_images(script.script):
-        text = "\n".join(line for line in text.splitlines() if not line.startswith("conditioning_data_dir"))
-    path.write_text(text, encoding="utf-8")
-    return path
+    return SCRIPTS[request.param].whole(request.param, tmp_path_factory.mktemp(request.param))
 
 
 # ---- killed, and out of space ----
@@ -66,10 +41,10 @@ class Case(test_crashes.Case):
         assert self.script is not None
         hook = {name: more.pop(name) for name in ("at", "what") if name in more}
         prompts, guide = self.folder / "prompts.txt", self.folder / "guides" / "0.png"
-        control = f" --cn {guide}" if reads_images(self.script.script) else ""
+        control = f" --cn {guide}" if reads_images(self.script) else ""
         prompts.write_text(f"a cat --w 64 --h 64 --s 1 --d 1{control}", encoding="utf-8")
-        flags = {**EVERYTHING, **SCRIPTS[self.script.script], "network_train_unet_only": None, **more}
-        if not reads_images(self.script.script):
+        flags = {**EVERYTHING, "network_train_unet_only": None, **more}
+        if not reads_images(self.script):
             flags["cache_text_encoder_outputs_to_disk"] = None
         return fork_run(
             lambda: self.script.train(self.folder / "data.toml", self.output, sample_prompts=prompts, **flags),  # type: ignore[union-attr]
@@ -104,7 +79,7 @@ def test_killed_within_a_save(tmp_path: Path, script: Whole, uninterrupted: Unin
 def test_killed_and_out_of_space_at_many_write_points(
     tmp_path: Path, script: Whole, uninterrupted: Uninterrupted
 ) -> None:
-    for at in range(0, len(uninterrupted.points) - 3, 5):
+    for at in range(0, len(uninterrupted.points) - 3, 5 if script.family is SD else 15):
         check_kill(start(tmp_path, script), uninterrupted, at)
         if uninterrupted.points[at].startswith(("open", "os.mkdir")):
             check_full_disk(start(tmp_path, script), uninterrupted, at)
@@ -116,14 +91,12 @@ def test_killed_and_out_of_space_at_many_write_points(
 @pytest.mark.slow
 def test_two_at_batch_1_are_one_at_batch_2(tmp_path: Path, script: Whole) -> None:
     descent = {
-        **SCRIPTS[script.script], "optimizer_type": "SGD", "optimizer_args": ["momentum=0.9"], "learning_rate": 0.1,
+        "optimizer_type": "SGD", "optimizer_args": ["momentum=0.9"], "learning_rate": 0.1,
         "max_grad_norm": 1.0, "max_train_steps": 4, "ema_decay": 0.9, "cache_latents": True,
     }  # fmt: skip
-    one, two = data_of(script, tmp_path / "a", batch=2), data_of(script, tmp_path / "b", batch=1)
-    (tmp_path / "a" / "images" / "4.png").unlink()
-    (tmp_path / "b" / "images" / "4.png").unlink()
-    for folder in ("a", "b"):
-        (tmp_path / folder / "guides" / "4.png").unlink()
+    four = ((64, 64),) * 4
+    one = data_of(script, tmp_path / "a", sizes=four, batch=2)
+    two = data_of(script, tmp_path / "b", sizes=four, batch=1)
     script.train(one, tmp_path / "one", **descent)
     done = launch_script(f"{script.script}.py", 2, *script.words(two, tmp_path / "two", **descent))
     assert [process.code for process in done] == [0, 0], done[0].text + done[1].text
@@ -150,10 +123,112 @@ def test_a_step_that_is_not_finite_is_not_saved(
 
     monkeypatch.setattr(BatchLosses, "at", at)
     with pytest.raises(SystemExit) as ended:
-        script.train(data, tmp_path / "out", **SCRIPTS[script.script], max_train_steps=4, save_every_n_steps=1)
+        script.train(data, tmp_path / "out", max_train_steps=4, save_every_n_steps=1)
     assert ended.value.code not in (0, None)
     assert "step 3" in capsys.readouterr().err
     for path in (tmp_path / "out").glob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
     assert (tmp_path / "out" / "tiny-step00000002.safetensors").exists()
     assert not (tmp_path / "out" / "tiny.safetensors").exists()
+
+
+# ---- resume of a resume ----
+
+ANEW = "shuffle_caption = true\ncaption_dropout_rate = 0.3\nflip_aug = true\nrandom_crop = true\ncolor_aug = true\n"
+#: lines for every subset, and options
+SETS: dict[str, tuple[str, dict[str, object]]] = {
+    "pixels": (ANEW, {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "ema_decay": 0.9}),
+    "accumulation": ("flip_aug = true", {"gradient_accumulation_steps": 3, "cache_latents": True, "noise_offset": 0.1}),
+    "bf16": ("", {"mixed_precision": "bf16", "full_bf16": True, "gradient_checkpointing": True, "cache_latents": True}),
+    "no schedule": ("", {"optimizer_type": "AdamWScheduleFree", "cache_latents": True, "loss_type": "huber"}),
+    "validation": ("validation_split = 0.3", {"validate_every_n_steps": 1, "save_best": True, "cache_latents": True}),
+}
+
+
+class Killed(Exception):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("name", [n if n == "pixels" else pytest.param(n, marks=pytest.mark.slow) for n in SETS])
+def test_killed_twice(
+    tmp_path: Path, script: Whole, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """It ends with the bits of a run left alone."""
+    subset, options = SETS[name]
+    if "ScheduleFree" in str(options):
+        pytest.importorskip("schedulefree")
+    data = data_of(script, tmp_path / "data", sizes=THREE_SHAPES, subset=subset)
+    settings = {**options, "max_train_steps": 9, "save_every_n_steps": 1, "save_state": True}
+    script.train(data, tmp_path / "alone", **settings)
+    original, resume = RunHooks.step_ended, None
+    for fatal in (4, 7, None):
+
+        def dies(self: RunHooks, step: int, epoch: int, fatal: int | None = fatal) -> object:
+            if step == fatal:
+                raise Killed
+            return original(self, step, epoch)
+
+        monkeypatch.setattr(RunHooks, "step_ended", dies)
+        if fatal is None:
+            script.train(data, tmp_path / "out", **settings, resume=resume)
+            break
+        with pytest.raises(Killed):
+            script.train(data, tmp_path / "out", **settings, resume=resume)
+        resume = tmp_path / "out" / f"tiny-step{fatal - 1:08d}-state"
+    names = sorted(path.name for path in (tmp_path / "alone").glob("*.safetensors"))
+    assert "tiny.safetensors" in names
+    for file in names:
+        alone, killed = load_file(tmp_path / "alone" / file), load_file(tmp_path / "out" / file)
+        assert alone.keys() == killed.keys()
+        assert not [key for key, tensor in alone.items() if not torch.equal(tensor, killed[key])], file
+    assert "not exactly" not in caplog.text
+
+
+# ---- validation, masks, records ----
+
+
+def test_validation_is_not_felt_and_ends_a_run(tmp_path: Path, script: Whole) -> None:
+    """Weights that stand still have equal losses, the first of which is the best."""
+    subset = "validation_split = 0.3"
+    data = data_of(script, tmp_path / "data", sizes=((64, 64),) * 7, subset=subset)
+    common = {"cache_latents": True, "max_train_steps": 5}
+    validated = {"validate_every_n_steps": 1, "save_best": True, "save_state": True}
+    script.train(data, tmp_path / "plain", **common, validate_every_n_steps=5)
+    script.train(data, tmp_path / "validated", **common, **validated)
+    plain, with_validation = (load_file(tmp_path / name / "tiny.safetensors") for name in ("plain", "validated"))
+    assert all(torch.equal(tensor, with_validation[key]) for key, tensor in plain.items())
+    losses = logged(tmp_path / "validated", "loss/validation/step_average")
+    assert len(losses) == 5 and len(set(losses)) > 1
+
+    still = {"learning_rate": 1e-30, "early_stopping_patience": 2, "ema_decay": 0.9}
+    if script.script == "sdxl_train_control_net":
+        still["control_net_lr"] = 1e-30
+    script.train(data, tmp_path / "still", **{**common, **validated, **still})
+    losses = logged(tmp_path / "still", "loss/validation/step_average")
+    assert len(losses) == 3 and len(set(losses)) == 1
+    names = {path.stem for path in (tmp_path / "still").glob("*.safetensors")}
+    assert {"tiny", "tiny-ema", "tiny-best", "tiny-best-ema"} <= names
+
+
+def test_nothing_is_learned_where_images_are_transparent(tmp_path: Path, script: Whole) -> None:
+    data = data_of(script, tmp_path / "data", subset="flip_aug = true\nalpha_mask = true")
+    for path in (tmp_path / "data" / "images").glob("*.png"):
+        image = Image.open(path).convert("RGBA")
+        image.putalpha(0)
+        image.save(path)
+    for name, caches in (("pixels", {}), ("cached", {"cache_latents": True})):
+        script.train(data, tmp_path / name, **caches, max_train_steps=3)
+        assert logged(tmp_path / name, "loss/current") == [0.0] * 3
+
+
+def test_what_its_files_say(tmp_path: Path, script: Whole) -> None:
+    """A model specification with the user's words, and nothing of the training, as other trainers write them."""
+    data = data_of(script, tmp_path / "data")
+    words = {"metadata_title": "Edges", "metadata_author": "me", "metadata_tags": "a, b"}
+    script.train(data, tmp_path / "out", **words, training_comment="unused", max_train_steps=1)
+    entries = metadata_of(tmp_path / "out" / "tiny.safetensors")
+    assert entries["modelspec.title"] == "Edges" and entries["modelspec.author"] == "me"
+    assert entries["modelspec.tags"] == "a, b" and entries["modelspec.sai_model_spec"]
+    kind = entries["modelspec.architecture"].rpartition("/")[2]
+    assert kind in {"controlnet", "control-net-lllite", "textual-inversion", "textual-inversion-xti"}
+    assert not [name for name in entries if name.startswith("ss_")]
