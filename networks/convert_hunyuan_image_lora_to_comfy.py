@@ -21,17 +21,10 @@ if __package__ in (None, ""):  # run as a script: the suite is one folder up
 
 from library.errors import UserError, exits_on_user_error
 from networks.files.comfyui_script import Renaming, renaming_parser
+from networks.files.families import family_named
 
-#: endings of modules' names -> those of ComfyUI
-_NAMES = {
-    "img_mlp_fc1": "img_mlp_0",
-    "img_mlp_fc2": "img_mlp_2",
-    "txt_mlp_fc1": "txt_mlp_0",
-    "txt_mlp_fc2": "txt_mlp_2",
-    "img_mod_linear": "img_mod_lin",
-    "txt_mod_linear": "txt_mod_lin",
-    "modulation_linear": "modulation_lin",
-}
+#: endings of modules' names in ComfyUI -> the published ones
+_ENDINGS = family_named("hunyuan_image").other_endings
 _MODULE = re.compile(r"(lora_unet_(?:double|single)_blocks_\d+_)(\w+)")
 
 
@@ -41,7 +34,7 @@ def setup_parser() -> argparse.ArgumentParser:
 
 def renamed(name: str, *, reverse: bool) -> str:
     """Return a tensor's name in the other layout; the same where both agree."""
-    table = {comfyui: published for published, comfyui in _NAMES.items()} if reverse else _NAMES
+    table = _ENDINGS if reverse else {published: comfyui for comfyui, published in _ENDINGS.items()}
     module, dot, leaf = name.partition(".")
     found = _MODULE.fullmatch(module)
     return f"{found[1]}{table.get(found[2], found[2])}{dot}{leaf}" if found else name

@@ -6,7 +6,8 @@ Others hold the same tensors as
 * ``lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight``: published, with diffusers' module names;
 * ``unet.down_blocks.1.attentions.0.proj_in.lora_A.weight`` (diffusers and PEFT), for text encoders
   ``text_encoder.`` or ``text_encoder_2.``, with or without the level ``text_model.``;
-* the same with ``.lora.down.weight`` or ``.lora_linear_layer.down.weight`` (diffusers before PEFT).
+* the same with ``.lora.down.weight`` or ``.lora_linear_layer.down.weight`` (diffusers before PEFT);
+* published names with other endings, where another program calls a family's layers otherwise (``other_endings``).
 
 PEFT's alphas are in the metadata, as JSON under ``lora_adapter_metadata``; without them alpha is the rank.
 """
@@ -65,6 +66,9 @@ def _aliases(model: nn.Module, target: LoraTarget) -> Iterator[tuple[str, str]]:
         yield f"{target.prefix}_{found.published_path.replace('.', '_')}", found.lora_name
         yield f"{target.diffusers_root}.{found.published_path}", found.lora_name
         yield f"{target.diffusers_root}.{found.published_path.removeprefix('text_model.')}", found.lora_name
+        for other, own in target.other_endings:
+            if found.lora_name.endswith(f"_{own}"):
+                yield f"{found.lora_name.removesuffix(own)}{other}", found.lora_name
 
 
 def with_alphas(weights: dict[str, Tensor], metadata: Mapping[str, str], title: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from library.architectures.adapters import AdapterFamily, TablePaths
 from library.architectures.common.recognise import recognise_tensors
 from library.architectures.lora_target import LoraTarget
 from library.errors import UserError
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 #: a piece of a tensor's name -> the kind of the file; used only when a file does not fit
 _OTHER_KINDS = {
-    "transformer.transformer_blocks.": "it is in diffusers naming; networks/convert_flux_lora.py converts it",
-    "transformer.single_transformer_blocks.": "it is in diffusers naming; networks/convert_flux_lora.py converts it",
     ".lora_A.": "it is in diffusers/PEFT naming, for another model or for modules that carry no adapters here",
     ".lora.down.": "it is in diffusers naming, for another model or for modules that carry no adapters here",
     ".lora_linear_layer.": "it is in diffusers naming, for another model or for modules that carry no adapters here",
@@ -214,7 +213,7 @@ def select_weights(
 
     refuse_misfits(by_module.keys(), known, weights, source, network.module_name)
     if not selected:
-        raise UserError(f"{source}: holds nothing for this network; {_explain(weights, network.module_name)}")
+        raise UserError(f"{source}: holds nothing for this network; {_explain(weights, source, network.module_name)}")
     return selected, notes
 
 
@@ -223,11 +222,11 @@ def refuse_misfits(
 ) -> None:
     """Raise UserError if a file names no module at all, or modules that are not ``available``."""
     if not in_file:
-        raise UserError(f"{source}: holds no tensors of {module_name}; {_explain(weights, module_name)}")
+        raise UserError(f"{source}: holds no tensors of {module_name}; {_explain(weights, source, module_name)}")
     if unknown := sorted(set(in_file) - set(available)):
         raise UserError(
             f"{source}: {len(unknown)} of its {len(in_file)} modules have no place in this network "
-            f"({_some(unknown)}); {_explain(weights, module_name, available)}"
+            f"({_some(unknown)}); {_explain(weights, source, module_name, available)}"
         )
 
 
@@ -257,35 +256,68 @@ def _module_weights(
             rank_differs = name == "lora_down.weight" and tensor.shape[1:] == own[name].shape[1:]
             # (blocks, size, size): together they are the module's features
             rank_differs |= name.startswith("oft_blocks") and tensor.shape[:2].numel() == own[name].shape[:2].numel()
-            remedy = "use --dim_from_weights, or the file's rank" if rank_differs else "it was made for another model"
+            version = _metadata(source).get("ss_base_model_version")
+            other = "it was made for another model" + (f" (ss_base_model_version is {version})" if version else "")
+            remedy = "use --dim_from_weights, or the file's rank" if rank_differs else other
             if name == "dora_scale" and tensor.shape == own[name].transpose(0, 1).shape:
                 remedy = "its magnitudes are of the other axis, see --network_args dora_on_output"
             raise UserError(f"{source}: {lora_name}.{name} is {shapes}; {remedy}")
     return {f"{lora_name}.{name}": tensor for name, tensor in given.items()}
 
 
-def _explain(weights: Mapping[str, Tensor], module_name: str, available: Collection[str] = ()) -> str:
+def _explain(weights: Mapping[str, Tensor], source: str, module_name: str, available: Collection[str] = ()) -> str:
     """Describe a file that does not fit; ``available`` are the names of the network, which show no other model."""
     if module_name.startswith("networks.oft") and any(name.endswith(".lora_down.weight") for name in weights):
         return f"it is a LoRA; use {module_name.replace('oft', 'lora')}"
     if any(name.startswith("lora_te2_") for name in available) and any(name.startswith("lora_te_") for name in weights):
         return "an old DyLoRA of SDXL has these names: use networks.dylora, or networks/extract_lora_from_dylora.py"
+    other = _other_family(weights, source, module_name, available)
+    if other is not None:
+        return other
     for piece, explanation in _OTHER_KINDS.items():
         if any(piece in key for key in weights) and not any(piece in name for name in available):
             return explanation
     misfits = {name: tuple(t.shape) for name, t in weights.items() if name.partition(".")[0] not in available}
     made_for = _family_of(misfits)
     if made_for and made_for != _family_of(dict.fromkeys(available, ())):
-        return f"it was made for {made_for}"
+        return f"it was made for {made_for.title}"
     return f"was it made for another model, or with other --network_args, than this {module_name}?"
 
 
-def _family_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Return the title of the family whose adapters have these names, if it is known."""
+def _other_family(
+    weights: Mapping[str, Tensor], source: str, module_name: str, available: Collection[str]
+) -> str | None:
+    """Return what to do with a whole file of another family's module, or with this family's layers by other names."""
+    from networks.files.families import detect_naming, network_modules
+
+    family = _family_of({name: tuple(tensor.shape) for name, tensor in weights.items()}, _metadata(source))
+    if family is None or module_name not in network_modules():
+        return None
+    if family.network_module != module_name:
+        return f"it was made for {family.title}"
+    if not isinstance(family.parts[0].paths, TablePaths):  # every name of a U-Net's modules is read as it is
+        return None
+    unread = {name: None for name in weights if name.partition(".")[0] not in available}
+    try:
+        naming = detect_naming(unread, source)
+    except UserError:
+        return None
+    if naming == "kohya" and not any("transformer_blocks_" in name for name in unread):
+        return None
+    return (
+        f"it has the names of another program ({next(iter(unread))}); python tools/lora.py convert {source} "
+        "--to kohya --save_to NEW.safetensors gives it those that are read here"
+    )
+
+
+def _family_of(
+    shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None
+) -> AdapterFamily | None:
+    """Return the family that a file was made for, if it is known."""
     from networks.files.families import detect_family  # which imports this module's neighbours
 
     try:
-        return detect_family(shapes, {}, "").title if shapes else None
+        return detect_family(shapes, metadata or {}, "") if shapes else None
     except UserError:
         return None
 

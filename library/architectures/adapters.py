@@ -83,6 +83,12 @@ class ModulePaths(ABC):
         return all(part in self.words or part.isdigit() for part in path.split("."))
 
 
+def with_published_ending(name: str, endings: Mapping[str, str]) -> str:
+    """Return a module's name with its ending of another program, after a number, as the published one."""
+    found = re.fullmatch(r"(.*_\d+_)(\D.*)", name)
+    return f"{found[1]}{endings.get(found[2], found[2])}" if found else name
+
+
 class TablePaths(ModulePaths):
     """A transformer whose layers a table names: published layer -> diffusers' layers, in the order of its rows.
 
@@ -259,7 +265,7 @@ class Evidence:
         recorded: what the metadata says of the model, in lower case.
         attention_widths: inputs of cross-attention layers.
         text_widths: inputs of a text encoder's attention layers.
-        block_widths: inputs of layers in the blocks of a transformer by diffusers' names.
+        block_widths: inputs of layers in the blocks of a transformer.
     """
 
     text: str
@@ -268,6 +274,10 @@ class Evidence:
     attention_widths: frozenset[int]
     text_widths: frozenset[int]
     block_widths: frozenset[int] = frozenset()
+
+    def blocks(self, name: str) -> int:
+        """Return the length that a list of blocks has at least."""
+        return 1 + max((int(number) for number in re.findall(rf"(?:^|_){name}_(\d+)_", self.text, re.M)), default=-1)
 
 
 @dataclass(frozen=True)
@@ -302,6 +312,7 @@ class AdapterFamily:
         records: possible metadata; the first if nothing is known.
         network_module: our module that reads its LoRAs.
         old_names: beginnings of names in old files, and the advice for such files.
+        other_endings: endings of modules' names in other programs' files -> those of the published names.
         unwritten: namings that the program of that naming would not read, and the advice instead.
         opens: opens a model file or folder by its published names, if the family needs its own reader; returns None
             for other models.
@@ -316,6 +327,7 @@ class AdapterFamily:
     records: tuple[ModelRecord, ...]
     network_module: str
     old_names: Mapping[str, str] = field(default_factory=dict)
+    other_endings: Mapping[str, str] = field(default_factory=dict)
     unwritten: Mapping[Naming, str] = field(default_factory=dict)
     opens: Callable[[Path], Any] | None = None
     model_record: Callable[[Shapes], ModelRecord] | None = None

@@ -42,6 +42,8 @@ class LoraTarget:
     network_modules: tuple[str, ...] = ()
     #: other models whose modules have the same names: (``ss_base_model_version`` of their adapters, name for people)
     namesakes: tuple[tuple[str, str], ...] = ()
+    #: endings of modules' names in other programs' files, and those of the published names
+    other_endings: tuple[tuple[str, str], ...] = ()
 
     def with_convs(self) -> LoraTarget:
         return replace(self, module_classes=self.module_classes + self.conv_classes)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from library.architectures.adapters import AdapterFamily, AdapterNaming, Evidence, Naming, Shapes
 from library.architectures.registry import adapter_families
 from library.errors import UserError
 from networks.file_names import PEFT_ROOT
 
-#: names that only files of unsupported families hold
-_OTHERS = {
-    "lora_unet_blocks_": "Anima",
-    "diffusion_model.blocks.": "a video model or Anima",
+#: FLUX.1's names, of which some are others; its lists are shorter
+_VIDEO = re.compile(r"_blocks_\d+_((img|txt)_(attn|mlp|mod)_|linear[12]|modulation_linear)")
+#: unsupported families, and how their files are known
+_OTHERS: dict[str, Callable[[Evidence], bool]] = {
+    "Anima": lambda found: "lora_unet_blocks_" in found.text,
+    "a video model or Anima": lambda found: "diffusion_model_blocks_" in found.text,
+    "HunyuanVideo": lambda found: (
+        bool(_VIDEO.search(found.text))
+        and 3072 in found.block_widths
+        and (found.blocks("double_blocks") == 20 or found.blocks("single_blocks") == 40)
+    ),
 }
 #: prefix of the names in this project's own layout of OFT, see oft.py
 OWN_OFT = "oft_unet_"
@@ -28,6 +35,11 @@ def namings() -> Iterator[AdapterNaming]:
 def family_named(key: str) -> AdapterFamily:
     """Return the family that ``--family`` names; one of ``About.adapter_keys``."""
     return next(family for family in adapter_families() if family.key == key)
+
+
+def network_modules() -> frozenset[str]:
+    """Return the network modules of all families."""
+    return frozenset(family.network_module for family in adapter_families())
 
 
 def detect_naming(names: Mapping[str, object], title: str) -> Naming:
@@ -70,8 +82,8 @@ def detect_family(shapes: Shapes, metadata: Mapping[str, str], title: str) -> Ad
         UserError: an unsupported family, or the file fits several.
     """
     found = _evidence(shapes, metadata)
-    for piece, other in _OTHERS.items():
-        if piece.replace(".", "_") in found.text:
+    for other, is_it in _OTHERS.items():
+        if is_it(found):
             raise UserError(f"{title}: made for {other}, whose names are not known yet")
     family = next((family for family in adapter_families() if family.claims(found)), None)
     if family is None:
@@ -92,7 +104,7 @@ def _evidence(shapes: Shapes, metadata: Mapping[str, str]) -> Evidence:
         metadata=metadata,
         attention_widths=widths(r"attn2[._]to_[kv]\.[\w.]*(down|_A)"),
         text_widths=widths(r"self_attn.q_proj\.[\w.]*(down|_A)"),
-        block_widths=widths(r"(^|[._])transformer_blocks[._]\d+[._][\w.]*(down|_A)"),
+        block_widths=widths(r"(^|[._])((double|single)_blocks|transformer_blocks)[._]\d+[._][\w.]*(down|_A)"),
     )
 
 

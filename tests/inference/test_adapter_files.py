@@ -131,7 +131,7 @@ def test_other_files_are_refused(made: dict[str, MadeFlux], adapters: dict[str, 
         renamed(tmp_path / "sd_oft.safetensors", oft, "double_blocks_0_img_attn", "input_blocks_4_1_attn1"): "no place",
         renamed(
             tmp_path / "d.safetensors", lora, "lora_unet_single_blocks_0_", "transformer.single_transformer_blocks."
-        ): ("networks/convert_flux_lora.py converts it"),
+        ): ("d.safetensors --to kohya --save_to NEW.safetensors gives it those that are read here"),
         made["dev"].path: "a whole transformer",
         made["dev"].ae: "holds no tensors of networks.lora_flux",
         adapters["chroma"]: "",

@@ -93,6 +93,38 @@ def test_widths_tell_transformers_with_diffusers_names_apart(width, title, layer
     assert detect_family(shapes, {}, "file").title == title
 
 
+def blocks(double: int, single: int, leaf: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """A layer of every block by the names that FLUX.1 and others share."""
+    names = [f"double_blocks_{n}_img_attn_proj" for n in range(double)] + [
+        f"single_blocks_{n}_linear2" for n in range(single)
+    ]
+    return {f"lora_unet_{name}.{leaf}": shape for name in names}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "title"),
+    [
+        ({"lora_unet_double_blocks_3_img_mlp_0.lora_down.weight": (4, 3584)}, "HunyuanImage-2.1"),
+        ({"lora_unet_double_blocks_3_img_mlp_0.lora_down.weight": (4, 3072)}, "FLUX.1 or Chroma"),
+        ({"lora_unet_single_blocks_3_linear2.lora_down.weight": (4, 17920)}, "HunyuanImage-2.1"),
+        ({"diffusion_model.double_blocks.0.img_mod.lin.lora_A.weight": (4, 3584)}, "HunyuanImage-2.1"),
+        ({"diffusion_model.double_blocks.0.img_mod.lin.lora_A.weight": (4, 3072)}, "FLUX.1"),
+        ({"transformer.single_transformer_blocks.0.proj_out.lora_A.weight": (4, 17920)}, "HunyuanImage-2.1"),
+        ({"transformer.single_transformer_blocks.0.norm.linear.lora_A.weight": (4, 3072)}, "FLUX.1"),
+        (blocks(20, 40, "lokr_w1", (8, 8)), "HunyuanImage-2.1"),
+        (blocks(19, 38, "lokr_w1", (8, 8)), "FLUX.1 or Chroma"),
+        ({f"lora_unet_transformer_blocks_{n}_attn_to_q.lokr_w1": (8, 8) for n in range(24)}, "Stable Diffusion 3"),
+    ],
+)
+def test_widths_and_numbers_of_blocks_tell_models_with_the_same_names_apart(shapes, title):
+    assert detect_family(shapes, {}, "file").title == title
+
+
+def test_a_video_model_with_the_names_of_an_image_model():
+    with pytest.raises(UserError, match="made for HunyuanVideo, whose names are not known yet"):
+        detect_family(blocks(20, 40, "lora_down.weight", (4, 3072)), {}, "file")
+
+
 @pytest.mark.parametrize(
     ("name", "to"),
     [

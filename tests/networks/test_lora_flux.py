@@ -231,7 +231,7 @@ def test_other_families_and_modules_are_named(tiny_unet):
         check_network_args({}, SD.denoiser_target)
     check_network_args({"single_dim": "4"})
     theirs = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 32)}
-    with pytest.raises(UserError, match="it is in diffusers naming; networks/convert_flux_lora.py converts it"):
+    with pytest.raises(UserError, match="names of another program .* python tools/lora.py convert .* --to kohya"):
         create_network_from_weights(1.0, None, None, encoders, denoiser, theirs)
     with pytest.raises(UserError, match="found nothing to adapt in UNet2DConditionModel"):
         create_network(1.0, 4, 1.0, None, None, tiny_unet)

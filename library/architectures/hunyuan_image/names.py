@@ -80,6 +80,18 @@ LISTS: Mapping[str, tuple[str, Table, Table]] = {
 }
 
 
+#: endings of modules' names in ComfyUI's adapter files, as FLUX.1 calls these layers -> the published ones
+COMFYUI_ENDINGS = {
+    "img_mlp_0": "img_mlp_fc1",
+    "img_mlp_2": "img_mlp_fc2",
+    "txt_mlp_0": "txt_mlp_fc1",
+    "txt_mlp_2": "txt_mlp_fc2",
+    "img_mod_lin": "img_mod_linear",
+    "txt_mod_lin": "txt_mod_linear",
+    "modulation_lin": "modulation_linear",
+}
+
+
 def _in_block(ours: str, theirs: str, table: Table, number: str) -> Table:
     return {f"{ours}.{number}.{name}": tuple(f"{theirs}.{number}.{part}" for part in table[name]) for name in table}
 

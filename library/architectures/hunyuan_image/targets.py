@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from library.architectures.hunyuan_image.names import COMFYUI_ENDINGS
 from library.architectures.lora_target import LoraTarget
 
 
@@ -30,6 +31,7 @@ DENOISER = LoraTarget(
     diffusers_root="transformer",
     stacked_widths=stacked_widths,
     network_modules=("networks.lora_hunyuan_image",),
+    other_endings=tuple(COMFYUI_ENDINGS.items()),
 )
 
 

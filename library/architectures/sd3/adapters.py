@@ -40,6 +40,8 @@ T5XXL = t5_naming(("lora_te3_",), "text_encoder_3")
 
 #: inputs of layers in the blocks of each size of the model; diffusers names these layers as in other transformers
 _WIDTHS = frozenset(scale * width for width in (1536, 2432) for scale in (1, 4))
+#: of models with these names, and without the lists of ``_NOT_HERE`` in a file: HunyuanImage-2.1's twenty
+_DEEPEST_OTHER = 20
 _NOT_HERE = re.compile(r"single_transformer_blocks|double_blocks|single_blocks")
 
 
@@ -47,8 +49,11 @@ def _claims(found: Evidence) -> bool:
     if _NOT_HERE.search(found.text):
         return False
     is_recorded = "stable-diffusion-3" in found.recorded or "sd3" in found.recorded
-    # metadata that tells of another model counts more than widths
-    return is_recorded or "joint_blocks_" in found.text or (not found.recorded and bool(found.block_widths & _WIDTHS))
+    if is_recorded or "joint_blocks_" in found.text:
+        return True
+    # metadata that tells of another model counts more than widths and depth
+    is_deep = found.blocks("transformer_blocks") > _DEEPEST_OTHER
+    return not found.recorded and (is_deep or bool(found.block_widths & _WIDTHS))
 
 
 #: by ``ss_base_model_version``
