@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,15 +93,18 @@ def locate_tokenizer(
     cache_dir: str | None,
     subfolder: str = "tokenizer",
     kind: TokenizerKind = CLIP,
+    inside: Callable[[], Path | None] = lambda: None,
 ) -> Path:
     """Return a local folder with the tokenizer's files.
 
     It looks in the model's own ``subfolder``, in ``cache_dir`` (a sub-folder named after a repository with
-    ``/`` as ``_``, or ``cache_dir`` itself), then on the Hub, from where it is copied into ``cache_dir`` if given.
+    ``/`` as ``_``, or ``cache_dir`` itself), ``inside`` the text encoder's file, then on the Hub, from where it is
+    copied into ``cache_dir`` if given.
 
     Args:
         repositories: (Hub repository, sub-folder in it) of interchangeable tokenizers, in order of preference.
         model_folder: of the model, or of its file.
+        inside: returns a folder with the tokenizer that the text encoder's file holds, or None.
 
     Raises:
         UserError: none of these has it.
@@ -110,9 +113,11 @@ def locate_tokenizer(
         return model_folder / subfolder
     if cache_dir is not None:
         named = [Path(cache_dir) / repository.replace("/", "_") for repository, _ in repositories]
-        for folder in (*named, Path(cache_dir)):
-            if has_tokenizer(folder, kind):
-                return folder
+        for place in (*named, Path(cache_dir)):
+            if has_tokenizer(place, kind):
+                return place
+    if (folder := inside()) is not None:
+        return folder
     repository, fetched = _from_hub(repositories, cache_dir, kind)
     return fetched if cache_dir is None else _copy(fetched, Path(cache_dir) / repository.replace("/", "_"), kind)
 

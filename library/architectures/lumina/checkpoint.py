@@ -74,6 +74,7 @@ def inspect_model(
             model_folder=path if path.is_dir() else place.parent,
             cache_dir=tokenizer_cache_dir,
             kind=GEMMA,
+            inside=lambda: gemma2.own_tokenizer(encoder.file),
         ),
     )
 

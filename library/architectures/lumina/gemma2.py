@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import refuse_scaled, what_it_is
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
-from library.architectures.common.tensor_files import Shapes
+from library.architectures.common.tensor_files import Shapes, WeightFile
 from library.architectures.common.tokenizer_files import sentencepiece_tokenizer
 from library.errors import UserError
 
@@ -40,6 +41,8 @@ _HEAD = 256
 _TABLE = "embed_tokens.weight"
 _MARK = "layers.0.pre_feedforward_layernorm.weight"
 _TOP = ("embed_tokens", "layers", "norm")
+#: bytes of the published tokenizer.model, which ComfyUI's files hold beside the weights
+_TOKENIZER = "spiece_model"
 #: tokens are padded to a multiple of this, as published
 _MULTIPLE = 8
 
@@ -110,6 +113,23 @@ def load(source: ModelSource, *, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 # ---- text ----
+
+
+def own_tokenizer(file: WeightFile) -> Path | None:
+    """Return a temporary folder with the tokenizer that the encoder's file holds; None if it holds none."""
+    name = next((name for name in file.shapes if name.rpartition(".")[2] == _TOKENIZER), None)
+    if name is None:
+        return None
+    ((_, content),) = file.read([name])
+    folder = Path(_unpacked(file.path).name)
+    (folder / "tokenizer.model").write_bytes(content.contiguous().view(torch.uint8).numpy().tobytes())
+    return folder
+
+
+@cache
+def _unpacked(path: Path) -> TemporaryDirectory[str]:
+    """Return the folder for the tokenizer of this file; it is removed at the end of the process."""
+    return TemporaryDirectory(prefix="gemma2_tokenizer_")
 
 
 def load_tokenizer(folder: Path) -> Any:
