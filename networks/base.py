@@ -253,14 +253,14 @@ class AdapterNetwork(nn.Module, ABC):
         """Return parameter groups for an optimizer, and a description of each, e.g. ``"unet"``, ``"unet plus"``.
 
         Args:
-            text_encoder_lr: one rate for all text encoders or one for each.
+            text_encoder_lr: a rate for each text encoder; the last one is for all further ones too.
             unet_lr: of the denoiser.
             default_lr: used where a learning rate is ``None``; if it is ``None`` too, the optimizer's own is used.
 
         A rate of 0 leaves the part untrained: no group, no gradients.
 
         Raises:
-            UserError: the number of learning rates fits no text encoder, or all learning rates are 0.
+            UserError: there are more learning rates than text encoders, or all learning rates are 0.
         """
         groups: list[dict[str, Any]] = []
         descriptions: list[str] = []
@@ -276,14 +276,13 @@ class AdapterNetwork(nn.Module, ABC):
     def _rates_of_parts(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None
     ) -> Iterator[tuple[NetworkPart, float | None]]:
-        """Yield each part with its learning rate. Raises UserError if the number of rates fits no text encoder."""
+        """Yield each part with its learning rate. Raises UserError if there are more rates than text encoders."""
         count = sum(part.is_text_encoder for part in self.parts)
         rates: list[Any] = list(text_encoder_lr) if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
-        if len(rates) <= 1:
-            rates = (rates or [None]) * count
-        elif len(rates) != count:
+        if len(rates) > max(1, count):
             counts = f"{len(rates)} values, and text encoders are {count}"
             raise UserError(f"--text_encoder_lr has {counts}; give one for all, or one for each")
+        rates += (rates[-1:] or [None]) * (count - len(rates))
         remaining = iter(rates)
         for part in self.parts:
             yield part, next(remaining) if part.is_text_encoder else unet_lr

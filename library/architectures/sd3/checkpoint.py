@@ -82,18 +82,22 @@ def _text_encoders(path: Path, options: SD3Options) -> dict[str, ModelSource]:
     Raises:
         UserError: CLIP-L or CLIP-G is missing, or a file that an option names is something else.
     """
+
+    def opened(place: Path) -> WeightFile:
+        return with_plain_numbers(open_weights(place))
+
     found: dict[str, ModelSource] = {}
     subfolders = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
-    own = None if path.is_dir() else TensorFile.open(path)
+    own = None if path.is_dir() else with_plain_numbers(TensorFile.open(path))
     for name, subfolder in subfolders.items():
         given = getattr(options, name)
         if given:
             with naming(f"--{name}", given):
                 place = locate_part(given, f"--{name}", subfolder)
-                found[name] = t5.t5_source(place) if name == "t5xxl" else _clip_source(name, open_weights(place))
+                found[name] = t5.t5_source(place) if name == "t5xxl" else _clip_source(name, opened(place))
         elif own is None and (path / subfolder).is_dir():
             place = path / subfolder
-            found[name] = t5.t5_source(place) if name == "t5xxl" else _clip_source(name, open_weights(place))
+            found[name] = t5.t5_source(place) if name == "t5xxl" else _clip_source(name, opened(place))
         elif own is not None and any(key.startswith(f"text_encoders.{name}.") for key in own.shapes):
             found[name] = t5.t5_source(path) if name == "t5xxl" else _clip_source(name, own)
     missing = [name for name in ("clip_l", "clip_g") if name not in found]

@@ -136,8 +136,8 @@ DECLARATION = joined(
             "network_module": "what is trained: networks.lora_sd3, or a third-party module such as lycoris.kohya",
             "network_train_unet_only": "train the transformer's adapters only",
             "unet_lr": "learning rate of the transformer's adapters (as --learning_rate, if not given)",
-            "text_encoder_lr": "learning rate of the text encoders' adapters: one, or one for each of CLIP-L, "
-            "CLIP-G and T5-XXL",
+            "text_encoder_lr": "learning rates of the text encoders' adapters: of CLIP-L, CLIP-G and T5-XXL; the last "
+            "one is for all further encoders",
         },
         rules=(devices, what_is_trained),
         idle=(saves_no_encoders,),

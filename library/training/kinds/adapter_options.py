@@ -77,7 +77,7 @@ class AdapterOptimizerOptions(OptimizerOptions):
     )
     text_encoder_lr: list[float] | None = option(
         None,
-        "learning rate of the text encoder's adapters, one for each encoder",
+        "learning rates of the text encoders' adapters, one for each; the last is for all further encoders",
         type=float,
         nargs="*",
         unit="rate",
@@ -206,15 +206,16 @@ def cached_texts(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 def text_rates(o: Any, facts: Facts) -> Iterator[Finding]:
-    """Check the number of learning rates; programs write two for every model, and surplus ones are ignored."""
+    """Check the number of learning rates; programs write two for every model, and surplus ones are ignored.
+
+    The last one is for all further text encoders too.
+    """
     given = o.optimizer.text_encoder_lr or []
     if o.network.network_train_unet_only or len(given) <= 1:
         return
     there = facts.text_encoders
     numbers = f"--text_encoder_lr has {len(given)} values, and the model has {there} text encoder{'s'[: there != 1]}"
-    if len(given) < there:
-        yield error(f"{numbers}; give one for all, or {there}")
-    elif set(given[there:]) - set(given[:there]):  # the same value written twice loses nothing
+    if set(given[there:]) - set(given[:there]):  # the same value written twice loses nothing
         yield warning(f"{numbers}: {' '.join(f'{lr:g}' for lr in given[:there])} is used")
 
 
