@@ -18,6 +18,7 @@ SCRIPTS = {
     "sdxl": "sdxl_train",
     "flux": "flux_train",
     "sd3": "sd3_train",
+    "lumina": "lumina_train",
     "hunyuan_image": "hunyuan_image_train",
 }
 #: a warm-up, so that a stale learning rate shows; clipping off, as a fused update never sees all gradients
@@ -94,7 +95,7 @@ def test_a_fused_run_is_the_plain_run(tmp_path: Path, sd: Tiny, dataset: Path, n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sdxl", "flux", "sd3", "hunyuan_image"])
+@pytest.mark.parametrize("family", ["sdxl", "flux", "sd3", "lumina", "hunyuan_image"])
 @pytest.mark.parametrize("form", ["groups", "blocks"])
 def test_of_every_family(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, family: str, form: str) -> None:
     tiny = Tiny(FAMILIES[family], FAMILIES[family].make(tmp_path_factory.mktemp(family)))

@@ -48,6 +48,15 @@ def test_a_bad_step_is_left_out(tmp_path: Path, fine_tune: Whole, dataset: Path)
     assert all(bool(tensor.isfinite().all()) for tensor in fourth.values())
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
+def test_a_bad_step_is_left_out_by_every_script(tmp_path: Path, whole: Whole, dataset: Path) -> None:
+    whole.train(dataset, tmp_path, **OPTIONS, on_nan="skip")
+    first, second, third, fourth = steps(tmp_path)
+    assert changed(first, second) and not changed(second, third) and changed(third, fourth)
+    assert all(bool(tensor.isfinite().all()) for tensor in fourth.values())
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_a_bad_step_leads_back_to_the_snapshot(
     tmp_path: Path, fine_tune: Whole, dataset: Path, monkeypatch: pytest.MonkeyPatch
