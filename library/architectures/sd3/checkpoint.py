@@ -12,6 +12,7 @@ from library.architectures.common import clip, t5
 from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, locate_part, vae_at
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.recognise import what_it_is
+from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.sources import diffusers_vae_source, in_file, vae_source
 from library.architectures.common.tensor_files import TensorFile, WeightFile
