@@ -5,16 +5,15 @@ from __future__ import annotations
 from types import MappingProxyType
 
 _ZERO_3 = (
-    "only ZeRO stage 3 has it, which cannot be, as files, averages and the checks of each step must find whole "
-    "weights; to shard the frozen model, choose FSDP version 2 in accelerate config (docs/multi_gpu.md)"
+    "only ZeRO stage 3 has it, whose engine would own the forward pass, clipping and states; choose FSDP version 2 in "
+    "accelerate config, which shards the same (docs/multi_gpu.md)"
 )
 
 NO_STAGE_3 = (
-    "between passes it leaves empty tensors in place of all weights, the trained ones too, which files, averages and "
-    "the checks of each step must find whole; for adapters choose FSDP version 2 in accelerate config, which shards "
-    "the frozen model, and for whole models stage 2, which shards the optimizer's states (docs/multi_gpu.md)"
+    "DeepSpeed's engine would own the forward pass, clipping and states, which are this program's; choose FSDP version "
+    "2 in accelerate config, which shards the same: weights, gradients and the optimizer's states (docs/multi_gpu.md)"
 )
-NO_NVME = "DeepSpeed keeps states on a disk with ZeRO stage 3 only, which cannot be; use cpu, or leave it out"
+NO_NVME = "DeepSpeed keeps states on a disk with ZeRO stage 3 only, which is refused; use cpu, or leave it out"
 
 #: option -> why DeepSpeed excludes it
 NOT_WITH_DEEPSPEED = MappingProxyType(

@@ -1,8 +1,10 @@
-"""Shard a frozen model over processes: each keeps its part of every weight and gathers the rest block by block.
+"""Shard a model over processes: each keeps its part of every weight and gathers the rest block by block.
 
 It uses torch's FSDP2 (``torch.distributed.fsdp.fully_shard``): before a block runs, forward or backward, its weights
 are gathered from all processes, and freed afterwards. Adapters replace the ``forward`` of single layers within
 the blocks, so they find whole weights whenever they run. Their own parameters are not part of the model and stay whole.
+Where the model itself is trained, the gradients of a block are averaged over the processes when its backward pass is
+done, and each process keeps those of its parts (``library.optim.shards``).
 
 All processes must run the same blocks in the same order, because each gather is a collective call.
 """
@@ -17,6 +19,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError, did_you_mean
+from library.files.gathering import is_sharded
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,15 @@ class ShardSizes:
     total: int
 
 
-def shard_model(model: nn.Module, blocks: Sequence[str], sharding: Sharding, device: torch.device) -> None:
-    """Shard a frozen model over all processes, in place, moving it block by block to ``device``.
+def shard_model(
+    model: nn.Module,
+    blocks: Sequence[str],
+    sharding: Sharding,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Shard a model over all processes, in place, moving it block by block to ``device``.
 
     At most one block is whole on the device. Weights must be the same on all processes.
 
@@ -46,6 +56,7 @@ def shard_model(model: nn.Module, blocks: Sequence[str], sharding: Sharding, dev
         model: on the host; its modules' classes become subclasses of theirs.
         blocks: class names of the family's blocks.
         sharding: whose ``classes`` win.
+        dtype: of the shards, if it is not the model's; no block is converted before its turn.
 
     Raises:
         UserError: classes or modules that the model does not have.
@@ -61,16 +72,23 @@ def shard_model(model: nn.Module, blocks: Sequence[str], sharding: Sharding, dev
         "offload_policy": CPUOffloadPolicy() if sharding.on_host else OffloadPolicy(),
         "ignored_params": kept,
     }
-    for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # FSDP takes no others
     for unit in reversed(units):  # inner ones first
+        _prepare(unit, dtype)
         fully_shard(unit, reshard_after_forward=sharding.free_after_forward, **settings)
     # modules in no block are needed at the start and the end: torch keeps them from the forward to the backward pass
+    _prepare(model, dtype)
     fully_shard(model, **settings)
     for unit in (*units, model):
         # torch allocates its gather buffers once; buffers from a preview in inference mode would be unusable in a step
         unit.unshard()
         unit.reshard()
+
+
+def _prepare(unit: nn.Module, dtype: torch.dtype | None) -> None:
+    """Give the weights that are not sharded yet the form that FSDP takes: contiguous, and in the dtype of the shards."""
+    for parameter in unit.parameters():
+        if not is_sharded(parameter):
+            parameter.data = parameter.data.to(dtype or parameter.dtype).contiguous()
 
 
 def find_units(model: nn.Module, classes: Sequence[str], blocks: Sequence[str]) -> list[nn.Module]:
@@ -102,7 +120,11 @@ def _kept_whole(model: nn.Module, pattern: str | None, device: torch.device) -> 
         raise UserError(f"fsdp_ignored_modules {pattern}: no regular expression ({error})") from None
     if not found:
         raise UserError(f"fsdp_ignored_modules {pattern}: fits no module of the model; correct or remove it")
-    return {parameter for module in found for parameter in module.to(device).parameters()}
+    kept = {parameter for module in found for parameter in module.to(device).parameters()}
+    for parameter in kept:
+        if parameter.requires_grad and device.type == "cpu":
+            parameter.data = parameter.data.clone()  # it may be a view of the model's mapped file
+    return kept
 
 
 def shard_sizes(model: nn.Module) -> ShardSizes:

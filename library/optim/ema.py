@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.files.safetensors_io import load_tensors
+from library.files.gathering import whole
+from library.files.safetensors_io import iterate_tensors
 from library.files.streamed import tensor_info, write_streamed
 from library.optim.flat import HostCopies
+from library.optim.shards import LocalShards
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -127,19 +129,27 @@ class WeightAverage:
             for name, p in self._parameters.items()
         }
 
-    def keep_with_states(self, accelerator: Accelerator) -> None:
-        """Save the averages in the accelerator's state folders, and load them with a state."""
+    def keep_with_states(self, accelerator: Accelerator, shards: LocalShards) -> None:
+        """Save the averages in the accelerator's state folders, whole, and load them with a state."""
 
         def save(models: Any, weights: Any, folder: str) -> None:
-            if accelerator.is_main_process:
-                averages = self.state_dict()
-                infos = {name: tensor_info(t.dtype, tuple(t.shape)) for name, t in averages.items()}
-                write_streamed(Path(folder) / STATE_FILE, infos, averages.__getitem__)
+            averages, of = self.state_dict(), self._parameters
+            infos = {name: tensor_info(t.dtype, shards.whole_shape(of[name])) for name, t in averages.items()}
+
+            def write() -> None:
+                write_streamed(Path(folder) / STATE_FILE, infos, lambda name: whole(averages[name]))
+
+            if shards:
+                shards.write_together(write, [(of[name], t) for name, t in averages.items()])
+            elif accelerator.is_main_process:
+                write()
 
         def load(models: Any, folder: str) -> None:
             file = Path(folder) / STATE_FILE
             if file.exists():
-                self.load_state_dict(load_tensors(file), str(file))
+                of = self._parameters
+                parts = {n: shards.part_of(of[n], t) if n in of else t for n, t in iterate_tensors(file)}
+                self.load_state_dict(parts, str(file))
             else:
                 # the weights are loaded after this, so the averages start at the first step
                 self._averages = self._due = None

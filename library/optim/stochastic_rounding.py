@@ -14,14 +14,14 @@ Parameters, gradients and the optimizer's tensors of the parameters' shape are k
 they are converted to float32, some parameters at a time where the optimizer allows it, which bounds the memory.
 Random numbers are keyed by the run's seed, the number of updates, which the optimizer's state holds, and the
 parameter's index:
-a resumed run rounds exactly as the uninterrupted one, and all processes round alike.
+a resumed run rounds exactly as the uninterrupted one, and all processes round alike, save their parts of sharded weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -72,7 +72,9 @@ def _laid_out_as(values: Tensor, rounded: Tensor) -> Tensor:
     return torch.empty_like(values, dtype=rounded.dtype).copy_(rounded)
 
 
-def train_in_half(optimizer: torch.optim.Optimizer, seed: int, *, alone: bool) -> None:
+def train_in_half(
+    optimizer: torch.optim.Optimizer, seed: int, *, alone: bool, ranks: Mapping[Tensor, int] = MappingProxyType({})
+) -> None:
     """Make ``optimizer.step`` update half-precision parameters in float32 and round the results stochastically.
 
     Parameters in float32 are stepped as usual. States must be loaded with their own dtypes, see
@@ -82,6 +84,7 @@ def train_in_half(optimizer: torch.optim.Optimizer, seed: int, *, alone: bool) -
         optimizer: before its first step, and before a scheduler or the accelerator wraps it.
         seed: of the run, the same on all processes.
         alone: see ``library.optim.trial.updates_alone``; a step is then taken in pieces, to save memory.
+        ranks: for parameters of which each process has another part, its rank: their draws differ.
     """
     step = optimizer.step
     places = {p: place for place, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
@@ -99,7 +102,8 @@ def train_in_half(optimizer: torch.optim.Optimizer, seed: int, *, alone: bool) -
                 return step()
             finally:
                 for parameter, home in homes.items():
-                    draws = _generator(parameter.device, key(seed, "rounding", update, places[parameter]))
+                    rank = (ranks[parameter],) if parameter in ranks else ()
+                    draws = _generator(parameter.device, key(seed, "rounding", update, places[parameter], *rank))
                     _narrow(parameter, self.state.get(parameter, {}), home, draws)
 
         if len(parts) == 1:

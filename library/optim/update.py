@@ -2,8 +2,8 @@
 
 A step is ``start_step``, ``backward`` for each of its batches, ``step``, and ``end_step`` after the last change of the
 weights. In it gradients are averaged over processes and clipped, weights are updated (in float32 or with
-stochastic rounding, whole or sharded by ZeRO, after or within the backward pass), the schedule advances, and the moving
-average follows. The accelerator saves and loads states; this object registers what belongs to them.
+stochastic rounding, whole or sharded by ZeRO or FSDP, after or within the backward pass), the schedule advances, and the
+moving average follows. The accelerator saves and loads states; this object registers what belongs to them.
 
 Parameter groups are looked up in the optimizer whenever they are used: the accelerator and every loaded state replace
 the dicts, so a kept reference would have an outdated learning rate.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,6 +27,7 @@ from library.optim.optimizers import OptimizerChoice
 from library.optim.param_groups import lr_log_entries
 from library.optim.pieces import Pieces
 from library.optim.schedulers import ScheduleSettings, create_scheduler, follow_learning_rates
+from library.optim.shards import LocalShards, SharedStates
 from library.optim.states import keep_state_dtypes
 from library.optim.stochastic_rounding import train_in_half
 from library.optim.trial import changed_values, keeps_memory_format, updates_alone
@@ -69,7 +71,8 @@ class Update:
 
     Args:
         choice: the chosen optimizer.
-        groups: dicts with ``params``, on their device, and optionally ``lr``.
+        groups: dicts with ``params``, on their device, and optionally ``lr``. The optimizer gets this process's shards
+            of those that FSDP has sharded.
         schedule: of the learning rates.
         names: of the groups, for logs; ``None`` for a group without one.
         averaged: parameters of the moving average, by the names in its file.
@@ -101,7 +104,11 @@ class Update:
     ) -> None:
         self.settle = settle or (lambda: None)
         self._accelerator, self._choice, self._settings, self._names = accelerator, choice, settings, names
-        optimizer = choice.create(groups)
+        #: the trained parameters of the model, which may be sharded
+        self.trained: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self.shards = shards = LocalShards(self.trained, accelerator.device)
+        optimizer = choice.create([{**g, "params": [shards.local(p) for p in g["params"]]} for g in groups])
+        #: the optimizer's parameters, of which shards are plain tensors
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         half = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)
         if settings.zero is not None and (half or fused is not None):
@@ -110,9 +117,10 @@ class Update:
             raise ValueError("a fused update never sees all gradients: it cannot clip, average or scale them")
         alone = (half or fused is not None) and updates_alone(choice, self.parameters[0].device)
         self._settle_memory_formats(choice)
-        keep_state_dtypes(optimizer, accelerator.device)
+        keep_state_dtypes(optimizer, None if shards.on_host else accelerator.device)
         if half:
-            train_in_half(optimizer, settings.seed, alone=alone)
+            own = {p: accelerator.process_index for p in self.parameters if p in shards}
+            train_in_half(optimizer, settings.seed, alone=alone, ranks=own)
         if settings.zero is not None:
             optimizer = ZeroOptimizer(optimizer, settings.zero, accelerator.device, keeps_copies=settings.keeps_copies)
         if before_update is not None:
@@ -123,16 +131,20 @@ class Update:
             self._pieces = Pieces(optimizer)
             self._fused = FusedBackward(self._pieces, fused)
         self._prepared = accelerator.prepare_optimizer(optimizer)
+        self._states = SharedStates(optimizer, shards) if shards else None
         self._schedule = accelerator.prepare_scheduler(
             create_scheduler(optimizer, choice, schedule, total_steps=settings.total_steps)
         )
         # base learning rates of this run's options
         self._learning_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-        self._exchange = GradientExchange(accelerator, self.parameters, as_views=settings.gradients_as_views)
+        # FSDP has averaged those of shards
+        exchanged = [p for p in self.parameters if p not in shards]
+        self._exchange = GradientExchange(accelerator, exchanged, as_views=settings.gradients_as_views)
         self.average: WeightAverage | None = None
         if settings.ema_decay is not None:
-            self.average = WeightAverage(averaged or {}, settings.ema_decay, on_host=not settings.keeps_copies)
-            self.average.keep_with_states(accelerator)
+            averaged = {name: shards.local(p) for name, p in (averaged or {}).items()}
+            self.average = WeightAverage(averaged, settings.ema_decay, on_host=not settings.keeps_copies)
+            self.average.keep_with_states(accelerator, shards)
         self._batches = self._batches_left = 1
 
     def _settle_memory_formats(self, choice: OptimizerChoice) -> None:
@@ -173,9 +185,12 @@ class Update:
     def step(self, watch: Watch | None = None) -> Metrics:
         """Update the weights; return the norm of the gradients, if it is limited, and the findings of ``watch``."""
         metrics: Metrics = {}
+        self.shards.take_gradients()
         self._exchange.average()
+        if self.shards and self._accelerator.scaler is not None:
+            self.shards.share_infinity(self.parameters)
         if self._settings.max_grad_norm > 0:
-            metrics["grad_norm"] = self._accelerator.clip_grad_norm_(self.parameters, self._settings.max_grad_norm)
+            metrics["grad_norm"] = self._clip(self._settings.max_grad_norm)
         if watch is None or watch.before_update(metrics.get("grad_norm")):
             if self._fused is None:
                 self._prepared.step()
@@ -188,6 +203,15 @@ class Update:
         self._prepared.zero_grad(set_to_none=True)
         return metrics
 
+    def _clip(self, limit: float) -> Tensor:
+        """Limit the norm of all gradients together; return what it was."""
+        if not self.shards:
+            return self._accelerator.clip_grad_norm_(self.parameters, limit)
+        self._accelerator.unscale_gradients()
+        norm = self.shards.norm(self.parameters)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        return norm
+
     def end_step(self, step: int) -> None:
         """Finish ``step``, counted from 1, after all changes of the weights."""
         if self.average is not None:
@@ -195,6 +219,14 @@ class Update:
             self.average.update(step)
 
     # ---- between steps ----
+
+    def write_states(self, path: Path) -> None:
+        """Write the optimizer's states, where they are sharded, over the file without them that accelerate writes.
+
+        Every process must call it.
+        """
+        if self._states is not None:
+            self._states.write(path)
 
     def training_mode(self, training: bool) -> None:
         """Switch optimizers that keep two sets of weights to those for training, or for use."""

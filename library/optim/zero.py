@@ -38,14 +38,23 @@ class Zero:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise UserError for an optimizer that does not work on parts of weights."""
+def check_optimizer(
+    optimizer: torch.optim.Optimizer,
+    given: str = "DeepSpeed gives it pieces of all weights in a row",
+    instead: str = "leave DeepSpeed out",
+) -> None:
+    """Raise UserError for an optimizer that does not work on parts of weights.
+
+    Args:
+        given: what it gets, for the message.
+        instead: what to do otherwise.
+    """
     kind = type(optimizer)
     if kind in [getattr(torch.optim, name) for name in _OF_TORCH] or kind.__module__.startswith("lion_pytorch."):
         return
     raise UserError(
-        f"--optimizer_type {kind.__name__}: DeepSpeed gives it pieces of all weights in a row, and it looks at whole "
-        f"weights or is not known not to; use Lion or one of {', '.join(_OF_TORCH)}, or leave DeepSpeed out"
+        f"--optimizer_type {kind.__name__}: {given}, and it looks at whole weights or is not known not to; use Lion or "
+        f"one of {', '.join(_OF_TORCH)}, or {instead}"
     )
 
 

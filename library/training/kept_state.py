@@ -71,7 +71,7 @@ class KeptState:
                 for group in optimizer.param_groups
             ],
             averages=None if average is None else {n: _to_host(t) for n, t in average.state_dict().items()},
-            finite=_to_host(all_finite(tensors)),
+            finite=_to_host(self._update.shards.everywhere(all_finite(tensors))),
         )
 
     @torch.no_grad()

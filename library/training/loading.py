@@ -12,11 +12,11 @@ from typing import Any
 from library.architectures.part import DENOISER, VAE, text_encoder_name
 from library.config.arguments import DatasetOptions
 from library.data import describe
+from library.files.gathering import is_sharded
 from library.interrupt import Interrupt
 from library.memory.attention import attention_backend
 from library.memory.host import use_host_kernels
 from library.memory.plan import MemoryPlan
-from library.memory.sharding import shard_model
 from library.optim.schedulers import scheduler_name
 from library.optim.update import Update
 from library.training import precision
@@ -34,7 +34,7 @@ from library.training.resume import choice_of, load_state, name_changes
 from library.training.run import Cached, Run
 from library.training.saving import Saver, save_dtype
 from library.training.settings import loss_settings, noise_settings, update_settings
-from library.training.sharding import load_denoiser
+from library.training.sharding import load_denoiser, shard_denoiser
 from library.training.state_weights import stream_weights
 from library.training.text_caching import Tokenize, cache_texts, caches_texts, warn_of_cut
 from library.training.validation import Validation
@@ -126,18 +126,19 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
     groups = kind.attach(models)
     if run.accelerator.is_main_process and not caches_texts(options.dataset):
         warn_of_cut(run.data, run.architecture, models.tokenizers, options.model)  # with the tokens of new words
+    blocks = run.architecture.compiled_blocks
+    # after everything that reads or changes whole weights: merging, and creating adapters
+    if run.sharding is not None:
+        dtype = plan[DENOISER].dtype if plan[DENOISER].trained else None
+        shard_denoiser(models.denoiser, blocks, run.sharding, run.device, groups, dtype)
     blocks_of = run.architecture.block_lists
     # trained blocks have their places before the optimizer is made, which must not move them
     swaps_trained = plan[DENOISER].trained and plan[DENOISER].swapped > 0
     settle = plan.place(DENOISER, models.denoiser, blocks_of(models.denoiser)) if swaps_trained else None
     update = _update(run, kind, groups, settle)
     width = save_dtype(options.output)
-    check_space(run.names.directory, sum(p.numel() * (width or p.dtype).itemsize for p in update.parameters))
+    check_space(run.names.directory, sum(p.numel() * (width or p.dtype).itemsize for p in update.trained))
     record = _record(run, kind)
-    # after everything that reads or changes whole weights: merging, and creating adapters
-    blocks = run.architecture.compiled_blocks
-    if run.sharding is not None:
-        shard_model(models.denoiser, blocks, run.sharding, run.device)
     if settle is None:
         plan.place(DENOISER, models.denoiser, blocks_of(models.denoiser))
     precision.set_cuda_switches(options.training)
@@ -178,6 +179,7 @@ def _load_models(run: Run, cached: Cached, kind: Kind, plan: MemoryPlan) -> Mode
         dtype=plan[DENOISER].dtype,
         home=plan.loads_on(DENOISER),
         sharded=run.sharding is not None,
+        trained=plan[DENOISER].trained,
     )
     architecture.set_attention(denoiser, attention_backend(training), split=training.split_attn)
     if run.device.type == "cpu":
@@ -204,7 +206,8 @@ def _update(run: Run, kind: Kind, groups: Sequence[ParameterGroup], settle: Call
     for module in kind.modules():
         # evaluation_mode: placed and saved by the accelerator, but not wrapped for data parallelism: adapters work
         # inside the frozen model's forward, see gradient_exchange.py
-        accelerator.prepare_model(module, device_placement=settle is None, evaluation_mode=True)
+        placed = settle is not None or any(is_sharded(p) for p in module.parameters())
+        accelerator.prepare_model(module, device_placement=not placed, evaluation_mode=True)
     if not kind.keeps_copies:
         stream_weights(accelerator)
     kind.set_training(True)
@@ -331,7 +334,8 @@ def _resume(loaded: LoadedRun) -> None:
     if resumed is None or folder is None:
         return
     name_changes(resumed, run.fingerprint)
-    load_state(run.accelerator, folder, starts_from=loaded.kind.starts_from)
+    sharded = bool(loaded.update.shards)
+    load_state(run.accelerator, folder, starts_from=loaded.kind.starts_from, sharded=sharded)
     loaded.update.follow_options(choice_of(resumed, run.checked.optimizer) or run.checked.optimizer)
     if loaded.validation is not None:
         loaded.validation.restore(resumed)

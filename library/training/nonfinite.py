@@ -170,6 +170,8 @@ class StepGuard:
             self._kept.step_ended(step)
 
     def _gradient_norm(self) -> Tensor:
+        if self._update.shards:
+            return self._update.shards.norm(self._parameters)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if not gradients:  # module dropout may drop all
             return torch.zeros((), device=self._parameters[0].device)
@@ -200,7 +202,10 @@ class StepGuard:
         tensors = [*self._parameters, *(v for values in state for v in values.values() if isinstance(v, Tensor))]
         average = self._update.average  # which may be in host memory
         averages = list(average.state_dict().values()) if average is not None else []
-        if bool(all_finite(tensors)) and (not averages or bool(all_finite(averages))):
+        finite = all_finite(tensors)
+        if averages:
+            finite = finite & all_finite(averages).to(finite.device)
+        if bool(self._update.shards.everywhere(finite)):
             return None
         return self._bad(_Pending(step), {"weights or optimizer": float("nan")}, [])
 

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+#: accelerate's, in a state folder
+_OPTIMIZER_FILE = "optimizer.bin"
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,19 @@ def _read_record(folder: Path, record: Path) -> TrainState:
     return state
 
 
-def save_state(accelerator: Accelerator, folder: Path, state: TrainState) -> None:
-    """Write a state folder; every process takes part, and it gets its name when all are done."""
+def save_state(
+    accelerator: Accelerator, folder: Path, state: TrainState, write_optimizer: Callable[[Path], None]
+) -> None:
+    """Write a state folder; every process takes part, and it gets its name when all are done.
+
+    Args:
+        write_optimizer: see ``Update.write_states``.
+    """
     if accelerator.is_main_process:
         _keep_others(folder)
     with _shared_directory(accelerator, folder) as target:
         accelerator.save_state(str(target), safe_serialization=True)
+        write_optimizer(target / _OPTIMIZER_FILE)
         if accelerator.is_main_process:
             (target / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
     if accelerator.is_main_process:
@@ -225,15 +235,18 @@ def name_changes(resumed: TrainState, fingerprint: dict[str, object]) -> None:
 _MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, OSError)
 
 
-def load_state(accelerator: Accelerator, folder: Path, *, starts_from: str) -> None:
+def load_state(accelerator: Accelerator, folder: Path, *, starts_from: str, sharded: bool = False) -> None:
     """Load weights, optimizer, scheduler and the random states of this process.
+
+    Args:
+        sharded: whether each process needs only parts of the tensors, for which files are mapped.
 
     Raises:
         UserError: the state's tensors do not fit this run or are not finite, or a file contains code.
     """
     refuse_bad_weights(folder)
     try:
-        accelerator.load_state(str(folder))
+        accelerator.load_state(str(folder), load_kwargs={"mmap": True} if sharded else None)
     except torch.cuda.OutOfMemoryError:
         raise
     except _MISFITS as error:

@@ -10,6 +10,7 @@ import torch
 
 from library.config.arguments import OutputOptions
 from library.files.atomic import make_folder
+from library.files.gathering import shards_of, write_together
 from library.optim.update import Update
 from library.training.checkpoints import ema_path, remove_outdated
 from library.training.kinds.base import Kind
@@ -47,8 +48,8 @@ class Saver:
         """Write the weights, and their averages beside them."""
         self.set_training(False)
         self._update.settle()
+        self._write(path, step, epoch)
         if self._run.accelerator.is_main_process:
-            self._write(path, step, epoch)
             self._wrote(path)
             logger.info("saved weights: %s", path)
             for written in (path, ema_path(path)) if self._update.average is not None else (path,):
@@ -61,17 +62,28 @@ class Saver:
         return self._run.kind.files_beside(self._run.architecture, self._run.options, path)
 
     def _write(self, path: Path, step: int, epoch: int) -> None:
+        """Write both files; the main process does, and the others give their parts of what is sharded."""
+        shards = shards_of(self._kind.modules())
+        if not (shards or self._run.accelerator.is_main_process):
+            return
         output = self._run.options.output
         metadata = self._record.at_save(step=step, epoch=epoch)
-        dtype = save_dtype(output)
-        make_folder(path.parent)
-        self._kind.save(path, dtype, metadata, step=step, epoch=epoch)
+
+        def save(to: Path, added: Mapping[str, str]) -> None:
+            def work() -> None:
+                make_folder(to.parent)
+                self._kind.save(to, save_dtype(output), {**metadata, **added}, step=step, epoch=epoch)
+
+            if shards:
+                write_together(work, shards, self._run.device)
+            else:
+                work()
+
+        save(path, {})
         average = self._update.average
-        if average is None:
-            return
-        with average.applied():
-            added = {} if output.no_metadata else {"ss_ema_decay": str(average.decay)}
-            self._kind.save(ema_path(path), dtype, {**metadata, **added}, step=step, epoch=epoch)
+        if average is not None:
+            with average.applied():
+                save(ema_path(path), {} if output.no_metadata else {"ss_ema_decay": str(average.decay)})
 
     def save_state(
         self, path: Path, *, step: int, epoch: int, losses: list[float], validation: Mapping[str, float]
@@ -97,7 +109,7 @@ class Saver:
         )
         self._update.settle()
         # in training mode: schedule-free optimizers resume from their training weights
-        save_state(run.accelerator, path, state)
+        save_state(run.accelerator, path, state, self._update.write_states)
         if run.options.output.save_state_to_huggingface:
             run.uploads.add(path)
 

@@ -41,7 +41,7 @@ from library.training.settings import (
     state_folder,
     tracker_settings,
 )
-from library.training.sharding import sharding_for
+from library.training.sharding import check_trained, sharding_for
 from library.training.text_caching import caches_texts
 from library.training.update_checks import check_update
 from library.training.validation import check_validation
@@ -109,6 +109,11 @@ def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) ->
     extension = kind.extension(architecture, options, checked.checkpoint)
     names = OutputNames(Path(output.output_dir), output.output_name, extension)
     kind.check_place(architecture, checked.checkpoint, names.final())
+    sharding = sharding_for(accelerator, strict=strict)
+    if sharding is not None:
+        check_trained(
+            kind(architecture, options, checked.checkpoint, seed=checked.seed, sharded=True), checked.optimizer
+        )
     return Run(
         checked=checked,
         kind=kind,
@@ -123,7 +128,7 @@ def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) ->
         start_step=start_step,
         uploads=Uploads(checked.hub if accelerator.is_main_process else None),
         cached_encoders=cached_encoders(architecture, kind, options),
-        sharding=sharding_for(accelerator, strict=strict),
+        sharding=sharding,
     )
 
 

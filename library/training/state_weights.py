@@ -7,12 +7,14 @@ memory. The files are the same: ``model.safetensors``, ``model_1.safetensors``, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from library.files.gathering import is_sharded, shard_of, shards_of, whole, write_together
 from library.files.safetensors_io import iterate_tensors
 from library.files.streamed import tensor_info, write_streamed
 
@@ -24,10 +26,15 @@ def stream_weights(accelerator: Accelerator) -> None:
     """Make the accelerator write and read the weights of its models one tensor at a time."""
 
     def save(models: list[nn.Module], weights: list[Mapping[str, Tensor]], folder: str) -> None:
-        for number, state in enumerate(weights):
-            infos = {name: tensor_info(t.dtype, tuple(t.shape)) for name, t in state.items()}
-            target = _file(folder, number)
-            write_streamed(target, infos, state.__getitem__, {"format": "pt"}, writes=accelerator.is_main_process)
+        def write() -> None:
+            for number, state in enumerate(weights):
+                infos = {name: tensor_info(t.dtype, tuple(t.shape)) for name, t in state.items()}
+                write_streamed(_file(folder, number), infos, partial(_whole, state), {"format": "pt"})
+
+        if shards := shards_of(models):
+            write_together(write, shards, accelerator.device)
+        elif accelerator.is_main_process:
+            write()
         weights.clear()  # so that accelerate has none to write
 
     def load(models: list[nn.Module], folder: str) -> None:
@@ -37,6 +44,10 @@ def stream_weights(accelerator: Accelerator) -> None:
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def _whole(state: Mapping[str, Tensor], name: str) -> Tensor:
+    return whole(state[name])
 
 
 def _file(folder: str, number: int) -> Path:
@@ -57,7 +68,11 @@ def _load(model: nn.Module, file: Path) -> None:
             raise RuntimeError(f"unexpected tensor {name}")
         if own[name].shape != tensor.shape:
             raise RuntimeError(f"size mismatch for {name}: {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
-        own[name].copy_(tensor)
+        if is_sharded(own[name]):
+            shard = shard_of(own[name])
+            shard.local.copy_(shard.rows_of(tensor))
+        else:
+            own[name].copy_(tensor)
         missing.discard(name)
     if missing:
         raise RuntimeError(f"missing tensors: {', '.join(sorted(missing)[:3])}")

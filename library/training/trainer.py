@@ -160,4 +160,4 @@ class Trainer:
 
 def _summary(loaded: LoadedRun) -> list[tuple[str, str]]:
     update = loaded.update
-    return summary(loaded.run, loaded.kind, loaded.models.denoiser, update.parameters, update.optimizer)
+    return summary(loaded.run, loaded.kind, loaded.models.denoiser, update.trained, update.optimizer)

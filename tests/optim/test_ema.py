@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 
 from library.errors import UserError
 from library.optim.ema import STATE_FILE, WeightAverage
+from library.optim.shards import LocalShards
 from library.training.checkpoints import ema_path, remove_outdated
 
 
@@ -75,7 +76,7 @@ def accelerator() -> Accelerator:
 def test_states_hold_the_averages(tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture) -> None:
     given = parameters()
     average = WeightAverage(given, 0.9)
-    average.keep_with_states(accelerator)
+    average.keep_with_states(accelerator, LocalShards(given.values(), accelerator.device))
     set_all(given, 5.0)
     average.update(1)
     accelerator.save_state(str(tmp_path / "state"))

@@ -1,5 +1,7 @@
 """Write whole models to files: each tensor is made when it is written, so that no second model is in memory.
 
+A tensor that is sharded over processes is gathered at that moment, see ``library.files.gathering``.
+
 Parts that were not trained are copied from their files bit by bit, whatever dtype they have in the run. Other contents
 of such a file, such as averaged weights, are kept.
 """
@@ -17,6 +19,7 @@ from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.tensor_files import WeightFile
 from library.errors import UserError
+from library.files.gathering import whole
 from library.files.precisions import cast
 from library.files.safetensors_io import save_pickle
 from library.files.streamed import tensor_info, write_streamed
@@ -40,7 +43,7 @@ def as_they_are(tensors: Mapping[str, Tensor]) -> LazyTensors:
 
 
 def _kept(tensor: Tensor) -> LazyTensor:
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: whole(tensor))
 
 
 def laid_out(layout: TensorLayout, state: Mapping[str, Tensor]) -> LazyTensors:
@@ -59,7 +62,7 @@ def laid_out(layout: TensorLayout, state: Mapping[str, Tensor]) -> LazyTensors:
 
 
 def _made(layout: TensorLayout, part: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    return lambda: next(layout.write(part))[1]
+    return lambda: next(layout.write({name: whole(tensor) for name, tensor in part.items()}))[1]
 
 
 def own_tensors(source: ModelSource) -> dict[str, Tensor]:

@@ -37,12 +37,6 @@ class Full(Kind[Any]):
         self, architecture: Architecture, options: Any, checkpoint: Any, *, seed: int, sharded: bool = False
     ) -> None:
         super().__init__(architecture, options, checkpoint, seed=seed, sharded=sharded)
-        if sharded:
-            raise UserError(
-                "accelerate's configuration asks for FSDP, which shards frozen models only: saves, averages and the "
-                "exchange of gradients need whole trained weights in each process; choose --multi_gpu with DeepSpeed's "
-                "ZeRO stage 2, which shards the optimizer's states, or one process (docs/multi_gpu.md)"
-            )
         self._parts: dict[str, nn.Module] = {}
         self._trained = nn.ModuleDict()
         self._tokenizers: Sequence[Any] = ()
@@ -175,7 +169,7 @@ class Full(Kind[Any]):
         ]
         without = {id(parameter) for module in unused for parameter in module.parameters()}
         for parameter in part.parameters():
-            if parameter.device.type == "cpu":
+            if parameter.device.type == "cpu" and not (self.sharded and name == DENOISER):  # shards are copies
                 parameter.data = parameter.data.clone()  # it may be a view of the model's mapped file
             parameter.requires_grad_(id(parameter) not in without)
 
