@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,16 @@ class _MergeState:
 
     original_weight: Tensor
     adapters: list[AdapterModule]
+
+
+def is_method_of(forward: Callable[..., Tensor], module: nn.Module) -> bool:
+    """Whether a forward is the one that a module has by its class, which nothing has replaced."""
+    return getattr(forward, "__self__", None) is module
+
+
+def _not_applied(*args: object, **kwargs: object) -> NoReturn:
+    """Stand in for the adapted module's forward until the adapter is applied."""
+    raise RuntimeError("the adapter is not applied to its module")
 
 
 class AdapterModule(nn.Module, ABC):
@@ -65,7 +75,7 @@ class AdapterModule(nn.Module, ABC):
         self.gate: Callable[[Tensor], Tensor] | None = None
         self.register_buffer("alpha", torch.tensor(float(size.alpha), dtype=torch.float32))
         self.scale = float(size.alpha) / size.rank
-        self._original_forward: Callable[..., Tensor] | None = None
+        self._original_forward: Callable[..., Tensor] = _not_applied
         self.bind(found.module)
 
     # ---- the adapted module ----
@@ -80,7 +90,7 @@ class AdapterModule(nn.Module, ABC):
 
     @property
     def is_applied(self) -> bool:
-        return self._original_forward is not None
+        return self._original_forward is not _not_applied
 
     def apply_to_original(self) -> None:
         if self.is_applied:
@@ -93,11 +103,11 @@ class AdapterModule(nn.Module, ABC):
         if self.original.__dict__.get("forward") != self.forward:
             raise RuntimeError(f"{self.lora_name} is not the outermost adapter of its module")
         previous = self._original_forward
-        if getattr(previous, "__self__", None) is self.original:
+        if is_method_of(previous, self.original):
             del self.original.forward  # back to the class's method
         else:
             self.original.forward = previous
-        self._original_forward = None
+        self._original_forward = _not_applied
 
     # ---- forward ----
 
@@ -231,7 +241,7 @@ def merge_all_forever(
 def _merged(
     weight: Tensor, adapters: Iterable[AdapterModule], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
-    """``weight`` plus the adapters' changes, summed in float32 on ``device``, on the device of ``weight``."""
+    """Return ``weight`` plus the adapters' changes, summed in float32 on ``device``, on the device of ``weight``."""
     total = weight.to(device=device, dtype=torch.float32)
     for adapter in adapters:
         total = total + adapter.get_weight().to(device)

@@ -25,6 +25,7 @@ from library.architectures.common.ldm_unet import ldm_unet_layout
 from library.architectures.common.token_grid import token_grid
 from library.architectures.lora_target import LORA_TARGET, LoraTarget
 from library.errors import UserError
+from networks.adapter_module import is_method_of
 from networks.targets import FoundModule, find_modules
 from networks.weights import read_weights, write_weights
 
@@ -69,10 +70,11 @@ class LLLiteModule(nn.Module):
 
     def remove_from_layer(self) -> None:
         """Undo ``apply_to_layer``; of several networks on one layer the last one first."""
-        if getattr(self._original, "__self__", None) is self._layer[0]:
+        assert self._original is not None
+        if is_method_of(self._original, self._layer[0]):
             del self._layer[0].forward
         else:
-            self._layer[0].forward = self._original  # type: ignore[method-assign, assignment]
+            self._layer[0].forward = self._original  # type: ignore[method-assign]
         self._original = None
 
     def embed(self, images: Tensor | None) -> None:

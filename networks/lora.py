@@ -147,7 +147,10 @@ class LoraNetwork(AdapterNetwork):
         args = cls.args_of(kwargs, denoiser)
         refuse_other_model(file, denoiser)
         parts = cls.make_parts(text_encoder, unet)
-        weights_sd = cls.names_in(parts, read_weights(file) if weights_sd is None else weights_sd)
+        if weights_sd is None:
+            assert file is not None, "either a file or its weights are given"
+            weights_sd = read_weights(file)
+        weights_sd = cls.names_in(parts, weights_sd)
         source = str(file) if file else "the given weights"
         sizes = cls.sizes_in(weights_sd, source)
         available = {found.lora_name for part in parts for found in find_modules(part.model, part.target)}

@@ -174,7 +174,7 @@ class LoraArgs:
         """Return rank and alpha of a module, given the network's; ``None`` skips it."""
         if in_unet:
             by_block = (self.block_dims, self.block_alphas, self.conv_block_dims, self.conv_block_alphas)
-            block = None
+            block = 0  # of no interest without values by block
             if self.block_lr_weights is not None or any(values is not None for values in by_block):
                 block = unet_block_index(found.path, self.blocks)
             if self.block_lr_weights is not None and self.block_lr_weights[block] <= self.block_lr_zero_threshold:
@@ -188,7 +188,7 @@ class LoraArgs:
         axis: DoraAxis = "output" if self.dora_on_output else "input"
         return RankAlpha(rank, alpha * math.sqrt(rank) if self.rs_lora else alpha, axis if self.dora else None)
 
-    def _size_in_unet(self, found: FoundModule, rank: int, alpha: float, block: int | None) -> tuple[int, float]:
+    def _size_in_unet(self, found: FoundModule, rank: int, alpha: float, block: int) -> tuple[int, float]:
         if found.is_spatial_conv:
             rank = self.conv_dim or 0 if self.conv_block_dims is None else self.conv_block_dims[block]
             alpha = self.conv_alpha if self.conv_block_alphas is None else self.conv_block_alphas[block]

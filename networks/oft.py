@@ -102,7 +102,7 @@ class OftArgs(LoraArgs):
             raise UserError(f"--network_dropout: {self.module_name} cannot do it: {_NO_ACTIVATION}")
         return super().dropouts(neuron_dropout)
 
-    def _size_in_unet(self, found: FoundModule, rank: int, alpha: float, block: int | None) -> tuple[int, float]:
+    def _size_in_unet(self, found: FoundModule, rank: int, alpha: float, block: int) -> tuple[int, float]:
         return rank, alpha
 
 

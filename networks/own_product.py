@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.adapter_module import AdapterModule
+from networks.adapter_module import AdapterModule, is_method_of
 
 
 def is_alone(adapter: AdapterModule) -> bool:
     """Whether the hooked forward is the module's own, with its original weight."""
-    own = getattr(adapter._original_forward, "__self__", None) is adapter.original
-    return own and not adapter.has_merged_weight
+    return is_method_of(adapter._original_forward, adapter.original) and not adapter.has_merged_weight
 
 
 def own_product(adapter: AdapterModule, out: Tensor, x: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def _shared(name: str) -> dataclasses.Field[Any]:
         return published[name]
     found = [_own(folder)[name] for folder in reversed(FOLDERS) if name in _own(folder)]
     if any(field.default != found[0].default for field in found):
-        return dataclasses.field(default=None, metadata=found[0].metadata)
+        undecided: Any = dataclasses.field(default=None, metadata=found[0].metadata)
+        return undecided
     return found[0]
 
 

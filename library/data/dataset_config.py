@@ -168,7 +168,7 @@ class _Reader:
             tables = []
         for index, table in enumerate(tables, start=1):
             datasets.append(self._dataset(table, general, f"[[datasets]] {index}"))
-        if datasets and not any(dataset.is_dreambooth for dataset in datasets):
+        if datasets and not any(dataset is None or dataset.is_dreambooth for dataset in datasets):
             for key in (name for name in NOT_WITH_METADATA if general.get(name)):
                 logger.warning("%s: [general]: %s: has no effect on images of metadata files", self._source, key)
         if self._problems:
@@ -189,7 +189,7 @@ class _Reader:
         for name, value in table.items():
             if name == "subsets" and level == DATASET:
                 continue
-            published = OTHER_NAMES.get(name, name)
+            published = str(OTHER_NAMES.get(name, name))
             key = KEYS.get(published)
             if name != published and published in table:
                 self._problem(where, name, f"means the same as {published}; write one of them")

@@ -246,7 +246,7 @@ class _Look:
         # stamped before the contents are read, so that a change in between is noticed next time
         for image, stamp in self._files.stamped(images):
             entry = look_up(image, stamp)
-            if entry is None:
+            if entry is None or stamp is None:
                 if (read := self._read(image, stamp)) is not None:
                     found.append(read)
                 continue
@@ -262,7 +262,9 @@ class _Look:
     def _read(self, image: str, read_from: str | None) -> _Found | None:
         """Read one image; ``None`` for a folder that is named like an image."""
         path, file = self._files.path, self._files.caption(image)
-        size = self._known.get(image) or _or_error(read_size, path(image))
+        size = self._known.get(image)
+        if size is None:
+            size = _or_error(read_size, path(image))
         if isinstance(size, UserError) and self._files.is_folder(image):
             return None
         text = self._class_tokens if file is None else _or_error(read_caption, path(file))

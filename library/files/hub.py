@@ -181,6 +181,7 @@ def download_folder(remote: RemoteFolder, token: str | None) -> Path:
 @dataclass(eq=False)
 class _Upload:
     path: Path
+    target: HubTarget
     attempts: int = 0
     afterwards: Callable[[Path], None] | None = None
 
@@ -208,7 +209,7 @@ class Uploads:
             return
         with self._changed:
             self._pending.pop(path, None)  # an earlier file of this name no longer exists
-            self._pending[path] = _Upload(path)
+            self._pending[path] = _Upload(path, self._target)
             self._added += 1
             self._changed.notify_all()
             if self._thread is None:
@@ -242,7 +243,7 @@ class Uploads:
         for upload in left:
             logger.warning(
                 "%s: its upload is not done after %.0f minutes; do it by hand: %s",
-                *(upload.path, self._patience / 60, self._target.command(upload.path)),
+                *(upload.path, self._patience / 60, upload.target.command(upload.path)),
             )
 
     # ---- in the thread ----
@@ -270,12 +271,12 @@ class Uploads:
                     return
 
     def _attempt(self, upload: _Upload, *, last: bool) -> bool:
-        target, path = self._target, upload.path
+        target, path = upload.target, upload.path
         upload.attempts += 1
         try:
             if not path.exists():
                 raise FileNotFoundError("it is no longer there")
-            self._send(path)
+            _send(path, target)
         except Exception as error:  # whatever the error is, the run continues
             gone = not path.exists()
             gives_up = last or gone or upload.attempts >= ATTEMPTS
@@ -306,11 +307,11 @@ class Uploads:
                 del self._pending[upload.path]
             return is_newest
 
-    def _send(self, path: Path) -> None:
-        target = self._target
-        api = _api(target.token)
-        where = {"repo_id": target.repo_id, "repo_type": target.repo_type, "path_in_repo": target.place(path)}
-        if path.is_dir():
-            api.upload_folder(folder_path=str(path), commit_message=f"Upload {path.name}", **where)
-        else:
-            api.upload_file(path_or_fileobj=str(path), commit_message=f"Upload {path.name}", **where)
+
+def _send(path: Path, target: HubTarget) -> None:
+    api = _api(target.token)
+    where = {"repo_id": target.repo_id, "repo_type": target.repo_type, "path_in_repo": target.place(path)}
+    if path.is_dir():
+        api.upload_folder(folder_path=str(path), commit_message=f"Upload {path.name}", **where)
+    else:
+        api.upload_file(path_or_fileobj=str(path), commit_message=f"Upload {path.name}", **where)

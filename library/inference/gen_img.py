@@ -125,7 +125,7 @@ def _inspect(options: ImageOptions, architecture: Architecture) -> Any:
     try:
         with accepting_inpainting():
             return architecture.inspect(
-                model.ckpt,
+                model.ckpt or "",
                 v2=model.v2,
                 v_parameterization=model.v_parameterization,
                 vae=model.vae,

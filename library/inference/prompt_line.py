@@ -223,7 +223,8 @@ def without_idle_settings(
     unguided = [p for p in prompts if p.negative_prompt and (scale if p.scale is None else p.scale) == 1.0]
     if unguided:
         logger.warning("--n of %s has no effect at a guidance scale of 1; add --l 4, say", _counted(len(unguided)))
-    return tuple(replace(prompt, **dict.fromkeys(idle)) for prompt in prompts)
+    left_out: dict[str, Any] = dict.fromkeys(idle)
+    return tuple(replace(prompt, **left_out) for prompt in prompts)
 
 
 def _counted(count: int) -> str:

@@ -23,7 +23,8 @@ def settings_for(
         sampler: for prompts that name none.
         seed: for prompts that name none; ``None`` draws one, without touching any random state.
     """
-    full = prompt.with_defaults(defaults).with_defaults({"sample_sampler": sampler, "seed": seed})
+    # the defaults replace every None
+    full: Any = prompt.with_defaults(defaults).with_defaults({"sample_sampler": sampler, "seed": seed})
     return ImageSettings(
         prompt=full.prompt,
         negative_prompt=full.negative_prompt or "",

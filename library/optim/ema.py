@@ -47,14 +47,23 @@ class WeightAverage:
         self.decay = decay
         self._parameters = dict(parameters)
         self._copies = HostCopies(list(self._parameters.values())) if on_host else None
-        self._averages: dict[str, Tensor] | None = None
         self._due: int | None = None  # the step whose weights are being copied to the host
-        self.restart()
+        self._averages: dict[str, Tensor] | None = self._present()
 
     def restart(self) -> None:
         """Restart with the present parameters."""
         self._due = None
-        self._averages = {name: self._wide(p.detach()) for name, p in self._parameters.items()}
+        self._averages = self._present()
+
+    def _current(self) -> dict[str, Tensor]:
+        """Return the averages, which start with the parameters after a state without averages."""
+        if self._averages is None:
+            self.restart()
+        assert self._averages is not None
+        return self._averages
+
+    def _present(self) -> dict[str, Tensor]:
+        return {name: self._wide(p.detach()) for name, p in self._parameters.items()}
 
     def _wide(self, tensor: Tensor) -> Tensor:
         """Return a float32 copy on the device of the averages."""
@@ -67,22 +76,21 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Average the parameters after ``step``, counted from 1."""
-        if self._averages is None:  # the resumed state has no averages
-            self.restart()
+        averages = self._current()
         if self._copies is not None:
             self._take_in_due()
             self._copies.start()
             self._due = step
             return
         current = [p.detach().float() for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self._averages.values()), current, 1.0 - self.decay_at(step))
+        torch._foreach_lerp_(list(averages.values()), current, 1.0 - self.decay_at(step))
 
     @torch.no_grad()
     def _take_in_due(self) -> None:
         """Average the weights that ``update`` sent to the host."""
-        if self._due is None:
+        if self._due is None or self._copies is None:
             return
-        for average, current in zip(self._averages.values(), self._copies.arrived(), strict=True):
+        for average, current in zip(self._current().values(), self._copies.arrived(), strict=True):
             average.lerp_(current.float(), 1.0 - self.decay_at(self._due))
         self._due = None
 
@@ -107,10 +115,9 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages by the parameters' names, float32."""
-        if self._averages is None:
-            self.restart()
+        averages = self._current()
         self._take_in_due()
-        return dict(self._averages)
+        return dict(averages)
 
     def load_state_dict(self, state: Mapping[str, Tensor], source: str = "the state") -> None:
         """Load averages.

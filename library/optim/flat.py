@@ -72,6 +72,7 @@ class HostCopies:
 
     def arrived(self) -> list[Tensor]:
         """Return the copies; one step after ``start`` they have arrived."""
+        assert self._copies is not None, "nothing was started"
         if self._ready is not None:
             self._ready.synchronize()
         return self._copies

@@ -139,7 +139,7 @@ class OptimizerChoice:
                 group.pop("lr", None)
         if self.finds_rate_itself and not self.finds_rate_per_group:
             # some of these classes raise at the first step, others use the first group's learning rate for all
-            rates = {group.get("lr", rate) for group in groups} - {0.0}
+            rates: set[Any] = {group.get("lr", rate) for group in groups} - {0.0}
             if len(rates) > 1:
                 raise UserError(
                     f"--optimizer_type {self.name}: it finds one rate for all parts, but they were given the factors "
@@ -244,11 +244,15 @@ def recorded_choice(record: str, now: OptimizerChoice) -> OptimizerChoice | None
     try:
         call = ast.parse(record, mode="eval").body
         words = call.keywords if isinstance(call, ast.Call) else []
-        # texts are recorded without quotes
-        args = {w.arg: w.value.id if isinstance(w.value, ast.Name) else ast.literal_eval(w.value) for w in words}
+        args = {str(w.arg): _recorded_value(w.value) for w in words}
     except (ValueError, SyntaxError, TypeError):
         return None
     return replace(now, args=args)
+
+
+def _recorded_value(node: ast.expr) -> Any:
+    # texts are recorded without quotes
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def parse_keyword_arguments(flag: str, words: Sequence[str] | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def inspect_model(architecture: Architecture, options: ModelOptions) -> Any:
     """Find and recognize the model that the options name; see ``Architecture.inspect``."""
     return architecture.inspect(
-        options.pretrained_model_name_or_path,
+        options.source,
         v2=options.v2,
         v_parameterization=options.v_parameterization,
         vae=options.vae,

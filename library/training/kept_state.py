@@ -78,6 +78,7 @@ class KeptState:
     def restore(self) -> int:
         """Restore the snapshot, except the learning rates, whose schedule continues."""
         kept, optimizer = self._kept, self._update.optimizer
+        assert kept is not None, "the run has started"
         self._candidate = None  # it was taken after the bad step
         for parameter, value in zip(self._update.parameters, kept.parameters, strict=True):
             parameter.copy_(value)
@@ -92,7 +93,7 @@ class KeptState:
         for group, values in zip(optimizer.param_groups, kept.groups, strict=True):
             for name, value in values.items():
                 _put(group, name, value)
-        if kept.averages is not None:
+        if kept.averages is not None and self._update.average is not None:
             self._update.average.load_state_dict(kept.averages)
         return kept.step
 

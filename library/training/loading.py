@@ -323,7 +323,7 @@ def _record(run: Run, kind: Kind) -> RunRecord:
     return RunRecord(
         **common,
         fixed=fixed,
-        model_file=HashedFile.of(options.model.pretrained_model_name_or_path),
+        model_file=HashedFile.of(options.model.source),
         vae_file=HashedFile.of(vae) if vae else None,
     )
 

@@ -71,7 +71,7 @@ def for_gpu(run: Run) -> bool:
 
 
 def _budget(run: Run) -> int:
-    given = run.options.training.memory_plan
+    given = run.options.training.memory_plan or "auto"
     if given != "auto":
         return int(float(given) * _GB)
     if run.device.type == "cuda":

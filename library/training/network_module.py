@@ -52,7 +52,7 @@ class NetworkModule:
     @staticmethod
     def of(options: NetworkOptions) -> NetworkModule:
         """Import the module. Raises UserError: no such module, or arguments that are no ``key=value``."""
-        module = import_network_module(options.network_module)
+        module = import_network_module(options.module)
         return NetworkModule(module, options, parse_network_args(options.network_args))
 
     @property
@@ -62,7 +62,7 @@ class NetworkModule:
     @contextlib.contextmanager
     def naming(self, doing: str) -> Iterator[None]:
         """Add the module's name to errors of a third-party network; our modules raise their own errors."""
-        with contextlib.nullcontext() if self.is_ours else naming_module(self.options.network_module, doing):
+        with contextlib.nullcontext() if self.is_ours else naming_module(self.options.module, doing):
             yield
 
     def check(self, target: LoraTarget) -> None:
@@ -83,7 +83,7 @@ class NetworkModule:
 
     def models(self, models: Models) -> tuple[nn.Module | list[nn.Module], nn.Module]:
         """Return text encoders and denoiser as arguments of network modules."""
-        denoiser = denoiser_argument(self.options.network_module, models.denoiser)
+        denoiser = denoiser_argument(self.options.module, models.denoiser)
         return text_argument(models.text_encoders), denoiser
 
     def create(self, models: Models, *, sharded: bool) -> tuple[Any, Mapping[str, str]]:

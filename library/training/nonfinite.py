@@ -222,4 +222,5 @@ class StepGuard:
 
     def roll_back(self) -> int:
         """Restore the snapshot; returns its step (counted from 1)."""
+        assert self._kept is not None, "only rollback does it"
         return self._kept.restore()

@@ -55,7 +55,7 @@ class PreviewPolicy:
         return step % self.every_n_steps == 0
 
     def due_after_epoch(self, epoch: int) -> bool:
-        return bool(self.prompts) and bool(self.every_n_epochs) and epoch % self.every_n_epochs == 0
+        return bool(self.prompts and self.every_n_epochs) and epoch % (self.every_n_epochs or 1) == 0
 
 
 def preview_path(
@@ -144,7 +144,7 @@ class PreviewGenerator:
         features = [feature() for feature in self._models.of_features]
         with precision.generating(self._options.training):
             images = generate_images(self._models, batch, replace(self._how, check=check), features=features)
-        name = Path(self._options.model.pretrained_model_name_or_path).name
+        name = Path(self._options.model.source).name
         for settings, image, path in zip(batch, images, paths, strict=True):
             if path is not None:
                 save_png(image, path, settings.record(model=name, network=self._options.output.output_name or ""))

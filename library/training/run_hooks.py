@@ -52,6 +52,12 @@ class RunHooks:
         self._trackers: Trackers | None = None
         self._bad_steps = BadStepReport(run)
 
+    @property
+    def trackers(self) -> Trackers:
+        """Return the trackers, which ``prepare`` starts."""
+        assert self._trackers is not None
+        return self._trackers
+
     # ---- the ends of a run ----
 
     def prepare(self) -> None:
@@ -121,9 +127,10 @@ class RunHooks:
         entries = {"loss/current": loss, "loss/average": self._average.mean}
         entries |= {_TRACKER_NAMES.get(n, n): v for n, v in metrics.values.items() if n != "loss"}
         # learning rates are read at the step, metrics one step later
-        self._trackers.log(entries | self._rates.pop(metrics.step), step=metrics.step)
+        self.trackers.log(entries | self._rates.pop(metrics.step), step=metrics.step)
         position = self._run.plan.position(metrics.step - 1)
-        self._progress.update(metrics.step, epoch=position.epoch + 1, loss=self._average.mean)
+        if self._progress is not None:
+            self._progress.update(metrics.step, epoch=position.epoch + 1, loss=self._average.mean)
 
     def step_failed(self, bad: BadStep, *, ends_run: bool, back_to: int | None) -> None:
         self._rates.pop(bad.step, None)
@@ -143,7 +150,7 @@ class RunHooks:
         run, policy = self._run, self._run.policy
         # first, so that a save at this step includes it
         if (validation := self._loaded.validation) is not None:
-            validation.after_step(step, epoch, training_loss=self._average.mean, trackers=self._trackers)
+            validation.after_step(step, epoch, training_loss=self._average.mean, trackers=self.trackers)
         if policy.saves_after_step(step):
             self._saver.save_weights(run.names.step(step), step=step, epoch=epoch)
             if policy.save_state:
@@ -158,7 +165,7 @@ class RunHooks:
 
     def save_after_epoch(self, step: int, epoch: int) -> None:
         run, policy = self._run, self._run.policy
-        self._trackers.log_by_epoch({"loss/epoch_average": self._average.mean}, step=step, epoch=epoch)
+        self.trackers.log_by_epoch({"loss/epoch_average": self._average.mean}, step=step, epoch=epoch)
         if policy.saves_after_epoch(epoch, run.plan.num_epochs):
             self._saver.save_weights(run.names.epoch(epoch), step=step, epoch=epoch)
             if policy.save_state:
@@ -200,7 +207,7 @@ class RunHooks:
             together=run.sharding is not None,
             batch_size=self._loaded.previews.batch_size,
         )
-        self._trackers.images(of_all_processes(images), step)
+        self.trackers.images(of_all_processes(images), step)
         self._saver.set_training(True)
 
 

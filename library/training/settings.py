@@ -159,7 +159,7 @@ def tracker_settings(options: RunOptions, *, default_name: str = "network_train"
     config: Mapping[str, Any] = load_toml(Path(wanted.log_tracker_config)) if wanted.log_tracker_config else {}
     return TrackerSettings.make(
         logging_dir=wanted.logging_dir,
-        output_dir=Path(options.output.output_dir),
+        output_dir=options.output.folder,
         output_name=options.output.output_name,
         log_prefix=wanted.log_prefix,
         log_with=wanted.log_with,

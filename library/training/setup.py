@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from library.architectures.base import Architecture, ModelInfo
 from library.config.arguments import OptimizerOptions, RunOptions
@@ -107,7 +106,7 @@ def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) ->
     report(without_effect_in_plan(options, plan), strict=strict)
     output = options.output
     extension = kind.extension(architecture, options, checked.checkpoint)
-    names = OutputNames(Path(output.output_dir), output.output_name, extension)
+    names = OutputNames(output.folder, output.output_name, extension)
     kind.check_place(architecture, checked.checkpoint, names.final())
     sharding = sharding_for(accelerator, strict=strict)
     if sharding is not None:

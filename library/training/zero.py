@@ -170,6 +170,7 @@ def zero_rows(
     if not isinstance(optimizer, ZeroOptimizer):
         return []
     zero = asked_zero(options)
+    assert zero is not None, "the optimizer is sharded"
     total = sum(p.numel() for p in parameters)
     where = "host memory" if zero.on_host else "device memory"
     states = f"states of {min(optimizer.numbers_here, total):,} of {total:,} trained numbers in each process's {where}"

@@ -255,11 +255,11 @@ def _module(family: AdapterFamily, naming: Naming, name: str, tensors: dict[str,
         for prefix in part.prefixes(naming):
             if not name.startswith(prefix):
                 continue
-            path: str | None = name.removeprefix(prefix)
-            if naming == "kohya":
-                path = part.paths.dotted(name.removeprefix(prefix))
-            elif part.paths is not family.parts[0].paths and path.startswith("encoder.layers."):
-                path = f"text_model.{path}"  # transformers 5 dropped the level
+            given = name.removeprefix(prefix)
+            path = part.paths.dotted(given) if naming == "kohya" else given
+            is_text = part.paths is not family.parts[0].paths
+            if naming != "kohya" and is_text and given.startswith("encoder.layers."):
+                path = f"text_model.{given}"  # transformers 5 dropped the level
             space = None if path is None else _space(part, naming, path)
             if path is None or space is None:
                 raise UserError(f"{title}: {name}: no module of {family.title} that adapters are known for")

@@ -101,7 +101,8 @@ def run_extraction(
             progress=progress.update,
         )
     ranks = list(ranks_of(found.tensors))
-    args = {"conv_dim": str(wanted.sizes.conv_rank), "conv_alpha": str(float(wanted.sizes.conv_rank))} if convs else {}
+    conv_rank = wanted.sizes.conv_rank
+    args = {} if conv_rank is None else {"conv_dim": str(conv_rank), "conv_alpha": str(float(conv_rank))}
     metadata = adapter_metadata(
         record,
         family.network_module,

@@ -25,7 +25,8 @@ from library.memory.attention import memory_efficient
 BACKENDS: dict[str, str | None] = {
     "efficient": None,  # torch's kernels without a matrix of all tokens by all tokens
     "math": None,  # the plain formula
-} | {name: None if needed is None else needed[0] for name, needed in PACKAGES.items()}
+    **{name: None if needed is None else needed[0] for name, needed in PACKAGES.items()},
+}
 
 
 def check_backend(backend: str) -> str:

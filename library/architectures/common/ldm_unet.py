@@ -114,8 +114,8 @@ def infer_unet_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str = LD
             new_level = False
         layers[-1] += 1
     context = next((s[1] for name, s in shapes.items() if name.endswith("attn2.to_k.weight")), None)
-    ends = shapes.get("input_blocks.0.0.weight"), shapes.get("out.2.weight")
-    if not channels or len(set(layers)) != 1 or context is None or None in ends:
+    first, last = shapes.get("input_blocks.0.0.weight"), shapes.get("out.2.weight")
+    if not channels or len(set(layers)) != 1 or context is None or first is None or last is None:
         raise UserError("the U-Net's tensors are incomplete; download the file again")
     blocks = 1 + _count(r"output_blocks\.(\d+)\.", shapes)
     check_count("U-Net", "output blocks", blocks, len(channels) * (layers[0] + 1))
@@ -134,8 +134,8 @@ def infer_unet_config(shapes: Mapping[str, tuple[int, ...]], *, prefix: str = LD
             "projection_class_embeddings_input_dim": added[1],
         }
     return {
-        "in_channels": ends[0][1],
-        "out_channels": ends[1][0],
+        "in_channels": first[1],
+        "out_channels": last[0],
         "block_out_channels": tuple(channels),
         "layers_per_block": layers[0],
         "cross_attention_dim": context,

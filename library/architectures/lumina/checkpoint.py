@@ -48,7 +48,7 @@ def inspect_model(
     with naming(MODEL_FLAG, path_or_id):
         transformer = LAYOUTS.source(path, infer_sizes)
         own = _own_parts(path)
-    parts = {name: getattr(options, name) or own.get(name) for name in _OWN}
+    parts = {name: getattr(options, name) or own.get(name, "") for name in _OWN}
     if missing := [f"--{name}: {_NEEDED[name]}" for name in _OWN if not parts[name]]:
         raise UserError("\n".join(missing))
     place = locate_part(parts["gemma2"], gemma2.FLAG, "text_encoder")

@@ -39,6 +39,8 @@ from library.architectures.sdxl.checkpoint import SDXLCheckpoint, inspect_checkp
 from library.architectures.sdxl.options import DECLARATION
 from library.randomness import Draw
 
+BLOCKS = BlockNumbering(down=9, mid=3, up=9, ends=1)
+
 
 class StableDiffusionXL(LatentDiffusion):
     name = "sdxl"
@@ -61,7 +63,7 @@ class StableDiffusionXL(LatentDiffusion):
         LoraTarget(TEXT_ENCODER_1.prefix, CLIP_MODULES, diffusers_root=TEXT_ENCODER_1.diffusers),
         LoraTarget(TEXT_ENCODER_2.prefix, CLIP_MODULES, diffusers_root=TEXT_ENCODER_2.diffusers),
     )
-    denoiser_target = unet_target(UNET, BlockNumbering(down=9, mid=3, up=9, ends=1))
+    denoiser_target = unet_target(UNET, BLOCKS)
     sample_defaults = {"width": 1024, "height": 1024, "sample_steps": 30, "scale": 7.5}
     declaration = DECLARATION
 
@@ -143,7 +145,7 @@ class StableDiffusionXL(LatentDiffusion):
 
     def learning_rate_blocks(self, denoiser: nn.Module) -> list[list[nn.Parameter]]:
         """23 as published: embeddings of time and sizes, 9 blocks down, 3 in the middle, 9 up, and the output."""
-        blocks: list[list[nn.Parameter]] = [[] for _ in range(self.denoiser_target.blocks.count)]
+        blocks: list[list[nn.Parameter]] = [[] for _ in range(BLOCKS.count)]
         to_file = ldm_unet_layout(denoiser.config).keys.to_file
         for name, parameter in denoiser.named_parameters():
             first, number, *_ = str(to_file(name)).split(".")

@@ -53,6 +53,12 @@ class ModelOptions:
         False, "read the model into memory instead of mapping its file; faster on some network drives and in WSL"
     )
 
+    @property
+    def source(self) -> str:
+        """Return the base model, which rules require."""
+        assert self.pretrained_model_name_or_path
+        return self.pretrained_model_name_or_path
+
 
 # ---- what cannot work ----
 

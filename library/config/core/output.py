@@ -23,7 +23,9 @@ class OutputOptions:
 
     output_dir: str | None = option(None, "folder for weights, states, samples and logs")
     output_name: str | None = option(None, "name of the files, without extension (last, if not given)")
-    save_model_as: str = option("safetensors", "format of the weights", choices=[None, "ckpt", "pt", "safetensors"])
+    save_model_as: str | None = option(
+        "safetensors", "format of the weights", choices=[None, "ckpt", "pt", "safetensors"]
+    )
     save_precision: str | None = option(
         None,
         "precision of saved weights (float, or that of --full_fp16 or --full_bf16, if not given)",
@@ -76,6 +78,12 @@ class OutputOptions:
     huggingface_repo_visibility: str | None = option(None, "public, or private (the default of a new one)")
     save_state_to_huggingface: bool = option(False, "upload states too")
     async_upload: bool = option(False, "upload while training continues")
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the results, which ``needs_output`` requires."""
+        assert self.output_dir
+        return Path(self.output_dir)
 
 
 @dataclass(frozen=True)

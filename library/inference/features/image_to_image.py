@@ -42,6 +42,7 @@ class ImageToImage(Feature):
         source = _read_sources(generation) if self._sources is None else self._sources.to(generation.noise)
         generation.facts[SOURCE] = source
         scheduler, first = generation.scheduler, generation.first
+        assert first.strength is not None, "images to start from have a strength"
         start = _start(len(generation.timesteps), first.steps, first.strength, int(getattr(scheduler, "order", 1)))
         generation.timesteps = generation.timesteps[start:]
         if not len(generation.timesteps):  # the source as the VAE gives it back

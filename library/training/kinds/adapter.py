@@ -121,7 +121,7 @@ class Adapter(Kind[TrainNetworkOptions]):
         """Merge ``--base_weights``."""
         to_merge = []
         for path, multiplier, merged in self._module.base_networks(models):
-            refuse_wrong_merge(self.options.network.network_module, merged.network, merged.weights, multiplier)
+            refuse_wrong_merge(self.options.network.module, merged.network, merged.weights, multiplier)
             to_merge.append(merged)
             logger.info("merging %s into the base model with multiplier %s", path, multiplier)
         merge_together(to_merge, text_argument(models.text_encoders), dtype=dtype, device=str(device))
@@ -191,14 +191,14 @@ class Adapter(Kind[TrainNetworkOptions]):
         if self._module.is_ours:
             return
         output, resume = self.options.output, self.options.resume
-        saves, name = output.save_state or output.save_state_on_train_end, self.options.network.network_module
+        saves, name = output.save_state or output.save_state_on_train_end, self.options.network.module
         check_states(network, name, resumes=bool(resume.resume), saves_states=saves)
 
     def try_saving(self, path: Path, dtype: torch.dtype | None) -> None:
         if self._module.is_ours:
             return
         make_folder(path.parent)
-        name = self.options.network.network_module
+        name = self.options.network.module
         try_saving(self._network, name, path.parent, suffix=path.suffix, dtype=dtype)
 
     def _refuse_adapted_but_cached(self, models: Models) -> None:
@@ -239,6 +239,7 @@ class Adapter(Kind[TrainNetworkOptions]):
         return self._trains_text
 
     def begin_epoch(self, epoch: int) -> None:
+        assert self._models is not None
         with self._module.naming("to begin an epoch"):
             self._network.on_epoch_start(*self._module.models(self._models))
 

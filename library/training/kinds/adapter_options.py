@@ -63,6 +63,12 @@ class NetworkOptions:
         unit="",
     )
 
+    @property
+    def module(self) -> str:
+        """Return the network module, which rules require."""
+        assert self.network_module
+        return self.network_module
+
 
 @dataclass(frozen=True)
 class AdapterOptimizerOptions(OptimizerOptions):

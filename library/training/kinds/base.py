@@ -144,7 +144,7 @@ class Kind(ABC, Generic[O]):
     @classmethod
     def extension(cls, architecture: Architecture, options: O, checkpoint: Any) -> str:
         """Return the extension of saved files, without the dot; empty for folders."""
-        return options.output.save_model_as
+        return options.output.save_model_as or "safetensors"
 
     @classmethod
     def prepared_data(cls, options: Any, config: DatasetConfig) -> DatasetConfig:
