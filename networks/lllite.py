@@ -66,7 +66,7 @@ class LLLiteModule(nn.Module):
     def apply_to_layer(self) -> None:
         """Change the layer's inputs from now on."""
         self._original = self._layer[0].forward
-        self._layer[0].forward = self._changed  # type: ignore[method-assign]
+        self._layer[0].forward = self._changed
 
     def remove_from_layer(self) -> None:
         """Undo ``apply_to_layer``; of several networks on one layer the last one first."""
@@ -74,7 +74,7 @@ class LLLiteModule(nn.Module):
         if is_method_of(self._original, self._layer[0]):
             del self._layer[0].forward
         else:
-            self._layer[0].forward = self._original  # type: ignore[method-assign]
+            self._layer[0].forward = self._original
         self._original = None
 
     def embed(self, images: Tensor | None) -> None:
@@ -206,7 +206,7 @@ def adapted_layers(denoiser: nn.Module) -> list[FoundModule]:
     levels = getattr(denoiser, "down_blocks", ())
     found = []
     if target is not None and levels:
-        to_file = target.file_path or ldm_unet_layout(denoiser.config).keys.to_file  # type: ignore[arg-type]
+        to_file = target.file_path or ldm_unet_layout(denoiser.config).keys.to_file
         for module in find_modules(denoiser, replace(target, prefix=PREFIX, file_path=to_file)):
             place = to_file(module.path)
             is_coarse = len(levels) > len(_KERNELS) and module.path.startswith("mid_block.")
@@ -220,7 +220,7 @@ def adapted_layers(denoiser: nn.Module) -> list[FoundModule]:
 def _depth(found: FoundModule, denoiser: nn.Module) -> int:
     """Return how many convolutions embed an image: 1, 2 and 3 for layers at latents of 1/1, 1/2 and 1/4 size."""
     blocks = denoiser.down_blocks
-    levels = len(blocks)  # type: ignore[arg-type]
+    levels = len(blocks)
     block = re.match(r"down_blocks\.(\d+)\.", found.path)
     level = int(block[1]) if block else levels - 1
     return min(level, 2) + 1

@@ -206,4 +206,4 @@ def _metavar(kind: Callable[[str], Any] | None, choices: Sequence[Any] | None) -
     if choices:
         # None among the published choices means "not given", which cannot be written
         return "{" + ",".join(str(choice) for choice in choices if choice is not None) + "}"
-    return {int: "N", float: "X", int_or_float: "N", Path: "PATH"}.get(kind, "TEXT")  # type: ignore[arg-type]
+    return {int: "N", float: "X", int_or_float: "N", Path: "PATH"}.get(kind, "TEXT")

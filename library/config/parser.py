@@ -28,7 +28,7 @@ class SuggestingParser(argparse.ArgumentParser):
             self.error(WINDOWS_ENDS)
         return super().parse_args(args, namespace)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.given = {}
         words = list(sys.argv[1:] if args is None else args)
         for flag in ("-h", "--help"):

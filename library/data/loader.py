@@ -293,7 +293,7 @@ class _Batches(Dataset["Batch | Parcel[Batch] | _Failure"]):
         self._maker = maker
         self._tokenize = tokenize
 
-    def __getitem__(self, ref: BatchRef) -> Batch | Parcel[Batch] | _Failure:  # type: ignore[override]
+    def __getitem__(self, ref: BatchRef) -> Batch | Parcel[Batch] | _Failure:
         try:
             batch = self._maker.make(ref, self._tokenize)
         except UserError as error:

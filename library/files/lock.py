@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import logging
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from library.files.atomic import MAX_NAME
 
@@ -80,9 +81,8 @@ def _open_locked(path: Path) -> int:
 
 def _lock(handle: int) -> bool:
     """Lock a file if nobody else has; also true where the file system knows no locks."""
-    if sys.platform == "win32":
-        import msvcrt
-
+    if os.name == "nt":
+        msvcrt: Any = importlib.import_module("msvcrt")  # which only Windows has
         os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)

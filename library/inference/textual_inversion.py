@@ -73,7 +73,7 @@ def add_layered_embeddings(
         return
     if not layers:
         raise UserError("--XTI_embeddings: this model has no layers that read texts of their own; give SD 1.x or 2.x")
-    table, words, first = encoder.get_input_embeddings(), [], 0  # type: ignore[operator]
+    table, words, first = encoder.get_input_embeddings(), [], 0
     for path in paths:
         flag = f"--XTI_embeddings {path}"
         rows = in_layer_order(read_layered_vectors(path), layers, flag=flag)
@@ -89,7 +89,7 @@ def add_layered_embeddings(
         logger.info('embedding "%s": %d tokens in each of %d layers', path.stem, len(ids), len(layers))
     joined = torch.cat(words, dim=1).flatten(0, 1).to(table.weight)  # (L * all tokens, D)
     grown = GrownEmbedding(table.weight, nn.Parameter(joined, requires_grad=False), first, len(layers))
-    encoder.set_input_embeddings(grown)  # type: ignore[operator]
+    encoder.set_input_embeddings(grown)
     give_each_layer(list(layers.values()))
 
 

@@ -24,9 +24,9 @@ def slice_vae(vae: nn.Module, slices: int) -> None:
     """Make the blocks of a diffusers VAE work in at most so many strips, fewer in smaller features."""
     for module in vae.modules():
         if type(module).__name__ == "ResnetBlock2D":
-            module.forward = partial(_resnet, module, slices)  # type: ignore[method-assign]
+            module.forward = partial(_resnet, module, slices)
         elif type(module).__name__ == "Upsample2D" and getattr(module, "conv", None) is not None:
-            module.forward = partial(_upsampled, module, slices)  # type: ignore[method-assign]
+            module.forward = partial(_upsampled, module, slices)
 
 
 def _strips(rows: int, slices: int) -> Iterator[tuple[int, int]]:

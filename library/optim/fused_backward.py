@@ -9,7 +9,7 @@ block of the model. The result is that of the usual step, bit for bit. Features 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -68,7 +68,7 @@ class FusedBackward:
         self._is_last = is_last
         self._waiting = [sum(p.requires_grad for p in part) for part in self._parts]
 
-    def _hook(self, number: int):
+    def _hook(self, number: int) -> Callable[[nn.Parameter], None]:
         def arrived(_: nn.Parameter) -> None:
             if not self._is_last:
                 return

@@ -27,7 +27,7 @@ def keep_state_dtypes(optimizer: torch.optim.Optimizer, device: torch.device | N
             if device is not None and parameter.device != device:
                 optimizer.state[parameter] = {name: _on(device, value) for name, value in current.items()}
 
-    optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
+    optimizer.load_state_dict = load_state_dict
 
 
 def _on(device: torch.device, value: Any) -> Any:

@@ -118,7 +118,7 @@ def train_in_half(
         return result
 
     # a bound method, because torch's schedulers use its attributes
-    optimizer.step = MethodType(rounded_step, optimizer)  # type: ignore[method-assign]
+    optimizer.step = MethodType(rounded_step, optimizer)
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from library.architectures.adapters import ModelRecord
+from library.architectures.adapters import AdapterFamily, ModelRecord
 from library.config.arguments import ConsoleOptions
 from library.config.console import setup_console
 from library.errors import UserError
@@ -81,7 +81,8 @@ def run(
     merge_into_model(model, changes, target, computing, flag="--save_to", title=family.title, metadata=metadata)
 
 
-def _only(families: Sequence[str]):  # noqa: ANN202
+def _only(families: Sequence[str]) -> AdapterFamily | None:
+    """Return the family if there is one alone; with several the files say which it is."""
     return family_named(families[0]) if len(families) == 1 else None
 
 

@@ -60,13 +60,13 @@ def open_files(
 # ---- into a model ----
 
 
-def check_model(model: Model, parts: Sequence[AdapterNaming], files: Sequence[LoraFile]) -> dict[str, list]:  # type: ignore[type-arg]
+def check_model(model: Model, parts: Sequence[AdapterNaming], files: Sequence[LoraFile]) -> dict[str, list]:
     """Return what the files change in the parts that a model file holds; see ``find_changes``.
 
     Raises:
         UserError: something does not fit, or nothing is changed.
     """
-    changes: dict[str, list] = {}  # type: ignore[type-arg]
+    changes: dict[str, list] = {}
     for part in parts:
         if part.locate(model.shapes):
             changes |= find_changes(part, model.shapes, files, model.path)
@@ -89,7 +89,7 @@ def say_what_is_left_out(files: Sequence[LoraFile], family: AdapterFamily, parts
 
 def merge_into_model(
     model: Model,
-    changes: dict[str, list],  # type: ignore[type-arg]
+    changes: dict[str, list],
     target: Path,
     computing: Computing,
     *,

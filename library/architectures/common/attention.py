@@ -55,7 +55,7 @@ def choose_attention(blocks: Iterable[nn.Module], backend: str, *, split: bool) 
     """
     check_backend(backend)
     for block in blocks:
-        block.attention, block.split_attention = backend, split  # type: ignore[assignment]
+        block.attention, block.split_attention = backend, split
 
 
 def attend(

@@ -204,7 +204,7 @@ class OverUnet(WeightFile):
 
 def load_controlnet(source: ModelSource, *, dtype: torch.dtype, device: str) -> ControlNetModel:
     """Load a ControlNet, frozen, in eval mode."""
-    return load_frozen(source, partial(build_controlnet, source.config), dtype=dtype, device=device)  # type: ignore[return-value]
+    return load_frozen(source, partial(build_controlnet, source.config), dtype=dtype, device=device)
 
 
 def build_controlnet(config: Mapping[str, Any]) -> ControlNetModel:

@@ -55,7 +55,7 @@ def write_diffusers_controlnet(folder: Path, controlnet: nn.Module, *, dtype: to
     """Write a folder that diffusers' ``from_pretrained`` reads: its configuration and its weights."""
     tensors: LazyTensors = as_they_are(controlnet.state_dict())
     with atomic_directory(folder) as inside:
-        config = {name: value for name, value in json.loads(controlnet.to_json_string()).items() if name[:1] != "_"}  # type: ignore[operator]
+        config = {name: value for name, value in json.loads(controlnet.to_json_string()).items() if name[:1] != "_"}
         record = {"_class_name": type(controlnet).__name__, **config}
         (inside / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         write_tensors(inside / "diffusion_pytorch_model.safetensors", tensors, dtype=dtype, metadata={"format": "pt"})

@@ -47,12 +47,12 @@ class GrownEmbedding(nn.Module):
 
 def layers_of(text_encoder: nn.Module) -> int:
     """Return for how many layers a text encoder encodes each caption; 1 for the usual single encoding."""
-    return getattr(text_encoder.get_input_embeddings(), "layers", 1)  # type: ignore[operator]
+    return getattr(text_encoder.get_input_embeddings(), "layers", 1)
 
 
 def by_layer(text_encoder: nn.Module, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tokens (B * L, n, 77) with the ids of each layer, from those of captions (B, n, 77)."""
-    table: Any = text_encoder.get_input_embeddings()  # type: ignore[operator]
+    table: Any = text_encoder.get_input_embeddings()
     others = {name: values.repeat_interleave(table.layers, dim=0) for name, values in tokens.items()}
     return {**others, "input_ids": table.ids_by_layer(tokens["input_ids"])}
 

@@ -258,7 +258,7 @@ class LatentDiffusion(HasControlNets, Architecture):
         return DdpmObjective(schedule, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
 
     def shrink_points(self, denoiser: nn.Module) -> Sequence[nn.Module]:
-        return list(denoiser.down_blocks)  # type: ignore[arg-type]
+        return list(denoiser.down_blocks)
 
     # ---- ControlNets ----
 
@@ -297,7 +297,7 @@ class LatentDiffusion(HasControlNets, Architecture):
         if layout == PUBLISHED and self.controlnets_in_diffusers_names:
             names = diffusers_layout()
         else:
-            names = original_layout(controlnet.config, prefix=PUBLISHED_PREFIX if layout == PREFIXED else "")  # type: ignore[arg-type]
+            names = original_layout(controlnet.config, prefix=PUBLISHED_PREFIX if layout == PREFIXED else "")
         write_controlnet_file(path, controlnet, names, dtype=dtype, metadata=metadata)
 
     # ---- memory and speed ----

@@ -164,12 +164,12 @@ def text_layers(unet: nn.Module) -> dict[str, list[nn.Module]]:
     numbered: list[tuple[str, nn.Module]] = []
     for side, first, blocks in (("IN", 1, unet.down_blocks), ("OUT", 0, getattr(unet, "up_blocks", ()))):
         if side == "OUT":
-            numbered.append(("MID", unet.mid_block.attentions[0]))  # type: ignore[union-attr, index]
-        for block in blocks:  # type: ignore[union-attr]
+            numbered.append(("MID", unet.mid_block.attentions[0]))
+        for block in blocks:
             attentions = getattr(block, "attentions", ())
             numbered += [(f"{side}{first + index:02d}", attention) for index, attention in enumerate(attentions)]
             first += len(block.resnets) + (side == "IN")
-    return {name: [block.attn2 for block in found.transformer_blocks] for name, found in numbered}  # type: ignore
+    return {name: [block.attn2 for block in found.transformer_blocks] for name, found in numbered}
 
 
 def build_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:

@@ -76,7 +76,7 @@ def whole_file(file: WeightFile) -> LazyTensors:
 
 
 def _mapped(file: WeightFile) -> WeightFile:
-    return replace(file, mapped=True)  # type: ignore[type-var]
+    return replace(file, mapped=True)
 
 
 def state_of(name: str, parts: Mapping[str, ModelSource], trained: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:

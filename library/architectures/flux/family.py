@@ -275,7 +275,7 @@ class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
         mask = mask if self.masks_text else None
         added = {} if control is None else dict(control)
         if "residuals" in added:  # a list for fewer blocks, which take them in turn
-            given, blocks = added.pop("residuals"), len(denoiser.double_blocks)  # type: ignore[arg-type]
+            given, blocks = added.pop("residuals"), len(denoiser.double_blocks)
             added["double_residuals"] = [given[index % len(given)] for index in range(blocks)]
         return denoiser(noisy, timesteps / 1000, context, pooled, guidance, text_mask=mask, **added)
 
@@ -323,7 +323,7 @@ class Flux(FlowMatching, TransformerFile, HasControlNets, Architecture):
             "flash": "flash", "flex": "flex", "sageattn": "sage",
         }  # fmt: skip
         check_backend(backend)
-        controlnet.set_attention_backend(names[backend])  # type: ignore[operator]
+        controlnet.set_attention_backend(names[backend])
 
     def write_controlnet(
         self,

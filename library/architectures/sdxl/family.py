@@ -188,8 +188,8 @@ class StableDiffusionXL(LatentDiffusion):
 
     def shrink_points(self, denoiser: nn.Module) -> Sequence[nn.Module]:
         """Number the input blocks one by one, as published: the first convolution, ResNets and downsamplers."""
-        points: list[nn.Module] = [denoiser.conv_in]  # type: ignore[list-item]
-        for block in denoiser.down_blocks:  # type: ignore[union-attr]
+        points: list[nn.Module] = [denoiser.conv_in]
+        for block in denoiser.down_blocks:
             points += [*block.resnets, *(block.downsamplers or ())]
         return points
 

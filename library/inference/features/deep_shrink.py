@@ -89,7 +89,7 @@ class DeepShrink(Feature):
 @contextlib.contextmanager
 def shrinking(unet: nn.Module, place: nn.Module, ratio: float) -> Iterator[None]:
     """Resize the features that reach a module of a diffusers U-Net by ``ratio``, and back at each skip connection."""
-    blocks: list[Any] = list(unet.up_blocks)  # type: ignore[arg-type]
+    blocks: list[Any] = list(unet.up_blocks)
     with shrinking_input(place, ratio):
         try:
             for block in blocks:

@@ -112,7 +112,7 @@ class ControlNet(Kind[Any]):
             controlnet = self._family.new_controlnet(self.checkpoint, device=device)
         self._family.set_controlnet_attention(controlnet, attention_backend(training), split=training.split_attn)
         if training.gradient_checkpointing:
-            controlnet.enable_gradient_checkpointing()  # type: ignore[operator]
+            controlnet.enable_gradient_checkpointing()
         if (half := trained_dtype(training)) != torch.float32:
             cast_trained(controlnet, half)
         controlnet.train()

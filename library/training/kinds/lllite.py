@@ -108,7 +108,7 @@ class LLLite(Kind[Any]):
         self._network.save_weights(path, dtype, metadata)
 
     def rows(self, count: int) -> list[tuple[str, str]]:
-        own, layers = self.options.lllite, len(self.modules()[0].parts) if self.modules() else 0  # type: ignore[arg-type]
+        own, layers = self.options.lllite, len(self.modules()[0].parts) if self.modules() else 0
         start = f", from {own.network_weights}" if own.network_weights else ""
         return [("trained", f"{count:,} parameters of a ControlNet-LLLite at {layers} layers{start}")]
 
