@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,14 @@ from safetensors.torch import load_file
 from library.config.arguments import RunOptions, script_parser
 from library.config.config_file import read_args
 from library.config.declaration import joined
-from library.training.run_hooks import RunHooks
 from library.training.trainer import Trainer
 from tests.fixtures.flow_train_network import ToyFlow
+from tests.fixtures.killed import train_killed
 from tests.fixtures.runs import ROOT, logged, make_images, metadata_of, write_dataset
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 from tests.fixtures.toy_kind import DECLARATION, Biases
 
 TOY = ToyFlow()
-
-
-class Killed(Exception):
-    """Raised to end a run; no code catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +75,11 @@ def test_they_train_together(tmp_path: Path, model: MadeCheckpoint, dataset: Pat
     assert len(logged(tmp_path / "out", "norm/biases")) == 4 and len(logged(tmp_path / "out", "lr/biases")) == 4
 
 
-def test_a_killed_run_is_resumed_exactly(
-    tmp_path: Path, model: MadeCheckpoint, dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_is_resumed_exactly(tmp_path: Path, model: MadeCheckpoint, dataset: Path) -> None:
     options = {"save_every_n_steps": 2, "save_state": True, "bias_decay": 0.01, "lr_scheduler": "cosine"}
     train(model, dataset, tmp_path / "alone", **options)
-    original = RunHooks.step_ended
-
-    def dies(self: RunHooks, step: int, epoch: int) -> object:
-        if step == 3:
-            raise Killed
-        return original(self, step, epoch)
-
-    monkeypatch.setattr(RunHooks, "step_ended", dies)
-    with pytest.raises(Killed):
-        train(model, dataset, tmp_path / "out", **options)
-    monkeypatch.setattr(RunHooks, "step_ended", original)
-    train(model, dataset, tmp_path / "out", **options, resume=tmp_path / "out" / "toy-step00000002-state")
+    again = partial(train, model, dataset, tmp_path / "out", **options)
+    train_killed(again, tmp_path / "out", steps=[3], name="toy")
     alone, resumed = (load_file(tmp_path / name / "toy.safetensors") for name in ("alone", "out"))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in alone.items())
 

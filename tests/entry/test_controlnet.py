@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from library.training import batch_losses
 from library.training.batch_losses import BatchLosses
-from library.training.run_hooks import RunHooks
 from tests.entry.full.test_step import Seen, their_clip, their_unet
 from tests.fixtures.families import SD, SDXL
 from tests.fixtures.guides import make_pairs
+from tests.fixtures.killed import train_killed
 from tests.fixtures.runs import logged, metadata_of
 from tests.fixtures.tiny_sd import make_tiny_sd
 from tests.fixtures.tiny_sdxl import make_tiny_sdxl
@@ -154,13 +155,7 @@ def test_it_starts_from_the_unet_and_changes_nothing(tmp_path: Path, controlnet:
     assert copied > 30
 
 
-class Killed(Exception):
-    """Raised to end a run; no code catches it."""
-
-
-def test_it_is_trained_resumed_and_read_again(
-    tmp_path: Path, controlnet: Whole, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_trained_resumed_and_read_again(tmp_path: Path, controlnet: Whole) -> None:
     """Killed and resumed the run ends with the bits of one left alone; another run starts from its file."""
     dataset = make_pairs(tmp_path)
     options: dict[str, Any] = {"max_train_steps": 4, "save_every_n_steps": 1, "save_state": True, "ema_decay": 0.9,
@@ -173,18 +168,7 @@ def test_it_is_trained_resumed_and_read_again(
     controlnet.train(dataset, tmp_path / "alone", **options)
     first, second = (Image.open(image).tobytes() for image in sorted((tmp_path / "alone" / "sample").glob("*.png")))
     assert first != second
-    original = RunHooks.step_ended
-
-    def dies(self: RunHooks, step: int, epoch: int) -> object:
-        if step == 3:
-            raise Killed
-        return original(self, step, epoch)
-
-    monkeypatch.setattr(RunHooks, "step_ended", dies)
-    with pytest.raises(Killed):
-        controlnet.train(dataset, tmp_path / "out", **options)
-    monkeypatch.undo()
-    controlnet.train(dataset, tmp_path / "out", **options, resume=tmp_path / "out" / "tiny-step00000002-state")
+    train_killed(partial(controlnet.train, dataset, tmp_path / "out", **options), tmp_path / "out", steps=[3])
     for name in ("tiny", "tiny-ema"):
         alone, resumed = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("alone", "out"))
         assert alone and all(torch.equal(tensor, resumed[key]) for key, tensor in alone.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from library.training.run_hooks import RunHooks
 from tests.entry.full.test_step import Seen, their_clip, their_unet
 from tests.entry.test_controlnet import Guides
 from tests.fixtures.families import SD, SDXL
 from tests.fixtures.guides import make_pairs
+from tests.fixtures.killed import train_killed
 from tests.fixtures.runs import logged, metadata_of, run_script
 from tests.fixtures.whole import Whole
 
@@ -117,11 +118,7 @@ def test_dropout_acts_with_and_without_checkpointing(tmp_path: Path, sd: Whole) 
         torch.testing.assert_close(found["half again"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-class Killed(Exception):
-    """Raised to end a run; no code catches it."""
-
-
-def test_it_is_trained_resumed_and_read_again(tmp_path: Path, lllite: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_trained_resumed_and_read_again(tmp_path: Path, lllite: Whole) -> None:
     """Killed and resumed the run ends with the bits of one left alone; samples use the image of their prompt."""
     dataset = make_pairs(tmp_path)
     prompts = tmp_path / "prompts.txt"
@@ -135,18 +132,7 @@ def test_it_is_trained_resumed_and_read_again(tmp_path: Path, lllite: Whole, mon
     lllite.train(dataset, tmp_path / "alone", **options)
     first, second = (Image.open(image).tobytes() for image in sorted((tmp_path / "alone" / "sample").glob("*.png")))
     assert first != second
-    original = RunHooks.step_ended
-
-    def dies(self: RunHooks, step: int, epoch: int) -> object:
-        if step == 3:
-            raise Killed
-        return original(self, step, epoch)
-
-    monkeypatch.setattr(RunHooks, "step_ended", dies)
-    with pytest.raises(Killed):
-        lllite.train(dataset, tmp_path / "out", **options)
-    monkeypatch.undo()
-    lllite.train(dataset, tmp_path / "out", **options, resume=tmp_path / "out" / "tiny-step00000002-state")
+    train_killed(partial(lllite.train, dataset, tmp_path / "out", **options), tmp_path / "out", steps=[3])
     for name in ("tiny", "tiny-ema"):
         alone, resumed = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("alone", "out"))
         assert alone and all(torch.equal(tensor, resumed[key]) for key, tensor in alone.items())

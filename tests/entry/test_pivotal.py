@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from library.training.run_hooks import RunHooks
 from tests.fixtures.families import FLUX, SD, SDXL, Tiny
+from tests.fixtures.killed import train_killed
 from tests.fixtures.runs import logged, make_images, metadata_of, run_script, write_dataset
 
 WORD = {
@@ -35,31 +36,14 @@ def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "data.toml", folder, dataset="batch_size = 2")
 
 
-class Killed(Exception):
-    """Raised to end a run; no code catches it."""
-
-
-def test_both_are_trained_and_resumed(
-    tmp_path: Path, pivotal: Tiny, dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_are_trained_and_resumed(tmp_path: Path, pivotal: Tiny, dataset: Path) -> None:
     """Killed and resumed the run ends with the bits of one left alone; retention removes both files of a save."""
     options = {
         **WORD, "max_train_steps": 5, "save_every_n_steps": 1, "save_last_n_steps": 2, "save_state": True,
         "ema_decay": 0.9,
     }  # fmt: skip
     pivotal.train(dataset, tmp_path / "alone", **options)
-    original = RunHooks.step_ended
-
-    def dies(self: RunHooks, step: int, epoch: int) -> object:
-        if step == 3:
-            raise Killed
-        return original(self, step, epoch)
-
-    monkeypatch.setattr(RunHooks, "step_ended", dies)
-    with pytest.raises(Killed):
-        pivotal.train(dataset, tmp_path / "out", **options)
-    monkeypatch.undo()
-    pivotal.train(dataset, tmp_path / "out", **options, resume=tmp_path / "out" / "tiny-step00000002-state")
+    train_killed(partial(pivotal.train, dataset, tmp_path / "out", **options), tmp_path / "out", steps=[3])
     for name in ("tiny", "tiny_qux", "tiny-ema", "tiny-ema_qux"):
         alone, resumed = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("alone", "out"))
         assert alone and all(torch.equal(tensor, resumed[key]) for key, tensor in alone.items())

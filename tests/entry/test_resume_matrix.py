@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from library.training.run_hooks import RunHooks
 from tests.entry.test_resume import assert_same_weights
 from tests.fixtures.families import Tiny
+from tests.fixtures.killed import killed_in
 from tests.fixtures.runs import make_images
 
 STEPS = 9
@@ -77,10 +77,6 @@ SETS: dict[str, tuple[str, str, dict[str, object]]] = {
 FAST = "AdamW8bit, accumulation"
 
 
-class Killed(Exception):
-    """Raised to end a run; no code catches it."""
-
-
 def two_datasets(folder: Path, lines: str) -> Path:
     """Datasets of two batch sizes, with three buckets, repeats and a regularization subset."""
     first, second = make_images(folder / "a"), make_images(folder / "b", sizes=[(64, 64), (96, 40)])
@@ -101,7 +97,6 @@ def two_datasets(folder: Path, lines: str) -> Path:
 def test_killed_twice(
     tmp_path: Path,
     tiny: Tiny,
-    monkeypatch: pytest.MonkeyPatch,
     name: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -114,26 +109,15 @@ def test_killed_twice(
     saving = {"save_every_n_steps": 1, "save_state": True}
     tiny.train(dataset, tmp_path / "whole", **settings, **saving)
 
-    original = RunHooks.step_ended
     resume: Path | None = None
     output = tmp_path / "out"
-    for fatal in (*KILLED_IN, None):
-
-        def dies(self: RunHooks, step: int, epoch: int, fatal: int | None = fatal) -> object:
-            if step == fatal:
-                raise Killed
-            return original(self, step, epoch)
-
-        monkeypatch.setattr(RunHooks, "step_ended", dies)
-        rest = {**settings, **saving, "resume": resume}
-        if fatal is None:
-            tiny.train(dataset, output, **rest)
-            continue
-        with pytest.raises(Killed):
-            tiny.train(dataset, output, **rest)
+    for fatal in KILLED_IN:
+        with killed_in(fatal):
+            tiny.train(dataset, output, **settings, **saving, resume=resume)
         resume = output / f"tiny-step{fatal - 1:08d}-state"
         assert json.loads((resume / "train_state.json").read_text())["current_step"] == fatal - 1
         assert not (output / f"tiny-step{fatal:08d}-state").exists()
+    tiny.train(dataset, output, **settings, **saving, resume=resume)
 
     whole, parts = ({p.name for p in folder.glob("*.safetensors")} for folder in (tmp_path / "whole", output))
     assert whole == parts, "step numbers and file names go on"

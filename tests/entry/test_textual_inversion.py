@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.training.kinds.embedding import OBJECT_TEMPLATES, Embedding
-from library.training.run_hooks import RunHooks
 from tests.entry.full.test_step import Seen, their_clip, their_unet
 from tests.fixtures.families import SD, SDXL
+from tests.fixtures.killed import train_killed
 from tests.fixtures.runs import logged, make_images, metadata_of, run_script, write_dataset
 from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 from tests.fixtures.whole import Whole
@@ -58,13 +59,7 @@ def names_of(word: Whole) -> list[str]:
     return ["clip_l", "clip_g"] if word.family is SDXL else ["emb_params"]
 
 
-class Killed(Exception):
-    """Raised to end a run; no code catches it."""
-
-
-def test_a_word_is_trained_and_resumed(
-    tmp_path: Path, word: Whole, dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_word_is_trained_and_resumed(tmp_path: Path, word: Whole, dataset: Path) -> None:
     """Killed twice it ends with the bits of a run left alone; samples, averages and validation work as ever."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of qux --w 64 --h 64 --s 2 --d 1\n")
@@ -75,22 +70,8 @@ def test_a_word_is_trained_and_resumed(
     }  # fmt: skip
     word.train(dataset, tmp_path / "alone", **options)
     assert {Image.open(image).size for image in (tmp_path / "alone" / "sample").glob("*.png")} == {(64, 64)}
-    original = RunHooks.step_ended
-    resume: Path | None = None
-    for fatal in (3, 5, None):
-
-        def dies(self: RunHooks, step: int, epoch: int, fatal: int | None = fatal) -> object:
-            if step == fatal:
-                raise Killed
-            return original(self, step, epoch)
-
-        monkeypatch.setattr(RunHooks, "step_ended", dies)
-        if fatal is None:
-            word.train(dataset, tmp_path / "out", **options, resume=resume)
-            break
-        with pytest.raises(Killed):
-            word.train(dataset, tmp_path / "out", **options, resume=resume)
-        resume = tmp_path / "out" / f"qux-step{fatal - 1:08d}-state"
+    again = partial(word.train, dataset, tmp_path / "out", **options)
+    train_killed(again, tmp_path / "out", steps=[3, 5], name="qux")
     for name in ("qux", "qux-ema"):
         alone, resumed = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("alone", "out"))
         assert list(alone) == sorted(names_of(word)) or set(alone) == set(names_of(word))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.training.kinds.full_options import nothing_to_stop
-from library.training.run_hooks import RunHooks
+from tests.fixtures.killed import train_killed
 from tests.fixtures.runs import logged, metadata_of
 from tests.fixtures.whole import Whole
 
@@ -29,11 +30,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
 
 
-class Killed(Exception):
-    """Raised to end a run; no code catches it."""
-
-
-def test_killed_twice(tmp_path: Path, whole: Whole, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_twice(tmp_path: Path, whole: Whole, dataset: Path) -> None:
     """A run that is killed twice ends with the bits of one that was left alone."""
     options = {
         "max_train_steps": 6, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "save_every_n_steps": 2,
@@ -42,22 +39,8 @@ def test_killed_twice(tmp_path: Path, whole: Whole, dataset: Path, monkeypatch: 
     if whole.script == "train_db":
         options["stop_text_encoder_training"] = 3
     whole.train(dataset, tmp_path / "alone", **options)
-    original = RunHooks.step_ended
-    resume: Path | None = None
-    for fatal in (3, 5, None):
-
-        def dies(self: RunHooks, step: int, epoch: int, fatal: int | None = fatal) -> object:
-            if step == fatal:
-                raise Killed
-            return original(self, step, epoch)
-
-        monkeypatch.setattr(RunHooks, "step_ended", dies)
-        if fatal is None:
-            whole.train(dataset, tmp_path / "out", **options, resume=resume)
-            break
-        with pytest.raises(Killed):
-            whole.train(dataset, tmp_path / "out", **options, resume=resume)
-        resume = tmp_path / "out" / f"tiny-step{fatal - 1:08d}-state"
+    again = partial(whole.train, dataset, tmp_path / "out", **options)
+    train_killed(again, tmp_path / "out", steps=[3, 5])
     for name in ("tiny", "tiny-ema", "tiny-step00000004"):
         assert not changed(weights(tmp_path / "alone", name), weights(tmp_path / "out", name)), name
     assert changed(weights(tmp_path / "out"), weights(tmp_path / "out", "tiny-ema"))
