@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from library.architectures.common.tensor_files import Shapes
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,25 @@ T5_LAYERS = {1472: {12}, 4096: {24}}
 
 #: endings of tensors in files that no model needs
 _HARMLESS = (".position_ids", ".attn_mask", ".num_batches_tracked")
+
+
+def shape_of(shapes: Shapes, name: str, axes: int = 2) -> tuple[int, ...]:
+    """Return the shape of one of a transformer's tensors.
+
+    Raises:
+        UserError: it is missing, or has another number of axes; the message does not name the file.
+    """
+    found = shapes.get(name)
+    if found is None or len(found) != axes:
+        what = "is missing" if found is None else f"has shape {list(found)}"
+        raise UserError(f"the transformer's tensor {name} {what}; the file is incomplete, download it again")
+    return found
+
+
+def block_count(names: Iterable[str], blocks: str) -> int:
+    """Return the number of blocks in a list, by names of tensors that begin with ``<blocks>.<number>.``."""
+    numbers = (int(found[1]) for name in names if (found := re.match(rf"{re.escape(blocks)}\.(\d+)\.", name)))
+    return 1 + max(numbers, default=-1)
 
 
 def check_layers(title: str, layers: int, width: int, published: Mapping[int, Collection[int]]) -> None:

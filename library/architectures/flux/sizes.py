@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
+from library.architectures.common.expected import shape_of
 from library.architectures.common.tensor_files import Shapes
 from library.architectures.flux.names import CHROMA, DEV, Variant
 from library.errors import UserError
@@ -81,14 +83,7 @@ def infer_sizes(shapes: Shapes) -> FluxSizes:
     Raises:
         UserError: the names do not add up to a FLUX.1 or Chroma transformer.
     """
-
-    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
-        found = shapes.get(name)
-        if found is None or len(found) != axes:
-            what = "is missing" if found is None else f"has shape {list(found)}"
-            raise UserError(f"the transformer's tensor {name} {what}; the file is incomplete, download it again")
-        return found
-
+    shape = partial(shape_of, shapes)
     hidden, in_channels = shape("img_in.weight")
     head = shape("double_blocks.0.img_attn.norm.query_norm.scale", 1)[0]
     if head % 4 or hidden % head:

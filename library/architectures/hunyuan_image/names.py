@@ -7,9 +7,9 @@ block.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from library.architectures.common.expected import block_count
 from library.architectures.common.joined_layout import Pair, Plan, published_plan
 from library.architectures.common.tensor_files import Shapes
 from library.architectures.common.transformer_layouts import TransformerLayouts
@@ -119,8 +119,7 @@ def tensor_pairs(names: Iterable[str]) -> Iterator[Pair]:
         for name, parts in OUTER.items():
             yield Pair(f"{name}.{leaf}", tuple(f"{part}.{leaf}" for part in parts), name == FINAL)
     for ours, (theirs, layers, norms) in LISTS.items():
-        numbers = (int(found[1]) for name in names if (found := re.match(rf"{re.escape(theirs)}\.(\d+)\.", name)))
-        for number in map(str, range(1 + max(numbers, default=-1))):
+        for number in map(str, range(block_count(names, theirs))):
             for name, parts in _in_block(ours, theirs, layers, number).items():
                 for leaf in ("weight", "bias"):
                     yield Pair(f"{name}.{leaf}", tuple(f"{part}.{leaf}" for part in parts))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from functools import partial
 
+from library.architectures.common.expected import block_count, shape_of
 from library.architectures.common.tensor_files import Shapes
 from library.errors import UserError
 
@@ -41,18 +42,8 @@ def infer_sizes(shapes: Shapes) -> HunyuanSizes:
     Raises:
         UserError: the names do not add up to a HunyuanImage transformer.
     """
-
-    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
-        found = shapes.get(name)
-        if found is None or len(found) != axes:
-            what = "is missing" if found is None else f"has shape {list(found)}"
-            raise UserError(f"the transformer's tensor {name} {what}; the file is incomplete, download it again")
-        return found
-
-    def count(stem: str) -> int:
-        numbers = (int(found[1]) for name in shapes if (found := re.match(rf"{re.escape(stem)}\.(\d+)\.", name)))
-        return 1 + max(numbers, default=-1)
-
+    shape = partial(shape_of, shapes)
+    count = partial(block_count, shapes)
     hidden, channels, *_ = shape("img_in.proj.weight", 4)
     head = shape("double_blocks.0.img_attn_q_norm.weight", 1)[0]
     if head % 4 or hidden % head:

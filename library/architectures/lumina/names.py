@@ -6,10 +6,10 @@ and has query, key and value apart. In paths of the table ``{}`` is the number o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from library.architectures.common.expected import block_count
 from library.architectures.common.joined_layout import Pair, Plan, published_plan
 from library.architectures.common.tensor_files import Shapes
 from library.architectures.common.transformer_layouts import TransformerLayouts
@@ -72,11 +72,7 @@ class Variant:
     def of(names: Iterable[str]) -> Variant:
         """Count the blocks by the names of either layout, without prefix."""
         names = list(names)
-        return Variant({blocks: _count(names, blocks) for blocks in LISTS})
-
-
-def _count(names: Iterable[str], blocks: str) -> int:
-    return 1 + max((int(found[1]) for name in names if (found := re.match(rf"{blocks}\.(\d+)\.", name))), default=-1)
+        return Variant({blocks: block_count(names, blocks) for blocks in LISTS})
 
 
 #: layers without a bias

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from functools import partial
 
-from library.architectures.common.expected import check_count, check_layers
+from library.architectures.common.expected import block_count, check_count, check_layers, shape_of
 from library.architectures.common.tensor_files import Shapes
 from library.errors import UserError
 
@@ -44,18 +44,8 @@ def infer_sizes(shapes: Shapes) -> NextDiTSizes:
     Raises:
         UserError: the names do not add up to a Lumina-Image transformer.
     """
-
-    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
-        found = shapes.get(name)
-        if found is None or len(found) != axes:
-            what = "is missing" if found is None else f"has shape {list(found)}"
-            raise UserError(f"the transformer's tensor {name} {what}; the file is incomplete, download it again")
-        return found
-
-    def count(stem: str) -> int:
-        numbers = (int(found[1]) for name in shapes if (found := re.match(rf"{stem}\.(\d+)\.", name)))
-        return 1 + max(numbers, default=-1)
-
+    shape = partial(shape_of, shapes)
+    count = partial(block_count, shapes)
     hidden, inputs = shape("x_embedder.weight")
     head = shape("layers.0.attention.q_norm.weight", 1)[0]
     rows = shape("layers.0.attention.qkv.weight")[0]

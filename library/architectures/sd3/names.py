@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from library.architectures.common.expected import block_count
 from library.architectures.common.joined_layout import Pair, Plan, published_plan
 from library.architectures.common.tensor_files import Shapes
 from library.architectures.common.transformer_layouts import TransformerLayouts
@@ -90,10 +91,9 @@ class Variant:
     def of(names: Iterable[str]) -> Variant:
         """Read them from diffusers' names."""
         names = list(names)
-        numbers = [int(found[1]) for name in names if (found := re.match(r"transformer_blocks\.(\d+)\.", name))]
         dual = (re.match(r"transformer_blocks\.(\d+)\.attn2\.", name) for name in names)
         return Variant(
-            depth=1 + max(numbers, default=-1),
+            depth=block_count(names, "transformer_blocks"),
             qk_norm=any(name.endswith(".attn.norm_q.weight") for name in names),
             dual=frozenset(int(found[1]) for found in dual if found),
         )

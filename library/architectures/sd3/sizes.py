@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 
+from library.architectures.common.expected import shape_of
 from library.architectures.common.tensor_files import Shapes
 from library.errors import UserError
 
@@ -48,14 +50,7 @@ def infer_sizes(shapes: Shapes) -> MMDiTSizes:
     Raises:
         UserError: these are not the names of a complete SD3 transformer.
     """
-
-    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
-        found = shapes.get(name)
-        if found is None or len(found) != axes:
-            what = "is missing" if found is None else f"has shape {list(found)}"
-            raise UserError(f"the transformer's tensor {name} {what}; the file is incomplete, download it again")
-        return found
-
+    shape = partial(shape_of, shapes)
     hidden, channels, patch, _ = shape("x_embedder.proj.weight", 4)
     norm = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight")
     head = norm[0] if norm else HEAD  # without the norms it is not in the file
