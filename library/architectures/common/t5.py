@@ -24,6 +24,7 @@ from library.architectures.common.recognise import refuse_scaled, what_it_is
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes
+from library.architectures.common.token_rows import length_of, padded, token_ids
 from library.architectures.common.tokenizer_files import sentencepiece_tokenizer
 from library.errors import UserError
 
@@ -153,23 +154,13 @@ def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int) -> tuple[T
     Returns:
         ids (B, T) int64 and mask (B, T) int64, 1 for the caption's tokens and its end, 0 for padding.
     """
-    ids = torch.full((len(captions), length), tokenizer.pad_token_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, caption in enumerate(captions):
-        # captions are tokenized one by one: batches would start threads, which must not exist before a fork
-        found = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids[: length - 1]
-        found = [*found, tokenizer.eos_token_id]
-        ids[row, : len(found)] = torch.tensor(found)
-        mask[row, : len(found)] = 1
-    return ids, mask
+    rows = [[*token_ids(tokenizer, caption)[: length - 1], tokenizer.eos_token_id] for caption in captions]
+    return padded(rows, length, tokenizer.pad_token_id)
 
 
 def caption_length(tokenizer: Any, caption: str, *, length: int) -> CaptionLength:
     """Return the number of tokens of a caption, and the text that ``tokenize`` cuts off."""
-    found = tokenizer(caption, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    count, limit = len(found.input_ids), length - 1
-    cut = caption[found.offset_mapping[limit][0] :].strip() if count > limit else ""
-    return CaptionLength(count, limit, cut)
+    return length_of(tokenizer, caption, length - 1)
 
 
 def encode(encoder: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.base import CaptionLength
+from library.architectures.common import token_rows
 from library.architectures.common.expected import check_layers
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
@@ -162,16 +163,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 def token_ids(tokenizer: Any, caption: str) -> list[int]:
     """Return the tokens of the whole conversation, of which the caption has at most ``LENGTH``."""
-    found = tokenizer(f"{SYSTEM}{caption}{END}", add_special_tokens=False, verbose=False).input_ids
-    return found[: START + LENGTH]
+    return token_rows.token_ids(tokenizer, f"{SYSTEM}{caption}{END}")[: START + LENGTH]
 
 
 def caption_length(tokenizer: Any, caption: str) -> CaptionLength:
     """Return the number of tokens of a caption, and the text that is cut off."""
-    found = tokenizer(caption, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    count = len(found.input_ids)
-    cut = caption[found.offset_mapping[LENGTH][0] :].strip() if count > LENGTH else ""
-    return CaptionLength(count, LENGTH, cut)
+    return token_rows.length_of(tokenizer, caption, LENGTH)
 
 
 def encode(encoder: nn.Module, ids: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from library.architectures.common.recognise import refuse_scaled, what_it_is
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes, WeightFile
+from library.architectures.common.token_rows import length_of, padded, token_ids
 from library.architectures.common.tokenizer_files import sentencepiece_tokenizer
 from library.errors import UserError
 
@@ -150,24 +151,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str], *, length: int) -> tuple[Tens
         ids (B, T) int64 and mask (B, T) int64, 1 for the start token and the text, 0 for padding. T is ``length``,
         rounded up to a multiple of 8.
     """
-    padded = -(-length // _MULTIPLE) * _MULTIPLE
-    ids = torch.full((len(texts), padded), tokenizer.pad_token_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        # texts are tokenized one by one: batches would start threads, which must not exist before a fork
-        found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        found = [tokenizer.bos_token_id, *found][:length]
-        ids[row, : len(found)] = torch.tensor(found)
-        mask[row, : len(found)] = 1
-    return ids, mask
+    rows = [[tokenizer.bos_token_id, *token_ids(tokenizer, text)][:length] for text in texts]
+    return padded(rows, -(-length // _MULTIPLE) * _MULTIPLE, tokenizer.pad_token_id)
 
 
 def caption_length(tokenizer: Any, text: str, *, length: int) -> CaptionLength:
     """Return the number of tokens of a text, and its end that ``tokenize`` cuts off."""
-    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    count, limit = len(found.input_ids), length - 1
-    cut = text[found.offset_mapping[limit][0] :].strip() if count > limit else ""
-    return CaptionLength(count, limit, cut)
+    return length_of(tokenizer, text, length - 1)
 
 
 def encode(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
