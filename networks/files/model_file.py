@@ -13,29 +13,14 @@ from torch import Tensor
 from library.architectures.adapters import AdapterFamily
 from library.architectures.common.diffusers_folder import weight_file
 from library.architectures.common.sharded_file import ShardedFile
-from library.architectures.common.tensor_files import Shapes, WeightFile
+from library.architectures.common.tensor_files import Shapes, TensorFile, WeightFile
 from library.architectures.registry import adapter_families
 from library.errors import UserError
-from library.files.safetensors_io import is_pickle, load_pickle
+from library.files.safetensors_io import is_pickle
 from networks.files.families import family_of_model
 
 #: parts of a diffusers folder that adapters change
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3")
-
-
-@dataclass(frozen=True)
-class PickledModel(WeightFile):
-    """A ``.ckpt``, which is in memory as a whole."""
-
-    path: Path
-    shapes: Shapes
-    dtypes: Mapping[str, torch.dtype]
-    _tensors: Mapping[str, Tensor] = field(repr=False)
-    mapped: bool = True
-
-    @contextmanager
-    def opened(self) -> Iterator[Callable[[str], Tensor]]:
-        yield self._tensors.__getitem__
 
 
 @dataclass(frozen=True)
@@ -80,7 +65,7 @@ def _component(folder: Path) -> ShardedFile:
     return ShardedFile.open(folder if any(folder.glob("*.index.json")) else weight_file(folder))
 
 
-Model = ShardedFile | PickledModel | FolderModel | WeightFile
+Model = WeightFile
 
 
 def open_model(path: Path, *, mapped: bool = True) -> Model:
@@ -97,9 +82,7 @@ def open_model(path: Path, *, mapped: bool = True) -> Model:
     if path.is_dir() and not any(path.glob("*.safetensors")):
         return replace(FolderModel.open(path), mapped=mapped)
     if path.is_file() and is_pickle(path):
-        tensors = load_pickle(path)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        return PickledModel(path, shapes, {name: tensor.dtype for name, tensor in tensors.items()}, tensors)
+        return TensorFile.open(path)
     return replace(ShardedFile.open(path), mapped=mapped)
 
 

@@ -65,6 +65,9 @@ class ImageRow:
     conditioning: Path | None = None  # its mask or conditioning image
 
 
+BUCKET_COLUMNS = ("dataset", "bucket", "images", "uses an epoch", "batches", "cut off on average")
+
+
 @dataclass(frozen=True)
 class BucketRow:
     dataset: int  # from 1
@@ -73,6 +76,12 @@ class BucketRow:
     uses: int  # in an epoch
     batches: int
     mean_crop_loss: float  # over its images, 0 to 1
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Return the row as texts, for ``BUCKET_COLUMNS``."""
+        numbers = map(str, (self.images, self.uses, self.batches))
+        return (str(self.dataset), f"{self.size[0]}x{self.size[1]}", *numbers, f"{self.mean_crop_loss:.1%}")
 
 
 @dataclass(frozen=True)

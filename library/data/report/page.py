@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from library.data.image_io import read_image
-from library.data.report.findings import KINDS, SEVERITIES, Finding, ImageRow, Report
+from library.data.report.findings import BUCKET_COLUMNS, KINDS, SEVERITIES, Finding, ImageRow, Report
 from library.data.report.looks import THREADS
 from library.errors import UserError
 from library.plain_text import printable
@@ -114,19 +114,7 @@ def _more(count: int) -> str:
 
 
 def _buckets(report: Report) -> str:
-    rows = (
-        (
-            str(row.dataset),
-            f"{row.size[0]}x{row.size[1]}",
-            str(row.images),
-            str(row.uses),
-            str(row.batches),
-            f"{row.mean_crop_loss:.1%}",
-        )
-        for row in report.buckets
-    )
-    columns = ("dataset", "bucket", "images", "uses an epoch", "batches", "cut off on average")
-    return f"<h2>Buckets</h2>{_table(columns, rows)}"
+    return f"<h2>Buckets</h2>{_table(BUCKET_COLUMNS, (row.cells for row in report.buckets))}"
 
 
 def _most_cut(report: Report) -> list[ImageRow]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from library.data.report.findings import KINDS, SEVERITIES, Finding, Report
+from library.data.report.findings import BUCKET_COLUMNS, KINDS, SEVERITIES, Finding, Report
 from library.plain_text import visible
 
 #: findings of a kind, tags and buckets shown at most; the rest is counted
@@ -65,19 +65,8 @@ def _print_kind(console: Console, kind: str, findings: Sequence[Finding]) -> Non
 
 
 def _print_buckets(console: Console, report: Report) -> None:
-    rows = [
-        (
-            str(row.dataset),
-            f"{row.size[0]}x{row.size[1]}",
-            str(row.images),
-            str(row.uses),
-            str(row.batches),
-            f"{row.mean_crop_loss:.1%}",
-        )
-        for row in report.buckets[:MOST_BUCKETS]
-    ]
-    columns = ("dataset", "bucket", "images", "uses an epoch", "batches", "cut off on average")
-    console.print(_table("Buckets", columns, rows))
+    rows = [row.cells for row in report.buckets[:MOST_BUCKETS]]
+    console.print(_table("Buckets", BUCKET_COLUMNS, rows))
     if len(report.buckets) > MOST_BUCKETS:
         console.print(f"and {len(report.buckets) - MOST_BUCKETS} more")
 
