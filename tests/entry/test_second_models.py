@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.training.batch_losses import BatchLosses
-from library.training.run_hooks import RunHooks
 from tests.entry import test_crashes
 from tests.entry.test_crashes import EVERYTHING, check_full_disk, check_kill
 from tests.entry.test_crashes import Whole as Uninterrupted
 from tests.fixtures.crashes import Ended, fork_run
 from tests.fixtures.families import SD
+from tests.fixtures.killed import train_killed
 from tests.fixtures.runs import THREE_SHAPES, launch_script, logged, metadata_of
 from tests.fixtures.second_models import PARAMETERS, SCRIPTS, data_of, reads_images
 from tests.fixtures.whole import Whole
@@ -145,14 +146,8 @@ SETS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-class Killed(Exception):
-    """What nothing catches."""
-
-
 @pytest.mark.parametrize("name", [n if n == "pixels" else pytest.param(n, marks=pytest.mark.slow) for n in SETS])
-def test_killed_twice(
-    tmp_path: Path, script: Whole, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
+def test_killed_twice(tmp_path: Path, script: Whole, caplog: pytest.LogCaptureFixture, name: str) -> None:
     """It ends with the bits of a run left alone."""
     subset, options = SETS[name]
     if "ScheduleFree" in str(options):
@@ -160,21 +155,8 @@ def test_killed_twice(
     data = data_of(script, tmp_path / "data", sizes=THREE_SHAPES, subset=subset)
     settings = {**options, "max_train_steps": 9, "save_every_n_steps": 1, "save_state": True}
     script.train(data, tmp_path / "alone", **settings)
-    original, resume = RunHooks.step_ended, None
-    for fatal in (4, 7, None):
-
-        def dies(self: RunHooks, step: int, epoch: int, fatal: int | None = fatal) -> object:
-            if step == fatal:
-                raise Killed
-            return original(self, step, epoch)
-
-        monkeypatch.setattr(RunHooks, "step_ended", dies)
-        if fatal is None:
-            script.train(data, tmp_path / "out", **settings, resume=resume)
-            break
-        with pytest.raises(Killed):
-            script.train(data, tmp_path / "out", **settings, resume=resume)
-        resume = tmp_path / "out" / f"tiny-step{fatal - 1:08d}-state"
+    again = partial(script.train, data, tmp_path / "out", **settings)
+    train_killed(again, tmp_path / "out", steps=[4, 7])
     names = sorted(path.name for path in (tmp_path / "alone").glob("*.safetensors"))
     assert "tiny.safetensors" in names
     for file in names:
