@@ -90,8 +90,8 @@ def main(args: argparse.Namespace) -> None:
     family = family_of_model(sources[0].model.shapes)
     metadata: dict[str, str] = {}
     if family is not None:
-        told = metadata_of(paths[0])
-        record = family.record_of(told) if told else family.record_of_model(sources[0].model.shapes)
+        recorded = metadata_of(paths[0])
+        record = family.record_of(recorded) if recorded else family.record_of_model(sources[0].model.shapes)
         merged = merged_from((path, metadata_of(path)) for path in paths)
         metadata = model_metadata(record, title=target.stem, merged_from=merged)
     with WorkProgress("blending", "tensors", simple=False) as progress:
