@@ -38,8 +38,8 @@ __all__ = [
     "Peers",
     "StoredSample",
     "Wanted",
+    "barrier",
     "fill",
-    "together",
     "to_pixels",
     "to_weights",
 ]
@@ -285,7 +285,7 @@ def fill(
     usable = find_current([wanted[i] for i in mine], format, vae_identity=vae_identity, trust=trust)
     missing = sorted(peers.gather([i for i in mine if not usable[wanted[i]]]))
     share = [wanted[i] for i in _share(wanted, missing, format, peers)]
-    with together(peers):
+    with barrier(peers):
         check_places((cache_path(w.path, w.size, format) for w in share), "--cache_latents_to_disk")
         encoded(share, None)
     return DiskLatents(format), len(missing)
@@ -301,8 +301,8 @@ def _share(wanted: Sequence[Wanted], indices: Iterable[int], format: LatentForma
 
 
 @contextlib.contextmanager
-def together(peers: Peers) -> Iterator[None]:
-    """A barrier for all processes at the end of the context, also after an error; an error of one ends all."""
+def barrier(peers: Peers) -> Iterator[None]:
+    """Wait for all processes at the end of the context, also after an error; an error of one ends all."""
     code: str | int | None = 0
     error: BaseException | None = None
     try:

@@ -1,10 +1,10 @@
 """The order of an epoch: which batches make up each step, over all processes and accumulated batches.
 
-A step is made of ``together`` batches: processes times accumulated batches. Where a bucket has enough images for all of
+A step is made of ``step_size`` batches: processes times accumulated batches. Where a bucket has enough images for all of
 them, the step takes consecutive images of that bucket. So the images of such a step, and the order of these steps,
 follow from the number of images of a step alone: 2 processes at batch size 1 learn what one does at batch size 2, or at
 batch size 1 with 2 accumulated batches. What is left of each bucket goes into batches of the dataset's size, and
-``together`` of these, of any buckets, into a step; only an epoch's last step may have fewer.
+``step_size`` of these, of any buckets, into a step; only an epoch's last step may have fewer.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ Order = Literal["by step", "by batch"]
 
 
 def steps_of_epoch(
-    buckets: Iterable[tuple[Sequence[T], bool]], together: int, *, seed: int, epoch: int
+    buckets: Iterable[tuple[Sequence[T], bool]], step_size: int, *, seed: int, epoch: int
 ) -> list[list[T]]:
-    """The steps of an epoch.
+    """Return the steps of an epoch.
 
     Args:
         buckets: for each bucket its batches, and whether the last of them is smaller than the others.
-        together: batches of a step.
+        step_size: batches of a step.
         epoch: counted from 0.
     """
     steps: list[list[T]] = []
     rest: list[T] = []
     for batches, last_is_short in buckets:
-        whole = len(batches) - (last_is_short and together > 1)
-        whole -= whole % together
-        steps += [list(batches[start : start + together]) for start in range(0, whole, together)]
+        whole = len(batches) - (last_is_short and step_size > 1)
+        whole -= whole % step_size
+        steps += [list(batches[start : start + step_size]) for start in range(0, whole, step_size)]
         rest += batches[whole:]
     rest = [rest[i] for i in permutation(len(rest), seed, "rest of the buckets", epoch)]
-    mixed = [rest[start : start + together] for start in range(0, len(rest), together)]
-    last = [mixed.pop()] if mixed and len(mixed[-1]) < together else []
+    mixed = [rest[start : start + step_size] for start in range(0, len(rest), step_size)]
+    last = [mixed.pop()] if mixed and len(mixed[-1]) < step_size else []
     steps += mixed
     return [steps[i] for i in permutation(len(steps), seed, "batches", epoch)] + last
 

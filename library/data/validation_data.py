@@ -29,7 +29,7 @@ class ValidationData:
     Args:
         data: of the run, its latents and texts cached if they will be.
         max_batches: of a validation, over all processes.
-        together: all processes have the same number of batches; a process that would be one short repeats the first
+        equal_counts: all processes have the same number of batches; a process that would be one short repeats the first
             batch, which does not count.
     """
 
@@ -40,7 +40,7 @@ class ValidationData:
         max_batches: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        together: bool = False,
+        equal_counts: bool = False,
     ) -> None:
         self._maker = ValidationBatchMaker(
             data.validation_datasets, seed=data.seed, prior_loss_weight=1.0, conditioning_as=data.conditioning_as
@@ -59,7 +59,7 @@ class ValidationData:
         self._refs = [found[index] for index in order][rank::world_size]
         #: how many of the first batches belong to the validation
         self.counted = len(self._refs)
-        if together and self.counted * world_size < len(order):
+        if equal_counts and self.counted * world_size < len(order):
             self._refs.append(found[order[0]])
         self._loader: Loader | None = None
 

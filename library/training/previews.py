@@ -213,21 +213,21 @@ def generate_previews(
     *,
     rank: int,
     world_size: int,
-    together: bool = False,
+    on_all_processes: bool = False,
     batch_size: int = 1,
 ) -> dict[str, Image]:
     """Generate and save this process's part of the images; returns them under the trackers' names.
 
     Args:
         generate: may raise Stopped, which ends the rest, and NotFinite.
-        together: every process generates all images, because a sharded model needs all processes; the first one keeps
-            them.
+        on_all_processes: every process generates all images, because a sharded model needs all processes; the first
+            one keeps them.
         batch_size: the most images of equal settings that are generated together.
     """
     found: dict[str, Image] = {}
-    mine = [index for index in range(len(prompts)) if together or index % world_size == rank]
+    mine = [index for index in range(len(prompts)) if on_all_processes or index % world_size == rank]
     for batch in _batches(mine, prompts, batch_size):
-        keeps = rank == 0 or not together
+        keeps = rank == 0 or not on_all_processes
         paths = {index: path_of(index, prompts[index]) if keeps else None for index in batch}
         try:
             images = _finite_images(batch, prompts, generate, paths)

@@ -204,7 +204,7 @@ class RunHooks:
             ),
             rank=run.accelerator.process_index,
             world_size=run.accelerator.num_processes,
-            together=run.sharding is not None,
+            on_all_processes=run.sharding is not None,
             batch_size=self._loaded.previews.batch_size,
         )
         self.trackers.images(of_all_processes(images), step)

@@ -18,7 +18,7 @@ from library.config.arguments import DatasetOptions, ModelOptions
 from library.data.cache_format import check_places
 from library.data.caption_lengths import measure_of, warn_of_cut_captions
 from library.data.dataset import TrainingData
-from library.data.latent_cache import together
+from library.data.latent_cache import barrier
 from library.data.text_cache import (
     CachedTexts,
     DiskTexts,
@@ -181,7 +181,7 @@ def _write(job: CacheJob, files: Sequence[TextFile], encoding: Callable[[], Text
     # distributed again, because all missing files may be in one part
     missing = sorted(peers.gather([i for i, file in enumerate(files) if file in outdated]))
     share = [files[i] for i in missing[peers.rank :: peers.count]]
-    with together(peers):
+    with barrier(peers):
         check_places((file.path for file in share), "--cache_text_encoder_outputs_to_disk")
         if share:
             encode_to_disk(share, encoding(), format, settings, report)

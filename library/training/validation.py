@@ -146,7 +146,7 @@ class Validation:
             max_batches=options.max_validation_steps,
             rank=run.accelerator.process_index,
             world_size=run.accelerator.num_processes,
-            together=run.sharding is not None,
+            equal_counts=run.sharding is not None,
         )
         self.best = BestSoFar()
         #: whether patience is used up

@@ -262,7 +262,7 @@ def test_each_image_once_without_chance(tmp_path: Path, folder: Path) -> None:
 def test_processes_that_must_go_together_have_as_many_batches(tmp_path: Path, folder: Path) -> None:
     data = make(tmp_path, table(folder), validation_split=0.5)
     alone = ValidationData(data)
-    shares = [ValidationData(data, rank=rank, world_size=3, together=True) for rank in range(3)]
+    shares = [ValidationData(data, rank=rank, world_size=3, equal_counts=True) for rank in range(3)]
     assert (len(alone), [len(share) for share in shares]) == (4, [2, 2, 2])
     assert [share.counted for share in shares] == [2, 1, 1]
     taken = [list(share.batches(tokenize=tokenize, num_workers=0)) for share in shares]
