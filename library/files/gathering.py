@@ -40,7 +40,7 @@ def is_sharded(tensor: Tensor) -> bool:
 def shard_of(tensor: Tensor) -> Shard:
     """Return this process's part of a sharded tensor, in the same memory."""
     with torch.no_grad():
-        return Shard(tensor.detach().to_local(), tuple(tensor.shape))  # type: ignore[operator]
+        return Shard(tensor.detach().to_local(), tuple(tensor.shape))
 
 
 def shards_of(modules: Iterable[nn.Module]) -> list[Shard]:

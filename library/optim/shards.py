@@ -125,8 +125,8 @@ class SharedStates:
     def __init__(self, optimizer: torch.optim.Optimizer, shards: LocalShards) -> None:
         self._optimizer, self._shards = optimizer, shards
         self._load, self._read = optimizer.load_state_dict, optimizer.state_dict
-        optimizer.load_state_dict = self._load_parts  # type: ignore[method-assign, assignment]
-        optimizer.state_dict = lambda: {**self._read(), "state": {}}  # type: ignore[method-assign]
+        optimizer.load_state_dict = self._load_parts
+        optimizer.state_dict = lambda: {**self._read(), "state": {}}
 
     @property
     def _parameters(self) -> list[nn.Parameter]:
