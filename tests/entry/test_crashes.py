@@ -58,16 +58,19 @@ class Case:
 
     def train(self, log: str, **more: object) -> Ended:
         hook = {name: more.pop(name) for name in ("at", "what") if name in more}
-        prompts = self.folder / "prompts.txt"
-        prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1", encoding="utf-8")
-        data = write_dataset(self.folder / "data.toml", self.images, general="cache_info = true")
-        flags = {**EVERYTHING, "sample_prompts": prompts, **more}
         return fork_run(
-            lambda: self.tiny.train(data, self.output, **flags),
+            lambda: self.train_here(**more),
             self.folder / f"{log}.log",
             watched=(self.images, self.output),
             **hook,
         )
+
+    def train_here(self, **more: object) -> None:
+        """Run in this process."""
+        prompts = self.folder / "prompts.txt"
+        prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1", encoding="utf-8")
+        data = write_dataset(self.folder / "data.toml", self.images, general="cache_info = true")
+        self.tiny.train(data, self.output, **{**EVERYTHING, "sample_prompts": prompts, **more})
 
     def check_files(self) -> None:
         """Whatever stands under its own name is whole."""
@@ -109,6 +112,9 @@ def start(tmp_path: Path, tiny: Tiny) -> Case:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Whole:
+    # what this process has imported, its forks need not import again; runs are compared bit for bit
+    torch.set_num_threads(1)
+    start(tmp_path_factory.mktemp("first"), tiny).train_here()
     case = start(tmp_path_factory.mktemp("whole"), tiny)
     done = case.train("whole")
     assert done.code == 0, done.text
