@@ -37,6 +37,11 @@ def ae_source(path_or_id: str, *, flag: str = "--ae") -> ModelSource:
             what = what_it_is(file.shapes.keys(), "flux_ae", "encoder.conv_in.weight")
             raise UserError(f"{flag} {path}: not an autoencoder ({what}); give ae.safetensors of FLUX.1")
         source = found
+        if source.layout.prefix == kl_vae.LDM_PREFIX and source.config["latent_channels"] == CHANNELS:
+            raise UserError(
+                f"{flag} {path}: a checkpoint of Stable Diffusion, whose VAE is another one for as many channels; give "
+                "ae.safetensors of FLUX.1"
+            )
     channels = source.config["latent_channels"]
     if channels != CHANNELS:
         raise UserError(

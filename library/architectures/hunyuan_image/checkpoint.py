@@ -9,7 +9,6 @@ from library.architectures.base import ModelInfo
 from library.architectures.common import t5
 from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, locate_part
 from library.architectures.common.loading import ModelSource
-from library.architectures.common.sources import in_file
 from library.architectures.common.tensor_files import Shapes
 from library.architectures.common.tokenizer_files import QWEN, locate_tokenizer
 from library.architectures.hunyuan_image import qwen
@@ -51,8 +50,9 @@ def inspect_model(
         transformer = transformer_source(path)
     places = _places(path, {"text_encoder": options.text_encoder, "byt5": options.byt5, "vae": vae})
     with naming("--text_encoder", options.text_encoder):
-        conversation = in_file(places["text_encoder"], lambda place: qwen.qwen_source(place), places["text_encoder"])
-    glyphs = t5.t5_source(places["byt5"], flag="--byt5", example="byt5_small_glyphxl_fp16.safetensors")
+        conversation = qwen.qwen_source(places["text_encoder"])
+    with naming("--byt5", options.byt5):
+        glyphs = t5.t5_source(places["byt5"], flag="--byt5", example="byt5_small_glyphxl_fp16.safetensors")
     with naming("--vae", vae):
         autoencoder = vae_source(str(places["vae"]))
     sizes = transformer.config["sizes"]

@@ -25,7 +25,8 @@ from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.recognise import refuse_scaled, what_it_is
 from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
-from library.architectures.common.tensor_files import Shapes
+from library.architectures.common.sources import in_file
+from library.architectures.common.tensor_files import Shapes, WeightFile
 from library.errors import UserError
 from library.memory.stored_layers import store_weights
 
@@ -65,7 +66,10 @@ def qwen_source(path: Path) -> ModelSource:
     Raises:
         UserError: the file holds something else, or is incomplete.
     """
-    file = with_plain_numbers(open_weights(path))
+    return in_file(path, _found, with_plain_numbers(open_weights(path)))
+
+
+def _found(file: WeightFile) -> ModelSource:
     root = next((root for root in _ROOTS if f"{root}layers.0.self_attn.q_proj.bias" in file.shapes), None)
     if root is None:
         what = what_it_is(file.shapes.keys(), "qwen", "model.layers.0.self_attn.q_proj.bias")

@@ -67,6 +67,12 @@ def test_parts_that_are_missing_or_do_not_fit(made: MadeHunyuan, tmp_path: Path)
         HUNYUAN_IMAGE.inspect(str(made.path), vae=None, tokenizer_cache_dir=cache)
     lines = str(raised.value).splitlines()
     assert [line.split()[0] for line in lines] == ["--text_encoder", "--byt5", "--vae"]
+    empty = tmp_path / "empty.safetensors"
+    empty.touch()
+    for name in ("text_encoder", "byt5"):
+        with pytest.raises(UserError) as raised:
+            family(made, **{name: str(empty)}).inspect(str(made.path), vae=str(made.vae), tokenizer_cache_dir=cache)
+        assert str(raised.value) == f"--{name} {empty}: not a safetensors file: it is empty"
     narrow = {
         name: tensor[:, :24] if tensor.dim() == 2 and tensor.shape[1] == 40 else tensor
         for name, tensor in load_file(made.byt5).items()

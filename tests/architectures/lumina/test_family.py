@@ -28,6 +28,7 @@ from tests.fixtures.tiny_lumina import (
     make_tiny_lumina,
     transformer_shapes,
 )
+from tests.fixtures.tiny_sd3 import make_tiny_sd3
 
 CAPTIONS = ("a cat", "a red dog of the cat")
 
@@ -138,6 +139,9 @@ def test_wrong_and_missing_files_are_named(tmp_path: Path) -> None:
         opened(swapped)
     with pytest.raises(UserError, match="is a Gemma2 text encoder; give the transformer here"):
         opened(MadeLumina(made.gemma2, made.gemma2, made.ae, made.tokenizer_cache_dir))
+    of_sd3 = make_tiny_sd3(tmp_path / "sd3").path
+    with pytest.raises(UserError, match="--ae .*a checkpoint of Stable Diffusion, whose VAE is another one"):
+        opened(MadeLumina(made.path, made.gemma2, of_sd3, made.tokenizer_cache_dir))
     wide = {name: torch.zeros(s) for name, s in gemma2_shapes(full_sizes().__class__(caption=48)).items()}
     save_file(wide, made.gemma2)
     with pytest.raises(UserError, match="gives states of width 48, the transformer takes 32"):
