@@ -11,9 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.common import kl_vae
+from library.architectures.conditioning import CaptionLength, Conditioning, Control, SampleFacts
+from library.architectures.formats import LatentFormat, TextFormat
 from library.architectures.lora_target import LoraTarget
+from library.architectures.model_info import ModelInfo, WeightsIdentity
 from library.architectures.part import DENOISER, VAE, text_encoder_name
-from library.architectures.ragged import joined
 from library.architectures.whole_models import WholeModels
 from library.config.declaration import Declaration, Facts
 from library.config.prompt_options import DDPM_FIELDS, TextRole
@@ -38,110 +38,6 @@ if TYPE_CHECKING:
     from library.diffusion.objective import Objective
 
 O = TypeVar("O")
-
-
-@dataclass(frozen=True)
-class LatentFormat:
-    """The shape, scale and file format of a family's latents."""
-
-    channels: int
-    stride: int  # pixels per latent cell, the same in both directions
-    scale: float  # the denoiser sees (latents - shift) * scale
-    shift: float
-    cache_suffix: str  # "_sd.npz"; see facts on cache files
-    multi_resolution: bool  # whether a cache file holds several sizes under suffixed keys
-    stored_scaled: bool = False  # whether cache files hold latents with shift and scale applied
-    bucket_step: int = 8  # bucket sides must be multiples of this many pixels
-
-
-@dataclass(frozen=True)
-class TextFormat:
-    """The file format of a family's encoded captions."""
-
-    cache_suffix: str  # "_te_outputs.npz"; see facts on cache files
-    arrays: Mapping[str, tuple[str, ...]]  # tensors of the conditioning and their axes without the batch
-    #: names of the family's own options that they depend on
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    #: makes further arrays, which other programs read, from the tensors of one caption
-    extras: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
-    #: tensors, of tokens and conditioning, that are as long as their caption: name -> their mask; see ``ragged.py``
-    ragged: Mapping[str, str] = field(default_factory=dict)
-    #: the lengths that files have of some of them all the same, for other programs
-    stored_lengths: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class WeightsIdentity:
-    """Identifies the weights that something was made with. Either text is enough; the first is cheap."""
-
-    files: str  # equal: the files have not changed
-    read: Callable[[], str]  # equal: the weights are the same, wherever they are; reads all of them
-
-    @cached_property
-    def weights(self) -> str:
-        return self.read()
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """The facts about a checkpoint that its keys, shapes or configuration give."""
-
-    family: str
-    version: str  # as recorded in ss_base_model_version, e.g. "sd_v1", "sd_v2_v"
-    description: str  # for people: "Stable Diffusion 1.x, epsilon prediction"
-    v_prediction: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)  # family's own (configs, sizes)
-
-
-@dataclass
-class Conditioning:
-    """Encoded text: named tensors with the batch first, e.g. ``context`` (B, T, D)."""
-
-    tensors: dict[str, Tensor]
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        moved = {
-            name: t.to(device=device, dtype=dtype if dtype is not None and t.is_floating_point() else None)
-            for name, t in self.tensors.items()
-        }
-        return Conditioning(moved)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenate along the batch; token axes of different lengths are padded with zeros."""
-        names = parts[0].tensors.keys()
-        return Conditioning({name: joined([p.tensors[name] for p in parts]) for name in names})
-
-
-@dataclass(frozen=True)
-class SampleFacts:
-    """Facts about the images of a batch that may condition the denoiser, beside their captions."""
-
-    original: Tensor  # (B, 2) int64, (H, W) of the image in pixels before it was resized
-    top_left: Tensor  # (B, 2) int64, (top, left) of the crop in the resized image
-    target: Tensor  # (B, 2) int64, (H, W) of what is trained or generated
-
-    @staticmethod
-    def of_whole_images(width: int, height: int, count: int) -> SampleFacts:
-        """Return the facts of uncropped images of this size in pixels."""
-        size = torch.tensor([[height, width]]).expand(count, 2)
-        return SampleFacts(size, torch.zeros_like(size), size)
-
-
-#: the residuals that a ControlNet adds to a prediction: named tensors, or lists of them, for the family's ``predict``
-Control = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class CaptionLength:
-    """The length of a caption for a text encoder."""
-
-    tokens: int  # without start, end and padding
-    limit: int  # tokens that are used
-    cut: str  # the end of the caption that is cut off; empty if everything fits
 
 
 class Architecture(WholeModels, ABC):

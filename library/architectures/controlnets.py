@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Conditioning, Control
 from library.architectures.common.loading import ModelSource
+from library.architectures.conditioning import Conditioning, Control
 
 #: ways to save a ControlNet: one file by the family's usual names; one by the original names below ``control_model.``;
 #: a folder of diffusers

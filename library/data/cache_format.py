@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from library.architectures.base import LatentFormat
+from library.architectures.formats import LatentFormat
 from library.data.array_file import open_arrays
 from library.errors import UserError
 from library.files.atomic import MAX_NAME, atomic_path

@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from library.architectures.base import Architecture, CaptionLength
+from library.architectures.base import Architecture
+from library.architectures.conditioning import CaptionLength
 from library.data.captions import CaptionRules, final_caption
 from library.data.records import ImageRecord
 from library.randomness import python_rng

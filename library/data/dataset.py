@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from library.architectures.base import LatentFormat
+from library.architectures.formats import LatentFormat
 from library.data.augment import face_in_name
 from library.data.batch import Batch
 from library.data.bucketed import BatchRef, BucketedDataset, Find, Use, by_subset, find_records, find_subset

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.architectures.base import LatentFormat
+from library.architectures.formats import LatentFormat
 from library.data.cache_format import (
     CachedLatents,
     array_suffix,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.architectures.base import LatentFormat
+from library.architectures.formats import LatentFormat
 from library.data.cache_format import CachedLatents, Stamp, cache_path, make_stamp, write_cache
 from library.data.image_io import covering_size, cut_mask, fit, read_image, read_image_and_alpha
 from library.errors import UserError

@@ -19,7 +19,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from library.architectures.base import TextFormat
+from library.architectures.formats import TextFormat
 from library.architectures.ragged import PackedRows, joined, trimmed
 from library.data.captions import CaptionRules, is_dropped, written_caption
 from library.data.latent_encoding import THREADS

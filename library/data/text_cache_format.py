@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.architectures.base import TextFormat, WeightsIdentity
 from library.architectures.common.clean_text import is_changed_by_cleaning
+from library.architectures.formats import TextFormat
+from library.architectures.model_info import WeightsIdentity
 from library.architectures.ragged import padded, trimmed
 from library.data.array_file import ArrayFile, open_arrays
 from library.data.cache_format import STAMP

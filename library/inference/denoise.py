@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from library.architectures.base import Architecture, Conditioning, Control
+from library.architectures.base import Architecture
+from library.architectures.conditioning import Conditioning, Control
 from library.config.declaration import Declaration
 from library.config.image_settings import ImageSettings
 from library.config.prompt_options import PromptOption

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Architecture, CaptionLength, Conditioning, SampleFacts
+from library.architectures.base import Architecture
+from library.architectures.conditioning import CaptionLength, Conditioning, SampleFacts
 from library.config.image_settings import ImageSettings
 from library.config.prompt_options import TextRole
 from library.data.caption_lengths import shortened

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from library.architectures.base import Conditioning
+from library.architectures.conditioning import Conditioning
 from library.config.image_settings import ImageSettings
 from library.inference.denoise import Feature
 from library.inference.features.image_to_image import ImageToImage, encode_sources

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Conditioning
+from library.architectures.conditioning import Conditioning
 from library.architectures.minimal_inference import ImageRequest, MinimalInference, ModelPart, OpenedModel
 from library.architectures.whole_models import SavedModel
 from library.config.image_settings import ImageSettings

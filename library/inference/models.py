@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from library.architectures.base import Architecture, Conditioning
+from library.architectures.base import Architecture
+from library.architectures.conditioning import Conditioning
 from library.memory.placing import on_device
 
 

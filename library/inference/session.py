@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 import torch
 
-from library.architectures.base import Architecture, Conditioning
+from library.architectures.base import Architecture
+from library.architectures.conditioning import Conditioning
 from library.config.image_settings import ImageSettings
 from library.inference.denoise import wanted_features
 from library.inference.feature_options.control_net import ControlOptions

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from library.architectures.base import Architecture, Conditioning, Control, SampleFacts
+from library.architectures.base import Architecture
+from library.architectures.conditioning import Conditioning, Control, SampleFacts
 from library.data.batch import Batch
 from library.diffusion.objective import LossSettings, Objective
 from library.randomness import Draw

@@ -9,7 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Architecture, Conditioning
+from library.architectures.base import Architecture
+from library.architectures.conditioning import Conditioning
 from library.architectures.ragged import trimmed
 from library.data.batch import Batch
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Conditioning
+from library.architectures.conditioning import Conditioning
 from library.config.console import quiet
 from library.data.batch import Batch
 from library.memory import stand_in

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from library.architectures.base import Architecture, ModelInfo
+from library.architectures.base import Architecture
+from library.architectures.model_info import ModelInfo
 from library.config.arguments import RunOptions
 from library.config.dataset_keys import number_range
 from library.files.hashes import HashInBackground, model_hash

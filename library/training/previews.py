@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from library.architectures.base import Architecture, Conditioning, ModelInfo
+from library.architectures.base import Architecture
+from library.architectures.conditioning import Conditioning
+from library.architectures.model_info import ModelInfo
 from library.config.arguments import RunOptions
 from library.diffusion.objective import Objective
 from library.inference.prompt_line import SamplePrompt

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from library.architectures.base import Architecture, ModelInfo
+from library.architectures.base import Architecture
+from library.architectures.model_info import ModelInfo
 from library.config.arguments import OptimizerOptions, RunOptions
 from library.config.console import setup_console
 from library.config.no_effect import report

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.architectures.base import Conditioning, TextFormat
+from library.architectures.conditioning import Conditioning
+from library.architectures.formats import TextFormat
 from library.architectures.ragged import PackedRows, joined, padded, trimmed
 from library.data.text_cache import MemoryTexts, stack_rows
 from library.data.text_cache_format import TextSettings, TextStamp, read_row, write_texts

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from library.architectures.base import LatentFormat
+from library.architectures.formats import LatentFormat
 from library.architectures.sd import SD
 from library.architectures.sdxl import SDXL
 from library.data.cache_format import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.base import LatentFormat
+from library.architectures.formats import LatentFormat
 from library.config.arguments import DatasetOptions
 from library.data.dataset import TrainingData
 from library.data.dataset_config import load_dataset_config

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.architectures.base import LatentFormat
+from library.architectures.formats import LatentFormat
 
 SD = LatentFormat(channels=4, stride=8, scale=0.18215, shift=0.0, cache_suffix="_sd.npz", multi_resolution=False)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from library.architectures.base import CaptionLength
 from library.architectures.common import clip_text
+from library.architectures.conditioning import CaptionLength
 from library.architectures.sd import SD
 from library.data import caption_lengths
 from library.data.caption_lengths import measure_of, warn_of_cut_captions

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.architectures.base import CaptionLength, Conditioning, TextFormat, WeightsIdentity
+from library.architectures.conditioning import CaptionLength, Conditioning
+from library.architectures.formats import TextFormat
+from library.architectures.model_info import WeightsIdentity
 from library.config.arguments import ConsoleOptions, DatasetOptions, ModelOptions
 from library.data.dataset import TrainingData
 from library.interrupt import Interrupt

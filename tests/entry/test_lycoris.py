@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.architectures.base import SampleFacts
+from library.architectures.conditioning import SampleFacts
 from library.config.arguments import with_groups
 from library.errors import UserError
 from library.inference.networks import apply_networks, choose_networks

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.architectures.base import Conditioning
+from library.architectures.conditioning import Conditioning
 from library.architectures.sd import SD
 from library.config.image_settings import ImageSettings
 from library.errors import UserError

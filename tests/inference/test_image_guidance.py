@@ -123,7 +123,7 @@ def test_clip_vision_replaces_the_pooled_text(
 ) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    from library.architectures.base import Conditioning
+    from library.architectures.conditioning import Conditioning
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

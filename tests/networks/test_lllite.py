@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from library.architectures.base import Conditioning
 from library.architectures.common.ldm_unet import build_unet
+from library.architectures.conditioning import Conditioning
 from library.architectures.lora_target import LORA_TARGET
 from library.architectures.sdxl import SDXL
 from library.errors import UserError

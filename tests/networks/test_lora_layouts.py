@@ -37,9 +37,9 @@ def models(request):
 
 def sdxl_models():
     """Both text encoders and the U-Net on the meta device, as the family loads the published checkpoint."""
-    from library.architectures.base import ModelInfo
     from library.architectures.common.sources import ldm_unet_source, vae_source
     from library.architectures.common.tensor_files import TensorFile
+    from library.architectures.model_info import ModelInfo
     from library.architectures.sdxl import SDXL
     from library.architectures.sdxl.checkpoint import SDXLCheckpoint
     from library.architectures.sdxl.weights import text_1_source, text_2_source

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.architectures.base import CaptionLength
 from library.architectures.common.clean_text import clean_text
 from library.architectures.common.emphasis import parse_emphasis
+from library.architectures.conditioning import CaptionLength
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Control
 from library.architectures.common.checkpoint import locate
 from library.architectures.common.diffusers_folder import read_json, weight_file
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.ldm_unet import OUTER, encoder_pairs
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.common.tensor_files import Shapes, TensorFile, WeightFile
+from library.architectures.conditioning import Control
 from library.errors import UserError
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.architectures.base import WeightsIdentity
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.tokenizer_files import ALL_FILES
+from library.architectures.model_info import WeightsIdentity
 from library.files.hashes import file_identity
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.architectures.adapters import AdapterNaming
-from library.architectures.base import Architecture, CaptionLength, Conditioning, Control, ModelInfo
+from library.architectures.base import Architecture
 from library.architectures.common import clip, clip_text, kl_vae, ldm_unet
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.controlnet import (
@@ -39,8 +39,10 @@ from library.architectures.common.model_writing import (
     write_file,
 )
 from library.architectures.common.pipeline_writing import Pipeline, PipelinePart, write_pipeline
+from library.architectures.conditioning import CaptionLength, Conditioning, Control
 from library.architectures.controlnets import DIFFUSERS, PREFIXED, PUBLISHED, HasControlNets
 from library.architectures.lora_target import BlockNumbering, LoraTarget
+from library.architectures.model_info import ModelInfo
 from library.architectures.part import DENOISER, VAE, Part, built_by, by_name
 from library.architectures.whole_models import SavedModel
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import CaptionLength
 from library.architectures.common.expected import T5_LAYERS, check_layers
 from library.architectures.common.key_map import KeyMap, TensorLayout
 from library.architectures.common.loading import ModelSource, load_frozen
@@ -26,6 +25,7 @@ from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.tensor_files import Shapes
 from library.architectures.common.token_rows import length_of, padded, token_ids
 from library.architectures.common.tokenizer_files import sentencepiece_tokenizer
+from library.architectures.conditioning import CaptionLength
 from library.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.architectures.base import CaptionLength
+from library.architectures.conditioning import CaptionLength
 
 
 def token_ids(tokenizer: Any, caption: str) -> list[int]:

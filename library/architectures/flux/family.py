@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import (
-    Architecture,
-    CaptionLength,
-    Conditioning,
-    Control,
-    LatentFormat,
-    ModelInfo,
-    TextFormat,
-    WeightsIdentity,
-)
+from library.architectures.base import Architecture
 from library.architectures.common import ae as flux_vae
 from library.architectures.common import clip, clip_text, t5
 from library.architectures.common.attention import check_backend
@@ -33,6 +24,7 @@ from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.loading import ModelSource, without_mapping
 from library.architectures.common.tokenizer_files import T5, find_tokenizer
 from library.architectures.common.transformer_file import TransformerFile
+from library.architectures.conditioning import CaptionLength, Conditioning, Control
 from library.architectures.controlnets import DIFFUSERS, HasControlNets
 from library.architectures.flux import text as flux_text
 from library.architectures.flux.adapters import RECORDS
@@ -46,7 +38,9 @@ from library.architectures.flux.names import DEV, SCHNELL
 from library.architectures.flux.options import CHROMA, DECLARATION, TRAINS_CONTROLNETS, FluxModelOptions, trains_t5
 from library.architectures.flux.targets import CHROMA_DENOISER, CLIP_L, T5XXL
 from library.architectures.flux.targets import DENOISER as DENOISER_TARGET
+from library.architectures.formats import LatentFormat, TextFormat
 from library.architectures.lora_target import LoraTarget
+from library.architectures.model_info import ModelInfo, WeightsIdentity
 from library.architectures.part import DENOISER, VAE, Part, built_by, by_name, text_encoder_name
 from library.config.declaration import message
 from library.config.no_effect import report

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from library.architectures.base import ModelInfo
 from library.architectures.common import ae as vae
 from library.architectures.common import t5
 from library.architectures.common.checkpoint import MODEL_FLAG, locate_part
@@ -17,6 +16,7 @@ from library.architectures.flux.checkpoint import TransformerCheckpoint
 from library.architectures.flux.controlnet import controlnet_source
 from library.architectures.flux.options import CHROMA, FluxModelOptions
 from library.architectures.flux.sizes import FluxSizes
+from library.architectures.model_info import ModelInfo
 from library.errors import UserError, naming
 from library.files.safetensors_io import is_pickle, read_header
 

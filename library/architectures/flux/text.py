@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Conditioning
 from library.architectures.common import clip_text, t5
+from library.architectures.conditioning import Conditioning
 
 #: width of CLIP-L's pooled output
 POOLED = 768

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.architectures.base import ModelInfo
 from library.architectures.common import t5
 from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, locate_part
 from library.architectures.common.loading import ModelSource
@@ -16,6 +15,7 @@ from library.architectures.hunyuan_image.names import DISTILLED, LAYOUTS
 from library.architectures.hunyuan_image.options import HunyuanOptions
 from library.architectures.hunyuan_image.sizes import HunyuanSizes, infer_sizes
 from library.architectures.hunyuan_image.vae import vae_source
+from library.architectures.model_info import ModelInfo
 from library.errors import UserError, naming
 
 VERSION = "hunyuan-image-2.1"

@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from library.architectures.base import (
-    Architecture,
-    CaptionLength,
-    Conditioning,
-    Control,
-    LatentFormat,
-    ModelInfo,
-    TextFormat,
-    WeightsIdentity,
-)
+from library.architectures.base import Architecture
 from library.architectures.common import t5
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.flow_matching import FlowMatching
@@ -29,6 +20,8 @@ from library.architectures.common.loading import without_mapping
 from library.architectures.common.tokenizer_files import QWEN as QWEN_FILES
 from library.architectures.common.tokenizer_files import find_tokenizer
 from library.architectures.common.transformer_file import TransformerFile
+from library.architectures.conditioning import CaptionLength, Conditioning, Control
+from library.architectures.formats import LatentFormat, TextFormat
 from library.architectures.hunyuan_image import qwen, text, vae
 from library.architectures.hunyuan_image.adapters import RECORD
 from library.architectures.hunyuan_image.checkpoint import HunyuanCheckpoint, inspect_model
@@ -37,6 +30,7 @@ from library.architectures.hunyuan_image.names import LAYOUTS
 from library.architectures.hunyuan_image.options import DECLARATION, HunyuanOptions
 from library.architectures.hunyuan_image.targets import BYT5, QWEN
 from library.architectures.hunyuan_image.targets import DENOISER as DENOISER_TARGET
+from library.architectures.model_info import ModelInfo, WeightsIdentity
 from library.architectures.part import DENOISER, VAE, Part, built_by, by_name, text_encoder_name
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import CaptionLength
 from library.architectures.common import token_rows
 from library.architectures.common.expected import check_layers
 from library.architectures.common.key_map import KeyMap, TensorLayout
@@ -27,6 +26,7 @@ from library.architectures.common.scaled_file import with_plain_numbers
 from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.sources import in_file
 from library.architectures.common.tensor_files import Shapes, WeightFile
+from library.architectures.conditioning import CaptionLength
 from library.errors import UserError
 from library.memory.stored_layers import store_weights
 

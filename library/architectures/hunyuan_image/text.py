@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Conditioning
 from library.architectures.common import t5
+from library.architectures.conditioning import Conditioning
 from library.architectures.hunyuan_image import qwen
 from library.architectures.ragged import trimmed
 

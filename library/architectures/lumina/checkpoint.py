@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.architectures.base import ModelInfo
 from library.architectures.common import ae
 from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, locate_part
 from library.architectures.common.loading import ModelSource
@@ -15,6 +14,7 @@ from library.architectures.lumina.adapters import RECORD
 from library.architectures.lumina.names import LAYOUTS
 from library.architectures.lumina.options import LuminaOptions
 from library.architectures.lumina.sizes import NextDiTSizes, infer_sizes
+from library.architectures.model_info import ModelInfo
 from library.errors import UserError, naming
 from library.files.safetensors_io import read_header
 

@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from library.architectures.base import (
-    Architecture,
-    CaptionLength,
-    Conditioning,
-    Control,
-    LatentFormat,
-    ModelInfo,
-    TextFormat,
-    WeightsIdentity,
-)
+from library.architectures.base import Architecture
 from library.architectures.common import ae, clip
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.flow_matching import FlowMatching
@@ -27,6 +18,8 @@ from library.architectures.common.key_map import TensorLayout
 from library.architectures.common.loading import without_mapping
 from library.architectures.common.tokenizer_files import GEMMA, find_tokenizer
 from library.architectures.common.transformer_file import TransformerFile
+from library.architectures.conditioning import CaptionLength, Conditioning, Control
+from library.architectures.formats import LatentFormat, TextFormat
 from library.architectures.lumina import gemma2
 from library.architectures.lumina.adapters import RECORD
 from library.architectures.lumina.checkpoint import LuminaCheckpoint, inspect_model
@@ -35,6 +28,7 @@ from library.architectures.lumina.names import LAYOUTS
 from library.architectures.lumina.options import DECLARATION, LENGTH, LuminaOptions
 from library.architectures.lumina.targets import DENOISER as DENOISER_TARGET
 from library.architectures.lumina.targets import GEMMA2
+from library.architectures.model_info import ModelInfo, WeightsIdentity
 from library.architectures.part import DENOISER, VAE, Part, built_by, by_name, text_encoder_name
 from library.config.flow import FlowOptions
 from library.config.prompt_options import TextRole

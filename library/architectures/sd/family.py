@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from library.architectures.base import Conditioning, LatentFormat, ModelInfo, TextFormat, WeightsIdentity
 from library.architectures.common import clip, clip_text, ldm_unet
 from library.architectures.common.identity import weights_identity
 from library.architectures.common.key_map import TensorLayout
@@ -26,7 +25,10 @@ from library.architectures.common.loading import ModelSource, without_mapping
 from library.architectures.common.model_writing import LazyTensors
 from library.architectures.common.pipeline_writing import Pipeline
 from library.architectures.common.tokenizer_files import find_tokenizer
+from library.architectures.conditioning import Conditioning
+from library.architectures.formats import LatentFormat, TextFormat
 from library.architectures.lora_target import BlockNumbering, LoraTarget
+from library.architectures.model_info import ModelInfo, WeightsIdentity
 from library.architectures.part import Part, built_by, text_encoder_name
 from library.architectures.sd import text as sd_text
 from library.architectures.sd import weights as sd_weights

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from library.architectures.base import Conditioning
 from library.architectures.common import clip_text
 from library.architectures.common.clip_text import WINDOW, emphasise, join_windows
 from library.architectures.common.grown_embedding import by_layer, joined_layers, layers_of
+from library.architectures.conditioning import Conditioning
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.architectures.base import ModelInfo
 from library.architectures.common import clip, t5
 from library.architectures.common.checkpoint import MODEL_FLAG, locate_model, locate_part, vae_at
 from library.architectures.common.loading import ModelSource
@@ -17,6 +16,7 @@ from library.architectures.common.sharded_file import open_weights
 from library.architectures.common.sources import diffusers_vae_source, in_file, vae_source
 from library.architectures.common.tensor_files import TensorFile, WeightFile
 from library.architectures.common.tokenizer_files import T5, locate_tokenizer
+from library.architectures.model_info import ModelInfo
 from library.architectures.sd3.names import LAYOUTS
 from library.architectures.sd3.options import SD3Options
 from library.architectures.sd3.sizes import MMDiTSizes, infer_sizes

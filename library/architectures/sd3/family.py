@@ -10,23 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from library.architectures.base import (
-    Architecture,
-    CaptionLength,
-    Conditioning,
-    Control,
-    LatentFormat,
-    ModelInfo,
-    SampleFacts,
-    TextFormat,
-    WeightsIdentity,
-)
+from library.architectures.base import Architecture
 from library.architectures.common import clip, clip_text, kl_vae, t5
 from library.architectures.common.checkpoint import vae_identity
 from library.architectures.common.identity import weights_identity
 from library.architectures.common.loading import ModelSource, without_mapping
 from library.architectures.common.tokenizer_files import T5, find_tokenizer, has_tokenizer
+from library.architectures.conditioning import CaptionLength, Conditioning, Control, SampleFacts
+from library.architectures.formats import LatentFormat, TextFormat
 from library.architectures.lora_target import LoraTarget
+from library.architectures.model_info import ModelInfo, WeightsIdentity
 from library.architectures.part import DENOISER, VAE, Part, built_by, by_name, text_encoder_name
 from library.architectures.sd3 import text as sd3_text
 from library.architectures.sd3.checkpoint import SD3Checkpoint, inspect_model, pooled_width

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.architectures.base import Conditioning
 from library.architectures.common import clip_text, t5
+from library.architectures.conditioning import Conditioning
 from library.randomness import Draw
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
-from library.architectures.base import ModelInfo
 from library.architectures.common import clip, kl_vae, t5
 from library.architectures.common.loading import ModelSource
 from library.architectures.common.model_writing import (
@@ -25,6 +24,7 @@ from library.architectures.common.model_writing import (
     state_of,
     write_file,
 )
+from library.architectures.model_info import ModelInfo
 from library.architectures.sd3.checkpoint import SD3Checkpoint
 from library.architectures.sd3.family import StableDiffusion3
 from library.architectures.sd3.names import LAYOUTS, PREFIX

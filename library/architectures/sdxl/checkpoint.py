@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.architectures.base import ModelInfo
 from library.architectures.common.checkpoint import (
     MODEL_FLAG,
     check_folder,
@@ -28,6 +27,7 @@ from library.architectures.common.sources import (
 )
 from library.architectures.common.tensor_files import TensorFile
 from library.architectures.common.tokenizer_files import locate_tokenizer
+from library.architectures.model_info import ModelInfo
 from library.architectures.sdxl import weights
 from library.errors import UserError, naming
 

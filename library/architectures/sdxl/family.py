@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Conditioning, LatentFormat, ModelInfo, SampleFacts, TextFormat, WeightsIdentity
 from library.architectures.common import clip
 from library.architectures.common.identity import weights_identity
 from library.architectures.common.key_map import TensorLayout
@@ -30,7 +29,10 @@ from library.architectures.common.loading import ModelSource, without_mapping
 from library.architectures.common.model_writing import LazyTensors
 from library.architectures.common.pipeline_writing import Pipeline
 from library.architectures.common.tokenizer_files import find_tokenizer
+from library.architectures.conditioning import Conditioning, SampleFacts
+from library.architectures.formats import LatentFormat, TextFormat
 from library.architectures.lora_target import BlockNumbering, LoraTarget
+from library.architectures.model_info import ModelInfo, WeightsIdentity
 from library.architectures.part import Part, built_by, text_encoder_name
 from library.architectures.sdxl import text as sdxl_text
 from library.architectures.sdxl import weights as sdxl_weights

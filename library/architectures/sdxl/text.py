@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Conditioning
 from library.architectures.common import clip_text
 from library.architectures.common.clip_text import WINDOW, emphasise, join_windows
+from library.architectures.conditioning import Conditioning
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from library.architectures.base import Architecture, Conditioning
+from library.architectures.base import Architecture
+from library.architectures.conditioning import Conditioning
 from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import Feature, Generation

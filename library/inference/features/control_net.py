@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from library.architectures.base import Architecture, Control
+from library.architectures.base import Architecture
 from library.architectures.common.controlnet import controlnet_source, load_controlnet, mean_of
 from library.architectures.common.grown_embedding import give_each_layer
+from library.architectures.conditioning import Control
 from library.config.image_settings import ImageSettings
 from library.inference.control_models import ControlModel, control_images, used_as_given
 from library.inference.denoise import CONTROL_CONDITIONING, WAYS_DOWN, Feature, Generation, StepInfo

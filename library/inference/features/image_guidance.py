@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from library.architectures.base import Conditioning
+from library.architectures.conditioning import Conditioning
 from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo

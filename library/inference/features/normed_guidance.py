@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from library.architectures.base import Conditioning
+from library.architectures.conditioning import Conditioning
 from library.diffusion.flow import TIMESTEPS
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from library.architectures.base import Conditioning
+from library.architectures.conditioning import Conditioning
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo
 
 #: of the running difference between both predictions; below 0 it pushes away from where guidance went before

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from library.architectures.base import Conditioning
 from library.architectures.common.token_grid import token_grid
+from library.architectures.conditioning import Conditioning
 from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import CONTROL_CONDITIONING, Denoise, Feature, Generation, StepInfo

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Architecture, Conditioning, Control
+from library.architectures.base import Architecture
+from library.architectures.conditioning import Conditioning, Control
 from library.config.arguments import RunOptions
 from library.config.declaration import Declaration, Facts, joined
 from library.data.batch import Batch

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Architecture, Conditioning, Control
+from library.architectures.base import Architecture
+from library.architectures.conditioning import Conditioning, Control
 from library.architectures.controlnets import DIFFUSERS, PUBLISHED, HasControlNets
 from library.config.core.data import trusting_caches
 from library.errors import UserError

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.architectures.base import Architecture, Conditioning, Control
+from library.architectures.base import Architecture
+from library.architectures.conditioning import Conditioning, Control
 from library.files.atomic import make_folder
 from library.randomness import key
 from library.training.kinds.base import Kind, ParameterGroup

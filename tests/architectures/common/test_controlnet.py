@@ -97,7 +97,7 @@ def full_sd_unet() -> nn.Module:
 
 @torch.inference_mode()
 def test_residuals_change_the_prediction_by_their_weight(sd: Loaded) -> None:
-    from library.architectures.base import Conditioning
+    from library.architectures.conditioning import Conditioning
 
     family, _, unet = sd
     controlnet = random_controlnet(unet)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from library.architectures.base import Conditioning
+from library.architectures.conditioning import Conditioning
 from library.architectures.lumina import LUMINA, LuminaImage2, gemma2
 from library.architectures.lumina.checkpoint import LuminaCheckpoint
 from library.architectures.lumina.model import NextDiT

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from library.architectures.base import Conditioning
+from library.architectures.conditioning import Conditioning
 from library.architectures.sd import SD
 from library.architectures.sd.checkpoint import SDCheckpoint
 from library.errors import UserError

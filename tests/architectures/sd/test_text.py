@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.architectures.base import CaptionLength
 from library.architectures.common import clip_text
+from library.architectures.conditioning import CaptionLength
 from library.architectures.sd import SD, text
 from library.errors import UserError
 from tests.fixtures.tiny_sd import make_tiny_sd, make_tiny_tokenizer

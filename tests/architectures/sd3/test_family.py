@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.architectures.base import Conditioning, SampleFacts
+from library.architectures.conditioning import Conditioning, SampleFacts
 from library.architectures.sd3 import SD3
 from library.architectures.sd3.names import diffusers_plan
 from library.architectures.sd3.options import SD3Options

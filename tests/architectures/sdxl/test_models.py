@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.architectures.base import Conditioning, SampleFacts
+from library.architectures.conditioning import Conditioning, SampleFacts
 from library.architectures.sdxl import SDXL
 from tests.fixtures.tiny_sdxl import SdxlSizes, make_tiny_sdxl, sdxl_configs
 
