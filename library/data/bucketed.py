@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from library.data.buckets import Buckets
@@ -40,7 +40,18 @@ class BatchRef:
     epoch: int
     uses: tuple[Use, ...]
     progress: Progress | None = None  # of the run; ``None`` where it does not matter
-    weight: float = 1.0  # of its loss among the batches of its step
+    weight: float = 1.0  # of its loss among those of the other processes
+
+    def share(self, rank: int, world_size: int) -> BatchRef:
+        """Return the part of one process, weighted so that the mean over processes is that over images.
+
+        A process without an image gets one of the others' without weight, as all must compute something.
+        """
+        if world_size == 1:
+            return self
+        count = len(self.uses)
+        uses = self.uses[rank * count // world_size : (rank + 1) * count // world_size]
+        return replace(self, uses=uses or self.uses[:1], weight=len(uses) * world_size / count)
 
 
 #: (subset, its index in the dataset, seen) -> its records; for ``seen`` see ``discover``
@@ -140,20 +151,23 @@ class BucketedDataset:
         subsets = (self.spec.subsets[record.subset] for record in self.records)
         return sum(subset.num_repeats for subset in subsets if subset.is_reg == is_reg)
 
-    def batch_count(self) -> int:
-        size = self.spec.batch_size
+    def batch_count(self, processes: int = 1) -> int:
+        """Return the number of batches of an epoch, each shared by all processes."""
+        size = self.spec.batch_size * processes
         return sum(-(-len(uses) // size) for uses in self.uses_by_bucket.values())
 
     def batches(self, seed: int, epoch: int, index: int) -> list[BatchRef]:
         """Return the batches of an epoch, bucket by bucket; only a bucket's last may be short."""
         return [ref for refs, _ in self.batches_by_bucket(seed, epoch, index) for ref in refs]
 
-    def batches_by_bucket(self, seed: int, epoch: int, index: int) -> Iterator[tuple[list[BatchRef], bool]]:
-        """Yield each bucket's batches of an epoch, and whether the last of them is short."""
+    def batches_by_bucket(
+        self, seed: int, epoch: int, index: int, processes: int = 1
+    ) -> Iterator[tuple[list[BatchRef], bool]]:
+        """Yield each bucket's batches of an epoch, each for all processes, and whether the last of them is short."""
         for bucket in sorted(self.uses_by_bucket):
             uses = self.uses_by_bucket[bucket]
             order = permutation(len(uses), seed, "order", epoch, index, bucket[0], bucket[1])
-            size = self.spec.batch_size
+            size = self.spec.batch_size * processes
             chosen = (order[start : start + size] for start in range(0, len(uses), size))
             found = [BatchRef(index, epoch, tuple(uses[i] for i in places)) for places in chosen]
             yield found, len(uses) % size > 0

@@ -139,32 +139,31 @@ class TrainingData:
 
     # ---- the order ----
 
-    def batch_count(self) -> int:
-        """Return the number of batches of an epoch, over all processes."""
-        return sum(dataset.batch_count() for dataset in self.datasets)
-
     def batches_per_process(self, world_size: int) -> int:
-        return -(-self.batch_count() // world_size)
+        """Return the number of batches of an epoch in each process."""
+        if self.order == "by batch":
+            return -(-sum(dataset.batch_count() for dataset in self.datasets) // world_size)
+        return sum(dataset.batch_count(world_size) for dataset in self.datasets)
 
     def batches(self, epoch: int, *, world_size: int = 1, rank: int = 0, accumulation: int = 1) -> list[BatchRef]:
         """One process's batches of an epoch (counted from 0), in order; see ``library.data.order``.
 
-        Every process gets equally many. What fills the last step is a batch without weight, so that the step is that of
-        the images it has.
+        Every process gets equally many.
 
         Args:
             accumulation: batches of a step in each process.
         """
-        by_bucket = (b for index, d in enumerate(self.datasets) for b in d.batches_by_bucket(self.seed, epoch, index))
         if self.order == "by batch":
-            rounds = steps_of_older_states(by_bucket, world_size, seed=self.seed, epoch=epoch, again=self._used_again)
+            rounds = steps_of_older_states(
+                self._by_bucket(epoch, 1), world_size, seed=self.seed, epoch=epoch, again=self._used_again
+            )
             return [batches[rank] for batches in rounds]
-        steps = steps_of_epoch(by_bucket, world_size * accumulation, seed=self.seed, epoch=epoch)
-        if steps and (missing := -len(steps[-1]) % world_size):
-            last = steps[-1]
-            weight = (len(last) + missing) / len(last)
-            steps[-1] = [replace(ref, weight=weight) for ref in last] + [replace(last[0], weight=0.0)] * missing
-        return [ref for step in steps for ref in step[rank::world_size]]
+        steps = steps_of_epoch(self._by_bucket(epoch, world_size), accumulation, seed=self.seed, epoch=epoch)
+        return [ref.share(rank, world_size) for step in steps for ref in step]
+
+    def _by_bucket(self, epoch: int, processes: int) -> Iterator[tuple[list[BatchRef], bool]]:
+        for index, dataset in enumerate(self.datasets):
+            yield from dataset.batches_by_bucket(self.seed, epoch, index, processes)
 
     def _used_again(self, ref: BatchRef, turn: int) -> BatchRef:
         repeats = 1 + max(use.repeat for use in self.datasets[ref.dataset].uses)

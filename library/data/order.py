@@ -1,10 +1,12 @@
 """The order of an epoch: which batches make up each step, over all processes and accumulated batches.
 
-A step is made of ``step_size`` batches: processes times accumulated batches. Where a bucket has enough images for all of
-them, the step takes consecutive images of that bucket. So the images of such a step, and the order of these steps,
-follow from the number of images of a step alone: 2 processes at batch size 1 learn what one does at batch size 2, or at
-batch size 1 with 2 accumulated batches. What is left of each bucket goes into batches of the dataset's size, and
-``step_size`` of these, of any buckets, into a step; only an epoch's last step may have fewer.
+The processes share each batch: N of them at batch size B take N x B images of one bucket at a time, or what is left of
+it, so that they learn in every step what one process learns at batch size N x B.
+
+A step is made of ``step_size`` such batches, the accumulated ones. Where a bucket has enough images for all of them, the
+step takes consecutive images of that bucket; so accumulation, too, learns in such a step what one larger batch does. Of
+the batches that are left in each bucket, ``step_size`` of any buckets make a step; only an epoch's last step may have
+fewer.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def steps_of_epoch(
 
     Args:
         buckets: for each bucket its batches, and whether the last of them is smaller than the others.
-        step_size: batches of a step.
+        step_size: batches of a step; each is shared by all processes.
         epoch: counted from 0.
     """
     steps: list[list[T]] = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from library.data.image_io import opencv
 from library.inference.denoise import Generation, StepInfo
 from library.inference.feature_options.control_net import ControlOptions, read_preparation
-from library.inference.sources import read_pixels
+from library.inference.sources import read_pixels, warn_if_stretched
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def control_images(generation: Generation, models: Sequence[ControlModel]) -> li
 
 
 def _prepared(path: Path, size: tuple[int, int], model: ControlModel) -> Tensor:
+    warn_if_stretched(path, size)
     pixels = read_pixels(path, size, background="black")  # as in training
     return pixels if model.canny is None else edges(pixels, *model.canny)
 

@@ -95,7 +95,9 @@ def _read_arguments(text: str) -> dict[str, str]:
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
             raise UserError(f'--network_args: "{part}" is not key=value; several are joined with commas')
-        read[name.strip()] = value.strip()
+        name, value = name.strip(), value.strip()
+        if (before := read.setdefault(name, value)) != value:
+            raise UserError(f"--network_args: {name} is given as {before!r} and as {value!r}; give it once")
     return read
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: sides of an image that gives the size are rounded down to multiples of this many pixels, as published
 SIZE_STEP = 32
+#: relative change of an aspect ratio that is named
+_STRETCH = 0.02
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,14 @@ class Sources:
 
     def _started(self, image: PlannedImage, place: int) -> PlannedImage:
         source = self.images[place % len(self.images)]
+        mask = self.masks[place % len(self.masks)] if self.masks else None
         width, height = self.size or size_of_source(source)
+        for path in filter(None, (source if self.size else None, mask)):
+            warn_if_stretched(path, (width, height))
         settings = replace(
             image.settings,
             image=source,
-            mask=self.masks[place % len(self.masks)] if self.masks else None,
+            mask=mask,
             strength=STRENGTH if image.settings.strength is None else image.settings.strength,
             width=width,
             height=height,
@@ -169,11 +175,17 @@ def find_sources(path: Path, flag: str) -> list[Path]:
 
 def size_of_source(path: Path) -> tuple[int, int]:
     """Return (W, H) to generate at: the image's own size, rounded down to multiples of 32 pixels, at least 64."""
+    width, height = (max(side // SIZE_STEP * SIZE_STEP, 2 * SIZE_STEP) for side in read_size(path))
+    warn_if_stretched(path, (width, height))
+    return width, height
+
+
+@functools.cache  # images are read for every generated image, and named once
+def warn_if_stretched(path: Path, size: tuple[int, int]) -> None:
+    """Warn if resizing an image to (W, H), in pixels or latents, changes its aspect ratio."""
     width, height = read_size(path)
-    usable = tuple(max(side // SIZE_STEP * SIZE_STEP, 2 * SIZE_STEP) for side in (width, height))
-    if abs(usable[0] / usable[1] * height / width - 1) > 0.02:
-        logger.warning("%s: %dx%d is generated as %dx%d, which changes its shape", path, width, height, *usable)
-    return usable[0], usable[1]
+    if abs(size[0] / size[1] * height / width - 1) > _STRETCH:
+        logger.warning("%s: %dx%d is stretched to the shape of %dx%d", path, width, height, *size)
 
 
 def read_pixels(path: Path, size: tuple[int, int], *, background: str = "white") -> Tensor:

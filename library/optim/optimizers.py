@@ -266,14 +266,14 @@ def parse_keyword_arguments(flag: str, words: Sequence[str] | None) -> dict[str,
         if word.count("=") != 1:
             raise UserError(f"{flag} {word!r}: write key=value, with one =")
         name, text = (part.strip() for part in word.split("="))
-        if name in parsed:
-            raise UserError(f"{flag} {word!r}: {name} was given before; give it once")
         try:
-            parsed[name] = ast.literal_eval(text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError):
             raise UserError(
                 f"{flag} {word!r}: {text!r} is no Python literal; write numbers, True, False, None, tuples, or 'text'"
             ) from None
+        if repr(before := parsed.setdefault(name, value)) != repr(value):  # nan is not equal to itself
+            raise UserError(f"{flag}: {name} is given as {before!r} and as {value!r}; give it once")
     return parsed
 
 

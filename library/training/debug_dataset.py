@@ -18,6 +18,7 @@ from library.config.core.output import needs_output
 from library.config.no_effect import report
 from library.config.rules import DATA_RULES, check
 from library.data import describe
+from library.data.bucketed import BatchRef
 from library.data.captions import Progress
 from library.data.conditioning import Role, check_roles
 from library.data.contact_sheet import LIST_NAME, SheetWriter, Shown, draw_sheet, samples_of
@@ -86,21 +87,30 @@ def show_dataset(options: RunOptions, architecture: Architecture, conditioning_a
         return
     folder = Path(options.output.output_dir or ".") / FOLDER
     logger.info("images go to files, not to windows: %s", reason)
-    write_sheets(batches_of(data, plan, 0, processes), folder, total=data.batch_count())
+    total = len(_references(data, plan, 0, processes))
+    write_sheets(batches_of(data, plan, 0, processes), folder, total=total)
 
 
 def batches_of(data: TrainingData, plan: RunPlan, epoch: int, processes: int = 1) -> Batches:
     """Yield the samples of an epoch (from 0), batch by batch; those of several processes in turn, in training order."""
+    for number, (step, ref) in enumerate(_references(data, plan, epoch, processes), start=1):
+        ref = replace(ref, progress=Progress(step, plan.total_steps))
+        batch = data.maker.make(ref, lambda captions: {})  # nothing is tokenized
+        yield samples_of(batch, epoch=epoch + 1, step=step + 1, number=number)
+
+
+def _references(data: TrainingData, plan: RunPlan, epoch: int, processes: int) -> list[tuple[int, BatchRef]]:
+    """Return the batches that count in an epoch, with their steps, both from 0."""
     shares = [
         data.batches(epoch, world_size=processes, rank=rank, accumulation=plan.gradient_accumulation_steps)
         for rank in range(processes)
     ]
-    in_turn = [ref for refs in zip(*shares, strict=True) for ref in refs if ref.weight > 0]
-    for index, ref in enumerate(in_turn):
-        step = plan.step_of(epoch, index // processes)
-        ref = replace(ref, progress=Progress(step, plan.total_steps))
-        batch = data.maker.make(ref, lambda captions: {})  # nothing is tokenized
-        yield samples_of(batch, epoch=epoch + 1, step=step + 1, number=index + 1)
+    return [
+        (plan.step_of(epoch, index), ref)
+        for index, refs in enumerate(zip(*shares, strict=True))
+        for ref in refs
+        if ref.weight > 0
+    ]
 
 
 # ---- sheets ----

@@ -67,7 +67,8 @@ def fingerprint(
         **kind,
     }
     if data.order == "by step":  # states of older versions do not say it
-        found["order of images"] = data.order
+        # several processes had another order under the first of these names
+        found["order of images"] = data.order if processes == 1 else "by step of all processes"
     for number, dataset in enumerate(data.datasets, start=1):
         found |= dataset_values(dataset, f"dataset {number}")
     return json.loads(json.dumps(found, default=str))  # as JSON returns it from the state

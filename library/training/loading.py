@@ -333,9 +333,9 @@ def _resume(loaded: LoadedRun) -> None:
     resumed, folder = run.checked.resumed, run.checked.state_folder
     if resumed is None or folder is None:
         return
-    name_changes(resumed, run.fingerprint)
     sharded = bool(loaded.update.shards)
     load_state(run.accelerator, folder, starts_from=loaded.kind.starts_from, sharded=sharded)
+    name_changes(resumed, run.fingerprint)  # of a state that fits: to one of another run they would be no news
     loaded.update.follow_options(choice_of(resumed, run.checked.optimizer) or run.checked.optimizer)
     if loaded.validation is not None:
         loaded.validation.restore(resumed)

@@ -30,14 +30,16 @@ def parse_network_args(arguments: list[str] | None) -> dict[str, str]:
     """Parse ``key=value`` words into a dict of strings.
 
     Raises:
-        UserError: a word without ``=``.
+        UserError: a word without ``=``, or a key with two values.
     """
     parsed: dict[str, str] = {}
     for word in arguments or []:
         name, separator, value = word.partition("=")
         if not separator or not name.strip():
             raise UserError(f"--network_args {word!r}: write it as key=value")
-        parsed[name.strip()] = value.strip()
+        name, value = name.strip(), value.strip()
+        if (before := parsed.setdefault(name, value)) != value:
+            raise UserError(f"--network_args: {name} is given as {before!r} and as {value!r}; give it once")
     return parsed
 
 

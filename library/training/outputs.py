@@ -55,17 +55,41 @@ def refuse_bad_targets(
     Raises:
         UserError: one line for each file that cannot be written, or the first folder.
     """
-    problems = []
+    targets: list[Path] = []
+    states = set()
     for file in files:
         paths = [file.path, ema_path(file.path)] if averaged and not file.is_state else [file.path]
-        if not file.is_state:
+        if file.is_state:
+            states.add(file.path)
+        else:
             paths += [other for path in list(paths) for other in beside(path)]
-        problems += [problem for path in paths if (problem := _problem_of(path, is_state=file.is_state))]
+        targets += paths
+    problems = [p for path in _worth_a_look(targets) if (p := _problem_of(path, is_state=path in states))]
     if problems:
         more = len(problems) - _SHOWN
         raise UserError("\n".join(problems[:_SHOWN] + ([f"and {more} more of the kind"] if more > 0 else [])))
     for folder in dict.fromkeys(folders):
         _try_folder(folder, tried=tried)
+
+
+def _worth_a_look(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yield the paths that exist and, of each folder, the longest, which stands for all that do not.
+
+    A run may plan a hundred thousand files: their folders are listed, instead of looking for each of them.
+    """
+    by_folder: dict[str, list[Path]] = {}
+    for path in paths:
+        by_folder.setdefault(os.path.dirname(path), []).append(path)
+    for folder, inside in by_folder.items():
+        longest = max(inside, key=lambda path: len(os.fsencode(path.name)))
+        try:  # some file systems know no case
+            taken = {name.casefold() for name in os.listdir(folder or ".")}
+        except (FileNotFoundError, NotADirectoryError):
+            taken = set()
+        except OSError:  # it may be used, but not listed
+            yield from inside
+            continue
+        yield from (path for path in inside if path is longest or path.name.casefold() in taken)
 
 
 def _problem_of(path: Path, *, is_state: bool) -> str:
@@ -133,7 +157,8 @@ def say_what_is_replaced(files: Sequence[PlannedFile], *, own: Collection[str]) 
     Args:
         own: names of files that the run wrote before it was resumed.
     """
-    found = [file.path.name for file in files if file.path.exists() and file.path.name not in own]
+    planned = _worth_a_look([file.path for file in files])
+    found = [path.name for path in planned if path.exists() and path.name not in own]
     if found:
         some = ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
         logger.warning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,15 @@ from library.training.previews import PreviewPolicy, generate_previews, of_all_p
 from library.training.processes import of_main_process
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _LastSave:
+    """The steps after which weights and a state were last saved, and the path of the state."""
+
+    weights: int | None = None
+    state: int | None = None
+    state_path: Path | None = None
 
 
 class RunHooks:
@@ -51,6 +61,7 @@ class RunHooks:
         self._progress: Progress | None = None
         self._trackers: Trackers | None = None
         self._bad_steps = BadStepReport(run)
+        self._last_save = _LastSave()
 
     @property
     def trackers(self) -> Trackers:
@@ -152,7 +163,7 @@ class RunHooks:
         if (validation := self._loaded.validation) is not None:
             validation.after_step(step, epoch, training_loss=self._average.mean, trackers=self.trackers)
         if policy.saves_after_step(step):
-            self._saver.save_weights(run.names.step(step), step=step, epoch=epoch)
+            self._save_weights(run.names.step(step), step, epoch)
             if policy.save_state:
                 self._save_state(run.names.step_state(step), step, epoch)
             if run.accelerator.is_main_process:
@@ -167,7 +178,7 @@ class RunHooks:
         run, policy = self._run, self._run.policy
         self.trackers.log_by_epoch({"loss/epoch_average": self._average.mean}, step=step, epoch=epoch)
         if policy.saves_after_epoch(epoch, run.plan.num_epochs):
-            self._saver.save_weights(run.names.epoch(epoch), step=step, epoch=epoch)
+            self._save_weights(run.names.epoch(epoch), step, epoch)
             if policy.save_state:
                 self._save_state(run.names.epoch_state(epoch), step, epoch)
             if run.accelerator.is_main_process:
@@ -179,17 +190,23 @@ class RunHooks:
             self._generate_previews(step=step, epoch=epoch)
 
     def interrupted(self, step: int, epoch: int) -> None:
-        """Save weights and state so that nothing is lost, and log how to resume."""
-        run = self._run
-        weights, state = run.names.step(step), run.names.step_state(step)
-        self._saver.save_weights(weights, step=step, epoch=epoch)
-        self._save_state(state, step, epoch)
+        """Save weights and state so that nothing is lost, unless this step has been saved, and log how to resume."""
+        run, last = self._run, self._last_save
+        if last.weights != step:
+            self._save_weights(run.names.step(step), step, epoch)
+        if last.state != step:
+            self._save_state(run.names.step_state(step), step, epoch)
         if run.accelerator.is_main_process:
-            logger.warning("stopped after step %d; resume with: --resume %s", step, state)
+            logger.warning("stopped after step %d; resume with: --resume %s", step, last.state_path)
+
+    def _save_weights(self, path: Path, step: int, epoch: int) -> None:
+        self._saver.save_weights(path, step=step, epoch=epoch)
+        self._last_save.weights = step
 
     def _save_state(self, path: Path, step: int, epoch: int) -> None:
         losses, best = self._average.state(), self._loaded.best
         self._saver.save_state(path, step=step, epoch=epoch, losses=losses, validation=best)
+        self._last_save.state, self._last_save.state_path = step, path
 
     # ---- previews ----
 

@@ -60,7 +60,7 @@ def test_every_image_of_every_epoch(make_data: Make, workers: int, persistent: b
     for epoch in range(3):
         batches = load(data, epoch, workers=workers, persistent=persistent)
         assert uses(batches) == dict.fromkeys(SIZES, 3)
-        assert len(batches) == data.batch_count()
+        assert len(batches) == data.batches_per_process(1)
         assert len({visit for batch in batches for visit in batch.visits}) == 3 * len(SIZES)
         assert_same(batches, load(make_data(subset=RANDOM), epoch))
 
@@ -114,21 +114,24 @@ def test_an_epoch_left_half_way_does_not_leak_into_the_next(make_data: Make) -> 
     assert_same(load(data, 1, workers=2, persistent=True), load(make_data(subset=RANDOM), 1))
 
 
-def test_processes_share_an_epoch(make_data: Make) -> None:
-    data = make_data(subset=RANDOM)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_processes_share_every_batch_of_an_epoch(make_data: Make, accumulation: int) -> None:
+    """N processes at batch size B take in every step what one takes at N x B, weighted so that the mean is the same."""
     for world_size in (1, 2, 3, 4, 25):
-        dealt = [data.batches(2, world_size=world_size, rank=rank) for rank in range(world_size)]
-        assert {len(refs) for refs in dealt} == {data.batches_per_process(world_size)}
-        in_order = [ref for turn in zip(*dealt, strict=True) for ref in turn]
-        trained = [ref for ref in in_order if ref.weight > 0]
-        alone = data.batches(2, accumulation=world_size)  # one process that takes as many batches to a step
-        assert [ref.uses for ref in trained] == [ref.uses for ref in alone]
-        every_use = [(ref.dataset, use) for ref in trained for use in ref.uses]
-        assert sorted(every_use) == sorted((ref.dataset, use) for ref in data.batches(2) for use in ref.uses)
-        # what fills the last step has no weight, and the others have more, so that their mean is that of these alone
-        last = in_order[-world_size:]
-        assert sum(ref.weight for ref in last) == pytest.approx(world_size)
-        assert len({ref.weight for ref in last if ref.weight}) == 1
+        data = make_data(subset=RANDOM)
+        larger = make_data(subset=RANDOM, dataset=f"batch_size = {2 * world_size}")
+        for epoch in range(3):
+            dealt = [
+                data.batches(epoch, world_size=world_size, rank=rank, accumulation=accumulation)
+                for rank in range(world_size)
+            ]
+            alone = larger.batches(epoch, accumulation=accumulation)
+            assert {len(refs) for refs in dealt} == {data.batches_per_process(world_size)} == {len(alone)}
+            for parts, whole in zip(zip(*dealt, strict=True), alone, strict=True):
+                assert [use for ref in parts if ref.weight > 0 for use in ref.uses] == list(whole.uses)
+                assert max(len(ref.uses) for ref in parts) == -(-len(whole.uses) // world_size)
+                for ref in parts:  # each image counts as much as every other
+                    assert ref.weight in (0.0, pytest.approx(len(ref.uses) * world_size / len(whole.uses)))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -165,8 +168,8 @@ def test_the_images_of_a_step_follow_from_their_number(tmp_path: Path, size: int
 
 def test_length_does_not_depend_on_the_epoch(make_data: Make) -> None:
     data = make_data(subset="num_repeats = 2")
-    assert {len(data.batches(epoch)) for epoch in range(20)} == {data.batch_count()}
-    assert data.batches_per_process(2) == -(-data.batch_count() // 2)
+    assert {len(data.batches(epoch)) for epoch in range(20)} == {data.batches_per_process(1)}
+    assert data.batches_per_process(2) == 4 and data.batches_per_process(1) == data.batches_per_process(1) == 7
 
 
 # ---- the tag warm-up ----
@@ -177,7 +180,7 @@ def test_the_tag_warm_up_goes_by_the_step(make_data: Make, accumulation: int) ->
     """Captions are those of the step, whatever the workers, ranks or the batch at which a run is resumed."""
     rules = "token_warmup_step = 6\ntoken_warmup_min = 1"
     data = make_data(subset=rules)  # captions of three tags, four batches an epoch
-    plan = RunPlan(data.batch_count(), accumulation, total_steps=20)
+    plan = RunPlan(data.batches_per_process(1), accumulation, total_steps=20)
     step = 0
     while step < 10:
         position = plan.position(step)
@@ -192,11 +195,11 @@ def test_the_tag_warm_up_goes_by_the_step(make_data: Make, accumulation: int) ->
 def test_the_tag_warm_up_is_at_one_step_on_all_ranks(make_data: Make) -> None:
     rules = "token_warmup_step = 0.5"
     data = make_data(subset=rules)
-    plan = RunPlan(data.batches_per_process(2), 1, total_steps=12)  # two steps an epoch
+    plan = RunPlan(data.batches_per_process(2), 1, total_steps=16)  # three steps an epoch
     for rank in range(2):
         batches = load(make_data(subset=rules), 1, rank=rank, world_size=2, plan=plan)
         lengths = [{len(caption.split(", ")) for caption in batch.captions} for batch in batches]
-        assert lengths == [{1}, {2}]  # steps 2 and 3 of 6
+        assert lengths == [{1}, {2}, {2}]  # steps 3, 4 and 5, of a warm-up of 8
         batches = load(make_data(subset=rules), 0, rank=rank, world_size=2, plan=plan)
         assert {len(caption.split(", ")) for batch in batches for caption in batch.captions} == {1}
 
@@ -220,7 +223,7 @@ def test_several_subsets_and_datasets_in_one_epoch(make_data: Make, tmp_path: Pa
     )
     data = make_data(more=more, subset="num_repeats = 2", dataset="batch_size = 3")
     # square 4 x 2 + 3 uses, wide 2 x 2 + 3, tall 1 x 2 by threes: 4 + 3 + 1 batches; 5 uses by fours: 2 batches
-    assert data.batch_count() == 10
+    assert data.batches_per_process(1) == 10
     batches = load(data)
     assert uses(batches) == dict.fromkeys(SIZES, 2) | {"x.png": 3, "y.png": 3} | {f"s{i}.png": 1 for i in range(5)}
     found = Counter((batch.bucket, len(batch.visits)) for batch in batches)
@@ -305,7 +308,7 @@ def test_attributes_of_ones_own_reach_the_batch(make_data: Make, folder: Path, w
 def test_an_epoch_that_no_memory_holds_is_refused(make_data: Make) -> None:
     with pytest.raises(UserError, match=r"subsets\]\] 1: num_repeats 1000000000: an epoch would have 7,000,000,000 im"):
         make_data(subset="num_repeats = 1_000_000_000")
-    assert make_data(subset="num_repeats = 1000").batch_count() == 3500
+    assert make_data(subset="num_repeats = 1000").batches_per_process(1) == 3500
 
 
 def test_regularization_images_have_the_prior_loss_weight(make_data: Make, tmp_path: Path) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from library.config.config_file import _toml_value, read_args
-from tests.fixtures.families import FLUX, SD, SDXL
+from library.config.toml_file import flattened
+from tests.fixtures.families import FLUX, HUNYUAN_IMAGE, LUMINA, SD, SD3, SDXL
 from tests.fixtures.runs import ROOT, Made, environment, make_images, train_here
 
 if sys.version_info >= (3, 11):
@@ -23,20 +26,23 @@ else:
 FILES = tomllib.loads((Path(__file__).parent / "data" / "gui_files.toml").read_text("utf-8"))
 COMMON = FILES.pop("common")
 #: script -> the family of its models
-FAMILIES = {family.script: family for family in (SD, SDXL, FLUX)}
-FAMILIES |= {"train_db": SD, "fine_tune": SD, "sdxl_train": SDXL, "flux_train": FLUX}
+FAMILIES = {family.script: family for family in (SD, SDXL, FLUX, SD3, LUMINA, HUNYUAN_IMAGE)}
+FAMILIES |= {"train_db": SD, "fine_tune": SD, "sdxl_train": SDXL, "flux_train": FLUX, "sd3_train": SD3}
+FAMILIES |= {"lumina_train": LUMINA, "train_textual_inversion": SD, "sdxl_train_textual_inversion": SDXL}
+FAMILIES |= {"train_control_net": SD, "sdxl_train_control_net_lllite": SDXL}
 #: what the file has of networks, which whole models have not
 OF_NETWORKS = ("network_module", "network_dim")
 #: what this machine has not, and its replacement
 ON_CPU = {"fp16": "bf16", "xformers": "sdpa"}
 #: so that a tiny model needs seconds: the command line wins over the file
 SMALL = {"resolution": "64,64", "min_bucket_reso": 32, "bucket_reso_steps": 32, "max_train_steps": 2, "network_dim": 2}
-SLOW = ("full_flux", "full_sdxl_standard", "SDXL_LoRA_adafactor_v1.0")
+SLOW = ("full_flux", "full_sdxl_standard", "SDXL_LoRA_adafactor_v1.0", "whole_sd3", "whole_lumina", "lllite_sdxl")
+SLOW += ("hunyuan_image_lora", "lumina_lora", "textual_inversion_sdxl", "control_net_sd15")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
-    made = {family.name: family.make(tmp_path_factory.mktemp(family.name)) for family in (SD, SDXL, FLUX)}
+    made = {family.name: family.make(tmp_path_factory.mktemp(family.name)) for family in set(FAMILIES.values())}
     return {script: made[family.name] for script, family in FAMILIES.items()}
 
 
@@ -44,21 +50,34 @@ def file_of(name: str, model: Made, folder: Path) -> tuple[str, Path]:
     """The script, and the file as the program would write it for these places."""
     keys = {**COMMON, **FILES[name]}
     script = keys.pop("script")
-    for flag in ("ae", "clip_l", "t5xxl", "pretrained_model_name_or_path"):
-        if flag in keys:
-            keys[flag] = str(model.flags[flag])
-    places = {"@OUT@": folder / "out", "@IMAGES@": folder / "images", "@REG@": folder / "reg"}
-    lines = []
-    for key, value in keys.items():
-        if isinstance(value, str):
-            for placeholder, place in places.items():
-                value = value.replace(placeholder, place.as_posix())
-            value = ON_CPU.get(value, value)
-        lines.append(f"{ON_CPU.get(key, key)} = {_toml_value(value)}\n")
+    places = {
+        "@OUT@": folder / "out",
+        "@IMAGES@": folder / "images",
+        "@REG@": folder / "reg",
+        "@COND@": folder / "cond",
+    }
+    lines: list[str] = []
+
+    def write(table: dict[str, Any]) -> None:
+        for key, value in sorted(table.items(), key=lambda item: isinstance(item[1], dict)):
+            if isinstance(value, dict):
+                lines.append(f"[{key}]\n")
+                write(value)
+                continue
+            if isinstance(value, str):
+                if re.match("@(MODEL|SDXL|FLUX|SD3|LUMINA|HUNYUAN)@", value):
+                    value = str(model.flags[key]) if key in model.flags else ""
+                for placeholder, place in places.items():
+                    value = value.replace(placeholder, place.as_posix())
+                value = ON_CPU.get(value, value)
+            lines.append(f"{ON_CPU.get(key, key)} = {_toml_value(value)}\n")
+
+    write(keys)
     prompts = folder / "out" / "sample" / "prompt.txt"  # which the program always makes
     prompts.parent.mkdir(parents=True)
     prompts.write_text("a cat --w 64 --h 64 --s 2 --d 1 --l 3 --ss euler_a\n")
     make_images(folder / "images" / "2_cat", sizes=[(64, 64), (96, 64)])
+    make_images(folder / "cond", sizes=[(64, 64), (96, 64)])
     make_images(folder / "reg" / "1_animal", sizes=[(64, 64)])
     entries = {str(folder / "images" / "2_cat" / f"{i}.png"): {"caption": "a cat", "tags": "dog"} for i in range(2)}
     (folder / "images" / "meta_lat.json").write_text(json.dumps(entries))
@@ -71,8 +90,10 @@ def file_of(name: str, model: Made, folder: Path) -> tuple[str, Path]:
 def test_every_key_is_understood(name: str, models: dict[str, Made], tmp_path: Path) -> None:
     script, path = file_of(name, models[FILES[name]["script"]], tmp_path)
     args = read_args(importlib.import_module(script).setup_parser(), ["--config_file", str(path), "--strict"])
-    assert getattr(args, "network_module", None) == FILES[name].get("network_module")
-    assert args.learning_rate == FILES[name]["learning_rate"]
+    flat = flattened(FILES[name])
+    for key, value in flat:
+        if key in ("network_module", "learning_rate", "max_train_steps"):
+            assert getattr(args, key) == value
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in FILES])
@@ -88,18 +109,20 @@ def test_it_trains(
     monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
     script, path = file_of(name, models[FILES[name]["script"]], tmp_path)
     model = models[script]
-    small = {**SMALL, "tokenizer_cache_dir": model.flags["tokenizer_cache_dir"]}
-    is_whole = "network_module" not in FILES[name]
-    if is_whole:
+    small = {**SMALL, **{key: value for key, value in model.flags.items() if key.startswith("tok") or "length" in key}}
+    keys = [key for key, _ in flattened(FILES[name])]
+    has_network = "network_dim" in keys
+    if not has_network:
         small = {key: value for key, value in small.items() if key not in OF_NETWORKS}
-    if "max_train_epochs" in FILES[name]:
+    if "max_train_epochs" in keys:
         small["max_train_epochs"] = 1
     words = [word for key, value in small.items() for word in (f"--{key}", value)]
     train_here("--config_file", path, "--console_log_simple", *words, script=script)
     said = capsys.readouterr().err
     saved = load_file(tmp_path / "out" / "last.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
-    assert is_whole or any(tensor.any() for key, tensor in saved.items() if "lora_up" in key or "hada_w2_a" in key)
+    trained = [tensor for key, tensor in saved.items() if "lora_up" in key or "hada_w2_a" in key or ".up." in key]
+    assert not has_network or any(tensor.any() for tensor in trained)
     ignored = [line for line in said.splitlines() if "ignored, as they are for other programs" in line]
     assert len(ignored) == 1 and "epoch" in ignored[0]
 

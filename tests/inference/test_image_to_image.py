@@ -257,7 +257,7 @@ def test_the_size_of_an_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert size_of_source(noise_image(tmp_path / "a.png", (128, 64))) == (128, 64)
     assert caplog.text == ""
     assert size_of_source(noise_image(tmp_path / "b.png", (95, 190))) == (64, 160)
-    assert "which changes its shape" in caplog.text
+    assert "b.png: 95x190 is stretched to the shape of 64x160" in caplog.text
 
 
 def test_masks_are_means(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -54,13 +55,28 @@ def test_the_order_and_captions_are_those_of_training(tmp_path: Path) -> None:
         assert [samples[0].step for samples in shown] == [1 + plan.step_of(epoch, i) for i in range(len(shown))]
 
 
+def test_several_processes_are_shown_in_turn(tmp_path: Path) -> None:
+    """Batches that some processes have no image of keep their steps."""
+    data = make_data(tmp_path)
+    plan = RunPlan(data.batches_per_process(3), 1, total_steps=10)
+    shown = [samples for epoch in (0, 1) for samples in batches_of(data, plan, epoch, 3)]
+    paths = [[s.path for s in samples] for samples in shown]
+    for epoch in (0, 1):
+        by_step = [data.batches(epoch, world_size=3, rank=rank) for rank in range(3)]
+        for index, refs in enumerate(zip(*by_step, strict=True)):
+            step = plan.step_of(epoch, index) + 1
+            expected = [len(ref.uses) for ref in refs if ref.weight > 0]
+            assert [len(samples) for samples in shown if samples[0].step == step] == expected
+    assert sorted(sum(paths, [])) == sorted(2 * [str(r.path) for r in data.datasets[0].records])
+
+
 def test_there_is_a_bound_and_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(debug_dataset, "MOST_IMAGES", 5)
     data = make_data(tmp_path)
     with caplog.at_level(logging.INFO):
-        write_sheets(batches_of(data, plan_of(data), 0), tmp_path / "out", total=data.batch_count())
+        write_sheets(batches_of(data, plan_of(data), 0), tmp_path / "out", total=data.batches_per_process(1))
     facts = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
     assert 5 <= len(facts) <= 6  # batches stay whole
     assert str(tmp_path / "out") in caplog.text and "are not shown, as 5 images are the most" in caplog.text
@@ -133,7 +149,8 @@ def test_only_the_first_process_shows_anything(tmp_path: Path, monkeypatch: pyte
     facts = [json.loads(line) for line in (tmp_path / "out/debug_dataset/images.jsonl").read_text().splitlines()]
     assert len(facts) == len(SIZES)
     steps = {fact["batch"]: fact["step"] for fact in facts}
-    assert all(step == (batch + 1) // 2 for batch, step in steps.items())  # two batches of two processes make one
+    # two processes share the images of a bucket; the last bucket has one image for both
+    assert sorted(Counter(steps.values()).values()) == [1, 2, 2] and set(steps.values()) == {1, 2, 3}
 
 
 def test_without_a_display_there_are_no_windows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,10 +76,26 @@ def test_what_may_be_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 
 def test_many_problems_are_few_lines(tmp_path: Path) -> None:
-    files = [weights(tmp_path / f"{'n' * 300}{n}") for n in range(100)]
+    files = [weights(tmp_path / f"{n}.safetensors") for n in range(100)]
+    for file in files:
+        file.path.mkdir()
     with pytest.raises(UserError) as found:
         check(*files)
     assert len(str(found.value).splitlines()) == 4 and "97 more" in str(found.value)
+
+
+def test_folders_are_listed_instead_of_looking_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tens of thousands of planned saves would make the start slow, most of all on a network drive."""
+    looked: list[str] = []
+    with monkeypatch.context() as patch:
+        lstat = os.lstat
+        patch.setattr(os, "lstat", lambda path, **more: looked.append(str(path)) or lstat(path, **more))
+        check(*(weights(tmp_path / f"{n}.safetensors") for n in range(1000)))
+    assert 1 <= len(looked) < 10
+    (tmp_path / "AB.safetensors").mkdir()
+    longer = weights(tmp_path / f"{'n' * 50}.safetensors")
+    with pytest.raises(UserError, match=r"AB\.safetensors: is a folder"):
+        check(longer, weights(tmp_path / "AB.safetensors"))
 
 
 def test_folders_are_made_and_tried(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from library.errors import UserError
 from library.inference.denoise import CONTROL_CONDITIONING, Denoise, Feature, Generation, StepInfo
 from library.inference.models import ImageModels
 from library.inference.region_masks import parts_of, read_regions, resized
+from library.inference.sources import warn_if_stretched
 from networks.base import AdapterNetwork
 
 #: keeps the blend finite where no part has a region
@@ -88,6 +89,7 @@ class Regions(Feature):
         self._models = models
         self._size = (generation.noise.shape[-2], generation.noise.shape[-1])
         codes = models.of_features.get(Regions)
+        warn_if_stretched(first.regions, (first.width, first.height))
         self._masks = read_regions(first.regions, first.region_count, codes).to(generation.noise.device)
         guided = first.scale != 1.0
         rows = _Rows(len(generation.settings), first.region_count, guided, guided and first.negative_scale is not None)
