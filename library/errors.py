@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
-from library.plain_text import visible
+from library.plain_text import one_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,7 +89,7 @@ def exits_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
             if not text:
                 raise
         for line in text.replace("\r\n", "\n").split("\n"):
-            print(f"error: {visible(line)}", file=sys.stderr)
+            print(f"error: {one_line(line)}", file=sys.stderr)
         raise SystemExit(USER_ERROR_EXIT_CODE)
 
     return wrapper

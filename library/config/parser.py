@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from library.config.mistakes import STRAY_SPACE, WINDOWS_ENDS, explain, has_windows_ends
 from library.errors import USER_ERROR_EXIT_CODE
+from library.plain_text import one_line
 
 
 class SuggestingParser(argparse.ArgumentParser):
@@ -38,7 +39,7 @@ class SuggestingParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         lines = explain(message, self._actions)
-        self.exit(USER_ERROR_EXIT_CODE, "".join(f"error: {line}\n" for line in lines))
+        self.exit(USER_ERROR_EXIT_CODE, "".join(f"error: {one_line(line)}\n" for line in lines))
 
 
 class StoreOnce(argparse.Action):

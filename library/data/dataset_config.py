@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ class _Reader:
             elif level not in key.levels:
                 self._problem(where, name, f"belongs into {' or '.join(key.levels)}")
             elif not CHECKS[key.kind][0](value):
-                self._problem(where, name, f"{value!r}: write {CHECKS[key.kind][1]}")
+                self._problem(where, name, f"{_as_written(value)}: write {CHECKS[key.kind][1]}")
             else:
                 good[published] = value
         return good
@@ -436,3 +437,10 @@ def _inside(folder: str) -> str:
     inner = sorted(path for path in Path(folder).iterdir() if path.is_dir() and os.access(path, os.R_OK | os.X_OK))
     found = next((path.name for path in inner if any(_has_images(path))), None)
     return f"; folders inside are not searched: name each in a subset of its own, such as {found}" if found else ""
+
+
+def _as_written(value: Any) -> str:
+    """Return a value much as the file has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, (date, time)) else repr(value)  # a datetime is a date

@@ -139,7 +139,7 @@ resize_interpolation = 'lanczos4'
         "data.toml: top level: batch_size: unknown key; put it into [general]",
         "data.toml: [general]: flip_aug: 1: write true or false",
         "data.toml: [general]: image_dir: belongs into [[datasets.subsets]]",
-        "data.toml: [[datasets]] 1: batch_size: True: write a whole number, 1 or more",
+        "data.toml: [[datasets]] 1: batch_size: true: write a whole number, 1 or more",
         'data.toml: [[datasets]] 1: resolutoin: unknown key (did you mean "resolution"?)',
         "data.toml: [[datasets]] 1: max_token_length: belongs on the command line: --max_token_length",
         "data.toml: [[datasets]] 1: resolution: is missing: give it here or as --resolution, such as 512",
@@ -164,7 +164,12 @@ def test_an_integer_is_no_boolean(tmp_path: Path, images: Path, key: str) -> Non
 )
 def test_a_boolean_is_no_number(tmp_path: Path, images: Path, key: str) -> None:
     (line,) = problems(tmp_path, minimal(images, general=f"{key} = true"))
-    assert line.startswith(f"data.toml: [general]: {key}: True: write a")
+    assert line.startswith(f"data.toml: [general]: {key}: true: write a")
+
+
+def test_a_date_is_shown_as_it_is_written(tmp_path: Path, images: Path) -> None:
+    (line,) = problems(tmp_path, minimal(images, general="keep_tokens = 1979-05-27"))
+    assert line == "data.toml: [general]: keep_tokens: 1979-05-27: write a whole number, 0 or more"
 
 
 @pytest.mark.parametrize("key", ["network_multiplier", "token_warmup_step", "caption_dropout_rate"])

@@ -350,6 +350,11 @@ def test_a_session(model: MadeCheckpoint, tmp_path: Path) -> None:
         (["--prompt", "a", "--stpes", "3"], ["--stpes"]),
         (["--prompt", "a", "--outdir", str(ROOT / "gen_img.py")], ["--outdir", "is a file"]),
         (["--from_file", "gone.txt"], ["gone.txt: no such prompt file"]),
+        (
+            ["--prompt", "a", "--network_module", "networks.lora", "--network_weights", "w.pt"]
+            + ["--network_args", "part=1,part=2"],
+            ["--network_args: part is given as '1' and as '2'; give it once"],
+        ),
     ],
 )
 def test_mistakes_end_with_code_2_and_a_line(

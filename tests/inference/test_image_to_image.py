@@ -27,6 +27,7 @@ from library.inference.generate import begin, decode_images, generate_image, gen
 from library.inference.highres_fix import HighresFix, latents_of_two_stages
 from library.inference.models import GenerateOptions, ImageModels
 from library.inference.options import ImageOutputOptions
+from library.inference.plan import PlannedImage
 from library.inference.png import save_png
 from library.inference.sources import Sources, find_sources, prompts_of_images, read_mask, size_of_source
 from tests.fixtures.tiny_sd import MadeCheckpoint
@@ -258,6 +259,16 @@ def test_the_size_of_an_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert caplog.text == ""
     assert size_of_source(noise_image(tmp_path / "b.png", (95, 190))) == (64, 160)
     assert "b.png: 95x190 is stretched to the shape of 64x160" in caplog.text
+
+
+def test_a_mask_of_another_shape_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image, mask = noise_image(tmp_path / "a.png", (64, 64)), noise_image(tmp_path / "m.png", (64, 96))
+    sources = Sources.of(ImageOutputOptions(outdir="out", image_path=str(image), mask_path=str(mask)))
+    planned = PlannedImage(ImageSettings("a", "", 64, 64, 1, 1.0, "ddim", 0))
+    for _ in range(2):
+        sources.assigned([planned])
+    assert caplog.text.count("m.png: 64x96 is stretched to the shape of 64x64") == 1
+    assert "a.png" not in caplog.text
 
 
 def test_masks_are_means(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from library.errors import UserError
+from library.training.network_module import parse_network_args
 from networks.lora import create_network
 
 
@@ -20,6 +21,12 @@ def applied(text_encoder, unet, **network_args):
     network = create_network(1.0, 4, 1.0, None, text_encoder, unet, **network_args)
     network.apply_to(text_encoder, unet)
     return network
+
+
+def test_a_network_arg_has_one_value():
+    assert parse_network_args(["conv_dim=2", "conv_dim = 2", "a=b=c"]) == {"conv_dim": "2", "a": "b=c"}
+    with pytest.raises(UserError, match="^--network_args: conv_dim is given as '2' and as '4'; give it once$"):
+        parse_network_args(["conv_dim=2", "conv_dim=4"])
 
 
 def test_one_group_for_each_part(tiny_unet, tiny_text_encoder):
