@@ -3,7 +3,7 @@
     python benchmarks/loader.py
     python benchmarks/loader.py --batch_size 4 --workers 1 --count 4000
 
-Nothing takes the batches but a counter, so the figure is what the loader can deliver; a step must take longer than a
+Nothing takes the batches but a counter, so the result is what the loader can deliver; a step must take longer than a
 batch does here. The cache files hold random latents of 512 px images in the published layout, written by the same
 code as in a run and warm in the page cache. The first epoch is not counted, as the workers start in it.
 """

@@ -113,7 +113,7 @@ def options_meant(key: str, value: Any, options: Mapping[str, Any]) -> Options:
 
 
 def typing_mistake_of(key: str, options: Collection[str]) -> str | None:
-    """Return the option that was probably meant, if the key differs by a letter or two."""
+    """Return the option that was probably intended, if the key differs by a letter or two."""
     allowed = 0 if len(key) <= 3 else 1 if len(key) <= 5 else 2
     near = [(distance, name) for name in options if (distance := _distance(key, name, allowed)) <= allowed]
     return min(near)[1] if near else None

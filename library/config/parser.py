@@ -13,7 +13,7 @@ from library.plain_text import one_line
 
 
 class SuggestingParser(argparse.ArgumentParser):
-    """An argparse parser with one clear line for a mistake, and the flag that was probably meant."""
+    """An argparse parser with one clear line for a mistake, and the flag that was probably intended."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

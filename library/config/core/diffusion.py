@@ -109,7 +109,7 @@ def v_prediction(o: Any, facts: Facts) -> Iterator[Finding]:
     if o.loss.v_pred_like_loss and o.model.v_parameterization:
         yield error("--v_pred_like_loss: only for models that predict noise; remove it or --v_parameterization")
     if o.noise.zero_terminal_snr and not o.model.v_parameterization:
-        yield warning("--zero_terminal_snr is meant for models that predict v (--v_parameterization)")
+        yield warning("--zero_terminal_snr is for models that predict v (--v_parameterization)")
 
 
 # ---- what has no effect ----
