@@ -102,7 +102,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         model = made(args, Path(folder))
-        import diffusers as _  # noqa: F401, its import counts for neither
+        import diffusers as _
 
         makers = {"ours": ours, "diffusers": diffusers}
         ready: dict[str, Generate] = {}
