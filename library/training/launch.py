@@ -104,6 +104,8 @@ def _problems_of_sharding(options: TrainingOptions) -> list[str]:
     for name in ("fp8_base", "fp8_base_unet"):
         if getattr(options, name):
             problems.append(f"--{name}: weights in fp8 cannot be sharded by FSDP; remove one of them")
+    if options.memory_plan is not None:
+        problems.append("--memory_plan: not with FSDP, as it counts whole weights; remove one of them")
     if options.torch_compile or options.compile:
         flag = "--compile" if options.compile else "--torch_compile"
         problems.append(f"{flag}: not with FSDP, which works between the blocks; remove one of them")

@@ -117,10 +117,12 @@ def test_settings_of_fsdp_that_cannot_be(fsdp: pytest.MonkeyPatch, variable: str
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["fp8_base", "fp8_base_unet", "torch_compile"])
-def test_options_that_fsdp_excludes(fsdp: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("fp8_base", True), ("fp8_base_unet", True), ("torch_compile", True), ("memory_plan", "auto")]
+)
+def test_options_that_fsdp_excludes(fsdp: pytest.MonkeyPatch, name: str, value: object) -> None:
     with pytest.raises(UserError, match=f"--{name}: .*FSDP.*remove one of them"):
-        check_launch(TrainingOptions(**{name: True}))
+        check_launch(TrainingOptions(**{name: value}))
 
 
 def test_one_process_shares_nothing_out(fsdp: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
