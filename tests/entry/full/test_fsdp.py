@@ -192,3 +192,40 @@ def test_what_cannot_work_is_one_line(
     ended = launch_script("fine_tune.py", 2, *fine_tune.words(single, tmp_path / "out", **options), env=fsdp)
     assert [process.code for process in ended] == [2, 2], ended[0].text
     assert said in ended[0].err and "Traceback" not in ended[0].text
+
+
+@pytest.mark.slow
+def test_uneven_parts_and_another_number_of_processes(tmp_path: Path, fine_tune: Whole, fsdp: dict[str, str]) -> None:
+    """Three processes, modules that stay whole, and blocks that stay gathered until their backward pass."""
+    images = make_images(tmp_path / "images", sizes=[(64, 64)] * 6)
+    single, triples = (
+        write_dataset(tmp_path / f"{size}.toml", images, dataset=f"batch_size = {size}") for size in (1, 3)
+    )
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1 --d 1\n")
+    settings = {
+        **DESCENT,
+        "ema_decay": 0.5,
+        "sample_prompts": tmp_path / "prompts.txt",
+        "sample_every_n_steps": 1,
+        "save_every_n_steps": 2,
+        "save_state": True,
+    }
+    fine_tune.train(triples, tmp_path / "one", **settings)
+    env = {
+        **fsdp,
+        "FSDP_RESHARD_AFTER_FORWARD": "false",
+        "FSDP_IGNORED_MODULES": r"down_blocks\.0\.resnets\.0|conv_out",
+    }
+    state = tmp_path / "three" / "tiny-step00000002-state"
+    for folder, count, own, more in (
+        ("three", 3, env, {}),
+        ("again", 3, env, {"resume": state}),
+        ("two", 2, fsdp, {"resume": state}),
+    ):
+        words = fine_tune.words(single, tmp_path / folder, **settings, **more)
+        done = launch_script("fine_tune.py", count, *words, env=own)
+        assert [process.code for process in done] == [0] * count, done[0].text
+    base = load_file(fine_tune.model.path)
+    for name in ("tiny.safetensors", "tiny-ema.safetensors"):
+        assert_close(load_file(tmp_path / "three" / name), load_file(tmp_path / "one" / name), base)
+        assert_same_weights(tmp_path / "again" / name, tmp_path / "three" / name)
