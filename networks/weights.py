@@ -122,7 +122,7 @@ def _metadata(file: str | Path | None) -> Mapping[str, str]:
 
 
 def refuse_other_model(file: str | Path | None, target: LoraTarget) -> None:
-    """Refuse an adapter file whose metadata name another model with the same module names.
+    """Refuse an adapter file whose metadata name another model, which may have modules of the same names.
 
     Args:
         target: of the denoiser to adapt.
@@ -130,11 +130,22 @@ def refuse_other_model(file: str | Path | None, target: LoraTarget) -> None:
     Raises:
         UserError: the metadata name another model.
     """
-    version = _metadata(file).get("ss_base_model_version", "") if target.namesakes else ""
-    if (title := dict(target.namesakes).get(version)) is not None:
+    version = _metadata(file).get("ss_base_model_version", "")
+    title = dict(target.namesakes).get(version) or _title_of(version, target.network_modules)
+    if title is not None:
         raise UserError(
             f"{file}: it was made for {title} (ss_base_model_version is {version}), which this model is not"
         )
+
+
+def _title_of(version: str, modules: Collection[str]) -> str | None:
+    """Return the title of the family with this ``ss_base_model_version``; None if its module is one of ``modules``."""
+    from library.architectures.registry import adapter_families
+
+    if not version or not modules:  # the modules for U-Nets tell their models apart by names and widths
+        return None
+    families = [f for f in adapter_families() if any(record.base_version == version for record in f.records)]
+    return None if any(f.network_module in modules for f in families) or not families else families[0].title
 
 
 def warn_of_missing_layers(file: str | Path | None, in_file: Collection[str], usual: Collection[str]) -> None:

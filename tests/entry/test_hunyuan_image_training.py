@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.architectures.common.joined_layout import join
@@ -22,7 +22,7 @@ from tests.architectures.hunyuan_image.test_model import theirs
 from tests.entry.flux.test_step import Drawn, drawn, images
 from tests.entry.test_hunyuan_image_minimal_inference import draw
 from tests.fixtures.drawn import pixels
-from tests.fixtures.families import HUNYUAN_IMAGE, Tiny
+from tests.fixtures.families import FLUX, HUNYUAN_IMAGE, Tiny
 from tests.fixtures.runs import logged, make_images, write_dataset
 from tests.fixtures.scaled import write_both
 from tests.fixtures.tiny_hunyuan_image import HunyuanFileSizes, MadeHunyuan, make_tiny_hunyuan
@@ -206,3 +206,28 @@ def test_adapters_with_comfyui_names_are_read(
         more = {"network_weights": file, "dim_from_weights": True, "network_dim": None, "network_alpha": None}
         tiny.train(dataset, tmp_path / name, **more)
     assert_equal(weights(tmp_path / "own"), weights(tmp_path / "theirs"))
+
+
+def test_adapters_of_another_model_with_these_names_are_refused(
+    tmp_path: Path, made: MadeHunyuan, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ComfyUI's names are those of FLUX.1; the metadata of such a file tell, and without them its widths."""
+    flux = Tiny(FLUX, FLUX.make(tmp_path / "flux"))
+    flux.train(dataset, tmp_path / "other", network_train_unet_only=True, max_train_steps=1)
+    file = tmp_path / "other" / "tiny.safetensors"
+    wide = {
+        name: torch.zeros(tensor.shape[0], 3072) if name.endswith("lora_down.weight") else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(wide, tmp_path / "wide.safetensors")
+    for path, words in (
+        (file, "it was made for FLUX.1 (ss_base_model_version is flux1), which this model is not"),
+        (
+            tmp_path / "wide.safetensors",
+            "[2, 3072] in the file and [2, 32] in this network; it was made for another model",
+        ),
+    ):
+        more = {"network_weights": path, "dim_from_weights": True, "network_dim": None, "network_alpha": None}
+        with pytest.raises(SystemExit):
+            Tiny(HUNYUAN_IMAGE, made).train(dataset, tmp_path / "out", **more)
+        assert words in capsys.readouterr().err
