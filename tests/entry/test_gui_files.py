@@ -42,7 +42,8 @@ SLOW += ("hunyuan_image_lora", "lumina_lora", "textual_inversion_sdxl", "control
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
-    made = {family.name: family.make(tmp_path_factory.mktemp(family.name)) for family in set(FAMILIES.values())}
+    families = {family.name: family for family in FAMILIES.values()}
+    made = {name: family.make(tmp_path_factory.mktemp(name)) for name, family in families.items()}
     return {script: made[family.name] for script, family in FAMILIES.items()}
 
 
