@@ -37,7 +37,9 @@ LINES: dict[str, list[str]] = {
         "{images} --repo_id {mapping} --onnx --output_path {out}/tags.json --use_quality_tags",
     ],
     "merge_dd_tags_to_metadata": [
-        "{images} {out}/tagged.json --caption_extension .txt --full_path --recursive --debug",
+        "{images} {out}/tags_alone.json --caption_extension .tags --full_path --recursive",
+        "{images} {out}/tagged.json --in_json {out}/tags_alone.json --caption_extension .txt --full_path --recursive "
+        "--debug",
     ],
     "merge_captions_to_metadata": [
         "{images} {out}/merged.json --in_json {out}/tagged.json --caption_extention .caption --full_path --recursive",
@@ -60,7 +62,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     images = make_images(folder / "images", IMAGES)
     make_images(images / "inner", IMAGES[:1])
     makers: dict[str, Callable[[Path], Path]] = {
-        "blip": write_tiny_blip, "git": write_tiny_git, "wd": write_wd_onnx, "mapping": write_mapping_onnx,
+        "blip": write_tiny_blip, "git": write_tiny_git, "wd": write_wd_onnx,
+        "mapping": lambda place: write_mapping_onnx(place, [float(number) for number in range(-3, 8)]),
     }  # fmt: skip
     made = {name: make(folder / name) for name, make in makers.items()}
     (folder / "out").mkdir()
