@@ -170,8 +170,6 @@ def test_a_step_of_sdxl_is_that_of_a_plain_loop(tmp_path: Path, dataset: Path, m
         ("clip_l", pipeline.tokenizer, pipeline.text_encoder), ("clip_g", pipeline.tokenizer_2, pipeline.text_encoder_2)
     ):  # fmt: skip
         init = tokenizer("cat", add_special_tokens=False).input_ids
-        # the tiny tokenizer's end token is not the largest id of the vocabulary
-        encoder.text_model.eos_token_id = tokenizer.eos_token_id
         assert tokenizer.add_tokens(names) == 3
         encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         tables[name] = encoder.get_input_embeddings().weight
@@ -180,6 +178,8 @@ def test_a_step_of_sdxl_is_that_of_a_plain_loop(tmp_path: Path, dataset: Path, m
             tables[name][places[name]] = tables[name][[init[i % len(init)] for i in range(3)]].clone()
         tables[name].requires_grad_()
         before[name] = tables[name].detach()[places[name]].clone()
+    # the tiny tokenizer's end token is not the largest id of the vocabulary
+    pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
     captions = [caption.replace("qux", " ".join(names)) for caption in seen.captions]
     context, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
     schedule = DDPMScheduler(
