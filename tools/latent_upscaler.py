@@ -1,7 +1,8 @@
-"""Enlarge images to twice their size by a VAE and a network that refines latents.
+"""Enlarge images to twice their size by a VAE and a network that refines latents, or train the network.
 
     python tools/latent_upscaler.py --vae_path model --weights upscaler.safetensors --image_pattern "small/*.png" \\
         --output_dir large
+    python tools/latent_upscaler.py train --vae_path model --train_data_dir images --output_file upscaler.safetensors
 
 ``gen_img.py --highres_fix_upscaler tools.latent_upscaler`` enlarges with the same network.
 """
@@ -10,16 +11,17 @@ from __future__ import annotations
 
 import argparse
 import glob
-import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.config.arguments import ConsoleOptions
+from library.config.console import setup_console
+from library.config.fields import add_flags
 from library.errors import UserError, exits_on_user_error
-
-logger = logging.getLogger(__name__)
+from library.training.upscaler.options import UpscalerOptions, read_options
 
 
 def create_upscaler(weights: str) -> Any:
@@ -29,11 +31,14 @@ def create_upscaler(weights: str) -> Any:
     return load_latent_upscaler(Path(weights))
 
 
+#: options of enlarging alone
+_OF_ENLARGING = ("image_pattern", "output_dir", "debug")
+
+
 def setup_parser() -> argparse.ArgumentParser:
     summary, _, more = str(__doc__).partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, epilog=more, formatter_class=kind, allow_abbrev=False)
     parser.add_argument("--vae_path", help="VAE file, its folder, or the folder of a model")
     parser.add_argument("--weights", help="file of the network")
     parser.add_argument("--image_pattern", help='images to enlarge, such as "small/*.png"')
@@ -41,11 +46,32 @@ def setup_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=4, help="images at once (default: 4)")
     parser.add_argument("--vae_batch_size", type=int, default=1, help="images at once in the VAE (default: 1)")
     parser.add_argument("--debug", action="store_true", help="also write the images as Lanczos enlarges them")
+    commands = parser.add_subparsers(dest="command", metavar="train")
+    train = commands.add_parser(
+        "train",
+        help="train the network; train --help lists the options",
+        description="Train a latent upscaler on crops of images.",
+        formatter_class=kind,
+        allow_abbrev=False,
+    )
+    shared = {action.dest for action in parser._actions}
+    for group in UpscalerOptions.groups().values():
+        add_flags(train, group)
+    for action in train._actions:
+        if action.dest in shared and action.dest != "help":
+            action.default = argparse.SUPPRESS  # given before the command, or its default there
     return parser
 
 
 @exits_on_user_error
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
+    """Enlarge images, or train; returns the exit code.
+
+    Raises:
+        SystemExit: with code 2, after clear lines.
+    """
+    if args.command == "train":
+        return _train(args)
     for name in ("vae_path", "weights", "image_pattern"):
         if not getattr(args, name):
             raise UserError(f"--{name} is required")
@@ -55,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     paths = [Path(path) for path in sorted(glob.glob(args.image_pattern))]
     if not paths:
         raise UserError(f"--image_pattern {args.image_pattern}: no such image")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    setup_console(ConsoleOptions())
     # only now, as torch takes seconds to load
     from library.inference.upscale_files import upscale_files
 
@@ -68,7 +94,19 @@ def main(args: argparse.Namespace) -> None:
         vae_batch_size=args.vae_batch_size,
         with_lanczos=args.debug,
     )
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    options = read_options(args)
+    for name in _OF_ENLARGING:
+        if getattr(args, name) not in (None, False, "."):
+            raise UserError(f"--{name} is for enlarging images; leave it out with train")
+    setup_console(ConsoleOptions())
+    from library.training.upscaler.training import train_upscaler
+
+    return train_upscaler(options)
 
 
 if __name__ == "__main__":
-    main(setup_parser().parse_args())
+    sys.exit(main(setup_parser().parse_args()))

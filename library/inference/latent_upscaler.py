@@ -8,7 +8,7 @@ Shape legend: B images, (h, w) latent size, (H, W) pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _GROUPS, _BLOCKS = 5, 4
+#: channels of the latents
+CHANNELS = 4
+#: metadata of files that were trained here: the identity of the VAE
+VAE_KEY = "latent_upscaler.vae"
 
 
 class _Block(nn.Module):
@@ -43,7 +47,7 @@ class LatentUpscaler(nn.Module):
 
     def __init__(self, width: int = 128, inner: int = 64) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(4, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(CHANNELS, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         for number in range(1, _GROUPS * _BLOCKS + 1):
             self.add_module(f"resblock{number}", _Block(width))
@@ -51,7 +55,7 @@ class LatentUpscaler(nn.Module):
         self.bn2 = nn.BatchNorm2d(inner)
         self.conv3 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(inner)
-        self.conv_final = nn.Conv2d(inner, 4, 1)
+        self.conv_final = nn.Conv2d(inner, CHANNELS, 1)
 
     def forward(self, latents: Tensor) -> Tensor:
         hidden = self.bn1(self.conv1(latents)).relu()
@@ -88,6 +92,15 @@ class LatentUpscaler(nn.Module):
         encoded = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(max(vae_batch_size, 1))])
         refined = torch.cat([self(part.to(dtype)) for part in encoded.split(max(batch_size, 1))])
         return refined * vae.config.scaling_factor
+
+
+def check_channels(config: Mapping[str, Any], where: object) -> None:
+    """Raise UserError for a VAE with latents that the network does not read."""
+    if config["latent_channels"] != CHANNELS:
+        raise UserError(
+            f"{where}: its latents have {config['latent_channels']} channels; a latent upscaler is for those of "
+            f"{CHANNELS}, such as Stable Diffusion's"
+        )
 
 
 def load_latent_upscaler(path: Path, flag: str = "weights") -> LatentUpscaler:

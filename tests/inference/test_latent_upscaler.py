@@ -72,6 +72,27 @@ def test_the_program(folder: MadeCheckpoint, weights: Path, tmp_path: Path) -> N
     assert finished.code == 2 and "--image_pattern gone/*.png: no such image" in finished.err
 
 
+def test_no_image_replaces_another(folder: MadeCheckpoint, weights: Path, tmp_path: Path) -> None:
+    """Nor a source; an image that cannot be read, or is too small, is named after the others are done."""
+    (tmp_path / "in").mkdir()
+    for name, side in (("a.png", 16), ("a_upscaled.png", 16), ("b.png", 16), ("b.jpg", 16), ("c.png", 2)):
+        Image.new("RGB", (side, side), (200, 30, 30)).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "d.png").write_bytes(b"no image")
+    words = ("--vae_path", folder.path, "--weights", weights, "--image_pattern")
+    for pattern, target, said in (
+        ("a*", "in", "would replace one of --image_pattern"),
+        ("b*", "out", "would replace that of"),
+        ("[a-d].png", "out", "d.png: not an image"),
+    ):
+        before = {path: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+        given = (*words, tmp_path / "in" / pattern, "--output_dir", tmp_path / target)
+        finished = run_script("tools/latent_upscaler.py", *given)
+        assert finished.code == 2 and said in finished.err and "Traceback" not in finished.text, finished.text
+        assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+    assert "c.png: is 2x2; the shorter side must be 4 at least" in finished.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_upscaled.png", "b_upscaled.png"]
+
+
 def test_mistakes(tmp_path: Path, weights: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="holds no latent upscaler"):

@@ -125,14 +125,14 @@ def choose_vae(path: Path, given: str | None, own: ModelSource | None, title: st
     return vae
 
 
-def vae_at(path_or_id: str) -> ModelSource:
-    """Return the autoencoder of ``--vae``: in a checkpoint, in its own file or folder, or on the Hub.
+def vae_at(path_or_id: str, flag: str = "--vae") -> ModelSource:
+    """Return the autoencoder that an option names: in a checkpoint, in its own file or folder, or on the Hub.
 
     Raises:
         UserError: nothing there, or no autoencoder in it.
     """
-    path = locate(path_or_id, flag="--vae", components=("vae", ""))
-    with naming("--vae", path):
+    path = locate(path_or_id, flag=flag, components=("vae", ""))
+    with naming(flag, path):
         if path.is_dir():
             folder = path / "vae" if (path / "vae").is_dir() else path
             return diffusers_vae_source(folder)
