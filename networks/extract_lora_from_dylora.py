@@ -90,7 +90,7 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
     for file in files:
         check_target(file, "--save_to", sources=[model], suffixes=[save_to.suffix])
     for rank, file in zip(ranks, files, strict=True):
-        write_weights(file, first_ranks(weights, rank), None, _metadata_of(metadata, arguments, rank))
+        write_weights(file, first_ranks(weights, rank), None, _metadata_of(metadata, arguments, whole, rank))
         logger.info("saved rank %d: %s", rank, file)
     return files
 
@@ -128,11 +128,17 @@ def _network_args(metadata: Mapping[str, str]) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def _metadata_of(metadata: Mapping[str, str], arguments: Mapping[str, object], rank: int) -> dict[str, str]:
+def _metadata_of(metadata: Mapping[str, str], arguments: Mapping[str, object], whole: int, rank: int) -> dict[str, str]:
     """Return the metadata of the whole file, for a plain LoRA; hashes are computed when it is written."""
     from networks.lora_args import MODULE_NAME
 
-    entries = {**metadata, "ss_network_module": MODULE_NAME, "ss_network_dim": str(rank)}
+    comment = f"split from DyLoRA, rank {whole} to {rank}; {metadata.get('ss_training_comment', '')}"
+    entries = {
+        **metadata,
+        "ss_network_module": MODULE_NAME,
+        "ss_network_dim": str(rank),
+        "ss_training_comment": comment,
+    }
     kept = {name: value for name, value in arguments.items() if name != "unit"}
     if kept.get("conv_dim") is not None:
         kept["conv_dim"] = str(rank)

@@ -59,6 +59,7 @@ def _add_diff(commands: Commands) -> None:
     diff.add_argument("--rows", type=int, default=30, metavar="N", help="layers in the table (30)")
     diff.add_argument("--csv", metavar="FILE", help="write all layers as a table")
     diff.add_argument("--plot", metavar="FILE", help="draw them as a .png")
+    diff.add_argument("--overwrite", action="store_true", help="write over files that exist")
     diff.set_defaults(run=_diff)
 
 
@@ -152,9 +153,10 @@ def main(args: argparse.Namespace) -> int:
         SystemExit: with code 2, after clear lines.
     """
     setup_console(ConsoleOptions())
-    target = getattr(args, "save_to", None)
-    if target and Path(target).is_file() and not args.overwrite:
-        raise UserError(f"--save_to {target}: exists already; give another name, or --overwrite")
+    for flag in ("save_to", "csv", "plot"):
+        target = getattr(args, flag, None)
+        if target and Path(target).is_file() and not args.overwrite:
+            raise UserError(f"--{flag} {target}: exists already; give another name, or --overwrite")
     return args.run(args) or 0
 
 
@@ -180,9 +182,10 @@ def _diff(args: argparse.Namespace) -> None:
     from networks.files.merging import open_files
     from networks.files.model_file import family_of, open_model
 
+    sources = [Path(path) for path in [*args.files, *([args.model] if args.model else [])]]
     for flag, suffix in (("csv", ".csv"), ("plot", ".png")):
         if path := getattr(args, flag):
-            check_target(Path(path), f"--{flag}", sources=map(Path, args.files), suffixes=(suffix,))
+            check_target(Path(path), f"--{flag}", sources=sources, suffixes=(suffix,))
     if args.rows < 1:
         raise UserError(f"--rows {args.rows}: must be at least 1")
     if args.model:

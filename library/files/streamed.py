@@ -47,7 +47,7 @@ def check_target(
 
     Args:
         flag: the option that named it, for messages.
-        sources: input files, which must not be overwritten.
+        sources: input files, and folders with input files, which must not be overwritten.
         needed: bytes. An existing file stays until the new one is complete, so its space does not count as free.
 
     Raises:
@@ -58,8 +58,10 @@ def check_target(
     if path.is_dir():
         raise UserError(f"{flag} {path}: a folder; give a file name")
     check_folder_of(path, flag)
-    if path.resolve() in {source.resolve() for source in sources}:
-        raise UserError(f"{flag} {path}: is one of the files that are read; give another name")
+    for source in sources:
+        inside = source.is_dir() and path.exists() and path.resolve().is_relative_to(source.resolve())
+        if inside or path.resolve() == source.resolve():
+            raise UserError(f"{flag} {path}: is one of the files that are read; give another name")
     free = shutil.disk_usage(path.absolute().parent).free
     if needed > free:
         raise UserError(

@@ -23,6 +23,7 @@ from library.architectures.whole_models import SavedModel
 from library.config.image_settings import ImageSettings
 from library.diffusion.objective import FLOW_SAMPLERS
 from library.errors import UserError
+from library.files.streamed import check_target
 from library.inference import latent_files
 from library.inference.adapter_files import adapt, open_adapters, read_choice
 from library.inference.failures import naming_memory
@@ -315,7 +316,12 @@ def generate_for(inference: MinimalInference, options: Any, lines: TextIO) -> li
     if not request.interactive and re.search(r"\s--[a-z]", request.prompt):
         logger.warning("--prompt is taken as it is; options within a prompt are read with --interactive only")
     latents = [Path(file) for file in request.latent_files]
-    session = ImageSession(inference, open_model(inference, options), request)
+    model = open_model(inference, options)
+    if request.merged_file is not None:
+        sources = [Path(model.checkpoint.path), *(read_choice(t, inference.lora_flag)[0] for t in request.lora_weights)]
+        flag = f"--{inference.flags.get('merged_file', 'merged_file')}"
+        check_target(Path(request.merged_file), flag, sources=sources)
+    session = ImageSession(inference, model, request)
     if request.merged_file is not None:
         return [session.save_merged(Path(request.merged_file))]
     if latents:

@@ -193,6 +193,9 @@ def test_a_merged_model_is_saved(made: MadeHunyuan, lora: Path, tmp_path: Path) 
     name = "double_blocks.0.img_attn_proj.weight"
     torch.testing.assert_close(after[name], before[name] + up @ down * (alpha / len(down)))
     assert torch.equal(after["img_in.proj.weight"], before["img_in.proj.weight"])
+    for source in (lora, made.path):
+        with pytest.raises(UserError, match=r"--save_merged_model .*is one of the files that are read"):
+            draw(made, tmp_path, "--lora_weight", lora, "--save_merged_model", source, prompt=None)
 
 
 @pytest.mark.parametrize(

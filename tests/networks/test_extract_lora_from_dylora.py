@@ -20,6 +20,7 @@ METADATA = {
     "ss_network_alpha": "3.0",
     "ss_network_args": json.dumps({"unit": "2", "conv_dim": "6"}),
     "ss_sd_model_name": "model.safetensors",
+    "ss_training_comment": "mine",
 }
 
 
@@ -50,6 +51,7 @@ def test_what_a_step_computed_is_what_the_extracted_lora_computes(tmp_path, dylo
         entries = metadata_of(file)
         assert entries["ss_network_module"] == "networks.lora" and entries["ss_network_dim"] == str(rank)
         assert entries["ss_network_alpha"] == "3.0" and entries["ss_sd_model_name"] == "model.safetensors"
+        assert entries["ss_training_comment"] == f"split from DyLoRA, rank 6 to {rank}; mine"
         assert json.loads(entries["ss_network_args"]) == {"conv_dim": str(rank)}
         assert len(entries["sshs_model_hash"]) == 64
         network, weights = lora.create_network_from_weights(1.0, str(file), None, tiny_text_encoder, tiny_unet)

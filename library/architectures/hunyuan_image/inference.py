@@ -259,7 +259,7 @@ INFERENCE = MinimalInference(
     findings=_findings,
     flags={
         "width": "image_size", "height": "image_size", "scale": "guidance_scale", "steps": "infer_steps",
-        "output_dir": "save_path",
+        "output_dir": "save_path", "merged_file": "save_merged_model",
     },
     prompt_options=(
         PromptOption("g", "scale", read.number, "guidance_scale"),
