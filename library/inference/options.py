@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from library.config.arguments import ConsoleOptions, Options, flat, with_groups
+from library.config.attention import missing_package
 from library.config.declaration import Facts, message
 from library.config.fields import option
 from library.config.prompt_options import MAX_SEED
@@ -258,6 +259,9 @@ def _one_precision(options: ImageOptions) -> Iterator[str]:
 def _one_attention(options: ImageOptions) -> Iterator[str]:
     if (options.speed.xformers or options.speed.diffusers_xformers) and options.speed.sdpa:
         yield "--xformers and --sdpa were both given; give one of them"
+    for name in ("xformers", "diffusers_xformers"):
+        if getattr(options.speed, name) and (missing := missing_package("xformers", f"--{name}")):
+            yield missing
 
 
 def _ranges(options: ImageOptions) -> Iterator[str]:

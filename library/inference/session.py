@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from library.inference.plan import SEEDS, PlannedImage, Repetition, batches, pla
 from library.inference.png import save_png
 from library.inference.prompt_line import parse_image_prompt
 from library.inference.prompt_module import PromptModule
+from library.inference.region_masks import parts_of
 from library.inference.settings import random_seed
 from library.inference.sources import Sources
 from library.inference.strengths import axes_of, check_multipliers, merged_count, multipliers_of
@@ -39,6 +41,8 @@ from library.randomness import key
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+#: tokens of a text in one window
+_WINDOW = 75
 #: what images may get, in the order in which it is prepared and wrapped
 FEATURES = all_features()
 
@@ -74,7 +78,7 @@ class Session:
             zero_terminal_snr=options.model.zero_terminal_snr,
             zero_steps_offset=options.image.force_scheduler_zero_steps_offset,
             clip_skip=options.model.clip_skip,
-            max_token_length=75 * (options.model.max_embeddings_multiples or 1),
+            max_token_length=_WINDOW * (options.model.max_embeddings_multiples or 1),
             vae_batch_size=_vae_batch_size(options.speed),
         )
         self._options = options
@@ -84,7 +88,7 @@ class Session:
         self._fix = _highres_fix(options, device, dtype)
         self._model_name = Path(options.model.ckpt or "").name
         self._files = FileNames(Path(options.image.outdir), sequential=options.image.sequential_file_name)
-        self._encoded: dict[str, Conditioning] = {}
+        self._encoded: dict[int, dict[str, Conditioning]] = {}  # by the number of windows
         self._multipliers: tuple[float, ...] | None = None
         self._typed = 0
 
@@ -142,19 +146,21 @@ class Session:
         """
         written: list[Path] = []
         with Finisher(self._models, self._how) as finisher:
-            for batch in batches(planned, self._options.speed.batch_size):
+            for windows, batch in self._batches(planned):
+                how = replace(self._how, max_token_length=_WINDOW * windows)
                 multipliers = multipliers_of(batch[0].multipliers, self._choices, self._merged)
                 self._set_multipliers(multipliers)
                 settings = [image.settings for image in batch]
                 features = wanted_features(settings[0], FEATURES)
+                encoded = self._encoded.setdefault(windows, {})
                 small: list[Image] = []
                 if self._fix is not None:
                     second = wanted_features(self._fix.second(settings[0]), FEATURES)
                     small, latents = latents_of_two_stages(
-                        self._models, settings, self._how, self._encoded, self._fix, features, second
+                        self._models, settings, how, encoded, self._fix, features, second
                     )
                 else:
-                    latents = generate_latents(self._models, settings, self._how, self._encoded, features)
+                    latents = generate_latents(self._models, settings, how, encoded, features)
                 network = ", ".join(
                     f"{Path(c.weights).name}:{m:g}" for c, m in zip(self._choices, multipliers, strict=True)
                 )
@@ -169,6 +175,27 @@ class Session:
                     written.append(path)
                     logger.info("image %d of %d: %s", len(written), len(planned), path)
         return written
+
+    def _batches(self, planned: Sequence[PlannedImage]) -> Iterator[tuple[int, list[PlannedImage]]]:
+        """Yield batches of neighbours whose texts need the same number of windows, with that number."""
+        for windows, images in itertools.groupby(planned, key=self._windows):
+            for batch in batches(list(images), self._options.speed.batch_size):
+                yield windows, batch
+
+    def _windows(self, image: PlannedImage) -> int:
+        """Return how many windows the texts of an image need, at most those of ``--max_embeddings_multiples``.
+
+        It follows from the image alone, so that the image does not depend on its batch.
+        """
+        most, models = self._options.model.max_embeddings_multiples or 1, self._models
+        if most == 1:
+            return 1
+        limit = _WINDOW * most
+        lengths = [
+            models.architecture.caption_length(models.tokenizers, text, max_token_length=limit, weighted=True).tokens
+            for text in (*parts_of(image.settings.prompt), image.settings.negative_prompt)
+        ]
+        return min(max(-(-max(lengths) // _WINDOW), 1), most)
 
     def _path(self, image: PlannedImage) -> Path:
         if image.file_name is not None:
