@@ -1,8 +1,8 @@
 """Killed, or out of disk space, at write points of a run that writes all there is to write.
 
-The first family is tried at every write point. Each other family has a quarter of them, another one than the family
-before it, so that four families together have them all. What is written is the same for every family but for the names
-of the caches.
+The first family is tried at every write point. Each other family has a quarter of their kinds (``share_of``), another one
+than the family before it, so that four families together have them all. What is written is the same for every family but
+for the names of the caches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.files.atomic import verify_directory
-from tests.fixtures.crashes import Ended, fork_run, share_of
+from tests.fixtures.crashes import SHARES, Ended, fork_run, kind_of, share_of, tried
 from tests.fixtures.families import FAMILIES, Tiny
 from tests.fixtures.runs import make_images, write_dataset
 
@@ -187,9 +187,17 @@ def test_a_disk_that_is_full_in_the_middle_of_a_state(tmp_path: Path, tiny: Tiny
 
 
 def own_share(tiny: Tiny, points: list[str]) -> list[int]:
-    """All points for the first family, a quarter for each other."""
+    """All points for the first family, some for each other."""
     number = list(FAMILIES).index(tiny.family.name)
-    return share_of(points, number) if number else share_of(points, 0, shares=1)
+    return share_of(points, number) if number else list(range(len(tried(points))))
+
+
+def test_so_many_families_together_have_every_kind_of_point() -> None:
+    points = [f"open /tmp/out/.tiny-step0000000{n}.safetensors.tmp" for n in range(3)]
+    points += [f"open /tmp/out/state.tmp/{name}.bin" for name in "abcdefg"] + ["end"] * 3
+    chosen = [[points[at] for at in share_of(points, family)] for family in range(SHARES)]
+    assert {kind_of(point) for share in chosen for point in share} == {kind_of(point) for point in points[:-3]}
+    assert all(len(share) == 2 for share in chosen)
 
 
 @pytest.mark.slow

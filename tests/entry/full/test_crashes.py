@@ -1,6 +1,7 @@
 """Whole models whose run is killed, or out of disk space: what stands is whole, and the run goes on to the same bits.
 
-The slow tests try a quarter of the write points with each script, another one than with the script before it.
+The slow tests try a quarter of the kinds of write points with each script (``share_of``), another one than with the script
+before it.
 """
 
 from __future__ import annotations
@@ -150,5 +151,5 @@ def test_killed_at_write_points(tmp_path: Path, name: str, dataset: Path) -> Non
 def test_a_disk_that_is_full_from_write_points_on(tmp_path: Path, name: str, dataset: Path) -> None:
     alone, points = left_alone(tmp_path, name, dataset)
     growing = [at for at, point in enumerate(points) if point.startswith(("open", "os.mkdir"))]
-    for number in share_of(growing, list(SCRIPTS).index(name)):
+    for number in share_of([points[at] for at in growing], list(SCRIPTS).index(name)):
         check_full_disk(tmp_path / str(number), alone, points, growing[number])
