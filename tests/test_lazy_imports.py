@@ -49,7 +49,7 @@ def test_a_module_that_fails_is_not_left_behind(package: Path) -> None:
     package.parent.joinpath(NAME, "__init__.py").write_text("raise OSError('a library is missing')\n")
     defer_import(NAME)
     with pytest.raises(OSError, match="a library is missing"):
-        importlib.import_module(NAME).VALUE
+        importlib.import_module(NAME).VALUE  # noqa: B018
     assert NAME not in sys.modules
 
 

@@ -109,7 +109,7 @@ def _integers(weight: Tensor, published: Tensor | None = None) -> tuple[Tensor, 
 
 def _quantiles(weight: Tensor, published: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return two 4-bit numbers in each byte, and the float32 scale of each 64 numbers."""
-    from bitsandbytes import functional
+    from bitsandbytes import functional  # noqa: F401  it registers its operators
 
     numbers, scale = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
     return numbers, scale

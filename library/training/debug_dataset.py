@@ -124,7 +124,7 @@ def write_sheets(batches: Batches, folder: Path, *, total: int) -> None:
     """
     writer = SheetWriter(folder)
     images = done = 0
-    for done, samples in enumerate(batches, start=1):
+    for done, samples in enumerate(batches, start=1):  # noqa: B007 - read after the loop
         writer.add(samples)
         images += len(samples)
         if images >= MOST_IMAGES:

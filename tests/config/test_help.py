@@ -100,7 +100,7 @@ def test_programs_find_the_trainer() -> None:
     assert sdxl_train_network.SdxlNetworkTrainer.architecture.name == "sdxl"
     assert flux_train_network.FluxNetworkTrainer.architecture.name == "flux"
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
-        train_network.Trainer
+        train_network.Trainer  # noqa: B018
 
 
 def test_it_is_there_at_once() -> None:

@@ -19,7 +19,7 @@ from library.architectures.hunyuan_image.names import diffusers_plan
 from library.architectures.hunyuan_image.options import HunyuanOptions
 from networks import convert_hunyuan_image_lora_to_comfy as comfyui
 from tests.architectures.hunyuan_image.test_model import theirs
-from tests.entry.flux.test_step import Drawn, drawn, images
+from tests.entry.flux.test_step import Drawn, drawn, images  # noqa: F401
 from tests.entry.test_hunyuan_image_minimal_inference import draw
 from tests.fixtures.drawn import pixels
 from tests.fixtures.families import FLUX, HUNYUAN_IMAGE, Tiny
@@ -57,7 +57,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 # ---- a step ----
 
 
-def test_a_step_is_that_of_a_plain_loop_over_diffusers_models(tmp_path: Path, drawn: Drawn) -> None:
+def test_a_step_is_that_of_a_plain_loop_over_diffusers_models(tmp_path: Path, drawn: Drawn) -> None:  # noqa: F811
     """The loss and every gradient: with plain SGD at a rate of 1 a weight moves by its gradient.
 
     The captions' lengths differ, and one of them quotes text.

@@ -17,7 +17,7 @@ from library.architectures.lumina.names import diffusers_plan
 from library.diffusion.flow import resolution_shift, shift_sigma
 from library.diffusion.objective import TimestepRange
 from tests.architectures.lumina.opened import diffusers_transformer, opened
-from tests.entry.flux.test_step import CAPTIONS, Drawn, drawn, images
+from tests.entry.flux.test_step import CAPTIONS, Drawn, drawn, images  # noqa: F401
 from tests.fixtures.families import LUMINA, Tiny
 from tests.fixtures.runs import logged, make_images, write_dataset
 from tests.fixtures.tiny_lumina import TOKENIZER, LuminaFileSizes, MadeLumina, make_tiny_lumina
@@ -63,7 +63,7 @@ def gemma_states(made: MadeLumina, texts: list[str]) -> tuple[Tensor, Tensor]:
     return output.hidden_states[-2], given.attention_mask
 
 
-def test_a_step_is_that_of_a_plain_loop_over_diffusers_model(tmp_path: Path, drawn: Drawn) -> None:
+def test_a_step_is_that_of_a_plain_loop_over_diffusers_model(tmp_path: Path, drawn: Drawn) -> None:  # noqa: F811
     """The loss and every gradient: with plain SGD at a rate of 1 a weight moves by its gradient."""
     made = make_tiny_lumina(tmp_path / "model")
     data = write_dataset(tmp_path / "d.toml", images(tmp_path / "images"), dataset="batch_size = 2")

@@ -84,7 +84,7 @@ def test_run_is_told_to_wandb_and_the_key_stays_secret(wandb: tuple[dict[str, st
 
 def test_missing_wandb_is_told_before_anything_loads(tmp_path: Path) -> None:
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError:
         pass
     else:

@@ -27,7 +27,7 @@ INFOS = {name: tensor_info(tensor.dtype, tuple(tensor.shape)) for name, tensor i
 
 def test_others_read_what_is_written(tmp_path: Path) -> None:
     path, steps = tmp_path / "x.safetensors", []
-    progress = lambda done, total: steps.append((done, total))
+    progress = lambda done, total: steps.append((done, total))  # noqa: E731
     write_streamed(path, INFOS, TENSORS.__getitem__, {"a": "b"}, progress=progress)
     assert steps == [(n, 6) for n in range(1, 7)]
     header, loaded = read_header(path), load_file(path)

@@ -56,9 +56,9 @@ def test_a_transformer_with_adapters(group: None, kind: str, dora: str) -> None:
             assert all(isinstance(p, DTensor) for p in model.parameters())
         with torch.inference_mode():
             drawn = run_ours(each, kind, given)
-        results = [gradients(network, lambda: run_ours(each, kind, given))]
+        results = [gradients(network, lambda: run_ours(each, kind, given))]  # noqa: B023
         each.enable_gradient_checkpointing()
-        results.append(gradients(network, lambda: run_ours(each, kind, given)))
+        results.append(gradients(network, lambda: run_ours(each, kind, given)))  # noqa: B023
         found.append((drawn, results))
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
     # gathered weights are let go
@@ -79,7 +79,7 @@ def test_a_unet_with_dropout(group: None, checkpointing: bool) -> None:
         if found:
             shard_model(unet, SD.compiled_blocks, Sharding(), CPU)
         torch.manual_seed(0)
-        found.append(gradients(network, lambda: unet(latents, torch.tensor([5]), context).sample))
+        found.append(gradients(network, lambda: unet(latents, torch.tensor([5]), context).sample))  # noqa: B023
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 

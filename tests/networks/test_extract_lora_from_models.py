@@ -14,12 +14,12 @@ from tests.fixtures.file_tools import refusal as refusal_of
 from tests.fixtures.file_tools import run_tool, saved
 from tests.fixtures.tiny_sd import make_tiny_sd
 from tests.fixtures.tiny_sdxl import make_tiny_sdxl
-from tests.networks.test_merge_lora import checkpoint, make, products
+from tests.networks.test_merge_lora import checkpoint, make, products  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
 
-def test_a_lora_that_was_merged_is_found_again(tmp_path, checkpoint):
+def test_a_lora_that_was_merged_is_found_again(tmp_path, checkpoint):  # noqa: F811
     file = make(checkpoint, tmp_path / "lora.safetensors", rank=2, conv_dim="2")
     run_tool(checkpoint.tool, sd_model=checkpoint.path, models=file, save_to=tmp_path / "tuned.safetensors")
     options = {"model_org": checkpoint.path, "model_tuned": tmp_path / "tuned.safetensors"}

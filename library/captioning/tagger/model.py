@@ -182,7 +182,7 @@ def _check_count(outputs: Any, labels: Sequence[Label], form: Form) -> None:
 def timm_is_installed() -> bool:
     """Whether timm can be imported; a failed import of it is remembered by nothing."""
     try:
-        import timm
+        import timm  # noqa: F401
     except (ImportError, RuntimeError):
         for name in [name for name in sys.modules if name == "timm" or name.startswith("timm.")]:
             del sys.modules[name]

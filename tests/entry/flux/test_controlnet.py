@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.entry.flux import test_step
-from tests.entry.flux.test_step import Drawn, drawn, mean_square, plain_step
+from tests.entry.flux.test_step import Drawn, drawn, mean_square, plain_step  # noqa: F401
 from tests.entry.test_controlnet import Guides
 from tests.fixtures.families import FLUX
 from tests.fixtures.guides import make_pairs
@@ -64,7 +64,7 @@ def test_a_step_is_that_of_a_plain_diffusers_loop(
     tmp_path: Path,
     flux: Whole,
     dataset: Path,
-    drawn: Drawn,
+    drawn: Drawn,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     checkpointing: bool,
 ) -> None:

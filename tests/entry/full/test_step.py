@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from library.training import batch_losses
 from library.training.batch_losses import BatchLosses
-from tests.entry.flux.test_step import T5_LENGTH, Drawn, drawn, images, mean_square, plain_step
+from tests.entry.flux.test_step import T5_LENGTH, Drawn, drawn, images, mean_square, plain_step  # noqa: F401
 from tests.fixtures.runs import logged, make_images, write_dataset
 from tests.fixtures.tiny_flux import make_tiny_flux
 from tests.fixtures.tiny_sd import Sizes, diffusers_configs
@@ -120,7 +120,7 @@ def test_a_step_of_stable_diffusion(
 
 
 @pytest.mark.parametrize("kind", ["dev", pytest.param("chroma", marks=pytest.mark.slow)])
-def test_a_step_of_flux_train(tmp_path: Path, drawn: Drawn, kind: str) -> None:
+def test_a_step_of_flux_train(tmp_path: Path, drawn: Drawn, kind: str) -> None:  # noqa: F811
     from library.architectures.common.joined_layout import join
     from library.architectures.flux.diffusers_layout import diffusers_plan
 
