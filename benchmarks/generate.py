@@ -9,8 +9,8 @@ For each kind of work (txt2img, img2img, ControlNet, a batch of four) it measure
 - further images, in turn in one process, from the prompt to the saved file: seconds a step, by the difference of images
   of many steps and of one, and the seconds of everything else (text, VAE, file).
 
-Both have float32, or the same half precision, DDIM and guidance. Times are of the wall and, in brackets, of the processor,
-which counts where other work is on the machine and there is no GPU.
+Both have float32, or the same half precision, DDIM and guidance. Times are of the wall and, in brackets, of the
+processor, which counts where other work is on the machine and there is no GPU.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _SIGNALS = [
 ]
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """Raised by ``Interrupt.check``; the caller that began the work decides what it means."""
 
 

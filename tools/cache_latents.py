@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.architectures.tool_families import cache_options  # noqa: E402
-from library.config.config_file import read_args  # noqa: E402
-from library.lazy_imports import made_by  # noqa: E402
-from library.training.cache_tool_options import (  # noqa: E402
+from library.architectures.tool_families import cache_options
+from library.config.config_file import read_args
+from library.lazy_imports import made_by
+from library.training.cache_tool_options import (
     CAPTION_AND_BATCH_OPTIONS,
     SHARED_OPTIONS,
     TEXT_CACHE_OPTIONS,

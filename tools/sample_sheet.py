@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config.tool_parser import tool_parser  # noqa: E402
-from library.errors import UserError, exits_on_user_error  # noqa: E402
-from library.files.atomic import atomic_path  # noqa: E402
+from library.config.tool_parser import tool_parser
+from library.errors import UserError, exits_on_user_error
+from library.files.atomic import atomic_path
 
 _NAME = re.compile(r"(?:.*_)?(?P<epoch>e?)(?P<number>\d{6})_(?P<prompt>\d+)_\d{14}(?:_\d+)?\.png")
 GAP, LINE = 6, 20  # pixels between images, and of a line of text

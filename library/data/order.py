@@ -3,10 +3,10 @@
 The processes share each batch: N of them at batch size B take N x B images of one bucket at a time, or what is left of
 it, so that they learn in every step what one process learns at batch size N x B.
 
-A step is made of ``step_size`` such batches, the accumulated ones. Where a bucket has enough images for all of them, the
-step takes consecutive images of that bucket; so accumulation, too, learns in such a step what one larger batch does. Of
-the batches that are left in each bucket, ``step_size`` of any buckets make a step; only an epoch's last step may have
-fewer.
+A step is made of ``step_size`` such batches, the accumulated ones. Where a bucket has enough images for all of them,
+the step takes consecutive images of that bucket; so accumulation, too, learns in such a step what one larger batch
+does. Of the batches that are left in each bucket, ``step_size`` of any buckets make a step; only an epoch's last step
+may have fewer.
 """
 
 from __future__ import annotations

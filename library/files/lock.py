@@ -27,7 +27,7 @@ _LOCKED_BYTE = 1 << 30
 _held: set[Path] = set()
 
 
-class Held(Exception):  # noqa: N818
+class Held(Exception):
     """Another process has the lock; ``owner`` says which, as far as is known."""
 
     def __init__(self, owner: str) -> None:

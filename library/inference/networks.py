@@ -90,7 +90,7 @@ def module_of_file(path: Path) -> str:
 
 
 def _read_arguments(text: str) -> dict[str, str]:
-    read = {}
+    read: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.replace(";", ",").split(","))):
         name, equals, value = part.partition("=")
         if not equals or not name.strip():

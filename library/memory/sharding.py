@@ -85,7 +85,7 @@ def shard_model(
 
 
 def _prepare(unit: nn.Module, dtype: torch.dtype | None) -> None:
-    """Give the weights that are not sharded yet the form that FSDP takes: contiguous, and in the dtype of the shards."""
+    """Give the weights that are not sharded yet the form that FSDP takes: contiguous, in the dtype of the shards."""
     for parameter in unit.parameters():
         if not is_sharded(parameter):
             parameter.data = parameter.data.to(dtype or parameter.dtype).contiguous()

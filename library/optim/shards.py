@@ -1,10 +1,10 @@
 """Train parameters of which each process has a part.
 
 FSDP shards a parameter by its rows. The optimizer gets, instead of it, a parameter of its own in the memory of this
-process's rows: a plain tensor, for which optimizers, averages, snapshots and rounding work as for any other. FSDP averages
-the gradients over the processes in the backward pass. What looks at all numbers at once (the norm of the gradients,
-whether something is finite) is completed here. States hold whole tensors, so that a run can be resumed with another
-number of processes, or without FSDP.
+process's rows: a plain tensor, for which optimizers, averages, snapshots and rounding work as for any other. FSDP
+averages the gradients over the processes in the backward pass. What looks at all numbers at once (the norm of the
+gradients, whether something is finite) is completed here. States hold whole tensors, so that a run can be resumed with
+another number of processes, or without FSDP.
 """
 
 from __future__ import annotations

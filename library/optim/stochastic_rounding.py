@@ -11,10 +11,10 @@ Precision" (arXiv:1502.02551), section 3; for bfloat16 weights Zamirai et al. 20
 (arXiv:2010.06192), section 4.1.
 
 Parameters, gradients and the optimizer's tensors of the parameters' shape are kept in half precision. For an update
-they are converted to float32, some parameters at a time where the optimizer allows it, which bounds the memory.
-Random numbers are keyed by the run's seed, the number of updates, which the optimizer's state holds, and the
-parameter's index:
-a resumed run rounds exactly as the uninterrupted one, and all processes round alike, save their parts of sharded weights.
+they are converted to float32, some parameters at a time where the optimizer allows it, which bounds the memory. Random
+numbers are keyed by the run's seed, the number of updates, which the optimizer's state holds, and the parameter's
+index: a resumed run rounds exactly as the uninterrupted one, and all processes round alike, save their parts of sharded
+weights.
 """
 
 from __future__ import annotations

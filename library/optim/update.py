@@ -1,9 +1,9 @@
 """Everything around the optimizer of a run, in one place.
 
 A step is ``start_step``, ``backward`` for each of its batches, ``step``, and ``end_step`` after the last change of the
-weights. In it gradients are averaged over processes and clipped, weights are updated (in float32 or with
-stochastic rounding, whole or sharded by ZeRO or FSDP, after or within the backward pass), the schedule advances, and the
-moving average follows. The accelerator saves and loads states; this object registers what belongs to them.
+weights. In it gradients are averaged over processes and clipped, weights are updated (in float32 or with stochastic
+rounding, whole or sharded by ZeRO or FSDP, after or within the backward pass), the schedule advances, and the moving
+average follows. The accelerator saves and loads states; this object registers what belongs to them.
 
 Parameter groups are looked up in the optimizer whenever they are used: the accelerator and every loaded state replace
 the dicts, so a kept reference would have an outdated learning rate.

@@ -24,7 +24,7 @@ from library.config.fields import option
 from library.config.help import split_doc
 from library.training.kinds.adapter_options import TrainNetworkOptions
 
-O = TypeVar("O", bound="CacheToolOptions")  # noqa: E741
+O = TypeVar("O", bound="CacheToolOptions")
 
 
 ToolOptions = dataclasses.make_dataclass(

@@ -1,7 +1,7 @@
 """Place the denoiser of a run, frozen or trained: whole on the device, or sharded over the processes.
 
-Only the denoiser is sharded. Text encoders stay whole, trained ones too: with cached outputs none is loaded, and otherwise processes may
-encode different numbers of captions, which collective calls do not allow.
+Only the denoiser is sharded. Text encoders stay whole, trained ones too: with cached outputs none is loaded, and
+otherwise processes may encode different numbers of captions, which collective calls do not allow.
 """
 
 from __future__ import annotations

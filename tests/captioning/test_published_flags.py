@@ -1,4 +1,4 @@
-"""Every published flag of the scripts of ``finetune/`` at work: command lines that together have them all, on tiny models."""
+"""Every published flag of the scripts of ``finetune/``: command lines that together have them all, on tiny models."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Published options that one family has, each through the command line: a run with it is another run, or the same.
 
-What the options compute is compared in the families' own tests; here none may do nothing, and none of those that are for
-memory and speed may change a result.
+What the options compute is compared in the families' own tests; here none may do nothing, and none of those that are
+for memory and speed may change a result.
 """
 
 from __future__ import annotations

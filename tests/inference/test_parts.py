@@ -18,7 +18,7 @@ def test_loading_and_freeing(one_at_a_time: bool) -> None:
     def alive() -> list[str]:
         return [name for name, part in made if part() is not None]
 
-    def loader(name: str):  # noqa: ANN202
+    def loader(name: str):
         def load() -> nn.Module:
             if one_at_a_time:
                 assert not alive()

@@ -231,10 +231,10 @@ class Streams:
             self.number = sum(line.startswith("copy") for line in self.owner.log)
             self.owner.log.append(f"copy {self.number} on {stream.name}")
 
-    def Stream(self, device: torch.device) -> _Stream:  # noqa: N802
+    def Stream(self, device: torch.device) -> _Stream:
         return self._Stream(self, "copies")
 
-    def Event(self) -> _Event:  # noqa: N802
+    def Event(self) -> _Event:
         return self._Event(self)
 
     def current_stream(self, device: torch.device) -> _Stream:

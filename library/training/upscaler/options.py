@@ -91,8 +91,8 @@ def read_options(args: argparse.Namespace) -> UpscalerOptions:
         findings.append(f"--resolution {resolution}: must be a multiple of {CROP_STEP}")
     if small_side(options) >= resolution or small_side(options) < CROP_STEP:
         findings.append(
-            f"--scale {options.training.scale:g}: makes crops of {resolution} pixels {small_side(options)} pixels wide; "
-            f"they must be smaller, and {CROP_STEP} pixels at least"
+            f"--scale {options.training.scale:g}: makes crops of {resolution} pixels {small_side(options)} pixels "
+            f"wide; they must be smaller, and at least {CROP_STEP}"
         )
     if files.weights and options.training.width != UpscalerTraining.width:
         findings.append("--width has no effect with --weights, whose network has its own; leave one of them out")

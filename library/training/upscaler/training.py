@@ -1,8 +1,8 @@
 """Train a latent upscaler: a network that refines the latents of images enlarged by Lanczos.
 
-It learns from crops. A crop is made small, enlarged by Lanczos as images are where the network is used, and encoded; the
-network should give the latents of the crop itself. There are no captions, timesteps or denoiser, which is why this is a
-loop of its own and no kind of the trainer; the pieces around it are the trainer's.
+It learns from crops. A crop is made small, enlarged by Lanczos as images are where the network is used, and encoded;
+the network should give the latents of the crop itself. There are no captions, timesteps or denoiser, which is why this
+is a loop of its own and no kind of the trainer; the pieces around it are the trainer's.
 
 Shape legend: B crops, C latent channels, (h, w) latent size.
 """
@@ -217,8 +217,8 @@ class _Run:
             loss = metrics.values["loss"]
             if not math.isfinite(loss):
                 raise UserError(
-                    f"step {metrics.step}: the loss is not finite; nothing was saved since. Lower --learning_rate, or use "
-                    f"--mixed_precision no; {self._target} holds what was saved last, if anything was"
+                    f"step {metrics.step}: the loss is not finite; nothing was saved since. Lower --learning_rate, or "
+                    f"use --mixed_precision no; {self._target} holds what was saved last, if anything was"
                 )
             self._average.add(loss)
 

@@ -58,7 +58,7 @@ def datasets(folder: Path, count: int, more: str = "") -> tuple[Path, Path]:
 
 @pytest.mark.slow
 def test_two_that_share_the_weights_are_one(tmp_path: Path, train_db: Whole, fsdp: dict[str, str]) -> None:
-    """Denoiser in pieces, and a text encoder that stops; averages, validations, images, and a state of whole tensors."""
+    """A denoiser in pieces, a text encoder that stops, averages, validations, images, and a state of whole tensors."""
     single, pairs = datasets(tmp_path, 5, "validation_split = 0.6")
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1 --d 1\n")
     settings = {
@@ -148,7 +148,7 @@ def test_every_family(tmp_path: Path, whole: Whole, fsdp: dict[str, str]) -> Non
 
 @pytest.mark.slow
 def test_forms_and_bad_steps(tmp_path: Path, fine_tune: Whole, fsdp: dict[str, str]) -> None:
-    """A folder of Diffusers and a pickle hold what a file of safetensors does; a step of NaN is one for all processes."""
+    """A Diffusers folder and a pickle hold what a safetensors file does; a step of NaN is one for all processes."""
     single, _ = datasets(tmp_path, 2)
     forms = {"safetensors": "tiny.safetensors", "ckpt": "tiny.ckpt", "diffusers_safetensors": "tiny"}
     for form in forms:
