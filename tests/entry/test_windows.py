@@ -25,8 +25,9 @@ for place, names in ((os, ("pread", "getuid", "geteuid", "fchmod", "statvfs", "k
         delattr(place, name)
 root = Path(sys.argv[1])
 sys.path.insert(0, str(root))
-for folder in ("library", "networks"):
-    for path in sorted((root / folder).rglob("*.py")):
+found = [path for folder in ("library", "networks", "tools", "finetune") for path in (root / folder).rglob("*.py")]
+for path in sorted([*found, *root.glob("*.py")]):
+    if path.name != "setup.py":  # which installs
         importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
 """
 
