@@ -79,6 +79,15 @@ def changes(before: dict[str, object], now: dict[str, object]) -> list[str]:
     return TrainState(1, 5, 1, before).changes(now)
 
 
+def test_states_of_several_processes_with_the_order_of_before_are_named(setting: Setting) -> None:
+    """They batched what is left of a bucket otherwise; those of one process have the same order as now."""
+    before = {**setting.fingerprint(processes=2), "order of images": "by step"}
+    (line,) = changes(before, setting.fingerprint(processes=2))
+    assert line == "order of images was 'by step' and is now 'by step of all processes'"
+    assert TrainState(1, 5, 1, before).order == "by step"
+    assert setting.fingerprint()["order of images"] == "by step"
+
+
 #: options, and what the warning says
 OPTIONS = [
     ({"seed": 2}, "seed was 1 and is now 2"),
