@@ -31,6 +31,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -148,7 +150,7 @@ def run_case(case: Case, model: Path, workspace: Path) -> Metrics:
     command += [*case.trained(), "--max_train_steps", str(case.steps), "--seed", "0"]
     command += ["--mixed_precision", case.precision, "--sdpa", "--console_log_simple"]
     command += [*case.switches(), *case.extra]
-    ran = _run(command)
+    ran = run(command)
     per_step, data_wait = _step_times(output / "logs")
     peak_device = next((float(line.rsplit(" ", 2)[-2]) for line in ran.lines if "peak device memory" in line), None)
     return _metrics(ran, per_step, case.batch_size, peak_device, data_wait)
@@ -164,7 +166,7 @@ def run_reference(case: Case, model: Path, workspace: Path) -> Metrics:
     command = [sys.executable, str(ROOT / "benchmarks" / "diffusers_lora.py"), "--model", str(model)]
     command += ["--images", str(images), "--precision", case.precision, "--batch_size", str(case.batch_size)]
     command += ["--steps", str(case.steps), "--rank", str(case.rank), *case.reference_switches()]
-    ran = _run(command)
+    ran = run(command)
     report = json.loads(ran.lines[-1])
     seconds = report["seconds"][1:]
     return _metrics(ran, sum(seconds) / len(seconds), case.batch_size, report["peak_device_gb"])
@@ -176,16 +178,24 @@ class Ran:
 
     lines: list[str]
     before_first_step: float  # seconds
+    cpu_before_first_step: float  # seconds that the process itself used
     total: float  # seconds
     peak_host_bytes: int
 
 
-def _run(command: list[str]) -> Ran:
+def run(command: list[str], tree: Path = ROOT) -> Ran:
+    """Run a command that trains, in a folder with the project's files.
+
+    Raises:
+        RuntimeError: it failed, or did not reach its first step; its output is in the message.
+    """
     began = time.perf_counter()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=dict(os.environ)
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tree, env=dict(os.environ)
     )
+    watched = psutil.Process(process.pid)
     first_step: list[float] = []
+    used: list[float] = []
     lines: list[str] = []
 
     def read() -> None:
@@ -193,6 +203,8 @@ def _run(command: list[str]) -> Ran:
             lines.append(line)
             if FIRST_STEP_MARK in line and not first_step:
                 first_step.append(time.perf_counter())
+                times = watched.cpu_times()
+                used.append(times.user + times.system)
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -200,7 +212,7 @@ def _run(command: list[str]) -> Ran:
     reader.join()
     if status != 0 or not first_step:
         raise RuntimeError(f"the run failed ({status}):\n{''.join(lines)}")
-    return Ran(lines, first_step[0] - began, time.perf_counter() - began, usage.ru_maxrss * 1024)
+    return Ran(lines, first_step[0] - began, used[0], time.perf_counter() - began, usage.ru_maxrss * 1024)
 
 
 def _metrics(
@@ -217,8 +229,13 @@ def _metrics(
     )
 
 
-def _step_times(logs: Path) -> tuple[float, float]:
-    """Seconds per step, and the share of them in which it waited for data; without the first step."""
+def step_ends(logs: Path) -> list[float]:
+    """Return the times at which steps ended, from the second to the last, in seconds."""
+    return _read_log(logs)[0]
+
+
+def _read_log(logs: Path) -> tuple[list[float], float, float]:
+    """Return the ends of steps, and the seconds of all steps but the first: waiting for data, and altogether."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     ended: list[float] = []
@@ -232,7 +249,13 @@ def _step_times(logs: Path) -> tuple[float, float]:
             took = sum(event.value for event in accumulator.Scalars("time/step")[1:])
     # a step's metrics are logged at the end of the next one, and the last two together: first entry = end of
     # step 2, last entry = end of the last step
-    return (ended[-1] - ended[0]) / (len(ended) - 2), waited / took
+    return ended[:-1], waited, took
+
+
+def _step_times(logs: Path) -> tuple[float, float]:
+    """Seconds per step, and the share of them in which it waited for data; without the first step."""
+    ended, waited, took = _read_log(logs)
+    return (ended[-1] - ended[0]) / (len(ended) - 1), waited / took
 
 
 def main() -> None:

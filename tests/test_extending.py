@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
+from library.architectures.common.flow_matching import FlowMatching
 from library.config.arguments import RunOptions, script_parser
 from library.config.config_file import read_args
-from library.config.declaration import joined
+from library.config.declaration import Declaration, joined
+from library.config.image_settings import ImageSettings
+from library.config.prompt_options import PromptOption, number_from_zero
+from library.inference.png import read_texts
 from library.training.trainer import Trainer
 from tests.fixtures.flow_train_network import ToyFlow
 from tests.fixtures.killed import train_killed
@@ -112,6 +117,37 @@ def test_the_plan_names_what_is_trained(
     train(model, dataset, tmp_path / "out", dry_run=True, bias_part="up")
     assert re.search(r"trained: [\d,]+ biases of the denoiser", capsys.readouterr().out)
     logging.getLogger().handlers.clear()
+
+
+class TonedFlow(ToyFlow):
+    """The family with one more option in the prompts of its images."""
+
+    declaration = joined(
+        ToyFlow.declaration, Declaration(prompt_options=(PromptOption("tone", "tone", number_from_zero),))
+    )
+    tones: ClassVar[list[object]] = []
+
+    def for_image(self, settings: ImageSettings) -> FlowMatching:
+        self.tones.append(settings.own.get("tone"))
+        return super().for_image(settings)
+
+
+def test_a_prompt_option_of_a_family_is_one_line(
+    tmp_path: Path, model: MadeCheckpoint, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt lines and files read it, the family gets it, and the image's file records it."""
+    monkeypatch.setattr(sys.modules[__name__], "TOY", TonedFlow())
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('["a cat --tone 0.5 --fs 2", {"prompt": "a dog", "tone": 0.25}, "a cat --ctr 1"]')
+    TonedFlow.tones.clear()
+    train(model, dataset, tmp_path / "out", max_train_steps=1, sample_prompts=prompts, sample_every_n_steps=1)
+    assert TonedFlow.tones == [0.5, 0.25, None]
+    texts = [read_texts(path) for path in sorted((tmp_path / "out" / "sample").glob("*.png"))]
+    assert [text.get("tone") for text in texts] == ["0.5", "0.25", None]
+    assert texts[0]["flow_shift"] == "2" and "cfg_trunc_ratio" not in texts[2]
+    prompts.write_text('["a cat --tone loud"]')
+    with pytest.raises(SystemExit):
+        train(model, dataset, tmp_path / "out", sample_prompts=prompts, sample_every_n_steps=1)
 
 
 def test_the_library_knows_none_of_them() -> None:

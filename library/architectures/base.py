@@ -28,12 +28,13 @@ from library.architectures.part import DENOISER, VAE, text_encoder_name
 from library.architectures.whole_models import WholeModels
 from library.config.declaration import Declaration, Facts
 from library.config.prompt_options import DDPM_FIELDS, TextRole
+from library.memory.attention import attention_backend
 from library.randomness import Draw
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from library.config.arguments import RunOptions
+    from library.config.arguments import RunOptions, TrainingOptions
     from library.config.image_settings import ImageSettings
     from library.diffusion.objective import Objective
 
@@ -54,7 +55,7 @@ class Architecture(WholeModels, ABC):
     #: line, the configuration file, ``--explain``, ``docs/options/`` and what a resumed run must share
     declaration: Declaration = Declaration()
     sample_defaults: Mapping[str, Any] = MappingProxyType({})  # width, height, steps, guidance scale of sample images
-    #: settings of a sample prompt that are used; a warning names others
+    #: settings of a sample prompt that are used, beside the declaration's prompt options; a warning names others
     sample_fields: frozenset[str] = DDPM_FIELDS
     #: settings that this model of the family does not use: field -> reason, completing "--g has no effect ..."
     idle_sample_fields: Mapping[str, str] = MappingProxyType({})
@@ -330,6 +331,10 @@ class Architecture(WholeModels, ABC):
         return ()
 
     # ---- memory and speed ----
+
+    def attention(self, options: TrainingOptions) -> str:
+        """Return the implementation of attention that a run's options ask for, for ``set_attention``."""
+        return attention_backend(options)
 
     @abstractmethod
     def set_attention(self, denoiser: nn.Module, backend: str, *, split: bool = False) -> None:

@@ -40,7 +40,7 @@ class ImageRequest:
 
     Attributes:
         prompt: with ``interactive``, prompts are typed instead.
-        settings: by the names of ``ImageSettings``; None: the model's own.
+        settings: by the names of ``ImageSettings`` and of prompt options; None: the model's own.
         lora_weights: ``file;strength``.
         device: None: the GPU, if there is one.
     """
@@ -136,7 +136,7 @@ class MinimalInference:
         open: options -> the model. Raises UserError: files that are missing, or are of other models.
         findings: options -> what is wrong with them, beside what is checked for all families.
         flags: names of settings and of ``output_dir`` in flags, where they differ: ``{"width": "image_width"}``.
-        prompt_options: further options within prompts.
+        prompt_options: further options within prompts, beside those of the family's declaration.
         size_step: sides of images are multiples of this many pixels.
         model_flag: the flag of the model, for messages.
         lora_flag: the flag of adapter files.

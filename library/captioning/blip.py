@@ -52,6 +52,8 @@ class Blip:
     def __init__(self, weights: str, search: Search, device: str | None) -> None:
         from transformers import BlipForConditionalGeneration, BlipProcessor
 
+        from library.memory.placing import move
+
         flag = "--caption_weights"
         if weights.startswith(("http://", "https://")):
             if weights.rpartition("/")[2] != PUBLISHED_FILE:
@@ -70,7 +72,7 @@ class Blip:
             self._model = load_pretrained(BlipForConditionalGeneration, with_tokenizer, flag)
         else:
             self._model = _original(Path(weights), original, end_token=self._processor.tokenizer.sep_token_id)
-        self._model.eval().to(self._device)
+        move(self._model.eval(), self._device)
         self._search = search
 
     def prepare(self, pixels: np.ndarray) -> Any:

@@ -23,10 +23,12 @@ class Git:
     def __init__(self, model_id: str, max_length: int, *, remove_words: bool, device: str | None) -> None:
         from transformers import AutoModelForCausalLM, AutoProcessor
 
+        from library.memory.placing import move
+
         folder = model_folder(model_id, "--model_id")
         self._processor = load_pretrained(AutoProcessor, folder, "--model_id")
         self._device = device_for(device)
-        self._model = load_pretrained(AutoModelForCausalLM, folder, "--model_id").eval().to(self._device)
+        self._model = move(load_pretrained(AutoModelForCausalLM, folder, "--model_id").eval(), self._device)
         self._max_length = max_length
         self._remove_words = remove_words
 

@@ -50,6 +50,8 @@ class VisionLanguageModel:
         import torch
         from transformers import AutoModelForImageTextToText
 
+        from library.memory.placing import move
+
         flag = "--model_id"
         folder = model_folder(model_id, flag)
         self._processor = _processor_of(folder, flag)
@@ -66,7 +68,7 @@ class VisionLanguageModel:
             precision = "float" if self._device.type == "cpu" else "bf16"
         self._dtype = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         model = load_pretrained(AutoModelForImageTextToText, folder, flag, dtype=self._dtype)
-        self._model = model.eval().to(self._device)
+        self._model = move(model.eval(), self._device)
         self._prompt, self._answer, self._system = prompt, answer, system
 
     @property

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from library.config.prompt_options import PromptOption
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Declaration:
         unused: options of others that change nothing with it: name -> why, completing "--x has no effect ...".
         texts: help texts of others' options in the words of this owner, by name.
         follows: what options that are not given come to, for ``--explain``.
+        prompt_options: options within the prompts of its images.
     """
 
     groups: Mapping[str, type] = field(default_factory=dict)
@@ -105,6 +109,7 @@ class Declaration:
     unused: Mapping[str, str] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     follows: Mapping[str, Follow] = field(default_factory=dict)
+    prompt_options: tuple[PromptOption, ...] = ()
 
 
 def joined(*declarations: Declaration) -> Declaration:
@@ -117,4 +122,5 @@ def joined(*declarations: Declaration) -> Declaration:
         unused={name: why for d in declarations for name, why in d.unused.items()},
         texts={name: text for d in declarations for name, text in d.texts.items()},
         follows={name: follow for d in declarations for name, follow in d.follows.items()},
+        prompt_options=tuple(option for d in declarations for option in d.prompt_options),
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from library.config.declaration import Declaration, idle
 from library.config.fields import option
+from library.config.prompt_options import PromptOption, number_above_zero
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,12 @@ WEIGHTING = Declaration(
     idle=(not_logit_normal, not_mode, nothing_is_weighted),
     unused=DDPM_ONLY,
 )
+#: shift of the noise levels of an image
+FLOW_SHIFT = PromptOption("fs", "flow_shift", number_above_zero)
 #: for families that also have all of ``FlowOptions``, in the group "flow"
 FLOW = Declaration(
     groups={**WEIGHTING.groups, "flow": FlowOptions},
     idle=(*WEIGHTING.idle, other_density, no_sigmoid, no_fixed_shift),
     unused=DDPM_ONLY,
+    prompt_options=(FLOW_SHIFT,),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,11 +26,7 @@ class ImageSettings:
     scale: float  # classifier-free guidance; 1: none
     sampler: str
     seed: int = field(metadata=_VARIES)
-    # for families that know them; None: the family's own
-    guidance_scale: float | None = None  # embedded guidance
-    flow_shift: float | None = None
-    cfg_trunc_ratio: float | None = None
-    renorm_cfg: float | None = None
+    guidance_scale: float | None = None  # embedded guidance, for families that know it; None: the family's own
     # of features; None: without it
     negative_scale: float | None = None  # guidance scale of the negative prompt alone
     image: Path | None = field(default=None, metadata=_VARIES)  # to start from
@@ -47,14 +43,15 @@ class ImageSettings:
     original_width_negative: int | None = None
     crop_top: int | None = None
     crop_left: int | None = None
-    # of Deep Shrink, which is on where one of them is given
-    ds_depth_1: int | None = None
-    ds_timesteps_1: int | None = None
-    ds_depth_2: int | None = None
-    ds_timesteps_2: int | None = None
-    ds_ratio: float | None = None
     #: what features and families read under the names of their own prompt options
     own: Mapping[str, Any] = field(default_factory=dict)
+
+    def changed(self, values: Mapping[str, Any]) -> ImageSettings:
+        """Return settings with other values; names that are no fields are those of own prompt options."""
+        known = {f.name for f in fields(self)}
+        further = {name: value for name, value in values.items() if name not in known}
+        own = {**self.own, **values.get("own", {}), **further}
+        return replace(self, **{**{name: value for name, value in values.items() if name in known}, "own": own})
 
     def record(self, *, model: str, network: str = "") -> dict[str, str]:
         """Return text for ``save_png``; ``model`` and ``network`` are names for people."""
@@ -95,8 +92,7 @@ class ImageSettings:
         return True
 
 
-FIELDS = frozenset(f.name for f in fields(ImageSettings))
-#: settings that may be None; prompts that have fields or options of these names give them
+#: settings that may be None
 OPTIONAL = tuple(f.name for f in fields(ImageSettings) if f.default is None)
 
 

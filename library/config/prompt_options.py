@@ -28,13 +28,16 @@ DDPM_FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class PromptOption:
-    """``--name value`` in a prompt line: the field of the value and its parser."""
+    """``--name value`` in a prompt line: the field of the value and its parser.
+
+    It is all that a new option needs: a field that the prompt's class does not have is kept in ``Prompt.own``, and in
+    ``ImageSettings.own`` of the image, where those who declare the option read it and PNG files record it.
+    """
 
     name: str
     field: str
     read: Callable[[str], Any]  # raises ValueError that says what is expected
     long: str = ""  # an alternative word, which may be abbreviated
-    own: bool = False  # whether the field is one of ``ImagePrompt.own``
 
 
 def text(value: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from library.architectures.lora_target import LORA_TARGET, LoraTarget
 from library.errors import UserError, did_you_mean
+from library.memory.placing import move
 from networks.adapter_module import AdapterModule, merge_all_forever
 from networks.third_party import text_argument
 from networks.weights import read_weights
@@ -162,13 +163,13 @@ def adapt(
         what = "text encoders" if text else "transformer"
         if merge:
             network.load_state_dict(file.weights, strict=False)
-            merged += [adapter.to(device) for adapter in own]
+            merged += [move(adapter, device) for adapter in own]
             logger.info("merging %s into the %s: strength %g, %d modules", file.path, what, strength, len(own))
             continue
         network.apply_to(encoders, denoiser, text, not text)
         network.load_state_dict(file.weights, strict=False)
         for adapter in own:
-            adapter.to(device=device, dtype=adapter.original.weight.dtype)
+            move(adapter, device, adapter.original.weight.dtype)
         logger.info("applied %s to the %s: strength %g, %d modules", file.path, what, strength, len(own))
         applied[-1] = network.eval()
     merge_all_forever(merged, device)

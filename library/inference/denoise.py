@@ -97,7 +97,7 @@ class Generation:
 class Feature:
     """One change to a generation; a new object for each batch."""
 
-    #: its options within prompts; with ``own=True`` a value is in ``ImageSettings.own`` under the option's ``field``
+    #: its options within prompts; values are in ``ImageSettings.own`` under the option's ``field``
     prompt_options: ClassVar[tuple[PromptOption, ...]] = ()
     #: its options on the command line of ``gen_img.py``: the ``DECLARATION`` of a file in ``feature_options/``
     declaration: ClassVar[Declaration] = Declaration()

@@ -21,7 +21,7 @@ from library.files.safetensors_io import read_header
 from library.inference.denoise import CHANNELS
 from library.inference.failures import naming_memory
 from library.inference.feature_options.control_net import ControlOptions
-from library.inference.feature_options.deep_shrink import SHRINK_NAMES, DeepShrinkOptions
+from library.inference.feature_options.deep_shrink import DeepShrinkOptions
 from library.inference.features import prompt_options
 from library.inference.interactive import generate_lines
 from library.inference.loading import embeddings, layered_embeddings
@@ -177,7 +177,7 @@ def _show_metadata(choices: Sequence[NetworkChoice]) -> None:
 
 def _common_settings(options: ImageOptions, architecture: Architecture, checkpoint: Any) -> ImageSettings:
     native = native_size(Path(checkpoint.path), architecture.modelspec(checkpoint.info)["default_resolution"])
-    image, shrink = options.image, options.of(DeepShrinkOptions)
+    image = options.image
     multiple = architecture.latent.stride
     return ImageSettings(
         prompt="",
@@ -191,7 +191,6 @@ def _common_settings(options: ImageOptions, architecture: Architecture, checkpoi
         negative_scale=image.negative_scale,
         strength=image.strength,
         **{name: getattr(image, name) for name in SIZE_NAMES},
-        **({name: getattr(shrink, name) for name in SHRINK_NAMES} if shrink.ds_depth_1 is not None else {}),
         own={
             **{name: value for feature in FEATURES for name, value in feature.given(options).items()},
             **({CHANNELS: INPAINTING_CHANNELS} if _is_inpainting(checkpoint) else {}),

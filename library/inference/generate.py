@@ -27,7 +27,7 @@ from library.inference.denoise import Feature, Generation, run
 from library.inference.failures import NotFinite, cause_in
 from library.inference.features import feature
 from library.inference.models import GenerateOptions, ImageModels
-from library.memory.placing import on_device
+from library.memory.placing import stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,7 +76,7 @@ def decode_images(models: ImageModels, latents: Tensor, options: GenerateOptions
     assert models.vae is not None
     with (
         undisturbed([models.vae], options.device),
-        on_device(models.vae, options.device),
+        stage(options.device, models.vae),
         torch.inference_mode(),
     ):
         # one at a time by default: decoding takes far more memory than sampling
@@ -201,10 +201,7 @@ def _encode_each(
 ) -> dict[str, Conditioning]:
     """Encode texts, one by one, with the loaded encoders."""
     found = {}
-    with contextlib.ExitStack() as fetched:
-        for encoder in text_encoders if texts else ():
-            if encoder is not None:
-                fetched.enter_context(on_device(encoder, options.device))
+    with stage(options.device, *(text_encoders if texts else ())):
         for text in texts:
             length = architecture.caption_length(
                 tokenizers, text, max_token_length=options.max_token_length, weighted=options.weighted

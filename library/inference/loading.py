@@ -9,7 +9,7 @@ import torch
 
 from library.architectures.base import Architecture
 from library.inference.models import ImageModels
-from library.inference.options import ImageOptions
+from library.inference.options import ImageOptions, attention_of
 from library.inference.textual_inversion import add_bundled_words, add_embeddings, add_layered_embeddings
 from library.inference.vae_slices import slice_vae
 from library.memory.compiling import CompileSettings, check_backend, compile_blocks
@@ -30,15 +30,14 @@ def load_models(
     denoiser = architecture.load_denoiser(checkpoint, dtype=dtype, device=str(device))
     if options.speed.opt_channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    architecture.set_attention(
-        denoiser, "xformers" if options.speed.xformers or options.speed.diffusers_xformers else "torch"
-    )
+    architecture.set_attention(denoiser, attention_of(options.speed), split=options.speed.split_attn)
     if options.speed.torch_compile:
         check_backend(options.speed.dynamo_backend, device)
         compile_blocks(denoiser, architecture.compiled_blocks, CompileSettings(backend=options.speed.dynamo_backend))
     vae_dtype = torch.float32 if options.model.no_half_vae else dtype
     tokenizers = architecture.load_tokenizers(checkpoint)
-    encoders = architecture.load_text_encoders(checkpoint, dtype=dtype, device=str(device))
+    # they are on the device while they encode, which is once for many images; see ``Session.generate``
+    encoders = architecture.load_text_encoders(checkpoint, dtype=dtype, device="cpu")
     add_embeddings(embeddings(options), tokenizers, encoders)
     for network in options.networks.network_weights or []:
         add_bundled_words(Path(network), tokenizers, encoders)

@@ -91,8 +91,8 @@ class ImageSession:
 
     def read_prompt(self, line: str, where: str) -> ImagePrompt:
         """Parse one typed line. Raises UserError: a mistake in it, named with ``where`` it is."""
-        own, step = self._inference.prompt_options, self._inference.size_step
-        return parse_minimal_prompt(line, where=where, size_step=step, options=own)
+        own = (*self._family.declaration.prompt_options, *self._inference.prompt_options)
+        return parse_minimal_prompt(line, where=where, size_step=self._inference.size_step, options=own)
 
     # ---- generating ----
 
@@ -295,8 +295,8 @@ def _compute(part: ModelPart) -> torch.dtype:
 def _common_settings(model: OpenedModel, request: ImageRequest) -> ImageSettings:
     """Return the settings that a prompt does not give: those of the request, then the model's own."""
     given = {name: value for name, value in request.settings.items() if value is not None}
-    plain = {"prompt": "", "negative_prompt": "", "sampler": FLOW_SAMPLERS[0], "seed": 0}
-    return ImageSettings(**{**plain, **model.settings, **given})
+    plain = ImageSettings("", "", width=0, height=0, steps=0, scale=1.0, sampler=FLOW_SAMPLERS[0], seed=0)
+    return plain.changed({**model.settings, **given})
 
 
 def generate_for(inference: MinimalInference, options: Any, lines: TextIO) -> list[Path]:

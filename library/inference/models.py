@@ -12,7 +12,7 @@ from torch import nn
 
 from library.architectures.base import Architecture
 from library.architectures.conditioning import Conditioning
-from library.memory.placing import on_device
+from library.memory.placing import stage
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ImageModels:
     def vae_on(self, device: torch.device) -> Iterator[nn.Module]:
         """Return a context with the VAE on a device, wherever it is kept otherwise."""
         assert self.vae is not None
-        with on_device(self.vae, device):
+        with stage(device, self.vae):
             yield self.vae
 
     def modules(self) -> list[nn.Module]:

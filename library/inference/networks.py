@@ -15,6 +15,7 @@ from torch import nn
 from library.errors import UserError
 from library.files.safetensors_io import is_pickle, load_pickle, read_header
 from library.inference.models import ImageModels
+from library.memory.placing import move
 from networks.merge_together import Merged, merge_together
 from networks.module_names import import_network_module
 from networks.third_party import denoiser_argument, refuse_wrong_merge, text_argument
@@ -147,7 +148,7 @@ def apply_networks(
                 len(loaded.unexpected_keys),
                 loaded.unexpected_keys[0],
             )
-        network.to(device=device, dtype=dtype).eval()
+        move(network, device, dtype).eval()
         logger.info("applied %s with multiplier %g", choice.weights, choice.multiplier)
         applied.append(network)
     merge_together(to_merge, text, dtype=dtype, device=device)

@@ -129,6 +129,12 @@ class SpeedOptions:
     batch_size: int = option(1, "how many images are generated at once, if their settings agree", type=int)
     fp16: bool = option(False, "compute in float16")
     bf16: bool = option(False, "compute in bfloat16")
+    attn_mode: str | None = option(
+        None,
+        "implementation of attention, instead of --sdpa and --xformers; sdpa is another name for torch",
+        choices=["torch", "xformers", "flash", "sageattn", "sdpa", "flex"],
+    )
+    split_attn: bool = option(False, "compute attention image by image, which takes less memory")
     xformers: bool = option(False, "attention by xformers")
     sdpa: bool = option(False, "attention by PyTorch's scaled_dot_product_attention, which is the default")
     diffusers_xformers: bool = option(False, "the same as --xformers")
@@ -142,6 +148,13 @@ class SpeedOptions:
     vae_slices: int | None = option(
         None, "strips of rows in which the VAE works, such as 16: less memory, the same images", type=int
     )
+
+
+def attention_of(options: SpeedOptions) -> str:
+    """Return the implementation of attention, for ``Architecture.set_attention``."""
+    if options.attn_mode is not None:
+        return "torch" if options.attn_mode == "sdpa" else options.attn_mode
+    return "xformers" if options.xformers or options.diffusers_xformers else "torch"
 
 
 @dataclass(frozen=True)
@@ -259,9 +272,12 @@ def _one_precision(options: ImageOptions) -> Iterator[str]:
 def _one_attention(options: ImageOptions) -> Iterator[str]:
     if (options.speed.xformers or options.speed.diffusers_xformers) and options.speed.sdpa:
         yield "--xformers and --sdpa were both given; give one of them"
-    for name in ("xformers", "diffusers_xformers"):
-        if getattr(options.speed, name) and (missing := missing_package("xformers", f"--{name}")):
-            yield missing
+    mode, named = attention_of(options.speed), options.speed.attn_mode is not None
+    older = "diffusers_xformers" if options.speed.diffusers_xformers else mode
+    if missing := missing_package(mode, f"--attn_mode {mode}" if named else f"--{older}"):
+        yield missing
+    elif mode in ("flash", "sageattn") and not (options.speed.fp16 or options.speed.bf16):
+        yield f"--attn_mode {mode}: works in half precision only; add --bf16 or --fp16, or use --sdpa"
 
 
 def _ranges(options: ImageOptions) -> Iterator[str]:
@@ -389,6 +405,9 @@ def idle_options(options: ImageOptions) -> list[str]:
         found.append(f"--force_scheduler_zero_steps_offset has no effect with --sampler {image.sampler}")
     if options.speed.dynamo_backend != SpeedOptions.dynamo_backend and not options.speed.torch_compile:
         found.append("--dynamo_backend has no effect without --torch_compile")
+    if options.speed.attn_mode is not None:
+        given = [name for name in ("xformers", "diffusers_xformers", "sdpa") if getattr(options.speed, name)]
+        found += [f"--{name} has no effect beside --attn_mode, which wins" for name in given]
     if options.prompts.prompter_module_args is not None and options.prompts.from_module is None:
         found.append("--prompter_module_args has no effect without --from_module")
     if fix.highres_fix_upscaler_args is not None and fix.highres_fix_upscaler is None:

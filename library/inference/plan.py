@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from library.config.image_settings import FIELDS, ImageSettings
+from library.config.image_settings import ImageSettings
 from library.inference.prompt_line import ImagePrompt
 from library.randomness import key, python_rng
 
@@ -82,18 +81,7 @@ def _seed(prompt: ImagePrompt, base: int, i: int) -> int:
 
 
 def _settings(prompt: ImagePrompt, common: ImageSettings, seed: int) -> ImageSettings:
-    own: dict[str, Any] = {
-        "negative_prompt": prompt.negative_prompt,
-        "width": prompt.width,
-        "height": prompt.height,
-        "steps": prompt.sample_steps,
-        "scale": prompt.scale,
-        "guidance_scale": prompt.guidance_scale,
-    }
-    own = {name: value for name, value in own.items() if value is not None}
-    known = {name: value for name, value in prompt.own.items() if name in FIELDS}
-    further = {name: value for name, value in prompt.own.items() if name not in FIELDS}
-    return replace(common, prompt=prompt.prompt, seed=seed, **own, **known, own={**common.own, **further})
+    return common.changed({**prompt.given(), "prompt": prompt.prompt, "seed": seed})
 
 
 def batches(planned: Sequence[PlannedImage], batch_size: int) -> Iterator[list[PlannedImage]]:

@@ -16,12 +16,10 @@ from library.config.prompt_options import DDPM_FIELDS, PromptOption
 from library.config.toml_file import load_toml
 from library.errors import UserError, did_you_mean
 from library.inference.prompt_line import (
-    TRAINING_OPTIONS,
     ImagePrompt,
     SamplePrompt,
+    SampleReader,
     parse_image_prompt,
-    parse_prompt_line,
-    sample_prompt,
 )
 
 
@@ -49,26 +47,26 @@ def read_image_prompts(
     return _not_empty([read_line(line, where=where) for where, line in _lines(path)], path)
 
 
-def read_prompt_file(path: Path, *, size_multiple: int = 8, used: Collection[str] = DDPM_FIELDS) -> list[SamplePrompt]:
+def read_prompt_file(
+    path: Path, *, size_multiple: int = 8, used: Collection[str] = DDPM_FIELDS, own: Sequence[PromptOption] = ()
+) -> list[SamplePrompt]:
     """Read the sample prompts of training.
 
     ``.txt`` has a prompt per line; blank and ``#`` lines are skipped. ``.toml`` has a table ``[prompt]``
     of common settings and a table ``[[prompt.subset]]`` per prompt. ``.json`` is a list of lines or of objects.
-    The keys of tables and objects are the fields of ``SamplePrompt``.
+    The keys of tables and objects are the options' fields. Arguments are those of ``parse_prompt_line``.
 
     Raises:
         UserError: file missing or damaged, unknown key or option, bad value, no prompt; names file and place.
     """
-    path = Path(path)
+    path, reader = Path(path), SampleReader(size_multiple, used, own)
     suffix = path.suffix.lower()
     if suffix == ".toml":
-        prompts = _read_toml(path, size_multiple, used)
+        prompts = _read_toml(path, reader)
     elif suffix == ".json":
-        prompts = _read_json(path, size_multiple, used)
+        prompts = _read_json(path, reader)
     elif suffix == ".txt":
-        prompts = [
-            parse_prompt_line(line, where=where, size_multiple=size_multiple, used=used) for where, line in _lines(path)
-        ]
+        prompts = [reader.line(line, where) for where, line in _lines(path)]
     else:
         raise UserError(f"{path}: a prompt file ends with .txt, .toml or .json")
     return _not_empty(prompts, path)
@@ -103,7 +101,7 @@ def _not_empty(prompts: list[Any], path: Path) -> list[Any]:
 # ---- tables and objects ----
 
 
-def _read_toml(path: Path, size_multiple: int, used: Collection[str]) -> list[SamplePrompt]:
+def _read_toml(path: Path, reader: SampleReader) -> list[SamplePrompt]:
     document = load_toml(path)
     for name in document:
         if name != "prompt":
@@ -114,16 +112,16 @@ def _read_toml(path: Path, size_multiple: int, used: Collection[str]) -> list[Sa
     common = dict(common)
     subsets = common.pop("subset", None)
     if subsets is None:
-        return [_from_object(common, f"{path}: [prompt]", size_multiple, used)] if common else []
+        return [_from_object(common, f"{path}: [prompt]", reader)] if common else []
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
         raise UserError(f"{path}: prompt.subset must be tables, [[prompt.subset]]")
     return [
-        _from_object({**common, **subset}, f"{path}: [[prompt.subset]] {n}", size_multiple, used)
+        _from_object({**common, **subset}, f"{path}: [[prompt.subset]] {n}", reader)
         for n, subset in enumerate(subsets, start=1)
     ]
 
 
-def _read_json(path: Path, size_multiple: int, used: Collection[str]) -> list[SamplePrompt]:
+def _read_json(path: Path, reader: SampleReader) -> list[SamplePrompt]:
     try:
         document = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
@@ -134,16 +132,16 @@ def _read_json(path: Path, size_multiple: int, used: Collection[str]) -> list[Sa
     for n, item in enumerate(document, start=1):
         where = f"{path}: item {n}"
         if isinstance(item, str):
-            prompts.append(parse_prompt_line(item, where=where, size_multiple=size_multiple, used=used))
+            prompts.append(reader.line(item, where))
         elif isinstance(item, dict):
-            prompts.append(_from_object(item, where, size_multiple, used))
+            prompts.append(_from_object(item, where, reader))
         else:
             raise UserError(f"{where}: must be a prompt line or an object")
     return prompts
 
 
-def _from_object(values: Mapping[str, Any], where: str, size_multiple: int, used: Collection[str]) -> SamplePrompt:
-    readers = {option.field: option.read for option in TRAINING_OPTIONS} | {"prompt": read.text}
+def _from_object(values: Mapping[str, Any], where: str, reader: SampleReader) -> SamplePrompt:
+    readers = {option.field: option.read for option in reader.options} | {"prompt": read.text}
     found: dict[str, Any] = {}
     for name, value in values.items():
         if name not in readers:
@@ -161,4 +159,4 @@ def _from_object(values: Mapping[str, Any], where: str, size_multiple: int, used
             raise UserError(f"{where}: {name} = {json.dumps(value)}: {error}") from None
     if "prompt" not in found:
         raise UserError(f'{where}: has no "prompt"')
-    return sample_prompt(found.pop("prompt"), found, None, where, size_multiple, used)
+    return reader.prompt(found.pop("prompt"), found, where, None)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
+from library.architectures.registry import FOLDERS, declaration
 from library.config import prompt_options as read
 from library.config.prompt_options import DDPM_FIELDS, PromptOption
 from library.errors import UserError, did_you_mean
@@ -39,6 +40,33 @@ class Prompt:
     sample_steps: int | None = None
     scale: float | None = None  # classifier-free guidance
     guidance_scale: float | None = None  # embedded (distilled) guidance
+    #: values of options that are declared elsewhere, by their fields
+    own: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def value(self, name: str) -> Any:
+        """Return the value of an option's field; ``None`` if it is not given."""
+        return getattr(self, name, None) if name in _names(type(self)) else self.own.get(name)
+
+    def given(self) -> dict[str, Any]:
+        """Return what it sets of an image, by the names of ``ImageSettings`` and of its own options."""
+        known = {name: self.value(name) for name in _OF_IMAGES}
+        return named_as_settings({name: value for name, value in known.items() if value is not None}) | dict(self.own)
+
+
+#: fields of prompts that are settings of each of their images
+_OF_IMAGES = (
+    *("negative_prompt", "width", "height", "sample_steps", "scale", "guidance_scale"),
+    *("seed", "sample_sampler"),  # of sample prompts
+)
+
+
+def named_as_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by the names of ``ImageSettings``, instead of those of prompts."""
+    return {name.removeprefix("sample_"): value for name, value in values.items()}
+
+
+def _names(kind: type[Prompt]) -> frozenset[str]:
+    return frozenset(f.name for f in fields(kind))
 
 
 @dataclass(frozen=True)
@@ -48,14 +76,6 @@ class SamplePrompt(Prompt):
     seed: int | None = None  # None: another one each time
     sample_sampler: str | None = None
     controlnet_image: str | None = None
-    cfg_trunc_ratio: float | None = None
-    renorm_cfg: float | None = None
-    flow_shift: float | None = None
-
-    def with_defaults(self, defaults: Mapping[str, Any]) -> SamplePrompt:
-        """Fill settings that are ``None``; names in ``defaults`` that are no settings are ignored."""
-        open_fields = {f.name for f in fields(self) if getattr(self, f.name) is None}
-        return replace(self, **{name: value for name, value in defaults.items() if name in open_fields})
 
 
 @dataclass(frozen=True)
@@ -65,8 +85,6 @@ class ImagePrompt(Prompt):
     seeds: tuple[int, ...] = ()  # of the prompt's images, in order
     multipliers: tuple[float, ...] = ()  # of the additional networks, in order
     file_name: str | None = None  # of the first image
-    #: further settings, by the names that ``ImageSettings`` has for them
-    own: Mapping[str, Any] = field(default_factory=dict)
     template: PromptTemplate | None = None  # of a line with choices
 
 
@@ -98,10 +116,14 @@ TRAINING_OPTIONS = (
     PromptOption("n", "negative_prompt", read.text),
     PromptOption("ss", "sample_sampler", read.sampler),
     PromptOption("cn", "controlnet_image", read.path),
-    PromptOption("ctr", "cfg_trunc_ratio", read.number_from_zero),
-    PromptOption("rcfg", "renorm_cfg", read.number_from_zero),
-    PromptOption("fs", "flow_shift", read.number_above_zero),
 )
+
+
+def family_options() -> tuple[PromptOption, ...]:
+    """Return the options that families declare for the prompts of their images."""
+    found = (option for folder in FOLDERS for option in declaration(folder).prompt_options)
+    return tuple({option.field: option for option in found}.values())
+
 
 #: options of the prompts of gen_img.py
 IMAGE_OPTIONS = (
@@ -113,19 +135,14 @@ IMAGE_OPTIONS = (
     PromptOption("n", "negative_prompt", read.text),
     PromptOption("am", "multipliers", read.list_of(read.number)),
     PromptOption("f", "file_name", read.name_below),
-    PromptOption("t", "strength", read.share, own=True),
-    PromptOption("nl", "negative_scale", read.number_or_none, own=True),
-    PromptOption("ow", "original_width", read.whole, own=True),
-    PromptOption("oh", "original_height", read.whole, own=True),
-    PromptOption("nw", "original_width_negative", read.whole, own=True),
-    PromptOption("nh", "original_height_negative", read.whole, own=True),
-    PromptOption("ct", "crop_top", read.whole, own=True),
-    PromptOption("cl", "crop_left", read.whole, own=True),
-    PromptOption("dsd1", "ds_depth_1", read.whole, own=True),
-    PromptOption("dst1", "ds_timesteps_1", read.whole, own=True),
-    PromptOption("dsd2", "ds_depth_2", read.whole, own=True),
-    PromptOption("dst2", "ds_timesteps_2", read.whole, own=True),
-    PromptOption("dsr", "ds_ratio", read.ratio, own=True),
+    PromptOption("t", "strength", read.share),
+    PromptOption("nl", "negative_scale", read.number_or_none),
+    PromptOption("ow", "original_width", read.whole),
+    PromptOption("oh", "original_height", read.whole),
+    PromptOption("nw", "original_width_negative", read.whole),
+    PromptOption("nh", "original_height_negative", read.whole),
+    PromptOption("ct", "crop_top", read.whole),
+    PromptOption("cl", "crop_left", read.whole),
 )
 
 #: options of the lines that minimal inference scripts read; published ones count by their first letter alone
@@ -150,6 +167,7 @@ def parse_prompt_line(
     where: str = "prompt",
     size_multiple: int = 8,
     used: Collection[str] = DDPM_FIELDS,
+    own: Sequence[PromptOption] = (),
 ) -> SamplePrompt:
     """Read one training sample prompt.
 
@@ -159,12 +177,12 @@ def parse_prompt_line(
         where: the name of the line in messages, e.g. ``prompts.txt:3``.
         size_multiple: widths and heights are rounded down to multiples of this many pixels.
         used: names of the settings that the family uses; others cause a warning and are ignored.
+        own: further options, which the family declares.
 
     Raises:
         UserError: unknown option or bad value.
     """
-    prompt, values = _parse(line, TRAINING_OPTIONS, {}, where)
-    return sample_prompt(prompt, values, defaults, where, size_multiple, used)
+    return SampleReader(size_multiple, used, own).line(line, where, defaults)
 
 
 def parse_image_prompt(
@@ -182,8 +200,7 @@ def parse_image_prompt(
         return replace(parse(expanded(line, 0)[0]), template=PromptTemplate(line, parse))
     table = (*IMAGE_OPTIONS, *options)
     prompt, values = _parse(line, table, {}, where)
-    own = {o.field: values.pop(o.field) for o in table if o.own and o.field in values}
-    return ImagePrompt(prompt, **_within_limits(values, where, size_multiple), own=own)
+    return ImagePrompt(prompt, **_by_field(_within_limits(values, where, size_multiple), ImagePrompt))
 
 
 def parse_minimal_prompt(line: str, *, where: str, size_step: int, options: Sequence[PromptOption] = ()) -> ImagePrompt:
@@ -202,8 +219,13 @@ def parse_minimal_prompt(line: str, *, where: str, size_step: int, options: Sequ
             check_size(values[name], f"{where}: {name}", size_step)
     if not 1 <= values.get("sample_steps", 1) <= MAX_STEPS:
         raise UserError(f"{where}: steps {values['sample_steps']}: must be 1 to {MAX_STEPS}")
-    own = {option.field: values.pop(option.field) for option in table if option.own and option.field in values}
-    return ImagePrompt(prompt, **values, own=own)
+    return ImagePrompt(prompt, **_by_field(values, ImagePrompt))
+
+
+def _by_field(values: Mapping[str, Any], kind: type[Prompt]) -> dict[str, Any]:
+    """Return values by the fields of a class of prompts, those that it has no field for as ``own``."""
+    known = {name: value for name, value in values.items() if name in _names(kind)}
+    return {**known, "own": {name: value for name, value in values.items() if name not in known}}
 
 
 def without_idle_settings(
@@ -216,15 +238,19 @@ def without_idle_settings(
             out. A 0, which turns a setting off, causes no warning.
         scale: of classifier-free guidance, where a prompt gives none.
     """
-    letters = {option.field: option.name for option in TRAINING_OPTIONS}
     for name, why in idle.items():
-        if count := sum(bool(getattr(prompt, name)) for prompt in prompts):
-            logger.warning("--%s of %s has no effect %s", letters[name], _counted(count), why)
+        if count := sum(bool(prompt.value(name)) for prompt in prompts):
+            letter = next(o.name for o in (*TRAINING_OPTIONS, *family_options()) if o.field == name)
+            logger.warning("--%s of %s has no effect %s", letter, _counted(count), why)
     unguided = [p for p in prompts if p.negative_prompt and (scale if p.scale is None else p.scale) == 1.0]
     if unguided:
         logger.warning("--n of %s has no effect at a guidance scale of 1; add --l 4, say", _counted(len(unguided)))
-    left_out: dict[str, Any] = dict.fromkeys(idle)
-    return tuple(replace(prompt, **left_out) for prompt in prompts)
+    known = _names(SamplePrompt)
+    left_out: dict[str, Any] = dict.fromkeys(name for name in idle if name in known)
+    return tuple(
+        replace(prompt, **left_out, own={name: value for name, value in prompt.own.items() if name not in idle})
+        for prompt in prompts
+    )
 
 
 def _counted(count: int) -> str:
@@ -259,25 +285,33 @@ def _parse(
     return prompt.strip(), values
 
 
+class SampleReader:
+    """Reads the sample prompts of training; arguments as those of ``parse_prompt_line``."""
+
+    def __init__(self, size_multiple: int, used: Collection[str], own: Sequence[PromptOption]) -> None:
+        self._size_multiple = size_multiple
+        self._used = {*used, *(option.field for option in own)}
+        # one file may serve several families, so the options of others are known
+        self.options = tuple({o.field: o for o in (*family_options(), *own, *TRAINING_OPTIONS)}.values())
+
+    def line(self, line: str, where: str, defaults: SamplePrompt | None = None) -> SamplePrompt:
+        """Read a line."""
+        prompt, values = _parse(line, self.options, {}, where)
+        return self.prompt(prompt, values, where, defaults)
+
+    def prompt(self, prompt: str, values: Mapping[str, Any], where: str, defaults: SamplePrompt | None) -> SamplePrompt:
+        """Return a prompt with these values within their limits; those that the family does not use cause a warning."""
+        for name in values:
+            if name not in self._used:
+                option = next(o.name for o in self.options if o.field == name)
+                logger.warning("%s: %s (--%s) has no effect with this model", where, name, option)
+        used = {name: value for name, value in values.items() if name in self._used}
+        base = defaults if defaults is not None else SamplePrompt("")
+        known = _by_field(_within_limits(used, where, self._size_multiple), SamplePrompt)
+        return replace(base, **{**known, "prompt": prompt, "own": {**base.own, **known["own"]}})
+
+
 # ---- limits ----
-
-
-def sample_prompt(
-    prompt: str,
-    values: dict[str, Any],
-    defaults: SamplePrompt | None,
-    where: str,
-    size_multiple: int,
-    used: Collection[str],
-) -> SamplePrompt:
-    """Return a sample prompt with these values within their limits; arguments as for ``parse_prompt_line``."""
-    for name in values:
-        if name not in used:
-            option = next(o.name for o in TRAINING_OPTIONS if o.field == name)
-            logger.warning("%s: %s (--%s) has no effect with this model", where, name, option)
-    known = {name: value for name, value in values.items() if name in used}
-    base = defaults if defaults is not None else SamplePrompt("")
-    return replace(base, prompt=prompt, **_within_limits(known, where, size_multiple))
 
 
 def _within_limits(values: Mapping[str, Any], where: str, size_multiple: int) -> dict[str, Any]:

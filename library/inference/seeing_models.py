@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from library.architectures.common.emphasis import parse_emphasis
 from library.errors import UserError
+from library.memory.placing import move
 
 #: Hub repositories of the published programs
 CLIP = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
@@ -85,7 +86,7 @@ def load_clip(device: torch.device, name: str = CLIP) -> ClipSeer:
         model, tokenizer = CLIPModel.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
     except OSError as error:
         raise UserError(f"CLIP guidance: {name} is not here, and cannot be downloaded ({_first_line(error)})") from None
-    return ClipSeer(model.to(device).eval().requires_grad_(False), tokenizer)
+    return ClipSeer(move(model, device).eval().requires_grad_(False), tokenizer)
 
 
 def load_clip_vision(device: torch.device, name: str = BIG_CLIP) -> Any:
@@ -98,7 +99,7 @@ def load_clip_vision(device: torch.device, name: str = BIG_CLIP) -> Any:
         raise UserError(
             f"--clip_vision_strength: {name} is not here, and cannot be downloaded ({_first_line(error)})"
         ) from None
-    return model.to(device).eval().requires_grad_(False)
+    return move(model, device).eval().requires_grad_(False)
 
 
 def load_vgg16(layer: int, device: torch.device) -> VggSeer:
@@ -117,7 +118,7 @@ def load_vgg16(layer: int, device: torch.device) -> VggSeer:
         raise UserError(
             f"--vgg16_guidance_scale: VGG16 is not here, and cannot be downloaded ({_first_line(error)})"
         ) from None
-    return VggSeer(features.to(device).eval().requires_grad_(False))
+    return VggSeer(move(features, device).eval().requires_grad_(False))
 
 
 def clip_pixels(pixels: Tensor, size: int) -> Tensor:

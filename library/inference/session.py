@@ -20,7 +20,7 @@ from library.inference.feature_options.control_net import ControlOptions
 from library.inference.features import all_features, prompt_options
 from library.inference.file_names import FileNames, try_folder
 from library.inference.finishing import Finisher
-from library.inference.generate import generate_latents
+from library.inference.generate import encode_texts, generate_latents
 from library.inference.grid import combinations, draw_sheet
 from library.inference.highres_fix import HighresFix, latents_of_two_stages
 from library.inference.loading import load_models
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 #: tokens of a text in one window
 _WINDOW = 75
+#: images whose texts are encoded together
+_ENCODED_AHEAD = 64
 #: what images may get, in the order in which it is prepared and wrapped
 FEATURES = all_features()
 
@@ -152,7 +154,7 @@ class Session:
                 self._set_multipliers(multipliers)
                 settings = [image.settings for image in batch]
                 features = wanted_features(settings[0], FEATURES)
-                encoded = self._encoded.setdefault(windows, {})
+                encoded = self._encode_ahead(planned[len(written) :], windows, how)
                 small: list[Image] = []
                 if self._fix is not None:
                     second = wanted_features(self._fix.second(settings[0]), FEATURES)
@@ -196,6 +198,28 @@ class Session:
             for text in (*parts_of(image.settings.prompt), image.settings.negative_prompt)
         ]
         return min(max(-(-max(lengths) // _WINDOW), 1), most)
+
+    def _encode_ahead(
+        self, left: Sequence[PlannedImage], windows: int, how: GenerateOptions
+    ) -> dict[str, Conditioning]:
+        """Return the encodings of the first image; if it lacks some, those of the next images are made with it.
+
+        The text encoders are then on the device once for many images.
+        """
+        known, models = self._encoded.setdefault(windows, {}), self._models
+        worded, first = models.architecture.worded, left[0]
+        if any(text not in known for text in first.settings.texts(worded)):
+            near = [
+                image
+                for image in left[:_ENCODED_AHEAD]
+                if image.multipliers == first.multipliers and self._windows(image) == windows
+            ]
+            texts = dict.fromkeys(text for image in near for text in image.settings.texts(worded))
+            missing = [text for text in texts if text not in known]
+            found = encode_texts(models.architecture, models.tokenizers, models.text_encoders, missing, how)
+            # what earlier images had is forgotten, or many prompts would fill the device
+            self._encoded[windows] = {text: found.get(text) or known[text] for text in texts}
+        return self._encoded[windows]
 
     def _path(self, image: PlannedImage) -> Path:
         if image.file_name is not None:

@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from library.config.image_settings import OPTIONAL, ImageSettings
-from library.inference.prompt_line import SamplePrompt
+from library.config.image_settings import ImageSettings
+from library.inference.prompt_line import SamplePrompt, named_as_settings
 
 MAX_RANDOM_SEED = 2**32 - 1
 
@@ -23,19 +23,17 @@ def settings_for(
         sampler: for prompts that name none.
         seed: for prompts that name none; ``None`` draws one, without touching any random state.
     """
-    # the defaults replace every None
-    full: Any = prompt.with_defaults(defaults).with_defaults({"sample_sampler": sampler, "seed": seed})
-    return ImageSettings(
-        prompt=full.prompt,
-        negative_prompt=full.negative_prompt or "",
-        width=full.width,
-        height=full.height,
-        steps=full.sample_steps,
-        scale=full.scale,
-        sampler=full.sample_sampler,
-        seed=full.seed if full.seed is not None else random_seed(),
-        **{name: getattr(full, name) for name in OPTIONAL if hasattr(full, name)},
+    usual = ImageSettings(
+        prompt=prompt.prompt,
+        negative_prompt="",
+        width=0,
+        height=0,
+        steps=0,
+        scale=1.0,
+        sampler=sampler,
+        seed=random_seed() if seed is None else seed,
     )
+    return usual.changed(named_as_settings(defaults)).changed(prompt.given())
 
 
 def random_seed() -> int:

@@ -20,6 +20,7 @@ from library.inference.generate import to_image
 from library.inference.latent_upscaler import VAE_KEY, check_channels, load_latent_upscaler
 from library.inference.png import save_png
 from library.inference.upscaling import enlarged
+from library.memory.placing import move
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def upscale_files(
     _check_targets(paths, folder, with_lanczos=with_lanczos)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    upscaler = load_latent_upscaler(weights, "--weights").to(device=device, dtype=dtype)
+    upscaler = move(load_latent_upscaler(weights, "--weights"), device, dtype)
     source = vae_at(vae, flag="--vae_path")
     check_channels(source.config, f"--vae_path {vae}")
     trained_with = None if is_pickle(weights) else read_header(weights).metadata.get(VAE_KEY)

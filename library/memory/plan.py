@@ -6,8 +6,7 @@ modules their final form; the table of ``--dry_run`` prints it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from library.memory.forms import FORMS
-from library.memory.placing import move, on_device
+from library.memory.placing import move
 
 #: plain: whole, in one place; sharded: in pieces over the processes; swapped: some blocks wait on the host; cached:
 #: only its outputs are needed, so it has no weights in training
@@ -171,23 +170,6 @@ class MemoryPlan:
         """Move a part to its home, where it is while it is not used."""
         if self.parts[name].home == "host":
             move(module, "cpu")
-
-    @contextlib.contextmanager
-    def stage(self, models: Mapping[str, nn.Module | None], *names: str) -> Iterator[None]:
-        """Have these parts on the device within the context, and each other part that has its home on the host there.
-
-        Args:
-            models: the parts by name; those that are not loaded are missing or ``None``.
-        """
-        for name, module in models.items():
-            if module is not None and name not in names:
-                self.rest(name, module)
-        with contextlib.ExitStack() as staged:
-            for name in names:
-                module = models.get(name)
-                if module is not None:
-                    staged.enter_context(on_device(module, self.device))
-            yield
 
     def rows(self) -> list[tuple[str, str]]:
         """Return one row for each part, for tables."""

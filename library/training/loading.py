@@ -14,7 +14,6 @@ from library.config.arguments import DatasetOptions
 from library.data import describe
 from library.files.gathering import is_sharded
 from library.interrupt import Interrupt
-from library.memory.attention import attention_backend
 from library.memory.host import use_host_kernels
 from library.memory.plan import MemoryPlan
 from library.optim.schedulers import scheduler_name
@@ -65,7 +64,7 @@ def models_on_meta(run: Run) -> Models:
         run.checked.checkpoint,
         dtype=run.weight_dtype,
         vae_dtype=precision.vae_dtype(run.options.model, run.weight_dtype),
-        attention=attention_backend(run.options.training),
+        attention=run.architecture.attention(run.options.training),
         split_attention=run.options.training.split_attn,
         cached=run.cached_encoders,
     )
@@ -96,21 +95,22 @@ def make_caches(run: Run, interrupt: Interrupt) -> Cached:
         weight_dtype=run.weight_dtype,
         interrupt=interrupt,
     )
+    vae = None
     if run.caches_latents:
         plan = memory_plan(run, kind)
         vae = cache_latents(job, keep_vae=plan[VAE].home != "none")
         if vae is not None:
             plan.rest(VAE, vae)
             job.release_memory()
-    else:
-        vae = job.load_vae()
-    if not caches_texts(options.dataset):
-        return Cached(vae)
-    encode = None
-    if prompts:
-        how = generate_options(options, device=run.device, dtype=run.weight_dtype)
-        encode = partial(encode_prompts, architecture, prompts, how)
-    return Cached(vae, cache_texts(job, encode, in_part=not all(run.cached_encoders)) or {})
+    encoded = None
+    if caches_texts(options.dataset):
+        encode = None
+        if prompts:
+            how = generate_options(options, device=run.device, dtype=run.weight_dtype)
+            encode = partial(encode_prompts, architecture, prompts, how)
+        encoded = cache_texts(job, encode, in_part=not all(run.cached_encoders))
+    # only now: a VAE that encodes in each step has no use for the device's memory while captions are encoded
+    return Cached(vae if run.caches_latents else job.load_vae(), encoded or {})
 
 
 def load_run(run: Run, cached: Cached) -> LoadedRun:
@@ -181,7 +181,7 @@ def _load_models(run: Run, cached: Cached, kind: Kind, plan: MemoryPlan) -> Mode
         sharded=run.sharding is not None,
         trained=plan[DENOISER].trained,
     )
-    architecture.set_attention(denoiser, attention_backend(training), split=training.split_attn)
+    architecture.set_attention(denoiser, architecture.attention(training), split=training.split_attn)
     if run.device.type == "cpu":
         use_host_kernels(denoiser, convolutions=run.sharding is None)
     if training.gradient_checkpointing or plan[DENOISER].swapped:

@@ -13,9 +13,11 @@ from torch import nn
 
 from library.architectures.part import DENOISER, text_encoder_name
 from library.config import block_swap
+from library.config.arguments import OptimizerOptions, RunOptions
 from library.errors import UserError
 from library.memory.budget import Choice, Parts, choices, denoiser_bytes, most_swapped
 from library.memory.plan import MemoryPlan
+from library.optim.optimizers import OptimizerChoice
 from library.training.loading import make_kind
 from library.training.memory import memory_plan
 from library.training.memory_trace import TracedRun, state_bytes, trace
@@ -40,65 +42,68 @@ def planned(run: Run) -> Any:
     Raises:
         UserError: nothing fits; the message says what takes the least.
     """
-    budget = _budget(run)
-    usable = int(budget * (1 - _GAPS)) - _OF_CUDA if for_gpu(run) else budget
-    traces = {True: trace(run, checkpointing=True, host_kernels=not for_gpu(run))}
-    if not run.options.training.gradient_checkpointing:
-        traces[False] = trace(run, checkpointing=False, host_kernels=not for_gpu(run))
-    plan = memory_plan(run, make_kind(run))
-    always = _always_there(run, plan, traces[True])
-    found = [
-        (choice, _parts(run, always, traces[choice.checkpointing], choice)) for choice in _choices(run, plan, traces)
-    ]
+    options, asked = run.options, run.options.training.memory_plan
+    budget, on_gpu = _budget(asked, run.device), for_gpu(options, run.device)
+    usable = int(budget * (1 - _GAPS)) - _OF_CUDA if on_gpu else budget
+    traces = {True: trace(run, checkpointing=True, host_kernels=not on_gpu)}
+    if not options.training.gradient_checkpointing:
+        traces[False] = trace(run, checkpointing=False, host_kernels=not on_gpu)
+    plan, denoiser = memory_plan(run, make_kind(run)), traces[True].models.denoiser
+    blocks = run.architecture.block_lists(denoiser)
+    can_swap = not plan[DENOISER].trained and run.sharding is None and _has_swapping(options)
+    considered = choices(
+        checkpointing=options.training.gradient_checkpointing,
+        forms=_forms(plan),
+        most_swapped=most_swapped(blocks) if can_swap else 0,
+        swapped=run.architecture.blocks_to_swap,
+        small_states=[False, True] if on_gpu and _takes_small_states(options.optimizer) else [False],
+    )
+    always = _always_there(plan, traces[True], run.checked.optimizer, encodes_images=not run.caches_latents)
+    found = []
+    for choice in considered:
+        traced = traces[choice.checkpointing]
+        lists = run.architecture.block_lists(traced.models.denoiser)
+        found.append((choice, _parts(lists, always, traced, choice)))
     chosen = next(((choice, parts) for choice, parts in found if parts.total <= usable), None)
     for line in _table(traces, found, chosen):
         logger.info("%s", line)
     if chosen is None:
         least, parts = min(found, key=lambda pair: pair[1].total)
         raise UserError(
-            f"--memory_plan {run.options.training.memory_plan}: a step of this run takes at least "
+            f"--memory_plan {asked}: a step of this run takes at least "
             f"{_gb(parts.total)} (with {least.describe(_FLAGS)}); of that activations and gradients take "
             f"{_gb(parts.step)}: lower the resolution or train_batch_size, or raise the budget"
         )
-    return _with(run.options, chosen[0])
+    return _with(options, chosen[0])
 
 
-def for_gpu(run: Run) -> bool:
+def for_gpu(options: RunOptions, device: torch.device) -> bool:
     """Return whether the budget is that of a CUDA device: the run's, or the one that a dry run on a CPU asks about."""
-    options = run.options
-    asked = options.config.dry_run and options.training.memory_plan != "auto" and run.device.type == "cpu"
-    return run.device.type == "cuda" or asked
+    asked = options.config.dry_run and options.training.memory_plan != "auto" and device.type == "cpu"
+    return device.type == "cuda" or asked
 
 
-def _budget(run: Run) -> int:
-    given = run.options.training.memory_plan or "auto"
-    if given != "auto":
+def _budget(given: str | None, device: torch.device) -> int:
+    """Return the bytes of ``--memory_plan``, which is a number of GB or ``auto``."""
+    if given is not None and given != "auto":
         return int(float(given) * _GB)
-    if run.device.type == "cuda":
-        return torch.cuda.mem_get_info(run.device)[0]
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     import psutil
 
     return psutil.virtual_memory().available
 
 
-def _choices(run: Run, plan: MemoryPlan, traces: dict[bool, TracedRun]) -> list[Choice]:
-    architecture, options = run.architecture, run.options
+def _forms(plan: MemoryPlan) -> list[str | None]:
+    """Return the forms of the denoiser's weights to consider."""
     present = plan[DENOISER].form
-    is_frozen = not plan[DENOISER].trained
-    forms: list[str | None] = [present] if present is not None or not is_frozen else [None, "fp8"]
-    blocks = architecture.block_lists(traces[True].models.denoiser)
-    can_swap = is_frozen and run.sharding is None and _has_swapping(options)
-    plain_adam = not options.optimizer.optimizer_type or options.optimizer.optimizer_type.lower() == "adamw"
-    plain_adam &= not (options.optimizer.use_8bit_adam or options.optimizer.use_lion_optimizer)
-    return list(
-        choices(
-            checkpointing=options.training.gradient_checkpointing,
-            forms=forms,
-            most_swapped=most_swapped(blocks) if can_swap else 0,
-            swapped=architecture.blocks_to_swap,
-            small_states=[False, True] if plain_adam and for_gpu(run) and find_spec("bitsandbytes") else [False],
-        )
-    )
+    return [present] if present is not None or plan[DENOISER].trained else [None, "fp8"]
+
+
+def _takes_small_states(options: OptimizerOptions) -> bool:
+    """Whether AdamW8bit may take the place of the optimizer."""
+    plain = not options.optimizer_type or options.optimizer_type.lower() == "adamw"
+    return plain and not (options.use_8bit_adam or options.use_lion_optimizer) and find_spec("bitsandbytes") is not None
 
 
 def _has_swapping(options: Any) -> bool:
@@ -119,17 +124,19 @@ class _AlwaysThere:
     small_state: int  # of 8 bits
 
 
-def _always_there(run: Run, plan: MemoryPlan, traced: TracedRun) -> _AlwaysThere:
+def _always_there(
+    plan: MemoryPlan, traced: TracedRun, optimizer: OptimizerChoice, *, encodes_images: bool
+) -> _AlwaysThere:
     models, trained = traced.models, list({id(p): p for p in traced.trained}.values())
     frozen = 0
     for number, encoder in enumerate(models.text_encoders, start=1):
         part = plan[text_encoder_name(number)]
         if part.storage != "cached":
             frozen += denoiser_bytes(encoder, (), Choice(False, part.form)) - _trained_bytes(encoder, trained)
-    if models.vae is not None and not run.caches_latents:
+    if models.vae is not None and encodes_images:
         frozen += sum(t.nbytes for t in (*models.vae.parameters(), *models.vae.buffers()))
     numbers = sum(p.numel() for p in trained)
-    state = state_bytes(run.checked.optimizer, numbers, trained[0].dtype)
+    state = state_bytes(optimizer, numbers, trained[0].dtype)
     return _AlwaysThere(frozen, sum(p.nbytes for p in trained), state, 2 * numbers)
 
 
@@ -139,9 +146,9 @@ def _trained_bytes(model: nn.Module, trained: Sequence[nn.Parameter]) -> int:
     return sum(p.nbytes for p in model.parameters() if id(p) in ids)
 
 
-def _parts(run: Run, always: _AlwaysThere, traced: TracedRun, choice: Choice) -> Parts:
+def _parts(blocks: Sequence[Sequence[nn.Module]], always: _AlwaysThere, traced: TracedRun, choice: Choice) -> Parts:
     denoiser = traced.models.denoiser
-    frozen = denoiser_bytes(denoiser, run.architecture.block_lists(denoiser), choice)
+    frozen = denoiser_bytes(denoiser, blocks, choice)
     frozen += always.frozen - _trained_bytes(denoiser, traced.trained)
     state = always.small_state if choice.small_state else always.state
     return Parts(frozen, always.trained, state, traced.worst.peak)

@@ -7,18 +7,19 @@ that have shapes and dtypes but no numbers; every allocation is counted. See ``l
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from library.architectures.base import Architecture
 from library.architectures.conditioning import Conditioning
 from library.config.console import quiet
 from library.data.batch import Batch
+from library.data.bucketed import BucketedDataset
 from library.memory import stand_in
-from library.memory.attention import attention_backend
 from library.memory.host import use_host_kernels
 from library.optim.optimizers import OptimizerChoice
 from library.training.kinds.base import Kind
@@ -68,7 +69,7 @@ def trace(run: Run, *, checkpointing: bool, most: int = 2, host_kernels: bool = 
     """
     run = _with_checkpointing(run, checkpointing)
     models = models_on_meta(run)
-    if attention_backend(run.options.training) not in ("torch", "efficient", "math"):
+    if run.architecture.attention(run.options.training) not in ("torch", "efficient", "math"):
         # the kernels of packages do not run without numbers; they take as much memory as torch's
         run.architecture.set_attention(models.denoiser, "torch", split=run.options.training.split_attn)
     kind = make_kind(run)
@@ -92,8 +93,22 @@ def trace(run: Run, *, checkpointing: bool, most: int = 2, host_kernels: bool = 
         losses = batch_losses(run, whole, kind)
         text = _encoded(run, whole, kind, losses.autocast)
         steps = tuple(
-            _step(run, kind, losses, modules, trained, bucket=bucket, batch_size=count, text=text)
-            for bucket, count in _largest(run, most)
+            _step(
+                kind,
+                losses,
+                modules,
+                trained,
+                _batch(
+                    architecture,
+                    bucket,
+                    count,
+                    text,
+                    encodes_images=not run.caches_latents,
+                    reads_images=run.data.conditioning_as == "image",
+                ),
+                run.device,
+            )
+            for bucket, count in _largest(run.data.datasets, most)
         )
     return TracedRun(checkpointing, steps, models, trained)
 
@@ -105,11 +120,11 @@ def _with_checkpointing(run: Run, checkpointing: bool) -> Run:
     return replace(run, checked=replace(run.checked, options=options))
 
 
-def _largest(run: Run, most: int) -> list[tuple[Size, int]]:
+def _largest(datasets: Sequence[BucketedDataset], most: int) -> list[tuple[Size, int]]:
     """Return the buckets with the most pixels in a batch, (W, H), and their batch sizes."""
     found = {
         (bucket, min(dataset.spec.batch_size, len(uses)))
-        for dataset in run.data.datasets
+        for dataset in datasets
         for bucket, uses in dataset.uses_by_bucket.items()
     }
     return sorted(found, key=lambda pair: pair[0][0] * pair[0][1] * pair[1], reverse=True)[:most]
@@ -130,19 +145,16 @@ def _encoded(run: Run, models: Models, kind: Kind, autocast: Any) -> tuple[dict[
 
 
 def _step(
-    run: Run,
     kind: Kind,
     losses: Any,
     modules: Iterable[nn.Module],
     trained: Iterable[nn.Parameter],
-    *,
-    bucket: Size,
-    batch_size: int,
-    text: tuple[dict[str, Tensor], dict[str, Tensor]],
+    batch: Batch,
+    device: torch.device,
 ) -> TracedStep:
-    batch = _batch(run, bucket, batch_size, text).to(run.device)
+    batch = batch.to(device)
     kept = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-    traced = stand_in.Trace(run.device.type)
+    traced = stand_in.Trace(device.type)
     for tensor in (*kept.values(), *_tensors(batch)):
         traced.track(tensor)
     before = traced.now
@@ -152,7 +164,7 @@ def _step(
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     for parameter in trained:
         parameter.grad = None
-    return TracedStep(bucket, batch_size, traced.peak - before, gradients)
+    return TracedStep(batch.bucket, len(batch.visits), traced.peak - before, gradients)
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:
@@ -161,19 +173,27 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
             yield value
 
 
-def _batch(run: Run, bucket: Size, count: int, text: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Batch:
+def _batch(
+    architecture: Architecture,
+    bucket: Size,
+    count: int,
+    text: tuple[dict[str, Tensor], dict[str, Tensor]],
+    *,
+    encodes_images: bool,
+    reads_images: bool,
+) -> Batch:
     """Return a batch of black images, or of empty latents."""
-    latent, (width, height) = run.architecture.latent, bucket
+    latent, (width, height) = architecture.latent, bucket
     tokens, encoded = text
     sizes = torch.tensor([[height, width]]).repeat(count, 1)
     pixels = torch.zeros(count, 3, height, width)
     return Batch(
-        latents=torch.zeros(count, latent.channels, height // latent.stride, width // latent.stride)
-        if run.caches_latents
-        else None,
-        images=None if run.caches_latents else pixels,
+        latents=None
+        if encodes_images
+        else torch.zeros(count, latent.channels, height // latent.stride, width // latent.stride),
+        images=pixels if encodes_images else None,
         loss_masks=None,
-        conditioning_images=pixels if run.data.conditioning_as == "image" else None,
+        conditioning_images=pixels if reads_images else None,
         captions=[""] * count,
         tokens={name: tensor.repeat(count, *(1,) * (tensor.dim() - 1)) for name, tensor in tokens.items()},
         visits=list(range(count)),

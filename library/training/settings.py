@@ -42,10 +42,9 @@ def sample_prompts(
     wanted = options.sample
     if not wanted.sample_prompts or not wanted.is_asked_for:
         return ()
-    step, used = architecture.sample_size_step, architecture.sample_fields
-    if reads_images:
-        used = used | {"controlnet_image"}
-    prompts = tuple(read_prompt_file(Path(wanted.sample_prompts), size_multiple=step, used=used))
+    step, own = architecture.sample_size_step, architecture.declaration.prompt_options
+    used = architecture.sample_fields | ({"controlnet_image"} if reads_images else set())
+    prompts = tuple(read_prompt_file(Path(wanted.sample_prompts), size_multiple=step, used=used, own=own))
     for prompt in prompts if reads_images else ():
         if not prompt.controlnet_image:
             raise UserError(

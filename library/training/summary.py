@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ def summary(
         ("latents cached", caches),
         ("text encoder outputs cached", text_cache_row(options.dataset)),
         *kind.rows(sum(p.numel() for p in parameters)),
-        *_average_rows(run),
+        *_average_rows(options.optimizer.ema_decay, run.names.final()),
         *zero_rows(optimizer, parameters, options.training),
         ("optimizer", f"{run.checked.optimizer.metadata_name}, schedule {options.scheduler.lr_scheduler}"),
         ("precision", precision.precision_row(options.training, frozen_dtype_text(memory_plan(run, kind)), run.device)),
@@ -48,8 +49,7 @@ def summary(
     ]
 
 
-def _average_rows(run: Run) -> list[tuple[str, str]]:
-    decay = run.options.optimizer.ema_decay
+def _average_rows(decay: float | None, final: Path) -> list[tuple[str, str]]:
     if decay is None:
         return []
-    return [("average", f"decay {decay:g}, saved as {ema_path(run.names.final()).name}")]
+    return [("average", f"decay {decay:g}, saved as {ema_path(final).name}")]

@@ -21,6 +21,7 @@ from library.config.explain import print_explanation
 from library.data.conditioning import Role
 from library.errors import UserError, exits_on_user_error
 from library.interrupt import Interrupt
+from library.lazy_imports import without_collection
 from library.training.debug_dataset import show_dataset
 from library.training.dry_run import dry_run
 from library.training.kinds.base import Kind, RunSubject
@@ -93,7 +94,8 @@ class Trainer:
             run = self.setup(options)
             with finalizing(run.accelerator):
                 if options.config.dry_run:
-                    return dry_run(run)
+                    with without_collection():
+                        return dry_run(run)
                 with claimed_output(run), contextlib.closing(run.uploads):
                     loaded = self.load(run, self.cache(run, interrupt))
                     steps = self.fit(loaded, interrupt)
@@ -101,7 +103,8 @@ class Trainer:
 
     def setup(self, options: RunOptions) -> Run:
         """Check everything, scan the data, and set up the run; no weights are loaded yet."""
-        return set_up(self.architecture.configured(options), self._kind.for_options(options), options)
+        with without_collection():
+            return set_up(self.architecture.configured(options), self._kind.for_options(options), options)
 
     def cache(self, run: Run, interrupt: Interrupt) -> Cached:
         """Make or read the caches; afterwards the VAE is kept only if it is still needed."""

@@ -15,7 +15,7 @@ from library.config.flow import DDPM_ONLY
 from library.diffusion.flow import resolution_shift
 from library.diffusion.objective import FlowObjective, LossSettings, TimestepRange
 from library.diffusion.weighting import flow_weight
-from library.inference.prompt_line import TRAINING_OPTIONS
+from library.inference.prompt_line import TRAINING_OPTIONS, family_options
 from library.training.kinds.adapter_options import TrainNetworkOptions
 from tests.fixtures.flow_train_network import ToyFlow
 
@@ -65,7 +65,7 @@ def test_options_on_the_page_exist() -> None:
     kind = with_groups(TrainNetworkOptions, ToyFlow.declaration.groups)
     known = {field.name for field, _ in flat(kind.from_args(argparse.Namespace()))}
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_]*)", PAGE))
-    assert named - known <= {option.name for option in TRAINING_OPTIONS}
+    assert named - known <= {option.name for option in (*TRAINING_OPTIONS, *family_options())}
     assert set(DDPM_ONLY) <= named
     own = {name for group in ("weighting", "flow") for name in vars(ToyFlow.declaration.groups[group]()).keys()}
     assert own <= named

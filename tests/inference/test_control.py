@@ -91,7 +91,7 @@ def test_several_take_turns(models: ImageModels, options: GenerateOptions, setti
 def test_deep_shrink_shrinks_the_controlnet_too(
     models: ImageModels, options: GenerateOptions, settings: ImageSettings, hint: Path, depth: int
 ) -> None:
-    settings = replace(settings, control=(hint,), width=128, height=128, ds_depth_1=depth, ds_timesteps_1=0)
+    settings = replace(settings, control=(hint,), width=128, height=128, own={"ds_depth_1": depth, "ds_timesteps_1": 0})
     net = random_controlnet(models.denoiser)
     found = latents(models, options, settings, ControlModel(net), features=(DeepShrink,))
     assert found.shape == (1, 4, 16, 16)

@@ -79,17 +79,17 @@ def test_steps_and_depths(models: ImageModels, options: GenerateOptions, setting
     for block in models.denoiser.down_blocks:
         block.resnets[0].register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-1]))
     asked = {"ds_depth_1": 1, "ds_timesteps_1": 600, "ds_depth_2": 0, "ds_timesteps_2": 200, "ds_ratio": 0.5}
-    generate_latents(models, [replace(settings, steps=4, **asked)], options, features=[DeepShrink()])
+    generate_latents(models, [replace(settings, steps=4, own=asked)], options, features=[DeepShrink()])
     # timesteps 751, 501, 251, 1; the inputs of both blocks
     assert sizes == [8, 2, 4, 2, 4, 2, 8, 4]
     sizes.clear()
-    generate_latents(models, [replace(settings, steps=4, ds_depth_1=1)], options, features=[DeepShrink()])
+    generate_latents(models, [replace(settings, steps=4, own={"ds_depth_1": 1})], options, features=[DeepShrink()])
     assert sizes == [8, 2, 8, 4, 8, 4, 8, 4], "until 650, by a half, if nothing else is said"
 
 
 def test_depths_that_are_not_there(models: ImageModels, options: GenerateOptions, settings: ImageSettings) -> None:
     with pytest.raises(UserError, match="Deep Shrink: depth 3: this model has depths 0 to 1"):
-        generate_latents(models, [replace(settings, ds_ratio=0.5)], options, features=[DeepShrink()])
+        generate_latents(models, [replace(settings, own={"ds_ratio": 0.5})], options, features=[DeepShrink()])
 
 
 def test_sdxl_numbers_its_input_blocks(tmp_path: Path, options: GenerateOptions, settings: ImageSettings) -> None:
@@ -107,14 +107,14 @@ def test_sdxl_numbers_its_input_blocks(tmp_path: Path, options: GenerateOptions,
     assert points[0] is models.denoiser.conv_in and points[1] is models.denoiser.down_blocks[0].resnets[0]
     plain = generate_latents(models, [settings], options)
     for depth in range(len(points)):
-        asked = replace(settings, ds_depth_1=depth, ds_timesteps_1=0)
+        asked = replace(settings, own={"ds_depth_1": depth, "ds_timesteps_1": 0})
         shrunk = generate_latents(models, [asked], options, features=[DeepShrink()])
         assert shrunk.shape == plain.shape and (shrunk - plain).abs().max() > 1e-4, depth
 
 
 @torch.inference_mode()
 def test_inside_and_outside_of_guidance(models: ImageModels, options: GenerateOptions, settings: ImageSettings) -> None:
-    asked = replace(settings, ds_depth_1=0)
+    asked = replace(settings, own={"ds_depth_1": 0})
     inside = denoise.run(begin(models, [asked], options, {}), [Guidance(), DeepShrink()])
     outside = denoise.run(begin(models, [asked], options, {}), [DeepShrink(), Guidance()])
     torch.testing.assert_close(inside, outside)

@@ -60,7 +60,7 @@ def test_the_order_of_features(models: ImageModels, options: GenerateOptions, se
 
 
 def test_which_images_get_a_feature(settings: ImageSettings) -> None:
-    asked = replace(settings, image=Path("a.png"), mask=Path("b.png"), ds_ratio=0.5)
+    asked = replace(settings, image=Path("a.png"), mask=Path("b.png"), own={"ds_ratio": 0.5})
     found = [type(feature) for feature in wanted_features(asked, FEATURES)]
     assert found == [DeepShrink, ImageToImage, Inpainting]
     assert wanted_features(settings, FEATURES) == []
@@ -155,7 +155,7 @@ from library.config.prompt_options import PromptOption
 from library.inference.denoise import Feature
 
 class Brighter(Feature):
-    prompt_options = (PromptOption("br", "brighter", read.number, own=True),)
+    prompt_options = (PromptOption("br", "brighter", read.number),)
 
     @classmethod
     def is_wanted(cls, settings):

@@ -113,14 +113,14 @@ slow = pytest.mark.slow
         pytest.param("chroma", {}, marks=slow),
         pytest.param("chroma", {"scale": 4.0}),
         # as diffusers' copies of Chroma are configured
-        pytest.param("chroma", {"scale": 4.0, "flow_shift": 3.0}, marks=slow),
+        pytest.param("chroma", {"scale": 4.0, "own": {"flow_shift": 3.0}}, marks=slow),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
 def test_equals_diffusers_pipeline(made: dict[str, MadeFlux], kind: str, change: dict[str, float]) -> None:
     models = models_of(kind, made[kind])
     settings = settings_of(kind, **change)
-    shift = settings.flow_shift or (1.0 if kind == "schnell" else None)
+    shift = settings.own.get("flow_shift") or (1.0 if kind == "schnell" else None)
     expected = theirs(kind, pipeline_of(kind, made[kind], models, shift), settings)
     options = GenerateOptions(torch.device("cpu"))
     latents = generate_latents(models, [settings], options)
@@ -168,7 +168,7 @@ def test_masked_text_equals_diffusers_pipeline(made: dict[str, MadeFlux]) -> Non
     [
         ("dev", {"guidance_scale": 1.0}),
         ("dev", {"scale": 1.5}),
-        ("dev", {"flow_shift": 1.0}),
+        ("dev", {"own": {"flow_shift": 1.0}}),
         ("dev", {"prompt": "dog"}),
         ("chroma", {"scale": 1.5}),
     ],

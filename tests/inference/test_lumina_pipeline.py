@@ -56,7 +56,7 @@ def test_equals_diffusers_pipeline(models: ImageModels, scale: float, ours: floa
     pipeline.set_progress_bar_config(disable=True)
     settings = ImageSettings(
         "a photo of the cat", "red dog", WIDTH, HEIGHT, STEPS, scale, "euler", seed=3,
-        cfg_trunc_ratio=ours, renorm_cfg=0.0,
+        own={"cfg_trunc_ratio": ours, "renorm_cfg": 0.0},
     )  # fmt: skip
     found = {}
     for name, kind in (("latents", "latent"), ("image", "pil")):
@@ -86,7 +86,9 @@ def test_equals_diffusers_pipeline(models: ImageModels, scale: float, ours: floa
 def test_images_of_a_batch_are_those_of_each_alone(models: ImageModels) -> None:
     """The prompts' and negative prompts' lengths differ."""
     batch = [
-        ImageSettings(prompt, negative, 64, 64, STEPS, 4.0, "euler", seed, cfg_trunc_ratio=0.1, renorm_cfg=1.0)
+        ImageSettings(
+            prompt, negative, 64, 64, STEPS, 4.0, "euler", seed, own={"cfg_trunc_ratio": 0.1, "renorm_cfg": 1.0}
+        )
         for prompt, negative, seed in (("a cat", "", 1), ("a photo of the red dog", "blue", 2))
     ]
     options = GenerateOptions(torch.device("cpu"))
@@ -99,7 +101,9 @@ def test_only_the_guided_steps_take_the_negative_prompt(models: ImageModels) -> 
     rows: list[int] = []
     handle = models.denoiser.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     try:
-        settings = ImageSettings("a cat", "a dog", 64, 64, STEPS, 4.0, "euler", 1, cfg_trunc_ratio=0.1, renorm_cfg=1.0)
+        settings = ImageSettings(
+            "a cat", "a dog", 64, 64, STEPS, 4.0, "euler", 1, own={"cfg_trunc_ratio": 0.1, "renorm_cfg": 1.0}
+        )
         generate_latents(models, [settings], GenerateOptions(torch.device("cpu")))
     finally:
         handle.remove()

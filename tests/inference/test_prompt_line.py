@@ -11,18 +11,20 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
+from library.inference.feature_options.deep_shrink import PROMPT_OPTIONS as DEEP_SHRINK
 from library.inference.prompt_file import read_image_prompts, read_prompt_file
 from library.inference.prompt_line import (
     DDPM_FIELDS,
     TRAINING_OPTIONS,
     ImagePrompt,
     SamplePrompt,
+    family_options,
     parse_image_prompt,
     parse_prompt_line,
     without_idle_settings,
 )
 
-EVERYTHING = frozenset(option.field for option in TRAINING_OPTIONS) | {"prompt"}
+EVERYTHING = frozenset(option.field for option in (*TRAINING_OPTIONS, *family_options())) | {"prompt"}
 
 
 @pytest.mark.parametrize(
@@ -52,9 +54,7 @@ EVERYTHING = frozenset(option.field for option in TRAINING_OPTIONS) | {"prompt"}
                 "p",
                 guidance_scale=3.5,
                 controlnet_image="dir/c d.png",
-                cfg_trunc_ratio=0.25,
-                renorm_cfg=1.0,
-                flow_shift=3.0,
+                own={"cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0, "flow_shift": 3.0},
             ),
         ),
         ("p --l -1.5", SamplePrompt("p", scale=-1.5)),
@@ -146,8 +146,6 @@ def test_what_a_model_has_no_use_for_is_said_once(caplog: pytest.LogCaptureFixtu
 def test_defaults() -> None:
     defaults = SamplePrompt("unused", width=128, scale=3.0)
     assert parse_prompt_line("p --w 64", defaults) == SamplePrompt("p", width=64, scale=3.0)
-    filled = SamplePrompt("p", width=64).with_defaults({"width": 512, "height": 256, "unheard_of": 1})
-    assert filled == SamplePrompt("p", width=64, height=256)
 
 
 # ---- files ----
@@ -261,7 +259,7 @@ def test_image_prompt_line() -> None:
 )
 def test_image_prompt_mistakes(line: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        parse_image_prompt(line)
+        parse_image_prompt(line, options=DEEP_SHRINK)
 
 
 def test_image_prompt_file(tmp_path: Path) -> None:

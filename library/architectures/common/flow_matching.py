@@ -10,7 +10,7 @@ import copy
 from typing import TYPE_CHECKING
 
 from library.architectures.base import Architecture
-from library.config.flow import FLOW, FlowOptions, WeightingOptions
+from library.config.flow import FLOW, FLOW_SHIFT, FlowOptions, WeightingOptions
 from library.config.prompt_options import DDPM_FIELDS
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class FlowMatching(Architecture):
     """Rectified flow, as Esser et al. 2024 (arXiv:2403.03206), with the options of ``config/flow.py``."""
 
     declaration = FLOW
-    sample_fields = (DDPM_FIELDS - {"sample_sampler"}) | {"flow_shift"}
+    sample_fields = DDPM_FIELDS - {"sample_sampler"}
     #: latent cells per image token; shifts by resolution count tokens
     cells_per_token = 4
     #: shift of sampling; None: by resolution, as FLUX.1 [dev]
@@ -49,10 +49,11 @@ class FlowMatching(Architecture):
 
     def for_image(self, settings: ImageSettings) -> Self:
         """Return this family with the prompt's ``--fs``."""
-        if settings.flow_shift is None:
+        shift = settings.own.get(FLOW_SHIFT.field)
+        if shift is None:
             return self
         made = copy.copy(self)
-        made.sampling_shift = settings.flow_shift
+        made.sampling_shift = shift
         return made
 
     def flow_metadata(self) -> dict[str, str]:

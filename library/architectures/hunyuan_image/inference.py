@@ -240,13 +240,6 @@ def _open(options: Any) -> OpenedModel:
     )
 
 
-def _above_zero(value: str) -> float:
-    found = read.number(value)
-    if found <= 0:
-        raise ValueError("must be above 0")
-    return found
-
-
 INFERENCE = MinimalInference(
     groups={
         "files": HunyuanFilesOptions,
@@ -264,7 +257,6 @@ INFERENCE = MinimalInference(
     prompt_options=(
         PromptOption("g", "scale", read.number, "guidance_scale"),
         PromptOption("l", "scale", read.number),
-        PromptOption("fs", "flow_shift", _above_zero, own=True),
     ),
     size_step=32,
     model_flag="--dit",

@@ -36,6 +36,8 @@ from library.config.prompt_options import TextRole
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from library.config.arguments import TrainingOptions
+
 #: between the system prompt and a caption
 PROMPT_START = "<Prompt Start>"
 
@@ -63,7 +65,6 @@ class LuminaImage2(FlowMatching, TransformerFile, Architecture):
     sample_defaults = {
         "width": 1024, "height": 1024, "sample_steps": 36, "scale": 3.5, "cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0,
     }  # fmt: skip
-    sample_fields = FlowMatching.sample_fields | {"cfg_trunc_ratio", "renorm_cfg"}
     sample_size_step = 16
     guidance = "normed_guidance"
 
@@ -194,10 +195,11 @@ class LuminaImage2(FlowMatching, TransformerFile, Architecture):
 
     # ---- memory and speed ----
 
+    def attention(self, options: TrainingOptions) -> str:
+        return "flash" if self.chosen(LuminaOptions).use_flash_attn else super().attention(options)
+
     def set_attention(self, denoiser: nn.Module, backend: str, *, split: bool = False) -> None:
-        own = self.chosen(LuminaOptions)
-        chosen = "flash" if own.use_flash_attn else "sageattn" if own.use_sage_attn else backend
-        denoiser.set_attention(chosen, split=split)
+        denoiser.set_attention(backend, split=split)
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
         denoiser.enable_gradient_checkpointing()

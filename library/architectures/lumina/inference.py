@@ -138,8 +138,6 @@ def _open(options: Any) -> OpenedModel:
         ae=files.ae_path,
         gemma2_max_token_length=files.gemma2_max_token_length,
         system_prompt=image.system_prompt,
-        use_flash_attn=precision.use_flash_attn,
-        use_sage_attn=precision.use_sage_attn,
     )
     try:
         checkpoint = family.inspect(
@@ -151,7 +149,8 @@ def _open(options: Any) -> OpenedModel:
 
     def prepare(name: str, module: Any) -> None:
         if name == "denoiser":
-            family.set_attention(module, "torch")
+            named = (mode for flag, mode in _ATTENTION.items() if getattr(precision, flag))
+            family.set_attention(module, next(named, "torch"))
 
     parts = {name: ModelPart(name, dtype) for name, dtype in part_dtypes(precision).items()}
     with_system = image.add_system_prompt_to_negative_prompt
@@ -176,11 +175,6 @@ INFERENCE = MinimalInference(
     open=_open,
     findings=_findings,
     flags=_FLAGS,
-    prompt_options=(
-        PromptOption("g", "scale", read.number, "guidance_scale"),
-        PromptOption("ctr", "cfg_trunc_ratio", read.share, own=True),
-        PromptOption("rcfg", "renorm_cfg", read.number_from_zero, own=True),
-        PromptOption("fs", "flow_shift", read.number_above_zero, own=True),
-    ),
+    prompt_options=(PromptOption("g", "scale", read.number, "guidance_scale"),),
     model_flag="--pretrained_model_name_or_path",
 )

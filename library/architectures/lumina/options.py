@@ -12,6 +12,7 @@ from library.config.declaration import Declaration, Facts, Finding, error, idle,
 from library.config.fields import option, with_default
 from library.config.flow import FLOW, FlowOptions
 from library.config.frozen_encoders import FROZEN_ENCODERS
+from library.config.prompt_options import PromptOption, number_from_zero, share
 
 #: tokens of a caption, if not given
 LENGTH = 256
@@ -82,6 +83,10 @@ DECLARATION = joined(
     block_swap.SWAPPING,
     Declaration(
         groups={"flow": LuminaFlowOptions, "lumina": LuminaOptions},
+        prompt_options=(
+            PromptOption("ctr", "cfg_trunc_ratio", share),
+            PromptOption("rcfg", "renorm_cfg", number_from_zero),
+        ),
         texts={
             "network_module": "what is trained: networks.lora_lumina, or a third-party module such as lycoris.kohya",
             "network_train_unet_only": "train the transformer's adapters only",

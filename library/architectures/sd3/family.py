@@ -28,7 +28,7 @@ from library.architectures.sd3.options import DECLARATION, SD3Options, own_dtype
 from library.architectures.sd3.positions import PositionTables, random_crops
 from library.architectures.sd3.targets import CLIP_G, CLIP_L, T5XXL
 from library.architectures.sd3.targets import DENOISER as DENOISER_TARGET
-from library.config.flow import WeightingOptions
+from library.config.flow import FLOW_SHIFT, WeightingOptions
 from library.config.prompt_options import DDPM_FIELDS
 from library.randomness import Draw
 
@@ -68,7 +68,7 @@ class StableDiffusion3(Architecture):
     compiled_blocks = ("MMDiTBlock",)
     declaration = DECLARATION
     sample_defaults = {"width": 512, "height": 512, "sample_steps": 30, "scale": 7.5}
-    sample_fields = (DDPM_FIELDS - {"sample_sampler"}) | {"flow_shift"}
+    sample_fields = DDPM_FIELDS - {"sample_sampler"}
     sample_size_step = 16
 
     #: results of ``for_model``: whether there is T5, the widths of CLIP-L and of the transformer's input
@@ -124,10 +124,11 @@ class StableDiffusion3(Architecture):
 
     def for_image(self, settings: ImageSettings) -> Self:
         """Return the settings with the prompt's ``--fs``."""
-        if settings.flow_shift is None:
+        shift = settings.own.get(FLOW_SHIFT.field)
+        if shift is None:
             return self
         made = copy.copy(self)
-        made._sampling_shift = settings.flow_shift
+        made._sampling_shift = shift
         return made
 
     # ---- files ----

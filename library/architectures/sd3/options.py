@@ -10,7 +10,7 @@ from library.architectures.network_args import is_switched_on
 from library.config import block_swap
 from library.config.declaration import Declaration, Facts, Finding, Implied, error, idle, joined
 from library.config.fields import option
-from library.config.flow import WEIGHTING
+from library.config.flow import FLOW_SHIFT, WEIGHTING
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +128,7 @@ def what_is_trained(o: Any, facts: Facts) -> Iterator[Finding]:
 
 
 DECLARATION = joined(
-    Declaration(groups={"sd3": SD3Options}),
+    Declaration(groups={"sd3": SD3Options}, prompt_options=(FLOW_SHIFT,)),
     WEIGHTING,
     block_swap.SWAPPING,
     Declaration(

@@ -150,6 +150,8 @@ class TimmTagger:
             ) from None
         import torch
 
+        from library.memory.placing import move
+
         self.labels = read_labels(form.labels)
         self.is_mapping = False
         self._device = device_for(device)
@@ -158,7 +160,7 @@ class TimmTagger:
         except Exception as error:  # many kinds, by what is wrong with the files
             raise UserError(f"{form.folder}: timm cannot load it ({str(error).splitlines()[0][:300]})") from None
         _check_count(model.num_classes, self.labels, form)
-        self._model = model.eval().to(self._device)
+        self._model = move(model.eval(), self._device)
         config = model.pretrained_cfg
         self.side = int(config["input_size"][-1])
         self._mean, self._std = (

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+from library.config import prompt_options as read
 from library.config.declaration import Declaration, Facts, Finding, error, idle
 from library.config.fields import option
+from library.config.prompt_options import PromptOption
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,13 @@ class DeepShrinkOptions:
 
 #: its options, which are settings of images too
 SHRINK_NAMES = tuple(f.name for f in fields(DeepShrinkOptions))
+PROMPT_OPTIONS = (
+    PromptOption("dsd1", "ds_depth_1", read.whole),
+    PromptOption("dst1", "ds_timesteps_1", read.whole),
+    PromptOption("dsd2", "ds_depth_2", read.whole),
+    PromptOption("dst2", "ds_timesteps_2", read.whole),
+    PromptOption("dsr", "ds_ratio", read.ratio),
+)
 
 
 def _ranges(o: Any, facts: Facts) -> Iterator[Finding]:

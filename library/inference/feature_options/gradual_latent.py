@@ -50,12 +50,12 @@ def read_unsharp(text: str) -> tuple[float, ...]:
 
 
 PROMPT_OPTIONS = (
-    PromptOption("glt", "gradual_latent_timesteps", read.whole, own=True),
-    PromptOption("glr", "gradual_latent_ratio", read.ratio, own=True),
-    PromptOption("gls", "gradual_latent_ratio_step", read.ratio, own=True),
-    PromptOption("gle", "gradual_latent_every_n_steps", read.whole, own=True),
-    PromptOption("glsn", "gradual_latent_s_noise", read.number, own=True),
-    PromptOption("glus", "gradual_latent_unsharp_params", read_unsharp, own=True),
+    PromptOption("glt", "gradual_latent_timesteps", read.whole),
+    PromptOption("glr", "gradual_latent_ratio", read.ratio),
+    PromptOption("gls", "gradual_latent_ratio_step", read.ratio),
+    PromptOption("gle", "gradual_latent_every_n_steps", read.whole),
+    PromptOption("glsn", "gradual_latent_s_noise", read.number),
+    PromptOption("glus", "gradual_latent_unsharp_params", read_unsharp),
 )
 
 

@@ -40,7 +40,7 @@ class ImageGuidanceOptions:
     )
 
 
-PROMPT_OPTIONS = (PromptOption("c", "clip_prompt", read.text, own=True),)
+PROMPT_OPTIONS = (PromptOption("c", "clip_prompt", read.text),)
 
 
 def _cannot_work(options: Any, facts: Facts) -> Iterator[Finding]:

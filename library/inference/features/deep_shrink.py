@@ -7,7 +7,7 @@ to the size of each skip connection. All resizing is bicubic.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 from library.config.image_settings import ImageSettings
 from library.errors import UserError
 from library.inference.denoise import WAYS_DOWN, Denoise, Feature, Generation, StepInfo
-from library.inference.feature_options.deep_shrink import DECLARATION, SHRINK_NAMES
+from library.inference.feature_options.deep_shrink import DECLARATION, PROMPT_OPTIONS, SHRINK_NAMES, DeepShrinkOptions
 
 #: default values if any option of Deep Shrink is given
 DEPTH, TIMESTEPS, RATIO = 3, 650, 0.5
@@ -29,6 +29,7 @@ class DeepShrink(Feature):
 
     order = 10
     declaration = DECLARATION
+    prompt_options = PROMPT_OPTIONS
 
     def __init__(self) -> None:
         self._generation: Generation | None = None
@@ -39,22 +40,28 @@ class DeepShrink(Feature):
     @classmethod
     def is_wanted(cls, settings: ImageSettings) -> bool:
         """Whether anything of it is given."""
-        return any(getattr(settings, name) is not None for name in SHRINK_NAMES)
+        return any(settings.own.get(name) is not None for name in SHRINK_NAMES)
+
+    @classmethod
+    def given(cls, options: Any) -> Mapping[str, Any]:
+        given: DeepShrinkOptions = options.deep_shrink
+        return vars(given) if given.ds_depth_1 is not None else {}
 
     def prepare(self, generation: Generation) -> None:
-        first, unet = generation.first, generation.models.denoiser
+        unet = generation.models.denoiser
         assert unet is not None
         points = generation.models.architecture.shrink_points(unet)
-        depths = [DEPTH if first.ds_depth_1 is None else first.ds_depth_1]
-        depths += [] if first.ds_depth_2 is None else [first.ds_depth_2]
+        usual = {"ds_depth_1": DEPTH, "ds_timesteps_1": TIMESTEPS, "ds_timesteps_2": TIMESTEPS, "ds_ratio": RATIO}
+        given = {name: value for name, value in generation.first.own.items() if value is not None}
+        asked: Mapping[str, Any] = {**usual, **given}
+        depths = [asked["ds_depth_1"]] + ([asked["ds_depth_2"]] if "ds_depth_2" in asked else [])
         for depth in depths:
             if not 0 <= depth < len(points):
                 raise UserError(f"Deep Shrink: depth {depth}: this model has depths 0 to {len(points) - 1}")
-        until = (first.ds_timesteps_1, first.ds_timesteps_2)
         self._generation = generation
         self._depths = depths
-        self._until = [TIMESTEPS if timestep is None else timestep for timestep in until]
-        self._ratio = RATIO if first.ds_ratio is None else first.ds_ratio
+        self._until = [asked["ds_timesteps_1"], asked["ds_timesteps_2"]]
+        self._ratio = asked["ds_ratio"]
 
     def wrap(self, denoise: Denoise) -> Denoise:
         def shrunk(noisy: Tensor, timesteps: Tensor, step: StepInfo) -> Tensor:

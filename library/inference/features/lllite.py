@@ -17,6 +17,7 @@ from library.inference.control_models import ControlModel, control_images, used_
 from library.inference.denoise import Denoise, Feature, Generation, StepInfo
 from library.inference.feature_options.control_net import DECLARATION, ControlOptions
 from library.inference.models import ImageModels
+from library.memory.placing import move
 from networks.lllite import LLLiteNetwork
 
 FLAG = "--control_net_lllite_models"
@@ -54,7 +55,7 @@ class LLLites(Feature):
         loaded = []
         for path in given.control_net_lllite_models or []:
             network = LLLiteNetwork.from_file(path, models.denoiser, flag=FLAG)
-            network.to(device=device, dtype=dtype).eval()
+            move(network, device, dtype).eval()
             network.apply_to_denoiser()
             loaded.append(network)
         return used_as_given(loaded, given) or None

@@ -35,8 +35,9 @@ class NormedGuidance(Feature):
         self._scale = first.scale
         if self._scale == 1.0:
             return
-        self._part = 1.0 if first.cfg_trunc_ratio is None else first.cfg_trunc_ratio
-        self._limit = first.renorm_cfg or 0.0
+        part = first.own.get("cfg_trunc_ratio")
+        self._part = 1.0 if part is None else float(part)
+        self._limit = float(first.own.get("renorm_cfg") or 0.0)
         negative = generation.encode([settings.negative_prompt for settings in generation.settings], True)
         self._generation, self._alone = generation, generation.conditioning
         self._both = generation.conditioning = Conditioning.cat([negative, generation.conditioning])

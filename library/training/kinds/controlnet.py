@@ -18,7 +18,6 @@ from library.architectures.conditioning import Conditioning, Control
 from library.architectures.controlnets import DIFFUSERS, PUBLISHED, HasControlNets
 from library.config.core.data import trusting_caches
 from library.errors import UserError
-from library.memory.attention import attention_backend
 from library.randomness import key
 from library.training.kinds.base import Kind, ParameterGroup
 from library.training.kinds.controlnet_options import (
@@ -111,7 +110,9 @@ class ControlNet(Kind[Any]):
             controlnet = self._family.load_controlnet(source, dtype=torch.float32, device=device)
         else:
             controlnet = self._family.new_controlnet(self.checkpoint, device=device)
-        self._family.set_controlnet_attention(controlnet, attention_backend(training), split=training.split_attn)
+        self._family.set_controlnet_attention(
+            controlnet, self.architecture.attention(training), split=training.split_attn
+        )
         if training.gradient_checkpointing:
             controlnet.enable_gradient_checkpointing()
         if (half := trained_dtype(training)) != torch.float32:

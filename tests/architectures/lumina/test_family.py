@@ -18,6 +18,7 @@ from library.architectures.lumina.model import NextDiT
 from library.architectures.lumina.options import LuminaFlowOptions, LuminaOptions
 from library.architectures.lumina.sizes import NextDiTSizes, infer_sizes
 from library.architectures.whole_models import SavedModel
+from library.config.arguments import TrainingOptions
 from library.errors import UserError
 from tests.architectures.lumina.opened import in_diffusers_names, opened
 from tests.fixtures.layouts import LAYOUTS, table
@@ -324,3 +325,13 @@ def test_split_qkv_has_an_adapter_for_each_projection(full_models, tmp_path: Pat
 def test_wrong_network_args_are_named(full_models, args, message: str) -> None:
     with pytest.raises(UserError, match=message):
         adapted(full_models, args)
+
+
+@pytest.mark.parametrize(("own", "training", "expected"), [
+    ({}, {}, "math"), ({}, {"attn_mode": "xformers"}, "xformers"), ({"use_flash_attn": True}, {"sdpa": True}, "flash"),
+])  # fmt: skip
+def test_use_flash_attn_is_an_attention_of_the_run(
+    own: dict[str, bool], training: dict[str, object], expected: str
+) -> None:
+    """The trace of ``--memory_plan`` asks for it too, to replace what does not run without numbers."""
+    assert LUMINA.changed(LuminaOptions, **own).attention(TrainingOptions(**training)) == expected
