@@ -38,15 +38,14 @@ class _Deferred(ModuleType):
         return getattr(self, name)
 
 
-def defer_import(name: str, **ready: Any) -> None:
+def defer_import(name: str) -> None:
     """Make ``import name`` cost nothing until something of the module is used.
 
     It is for packages that others import without need: diffusers imports bitsandbytes with every model, which imports
     torch's compiler. Nothing happens where the package is missing or already imported.
 
     Args:
-        name: of a package; packages above it are imported.
-        ready: attributes that may be used without executing the package.
+        name: of a top-level package.
     """
     if name in sys.modules:
         return
@@ -55,7 +54,6 @@ def defer_import(name: str, **ready: Any) -> None:
         return
     module = _Deferred(name)
     module.__spec__, module.__loader__, module.__file__ = spec, spec.loader, spec.origin
-    vars(module).update(ready)
     # no __path__ yet: importing a submodule asks for it, and the package must be executed before
     sys.modules[name] = module
 
@@ -81,15 +79,13 @@ class _Hiding(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        hidden = [name for name in self._packages if isinstance(sys.modules.get(name), _Deferred | None)]
-        deferred = {name: sys.modules[name] for name in hidden if name in sys.modules}
+        hidden = [name for name in self._packages if name not in sys.modules]
         sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
         try:
             self._loader.exec_module(module)
         finally:
             for name in hidden:
                 del sys.modules[name]
-            sys.modules.update(deferred)
 
 
 def hide_from(module: str, *packages: str) -> None:
@@ -108,7 +104,7 @@ def hide_from(module: str, *packages: str) -> None:
 def without_collection() -> Iterator[None]:
     """Have no garbage collection within the context, for work that makes many objects which stay, such as imports.
 
-    Otherwise the collector goes through all of them, time and again: 0.9 of 6.4 s of a dry run.
+    Otherwise the collector goes through all of them, time and again: for 0.9 of 6.4 s of a dry run.
     """
     collects = gc.isenabled()
     gc.disable()

@@ -6,5 +6,3 @@ from library.lazy_imports import defer_import, hide_from
 defer_import("bitsandbytes")
 # diffusers imports it with every model too, which takes seconds and prints warnings, for files that are not read here
 hide_from("diffusers.utils.import_utils", "torchao")
-# a mark for torch's compiler, where it meets whole blocks of diffusers; here they are compiled one by one
-hide_from("diffusers.utils.torch_utils", "torch._dynamo")

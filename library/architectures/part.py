@@ -12,6 +12,7 @@ from torch import nn
 
 from library.architectures.common.loading import ModelSource, load_frozen
 from library.architectures.lora_target import LORA_TARGET, LoraTarget
+from library.lazy_imports import without_collection
 from library.memory.placing import STAYS
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ class Part:
             UserError: the file lacks tensors, or has wrong ones.
         """
         place = device if self.device is None or device == "meta" else self.device
-        model = self.read(self.source, dtype=self.dtype or dtype, device=place)
+        with without_collection():  # the model's class is imported now
+            model = self.read(self.source, dtype=self.dtype or dtype, device=place)
         if self.naming is not None:
             setattr(model, LORA_TARGET, self.naming)
         if self.device is not None:

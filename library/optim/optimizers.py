@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from library.errors import NoEffect, UserError, did_you_mean
-from library.lazy_imports import defer_import
 
 #: learning rates at or below this are a mistake with optimizers that find the learning rate themselves
 _LOW_RATE_FOR_ADAPTIVE = 0.1
@@ -161,10 +160,9 @@ class OptimizerChoice:
 def leave_compiler_out() -> None:
     """Keep optimizers from importing torch's compiler, which takes a second.
 
-    Some methods of ``torch.optim.Optimizer`` import it at their first call, to be left out of compiled code, and ``step``
-    imports it for a mark that has no effect outside of it. Only blocks of models are compiled here, never an optimizer.
+    Some methods of ``torch.optim.Optimizer`` import it at their first call, to be left out of compiled code. Only
+    blocks of models are compiled here, never an optimizer.
     """
-    defer_import("torch._dynamo", graph_break=lambda message="": None)
     for method in vars(torch.optim.Optimizer).values():
         plain = getattr(method, "__wrapped__", None)
         # the wrappers of torch._compile alone; others of these methods are wrapped for other reasons

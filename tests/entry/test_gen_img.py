@@ -22,7 +22,7 @@ from tests.fixtures.runs import ROOT, Finished, environment, run_script
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 
 PUBLISHED = json.loads((ROOT / "tests/compat/data/cli/gen_img.json").read_text())["options"]
-OURS = {
+OURS = {"attn_mode", "split_attn", 
     "grid", "torch_compile", "dynamo_backend", "vae_tiling",
     # of the published gen_img_diffusers.py
     "XTI_embeddings", "clip_guidance_scale", "clip_image_guidance_scale", "vgg16_guidance_scale",
