@@ -147,7 +147,7 @@ class ImageSession:
     # each step drops its models, so that the next one can use their memory
 
     def _encode(self, settings: ImageSettings) -> None:
-        wanted = settings.texts(self._family.worded)
+        wanted = list(dict.fromkeys(settings.texts(self._family.worded)))  # prompt and negative prompt may be the same
         known = [text for text in wanted if text in self._encoded]
         self._encoded |= {text: self._encoded.pop(text) for text in known}  # the most recently used are last
         texts = [text for text in wanted if text not in self._encoded]
