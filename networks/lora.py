@@ -37,6 +37,7 @@ from networks.base import AdapterNetwork, NetworkPart, RateGroup, as_list
 from networks.dora import DoraModule
 from networks.lora_args import DEFAULT_ALPHA, MODULE_NAME, LoraArgs
 from networks.lora_module import LoraModule
+from networks.low_rank import Casts
 from networks.targets import FoundModule, RankAlpha, RankRule, find_modules, target_of
 from networks.unet_blocks import unet_block_index
 from networks.weights import (
@@ -77,6 +78,15 @@ class LoraNetwork(AdapterNetwork):
     ) -> None:
         self.args = args  # before the adapters are made, some of which read it
         super().__init__(parts, rank_rule, multiplier=multiplier, dropouts=dropouts)
+        casts = Casts(self.weights_to_cast)
+        for adapter in self.adapters:
+            if isinstance(adapter, LoraModule):
+                adapter.casts = casts
+
+    def weights_to_cast(self) -> list[Tensor]:
+        """Return the weights that the adapters cast in each forward pass."""
+        adapters = (adapter for adapter in self.adapters if isinstance(adapter, LoraModule))
+        return [weight for adapter in adapters for weight in adapter.weights_to_cast()]
 
     @classmethod
     def create(

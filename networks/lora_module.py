@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.adapter_module import AdapterModule, Dropouts
-from networks.low_rank import AddLowRank, LinearWithLowRank
+from networks.low_rank import AddLowRank, Casts, LinearWithLowRank
 from networks.targets import FoundModule, RankAlpha
 
 
@@ -43,13 +43,27 @@ class LoraModule(AdapterModule):
             self.lora_up = nn.Linear(size.rank, original.out_features, bias=False)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
+        #: of the network, if it has some
+        self.casts: Casts | None = None
 
     def changed_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own_sum = type(self).add_change is LoraModule.add_change
         if args or kwargs or not own_sum or not self._sums_in_products or not self._is_plain_linear(x):
             return super().changed_output(x, *args, **kwargs)
         weight, bias = self.original.weight, self.original.bias
-        return LinearWithLowRank.apply(weight, bias, x, *self.halves_in_use(), self.multiplier * self.scale_in_use)
+        return LinearWithLowRank.apply(weight, bias, x, *self._for_product())
+
+    def _for_product(self) -> tuple[Tensor, Tensor, float, Casts | None]:
+        """Return both halves, their factor, and their copies in the dtype of the product."""
+        uses_casts = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return *self.halves_in_use(), self.multiplier * self.scale_in_use, self.casts if uses_casts else None
+
+    def weights_to_cast(self) -> list[Tensor]:
+        """Return the weights that a forward pass casts as they are."""
+        if not self.enabled or not self._sums_in_products:
+            return []
+        halves = (self._modules.get(name) for name in ("lora_down", "lora_up"))
+        return [half.weight for half in halves if half is not None]
 
     @property
     def _sums_in_products(self) -> bool:
@@ -73,7 +87,7 @@ class LoraModule(AdapterModule):
 
     def add_change(self, out: Tensor, x: Tensor) -> Tensor:
         if self._sums_in_products:
-            return AddLowRank.apply(out, x, *self.halves_in_use(), self.multiplier * self.scale_in_use)
+            return AddLowRank.apply(out, x, *self._for_product())
         # scaling within the addition saves one pass over the output
         return torch.add(out, self.low_rank_output(x), alpha=self.multiplier * self.scale_in_use)
 

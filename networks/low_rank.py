@@ -4,11 +4,12 @@ Shape legend: N tokens of all samples, r rank, in/out features. With y = x W^T +
 3) and a gradient g of y, that of x is g W + s (g U) D, that of U is s g^T (x D^T), and that of D is s (g U)^T x.
 
 Sums and factors are part of the matrix products. Weights and gradients of the adapter are cast to the dtype of the
-product, as autocast does.
+product, as autocast does; ``Casts`` casts those of a whole network together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,19 +17,71 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class Casts:
+    """Copies of the weights of a network in the dtype of its products.
+
+    Cast one by one, the weights of a large model are thousands of small kernels: in each layer's forward pass, and again
+    where a checkpointed block runs a second time. Here the first layer of a forward pass casts all of them in a few
+    kernels. A copy is freed when the backward pass has used it, so that it makes room for the gradient. After any
+    backward pass all copies are made anew, because weights may have changed by then, in ways that no counter shows.
+
+    Args:
+        weights: returns the network's weights that have copies.
+    """
+
+    def __init__(self, weights: Callable[[], Iterable[Tensor]]) -> None:
+        self._weights = weights
+        self._copies: dict[int, tuple[Tensor, Tensor, int]] = {}  # weight, its copy, its version
+        self._outdated = False
+
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the weight in a dtype, without gradients."""
+        if weight.dtype == dtype:
+            return weight
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self._outdated and not in_backward:
+            self._copies.clear()
+            self._outdated = False
+        copy = self._found(weight, dtype)
+        if copy is None and not self._copies and weight.requires_grad and not in_backward:
+            self._fill(dtype)
+            copy = self._found(weight, dtype)
+        return weight.detach().to(dtype) if copy is None else copy
+
+    def drop(self, *weights: Tensor) -> None:
+        """Free the copies of weights whose gradients are computed."""
+        self._outdated = True
+        for weight in weights:
+            self._copies.pop(id(weight), None)
+
+    def _found(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        known, copy, version = self._copies.get(id(weight), (None, None, 0))
+        fits = known is weight and copy is not None and copy.dtype == dtype and version == weight._version
+        return copy if fits else None
+
+    @torch.no_grad()
+    def _fill(self, dtype: torch.dtype) -> None:
+        weights = [w for w in self._weights() if w.requires_grad and w.dtype != dtype]
+        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(copies, weights)
+        self._copies = {id(w): (w, copy, w._version) for w, copy in zip(weights, copies, strict=True)}
+
+
 class AddLowRank(torch.autograd.Function):
     """Return out + scale * (x D^T) U^T for the output (..., out) of any layer for x (..., in)."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-        down, up, hidden = _keep(ctx, x, down, up, scale, out.dtype)
+    def forward(
+        ctx: Any, out: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, casts: Casts | None = None
+    ) -> Tensor:
+        down, up, hidden = _keep(ctx, x, down, up, scale, casts, out.dtype, first=1)
         total = torch.addmm(out.reshape(-1, out.shape[-1]), hidden, up.t(), alpha=scale)
         return total.view(out.shape).to(out.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, down, up, hidden = ctx.saved_tensors
-        return gradient, *_gradients(ctx, gradient, x, down, up, hidden, None, first=1), None
+        return gradient, *_gradients(ctx, gradient, x, down, up, hidden, None, first=1), None, None
 
 
 class LinearWithLowRank(torch.autograd.Function):
@@ -36,28 +89,48 @@ class LinearWithLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor | None, x: Tensor, down: Tensor, up: Tensor, scale: float
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        casts: Casts | None = None,
     ) -> Tensor:
         x = x.to(weight.dtype)
         out = F.linear(x, weight, bias)
-        down, up, hidden = _keep(ctx, x, down, up, scale, out.dtype, weight)
+        down, up, hidden = _keep(ctx, x, down, up, scale, casts, out.dtype, weight, first=2)
         out.view(-1, out.shape[-1]).addmm_(hidden, up.t(), alpha=scale)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, down, up, hidden, weight = ctx.saved_tensors
-        return None, None, *_gradients(ctx, gradient, x, down, up, hidden, weight, first=2), None
+        return None, None, *_gradients(ctx, gradient, x, down, up, hidden, weight, first=2), None, None
 
 
 def _keep(
-    ctx: Any, x: Tensor, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype, *more: Tensor
+    ctx: Any,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    casts: Casts | None,
+    dtype: torch.dtype,
+    *more: Tensor,
+    first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both halves in the dtype of the product, and x D^T (N, r); keep what the backward pass needs."""
-    x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
+    """Return both halves in the dtype of the product, and x D^T (N, r); keep what the backward pass needs.
+
+    ``first`` is the place of x among the inputs.
+    """
+    ctx.casts, ctx.halves = casts, (down, up) if casts is not None else ()
+    x = x.to(dtype)
+    down, up = (half.to(dtype) if casts is None else casts.of(half, dtype) for half in (down, up))
     hidden = torch.mm(x.reshape(-1, x.shape[-1]), down.t())
     # a frozen down half needs no input in the backward pass
-    ctx.save_for_backward(x if ctx.needs_input_grad[-3] else None, down, up, hidden, *more)
+    ctx.save_for_backward(x if ctx.needs_input_grad[first + 1] else None, down, up, hidden, *more)
     ctx.scale, ctx.shape = scale, x.shape
     return down, up, hidden
 
@@ -87,4 +160,6 @@ def _gradients(
         if needs_x:
             of_x = torch.mm(inner, down) if weight is None else torch.mm(rows, weight).addmm_(inner, down)
             of_x = of_x.view(ctx.shape)
+    if ctx.casts is not None:
+        ctx.casts.drop(*ctx.halves)
     return of_x, of_down, of_up

@@ -45,7 +45,7 @@ def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
             "--blocks_to_swap: trained blocks are updated while they are on the device; add "
             "--blockwise_fused_optimizers or --fused_backward_pass"
         )
-    for flag in ("torch_compile", "compile", "cpu_offload_checkpointing") if "full" in o.groups() else ():
+    for flag in ("torch_compile", "compile") if "full" in o.groups() else ():
         if getattr(o.training, flag):
             yield error(f"--blocks_to_swap: not with --{flag} where whole models are trained; remove one of them")
     if o.training.compile and o.training.compile_mode in _CUDA_GRAPHS:

@@ -19,7 +19,7 @@ the host reads weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.memory.transfers import Transfers
 
 #: blocks of each list that stay on the device at least
 _STAY = 2
@@ -105,11 +106,19 @@ class BlockStream:
         lists: lists of blocks, in the order in which they run; host blocks may be anywhere in them.
         counts: how many of each list wait on the host.
         device: where blocks run.
+        copies: the queue of copies, if not that of the device.
     """
 
-    def __init__(self, lists: Sequence[Sequence[nn.Module]], counts: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        lists: Sequence[Sequence[nn.Module]],
+        counts: Sequence[int],
+        device: torch.device,
+        *,
+        copies: Transfers | None = None,
+    ) -> None:
         self.device = device
-        self._copies = _Copies(device)
+        self._copies = copies or Transfers(device)
         self._blocks: list[_Block] = []
         self._buffers: dict[Signature, list[_Buffer]] = {}
         self._running: int | None = None
@@ -121,7 +130,7 @@ class BlockStream:
                 if place in waiting:
                     self._add(module)
                 else:
-                    module.to(device)
+                    _move(module.modules(), device)
         for signature, buffers in self._buffers.items():
             first = next(block for block in self._blocks if block.signature == signature)
             buffers += [self._make_buffer(first) for _ in range(_BUFFERS)]
@@ -132,9 +141,14 @@ class BlockStream:
         return sum(piece.nbytes for block in self._blocks for piece in block.host.values())
 
     @property
+    def buffers(self) -> list[Tensor]:
+        """Return the memory of the buffers on the device."""
+        return [piece for buffers in self._buffers.values() for b in buffers for piece in b.pieces.values()]
+
+    @property
     def buffer_bytes(self) -> int:
         """Return the bytes of the buffers on the device."""
-        return sum(p.nbytes for buffers in self._buffers.values() for b in buffers for p in b.pieces.values())
+        return sum(piece.nbytes for piece in self.buffers)
 
     # ---- setting up ----
 
@@ -230,42 +244,6 @@ def _bind(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-class _Copies:
-    """Copies from and to pinned host memory, parallel to the computation if the device has streams; else at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._module: Any = getattr(torch, device.type, None) if device.type in ("cuda", "xpu") else None
-        self._device = device
-        self._stream = self._module.Stream(device) if self._module is not None else None
-
-    def host_memory(self, size: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(size, dtype=dtype, pin_memory=self._stream is not None)
-
-    def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
-        """Copy each (target, source) after all queued work of the device; returns an event."""
-        if self._stream is None:
-            for target, source in pairs:
-                target.copy_(source)
-            return None
-        self._stream.wait_stream(self._module.current_stream(self._device))
-        with self._module.stream(self._stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-            event = self._module.Event()
-            event.record(self._stream)
-        return event
-
-    def settle(self) -> None:
-        """Make the host wait for all copies."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def wait(self, event: Any) -> None:
-        """Make the computation wait for a copy, but not the host."""
-        if event is not None:
-            self._module.current_stream(self._device).wait_event(event)
-
-
 def _sizes(tensors: Sequence[Tensor]) -> dict[torch.dtype, int]:
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
@@ -291,24 +269,32 @@ def _views(pieces: dict[torch.dtype, Tensor], tensors: Sequence[Tensor]) -> list
 
 
 def stream_blocks(
-    model: nn.Module, lists: Sequence[Sequence[nn.Module]], count: int, device: torch.device
+    model: nn.Module,
+    lists: Sequence[Sequence[nn.Module]],
+    count: int,
+    device: torch.device,
+    *,
+    copies: Transfers | None = None,
 ) -> BlockStream:
     """Keep ``count`` blocks of a model on the host, and move the rest of it to ``device``.
+
+    Args:
+        copies: the queue of copies, if not that of the device.
 
     Raises:
         UserError: too many.
     """
     counts = swapped_counts([len(blocks) for blocks in lists], count)
-    stream = BlockStream(lists, counts, device)
+    stream = BlockStream(lists, counts, device, copies=copies)
     inside = {id(t) for blocks in lists for b in blocks for t in (*b.parameters(), *b.buffers())}
-    _move_others(model, inside, lambda tensor: tensor.to(device))
+    _move(model.modules(), device, but=inside)
     return stream
 
 
 @torch.no_grad()
-def _move_others(model: nn.Module, inside: set[int], move: Callable[[Tensor], Tensor]) -> None:
-    """Move the parts of a model that are in no block."""
-    for module in model.modules():
+def _move(modules: Iterable[nn.Module], device: torch.device, *, but: Container[int] = ()) -> None:
+    """Move the own tensors of modules, save those with the ids of ``but``."""
+    for module in modules:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if id(tensor) not in inside:
-                tensor.data = move(tensor.data)
+            if id(tensor) not in but and tensor.device != device:
+                tensor.data = tensor.data.to(device)

@@ -16,7 +16,7 @@ and no other random number than those of CPU generators can be drawn.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,8 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from library.memory.transfers import Transfers
+
 NAME = "standin"
 #: operators that autocast computes in half precision, as on a GPU
 _IN_HALF = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv2d", "_convolution")
@@ -34,8 +36,13 @@ _IN_HALF = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv2d", "_con
 _NO_KERNEL = frozenset(
     f"aten::{name}" for name in ("empty.memory_format", "empty_like", "empty_strided", "new_empty", "_unsafe_view")
 )
+#: launches of operators on lists of tensors: numbers in a chunk, chunks of a launch, and tensors of a launch by how many
+#: lists it reads and writes (torch's MultiTensorApply.cuh, with kernel arguments of 4 KB)
+_CHUNK, _CHUNKS, _TENSORS = 65536, 320, {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 #: registrations end with these objects
 _libraries: list[torch.library.Library] = []
+#: storages that stand for memory of the host: tensors without numbers cannot change their device
+_on_host: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class _Backend(backend_registration._DummyBackendModule):
@@ -78,7 +85,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.zeros(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)  # one kernel
+        out = _one_kernel(query)  # in memory as the queries are
         rows = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, out, rows)
         return out
@@ -86,7 +93,8 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, _, _ = ctx.saved_tensors
-        return _one_kernel(query), torch.empty_like(key), torch.empty_like(value)
+        # three kernels: sums over the outputs' rows, the gradients in float32, and those of the queries rounded
+        return _one_kernel(query), _one_kernel(key), _one_kernel(value)
 
 
 def _fuse_attention() -> None:
@@ -104,18 +112,22 @@ def _fuse_attention() -> None:
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Allocates as a fused root mean square norm does: it keeps its input and a float32 number for each row."""
+    """Allocates as a fused root mean square norm does: it keeps its input and a float32 number for each row.
+
+    Both passes read rows that lie one after the other, so anything else is copied first.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        rows = torch.empty(x.shape[: x.dim() - weight.dim()], dtype=torch.float32, device=x.device)
-        ctx.save_for_backward(x, weight, rows)
-        return _one_kernel(x)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, rows: int) -> Tensor:
+        roots = torch.empty(x.shape[:rows], dtype=torch.float32, device=x.device)
+        ctx.save_for_backward(x, weight, roots)
+        return _one_kernel(x.contiguous())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, _ = ctx.saved_tensors
-        return _one_kernel(x), _one_kernel(weight) if ctx.needs_input_grad[1] else None
+        copies = x.contiguous(), gradient.contiguous()
+        return _one_kernel(copies[0]), _one_kernel(weight) if ctx.needs_input_grad[1] else None, None
 
 
 def _one_kernel(like: Tensor) -> Tensor:
@@ -123,13 +135,16 @@ def _one_kernel(like: Tensor) -> Tensor:
 
 
 def _fuse_norm() -> None:
-    """Replace ``rms_norm`` on the device, which is one kernel on GPUs and which torch would spell out here."""
+    """Replace ``rms_norm`` on the device, which torch would spell out here.
+
+    On NVIDIA GPUs it is ``_fused_rms_norm``, one kernel, if the weight has the input's dtype.
+    """
     plain = nn.functional.rms_norm
 
     def norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-        if x.device.type != NAME or weight is None or weight.dtype != x.dtype:
+        if x.device.type != NAME or (weight is not None and weight.dtype != x.dtype):
             return plain(x, shape, weight, eps)
-        return _FusedNorm.apply(x, weight)
+        return _FusedNorm.apply(x, weight, x.dim() - len(shape))
 
     nn.functional.rms_norm = norm
 
@@ -145,25 +160,39 @@ def without_weights() -> Iterator[None]:
         yield
 
 
-def place_without_numbers(module: nn.Module, device: torch.device) -> None:
+def place_without_numbers(module: nn.Module, device: torch.device) -> dict[Tensor, nn.Parameter]:
     """Give the parameters and buffers of a module places on the device; call it within ``without_weights``.
 
-    Those that have places there keep them, as another module may hold them too.
+    Those that have places there keep them, as another module may hold them too. Returns the new parameter of each
+    other one.
     """
     from torch._subclasses.fake_tensor import FakeTensor
 
-    made: dict[int, Any] = {}  # tied parameters stay one
+    made: dict[Tensor, nn.Parameter] = {}  # tied parameters stay one
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is None or (isinstance(parameter, FakeTensor) and parameter.device.type == device.type):
                 continue
-            if id(parameter) not in made:
+            if parameter not in made:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                made[id(parameter)] = (nn.Parameter(empty, parameter.requires_grad), parameter)
-            part._parameters[name] = made[id(parameter)][0]
+                made[parameter] = nn.Parameter(empty, parameter.requires_grad)
+            part._parameters[name] = made[parameter]
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    return made
+
+
+class HostMemory(Transfers):
+    """Transfers of tensors without numbers: what lies on the host is not counted, and nothing is copied."""
+
+    def host_memory(self, size: int, dtype: torch.dtype) -> Tensor:
+        made = torch.empty(size, dtype=dtype, device=self._device)
+        _on_host.add(made.untyped_storage())
+        return made
+
+    def start(self, pairs: Sequence[tuple[Tensor, Tensor]], *, after: Iterable[Any] = ()) -> None:
+        """Copy nothing."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +239,7 @@ class Trace(TorchDispatchMode):
         if not isinstance(value, Tensor) or value.device.type != self._device_type:
             return
         storage = value.untyped_storage()
-        if storage in self._seen:
+        if storage in self._seen or storage in _on_host:
             return
         self._seen.add(storage)
         size = storage.nbytes()
@@ -230,12 +259,45 @@ class Trace(TorchDispatchMode):
                 out = func(*args, **kwargs)
         else:
             out = func(*tree_map(_without_numbers, args), **tree_map(_without_numbers, kwargs))
-        leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        on_device = any(leaf.device.type == self._device_type for leaf in leaves)
-        self.kernels += on_device and func.namespace == "aten" and not func.is_view and func.name() not in _NO_KERNEL
-        for leaf in leaves:
+        for leaf in tree_leaves(out):
             self.track(leaf)
+        self.kernels += self._launches(func, args, kwargs, out)
         return out
+
+    def _launches(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
+        """Return how many kernels an operator is on an NVIDIA GPU, about."""
+        if func.namespace != "aten" or func.is_view or func.name() in _NO_KERNEL:
+            return 0
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        on_lists = name.startswith(("_foreach_", "_fused_adam", "_fused_sgd"))  # most of them return nothing
+        tensors = [leaf for leaf in tree_leaves((args, kwargs) if on_lists else out) if isinstance(leaf, Tensor)]
+        if not any(tensor.device.type == self._device_type for tensor in tensors):
+            return 0
+        if on_lists:
+            return _launches_on_lists(args, writes_new=out is not None)
+        if name.startswith("native_layer_norm"):
+            # they read rows that lie one after the other; gradients of weight and bias are a kernel of their own
+            read = args[:2] if name == "native_layer_norm_backward" else args[:1]
+            copies = sum(not tensor.is_contiguous() for tensor in read)
+            mask = args[-1] if name == "native_layer_norm_backward" else [True]
+            return copies + bool(mask[0]) + any(mask[1:])
+        return 1
+
+
+def _launches_on_lists(args: Any, *, writes_new: bool) -> int:
+    """Return the launches of an operator on lists of tensors."""
+    lists = [value for value in args if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor)]
+    most = _TENSORS[min(len(lists) + writes_new, max(_TENSORS))]
+    launches = tensors = chunks = 0
+    for tensor in lists[0]:
+        tensors += 1
+        left = -(-tensor.numel() // _CHUNK)
+        while left:
+            taken = min(left, _CHUNKS - chunks)
+            left, chunks = left - taken, chunks + taken
+            if chunks == _CHUNKS or (tensors == most and not left):
+                launches, chunks, tensors = launches + 1, 0, 1 if left else 0
+    return launches + (chunks > 0)
 
 
 def measure(step: Callable[[], object], resident: Iterable[Tensor], *, device_type: str = NAME) -> Measured:

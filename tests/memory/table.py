@@ -31,6 +31,11 @@ ROWS: dict[str, tuple[str | None, str | None]] = {
 WHOLE = {
     "SDXL, U-Net": ("sdxl", "`--fused_backward_pass`"),
     "FLUX.1": ("flux", "`--blockwise_fused_optimizers --blocks_to_swap 35`"),
+    "Chroma": ("chroma", "`--blockwise_fused_optimizers --blocks_to_swap 35`"),
+    "Stable Diffusion 3 medium": ("sd3", "`--blockwise_fused_optimizers`"),
+    "Stable Diffusion 3.5 large": ("sd35", "`--blockwise_fused_optimizers --blocks_to_swap 36`"),
+    "Lumina-Image 2.0": ("lumina", "`--blockwise_fused_optimizers --blocks_to_swap 24`"),
+    "HunyuanImage-2.1, 2048 px": ("hunyuan_image", "`--blockwise_fused_optimizers --blocks_to_swap 37`"),
 }
 SWAPPED = (0, 18, 26, 35)
 GPUS = (8, 10, 12, 16, 24, 48)
@@ -69,6 +74,8 @@ def whole_table() -> list[str]:
     steps = recorded("recorded_full_steps.json")
     lines = ["| model | options | GPU | of which weights |", "|---|---|---|---|"]
     for model, (name, options) in WHOLE.items():
+        if name not in steps:
+            continue
         lines.append(f"| {model} | {options} | {gb(steps[name]['peak'])} | {gb(steps[name]['resident'])} |")
     return lines
 
@@ -117,6 +124,50 @@ def plans_of(kept: str | None, checkpointed: str | None) -> list[tuple[str, int]
     return found
 
 
+#: what the predecessor's documents say of the GPU: run, GB, case, whole model, form of its weights, swapped blocks
+PUBLISHED: list[tuple[str, str, str, bool, str | None, int]] = [
+    (
+        "SDXL LoRA, rank 4 to 8, 8-bit optimizer, checkpointing",
+        "8; 10 recommended",
+        "sdxl_checkpointed",
+        False,
+        None,
+        0,
+    ),
+    ("SDXL, float32, `--fused_backward_pass`", "about 17", "sdxl_float32", True, None, 0),
+    ("FLUX.1 LoRA, `--fp8_base`, batch size 2", "24", "flux", False, "fp8", 0),
+    ("FLUX.1 LoRA, `--fp8_base --blocks_to_swap 16`, 8-bit optimizer", "12", "flux", False, "fp8", 16),
+    ("FLUX.1 LoRA, `--fp8_base --blocks_to_swap 22`", "10", "flux", False, "fp8", 22),
+    ("FLUX.1 LoRA, `--fp8_base --blocks_to_swap 28`", "8", "flux", False, "fp8", 28),
+    ("FLUX.1, `--full_bf16 --blocks_to_swap 8`", "24", "flux", True, None, 8),
+    ("FLUX.1, `--full_bf16 --blocks_to_swap 28`", "12", "flux", True, None, 28),
+    ("HunyuanImage-2.1 LoRA", "40", "hunyuan_image", False, None, 0),
+    ("HunyuanImage-2.1 LoRA, `--fp8_scaled --blocks_to_swap 9`", "24", "hunyuan_image", False, "fp8_scaled", 9),
+    ("HunyuanImage-2.1 LoRA, `--fp8_scaled --blocks_to_swap 32`", "12", "hunyuan_image", False, "fp8_scaled", 32),
+    ("HunyuanImage-2.1 LoRA, `--fp8_scaled --blocks_to_swap 37`", "8", "hunyuan_image", False, "fp8_scaled", 37),
+]
+
+
+def published_table() -> list[str]:
+    """Return the rows of runs whose GPU is published, with our estimates."""
+    from library.memory.budget import Choice, denoiser_bytes
+    from tests.fixtures.traced_full import FULL
+
+    lines = ["| run | published GPU, GB | estimate |", "|---|---|---|"]
+    for run, size, case, is_whole, form, swapped in PUBLISHED:
+        steps = recorded("recorded_full_steps.json" if is_whole else "recorded_steps.json")
+        if case not in steps:
+            continue
+        peak = steps[case]["peak"]
+        present = FULL[case].swaps if is_whole else 0
+        if form is not None or swapped != present:
+            model, blocks = model_and_blocks(case)
+            peak -= denoiser_bytes(model, blocks, Choice(True, None, present))
+            peak += denoiser_bytes(model, blocks, Choice(True, form, swapped))
+        lines.append(f"| {run} | {size} | {gb(peak)} |")
+    return lines
+
+
 def swapped_table() -> list[str]:
     """Return the rows of FLUX.1's swapped blocks: peaks, and the weights of blocks that wait on the host."""
     from library.memory.block_stream import spread, swapped_counts
@@ -136,7 +187,13 @@ def swapped_table() -> list[str]:
     return lines
 
 
-TABLES = {"recorded": recorded_table, "swapped": swapped_table, "whole": whole_table, "planned": planned_table}
+TABLES = {
+    "recorded": recorded_table,
+    "swapped": swapped_table,
+    "whole": whole_table,
+    "planned": planned_table,
+    "published": published_table,
+}
 
 
 def written(text: str) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +11,7 @@ from library.errors import UserError
 from library.memory.block_stream import _BUFFERS, BlockStream, spread, stream_blocks, swapped_counts
 from library.memory.host_activations import HostActivations
 from library.memory.stored_layers import store_weights
+from tests.fixtures.streams import Recorded, Streams, late_ways
 
 
 class Block(nn.Module):
@@ -129,27 +127,28 @@ def test_training_and_sampling_are_the_same(count: int, form: str) -> None:
         assert torch.equal(tensor, streamed.state_dict()[name])
 
 
+def on_host(model: Model, moved: list[int]) -> Model:
+    """Let the activations of each pass wait on the host, with copies that come as late as they may."""
+    plain = model.forward
+
+    def forward(x: Tensor) -> Tensor:
+        context = HostActivations(least_bytes=0, from_host=True, ways=late_ways)
+        with context:
+            out = plain(x)
+        moved.append(context.moved_bytes)
+        return out
+
+    model.forward = forward
+    return model
+
+
 def test_activations_on_the_host_as_well() -> None:
     """``--cpu_offload_checkpointing`` beside swapped blocks: losses and weights stay the same."""
-
-    def on_host(model: Model) -> Model:
-        plain = model.forward
-
-        def forward(x: Tensor) -> Tensor:
-            context = HostActivations(least_bytes=0, from_host=True)
-            with context:
-                out = plain(x)
-            moved.append(context.moved_bytes)
-            return out
-
-        model.forward = forward
-        return model
-
     moved: list[int] = []
     expected, trained = train(Model())
     streamed = Model()
     stream_blocks(streamed, streamed.lists, 4, torch.device("cpu"))
-    losses, parameters = train(on_host(streamed))
+    losses, parameters = train(on_host(streamed, moved))
     assert losses == expected and max(moved) > 0
     assert all(torch.equal(one, other) for one, other in zip(trained, parameters, strict=True))
 
@@ -206,51 +205,11 @@ def test_without_checkpointing_the_backward_pass_is_refused(form: str) -> None:
         train(model, steps=1)
 
 
-class Streams:
-    """The part of ``torch.cuda`` that copies use, for a device whose order of work is looked at."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.compute = self._Stream(self, "compute")
-
-    class _Stream:
-        def __init__(self, owner: Streams, name: str) -> None:
-            self.owner, self.name = owner, name
-
-        def wait_stream(self, other: Streams._Stream) -> None:
-            self.owner.log.append(f"{self.name} waits for {other.name}")
-
-        def wait_event(self, event: Streams._Event) -> None:
-            self.owner.log.append(f"{self.name} waits for copy {event.number}")
-
-    class _Event:
-        def __init__(self, owner: Streams) -> None:
-            self.owner, self.number = owner, 0
-
-        def record(self, stream: Streams._Stream) -> None:
-            self.number = sum(line.startswith("copy") for line in self.owner.log)
-            self.owner.log.append(f"copy {self.number} on {stream.name}")
-
-    def Stream(self, device: torch.device) -> _Stream:
-        return self._Stream(self, "copies")
-
-    def Event(self) -> _Event:
-        return self._Event(self)
-
-    def current_stream(self, device: torch.device) -> _Stream:
-        return self.compute
-
-    @contextmanager
-    def stream(self, stream: _Stream) -> Iterator[None]:
-        yield
-
-
 def test_order_of_copies_and_computation() -> None:
     """Each block waits for its own copy alone, and a copy for what was computed before it in its buffer."""
     model = Model(heavy=0, light=6)
-    stream = BlockStream([list(model.light)], [3], torch.device("cpu"))
     device = Streams()
-    stream._copies._module, stream._copies._stream = device, device.Stream(torch.device("cpu"))
+    BlockStream([list(model.light)], [3], torch.device("cpu"), copies=Recorded(device, "copies"))
     for number, block in enumerate(model.light):
         block.register_forward_hook(lambda *_, number=number: device.log.append(f"block {number}"))
     with torch.no_grad():
@@ -285,8 +244,9 @@ def whole(model: Model) -> list[Tensor]:
     return parameters
 
 
+@pytest.mark.parametrize("host", [False, True], ids=["", "activations on the host"])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4])
-def test_trained_blocks_are_copied_back(count: int) -> None:
+def test_trained_blocks_are_copied_back(count: int, host: bool) -> None:
     """With sample images between the steps, in which nothing changes."""
     torch.manual_seed(0)
     plain, swapped = Model(), Model()
@@ -294,6 +254,9 @@ def test_trained_blocks_are_copied_back(count: int) -> None:
     swapped.requires_grad_(True)
     stream = stream_blocks(swapped, swapped.lists, count, torch.device("cpu")) if count else None
     found = whole(swapped)
+    moved: list[int] = []
+    if host:
+        on_host(swapped, moved)
     for step in range(4):
         batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         for model in (plain, swapped):
@@ -308,6 +271,7 @@ def test_trained_blocks_are_copied_back(count: int) -> None:
         stream.settle()
         waiting = sum(swapped_counts([5, 7], count))
         assert stream.returned >= 4 * (waiting - 2 * _BUFFERS)
+    assert not host or max(moved) > 0
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

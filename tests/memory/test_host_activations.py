@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from library.memory.host_activations import HostActivations
 from networks.lora import create_network
+from tests.fixtures.streams import Recorded, Streams, late_ways
 from tests.networks.conftest import make_tiny_text_encoder, make_tiny_unet
 
 
@@ -37,6 +39,64 @@ def test_gradients_are_the_same_and_activations_moved() -> None:
     assert torch.equal(loss, other)
     assert plain.keys() == moved.keys() and all(torch.equal(plain[name], moved[name]) for name in plain)
     assert host.moved_bytes > 20_000
+
+
+def test_copies_may_come_as_late_as_they_are_waited_for() -> None:
+    """Nothing is read before it has arrived, and nothing is freed before it has left."""
+    host = HostActivations(least_bytes=1, from_host=True, ways=late_ways)
+    (loss, plain), (other, moved) = gradients(None), gradients(host)
+    assert torch.equal(loss, other)
+    assert all(torch.equal(plain[name], moved[name]) for name in plain)
+    assert host.moved_bytes > 20_000
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x * self.weight + positions
+
+
+def test_inputs_come_back_ahead_of_their_blocks() -> None:
+    """Two are on their way while a block is recomputed; what all blocks share is moved once."""
+    device = Streams()
+    ways = Recorded(device, "out"), Recorded(device, "back")
+    blocks = [Block() for _ in range(5)]
+    x, positions = torch.ones(4), torch.ones(4)
+    host = HostActivations(least_bytes=1, from_host=True, ways=lambda _: ways)
+    with host:
+        y = x
+        for number, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda *_, number=number: device.log.append(f"block {number}"))
+            y = checkpoint(block, y, positions, use_reentrant=False)
+    away = ["out waits for compute", "copy {} on out", "memory held for out"]
+    expected = []
+    for number in range(5):
+        sent = [number + 1] if number else [0, 1]  # the input, and once the positions
+        expected += [line.format(copy) for copy in sent for line in away] + [f"block {number}"]
+    assert device.log == expected and host.moved_bytes == 6 * x.nbytes
+    device.log.clear()
+    y.sum().backward()
+    copies = [line for line in device.log if line.startswith(("copy", "block"))]
+    assert copies == [
+        # the inputs of blocks 4, 3 and 2, and the positions; then always one more
+        "copy 0 on back", "copy 1 on back", "copy 2 on back", "copy 3 on back", "block 4",
+        "copy 4 on back", "block 3",
+        "copy 5 on back", "block 2",
+        "block 1",
+        "block 0",
+    ]  # fmt: skip
+    # each copy back comes after the one that left, and the computation waits for it
+    sent = {"copy 0 on back": 5, "copy 1 on back": 4, "copy 2 on back": 3, "copy 3 on back": 1, "copy 4 on back": 2}
+    for line, number in sent.items():
+        assert device.log[device.log.index(line) - 1] == f"back waits for copy {number}"
+    waits = [line for line in device.log if line.startswith(("compute", "block"))]
+    assert waits[:6] == [
+        "compute waits for copy 0", "compute waits for copy 3", "block 4",
+        "compute waits for copy 1", "compute waits for copy 3", "block 3",
+    ]  # fmt: skip
 
 
 def test_weights_small_tensors_and_those_on_the_host_stay() -> None:

@@ -23,7 +23,7 @@ CASES = [pytest.param(name, marks=() if name.endswith("--short") else pytest.mar
 #: the same where whole models are trained: python tests/fixtures/traced_full.py NAME [--short]
 RECORDED_FULL = json.loads((Path(__file__).parent / "recorded_full_steps.json").read_text(encoding="utf-8"))
 FULL = [
-    pytest.param(name, marks=() if name == "sd3 --short" else pytest.mark.slow, id=f"full {name}")
+    pytest.param(name, marks=() if name == "sd35 --short" else pytest.mark.slow, id=f"full {name}")
     for name in RECORDED_FULL
 ]
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from library.architectures.lora_target import LORA_TARGET, LoraTarget
+from networks.lora import create_network
 from networks.low_rank import AddLowRank, LinearWithLowRank
 
 IN, OUT, R, SCALE = 6, 5, 2, 0.75
@@ -77,3 +83,91 @@ def test_adapters_of_a_half_precision_base(autocast: bool) -> None:
     torch.testing.assert_close(out.float(), plain.float(), rtol=0.02, atol=0.02)
     out.float().square().sum().backward()
     assert adapter.lora_down.weight.grad.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
+
+
+# ---- copies of the weights in the dtype of the products ----
+
+
+def network() -> tuple[nn.Module, Any]:
+    """Three layers in bfloat16, checkpointed one by one, and float32 adapters that change them."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    model = nn.ModuleDict({"layers": layers}).to(torch.bfloat16).requires_grad_(False)
+    setattr(model, LORA_TARGET, LoraTarget("lora_unet", ("Sequential",)))
+    made = create_network(1.0, 4, 2.0, None, [], model)
+    for adapter in made.adapters:
+        nn.init.normal_(adapter.lora_up.weight, std=0.1)
+    made.apply_to([], model, False, True)
+    return model, made.train()
+
+
+def step(model: nn.Module) -> Tensor:
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    for layer in model["layers"]:
+        x = checkpoint(layer, x, use_reentrant=False)
+    return x.float().square().mean()
+
+
+class Foreach(TorchDispatchMode):
+    """Counts casts of all weights together, and of single ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.together = self.single = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.together += func is torch.ops.aten._foreach_copy_.default
+        half = (kwargs or {}).get("dtype") == torch.bfloat16
+        self.single += func is torch.ops.aten._to_copy.default and half and isinstance(args[0], nn.Parameter)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_together_once_a_step() -> None:
+    """Gradients are bit for bit those of single casts; no copy is left behind the backward pass."""
+    (model, made), (other, plain) = network(), network()
+    for adapter in plain.adapters:
+        adapter.casts = None
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.5) for each in (made, plain)]
+    for _ in range(3):
+        with Foreach() as counted:
+            loss = step(model)
+            loss.backward()
+        assert (counted.together, counted.single) == (1, 0)
+        assert not made.adapters[0].casts._copies
+        expected = step(other)
+        expected.backward()
+        assert torch.equal(loss, expected)
+        for one, two in zip(made.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(one.grad, two.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("between", ["backward", "nothing"])
+def test_changed_weights_are_cast_again(between: str) -> None:
+    """Many optimizers change ``.data``, which no counter shows; a layer that a pass leaves out keeps its copy."""
+    model, made = network()
+    left_out = made.adapters[0]
+    left_out.enabled = False
+    loss = step(model)
+    if between == "backward":
+        loss.backward()
+        for parameter in made.parameters():
+            parameter.data.mul_(2.0)
+    else:
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.mul_(2.0)
+    left_out.enabled = True
+    found = step(model)
+    for adapter in made.adapters:
+        adapter.casts = None
+    assert torch.equal(found, step(model))
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    model, made = network()
+    with torch.no_grad():
+        step(model)
+    assert not made.adapters[0].casts._copies

@@ -26,7 +26,34 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+    if len(x) == 1 and x.dtype == shift.dtype == scale.dtype:
+        return _ModulatedNormOfOne.apply(x, shift, scale)
     return _ModulatedNorm.apply(x, shift, scale)
+
+
+class _ModulatedNormOfOne(torch.autograd.Function):
+    """For a batch of one, factor and shift are weight and bias of torch's norm, whose gradients come with the input's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        factor, bias = 1 + scale, shift.contiguous()
+        width = x.shape[-1:]
+        out, mean, rstd = torch.native_layer_norm(x, width, factor.view(width), bias.view(width), NORM_EPS)
+        ctx.save_for_backward(x, mean, rstd, factor, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, factor, bias = ctx.saved_tensors
+        width, (for_x, for_shift, for_scale) = x.shape[-1:], ctx.needs_input_grad
+        of_x, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, width, mean, rstd, factor.view(width), bias.view(width), [for_x, for_scale, for_shift]
+        )
+        return (
+            of_x if for_x else None,
+            of_shift.view(bias.shape) if for_shift else None,
+            of_scale.view(factor.shape) if for_scale else None,
+        )
 
 
 class _ModulatedNorm(torch.autograd.Function):

@@ -87,7 +87,7 @@ class QKNorm(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates of one stream from the conditioning vector: (B, D) -> (B, parts, D)."""
+    """Shifts, scales and gates of one stream from the activated conditioning vector: (B, D) -> (B, parts, D)."""
 
     def __init__(self, hidden: int, parts: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(hidden, parts * hidden)
 
     def forward(self, vector: Tensor) -> Tensor:
-        return self.lin(F.silu(vector)).unflatten(-1, (self.parts, -1))
+        return self.lin(vector).unflatten(-1, (self.parts, -1))
 
 
 def parts_of(modulation: Tensor) -> tuple[Tensor, ...]:
@@ -165,7 +165,7 @@ class DoubleStreamBlock(nn.Module):
         Args:
             image: (B, N, D).
             text: (B, T, D).
-            condition: (B, D), or (B, 12, D) without modulation layers: six for the image, six for the text.
+            condition: (B, D) behind SiLU, or (B, 12, D) without modulation layers: six for the image, six for the text.
             mask: (B, L) bool, True for attended tokens, or None.
         """
         if self.img_mod is not None and self.txt_mod is not None:
@@ -211,7 +211,7 @@ class SingleStreamBlock(nn.Module):
         """
         Args:
             x: (B, L, D).
-            condition: (B, D), or (B, 3, D) without a modulation layer.
+            condition: (B, D) behind SiLU, or (B, 3, D) without a modulation layer.
             mask: as for ``DoubleStreamBlock``.
         """
         shift, scale, gate = parts_of(condition if self.modulation is None else self.modulation(condition))
@@ -239,9 +239,9 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden)) if modulation else None
 
     def forward(self, image: Tensor, condition: Tensor) -> Tensor:
-        """Args: ``condition`` is (B, D), or (B, 2, D) without a modulation layer."""
+        """Args: ``condition`` is (B, D) behind SiLU, or (B, 2, D) without a modulation layer."""
         if self.adaLN_modulation is not None:
-            condition = self.adaLN_modulation(condition).unflatten(-1, (2, -1))
+            condition = self.adaLN_modulation[1](condition).unflatten(-1, (2, -1))
         shift, scale = parts_of(condition)
         return self.linear(modulated_norm(image, shift, scale))
 
@@ -415,7 +415,7 @@ class Flux(FluxTransformer):
             if guidance is None:
                 raise ValueError("this model embeds the guidance scale and was given none")
             vector = vector + self.guidance_in(thousandths(guidance, self.sizes.time).to(dtype))
-        vector = vector + self.vector_in(pooled)
+        vector = F.silu(vector + self.vector_in(pooled))  # once for the modulations of all blocks
         return self._predict(
             latents,
             context,

@@ -53,7 +53,7 @@ def rotation(rows: int, columns: int, axes: tuple[int, int], device: Any) -> Rot
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates from the conditioning vector: (B, D) -> parts of (B, 1, D)."""
+    """Shifts, scales and gates from the activated conditioning vector: (B, D) -> parts of (B, 1, D)."""
 
     def __init__(self, hidden: int, parts: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(hidden, parts * hidden)
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(vector)).unflatten(-1, (self.parts, -1)).unsqueeze(2).unbind(1)
+        return self.linear(vector).unflatten(-1, (self.parts, -1)).unsqueeze(2).unbind(1)
 
 
 def split_heads(qkv: Tensor, heads: int, q_norm: RMSNorm, k_norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +99,7 @@ class MMDoubleStreamBlock(nn.Module):
         Args:
             image: (B, N, D).
             text: (B, T, D).
-            vector: (B, D).
+            vector: (B, D), behind SiLU.
             mask: (B, L) bool of tokens that are attended to, the image's first; ``None`` for all.
         """
         i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2 = self.img_mod(vector)
@@ -140,7 +140,7 @@ class MMSingleStreamBlock(nn.Module):
         """
         Args:
             x: (B, L, D), the image's tokens first.
-            vector: (B, D).
+            vector: (B, D), behind SiLU.
             mask: (B, L) bool; ``None`` for all.
         """
         shift, scale, gate = self.modulation(vector)
@@ -173,7 +173,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(sizes.hidden, 2 * sizes.hidden))
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vector)[:, None].chunk(2, dim=-1)
+        shift, scale = self.adaLN_modulation[1](vector)[:, None].chunk(2, dim=-1)
         return self.linear(modulated_norm(x, shift, scale))
 
 
@@ -229,7 +229,8 @@ class HunyuanImage(nn.Module):
         """
         h, w = latents.shape[2:]
         image = self.img_in(latents)  # (B, N, D)
-        vector = self.time_in(timesteps, latents.dtype)  # (B, D)
+        # (B, D), activated once for the modulations of all blocks
+        vector = F.silu(self.time_in(timesteps, latents.dtype))
         if text_mask is None or glyphs_mask is None:
             mask = None
             text = torch.cat([self.byt5_in(glyphs), self.txt_in(context, timesteps, None)], dim=1)

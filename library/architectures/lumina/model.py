@@ -130,12 +130,13 @@ class JointTransformerBlock(nn.Module):
         Args:
             x: (B, L, D).
             mask: (B, L) bool of tokens that are attended to, or None for all.
-            condition: (B, P); not without modulation.
+            condition: (B, P), behind SiLU; not without modulation.
         """
         if self.adaLN_modulation is None:
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), turn, mask))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        parts = self.adaLN_modulation(condition).unflatten(-1, (4, -1)).unsqueeze(2).unbind(1)  # (B, 1, D) each
+        assert condition is not None
+        parts = self.adaLN_modulation[1](condition).unflatten(-1, (4, -1)).unsqueeze(2).unbind(1)  # (B, 1, D) each
         scale, gate, scale_mlp, gate_mlp = parts
         mixed = self.attention(self.attention_norm1(x) * (1 + scale), turn, mask)
         x = add_gated(x, gate.tanh(), self.attention_norm2(mixed))
@@ -151,7 +152,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(sizes.condition, sizes.hidden))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale = self.adaLN_modulation(condition)[:, None]  # (B, 1, D)
+        scale = self.adaLN_modulation[1](condition)[:, None]  # (B, 1, D)
         return self.linear(F.layer_norm(x, x.shape[-1:], eps=FINAL_EPS) * (1 + scale))
 
 
@@ -244,7 +245,8 @@ class NextDiT(nn.Module):
         (h, w), dtype = latents.shape[2:], latents.dtype
         rows, columns = h // PATCH, w // PATCH
         text_mask = text_mask.bool()
-        condition = self.t_embedder(sinusoids(times, self.sizes.time).to(dtype))  # (B, P)
+        # (B, P), activated once for the modulations of all blocks
+        condition = F.silu(self.t_embedder(sinusoids(times, self.sizes.time).to(dtype)))
         text, image = self.cap_embedder(context), self.x_embedder(pack(latents))  # (B, T, D), (B, N, D)
         order = sequence(text_mask, rows, columns)
         turn = rotation(order.positions, self.sizes.rope_axes)

@@ -114,9 +114,9 @@ class SingleDiTBlock(nn.Module):
 
         Args:
             x: (B, tokens, D).
-            condition: (B, D), of timestep and pooled text.
+            condition: (B, D), of timestep and pooled text, behind SiLU.
         """
-        parts = self.adaLN_modulation(condition).unflatten(-1, (self.chunks, -1)).unsqueeze(2).unbind(1)  # (B, 1, D)
+        parts = self.adaLN_modulation[1](condition).unflatten(-1, (self.chunks, -1)).unsqueeze(2).unbind(1)  # (B, 1, D)
         heads = self.attn.split(modulated_norm(x, parts[0], parts[1]))
         if self.pre_only:
             return heads, None, None
@@ -156,7 +156,7 @@ class MMDiTBlock(nn.Module):
         Args:
             context: (B, T, D).
             x: (B, N, D).
-            condition: (B, D).
+            condition: (B, D), behind SiLU.
 
         Returns:
             The two streams; after the last block, the text is unchanged.
@@ -181,7 +181,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(sizes.hidden, 2 * sizes.hidden))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).unflatten(-1, (2, -1)).unsqueeze(2).unbind(1)
+        shift, scale = self.adaLN_modulation[1](condition).unflatten(-1, (2, -1)).unsqueeze(2).unbind(1)
         return self.linear(modulated_norm(x, shift, scale))
 
 
@@ -238,7 +238,8 @@ class MMDiT(nn.Module):
         table = self.pos_embed if positions is None else positions
         x = x + cropped(table, rows, columns, crop).to(dtype)
         time = sinusoids(timesteps, self.sizes.time).to(dtype)
-        condition = self.t_embedder(time) + self.y_embedder(pooled)  # (B, D)
+        # (B, D), activated once for the modulations of all blocks
+        condition = F.silu(self.t_embedder(time) + self.y_embedder(pooled))
         context = self.context_embedder(context)
         for block in self.joint_blocks:
             context, x = self._run(block, context, x, condition)

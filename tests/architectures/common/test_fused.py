@@ -36,6 +36,7 @@ def plain_rotation(x: Tensor) -> Tensor:
 
 CASES = {
     "norm": (modulated_norm, plain_norm, ((B, L, D), (B, 1, D), (B, 1, D))),
+    "norm of one": (modulated_norm, plain_norm, ((1, L, D), (1, 1, D), (1, 1, D))),
     "gate": (add_gated, lambda x, gate, change: x + gate * change, ((B, L, D), (B, 1, D), (B, L, D))),
     "rotation": (lambda x: rotate(x, angles()), plain_rotation, ((B, L, H, D),)),
 }
