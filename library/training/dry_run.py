@@ -104,15 +104,16 @@ def _bytes(count: int) -> str:
 
 
 def _lines(files: Sequence[PlannedFile], *, last_step: int) -> list[str]:
-    lines = []
-    for file in files:
+    def line(file: PlannedFile) -> str:
         when = "at the end" if file.step == last_step else f"after step {file.step}"
         notes = [f"removed after step {file.removed_after}"] if file.removed_after is not None else []
         notes += ["replaces what is there"] if file.path.exists() else []
-        lines.append(f"{file.path} {when}" + "".join(f", {note}" for note in notes))
-    if len(lines) <= 2 * _SHOWN + 1:
-        return lines
-    return [*lines[:_SHOWN], f"... {len(lines) - 2 * _SHOWN} more ...", *lines[-_SHOWN:]]
+        return f"{file.path} {when}" + "".join(f", {note}" for note in notes)
+
+    if len(files) <= 2 * _SHOWN + 1:
+        return [line(file) for file in files]
+    shown = [line(file) for file in (*files[:_SHOWN], *files[-_SHOWN:])]  # there may be a hundred thousand
+    return [*shown[:_SHOWN], f"... {len(files) - 2 * _SHOWN} more ...", *shown[_SHOWN:]]
 
 
 def _other_files(run: Run) -> list[str]:
