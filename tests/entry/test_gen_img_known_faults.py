@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("own_root_logger")
 #: fault -> file and name of its test
 ELSEWHERE = {
     "gen_img_diffusers.py does not start": "tests/entry/test_gen_img.py::test_old_names",
-    "SDXL is told by the size of the file": "tests/entry/test_gen_img_more.py::test_the_long_example_of_choices",
+    "SDXL is recognised by the size of the file": "tests/entry/test_gen_img_more.py::test_the_long_example_of_choices",
     "the default layer of SD 2's text encoder": "tests/inference/test_pipelines.py::test_from_text",
     "the VAE's attention is wrong without xformers": "tests/inference/test_generate.py::test_equals_diffusers_pipeline",
     "--diffusers_xformers fails": "tests/entry/test_gen_img_options.py::test_words_on_the_model_the_log_and_attention",

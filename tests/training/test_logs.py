@@ -18,7 +18,7 @@ from library.training.logs import Trackers, TrackerSettings
 from library.training.settings import tracker_settings
 
 
-class Told:
+class Recorder:
     """A tracker that keeps what it is given."""
 
     def __init__(self, name: str) -> None:
@@ -29,7 +29,7 @@ class Told:
         self.entries.append((values, step))
 
 
-class Full(Told):
+class Full(Recorder):
     """One whose disk is full."""
 
     def log(self, values: dict[str, float], step: int, **more: Any) -> None:
@@ -37,7 +37,7 @@ class Full(Told):
 
 
 def test_a_full_disk_ends_the_log_and_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
-    board, wandb = Full("tensorboard"), Told("wandb")
+    board, wandb = Full("tensorboard"), Recorder("wandb")
     accelerator = SimpleNamespace(trackers=[board, wandb], init_trackers=lambda *args, **more: None)
     trackers = Trackers(accelerator, TrackerSettings(Path("logs"), ("tensorboard",), "name", {}), {})
     for step in (1, 2):
@@ -58,7 +58,7 @@ def test_a_log_that_cannot_begin_is_named(tmp_path: Path) -> None:
 
 
 def test_figures_of_an_epoch() -> None:
-    board, wandb = Told("tensorboard"), Told("wandb")
+    board, wandb = Recorder("tensorboard"), Recorder("wandb")
     accelerator = SimpleNamespace(trackers=[board, wandb], init_trackers=lambda *args, **more: None)
     trackers = Trackers(accelerator, TrackerSettings(Path("logs"), ("tensorboard",), "name", {}), {})
     trackers.log_by_epoch({"loss/epoch_average": 0.5}, step=40, epoch=2)
