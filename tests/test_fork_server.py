@@ -109,7 +109,7 @@ def test_the_server_and_its_scripts_end_with_the_tests(program: Callable[[str], 
 
 
 def assert_ends(process: int) -> None:
-    """Within ten seconds; one that has ended and that nobody waits for counts too."""
+    """Assert that a process ends within ten seconds, be it one that nobody waits for."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         state = Path(f"/proc/{process}/stat")

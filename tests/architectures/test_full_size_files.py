@@ -108,7 +108,7 @@ def test_lumina(tmp_path: Path, tokenizers: str, written: dict[str, Shapes]) -> 
 
 
 def test_hunyuan_image(tmp_path: Path, tokenizers: str, written: dict[str, Shapes]) -> None:
-    """Of Qwen2.5-VL the images' part, the last two layers and what follows them are not used."""
+    """Qwen2.5-VL's part for images, its last two layers and what follows them are not used."""
     names = {
         "model": "hunyuan_image_21_dit", "text_encoder": "qwen25_vl_7b", "byt5": "byt5_small_glyph_encoder",
         "vae": "hunyuan_image_21_vae",

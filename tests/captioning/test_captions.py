@@ -17,6 +17,7 @@ from library.captioning.review import doubts
 from library.captioning.vlm import one_line
 from library.captioning.written_words import without_written_words
 from library.errors import UserError
+from tests.fixtures.file_tools import refused, run_words
 from tests.fixtures.tiny_captioners import (
     write_tiny_blip,
     write_tiny_florence,
@@ -26,19 +27,6 @@ from tests.fixtures.tiny_captioners import (
 )
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
-
-
-def run(tool, *words: object) -> None:
-    tool.main(tool.setup_parser().parse_args([str(word) for word in words]))
-
-
-def refused(capsys: pytest.CaptureFixture[str], tool, *words: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(tool, *words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert end.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.fixture
@@ -77,7 +65,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_blip(images: Path, blip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (images, "--caption_weights", blip, "--beam_search", "--max_length", 12)
-    run(make_captions, *words, "--debug")
+    run_words(make_captions, *words, "--debug")
     out = capsys.readouterr()
     made = texts(images)
     assert made.keys() == {"one", "two"} and all(text.endswith("\n") and text.strip() for text in made.values())
@@ -98,18 +86,20 @@ def test_blip(images: Path, blip: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_captions_are_kept_and_the_same_again(images: Path, blip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (images, "--caption_weights", blip, "--max_length", 14, "--recursive", "--caption_extention", "txt")
-    run(make_captions, *words)
+    run_words(make_captions, *words)
     first = texts(images, ".txt")
     assert first.keys() == {"one", "two", "three"}
     (images / "one.txt").write_text("mine\n")
     (images / "two.txt").unlink()
-    run(make_captions, *words, "--max_data_loader_n_workers", 0)
+    run_words(make_captions, *words, "--max_data_loader_n_workers", 0)
     assert texts(images, ".txt") == {**first, "one": "mine\n"}  # sampling depends on the seed and the name alone
     assert "1 written, 2 kept" in capsys.readouterr().err
-    run(make_captions, *words, "--overwrite", "--seed", 7, "--top_p", 1.0)
+    run_words(make_captions, *words, "--overwrite", "--seed", 7, "--top_p", 1.0)
     again = texts(images, ".txt")
     assert again["one"] != "mine\n" and again != first
-    run(make_captions, *words, "--overwrite", "--beam_search", "--num_beams", 2, "--batch_size", 2, "--min_length", 12)
+    run_words(
+        make_captions, *words, "--overwrite", "--beam_search", "--num_beams", 2, "--batch_size", 2, "--min_length", 12
+    )
     assert all(len(text.split()) >= 5 for text in texts(images, ".txt").values())
 
 
@@ -136,8 +126,8 @@ def test_original_weights_of_blip(images: Path, blip: Path, tmp_path: Path) -> N
     weights = blip / "model_large_caption.pth"  # beside the tokenizer
     torch.save({"model": original}, weights)
     words = ("--beam_search", "--max_length", 12, "--batch_size", 2)
-    run(make_captions, images, "--caption_weights", blip, *words, "--caption_extension", ".hf")
-    run(make_captions, images, "--caption_weights", weights, *words)
+    run_words(make_captions, images, "--caption_weights", blip, *words, "--caption_extension", ".hf")
+    run_words(make_captions, images, "--caption_weights", weights, *words)
     assert texts(images) == texts(images, ".hf") != {}
 
 
@@ -184,7 +174,7 @@ def test_other_files_are_refused(images: Path, tmp_path: Path, git: Path, capsys
 
 def test_a_dry_run_writes_nothing(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (images / "one.caption").write_text("mine")
-    run(make_captions, images, "--caption_weights", "no/such", "--dry_run")
+    run_words(make_captions, images, "--caption_weights", "no/such", "--dry_run")
     text = capsys.readouterr().err
     assert "would describe: " in text and "dry run: 2 images to describe, 1 kept" in text
     assert texts(images) == {"one": "mine"}
@@ -192,7 +182,7 @@ def test_a_dry_run_writes_nothing(images: Path, capsys: pytest.CaptureFixture[st
 
 def test_two_images_with_one_caption_file(images: Path, blip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (images / "one.jpg").write_bytes((images / "two.jpg").read_bytes())
-    run(make_captions, images, "--caption_weights", blip, "--max_length", 8)
+    run_words(make_captions, images, "--caption_weights", blip, "--max_length", 8)
     assert "share one.caption" in capsys.readouterr().err
 
 
@@ -202,13 +192,13 @@ def test_two_images_with_one_caption_file(images: Path, blip: Path, capsys: pyte
 def test_git(images: Path, git: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoProcessor
 
-    run(make_captions_by_git, images, "--model_id", git, "--max_length", 9, "--batch_size", 2)
+    run_words(make_captions_by_git, images, "--model_id", git, "--max_length", 9, "--batch_size", 2)
     model, processor = AutoModelForCausalLM.from_pretrained(git).eval(), AutoProcessor.from_pretrained(git)
     pixels = processor(images=Image.open(images / "two.jpg"), return_tensors="pt")["pixel_values"]
     made = model.generate(pixel_values=pixels, max_length=9, do_sample=False)
     expected = processor.batch_decode(made, skip_special_tokens=True)[0].strip()
     assert texts(images)["two"].strip() == expected != ""
-    run(make_captions_by_git, images, "--model_id", git, "--remove_words", "--overwrite", "--recursive")
+    run_words(make_captions_by_git, images, "--model_id", git, "--remove_words", "--overwrite", "--recursive")
     assert texts(images).keys() == {"one", "two", "three"}
 
 
@@ -240,7 +230,9 @@ def test_a_conversation(images: Path, llava: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "prompt.txt").write_text("# prompt.txt\nthe {text} with {name}\n")
     words = (images, "--model_id", llava, "--prompt_file", tmp_path / "prompt.txt", "--max_new_tokens", 6)
     review = tmp_path / "review.html"
-    run(make_captions_by_vlm, *words, "--system_prompt", "a girl", "--batch_size", 2, "--review", review, "--recursive")
+    run_words(
+        make_captions_by_vlm, *words, "--system_prompt", "a girl", "--batch_size", 2, "--review", review, "--recursive"
+    )
     made = texts(images, ".txt")
     model, processor = AutoModelForImageTextToText.from_pretrained(llava).eval(), AutoProcessor.from_pretrained(llava)
     text = "system : a girl user : <image> the red cat with one assistant : "
@@ -254,23 +246,23 @@ def test_a_conversation(images: Path, llava: Path, tmp_path: Path, capsys: pytes
     # interrupted and continued: the rest alone is made, and the page has all again
     (images / "one.txt").write_text("mine\n")
     (images / "two.txt").unlink()
-    run(make_captions_by_vlm, *words, "--system_prompt", "a girl", "--review", review, "--recursive")
+    run_words(make_captions_by_vlm, *words, "--system_prompt", "a girl", "--review", review, "--recursive")
     assert texts(images, ".txt") == {**made, "one": "mine\n"} and "mine" in review.read_text()
 
 
 def test_sampling_is_keyed(images: Path, llava: Path) -> None:
     words = (images, "--model_id", llava, "--max_new_tokens", 8, "--temperature", 1.5, "--top_p", 1.0, "--overwrite")
-    run(make_captions_by_vlm, *words, "--prompt", "the cat")
+    run_words(make_captions_by_vlm, *words, "--prompt", "the cat")
     first = texts(images, ".txt")
-    run(make_captions_by_vlm, *words, "--prompt", "the cat", "--precision", "float")
+    run_words(make_captions_by_vlm, *words, "--prompt", "the cat", "--precision", "float")
     assert texts(images, ".txt") == first
-    run(make_captions_by_vlm, *words, "--prompt", "the cat", "--seed", 1)
+    run_words(make_captions_by_vlm, *words, "--prompt", "the cat", "--seed", 1)
     assert texts(images, ".txt") != first
 
 
 def test_a_model_without_conversations(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_tiny_llava(tmp_path / "plain", chat=False)
-    run(make_captions_by_vlm, images, "--model_id", folder, "--prompt", "<image> a", "--max_new_tokens", 4)
+    run_words(make_captions_by_vlm, images, "--model_id", folder, "--prompt", "<image> a", "--max_new_tokens", 4)
     assert len(texts(images, ".txt")) == 2
     words = (images, "--model_id", folder, "--overwrite")
     assert "--prompt: the model's processor refuses it" in refused(capsys, make_captions_by_vlm, *words)
@@ -283,7 +275,7 @@ def test_florence(images: Path, tmp_path: Path) -> None:
 
     folder, task = write_tiny_florence(tmp_path / "florence"), "<MORE_DETAILED_CAPTION>"
     words = (images, "--model_id", folder, "--prompt", task, "--max_new_tokens", 7)
-    run(make_captions_by_vlm, *words, "--batch_size", 2)
+    run_words(make_captions_by_vlm, *words, "--batch_size", 2)
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     inputs = processor(images=Image.open(images / "one.png"), text=task, return_tensors="pt")
     answer = model.generate(**inputs, max_new_tokens=7, do_sample=False)
@@ -295,10 +287,10 @@ def test_qwen(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     folder = write_tiny_qwen(tmp_path / "qwen")
     Image.new("RGB", (90, 30)).save(images / "wide.png")  # of another number of tokens
     words = (images, "--model_id", folder, "--prompt", "the cat", "--max_new_tokens", 6)
-    run(make_captions_by_vlm, *words)
+    run_words(make_captions_by_vlm, *words)
     alone = texts(images, ".txt")
     assert alone.keys() == {"one", "two", "wide"} and all(text.strip() for text in alone.values())
-    run(make_captions_by_vlm, *words, "--batch_size", 3, "--overwrite")
+    run_words(make_captions_by_vlm, *words, "--batch_size", 3, "--overwrite")
     assert texts(images, ".txt") == alone  # padding changes nothing
 
 
@@ -312,7 +304,7 @@ def test_ctrl_c_keeps_what_is_made(images: Path, llava: Path, monkeypatch: pytes
 
     monkeypatch.setattr(describing, "WorkProgress", Stopping)
     with pytest.raises(SystemExit) as end:
-        run(make_captions_by_vlm, images, "--model_id", llava, "--max_new_tokens", 4, "--recursive")
+        run_words(make_captions_by_vlm, images, "--model_id", llava, "--max_new_tokens", 4, "--recursive")
     assert end.value.code == 130 and len(texts(images, ".txt")) == 1
 
 

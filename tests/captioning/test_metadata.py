@@ -17,6 +17,7 @@ from finetune import (
     tag_images_by_wd14_tagger,
 )
 from library.data.image_header import read_header
+from tests.fixtures.file_tools import refused, run_words
 from tests.fixtures.runs import make_images, train_here
 from tests.fixtures.tiny_captioners import write_wd_onnx
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
@@ -24,19 +25,6 @@ from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
 SMALL = ("--max_resolution", "64,64", "--min_bucket_reso", 32, "--max_bucket_reso", 128, "--bucket_reso_steps", 32)
-
-
-def run(tool, *words: object) -> None:
-    tool.main(tool.setup_parser().parse_args([str(word) for word in words]))
-
-
-def refused(capsys: pytest.CaptureFixture[str], tool, *words: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(tool, *words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert end.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.fixture
@@ -57,29 +45,29 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> MadeCheckpoint:
 
 def test_merge(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "new" / "meta.json"
-    run(merge_captions_to_metadata, images, target, "--debug")
+    run_words(merge_captions_to_metadata, images, target, "--debug")
     out = capsys.readouterr()
     assert json.loads(target.read_text()) == {"0": {"caption": "a cat"}}
     assert "0.png: a cat" in out.out and "no 1.caption, 2.caption, 3.caption and 3 more" in out.err
-    run(merge_dd_tags_to_metadata, images, target)  # begins with what is there
+    run_words(merge_dd_tags_to_metadata, images, target)  # begins with what is there
     merged = json.loads(target.read_text())
     assert merged["0"] == {"caption": "a cat", "tags": "a cat, photo of the dog, tag0, dog, cat"} and len(merged) == 7
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"x": {"tags": "kept"}, "0": {"tags": "old", "more": 1}}))
-    run(merge_dd_tags_to_metadata, images, target, "--in_json", other, "--caption_extension", "caption")
+    run_words(merge_dd_tags_to_metadata, images, target, "--in_json", other, "--caption_extension", "caption")
     assert json.loads(target.read_text()) == {"x": {"tags": "kept"}, "0": {"tags": "a cat", "more": 1}}
     before = target.read_bytes()
-    run(merge_dd_tags_to_metadata, images, target, "--dry_run")
+    run_words(merge_dd_tags_to_metadata, images, target, "--dry_run")
     assert target.read_bytes() == before
 
 
 def test_merge_with_paths(images: Path, tmp_path: Path) -> None:
     make_images(images / "inner", ((64, 64),))
     target = tmp_path / "meta.json"
-    run(merge_dd_tags_to_metadata, images, target, "--full_path", "--recursive")
+    run_words(merge_dd_tags_to_metadata, images, target, "--full_path", "--recursive")
     names = json.loads(target.read_text())
     assert len(names) == 8 and str(images / "inner" / "0.png") in names
-    run(merge_captions_to_metadata, images, target, "--full_path", "--caption_extention", ".txt")
+    run_words(merge_captions_to_metadata, images, target, "--full_path", "--caption_extention", ".txt")
     assert json.loads(target.read_text())[str(images / "1.png")]["caption"].startswith("a cat")
 
 
@@ -104,16 +92,16 @@ def test_the_whole_way(images: Path, tmp_path: Path, sd: MadeCheckpoint, capsys:
     for text in images.glob("*.txt"):
         text.unlink()
     wd = write_wd_onnx(tmp_path / "wd")
-    run(tag_images_by_wd14_tagger, images, "--repo_id", wd, "--remove_underscore", "--thresh", 0.1)
+    run_words(tag_images_by_wd14_tagger, images, "--repo_id", wd, "--remove_underscore", "--thresh", 0.1)
     merged, clean, prepared = (tmp_path / f"{name}.json" for name in ("merged", "clean", "prepared"))
-    run(merge_dd_tags_to_metadata, images, merged)
-    run(merge_captions_to_metadata, images, merged)
-    run(clean_captions_and_tags, merged, clean)
+    run_words(merge_dd_tags_to_metadata, images, merged)
+    run_words(merge_captions_to_metadata, images, merged)
+    run_words(clean_captions_and_tags, merged, clean)
     words = (images, clean, prepared, sd.path, *SMALL, "--batch_size", 2, "--flip_aug", "--device", "cpu")
-    run(prepare_buckets_latents, *words, "--dry_run")
+    run_words(prepare_buckets_latents, *words, "--dry_run")
     assert not prepared.exists() and not list(images.glob("*.npz"))
     capsys.readouterr()
-    run(prepare_buckets_latents, *words)
+    run_words(prepare_buckets_latents, *words)
     output = capsys.readouterr().err
     assert "bucket 64x64: 3 images" in output and "mean difference of aspect ratios: " in output
     assert "7 images, 7 latents encoded, 0 were there" in output
@@ -121,7 +109,7 @@ def test_the_whole_way(images: Path, tmp_path: Path, sd: MadeCheckpoint, capsys:
     assert content["0"]["train_resolution"] == [64, 64] and content["2"]["train_resolution"] == [96, 32]
     assert content["0"]["caption"] == "a cat" and "red background" in content["0"]["tags"]
     assert len(list(images.glob("*_sd.npz"))) == 7
-    run(prepare_buckets_latents, *words, "--skip_existing")
+    run_words(prepare_buckets_latents, *words, "--skip_existing")
     assert "0 latents encoded, 7 were there" in capsys.readouterr().err
 
     train_here(
@@ -153,14 +141,14 @@ def test_vae_alone_masks_and_paths(images: Path, tmp_path: Path, sd: MadeCheckpo
     source, target = tmp_path / "in.json", tmp_path / "out.json"
     source.write_text("{}")
     words = (images, source, target, folder / "vae", *SMALL, "--full_path", "--recursive", "--device", "cpu")
-    run(prepare_buckets_latents, *words, "--alpha_mask", "--mixed_precision", "bf16", "--v2")
+    run_words(prepare_buckets_latents, *words, "--alpha_mask", "--mixed_precision", "bf16", "--v2")
     content = json.loads(target.read_text())
     assert len(content) == 8 and content[str(images / "inner" / "clear.png")]["caption"] == ""
     with np.load(next((images / "inner").glob("*.npz"))) as arrays:
         names = set(arrays.files)
         mask = next(arrays[name] for name in names if name.startswith("alpha_mask"))
     assert mask.shape == (64, 64) and (mask[:32] == 1).all() and (mask[32:] == 0).all()
-    run(prepare_buckets_latents, *words, "--bucket_no_upscale", "--alpha_mask", "false")
+    run_words(prepare_buckets_latents, *words, "--bucket_no_upscale", "--alpha_mask", "false")
     assert read_header(images / "0.png").size == (64, 64)
 
 
@@ -196,7 +184,7 @@ def test_files_that_are_missing(
     error = refused(capsys, prepare_buckets_latents, images, source, target, sd.path, *SMALL)
     assert "torn.png" in error
     words = (images, source, target, sd.path, *SMALL, "--on_bad_image", "skip", "--device", "cpu")
-    run(prepare_buckets_latents, *words)
+    run_words(prepare_buckets_latents, *words)
     assert len(json.loads(target.read_text())) == 7
     error = refused(capsys, prepare_buckets_latents, images, source, target, tmp_path / "none.safetensors", *SMALL)
     assert "model_name_or_path" in error and "none.safetensors" in error

@@ -14,6 +14,7 @@ from library.captioning.tagger import choose, files, model
 from library.captioning.tagger.choose import Names, Rules, expanded, parse_replacements
 from library.captioning.tagger.labels import Label, read_labels
 from library.errors import UserError
+from tests.fixtures.file_tools import refused, run_words
 from tests.fixtures.tiny_captioners import (
     MAPPING_LABELS,
     WD_LABELS,
@@ -24,19 +25,6 @@ from tests.fixtures.tiny_captioners import (
 )
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
-
-
-def run(*words: object) -> None:
-    tagger.main(tagger.setup_parser().parse_args([str(word) for word in words]))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(*words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert end.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.fixture
@@ -62,7 +50,7 @@ def tags(folder: Path, ending: str = ".txt") -> dict[str, str]:
 
 
 def test_tags_of_a_wd_tagger(images: Path, wd: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(images, "--repo_id", wd, "--onnx", "--recursive", "--frequency_tags", "--debug")
+    run_words(tagger, images, "--repo_id", wd, "--onnx", "--recursive", "--frequency_tags", "--debug")
     assert tags(images) == {
         "red": "1girl, red_background, saber_(alter)_(fate)\n",
         "blue": "^_^, blue_background, hatsune_miku\n",
@@ -74,7 +62,7 @@ def test_tags_of_a_wd_tagger(images: Path, wd: Path, capsys: pytest.CaptureFixtu
 
 def test_options_of_tags(images: Path, wd: Path) -> None:
     def one(*words: object) -> str:
-        run(images, "--repo_id", wd, "--onnx", "--overwrite", *words)
+        run_words(tagger, images, "--repo_id", wd, "--onnx", "--overwrite", *words)
         return tags(images)["red"].strip()
 
     assert one("--thresh", 1) == "" and one("--thresh", 1, "--general_threshold", 0.9) == "1girl, red_background"
@@ -96,23 +84,23 @@ def test_options_of_tags(images: Path, wd: Path) -> None:
 
 
 def test_a_replacement_of_a_tag_that_is_none(images: Path, wd: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(images, "--repo_id", wd, "--tag_replacement", "1grl,girl;1girl,girl")
+    run_words(tagger, images, "--repo_id", wd, "--tag_replacement", "1grl,girl;1girl,girl")
     assert "the tagger has no tag named 1grl" in capsys.readouterr().err
 
 
 def test_tags_are_kept_or_added_to(images: Path, wd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (images / "red.txt").write_text("mine,  1girl \n")
-    run(images, "--repo_id", wd)
+    run_words(tagger, images, "--repo_id", wd)
     assert tags(images)["red"] == "mine,  1girl \n" and "1 written, 1 kept" in capsys.readouterr().err
-    run(images, "--repo_id", wd, "--append_tags")
+    run_words(tagger, images, "--repo_id", wd, "--append_tags")
     assert tags(images)["red"] == "mine, 1girl, red_background, saber_(alter)_(fate)\n"
-    run(images, "--repo_id", wd, "--overwrite", "--batch_size", 2, "--max_data_loader_n_workers", 1)
+    run_words(tagger, images, "--repo_id", wd, "--overwrite", "--batch_size", 2, "--max_data_loader_n_workers", 1)
     assert tags(images)["red"] == "1girl, red_background, saber_(alter)_(fate)\n"
 
 
 def test_one_file_for_all(images: Path, wd: Path, tmp_path: Path) -> None:
     table, lines = tmp_path / "out" / "tags.json", tmp_path / "tags.jsonl"
-    run(images, "--repo_id", wd, "--output_path", table)
+    run_words(tagger, images, "--repo_id", wd, "--output_path", table)
     content = json.loads(table.read_text())
     assert content[str(images / "blue.jpg")] == {
         "tags": "^_^, blue_background, hatsune_miku",
@@ -120,13 +108,13 @@ def test_one_file_for_all(images: Path, wd: Path, tmp_path: Path) -> None:
     }
     content[str(images / "blue.jpg")]["tags"] = "mine"
     table.write_text(json.dumps(content))
-    run(images, "--repo_id", wd, "--output_path", table, "--recursive")  # the new image alone
+    run_words(tagger, images, "--repo_id", wd, "--output_path", table, "--recursive")  # the new image alone
     content = json.loads(table.read_text())
     assert content[str(images / "blue.jpg")]["tags"] == "mine" and len(content) == 3
-    run(images, "--repo_id", wd, "--output_path", table, "--append_tags")
+    run_words(tagger, images, "--repo_id", wd, "--output_path", table, "--append_tags")
     assert json.loads(table.read_text())[str(images / "blue.jpg")]["tags"] == "mine, ^_^, blue_background, hatsune_miku"
     for again in ((), ("--overwrite",), ()):
-        run(images, "--repo_id", wd, "--output_path", lines, *again)
+        run_words(tagger, images, "--repo_id", wd, "--output_path", lines, *again)
         rows = [json.loads(line) for line in lines.read_text().splitlines()]
         assert [row["image_path"] for row in rows] == [str(images / "blue.jpg"), str(images / "red.png")]
         assert rows[1]["caption"].startswith("1girl, ") and rows[1]["image_size"] == [20, 20]
@@ -135,7 +123,7 @@ def test_one_file_for_all(images: Path, wd: Path, tmp_path: Path) -> None:
 
 def test_a_fixed_batch_size_and_images_as_the_model_sees_them(images: Path, tmp_path: Path) -> None:
     folder = write_wd_onnx(tmp_path / "fixed", side=8, batch=2)
-    run(images, "--repo_id", folder, "--recursive", "--batch_size", 3)
+    run_words(tagger, images, "--repo_id", folder, "--recursive", "--batch_size", 3)
     assert tags(images)["green"] == "long_hair\n" and len(tags(images)) == 3
     pixels = np.zeros((2, 4, 3), np.uint8)
     pixels[..., 0] = 255
@@ -150,7 +138,7 @@ def test_transparency_and_orientation(tmp_path: Path, wd: Path) -> None:
     folder.mkdir()
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(folder / "clear.png")  # white to the tagger
     (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff")
-    run(folder, "--repo_id", wd)
+    run_words(tagger, folder, "--repo_id", wd)
     assert set(tags(folder)["clear"].strip().split(", ")) == {name for name, kind in WD_LABELS if kind != 9}
 
 
@@ -163,7 +151,9 @@ def test_a_tagger_with_a_mapping(images: Path, tmp_path: Path, capsys: pytest.Ca
     folder = write_mapping_onnx(tmp_path / "owner_name" / "v1", [logit + 1 for logit in logits])  # red has a blue of -1
 
     def one(*words: object) -> str:
-        run(images, "--repo_id", "owner/name/v1", "--model_dir", tmp_path, "--onnx", "--overwrite", *words)
+        run_words(
+            tagger, images, "--repo_id", "owner/name/v1", "--model_dir", tmp_path, "--onnx", "--overwrite", *words
+        )
         return tags(images)["red"].strip()
 
     assert folder.exists()
@@ -183,7 +173,7 @@ def test_a_tagger_with_a_mapping(images: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_no_quality_tags(images: Path, wd: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(images, "--repo_id", wd, "--use_quality_tags")
+    run_words(tagger, images, "--repo_id", wd, "--use_quality_tags")
     assert "has no quality tags" in capsys.readouterr().err
 
 
@@ -198,7 +188,7 @@ def test_a_tagger_of_timm(images: Path, tmp_path: Path) -> None:
     import torch
 
     folder = write_wd_timm(tmp_path / "timm")
-    run(images, "--repo_id", folder, "--thresh", 0.5, "--batch_size", 2)
+    run_words(tagger, images, "--repo_id", folder, "--thresh", 0.5, "--batch_size", 2)
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     pixels = torch.zeros(1, 3, 32, 32) - 1
     pixels[:, 2] = 1  # red is the last channel
@@ -207,7 +197,7 @@ def test_a_tagger_of_timm(images: Path, tmp_path: Path) -> None:
     expected = [name for (name, kind), share in zip(WD_LABELS, shares, strict=True) if kind != 9 and share >= 0.5]
     assert tags(images)["red"].strip() == ", ".join(expected) and 0 < len(expected) < 7
     write_wd_onnx(folder)
-    run(images, "--repo_id", folder, "--onnx", "--overwrite")  # both forms are there
+    run_words(tagger, images, "--repo_id", folder, "--onnx", "--overwrite")  # both forms are there
     assert tags(images)["red"] == "1girl, red_background, saber_(alter)_(fate)\n"
 
 
@@ -234,12 +224,12 @@ def test_packages_that_are_missing(
     images: Path, wd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    assert "pip install onnxruntime" in refused(capsys, images, "--repo_id", wd)
+    assert "pip install onnxruntime" in refused(capsys, tagger, images, "--repo_id", wd)
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     write_wd_labels(tmp_path)
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).touch()
-    assert "pip install timm" in refused(capsys, images, "--repo_id", tmp_path)
+    assert "pip install timm" in refused(capsys, tagger, images, "--repo_id", tmp_path)
 
 
 # ---- files from the Hub ----
@@ -265,13 +255,13 @@ def test_files_from_the_hub(images: Path, wd: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     words = (images, "--repo_id", "owner/name", "--model_dir", tmp_path / "models", "--onnx", "--overwrite")
-    run(*words)
+    run_words(tagger, *words)
     assert (tmp_path / "models" / "owner_name" / "model.onnx").exists()
-    run(*words)
+    run_words(tagger, *words)
     assert calls == [("owner/name", ["selected_tags.csv", "model.onnx*"])]
-    run(*words, "--force_download")
+    run_words(tagger, *words, "--force_download")
     (tmp_path / "models" / "owner_name" / "model.onnx").unlink()  # a download that was torn
-    run(*words)
+    run_words(tagger, *words)
     assert len(calls) == 3
 
 
@@ -296,13 +286,13 @@ def test_mistakes(
     said: str,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert said in refused(capsys, images, "--model_dir", tmp_path / "models", *words)
+    assert said in refused(capsys, tagger, images, "--model_dir", tmp_path / "models", *words)
     assert not tags(images)
 
 
 def test_folders_without_a_tagger(images: Path, wd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(folder: Path) -> str:
-        return refused(capsys, images, "--repo_id", folder)
+        return refused(capsys, tagger, images, "--repo_id", folder)
 
     assert "neither selected_tags.csv nor tag_mapping.json" in said(tmp_path)
     (tmp_path / "selected_tags.csv").write_text("a,b\n1,2\n")
@@ -323,11 +313,11 @@ def test_folders_without_a_tagger(images: Path, wd: Path, tmp_path: Path, capsys
     assert "needs TensorFlow and is not read; give --onnx" in said(keras)
     table = tmp_path / "table.json"
     table.write_text("[1]")
-    error = refused(capsys, images, "--repo_id", wd, "--output_path", table)
+    error = refused(capsys, tagger, images, "--repo_id", wd, "--output_path", table)
     assert 'exists and is not {"image"' in error
     lines = tmp_path / "table.jsonl"
     lines.write_text("no")
-    assert "cannot be read" in refused(capsys, images, "--repo_id", wd, "--output_path", lines)
+    assert "cannot be read" in refused(capsys, tagger, images, "--repo_id", wd, "--output_path", lines)
 
 
 # ---- names and choices ----

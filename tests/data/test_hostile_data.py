@@ -142,7 +142,7 @@ def test_tiny_images_are_trained_on(folder: Path) -> None:
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_png_with_megabytes_of_text(tmp_path: Path, compressed: bool) -> None:
-    """As programs write their workflows."""
+    """Programs write their workflows into images."""
     text = PngInfo()
     text.add_text("workflow", "x" * 30_000_000, zip=compressed)
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png", pnginfo=text)

@@ -43,7 +43,7 @@ def fill(
 
 
 def latents(data: TrainingData) -> dict[str, Tensor]:
-    """By name and flip, over one epoch."""
+    """Return latents by name and flip, over one epoch."""
     found = {}
     for batch in data.dataloader(epoch=0, start_batch=0, tokenize=tokenize, num_workers=0):
         assert batch.images is None
@@ -99,7 +99,7 @@ def test_mirrored_latents_are_of_the_mirrored_image(make_data: Make, folder: Pat
 
 
 def test_every_draw_from_the_posterior_is_its_own(make_data: Make, folder: Path) -> None:
-    """Of equal images of one colour, which differ in nothing but the draw: by name, and mirrored or not."""
+    """Equal images of one colour differ in nothing but the draw: by name, and mirrored or not."""
     for name in ("y", "z"):
         Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text("cat", encoding="utf-8")

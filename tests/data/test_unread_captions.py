@@ -19,7 +19,7 @@ IMAGES = {"a.png": (8, 8), "b.png": (8, 8), "c.png": (8, 8)}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As most data sets are: ``2_sks`` with a .txt file for each image."""
+    """A folder as most data sets have it: ``2_sks`` with a .txt file for each image."""
     return draw(tmp_path / "train" / "2_sks", IMAGES)
 
 

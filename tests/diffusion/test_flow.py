@@ -94,7 +94,7 @@ def test_input_perturbation_is_not_learned(prediction_type: str) -> None:
 
 
 def losses(objective: FlowObjective = UNIFORM, masks: Tensor | None = None, **settings: object) -> list[float]:
-    """Of an error of 2 in every element, at the timesteps 250 and 1000."""
+    """Return the losses of an error of 2 in every element, at the timesteps 250 and 1000."""
     target = torch.ones(2, 1, 1, 2)
     noisy = NoisyBatch(torch.zeros_like(target), torch.tensor([250.0, 1000.0]), target)
     return sample_losses(target + 2.0, noisy, objective, LossSettings(**settings), masks=masks).tolist()

@@ -173,7 +173,7 @@ def test_no_value_is_read_back() -> None:
 
 
 def test_weights_by_snr_know_the_schedule_that_ends_in_noise() -> None:
-    """As in diffusers' schedule; the ratios of the schedule before would be others."""
+    """The schedule is diffusers'; the ratios of the schedule before would be others."""
     from diffusers import DDPMScheduler
 
     theirs = DDPMScheduler(

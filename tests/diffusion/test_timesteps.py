@@ -186,7 +186,7 @@ def test_a_range_without_any_of_the_density_is_refused() -> None:
 
 
 def test_validation_levels_divide_the_density_evenly() -> None:
-    """Of the uniform density they are the middles of four equal parts, as with DDPM; of others, of equal shares."""
+    """They are the middles of four equal parts of a uniform density, as with DDPM, and of equal shares of others."""
     uniform = FlowObjective(timestep_sampling="uniform")
     levels = uniform.levels(WHOLE, 4)
     at = [uniform.at_level(level, 2, WHOLE, SIZE).tolist() for level in levels]

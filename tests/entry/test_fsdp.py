@@ -64,7 +64,7 @@ def samples(output: Path) -> list[np.ndarray]:
 
 
 def test_two_that_share_the_model_are_one_with_all_of_it(tmp_path: Path, tiny: Tiny, fsdp: dict[str, str]) -> None:
-    """As tests/entry/test_processes.py without FSDP, with previews and validations that cannot be shared evenly."""
+    """Like tests/entry/test_processes.py without FSDP, with previews and validations that cannot be shared evenly."""
     images = make_images(tmp_path / "images", sizes=[(64, 64)] * 5)
     (tmp_path / "prompts.txt").write_text("".join(f"a cat --w 64 --h 64 --s {n} --d {n}\n" for n in (1, 2, 3)))
     settings = {

@@ -194,7 +194,7 @@ def test_files_in_fp8_with_scales_are_their_weights(
 def test_adapters_with_comfyui_names_are_read(
     tmp_path: Path, made: MadeHunyuan, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By training, and by the tools, which know the model from the metadata or from its widths."""
+    """Training reads them, and so do the tools, which know the model from the metadata or from its widths."""
     tiny = Tiny(HUNYUAN_IMAGE, made)
     tiny.train(dataset, tmp_path / "first", max_train_steps=2)
     own, theirs = tmp_path / "first" / "tiny.safetensors", tmp_path / "comfyui.safetensors"

@@ -65,7 +65,7 @@ def test_the_trace_is_what_a_step_allocates(
 def test_the_plan_chooses_what_fits(
     tmp_path: Path, sd: Tiny, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From much memory to too little, through the command line; the cheapest choice that fits is taken."""
+    """The cheapest choice that fits is taken, from much memory to too little, through the command line."""
     said = {}
     for budget in ("1000", "auto"):
         sd.train(dataset, tmp_path, memory_plan=budget, dry_run=True, cache_latents=True)

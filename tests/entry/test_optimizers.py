@@ -89,7 +89,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_is_new_on_resume_takes_effect(tmp_path: Path, tiny_sd: MadeCheckpoint, dataset: Path, name: str) -> None:
-    """As if the run had been stopped, its weights and momenta kept, and the new values set by hand."""
+    """The result is that of a stopped run whose weights and momenta are kept, with the new values set by hand."""
     changed, differs = CHANGES[name]
     options = {
         "optimizer_args": ["weight_decay=0.01"],

@@ -258,7 +258,7 @@ def test_captions_that_the_word_makes_too_long_are_named(
 @pytest.mark.slow
 @pytest.mark.parametrize("token", ["<Cat-Toy>", "Café-猫", "x2024"])
 def test_a_word_of_any_letters(tmp_path: Path, sd_word: Whole, dataset: Path, token: str) -> None:
-    """As captions write it, in a file of its name, and in prompts."""
+    """It works as captions write it, in a file of its name, and in prompts."""
     for caption in (tmp_path / "images").glob("*.txt"):
         caption.write_text(f"a photo of {token.upper()}, dog", encoding="utf-8")
     options = {**WORD, "token_string": token, "output_name": None, "learning_rate": 0.5}

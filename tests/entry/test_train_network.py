@@ -296,7 +296,7 @@ def test_mistakes_in_the_dataset_file(
 
 
 def test_a_mistake_on_the_command_line(tmp_path: Path, tiny: Tiny, dataset: Path) -> None:
-    """As the user sees it; for the others, which would each start Python, see above."""
+    """The user sees one line. The others, which would each start Python, are above."""
     done = tiny.run(dataset, tmp_path / "out", netwrok_dim=4)
     assert done.code == 2 and done.err.startswith("error: ") and "Traceback" not in done.text, done.text
     assert not (tmp_path / "out").exists()

@@ -177,7 +177,7 @@ def test_bfloat16_is_near_float32(
 
 
 def test_a_vae_that_overflows_is_said(models: ImageModels, options: GenerateOptions, settings: ImageSettings) -> None:
-    """As the VAE of SDXL does in float16."""
+    """SDXL's VAE overflows in float16."""
     models.vae.decoder.register_forward_hook(lambda module, args, output: output * float("nan"))
     with pytest.raises(NotFinite, match="the VAE gives values that are not finite: try --no_half_vae or bf16"):
         generate_image(models, settings, options)

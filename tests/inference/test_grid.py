@@ -25,7 +25,7 @@ def test_rows_and_columns() -> None:
 
 
 def test_files_and_strengths() -> None:
-    """Of several files one is on at a time, with its own strength or that of the axis."""
+    """One of several files is on at a time, with its own strength or that of the axis."""
     axes = read_axes(["file"], FILES, started=False)
     assert axes[0].labels == ("a-000001", "a-000002")
     assert [p.multipliers for p in combinations(IMAGE, axes, [0.8, 0.5])] == [(0.8, 0.0), (0.0, 0.5)]

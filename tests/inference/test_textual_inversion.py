@@ -80,7 +80,7 @@ def ids_of(models: ImageModels, text: str) -> list[int]:
 
 
 def test_words_and_weights(models: ImageModels, tmp_path: Path) -> None:
-    """In any case and within emphasis; not as a part of longer words; other embeddings stay."""
+    """Words count in any case and within emphasis, not as parts of longer words; other embeddings stay."""
     add_embeddings(
         [written(tmp_path / "OneTok.pt"), written(tmp_path / "two.pt", VECTORS[:1])],
         models.tokenizers,

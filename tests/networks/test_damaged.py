@@ -53,7 +53,7 @@ def test_alphas_of_old_files_are_integers(tmp_path: Path) -> None:
 
 
 def test_an_alpha_of_zero_means_something_else_without_a_rank(tmp_path: Path) -> None:
-    """That of OFT bounds the rotation; 0 is no bound."""
+    """OFT's alpha bounds the rotation; 0 is no bound."""
     save_file(
         {f"{NAME}.oft_blocks": torch.ones(2, 4, 4), f"{NAME}.alpha": torch.tensor(0.0)}, tmp_path / "oft.safetensors"
     )

@@ -211,7 +211,7 @@ def test_what_comfyui_computes(tiny_unet, strength):
 
 
 def test_peft_gives_the_same_output_for_magnitudes_of_outputs(tmp_path, tiny_unet, unet_inputs):
-    """By diffusers' own renaming of published names. Its pipelines drop ``dora_scale`` before that, see the docs."""
+    """Diffusers' own code renames the published names. Its pipelines drop ``dora_scale`` before that, see the docs."""
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 
     network = randomize(make_network(None, tiny_unet, dora_on_output="True"))

@@ -158,7 +158,7 @@ def test_both_text_encoders_are_in_the_file(tmp_path, sdxl_models):
 
 
 def test_old_files_are_read_with_a_warning(tmp_path, sdxl_models, caplog):
-    """As the predecessor wrote them: the second encoder under the name of both."""
+    """The predecessor wrote the second encoder under the name of both."""
     plain = sdxl_outputs(*sdxl_models)
     network = randomize(create_network(1.0, 4, 2.0, None, *sdxl_models)).eval()
     network.apply_to(*sdxl_models)

@@ -173,7 +173,7 @@ def test_dora_is_merged_as_it_is_defined(tmp_path, axis):
 
 
 def test_whole_differences_of_weights_and_biases(tmp_path):
-    """As ComfyUI extracts them; the model has the names of one of its files, with everything in it."""
+    """ComfyUI extracts them; the model has the names of one of its files, with everything in it."""
     flux = tiny_state("flux1_dev")
     module, bias = WEIGHT.removesuffix(".weight"), "img_in.bias"
     lora = {
@@ -297,7 +297,7 @@ def test_concat_is_the_exact_sum(tmp_path, pair):
 
 
 def test_without_concat_the_result_is_the_nearest_of_the_same_rank(tmp_path, pair, capsys):
-    """By the decomposition of the sum, in float64."""
+    """The nearest is found by decomposing the sum, in float64."""
     (one, other), files = pair
     merge(models=files, ratios=[1.0, 0.5], save_to=tmp_path / "new.safetensors", no_metadata=True)
     assert "largest error of the ranks" in " ".join(capsys.readouterr().err.split())

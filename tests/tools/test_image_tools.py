@@ -12,23 +12,11 @@ from PIL import Image
 from library.data.augment import face_in_name
 from library.data.face_crops import Crop, Face, cut_out, scale_for, upright
 from library.data.image_io import opencv, read_image, resize
+from tests.fixtures.file_tools import refused, run_words
 from tests.fixtures.tiny_yunet import write_tiny_yunet
 from tools import canny, detect_face_rotate, resize_images_to_resolution
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
-
-
-def run(tool, *words: object) -> None:
-    tool.main(tool.setup_parser().parse_args([str(word) for word in words]))
-
-
-def refused(capsys: pytest.CaptureFixture[str], tool, *words: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(tool, *words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert end.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 @pytest.fixture
@@ -50,10 +38,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_edges(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(canny, "--input", folder / "wide.png", "--output", tmp_path / "edges.jpg", "--thres1", 100)
+    run_words(canny, "--input", folder / "wide.png", "--output", tmp_path / "edges.jpg", "--thres1", 100)
     cv2 = opencv()
     grey = cv2.cvtColor(read_image(folder / "wide.png"), cv2.COLOR_RGB2GRAY)
-    run(canny, "--input", folder, "--output", tmp_path / "out")
+    run_words(canny, "--input", folder, "--output", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["turned.png", "wide.png"]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "wide.png")), cv2.Canny(grey, 32, 224))
     assert Image.open(tmp_path / "out" / "turned.png").size == (600, 300)  # upright
@@ -76,7 +64,7 @@ def test_edges(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str])
 def test_copies_in_smaller_resolutions(tmp_path: Path, folder: Path) -> None:
     out = tmp_path / "small"
     words = ("--max_resolution", "300x300,512x512", "--divisible_by", 16, "--save_as_png", "--copy_associated_files")
-    run(resize_images_to_resolution, folder, out, *words)
+    run_words(resize_images_to_resolution, folder, out, *words)
     sizes = {path.name: Image.open(path).size for path in out.glob("*.png")}
     # 1200 x 600 at an area of 300 x 300 is 424 x 212, and the middle of it 416 x 208
     assert sizes["wide+300x300.png"] == (416, 208)
@@ -91,7 +79,7 @@ def test_copies_in_smaller_resolutions(tmp_path: Path, folder: Path) -> None:
 def test_copies_as_jpeg(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "small"
     for method in ("area", "cubic", "lanczos4", "nearest", "linear", "box"):
-        run(resize_images_to_resolution, folder, out, "--max_resolution", "128x128", "--interpolation", method)
+        run_words(resize_images_to_resolution, folder, out, "--max_resolution", "128x128", "--interpolation", method)
         assert Image.open(out / "wide+128x128.jpg").size == (181, 90)
     (folder / "torn.png").write_bytes(b"\x89PNG")
     error = refused(capsys, resize_images_to_resolution, folder, out, "--max_resolution", "64x64")
@@ -148,18 +136,18 @@ def test_faces_are_found_and_cut(tmp_path: Path, yunet: Path, capsys: pytest.Cap
     Image.fromarray(pixels).save(source / "two.png")
     Image.fromarray(pixels[:, :, ::-1]).save(source / "blue.png")
     words = ("--src_dir", source, "--dst_dir", out, "--face_model", yunet)
-    run(detect_face_rotate, *words)
+    run_words(detect_face_rotate, *words)
     (path,) = out.iterdir()
     assert path.name in ("two_0064_0064_0064_0064.png", "two_0192_0224_0064_0064.png")
     assert "no face in blue.png" in capsys.readouterr().err
-    run(detect_face_rotate, *words, "--multiple_faces", "--crop_ratio", "2,1.5", "--rotate", "--debug")
+    run_words(detect_face_rotate, *words, "--multiple_faces", "--crop_ratio", "2,1.5", "--rotate", "--debug")
     cut = sorted(path for path in out.iterdir() if Image.open(path).size == (128, 96))
     assert len(cut) == 2 and cut[0].name.startswith("two_00_") and cut[1].name.startswith("two_01_")
     assert all(face_in_name(path, (128, 96)) is not None for path in cut)
     assert (read_image(cut[0]) == (255, 0, 255)).all(-1).any()  # the box of --debug
     before = len(list(out.iterdir()))
-    run(detect_face_rotate, *words, "--min_size", 65)
-    run(detect_face_rotate, *words, "--max_size", 64)
+    run_words(detect_face_rotate, *words, "--min_size", 65)
+    run_words(detect_face_rotate, *words, "--max_size", 64)
     assert len(list(out.iterdir())) == before
 
 

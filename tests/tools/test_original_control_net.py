@@ -14,24 +14,12 @@ from library.architectures.common.latent_diffusion import LatentDiffusion
 from library.architectures.sd import SD
 from library.architectures.sdxl import SDXL
 from tests.fixtures.control import random_controlnet, save_difference, save_original
+from tests.fixtures.file_tools import refused, run_words
 from tests.fixtures.tiny_sd import make_tiny_sd
 from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 from tools import original_control_net as tool
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
-
-
-def run(*words: object) -> None:
-    tool.main(tool.setup_parser().parse_args([str(word) for word in words]))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(*words)
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
-    assert end.value.code == 2
-    return line
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
@@ -49,15 +37,15 @@ def test_there_and_back(model: tuple[Path, nn.Module], tmp_path: Path) -> None:
     path, unet = model
     controlnet = random_controlnet(unet)
     source = save_original(controlnet, tmp_path / "source.safetensors", prefix="control_model.")
-    run(source, "--model", path, "--save_to", tmp_path / "folder")
+    run_words(tool, source, "--model", path, "--save_to", tmp_path / "folder")
     loaded = ControlNetModel.from_pretrained(tmp_path / "folder")
     for name, tensor in controlnet.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    run(tmp_path / "folder", "--model", path, "--save_to", tmp_path / "back.safetensors")
+    run_words(tool, tmp_path / "folder", "--model", path, "--save_to", tmp_path / "back.safetensors")
     before, after = load_file(source), load_file(tmp_path / "back.safetensors")
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     names = ("--names", "diffusers", "--precision", "fp16")
-    run(source, "--model", path, "--save_to", tmp_path / "file.safetensors", *names)
+    run_words(tool, source, "--model", path, "--save_to", tmp_path / "file.safetensors", *names)
     halves = load_file(tmp_path / "file.safetensors")
     assert halves.keys() == controlnet.state_dict().keys() and {t.dtype for t in halves.values()} == {torch.float16}
 
@@ -66,14 +54,14 @@ def test_a_difference_becomes_a_whole_one(model: tuple[Path, nn.Module], tmp_pat
     path, unet = model
     controlnet = random_controlnet(unet)
     source = save_difference(controlnet, unet.state_dict(), tmp_path / "difference.safetensors")
-    run(source, "--model", path, "--save_to", tmp_path / "folder")
+    run_words(tool, source, "--model", path, "--save_to", tmp_path / "folder")
     found = ControlNetModel.from_pretrained(tmp_path / "folder").state_dict()
     for name, tensor in controlnet.state_dict().items():
         torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0)
     # what a file lacks is the model's
     kept = {name: t for name, t in load_file(source).items() if "time_embed" not in name and name != "difference"}
     save_file(kept, tmp_path / "part.safetensors")
-    run(tmp_path / "part.safetensors", "--model", path, "--save_to", tmp_path / "whole.safetensors")
+    run_words(tool, tmp_path / "part.safetensors", "--model", path, "--save_to", tmp_path / "whole.safetensors")
     whole = load_file(tmp_path / "whole.safetensors")
     name = "time_embed.0.weight"
     assert torch.equal(whole[f"control_model.{name}"], load_file(path)[f"model.diffusion_model.{name}"])
@@ -84,13 +72,13 @@ def test_mistakes(model: tuple[Path, nn.Module], tmp_path: Path, capsys: pytest.
     source = save_original(random_controlnet(unet), tmp_path / "source.safetensors")
     before = source.read_bytes()
     target = tmp_path / "new.safetensors"
-    assert "exists already" in refused(capsys, source, "--model", path, "--save_to", source)
-    assert "source.safetensors" in refused(capsys, source, "--model", path, "--save_to", source, "--overwrite")
-    assert "no ControlNet" in refused(capsys, path, "--model", path, "--save_to", target)
-    assert "--model" in refused(capsys, source, "--model", source, "--save_to", target)
-    assert "none" in refused(capsys, tmp_path / "none.pth", "--model", path, "--save_to", target)
-    assert "--save_to" in refused(capsys, source, "--model", path, "--save_to", tmp_path / "new.bin")
+    assert "exists already" in refused(capsys, tool, source, "--model", path, "--save_to", source)
+    assert "source.safetensors" in refused(capsys, tool, source, "--model", path, "--save_to", source, "--overwrite")
+    assert "no ControlNet" in refused(capsys, tool, path, "--model", path, "--save_to", target)
+    assert "--model" in refused(capsys, tool, source, "--model", source, "--save_to", target)
+    assert "none" in refused(capsys, tool, tmp_path / "none.pth", "--model", path, "--save_to", target)
+    assert "--save_to" in refused(capsys, tool, source, "--model", path, "--save_to", tmp_path / "new.bin")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    assert "name a new folder" in refused(capsys, source, "--model", path, "--save_to", tmp_path / "full")
+    assert "name a new folder" in refused(capsys, tool, source, "--model", path, "--save_to", tmp_path / "full")
     assert source.read_bytes() == before and not target.exists()

@@ -119,7 +119,7 @@ def test_timesteps_come_from_the_range() -> None:
 
 
 def losses(*, v_prediction: bool = False, masks: torch.Tensor | None = None, **settings: object) -> list[float]:
-    """Of an error of 2 in every element, at the timesteps 0 and 1."""
+    """Return the losses of an error of 2 in every element, at the timesteps 0 and 1."""
     target = torch.ones(2, 1, 1, 2)
     noisy = NoisyBatch(torch.zeros_like(target), torch.tensor([0, 1]), target)
     given = LossSettings(**settings)

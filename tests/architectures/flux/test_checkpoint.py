@@ -144,7 +144,7 @@ SCALES = {"one": lambda out: (), "rows": lambda out: (out, 1), "blocks": lambda 
 @pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("shape", SCALES)
 def test_fp8_files_with_scales(tmp_path: Path, suffix: str, shape: str) -> None:
-    """As ComfyUI publishes them: weights are numbers times scales, and storing them in fp8 gives the same numbers."""
+    """ComfyUI's files hold weights as numbers times scales, and storing them in fp8 gives the same numbers."""
     made = make_tiny_flux(tmp_path)
     tensors = load_file(made.path)
     name = "double_blocks.1.img_mlp.0.weight"

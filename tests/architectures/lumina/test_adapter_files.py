@@ -85,7 +85,7 @@ def test_resized(made: MadeLumina, lora: Path, tmp_path: Path) -> None:
 
 
 def test_diffusers_reads_a_converted_file(made: MadeLumina, lora: Path, tmp_path: Path) -> None:
-    """By its own loader; queries, keys and values are modules of their own there, of 72 and 24 features."""
+    """Its own loader reads it; queries, keys and values are modules of their own there, of 72 and 24 features."""
     from diffusers import Lumina2Pipeline
 
     run("convert", lora, "--to", "diffusers", "--save_to", tmp_path / "diffusers.safetensors")

@@ -62,7 +62,7 @@ def test_tokenizer_model_alone(tmp_path: Path, model: bytes) -> None:
 def test_within_the_file_of_the_text_encoder(
     tmp_path: Path, model: bytes, bundled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As ComfyUI's files have it, so that nothing is fetched; a folder of the tokenizer counts more."""
+    """ComfyUI's files have it, so that nothing is fetched; a folder of the tokenizer counts more."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     made = make_tiny_lumina(tmp_path / "model", bundled=bundled)

@@ -101,7 +101,7 @@ def test_a_weighted_caption_pools_as_the_plain_one(loaded, length: int) -> None:
 
 
 def test_a_caption_does_not_feel_its_batch(loaded) -> None:
-    """To the bit: a cache that was interrupted is filled up in other batches, and a step has its own."""
+    """Equal to the bit: a cache that was interrupted is filled up in other batches, and a step has its own."""
     tokenizers, encoders, _ = loaded
     tokens = SDXL.tokenize(tokenizers, [f"a cat {i}" for i in range(8)], max_token_length=None, weighted=False)
     with torch.no_grad():

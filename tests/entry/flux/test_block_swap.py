@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("own_root_logger")
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> MadeFlux:
-    """Of whose blocks 4 can be swapped, 3 of them as 1 double and 4 single ones."""
+    """A model of whose blocks 4 can be swapped, 3 of them as 1 double and 4 single ones."""
     sizes = FluxFileSizes(double_blocks=4, single_blocks=6)
     return make_tiny_flux(tmp_path_factory.mktemp("deep"), sizes=sizes)
 

@@ -137,7 +137,7 @@ def test_resumes_exactly(tmp_path: Path, train_db: Whole, fsdp: dict[str, str], 
 
 @pytest.mark.slow
 def test_every_family(tmp_path: Path, whole: Whole, fsdp: dict[str, str]) -> None:
-    """Without a line of its own."""
+    """No family needs a line of its own for it."""
     single, pairs = datasets(tmp_path, 2)
     settings = {**DESCENT, "gradient_checkpointing": True}
     whole.train(pairs, tmp_path / "one", **settings)

@@ -56,7 +56,7 @@ class Seen:
 
 
 def gradients(before: dict[str, Tensor], after: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """By the file's names below ``prefix``."""
+    """Return gradients by the file's names below ``prefix``."""
     return {
         name.removeprefix(prefix): (before[name].double() - after[name].double()).float() / RATE
         for name in before
