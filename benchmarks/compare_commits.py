@@ -43,6 +43,7 @@ class Case:
     resolution: int  # pixels, square
     options: tuple[str, ...] = ()
     steps: int = 20
+    network: str = "networks.lora"
 
 
 def _sd(folder: Path, *, full: bool = False) -> dict[str, object]:
@@ -77,7 +78,7 @@ CASES = {
     "sd_full": Case("train_network.py", partial(_sd, full=True), 256, (*_CACHED, "--mixed_precision", "bf16"), steps=12),
     "sdxl_wide": Case("sdxl_train_network.py", _sdxl_wide, 256, _TEXTS),
     "flux_wide": Case(
-        "flux_train_network.py", _flux_wide, 256, (*_TEXTS, "--network_module", "networks.lora_flux"), steps=20
+        "flux_train_network.py", _flux_wide, 256, _TEXTS, network="networks.lora_flux"
     ),
 }  # fmt: skip
 #: what ``--quick`` runs: the least that shows the commands to work
@@ -98,7 +99,7 @@ def command_of(case: Case, model: dict[str, object], folder: Path) -> Words:
         "dataset_config": config,
         "output_dir": folder / "out",
         "output_name": "run",
-        "network_module": "networks.lora",
+        "network_module": case.network,
         "network_dim": 8,
         "learning_rate": 1e-4,
         "max_train_steps": case.steps,

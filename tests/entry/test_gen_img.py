@@ -22,8 +22,8 @@ from tests.fixtures.runs import ROOT, Finished, environment, run_script
 from tests.fixtures.tiny_sd import MadeCheckpoint, make_tiny_sd
 
 PUBLISHED = json.loads((ROOT / "tests/compat/data/cli/gen_img.json").read_text())["options"]
-OURS = {"attn_mode", "split_attn", 
-    "grid", "torch_compile", "dynamo_backend", "vae_tiling",
+OURS = {
+    "grid", "torch_compile", "dynamo_backend", "vae_tiling", "attn_mode", "split_attn",
     # of the published gen_img_diffusers.py
     "XTI_embeddings", "clip_guidance_scale", "clip_image_guidance_scale", "vgg16_guidance_scale",
     "vgg16_guidance_layer",
