@@ -81,7 +81,8 @@ def count_of(total: int, share: float) -> int:
 
 
 def for_validation(spec: DatasetSpec, run_seed: int) -> DatasetSpec:
-    """Return the dataset without augmentation and caption changes; wildcards are resolved once for each image."""
+    """Return the dataset without augmentation and caption changes; wildcards and templates are resolved once for each
+    image."""
     return replace(
         spec,
         subsets=tuple(_plain(subset) for subset in spec.subsets),
@@ -99,6 +100,7 @@ def _plain(subset: SubsetSpec) -> SubsetSpec:
         keep_tokens=rules.keep_tokens,
         keep_tokens_separator=rules.keep_tokens_separator,
         wildcards=rules.wildcards,
+        templates=rules.templates,
     )
     return replace(
         subset,
