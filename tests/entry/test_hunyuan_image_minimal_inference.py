@@ -184,6 +184,15 @@ def test_prompts_from_files_and_keyboard(made: MadeHunyuan, tmp_path: Path) -> N
     assert np.array_equal(pixels(typed), pixels(first))
 
 
+def test_a_prompt_that_is_its_own_negative_prompt_may_come_again(made: MadeHunyuan, tmp_path: Path) -> None:
+    """Also the empty one, of a line with options alone."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("--w 64 --h 64 --s 1\n" * 2 + "a cat --w 64 --h 64 --s 1 --n a cat\n" * 2, encoding="utf-8")
+    images = [pixels(path) for path in draw(made, tmp_path, "--from_file", prompts, prompt=None)]
+    assert np.array_equal(images[0], images[1]) and np.array_equal(images[2], images[3])
+    assert not np.array_equal(images[1], images[2])
+
+
 def test_a_merged_model_is_saved(made: MadeHunyuan, lora: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged.safetensors"
     assert draw(made, tmp_path, "--lora_weight", lora, "--save_merged_model", merged, prompt=None) == [merged]
