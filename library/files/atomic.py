@@ -232,14 +232,14 @@ def _clear_errors(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = _reason(error, path)
+        reason = disk_reason(error, path)
         if reason is None:
             raise
         raise UserError(f"{path}: {reason}") from error
 
 
-def _reason(error: Exception, path: Path) -> str | None:
-    """The reason why writing failed, as Python, safetensors or torch report it; ``None`` for other errors."""
+def disk_reason(error: Exception, path: Path) -> str | None:
+    """Return the reason why writing failed, as Python, safetensors or torch report it; ``None`` for other errors."""
     number = _error_number(error)
     if number in _FULL:
         return f"the disk is full{_free_space(path)}; what was there before is whole"

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from library.errors import UserError
-from library.files.atomic import clear, make_folder, recover_directory, write_bytes
+from library.files.atomic import clear, disk_reason, make_folder, recover_directory, write_bytes
 from library.files.lock import Held, lock_path, locked
 from library.training.checkpoints import OutputNames, ema_path, is_folder_of_weights, is_model, is_state
 from library.training.planned_files import PlannedFile, planned_files
@@ -251,7 +251,7 @@ def only_run(names: OutputNames) -> Iterator[None]:
             "--output_dir, or wait for it to end"
         ) from None
     except OSError as error:
-        raise UserError(f"{names.directory}: may not be written ({error.strerror})") from None
+        raise UserError(f"{names.directory}: {disk_reason(error, names.directory)}") from None
     with held:
         clear_leftovers(names)
         yield
