@@ -12,6 +12,7 @@ import pytest
 
 from library.config.document import FOLDER, is_number, pages, write
 from library.training.kinds.adapter_options import TrainNetworkOptions
+from library.training.kinds.full_options import FullOptions
 
 ROOT = Path(__file__).parents[2]
 FIELDS = [f for group in TrainNetworkOptions.groups().values() for f in dataclasses.fields(group)]
@@ -104,5 +105,6 @@ def test_options_named_on_the_pages_exist(page: str) -> None:
     }  # of others
     elsewhere |= {"n", "w", "h", "d", "l", "s"}  # of prompt lines
     elsewhere |= {"sdxl"}  # of the caching tools
+    elsewhere |= {field.name for field in dataclasses.fields(FullOptions)} | {"blocks_to_swap"}  # of whole models
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_]*)", text))
     assert named - elsewhere <= {field.name for field in FIELDS}
