@@ -216,7 +216,7 @@ def further_images(args: argparse.Namespace, folder: Path, work: str) -> dict[st
     """Generate in turn; returns for each side the times of a step, and of everything else."""
     import gen_img
     from library.inference.families import family_of
-    from library.inference.gen_img import draw_images
+    from library.inference.gen_img import generate_all
     from library.inference.options import image_options
 
     options = image_options(gen_img.setup_parser().parse_args([*our_words(args, folder, work), "--interactive"]))
@@ -225,7 +225,7 @@ def further_images(args: argparse.Namespace, folder: Path, work: str) -> dict[st
     short = int(short)
     jobs = [(seed, steps) for seed in range(args.rounds + 1) for steps in (short, args.steps)]
     turns = Turns(jobs, pipeline(args, folder, work))
-    draw_images(options, family_of(options.model), turns)
+    generate_all(options, family_of(options.model), turns)
     run = int(args.steps * STRENGTH) if work == "img2img" else args.steps
     found = {}
     for side, times in turns.times.items():
