@@ -34,6 +34,7 @@ from library.files.safetensors_io import save_tensors
 from library.inference.failures import naming_memory
 from library.inference.latent_upscaler import VAE_KEY, LatentUpscaler, check_channels, load_latent_upscaler
 from library.interrupt import Interrupt
+from library.memory.placing import move
 from library.optim.optimizers import OptimizerChoice, resolve_optimizer
 from library.optim.schedule_checks import check_scheduler
 from library.optim.schedulers import ScheduleSettings, create_scheduler
@@ -124,7 +125,7 @@ class _Run:
             source, partial(build_vae, source.config), dtype=torch.float32, device=str(self._device)
         )
         self._factor = float(self._vae.config.scaling_factor)
-        self._network.to(self._device)
+        move(self._network, self._device)
         self._optimizer = choice.create([{"params": list(self._network.parameters())}])
         keep_state_dtypes(self._optimizer, self._device)
         self._schedule = create_scheduler(self._optimizer, choice, schedule, total_steps=given.max_train_steps)
