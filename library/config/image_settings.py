@@ -75,7 +75,7 @@ class ImageSettings:
         """Return the texts to encode.
 
         Args:
-            worded: of the architecture.
+            worded: of the architecture for this image, see ``for_image``.
         """
         prompt = worded(self.prompt, "prompt")
         if self.scale == 1.0:

@@ -26,6 +26,8 @@ from networks.weights import read_weights
 logger = logging.getLogger(__name__)
 
 _KINDS = "LoRA and OFT files are read here"
+#: network modules that adapt U-Nets, LoRA first
+_FOR_UNETS = ("networks.lora", "networks.oft")
 #: a piece of a tensor's name -> the kind of an unsupported file, and what to do
 _UNREAD = {
     ".hada_w": f"a LoHa of LyCORIS; {_KINDS}",
@@ -125,7 +127,7 @@ def _module_for(weights: Mapping[str, Tensor], target: LoraTarget, path: Path) -
         if any(piece in name for name in weights):
             raise UserError(f"{path}: {kind}")
     is_oft = any(".oft_blocks" in name for name in weights)
-    lora, *others = target.network_modules
+    lora, *others = target.network_modules or _FOR_UNETS
     return next((name for name in others if is_oft and "oft" in name), lora)
 
 
@@ -160,7 +162,7 @@ def adapt(
             strength, str(file.path), None, encoders, denoiser, weights_sd=file.weights, for_inference=True
         )
         own = network.text_encoder_loras if text else network.unet_loras
-        what = "text encoders" if text else "transformer"
+        what = "text encoders" if text else "denoiser"
         if merge:
             network.load_state_dict(file.weights, strict=False)
             merged += [move(adapter, device) for adapter in own]

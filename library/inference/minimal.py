@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TEXT, DENOISER, VAE = "text encoders", "transformer", "autoencoder"
+TEXT, DENOISER, VAE = "text encoders", "denoiser", "autoencoder"
 MEMORY_REMEDY = "try a smaller one, or --offload"
 #: number of texts whose encodings a session keeps; each takes 8 MB
 KEPT_TEXTS = 16
@@ -147,14 +147,15 @@ class ImageSession:
     # each step drops its models, so that the next one can use their memory
 
     def _encode(self, settings: ImageSettings) -> None:
-        wanted = list(dict.fromkeys(settings.texts(self._family.worded)))  # prompt and negative prompt may be the same
+        worded = self._family.for_image(settings).worded
+        wanted = list(dict.fromkeys(settings.texts(worded)))  # prompt and negative prompt may be the same
         known = [text for text in wanted if text in self._encoded]
         self._encoded |= {text: self._encoded.pop(text) for text in known}  # the most recently used are last
         texts = [text for text in wanted if text not in self._encoded]
         if not texts:
             return
         encoders, _ = self._parts.get(TEXT)
-        # without autocast: each text encoder computes in its own dtype, which need not be the transformer's
+        # without autocast: each text encoder computes in its own dtype, which need not be the denoiser's
         how = replace(self._how(torch.float32), device=self._text_device)
         for text, found in encode_texts(self._family, self._tokenizers, encoders, texts, how).items():
             self._encoded[text] = found.to(self._device, torch.float32)
@@ -163,7 +164,7 @@ class ImageSession:
 
     def _sample(self, settings: ImageSettings) -> Tensor:
         denoiser, _ = self._parts.get(DENOISER)
-        models = ImageModels(self._family, denoiser=denoiser)
+        models = ImageModels(self._family, denoiser=denoiser, v_prediction=self._checkpoint.info.v_prediction)
         return generate_latents(models, [settings], self._how(_compute(self._model.denoiser)), self._encoded)
 
     def _decode(self, latents: Tensor) -> Image:
@@ -211,7 +212,7 @@ class ImageSession:
     # ---- loading ----
 
     def _load_outlines(self) -> tuple[list[nn.Module], nn.Module]:
-        """Load text encoders and transformer without weights."""
+        """Load text encoders and denoiser without weights."""
         encoders = self._family.load_text_encoders(self._checkpoint, dtype=torch.float32, device="meta")
         self._family.load_vae(self._checkpoint, dtype=torch.float32, device="meta")
         return encoders, self._family.load_denoiser(self._checkpoint, dtype=torch.float32, device="meta")

@@ -207,14 +207,18 @@ class Session:
         The text encoders are then on the device once for many images.
         """
         known, models = self._encoded.setdefault(windows, {}), self._models
-        worded, first = models.architecture.worded, left[0]
-        if any(text not in known for text in first.settings.texts(worded)):
+        first = left[0]
+
+        def texts_of(image: PlannedImage) -> tuple[str, ...]:
+            return image.settings.texts(models.architecture.for_image(image.settings).worded)
+
+        if any(text not in known for text in texts_of(first)):
             near = [
                 image
                 for image in left[:_ENCODED_AHEAD]
                 if image.multipliers == first.multipliers and self._windows(image) == windows
             ]
-            texts = dict.fromkeys(text for image in near for text in image.settings.texts(worded))
+            texts = dict.fromkeys(text for image in near for text in texts_of(image))
             missing = [text for text in texts if text not in known]
             found = encode_texts(models.architecture, models.tokenizers, models.text_encoders, missing, how)
             # what earlier images had is forgotten, or many prompts would fill the device

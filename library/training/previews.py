@@ -172,8 +172,6 @@ def current_prompts(run: Run, encoded: Mapping[str, Conditioning]) -> SampleProm
     Args:
         encoded: texts that were encoded before training, if encoders are not loaded for it.
     """
-    from library.inference.settings import settings_for
-
     options, architecture = run.options, run.architecture
 
     def read() -> tuple[SamplePrompt, ...]:
@@ -186,11 +184,17 @@ def current_prompts(run: Run, encoded: Mapping[str, Conditioning]) -> SampleProm
     return SamplePrompts(
         run.checked.prompts,
         read,
-        texts_of=lambda prompt: settings_for(prompt, architecture.sample_defaults, sampler="").texts(
-            architecture.worded
-        ),
+        texts_of=lambda prompt: texts_of_prompt(architecture, prompt),
         encoded=encoded if any(run.cached_encoders) else None,
     )
+
+
+def texts_of_prompt(architecture: Architecture, prompt: SamplePrompt) -> tuple[str, ...]:
+    """Return the texts of a sample image, as the text encoders read them."""
+    from library.inference.settings import settings_for
+
+    settings = settings_for(prompt, architecture.sample_defaults, sampler="")
+    return settings.texts(architecture.for_image(settings).worded)
 
 
 def encode_prompts(
@@ -198,12 +202,8 @@ def encode_prompts(
 ) -> dict[str, Conditioning]:
     """Encode the texts of sample images, on the host, so that the encoders can be freed."""
     from library.inference.generate import encode_texts
-    from library.inference.settings import settings_for
 
-    texts: dict[str, None] = {}
-    for prompt in prompts:
-        settings = settings_for(prompt, architecture.sample_defaults, sampler="")
-        texts |= dict.fromkeys(settings.texts(architecture.worded))
+    texts = dict.fromkeys(text for prompt in prompts for text in texts_of_prompt(architecture, prompt))
     encoded = encode_texts(architecture, models.tokenizers, models.encoders, list(texts), options)
     return {text: found.to("cpu") for text, found in encoded.items()}
 

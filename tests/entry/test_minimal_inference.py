@@ -27,6 +27,7 @@ from tests.fixtures.tiny_flux import make_tiny_flux
 from tests.fixtures.tiny_hunyuan_image import make_tiny_hunyuan
 from tests.fixtures.tiny_lumina import make_tiny_lumina
 from tests.fixtures.tiny_sd3 import make_tiny_sd3
+from tests.fixtures.tiny_sdxl import make_tiny_sdxl
 
 pytestmark = pytest.mark.usefixtures("own_root_logger")
 
@@ -50,15 +51,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         (place / folder).mkdir()
     flux, lumina = make_tiny_flux(place / "flux"), make_tiny_lumina(place / "lumina")
     sd3, hunyuan = make_tiny_sd3(place / "sd3"), make_tiny_hunyuan(place / "hunyuan_image")
+    sdxl = make_tiny_sdxl(place / "sdxl" / "model.safetensors")
     named: dict[str, dict[str, Any]] = {
         "flux": {"ckpt_path": flux.path, "clip_l": flux.clip_l, "t5xxl": flux.t5xxl, "ae": flux.ae},
+        "sdxl": {"ckpt_path": sdxl.path},
         "sd3": {"ckpt_path": sd3.path, "t5xxl_token_length": 24},
         "lumina": {"pretrained_model_name_or_path": lumina.path, "gemma2_path": lumina.gemma2, "ae_path": lumina.ae},
         "hunyuan_image": {
             "dit": hunyuan.path, "text_encoder": hunyuan.text_encoder, "byt5": hunyuan.byt5, "vae": hunyuan.vae,
         },
     }  # fmt: skip
-    for folder, made in (("flux", flux), ("sd3", sd3), ("lumina", lumina), ("hunyuan_image", hunyuan)):
+    opened = {"sdxl": sdxl, "sd3": sd3, "flux": flux, "lumina": lumina, "hunyuan_image": hunyuan}
+    for folder, made in opened.items():
         named[folder]["tokenizer_cache_dir"] = made.tokenizer_cache_dir
     return named
 

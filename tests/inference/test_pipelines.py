@@ -92,6 +92,18 @@ def test_from_text(pair: Pair, options: GenerateOptions, settings: ImageSettings
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("pair", ["sdxl"], indirect=True)
+@pytest.mark.parametrize("second", ["red dog", "cat " * 80, ""])
+def test_a_prompt_for_each_text_encoder(
+    pair: Pair, options: GenerateOptions, settings: ImageSettings, second: str
+) -> None:
+    expected = of_diffusers(pair.pipeline, pair.models, settings, width=64, height=64, prompt_2=second)
+    plain = generate_latents(pair.models, [settings], options)
+    found = generate_latents(pair.models, [replace(settings, own={"prompt2": second})], options)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert torch.equal(found, plain) == (second == "")
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmsolver++"])
 def test_from_an_image(pair: Pair, options: GenerateOptions, settings: ImageSettings, sampler: str) -> None:
     import diffusers

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from library.architectures.common.loading import ModelSource, without_mapping
 from library.architectures.common.model_writing import LazyTensors
 from library.architectures.common.pipeline_writing import Pipeline
 from library.architectures.common.tokenizer_files import find_tokenizer
-from library.architectures.conditioning import Conditioning, SampleFacts
+from library.architectures.conditioning import CaptionLength, Conditioning, SampleFacts
 from library.architectures.formats import LatentFormat, TextFormat
 from library.architectures.lora_target import BlockNumbering, LoraTarget
 from library.architectures.model_info import ModelInfo, WeightsIdentity
@@ -38,8 +39,14 @@ from library.architectures.sdxl import text as sdxl_text
 from library.architectures.sdxl import weights as sdxl_weights
 from library.architectures.sdxl.adapters import TEXT_ENCODER_1, TEXT_ENCODER_2, UNET
 from library.architectures.sdxl.checkpoint import SDXLCheckpoint, inspect_checkpoint
-from library.architectures.sdxl.options import DECLARATION
+from library.architectures.sdxl.options import DECLARATION, SECOND_PROMPT
+from library.config.prompt_options import TextRole
 from library.randomness import Draw
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from library.config.image_settings import ImageSettings
 
 BLOCKS = BlockNumbering(down=9, mid=3, up=9, ends=1)
 
@@ -158,6 +165,22 @@ class StableDiffusionXL(LatentDiffusion):
 
     # ---- text ----
 
+    #: what the second text encoder reads instead of an image's prompt; None: the prompt
+    second_prompt: str | None = None
+
+    def for_image(self, settings: ImageSettings) -> Self:
+        second = settings.own.get(SECOND_PROMPT.field)
+        if not second:
+            return self
+        made = copy.copy(self)
+        made.second_prompt = second
+        return made
+
+    def worded(self, text: str, role: TextRole) -> str:
+        if role != "prompt" or self.second_prompt is None:
+            return text
+        return sdxl_text.joined(text, self.second_prompt)
+
     def tokenizers_in(self, folder: Path, *, v2: bool) -> list[Any]:
         found = find_tokenizer(folder)
         return sdxl_text.load_tokenizers(found, found)
@@ -166,6 +189,11 @@ class StableDiffusionXL(LatentDiffusion):
         self, tokenizers: Sequence[Any], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
     ) -> dict[str, Tensor]:
         return sdxl_text.tokenize(tokenizers, captions, max_token_length=max_token_length, weighted=weighted)
+
+    def caption_length(
+        self, tokenizers: Sequence[Any], caption: str, *, max_token_length: int | None, weighted: bool
+    ) -> CaptionLength:
+        return sdxl_text.caption_length(tokenizers, caption, max_token_length=max_token_length, weighted=weighted)
 
     def encode_text(
         self, text_encoders: Sequence[nn.Module], tokens: Mapping[str, Tensor], *, clip_skip: int | None

@@ -19,10 +19,25 @@ from torch import Tensor, nn
 
 from library.architectures.common import clip_text
 from library.architectures.common.clip_text import WINDOW, emphasise, join_windows
-from library.architectures.conditioning import Conditioning
+from library.architectures.conditioning import CaptionLength, Conditioning
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
+
+
+#: between the texts of a caption that has one for each encoder; no written caption has this control character
+_SECOND = " \x1f--prompt2 "
+
+
+def joined(first: str, second: str) -> str:
+    """Return one caption for ``tokenize``, of which the first encoder reads ``first`` and the second ``second``."""
+    return first if first == second else f"{first}{_SECOND}{second}"
+
+
+def _texts(caption: str) -> tuple[str, str]:
+    """Return what each encoder reads of a caption."""
+    first, mark, second = caption.partition(_SECOND)
+    return first, second if mark else first
 
 
 def load_tokenizers(first: Path, second: Path) -> list[CLIPTokenizer]:
@@ -33,7 +48,7 @@ def load_tokenizers(first: Path, second: Path) -> list[CLIPTokenizer]:
 def tokenize(
     tokenizers: Sequence[CLIPTokenizer], captions: Sequence[str], *, max_token_length: int | None, weighted: bool
 ) -> dict[str, Tensor]:
-    """Tokenize captions for both encoders, each with its own padding.
+    """Tokenize captions for both encoders, each with its own padding, and its own text where a caption is ``joined``.
 
     Returns:
         ``input_ids1``, ``input_ids2`` (B, n, 77) int64; ``end`` (B,) int64, the place of the end token in the first
@@ -42,11 +57,24 @@ def tokenize(
     """
     tokens: dict[str, Tensor] = {}
     for number, tokenizer in enumerate(tokenizers, start=1):
-        found = clip_text.tokenize(tokenizer, captions, max_token_length=max_token_length, weighted=weighted)
+        read = [_texts(caption)[number - 1] for caption in captions]
+        found = clip_text.tokenize(tokenizer, read, max_token_length=max_token_length, weighted=weighted)
         tokens |= {f"{name}{number}": values for name, values in found.items()}
     # the first one: encoder 1's padding is the same token
     tokens["end"] = (tokens["input_ids2"][:, 0] == tokenizers[1].eos_token_id).int().argmax(dim=1)
     return tokens
+
+
+def caption_length(
+    tokenizers: Sequence[CLIPTokenizer], caption: str, *, max_token_length: int | None, weighted: bool
+) -> CaptionLength:
+    """Return how much of a caption ``tokenize`` keeps; of two texts, the longer one's."""
+    # the tokenizers differ only in their padding
+    lengths = [
+        clip_text.caption_length(tokenizers[0], text, max_token_length=max_token_length, weighted=weighted)
+        for text in dict.fromkeys(_texts(caption))
+    ]
+    return max(lengths, key=lambda length: length.tokens)
 
 
 def encode_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.architectures.sdxl import SDXL
+from library.config.image_settings import ImageSettings
+from library.inference.prompt_line import SamplePrompt
+from library.inference.settings import settings_for
+from library.training.previews import texts_of_prompt
 from tests.fixtures.tiny_sdxl import SdxlSizes, make_tiny_sdxl, sdxl_configs
 
 #: lengths in tokens: one window, into the second, into the third, past the third
@@ -109,3 +114,25 @@ def test_a_caption_does_not_feel_its_batch(loaded) -> None:
         for start, stop in ((0, 1), (1, 5), (5, 8)):
             part = SDXL.encode_text(encoders, {k: v[start:stop] for k, v in tokens.items()}, clip_skip=None)
             assert all(torch.equal(part[name], whole[name][start:stop]) for name in whole.tensors)
+
+
+def test_each_encoder_reads_the_text_that_is_for_it(loaded) -> None:
+    tokenizers, *_ = loaded
+    settings = ImageSettings("a cat", "dog", 64, 64, 1, 5.0, "euler", 0, own={"prompt2": "the red dog"})
+    family = SDXL.for_image(settings)
+    prompt, negative = settings.texts(family.worded)
+    assert negative == "dog" and SDXL.for_image(replace(settings, own={})).worded("a cat", "prompt") == "a cat"
+    both, first, second = (
+        SDXL.tokenize(tokenizers, [text], max_token_length=None, weighted=False)
+        for text in (prompt, "a cat", "the red dog")
+    )
+    assert torch.equal(both["input_ids1"], first["input_ids1"]) and torch.equal(both["end"], second["end"])
+    assert torch.equal(both["input_ids2"], second["input_ids2"]) and not torch.equal(first["end"], second["end"])
+
+
+def test_sample_images_read_the_texts_of_their_image() -> None:
+    """As ``generate_latents`` words them, or cached texts would not be found."""
+    prompt = SamplePrompt("a cat", negative_prompt="dog", scale=5.0, own={"prompt2": "the red dog"})
+    settings = settings_for(prompt, SDXL.sample_defaults, sampler="")
+    expected = SDXL.for_image(settings).worded("a cat", "prompt")
+    assert texts_of_prompt(SDXL, prompt) == (expected, "dog") and expected != "a cat"
