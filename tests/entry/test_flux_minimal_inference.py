@@ -327,7 +327,7 @@ def test_session(
     assert said(err, "ERROR") == [
         "prompt 4: width 70: must be a multiple of 16, such as 64 or 80",
         "--m: 2 strengths for 1 files of --lora_weights",
-        "prompt 6: unknown option --q; options are --w, --h, --s, --d, --g, --m, --n, --c",
+        "prompt 6: unknown option --q; options are --w, --h, --s, --d, --g, --m, --n, --c, --fs",
     ]
     assert "the negative prompt has no effect at CFG scale 1" in err
     expected = {"size": "80x96", "seed": "7", "steps": "3", "guidance_scale": "1.5", "scale": "2"}
