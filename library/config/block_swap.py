@@ -55,6 +55,15 @@ def swapping(o: Any, facts: Facts) -> Iterator[Finding]:
         )
 
 
+def can_swap(options: Any, facts: Facts) -> bool:
+    """Whether blocks could wait in host memory, with the other options as they are."""
+    try:
+        swapped = with_count(options, 1)
+    except UserError:
+        return False
+    return not any(finding.fatal for finding in swapping(swapped, facts))
+
+
 def with_count(options: O, count: int) -> O:
     """Return the options with this ``--blocks_to_swap``.
 

@@ -18,6 +18,7 @@ from library.errors import UserError
 from library.memory.budget import Choice, Parts, choices, denoiser_bytes, most_swapped
 from library.memory.plan import MemoryPlan
 from library.optim.optimizers import OptimizerChoice
+from library.training.kinds.base import RunSubject
 from library.training.loading import make_kind
 from library.training.memory import memory_plan
 from library.training.memory_trace import TracedRun, state_bytes, trace
@@ -50,7 +51,8 @@ def planned(run: Run) -> Any:
         traces[False] = trace(run, checkpointing=False, host_kernels=not on_gpu)
     plan, denoiser = memory_plan(run, make_kind(run)), traces[True].models.denoiser
     blocks = run.architecture.block_lists(denoiser)
-    can_swap = not plan[DENOISER].trained and run.sharding is None and _has_swapping(options)
+    facts = RunSubject(run.kind, run.architecture).facts(options)
+    can_swap = run.sharding is None and block_swap.can_swap(options, facts)
     considered = choices(
         checkpointing=options.training.gradient_checkpointing,
         forms=_forms(plan),
@@ -106,14 +108,6 @@ def _takes_small_states(options: OptimizerOptions) -> bool:
     return plain and not (options.use_8bit_adam or options.use_lion_optimizer) and find_spec("bitsandbytes") is not None
 
 
-def _has_swapping(options: Any) -> bool:
-    try:
-        block_swap.with_count(options, 1)
-    except UserError:
-        return False
-    return True
-
-
 @dataclass(frozen=True)
 class _AlwaysThere:
     """Bytes that no choice changes, and those of the optimizer's states."""
@@ -136,7 +130,9 @@ def _always_there(
     if models.vae is not None and encodes_images:
         frozen += sum(t.nbytes for t in (*models.vae.parameters(), *models.vae.buffers()))
     numbers = sum(p.numel() for p in trained)
-    state = state_bytes(optimizer, numbers, trained[0].dtype)
+    state = traced.state
+    if state is None:
+        state = state_bytes(optimizer, numbers, trained[0].dtype)
     return _AlwaysThere(frozen, sum(p.nbytes for p in trained), state, 2 * numbers)
 
 
@@ -148,10 +144,13 @@ def _trained_bytes(model: nn.Module, trained: Sequence[nn.Parameter]) -> int:
 
 def _parts(blocks: Sequence[Sequence[nn.Module]], always: _AlwaysThere, traced: TracedRun, choice: Choice) -> Parts:
     denoiser = traced.models.denoiser
-    frozen = denoiser_bytes(denoiser, blocks, choice)
-    frozen += always.frozen - _trained_bytes(denoiser, traced.trained)
+    kept = denoiser_bytes(denoiser, blocks, choice)
+    in_denoiser = _trained_bytes(denoiser, traced.trained)
+    # all of a denoiser that waits in part is trained, or nothing of it
+    waiting = denoiser_bytes(denoiser, blocks, replace(choice, swapped=0)) - kept if in_denoiser else 0
+    frozen = kept + waiting + always.frozen - in_denoiser
     state = always.small_state if choice.small_state else always.state
-    return Parts(frozen, always.trained, state, traced.worst.peak)
+    return Parts(frozen, always.trained - waiting, state, traced.worst.peak)
 
 
 def _with(options: Any, choice: Choice) -> Any:

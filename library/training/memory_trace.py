@@ -1,7 +1,7 @@
 """Trace a training step of a run without weights, to know what it takes before anything is loaded (``--memory_plan``).
 
-Models are built from their files' headers. Loss and backward pass are the run's own, on tensors of the run's device
-that have shapes and dtypes but no numbers; every allocation is counted. See ``library/memory/stand_in.py``.
+Models are built from their files' headers. Loss, backward pass and update are the run's own, on tensors of the run's
+device that have shapes and dtypes but no numbers; every allocation is counted. See ``library/memory/stand_in.py``.
 """
 
 from __future__ import annotations
@@ -19,17 +19,24 @@ from library.architectures.conditioning import Conditioning
 from library.config.console import quiet
 from library.data.batch import Batch
 from library.data.bucketed import BucketedDataset
+from library.data.caption_lengths import longest_uses
+from library.data.dataset import TrainingData
+from library.errors import UserError
 from library.memory import stand_in
 from library.memory.host import use_host_kernels
+from library.optim.fused_backward import FusedBackward
 from library.optim.optimizers import OptimizerChoice
+from library.optim.pieces import Pieces
+from library.optim.stochastic_rounding import train_in_half
+from library.optim.trial import updates_alone
 from library.training.kinds.base import Kind
 from library.training.loading import batch_losses, make_kind, models_on_meta
 from library.training.models import Models
 from library.training.run import Run
 from library.training.text_caching import Tokenize
 
-#: more tokens than any text encoder reads
-_LONG_CAPTION = " ".join(["word"] * 600)
+logger = logging.getLogger(__name__)
+
 Size = tuple[int, int]
 
 
@@ -39,8 +46,8 @@ class TracedStep:
 
     bucket: Size  # (W, H)
     batch_size: int
-    peak: int  # beyond weights and optimizer state, at the worst moment of forward and backward pass
-    gradients: int  # that are there at the end
+    peak: int  # beyond weights and optimizer state, at the worst moment of forward pass, backward pass and update
+    gradients: int  # that are there at the end of the backward pass
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class TracedRun:
     steps: tuple[TracedStep, ...]
     models: Models
     trained: tuple[nn.Parameter, ...]
+    state: int | None  # bytes of the optimizer's state; None for an optimizer that needs numbers
 
     @property
     def worst(self) -> TracedStep:
@@ -68,6 +76,89 @@ def trace(run: Run, *, checkpointing: bool, most: int = 2, host_kernels: bool = 
         UserError: headers that lack tensors, or whose shapes do not fit.
     """
     run = _with_checkpointing(run, checkpointing)
+    choice = run.checked.optimizer
+    if not host_kernels and choice.path.startswith("torch.optim."):
+        # as torch does on a GPU, where it is the default
+        choice = replace(choice, args={"foreach": True, **choice.args})
+    kind = make_kind(run)
+    is_half = any(need.dtype in (torch.bfloat16, torch.float16) for need in kind.needs().values())
+    # it is tried with numbers
+    alone = (is_half or kind.fused_flag(run.options) is not None) and updates_alone(choice, run.device)
+    how: dict[str, Any] = {"checkpointing": checkpointing, "most": most, "host_kernels": host_kernels}
+    try:
+        return _traced(run, _Updates(choice, run.checked.seed, alone), **how)
+    except UserError:
+        raise
+    except Exception as error:  # of a third-party class, whatever it does without numbers
+        logger.info(
+            "memory plan: %s cannot be traced (%s); what its update takes for a moment is not part of the values",
+            choice.name,
+            str(error).partition("\n")[0] or type(error).__name__,
+        )
+        return _traced(run, _Updates(None, run.checked.seed, alone), **how)
+
+
+class _Updates:
+    """The run's optimizer on weights without numbers, after the backward pass or within it.
+
+    Args:
+        choice: None for one that frees the gradients and does nothing else.
+        alone: see ``updates_alone``.
+    """
+
+    def __init__(self, choice: OptimizerChoice | None, seed: int, alone: bool) -> None:
+        self._choice, self._seed, self._alone = choice, seed, alone
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._fused: FusedBackward | None = None
+        self.parameters: list[nn.Parameter] = []
+
+    def attach(self, kind: Kind, groups: Sequence[dict[str, Any]], device: torch.device, *, fused: bool) -> None:
+        """Make the optimizer for parameter groups, and take a step in which its state gets its places."""
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        pieces: Any = _NoPieces()
+        if self._choice is not None:
+            self._optimizer = self._choice.create(groups)
+            if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters):
+                train_in_half(self._optimizer, self._seed, alone=self._alone)
+            pieces = Pieces(self._optimizer)
+        if fused:
+            self._pieces, self._fused = pieces, FusedBackward(pieces, kind.fused_parts(self.parameters))
+        for parameter in self.parameters:
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        with stand_in.Trace(device.type):
+            self.step()
+
+    def before_backward(self) -> None:
+        if self._fused is not None:
+            self._fused.before_backward(is_last=True)
+
+    def step(self) -> None:
+        if self._fused is not None:
+            self._pieces.end_step()
+        elif self._optimizer is not None:
+            self._optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def states(self) -> list[Tensor]:
+        """Return the optimizer's state."""
+        return [] if self._optimizer is None else _states(self._optimizer)
+
+    @property
+    def state(self) -> int | None:
+        """Return the bytes of the optimizer's state."""
+        return None if self._optimizer is None else sum(tensor.nbytes for tensor in self.states())
+
+
+class _NoPieces:
+    """Stands for ``Pieces`` of an optimizer that cannot be traced."""
+
+    def update(self, parameters: object) -> None: ...
+
+    def end_step(self) -> None: ...
+
+
+def _traced(run: Run, updates: _Updates, *, checkpointing: bool, most: int, host_kernels: bool) -> TracedRun:
     models = models_on_meta(run)
     if run.architecture.attention(run.options.training) not in ("torch", "efficient", "math"):
         # the kernels of packages do not run without numbers; they take as much memory as torch's
@@ -77,16 +168,19 @@ def trace(run: Run, *, checkpointing: bool, most: int = 2, host_kernels: bool = 
     with stand_in.without_weights(), quiet(logging.INFO):
         for module in models.modules():
             stand_in.place_without_numbers(module, run.device)
-        kind.attach_without_numbers(models)
+        groups = kind.attach_without_numbers(models)
+        placed: dict[Tensor, nn.Parameter] = {}
         for module in kind.modules():
             if not any(module is model for model in models.modules()):
-                stand_in.place_without_numbers(module, run.device)
+                placed |= stand_in.place_without_numbers(module, run.device)
         modules = [*models.modules(), *kind.modules()]
         if host_kernels and run.device.type == "cpu":
             use_host_kernels(models.denoiser, convolutions=True)
         if checkpointing:
             architecture.enable_gradient_checkpointing(models.denoiser, models.text_encoders)
         kind.set_training(True)
+        settings = [{**g.settings, "params": [placed.get(p, p) for p in g.parameters]} for g in groups]
+        updates.attach(kind, settings, run.device, fused=kind.fused_flag(run.options) is not None)
         trained = tuple(p for module in kind.modules() for p in module.parameters() if p.requires_grad)
         # all encoders have places here, also those whose outputs the run reads from a cache
         whole = replace(models, cached=(False,) * len(models.text_encoders))
@@ -96,8 +190,8 @@ def trace(run: Run, *, checkpointing: bool, most: int = 2, host_kernels: bool = 
             _step(
                 kind,
                 losses,
+                updates,
                 modules,
-                trained,
                 _batch(
                     architecture,
                     bucket,
@@ -110,7 +204,7 @@ def trace(run: Run, *, checkpointing: bool, most: int = 2, host_kernels: bool = 
             )
             for bucket, count in _largest(run.data.datasets, most)
         )
-    return TracedRun(checkpointing, steps, models, trained)
+    return TracedRun(checkpointing, steps, models, trained, updates.state)
 
 
 def _with_checkpointing(run: Run, checkpointing: bool) -> Run:
@@ -131,11 +225,13 @@ def _largest(datasets: Sequence[BucketedDataset], most: int) -> list[tuple[Size,
 
 
 def _encoded(run: Run, models: Models, kind: Kind, autocast: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tokens of a long caption, and its conditioning, which is empty if encoders are trained."""
+    """Return the tokens of the longest caption, and its conditioning, which is empty if encoders are trained."""
     architecture = run.architecture
     options = run.options.model
     tokenizers = architecture.load_tokenizers(run.checked.checkpoint)
-    tokens = Tokenize(architecture, tokenizers, options.max_token_length, options.weighted_captions)([_LONG_CAPTION])
+    tokens = Tokenize(architecture, tokenizers, options.max_token_length, options.weighted_captions)(
+        [_longest_caption(run.data)]
+    )
     if kind.trains_text:
         return tokens, {}
     moved = {name: tensor.to(run.device) for name, tensor in tokens.items()}
@@ -144,26 +240,32 @@ def _encoded(run: Run, models: Models, kind: Kind, autocast: Any) -> tuple[dict[
     return {}, encoded.tensors
 
 
+def _longest_caption(data: TrainingData) -> str:
+    """Return the longest caption of a run: what some families' denoisers read is as long as the captions."""
+    uses = (use for record, rules in data.captioned() for use in longest_uses(record.caption, rules))
+    return max(uses, key=len, default="")
+
+
 def _step(
     kind: Kind,
     losses: Any,
+    updates: _Updates,
     modules: Iterable[nn.Module],
-    trained: Iterable[nn.Parameter],
     batch: Batch,
     device: torch.device,
 ) -> TracedStep:
     batch = batch.to(device)
     kept = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
     traced = stand_in.Trace(device.type)
-    for tensor in (*kept.values(), *_tensors(batch)):
+    for tensor in (*kept.values(), *_tensors(batch), *updates.states()):
         traced.track(tensor)
     before = traced.now
     kind.begin_batch(batch, 0)
     with traced:
+        updates.before_backward()
         losses(batch).mean().backward()
-    gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
-    for parameter in trained:
-        parameter.grad = None
+        gradients = sum(p.grad.nbytes for p in updates.parameters if p.grad is not None)
+        updates.step()
     return TracedStep(batch.bucket, len(batch.visits), traced.peak - before, gradients)
 
 
@@ -213,10 +315,10 @@ def state_bytes(choice: OptimizerChoice, numbers: int, dtype: torch.dtype) -> in
     optimizer = choice.create([{"params": [parameter]}])
     parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
-    sizes = [
-        tensor.nbytes
-        for state in optimizer.state.values()
-        for tensor in state.values()
-        if isinstance(tensor, Tensor) and tensor.numel() > 1
-    ]
-    return sum(sizes) * numbers // parameter.numel()
+    return sum(tensor.nbytes for tensor in _states(optimizer)) * numbers // parameter.numel()
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the tensors of an optimizer's state that grow with the parameters."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return [value for value in values if isinstance(value, Tensor) and value.numel() > 1]
