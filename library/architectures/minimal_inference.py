@@ -140,6 +140,7 @@ class MinimalInference:
         size_step: sides of images are multiples of this many pixels.
         model_flag: the flag of the model, for messages.
         lora_flag: the flag of adapter files.
+        nan_remedy: advice for an image whose values are not finite.
     """
 
     groups: Mapping[str, type]
@@ -151,6 +152,7 @@ class MinimalInference:
     size_step: int = 16
     model_flag: str = "--ckpt_path"
     lora_flag: str = "--lora_weights"
+    nan_remedy: str = "try --ae_dtype float32, or --dtype bfloat16"
 
     @functools.cached_property
     def options(self) -> type[Any]:

@@ -172,8 +172,7 @@ class ImageSession:
         return decode_images(models, latents, self._how(torch.float32))[0]
 
     def _how(self, autocast: torch.dtype) -> GenerateOptions:
-        remedy = "try --ae_dtype float32, or --dtype bfloat16"
-        return GenerateOptions(self._device, autocast, weighted=False, nan_remedy=remedy)
+        return GenerateOptions(self._device, autocast, weighted=False, nan_remedy=self._inference.nan_remedy)
 
     def free(self) -> None:
         """Free the memory of all models; they are loaded again when they are needed."""

@@ -45,7 +45,8 @@ def choose_networks(
         UserError: the numbers do not fit, a file is missing, arguments are not ``key=value,key=value``.
     """
     modules, weights = list(modules or []), list(weights or [])
-    multipliers, arguments = list(multipliers or []), list(arguments or [])
+    multipliers = list(multipliers or [])
+    read = [_read_arguments(text) for text in arguments or []]
     for path in weights:
         if not Path(path).is_file():
             raise UserError(f"--network_weights: {path}: no such file")
@@ -56,17 +57,17 @@ def choose_networks(
             f"--network_weights: {len(weights)} files for {len(modules)} networks of --network_module; "
             "give one file for each, or no module, which the files then tell"
         )
-    for flag, values in (("--network_mul", multipliers), ("--network_args", arguments)):
+    for flag, values in (("--network_mul", multipliers), ("--network_args", read)):
         if len(values) > len(modules):
             raise UserError(f"{flag}: {len(values)} values for {len(modules)} networks of --network_module")
     for multiplier in multipliers:
         if not math.isfinite(multiplier):
             raise UserError(f"--network_mul {multiplier}: a strength must be a finite number")
     multipliers += [1.0] * (len(modules) - len(multipliers))
-    arguments += [""] * (len(modules) - len(arguments))
+    read += [{} for _ in modules[len(read) :]]
     return [
-        NetworkChoice(module, path, multiplier, _read_arguments(text))
-        for module, path, multiplier, text in zip(modules, weights, multipliers, arguments, strict=True)
+        NetworkChoice(module, path, multiplier, values)
+        for module, path, multiplier, values in zip(modules, weights, multipliers, read, strict=True)
     ]
 
 

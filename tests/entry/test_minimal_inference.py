@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,11 @@ def test_each_option_of_stable_diffusion_3_acts(
     (applied,) = run("sd3", half, tmp_path / "applied")
     (merged,) = run("sd3", half, tmp_path / "merged", "--merge_lora_weights")
     assert abs(pixels(applied) - pixels(merged)).max() <= 1
+
+
+@pytest.mark.parametrize("folder", SCRIPTS)
+def test_advice_names_flags_of_the_script(folder: str) -> None:
+    inference = SCRIPTS[folder]
+    flags = {f"--{field}" for group in inference.groups.values() for field in group.__dataclass_fields__}
+    named = re.findall(r"--\w+", inference.nan_remedy)
+    assert named and set(named) <= flags

@@ -261,4 +261,5 @@ INFERENCE = MinimalInference(
     size_step=32,
     model_flag="--dit",
     lora_flag="--lora_weight",
+    nan_remedy="try --dtype bfloat16",
 )  # fmt: skip

@@ -116,4 +116,5 @@ INFERENCE = MinimalInference(
     open=_open,
     findings=_findings,
     flags=_FLAGS,
+    nan_remedy="leave --fp16 out, or give --bf16",
 )

@@ -118,4 +118,5 @@ INFERENCE = MinimalInference(
     flags=_FLAGS,
     prompt_options=(SECOND_PROMPT,),
     size_step=8,
+    nan_remedy="leave --fp16 out, or give --bf16",
 )
