@@ -12,8 +12,10 @@ Exit codes: 0 converted, 1 the file already has these names, 2 it cannot be conv
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the suite is one folder up
@@ -21,10 +23,7 @@ if __package__ in (None, ""):  # run as a script: the suite is one folder up
 
 from library.errors import UserError, exits_on_user_error
 from networks.files.comfyui_script import Renaming, renaming_parser
-from networks.files.families import family_named
 
-#: endings of modules' names in ComfyUI -> the published ones
-_ENDINGS = family_named("hunyuan_image").other_endings
 _MODULE = re.compile(r"(lora_unet_(?:double|single)_blocks_\d+_)(\w+)")
 
 
@@ -32,9 +31,17 @@ def setup_parser() -> argparse.ArgumentParser:
     return renaming_parser(__doc__)
 
 
+@functools.cache
+def _endings() -> Mapping[str, str]:
+    """Return the endings of modules' names in ComfyUI, with the published ones."""
+    from networks.files.families import family_named  # only now, as torch takes seconds to load
+
+    return family_named("hunyuan_image").other_endings
+
+
 def renamed(name: str, *, reverse: bool) -> str:
     """Return a tensor's name in the other layout; the same where both agree."""
-    table = _ENDINGS if reverse else {published: comfyui for comfyui, published in _ENDINGS.items()}
+    table = _endings() if reverse else {published: comfyui for comfyui, published in _endings().items()}
     module, dot, leaf = name.partition(".")
     found = _MODULE.fullmatch(module)
     return f"{found[1]}{table.get(found[2], found[2])}{dot}{leaf}" if found else name
