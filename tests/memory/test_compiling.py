@@ -83,6 +83,7 @@ def test_each_bucket_is_compiled_once() -> None:
     assert 0 < made[0] < made[1] and set(made[2:]) == {made[1]}
 
 
+@pytest.mark.slow  # the test above compiles the same blocks
 def test_dynamic_shapes_need_no_code_for_a_third_bucket() -> None:
     unet, network = adapted()
     compile_blocks(unet, SD.compiled_blocks, CompileSettings("eager", dynamic=None, fullgraph=True))
