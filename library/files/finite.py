@@ -47,12 +47,17 @@ class FiniteCheck:
         return list(self._bad)
 
 
+def finite_flag(tensor: Tensor) -> Tensor:
+    """Return whether all of a tensor's numbers are finite, exactly, as a 0-dim bool on its device.
+
+    The extremes hold every infinity, and are NaN if any number is; ``isfinite`` of the whole tensor makes copies of it.
+    """
+    return tensor.amin().isfinite() & tensor.amax().isfinite()
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all of a tensor's numbers are finite, exactly."""
-    import torch
-
-    low, high = torch.aminmax(tensor)  # either is NaN if any number is
-    return bool(low.isfinite() & high.isfinite())
+    return bool(finite_flag(tensor))
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:

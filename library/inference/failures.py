@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.files.finite import not_finite
 
 
 class NotFinite(UserError):
@@ -28,21 +29,12 @@ def cause_in(models: Mapping[str, nn.Module | None], others: Mapping[str, Mappin
         others: other tensors in the computation, by name, by the name of their group.
     """
     for what, model in models.items():
-        if model is None:
-            continue
-        for name, parameter in model.named_parameters():
-            if not _is_finite(parameter):
-                return f"the weight {name} of the {what} holds NaN or infinity; the file is damaged"
+        if model is not None and (bad := not_finite(model.named_parameters())):
+            return f"the weight {bad[0]} of the {what} holds NaN or infinity; the file is damaged"
     for what, tensors in (others or {}).items():
-        if not all(_is_finite(tensor) for tensor in tensors.values()):
+        if not_finite(tensors.items()):
             return f"the {what} gives values that are not finite"
     return ""
-
-
-def _is_finite(values: Tensor) -> bool:
-    if values.is_meta or not values.is_floating_point():
-        return True
-    return bool(torch.isfinite(values.float() if values.element_size() == 1 else values).all())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from library.files.finite import finite_flag
+
 
 class Flat:
     """Many tensors as few: one flat tensor per dtype and device, so that a step needs a handful of kernels."""
@@ -43,11 +45,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     ignored."""
     device = tensors[0].device
     checked = [t for t in tensors if t.is_floating_point() and t.numel() and (t.device == device or t.dim())]
-    # the extremes hold every inf, and NaN if there is one; ``isfinite`` of a whole tensor makes copies of it
-    extremes = [
-        extreme(t).isfinite().to(device, non_blocking=True) for t in checked for extreme in (torch.amin, torch.amax)
-    ]
-    return torch.stack(extremes).all()
+    return torch.stack([finite_flag(t).to(device, non_blocking=True) for t in checked]).all()
 
 
 class HostCopies:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from library.files.atomic import atomic_path
 from library.files.gathering import Shard, is_sharded, shard_of, whole, write_together
+from library.optim.flat import all_finite
 
 
 class LocalShards:
@@ -85,8 +86,7 @@ class LocalShards:
     def share_infinity(self, parameters: Sequence[nn.Parameter]) -> None:
         """Make a gradient infinite on every process if one is on any, so that all leave out the same steps."""
         gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
-        finite = torch.stack([g.isfinite().all().to(self._device) for g in gradients]).all()
-        bad = ~self.everywhere(finite)
+        bad = ~self.everywhere(all_finite(gradients))
         gradients[0].masked_fill_(bad.to(gradients[0].device), float("inf"))
 
     # ---- whole tensors ----
