@@ -35,6 +35,25 @@ class LoraWeightsOptions:
 
 
 @dataclass(frozen=True)
+class HalfPrecisionOptions:
+    """Precision and memory."""
+
+    fp16: bool = option(False, "weights and computation in float16; default is float32")
+    bf16: bool = option(False, "the same in bfloat16")
+    offload: bool = option(False, "keep only the part in use on the device, and free it afterwards")
+
+    @property
+    def dtype(self) -> str:
+        return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+
+
+def one_half_precision(options: Any) -> Iterator[str]:
+    """Yield what is wrong with ``HalfPrecisionOptions``."""
+    if options.precision.fp16 and options.precision.bf16:
+        yield "--fp16 and --bf16 exclude each other; leave one out"
+
+
+@dataclass(frozen=True)
 class ImageRequest:
     """The images that a command line asks for, in the words of all families.
 

@@ -11,10 +11,12 @@ from functools import partial
 from typing import Any
 
 from library.architectures.minimal_inference import (
+    HalfPrecisionOptions,
     LoraWeightsOptions,
     MinimalInference,
     ModelPart,
     OpenedModel,
+    one_half_precision,
     usual_request,
 )
 from library.config.fields import option
@@ -58,22 +60,8 @@ class SD3ImageOptions:
     interactive: bool = option(False, "read prompts with options from the keyboard, a line each, until an empty one")
 
 
-@dataclass(frozen=True)
-class SD3PrecisionOptions:
-    """Precision and memory."""
-
-    fp16: bool = option(False, "weights and computation in float16; default is float32")
-    bf16: bool = option(False, "the same in bfloat16")
-    offload: bool = option(False, "keep only the part in use on the device, and free it afterwards")
-
-    @property
-    def dtype(self) -> str:
-        return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
-
-
 def _findings(options: Any) -> Iterator[str]:
-    if options.precision.fp16 and options.precision.bf16:
-        yield "--fp16 and --bf16 exclude each other; leave one out"
+    yield from one_half_precision(options)
     if options.files.t5xxl_token_length < 1:
         yield f"--t5xxl_token_length {options.files.t5xxl_token_length}: must be at least 1"
 
@@ -110,7 +98,7 @@ INFERENCE = MinimalInference(
         "files": SD3FilesOptions,
         "image": SD3ImageOptions,
         "networks": LoraWeightsOptions,
-        "precision": SD3PrecisionOptions,
+        "precision": HalfPrecisionOptions,
     },
     request=partial(usual_request, flags=_FLAGS),
     open=_open,

@@ -5,16 +5,17 @@ This file imports torch and models within functions only, because ``--help`` rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from library.architectures.minimal_inference import (
+    HalfPrecisionOptions,
     ImageRequest,
     LoraWeightsOptions,
     MinimalInference,
     ModelPart,
     OpenedModel,
+    one_half_precision,
     usual_request,
 )
 from library.architectures.sdxl.options import SECOND_PROMPT
@@ -58,23 +59,13 @@ class SDXLImageOptions:
 
 
 @dataclass(frozen=True)
-class SDXLPrecisionOptions:
+class SDXLPrecisionOptions(HalfPrecisionOptions):
     """Precision and memory."""
 
     fp16: bool = option(
         False, "weights and computation in float16, except for the autoencoder, which needs float32; default is float32"
     )
     bf16: bool = option(False, "weights and computation in bfloat16")
-    offload: bool = option(False, "keep only the part in use on the device, and free it afterwards")
-
-    @property
-    def dtype(self) -> str:
-        return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
-
-
-def _findings(options: Any) -> Iterator[str]:
-    if options.precision.fp16 and options.precision.bf16:
-        yield "--fp16 and --bf16 exclude each other; leave one out"
 
 
 def _request(options: Any) -> ImageRequest:
@@ -114,7 +105,7 @@ INFERENCE = MinimalInference(
     },
     request=_request,
     open=_open,
-    findings=_findings,
+    findings=one_half_precision,
     flags=_FLAGS,
     prompt_options=(SECOND_PROMPT,),
     size_step=8,
