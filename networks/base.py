@@ -300,10 +300,8 @@ class AdapterNetwork(nn.Module, ABC):
             if rate is None and rate_group.factor * ratio != 1:
                 raise UserError(f"{part.label}: rates relative to others need a learning rate to start from")
             if parameters:
-                yield (
-                    suffix,
-                    {"params": parameters} | ({} if rate is None else {"lr": rate * rate_group.factor * ratio}),
-                )
+                given = {} if rate is None else {"lr": rate * rate_group.factor * ratio}
+                yield suffix, {"params": parameters, **given}
 
     def rate_groups(self, part: NetworkPart) -> list[RateGroup]:
         """Divide a part's adapters by learning rate; one group unless a subclass overrides it."""

@@ -60,9 +60,6 @@ class Latents:
     given: Tensor
     wanted: Tensor
 
-    def __len__(self) -> int:
-        return len(self.given)
-
 
 def find_images(folder: Path, *, recursive: bool, side: int) -> list[Path]:
     """Return the images that are large enough for a crop, by path.

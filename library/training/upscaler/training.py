@@ -355,20 +355,10 @@ def _checked_update(options: UpscalerOptions) -> tuple[OptimizerChoice, Schedule
 def _recorded(options: UpscalerOptions, choice: OptimizerChoice, images: str, vae: str) -> dict[str, object]:
     """Return all that the result depends on, by option."""
     own = options.training
-    names = (
-        *(
-            "width",
-            "batch_size",
-            "resolution",
-            "scale",
-            "flip_aug",
-            "seed",
-            "learning_rate",
-            "lr_scheduler",
-            "lr_warmup_steps",
-        ),
-        *("max_grad_norm", "loss_type", "mixed_precision"),
-    )
+    names = """
+        width batch_size resolution scale flip_aug seed learning_rate lr_scheduler lr_warmup_steps max_grad_norm
+        loss_type mixed_precision
+    """.split()
     found: dict[str, object] = {f"--{name}": getattr(own, name) for name in names}
     found["--optimizer_type"] = choice.metadata_name
     found["--validation_split"] = options.watching.validation_split
