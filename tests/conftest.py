@@ -12,7 +12,7 @@ import pytest
 # Two cores are the yardstick: tests that run side by side must not each take every core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # as library/__init__.py sets it: scripts that tests start then have the environment of the fork server
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 # what starts the tests may ignore signals (nohup, a job of a shell); scripts under test would inherit that
 for _number in ("SIGHUP", "SIGINT", "SIGTERM"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,3 +105,28 @@ def test_collection_goes_on_after_an_error() -> None:
         assert not gc.isenabled(), "as it was before"
     finally:
         gc.enable()
+
+
+def test_objects_of_imports_are_left_out_of_collections() -> None:
+    code = (
+        "import gc; from library.lazy_imports import without_collection\n"
+        "with without_collection(): kept = [[] for _ in range(1000)]\n"
+        "with without_collection(freeze=None): pass\n"
+        "print(gc.get_freeze_count())\n"
+        "with without_collection(freeze=True): pass\n"
+        "before = gc.get_freeze_count()\n"
+        "with without_collection(freeze=None): more = [[] for _ in range(1000)]\n"
+        "print(before > 1000, gc.get_freeze_count() > before, gc.isenabled())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "True", "True", "True"]
+
+
+def test_threads_wait_a_short_time_unless_the_environment_says_otherwise() -> None:
+    code = "import os, library; print(os.environ.get('GOMP_SPINCOUNT'))"
+    free = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for more, expected in (({}, "30000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**free, **more}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == expected

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
+from library.config.arguments import RunOptions
+from library.data.run_plan import RunPlan
 from library.errors import UserError
+from library.training.checkpoints import OutputNames
 from library.training.nonfinite import MOST_IN_A_ROW, BadStep, BatchNote, NonFiniteLoss
 from library.training.replay import Recording, write_recording
-from library.training.run import Run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +24,21 @@ _MOST_IMAGES, _MOST_LETTERS = 8, 80
 
 
 class BadStepReport:
-    """Reports the bad steps of one run; called on all processes, which then report the same."""
+    """Reports the bad steps of one run; called on all processes, which then report the same.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    Args:
+        options: recorded with a step, without secrets.
+        names: of the replay files.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, options: RunOptions, plan: RunPlan, names: OutputNames, *, seed: int
+    ) -> None:
+        self._accelerator = accelerator
+        self._options = options
+        self._plan = plan
+        self._names = names
+        self._seed = seed
         self._files = 0
 
     def __call__(self, bad: BadStep, *, ends_run: bool, back_to: int | None) -> None:
@@ -32,7 +49,7 @@ class BadStepReport:
         """
         rank, notes = self._blamed(bad)
         parts = [self._what(bad, notes)]
-        if ends_run and self._run.options.training.on_nan == "stop":
+        if ends_run and self._options.training.on_nan == "stop":
             parts.append(
                 "training has diverged and was stopped; weights saved before are whole. Lower --learning_rate, use "
                 "--mixed_precision bf16 or no instead of fp16, or leave such steps out with --on_nan skip or rollback"
@@ -51,12 +68,12 @@ class BadStepReport:
         text = "; ".join(parts)
         if ends_run:
             raise NonFiniteLoss(text)
-        if self._run.accelerator.is_main_process:
+        if self._accelerator.is_main_process:
             logger.warning(text)
 
     def _blamed(self, bad: BadStep) -> tuple[int, list[BatchNote]]:
         """Return the process whose batches are not finite (the first, if none or several), and its batches."""
-        if self._run.accelerator.num_processes == 1:
+        if self._accelerator.num_processes == 1:
             return 0, bad.batches
         from accelerate.utils import gather_object
 
@@ -68,7 +85,7 @@ class BadStepReport:
     def _what(self, bad: BadStep, notes: list[BatchNote]) -> str:
         wrong = {name: value for name, value in bad.values.items() if not math.isfinite(value)}
         values = ", ".join(f"{name} {value}" for name, value in (wrong or bad.values).items())
-        text = f"step {bad.step} (seed {self._run.checked.seed}): {values}"
+        text = f"step {bad.step} (seed {self._seed}): {values}"
         named = [n for n in notes if not n.finite] or notes
         images = [pair for note in named for pair in zip(note.paths, note.captions, strict=True)]
         if not images:
@@ -82,10 +99,19 @@ class BadStepReport:
         if not bad.batches or not bad.weights or self._files >= MOST_FILES:
             return None  # nothing to record: a whole model has no copy from before the step
         self._files += 1
-        path = self._run.names.replay(bad.step)
-        if self._run.accelerator.is_main_process:
+        path = self._names.replay(bad.step)
+        if self._accelerator.is_main_process:
             try:
-                write_recording(path, Recording.of(self._run, bad, rank, notes), bad.weights)
+                recording = Recording.of(
+                    bad,
+                    notes,
+                    rank=rank,
+                    processes=self._accelerator.num_processes,
+                    options=self._options,
+                    plan=self._plan,
+                    seed=self._seed,
+                )
+                write_recording(path, recording, bad.weights)
             except (UserError, OSError) as error:
                 logger.warning("the step cannot be recorded: %s", error)
                 return None

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from library.architectures.part import DENOISER, VAE, text_encoder_name
 from library.config.arguments import DatasetOptions
 from library.data import describe
+from library.data.validation_data import ValidationData
 from library.files.gathering import is_sharded
 from library.interrupt import Interrupt
+from library.lazy_imports import without_collection
 from library.memory.host import use_host_kernels
 from library.memory.plan import MemoryPlan
 from library.optim.schedulers import scheduler_name
@@ -27,16 +30,16 @@ from library.training.loaded import LoadedRun
 from library.training.memory import check_swapping, memory_plan
 from library.training.metadata import HashedFile, RunRecord, fixed_entries
 from library.training.models import Models, load_on_meta
-from library.training.outputs import check_space
+from library.training.outputs import check_space, own_files
 from library.training.previews import PreviewGenerator, current_prompts, encode_prompts, generate_options
-from library.training.resume import choice_of, load_state, name_changes
+from library.training.resume import TrainState, choice_of, load_state, name_changes
 from library.training.run import Cached, Run
 from library.training.saving import Saver, save_dtype
 from library.training.settings import loss_settings, noise_settings, update_settings
 from library.training.sharding import load_denoiser, shard_denoiser
 from library.training.state_weights import stream_weights
 from library.training.text_caching import Tokenize, cache_texts, caches_texts, warn_of_cut
-from library.training.validation import Validation
+from library.training.validation import TIMESTEPS, Validation
 from library.training.zero import zero_of
 
 logger = logging.getLogger(__name__)
@@ -59,15 +62,16 @@ def models_on_meta(run: Run) -> Models:
     Raises:
         UserError: headers that lack tensors, or whose shapes do not fit.
     """
-    return load_on_meta(
-        run.architecture,
-        run.checked.checkpoint,
-        dtype=run.weight_dtype,
-        vae_dtype=precision.vae_dtype(run.options.model, run.weight_dtype),
-        attention=run.architecture.attention(run.options.training),
-        split_attention=run.options.training.split_attn,
-        cached=run.cached_encoders,
-    )
+    with without_collection(freeze=None):  # the classes of the models are imported now
+        return load_on_meta(
+            run.architecture,
+            run.checked.checkpoint,
+            dtype=run.weight_dtype,
+            vae_dtype=precision.vae_dtype(run.options.model, run.weight_dtype),
+            attention=run.architecture.attention(run.options.training),
+            split_attention=run.options.training.split_attn,
+            cached=run.cached_encoders,
+        )
 
 
 def make_caches(run: Run, interrupt: Interrupt) -> Cached:
@@ -144,7 +148,7 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
     precision.set_cuda_switches(options.training)
     precision.compile_denoiser(models.denoiser, blocks, options.training)
     losses = batch_losses(run, models, kind)
-    saver = Saver(run, kind, update, record)
+    saver = _saver(run, kind, update, record)
     loading = batch_preparation(run, models)
     loaded = LoadedRun(
         run=run,
@@ -154,11 +158,16 @@ def load_run(run: Run, cached: Cached) -> LoadedRun:
         losses=losses,
         saver=saver,
         previews=_previews(run, models, kind, cached),
-        prompts=current_prompts(run, cached.prompts),
+        prompts=current_prompts(
+            run.checked.prompts,
+            options,
+            run.architecture,
+            run.objective,
+            reads_images=run.kind.takes_images,
+            encoded=cached.prompts if any(run.cached_encoders) else None,
+        ),
         loading=loading,
-        validation=Validation(run, models, kind, losses, saver, loading=loading)
-        if run.data.validation_datasets
-        else None,
+        validation=validation_of(run, models, kind, losses, saver, loading) if run.data.validation_datasets else None,
     )
     _resume(loaded)
     return loaded
@@ -253,6 +262,60 @@ def batch_losses(run: Run, models: Models, kind: Kind) -> BatchLosses:
         dtype=next(models.denoiser.parameters()).dtype if DENOISER in kind.needs() else run.weight_dtype,
         autocast=run.accelerator.autocast,
         activations=partial(precision.activations, run.options.training),
+    )
+
+
+def _saver(run: Run, kind: Kind, update: Update, record: RunRecord) -> Saver:
+    def run_state() -> TrainState:
+        origin = run.plan.origin
+        return TrainState(
+            *(0, 0),  # the saver gives the position
+            seed=run.checked.seed,
+            fingerprint=run.fingerprint,
+            origin_step=origin.step,
+            origin_epoch=origin.epoch,
+        )
+
+    return Saver(
+        run.accelerator,
+        kind,
+        update,
+        record,
+        run.options.output,
+        uploads=run.uploads,
+        files_beside=partial(kind.files_beside, run.architecture, run.options),
+        run_state=run_state,
+        written=own_files(run.checked.resumed, run.checked.state_folder, run.names),
+    )
+
+
+def validation_of(
+    run: Run, models: Models, kind: Kind, losses: BatchLosses, saver: Saver, loading: Mapping[str, Any]
+) -> Validation:
+    """Return the validations of a run that holds out images."""
+    options = run.options.validation
+    # input perturbation is for training, like dropout
+    noise = replace(noise_settings(run.options), ip_gamma=None)
+    data = ValidationData(
+        run.data,
+        max_batches=options.max_validation_steps,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        equal_counts=run.sharding is not None,
+    )
+    return Validation(
+        run.accelerator,
+        models,
+        kind,
+        losses,
+        saver,
+        options,
+        data=data,
+        plan=run.plan,
+        noise=noise,
+        levels=run.objective.levels(noise.timesteps, TIMESTEPS),
+        best_file=run.names.best(),
+        loading=loading,
     )
 
 

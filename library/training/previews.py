@@ -22,7 +22,6 @@ from library.inference.prompt_line import SamplePrompt
 from library.interrupt import Stopped
 from library.training import precision
 from library.training.models import Models
-from library.training.run import Run
 from library.training.sample_prompts import SamplePrompts
 from library.training.settings import for_model, sample_prompts
 from library.training.text_caching import TextModels
@@ -166,26 +165,31 @@ def generate_options(options: RunOptions, *, device: torch.device, dtype: torch.
     )
 
 
-def current_prompts(run: Run, encoded: Mapping[str, Conditioning]) -> SamplePrompts:
+def current_prompts(
+    first: Sequence[SamplePrompt],
+    options: RunOptions,
+    architecture: Architecture,
+    objective: Objective,
+    *,
+    reads_images: bool,
+    encoded: Mapping[str, Conditioning] | None,
+) -> SamplePrompts:
     """Return the prompts of a run's sample images, which are read from their file at each sampling.
 
     Args:
+        first: those that were read and checked at the start.
+        reads_images: whether a prompt may name images.
         encoded: texts that were encoded before training, if encoders are not loaded for it.
     """
-    options, architecture = run.options, run.architecture
 
     def read() -> tuple[SamplePrompt, ...]:
-        read = sample_prompts(options, architecture, reads_images=run.kind.takes_images)
-        prompts = for_model(read, architecture)
+        prompts = for_model(sample_prompts(options, architecture, reads_images=reads_images), architecture)
         for prompt in prompts:
-            run.objective.sampler(prompt.sample_sampler, options.sample.sample_sampler)
+            objective.sampler(prompt.sample_sampler, options.sample.sample_sampler)
         return prompts
 
     return SamplePrompts(
-        run.checked.prompts,
-        read,
-        texts_of=lambda prompt: texts_of_prompt(architecture, prompt),
-        encoded=encoded if any(run.cached_encoders) else None,
+        tuple(first), read, texts_of=lambda prompt: texts_of_prompt(architecture, prompt), encoded=encoded
     )
 
 

@@ -52,17 +52,26 @@ class Recording:
     version: int = _VERSION
 
     @staticmethod
-    def of(run: Run, bad: BadStep, rank: int, notes: Sequence[BatchNote]) -> Recording:
+    def of(
+        bad: BadStep,
+        notes: Sequence[BatchNote],
+        *,
+        rank: int,
+        processes: int,
+        options: RunOptions,
+        plan: RunPlan,
+        seed: int,
+    ) -> Recording:
         """Record a step of a run."""
         return Recording(
             step=bad.step,
-            seed=run.checked.seed,
+            seed=seed,
             rank=rank,
-            processes=run.accelerator.num_processes,
-            plan=asdict(run.plan),
+            processes=processes,
+            plan=asdict(plan),
             values={name: str(value) for name, value in bad.values.items()},
             batches=[{**asdict(note), "loss": str(note.loss)} for note in notes],
-            options=without_secrets(run.options),
+            options=without_secrets(options),
         )
 
 

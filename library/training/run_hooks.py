@@ -60,7 +60,7 @@ class RunHooks:
         self._rates: dict[int, dict[str, float]] = {}
         self._progress: Progress | None = None
         self._trackers: Trackers | None = None
-        self._bad_steps = BadStepReport(run)
+        self._bad_steps = BadStepReport(run.accelerator, run.options, run.plan, run.names, seed=run.checked.seed)
         self._last_save = _LastSave()
 
     @property

@@ -103,7 +103,7 @@ class Trainer:
 
     def setup(self, options: RunOptions) -> Run:
         """Check everything, scan the data, and set up the run; no weights are loaded yet."""
-        with without_collection():
+        with without_collection(freeze=None):
             return set_up(self.architecture.configured(options), self._kind.for_options(options), options)
 
     def cache(self, run: Run, interrupt: Interrupt) -> Cached:

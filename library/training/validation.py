@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,11 @@ from library.training.kinds.base import Kind
 from library.training.logs import Trackers
 from library.training.models import Models
 from library.training.resume import TrainState
-from library.training.run import Run
 from library.training.saving import Saver
-from library.training.settings import noise_settings
+from library.training.step import NoiseSettings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -113,41 +116,45 @@ class Validation:
     """The validations of one run.
 
     Args:
-        run: with its caches complete.
+        accelerator: of the run, as plan and options.
         models: in eval mode during validation.
         losses: of training.
+        saver: of the best weights.
+        data: of the images that are held out.
+        noise: as in training, at the levels (timesteps, or their counterparts of flow models) that each image gets.
+        best_file: of the best weights.
         loading: preparation of batches, as for training.
     """
 
     def __init__(
         self,
-        run: Run,
+        accelerator: Accelerator,
         models: Models,
         kind: Kind,
         losses: BatchLosses,
         saver: Saver,
+        options: ValidationOptions,
         *,
+        data: ValidationData,
+        plan: RunPlan,
+        noise: NoiseSettings,
+        levels: Sequence[int],
+        best_file: Path,
         loading: Mapping[str, Any],
     ) -> None:
-        options = run.options.validation
-        self._run = run
+        self._accelerator = accelerator
         self._models = models
         self._kind = kind
         self._losses = losses
         self._loading = loading
         self._saver = saver
-        self._policy = ValidationPolicy(run.plan, options.validate_every_n_steps, options.validate_every_n_epochs)
-        self._patience = options.early_stopping_patience
-        # input perturbation is for training, like dropout
-        self._noise = replace(noise_settings(run.options), ip_gamma=None)
-        self._levels = run.objective.levels(self._noise.timesteps, TIMESTEPS)
-        self._data = ValidationData(
-            run.data,
-            max_batches=options.max_validation_steps,
-            rank=run.accelerator.process_index,
-            world_size=run.accelerator.num_processes,
-            equal_counts=run.sharding is not None,
-        )
+        self._options = options
+        self._total_steps = plan.total_steps
+        self._policy = ValidationPolicy(plan, options.validate_every_n_steps, options.validate_every_n_epochs)
+        self._noise = noise
+        self._levels = levels
+        self._data = data
+        self._best_file = best_file
         self.best = BestSoFar()
         #: whether patience is used up
         self.ends_run = False
@@ -155,11 +162,10 @@ class Validation:
     def restore(self, resumed: TrainState) -> None:
         """Resume from a state that ``check_validation`` has passed."""
         self.best = BestSoFar.of(resumed)
-        best = self._run.names.best()
-        if self.best.step and self._run.options.validation.save_best and not best.exists():
+        if self.best.step and self._options.save_best and not self._best_file.exists():
             logger.warning(
                 "--save_best: %s is not there; it is written at the next loss below %.6f, that of step %d",
-                *(best, self.best.loss, self.best.step),
+                *(self._best_file, self.best.loss, self.best.step),
             )
 
     def is_due(self, step: int) -> bool:
@@ -182,8 +188,8 @@ class Validation:
         loss = self._mean_loss()
         self._saver.set_training(True)
         is_best = self.best.add(loss, step)
-        if is_best and self._run.options.validation.save_best:
-            self._saver.save_weights(self._run.names.best(), step=step, epoch=epoch)
+        if is_best and self._options.save_best:
+            self._saver.save_weights(self._best_file, step=step, epoch=epoch)
         for axis in axes:
             metrics = {
                 f"loss/validation/{axis}_average": loss,
@@ -193,12 +199,13 @@ class Validation:
                 trackers.log_by_epoch(metrics, step=step, epoch=epoch)
             else:
                 trackers.log(metrics, step)
-        self.ends_run = self._is_out_of_patience() and step < self._run.plan.total_steps
-        if self._run.accelerator.is_main_process:
+        self.ends_run = self._is_out_of_patience() and step < self._total_steps
+        if self._accelerator.is_main_process:
             self._say(step, loss, is_best, time.monotonic() - started)
 
     def _is_out_of_patience(self) -> bool:
-        return self._patience is not None and self.best.misses >= self._patience
+        patience = self._options.early_stopping_patience
+        return patience is not None and self.best.misses >= patience
 
     def _say(self, step: int, loss: float, is_best: bool, seconds: float) -> None:
         count = self._data.image_count
@@ -219,21 +226,21 @@ class Validation:
 
     def _mean_loss(self) -> float:
         """Return the mean over the images of all processes, each with the same weight, whatever its batch."""
-        run = self._run
-        losses = [torch.zeros(0, device=run.device)]  # a process may have no batch
+        accelerator = self._accelerator
+        losses = [torch.zeros(0, device=accelerator.device)]  # a process may have no batch
         modules = [*self._models.modules(), *self._kind.modules()]
         # plain lines, because the steps have the progress bar
-        report = WorkProgress("validating", "batches", simple=True, enabled=run.accelerator.is_main_process)
-        with torch.no_grad(), undisturbed(modules, run.device):
+        report = WorkProgress("validating", "batches", simple=True, enabled=accelerator.is_main_process)
+        with torch.no_grad(), undisturbed(modules, accelerator.device):
             for done, batch in enumerate(self._data.batches(**self._loading), start=1):
-                measured = self._of_batch(batch.to(run.device, non_blocking=True))
+                measured = self._of_batch(batch.to(accelerator.device, non_blocking=True))
                 if done <= self._data.counted:
                     losses.append(measured)
                 report.update(done, len(self._data))
         found = torch.cat(losses).cpu().double()
         total = torch.stack([found.sum(), torch.tensor(float(len(found)), dtype=torch.float64)])
-        if run.accelerator.num_processes > 1:
-            total = run.accelerator.reduce(total.to(run.device), reduction="sum")
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
         return float(total[0] / total[1])
 
     def _of_batch(self, batch: Batch) -> Tensor:

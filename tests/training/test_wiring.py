@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from library.architectures.sd import SD
 from library.data.run_plan import RunPlan
 from library.inference.prompt_line import SamplePrompt
-from library.training import caching, validation
+from library.training import caching, loading
 from library.training.caching import CacheJob, cache_latents, inspect_model
 from library.training.caption_encoder import CaptionEncoder
 from library.training.kinds.adapter_options import TrainNetworkOptions
@@ -155,7 +156,7 @@ def test_sample_images_are_drawn_as_is_trained() -> None:
 
 def test_how_often_and_how_long_is_validated(monkeypatch: pytest.MonkeyPatch) -> None:
     received: dict[str, Any] = {}
-    monkeypatch.setattr(validation, "ValidationData", lambda data, **given: received.update(given))
+    monkeypatch.setattr(loading, "ValidationData", lambda data, **given: received.update(given))
     run = SimpleNamespace(
         options=options(
             validate_every_n_steps=3,
@@ -169,8 +170,9 @@ def test_how_often_and_how_long_is_validated(monkeypatch: pytest.MonkeyPatch) ->
         sharding=None,
         objective=SimpleNamespace(levels=lambda *_: [1]),
         accelerator=SimpleNamespace(process_index=0, num_processes=1),
+        names=SimpleNamespace(best=lambda: Path("best.safetensors")),
     )
-    made = validation.Validation(run, *(None,) * 4, loading={})  # type: ignore[arg-type]
+    made = loading.validation_of(run, *(None,) * 4, loading={})  # type: ignore[arg-type]
     assert received["max_batches"] == 5
     assert (made._policy.every_n_steps, made._policy.every_n_epochs) == (3, 2)
     assert (made._noise.ip_gamma, made._noise.offset) == (None, 0.2)
