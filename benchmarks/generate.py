@@ -32,6 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.peak_memory import PeakMemory
+
 WORKS = ("txt2img", "img2img", "controlnet", "batch")
 SIDES = ("ours", "diffusers")
 BATCH = 4
@@ -203,13 +205,14 @@ def first_image(args: argparse.Namespace, folder: Path, work: str, side: str) ->
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
+    with PeakMemory(process.pid) as peak:
+        said = process.stderr.read()
+        _, status, used = os.wait4(process.pid, 0)
     wall = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(said.decode())
-    return Times(wall, used.ru_utime + used.ru_stime), used.ru_maxrss * 1024 / 1e9
+    return Times(wall, used.ru_utime + used.ru_stime), peak.bytes / 1e9
 
 
 def further_images(args: argparse.Namespace, folder: Path, work: str) -> dict[str, tuple[Times, Times]]:

@@ -36,6 +36,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.peak_memory import PeakMemory
+
 SCRIPTS = {
     "adapter": {"sd": "train_network.py", "sdxl": "sdxl_train_network.py"},
     "full": {"sd": "fine_tune.py", "sdxl": "sdxl_train.py"},
@@ -208,11 +210,12 @@ def run(command: list[str], tree: Path = ROOT) -> Ran:
 
     reader = threading.Thread(target=read)
     reader.start()
-    _, status, usage = os.wait4(process.pid, 0)
+    with PeakMemory(process.pid) as peak:
+        status = process.wait()
     reader.join()
     if status != 0 or not first_step:
         raise RuntimeError(f"the run failed ({status}):\n{''.join(lines)}")
-    return Ran(lines, first_step[0] - began, used[0], time.perf_counter() - began, usage.ru_maxrss * 1024)
+    return Ran(lines, first_step[0] - began, used[0], time.perf_counter() - began, peak.bytes)
 
 
 def _metrics(
