@@ -20,10 +20,11 @@ from torch import Tensor
 class Casts:
     """Copies of the weights of a network in the dtype of its products.
 
-    Cast one by one, the weights of a large model are thousands of small kernels: in each layer's forward pass, and again
-    where a checkpointed block runs a second time. Here the first layer of a forward pass casts all of them in a few
-    kernels. A copy is freed when the backward pass has used it, so that it makes room for the gradient. After any
-    backward pass all copies are made anew, because weights may have changed by then, in ways that no counter shows.
+    Cast one by one, the weights of a large model are a thousand small kernels more. Here the first layer of a forward
+    pass casts all of them in a few kernels. A copy is freed when the backward pass has used it, so that it makes room for
+    the gradient; in a checkpointed block already when its forward pass has, and its second pass casts the weight again:
+    so the copies of all blocks are not there at the same time as the activations of one. After any backward pass all
+    copies are made anew, because weights may have changed by then, in ways that no counter shows.
 
     Args:
         weights: returns the network's weights that have copies.
@@ -32,7 +33,7 @@ class Casts:
     def __init__(self, weights: Callable[[], Iterable[Tensor]]) -> None:
         self._weights = weights
         self._copies: dict[int, tuple[Tensor, Tensor, int]] = {}  # weight, its copy, its version
-        self._outdated = False
+        self._filled = self._outdated = False
 
     def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weight in a dtype, without gradients."""
@@ -41,9 +42,9 @@ class Casts:
         in_backward = torch._C._current_graph_task_id() != -1
         if self._outdated and not in_backward:
             self._copies.clear()
-            self._outdated = False
+            self._filled = self._outdated = False
         copy = self._found(weight, dtype)
-        if copy is None and not self._copies and weight.requires_grad and not in_backward:
+        if copy is None and not self._filled and weight.requires_grad and not in_backward:
             self._fill(dtype)
             copy = self._found(weight, dtype)
         return weight.detach().to(dtype) if copy is None else copy
@@ -51,6 +52,15 @@ class Casts:
     def drop(self, *weights: Tensor) -> None:
         """Free the copies of weights whose gradients are computed."""
         self._outdated = True
+        self._free(weights)
+
+    def drop_if_not_saved(self, *weights: Tensor) -> None:
+        """Free the copies of weights if the backward pass will not use them: something else is kept in their place."""
+        # set within checkpointed blocks, and by whatever else replaces saved tensors
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            self._free(weights)
+
+    def _free(self, weights: Iterable[Tensor]) -> None:
         for weight in weights:
             self._copies.pop(id(weight), None)
 
@@ -64,6 +74,7 @@ class Casts:
         weights = [w for w in self._weights() if w.requires_grad and w.dtype != dtype]
         copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
         torch._foreach_copy_(copies, weights)
+        self._filled = True
         self._copies = {id(w): (w, copy, w._version) for w, copy in zip(weights, copies, strict=True)}
 
 
@@ -132,6 +143,8 @@ def _keep(
     # a frozen down half needs no input in the backward pass
     ctx.save_for_backward(x if ctx.needs_input_grad[first + 1] else None, down, up, hidden, *more)
     ctx.scale, ctx.shape = scale, x.shape
+    if casts is not None:
+        casts.drop_if_not_saved(*ctx.halves)
     return down, up, hidden
 
 

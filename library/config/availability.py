@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-_ZERO_3 = (
-    "only ZeRO stage 3 has it, whose engine would own the forward pass, clipping and states; choose FSDP version 2 in "
-    "accelerate config, which shards the same (docs/multi_gpu.md)"
-)
+NO_NVME = "weights and states are kept in device or host memory, not on disks; use cpu, or leave it out"
 
-NO_STAGE_3 = (
-    "DeepSpeed's engine would own the forward pass, clipping and states, which are this program's; choose FSDP version "
-    "2 in accelerate config, which shards the same: weights, gradients and the optimizer's states (docs/multi_gpu.md)"
-)
-NO_NVME = "DeepSpeed keeps states on a disk with ZeRO stage 3 only, which is refused; use cpu, or leave it out"
-
-#: option -> why DeepSpeed excludes it
+#: option -> why DeepSpeed, which stages 0 to 2 run in, excludes it
 NOT_WITH_DEEPSPEED = MappingProxyType(
     {
         "full_bf16": "not with DeepSpeed, which keeps trained weights in float32; remove one of them",
@@ -24,14 +15,11 @@ NOT_WITH_DEEPSPEED = MappingProxyType(
     }
 )
 
-#: options of ZeRO stage 3: option -> why it is refused, and what to use
-OF_STAGE_3 = MappingProxyType(
+#: option -> why it is refused, and what to use
+OF_DEEPSPEED = MappingProxyType(
     {
-        "offload_optimizer_nvme_path": _ZERO_3,
-        "offload_param_device": _ZERO_3,
-        "offload_param_nvme_path": _ZERO_3,
-        "zero3_init_flag": _ZERO_3,
-        "zero3_save_16bit_model": _ZERO_3,
+        "offload_optimizer_nvme_path": NO_NVME,
+        "offload_param_nvme_path": NO_NVME,
         "fp16_master_weights_and_gradients": (
             "it is for weights that DeepSpeed casts to fp16 by itself; trained weights stay float32 here, as in every "
             "run; remove it"

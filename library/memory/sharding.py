@@ -24,12 +24,13 @@ from library.files.gathering import is_sharded
 
 @dataclass(frozen=True)
 class Sharding:
-    """The settings of sharding weights; messages use the names of accelerate's configuration."""
+    """The settings of sharding weights; messages use the names of accelerate's configuration of FSDP."""
 
     free_after_forward: bool = True  # free a block's weights between its forward and its backward pass
     on_host: bool = False  # keep the shards in host memory
     classes: tuple[str, ...] = ()  # class names of the blocks; the family's own ones, if none
     kept_whole: str | None = None  # regular expression of module paths that are not sharded
+    asked_as: str = "FSDP"  # what the user asked for
 
 
 @dataclass(frozen=True)

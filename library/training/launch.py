@@ -12,7 +12,7 @@ from library.config.arguments import TrainingOptions
 from library.errors import UserError
 from library.launched import USE_DEEPSPEED, is_on
 from library.memory.sharding import Sharding
-from library.training.zero import problems_of_deepspeed
+from library.training.zero import asked_weights, problems_of_deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,10 @@ def check_launch(options: TrainingOptions) -> None:
         if is_on(variable)
     ]
     if is_on(_USE_FSDP):
-        problems += _problems_of_sharding(options)
+        problems += _problems_of_fsdp() or _problems_of_sharding(options, "FSDP")
     problems += problems_of_deepspeed(options, with_fsdp=is_on(_USE_FSDP))
+    if not problems and (zero := asked_weights(options)) is not None:
+        problems += _problems_of_sharding(options, zero.asked_as)
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         problems.append(
@@ -84,7 +86,7 @@ def check_launch(options: TrainingOptions) -> None:
         )
 
 
-def _problems_of_sharding(options: TrainingOptions) -> list[str]:
+def _problems_of_fsdp() -> list[str]:
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         return [
             f"accelerate's configuration asks for FSDP version {version}: it would replace the parameters that "
@@ -101,25 +103,31 @@ def _problems_of_sharding(options: TrainingOptions) -> list[str]:
             f"accelerate's configuration asks for fsdp_auto_wrap_policy {policy}: {_UNSUPPORTED_POLICIES[policy]}; "
             "choose TRANSFORMER_BASED_WRAP"
         )
-    for name in ("fp8_base", "fp8_base_unet"):
-        if getattr(options, name):
-            problems.append(f"--{name}: weights in fp8 cannot be sharded by FSDP; remove one of them")
-    if options.memory_plan is not None:
-        problems.append("--memory_plan: not with FSDP, as it counts whole weights; remove one of them")
-    if options.torch_compile or options.compile:
-        flag = "--compile" if options.compile else "--torch_compile"
-        problems.append(f"{flag}: not with FSDP, which works between the blocks; remove one of them")
     return problems
 
 
-def asked_sharding() -> Sharding | None:
-    """Return the sharding in accelerate's configuration, which ``check_launch`` has passed, or ``None``.
+def _problems_of_sharding(options: TrainingOptions, asked: str) -> list[str]:
+    """Return one line for each option that excludes sharded weights."""
+    problems = []
+    for name in ("fp8_base", "fp8_base_unet"):
+        if getattr(options, name):
+            problems.append(f"--{name}: not with {asked}, as weights in fp8 cannot be sharded; remove one of them")
+    if options.memory_plan is not None:
+        problems.append(f"--memory_plan: not with {asked}, as it counts whole weights; remove one of them")
+    if options.torch_compile or options.compile:
+        flag = "--compile" if options.compile else "--torch_compile"
+        problems.append(f"{flag}: not with {asked}, which works between the blocks; remove one of them")
+    return problems
+
+
+def asked_sharding(options: TrainingOptions) -> Sharding | None:
+    """Return the sharding of weights that options and configuration ask for; ``check_launch`` has passed them.
 
     Raises:
         UserError: accelerate cannot read its own configuration.
     """
     if not is_on(_USE_FSDP):
-        return None
+        return asked_weights(options)
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy
 

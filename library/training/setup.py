@@ -109,10 +109,12 @@ def set_up(architecture: Architecture, kind: type[Kind], options: RunOptions) ->
     extension = kind.extension(architecture, options, checked.checkpoint)
     names = OutputNames(output.folder, output.output_name, extension)
     kind.check_place(architecture, checked.checkpoint, names.final())
-    sharding = sharding_for(accelerator, strict=strict)
+    sharding = sharding_for(options.training, accelerator, strict=strict)
     if sharding is not None:
         check_trained(
-            kind(architecture, options, checked.checkpoint, seed=checked.seed, sharded=True), checked.optimizer
+            kind(architecture, options, checked.checkpoint, seed=checked.seed, sharded=True),
+            checked.optimizer,
+            sharding,
         )
     return Run(
         checked=checked,

@@ -7,6 +7,7 @@ otherwise processes may encode different numbers of captions, which collective c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from library.architectures.base import Architecture
 from library.architectures.part import DENOISER
+from library.config.arguments import TrainingOptions
 from library.config.no_effect import report
 from library.errors import NoEffect, UserError
 from library.memory.sharding import Sharding, shard_model, shard_sizes
@@ -26,23 +28,26 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def sharding_for(accelerator: Accelerator, *, strict: bool) -> Sharding | None:
-    """Return the sharding that accelerate's configuration asks for, checked for this machine.
+def sharding_for(options: TrainingOptions, accelerator: Accelerator, *, strict: bool) -> Sharding | None:
+    """Return the sharding of weights that is asked for, checked for this machine.
 
     Raises:
         UserError: a setting that needs a GPU; one process, under ``--strict``.
     """
-    sharding = asked_sharding()
+    sharding = asked_sharding(options)
     if sharding is None:
         return None
     if accelerator.num_processes == 1:
-        report(
-            [NoEffect("accelerate's configuration asks for FSDP, which has no effect with one process")], strict=strict
-        )
+        report([NoEffect(f"{sharding.asked_as} has no effect with one process: there is nothing to shard")], strict=strict)
         return None
-    if sharding.on_host and accelerator.device.type == "cpu":
+    if not (sharding.on_host and accelerator.device.type == "cpu"):
+        return sharding
+    if sharding.asked_as == "FSDP":
         raise UserError("fsdp_offload_params: on a CPU weights are in host memory anyway; set it to false")
-    return sharding
+    report(
+        [NoEffect("DeepSpeed: offloading has no effect on a CPU, where all is in host memory anyway")], strict=strict
+    )
+    return replace(sharding, on_host=False)
 
 
 def load_denoiser(
@@ -83,7 +88,7 @@ def _own_dtype(architecture: Architecture, checkpoint: Any) -> torch.dtype | Non
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16, torch.float16} else None
 
 
-def check_trained(kind: Kind, optimizer: OptimizerChoice) -> None:
+def check_trained(kind: Kind, optimizer: OptimizerChoice, sharding: Sharding) -> None:
     """Refuse to train a sharded denoiser with an optimizer that does not work on parts of weights.
 
     Raises:
@@ -92,8 +97,8 @@ def check_trained(kind: Kind, optimizer: OptimizerChoice) -> None:
     if DENOISER in kind.needs():
         check_optimizer(
             optimizer.create([{"params": [nn.Parameter(torch.zeros(2, 2))]}]),
-            given="FSDP gives it parts of each weight",
-            instead="train without FSDP",
+            given=f"{sharding.asked_as} gives it parts of each weight",
+            instead=f"train without {sharding.asked_as}",
         )
 
 
@@ -128,7 +133,8 @@ def sharding_rows(sharding: Sharding | None, denoiser: nn.Module, processes: int
         return []
     sizes = shard_sizes(denoiser)
     if sizes.here == sizes.total:  # a dry run has no weights
-        return [("sharding", f"FSDP, over {processes} processes")]
+        return [("sharding", f"{sharding.asked_as}, over {processes} processes")]
     where = "host memory" if sharding.on_host else "device memory"
     how = "trained" if any(p.requires_grad for p in denoiser.parameters()) else "frozen"
-    return [("sharding", f"FSDP, {sizes.here:,} of {sizes.total:,} {how} parameters in each process's {where}")]
+    here = f"{sizes.here:,} of {sizes.total:,} {how} parameters in each process's {where}"
+    return [("sharding", f"{sharding.asked_as}, {here}")]

@@ -1,4 +1,9 @@
-"""Check and read DeepSpeed's settings, from options or from accelerate's configuration."""
+"""Check and read DeepSpeed's settings, from options or from accelerate's configuration.
+
+ZeRO stages 0 to 2 are DeepSpeed's own: it shards the optimizer. Stage 3 shards the weights, too, as FSDP does
+(Rajbhandari et al. 2020, arXiv:1910.02054, 5.3), and torch's FSDP does it here: DeepSpeed's own would have to own the
+forward pass, clipping and states.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.config.arguments import RunOptions, TrainingOptions
-from library.config.availability import NO_NVME, NO_STAGE_3
+from library.config.availability import NO_NVME
 from library.errors import NoEffect, UserError
-from library.launched import USE_DEEPSPEED, is_on
+from library.launched import USE_DEEPSPEED, WEIGHTS, is_on, zero_stage
+from library.memory.sharding import Sharding
 from library.optim.optimizers import OptimizerChoice
 from library.optim.zero import Zero, ZeroOptimizer, check_optimizer
 
@@ -40,7 +46,7 @@ def problems_of_deepspeed(options: TrainingOptions, *, with_fsdp: bool) -> list[
     """
     if not (options.deepspeed or is_on(USE_DEEPSPEED)):
         return []
-    if find_spec("deepspeed") is None:
+    if find_spec("deepspeed") is None and (is_on(USE_DEEPSPEED) or options.zero_stage < WEIGHTS):
         return ["DeepSpeed is asked for, and the package deepspeed is not installed; run: pip install deepspeed"]
     problems = []
     if with_fsdp:
@@ -49,7 +55,8 @@ def problems_of_deepspeed(options: TrainingOptions, *, with_fsdp: bool) -> list[
         return problems
     config = _configuration()
     problems += _problems_of_file(config)
-    if not problems and options.deepspeed and _zero_of(config) != _zero_of_options(options):
+    theirs, ours = (_zero_of(config), _weights_of(config)), (_zero_of_options(options), _weights_of_options(options))
+    if not problems and options.deepspeed and theirs != ours:
         problems.append(
             "--deepspeed: its options and accelerate's configuration ask DeepSpeed for different things; remove "
             "--deepspeed, or make them agree"
@@ -58,14 +65,35 @@ def problems_of_deepspeed(options: TrainingOptions, *, with_fsdp: bool) -> list[
 
 
 def asked_zero(options: TrainingOptions) -> Zero | None:
-    """Return the sharding of a configuration that ``problems_of_deepspeed`` has passed; ``None`` without DeepSpeed."""
+    """Return the sharding of the optimizer; ``problems_of_deepspeed`` has passed it. ``None`` without, and in stage 3."""
     if is_on(USE_DEEPSPEED):
         return _zero_of(_configuration())
     return _zero_of_options(options) if options.deepspeed else None
 
 
-def _zero_of_options(options: TrainingOptions) -> Zero:
+def asked_weights(options: TrainingOptions) -> Sharding | None:
+    """Return the sharding of weights in stage 3; ``problems_of_deepspeed`` has passed it."""
+    if is_on(USE_DEEPSPEED):
+        # the file is read again only if it may ask for it
+        return _weights_of(_configuration()) if zero_stage() == WEIGHTS else None
+    return _weights_of_options(options) if options.deepspeed else None
+
+
+def _zero_of_options(options: TrainingOptions) -> Zero | None:
+    if options.zero_stage == WEIGHTS:
+        return None
     return Zero(options.zero_stage, on_host=options.offload_optimizer_device == "cpu" and options.zero_stage > 0)
+
+
+def _weights_of_options(options: TrainingOptions) -> Sharding | None:
+    if options.zero_stage != WEIGHTS:
+        return None
+    return _stage_3(on_host="cpu" in (options.offload_optimizer_device, options.offload_param_device))
+
+
+def _stage_3(*, on_host: bool) -> Sharding:
+    # the optimizer's states are where the shards are, so either stands for both
+    return Sharding(on_host=on_host, asked_as="ZeRO stage 3")
 
 
 def _configuration() -> dict[str, Any]:
@@ -84,9 +112,17 @@ def _device(config: Mapping[str, Any], name: str) -> str:
     return (config["zero_optimization"].get(name) or {}).get("device") or "none"
 
 
-def _zero_of(config: Mapping[str, Any]) -> Zero:
+def _weights_of(config: Mapping[str, Any]) -> Sharding | None:
+    if int(config["zero_optimization"].get("stage", 0)) != WEIGHTS:
+        return None
+    return _stage_3(on_host="cpu" in (_device(config, "offload_optimizer"), _device(config, "offload_param")))
+
+
+def _zero_of(config: Mapping[str, Any]) -> Zero | None:
     asked = config["zero_optimization"]
     stage = int(asked.get("stage", 0))
+    if stage == WEIGHTS:
+        return None
     settings = {name: asked[name] for name in _HANDED_ON if asked.get(name, "auto") != "auto"}
     on_host = stage > 0 and _device(config, "offload_optimizer") == "cpu"
     if on_host:
@@ -98,14 +134,14 @@ def _zero_of(config: Mapping[str, Any]) -> Zero:
 def _problems_of_file(config: Mapping[str, Any]) -> list[str]:
     asked = config["zero_optimization"]
     start = "accelerate's configuration asks for DeepSpeed's"
-    if asked.get("stage") == 3:
-        return [f"{start} ZeRO stage 3: {NO_STAGE_3}"]
-    problems = []
-    if _device(config, "offload_optimizer") == "nvme":
-        problems.append(f"{start} offload_optimizer to nvme: {NO_NVME}")
-    elif _device(config, "offload_optimizer") != "none" and not asked.get("stage"):
+    problems = [
+        f"{start} {name} to nvme: {NO_NVME}"
+        for name in ("offload_optimizer", "offload_param")
+        if _device(config, name) == "nvme"
+    ]
+    if _device(config, "offload_optimizer") != "none" and not asked.get("stage"):
         problems.append(f"{start} offload_optimizer with ZeRO stage 0, which shards nothing; set it to none")
-    if _device(config, "offload_param") != "none":
+    if _device(config, "offload_param") == "cpu" and asked.get("stage") != WEIGHTS:
         problems.append(f"{start} offload_param: only ZeRO stage 3 has it; set it to none")
     known = {"stage", "offload_optimizer", "offload_param", *_HANDED_ON}
     others = [
@@ -124,7 +160,7 @@ def check_zero(options: RunOptions, optimizer: OptimizerChoice, accelerator: Acc
     """
     zero = asked_zero(options.training)
     if zero is None:
-        return []
+        return _differences(options)  # of stage 3, if any
     check_optimizer(optimizer.create([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]))
     found = _differences(options)
     if accelerator.num_processes == 1 and not zero.on_host:

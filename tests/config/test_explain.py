@@ -71,10 +71,10 @@ def test_secrets_are_masked(parser: argparse.ArgumentParser) -> None:
 
 
 def test_what_has_no_effect_and_what_is_refused_is_noted() -> None:
-    given = options(huber_c=0.2, deepspeed=True, zero3_init_flag=True)
+    given = options(huber_c=0.2, deepspeed=True, offload_param_nvme_path="x")
     rows = {row.name: row for row in explanation(given, {}, SD.declaration)}
     assert rows["huber_c"].note == "no effect without --loss_type huber or smooth_l1"
-    assert rows["zero3_init_flag"].note.startswith("refused: ") and rows["deepspeed"].note == ""
+    assert rows["offload_param_nvme_path"].note.startswith("refused: ") and rows["deepspeed"].note == ""
     assert rows["huber_schedule"].note == ""
 
 

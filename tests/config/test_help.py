@@ -67,7 +67,7 @@ def test_what_is_not_for_a_family_is_marked_in_its_words(
     assert "[no effect with flow matching" in helped(flux, capsys, "min_snr_gamma")
     network = helped(flux, capsys, "network")
     assert "networks.lora_flux" in network and "networks.lora " not in network and "U-Net" not in network
-    assert "[refused: only ZeRO stage 3" in helped(flux, capsys, "zero3_init_flag")
+    assert "[refused: weights and states are kept in" in helped(flux, capsys, "offload_param_nvme_path")
 
 
 def test_an_unknown_topic_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

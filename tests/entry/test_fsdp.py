@@ -97,6 +97,15 @@ def test_two_that_share_the_model_are_one_with_all_of_it(tmp_path: Path, tiny: T
 
 
 @pytest.mark.slow
+def test_stage_3_of_zero_is_the_same(tmp_path: Path, sd: Tiny, fsdp: dict[str, str]) -> None:
+    data = write_dataset(tmp_path / "data.toml", make_images(tmp_path / "images", sizes=[(64, 64)] * 4))
+    launch(sd, fsdp, data, tmp_path / "fsdp", **DESCENT)
+    done = launch(sd, {}, data, tmp_path / "zero", **DESCENT, deepspeed=True, zero_stage=3, zero3_init_flag=True)
+    assert "sharding: ZeRO stage 3, " in done[0].text and "frozen parameters in each process's" in done[0].text
+    assert_close_weights(tmp_path / "zero" / "tiny.safetensors", tmp_path / "fsdp" / "tiny.safetensors", atol=0)
+
+
+@pytest.mark.slow
 def test_resumes_exactly_and_is_the_run_without(tmp_path: Path, tiny: Tiny, fsdp: dict[str, str]) -> None:
     images = make_images(tmp_path / "images")
     dataset = write_dataset(tmp_path / "data.toml", images, general=GENERAL, subset="num_repeats = 3")

@@ -234,7 +234,7 @@ BAD = [
         id="fp16 on a cpu",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
     ),
-    pytest.param({"zero3_init_flag": True}, ["zero3_init_flag", "FSDP version 2"], id="what cannot be"),
+    pytest.param({"offload_param_nvme_path": "x"}, ["offload_param_nvme_path", "use cpu"], id="what cannot be"),
 ]
 
 

@@ -101,10 +101,10 @@ def network() -> tuple[nn.Module, Any]:
     return model, made.train()
 
 
-def step(model: nn.Module) -> Tensor:
+def step(model: nn.Module, *, checkpointed: bool = True) -> Tensor:
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     for layer in model["layers"]:
-        x = checkpoint(layer, x, use_reentrant=False)
+        x = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
     return x.float().square().mean()
 
 
@@ -122,19 +122,24 @@ class Foreach(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_weights_are_cast_together_once_a_step() -> None:
-    """Gradients are bit for bit those of single casts; no copy is left behind the backward pass."""
+@pytest.mark.parametrize(("checkpointed", "cast_again"), [(False, 0), (True, 6)])
+def test_weights_are_cast_together_once_a_step(checkpointed: bool, cast_again: int) -> None:
+    """Gradients are bit for bit those of single casts; no copy is left behind the backward pass.
+
+    Copies of checkpointed layers are not there between their two passes.
+    """
     (model, made), (other, plain) = network(), network()
     for adapter in plain.adapters:
         adapter.casts = None
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.5) for each in (made, plain)]
     for _ in range(3):
         with Foreach() as counted:
-            loss = step(model)
+            loss = step(model, checkpointed=checkpointed)
+            assert len(made.adapters[0].casts._copies) == (0 if checkpointed else 6)
             loss.backward()
-        assert (counted.together, counted.single) == (1, 0)
+        assert (counted.together, counted.single) == (1, cast_again)
         assert not made.adapters[0].casts._copies
-        expected = step(other)
+        expected = step(other, checkpointed=checkpointed)
         expected.backward()
         assert torch.equal(loss, expected)
         for one, two in zip(made.parameters(), plain.parameters(), strict=True):

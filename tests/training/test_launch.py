@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,9 @@ from library.training.launch import asked_sharding, check_launch
 from library.training.processes import make_accelerator
 from library.training.sharding import sharding_for
 from library.training.zero import asked_zero, check_zero
+
+
+PLAIN = TrainingOptions()
 
 
 def processes(count: int, device: str = "cuda") -> SimpleNamespace:
@@ -84,7 +88,7 @@ def fsdp(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_settings_of_fsdp_are_those_of_accelerate(fsdp: pytest.MonkeyPatch) -> None:
     check_launch(TrainingOptions())
-    assert asked_sharding() == Sharding()
+    assert asked_sharding(PLAIN) == Sharding()
     for name, value in {
         "RESHARD_AFTER_FORWARD": "false",
         "OFFLOAD_PARAMS": "true",
@@ -92,12 +96,12 @@ def test_settings_of_fsdp_are_those_of_accelerate(fsdp: pytest.MonkeyPatch) -> N
         "IGNORED_MODULES": "img_in",
     }.items():
         fsdp.setenv(f"FSDP_{name}", value)
-    assert asked_sharding() == Sharding(False, True, ("DoubleStreamBlock", "SingleStreamBlock"), "img_in")
+    assert asked_sharding(PLAIN) == Sharding(False, True, ("DoubleStreamBlock", "SingleStreamBlock"), "img_in")
     fsdp.setenv("FSDP_STATE_DICT_TYPE", "LOCAL_STATE_DICT")
     with pytest.raises(UserError, match="LOCAL_STATE_DICT.*run accelerate config again"):
-        asked_sharding()
+        asked_sharding(PLAIN)
     fsdp.setenv("ACCELERATE_USE_FSDP", "false")
-    assert asked_sharding() is None
+    assert asked_sharding(PLAIN) is None
 
 
 @pytest.mark.parametrize(
@@ -126,15 +130,15 @@ def test_options_that_fsdp_excludes(fsdp: pytest.MonkeyPatch, name: str, value: 
 
 
 def test_one_process_shares_nothing_out(fsdp: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    assert sharding_for(processes(1), strict=False) is None
+    assert sharding_for(PLAIN, processes(1), strict=False) is None
     assert "has no effect with one process" in caplog.text
     with pytest.raises(UserError, match="FSDP"):
-        sharding_for(processes(1), strict=True)
-    assert sharding_for(processes(2, "cpu"), strict=True) == Sharding()
+        sharding_for(PLAIN, processes(1), strict=True)
+    assert sharding_for(PLAIN, processes(2, "cpu"), strict=True) == Sharding()
     fsdp.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    assert sharding_for(processes(2), strict=True) == Sharding(on_host=True)
+    assert sharding_for(PLAIN, processes(2), strict=True) == Sharding(on_host=True)
     with pytest.raises(UserError, match="fsdp_offload_params: .*set it to false"):
-        sharding_for(processes(2, "cpu"), strict=False)
+        sharding_for(PLAIN, processes(2, "cpu"), strict=False)
 
 
 def test_accelerates_object_is_that_of_plain_data_parallelism(fsdp: pytest.MonkeyPatch) -> None:
@@ -226,10 +230,45 @@ def test_settings_of_deepspeed_are_those_of_accelerate(deepspeed: pytest.MonkeyP
     assert asked_zero(TrainingOptions()) == Zero(2, on_host=True, settings={"offload_optimizer": pinned})
 
 
+@pytest.mark.parametrize("options", [TrainingOptions(deepspeed=True, zero_stage=3), PLAIN])
+def test_stage_3_shards_weights_as_fsdp_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, options: TrainingOptions
+) -> None:
+    """Asked for by options or by accelerate's configuration; by options without the package."""
+    monkeypatch.setattr("library.training.zero.find_spec", lambda name: None if options.deepspeed else name)
+    if not options.deepspeed:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    check_launch(options)
+    assert asked_zero(options) is None
+    assert sharding_for(options, processes(2), strict=True) == Sharding(asked_as="ZeRO stage 3")
+    assert sharding_for(options, processes(1), strict=False) is None
+    assert "ZeRO stage 3 has no effect with one process" in caplog.text
+    with pytest.raises(UserError, match="--memory_plan: not with ZeRO stage 3"):
+        check_launch(replace(options, memory_plan="auto"))
+
+
+@pytest.mark.parametrize("name", ["offload_param_device", "offload_optimizer_device"])
+def test_stage_3_on_the_host(monkeypatch: pytest.MonkeyPatch, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    options = TrainingOptions(deepspeed=True, zero_stage=3, **{name: "cpu"})
+    on_host = Sharding(on_host=True, asked_as="ZeRO stage 3")
+    assert sharding_for(options, processes(2), strict=True) == on_host
+    assert sharding_for(options, processes(2, "cpu"), strict=False) == replace(on_host, on_host=False)
+    assert "offloading has no effect on a CPU" in caplog.text
+    monkeypatch.setattr("library.training.zero.find_spec", lambda package: package)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name.upper()}", "cpu")
+    check_launch(options)
+    assert asked_sharding(PLAIN) == on_host
+    with pytest.raises(UserError, match="--deepspeed: .*different things"):
+        check_launch(TrainingOptions(deepspeed=True, zero_stage=3))
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3: .*choose FSDP version 2"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param to nvme: .*use cpu"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "to nvme: .*use cpu"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param: .*set it to none"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "with ZeRO stage 0.*to none"),

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from library.config.availability import NO_NVME, NO_STAGE_3, NOT_WITH_DEEPSPEED, OF_STAGE_3
+from library.config.availability import NO_NVME, NOT_WITH_DEEPSPEED, OF_DEEPSPEED
 from library.config.declaration import Declaration, Facts, Finding, error, idle
 from library.config.fields import option
-from library.launched import USE_DEEPSPEED, is_on, process_count
+from library.launched import WEIGHTS, process_count, zero_stage
 
 OnNan = Literal["stop", "skip", "rollback"]
 
@@ -155,13 +155,20 @@ def half_precision(o: Any, facts: Facts) -> Iterator[Finding]:
             yield error(f"--{name}: needs --mixed_precision {precision}; add it, or remove --{name}")
 
 
+def shards_optimizer(training: TrainingOptions) -> bool:
+    """Whether DeepSpeed updates the weights: with ZeRO stage 0 to 2, of the options or of accelerate's configuration."""
+    stage = zero_stage()
+    if stage is None and training.deepspeed:
+        stage = training.zero_stage
+    return stage is not None and stage < WEIGHTS
+
+
 def deepspeed(o: Any, facts: Facts) -> Iterator[Finding]:
     """Check the options of DeepSpeed; ``library.training.zero`` checks accelerate's configuration."""
-    if o.training.deepspeed and o.training.zero_stage == 3:
-        yield error(f"--zero_stage 3: {NO_STAGE_3}")
-    if o.training.deepspeed and o.training.offload_optimizer_device == "nvme":
-        yield error(f"--offload_optimizer_device nvme: {NO_NVME}")
-    if not (o.training.deepspeed or is_on(USE_DEEPSPEED)):
+    for name in ("offload_optimizer_device", "offload_param_device"):
+        if o.training.deepspeed and getattr(o.training, name) == "nvme":
+            yield error(f"--{name} nvme: {NO_NVME}")
+    if not shards_optimizer(o.training):
         return
     for name in ("full_bf16", "full_fp16", "fused_backward_pass"):
         if getattr(o.optimizer if name == "fused_backward_pass" else o.training, name):
@@ -274,8 +281,6 @@ def one_process(o: Any) -> bool:
     "offload_optimizer_nvme_path",
     "offload_param_device",
     "offload_param_nvme_path",
-    "zero3_init_flag",
-    "zero3_save_16bit_model",
     "fp16_master_weights_and_gradients",
     reason="without --deepspeed",
 )
@@ -286,12 +291,20 @@ def no_deepspeed(o: Any) -> bool:
 @idle(
     "offload_param_device",
     "offload_param_nvme_path",
-    "zero3_init_flag",
-    "zero3_save_16bit_model",
     reason="without --zero_stage 3",
 )
 def parameters_are_not_split(o: Any) -> bool:
-    return o.training.deepspeed and o.training.zero_stage != 3
+    return o.training.deepspeed and o.training.zero_stage != WEIGHTS
+
+
+@idle("zero3_init_flag", reason="in this version: no process ever has a whole model on its device")
+def models_are_made_in_parts(o: Any) -> bool:
+    return True
+
+
+@idle("zero3_save_16bit_model", reason="in this version: files hold whole weights, in the dtype of --save_precision")
+def files_are_whole(o: Any) -> bool:
+    return True
 
 
 @idle("offload_optimizer_device", reason="with --zero_stage 0, which shards nothing")
@@ -306,7 +319,7 @@ def optimizer_stays_off_the_disk(o: Any) -> bool:
 
 @idle("offload_param_nvme_path", reason="without --offload_param_device nvme")
 def parameters_stay_off_the_disk(o: Any) -> bool:
-    return o.training.deepspeed and o.training.zero_stage == 3 and o.training.offload_param_device != "nvme"
+    return o.training.deepspeed and o.training.zero_stage == WEIGHTS and o.training.offload_param_device != "nvme"
 
 
 @idle("lowram", reason="in this version: weights are streamed to the device in any case")
@@ -336,13 +349,15 @@ DECLARATION = Declaration(
         one_process,
         no_deepspeed,
         parameters_are_not_split,
+        models_are_made_in_parts,
+        files_are_whole,
         nothing_is_shared_out,
         optimizer_stays_off_the_disk,
         parameters_stay_off_the_disk,
         loading_is_streamed,
     ),
     refused={
-        **OF_STAGE_3,
+        **OF_DEEPSPEED,
         "ddp_static_graph": "has no effect: gradients are exchanged once a step, after all of them are made; remove it",
     },
 )

@@ -9,9 +9,10 @@ from typing import Any
 from library.config import block_swap
 from library.config.arguments import options_of_kind
 from library.config.core.output import OutputOptions
+from library.config.core.training import shards_optimizer
 from library.config.declaration import Declaration, Facts, Finding, error, idle, message, warning
 from library.config.fields import option
-from library.launched import USE_DEEPSPEED, is_on, process_count
+from library.launched import process_count
 
 #: how many learning rates --block_lr takes
 BLOCKS = 23
@@ -179,14 +180,14 @@ def fused(o: Any, facts: Facts) -> Iterator[Finding]:
         yield error(f"{flag}: not with --mixed_precision fp16, whose steps may be left out; use bf16")
     if process_count() > 1:
         yield error(f"{flag}: not with several processes, which average whole gradients; remove it")
-    if o.training.deepspeed or is_on(USE_DEEPSPEED):
+    if shards_optimizer(o.training):
         yield error(f"{flag}: not with DeepSpeed, which updates all weights at once; remove one of them")
 
 
 def stops(o: Any, facts: Facts) -> Iterator[Finding]:
     """Check that weights that are left alone from some step on can be left alone."""
     stop = o.full.stop_text_encoder_training
-    if stop is not None and stop > 0 and (o.training.deepspeed or is_on(USE_DEEPSPEED)):
+    if stop is not None and stop > 0 and shards_optimizer(o.training):
         yield error(
             f"--stop_text_encoder_training {stop}: not with DeepSpeed, which updates all weights in each step; remove "
             "one of them"
