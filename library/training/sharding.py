@@ -38,7 +38,9 @@ def sharding_for(options: TrainingOptions, accelerator: Accelerator, *, strict: 
     if sharding is None:
         return None
     if accelerator.num_processes == 1:
-        report([NoEffect(f"{sharding.asked_as} has no effect with one process: there is nothing to shard")], strict=strict)
+        report(
+            [NoEffect(f"{sharding.asked_as} has no effect with one process: there is nothing to shard")], strict=strict
+        )
         return None
     if not (sharding.on_host and accelerator.device.type == "cpu"):
         return sharding

@@ -162,9 +162,7 @@ CASES = [
         {"offload_param_nvme_path": "x", "deepspeed": True, "zero_stage": 3},
         {"offload_param_device": "nvme"},
     ),
-    Case(
-        "offload_param_device", {"offload_param_device": "cpu", "zero_stage": 3}, {"deepspeed": True}, "--deepspeed"
-    ),
+    Case("offload_param_device", {"offload_param_device": "cpu", "zero_stage": 3}, {"deepspeed": True}, "--deepspeed"),
     Case(
         "offload_optimizer_nvme_path",
         {"offload_optimizer_nvme_path": "x", "offload_optimizer_device": "nvme"},

@@ -23,7 +23,6 @@ from library.training.processes import make_accelerator
 from library.training.sharding import sharding_for
 from library.training.zero import asked_zero, check_zero
 
-
 PLAIN = TrainingOptions()
 
 
