@@ -13,6 +13,7 @@ from library.config.arguments import build_parser
 from library.config.help import split_doc
 from library.errors import exits_on_user_error
 from library.inference.options import check_options, image_groups, image_options
+from library.lazy_imports import without_collection
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -24,9 +25,10 @@ def setup_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     options = image_options(args)
     check_options(options)
-    # only now, as torch takes seconds to load
-    from library.inference.families import family_of
-    from library.inference.gen_img import generate_all
+    with without_collection(freeze=True):
+        # only now, as torch takes seconds to load
+        from library.inference.families import family_of
+        from library.inference.gen_img import generate_all
 
     generate_all(options, family_of(options.model))
 

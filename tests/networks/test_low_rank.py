@@ -118,7 +118,8 @@ class Foreach(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.together += func is torch.ops.aten._foreach_copy_.default
         half = (kwargs or {}).get("dtype") == torch.bfloat16
-        self.single += func is torch.ops.aten._to_copy.default and half and isinstance(args[0], nn.Parameter)
+        is_weight = isinstance(args[0], Tensor) and sorted(args[0].shape) == [4, 16]  # of either half
+        self.single += func is torch.ops.aten._to_copy.default and half and is_weight
         return func(*args, **(kwargs or {}))
 
 
