@@ -65,7 +65,7 @@ def name_below(value: str) -> str:
 
 def whole(value: str) -> int:
     if not re.fullmatch(r"[0-9]+", value):
-        raise ValueError("a whole number is needed")
+        raise ValueError("a whole number, 0 or more, is needed")
     return int(value)
 
 

@@ -51,7 +51,7 @@ def test_lines(line: str, expected: ImagePrompt) -> None:
         ("a --s 0", "prompt 1: steps 0: must be 1 to 1000"),
         ("a --g -1", "prompt 1: --g -1: must be at least 0"),
         ("a --seed 3", "prompt 1: --seed: write --d for the seed, --s for the steps"),
-        ("a --d 1,2", "prompt 1: --d 1,2: a whole number is needed"),
+        ("a --d 1,2", "prompt 1: --d 1,2: a whole number, 0 or more, is needed"),
         ("a --m 1,x", "prompt 1: --m 1,x: a number is needed"),
         ("a --l 3", "prompt 1: unknown option --l; options are --w, --h, --s, --d, --g, --m, --n, --c"),
         ("a --negativ_prompt x", 'prompt 1: unknown option --negativ_prompt (did you mean "negative_prompt"?)'),
