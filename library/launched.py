@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -34,7 +35,9 @@ def zero_stage() -> int | None:
     stage: object = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     try:
         if (file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
-            stage = json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"].get("stage", 0)
+            # accelerate takes the content in base64, too
+            text = Path(file).read_bytes() if os.path.exists(file) else base64.urlsafe_b64decode(file)
+            stage = json.loads(text)["zero_optimization"].get("stage", 0)
         return int(str(stage))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return 2  # accelerate names the error

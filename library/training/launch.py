@@ -109,9 +109,11 @@ def _problems_of_fsdp() -> list[str]:
 def _problems_of_sharding(options: TrainingOptions, asked: str) -> list[str]:
     """Return one line for each option that excludes sharded weights."""
     problems = []
-    for name in ("fp8_base", "fp8_base_unet"):
+    for name in ("fp8_base", "fp8_base_unet", "fp8_scaled", "quantize_base"):
         if getattr(options, name):
-            problems.append(f"--{name}: not with {asked}, as weights in fp8 cannot be sharded; remove one of them")
+            problems.append(
+                f"--{name}: not with {asked}, as weights in small forms cannot be sharded; remove one of them"
+            )
     if options.memory_plan is not None:
         problems.append(f"--memory_plan: not with {asked}, as it counts whole weights; remove one of them")
     if options.torch_compile or options.compile:

@@ -79,7 +79,10 @@ def check_swapping(run: Run, models: Models) -> None:
     if not count:
         return
     if run.sharding is not None:
-        raise UserError("--blocks_to_swap: not with FSDP, which gathers each block when it runs; remove one of them")
+        asked = run.sharding.asked_as
+        raise UserError(
+            f"--blocks_to_swap: not with {asked}, which gathers each block when it runs; remove one of them"
+        )
     swapped_counts([len(blocks) for blocks in run.architecture.block_lists(models.denoiser)], count)
 
 

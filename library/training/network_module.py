@@ -122,8 +122,8 @@ class NetworkModule:
             raise UserError(f"--scale_weight_norms: networks of {name} cannot do it; leave it out")
         if sharded and not self.is_ours:
             raise UserError(
-                f"--scale_weight_norms: not with FSDP and {name}, which may read weights that are sharded; remove one "
-                "of them"
+                f"--scale_weight_norms: not with sharded weights (FSDP, ZeRO stage 3) and {name}, which may read them; "
+                "remove one of them"
             )
         if reason := getattr(network, "no_max_norm", ""):
             raise UserError(f"--scale_weight_norms: {reason}; leave it out")

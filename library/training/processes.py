@@ -99,8 +99,8 @@ def check_joined(started: int, joined: int) -> None:
     if started != joined:
         raise UserError(
             f"{started} processes were started (WORLD_SIZE={started}), and this one knows of {joined}: each would "
-            "train the whole run and write the same files. On a CPU use accelerate launch --cpu --num_processes "
-            f"{started}, or set ACCELERATE_USE_CPU=true for torchrun; on GPUs, torch must find them (see "
+            "train the whole run and write the same files. On a CPU set ACCELERATE_USE_CPU=true, and start "
+            f"torchrun --nproc_per_node {started}; on GPUs, torch must find them (see "
             "docs/multi_gpu.md)"
         )
 

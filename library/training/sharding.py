@@ -38,9 +38,11 @@ def sharding_for(options: TrainingOptions, accelerator: Accelerator, *, strict: 
     if sharding is None:
         return None
     if accelerator.num_processes == 1:
-        report(
-            [NoEffect(f"{sharding.asked_as} has no effect with one process: there is nothing to shard")], strict=strict
+        stays = (
+            "; weights stay on the device, and --blocks_to_swap keeps blocks in host memory" if sharding.on_host else ""
         )
+        why = f"{sharding.asked_as} has no effect with one process: there is nothing to shard{stays}"
+        report([NoEffect(why)], strict=strict)
         return None
     if not (sharding.on_host and accelerator.device.type == "cpu"):
         return sharding

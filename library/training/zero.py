@@ -134,6 +134,7 @@ def _zero_of(config: Mapping[str, Any]) -> Zero | None:
 def _problems_of_file(config: Mapping[str, Any]) -> list[str]:
     asked = config["zero_optimization"]
     start = "accelerate's configuration asks for DeepSpeed's"
+    shards_weights = _weights_of(config) is not None
     problems = [
         f"{start} {name} to nvme: {NO_NVME}"
         for name in ("offload_optimizer", "offload_param")
@@ -141,9 +142,11 @@ def _problems_of_file(config: Mapping[str, Any]) -> list[str]:
     ]
     if _device(config, "offload_optimizer") != "none" and not asked.get("stage"):
         problems.append(f"{start} offload_optimizer with ZeRO stage 0, which shards nothing; set it to none")
-    if _device(config, "offload_param") == "cpu" and asked.get("stage") != WEIGHTS:
+    if _device(config, "offload_param") == "cpu" and not shards_weights:
         problems.append(f"{start} offload_param: only ZeRO stage 3 has it; set it to none")
     known = {"stage", "offload_optimizer", "offload_param", *_HANDED_ON}
+    if shards_weights:
+        known.add("sub_group_size")  # of an update in parts; torch's is of one parameter at a time
     others = [
         f"zero_optimization.{n}" for n, v in asked.items() if n not in known and not n.startswith("stage3_") and v
     ]

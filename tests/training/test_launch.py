@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
@@ -121,7 +122,15 @@ def test_settings_of_fsdp_that_cannot_be(fsdp: pytest.MonkeyPatch, variable: str
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("fp8_base", True), ("fp8_base_unet", True), ("torch_compile", True), ("memory_plan", "auto")]
+    ("name", "value"),
+    [
+        ("fp8_base", True),
+        ("fp8_base_unet", True),
+        ("fp8_scaled", True),
+        ("quantize_base", "int8"),
+        ("torch_compile", True),
+        ("memory_plan", "auto"),
+    ],
 )
 def test_options_that_fsdp_excludes(fsdp: pytest.MonkeyPatch, name: str, value: object) -> None:
     with pytest.raises(UserError, match=f"--{name}: .*FSDP.*remove one of them"):
@@ -245,6 +254,17 @@ def test_stage_3_shards_weights_as_fsdp_does(
     assert "ZeRO stage 3 has no effect with one process" in caplog.text
     with pytest.raises(UserError, match="--memory_plan: not with ZeRO stage 3"):
         check_launch(replace(options, memory_plan="auto"))
+
+
+def test_stage_3_in_a_file_of_deepspeeds(deepspeed: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file, or its content in base64, as accelerate takes it; settings of stage 3 that torch does not need."""
+    asked = {"stage": 3, "stage3_max_live_parameters": 5, "sub_group_size": 1000, "offload_param": {"device": "cpu"}}
+    text = json.dumps({"zero_optimization": asked})
+    (tmp_path / "zero.json").write_text(text)
+    for given in (str(tmp_path / "zero.json"), base64.urlsafe_b64encode(text.encode()).decode()):
+        deepspeed.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", given)
+        check_launch(PLAIN)
+        assert asked_sharding(PLAIN) == Sharding(on_host=True, asked_as="ZeRO stage 3") and asked_zero(PLAIN) is None
 
 
 @pytest.mark.parametrize("name", ["offload_param_device", "offload_optimizer_device"])

@@ -83,12 +83,16 @@ class TrainingOptions:
     )
     ddp_static_graph: bool = option(False, "a setting of torch's DistributedDataParallel", harmless=True)
     deepspeed: bool = option(False, "train with DeepSpeed")
-    zero_stage: int = option(2, "DeepSpeed: ZeRO stage", type=int, choices=[0, 1, 2, 3], unit="")
+    zero_stage: int = option(
+        2, "DeepSpeed: ZeRO stage; 3 shards weights, too", type=int, choices=[0, 1, 2, 3], unit="", harmless=True
+    )
     offload_optimizer_device: str | None = option(
-        None, "DeepSpeed: where optimizer states go", choices=[None, "cpu", "nvme"]
+        None, "DeepSpeed: where optimizer states go", choices=[None, "cpu", "nvme"], harmless=True
     )
     offload_optimizer_nvme_path: str | None = option(None, "DeepSpeed: folder on the NVMe disk for them")
-    offload_param_device: str | None = option(None, "DeepSpeed: where parameters go", choices=[None, "cpu", "nvme"])
+    offload_param_device: str | None = option(
+        None, "DeepSpeed: where parameters go", choices=[None, "cpu", "nvme"], harmless=True
+    )
     offload_param_nvme_path: str | None = option(None, "DeepSpeed: folder on the NVMe disk for them")
     zero3_init_flag: bool = option(False, "DeepSpeed: split large models while they are made")
     zero3_save_16bit_model: bool = option(False, "DeepSpeed: save 16-bit weights under ZeRO stage 3")
@@ -297,7 +301,7 @@ def parameters_are_not_split(o: Any) -> bool:
     return o.training.deepspeed and o.training.zero_stage != WEIGHTS
 
 
-@idle("zero3_init_flag", reason="in this version: no process ever has a whole model on its device")
+@idle("zero3_init_flag", reason="in this version: with stage 3 weights are loaded in parts in any case")
 def models_are_made_in_parts(o: Any) -> bool:
     return True
 
