@@ -208,9 +208,7 @@ class Architecture(WholeModels, ABC):
 
     def load_vae(self, checkpoint: Any, *, dtype: torch.dtype, device: str) -> nn.Module:
         """Load the VAE, frozen, in eval mode; ``--vae`` wins over the checkpoint's own."""
-        vae = self.parts(checkpoint)[VAE].load(dtype=dtype, device=device)
-        # on the CPU its convolutions are a seventh faster in this format (benchmarks/RESULTS.md)
-        return vae.to(memory_format=torch.channels_last) if device == "cpu" else vae
+        return self.parts(checkpoint)[VAE].load(dtype=dtype, device=device)
 
     @abstractmethod
     def vae_identity(self, checkpoint: Any) -> str:

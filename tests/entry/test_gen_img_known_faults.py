@@ -235,10 +235,11 @@ def test_only_as_many_windows_as_the_texts_need(run: Callable[..., list[Path]], 
     words = ("--from_file", tmp_path / "prompts.txt", "--max_embeddings_multiples", 3)
     short, long, broken = run("sd", *words, "--batch_size", 3)
     (plain,) = run("sd", "--prompt", lines[0])
-    assert apart(short, plain) == 0 and apart(short, long) > 0
+    # matrix products of another number of rows may round otherwise, as the processor likes it
+    assert apart(short, plain) <= 1 and apart(short, long) > 1
     for line, image in zip(lines[1:], (long, broken), strict=True):
         (alone,) = run("sd", "--prompt", line, "--max_embeddings_multiples", 2)
-        assert apart(alone, image) == 0
+        assert apart(alone, image) <= 1
 
 
 def test_escaped_braces_reach_the_model_as_braces(run: Callable[..., list[Path]]) -> None:

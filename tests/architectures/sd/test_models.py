@@ -159,18 +159,3 @@ def test_noise_schedule_is_the_published_one() -> None:
     assert alphas[0].item() == pytest.approx(1 - 0.00085, rel=1e-6)
     assert alphas[-1].item() == pytest.approx(0.0046602, rel=1e-3)
     assert SD.noise_schedule(zero_terminal_snr=True).alphas_cumprod[-1].item() == pytest.approx(0, abs=1e-6)
-
-
-def test_the_vae_lies_as_the_cpu_convolves_fastest(tmp_path: Path) -> None:
-    """With channels last on the CPU, as they are elsewhere; the numbers are the same."""
-    checkpoint = inspected(tmp_path / "model.safetensors")
-    vae = SD.load_vae(checkpoint, dtype=torch.float32, device="cpu")
-    weight = vae.get_parameter("encoder.down_blocks.0.resnets.0.conv1.weight")
-    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    other = SD.load_vae(checkpoint, dtype=torch.float32, device="meta")
-    assert other.get_parameter("encoder.down_blocks.0.resnets.0.conv1.weight").is_contiguous()
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        found = vae.encode(pixels).latent_dist.mean
-        expected = vae.to(memory_format=torch.contiguous_format).encode(pixels).latent_dist.mean
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
