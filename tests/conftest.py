@@ -13,6 +13,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # as library/__init__.py sets it: scripts that tests start then have the environment of the fork server
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+# products in float32 have the same bits wherever their operands lie in memory, such as at another place of a mapped file
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 # what starts the tests may ignore signals (nohup, a job of a shell); scripts under test would inherit that
 for _number in ("SIGHUP", "SIGINT", "SIGTERM"):
