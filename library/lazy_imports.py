@@ -100,6 +100,10 @@ def hide_from(module: str, *packages: str) -> None:
         sys.meta_path.insert(0, _Hiding(module, packages))
 
 
+#: whether objects were frozen here; ``gc.get_freeze_count`` goes through all of them to tell
+_has_frozen = False
+
+
 @contextlib.contextmanager
 def without_collection(*, freeze: bool | None = False) -> Iterator[None]:
     """Have no garbage collection within the context, for work that makes many objects which stay, such as imports.
@@ -111,12 +115,14 @@ def without_collection(*, freeze: bool | None = False) -> Iterator[None]:
             a cycle of references that holds one would never be freed. ``None``: only if something was frozen before,
             as by a script; in a notebook, where another run may follow, nothing is.
     """
+    global _has_frozen
     collects = gc.isenabled()
     gc.disable()
     try:
         yield
-        if freeze or (freeze is None and gc.get_freeze_count() > 0):
+        if freeze or (freeze is None and _has_frozen):
             gc.freeze()
+            _has_frozen = True
     finally:
         if collects:
             gc.enable()
