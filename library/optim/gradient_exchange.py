@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from library.optim.layout import view_laid_out_as
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -52,7 +54,7 @@ class GradientExchange:
             if key not in self._flat:
                 self._flat[key] = torch.empty(sum(sizes), dtype=key[0], device=key[1])
             for parameter, part in zip(group, self._flat[key].zero_().split(sizes), strict=True):
-                parameter.grad = _laid_out_as(parameter, part)
+                parameter.grad = view_laid_out_as(parameter, part)
 
     def average(self) -> None:
         """Set every gradient to its mean over all processes; every process must call it."""
@@ -78,16 +80,6 @@ class GradientExchange:
             flat = self._accelerator.reduce(torch.cat([g.reshape(-1) for g in bucket]), reduction="mean")
             for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
-
-
-def _laid_out_as(parameter: Tensor, part: Tensor) -> Tensor:
-    """Return a flat tensor as a gradient with the parameter's strides, which torch's fused updates on the CPU expect."""
-    is_dense = 1 + sum((n - 1) * stride for n, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    return (
-        part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
-        if is_dense == part.numel()
-        else part.view_as(parameter)
-    )
 
 
 def buckets_of(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.optim.layout import laid_out_as
+
 
 def keep_state_dtypes(optimizer: torch.optim.Optimizer, device: torch.device | None = None) -> None:
     """Make ``load_state_dict`` keep the dtype that every tensor was saved in; torch casts all to the parameter's.
 
-    The memory format is the parameter's: torch's fused updates on the CPU go through the numbers as they lie in memory, and
-    a state of whole weights has another format than one of shards.
+    The memory format is the parameter's: a state of whole weights has another one than a state of shards.
 
     Args:
         device: of the updates, if parameters may be on the host between them; torch loads the state to the parameter's.
@@ -26,18 +27,17 @@ def keep_state_dtypes(optimizer: torch.optim.Optimizer, device: torch.device | N
             current = optimizer.state[parameter]
             for name, value in saved.items():
                 if name in current:
-                    current[name] = _laid_out_as(parameter, _as_saved(current[name], value))
+                    current[name] = _in_place(parameter, _as_saved(current[name], value))
             if device is not None and parameter.device != device:
                 optimizer.state[parameter] = {name: _on(device, value) for name, value in current.items()}
 
     optimizer.load_state_dict = load_state_dict
 
 
-def _laid_out_as(parameter: Tensor, value: Any) -> Any:
-    """Return a loaded value with the parameter's strides, if it has its shape."""
-    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+def _in_place(parameter: Tensor, value: Any) -> Any:
+    """Return a loaded value; one of the parameter's shape lies as the parameter does."""
+    is_alike = isinstance(value, Tensor) and value.shape == parameter.shape
+    return laid_out_as(parameter, value) if is_alike else value
 
 
 def _on(device: torch.device, value: Any) -> Any:

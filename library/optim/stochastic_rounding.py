@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.optim.layout import laid_out_as
 from library.optim.pieces import Pieces
 from library.randomness import key
 
@@ -51,7 +52,7 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Ge
         # a bfloat16 is the upper half of a float32: adding a random lower half carries over with the right probability
         draws = torch.randint(2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
         rounded = draws.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
-        return _laid_out_as(values, torch.where(values.isfinite(), rounded, values).to(dtype))
+        return laid_out_as(values, torch.where(values.isfinite(), rounded, values).to(dtype))
     nearest = values.to(dtype)
     error = values - nearest.float()
     # the neighbour on the other side of the value: the bits of a format are ordered by magnitude
@@ -62,14 +63,7 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Ge
     chance = error / (other.float() - nearest.float())
     uniform = torch.rand(values.shape, generator=generator, device=values.device)
     # false where the probability is NaN, from infinite or NaN values
-    return _laid_out_as(values, torch.where((uniform < chance) & (error != 0), other, nearest))
-
-
-def _laid_out_as(values: Tensor, rounded: Tensor) -> Tensor:
-    """``rounded`` with the strides of ``values``: in another memory format convolutions compute other last bits."""
-    if rounded.stride() == values.stride():
-        return rounded
-    return torch.empty_like(values, dtype=rounded.dtype).copy_(rounded)
+    return laid_out_as(values, torch.where((uniform < chance) & (error != 0), other, nearest))
 
 
 def train_in_half(

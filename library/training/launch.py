@@ -66,7 +66,7 @@ def check_launch(options: TrainingOptions) -> None:
         if is_on(variable)
     ]
     if is_on(_USE_FSDP):
-        problems += _problems_of_fsdp() or _problems_of_sharding(options, "FSDP")
+        problems += _problems_of_fsdp() + _problems_of_sharding(options, "FSDP")
     problems += problems_of_deepspeed(options, with_fsdp=is_on(_USE_FSDP))
     if not problems and (zero := asked_weights(options)) is not None:
         problems += _problems_of_sharding(options, zero.asked_as)

@@ -16,7 +16,7 @@ import torch
 from library.config.arguments import RunOptions, TrainingOptions
 from library.config.availability import NO_NVME
 from library.errors import NoEffect, UserError
-from library.launched import USE_DEEPSPEED, WEIGHTS, is_on, zero_stage
+from library.launched import USE_DEEPSPEED, WEIGHTS, is_on
 from library.memory.sharding import Sharding
 from library.optim.optimizers import OptimizerChoice
 from library.optim.zero import Zero, ZeroOptimizer, check_optimizer
@@ -55,8 +55,9 @@ def problems_of_deepspeed(options: TrainingOptions, *, with_fsdp: bool) -> list[
         return problems
     config = _configuration()
     problems += _problems_of_file(config)
-    theirs, ours = (_zero_of(config), _weights_of(config)), (_zero_of_options(options), _weights_of_options(options))
-    if not problems and options.deepspeed and theirs != ours:
+    if problems or not options.deepspeed:
+        return problems
+    if (_zero_of(config), _weights_of(config)) != (_zero_of_options(options), _weights_of_options(options)):
         problems.append(
             "--deepspeed: its options and accelerate's configuration ask DeepSpeed for different things; remove "
             "--deepspeed, or make them agree"
@@ -74,8 +75,7 @@ def asked_zero(options: TrainingOptions) -> Zero | None:
 def asked_weights(options: TrainingOptions) -> Sharding | None:
     """Return the sharding of weights in stage 3; ``problems_of_deepspeed`` has passed it."""
     if is_on(USE_DEEPSPEED):
-        # the file is read again only if it may ask for it
-        return _weights_of(_configuration()) if zero_stage() == WEIGHTS else None
+        return _weights_of(_configuration())
     return _weights_of_options(options) if options.deepspeed else None
 
 
